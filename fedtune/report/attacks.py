@@ -1,4 +1,6 @@
-"""What attacks on a finished run found: strength, interval and one plain sentence each; as JSON and as one page."""
+"""Results of attacks on a finished run: attack strength, confidence interval and a one-sentence summary, as JSON and
+HTML.
+"""
 
 from __future__ import annotations
 
@@ -22,23 +24,23 @@ NAMES = {
     "extraction": "Extraction",
     "attribute": "Attribute inference",
 }
-"""In the words of the field, in the order of the page."""
+"""Display names of the attacks, in the order in which the page lists them."""
 
 
 @spec
 class AttackFinding:
-    """The finding of one attack.
+    """The result of one attack on a run.
 
     Attributes:
-        attack: a key of `NAMES`.
-        measure: what `strength` measures.
-        sentence: the finding, in one plain sentence.
-        strength: of the attack that was made; None: none was made, and `sentence` says why.
-        low: end of the interval of `strength`.
-        high: the other end.
-        guessing: what somebody reaches who sees nothing of the run.
-        ceiling: what the guarantee allows any attack at most; None: it allows everything, or says nothing.
-        figures: further figures by name.
+        attack: the attack's key in `NAMES`.
+        measure: the name of the metric in `strength`, such as the AUROC.
+        sentence: a one-sentence summary of the result.
+        strength: the attack's measured strength; None: the attack was not run, and `sentence` gives the reason.
+        low: lower end of the confidence interval of `strength`.
+        high: upper end of the confidence interval.
+        guessing: the strength of an attacker who guesses without access to the run's releases.
+        ceiling: the largest strength that the guarantee permits; None: the guarantee gives no bound.
+        figures: additional values by name.
     """
 
     attack: str
@@ -54,13 +56,13 @@ class AttackFinding:
 
 @spec
 class RunAttacks:
-    """The findings of all attacks on one run."""
+    """The results of all attacks on one run."""
 
     run: str
-    adapter_sha256: str  # of the model that was attacked
-    epsilon: float | None  # of the run's whole plan, at `delta`; None: unbounded
+    adapter_sha256: str  # SHA-256 of the attacked model
+    epsilon: float | None  # epsilon of the run's whole plan at `delta`; None: unbounded
     delta: float
-    confidence: float  # of each interval by itself
+    confidence: float  # confidence level of each interval separately
     seconds: float
     findings: tuple[AttackFinding, ...]
 
@@ -77,14 +79,14 @@ def write_findings(found: RunAttacks, folder: Path) -> tuple[Path, Path]:
 
 
 def format_figure(value: float | None) -> str:
-    """Format a strength or a ceiling; a very small chance keeps its digits."""
+    """Format a strength or a ceiling with three decimals, or in scientific notation below 0.01."""
     if value is None:
         return "-"
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.1e}"
 
 
 def list_figures(finding: AttackFinding) -> tuple[str, ...]:
-    """Return the cells of a finding's row: measure, guessing, strength, its interval, and what the guarantee allows."""
+    """Return the table cells of one attack: measure, guessing, strength, confidence interval, and ceiling."""
     ends = "-"
     if finding.low is not None and finding.high is not None:
         ends = f"{format_figure(finding.low)} to {format_figure(finding.high)}"
@@ -93,7 +95,7 @@ def list_figures(finding: AttackFinding) -> tuple[str, ...]:
 
 
 def render_page(found: RunAttacks) -> str:
-    """Render the findings as one HTML page without scripts or outside files."""
+    """Render the attack results as one self-contained HTML page without scripts."""
     rows = []
     for one in found.findings:
         cells = "".join(f"<td>{html.escape(figure)}</td>" for figure in list_figures(one))
@@ -126,8 +128,8 @@ code {{ overflow-wrap: anywhere }}
 <th>Guarantee allows</th></tr>
 {rows}
 </table>
-<p>An attack that fails proves nothing: another may reach more, and only the guarantee bounds all of them. These figures
-were computed from the records themselves; no guarantee covers them, so show them to nobody who may not see the
-records.</p>
+<p>A failed attack proves nothing: another attack may be stronger, and only the guarantee bounds all attacks. These
+figures were computed from the records themselves, so no guarantee covers them: show them only to people who may see
+the records.</p>
 </body></html>
 """

@@ -22,7 +22,7 @@ from fedtune.spec import REPORT_SCHEMA, ConfigError, RunError
 from fedtune.version import __version__
 
 _CALIBRATED, _STEP = 1e-3, 1e-4
-"""How much less noise than searched for here another version may have found, relatively, and how much more: a step."""
+"""Relative tolerances for the noise multiplier that another fedtune version calibrated: below ours, and above ours."""
 
 
 State = Literal["right", "wrong", "missing", "not_checked"]
@@ -30,11 +30,10 @@ State = Literal["right", "wrong", "missing", "not_checked"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The result of one check, as a sentence; `name` is the subject of the check, or a file drawn from the report.
+    """The result of one check, as a sentence; `name` is the subject of the check, or the name of a rendered file.
 
-    State "missing": the comparison was not made although somebody asked for it, or although the report is about real
-    sites;
-    then the report as a whole is not verified.
+    State "missing" means that a requested or required comparison could not be made, which leaves the report as a whole
+    unverified. Every comparison is required for a report about real sites.
     """
 
     name: str
@@ -45,13 +44,13 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Known:
-    """Trusted values from other sources, which the report must match; None: no such value was given.
+    """Trusted values from other sources, which the report must match; None: the caller has no such value.
 
     Attributes:
         key: public key that must have signed the report.
         site_keys: site -> its public key.
-        config_sha256: digest that the run's settings must have.
-        model: folder with the run's model, or with an export of it.
+        config_sha256: expected SHA-256 digest of the run's settings.
+        model: folder with the run's model, or with an export of the model.
     """
 
     key: str | None = None
@@ -61,14 +60,14 @@ class Known:
 
 
 def check_report(path: Path, report: Report, known: Known) -> tuple[Check, ...]:
-    """Make all checks of a report that was read from `path`.
+    """Run all checks on a report that was read from `path`.
 
-    Settings, model, card and drawings are compared if they are in the same folder.
+    Settings, model, model card, page and label are compared with the report if they are in the same folder.
     """
     facts, folder = report.facts, path.parent
     of_run = isinstance(facts, RunFacts) and RunFolder(folder).config.is_file()
     found = [
-        Check("schema", "right", f"It is a report of schema version {REPORT_SCHEMA}."),
+        Check("schema", "right", f"The report has schema version {REPORT_SCHEMA}."),
         _check_signature(report, known.key),
         *_check_figures(report),
     ]
@@ -84,9 +83,7 @@ def check_report(path: Path, report: Report, known: Known) -> tuple[Check, ...]:
 
 
 def _choose_unchecked_state(report: RunFacts | LedgerFacts, *asked: object) -> State:
-    """Return the state of a comparison that was not made: "missing" if somebody `asked` for it or the sites are
-    real.
-    """
+    """Return the state of a skipped comparison: "missing" if it was `asked` for or the sites are real."""
     return "not_checked" if report.simulated and not any(asked) else "missing"
 
 
@@ -96,12 +93,12 @@ def _check_signature(report: Report, key: str | None) -> Check:
     except RunError as error:
         return Check("signature", "wrong", f"{str(error)[0].upper()}{str(error)[1:]}.")
     if signer is not None and key is not None:
-        return Check("signature", "right", f"It is signed with the key {group_hex(key)}, and nothing was changed.")
-    text = "It is not signed: anybody could have changed what cannot be computed again."
+        return Check("signature", "right", f"The report is signed with the key {group_hex(key)} and was not changed.")
+    text = "The report is not signed: anybody could have changed the values that cannot be recomputed."
     if signer is not None:
         text = (
-            f"It was made with the key in the file, {group_hex(signer)}: not checked. Anybody can sign with a key of "
-            "their own; give the key that you know with --key."
+            f"The signature matches the key in the file, {group_hex(signer)}, but this key was not checked: anybody "
+            "can sign with a key of their own. Pass the key that you trust with --key."
         )
     return Check("signature", _choose_unchecked_state(report.facts), text)
 
@@ -111,17 +108,17 @@ def _check_figures(report: Report) -> Iterator[Check]:
     of_verdict = tuple(problem for problem in found if ".verdict." in f".{problem.where}")
     others = tuple(problem for problem in found if problem not in of_verdict)
     events = sum(charge.count for site in report.sites for row in site.mechanisms for charge in row.charges)
-    again = f"computed again from the {events:,} mechanisms that {pluralize(len(report.sites), 'site')} ran"
-    right, wrong = f"Each epsilon that its events give, {again}, is as it says.", pluralize(len(others), "figure")
+    again = f"recomputed from the {events:,} mechanisms that {pluralize(len(report.sites), 'site')} ran"
+    right, wrong = f"Each epsilon, {again}, matches the report.", pluralize(len(others), "figure")
     for name, those, if_right, if_wrong in (
-        ("figures", others, right, f"{wrong} not as {again}:"),
-        ("verdict", of_verdict, "No verdict is better than its figures.", "The verdict does not fit the figures:"),
+        ("figures", others, right, f"{wrong} differed from the values {again}:"),
+        ("verdict", of_verdict, "Each verdict follows from its figures.", "The verdict contradicts the figures:"),
     ):
         yield Check(name, "wrong" if those else "right", if_wrong if those else if_right, those)
 
 
 def _check_statements(facts: RunFacts, folder: Path) -> Iterator[Check]:
-    """Compare the lifetime figures that the run's report repeats with the sites' signed reports, if these are
+    """Compare the lifetime figures in the run's report with the signed site reports they come from, if these are
     available.
     """
     if not (joined := [site for site in facts.sites if site.statement]):
@@ -136,16 +133,18 @@ def _check_statements(facts: RunFacts, folder: Path) -> Iterator[Check]:
         if site.site in own and not _is_source_of_statement(own[site.site], site, facts)
     )
     if found:
-        yield Check("taken", "wrong", "The sites' own reports say something else:", found)
+        yield Check("taken", "wrong", "The sites' own reports contain other figures:", found)
     elif absent:
-        text = f"Not compared: the figures over all runs of {names}, which rest on reports that the sites signed."
-        yield Check("taken", _choose_unchecked_state(facts), f"{text} Put these into site_reports/ beside the report.")
+        text = f"The figures over all runs of {names} were not compared with the reports that these sites signed."
+        yield Check("taken", _choose_unchecked_state(facts), f"{text} Put these reports into site_reports/.")
     else:
-        yield Check("taken", "right", f"The figures over all runs are those that the sites signed: {names}.")
+        yield Check("taken", "right", f"The figures over all runs match the reports that the sites signed: {names}.")
 
 
 def _is_source_of_statement(report: Report, site: SiteFacts, facts: RunFacts) -> bool:
-    """Return True if this report is consistent, signed by the site, and contains the statement in the run's report."""
+    """Return True if a site's report is consistent, signed by the site, and the source of the statement in the run's
+    report.
+    """
     from fedtune.report.from_run import extract_statement
 
     try:
@@ -156,17 +155,17 @@ def _is_source_of_statement(report: Report, site: SiteFacts, facts: RunFacts) ->
 
 
 def _check_site_keys(facts: RunFacts, keys: Mapping[str, str] | None) -> Check:
-    """Compare the keys that signed the receipts with the known keys of the sites, since anybody can sign with a key of
-    their own.
+    """Compare the keys that signed the receipts with the roster's public keys: anybody can sign with a key of their
+    own.
     """
     held, name = {site.site: site.receipt.site_key for site in facts.sites if site.receipt}, "site keys"
     if facts.simulated:
         return Check(
-            name, _choose_unchecked_state(facts, keys), "One machine held all keys: they show nothing of real sites."
+            name, _choose_unchecked_state(facts, keys), "One machine held all keys, so they do not identify real sites."
         )
     if keys is None:
         return Check(
-            name, "missing", "The keys that signed the receipts were not compared with any roster: give --roster."
+            name, "missing", "The keys that signed the receipts were not compared with a roster: pass --roster."
         )
     found = [
         Problem(f"sites.{site.site}", held.get(site.site, "no receipt"), keys.get(site.site, "no such site"))
@@ -174,20 +173,20 @@ def _check_site_keys(facts: RunFacts, keys: Mapping[str, str] | None) -> Check:
         if site.site not in keys or held.get(site.site, keys[site.site]) != keys[site.site]
     ]
     if found:
-        return Check(name, "wrong", "Some receipts are signed with keys that the roster does not name:", tuple(found))
+        return Check(name, "wrong", "Some receipts are signed with keys that are not in the roster:", tuple(found))
     if silent := [site.site for site in facts.sites if not site.final]:
-        text = f"{', '.join(silent)} did not sign that the run is over, so that the whole plan counts there."
+        text = f"{', '.join(silent)} did not sign a final receipt, so the report counts the whole plan there."
         return Check(name, "missing", text)
-    return Check(name, "right", "Each receipt is signed with the key that the roster names for its site.")
+    return Check(name, "right", "Each receipt is signed with the site's key in the roster.")
 
 
 def _check_model_files(facts: RunFacts, model: Path | None, own: Path) -> Iterator[Check]:
-    """Compare the files in the model's folder with those that the report lists, by name and hash; extra files are
-    errors.
+    """Compare the files in the model's folder with the report's file list, by name and SHA-256; an extra file is an
+    error.
     """
     if not (folder := model or own).is_dir():
         if facts.files:
-            text = f"The model was not compared with the {pluralize(len(facts.files), 'file')} that the report names."
+            text = f"The model was not compared with the {pluralize(len(facts.files), 'file')} that the report lists."
             yield Check("files", _choose_unchecked_state(facts, model), text)
         return
     try:
@@ -207,11 +206,11 @@ def _check_model_files(facts: RunFacts, model: Path | None, own: Path) -> Iterat
     if found := [Problem(f"{folder.name}/{name}", said, is_so) for name, said, is_so in both if said != is_so]:
         yield Check("files", "wrong", f"The model in {folder} differs from the report's model:", tuple(found))
     else:
-        yield Check("files", "right", f"The {pluralize(len(there), 'file')} in {folder} are those that it names.")
+        yield Check("files", "right", f"The {pluralize(len(there), 'file')} in {folder} match the report.")
 
 
 def _check_card_and_entry(folder: Path, report: Report, *, of_run: bool) -> Iterator[Check]:
-    """Compare model card and registry entry with what fedtune generates from the report."""
+    """Compare the model card and the registry entry with the files that fedtune generates from the report."""
     from fedtune.report.registry_entry import REGISTRY, convert_registry_to_json, read_fields_by_people
 
     written: dict[Path, bytes] = {}
@@ -224,21 +223,21 @@ def _check_card_and_entry(folder: Path, report: Report, *, of_run: bool) -> Iter
     for path, right in written.items():
         name = path.relative_to(folder).as_posix()
         if not path.is_file() or path.read_bytes() == right:
-            yield Check(name, "right", "It says what the report says.")
+            yield Check(name, "right", "The file matches the report.")
         else:
             yield _report_difference(name, folder, report)
 
 
 def _report_difference(name: str, folder: Path, report: Report) -> Check:
     if report.facts.provenance.fedtune_version == __version__:
-        text = f"It is not what fedtune draws of this report: write it anew with fedtune report {folder}."
+        text = f"The file differs from the one that fedtune renders: write it again with fedtune report {folder}."
         return Check(name, "wrong", text)
-    text = f"Not compared: fedtune {__version__} may draw it in another form; check it with the report's version."
+    text = f"The file was not compared: check it with the report's fedtune version, since {__version__} may differ."
     return Check(name, _choose_unchecked_state(report.facts), text)
 
 
 def _check_drawings(path: Path, report: Report) -> Iterator[Check]:
-    """Compare the page and the label next to a report with new drawings; equal reports give equal bytes."""
+    """Compare the HTML page and the label next to a report with newly rendered ones; equal reports give equal bytes."""
     from fedtune.report.page.render import render, render_label
     from fedtune.report.page.translations import LANGUAGES
 
@@ -248,17 +247,18 @@ def _check_drawings(path: Path, report: Report) -> Iterator[Check]:
             continue
         content = file.read_bytes() if file.stat().st_size <= signing.MOST_BYTES else b""
         if any(draw(report, language=language).encode() == content for language in LANGUAGES):
-            yield Check(name, "right", "It shows what the report says, byte for byte.")
+            yield Check(name, "right", "The file matches the report byte for byte.")
         else:
             yield _report_difference(name, path.parent, report)
 
 
 def find_settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
-    """Yield every fact of a run that contradicts its settings.
+    """Yield every value in a run's report that contradicts the run's settings.
 
-    Guarantee: without a problem, each number of the plan, and so each mechanism, is the one that the settings ask for,
-    and the report's statements on data, model and settings match them.  The digest shows that these are the run's own
-    settings. The origin of an exported base model is not part of the settings and is not checked.
+    Guarantee: if there is no problem, every number in the plan, and therefore every mechanism, follows from the
+    settings, and the report's statements on data, model and settings match them. The configuration digest shows that
+    these are the run's own settings. The origin of an exported base model is not part of the settings and is not
+    checked.
     """
     if config.digest() != facts.provenance.config_sha256:
         yield Problem("provenance.config_sha256", facts.provenance.config_sha256, config.digest())
@@ -274,7 +274,7 @@ def find_settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Probl
         from fedtune.report.from_run import collect_sent_settings
 
         run = collect_sent_settings(config, plan, model_sha256=config.model.sha256 or str(made.model_sha256)).run_id()
-    began = config.model.adapter_sha256 or (start and start.digest)  # what a base or records owe stands in no settings
+    began = config.model.adapter_sha256 or (start and start.digest)  # settings name no start adapter of a public stage
     for where, is_so, asked in (
         *((f"plan.{key.name}", getattr(said, key.name), getattr(plan, key.name)) for key in dataclasses.fields(plan)),
         *(
@@ -297,15 +297,15 @@ def find_settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Probl
 
 
 def _check_configuration(facts: RunFacts, sha256: str | None, config: RunConfig | None) -> Check:
-    """Compare the report with the run's settings: their digest, and the plan that follows from them."""
+    """Compare the report with the run's settings: their digest, and the training plan that follows from them."""
     name, said = "configuration", facts.provenance.config_sha256
     found = [Problem("provenance.config_sha256", said, sha256)] if sha256 not in (None, said) else []
     found += find_settings_problems(facts, config) if config is not None else ()
     if found:
-        return Check(name, "wrong", "The run's settings say something else:", tuple(found))
+        return Check(name, "wrong", "The run's settings contradict the report:", tuple(found))
     if config is not None:
-        text = "The run's config.yaml gives the same noise, sampling rate, clip norm, steps, rounds and epsilon."
+        text = "Noise, sampling rate, clip norm, steps, rounds and epsilon match the run's config.yaml."
         return Check(name, "right", text)
-    first = "The" if sha256 is None else f"It is of the configuration {sha256}, whose settings are not at hand: the"
-    text = "run's config.yaml does not lie beside the report: noise, sampling rate and steps were not compared with it."
-    return Check(name, _choose_unchecked_state(facts, sha256), f"{first} {text}")
+    first = "" if sha256 is None else f"The configuration's digest is {sha256}, as expected. "
+    text = "Noise, sampling rate and steps were not checked: config.yaml is not in the report's folder."
+    return Check(name, _choose_unchecked_state(facts, sha256), f"{first}{text}")

@@ -1,4 +1,4 @@
-"""A privacy report as a notebook shows it."""
+"""The notebook display of a privacy report."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fedtune.show.svg_figure import SvgFigure
 
 
 class DrawnReport(Report):
-    """A report with its privacy label as a figure, and a table of its main facts."""
+    """A report that a notebook displays as a table of its main figures, and that can draw its privacy label."""
 
     @classmethod
     def from_report(cls, report: Report) -> DrawnReport:
-        """Add label and table to a report."""
+        """Copy the fields of a report."""
         return cls(**{one.name: getattr(report, one.name) for one in fields(report)})
 
     def scale(self, language: Literal["en", "de"] = "en") -> SvgFigure:
-        """Draw the privacy label: epsilon and what it means, the verdict, and what is not protected."""
+        """Draw the privacy label: epsilon and its meaning, the verdict, and the limits of the guarantee."""
         return SvgFigure(render_label(self, language=language))
 
     def _repr_html_(self) -> str:

@@ -1,7 +1,7 @@
-"""The facts of a report, each stated once; everything else in a report is derived from them (`derive`).
+"""The source data of a report, from which every other value in the report is derived (`derive`).
 
-The builders read the facts from a run's folder or from a ledger.  Facts are plans, counts, limits and days, and never
-contain data of a record.  A verifier derives everything else again; only a signature shows that the facts are true.
+The builders read these values from a run's folder or from a ledger. They are plans, counts, limits and dates, and never
+contain record data. A verifier derives all other values again; only a signature vouches for the source data itself.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
 from fedtune.tasks.measures import Detail
 
 Value = str | int | float | tuple[str, ...] | Mapping[str, int | float | None] | None
-"""Of a fact that a cell shows; None: it is not known."""
+"""The value of a fact in a cell; None: unknown."""
 State = Literal["within", "exceeded", "no_guarantee"]
 Source = Literal["charged_by_receipts", "own_ledger", "signed_site_report", "not_released"]
 NOT_RECORDED = "not_recorded"  # for a fact that was not recorded at the time
-_MOST_CANARIES = 10**6  # at one place
+_MOST_CANARIES = 10**6  # canaries at one site
 
 
 @spec
 class BudgetVerdict:
-    """Whether the spent epsilon stays within the approved one; `reasons` are codes of the catalog."""
+    """Whether the spent epsilon is within the approved budget; `reasons` contains codes from the catalog."""
 
     state: State
     reasons: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ class BudgetVerdict:
 
 @spec
 class Approved:
-    """The limits in the site's policy; None: no limit of that kind."""
+    """The budget limits in a site's policy; a field is None if the policy sets no such limit."""
 
     max_epsilon: float | None
     max_epsilon_per_run: float | None
@@ -56,16 +56,16 @@ class Approved:
 
 @spec
 class Cap:
-    """A lifetime cap, and when it came into force."""
+    """A lifetime cap on epsilon, and the time when it took effect."""
 
     time: str
     max_epsilon: float | None
-    charges_before: int  # charges that the ledger had noted by then, in rounds and in backups put back
+    charges_before: int  # number of earlier charges in the ledger: charged rounds plus restored backups
 
 
 @spec
 class LifetimeRun:
-    """The figures of one run in a ledger."""
+    """One run in a ledger, with its charged rounds and its epsilon."""
 
     run: str
     lead: str
@@ -81,7 +81,7 @@ class LifetimeRun:
 
 @spec
 class CohortFigures:
-    """The figures of people who arrived in the same periods; the fields other than `people` are as in `Lifetime`."""
+    """The privacy budget of people who arrived in the same periods; all fields except `people` are as in `Lifetime`."""
 
     people: ArrivalRange
     epsilon: float | None
@@ -91,9 +91,7 @@ class CohortFigures:
 
 @spec
 class Lifetime:
-    """A ledger's figures over all its runs; if people arrive over time, those of the cohort with the largest
-    figures.
-    """
+    """A ledger's budget figures over all runs; with several arrival cohorts, the figures of the most exposed cohort."""
 
     order: float
     epsilon: float | None
@@ -114,12 +112,12 @@ class Lifetime:
 
     @property
     def has_guarantee(self) -> bool:
-        """Whether anything can be guaranteed for what was released."""
+        """Whether any guarantee holds for the site's releases."""
         return not self.seeded and self.epsilon is not None
 
     @property
     def cap_raised(self) -> bool:
-        """Whether a lifetime cap was raised after a charge, and so perhaps because of what that charge released."""
+        """Whether a lifetime cap was raised after a charge, possibly because of that charge's release."""
         return any(
             later.charges_before > 0
             and cap.max_epsilon is not None
@@ -128,8 +126,8 @@ class Lifetime:
         )
 
     def has_spent_without_cap(self, charges: int) -> bool:
-        """Whether any of the first `charges` charges was made while no lifetime cap was in force.  A later cap does not
-        bound such a charge.
+        """Whether any of the first `charges` charges was made without a lifetime cap; a later cap does not bound such a
+        charge.
         """
         spans = zip(self.caps, [*(cap.charges_before for cap in self.caps[1:]), charges], strict=False)
         return any(cap.max_epsilon is None and cap.charges_before < end for cap, end in spans)  # () without caps
@@ -137,36 +135,36 @@ class Lifetime:
 
 @spec
 class Verification:
-    """The result of verifying a ledger."""
+    """The result of verifying a ledger's hash chain and signatures."""
 
     num_events: int
-    first: str  # hash of the ledger's first event, which no other ledger has
-    head: str  # of its newest
+    first: str  # hash of the ledger's first event, which identifies the ledger
+    head: str  # hash of the ledger's newest event
     site_key: str
     key_expected: bool
     anchor_sequence: int | None
 
     @property
     def rollback_excluded(self) -> bool:
-        """Whether an anchor covers the ledger's last event, so that no event up to the anchor can be missing."""
+        """Whether an anchor covers the ledger's last event, so that no earlier event can be missing."""
         return (self.anchor_sequence or 0) >= self.num_events
 
 
 @spec
 class Release:
-    """Something that left the site, or a refusal; equal releases of one run are counted together."""
+    """A release from the site, or a refusal; equal releases of one run share an entry with a count."""
 
     kind: str  # "update", "own_release", "refusal", "offer", "reservation_without_update"
     run: str
-    reason: str | None  # of a refusal
+    reason: str | None  # reason for a refusal
     count: int
-    first: str | None  # when; a ledger's only to the day, since a policy may hide when exactly its site trained
-    last: str | None
+    first: str | None  # time of the first release; only the day for a ledger, since a policy may hide training times
+    last: str | None  # time of the last release
 
 
 @spec
 class StartAdapter:
-    """The adapter from which the run started; None: unknown, except that an epsilon of None with a delta means
+    """The adapter from which the run started; a field is None if unknown, but an `epsilon` of None with a `delta` is
     unbounded.
     """
 
@@ -176,13 +174,14 @@ class StartAdapter:
     unit: str | None
     delta: float | None
     epsilon: float | None
-    public: bool = False  # the run's own public stage trained it, on records that its lead declares to be public
+    public: bool = False  # whether the run's public stage trained it, on records that the lead declares to be public
 
 
 @spec
 class Provenance:
-    """The origin of the run; None: unknown, except that a `start_adapter` of None means that the run started with a
-    new one.
+    """The origin of the run's code, model and data; a field is None if unknown.
+
+    A `start_adapter` of None means that the run started with a new adapter.
     """
 
     fedtune_version: str
@@ -196,21 +195,21 @@ class Provenance:
     python: str | None = None
     machine: str | None = None
     start_adapter: StartAdapter | None = None
-    purpose: str | None = None  # of the training, in the words of a person
-    channel: str | None = None  # how the model is released, likewise
-    acceptable_use: str | None = None  # what users may do with it, likewise
+    purpose: str | None = None  # purpose of the training, as stated in report.about
+    channel: str | None = None  # release channel of the model, as stated in report.about
+    acceptable_use: str | None = None  # permitted uses of the model, as stated in report.about
 
 
 @spec
 class SiteStatement:
-    """The parts of a site's signed report of its own ledger that a run's report repeats."""
+    """The excerpt of a site's signed ledger report that a run's report includes."""
 
-    date: str | None  # day of the report
-    same_plan: bool  # whether its ledger holds the plan that the run asked for, if it knows the run
+    date: str | None  # date of the site's report
+    same_plan: bool  # whether the ledger contains the run with the requested plan, or does not contain the run
     verdict: BudgetVerdict
     approved: Approved
     lifetime: Lifetime
-    charges: int  # that its ledger holds, as `Cap.charges_before` counts them
+    charges: int  # number of charges in the ledger, counted as in `Cap.charges_before`
     verification: Verification | None
     releases: tuple[Release, ...]
     asserted: Mapping[str, bool]
@@ -218,27 +217,33 @@ class SiteStatement:
 
 @spec
 class AuditBound:
-    """An empirical lower bound on epsilon, and the best bound that `canaries` planted records could give."""
+    """An empirical lower bound on epsilon, and the largest bound that an audit with `canaries` planted records can
+    prove.
+    """
 
-    site: str | None  # None: on the aggregated model, over all audited sites
+    site: str | None  # None: a bound for the aggregated model over all audited sites
     claimed_epsilon: float
     lower_bound: float
     best_possible: float
     canaries: int
     guesses: int
     right: int
-    fdp_bound: float | None = None  # if the mechanism is about Gaussian; None: an audit from before it was computed
+    fdp_bound: float | None = None  # bound for an approximately Gaussian mechanism; None: an older audit without it
 
     def __post_init__(self) -> None:
         check_at_least("claimed_epsilon", self.claimed_epsilon, 0)
         if not 0 <= self.right <= self.guesses <= self.canaries <= _MOST_CANARIES:
             said = f"{self.right} of {self.guesses} of {self.canaries}"
-            raise ConfigError("right", said, "must be at most the guesses, which must be at most the canaries")
+            raise ConfigError(
+                "right", said, "must not exceed the guesses, and the guesses must not exceed the canaries"
+            )
 
 
 @spec
 class AuditHitRate:
-    """The true positive rate of an attack at a false positive rate of `false_alarms`; None: too few records to say."""
+    """The true positive rate of an attack at the false positive rate `false_alarms`; None: too few records to estimate
+    it.
+    """
 
     false_alarms: float
     found: float | None
@@ -248,7 +253,7 @@ class AuditHitRate:
 
 @spec
 class AuditMembership:
-    """How well a score separates real training records from records that were not used; `site` as in `AuditBound`."""
+    """How well an attack score separates training records from unused records; `site` is as in `AuditBound`."""
 
     site: str | None
     score: str
@@ -261,18 +266,18 @@ class AuditMembership:
 
     def __post_init__(self) -> None:
         if not self.hit_rates:
-            raise ConfigError("hit_rates", [], "must have at least one rate: every membership attack has one")
+            raise ConfigError("hit_rates", [], "must contain at least one rate")
 
 
 @spec
 class Audit:
-    """The findings of an attempt to break the guarantee; each figure holds with `confidence` on its own."""
+    """The results of a privacy audit; each figure holds with the given `confidence` on its own."""
 
     method: str
     confidence: float
     delta: float
     seeded: bool
-    exceeded: bool  # a lower bound is above its claim, so that the implementation or the claim is wrong
+    exceeded: bool  # whether a lower bound exceeds the claimed epsilon, so that the implementation or claim is wrong
     bounds: tuple[AuditBound, ...]
     membership: tuple[AuditMembership, ...]
 
@@ -283,59 +288,59 @@ class Audit:
 
 @spec
 class SiteFacts:
-    """One site of a run, as its lead knows it."""
+    """The lead's data about one site of a run: declared size, newest receipt, and the site's own statement."""
 
     site: str
     declared_size: int | None
-    receipt: Receipt | None  # its newest of this run, as it signed it; None: the lead has none
-    statement: SiteStatement | None = None  # from a report that it signed
+    receipt: Receipt | None  # newest signed receipt for this run; None: the lead has received no receipt
+    statement: SiteStatement | None = None  # excerpt of the site's signed ledger report
 
     @property
     def final(self) -> bool:
-        """Whether the site's receipt says that the run has ended there and will be charged nothing more."""
+        """Whether the site's receipt confirms that the run has ended and that no further round will be charged."""
         return self.receipt is not None and self.receipt.ended
 
 
 @spec
 class RunFacts:
-    """The facts of a run."""
+    """The source data of a run's report."""
 
     kind: Literal["run"]
     name: str
-    run: str  # as the sites' ledgers call it
-    sent: str  # the settings that real sites were sent, of which the run's name has the digest; "" for a simulation
+    run: str  # name of the run in the sites' ledgers
+    sent: str  # settings sent to real sites as JSON, whose digest is part of the run's name; "" for a simulation
     plan: Plan
-    target_epsilon: float | None  # that the run was given
+    target_epsilon: float | None  # epsilon in the run's settings
     seeded_noise: bool
-    date: str | None  # of the newest thing on record
-    sampling: str | None  # how the process that trained says units joined a step; None: nobody noted it
-    randomness: str | None  # where it says noise came from, likewise
-    inexact_gradients: bool | None  # whether the policies of all simulated sites accept them; None: not on file
-    config_file_sha256: str  # of the `config.yaml` in the folder; `provenance` has that of the run's
+    date: str | None  # time of the newest entry in the run folder
+    sampling: str | None  # sampling scheme recorded by the training process; None: not recorded
+    randomness: str | None  # source of the noise recorded by the training process; None: not recorded
+    inexact_gradients: bool | None  # whether all simulated sites' policies accept them; None: the policies are missing
+    config_file_sha256: str  # digest of the folder's `config.yaml`; `provenance` has the digest of the run's settings
     primary_metric: str
     checkpoint_selection: Literal["last", "best"]
     early_stopping_patience: int | None
-    settings: Mapping[str, Value]  # of the run, that its cells show
-    trained_parameters: int | None  # None: not known
+    settings: Mapping[str, Value]  # settings that the cells show
+    trained_parameters: int | None  # None: unknown
     provenance: Provenance
-    rounds: tuple[RoundResult, ...]  # the finished ones, without the sites' noised scores
-    before: Scores  # on the test file before training
-    final: Scores  # after it
+    rounds: tuple[RoundResult, ...]  # finished rounds, without the sites' noised scores
+    before: Scores  # scores on the test file before training
+    final: Scores  # scores on the test file after training
     seconds: float | None
     findings: tuple[str, ...]
     energy: Energy | None
     detail: Detail | None
     selection: Selection | None
-    audit: Audit | None  # what an attack found
-    canaries_planted: bool  # one was begun
+    audit: Audit | None  # results of a finished privacy audit
+    canaries_planted: bool  # whether an audit has planted canaries in the run's records
     sites: tuple[SiteFacts, ...]
-    files: Mapping[str, str]  # file of the finished model, and of each export -> its SHA-256
-    held_out: tuple[HeldOut, ...] | None = None  # noised scores of runs up to this one, each begun in the one before
-    constant: float | None = (
-        None  # `primary_metric` of the best constant answer to the test file; None: there is no such
-    )
-    total_parameters: int | None = None  # the frozen ones included; None: not known
-    group_scores: Mapping[str, float | None] = field(default_factory=dict)  # that `fedtune compare --by` found
+    files: Mapping[str, str]  # file of the finished model or of an export -> SHA-256
+    held_out: tuple[HeldOut, ...] | None = None  # noised held-out scores of this run and of its predecessors in order
+    constant: float | None = None  # `primary_metric` of the best constant prediction on the test file; None: undefined
+    total_parameters: int | None = None  # including frozen parameters; None: unknown
+    group_scores: Mapping[str, float | None] = field(
+        default_factory=dict
+    )  # scores by group from `fedtune compare --by`
 
     @property
     def unit(self) -> Unit:
@@ -370,12 +375,12 @@ class RunFacts:
 
     @property
     def kept(self) -> Kept | None:
-        """The round that validation scores selected; None if they did not decide."""
+        """The round that validation scores selected; None: no round was selected by its scores."""
         return find_kept_round(self.rounds, self._federation, primary_metric=self.primary_metric)
 
     @property
     def unchanged(self) -> bool:
-        """Whether `config.yaml` is still the one with which the run was made."""
+        """Whether `config.yaml` still contains the settings of the run."""
         return self.config_file_sha256 == self.provenance.config_sha256
 
     @property
@@ -384,21 +389,21 @@ class RunFacts:
 
     @property
     def simulated(self) -> bool:
-        """Whether one machine holds all keys, as the settings or any site's own signature say."""
+        """Whether one machine holds all sites' keys, according to the settings or to any site's signed receipt."""
         return not self.deployed or any(site.receipt and site.receipt.simulated for site in self.sites)
 
     def count_charged_rounds(self, site: SiteFacts) -> int:
         """Return the number of rounds that count as charged at a site, including retries.
 
-        Guarantee: it is less than the whole plan only if the site signed that it charged no more and that the run has
-        ended in its ledger.  What the lead repeats from a site's own report can only increase it.
+        Guarantee: the number is below that of the whole plan only if the site signed a final receipt with fewer charged
+        rounds. Figures from a site's own report can only increase the number.
         """
         told = [run.rounds for run in site.statement.lifetime.runs if run.run == self.run] if site.statement else []
         signed = site.receipt.charged_rounds if site.receipt and site.receipt.ended else self.plan.most_rounds
         return max(signed, *told, 0)
 
     def is_upper_bound(self, site: SiteFacts) -> bool:
-        """Whether the site may have charged fewer rounds, because it did not sign that the run has ended there."""
+        """Whether the number of charged rounds is only an upper bound, since the site has signed no final receipt."""
         return not site.final and (site.receipt is None or site.receipt.charged_rounds < self.plan.most_rounds)
 
 
@@ -408,12 +413,12 @@ class ChargedRounds:
 
     run: str  # "" for a lost branch
     rounds: int
-    round: int | None  # of one round that the report shows by itself; None: several, or a run that it shows as a whole
-    day: str  # of the last of them
+    round: int | None  # round number if the entry covers a single round; None: several rounds, or a whole run
+    day: str  # date of the last charge
     lost: tuple[Charge, ...] = ()  # mechanisms of the lost branch
-    entry: int | None = None  # that made up for it
-    lost_cohorts: tuple[str, ...] | None = None  # of each of these, whom it was charged to; None: everybody
-    lost_rows: bool | None = None  # the register of arrivals may lack rows: the oldest cohort owes all charged so far
+    entry: int | None = None  # number of the ledger entry that charged for the lost branch
+    lost_cohorts: tuple[str, ...] | None = None  # charged cohorts of each mechanism in `lost`; None: all people
+    lost_rows: bool | None = None  # whether arrival rows were lost, so that the oldest cohort owes all charges so far
 
     def __post_init__(self) -> None:
         check_at_least("rounds", self.rounds, 1 if self.run else 0)
@@ -421,19 +426,19 @@ class ChargedRounds:
 
 @spec
 class RunInLedger:
-    """A run that a ledger accepted."""
+    """A run that a ledger has accepted."""
 
     run: str
     lead: str
     dataset: str
     state: Literal["open", "ended", "expired"]
     plan: Plan
-    lost_rounds: int  # that it was charged on lost branches
-    max_epsilon: float | None  # the cap on one run that was in force when it was accepted; None: there was none
+    lost_rounds: int  # rounds charged on lost branches
+    max_epsilon: float | None  # per-run cap in force when the run was accepted; None: no cap
     seeded_noise: bool
     base_model: str
-    release: str = ""  # what kind of release of the site's own it is; "": it is a lead's run
-    approvals: tuple[Mapping[str, str | None], ...] = ()  # when, by whom, by which ticket and why; None: not on record
+    release: str = ""  # kind of the site's own release; "" for a lead's run
+    approvals: tuple[Mapping[str, str | None], ...] = ()  # day, approver, ticket and reason; None: not recorded
 
     def __post_init__(self) -> None:
         check_at_least("lost_rounds", self.lost_rounds, 0)
@@ -445,36 +450,36 @@ class RunInLedger:
 
 @spec
 class LedgerFacts:
-    """The facts of a ledger."""
+    """The source data of a ledger's report."""
 
     kind: Literal["ledger"]
     site: str
     population: str
-    date: str  # of its newest entry
+    date: str  # date of the ledger's newest entry
     unit: Unit
     delta: float
-    order: float  # of the filter, fixed when the ledger was made
+    order: float  # Renyi order of the privacy filter, fixed when the ledger was created
     declared_size: int
-    approved: Approved  # of each cap the smaller of the noted one and the policy's
-    reference: ReferenceRun  # a typical run
+    approved: Approved  # for each cap, the smaller of the ledger's and the current policy's value
+    reference: ReferenceRun  # typical run for estimating the number of runs left
     caps: tuple[Cap, ...]
     runs: tuple[RunInLedger, ...]
-    charges: tuple[ChargedRounds, ...]  # in order
+    charges: tuple[ChargedRounds, ...]  # in ledger order
     lost_seed: bool  # whether noise on a lost branch came from a seed
     frozen: bool
     in_doubt: bool
-    simulated: bool  # whether the site was ever one of a simulation's
-    inexact_gradients: bool  # whether one of its policies accepted them
-    policy_noted: bool | None  # the ledger has noted the policy in force, with its digest; None: it was not given
+    simulated: bool  # whether the site was ever part of a simulation
+    inexact_gradients: bool  # whether any of the site's policies accepted inexact gradients
+    policy_noted: bool | None  # whether the ledger has recorded the current policy; None: no policy was given
     policy_digest: str
     verification: Verification | None
-    problem: str  # why the ledger does not verify; "": it does
+    problem: str  # reason why the ledger does not verify; "" if it verifies
     releases: tuple[Release, ...]
     asserted: Mapping[str, bool]
-    settings: Mapping[str, Value] = field(default_factory=dict)  # of its runs, that its cells show
-    limits_loosened: tuple[str, ...] = ()  # days on which a limit for a run or a period was loosened, after a charge
+    settings: Mapping[str, Value] = field(default_factory=dict)  # settings of the runs that the cells show
+    limits_loosened: tuple[str, ...] = ()  # dates on which a limit per run or period was loosened after a charge
     provenance: Provenance
-    arrivals: Calendar | None = None  # the calendar by which its people arrive; None: one budget for everybody
+    arrivals: Calendar | None = None  # arrival calendar of the site's people; None: one budget for all people
 
     @property
     def name(self) -> str:

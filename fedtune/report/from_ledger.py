@@ -1,6 +1,6 @@
-"""The facts of a ledger: one site's own view of all its runs over the years, from verified events.
+"""The source data of a ledger's report: one site's view of all its runs over the years, read from verified events.
 
-If the ledger does not verify, its events are used as far as they are consistent.
+If the ledger does not verify, its events are used up to the first inconsistent one.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from fedtune.report.verify_report import derive_report
 from fedtune.sites.site_settings import read_site_settings
 from fedtune.spec import ConfigError, RunError
 
-MOST_STEPS = 400  # charged rounds that a report shows by themselves; of more it shows one charge for each run and month
+MOST_STEPS = 400  # charged rounds that a report lists separately; above it, charges are grouped by run and month
 
 
 def build_ledger_report(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
     """Build the report of a ledger, as of its newest event.
 
-    Guarantee: the report contains nothing about the records except what was released; the records' fingerprints stay in
-    the ledger.  A ledger that does not verify gives a report that says so and guarantees nothing.  If a `site.toml` is
-    given, its key and anchor are used when they are available.
+    Guarantee: the report contains no information about the records except what was released; record fingerprints stay
+    in the ledger. The report of a ledger that does not verify says so and states no guarantee. If a `site.toml` is
+    given, the site's key and anchor are used when they are available.
 
     Raises:
         RunError: the ledger cannot be read at all.
@@ -69,7 +69,7 @@ def build_ledger_report(site_toml_or_ledger: Path, *, anchor: Path | None = None
         events, history = verified.events, verified.history
     except RunError as error:
         events, history = _read_consistent_events(ledger)
-        problem = str(error).replace(str(ledger), ledger.name)  # folders are nobody else's business
+        problem = str(error).replace(str(ledger), ledger.name)  # a report contains no local paths
     for name, made_for, says in history.opening.list_differences(own) if own else []:
         raise ConfigError(name, says, f"must be {made_for!r}, for which {ledger} was created").in_file(
             site_toml_or_ledger
@@ -80,10 +80,10 @@ def build_ledger_report(site_toml_or_ledger: Path, *, anchor: Path | None = None
 
 
 def _read_consistent_events(ledger: Path) -> tuple[tuple[Event, ...], History]:
-    """Return the events up to the first inconsistent one, without verification.
+    """Return the events before the first inconsistent event, without verifying signatures.
 
     Raises:
-        RunError: not even the first two events are consistent.
+        RunError: the first two events are already inconsistent.
     """
     with store.open_for_reading(ledger) as file:
         events = store.read_events(file)
@@ -101,13 +101,15 @@ def _read_consistent_events(ledger: Path) -> tuple[tuple[Event, ...], History]:
 
 
 def collect_current_facts(verified: Verified) -> LedgerFacts:
-    """Return the facts of a ledger as of now, but not before its newest event, with one charge per run and month."""
+    """Collect a ledger's report data as of now, or as of its newest event if that is later, with one charge per run and
+    month.
+    """
     history = verified.history
     return collect_ledger_facts(verified.events, history, verified=verified, most=0, now=history.now())
 
 
 def compute_current_lifetime(verified: Verified) -> Lifetime:
-    """Compute the figures over all runs as of now."""
+    """Compute a ledger's budget figures over all runs as of now."""
     return ledger_figures.compute_lifetime(collect_current_facts(verified))
 
 
@@ -122,17 +124,17 @@ def collect_ledger_facts(
     most: int,
     now: datetime | None = None,
 ) -> LedgerFacts:
-    """Collect the facts of a ledger from its events, up to the first inconsistent one, and from their history.
+    """Collect a ledger's report data from its consistent events and from the history that follows from them.
 
     Args:
-        events: the events.
+        events: the ledger's events up to the first inconsistent one.
         history: the history that follows from the events.
-        verified: the verified ledger; None: it is inconsistent, or older than its anchor.
-        problem: why the ledger does not verify; empty if it does.
-        own: the policy in force, if it was given.
-        about: what the site says of purpose and release, as far as it says so.
-        most: the largest number of rounds to list one by one, as in `list_charges`.
-        now: the time of the facts; None: the time of the newest event, whenever the ledger is read.
+        verified: the verified ledger; None: the ledger is inconsistent, or older than its anchor.
+        problem: the reason why the ledger does not verify; empty if it verifies.
+        own: the current policy, if it is available.
+        about: the site's statements on purpose and release, if any.
+        most: the largest number of rounds to list separately, as in `list_charges`.
+        now: the date of the report; None: the time of the newest event.
     """
     now, noted = now or history.last_time, history.policy
     assert now is not None, "a ledger has events"
@@ -141,7 +143,7 @@ def collect_ledger_facts(
     simulated = ("simulated", "") in history.marks
     # A simulation notes that it is one, whatever the file says.
     own = own and replace(own, simulated=noted.simulated)
-    run_caps = _run_caps(events)
+    run_caps = _map_cap_by_run(events)
     proposals = [run.proposal for run in history.runs.values() if run.proposal.lead]  # of training
     models = {proposal.base_model for proposal in proposals}
     settings = {
@@ -210,10 +212,10 @@ def collect_ledger_facts(
         ),
         problem=problem,
         releases=list_releases(events, history),
-        # Nobody stands behind a simulated site who could state anything, whatever its policy says.
+        # A simulated site has no staff who could state anything, so its policy's assertions do not count.
         asserted={} if simulated else asdict(noted.asserted),
         settings={name: ", ".join(said) for name, said in settings.items() if said},
-        provenance=Provenance(  # the events do not name the machine that they came about on
+        provenance=Provenance(  # events do not record the machine
             fedtune_version=" / ".join(dict.fromkeys(event.code for event in events)),
             model_sha256=models.pop() if len(models) == 1 and models != {UNVERIFIED} else None,
             dataset=", ".join(dataset.id for dataset in noted.dataset),
@@ -228,9 +230,9 @@ def collect_ledger_facts(
 
 
 def _compute_effective_budget(noted: Budget, own: Budget | None) -> Budget:
-    """Return the budget that the ledger noted, with each cap lowered to that of the policy in force.
+    """Return the ledger's recorded budget, with each cap lowered to the cap in the current policy.
 
-    A site lowers a cap by editing its policy, before the ledger notes the change.  No cap is ever raised here.
+    A site may lower a cap by editing its policy before the ledger records the change. This function never raises a cap.
     """
     if own is None:
         return noted
@@ -247,8 +249,8 @@ def _compute_effective_budget(noted: Budget, own: Budget | None) -> Budget:
     )
 
 
-def _run_caps(events: Sequence[Event]) -> dict[str, float | None]:
-    """Return run -> the cap per run that was in force when the run was accepted."""
+def _map_cap_by_run(events: Sequence[Event]) -> dict[str, float | None]:
+    """Return run -> the per-run cap that was in force when the run was accepted."""
     run_caps: dict[str, float | None] = {}
     budget = None
     for event in events:
@@ -260,12 +262,12 @@ def _run_caps(events: Sequence[Event]) -> dict[str, float | None]:
 
 
 def format_event_day(time: str) -> str:
-    """Return the day of an event without its time: a policy may hide when exactly its site trained."""
+    """Return the date of an event without its time, because a policy may hide the exact training times of its site."""
     return time[:10]
 
 
 def list_charges(events: Sequence[Event], history: History, *, most: int) -> tuple[ChargedRounds, ...]:
-    """List the charges in order: one per round, or one per run and month if there are more than `most` rounds."""
+    """List the charges in ledger order, one per round; above `most` rounds, one per run and month."""
     by_round = sum(event.kind is Kind.RESERVE for event in events) <= most
     restored, made = iter(history.restored), list[ChargedRounds]()
     for event in events:
@@ -286,9 +288,9 @@ def list_charges(events: Sequence[Event], history: History, *, most: int) -> tup
 
 
 def list_releases(events: Sequence[Event], history: History) -> tuple[Release, ...]:
-    """List everything that the site released or refused, grouped by run, kind and reason, in order of first occurrence.
+    """List all releases and refusals of the site by run, kind and reason, in order of first occurrence.
 
-    Refusals of runs in which the site never took part are counted together, because a requester may choose any name.
+    Refusals of runs that the ledger never accepted are counted together, because a requester may choose any run name.
     """
     groups = defaultdict[tuple[str, str, str | None], list[str]](list)
     unanswered: dict[tuple[str, int, int], str] = {}

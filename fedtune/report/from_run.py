@@ -1,11 +1,11 @@
-"""The facts of a run: what its lead can show, from the run folder and from the reports that sites chose to release.
+"""The source data of a run's report, read from the lead's run folder and from the reports that sites chose to release.
 
-A run that crashed, was killed or is still in progress has no `run.json`, or one without final scores; then its newest
-checkpoint shows which sites were asked for what, and which receipts arrived.
+A run that crashed, was killed or is still in progress has no `run.json`, or a `run.json` without final scores. In that
+case the newest checkpoint shows which sites took part in each round, and which receipts arrived.
 
-A site may sign a report of its own ledger and give it to the lead.  Such a statement is as trustworthy as the site's
-signature, and no more than its earlier receipts.  The report is verified by itself before a part of it is used, because
-the figures over all runs do not follow from that part.
+A site may sign a report of its own ledger and send it to the lead. The run's report includes an excerpt of it, which is
+as trustworthy as the site's signature. The site's report is verified before the excerpt is taken, because the lifetime
+figures cannot be recomputed from the excerpt alone.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ _RESULT = TypeAdapter(RunResult)
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """The record of a run, as read from its folder."""
+    """The contents of a run folder: configuration, plan, results, newest checkpoint and recorded environments."""
 
     folder: Path
     config: RunConfig
     plan: Plan
-    config_sha256: str  # of the configuration that the run really had, where `run.json` says it
-    result: RunResult | None  # of its `run.json`
-    state: LeadState | None  # of its newest checkpoint
-    rounds: Sequence[RoundResult]  # the finished ones
+    config_sha256: str  # digest of the run's configuration from `run.json`, or of config.yaml without `run.json`
+    result: RunResult | None  # content of `run.json`
+    state: LeadState | None  # newest checkpoint
+    rounds: Sequence[RoundResult]  # finished rounds
     environments: tuple[Environment, ...]
     selection: Selection | None = None
 
@@ -70,9 +70,7 @@ class RunRecord:
 
     @cached_property
     def receipts(self) -> Mapping[str, Receipt]:
-        """Site -> its newest receipt of this run; receipts that the site did not sign for this run and plan are left
-        out.
-        """
+        """Site -> its newest valid receipt; a receipt that the site did not sign for this run and plan is omitted."""
         stored = (self.state.receipts if self.state else {}).items()
         return {
             site: one for site, one in stored if not find_invalid_field(one, site=site, run=self.run, plan=self.plan)
@@ -80,7 +78,7 @@ class RunRecord:
 
     @cached_property
     def sent(self) -> RunConfig | None:
-        """The settings that were sent to real sites; None for a simulation, and if they cannot be reconstructed."""
+        """The settings that real sites received; None for a simulation, or if they cannot be reconstructed."""
         config = self.config
         sha256 = config.model.sha256 or next((one.model_sha256 for one in reversed(self.environments)), None)
         if not self.deployed or config.digest() != self.config_sha256 or sha256 is None:
@@ -89,14 +87,14 @@ class RunRecord:
 
     @cached_property
     def run(self) -> str:
-        """The run's name in the sites' ledgers; if neither settings nor receipts reveal it, the name in the run's
-        settings.
+        """The run's name in the sites' ledgers; without sent settings or valid receipts, the name in the run's
+        configuration.
         """
         if not self.deployed:
             return f"{self.config.name}-{self.config_sha256[:32]}"
         if self.sent is not None:
             return self.sent.run_id()
-        # Real sites are sent other settings than the lead's, and what is missing of these has a digest all the same.
+        # The sent settings cannot be reconstructed, but a valid receipt contains the run's name with their digest.
         form = re.compile(re.escape(self.config.name) + "-[0-9a-f]{32}")
         for site, receipt in (self.state.receipts if self.state else {}).items():
             if receipt.site == site and form.fullmatch(receipt.run) and receipt.has_valid_signature():
@@ -109,18 +107,17 @@ class RunRecord:
 
 
 def collect_sent_settings(config: RunConfig, plan: Plan, *, model_sha256: str) -> RunConfig:
-    """Return the settings as they were sent to real sites, with the noise of that time, so that it is not
-    recalibrated.
-    """
+    """Return the settings as sent to real sites, with the plan's noise multiplier, so that it is not recalibrated."""
     noise = plan.noise_multiplier if plan.private else config.privacy.noise_multiplier
     privacy = replace(config.privacy, noise_multiplier=noise)
     return select_settings_for_sites(replace(config, model=replace(config.model, sha256=model_sha256), privacy=privacy))
 
 
 def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
-    """Read the record of a run folder.
+    """Read the record of a run from its folder.
 
-    With the `plan` of an earlier reading of the same folder, noise that is not on record is not calibrated again.
+    If the `plan` from an earlier call for the same folder is passed, a noise multiplier that `run.json` does not
+    contain is not calibrated again.
 
     Raises:
         ConfigError: the folder is not a run folder, or mixes several runs.
@@ -141,29 +138,29 @@ def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
         config_sha256=digest,
         result=result,
         state=state,
-        # Of a checkpoint put back to an earlier one, the rounds that came after it stand in run.json.
+        # After a checkpoint was restored to an earlier round, only run.json contains the later rounds.
         rounds=max(state.rounds if state else (), result.rounds if result else (), key=len),
         environments=read_environments(folder),
         selection=read_selection(folder),
     )
 
 
-def inexact_gradients(folder: Path, config: RunConfig) -> bool | None:
-    """Whether all simulated sites' policies accept gradients that depend on the batch by rounding; None: not on
-    file.
+def _allows_inexact_gradients(folder: Path, config: RunConfig) -> bool | None:
+    """Whether all simulated sites' policies allow gradients with batch-dependent rounding; None: a policy is not
+    available.
     """
     if config.runtime.kind == "deployment":
         return None
     sites = RunFolder(folder).locate_sites(config.runtime.sites_dir)
     policies = [sites / name / "site.toml" for name in config.federation.active]
     with suppress(ConfigError):
-        accepted = [read_policy(policy).allow.inexact_gradients for policy in policies]  # each has to be read
+        accepted = [read_policy(policy).allow.inexact_gradients for policy in policies]  # a missing policy raises
         return all(accepted)
     return None
 
 
 def _read_result(folder: Path) -> RunResult | None:
-    """Read and validate the content of `run.json`, since the folder may come from anybody."""
+    """Read and strictly validate `run.json`, because the folder may come from an untrusted source."""
     path = RunFolder(folder).result
     if not path.is_file():
         return None
@@ -182,7 +179,7 @@ def _read_result(folder: Path) -> RunResult | None:
 
 
 def _reconstruct_plan(folder: Path, config: RunConfig, result: RunResult | None) -> Plan:
-    """Return the run's plan with the noise that was calibrated then, because a new calibration takes a second."""
+    """Return the run's plan with the noise multiplier from `run.json`, because recalibration takes about a second."""
     if result is None:
         return config.plan()
     privacy = result.privacy
@@ -204,9 +201,9 @@ def _reconstruct_plan(folder: Path, config: RunConfig, result: RunResult | None)
 
 
 def build_run_report(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
-    """Build the report of the run in `folder`, finished or not.
+    """Build the report of the finished or unfinished run in `folder`.
 
-    `site_reports` are used in addition to those in the folder `site_reports/`.
+    `site_reports` are used in addition to the reports in the folder `site_reports/`.
 
     Raises:
         ConfigError: the folder is not a run folder, its files belong to different runs, or a site report belongs to
@@ -219,12 +216,12 @@ def build_run_report(folder: Path, *, site_reports: Sequence[Report] = ()) -> Re
 
 
 def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> RunFacts:
-    """Collect the facts of a run, which may still be in progress; `own` maps a site to its verified report.
+    """Collect the report data of a finished or unfinished run; `own` maps each site to its verified report.
 
-    The findings of an audit in the folder are included.
+    The results of an audit in the folder are included.
 
     Raises:
-        RunError: the audit's file is damaged, or belongs to another run.
+        RunError: the audit file is damaged, or belongs to another run.
     """
     config, plan, state = record.config, record.plan, record.state
     audit, noted = read_audit(folder), record.environments[-1] if record.environments else None
@@ -242,13 +239,13 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
         date=max(times, default=None),
         sampling=noted.sampling if noted else None,
         randomness=noted.randomness if noted else None,
-        inexact_gradients=inexact_gradients(folder, config),
+        inexact_gradients=_allows_inexact_gradients(folder, config),
         config_file_sha256=config.digest(),
         trained_parameters=state.adapter.num_values if state else None,
         total_parameters=noted.total_parameters if noted else None,
         group_scores=_read_group_scores(folder, config.primary_metric),
         provenance=_build_provenance(record),
-        # What the rounds released of scores at the sites is no part of a report.
+        # A report does not include the noised scores of single sites.
         rounds=tuple(
             replace(one, site_scores={}, metrics=drop_infinite_scores(one.metrics), failed_sites=dict(one.failed_sites))
             for one in record.rounds
@@ -270,9 +267,9 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
 
 
 def _read_group_scores(folder: Path, primary_metric: str) -> Mapping[str, float | None]:
-    """Return the run's scores by group, from what `fedtune compare --by` wrote; {} where it compared no groups.
+    """Return the run's scores by group from the output of `fedtune compare --by`; {} if no groups were compared.
 
-    The file is groups.json in the run's folder, or compare.json beside it.
+    The scores are read from groups.json in the run's folder, or from compare.json in its parent folder.
     """
     for path in (folder / "groups.json", folder.parent / "compare.json"):
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
@@ -291,10 +288,10 @@ def _read_group_scores(folder: Path, primary_metric: str) -> Mapping[str, float 
 
 
 def _collect_held_out(record: RunRecord) -> tuple[HeldOut, ...] | None:
-    """Return the held-out scores of the earlier runs in this line, from the previous run's report, followed by this
-    run's.
+    """Return the held-out scores of the run's predecessors, from the previous run's report, followed by the run's own
+    scores.
 
-    None for the first run, and for a run without noised scores.
+    None for a run without a start adapter, and for a run without noised scores.
     """
     config, plan, start = record.config, record.plan, record.config.model.adapter
     if start is None or not plan.releases_metrics:
@@ -303,7 +300,7 @@ def _collect_held_out(record: RunRecord) -> tuple[HeldOut, ...] | None:
     own = pool_held_out_scores(record.rounds, sizes, noise=plan.metrics_noise_multiplier, run=config.name)
     before: tuple[HeldOut, ...] = ()
     for folder in (Path(start), Path(start).parent):
-        with suppress(OSError, ConfigError):  # of another version, or gone: the line begins here
+        with suppress(OSError, ConfigError):  # without a readable report, the history starts with this run
             facts = signing.parse_report((folder / "report.json").read_bytes()).facts
             before = (facts.held_out or ()) if isinstance(facts, RunFacts) else ()
     return (*before, *((own,) if own else ())) or None
@@ -317,7 +314,7 @@ def hash_model_files(folder: Path) -> Mapping[str, str]:
 
 
 def _collect_site_facts(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
-    """Return a site as the lead knows it, with the statement from its own report if there is one."""
+    """Return the lead's data about a site, with the excerpt from the site's own report if it is available."""
     return SiteFacts(
         site=site,
         declared_size=record.config.declared_sizes()[site],
@@ -327,12 +324,12 @@ def _collect_site_facts(record: RunRecord, site: str, report: Report | None) -> 
 
 
 def extract_statement(report: Report, *, run: str, plan: Plan) -> SiteStatement:
-    """Extract the parts of a site's own report that a run's report repeats."""
+    """Extract the parts of a site's own report that a run's report includes."""
     (own,), facts = report.sites, report.facts
     assert isinstance(facts, LedgerFacts)
     assert own.lifetime is not None
-    known = next((one for one in facts.runs if one.run == run), None)  # None: the site refused all of it
-    same_plan = known is None or (  # which of its rounds are spare ones makes no difference
+    known = next((one for one in facts.runs if one.run == run), None)  # None: the site refused the run
+    same_plan = known is None or (  # the split into planned and spare rounds makes no difference
         known.plan.most_rounds == plan.most_rounds
         and replace(known.plan, num_rounds=plan.num_rounds, spare_rounds=plan.spare_rounds) == plan
     )
@@ -352,9 +349,9 @@ def extract_statement(report: Report, *, run: str, plan: Plan) -> SiteStatement:
 def check_site_reports(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report]:
     """Check the sites' reports and return them by site.
 
-    Guarantee: each report was signed with the key under which the site signed its receipts of this run.  It is about a
-    ledger that knows the run, unless the receipts say that nothing was charged to it.  Its figures follow from its own
-    events, and it is no older than the run's newest receipt; only the site knows whether a newer report exists.
+    Guarantee: each report is signed with the key that signed the site's receipts in this run. Its ledger contains the
+    run, unless the receipt charges no round. Its figures follow from its own events, and it is no older than the run's
+    newest receipt; only the site knows whether a newer report exists.
 
     Raises:
         ConfigError: a report does not meet these conditions.
@@ -363,30 +360,28 @@ def check_site_reports(record: RunRecord, reports: Iterable[Report]) -> Mapping[
     for report in reports:
         facts, refused = report.facts, partial(ConfigError, "site report", report.facts.name)
         if not isinstance(facts, LedgerFacts):
-            raise refused("must be a site's report of its own ledger")
+            raise refused("is not a ledger's report: ask the site for fedtune report site.toml --sign")
         if (site := facts.site) not in (sites := record.config.federation.active):
-            raise refused(f"must be about a site of this run ({', '.join(sites)}), not {site}")
+            raise refused(f"is about {site}, which is not a site of this run ({', '.join(sites)})")
         if (receipt := record.receipts.get(site)) is None:
-            raise refused(f"cannot be checked: {site} gave this run no receipt, so its key is not known")
+            raise refused(f"cannot be checked: this run has no receipt from {site}, so the site's key is unknown")
         try:
             key = signing.verify_report_signature(report)
         except RunError as error:
             raise refused(f"must be signed by its site: {error}") from None
         if key != receipt.site_key:
             by = f"is signed by {key}" if key else "is not signed"
-            raise refused(f"must be signed by {receipt.site_key}, as the receipts of {site} are; it {by}")
+            raise refused(f"{by}: must be signed by {receipt.site_key}, the key of {site}'s receipts")
         if receipt.charged_rounds and all(run.run != record.run for run in facts.runs):
-            raise refused(f"must be from a ledger that contains the run {record.run}")
+            raise refused(f"is from a ledger without the run {record.run}: ask the site for a newer report")
         if facts.verification is not None and facts.verification.num_events < receipt.sequence:
-            had = (
-                f"{facts.verification.num_events} entries, and the site's receipt was given at entry {receipt.sequence}"
-            )
-            raise refused(f"must be no older than this run: its ledger had {had}")
+            had = f"{facts.verification.num_events} events, and the run's receipt is of event {receipt.sequence}"
+            raise refused(f"is older than this run: its ledger had {had}")
         if wrong := problems(report):
             first = wrong[0]
-            raise refused(f"is inconsistent: {first.where} says {first.said}, found {first.found}")
+            raise refused(f"is inconsistent: {first.where} is {first.said}, but should be {first.found}")
         if found.setdefault(site, report) != report:
-            raise refused(f"is a second report of {site}: give only one")
+            raise refused(f"is a second report of {site}: pass only one report per site")
     return found
 
 
@@ -410,8 +405,8 @@ def _build_provenance(record: RunRecord) -> Provenance:
 
 
 def _read_start_adapter(record: RunRecord) -> StartAdapter | None:
-    """Return the adapter that the run noted as its start; a field of the wrong type counts as unknown, since anybody
-    may have written the files.
+    """Return the adapter from which the run started; a field of the wrong type counts as unknown, since files are
+    untrusted.
     """
     made = record.state or (record.result and record.result.provenance)
     noted = made.start_adapter if made and isinstance(made.start_adapter, Mapping) else {}
@@ -425,9 +420,9 @@ def _read_start_adapter(record: RunRecord) -> StartAdapter | None:
 
 
 def sum_start_losses(noted: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """Sum epsilon and delta of an adapter and of the adapters from which its training started.
+    """Sum epsilon and delta over an adapter and all adapters in its lineage.
 
-    They may have been trained on the same record or person, so both add up.  None has the meanings given in
+    All of them may have been trained on the same record or person, so the losses add up. None has the meaning given in
     `StartAdapter`.
     """
     epsilon, delta = (
@@ -443,5 +438,5 @@ def sum_start_losses(noted: Mapping[str, Any]) -> tuple[float | None, float | No
 
 
 def _join_distinct(values: Iterable[str]) -> str | None:
-    """Return the value that all parts of a run have in common, or the different values in order."""
+    """Return the single value that all parts of a run share, or the distinct values in order, joined with slashes."""
     return " / ".join(dict.fromkeys(values)) or None

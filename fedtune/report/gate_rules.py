@@ -1,7 +1,8 @@
-"""The rules of `fedtune gate`: whether a finished run's model may leave, judged by its report, its folder and an audit.
+"""The rules of `fedtune gate`, which decide from its report, its folder and an audit whether a run's model may be
+released.
 
-A set of rules is a TOML file whose keys are the fields of `GateRules`.  Each rule has one function in `_JUDGES`, which
-returns whether the rule holds, and why; None if the run lacks what the rule needs.
+A rule set is a TOML file whose keys are the fields of `GateRules`. Each rule has one judge function in `_JUDGES`, which
+returns whether the rule holds, and a sentence with the reason.
 """
 
 from __future__ import annotations
@@ -30,45 +31,47 @@ from fedtune.spec import ConfigError, RunError, check_at_least, check_fraction, 
 from fedtune.version import find_config_folder
 
 Found = tuple[bool | None, str]
-"""Whether a rule holds (None: the run lacks what the rule needs), and a sentence about it."""
+"""Whether a rule holds, and a sentence with the reason; None: the evidence for the rule is missing."""
 _LAST_DIGITS = 1e-9  # relative tolerance for rounding
 _STATES: Mapping[bool | None, Any] = {True: "right", False: "wrong", None: "missing"}
 _SIGNATURES = ("signature", "site keys", "roster")  # checks of a report that the rule `signed` judges
-_BY_AUDIT = "run fedtune audit with this run's settings, and give its folder with --audit"
-_BY_GROUP = "run fedtune compare RUN --by COLUMN --json > groups.json, and give --groups groups.json"
+_BY_AUDIT = "run fedtune audit with this run's settings, and pass its folder with --audit"
+_BY_GROUP = "run fedtune compare RUN --by COLUMN --json > groups.json, and pass --groups groups.json"
 _BY_REPORT = "run fedtune report on this run first"
-_BY_SITE = "ask for its fedtune report site.toml --sign, and put report.json into site_reports/"
+_BY_SITE = "ask the site to run fedtune report site.toml --sign, and put its report.json into site_reports/"
 
 
 @spec
 class GateRules:
-    """What must hold before a run's model leaves; a rule with its default is not asked.
+    """The conditions for releasing a run's model; a rule with its default value is not checked.
 
     Attributes:
-        name: the name of the set of rules.
-        record: report.json follows from what sites signed, and says what the run's folder says.
-        files: the model's files are those that report.json names.
-        ledgers: the ledger of each site verifies and reaches the site's receipt.
-        finished: the run is over, and no audit planted canaries in its records.
-        real_sites: the sites were no simulation, and the noise came from no seed.
-        signed: report.json is signed with a key that the caller knows.
+        name: the name of the rule set.
+        record: report.json is consistent with the signed receipts and with the run's folder.
+        files: the model files match the hashes in report.json.
+        ledgers: the ledger of each site verifies and contains the event of the site's receipt.
+        finished: the run has finished, and no audit planted canaries in its records.
+        real_sites: real sites took part, and the noise did not come from a fixed seed.
+        signed: report.json is signed with a key that the caller trusts.
         guarantee: the report's verdict is "within".
         assumptions: no assumption of the guarantee is known to be violated.
         max_epsilon: the largest epsilon of a site for this run.
         max_expected_failures: the largest product of delta and a site's declared size.
-        max_right_of_100: the most right guesses of 100 whether a record was used; 50 is a coin.
-        max_lifetime_epsilon: the largest epsilon of a site over all its runs, from reports that sites signed.
-        max_secret_chance: the largest chance that a secret with `secret_candidates` equally likely values is rebuilt.
-        secret_candidates: the number of values that a secret may have for an attacker who knows everything else.
-        max_audit_bound: the strongest lower bound on epsilon that an audit may show.
-        min_audit_canaries: the fewest canaries at each audited place.
-        max_membership_auroc: the largest upper end of the AUROC of an attack on membership; 0.5 is a coin.
-        max_group_gap: the largest difference between a group's score and that of all other groups.
-        min_group_size: the fewest units in a group.
-        min_sites: the fewest sites.
-        min_declared_size: the fewest records or persons at a site.
-        licenses: the licenses of a base model that permit a release, in lower case; empty: not asked.
-        stated: the fields of report.about that a person must have filled in.
+        max_right_of_100: the largest number of correct membership guesses out of 100; random guessing reaches 50.
+        max_lifetime_epsilon: the largest epsilon of a site over all its runs, from signed site reports.
+        max_secret_chance: the largest probability of reconstructing a secret with `secret_candidates` equally likely
+            values.
+        secret_candidates: the number of candidate values of a secret for an attacker who knows everything else.
+        max_audit_bound: the largest lower bound on epsilon that an audit may find.
+        min_audit_canaries: the smallest number of canaries in each audit.
+        max_membership_auroc: the largest upper confidence limit of a membership attack's AUROC; random guessing has
+            0.5.
+        max_group_gap: the largest difference between a group's score and the score of all other groups.
+        min_group_size: the smallest number of records or persons in a group.
+        min_sites: the smallest number of sites.
+        min_declared_size: the smallest declared size of a site, in records or persons.
+        licenses: the base-model licenses that permit a release, in lower case; empty: not checked.
+        stated: the fields of report.about that must be filled in.
     """
 
     name: str
@@ -106,22 +109,22 @@ class GateRules:
 
     @property
     def limits(self) -> Mapping[str, Any]:
-        """The rules that are asked, with their limits."""
+        """Rule -> its limit, for each rule that is checked."""
         fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
         return {rule: limit for rule, limit in fields if rule in _JUDGES and limit not in (None, False, ())}
 
 
 class Evidence(NamedTuple):
-    """What is known of a finished run.
+    """The evidence about a finished run on which the rules decide.
 
     Attributes:
         folder: the run's folder.
-        report: its report.json, or if that cannot be read, the report that its folder gives.
-        config: its settings.
-        checks: name -> check of report.json; empty: there is no report.json that can be read.
-        contradiction: how report.json and the run's folder differ; "": they agree.
-        audit: the findings of an audit of the same plan and model.
-        groups: the groups of a comparison: name, units, and gap to all others.
+        report: the run's report.json or, if it cannot be read, a report built from the folder.
+        config: the run's settings.
+        checks: name -> check of report.json; empty: report.json is missing or unreadable.
+        contradiction: how report.json contradicts the run's folder; "" if they agree.
+        audit: the results of an audit with the same plan and model.
+        groups: the groups of a comparison: name, number of records or persons, and score gap to all other groups.
     """
 
     folder: Path
@@ -134,7 +137,7 @@ class Evidence(NamedTuple):
 
     @property
     def facts(self) -> RunFacts:
-        """The facts of the report, which is one of a run."""
+        """The report's source data, which must be that of a run."""
         assert isinstance(self.report.facts, RunFacts), "a run folder gives a run's report"
         return self.report.facts
 
@@ -144,10 +147,10 @@ Measure: TypeAlias = Callable[[Evidence, GateRules], float | None]
 
 
 def read_rules(name: str) -> tuple[GateRules, str]:
-    """Read a set of rules from a file, or one that fedtune ships by its name; return it with its file's SHA-256.
+    """Read a rule set from a file, or a built-in rule set by its name; return it with the SHA-256 of its file.
 
     Raises:
-        ConfigError: there is no such file, or it is no set of rules.
+        ConfigError: the file does not exist, or is not a valid rule set.
     """
     folder = find_config_folder() / "gate"
     path = folder / f"{name}.toml" if name in {one.stem for one in folder.glob("*.toml")} else Path(name)
@@ -157,11 +160,12 @@ def read_rules(name: str) -> tuple[GateRules, str]:
 
 
 def collect_evidence(folder: Path, known: Known, *, audit: Path | None, groups: Path | None) -> Evidence:
-    """Read what the rules judge: report.json, the folder itself, and the results of an audit and of a comparison.
+    """Read report.json, the run's folder, and the results of an audit and of a group comparison.
 
     Raises:
-        ConfigError: the folder is no run folder; the audit is one of another plan or model; a file is no comparison of
-            this run.
+        ConfigError: the folder is not a run folder, the audit used another plan or model, or a file is not a comparison
+            of this
+            run.
         RunError: neither report.json nor the folder can be read.
     """
     record, fresh, contradiction, checks = read_run(folder), None, "", dict[str, Check]()
@@ -182,28 +186,30 @@ def collect_evidence(folder: Path, known: Known, *, audit: Path | None, groups: 
         report = fresh
     found = Evidence(folder, report, record.config, checks, contradiction)
     if audit is not None:
-        found = found._replace(audit=_read_audit_of(found, audit))
+        found = found._replace(audit=_read_matching_audit(found, audit))
     return found if groups is None else found._replace(groups=_read_groups(folder, groups))
 
 
 def judge_run(rules: GateRules, evidence: Evidence) -> tuple[Check, ...]:
-    """Judge a run by each rule that is asked, in the order of `GateRules`."""
+    """Judge a run by each rule that is set, in the order of `GateRules`."""
     found = ((rule, *_JUDGES[rule](limit, evidence, rules)) for rule, limit in rules.limits.items())
     return tuple(Check(rule, _STATES[holds], why) for rule, holds, why in found)
 
 
-def _read_audit_of(evidence: Evidence, folder: Path) -> Audit:
+def _read_matching_audit(evidence: Evidence, folder: Path) -> Audit:
     record, found = read_run(folder), read_audit(folder)
     if found is None:
-        raise ConfigError("--audit", str(folder), "must be a folder of fedtune audit, with its audit.json")
+        raise ConfigError("--audit", str(folder), "has no audit.json: pass the output folder of fedtune audit")
     if record.plan != evidence.facts.plan or record.config.task_model() != evidence.config.task_model():
-        raise ConfigError("--audit", str(folder), "must be an audit of the same plan and model as the run")
+        raise ConfigError(
+            "--audit", str(folder), "is an audit of another plan or model: repeat it with the run's settings"
+        )
     return found
 
 
 def _read_groups(folder: Path, path: Path) -> tuple[tuple[str, int, float | None], ...]:
-    """Read the groups of a run from the JSON of `fedtune compare --by`."""
-    bound = f"must be what fedtune compare {folder} --by COLUMN --json printed"
+    """Read the groups of a run from the JSON output of `fedtune compare --by`."""
+    bound = f"must be the JSON output of fedtune compare {folder} --by COLUMN --json"
     try:
         told = parse_json(path.read_bytes(), key="--groups", bound=bound)
         folders = {model["name"]: model.get("folder") for model in told["models"]}
@@ -225,12 +231,12 @@ def _judge_record(_: bool, given: Evidence, __: GateRules) -> Found:
     for state, holds in (("wrong", False), ("missing", None)):
         if found := [check for check in others if check.state == state]:
             return holds, f"{found[0].name}: {found[0].text}"
-    return True, "report.json follows from what sites signed, and says what the run's folder says"
+    return True, "report.json matches the signed receipts and the run's folder"
 
 
 def _judge_files(_: bool, given: Evidence, __: GateRules) -> Found:
     if (check := given.checks.get("files")) is None:
-        return None, f"report.json names no finished model: {_BY_REPORT}"
+        return None, f"report.json lists no finished model: {_BY_REPORT}"
     return {"right": True, "wrong": False}.get(check.state), check.text
 
 
@@ -248,10 +254,10 @@ def _judge_ledgers(_: bool, given: Evidence, __: GateRules) -> Found:
     for site in given.facts.sites:
         if not given.facts.simulated:
             if site.statement is None:
-                return None, f"nobody here knows the ledger of {site.site}: {_BY_SITE}"
+                return None, f"the ledger of {site.site} was not verified: {_BY_SITE}"
             found = site.statement.verification
             if found is None or not found.rollback_excluded:
-                return False, f"the ledger of {site.site} does not verify, or no anchor shows that it is whole"
+                return False, f"the ledger of {site.site} does not verify, or no anchor covers its last event"
             continue
         receipt = site.receipt
         path = RunFolder(given.folder).locate_sites(given.config.runtime.sites_dir) / site.site / "ledger.db"
@@ -262,19 +268,19 @@ def _judge_ledgers(_: bool, given: Evidence, __: GateRules) -> Found:
         except RunError as error:
             return False, f"the ledger of {site.site} does not verify: {error}"
         if receipt and len(verified.events) < receipt.sequence:
-            return False, f"the ledger of {site.site} ends before the receipt that the site gave this run"
-    return True, "the ledger of each site verifies and reaches the site's receipt"
+            return False, f"the ledger of {site.site} ends before the event of the site's receipt"
+    return True, "the ledger of each site verifies and contains the event of its receipt"
 
 
 def _judge_finished(_: bool, given: Evidence, __: GateRules) -> Found:
     if given.facts.canaries_planted or RunFolder(given.folder).audit_mark.exists():
-        return False, "an audit planted canaries in the records of this run: train again without it"
+        return False, "an audit planted canaries in the records of this run: train again without the audit"
     return given.facts.finished, f"{given.facts.progress} rounds are finished"
 
 
 def _judge_real_sites(_: bool, given: Evidence, __: GateRules) -> Found:
     banners = ", ".join(given.report.banners)
-    return not banners, f"the report says first: {banners}" if banners else "real sites took part"
+    return not banners, f"the report has the warnings: {banners}" if banners else "real sites took part"
 
 
 def _judge_guarantee(_: bool, given: Evidence, __: GateRules) -> Found:
@@ -285,28 +291,28 @@ def _judge_guarantee(_: bool, given: Evidence, __: GateRules) -> Found:
 
 def _judge_assumptions(_: bool, given: Evidence, __: GateRules) -> Found:
     violated = [one.code.replace("_", " ") for one in given.report.assumptions if one.status == "violated"]
-    return not violated, f"violated assumptions: {', '.join(violated) or 'none is known'}"
+    return not violated, f"known violations of assumptions: {', '.join(violated) or 'none'}"
 
 
-def _at_most(what: str, measure: Measure, remedy: str = "") -> Judge:
-    """Return a judge of a limit that a measured value must not exceed."""
+def _build_upper_limit_judge(what: str, measure: Measure, remedy: str = "") -> Judge:
+    """Return a judge that requires a measured value to be at most the rule's limit."""
 
     def judge(limit: float, given: Evidence, rules: GateRules) -> Found:
         if (value := measure(given, rules)) is None:
-            return None, f"{what} is not known: {remedy}"
+            return None, f"{what} is unknown: {remedy}"
         said = "unbounded" if math.isinf(value) else f"{value:.4g}"
-        return value <= limit * (1 + _LAST_DIGITS), f"{what} is {said}, at most {limit:g}"
+        return value <= limit * (1 + _LAST_DIGITS), f"{what} is {said} (limit: at most {limit:g})"
 
     return judge
 
 
-def _at_least(what: str, measure: Measure, remedy: str = "") -> Judge:
-    """Return a judge of a limit that a count must reach."""
+def _build_lower_limit_judge(what: str, measure: Measure, remedy: str = "") -> Judge:
+    """Return a judge that requires a count to be at least the rule's limit."""
 
     def judge(limit: int, given: Evidence, rules: GateRules) -> Found:
         if (count := measure(given, rules)) is None:
-            return None, f"{what} is not known: {remedy}"
-        return count >= limit, f"{what} is {count:,g}, at least {limit:,}"
+            return None, f"{what} is unknown: {remedy}"
+        return count >= limit, f"{what} is {count:,g} (limit: at least {limit:,})"
 
     return judge
 
@@ -336,7 +342,7 @@ def _measure_lifetime(given: Evidence, _: GateRules) -> float | None:
 def _measure_secret(given: Evidence, rules: GateRules) -> float | None:
     if given.report.epsilon is None:
         return 1.0
-    # Without the secret's record an attacker guesses one value in so many; epsilon and delta bound what it adds.
+    # Without the secret's record an attacker guesses uniformly; (epsilon, delta) bound the advantage from the record.
     guess = 1 / rules.secret_candidates
     return profile.compute_hit_rate_ceiling(given.report.epsilon, given.facts.delta, false_alarms=guess)
 
@@ -364,7 +370,7 @@ def _judge_license(allowed: Sequence[str], given: Evidence, _: GateRules) -> Fou
     if given.config.model.path == NO_BASE:
         return True, "the model has no base model"
     if (own := given.facts.provenance.model_license) is None:
-        return None, "the license of the base model is not on record: set model.license, and run again"
+        return None, "the license of the base model is unknown: set model.license, and run again"
     return own.lower() in allowed, f"the license of the base model is {own}; allowed: {', '.join(allowed)}"
 
 
@@ -376,9 +382,9 @@ def _judge_stated(asked: Sequence[str], given: Evidence, _: GateRules) -> Found:
     if missing:
         return (
             None,
-            f"nobody stated {', '.join(missing)}: fill in report.about in config.yaml, and write the report anew",
+            f"{', '.join(missing)} is empty: fill in report.about in config.yaml, and run fedtune report again",
         )
-    return True, f"a person stated {', '.join(asked)}"
+    return True, f"report.about states {', '.join(asked)}"
 
 
 _JUDGES: Mapping[str, Judge] = {
@@ -390,26 +396,32 @@ _JUDGES: Mapping[str, Judge] = {
     "signed": _judge_signatures,
     "guarantee": _judge_guarantee,
     "assumptions": _judge_assumptions,
-    "max_epsilon": _at_most("epsilon", lambda given, _: convert_none_to_infinite(given.report.epsilon)),
-    "max_expected_failures": _at_most(
+    "max_epsilon": _build_upper_limit_judge("epsilon", lambda given, _: convert_none_to_infinite(given.report.epsilon)),
+    "max_expected_failures": _build_upper_limit_judge(
         "delta times the largest declared size", _measure_failures, "set data.declared_sizes"
     ),
-    "max_right_of_100": _at_most("the share of right guesses of 100", _measure_right_guesses),
-    "max_lifetime_epsilon": _at_most("the epsilon of each site over all its runs", _measure_lifetime, _BY_SITE),
-    "max_secret_chance": _at_most("the chance that a secret is rebuilt", _measure_secret),
-    "max_audit_bound": _at_most("the strongest lower bound of an audit", _measure_audit, _BY_AUDIT),
-    "min_audit_canaries": _at_least("the number of canaries of an audit", _measure_canaries, _BY_AUDIT),
-    "max_membership_auroc": _at_most(
-        "the AUROC of an attack on membership", _measure_membership, f"{_BY_AUDIT} (audit.kind=records)"
+    "max_right_of_100": _build_upper_limit_judge("the number of correct guesses out of 100", _measure_right_guesses),
+    "max_lifetime_epsilon": _build_upper_limit_judge(
+        "the largest epsilon of a site over all its runs", _measure_lifetime, _BY_SITE
     ),
-    "max_group_gap": _at_most("the largest gap of a group to all others", _measure_gap, _BY_GROUP),
-    "min_group_size": _at_least(
+    "max_secret_chance": _build_upper_limit_judge("the probability of reconstructing a secret", _measure_secret),
+    "max_audit_bound": _build_upper_limit_judge(
+        "the audit's largest lower bound on epsilon", _measure_audit, _BY_AUDIT
+    ),
+    "min_audit_canaries": _build_lower_limit_judge("the audit's number of canaries", _measure_canaries, _BY_AUDIT),
+    "max_membership_auroc": _build_upper_limit_judge(
+        "the AUROC of the membership attack", _measure_membership, f"{_BY_AUDIT} (audit.kind=records)"
+    ),
+    "max_group_gap": _build_upper_limit_judge(
+        "the largest score gap between a group and all others", _measure_gap, _BY_GROUP
+    ),
+    "min_group_size": _build_lower_limit_judge(
         "the size of the smallest group",
         lambda given, _: min((one[1] for one in given.groups), default=None),
         _BY_GROUP,
     ),
-    "min_sites": _at_least("the number of sites", lambda given, _: len(given.facts.sites)),
-    "min_declared_size": _at_least(
+    "min_sites": _build_lower_limit_judge("the number of sites", lambda given, _: len(given.facts.sites)),
+    "min_declared_size": _build_lower_limit_judge(
         "the smallest declared size of a site",
         _measure_declared_size,
         "set data.declared_sizes",

@@ -1,7 +1,7 @@
-"""The verdict of `fedtune gate`: `gate.json` in a run's folder, which the run's model cards repeat.
+"""The verdict of `fedtune gate` on a run, stored as `gate.json` in the run's folder and repeated in its model cards.
 
-The verdict names the run, the model's files and the report that were judged, each rule with its limit and its result,
-and may be signed.  It is the record of all criteria that were applied to one model before its release.
+The verdict names the run, the model files and the report that were judged, and each rule with its limit and its result.
+It can be signed, and documents all criteria that were applied to a model before its release.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _PURPOSE = "gate"
 
 @spec
 class GateVerdict:
-    """The result of judging one finished run by one set of rules.
+    """The result of judging one finished run by one rule set.
 
     Attributes:
-        schema_version: the schema number of the run folder.
-        fedtune_version: the version that judged.
-        judged: the day of the judgment, in UTC.
-        run: the run, as the sites' ledgers call it.
+        schema_version: schema version of the run folder.
+        fedtune_version: fedtune version that judged the run.
+        judged: date of the verdict, in UTC.
+        run: name of the run in the sites' ledgers.
         model: file of the run's adapter -> its SHA-256, as in the judged report.
-        report_sha256: the SHA-256 of the judged report.json.
-        rules: the name of the set of rules.
-        rules_sha256: the SHA-256 of the file with the rules.
+        report_sha256: SHA-256 of the judged report.json.
+        rules: name of the rule set.
+        rules_sha256: SHA-256 of the rule file.
         limits: rule -> its limit, as JSON.
         results: rule -> "right", "wrong" or "missing", as in `Check`.
-        reasons: rule -> what was found, in English.
-        signature: the signature over everything else; None: nobody signed.
+        reasons: rule -> a sentence about the result, in English.
+        signature: signature over all other fields; None: the verdict is not signed.
     """
 
     schema_version: int
@@ -56,11 +56,11 @@ class GateVerdict:
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """The rules that do not hold, or could not be judged."""
+        """The rules that were violated or could not be judged."""
         return tuple(rule for rule, state in self.results.items() if state != "right")
 
     def sign(self, key: SigningKey) -> GateVerdict:
-        """Return the verdict with a signature by `key`."""
+        """Return a copy of the verdict that is signed with `key`."""
         signature = Signature(key=key.public, signature=key.sign(_PURPOSE, self._signed_bytes()))
         return dataclasses.replace(self, signature=signature)
 
@@ -76,22 +76,23 @@ class GateVerdict:
 
 
 def verdict_to_json(verdict: GateVerdict) -> bytes:
-    """Return the content of gate.json; `read_verdict` reads it."""
+    """Serialize a verdict as the content of gate.json; `read_verdict` is the inverse."""
     return json.dumps(dataclasses.asdict(verdict), indent=1, ensure_ascii=False).encode() + b"\n"
 
 
 def list_adapter_files(facts: RunFacts) -> Mapping[str, str]:
-    """Return the files of the run's own adapter in a report's facts: name -> SHA-256."""
+    """Return file name -> SHA-256 for the files of the run's own adapter."""
     return {name: digest for name, digest in facts.files.items() if name.startswith(f"{RunFolder(Path()).adapter}/")}
 
 
 def read_verdict(folder: Path, facts: RunFacts) -> GateVerdict | None:
     """Read the verdict on a run from its folder.
 
-    Guarantee: the verdict is about this run and exactly these model files, and a signature in it is valid.
+    Guarantee: the verdict is about this run and exactly these model files, and its signature, if any, is valid.
 
     Returns:
-        The verdict; None if there is none, if it is about another run or model, or if its file was changed.
+        The verdict; None if the file is missing or invalid, is about another run or model, or was changed after
+            signing.
     """
     path = folder / GATE
     if not path.is_file():

@@ -1,6 +1,6 @@
-"""Lines of Python that load a run's model where fedtune is not installed, for its model card and its exports.
+"""Python code that loads a run's model without fedtune, for model cards and exports.
 
-A task that has no lines here gets those that load its base and its adapter.
+For a task without its own code, the code only loads the base model and the adapter.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ head = load_file("FOLDER/head.safetensors")
 tokens = tokenizer(["a text"], return_tensors="pt", return_token_type_ids=False)
 with torch.no_grad():
 """
-"""The beginning of the lines of tasks with a head, up to what they compute of a text; FOLDER is the adapter's."""
+"""The first lines for tasks with a head, up to the forward pass of a text; FOLDER is the adapter's folder."""
 _POOLED_LINES = """\
     hidden, mask = model(**tokens).last_hidden_state, tokens["attention_mask"].unsqueeze(-1)
 pooled = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 centered = torch.nn.functional.normalize(pooled - head["center"], dim=-1)
 labels, scores = settings["labels"], settings["head"]["scale"] * (centered @ head["weight"].T)[0]
 """
-"""From a text to the head's scores; a center of zeros changes nothing."""
+"""Computes the head's scores for a text; a center of zeros has no effect."""
 _TOKEN_LINES = """\
     hidden = model(**tokens).last_hidden_state[0]
 tags = ["O", *(f"{mark}-{label}" for label in settings["labels"] for mark in "BI")]
 scores = settings["head"]["scale"] / hidden.shape[1] ** 0.5 * hidden @ head["weight"].T
-# A word's tag is that of its first token: no other was trained.
+# A word has the tag of its first token; the other tokens were not trained.
 print([tags[place] for place in scores.argmax(dim=1)])
 """
 _EMBEDDING_LINES = """
@@ -82,7 +82,7 @@ with torch.no_grad():
 pooled = torch.nn.functional.normalize(patches.mean(1), dim=-1)
 labels, scores = settings["labels"], settings["head"]["scale"] * (pooled @ head["weight"].T)[0]
 """
-"""From an image to the head's scores."""
+"""Computes the head's scores for an image."""
 _ROW_LINES = """\
 import json
 import re
@@ -92,7 +92,7 @@ features = json.loads(FEATURES)
 labels = LABELS
 
 
-def text_of(value):  # a cell as a run reads it; "" is nothing
+def text_of(value):  # a cell as a run reads it; "" for a missing value
     value = value.tolist() if hasattr(value, "tolist") else value
     if value is None or value != value:
         return ""
@@ -112,7 +112,7 @@ def number_of(value):
     return float(text)
 
 
-def values_of(row):  # by the names of its columns; ValueError for a row that no run can use
+def values_of(row):  # a dict of columns; raises ValueError for a row that a run cannot use
     found = []
     for one in features:
         for column in one["columns"]:
@@ -163,7 +163,7 @@ _FROM_TEXT: Mapping[type, str] = {
     TokenClassification: _WITH_HEAD + _TOKEN_LINES,
     Embedding: _EMBEDDING_LINES,
 }
-"""By a task's class or a base of it: from a text to what the loaded model makes of it."""
+"""Task class or a base class of it -> code from a text to the loaded model's output."""
 _ANSWERS: Mapping[type, str] = {
     Classification: "labels[scores.argmax()]",
     MultiLabel: "[label for label, score in zip(labels, scores) if score > 0]",
@@ -172,20 +172,20 @@ _ANSWERS: Mapping[type, str] = {
     Survival: "[float(one) for one in (1 / (1 + 2.718281828459045 ** scores)).cumprod(0)]",
     PooledTask: "scores",
 }
-"""By a task's class or a base of it: the expression that makes its answer of `scores`, a vector, and `labels`."""
+"""Task class or a base class of it -> expression for the prediction from the vector `scores` and from `labels`."""
 _IN_ITS_RANGE = """\
 low, high = settings["target_range"]
 scores = (low + high) / 2 + (high - low) / 2 * scores
 """
-"""From a regression's scores to numbers in the range of its targets."""
+"""Scales a regression's scores to the range of its targets."""
 
 
 def build_adapter_loading_code(config: RunConfig, *, base: str, folder: str) -> str:
-    """Return the lines that load a saved adapter on its base, and print the answer to an example.
+    """Return code that loads a saved adapter on its base model and prints the prediction for an example.
 
     Args:
         config: the run's configuration.
-        base: a path or id of the base for transformers; the folder itself if the adapter was merged.
+        base: the base model's path or Hub id; the folder itself if the adapter was merged.
         folder: the folder of the saved adapter.
     """
     task, lines = config.bound_task, build_input_loading_code(config.data, base=base, folder=folder)
@@ -198,16 +198,18 @@ def build_adapter_loading_code(config: RunConfig, *, base: str, folder: str) -> 
 
 
 def answer_code(task: Task) -> str:
-    """Return the expression for a task's answer from `scores` and `labels`; empty if its lines lead to no scores."""
+    """Return the expression for a task's prediction from `scores` and `labels`; "" for a task whose code computes no
+    scores.
+    """
     return next((answer for cls, answer in _ANSWERS.items() if isinstance(task, cls)), "")
 
 
 def build_input_loading_code(data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:
-    """Return the lines that compute `scores` and `labels` from a record that is no text; None for texts.
+    """Return code that computes `scores` and `labels` from an image or a row of features; None for text inputs.
 
     Args:
-        data: the settings of the records.
-        base: a path or id of the base for transformers; the folder itself if the adapter was merged.
+        data: the data settings.
+        base: the base model's path or Hub id; the folder itself if the adapter was merged.
         folder: the folder of the saved model.
         graph: whether the folder contains an ONNX graph.
     """
@@ -235,7 +237,7 @@ def _build_features_loading_code(data: DataSpec, *, folder: str, graph: bool) ->
         "ROW": repr(shown),
         "FOLDER": folder,
     }
-    return _fill_in(_ROW_LINES + (_GRAPH_LINES if graph else _SCALED_LINES), own)
+    return _substitute_placeholders(_ROW_LINES + (_GRAPH_LINES if graph else _SCALED_LINES), own)
 
 
 def _build_image_loading_code(*, base: str, folder: str) -> str:
@@ -246,9 +248,9 @@ def _build_image_loading_code(*, base: str, folder: str) -> str:
         "BASE": repr(base),
         "FOLDER": folder,
     }
-    return _fill_in(_IMAGE_LINES, own)
+    return _substitute_placeholders(_IMAGE_LINES, own)
 
 
-def _fill_in(lines: str, values: Mapping[str, str]) -> str:
-    """Replace the names of `values` in lines, all at once: a column may be called like one."""
+def _substitute_placeholders(lines: str, values: Mapping[str, str]) -> str:
+    """Replace the placeholders in code by `values`, all in one pass, since a column may be named like a placeholder."""
     return re.sub("|".join(values), lambda found: values[found[0]], lines)

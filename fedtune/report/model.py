@@ -1,8 +1,9 @@
-"""A privacy report as data: the facts and everything that follows from them, which `report.json` and the pages show.
+"""The privacy report: the source data and all values derived from it, as stored in `report.json` and shown on the
+pages.
 
-The report is the same in every language: it contains codes, figures and names, and no sentences.  Every epsilon is an
-upper bound; None means unbounded.  Times are UTC in ISO format, and come from the run or the ledger, so that equal
-inputs give equal reports.
+The report is independent of language: it contains codes, figures and names, and no sentences. Every epsilon is an upper
+bound; None means unbounded. Times are UTC in ISO format and are taken from the run or the ledger, so that equal inputs
+give equal reports.
 """
 
 from __future__ import annotations
@@ -27,78 +28,73 @@ from fedtune.spec import REPORT_SCHEMA, ConfigError, check_schema, spec
 
 CellState = Literal["auto", "design", "site", "missing"]
 Cells = Mapping[str, Mapping[CellState, Mapping[str, Value]]]
-"""Field of an impact assessment or of technical documentation -> who fills in what -> fact -> value."""
+"""Field of an impact assessment or of technical documentation -> state of the cell -> fact -> value."""
 Status = Literal["violated", "assumed", "asserted", "ensured", "verified"]
 
 
 @spec
 class Spent:
-    """The guaranteed privacy loss, and what was charged."""
+    """The guaranteed privacy loss of a site, and the loss of the charged rounds by each accountant."""
 
-    # The figure that is proved, and that the verdict uses: of a run its whole plan's, unless nothing was charged, since
-    # its end and a site's part in each round may depend on what it released; of a ledger that of the filter.
+    # The proved figure, which the verdict uses. For a run with any charge it is the epsilon of the whole plan, since
+    # early stopping and a site's participation may depend on releases. For a ledger it is the filter's epsilon.
     epsilon: float | None
-    epsilon_pld: float | None  # of what was charged, by PLD
-    epsilon_rdp: float | None  # by RDP
-    planned_epsilon: float | None  # of the whole plan by PLD; None for a ledger
+    epsilon_pld: float | None  # epsilon of the charged rounds by PLD accounting
+    epsilon_rdp: float | None  # epsilon of the charged rounds by RDP accounting
+    planned_epsilon: float | None  # epsilon of the whole plan by PLD accounting; None for a ledger
     rounds: int
     steps: int
 
 
 @spec
 class Ceiling:
-    """The most that an attacker can achieve: how sure to become, or which share of the used records to find.
+    """A bound on an attacker's success: the posterior probability, or the share of used records that an attack finds.
 
-    A single outcome may make an attacker surer, with a small probability that can be many times delta.
+    A single outcome may exceed a posterior bound, with a small probability that can be many times delta.
     """
 
-    given: float  # how sure the attacker was before, or the share of false alarms
-    ceiling: float  # from (epsilon, delta) alone
-    mechanism: float | None = None  # by the mechanism's own curve; None: not computed
+    given: float  # the attacker's prior probability, or the false positive rate
+    ceiling: float  # bound from (epsilon, delta) alone
+    mechanism: float | None = None  # bound from the mechanism's trade-off curve; None: not computed
 
 
 @spec
 class Meaning:
-    """The meaning of (epsilon, delta), expressed as frequencies.
+    """The meaning of (epsilon, delta), expressed as success rates of attacks.
 
-    The fields `right_of_100_*` bound how many of 100 guesses about membership are right if half of the records were
-    used.
+    The fields `right_of_100_*` bound the correct membership guesses out of 100 if half of the records were used.
     """
 
-    right_of_100_ceiling: float  # from (epsilon, delta) alone
-    right_of_100_mechanism: float | None  # by the mechanism's own curve
+    right_of_100_ceiling: float  # bound from (epsilon, delta) alone
+    right_of_100_mechanism: float | None  # bound from the mechanism's trade-off curve
     posterior: tuple[Ceiling, ...]
     hit_rates: tuple[Ceiling, ...]
     expected_failures: float | None  # declared size times delta
-    right_of_100_for_2: float  # about somebody with two records, or about two persons where the unit is a person
-    right_of_100_for_5: float
-    right_of_100_with_all_others: float | None = (
-        None  # although all other sites of secure aggregation tell what they added
-    )
+    right_of_100_for_2: float  # bound for a person with two records, or for two persons if the unit is a person
+    right_of_100_for_5: float  # bound for a person with five records, or for five persons if the unit is a person
+    right_of_100_with_all_others: float | None = None  # bound if all other sites of secure aggregation collude
 
 
 @spec
 class Mechanism:
-    """The mechanism of one run at one site, and the events from which its epsilon can be recomputed."""
+    """The mechanism of one run at one site, with the events from which its epsilon can be recomputed."""
 
     run: str
     sampling_run: str
     sampling_rate: float
-    noise_multiplier: float  # that each step counts with
-    max_grad_norm: float | None  # None: nothing was clipped, or it is not known
+    noise_multiplier: float  # noise multiplier with which each step is accounted
+    max_grad_norm: float | None  # None: no clipping, or unknown
     local_steps: int
     rounds: int
     metrics_noise_multiplier: float
     charges: tuple[Charge, ...]
-    records_per_user: int = 1  # most records of one unit in a step; 1 where the unit is a record
-    shared: SharedNoise | None = (
-        None  # how sites made secure aggregation's noise together; None: the site made all of it
-    )
+    records_per_user: int = 1  # largest number of one person's records in a step; 1 if the unit is a record
+    shared: SharedNoise | None = None  # noise shares under secure aggregation; None: the site added all of the noise
 
 
 @spec
 class CurvePoint:
-    """Epsilon at one value of delta."""
+    """Epsilon at one value of delta, by both accountants."""
 
     delta: float
     epsilon_pld: float | None
@@ -107,7 +103,7 @@ class CurvePoint:
 
 @spec
 class EpsilonStep:
-    """Epsilon after a round or a run, in order; `cohorts` has one value for each entry of `Lifetime.cohorts`."""
+    """Cumulative epsilon after a round or a run; `cohorts` has one value for each entry of `Lifetime.cohorts`."""
 
     run: str
     round: int | None
@@ -118,19 +114,19 @@ class EpsilonStep:
 
 @spec
 class SiteReport:
-    """The part of a report that is derived from one site's facts."""
+    """The values that are derived for one site: verdict, privacy loss, its meaning, mechanisms and releases."""
 
     site: str
-    source: Source  # where the figures come from
+    source: Source  # source of the figures
     verdict: BudgetVerdict
     spent: Spent
     meaning: Meaning | None
     mechanisms: tuple[Mechanism, ...]
     curve: tuple[CurvePoint, ...]
     steps: tuple[EpsilonStep, ...]
-    lifetime: Lifetime | None = None  # of a ledger; None: a run's report has what the site's own report says, if any
-    releases: tuple[Release, ...] = ()  # of a run, as its lead saw them, where no report of the site lists them
-    by_trust: Epsilons | None = None  # epsilon of all charges, by who looks; None: every site made its own noise
+    lifetime: Lifetime | None = None  # a ledger's lifetime figures; None in a run's report
+    releases: tuple[Release, ...] = ()  # a run's releases as recorded by the lead; () if the site's statement has them
+    by_trust: Epsilons | None = None  # epsilon of all charges by observer; None: every site added all of its noise
 
 
 @spec
@@ -138,18 +134,18 @@ class Assumption:
     """An assumption on which the guarantee depends."""
 
     code: str
-    status: Status  # derive/rules.py says what each means
-    evidence: str  # names a version and a test, a file, or who states it
+    status: Status  # the statuses are explained in derive/rules.py
+    evidence: str  # a version and a test, a file, or the sites that assert it
 
 
 @spec
 class Utility:
-    """Results of a run's exact scores, which no guarantee covers, and of its sites' noised scores."""
+    """The utility of a run: its privacy loss by round, the selected round, and drops in the sites' noised scores."""
 
-    epsilons: tuple[float | None, ...]  # the largest of any site after each finished round
-    kept: Kept | None  # what the scores of the rounds decided, where the settings let them
-    held_out_epsilon: float | None  # cost of this run's noised scores, where the facts have a line of them
-    fall: Fall | None  # at the end of that line
+    epsilons: tuple[float | None, ...]  # largest epsilon of any site after each finished round
+    kept: Kept | None  # the round that scores selected, if the settings enable this
+    held_out_epsilon: float | None  # epsilon of this run's noised scores; None: the run has no held-out history
+    fall: Fall | None  # score drop at the end of the held-out history
 
 
 @spec
@@ -162,12 +158,10 @@ class Signature:
 
 @spec
 class Report:
-    """A report of a run, as its lead knows it, or of a ledger, as its site does; the tuples of strings contain
-    codes.
-    """
+    """The report of a run or of a ledger; its tuples of strings contain codes from the catalog."""
 
     schema_version: Annotated[int, Field(ge=REPORT_SCHEMA, le=REPORT_SCHEMA)]
-    facts: Annotated[Facts, Field(discriminator="kind")]  # that everything else follows from
+    facts: Annotated[Facts, Field(discriminator="kind")]  # source data of all other fields
     verdict: BudgetVerdict
     neighboring_relation: str
     epsilon: float | None
@@ -180,24 +174,26 @@ class Report:
     unprotected_figures: tuple[str, ...]
     assumptions: tuple[Assumption, ...]
     cells: Cells
-    utility: Utility | None = None  # of a run
-    admits: ArrivalRange | None = None  # the only people whom a run charged; None: everybody
+    utility: Utility | None = None  # only in a run's report
+    admits: ArrivalRange | None = None  # arrival range of the people whom a run charged; None: all people
     signature: Signature | None = None
 
     @property
     def known(self) -> Mapping[str, Value]:
-        """All facts that the cells show."""
+        """Fact -> value, for all facts in cells with a known value."""
         of_states = (facts for states in self.cells.values() for facts in states.values())
         return {name: value for facts in of_states for name, value in facts.items() if value is not None}
 
     @property
     def banners(self) -> tuple[str, ...]:
-        """Codes of the warnings at the top of every page: no real sites took part, or the noise was seeded."""
+        """The codes of the warnings at the top of every page: "simulation" without real sites, "seeded" for seeded
+        noise.
+        """
         return (*(("simulation",) if self.facts.simulated else ()), *(("seeded",) if self.facts.seeded_noise else ()))
 
 
 class Problem(NamedTuple):
-    """A wrong figure in a report, and the value that was found instead."""
+    """A wrong value in a report, and the correct value."""
 
     where: str
     said: object
@@ -208,7 +204,7 @@ _ADAPTER = TypeAdapter(Report)
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """Convert a report to plain JSON values; `from_json` is the inverse."""
+    """Convert a report to JSON-compatible values; `from_json` parses them."""
     return dict(_ADAPTER.dump_python(report, mode="json"))
 
 
@@ -226,12 +222,12 @@ def from_json(text: str | bytes) -> Report:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         said = {"missing": "absent", "unexpected_keyword_argument": "unknown"}.get(first["type"], "another value")
-        bound = f"must be as in a report of schema version {REPORT_SCHEMA} (fedtune report schema)"
+        bound = f"does not match report schema version {REPORT_SCHEMA} (see fedtune report schema)"
         raise ConfigError(".".join(map(str, first["loc"])) or "report", said, bound) from None
 
 
 class _Described(GenerateJsonSchema):
-    """A JSON schema generator that uses the comment on a field's line as its description."""
+    """A JSON schema generator that takes each field's description from the comment on its line."""
 
     def dataclass_schema(self, schema: DataclassSchema) -> JsonSchemaValue:
         made = super().dataclass_schema(schema)

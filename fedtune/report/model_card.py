@@ -34,15 +34,15 @@ from fedtune.report.page.view import Words
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """The form of the model in a folder: what the card calls it, and how it is loaded."""
+    """The format of a saved model: its name on the card, the Hub's metadata, and the code that loads it."""
 
-    what: str  # in words
-    library: str  # as the hub names it
-    relation: str  # to its base, likewise
-    loading: str  # lines of Python, which load the base, too, if the model `needs_base`
+    what: str  # description of the format
+    library: str  # the Hub's `library_name`
+    relation: str  # the Hub's `base_model_relation`
+    loading: str  # Python code that loads the model, and its base model if `needs_base`
     needs_base: bool = False
-    has_label: bool = True  # whether the run's privacy label is its own
-    is_judged: bool = True  # whether a verdict of `fedtune gate` on the run is about this model
+    has_label: bool = True  # whether the run's privacy label applies to this model
+    is_judged: bool = True  # whether the run's `fedtune gate` verdict applies to this model
 
     @classmethod
     def for_adapter(cls, config: RunConfig, *, folder: str) -> Form:
@@ -65,19 +65,19 @@ def write_report_and_card(run: Path, *, language: str) -> None:
 
 
 def render_adapter_card(run: Path, report: Report) -> Mapping[str, bytes]:
-    """Return the card and the label of the adapter in a run's folder (file name -> content)."""
+    """Return the model card and the privacy label of a run's adapter (file name -> content)."""
     record, adapter = read_run(run), RunFolder(run).adapter.name
     files = render_card_files(record, report, Form.for_adapter(record.config, folder=adapter))
     return {f"{adapter}/{name}": data for name, data in files.items()}
 
 
 def render_card_files(record: RunRecord, report: Report, form: Form) -> Mapping[str, bytes]:
-    """Return the card of a finished run's model and its privacy label (file name -> content)."""
+    """Return the model card of a finished run's model and its privacy label (file name -> content)."""
     return {CARD: render_card_text(record, report, form).encode(), LABEL: render_label(report, language="en").encode()}
 
 
 def render_card_text(record: RunRecord, report: Report, form: Form) -> str:
-    """Return the card of a finished run's model; equal runs give equal cards."""
+    """Return the model card of a finished run's model as Markdown; equal runs give equal cards."""
     model, made = record.config.model, record.result and record.result.provenance
     example = '[("a text", "another")]' if "text_pair" in record.config.data.columns else '["a text"]'
     words, template = Words(report, load_catalog("en")), made and made.template
@@ -132,7 +132,7 @@ def _build_front_matter(record: RunRecord, words: Words, form: Form) -> ModelCar
 
 
 def _map_scores_before_and_after(report: Report) -> Mapping[str, tuple[float | None, float | None]]:
-    """Return score -> its values before and after training."""
+    """Return metric name -> its scores before and after training."""
     facts = report.facts
     assert isinstance(facts, RunFacts), "a card is of a run's model"
     return {name: (facts.before.get(name), after) for name, after in facts.final.items()}
@@ -143,8 +143,8 @@ def format_privacy_loss(epsilon: float | None, delta: float | None) -> str:
     return "epsilon {} at delta {}".format(*map(load_catalog("en").figure, (epsilon, delta), ("epsilon", "exact")))
 
 
-def _score_text(value: float | None) -> str:
-    """A score in four digits: 0.7500, and never -0.0000."""
+def _format_score(value: float | None) -> str:
+    """Format a score with four decimals, such as 0.7500, without a negative zero."""
     return "not a number" if value is None or not math.isfinite(value) else f"{value:z.4f}"
 
 
@@ -155,7 +155,7 @@ def render_card(file: str, **values: object) -> str:
     templates = create_template_environment().overlay(**markdown, lstrip_blocks=False)
     named = {
         "format_score_name": format_score_name,
-        "score_text": _score_text,
+        "score_text": _format_score,
         "figure": load_catalog("en").figure,
         "owed": format_privacy_loss,
     }
@@ -163,9 +163,7 @@ def render_card(file: str, **values: object) -> str:
 
 
 def _escape_markdown(value: object) -> str:
-    """Escape a value as part of a line of Markdown, removing line breaks; Markup, fedtune's own wording, is not
-    escaped.
-    """
+    """Escape a value for a line of Markdown and remove its line breaks; Markup is trusted and not escaped."""
     if isinstance(value, Markup):
         return value.unescape()
     return re.sub(r"([\\`*_{}\[\]<>()#|!~&])", r"\\\1", _to_one_line(str(value)))

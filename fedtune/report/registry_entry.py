@@ -1,8 +1,7 @@
-"""The entry of a run in a public registry of differential-privacy deployments.
+"""A run's entry for a public registry of differential-privacy deployments.
 
-What only a person can say comes from the run's `report.about`, or from `[about]` in a site's `site.toml`; fields that
-nobody has filled in are empty and listed as missing.  Everything else is in report.json, whose SHA-256 the entry
-contains.
+Statements by people come from the run's `report.about`, or from `[about]` in a site's `site.toml`; empty fields are
+listed under `missing`. All other fields come from report.json, whose SHA-256 the entry contains.
 """
 
 from __future__ import annotations
@@ -21,26 +20,28 @@ from fedtune.report.page.view import Words
 
 REGISTRY = "registry.json"
 SCHEMA_VERSION = 1
-_TOGETHER = "The sites make the noise together: each relies on others not to tell the lead what noise they added."
+_TOGETHER = (
+    "The sites generate the noise jointly: each relies on other sites not to reveal their noise shares to the lead."
+)
 _MODEL = {"noised": "setting.model_text", "seeded": "setting.model_text_seeded", "no_noise": "setting.model_text_none"}
 
 
 def build_registry_entry(report: Report, about: AboutSpec) -> dict[str, Any]:
-    """Return the fields of an entry, in English."""
+    """Build the fields of a registry entry, in English."""
     words, of_run = Words(report, load_catalog("en")), isinstance(report.facts, RunFacts)
 
     def translate_codes(section: str, codes: Sequence[str]) -> list[str]:
         return [words.code(section, code).unescape() for code in codes]
 
     keys = ("sampling", "sampling_rate", "noise_multiplier", "clip_norm", "steps_a_round")
-    rows = dict.fromkeys(  # what a step did, at all sites and in all runs that had the same settings
+    rows = dict.fromkeys(  # distinct step settings over all sites and runs
         (row.sampling_run, row.sampling_rate, row.noise_multiplier, row.max_grad_norm, row.local_steps)
         for site in report.sites
         for row in site.mechanisms
     )
     facts = report.facts
-    picked = facts.selection if isinstance(facts, RunFacts) else None  # in a search of fedtune's
-    how = f"picked by {picked.primary_metric} out" if picked and picked.score is not None else "one"
+    picked = facts.selection if isinstance(facts, RunFacts) else None  # in a fedtune search
+    how = f"selected by {picked.primary_metric} out" if picked and picked.score is not None else "one"
     search = f"{how} of {picked.trials} trials of {picked.search}" if picked else ""
     by_people = dataclasses.asdict(about) | {"tuning": about.tuning or search}
     known = report.known
@@ -98,7 +99,7 @@ def build_registry_entry(report: Report, about: AboutSpec) -> dict[str, Any]:
 
 
 def read_fields_by_people(data: bytes) -> AboutSpec:
-    """Read back the fields that people filled in from an entry's file; empty if the file is not an entry."""
+    """Read the statements by people back from an entry's file; all are empty if the file is not a registry entry."""
     try:
         fields = json.loads(data)
         places = {**fields, **fields["data"], "access": fields["data_product"]["access"]}
@@ -108,5 +109,5 @@ def read_fields_by_people(data: bytes) -> AboutSpec:
 
 
 def convert_registry_to_json(report: Report, about: AboutSpec) -> str:
-    """Return the content of registry.json; equal reports give equal bytes."""
+    """Serialize a registry entry as the content of registry.json; equal reports give equal bytes."""
     return json.dumps(build_registry_entry(report, about), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,9 +1,9 @@
-"""A report beside the requirements of a document, such as GDPR Article 35: the answers to each, and what is missing.
+"""A report mapped to the requirements of a document such as GDPR Article 35, with the answers and the gaps.
 
-The requirements are data, in `maps/`: short paraphrases with their numbers, the document's version and its source.  An
-answer is "auto" (a fact on record), "design" (true of every run of an unmodified fedtune), "site" (for a person to
-state; its text is what a person stated in report.about), or "missing" (a fact that should be on record and is not).  No
-answer says that a requirement is met: that is for people to judge.  Requirements and answers are in English.
+The requirements are data in `maps/`: short paraphrases with their numbers, the document's version and its source. An
+answer is "auto" (a recorded fact), "design" (true for every run of an unmodified fedtune), "site" (a person's
+statement, taken from report.about), or "missing" (a fact that should be recorded and is not). No answer claims that a
+requirement is met, which is for people to judge. Requirements and answers are in English.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fedtune.report.page.view import pointer
 from fedtune.show.terminal_tables import Section, to_json_text
 
 _MAPS = Path(__file__).with_name("maps")
-_CANDIDATES = 1_000_000  # values that a secret may have, such as a number of six digits
+_CANDIDATES = 1_000_000  # number of candidate values of a secret, such as a six-digit number
 _LABELS: Mapping[str, str] = {
     "extraction": "Extraction of a secret",
     "gate": "Verdict of fedtune gate",
@@ -45,23 +45,23 @@ _LABELS: Mapping[str, str] = {
     "report_sha256": "SHA-256 of report.json",
     "report_signature": "Key that signed the report",
 }
-"""Facts that no cell of the report shows, with their names."""
+"""Display names of the facts that no cell of the report shows."""
 _BY_GATE: Mapping[str, tuple[str, ...]] = {
     "attack_results": ("max_audit_bound", "min_audit_canaries", "max_membership_auroc"),
     "group_results": ("max_group_gap", "min_group_size"),
     "ledger_check": ("ledgers",),
 }
-"""Facts that the verdict of `fedtune gate` holds, each with the rules that it comes from."""
+"""Fact from the verdict of `fedtune gate` -> the rules that provide it."""
 
 Answer = tuple[CellState, str, str]
-"""The state of an answer, what it is about, and its text; an empty text: nobody has answered."""
+"""The state of an answer, its subject, and its text; an empty text means that the answer is missing."""
 
 
 def read_map(name: str) -> Mapping[str, Any]:
     """Read a document's requirements: title, version, source, and number -> requirement.
 
-    A requirement has a `text`, `facts` on record, a sentence on the `design` of fedtune, fields of report.about that a
-    person has `stated`, and what a `person` supplies outside of fedtune.
+    A requirement has a `text`, recorded `facts`, a sentence about the `design` of fedtune, the report.about fields that
+    must be `stated`, and tasks that a `person` does outside of fedtune.
     """
     return tomllib.loads((_MAPS / f"{name}.toml").read_text(encoding="utf-8"))
 
@@ -69,7 +69,7 @@ def read_map(name: str) -> Mapping[str, Any]:
 def answer_requirement(
     asked: Mapping[str, Any], known: Mapping[str, str], about: Mapping[str, str]
 ) -> Iterator[Answer]:
-    """Yield the answers to one requirement, from the `known` facts and from what a person stated `about` the run."""
+    """Yield the answers to one requirement from the `known` facts and from the report.about fields in `about`."""
     for fact in asked.get("facts", ()):
         state: CellState = "missing" if fact not in known else "design" if fact in BY_DESIGN else "auto"
         yield state, fact, known.get(fact, "")
@@ -82,7 +82,7 @@ def answer_requirement(
 
 
 def collect_known_facts(report: Report, verdict: GateVerdict | None) -> Mapping[str, str]:
-    """Return fact -> its text, for everything on record that a requirement may ask for."""
+    """Return fact -> its text, for all recorded facts that a requirement may refer to."""
     words, facts = Charts(report, load_catalog("en")), report.facts
     known = {
         fact: format_fact(words, pointer("cells", field, state), fact, value).striptags()
@@ -96,14 +96,14 @@ def collect_known_facts(report: Report, verdict: GateVerdict | None) -> Mapping[
     if isinstance(epsilon := report.known.get("epsilon"), float):
         chance = compute_hit_rate_ceiling(epsilon, facts.delta, false_alarms=1 / _CANDIDATES)
         known["extraction"] = (
-            f"a secret of 1 in {_CANDIDATES:,} values is rebuilt with a chance of at most {chance:.2g}"
+            f"a secret with {_CANDIDATES:,} possible values is reconstructed with probability at most {chance:.2g}"
         )
     if report.signature:
         known["report_signature"] = report.signature.key
     if isinstance(facts, LedgerFacts):
         lifetimes = {facts.site: report.sites[0].lifetime}
         if facts.verification:
-            known["ledger_check"] = f"it verifies, with {pluralize(facts.verification.num_events, 'event')}"
+            known["ledger_check"] = f"the ledger verifies, with {pluralize(facts.verification.num_events, 'event')}"
     else:
         lifetimes = {site.site: site.statement.lifetime if site.statement else None for site in facts.sites}
         if facts.files:
@@ -123,7 +123,7 @@ def collect_known_facts(report: Report, verdict: GateVerdict | None) -> Mapping[
 
 
 def map_report(name: str, report: Report, about: AboutSpec, verdict: GateVerdict | None) -> Mapping[str, Any]:
-    """Answer all requirements of a document from a report; the result is the content of its JSON file."""
+    """Answer all requirements of a document from a report; the result is the content of the JSON file."""
     asked, known, stated = read_map(name), collect_known_facts(report, verdict), dataclasses.asdict(about)
     document = {key: asked[key] for key in ("title", "version", "source")}
     requirements = [
@@ -141,7 +141,9 @@ def map_report(name: str, report: Report, about: AboutSpec, verdict: GateVerdict
 
 
 def write_map(mapped: Mapping[str, Any], *, name: str) -> Mapping[str, bytes]:
-    """Return a mapped document as JSON, Markdown and HTML (file name -> content); `name` is that of the run or site."""
+    """Render a mapped document as JSON, Markdown and HTML (file name -> content); `name` is the name of the run or
+    site.
+    """
     stem, values = f"map_{mapped['map']}", {"mapped": mapped, "name": name, "label": label_answer}
     values |= {"state": load_catalog("en").texts["cells"], "blank": Markup("______")}
     html = create_template_environment().get_template("requirements.html.j2").render(values)
@@ -150,7 +152,7 @@ def write_map(mapped: Mapping[str, Any], *, name: str) -> Mapping[str, bytes]:
 
 
 def label_answer(answer: Mapping[str, str]) -> str:
-    """Return what an answer is about in words: a fact's name, or what a person supplies."""
+    """Return the label of an answer: the name of its fact, or what a person has to supply."""
     about, catalog = answer["about"], load_catalog("en")
     if answer["state"] == "site" or not about:
         return about
@@ -158,7 +160,9 @@ def label_answer(answer: Mapping[str, str]) -> str:
 
 
 def build_map_section(mapped: Mapping[str, Any]) -> Section:
-    """Build the terminal's table of a mapped document: a row for each requirement, and one for each answer below it."""
+    """Build the terminal table of a mapped document: a row for each requirement, followed by a row for each of its
+    answers.
+    """
     words = {"auto": "record", "design": "design", "site": "person", "missing": "MISSING"}
     rows, styles = list[tuple[str, str, str]](), dict[int, str]()
     for requirement in mapped["requirements"]:

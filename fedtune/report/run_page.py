@@ -1,6 +1,7 @@
-"""`report.html` of a run in progress: rewritten after its rounds, marked as unfinished, and reloading itself.
+"""The live `report.html` of a run in progress: rewritten after rounds, marked as unfinished, and reloaded by the
+browser.
 
-The page is not signed, and is replaced by the report itself at the end of the run.
+The page is not signed, and the final report replaces it at the end of the run.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.federation.lead import LeadState
 
 log = logging.getLogger(__name__)
-_SHARE = 20  # of the run's time, one part makes pages
-AGAIN_S = 15  # after this time the page loads itself again
-_FIRST_S = 1.0  # what the first page is thought to take
+_SHARE = 20  # at most one twentieth of the run's time is spent on pages
+AGAIN_S = 15  # seconds after which the page reloads itself
+_FIRST_S = 1.0  # assumed seconds for the first page
 
 
 class UnfinishedReport:
-    """The page of a run in progress.  An error while writing the page is logged and never ends the run.
+    """The writer of a live page for a run in progress. Errors while writing are logged and never stop the run.
 
     Writing takes at most one twentieth of the run's time, so several short rounds may share one page.
     """
@@ -37,15 +38,13 @@ class UnfinishedReport:
         self._due = time.monotonic() + _SHARE * _FIRST_S
 
     def update(self, state: LeadState) -> None:
-        """Write the page for the state in the run's newest checkpoint, if enough time has passed since the last
-        page.
-        """
+        """Write the page for the newest checkpoint's state, unless the last page was written too recently."""
         self._state = state
         if state.round and time.monotonic() >= self._due:
             self._write(state, goes_on=True)
 
     def stop(self) -> None:
-        """Mark the page as that of a stopped run; do nothing for a run that this process never worked on."""
+        """Mark the page as that of a stopped run; do nothing if this process never updated the page."""
         if self._state is not None:
             self._write(self._state, goes_on=False)
 
@@ -71,7 +70,7 @@ class UnfinishedReport:
             load_catalog(self._config.report.language),
             count_rounds(state.rounds, self._config.federation),
         )
-        # What sites released of their ledgers is joined when the run's own report is written.
+        # Site reports are only included in the run's final report.
         html = render_live(
             derive_report(from_run.collect_run_facts(self._folder, record, own={})),
             language=words.language,

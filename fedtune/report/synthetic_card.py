@@ -1,4 +1,4 @@
-"""The card of a file of synthetic records: how the records were made, their privacy guarantee, and their limits."""
+"""The card of a file with synthetic records: how they were generated, their privacy guarantee, and their limits."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fedtune.report.page.view import Words
 from fedtune.sites.run_records import find_card_path, hash_file
 from fedtune.spec import RUN_SCHEMA, ConfigError, check_at_least, check_fraction, spec
 
-Told = Mapping[str, Any]  # what a card tells programs
+Told = Mapping[str, Any]  # fields of a machine-readable card, as plain values
 
 
 @spec
 class Behind:
-    """A run whose data influenced the records: its adapter, the privacy loss of its releases, and its start adapter."""
+    """A run whose data influenced the synthetic records, with its adapter, its privacy loss and its start adapter."""
 
     run: str
     adapter_digest: str
@@ -46,7 +46,7 @@ class Behind:
 
 @spec
 class SyntheticRecords(WritingSpec):
-    """How the records were made: the request, and how they were selected and labeled."""
+    """How the synthetic records were generated, selected and labeled."""
 
     rows: int
     prompts: int
@@ -62,7 +62,7 @@ class SyntheticRecords(WritingSpec):
     classified: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        WritingSpec.__post_init__(self)  # super() knows no class with slots
+        WritingSpec.__post_init__(self)  # super() fails in a dataclass with slots
         for key, count in {
             "rows": self.rows,
             "prompts": self.prompts,
@@ -76,17 +76,17 @@ class SyntheticRecords(WritingSpec):
 
 @spec
 class Figures:
-    """Statistics on how similar the texts are to each other."""
+    """Statistics on the lengths of the texts and on their similarity to each other."""
 
     texts: int
-    distinct: float  # the share that no other one equals
-    words: tuple[int, int, int]  # so many at most have 5 %, half and 95 % of them
-    distinct_pairs: float  # the share of all pairs of neighboring words that come once (distinct-2, Li et al. 2016)
+    distinct: float  # share of texts that occur only once
+    words: tuple[int, int, int]  # 5th, 50th and 95th percentile of the number of words
+    distinct_pairs: float  # distinct word bigrams divided by all bigrams (distinct-2, Li et al. 2016)
 
 
 @spec
 class Card:
-    """The machine-readable card; the first run wrote the records, and the keys of `figures` are file names."""
+    """The machine-readable card; the first run generated the records, and the keys of `figures` are file names."""
 
     schema_version: int
     file: str
@@ -99,14 +99,14 @@ class Card:
     def __post_init__(self) -> None:
         epsilon, delta = compose_losses([asdict(run) for run in self.runs]) if self.runs else (None, None)
         if not self.runs or self.together != {"epsilon": epsilon, "delta": delta}:
-            raise ConfigError("together", self.together, "must be the sum over the runs")
+            raise ConfigError("together", self.together, "must be the sum of the runs' privacy losses")
 
 
 def compose_losses(runs: Sequence[Told]) -> tuple[float | None, float]:
-    """Bound epsilon and delta of all of a card's runs for one record or person by basic composition: both add up.
+    """Bound epsilon and delta of all runs on a card for one record or person by basic composition: both are summed.
 
-    Adapters from which runs started also count unless they are public, as they may have seen the same record or person.
-    None: unbounded.
+    Start adapters also count unless they are public, because they may have been trained on the same record or person.
+    An epsilon of None means unbounded.
     """
     starts = [run["start"] for run in runs if run["start"] is not None and not run["start"]["public"]]
     parts = [*remove_duplicates(runs), *remove_duplicates(starts)]
@@ -116,20 +116,18 @@ def compose_losses(runs: Sequence[Told]) -> tuple[float | None, float]:
 
 
 def remove_duplicates(told: Sequence[Told]) -> list[Told]:
-    """Remove duplicates: the releases of one adapter, identified by its digest, count once, however often it is
-    used.
-    """
+    """Remove repeated entries, because the releases of one adapter count once, no matter how often it is used."""
     return [one for place, one in enumerate(told) if one not in told[:place]]
 
 
 def format_total_loss(runs: Sequence[Told]) -> str | None:
-    """Format the result of `together` for people; None: unbounded."""
+    """Format the total privacy loss of the runs from `compose_losses`; None: unbounded."""
     epsilon, delta = compose_losses(runs)
     return None if epsilon is None else format_privacy_loss(epsilon, delta)
 
 
 def describe_run(report: Report, adapter_digest: str) -> dict[str, Any]:
-    """Return the fields of a run on a card."""
+    """Return a run's entry on a card, as plain values."""
     facts = report.facts
     assert isinstance(facts, RunFacts), "a run wrote the records"
     own = report.epsilon if Words(report, load_catalog("en")).promises else None
@@ -141,15 +139,15 @@ def describe_run(report: Report, adapter_digest: str) -> dict[str, Any]:
 
 
 def read_card(file: Path, writer: Told | None = None, *, option: str) -> Told:
-    """Read and check the card of records that a run wrote; only records with a valid card may carry the run's
-    guarantee.
+    """Read and validate the card of a file with synthetic records, without which the run's guarantee does not apply to
+    them.
 
     Raises:
         ConfigError: the card is missing or inconsistent, or belongs to another file or to another run than `writer`.
     """
     path, sha256 = find_card_path(file.resolve(), ".json"), hash_file(file, key=option)
     of = " with this RUN" if writer else ""
-    bound = f"must be as fedtune synthesize wrote it{of}, with its card next to it ({path.name})"
+    bound = f"must be an unchanged output of fedtune synthesize{of}, with its card next to it ({path.name})"
     read = signing.read_bounded_file(path, key=option, name=str(file), bound=bound)
     try:
         found = parse_json(read, key=path.name, bound="must be JSON")
@@ -163,7 +161,7 @@ def read_card(file: Path, writer: Told | None = None, *, option: str) -> Told:
 
 
 def render_card_markdown(reports: Sequence[Report], told: Told) -> str:
-    """Render the card as Markdown; `told` is the result of `build_card` for the same reports."""
+    """Render a card as Markdown; `told` is the result of `build_card` for the same reports."""
     words = [Words(report, load_catalog("en")) for report in reports]
     return render_card(
         "synthetic_card.md.j2",
@@ -181,9 +179,7 @@ def render_card_markdown(reports: Sequence[Report], told: Told) -> str:
 
 
 def build_card(file: Path, lines: bytes, runs: Sequence[Told], *, made: Told, figures: Told) -> dict[str, Any]:
-    """Return the machine-readable card of `lines`; `runs` are all runs behind the records, the one that wrote them
-    first.
-    """
+    """Build the machine-readable card for the records in `lines`; the first of `runs` generated them."""
     return {
         "schema_version": RUN_SCHEMA,
         "file": file.name,

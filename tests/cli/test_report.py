@@ -180,12 +180,12 @@ def test_missing_or_changed_signature_is_reported(signed_run: Path, key_file: Pa
     key, whole = SigningKey.load(key_file).public, signing.parse_report(signed_run.read_bytes())
     verified = ("report", "verify", str(signed_run))
     assert run_command(*verified, "--key", key).code == 0
-    made = f"made with the key in the file, {group_hex(key)}: not checked"
-    assert re.search(f"signature +not checked +It was {made}", " ".join(run_command(*verified).printed.split()))
+    made = f"The signature matches the key in the file, {group_hex(key)}, but this key was not checked"
+    assert re.search(f"signature +not checked +{made}", " ".join(run_command(*verified).printed.split()))
     for of_the_signed in ("report.html", "adapter/README.md"):
         (signed_run.parent / of_the_signed).unlink()
     edit_json_value(signed_run, "signature", to=None)
-    assert re.search("signature +not checked +It is not signed", run_command(*verified).printed)
+    assert re.search("signature +not checked +The report is not signed", run_command(*verified).printed)
     assert run_command(*verified, "--key", key).code == 1
     signed_run.write_text(signing.report_to_json(signing.sign_report(whole, other)))
     assert run_command(*verified).code == 0  # whose it is was not asked
@@ -194,7 +194,7 @@ def test_missing_or_changed_signature_is_reported(signed_run: Path, key_file: Pa
     edit_json_value(
         signed_run, "signature", "signature", to=lambda text: text[:-2] + ("00" if text[-2:] != "00" else "01")
     )
-    assert "one of them was changed" in run_command(*verified).out
+    assert "the report or the signature was changed" in run_command(*verified).out
 
 
 @pytest.mark.parametrize(("signature", "state"), [("signed", "wrong"), ("unsigned", "not_checked")])
@@ -291,8 +291,8 @@ def test_malformed_report_files_are_refused(run_folder: Path, tmp_path: Path) ->
     whole, path = (run_folder / "report.json").read_text(), tmp_path / "a.json"
     for content, message in (
         (None, "must be a report.json, or a folder with one"),
-        ("{}", f"schema_version = 'absent': must be as in a report of schema version {REPORT_SCHEMA}"),
-        ("[1]", f"report = 'another value': must be as in a report of schema version {REPORT_SCHEMA}"),
+        ("{}", f"schema_version = 'absent': does not match report schema version {REPORT_SCHEMA}"),
+        ("[1]", f"report = 'another value': does not match report schema version {REPORT_SCHEMA}"),
         ('{\n"a', "report = 'text that is not JSON from line 2 on': must be a complete report.json"),
         ("[" * 100_000, "report = 'not JSON in UTF-8': must be a complete report.json"),
         (whole.replace('"rounds": 2', f'"rounds": {"9" * 4200}', 1), "at most 19 digits"),

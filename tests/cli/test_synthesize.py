@@ -187,13 +187,13 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
         (("--rows", "2", "--to", str(best)), "already exists: choose a new file"),
         (("--rows", "2", "--votes", str(runs / "shares")), "must have all texts as candidates, but lacks 4 of them"),
         (("--rows", "2", "--beside", str(runs / "tables.jsonl")), "it shares 103 texts with data.train_file"),
-        (("--rows", "2", "--candidates", str(public)), "must be as fedtune synthesize wrote it"),
+        (("--rows", "2", "--candidates", str(public)), "must be an unchanged output of fedtune synthesize"),
     ):
         assert said in run_command(*refused, *options).failed()
         assert not (tmp_path / "no.jsonl").exists()
     to.write_text(to.read_text().replace("seed 7", "private text"))
     message = run_command(*refused, "--rows", "2").failed()
-    assert "must be as fedtune synthesize wrote it with this RUN, with its card next to it" in message
+    assert "must be an unchanged output of fedtune synthesize with this RUN, with its card next to it" in message
     assert "private text" not in message
 
 
@@ -309,16 +309,16 @@ def test_edited_synthesis_card_is_refused(runs: Path, tmp_path: Path) -> None:
 
     def select_and_fail() -> str:
         message: str = run_command(*choose, "--to", str(tmp_path / "no.jsonl")).failed()
-        assert "must be as fedtune synthesize wrote it with this RUN, with its card next to it" in message
+        assert "must be an unchanged output of fedtune synthesize with this RUN, with its card next to it" in message
         return message
 
     for changes, said in (
-        ({"runs": [writer]}, "must be the sum over the runs"),
-        ({"runs": [writer, shares | {"epsilon": 0.1}]}, "must be the sum over the runs"),
+        ({"runs": [writer]}, "must be the sum of the runs' privacy losses"),
+        ({"runs": [writer, shares | {"epsilon": 0.1}]}, "must be the sum of the runs' privacy losses"),
         ({"runs": [writer, shares | {"epsilon": -1.0}], "together": {"epsilon": 0.0, "delta": 2e-5}}, "at least 0"),
         ({"runs": [writer, shares | {"epsilon": "0.1"}]}, "must be a number"),
         ({"runs": [writer, {"run": "shares"}]}, "is required"),
-        ({"runs": []}, "must be the sum over the runs"),
+        ({"runs": []}, "must be the sum of the runs' privacy losses"),
         ({"made": whole["made"] | {"labels": [{"column": "ref"}]}}, "must each have the keys column and by"),
         ({"made": None}, "must be a table"),
         ({"runs": [writer | {"run": "twin"}, shares]}, "with its card next to it (texts.jsonl.card.json)"),

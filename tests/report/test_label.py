@@ -78,7 +78,7 @@ def test_label_warns_of_reliance_on_other_sites(language: str) -> None:
     )
     assert "…" not in said
     model = registry_entry.build_registry_entry(shared, AboutSpec())["privacy"]["model"]
-    assert model.startswith("The sites make the noise together")
+    assert model.startswith("The sites generate the noise jointly")
 
 
 def test_label_without_a_guarantee_shows_no_figures(language: str) -> None:

@@ -144,7 +144,7 @@ def test_site_report_older_than_its_receipts_is_refused(folder: Path) -> None:
     receipt = from_run.read_run(folder / "second").receipts["site-1"]
     assert found.num_events >= receipt.sequence
     early = sign_changed(folder, verification=replace(found, num_events=receipt.sequence - 1))
-    assert "must be no older than this run" in read_refusal(folder, early)
+    assert "is older than this run" in read_refusal(folder, early)
     shutil.rmtree(folder / "second" / "checkpoints")
     assert "gave this run no receipt" in read_refusal(folder, write_signed_report(folder))
 
@@ -275,14 +275,14 @@ def pose_as_site(folder: Path, of: str, **changes: Any) -> Report:
 def test_reports_not_from_the_site_are_refused(folder: Path) -> None:
     own = write_signed_report(folder)
     for released, says in (
-        (from_run.build_run_report(folder / "first"), "must be a site's report of its own ledger"),
-        (replace(own, signature=None), "it is not signed"),
+        (from_run.build_run_report(folder / "first"), "is not a ledger's report"),
+        (replace(own, signature=None), "is not signed: must be signed by"),
         (replace(own, epsilon=0.1), "must be signed by its site"),
         (pose_as_site(folder, "site-1"), "must be signed by its site"),
         # Nor does it help to leave out what names the ledger's key.
-        (pose_as_site(folder, "site-1", verification=None), "as the receipts of site-1 are"),
-        (pose_as_site(folder, "site-2", site="site-1"), "as the receipts of site-1 are"),
-        (pose_as_site(folder, "site-2", site="west"), "must be about a site of this run (site-1, site-2), not west"),
+        (pose_as_site(folder, "site-1", verification=None), "the key of site-1's receipts"),
+        (pose_as_site(folder, "site-2", site="site-1"), "the key of site-1's receipts"),
+        (pose_as_site(folder, "site-2", site="west"), "is about west, which is not a site of this run (site-1, site-2)"),
     ):
         assert says in read_refusal(folder, released)
 
@@ -293,7 +293,7 @@ def test_site_ledger_without_this_run_is_refused(folder: Path) -> None:
     report = derive_changed(
         folder, **{key: tuple(one for one in getattr(facts, key) if one.run == first) for key in lists}
     )
-    assert "must be from a ledger that contains the run second-" in read_refusal(folder, report)
+    assert "is from a ledger without the run second-" in read_refusal(folder, report)
     assert from_run.build_run_report(folder / "first", site_reports=[report]).sites[0].source == "signed_site_report"
 
 

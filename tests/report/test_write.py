@@ -83,7 +83,7 @@ def test_rounding_hides_last_digit_differences_in_the_report(last: int) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_reports_match_the_published_json_schema(name: str) -> None:
     schema = json.loads(model.render_schema())
-    assert schema["$defs"]["Release"]["properties"]["reason"]["description"] == "of a refusal"
+    assert schema["$defs"]["Release"]["properties"]["reason"]["description"] == "reason for a refusal"
     validator = jsonschema.Draft202012Validator(schema)
     data = json.loads(signing.report_to_json(build_reports()[name]))
     validator.validate(data)

@@ -1,9 +1,9 @@
-"""Fields of a data protection impact assessment and of technical documentation: known facts, and those only a site has.
+"""Fields of a data protection impact assessment and of technical documentation, filled in with known facts.
 
-A cell is "auto" (facts of the run or ledger), "design" (true of every run of an unmodified fedtune, and not observed in
-this run), "site" (names of facts that a person at the site supplies) or "missing" (facts that should be on record and
-are not).  Facts are figures, names, hashes and codes.  Cells contain no prose and no judgment: purpose, legal basis and
-necessity are for the controller to state, and no program can compute whether something is anonymous or lawful.
+A cell is "auto" (facts of the run or ledger), "design" (true for every run of an unmodified fedtune, and not observed
+in this run), "site" (names of facts that a person at the site supplies) or "missing" (facts that should be recorded and
+are not). Facts are figures, names, hashes and codes. Cells contain no prose and no judgment: purpose, legal basis and
+necessity are for the controller to state, and no program can decide whether something is anonymous or lawful.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:  # it imports torch, which a ledger's report does without
     from fedtune.config import RunConfig
 
 _DATA = tomllib.loads(Path(__file__).with_name("dpia_fields.toml").read_text(encoding="utf-8"))
-FIELDS: Mapping[str, Mapping[str, Sequence[str]]] = _DATA["field"]  # `facts` that are known, and others `of_the_site`
+FIELDS: Mapping[str, Mapping[str, Sequence[str]]] = _DATA["field"]  # known `facts`, and facts to supply (`of_the_site`)
 BY_DESIGN: Mapping[str, str] = _DATA["by_design"]
 KINDS: Mapping[str, str] = {fact: kind for kind, facts in _DATA["kinds"].items() for fact in facts}
-"""Fact -> how a page shows its value, as `Column` in page/tables.py has it; the others are names."""
-OPTIONAL = frozenset(_DATA["optional"]["facts"])  # facts that a cell leaves out where nobody measured them
-SETTINGS = frozenset(_DATA["settings"]["facts"])  # facts that a run's settings, or those of a ledger's runs, say
+"""Fact -> format of its value on a page, as in `TableColumn.kind`; other facts are shown as text."""
+OPTIONAL = frozenset(_DATA["optional"]["facts"])  # facts that a cell omits if they were not measured
+SETTINGS = frozenset(_DATA["settings"]["facts"])  # facts that come from the settings of a run or of a ledger's runs
 TRANSPORT = {"simulation": "in_process", "ray": "ray", "deployment": "mutual_tls"}
 
 
@@ -51,7 +51,7 @@ def build_cells(known: Mapping[str, Value]) -> Cells:
 def build_report_cells(report: Report) -> Cells:
     """Build the cells from a report's figures; the report's existing cells are ignored."""
     facts, made = report.facts, report.facts.provenance
-    # What follows from the sites' own figures is of the worst site each, as are the report's verdict and epsilon.
+    # Each figure that differs between sites is that of the worst site, like the report's verdict and epsilon.
     verdict, promised = report.verdict, report.verdict.state != "no_guarantee"
     epsilon = report.epsilon if promised else None
     meanings = [site.meaning for site in report.sites if site.meaning]
@@ -127,10 +127,10 @@ def build_report_cells(report: Report) -> Cells:
 
 
 def estimate_training_flops(report: Report, facts: RunFacts) -> float | None:
-    """Estimate the floating-point operations of a run as 6 N D, for N parameters and at most D tokens of training.
+    """Estimate a run's floating-point operations as 6 N D, for a model with N parameters and D training tokens.
 
-    D counts the records that are drawn on average, each with the most tokens that are kept of a record.  None: the
-    model's size is not known, or it reads no text.
+    D is an upper estimate: the expected number of sampled records times the largest number of tokens of a record. The
+    result is None if the model's size is unknown, or if its input is not text.
     """
     plan, tokens, sizes = facts.plan, facts.settings.get("most_tokens"), facts.declared_sizes
     if facts.total_parameters is None or not isinstance(tokens, int) or facts.settings.get("modality") != "text":
@@ -140,7 +140,7 @@ def estimate_training_flops(report: Report, facts: RunFacts) -> float | None:
 
 
 def derive_facts_from_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
-    """Return the fields of `RunFacts` that follow from a run's settings and plan."""
+    """Derive the fields of `RunFacts` that follow from a run's settings and plan."""
     federation, epsilon = config.federation, config.privacy.epsilon if plan.private else None
     known = {"name": config.name, "target_epsilon": epsilon, "settings": derive_cell_facts(config, plan)}
     judged = {
@@ -152,7 +152,7 @@ def derive_facts_from_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
 
 
 def derive_provenance(config: RunConfig) -> dict[str, str | None]:
-    """Return the fields of `Provenance` that follow from a run's settings alone."""
+    """Derive the fields of `Provenance` that follow from a run's settings alone."""
     model, data, about = config.model, config.data, config.report.about
     base = {"model": model.public_path, "model_license": model.license}
     stated = {
@@ -164,7 +164,7 @@ def derive_provenance(config: RunConfig) -> dict[str, str | None]:
 
 
 def derive_cell_facts(config: RunConfig, plan: Plan) -> dict[str, Value]:
-    """Return the facts in cells that follow from a run's settings."""
+    """Derive the facts in cells that follow from a run's settings."""
     data, real = config.data, config.runtime.kind == "deployment"
     excluded = {
         "unusable_records": real or data.skips_bad_records,
@@ -182,13 +182,13 @@ def derive_cell_facts(config: RunConfig, plan: Plan) -> dict[str, Value]:
         "update_checks": config.federation.algorithm,
         "labels": len(data.labels) or None,
         "heldout_fraction": data.heldout_fraction,
-        # How much of a file a simulation uses says nothing of real sites' files.
+        # The setting only applies to the files of a simulation.
         "used_fraction": None if real else data.train_fraction,
     }
     return {name: value for name, value in known.items() if value is not None}
 
 
 def format_rank(adapter: str, rank: int) -> str:
-    """Format an adapter's rank, followed by its kind unless it is LoRA."""
+    """Format an adapter's rank, followed by the adapter's kind unless it is LoRA."""
     rank = 0 if adapter == NO_ADAPTER else rank
     return str(rank) if adapter == "lora" else f"{rank} ({adapter})"

@@ -1,7 +1,6 @@
-"""The report of a ledger, derived from its facts alone.
+"""The report of a ledger, derived from its source data alone.
 
-Its epsilons come from the privacy filter, so they hold even though each run was chosen after earlier runs had released
-results.
+Its epsilons come from a Renyi privacy filter, so they hold even though each run was chosen after earlier releases.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from fedtune.show.budget_text import ArrivalRange
 
 
 def derive_ledger_report(facts: LedgerFacts) -> Report:
-    """Derive the report of a ledger from its facts."""
+    """Derive the report of a ledger from its source data."""
     ran, charged, life, delta = (
         list_mechanisms(facts),
         find_largest_charges(facts),
@@ -45,7 +44,7 @@ def derive_ledger_report(facts: LedgerFacts) -> Report:
         life, facts.approved, charges=charges, verified=verified, limits_loosened=loosened
     )
     reasons, capped = list(found), ((run.plan, run.max_epsilon) for run in facts.runs if run.max_epsilon is not None)
-    # As it was decided when the run was accepted.
+    # The same comparison as when the run was accepted.
     if any(
         accountant.compute_epsilon_above_limit([plan.full_event], plan.delta, limit=cap) is not None
         for plan, cap in capped
@@ -74,7 +73,8 @@ def derive_ledger_report(facts: LedgerFacts) -> Report:
 
 
 def _was_fixed_beforehand(facts: LedgerFacts, ran: Sequence[Mechanism]) -> bool:
-    """Whether all charges were fixed before anything was released: a single run, charged for its whole plan.
+    """Whether all charges were fixed before the first release, which requires a single run that was charged for its
+    whole plan.
 
     Otherwise a later run may have been chosen, or an earlier run ended, because of a release.
     """
@@ -84,18 +84,18 @@ def _was_fixed_beforehand(facts: LedgerFacts, ran: Sequence[Mechanism]) -> bool:
 
 
 def count_charges(facts: LedgerFacts) -> int:
-    """Count the rounds that the entries charged, plus the restored backups."""
+    """Count the charged rounds and the restored backups of a ledger."""
     return sum(entry.rounds if entry.run else 1 for entry in facts.charges)
 
 
 def map_plans_by_run(facts: LedgerFacts) -> Mapping[str, Plan]:
-    """Map the name of each run to its plan."""
+    """Return run -> its plan."""
     return {run.run: run.plan for run in facts.runs}
 
 
 def find_largest_charges(facts: LedgerFacts, *, period: str | None = None) -> Counter[DpEvent]:
-    """Return all charges of the cohort with the largest divergence; with a `period`, only those of the newest
-    entry's period.
+    """Return the charges of the cohort with the largest divergence; with a `period`, only charges in the newest entry's
+    period.
     """
     return _pick_largest_divergence(
         facts, [count_charges_to_cohort(facts, cohort, period=period) for cohort in _find_cohort_groups(facts)]
@@ -119,15 +119,15 @@ def count_charges_to_cohort(facts: LedgerFacts, cohort: int | None, *, period: s
 
 
 def _find_last_charge_with_lost_rows(facts: LedgerFacts) -> int:
-    """Return the index of the last charge after which arrival rows were lost; -1 if none were.
+    """Return the index of the last charge that is marked with lost arrival rows; -1 if there is none.
 
-    The oldest cohort is also charged for this entry and all entries before it.
+    The oldest cohort is also charged for this entry and all earlier entries.
     """
     return max((number for number, entry in enumerate(facts.charges) if entry.lost_rows), default=-1)
 
 
 def _find_cohort_groups(facts: LedgerFacts) -> list[int]:
-    """Return the first cohort of each group of cohorts that have equal figures."""
+    """Return the first cohort of each group of cohorts with equal charges."""
     said = {one for entry in facts.charges for one in entry.lost_cohorts or () if one}
     lost = [Cohorts.from_text(one, facts.arrivals) for one in said if facts.arrivals]
     return find_cohort_group_starts(
@@ -138,7 +138,7 @@ def _find_cohort_groups(facts: LedgerFacts) -> list[int]:
 def _iter_entry_charges(
     entry: ChargedRounds, plans: Mapping[str, Plan], arrivals: Calendar | None
 ) -> Iterator[tuple[Counter[DpEvent], Cohorts | None]]:
-    """Yield the charges of an entry, each with the cohorts that they apply to (None: everybody)."""
+    """Yield the charges of an entry, each with the cohorts that are charged (None: all people)."""
     lost = list(zip(entry.lost, entry.lost_cohorts or [""] * len(entry.lost), strict=True))
     for said in dict.fromkeys(said for _, said in lost):
         admitted = Cohorts.from_text(said, arrivals) if arrivals and said else None
@@ -153,26 +153,26 @@ def _compute_epsilon_by_filter(facts: LedgerFacts, charged: Counter[DpEvent]) ->
 
 
 def count_rounds_by_run(facts: LedgerFacts) -> Mapping[str, int]:
-    """Return run -> number of rounds that the ledger's own entries charged."""
+    """Return run -> number of rounds that the ledger's own entries charged, without lost branches."""
     rounds = Counter(dict.fromkeys(map_plans_by_run(facts), 0))
     for entry in facts.charges:
-        rounds[entry.run] += entry.rounds  # of a lost branch, which has no run, none
+        rounds[entry.run] += entry.rounds  # 0 rounds for a lost branch, whose run is ""
     return rounds
 
 
 def list_mechanisms(facts: LedgerFacts) -> tuple[Mechanism, ...]:
-    """Return the mechanisms of each run, including rounds on lost branches, followed by the unnamed mechanisms of
-    lost runs.
+    """Return the mechanisms of each run, including rounds on lost branches, followed by mechanisms that belong to no
+    known run.
     """
     own, charged = count_rounds_by_run(facts), count_charges_to_cohort(facts, None)
-    # Of a head that names more rounds than charges the events alone count, and what they leave is nobody's run.
+    # If an anchor's lost rounds exceed the charges, only the ledger's own rounds count; other charges have no run.
     for rounds in ({run.run: own[run.run] + run.lost_rounds for run in facts.runs}, own):
         unexplained = Counter(charged)
         for run in facts.runs:
             unexplained.subtract(profile.count_charged_events(run.plan, rounds[run.run]))
         if all(count >= 0 for count in unexplained.values()):
             break
-    # The fedtune that wrote the entry samples so; what other software does is not on record.
+    # fedtune uses Poisson sampling; the sampling of other software is not recorded.
     sampling = {one.run: NOT_RECORDED if one.release in CHARGED_ONLY else "poisson" for one in facts.runs}
     made = profile.describe_mechanism
     known = [made(one.plan, run=one.run, rounds=rounds[one.run], sampling=sampling[one.run]) for one in facts.runs]
@@ -183,11 +183,11 @@ def list_mechanisms(facts: LedgerFacts) -> tuple[Mechanism, ...]:
 
 
 def compute_lifetime(facts: LedgerFacts) -> Lifetime:
-    """Compute the figures over all runs, as of the facts' date."""
+    """Compute a ledger's budget figures over all runs, as of the report's date."""
     own, rounds = count_rounds_by_run(facts), {row.run: row.rounds for row in list_mechanisms(facts)}
     begins = _find_cohort_groups(facts)
     spent = [count_charges_to_cohort(facts, cohort) for cohort in begins]
-    # With what open runs that admit a cohort have set aside.
+    # Includes the reserved rounds of open runs that admit the cohort.
     held = [
         (run.plan.cohorts, run.plan.event(rounds=run.plan.most_rounds - own[run.run]))
         for run in facts.runs
@@ -246,7 +246,7 @@ def compute_lifetime(facts: LedgerFacts) -> Lifetime:
 
 
 def _compute_divergence_left(facts: LedgerFacts, taken: Counter[DpEvent]) -> float | None:
-    """Return what is left of the lifetime cap, as a Renyi divergence at the ledger's order; None: there is no cap."""
+    """Return the Renyi divergence left under the lifetime cap at the ledger's order; None: there is no cap."""
     if facts.frozen or facts.in_doubt:
         return 0.0
     if facts.approved.max_epsilon is None:
@@ -256,11 +256,10 @@ def _compute_divergence_left(facts: LedgerFacts, taken: Counter[DpEvent]) -> flo
 
 
 def compute_steps(facts: LedgerFacts, life: Lifetime) -> tuple[EpsilonStep, ...]:
-    """Return the filter's epsilon after each round that is listed separately, and after each run that is listed as a
-    whole.
+    """Return the filter's epsilon after each separately listed round, and after each run without separately listed
+    rounds.
 
-    The last step is as in `life`.  The sums are added in another order than in the ledger, so the last digits may
-    differ.
+    The last value is as in `life`. Sums are added in another order than in the ledger, so the last digits may differ.
     """
     charges, order, delta = facts.charges, facts.order, facts.delta
     totals, plans, owed = (

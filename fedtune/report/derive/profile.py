@@ -1,14 +1,13 @@
 """The privacy loss in a report and its meaning: epsilon as a function of delta, and bounds on the success of any
 attack.
 
-The ceilings follow from (epsilon, delta) alone, by formulas that anybody can check by hand.  They hold for an attacker
-who knows every other record and everything that was released; real attacks do worse.  An unbounded epsilon gives the
-trivial ceiling.
+The ceilings follow from (epsilon, delta) alone, by closed formulas. They hold for an attacker who knows every other
+record and all releases; real attacks are weaker. An unbounded epsilon gives the trivial ceiling.
 
-The mechanism's own curve says more: the privacy loss distribution of all charges bounds delta at every epsilon at once,
-and with it every attack's hit rate; (epsilon, delta) is one point of that curve.  Each figure is an upper bound: losses
-are rounded up, add and remove adjacency are both covered, and each attack is bounded by the best of many points.  Like
-every PLD figure, this is a proof for a plan that was fixed beforehand.
+The mechanism's own trade-off curve is tighter: the privacy loss distribution (PLD) of all charges bounds delta at every
+epsilon at once, and with it the hit rate of every attack; (epsilon, delta) is only one point of that curve. Each figure
+is an upper bound: losses are rounded up, add and remove adjacency are both covered, and each attack is bounded by the
+best of many points. Like every PLD figure, the bound is proved only for a plan that was fixed beforehand.
 """
 
 from __future__ import annotations
@@ -42,37 +41,37 @@ from fedtune.report.model import Ceiling, CurvePoint, Meaning, Mechanism
 from fedtune.report.model import Spent as Figures
 from fedtune.spec import check_at_least
 
-DELTAS = tuple(10.0**-power for power in range(3, 11))  # where the reports' curves are shown, beside their own delta
-_LARGEST_EPSILON = 60.0  # beyond it, a share that an attack misses is no longer seen in a float
-PRIORS = (0.5, 0.1, 0.01, 0.001)  # how sure an attacker may be beforehand, in the reports' tables
-FALSE_ALARMS = (0.01, 0.001)  # shares of false alarms in the reports' tables
+DELTAS = tuple(10.0**-power for power in range(3, 11))  # deltas of the reports' curves, besides the report's own delta
+_LARGEST_EPSILON = 60.0  # above it, the miss rate of an attack is below the precision of a float
+PRIORS = (0.5, 0.1, 0.01, 0.001)  # prior probabilities of membership in the reports' tables
+FALSE_ALARMS = (0.01, 0.001)  # false positive rates in the reports' tables
 TIERS_SOURCE = "arXiv 2303.00654"
-BANDS = {"strong": (0.0, 1.0), "reasonable": (1.0, 10.0), "weak": (10.0, math.inf)}  # above which epsilon, up to which
+BANDS = {"strong": (0.0, 1.0), "reasonable": (1.0, 10.0), "weak": (10.0, math.inf)}  # epsilon above, and up to
 _INTERVAL_OF_SEVERAL = 0.02
-"""Width of the buckets for several records.  They only ever raise the figure, by less than 0.2 of 100 guesses; finer
-ones take ten times as long."""
-_LEAST_NOISE_OF_SEVERAL = 0.2  # below it, a distribution takes minutes
-_MOST_PLANS_OF_SEVERAL = 8  # each takes a second
-_LARGEST_EXPONENT = 700.0  # e to it is still a number
+"""Width of the PLD buckets for several records.  Coarse buckets only raise the bound, by less than 0.2 of 100 guesses;
+finer buckets take ten times as long."""
+_LEAST_NOISE_OF_SEVERAL = 0.2  # below this noise multiplier, a distribution takes minutes
+_MOST_PLANS_OF_SEVERAL = 8  # each plan takes a second
+_LARGEST_EXPONENT = 700.0  # exp overflows a float above about 709
 _THIRTEEN_DIGITS = Context(prec=13, rounding=ROUND_HALF_EVEN)
 _NINE_DIGITS = Context(prec=9, rounding=ROUND_CEILING)
 
 
 def count_charged_events(plan: Plan, rounds: int) -> Mapping[DpEvent, int]:
-    """Return the number of times that each single mechanism ran in `rounds` charged rounds."""
+    """Return the number of executions of each single mechanism in `rounds` charged rounds."""
     return events.count_mechanisms([plan.event(rounds=rounds)])
 
 
 def split_sampling(event: DpEvent) -> tuple[float, DpEvent]:
-    """Split a mechanism into its sampling probability and the mechanism that is applied to the sampled records or
-    persons.
+    """Split a mechanism into its Poisson sampling rate and the mechanism on the sampled records; the rate is 1 without
+    sampling.
     """
     return (event.sampling_probability, event.event) if isinstance(event, PoissonSampledDpEvent) else (1.0, event)
 
 
 def describe_mechanism(plan: Plan, *, run: str, rounds: int, sampling: str) -> Mechanism:
-    """Describe `rounds` charged rounds of a plan, including retries; `sampling` says how records or persons joined a
-    step.
+    """Describe the mechanism of `rounds` charged rounds, including retries; `sampling` is the code of the sampling
+    scheme.
     """
     return Mechanism(
         run=run,
@@ -93,7 +92,7 @@ def describe_mechanism(plan: Plan, *, run: str, rounds: int, sampling: str) -> M
 
 
 def describe_lost_mechanism(event: DpEvent, count: int) -> Mechanism:
-    """Describe a mechanism from a lost branch of the ledger, of which only the event is known; it counts as a single
+    """Describe a mechanism on a lost branch of the ledger, of which only the event is known; it counts as a single
     round.
     """
     ((json, _),), (rate, gaussian) = events.count_mechanisms_as_json([event]), split_sampling(event)
@@ -126,12 +125,12 @@ def parse_charges(charges: Iterable[Charge]) -> Counter[DpEvent]:
 
 
 def compute_charges_against_colluders(rows: Sequence[Mechanism], *, colluders: int | None) -> Counter[DpEvent]:
-    """Return the charges if `colluders` other sites reveal the noise that they added; None: as many as each run
+    """Return the charges if `colluders` other sites reveal their noise shares; None: the number that each run's plan
     assumed.
     """
     total: Counter[DpEvent] = Counter()
     for row in rows:
-        if row.shared is None:  # of a lost run nothing is known but its charges
+        if row.shared is None:  # only the charges of a lost run are known
             total.update(parse_charges(row.charges))
             continue
         noise = row.noise_multiplier if colluders is None else row.shared.compute_honest_noise(colluders)
@@ -146,12 +145,10 @@ def compute_charges_against_colluders(rows: Sequence[Mechanism], *, colluders: i
 def compute_epsilons_by_observer(
     rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]
 ) -> Epsilons | None:
-    """Compute a site's epsilon for each kind of observer with the function `epsilon`; None without secure
-    aggregation.
-    """
+    """Compute a site's epsilon for each observer with the function `epsilon`; None without secure aggregation."""
     if all(row.shared is None for row in rows):
         return None
-    lost = any(not row.run for row in rows)  # of which nobody knows whether others' noise was part of it
+    lost = any(not row.run for row in rows)  # a lost run may have relied on other sites' noise
     return Epsilons(
         server_alone=epsilon(compute_charges_against_colluders(rows, colluders=0)),
         with_colluders=epsilon(compute_charges_against_colluders(rows, colluders=None)),
@@ -162,8 +159,8 @@ def compute_epsilons_by_observer(
 def compute_charges_if_others_collude(
     rows: Sequence[Mechanism], trust: Epsilons | None
 ) -> tuple[Spent, float | None] | None:
-    """Return the charges, and their epsilon, if all other sites reveal their noise; None if the site added all of
-    its noise.
+    """Return the charges and their epsilon if all other sites reveal their noise shares; None without secure
+    aggregation.
     """
     return (
         None
@@ -173,32 +170,32 @@ def compute_charges_if_others_collude(
 
 
 def find_largest_epsilon(epsilons: Iterable[float | None]) -> float | None:
-    """Return the largest epsilon; None, which means unbounded, is larger than any number."""
+    """Return the largest epsilon; None means unbounded, and is larger than any number."""
     values = list(epsilons)
     return None if None in values else max((value for value in values if value is not None), default=0.0)
 
 
 def bound_posterior(epsilon: float, *, prior: float) -> float:
-    """Bound how sure an attacker can become that a record was used: posterior odds are e^epsilon times the `prior`
+    """Bound the posterior probability that a record was used: posterior odds are at most e^epsilon times the `prior`
     odds.
 
-    If delta is above 0, this does not bound every single outcome: the chance to exceed it is at least delta, and may be
-    many times delta.
+    For delta above 0 the bound may fail for some outcomes. The probability of such outcomes is at least delta, and can
+    be many times delta.
     """
     return prior / (prior + (1 - prior) * _invert_exponential(epsilon))
 
 
 def compute_hit_rate_ceiling(epsilon: float, delta: float, *, false_alarms: float) -> float:
-    """Bound the share of the used records that any attack finds (its true positive rate), from (epsilon, delta) alone.
+    """Bound the true positive rate of any attack on membership, from (epsilon, delta) alone.
 
-    `false_alarms` is the attack's false positive rate: the share of the unused records that it takes for used.
+    `false_alarms` is the attack's false positive rate: the share of unused records that it takes for used ones.
     """
     other_way = 1 - (1 - delta - false_alarms) * _invert_exponential(epsilon)
     return max(false_alarms, min(math.exp(min(epsilon, _LARGEST_EXPONENT)) * false_alarms + delta, other_way, 1.0))
 
 
 def bound_right_of_100_by_epsilon(epsilon: float, delta: float) -> float:
-    """Bound how many of 100 guesses about membership are right if half of the records were used; 50 is coin-tossing."""
+    """Bound the correct membership guesses out of 100 if half of the records were used; random guessing has 50."""
     factor = _invert_exponential(epsilon)  # (e^epsilon + delta) / (1 + e^epsilon), without the large number
     return 100 * (1 + delta * factor) / (1 + factor)
 
@@ -206,21 +203,20 @@ def bound_right_of_100_by_epsilon(epsilon: float, delta: float) -> float:
 def bound_right_guesses_for_several(
     spent: Spent | None, right: float, *, epsilon: float, delta: float, members: int
 ) -> float:
-    """Bound how many of 100 guesses about the membership of a person with `members` records are right.
+    """Bound the correct guesses out of 100 about the membership of a person with `members` records.
 
-    The result is the least of three bounds.  Each further record shifts the outcome at most as far as one record does,
-    since total variation obeys the triangle inequality.  (epsilon, delta) for one record implies another pair for
-    several.
-    If the charges in `spent` were fixed beforehand, their own curve gives the tightest bound: a Poisson sample contains
-    a binomial number of the k records, and moves the sum by at most that many clip norms.  This mixture of Gaussians
-    dominates every step (Ganesh 2024, arXiv 2401.10294, Theorem 2).
+    The result is the smallest of three bounds. First, each further record shifts the outcome at most as far as one
+    record does, by the triangle inequality for total variation. Second, group privacy converts (epsilon, delta) for one
+    record to several records. Third, if the charges in `spent` were fixed beforehand, their own trade-off curve gives
+    the tightest bound: a Poisson sample contains a binomial number of the k records, and moves the sum by at most that
+    many clipping norms. This mixture of Gaussians dominates every step (Ganesh 2024, arXiv 2401.10294, Theorem 2).
 
     Args:
         spent: the charges; None: they were not fixed beforehand.
         right: the bound for one record.
         epsilon: epsilon at `delta` for one record.
         delta: the report's delta.
-        members: number of the person's records.
+        members: the person's number of records.
     """
     found = [
         50 + members * (right - 50),
@@ -232,7 +228,7 @@ def bound_right_guesses_for_several(
 
 @lru_cache(maxsize=256)
 def _bound_by_mixture(counted: Counted, members: int) -> float | None:
-    """Compute the bound from the mechanism's own curve; None if it is unbounded or would take long to compute."""
+    """Compute the bound from the mechanism's own curve; None if it is trivial or would take too long to compute."""
     if len(counted) > _MOST_PLANS_OF_SEVERAL:
         return None
     total = None
@@ -243,7 +239,7 @@ def _bound_by_mixture(counted: Counted, members: int) -> float | None:
         shares = {n: math.comb(members, n) * rate**n * (1 - rate) ** (members - n) for n in range(members + 1)}
         moved = [n for n, share in shares.items() if share > 0]
         noise, width = gaussian.noise_multiplier, _INTERVAL_OF_SEVERAL
-        if len(moved) == 1:  # no mixture, which the library does not take for one
+        if len(moved) == 1:  # the library rejects a mixture with a single component
             one = from_gaussian_mechanism(noise, sensitivity=moved[0], value_discretization_interval=width)
         else:
             of_moved = [float(n) for n in moved], [shares[n] for n in moved]
@@ -254,10 +250,9 @@ def _bound_by_mixture(counted: Counted, members: int) -> float | None:
 
 
 def group_privacy(epsilon: float, delta: float, *, members: int) -> tuple[float, float]:
-    """Convert (epsilon, delta) for one record into (epsilon, delta) for `members` records of one person (group
-    privacy).
+    """Convert (epsilon, delta) for one record to (epsilon, delta) for a group of `members` records of one person.
 
-    Delta grows so fast that the result is rarely meaningful: training with the person as the unit is the remedy.
+    Delta grows so fast that the result is rarely meaningful; training with the person as the privacy unit avoids this.
     """
     if delta == 0 or epsilon == 0:
         return members * epsilon, min(1.0, members * delta)
@@ -267,8 +262,8 @@ def group_privacy(epsilon: float, delta: float, *, members: int) -> tuple[float,
 
 
 def find_strength_band(epsilon: float | None) -> str:
-    """Return the code of the strength of `epsilon` (None: unbounded), by the tiers of `TIERS_SOURCE`; no regulator
-    sets one.
+    """Return the code of the strength band of `epsilon` (None: unbounded), by the tiers of `TIERS_SOURCE`, not of a
+    regulator.
     """
     if epsilon is None or math.isinf(epsilon):
         return "none"
@@ -280,32 +275,31 @@ def _invert_exponential(epsilon: float) -> float:
 
 
 def choose_pld_interval(source: Source) -> float:
-    """Return the width of the PLD buckets for a site's epsilon; curves always use the coarse grid, which only raises
+    """Return the PLD bucket width for a site's epsilon; curves always use the coarse grid, which can only raise their
     figures.
     """
     return accountant.COARSE if source == "own_ledger" else accountant.FINE
 
 
 def epsilon_pld(spent: Spent, delta: float, *, interval: float = accountant.COARSE) -> float | None:
-    """Compute epsilon at `delta` with PLD accounting, from cached compositions; None: unbounded."""
+    """Compute epsilon at `delta` by PLD accounting with cached results; None: unbounded."""
     return _epsilon_pld(_sort_mechanisms(spent), delta, interval)
 
 
-@lru_cache(maxsize=1024)  # most sites of a run were charged alike
+@lru_cache(maxsize=1024)  # most sites of a run have equal charges
 def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float | None:
     return convert_infinite_to_none(accountant.epsilon_pld(dict(counted), delta, interval=interval))
 
 
 def epsilon_rdp(spent: Spent, delta: float) -> float | None:
-    """Compute epsilon at `delta` with RDP accounting; None: unbounded."""
+    """Compute epsilon at `delta` by RDP accounting; None: unbounded."""
     return convert_infinite_to_none(accountant.compose_rdp(_sort_mechanisms(spent))(delta))
 
 
 def accountants_agree(figures: Figures, *, width: float) -> bool:
-    """Whether RDP, the looser accountant, gives at least the PLD figure up to the bucket `width`; else one may be
-    wrong.
+    """Whether the PLD epsilon is at most the looser RDP epsilon, with a tolerance for the PLD bucket `width`.
 
-    The PLD bound grows with that width by no more than about the square root of the number of mechanisms.
+    The PLD discretization error grows at most with `width` times about the square root of the number of mechanisms.
     """
     if not figures.epsilon_pld or not figures.epsilon_rdp:
         return True
@@ -313,8 +307,8 @@ def accountants_agree(figures: Figures, *, width: float) -> bool:
 
 
 def compute_epsilon_curve(spent: Spent, delta: float) -> tuple[CurvePoint, ...]:
-    """Compute epsilon with both accountants at powers of ten and at the report's own delta, largest first; ()
-    without charges.
+    """Compute epsilon with both accountants at `DELTAS` and at the report's delta, in decreasing order; () without
+    charges.
     """
     deltas = sorted({*DELTAS, delta}, reverse=True) if spent else ()
     both = ((one, epsilon_pld(spent, one), epsilon_rdp(spent, one)) for one in deltas)
@@ -322,11 +316,10 @@ def compute_epsilon_curve(spent: Spent, delta: float) -> tuple[CurvePoint, ...]:
 
 
 def bound_hit_rate(spent: Spent, *, false_alarms: float) -> float | None:
-    """Bound the share of the used records that any attack on this mechanism finds (its true positive rate); None:
-    unbounded.
+    """Bound the true positive rate of any membership attack from the mechanism's trade-off curve; None: unbounded.
 
     For an attack with false positive rate f, and each epsilon >= 0 with its delta, the rate is at most e^epsilon f +
-    delta, and at most 1 - (1 - delta - f) / e^epsilon.  The least over epsilon is the mechanism's trade-off curve
+    delta, and at most 1 - (1 - delta - f) / e^epsilon. The minimum over epsilon is the mechanism's trade-off curve
     (Dong, Roth and Su 2019, arXiv 1905.02383, Section 2.3).
     """
     return _bound_hit_rate_cached(_sort_mechanisms(spent), false_alarms)
@@ -343,9 +336,9 @@ def _bound_hit_rate_cached(counted: Counted, false_alarms: float) -> float | Non
 
 
 def bound_right_of_100(spent: Spent) -> float | None:
-    """Bound how many of 100 guesses about membership are right if half of the records were used; None: unbounded.
+    """Bound the correct membership guesses out of 100 if half of the records were used; None: unbounded.
 
-    The best attack is right with probability (1 + delta) / 2, where delta is the mechanism's own at epsilon 0.
+    The best attack is right with probability (1 + delta) / 2, where delta is the mechanism's delta at epsilon 0.
     """
     own = _pld(_sort_mechanisms(spent), accountant.COARSE)
     return None if math.isinf(own.epsilon(0.5)) else 50 * (1 + own.delta(0.0))
@@ -360,10 +353,10 @@ def compute_meaning(
     fixed: bool = True,
     others: tuple[Spent, float | None] | None = None,
 ) -> Meaning:
-    """Express `epsilon` (None: unbounded) at `delta`, and all charges in `spent`, as frequencies of successful attacks.
+    """Express `epsilon` (None: unbounded) at `delta`, and the charges in `spent`, as success rates of attacks.
 
-    The mechanism's curve only bounds attacks if all charges were `fixed` beforehand.  `others` is the result of
-    `compute_charges_if_others_collude`.
+    The mechanism's trade-off curve only bounds attacks if all charges were `fixed` beforehand. `others` is the result
+    of `compute_charges_if_others_collude`.
     """
     stated, known = convert_none_to_infinite(epsilon), spent if fixed else None
     right, by_mechanism = _bound_right_guesses(known, stated, delta)
@@ -394,17 +387,15 @@ def compute_meaning(
 
 
 def _bound_right_guesses(spent: Spent | None, epsilon: float, delta: float) -> tuple[float, float | None]:
-    """Bound the right guesses of 100 from (epsilon, delta), and by the mechanism's curve (None: charges were not
-    fixed).
-    """
+    """Bound the correct guesses out of 100 from (epsilon, delta), and from the charges' curve if they are given."""
     ceiling, found = bound_right_of_100_by_epsilon(epsilon, delta), None if spent is None else bound_right_of_100(spent)
-    # Both bound the same attack; the coarse grid may say a little more than a ceiling from a finer one.
+    # Both bounds hold for every attack; the curve's coarse grid may slightly exceed a ceiling from the fine grid.
     return ceiling, None if found is None else min(found, ceiling)
 
 
 def round_up_figures(part: Any) -> Any:
     """Round each figure of a `Meaning` up to nine digits, because the last digits depend on the number of threads."""
-    if isinstance(part, float):  # first to thirteen: what floats add to a whole number is not worth a digit
+    if isinstance(part, float):  # first to thirteen digits, so that a float's rounding error does not add a digit
         return float(_NINE_DIGITS.plus(_THIRTEEN_DIGITS.create_decimal_from_float(part)))
     if isinstance(part, tuple):
         return tuple(map(round_up_figures, part))
@@ -412,8 +403,8 @@ def round_up_figures(part: Any) -> Any:
 
 
 def _minimize_bound(bound: Callable[[float], float]) -> float:
-    """Find the approximate minimum over epsilon of a `bound` that falls and then rises; the bound holds at every
-    epsilon.
+    """Return an approximate minimum over epsilon of a unimodal `bound`; the result is valid because any epsilon gives a
+    bound.
     """
     from scipy.optimize import minimize_scalar  # here, because many commands never need it, and it is slow to import
 
@@ -422,7 +413,7 @@ def _minimize_bound(bound: Callable[[float], float]) -> float:
 
 
 def _sort_mechanisms(spent: Spent) -> Counted:
-    """Sort the mechanisms, so that equal histories give equal figures to the last digit."""
+    """Sort the mechanisms, so that equal charges give equal figures to the last digit."""
     pairs = events.count_mechanisms(spent).items()
     return tuple(sorted(pairs, key=lambda pair: json.dumps(events.to_json(pair[0]), sort_keys=True)))
 

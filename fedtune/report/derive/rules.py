@@ -1,8 +1,8 @@
-"""The rules that turn facts and sites into a report: its assumptions, its codes, and the report as a whole.
+"""The rules that derive a report from its source data and its sites: assumptions, codes, and the report as a whole.
 
-An assumption is "verified" if it was checked again for the report; "ensured" if the program enforces it in every run
-(the evidence names the version and the test); "asserted" if somebody states it; "assumed" if nobody does; "violated" if
-it is known not to hold.
+The status of an assumption is "verified" if it was checked for the report; "ensured" if the program enforces it in
+every run (the evidence names the version and the test); "asserted" if a site states it; "assumed" if no site does;
+"violated" if it is known not to hold.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _EXACT = "tests/training/test_batch_invariance.py; allow.inexact_gradients=false
 _UPDATES = {
     False: "updates",
     True: "masked_updates",
-}  # code of a site's updates, by whether secure aggregation masks them
-_MOST_NAMED = 5  # runs; report.json lists all of them
+}  # whether secure aggregation masks a site's updates -> their code
+_MOST_NAMED = 5  # runs named in the evidence; report.json lists all runs
 
 
 def assemble_report(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility | None = None) -> Report:
@@ -44,12 +44,12 @@ def assemble_report(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Uti
         covers, cohorts = list[str](), facts.plan.cohorts
         admits = ArrivalRange.from_cohort(cohorts.span[0], cohorts.span[1] + 1, cohorts.period) if cohorts else None
         randomness = facts.randomness or NOT_RECORDED
-        # A site that signed its ledger's report runs fedtune, which draws from the operating system unless seeded.
+        # A site that signed a ledger report runs fedtune, which uses the operating system's generator unless seeded.
         if facts.randomness is None and all(site.statement for site in facts.sites):
             randomness = "operating_system"
         if facts.seeded_noise or not facts.plan.private:
             randomness = "seeded" if facts.plan.private else "none"
-        # Without attacks on training records, or a joined site's events, there are no figures of these.
+        # These figures require an attack on training records, or a site's verified ledger report.
         without = {"other_ledgers"} | (set() if facts.audit and facts.audit.membership else {"attack_on_real_records"})
         joined = any(one.statement and one.statement.verification for one in facts.sites)
         without |= set() if joined else {"counts_of_events"}
@@ -65,7 +65,7 @@ def assemble_report(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Uti
         randomness = "operating_system" if all(run.plan.private for run in facts.runs) else "none"
         randomness = "seeded" if facts.seeded_noise else randomness
         without = {*CODES["of_a_ledger"]["without"]}
-    without |= set() if facts.unit == "record" else {"several_records"}  # by user, a person's are protected as a whole
+    without |= set() if facts.unit == "record" else {"several_records"}  # the unit "user" covers all of a person's
     listed = {kind: tuple(code for code in codes if code not in without) for kind, codes in CODES["listed"].items()}
     return Report(
         schema_version=REPORT_SCHEMA,
@@ -89,7 +89,9 @@ def assemble_report(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Uti
 def add_meaning(
     site: SiteReport, rows: Sequence[Mechanism], charged: Spent, *, declared_size: int | None, delta: float, fixed: bool
 ) -> SiteReport:
-    """Add to a site what its epsilon means, if it has a meaning.
+    """Add the meaning of a site's epsilon to its report.
+
+    A site without a guarantee gets no meaning, unless missing noise is the only reason.
 
     Args:
         site: the site's report without its meaning.
@@ -97,9 +99,7 @@ def add_meaning(
         charged: the charges of `rows`.
         declared_size: the site's declared size; None: unknown.
         delta: the report's delta.
-        fixed: whether all charges were fixed beforehand, so that the mechanism's curve is a bound.
-
-    A site without a guarantee has no meaning, unless missing noise is the only reason.
+        fixed: whether all charges were fixed beforehand, so that the mechanism's trade-off curve is a valid bound.
     """
     if site.verdict.state == "no_guarantee" and site.verdict.reasons != ("no_noise",):
         return site
@@ -110,8 +110,12 @@ def add_meaning(
 
 def list_assumptions(facts: Facts, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
     """Return the assumptions on which the guarantee depends, violated ones first."""
-    found = _run_assumptions(facts, sites) if isinstance(facts, RunFacts) else _list_ledger_assumptions(facts, sites[0])
-    # An inconsistent ledger is evidence of nothing, not even of its site's assertions.
+    found = (
+        _list_run_assumptions(facts, sites)
+        if isinstance(facts, RunFacts)
+        else _list_ledger_assumptions(facts, sites[0])
+    )
+    # A ledger that does not verify is no evidence, not even for its site's assertions.
     shows = isinstance(facts, RunFacts) or facts.verification is not None
     made = [
         Assumption(code=code, status=status if shows or status == "violated" else "assumed", evidence=evidence)
@@ -120,12 +124,12 @@ def list_assumptions(facts: Facts, sites: Sequence[SiteReport]) -> tuple[Assumpt
     return tuple(sorted(made, key=lambda assumption: _WORST_FIRST.index(assumption.status)))
 
 
-def _run_assumptions(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
-    """Yield the assumptions of a run, as its lead knows them: code, status, evidence."""
+def _list_run_assumptions(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
+    """Yield the assumptions of a run from the lead's data: code, status, evidence."""
     said = {site.site: site.statement for site in facts.sites if site.statement}
     yield from _list_mechanism_assumptions(facts, sites, said=[*said])
     yield from _list_figure_assumptions(facts, sites, asserted={site: one.asserted for site, one in said.items()})
-    # Whether the lead holds a signed receipt from every site that was charged.
+    # The lead needs a signed receipt from every charged site.
     if unsigned := [one.site for one in sites if one.source == "not_released" and one.spent.rounds]:
         yield "receipts_signed", "assumed", ", ".join(unsigned)
     else:
@@ -158,9 +162,7 @@ def _run_assumptions(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_
 def _list_mechanism_assumptions(
     facts: RunFacts, sites: Sequence[SiteReport], *, said: Sequence[str]
 ) -> Iterator[_Found]:
-    """Yield the assumptions on the mechanism, as recorded by a simulation's process or stated in real sites' signed
-    reports.
-    """
+    """Yield the assumptions about the mechanism, from a simulation's records or from real sites' signed statements."""
     stated: Status = "asserted" if len(said) == len(sites) else "assumed"
     by_sites = stated, ", ".join(said) or "the sites' fedtune"
     program, private = f"fedtune {facts.provenance.fedtune_version}", facts.plan.private
@@ -180,12 +182,12 @@ def _list_mechanism_assumptions(
     if facts.seeded_noise:
         yield "unpredictable_randomness", "violated", "runtime.seeded_noise=true"
     elif not private:
-        pass  # there is no noise to say this of
+        pass  # no noise, so no source of randomness
     elif facts.randomness:
         yield "unpredictable_randomness", "ensured", f"{program}: {_UNPREDICTABLE}; environment.json"
     else:
         yield "unpredictable_randomness", *by_sites
-    # Policies of simulated sites tell whether the bound on one unit was exact; real sites keep theirs private.
+    # Simulated sites' policies show whether clipping was exact; the lead does not know real sites' policies.
     if facts.inexact_gradients:
         yield "clipping_but_for_rounding", "assumed", "allow.inexact_gradients=true; docs/guarantee.md"
     elif not private:
@@ -199,7 +201,7 @@ def _list_mechanism_assumptions(
 def _list_figure_assumptions(
     facts: Facts, sites: Sequence[SiteReport], *, asserted: Mapping[str, Mapping[str, bool]]
 ) -> Iterator[_Found]:
-    """Yield the assumptions that follow from the sites' figures and from what some sites have `asserted`."""
+    """Yield the assumptions that follow from the sites' figures and from the assertions (`asserted`) of some sites."""
     largest = max((size or 0 for size in facts.declared_sizes.values()), default=0)
     compared = f"delta={facts.delta:g}; declared_size={largest}"
     yield "delta_below_one_over_size", "verified" if facts.delta * largest < 1 else "violated", compared

@@ -1,4 +1,4 @@
-"""The report of a run, derived from its facts alone."""
+"""The report of a run, derived from its source data alone."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fedtune.report.derive import profile, rules, verdicts
 from fedtune.report.facts import NOT_RECORDED, Release, RunFacts, SiteFacts, SiteStatement, Source
 from fedtune.report.model import EpsilonStep, Report, SiteReport, Spent, Utility
 
-_MOST_FIGURES = 64  # numbers of rounds for which epsilon is computed; in between, that of the next larger is shown
+_MOST_FIGURES = 64  # round counts at which epsilon is computed; other counts use the next larger one
 
 
 def derive_run_report(facts: RunFacts) -> Report:
-    """Derive the report of a run from its facts."""
+    """Derive the report of a run from its source data."""
     made = [_derive_site_report(facts, site) for site in facts.sites]
     sites = verdicts.apply_audit(made, facts.audit, marked=facts.canaries_planted)
     return rules.assemble_report(facts, sites, utility=_derive_utility(facts, sites))
@@ -30,7 +30,8 @@ def derive_run_report(facts: RunFacts) -> Report:
 def find_invalid_field(receipt: Receipt, *, site: str, run: str, plan: Plan) -> str:
     """Return the first field of a receipt that does not match this site, run and plan; "" if the receipt is valid.
 
-    The ledger of a site that never accepted the run has no plan of it, and charged nothing.
+    A receipt without a plan is valid if it charges no round, because a site that refused the run has not stored its
+    plan.
     """
     of_plan = receipt.plan == plan.digest() or (not receipt.plan and not receipt.charged_rounds)
     fits = {"site": receipt.site == site, "run": receipt.run == run, "plan": of_plan}
@@ -42,16 +43,14 @@ def find_invalid_field(receipt: Receipt, *, site: str, run: str, plan: Plan) -> 
 
 
 def compute_min_charged_rounds(facts: RunFacts, site: SiteFacts) -> int:
-    """Return the least number of rounds that a site was charged for: those that it signed, or those with an update
-    from it.
-    """
+    """Return the smallest possible number of charged rounds at a site, from its receipt and from its updates."""
     signed = site.receipt.charged_rounds if site.receipt else 0
     return max(signed, sum(result.has_update_from(site.site) for result in facts.rounds))
 
 
 def statement_agrees(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> bool:
-    """Whether a site's ledger reports at least the rounds of its receipts and updates, and the plan that the run
-    asked for.
+    """Whether a site's statement matches the run: the requested plan, and at least the rounds of its receipt and
+    updates.
     """
     known = [run for run in said.lifetime.runs if run.run == facts.run]
     return said.same_plan and all(
@@ -120,10 +119,10 @@ def _derive_utility(facts: RunFacts, sites: Sequence[SiteReport]) -> Utility:
 
 
 def _derive_steps(facts: RunFacts, site: SiteFacts, final: float | None) -> Iterator[EpsilonStep]:
-    """Yield an upper bound on epsilon after each round: all charges except one round per later update of the site.
+    """Yield an upper bound on epsilon after each round: all charges, minus one round for each later update of the site.
 
-    `final` is the site's epsilon at the end.  Earlier values use the coarse grid and are never above it.  If the run
-    has not ended at the site, only the rounds so far count, including those without an update.
+    `final` is the site's epsilon at the end of the run. Earlier values use the coarse grid and never exceed it. If the
+    site has not signed a final receipt, only the rounds so far count, including rounds without an update.
     """
     plan, later = facts.plan, sum(result.has_update_from(site.site) for result in facts.rounds)
     charged, silent = facts.count_charged_rounds(site), len(facts.rounds) - later
@@ -141,14 +140,14 @@ def _derive_steps(facts: RunFacts, site: SiteFacts, final: float | None) -> Iter
 
 
 def _group_releases(facts: RunFacts, site: SiteFacts) -> Iterator[Release]:
-    """Yield everything that came from a site, grouped by kind and reason."""
+    """Yield all releases and refusals of a site, grouped by kind and reason."""
     groups = defaultdict[tuple[str, str | None], list[str]](list)
     for result in facts.rounds:
         reason, kind = result.failed_sites.get(site.site), "refusal"
         if result.has_update_from(site.site):
             kind = "update"
         elif reason in (None, LEFT_OUT):
-            continue  # it was not asked
+            continue  # the site was not asked for an update
         elif reason in (NO_REPLY, UNSIGNED_REPLY):
             kind = "no_answer"
         groups[kind, reason].append(result.ended)
@@ -157,5 +156,5 @@ def _group_releases(facts: RunFacts, site: SiteFacts) -> Iterator[Release]:
         times = [time for time in ended if time]
         first, last = min(times, default=None), max(times, default=None)
         yield Release(kind=kind, run=facts.run, reason=reason, count=len(ended), first=first, last=last)
-    if (more := (site.receipt.charged_rounds if site.receipt else 0) - came) > 0:  # nobody noted when
+    if (more := (site.receipt.charged_rounds if site.receipt else 0) - came) > 0:  # charged at unknown times
         yield Release(kind="reservation_without_update", run=facts.run, reason=None, count=more, first=None, last=None)

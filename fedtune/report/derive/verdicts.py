@@ -1,7 +1,7 @@
-"""Verdicts: whether the spent epsilon stays within the approved one, derived from a report's figures.
+"""Verdicts: whether the spent epsilon is within the approved budget, derived from a report's figures.
 
 A verdict follows from its reasons: `REASONS` assigns a state to each reason, and the verdict has the worst of these
-states.  An audit may refute a claimed epsilon; its findings are read, checked and judged here.
+states. This module also reads the results of privacy audits, checks them, and decides whether they refute an epsilon.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ CODES: Mapping[str, Mapping[Any, Sequence[str]]] = tomllib.loads(
 REASONS: Mapping[State, Sequence[str]] = CODES["reasons"]  # state -> the reasons for it, the worst state first
 WORST_FIRST: tuple[State, ...] = tuple(REASONS)
 Room = Literal["closed", "used_up", "no_run_fits"]
-_MOST_EPSILON = 1e3  # far more than any canaries can show
-_AUDIT_DIGITS = 5e-6  # where a search for a bound may end on another machine
+_MOST_EPSILON = 1e3  # far above any bound that canaries can prove
+_AUDIT_DIGITS = 5e-6  # relative tolerance: the bisection for a bound may end elsewhere on another machine
 _LAST_DIGITS = 1e-9  # relative tolerance: two ways to compute the same epsilon may differ by rounding
 
 
 def derive_verdict(reasons: Iterable[str]) -> BudgetVerdict:
-    """Return the verdict that follows from all `reasons`."""
+    """Derive the verdict from all `reasons`."""
     holding = tuple(dict.fromkeys(reasons))
     state: State = next((state for state in WORST_FIRST if not set(REASONS[state]).isdisjoint(holding)), "within")
     return BudgetVerdict(state=state, reasons=tuple(code for code in holding if code in REASONS[state]))
 
 
 def combine_verdicts(verdicts: Iterable[BudgetVerdict]) -> BudgetVerdict:
-    """Combine several verdicts: the worst state, with the reasons of all verdicts in that state, without duplicates.
+    """Combine several verdicts into the worst state, with the distinct reasons of all verdicts in that state.
 
-    "nothing_spent" is only kept if all of them have it.
+    "nothing_spent" is only included if all of these verdicts have it.
     """
     several = list(verdicts)
     state = min((verdict.state for verdict in several), key=WORST_FIRST.index, default=WORST_FIRST[-1])
@@ -67,7 +67,9 @@ def combine_verdicts(verdicts: Iterable[BudgetVerdict]) -> BudgetVerdict:
 
 
 def explain_missing_room(report: Report) -> Room | None:
-    """Return why a site's budget has no room for another run; None: it has room, or the verdict is not "within"."""
+    """Return the code for why a site's budget permits no further run; None: it permits one, or the verdict is not
+    "within".
+    """
     life = report.sites[0].lifetime
     if life is None or report.verdict.state != "within":
         return None
@@ -79,16 +81,14 @@ def explain_missing_room(report: Report) -> Room | None:
 
 
 def report_outcome(report: Report) -> str:
-    """Return the code of a report's result that page, label, cards and terminal show."""
+    """Return the code of a report's overall result, which pages, labels, cards and the terminal show."""
     return explain_missing_room(report) or (
         f"within_{report.facts.kind}" if report.verdict.state == "within" else report.verdict.state
     )
 
 
 def judge_site(reasons: Iterable[str], spent: Spent, *, source: Source) -> BudgetVerdict:
-    """Return the verdict for a site's `reasons`, plus "accountants_disagree" if the accountants contradict each
-    other.
-    """
+    """Derive a site's verdict from its `reasons`, and from whether its PLD and RDP figures contradict each other."""
     agree = profile.accountants_agree(spent, width=profile.choose_pld_interval(source))
     return derive_verdict([*reasons, *([] if agree else ["accountants_disagree"])])
 
@@ -96,7 +96,7 @@ def judge_site(reasons: Iterable[str], spent: Spent, *, source: Source) -> Budge
 def run_reasons(site: SiteFacts, facts: RunFacts, spent: Spent, *, sampling: str | None) -> Iterator[str]:
     """Yield the reasons for the verdict at one site of a run.
 
-    The plan was fixed, so the epsilon of the whole plan is a proof regardless of what ended the run.
+    The plan was fixed in advance, so the epsilon of the whole plan is proved no matter why the run ended.
     """
     of_spending = _iter_true_codes(
         no_noise=spent.epsilon is None,
@@ -117,7 +117,7 @@ def run_reasons(site: SiteFacts, facts: RunFacts, spent: Spent, *, sampling: str
 def iter_ledger_reasons(
     life: Lifetime, approved: Approved, *, charges: int, verified: bool, limits_loosened: bool = False
 ) -> Iterator[str]:
-    """Yield the reasons for a ledger's verdict by comparing its spending with the current limits.
+    """Yield the reasons for a ledger's verdict by comparing its spent epsilon with the current limits.
 
     `charges` is the number of charges in the ledger, counted as in `Cap.charges_before`.
     """
@@ -147,7 +147,7 @@ def exceeds_cap(epsilon: float | None, cap: float | None) -> bool:
 
 
 def read_audit(folder: Path) -> Audit | None:
-    """Read the findings from the `audit.json` of a run; None if no audit has finished.
+    """Read the audit results from a run's `audit.json`; None if no audit has finished.
 
     Raises:
         RunError: the file is damaged.
@@ -161,33 +161,33 @@ def read_audit(folder: Path) -> Audit | None:
             raise ValueError("schema_version")
         return decode(Audit, fields)
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} is damaged: the audit's result is unknown") from error
+        raise RunError(f"{path} is damaged: run fedtune audit again") from error
 
 
 def apply_audit(sites: Sequence[SiteReport], audit: Audit | None, *, marked: bool) -> tuple[SiteReport, ...]:
-    """Remove the guarantee from sites whose claim the audit refutes, or all sites if an audit is `marked` but
-    unfinished.
+    """Remove the guarantee of each site whose claim the audit refutes, or of all sites if an audit was `marked` but not
+    finished.
     """
     if audit is None:
         return tuple(_remove_guarantee(site, "holds_canaries") if marked else site for site in sites)
     places = {bound.site for bound in list_refuted_bounds(audit, sites)}
-    # A bound over all sites together denies each site's claim.
+    # A bound over all sites together refutes each site's claim.
     everywhere = None in places or (audit.exceeded and not places)
     made: list[SiteReport] = []
     for site in sites:
         if everywhere or site.site in places:
             site = _remove_guarantee(site, "refuted_by_audit")
         elif site.verdict.state != "no_guarantee":
-            # Canaries are records, each at the same cost; but the verdict alone must tell what the adapter holds.
+            # Canaries are covered like other records; the verdict only reports that the adapter was trained on them.
             site = replace(site, verdict=replace(site.verdict, reasons=(*site.verdict.reasons, "audited")))
         made.append(site)
     return tuple(made)
 
 
 def list_refuted_bounds(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple[AuditBound, ...]:
-    """Return the bounds whose counts refute the claimed epsilon; if a site's report claims less, that claim is tested.
+    """Return the bounds whose counts refute the claimed epsilon, or the smaller epsilon in the site's report.
 
-    All bounds are tested at once, so each needs more confidence than it would alone.
+    The tests share one error probability, so each bound needs more confidence than a single test would.
     """
     spent = _map_epsilon_by_place(audit, sites)
     errors = audit_bound.split_error_probability(audit.confidence, [bound.site for bound in audit.bounds])
@@ -203,8 +203,8 @@ def list_refuted_bounds(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple
 
 
 def _map_epsilon_by_place(audit: Audit, sites: Iterable[SiteReport]) -> dict[str | None, float]:
-    """Return place -> epsilon in the report; the key None has the largest epsilon of all audited sites, if all have
-    one.
+    """Return site -> epsilon in the report; None maps to the largest epsilon of the audited sites, if all of these are
+    bounded.
     """
     audited = {bound.site for bound in audit.bounds if bound.site}
     spent = {site.site: site.spent.epsilon for site in sites}
@@ -219,7 +219,7 @@ def _remove_guarantee(site: SiteReport, why: str) -> SiteReport:
 
 
 def find_audit_problems(report: Report) -> Iterator[Problem]:
-    """Yield every figure of the report's audit that contradicts its counts or the report's claims."""
+    """Yield each audit figure that contradicts its counts or the report's claims."""
     audit = report.facts.audit if isinstance(report.facts, RunFacts) else None
     if audit is None:
         return
@@ -227,12 +227,12 @@ def find_audit_problems(report: Report) -> Iterator[Problem]:
         yield Problem("audit.delta", audit.delta, report.facts.delta)
     places, known = Counter(bound.site for bound in audit.bounds), {None, *(site.site for site in report.sites)}
     if twice := [site for site, count in places.items() if count > 1 or site not in known]:
-        yield Problem("audit.bounds", twice, "each site of the report once at most")
+        yield Problem("audit.bounds", twice, "at most one bound for each site of the report")
     spent = _map_epsilon_by_place(audit, report.sites)
     for number, bound in enumerate(audit.bounds):
         where, most, claim = f"audit.bounds.{number}", spent.get(bound.site), bound.claimed_epsilon
         if exceeds_cap(claim, most):
-            yield Problem(f"{where}.claimed_epsilon", claim, f"at most {most}, which was charged")
+            yield Problem(f"{where}.claimed_epsilon", claim, f"at most {most}, the charged epsilon")
         for key, right in (("lower_bound", bound.right), ("best_possible", bound.guesses)):
             counts = bound.canaries, bound.guesses, right
             found = audit_bound.compute_epsilon_lower_bound(*counts, delta=audit.delta, confidence=audit.confidence)

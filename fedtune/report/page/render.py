@@ -1,7 +1,8 @@
-"""Rendering of a report as a self-contained HTML file without scripts, system fonts or requests, and as PDF and SVG.
+"""Rendering of a report as HTML, PDF and SVG; the HTML file is self-contained, without scripts, system fonts or
+requests.
 
-The SVG is a privacy label that fits on one screen, for a model card, a slide or a web page.  It uses the report's
-wording, and names the SHA-256 of the report.json from which it is drawn.
+The SVG is a privacy label that fits on one screen, for a model card, a slide or a web page. It uses the report's
+wording, and contains the SHA-256 of its report.json.
 """
 
 from __future__ import annotations
@@ -36,28 +37,30 @@ from fedtune.show.lines import shorten_middle
 from fedtune.spec import NOT_GIVEN, ConfigError
 
 FONTS = Path(__file__).parent / "fonts"
-_GROUPS = {"hipaa": "health", "ai_act": "documentation", "gpai": "documentation"}  # of fields, by how they begin
-_OR_CODE = ("epsilon", "right_of_100_mechanism")  # facts that are a figure, or say why there is none
-_NARROW, _WIDE = "iljtfrI.,:;|!'()[] -/", "mwMWGOQ%@—"  # letters
+_GROUPS = {"hipaa": "health", "ai_act": "documentation", "gpai": "documentation"}  # prefix of a field -> its group
+_OR_CODE = (
+    "epsilon",
+    "right_of_100_mechanism",
+)  # facts whose value is a figure, or the code of a reason for its absence
+_NARROW, _WIDE = "iljtfrI.,:;|!'()[] -/", "mwMWGOQ%@—"  # narrow and wide characters
 
 
 def render(report: Report, *, language: str, fillable: bool = False) -> str:
     """Render the page of a report in "en" or "de"; equal reports give equal pages.
 
-    Every figure on the page refers to its place in report.json.
+    Every figure on the page has a pointer to its value in report.json.
 
     Args:
         report: the report.
         language: "en" or "de".
-        fillable: whether the entries that a person makes on page 1 are form fields, for `convert_to_pdf`, instead of
-            lines.
+        fillable: whether page 1 has form fields, for `convert_to_pdf`, instead of blank lines.
     """
     model = find_model_file(report)
     return _render_page(
         "report.html.j2",
         Charts(report, load_catalog(language)),
         fillable=fillable,
-        # By the beginning that two people compare.
+        # The first digits are enough for two people to compare.
         key_begins=group_hex(report.signature.key[:16]) if report.signature else "",
         model=model and (model[0], group_hex(model[1][:16])),
     )
@@ -66,14 +69,14 @@ def render(report: Report, *, language: str, fillable: bool = False) -> str:
 def render_live(
     report: Report, *, language: str, planned: int, written: str, seconds: float | None, again_s: int | None
 ) -> str:
-    """Render the page of a run in progress, which has no verdict: its state, two charts and a table of sites.
+    """Render the page of a run in progress, with its state, two charts and a table of sites, but without a verdict.
 
     Args:
-        report: the report of the rounds so far, of which there is at least one.
+        report: the report after at least one finished round.
         language: "en" or "de".
-        planned: the number of rounds that the run will have.
-        written: the time, in the page's language.
-        seconds: the expected time for another round in seconds; None: not known yet.
+        planned: the planned number of rounds.
+        written: the current time, formatted in the page's language.
+        seconds: the expected duration of a round in seconds; None: unknown.
         again_s: seconds after which the page reloads itself; None: the run has stopped.
     """
     words = Charts(report, load_catalog(language))
@@ -98,13 +101,13 @@ def _render_page(template: str, words: Charts, **values: Any) -> str:
 
 
 def find_model_file(report: Report) -> tuple[str, str] | None:
-    """Return name and SHA-256 of the file with the finished model's weights; None: the report names no such file."""
+    """Return the name and SHA-256 of the finished model's weights file; None: the report lists no such file."""
     files = report.facts.files if isinstance(report.facts, RunFacts) else {}
     return next((one for one in files.items() if one[0].endswith(".safetensors")), None)
 
 
 def _collect_template_values(words: Words) -> dict[str, Any]:
-    """Return the values that the templates of the page and of the label share."""
+    """Return the template variables that pages and labels share."""
     report, language = words.report, words.catalog.language
     of_report = {"report": report, "facts": report.facts, "digest": signing.report_digest(report)}
     return {**of_report, "words": words, "t": words.text, "language": language}
@@ -118,7 +121,7 @@ def css_string(text: str) -> Markup:
 
 @lru_cache(maxsize=1)
 def create_template_environment() -> Environment:
-    """Return the Jinja environment of all pages, which escapes all values and raises an error for undefined names."""
+    """Return the shared Jinja environment, which escapes all values and raises an error for undefined names."""
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.globals["font"] = lambda name: base64.b64encode((FONTS / f"{name}.woff2").read_bytes()).decode()
@@ -145,7 +148,7 @@ def write_files(
     """Write a report's files and the files in `beside` (name -> content), each of them atomically; return their paths.
 
     Raises:
-        ConfigError: the folder cannot be written.
+        ConfigError: the folder is not writable.
     """
     html = render(report, language=language).encode()
     files = {"report.json": signing.report_to_json(report).encode(), "report.html": html}
@@ -156,7 +159,9 @@ def write_files(
         for name, content in files.items():
             write_durably(folder / name, content)
     except OSError as error:
-        raise ConfigError("--output", str(folder), f"is not a writable folder ({error.strerror})") from None
+        raise ConfigError(
+            "--output", str(folder), f"is not writable ({error.strerror}): choose another folder"
+        ) from None
     return [folder / name for name in files]
 
 
@@ -164,16 +169,16 @@ def convert_to_pdf(html: str) -> bytes:
     """Convert a page from `render` to a tagged PDF without network access; equal pages give equal bytes on one machine.
 
     Raises:
-        ConfigError: WeasyPrint, or a system library that it needs, is not installed.
+        ConfigError: WeasyPrint, or a system library on which it depends, is not installed.
     """
     weasyprint = _import_weasyprint()
-    # It tells of each rule of the style sheet that is for screens only.
+    # WeasyPrint warns about every CSS rule that only applies to screens.
     logging.getLogger("weasyprint").setLevel(logging.ERROR)
     fetcher = weasyprint.urls.URLFetcher(allowed_protocols={"data"})  # the page's own fonts
     document = weasyprint.HTML(string=html, base_url=None, url_fetcher=fetcher)
     identifier = hashlib.sha256(html.encode()).digest()[:16]
     before = os.environ.get("SOURCE_DATE_EPOCH")
-    # Without HarfBuzz's library for subsets, fontTools writes the time into each font, unless this says another.
+    # Without HarfBuzz's subsetter, fontTools writes the current time into each font unless this variable is set.
     os.environ["SOURCE_DATE_EPOCH"] = "0"
     try:
         return bytes(document.write_pdf(pdf_identifier=identifier, pdf_tags=True, pdf_forms=True))
@@ -187,18 +192,18 @@ def _import_weasyprint() -> Any:
     require_extra("--pdf", NOT_GIVEN, "pdf", "weasyprint")
     try:
         with warnings.catch_warnings():
-            # It makes the same pages without that library, and only says that a later version will not.
+            # The pages are the same without HarfBuzz-Subset; WeasyPrint only warns that it will be required later.
             warnings.filterwarnings("ignore", "HarfBuzz-Subset", DeprecationWarning)
             warnings.filterwarnings("ignore", "No fonts configured", UserWarning)  # a page carries its own
             importlib.import_module("weasyprint.urls")
             return importlib.import_module("weasyprint")
-    except OSError as error:  # the package is there, a library of the system is not
-        bound = f"needs Pango (on Debian: apt-get install libpango-1.0-0 libpangoft2-1.0-0): {error}"
+    except OSError as error:  # the package is installed, but a system library is missing
+        bound = f"requires Pango (on Debian: apt-get install libpango-1.0-0 libpangoft2-1.0-0): {error}"
         raise ConfigError("--pdf", NOT_GIVEN, bound) from None
 
 
 def list_fields(words: Charts, group: str) -> list[Mapping[str, Any]]:
-    """List the fields of a group in the report's order: name, `known` cells, and cells that are `open` for the site.
+    """List the fields of a group in the report's order: name, `known` cells, and `open` cells for the site to fill in.
 
     A cell has a state and a list of facts, each with its label and its text.
     """
@@ -208,7 +213,7 @@ def list_fields(words: Charts, group: str) -> list[Mapping[str, Any]]:
             continue
         cells: dict[str, list[dict[str, Any]]] = {"known": [], "open": []}
         for state, facts in states.items():
-            # Of two bounds on one figure the page names the better one, here as on page 1.
+            # The page shows only the tighter of the two bounds, as on page 1.
             by_method = isinstance(facts.get("right_of_100_mechanism"), float)
             worse = "right_of_100_ceiling" if by_method else "right_of_100_mechanism"
             row, shown = pointer("cells", code, state), []
@@ -221,7 +226,7 @@ def list_fields(words: Charts, group: str) -> list[Mapping[str, Any]]:
 
 
 def format_fact(words: Charts, row: str, key: str, value: Value) -> Markup:
-    """Format the value of a fact in the cell at the pointer `row`."""
+    """Format the value of a fact for the cell at the JSON pointer `row`."""
     kind = "code:value" if key in _OR_CODE and isinstance(value, str) else KINDS.get(key, "text")
     return words.cell(row, TableColumn(f"fact.{key}", key, kind))
 
@@ -247,28 +252,28 @@ def render_label(report: Report, *, language: str) -> str:
 
 
 def render_personalized_label(site: str, run: str) -> str:
-    """Render the label of a site's personalized adapter, in English like its card: without a guarantee and figures."""
+    """Render the label of a site's personalized adapter, in English like its card, without a guarantee or figures."""
     return create_template_environment().get_template("own_label.svg.j2").render(language="en", site=site, run=run)
 
 
 def _shorten_name(name: str, most: int = 32) -> str:
-    """Shorten a name so that it fits into a line of the label."""
+    """Shorten a name to the width of a label line."""
     return shorten_middle(name, most)
 
 
 def _extract_label_text(marks: str) -> Markup:
-    """Extract the text from SVG lines, as a description for screen readers."""
+    """Extract the text of SVG text elements, as a description for screen readers."""
     return Markup(" ".join(re.findall("<text [^>]*>([^<]*)</text>", marks)))
 
 
 def _wrap_label_text(text: str, size: float, width: float, *, font: str = "plain", most: int = 8) -> list[str]:
-    """Break a text into lines of a given width; text beyond `most` lines is replaced by an ellipsis."""
+    """Wrap a text into at most `most` lines of the given width, with an ellipsis if it is longer."""
     lines: list[str] = []
     size *= 1.12 if font == "bold" else 1.0
     for word in _to_printable_text(text).split(" "):
         longer = f"{lines[-1]} {word}" if lines else word
         each = (0.3 if one in _NARROW else 0.88 if one in _WIDE else 0.7 if one.isupper() else 0.56 for one in longer)
-        if lines and sum(each) * size <= width:  # about, and rather too wide
+        if lines and sum(each) * size <= width:  # a rough upper estimate of the line's width
             lines[-1] = longer
         else:
             lines.append(word)
@@ -276,6 +281,6 @@ def _wrap_label_text(text: str, size: float, width: float, *, font: str = "plain
 
 
 def _to_printable_text(text: str) -> str:
-    """Turn a text or a name into printable characters on one line."""
+    """Replace non-printable characters by spaces and remove soft hyphens."""
     unescaped = text.unescape() if isinstance(text, Markup) else text
     return "".join(letter if letter.isprintable() else " " for letter in unescaped).replace("\N{SOFT HYPHEN}", "")

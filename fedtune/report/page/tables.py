@@ -1,4 +1,4 @@
-"""The page's tables, whose cells are addressed by their place in report.json, and its charts."""
+"""The page's tables, whose cells are addressed by JSON pointers into report.json, and its charts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fedtune.show.budget_text import ArrivalRange
 from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart
 from fedtune.show.lines import shorten_middle
 
-MOST_ROWS = 12  # rows of a table on the page; report.json holds the others
-_LONGEST_NAME = 28  # where room is scarce; other tables show it whole
-_KEY_DIGITS = 12  # enough to tell keys apart; the whole key is in report.json
-_SAYING_WHY = ("epsilon", "cap", "left")  # of which None means something: unbounded, or no limit
+MOST_ROWS = 12  # rows of a table on the page; report.json contains all rows
+_LONGEST_NAME = 28  # characters of a name in narrow columns
+_KEY_DIGITS = 12  # enough digits to distinguish keys; report.json contains the whole key
+_SAYING_WHY = ("epsilon", "cap", "left")  # kinds for which None is a value: unbounded, or no limit
 _ROUNDS = "/facts/rounds/*"
 _OF_SITES = ("sites", "facts", "own", "life")
 _SITE = "@sites/site"
@@ -46,27 +46,27 @@ _TEXTS: Mapping[str, Callable[[Catalog, str, Any], Markup]] = {
     "yes_no": lambda words, of, value: words.text("word.yes" if value else "word.no"),
     "people": lambda words, of, value: words.arrivals([ArrivalRange(**value)]),
 }
-"""Kind of a cell that is no figure -> its text, from the words, the section of a code, and the value."""
+"""Kind of a non-numeric cell -> function of the catalog, the section of a code, and the value that renders its text."""
 _ABSENT = object()
-_ABSENT_CLASS = Markup('class="absent"')  # of cells where there is nothing: gray, since that changes no result
+_ABSENT_CLASS = Markup('class="absent"')  # CSS class of cells without a value
 
 
 @dataclass(frozen=True, slots=True)
 class TableColumn:
     """A column of a table.
 
-    `at` is the cell's place relative to its row.  A leading "../" starts at the row's parent; "@" at one of the places
-    of the row's site; "/" at the report, where * is the row's own number or name, which may be missing there; "#" is
-    the name of the row's score.  `kind` is a kind of `Catalog.figure` or of `_TEXTS`, with a section as in
-    "code:SECTION"; a trailing "?" adds "at most" if the site did not confirm the end of the run.
+    `at` is the cell's path relative to its row. A leading "../" starts at the row's parent, "@" at a section of the
+    row's site, and "/" at the root of the report, where * is the row's own index or name. "#" is the name of the row's
+    score. `kind` is a kind of `Catalog.figure` or of `_TEXTS`, with a section as in "code:SECTION"; a trailing "?" adds
+    "at most" if the site has not signed a final receipt.
     """
 
-    heading: str  # key of its text, or, where it `is_named`, a name of the report
+    heading: str  # text key of the heading, or the heading itself if `is_named`
     at: str
     kind: str
-    absent: str = ""  # key of the text where there is nothing; "": it is not known
-    zero: str = ""  # key of the text where there is a 0
-    only: str = ""  # kind of report, or unit, that has the column; "": all
+    absent: str = ""  # text key for a missing value; "": the text for an unknown value
+    zero: str = ""  # text key for the value 0
+    only: str = ""  # kind of report, or unit, to which the column is limited; "": all
     is_named: bool = False
 
     @property
@@ -76,7 +76,7 @@ class TableColumn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """A rendered table; `all` is the number of rows, of which only some may be shown.
+    """A rendered table; `all` is the total number of rows, of which the page may show only some.
 
     If the table has a chart, `seen` is the title of the drawing `svg`, or the reason why there is no drawing.
     """
@@ -91,10 +91,10 @@ class Table:
 
 
 class Charts(Words):
-    """The tables and charts of the page, each made when the template asks for it."""
+    """The tables and charts of the page, which templates request by method."""
 
     def cell(self, row: str, column: TableColumn) -> Markup:
-        """Render the cell in a column, for the row at a pointer."""
+        """Render the cell of a column in the row at a JSON pointer."""
         parents = column.at.count("../")
         pointer = f"{row.rsplit('/', parents)[0]}/{column.at[3 * parents :]}"
         if column.at.startswith("@"):
@@ -120,7 +120,7 @@ class Charts(Words):
         return Markup('<span data-at="{}">{}</span>').format(pointer, self._render_as_text(found, kind))
 
     def shown(self, at: str, kind: str) -> Markup:
-        """Render the value at a place in the report."""
+        """Render the value at a JSON pointer."""
         return self.cell("", TableColumn("", at, kind))
 
     def _render_absent_cell(self, key: str) -> Markup:
@@ -141,8 +141,8 @@ class Charts(Words):
         last: bool = True,
         most: int = MOST_ROWS,
     ) -> Table:
-        """Build a table of the rows at these pointers; if there are more than `most`, only the last or the first are
-        shown.
+        """Build a table of the rows at the given pointers; if there are more than `most`, show only the last or the
+        first ones.
         """
         shown, text, named = rows[-most:] if last else rows[:most], self.text, Markup("{}").format
         headings = [(named(one.heading) if one.is_named else text(one.heading), one.is_figure) for one in columns]
@@ -150,14 +150,14 @@ class Charts(Words):
         return Table(caption=caption, columns=tuple(headings), rows=cells, all=len(rows))
 
     def named(self, name: str, more: Sequence[TableColumn] = ()) -> Table:
-        """Build the table with a given name in page.toml, with `more` columns at its end."""
+        """Build the table with the given name in page.toml, with the columns `more` appended."""
         layout, columns = load_page_layout()["table"][name], [*self._list_columns(name), *more]
         caption = self.text(layout["caption"], delta=self.figure(self.delta_at, "exact"))
         of = layout["rows"]
-        # A report of a ledger has nothing of what is about a run alone.
+        # A ledger's report has no rows for tables about a single run.
         rows, last = [] if layout.get("of", self.facts.kind) != self.facts.kind else self.rows(of), of == _ROUNDS
         if of.partition("/")[0] in _OF_SITES and "/*" in of:
-            # A ledger's rows are one site's history, whose end matters most; a run's begin with its worst site.
+            # A ledger's rows are one site's history, whose end matters most; a run's rows start with the worst site.
             last, same = self.is_ledger, "page.site" if self.is_ledger else "page.run"
             columns = [column for column in columns if column.heading != same]
         if columns[0].at == _SITE and len(self.sites) > 1:
@@ -172,9 +172,11 @@ class Charts(Words):
         return first + [column for column in columns if column.only in shown]
 
     def _merge_equal_sites(self, table: Table, *, named: bool) -> Table:
-        """Merge the rows of sites with equal values into one row, in which the sites are `named` or counted."""
+        """Merge the rows of sites with equal values into one row, which lists the sites if `named` and otherwise counts
+        them.
+        """
         times, keyed, rows = Counter[tuple[str, ...]](), [], []
-        for row in table.rows:  # in groups that differ in their site alone; what one site has twice stays apart
+        for row in table.rows:  # group rows that differ only in the site; repeated rows of one site stay separate
             said = tuple(cell.striptags() for cell in row)
             keyed.append(((times[said], *said[1:]), row))
             times[said] += 1
@@ -188,7 +190,7 @@ class Charts(Words):
         return replace(table, rows=tuple(rows[:MOST_ROWS]), all=len(rows))
 
     def budget(self) -> Table:
-        """Build the table of what each site has used, without empty columns."""
+        """Build the table of the budget that each site has used, without empty columns."""
         columns = [replace(one, kind="name") if one.at == _SITE else one for one in self._list_columns("budget")]
         rows = [tuple(self.cell(site, column) for column in columns) for site in self.sites]
         used = [column for n, column in enumerate(columns) if not all(_ABSENT_CLASS in row[n] for row in rows)]
@@ -196,12 +198,14 @@ class Charts(Words):
         return found if len(self.sites) == 1 else self._merge_equal_sites(found, named=False)
 
     def steps(self) -> Table:
-        """Build the table of epsilon after each run of a ledger, for each cohort, or after each round of a run."""
+        """Build the table of epsilon after each round of a run, or after each run of a ledger with one column per
+        cohort.
+        """
         drawn = self.drawn.items()
         return self.named("steps", [TableColumn(one, f"cohorts/{n}", "epsilon", is_named=True) for n, one in drawn])
 
     def by_round(self) -> Table:
-        """Build the table of scores by round, with the epsilon spent up to each round."""
+        """Build the table of scores by round, with the cumulative epsilon."""
         names, spent = self.score_names(), TableColumn("utility.epsilon", "/utility/epsilons/*", "epsilon")
         scores = [
             TableColumn(format_score_name(name), pointer("metrics", name)[1:], "score", is_named=True) for name in names
@@ -210,15 +214,15 @@ class Charts(Words):
         return self.table(self.text("utility.caption"), columns, self.rows(_ROUNDS))
 
     def score_names(self) -> list[str]:
-        """Return the names of the scores that every round has."""
+        """Return the names of the scores that are present in every round."""
         rounds = () if isinstance(self.facts, LedgerFacts) else self.facts.rounds
-        named = dict.fromkeys(name for one in rounds for name in one.metrics)  # in their order
+        named = dict.fromkeys(name for one in rounds for name in one.metrics)  # in order of first occurrence
         return [name for name in named if all(name in one.metrics for one in rounds)]
 
     def epsilon_spent(self, planned: int | None = None) -> Table:
-        """Build the chart of epsilon by round, or by run if a ledger has too many rounds, together with the limit.
+        """Build the chart of epsilon by round with the limit; for a ledger with many rounds, epsilon by run.
 
-        For a run in progress, the line goes on to the epsilon of the whole plan in the last `planned` round.
+        For a run in progress, another line leads to the epsilon of the whole plan in the last `planned` round.
         """
         lines = {site: points for site in self.sites if (points := self._list_line_points(site))}
         alike = group_by_key((tuple(points), site) for site, points in lines.items())
@@ -228,8 +232,8 @@ class Charts(Words):
         series = [Series(points=some, number=n, label=label) for n, (some, label) in enumerate(named) if some]
         levels, axis = [], "axis_round"
         if self.is_ledger:
-            series += [limit for site in lines if (limit := self._limit_series(site)).points]
-            # It has a point for each round, or where they are too many for each run.
+            series += [limit for site in lines if (limit := self._build_limit_series(site)).points]
+            # There is a point for each round, or for each run if there are too many rounds.
             rounds = [step["round"] is not None for site in lines for step in self.at(f"{site}/steps")]
             axis = "axis_day" if drawn else "axis_charged" if any(rounds) else "axis_run"
         elif planned is not None and self.worst in lines:
@@ -243,7 +247,7 @@ class Charts(Words):
         return self._add_chart("epsilon_spent", self.steps(), panel, seen=self._describe_rise(lines))
 
     def _describe_rise(self, lines: Iterable[str]) -> Markup | None:
-        """Describe the final value of the line of the site that spent most."""
+        """Describe the final epsilon of the site that spent the most."""
         worst = self.worst
         if worst not in lines:
             return None
@@ -253,7 +257,7 @@ class Charts(Words):
         return self.text("chart.rose_of", reached=reached, limit=self.figure(limit, "cap"))
 
     def profile(self) -> Table:
-        """Build the chart of epsilon as a function of delta, by both accountants, for the site that spent most."""
+        """Build the chart of epsilon as a function of delta by both accountants, for the site that spent the most."""
         series, at = list[Series](), self.at
         rows = self.rows("worst/curve/* having epsilon_pld")
         for number, key in enumerate(("pld", "rdp")):
@@ -269,7 +273,7 @@ class Charts(Words):
         return self._add_chart("profile", self.named("curve"), panel)
 
     def utility(self) -> Table:
-        """Build the chart of the first score that is not a loss, as a function of the epsilon spent."""
+        """Build the chart of the first score that is not a loss, as a function of the cumulative epsilon."""
         names = self.score_names()
         name = next((name for name in names if "loss" not in name), names[0] if names else "")
         rows = self.rows(_ROUNDS) if name else []
@@ -296,7 +300,9 @@ class Charts(Words):
         return self._add_chart("utility", self.by_round(), panel, seen=seen)
 
     def draw_learning(self, planned: int) -> Table:
-        """Build the chart of the primary score by round, up to the last `planned` one, for a run in progress."""
+        """Build the chart of the primary metric by round for a run in progress, with an x axis up to the `planned`
+        round.
+        """
         assert not isinstance(self.facts, LedgerFacts)
         names = self.score_names()
         name = self.facts.primary_metric if self.facts.primary_metric in names else names[0] if names else ""
@@ -330,9 +336,9 @@ class Charts(Words):
         return self.text(f"chart.{key}").unescape()
 
     def _list_bounded_steps(self, site: str) -> list[tuple[float, str]]:
-        """Return each bounded step of a site as an x value and a pointer.
+        """Return (x, JSON pointer) for each step of a site with a bounded epsilon.
 
-        x is the round, for a ledger the index of the step, and for a ledger whose people arrive over time the day.
+        x is the round in a run, the index of the step in a ledger, and the date in a ledger with arrival cohorts.
         """
         found = []
         for place, step in enumerate(self.at(f"{site}/steps")):
@@ -346,9 +352,9 @@ class Charts(Words):
     def _list_line_points(self, site: str, of: str = "epsilon") -> list[tuple[float, float]]:
         return [(x, self.at(f"{step}/{of}")) for x, step in self._list_bounded_steps(site)]
 
-    def _limit_series(self, site: str) -> Series:
-        """Return the lifetime limit in force at each step of a ledger as a series; before the first limit, that
-        limit is shown.
+    def _build_limit_series(self, site: str) -> Series:
+        """Return the lifetime cap in force at each step of a ledger as a series; steps before the first cap use the
+        first cap.
         """
         caps, points = self.at("/facts/caps"), []
         for x, step in self._list_bounded_steps(site):
@@ -359,7 +365,7 @@ class Charts(Words):
         return Series(points=points, number=0, label=self._find_chart_text("limit"), kind="limit")
 
     def _add_chart(self, code: str, table: Table, panel: Panel, *, seen: Markup | None = None) -> Table:
-        """Add the chart of a panel to a table, unless its values never change."""
+        """Add the chart of a panel to a table, or only a sentence if no series in the panel changes its value."""
         if not any(len({y for _, y in one.points}) > 1 for one in panel.series):
             why = (seen or self.text("chart.same")) if panel.series else self.text(f"chart.{code}_none")
             return replace(table, chart=code, seen=why)

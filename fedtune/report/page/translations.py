@@ -1,6 +1,6 @@
 """The translations of the report's page in `texts.toml`, and each language's number formats.
 
-Privacy losses are rounded up, and remaining budgets down; a missing limit is shown as a word, never as 0 or a blank.
+Privacy losses are rounded up and remaining budgets down; a missing limit is shown as a word, never as 0 or a blank.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from fedtune.spec import check_one_of
 
 LANGUAGES = ("en", "de")
 _TIMES = "\N{MULTIPLICATION SIGN}"
-MOST_RIGHT = Decimal("99.9999")  # of 100 guesses; beyond, nothing that is worth a number bounds them
-_SMALLEST_PLAIN = Decimal("1e-7")  # smaller ones have too many zeros to count
-_ANY_FLOAT = Context(prec=700)  # digits enough for the largest float and the smallest
+MOST_RIGHT = Decimal("99.9999")  # right guesses of 100; a larger bound is shown as unbounded
+_SMALLEST_PLAIN = Decimal("1e-7")  # smaller numbers are shown with an exponent
+_ANY_FLOAT = Context(prec=700)  # enough digits for the largest and the smallest float
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 _UNITS = {"bytes": "B", "flop": "FLOP"}
 _EVEN = ROUND_HALF_EVEN
@@ -35,13 +35,13 @@ _PLACES = {"left": (3, ROUND_FLOOR), "score": (4, _EVEN), "of_100_fine": (2, ROU
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """Translated texts by section and key; `language` is the code for the page's `lang` attribute."""
+    """Translated texts by section and key; `language` is also the page's `lang` attribute."""
 
     language: str
     texts: Mapping[str, Mapping[str, str]]
 
     def override_texts(self, of: str) -> Catalog:
-        """Return a catalog in which the texts of the section `of` override others.
+        """Return a catalog in which the texts of the section `of` override texts of other sections.
 
         A key of that section has the form `section__key`; an unknown section overrides nothing.
         """
@@ -61,11 +61,13 @@ class Catalog:
         return code in self.texts[section]
 
     def code(self, section: str, code: str) -> Markup:
-        """Return the words for a code in the report; an unknown code, as from a later version, is shown unchanged."""
+        """Return the text for a code in the report; an unknown code, such as one from a later version, is shown
+        unchanged.
+        """
         return self.text(f"{section}.{code}") if self.has(section, code) else Markup("<code>{}</code>").format(code)
 
     def listed(self, section: str, codes: Sequence[str]) -> Markup:
-        """Join the words for several codes: "a, b and c", with semicolons if one of them contains a comma."""
+        """Join the texts for several codes as "a, b and c", or with semicolons if a text contains a comma."""
         words = [self.code(section, code) for code in codes]
         if any(", " in word for word in words):
             return Markup("; ").join(words)
@@ -74,20 +76,19 @@ class Catalog:
         return Markup(", ").join(words[:-1]) + self.text("word.list_end") + words[-1]
 
     def arrivals(self, people: Iterable[ArrivalRange]) -> Markup:
-        """Describe people by when they joined."""
+        """Describe people by the time when they joined."""
         return Markup(", ").join(self.text(f"arrivals.{one.code}", first=one.first, last=one.last) for one in people)
 
     def figure(self, value: Any, kind: str) -> str:
         """Format a figure in this language, by its kind.
 
-        Kinds: "epsilon" (rounded up), "factor" (e to that power, rounded up), "cap" (as it was set), "left" (rounded
-        down), "exact" (as it was set), "number" (six digits), "score", "count", "of_100" (a share of guesses, rounded
-        up to a whole number, or above 99 to enough digits to differ from 100, which would be certainty), "of_100_fine"
-        (rounded up), "percent" (rounded up), "share" (a percentage rounded up to two digits, or above 10 as "of_100"),
-        "failures" (rounded up), "seconds", "duration", "bytes", "flop", "day", "moment", "length" (of a list).
+        Kinds: "epsilon" (rounded up), "factor" (e to that power, rounded up), "cap" (as set), "left" (rounded down),
+        "exact" (as set), "number" (six digits), "score", "count", "of_100" (a percentage of guesses, rounded up to an
+        integer; above 99, to enough digits to differ from 100), "of_100_fine" (rounded up), "percent" (rounded up),
+        "share" (a percentage rounded up to two digits, or above 10 as "of_100"), "failures" (rounded up), "seconds",
+        "duration", "bytes", "flop", "day", "moment", "length" (of a list).
 
-        None is "unbounded" for an epsilon, "no limit" for a cap and for what is left of a cap, and otherwise "not
-        known".
+        None is "unbounded" for an epsilon, "no limit" for a cap or a remaining budget, and otherwise "not known".
         """
         if kind in ("epsilon", "factor"):
             text = format_epsilon(value) if kind == "epsilon" else format_factor(value)
@@ -130,7 +131,7 @@ class Catalog:
         raise ValueError(f"no kind of figure: {kind}")
 
     def _format_plain(self, value: Decimal) -> str:
-        """Format a number without an exponent, or as 1.5 × 10⁻⁹ if it is tiny."""
+        """Format a number without an exponent, or as 1.5 × 10⁻⁹ if it is below 1e-7."""
         if value and abs(value) < _SMALLEST_PLAIN:
             power = value.adjusted()
             return (
@@ -147,23 +148,23 @@ class Catalog:
         except (ValueError, OverflowError):
             return value
         if len(value) == len("2026-03-01"):
-            kind = "day"  # no more is known of it
+            kind = "day"  # the value has no time of day
         texts = self.texts["language"]
         fields = {"day": moment.day, "month": texts["months"].split()[moment.month - 1], "year": moment.year}
         return texts[kind].format(**fields, clock=f"{moment:%H:%M}")
 
     def _localize_marks(self, text: str) -> str:
-        """Replace the decimal point and the group separators of Python's notation by those of this language."""
+        """Replace the decimal point and the thousands separators of Python's format by those of this language."""
         marks = self.texts["language"]
         return text.translate({ord("."): marks["decimal"], ord(","): marks["group"]})
 
 
 @lru_cache(maxsize=len(LANGUAGES))
 def load_catalog(language: str) -> Catalog:
-    """Return the texts of a language.
+    """Load the texts of a language.
 
     Raises:
-        ConfigError: there are no texts in this language.
+        ConfigError: the language is not available.
     """
     check_one_of("report.language", language, LANGUAGES)
     texts = tomllib.loads(Path(__file__).with_name("texts.toml").read_text(encoding="utf-8"))
@@ -173,15 +174,15 @@ def load_catalog(language: str) -> Catalog:
 
 def _round_to_places(value: Decimal, places: int, rounding: str) -> Decimal:
     found = value.quantize(Decimal(1).scaleb(-places), rounding=rounding, context=_ANY_FLOAT)
-    return _ANY_FLOAT.plus(found)  # which makes 0 of -0
+    return _ANY_FLOAT.plus(found)  # turns -0 into 0
 
 
 def _round_to_digits(value: Decimal, digits: int, kind: str) -> Decimal:
-    """Round to `digits` significant digits; shares and numbers of failures are rounded up."""
+    """Round to `digits` significant digits; the kind "failures", also used for percentages, is rounded up."""
     if not value:
         return value
     if kind != "failures":
         return _round_to_places(value, digits - 1 - value.adjusted(), ROUND_HALF_EVEN)
-    # What a float adds in its last digits (0.0023000000000000004) is not worth a digit that people see.
+    # A float's rounding error (0.0023000000000000004) must not raise the last shown digit.
     value = _round_to_places(value, 12 - value.adjusted(), ROUND_HALF_EVEN)
     return _round_to_places(value, digits - 1 - value.adjusted(), ROUND_CEILING)

@@ -28,15 +28,15 @@ from fedtune.show.lines import shorten_middle
 One = TypeVar("One")
 _LONGEST_IN_CHART = 18
 _MOST_ASSUMPTIONS = 4
-_HIDDEN = {"well": 60, "moderately": 80, "poorly": 95, "hardly": 100}  # the most right guesses of 100 by the word
-_SAYS_NOTHING = 99  # right guesses of 100, above which a limit from epsilon and delta alone is no news to anybody
-_RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}  # column of what is left to a site that takes its own from all
+_HIDDEN = {"well": 60, "moderately": 80, "poorly": 95, "hardly": 100}  # word -> largest number of right guesses of 100
+_SAYS_NOTHING = 99  # right guesses of 100, above which a bound from (epsilon, delta) alone is uninformative
+_RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}  # column for the other site's result after subtracting one's own
 _MOST_FOR_SUBTRACTION = 2
 count_of_rows = Markup('<span class="rows">{}</span>').format
 
 
 class Words:
-    """A report together with the catalog of the language in which it is shown."""
+    """A report together with the text catalog of its display language."""
 
     def __init__(self, report: Report, catalog: Catalog) -> None:
         facts = report.facts
@@ -47,9 +47,9 @@ class Words:
         self.room, self.result = explain_missing_room(report), report_outcome(report)
         self.promises = report.verdict.state != "no_guarantee" and report.epsilon is not None
         self.band = find_strength_band(report.epsilon if self.promises else None)
-        # Secure aggregation is part of it, whose noise several sites made together.
+        # Whether several sites added the noise jointly, under secure aggregation.
         self.shared = any(one.shared for site in report.sites for one in site.mechanisms)
-        # The figures of a ledger's people by when they came; none where one figure is everybody's.
+        # A ledger's budget figures by arrival cohort; () if all people share one budget.
         life = report.sites[0].lifetime
         self.cohorts: tuple[CohortFigures, ...] = (life and life.cohorts) or ()
         self.delta_at = "/facts/delta" if isinstance(facts, LedgerFacts) else "/facts/plan/delta"
@@ -61,15 +61,15 @@ class Words:
             for one in report.sites
         )
         losses = {f"/sites/{n}": both for n, both in enumerate(figures)}
-        # The site that the headline's epsilon is of; of several, the first that signed for it.
+        # The site with the report's epsilon; among several, the first with a signed final receipt.
         self.worst = max(losses, key=lambda site: (losses[site], site not in self.silent))
         states = {f"/sites/{n}": WORST_FIRST.index(one.verdict.state) for n, one in enumerate(report.sites)}
-        # The least favorable result first.
+        # Sites in order of verdict and epsilon, the worst site first.
         self.sites = sorted(losses, key=lambda site: (states[site], *(-loss for loss in losses[site])))
 
     @property
     def noise(self) -> str:
-        """The kind of noise: "noised", "seeded", or "no_noise" if any mechanism lacked it."""
+        """The kind of noise: "noised", "seeded", or "no_noise" if any mechanism had no noise."""
         noises = [one.noise_multiplier for site in self.report.sites for one in site.mechanisms]
         if 0 in noises or "no_noise" in self.report.verdict.reasons:
             return "no_noise"
@@ -77,7 +77,7 @@ class Words:
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """Codes of warnings that follow from scores, including the sites' scores."""
+        """The codes of all warnings about scores, including the sites' noised scores."""
         fall = self.report.utility and self.report.utility.fall
         found = () if isinstance(self.facts, LedgerFacts) else self.facts.findings
         return (*found, *((FELL,) if fall and fall.found else ()))
@@ -88,13 +88,13 @@ class Words:
         return {*str(self.report.known.get("rank")).split(", ")} == {format_rank(NO_ADAPTER, 0)}
 
     def band_range(self, band: str) -> Markup:
-        """Describe the range of epsilon of a strength band."""
+        """Describe the epsilon range of a strength band."""
         least, most = (f"{edge:g}" for edge in BANDS[band])
         key = "up_to" if band == "strong" else "above" if band == "weak" else "between"
         return self.text(f"strength.{key}", least=least, most=most)
 
     def at(self, pointer: str, *, absent: object = None) -> Any:
-        """Return the value in report.json at a JSON pointer, or `absent` if one of its parents is null."""
+        """Return the value at a JSON pointer into report.json, or `absent` if one of its parents is null."""
         found: Any = self.json
         for part in pointer.split("/")[1:]:
             if found is None:
@@ -103,9 +103,7 @@ class Words:
         return found
 
     def place(self, kind: str, site: str) -> str:
-        """Return the JSON pointer to one kind of data about a site: "sites", "facts", "own" or "life", as in
-        page.toml.
-        """
+        """Return the JSON pointer to a section of a site's data: "sites", "facts", "own" or "life", as in page.toml."""
         own = "/facts" if self.is_ledger else f"/facts{site}/statement"
         of_ledger = {"facts": "/facts", "life": f"{site}/lifetime"}
         of_run = {"facts": f"/facts{site}", "life": f"{own}/lifetime"}
@@ -116,9 +114,7 @@ class Words:
         return self.sites[0] if self.is_ledger else f"/sites/{pointer.removeprefix('/facts').split('/')[2]}"
 
     def together(self, sites: Sequence[str], *, of: int) -> Markup:
-        """Label a chart's line that several sites share, since their values are equal; `of` is the number of all
-        sites.
-        """
+        """Label a chart line that several sites with equal values share; `of` is the total number of sites."""
         name = shorten_middle(self.at(f"{sites[0]}/site"), _LONGEST_IN_CHART)
         if len(sites) == 1:
             return Markup("{}").format(name)
@@ -128,26 +124,26 @@ class Words:
 
     @property
     def drawn(self) -> dict[int, str]:
-        """The periods of the cohorts that a chart shows, by index: the newest cohorts that have spent anything."""
+        """Index -> date range of each cohort that a chart shows: the newest cohorts with a nonzero epsilon."""
         spent = [place for place, one in enumerate(self.cohorts) if one.epsilon != 0][-MOST_LINES:]
         return {place: self.cohorts[place].people.dates for place in spent}
 
     def figure(self, pointer: str, kind: str) -> Markup:
-        """Format the figure at a pointer as a `load_page_layout` element that refers to its place in report.json."""
+        """Format the figure at a JSON pointer as a `<data>` element with its exact value and its pointer."""
         value = self.at(pointer)
         return Markup('<data value="{}" data-at="{}" data-as="{}">{}</data>').format(
             json.dumps(value), pointer, kind, self.catalog.figure(value, kind)
         )
 
     def spent(self, pointer: str, kind: str = "epsilon") -> Markup:
-        """Format a figure of a site's charges, with "at most" if the site did not confirm the end of the run."""
+        """Format a figure of a site's charges, with "at most" if the site has not signed a final receipt."""
         figure = self.figure(pointer, kind)
         if self.get_site_pointer(pointer) not in self.silent:
             return figure
         return Markup("<span>{}</span>").format(self.text("word.at_most", figure=figure))
 
     def rows(self, of: str) -> list[str]:
-        """Expand a row pattern of page.toml to the pointers of a table's rows."""
+        """Expand a row pattern of page.toml to the JSON pointers of a table's rows."""
         if " and " in of:
             return [row for one in of.split(" and ") for row in self.rows(one)]
         of, _, having = of.partition(" having ")
@@ -163,10 +159,10 @@ class Words:
         found = self.at(at) or ()
         return [pointer(name)[1:] for name in (found if isinstance(found, dict) else range(len(found)))]
 
-    # What page 1 says beyond single figures.
+    # Texts of page 1.
 
     def access(self) -> Mapping[str, Sequence[str]]:
-        """Return observer -> a code for each column of what the observer can see."""
+        """Return observer -> a code for each column of the table of what observers can see."""
         noise, rows = self.noise, load_page_layout()["access"]
         masked = rows["masked"] if self.shared and noise == "noised" else {}
         sees = {who: list(codes) for who, codes in {**rows["noised"], **rows[noise], **masked}.items()}
@@ -175,24 +171,24 @@ class Words:
         return sees
 
     def by_subtraction(self) -> str | None:
-        """Return the code for how one of two sites can compute the other's result from the average; None if it
+        """Return the code for how one of two sites can compute the other site's result from the average; None if it
         cannot.
         """
         if isinstance(self.facts, LedgerFacts):
-            return "if_two_sites"  # of its runs the ledger knows no others that took part
+            return "if_two_sites"  # a ledger does not record the other sites of its runs
         rounds = self.facts.rounds
         took_part = [len(self.report.sites), *(len(one.sites) for one in rounds if one.sites)]
         return "by_subtraction" if min(took_part) <= _MOST_FOR_SUBTRACTION else None
 
     def limit(self) -> str | None:
-        """Return the pointer to the limit that the result is compared with; None if there is no limit."""
+        """Return the JSON pointer to the limit for the report's epsilon; None if there is no limit."""
         found = "/facts/approved/max_epsilon" if self.is_ledger else "/facts/target_epsilon"
         return None if self.at(found) is None else found
 
     def assumptions(self) -> tuple[Assumption, ...]:
-        """Return all violated assumptions, and as many unstated ones as page 1 has room to ask about.
+        """Return all violated assumptions, and as many unconfirmed ones as page 1 has room to ask about.
 
-        Without a guarantee, no answer could change the result, so nothing is asked.
+        Without a guarantee no question is asked, because no answer could change the result.
         """
         found = self.report.assumptions
         violated = [one for one in found if one.status == "violated"]
@@ -201,42 +197,42 @@ class Words:
         return (*violated, *asked[:room])
 
     def right(self, site: str) -> str:
-        """Return which bound on the best attacker applies at a site: "mechanism" if it was computed, or else
+        """Return which bound on membership guesses applies at a site: "mechanism" if it was computed, otherwise
         "ceiling".
         """
         by_mechanism = f"{site}/meaning/right_of_100_mechanism"
         return "ceiling" if self.at(by_mechanism) is None else "mechanism"
 
     def has_no_useful_bound(self, site: str) -> bool:
-        """Whether the bound on the best attacker at a site is practically meaningless."""
+        """Whether the bound on membership guesses at a site is too close to 100 to be informative."""
         found: float = self.at(f"{site}/meaning/right_of_100_{self.right(site)}")
         return found > (_SAYS_NOTHING if self.right(site) == "ceiling" else MOST_RIGHT)
 
     @property
     def shows_figure(self) -> bool:
-        """Whether page 1 shows a bound on the best attacker at the worst site."""
+        """Whether page 1 shows the bound on membership guesses at the worst site."""
         return self.promises and bool(self.at(f"{self.worst}/meaning")) and not self.has_no_useful_bound(self.worst)
 
     def describe_protection(self) -> Markup:
-        """Say in words how well one record or person of the worst site is hidden, and how well five are."""
+        """Describe in words how well one record or person of the worst site is protected, and how well five are."""
         means = f"{self.worst}/meaning/right_of_100_"
         found = (self.at(means + which) for which in (self.right(self.worst), "for_5"))
         one, five = (next(word for word, most in _HIDDEN.items() if right <= most) for right in found)
         return self.text("hidden.answer", one=self.text(f"hidden.{one}"), five=self.text(f"hidden.{five}"))
 
     def list_unprotected(self) -> list[str]:
-        """Return the codes of page 1 for what the guarantee never protects, apart from what its questions ask."""
+        """Return the codes of information that the guarantee never protects, for the list on page 1."""
         return [code for code in load_page_layout()["limits"]["first"] if code in self.report.not_protected]
 
     def about_ceiling(self, site: str) -> Markup:
-        """Explain why the bound on the best attacker at a site only follows from epsilon and delta."""
+        """Explain why only the bound from epsilon and delta is available at a site."""
         runs = {row["run"] for row in self.at(f"{site}/mechanisms") if row["rounds"]}
         key = "meaning.several_runs" if len(runs) > 1 else "meaning.open_end"
         key = "meaning.too_little_noise" if self.right(site) == "mechanism" else key
         return self.text(key, section=self.text("curve.heading"))
 
     def people(self) -> list[tuple[Markup, str]]:
-        """List the groups of people with equal figures, the newest last, each with the pointer to its figures."""
+        """List the groups of people with equal figures, the newest last, each with the JSON pointer to its figures."""
         whom = Markup('<span data-at="{}">{}</span>').format
         if admitted := self.report.admits:
             return [(whom("/admits", self.catalog.arrivals([admitted])), f"{self.worst}/spent")]
@@ -250,7 +246,7 @@ class Words:
         return merge_adjacent({place: self.cohorts[place].people for place in places})
 
     def of_whom(self) -> Markup | None:
-        """Describe when the people joined who have the largest figure; None if everybody has the same."""
+        """Describe when the people with the largest epsilon joined; None if all people have the same epsilon."""
         epsilons = {place: convert_none_to_infinite(one.epsilon) for place, one in enumerate(self.cohorts)}
         if admitted := self.report.admits:
             return self.text("label.others_none", dates=admitted.dates)
@@ -266,7 +262,7 @@ def pointer(*parts: str | int) -> str:
 
 
 def get_pointer_name(pointer: str) -> str:
-    """Return the name in the last part of a JSON pointer."""
+    """Return the unescaped last part of a JSON pointer."""
     return pointer.rpartition("/")[2].replace("~1", "/").replace("~0", "~")
 
 
@@ -280,5 +276,5 @@ def group_by_key(keyed: Iterable[tuple[Hashable, One]]) -> list[list[One]]:
 
 @cache
 def load_page_layout() -> Mapping[str, Any]:
-    """Return the page's layout from `page.toml`."""
+    """Load the page's layout from `page.toml`."""
     return tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))
