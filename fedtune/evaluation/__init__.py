@@ -1,3 +1,1 @@
-"""Evaluation of a task model: scores, scores by group, confidence intervals, and text generation with BLEU and
-ROUGE-L.
-"""
+"""Evaluation of a task model: scores, scores by group, confidence intervals, text generation, BLEU and ROUGE-L."""

@@ -55,11 +55,11 @@ def compute_p_value(canaries: int, guesses: int, right: int, *, epsilon: float, 
 
 
 def compute_epsilon_lower_bound(canaries: int, guesses: int, right: int, *, delta: float, confidence: float) -> float:
-    """Return the largest epsilon that this number of correct guesses rejects, or 0.
+    """Return the largest epsilon that the number of correct guesses refutes, or 0.
 
     Guarantee: if training is (epsilon, delta)-DP, the bound exceeds epsilon with probability at most 1 - confidence.
 
-    >> round(compute_epsilon_lower_bound(1000, 100, 75, delta=1e-4, confidence=0.95), 3)  # Appendix D of the paper
+    >>> round(compute_epsilon_lower_bound(1000, 100, 75, delta=1e-4, confidence=0.95), 3)  # Appendix D of the paper
     0.673
     """
     error = 1 - confidence
@@ -82,9 +82,9 @@ def split_error_probability(confidence: float, sites: Sequence[str | None]) -> l
     """Split the error probability 1 - `confidence` over several bounds, so that all of them hold together (Bonferroni).
 
     An attacker at a site sees most of the released information, so the sites share nine tenths of the error
-    probability, and the averaged adapter (None) gets the rest.  The split does not depend on any result.
+    probability, and the averaged adapter (None) gets the rest. The split does not depend on any result.
 
-    >> [round(error, 4) for error in split_error_probability(0.95, ["a", "b", None])]
+    >>> [round(error, 4) for error in split_error_probability(0.95, ["a", "b", None])]
     [0.0225, 0.0225, 0.005]
     """
     error, num_sites = 1 - confidence, sum(site is not None for site in sites)
@@ -94,9 +94,9 @@ def split_error_probability(confidence: float, sites: Sequence[str | None]) -> l
 
 
 def compute_max_lower_bound(canaries: int, *, delta: float, confidence: float, guesses: int | None = None) -> float:
-    """Return the largest bound that an audit with `canaries` can show: all guesses of the attacker are correct.
+    """Return the largest bound that an audit with `canaries` can prove, which it reaches if all guesses are correct.
 
-    >> [round(compute_max_lower_bound(m, delta=1e-5, confidence=0.95), 2) for m in (1000, 5000, 15000)]
+    >>> [round(compute_max_lower_bound(m, delta=1e-5, confidence=0.95), 2) for m in (1000, 5000, 15000)]
     [5.78, 7.28, 8.08]
     """
     guesses = canaries if guesses is None else guesses
@@ -104,7 +104,7 @@ def compute_max_lower_bound(canaries: int, *, delta: float, confidence: float, g
 
 
 def compute_binomial_probabilities(count: int, *, log_odds: float) -> npt.NDArray[np.float64]:
-    """Return the binomial probabilities of 0 to `count` hits, shape (count + 1,), computed through logarithms.
+    """Return the binomial probabilities of 0 to `count` hits, shape (count + 1,), computed in log space.
 
     The success probability is 1 / (1 + e^-log_odds).
     """

@@ -43,7 +43,7 @@ _LOWER_IS_BETTER = frozenset({"loss", "perplexity", "ece", "mae", "rmse", "integ
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A score and its confidence interval at `LEVEL`; the ends are NaN if the interval cannot be computed."""
+    """A score with its confidence interval at `LEVEL`; the ends are NaN if the interval cannot be computed."""
 
     value: float
     low: float
@@ -52,17 +52,17 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Comparison of two models by one score, on the same units."""
+    """A paired comparison of two models by one score, on the same units."""
 
     base: Estimate  # the model before training
     tuned: Estimate  # the model after training
     difference: Estimate  # tuned minus base, from the same draws of units
-    verdict: Verdict  # the tuned model's verdict, by the interval of the difference
+    verdict: Verdict  # whether the tuned model is better, by the interval of the difference
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Scores of several models on the same bootstrap draws of units."""
+    """The scores of several models on the same bootstrap draws of units."""
 
     values: Mapping[str, Mapping[str, float]]  # by model and score, on the original records
     draws: Mapping[str, Mapping[str, npt.NDArray[np.float64]]]  # by model and score, (draws,) each
@@ -171,9 +171,9 @@ def _estimate(value: float, drawn: npt.NDArray[np.float64]) -> Estimate:
 
 
 def describe_against_constant(model: str, found: Estimate, constant: float, *, score: str, num_units: int) -> str:
-    """Describe how a model compares with the best constant answer, by the model's confidence interval.
+    """Describe how a model compares with the best constant prediction, by the model's confidence interval.
 
-    The score of the constant answer, on the same units, is treated as known exactly.
+    The score of the constant prediction, on the same units, is treated as known exactly.
     """
     ends = sorted(get_score_direction(score) * (end - constant) for end in (found.low, found.high))
     is_told = num_units >= FEWEST_UNITS and (ends[0] > 0 or ends[1] < 0)

@@ -6,9 +6,9 @@ right.  `audit_bound` uses only (epsilon, delta), and therefore allows for the w
 randomized response, which reveals the maximum about every canary.  A Gaussian mechanism reveals that much about very
 few canaries.  This module tests a complete trade-off curve, so its bound is about twice as large.
 
-The price is an assumption.  `compute_fdp_lower_bound` is the epsilon of the *Gaussian mechanism* that the counts
-refute; for another mechanism it is an estimate.  `refutes_profile` tests a given curve, such as that of a plan's
-privacy loss distribution, and needs no such assumption.  As in `audit_bound`, r is fixed before anybody looks at
+The larger bound requires an assumption.  `compute_fdp_lower_bound` returns the epsilon of the *Gaussian mechanism* that
+the counts refute; for another mechanism it is an estimate.  `refutes_profile` tests a given curve, such as that of a
+plan's privacy loss distribution, without this assumption.  As in `audit_bound`, r is fixed before anybody looks at
 results.
 """
 
@@ -25,14 +25,14 @@ from fedtune.privacy.loss_distribution import compute_hockey_stick
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
-_MOST_MU = 40.0  # mu of a Gaussian mechanism with an epsilon of about 1,000, beyond any audit
+_MOST_MU = 40.0  # mu of a Gaussian mechanism with an epsilon of about 1,000, which no audit reaches
 _CANDIDATES = 64  # values tested at once; each search divides its interval by this number minus 1
 _SEARCHES = 5  # 40 / 63^5: mu to eight digits
 _MOST_EPSILON = 1000.0
 
 
 def compute_fdp_lower_bound(canaries: int, guesses: int, right: int, *, delta: float, confidence: float) -> float:
-    """Return the largest epsilon, at `delta`, of a Gaussian mechanism that this number of right guesses refutes, or 0.
+    """Return the largest epsilon, at `delta`, of a Gaussian mechanism that the number of correct guesses refutes, or 0.
 
     Guarantee: if training is mu-Gaussian differentially private, the bound exceeds its epsilon with probability at most
     1 - confidence.
@@ -41,10 +41,10 @@ def compute_fdp_lower_bound(canaries: int, guesses: int, right: int, *, delta: f
         canaries: m, the number of canaries, each included by its own fair coin toss.
         guesses: r, the number of canaries for which the attacker did not abstain.
         right: v, the number of correct guesses.
-        delta: the delta of the epsilon, above 0.
+        delta: the delta at which epsilon is computed, above 0.
         confidence: the confidence of the bound.
 
-    >> round(compute_fdp_lower_bound(20_000, 2099, 1818, delta=1e-6, confidence=0.95), 2)
+    >>> round(compute_fdp_lower_bound(20_000, 2099, 1818, delta=1e-6, confidence=0.95), 2)
     2.68
     """
     low, high = 0.0, _MOST_MU

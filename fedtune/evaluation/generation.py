@@ -37,22 +37,23 @@ def choose_greedily(logits: torch.Tensor, places: Places) -> torch.Tensor:
 def stream_tokens(
     task_model: TaskModel, prompt: npt.NDArray[np.int32], *, end_ids: Collection[int], spec: WritingSpec
 ) -> Iterator[int]:
-    """Continue one prompt token by token, up to one of `end_ids`, `spec.max_new_tokens` or the model's last position.
+    """Generate the continuation of one prompt token by token, and stop at any of `end_ids` or at a length limit.
 
-    With a key-value cache, each token costs a forward pass over a single position.  The same seed gives the same text
-    on the same machine.  As in `generate`, the model's own generation settings are ignored.
+    The limits are `spec.max_new_tokens` and the model's number of positions. With a key-value cache, each token costs a
+    forward pass over a single position. The same seed gives the same text on the same machine. As in `generate`, the
+    model's own generation settings are ignored.
 
     Args:
         task_model: a model whose task generates text; its adapter must not change between two tokens.
         prompt: (t,) token ids, t at least 1.
         end_ids: tokens that end the text; they are not part of it.
-        spec: the settings for choosing the next token.
+        spec: the sampling settings.
 
     Yields:
         The new token ids.
 
     Raises:
-        ConfigError: for `adapter`, if the logits are not finite, so training has diverged.
+        ConfigError: for `adapter`, if the logits are not finite because training has diverged.
     """
     positions = get_max_positions(task_model.base.get_base_model())
     room = spec.max_new_tokens if positions is None else min(spec.max_new_tokens, positions - len(prompt))
@@ -71,10 +72,11 @@ def stream_tokens(
 
 
 def decode_stream(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Yield the text that each token adds, without special tokens and surrounding space.
+    """Decode a stream of token ids, and yield the text that each token adds, without special tokens and surrounding
+    space.
 
-    A character that takes several tokens is yielded with the last of them, and a space with the text that follows it.
-    The concatenated parts equal the decoding of all tokens at once.
+    A character that takes several tokens is yielded with the last of these tokens, and a space with the text that
+    follows it. The concatenated parts equal the decoding of all tokens at once.
     """
     kept: list[int] = []
     shown = ""
@@ -100,12 +102,12 @@ def _decode_tokens(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> 
 def _choose_token(
     logits: torch.Tensor, spec: WritingSpec, draws: torch.Generator, *, against: torch.Tensor | None = None
 ) -> int:
-    """Choose the next token from its logits (vocabulary,); `against` are the logits for a contrasting prompt with the
+    """Choose the next token from its logits (vocabulary,); `against` are the logits of a contrasting prompt with the
     same text.
     """
     if not logits.max().isfinite():
         raise ConfigError(
-            "adapter", float(logits.max()), "must give finite scores for the next token; its training has diverged"
+            "adapter", float(logits.max()), "has infinite or NaN logits: its training has diverged, so train it again"
         )
     if spec.temperature == 0:
         return int(logits.argmax())
@@ -161,10 +163,10 @@ def generate(
     max_new_tokens: int,
     max_tokens: int,
 ) -> list[str]:
-    """Continue each prompt greedily until a token of `end_ids` or `max_new_tokens`.
+    """Generate a greedy continuation of each prompt, up to a token of `end_ids` or `max_new_tokens`.
 
     Prompts are batched by length and padded on the left, so a text does not depend on the other prompts of its batch
-    beyond rounding (two tokens that tie to the last bit may swap).  The model's own generation settings (temperature,
+    beyond rounding (two tokens with equal logits may swap). The model's own generation settings (temperature,
     penalties) are ignored.
 
     Args:
@@ -413,7 +415,10 @@ def generate_batch(
 
 
 def measure_text_variety(texts: Sequence[str]) -> dict[str, Any]:
-    """Measure the variety of one or more texts, for the card of synthetic records; words are split at whitespace."""
+    """Compute length and diversity statistics of at least one text, for the card of synthetic records.
+
+    Words are split at whitespace.
+    """
     times, lengths = Counter(texts), [len(text.split()) for text in texts]
     cuts = quantiles(lengths, n=20, method="inclusive") if len(lengths) > 1 else lengths * 19
     pairs = [pair for text in texts for pair in pairwise(text.lower().split())]
@@ -426,7 +431,7 @@ def measure_text_variety(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def measure_shared_bigrams(texts: Sequence[str], others: Sequence[str]) -> float:
-    """Return the share of the word pairs in `others`, counted with repetition, that also occur in `texts`."""
+    """Return the share of word bigrams in `others`, counted with repetition, that also occur in `texts`."""
     known = {pair for text in texts for pair in pairwise(text.lower().split())}
     found = [pair in known for text in others for pair in pairwise(text.lower().split())]
     return sum(found) / len(found) if found else 0.0

@@ -1,4 +1,4 @@
-"""Scores of a task model: on data that the lead may see, and for each held-out record or person at a site."""
+"""Scoring of a task model on data that the lead may see, and on each held-out record or person at a site."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def compute_unit_scores(task_model: TaskModel, dataset: TextDataset, *, pad_id: 
     with enter_evaluation_mode(task_model):
         for index in range(len(dataset)):
             batch = collate(dataset, np.array([index]), pad_id=pad_id).to(task_model.device)
-            # A failed record keeps score 0, and the other records are not affected.
+            # A failed record has score 0, and the other records are not affected.
             with suppress(Exception), translate_panics():
                 scores[index] = task_model.task.score_unit(task_model, batch)
     return scores
@@ -78,10 +78,9 @@ def compute_unit_scores(task_model: TaskModel, dataset: TextDataset, *, pad_id: 
 def compute_user_scores(
     scores: npt.NDArray[np.float64], users: Sequence[npt.NDArray[np.int64]]
 ) -> npt.NDArray[np.float64]:
-    """Score each user in [0, 1] by the mean over all of the user's records, shape (users,); non-finite scores count as
-    0.
+    """Return each user's mean score over all of the user's records, shape (users,); a non-finite score counts as 0.
 
-    A user with any number of records contributes one score in [0, 1], as the noised sum of scores requires.
+    Each user contributes one score in [0, 1] regardless of the number of records, as the noised sum of scores requires.
 
     Args:
         scores: one score per record.
@@ -127,7 +126,7 @@ def iter_batches_by_length(dataset: TextDataset, *, pad_id: int, max_tokens: int
     batch.
 
     Raises:
-        DataError: the data set has nothing to score.
+        DataError: the data set is empty.
     """
     if len(dataset) == 0:
         raise DataError("evaluation data", 0, "must contain at least one example")
@@ -138,7 +137,7 @@ def iter_batches_by_length(dataset: TextDataset, *, pad_id: int, max_tokens: int
 def iter_batches_with_cache(
     model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int, kept: KeptBatches | None
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Yield (indices, batch) like `iter_batches_by_length`, on the model's device, with cached outputs of the frozen
+    """Yield (indices, batch) as `iter_batches_by_length`, on the model's device and with cached outputs of the frozen
     base.
 
     Args:

@@ -9,9 +9,7 @@ SMALLEST = 20  # default minimum number of units in a group with its own score
 
 
 def build_missing_test_records_error() -> ConfigError:
-    """Return the error for a comparison without test records: no run has held-out records, and no data file is
-    given.
-    """
+    """Build the error for a comparison without test records."""
     bound = "is missing: a comparison needs records that no run trains on (or data.test_fraction, or --data FILE)"
     return ConfigError("data.test_file", None, bound)
 

@@ -54,15 +54,15 @@ _MOST_APART = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A run's model, prepared for export."""
+    """The model to export: a run's merged base model with its readout, tokenizer and configuration."""
 
     config: RunConfig  # configuration of the run
     adapter: Path  # adapter folder of the run
     task: Task
-    base: PreTrainedModel  # the base model with the merged adapter
-    readout: Readout  # the task's readout of the mean hidden state
+    base: PreTrainedModel  # base model with the merged adapter
+    readout: Readout  # linear layers from the mean hidden state to the outputs
     tokenizer: PreTrainedTokenizerBase
-    private_to: str | None  # the site of a personalized adapter; None: a shared adapter
+    private_to: str | None  # site of a personalized adapter; None: a shared adapter
 
     @classmethod
     def from_model(
@@ -78,7 +78,7 @@ class Source:
             base.config.id2label = dict(enumerate(outputs))
             base.config.label2id = {label: place for place, label in enumerate(outputs)}
         tokenizer = get_input_for(config.data).load_reader(config.data, model.spec.model)
-        if "text_pair" in config.data.columns:  # trained without numbers of the texts that tokens are of
+        if "text_pair" in config.data.columns:  # the model was trained without token type ids
             tokenizer.model_input_names = ["input_ids", "attention_mask"]
         if base.can_generate():
             base.generation_config.eos_token_id = sorted(model.task.get_eos_token_ids(tokenizer, data=config.data))
@@ -94,7 +94,7 @@ class Source:
         return source, reference
 
     def wrap_base(self, base: PreTrainedModel | PeftModel) -> Scores:
-        """Combine a reloaded base with the run's readout."""
+        """Combine a reloaded base model with the run's readout into a module that computes the exported outputs."""
         pooled = own.embed_rows if (own := get_input_for(self.config.data)).is_fixed else None
         return Scores(base, self.readout, reads_tokens=self.task.reads_tokens, pooled=pooled)
 
@@ -141,7 +141,7 @@ class Scores(nn.Module):
         self, base: PreTrainedModel | PeftModel, readout: Readout, *, reads_tokens: bool, pooled: Any = None
     ) -> None:
         super().__init__()
-        self.pooled = pooled  # by the input, where it is no mean over tokens
+        self.pooled = pooled  # pooling function of the input kind; None: mean over tokens
         self.base, self.depth, self.predicts_tokens = base, len(readout), base.can_generate()
         self.reads_tokens = reads_tokens
         for place, (weight, bias) in enumerate(readout):
@@ -154,7 +154,7 @@ class Scores(nn.Module):
             return self.read_out(self.pooled(self.base, input_ids, attention_mask))
         cache = {"use_cache": False} if self.predicts_tokens else {}
         output = self.base(input_ids=input_ids, attention_mask=attention_mask, **cache)
-        if "logits" in output:  # a head of Transformers
+        if "logits" in output:  # the model has a Transformers head
             return output.logits  # type: ignore[no-any-return]
         if self.reads_tokens:
             return nn.functional.linear(output.last_hidden_state, self.get_buffer("weight_0"))
@@ -194,7 +194,7 @@ def export(
     if private_to is None:
         card = render_card_files(from_run.read_run(run), from_run.build_run_report(run), get_card_form(format, config))
     elif missing := [name for name in (CARD, LABEL) if not (adapter / name).is_file()]:
-        raise ConfigError("adapter", str(adapter), f"has no {missing[0]} that names its owner")
+        raise ConfigError("adapter", str(adapter), f"has no {missing[0]}: run fedtune personalize again")
     else:
         card = {name: (adapter / name).read_bytes() for name in (CARD, LABEL)}
     with create_model_folder(target, config, card, int8=int8) as folder:
@@ -206,7 +206,7 @@ def export(
             source.tokenizer.save_pretrained(folder)
             WRITERS[format](source, reference, folder)
     if private_to is None:
-        with suppress(OSError):  # a run's folder that cannot be written tells nothing of its exports
+        with suppress(OSError):  # a read-only run folder does not record its exports
             RunFolder(run).record_export(target)
     return sorted(path for path in target.rglob("*") if path.is_file())
 
@@ -219,7 +219,7 @@ def create_model_folder(target: Path, config: RunConfig, card: Mapping[str, byte
         ConfigError: `target` already exists, or cannot be written.
     """
     if os.path.lexists(target):
-        raise ConfigError("--to", str(target), "already exists; choose a new folder")
+        raise ConfigError("--to", str(target), "already exists: choose a new folder")
     target = target.absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -236,7 +236,7 @@ def create_model_folder(target: Path, config: RunConfig, card: Mapping[str, byte
                 (folder / name).write_bytes(data)
             os.rename(folder, target)
     except OSError as error:
-        raise ConfigError("--to", str(target), f"is not a writable folder ({error.strerror})") from error
+        raise ConfigError("--to", str(target), f"is not writable ({error.strerror}): choose another folder") from error
 
 
 def _write_adapter(source: Source, reference: ReferenceOutputs, folder: Path) -> None:
@@ -306,10 +306,10 @@ def _write_onnx(source: Source, reference: ReferenceOutputs, folder: Path) -> No
 
 
 class RawScores(nn.Module):
-    """Model of a feature run on raw values: from (rows, columns) to (rows, outputs).
+    """A module from raw feature values (rows, columns) to outputs (rows, outputs), including the feature encoding.
 
-    Columns are in declared order: a number, the numbers of a list, or the index of a category in its declared list
-    (the length of the list for an unknown category).  Missing values are NaN.
+    The input columns follow the order of `data.features`: a number, the numbers of a list, or the index of a category
+    in its declared list (the length of the list for an unknown category). Missing values are NaN.
     """
 
     def __init__(self, model: TaskModel, features: Sequence[FeatureSpec]) -> None:
@@ -435,7 +435,7 @@ _WHAT = {
 _FINDING = """\
 from transformers import pipeline
 
-# A word's tag is that of its first token: no other was trained.
+# A word has the tag of its first token; the other tokens were not trained.
 find = pipeline("token-classification", "folder", aggregation_strategy="first")
 print(find("a text"))
 """
@@ -451,7 +451,7 @@ print(model.similarity(embeddings, embeddings))
 
 
 def get_card_form(format: str, config: RunConfig) -> Form:
-    """Return the texts of the model card for an export format."""
+    """Return the model card's texts and loading code for an export format."""
     if format == "safetensors" and config.lora.kind != NO_ADAPTER:
         loading = build_adapter_loading_code(config, base="folder", folder="folder")
         return Form(what=_WHOLE, library="transformers", relation="finetune", loading=loading)

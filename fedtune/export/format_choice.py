@@ -1,4 +1,4 @@
-"""Choice of the export format, without importing torch, so that an invalid format is refused immediately."""
+"""Choice of the export format, in a module without torch so that an invalid format is refused immediately."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def choose_format(config: RunConfig, format: str | None, *, merge: bool = False,
     Args:
         config: the run's configuration.
         format: the requested format; None: the task's default format.
-        merge: whether to choose the task's format for the merged model.
-        key: the option or argument of the format, for error messages.
+        merge: whether to choose the task's format for a merged model.
+        key: name of the format option or argument in error messages.
 
     Raises:
-        ConfigError: the task does not support the format, or (for --merge) only supports adapters.
+        ConfigError: the task does not support the format, or `merge` is set for a task that only supports adapters.
     """
     formats = get_input_for(config.data).list_supported_formats(config.bound_task.formats)
     if merge and len(formats) == 1:

@@ -19,10 +19,10 @@ from fedtune.tasks.saved import SavedAdapter
 from fedtune.version import __version__
 
 _PUSH = "--push"
-_TAKEN = "already exists, and keeps its files and its readers: choose a new name"
+_TAKEN = "already exists with files or another visibility: choose a new name"
 _REFUSALS = {
-    401: "the hub accepted no login: log in with `hf auth login`, or set HF_TOKEN",
-    403: "your token may not create this repository: use a token with write access to its owner",
+    401: "requires a login to the hub: run `hf auth login`, or set HF_TOKEN",
+    403: "cannot be created with your token: use a token with write access to its owner",
     409: _TAKEN,
 }
 
@@ -51,7 +51,7 @@ def require_pushable(adapter: Path, repository: str, *, public: bool, without_gu
     if verdict.state == "no_guarantee":
         reasons += [words.code("reason", code).unescape() for code in verdict.reasons]
     if any(debt["epsilon"] in (None, UNKNOWN) for debt in walk_lineage(result and result.provenance.start_adapter)):
-        reasons.append("Nothing bounds what an adapter or a base that it was trained from reveals of earlier records.")
+        reasons.append("The privacy loss of an adapter or base model in its lineage is unbounded or unknown.")
     if reasons and public:
         raise ConfigError("--public", NOT_GIVEN, f"requires a model with a privacy guarantee. {' '.join(reasons)}")
     if reasons and not without_guarantee:

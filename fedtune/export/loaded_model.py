@@ -27,7 +27,7 @@ ModelForm: TypeAlias = Literal["peft", "merged", "sentence-transformers"]
 class ModelWithTokenizer(NamedTuple):
     """A model and its tokenizer or image processor."""
 
-    model: Any  # `peft.PeftModel`, a model of transformers, or `sentence_transformers.SentenceTransformer`
+    model: Any  # a `peft.PeftModel`, `transformers.PreTrainedModel` or `sentence_transformers.SentenceTransformer`
     tokenizer: Any  # `transformers.PreTrainedTokenizerBase`; an image processor for images
 
 

@@ -36,7 +36,7 @@ Run = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Served:
-    """Size, latency and scores of an ONNX graph or of a torch model."""
+    """The file size, latency and scores of an ONNX graph or of a torch model."""
 
     file: str  # file name
     bytes: int  # file size, or size of the weights of a model in memory
@@ -108,7 +108,9 @@ def measure_folder(folder: Path, adapter: Path, config: RunConfig, records: Lead
 
 
 def measure_graphs(folder: Path, model: TaskModel, data: LeadData, config: RunConfig, reader: Any) -> list[Served]:
-    """Measure scores and latency of both graphs of a folder, in place of a loaded model's forward pass."""
+    """Measure scores and latency of a folder's float32 and int8 graphs, each of which replaces the model's forward
+    pass.
+    """
     files = (folder / WHOLE, folder / INT8)
     return [
         measure_model(load_graph(file), model, data, config, reader, file.name, file.stat().st_size)[1]
@@ -131,9 +133,9 @@ def measure_model(
     def logits(batch: Batch) -> torch.Tensor:
         rows = batch.input_ids if batch.input_ids.is_floating_point() else batch.input_ids.long()
         read = run(input_ids=rows, attention_mask=batch.attention_mask.long())
-        return (read - zero) / (one - zero)  # it ends in what the task reads out, on another scale for numbers
+        return (read - zero) / (one - zero)  # undo the scaling of exported outputs, for regression targets
 
-    setattr(model, "logits", logits)  # noqa: B010 - scores are the task's own, whoever computes the logits
+    setattr(model, "logits", logits)  # noqa: B010 - the task's scores are computed from the graph's logits
     taken = []
     with use_threads(1):
         measured = Evaluation.build(model, reader, data, config, generate=False)
@@ -148,7 +150,7 @@ def measure_model(
 
 
 def load_graph(file: Path) -> Run:
-    """Load a graph as a single-threaded function from inputs by name to the output."""
+    """Load an ONNX graph as a single-threaded function from named inputs to the output tensor."""
     onnxruntime = importlib.import_module("onnxruntime")  # has no types
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

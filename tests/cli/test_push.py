@@ -94,7 +94,7 @@ def _begin_in_unprotected_adapter(run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "told"),
-    [(_seed_noise, "The noise came from a seed"), (_begin_in_unprotected_adapter, "Nothing bounds what an adapter")],
+    [(_seed_noise, "The noise came from a seed"), (_begin_in_unprotected_adapter, "The privacy loss of an adapter")],
 )
 def test_push_without_guarantee_requires_consent_and_a_private_repository(
     push: Push,

@@ -282,7 +282,7 @@ def test_reports_not_from_the_site_are_refused(folder: Path) -> None:
         # Nor does it help to leave out what names the ledger's key.
         (pose_as_site(folder, "site-1", verification=None), "the key of site-1's receipts"),
         (pose_as_site(folder, "site-2", site="site-1"), "the key of site-1's receipts"),
-        (pose_as_site(folder, "site-2", site="west"), "is about west, which is not a site of this run (site-1, site-2)"),
+        (pose_as_site(folder, "site-2", site="west"), "is about west, which is not a site of this run"),
     ):
         assert says in read_refusal(folder, released)
 
