@@ -1,3 +1,3 @@
-"""What no run needs: studies of several runs, attacks on the guarantee, preparation of data files, distillation and
+"""Tools that no run depends on: multi-run studies, audits and attacks, data preparation, distillation and
 personalization.
 """

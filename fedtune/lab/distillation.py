@@ -1,7 +1,8 @@
 """Distillation of a run's tuned model (the teacher) into a smaller model (the student).
 
-The student learns the teacher's outputs on texts that are not records of any site.  No other data is read, so the run's
-guarantee also holds for the student (post-processing).  All of its weights are trained without noise, by AdamW.
+The student learns the teacher's outputs on texts that are not records of any site. No other data is read, so the run's
+guarantee also holds for the student (post-processing). All of the student's weights are trained with AdamW, without
+noise.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _BATCH, _RATE, _HEAD_RATE = 32, 6e-4, 6e-3
 
 @dataclass(frozen=True, slots=True)
 class Distilled:
-    """Result of a distillation: sizes, latencies and scores of student and teacher."""
+    """The result of a distillation: sizes, latencies and scores of student and teacher."""
 
     # teacher and student in float32 with torch, then the student's ONNX graphs if one is int8
     served: Sequence[Served]
@@ -118,7 +119,7 @@ def distill(
         own = _keep_lower_layers(student, teacher)
     elif read_base_lineage(base):
         raise ConfigError(
-            "--student", student, "must not be a base model that was exported from a run (see its config.json)"
+            "--student", student, "was exported from a run (see its config.json): choose a public base model"
         )
     else:  # another base with an initial head, and placeholder tokens to shape it
         spec, runtime = replace(model.spec, model=base, lora=LoraSpec(rank=1)), config.runtime
@@ -163,16 +164,16 @@ def _describe_inherited_privacy(texts: Path, adapter: Path) -> tuple[str, Sequen
     runs = read_card(texts, option="--texts")["runs"]
     own = describe_run(from_run.build_run_report(adapter.absolute().parent), SavedAdapter.read(adapter).digest)
     if compose_losses(runs)[0] is None or runs[0]["unit"] != own["unit"]:
-        bound = f"must have a card with an epsilon for each {own['unit']}, or nothing bounds the student's privacy loss"
+        bound = f"has a card without a finite epsilon per {own['unit']}, so the student's privacy loss is unbounded"
         raise ConfigError("--texts", str(texts), bound)
     names, both = (
         ", ".join(one["run"] for one in runs),
         format_total_loss([own, *runs]) or "nothing, as its teacher has none",
     )
     words = (
-        "what is said of privacy below is of its teacher alone. The card of these texts promises "
-        f"{format_total_loss(runs)} for each {own['unit']} of the runs behind them ({names}). Both together, at most, "
-        f"promise of the student: {both}."
+        "the privacy statements below only cover its teacher. The card of these texts states "
+        f"{format_total_loss(runs)} for each {own['unit']} of the runs behind them ({names}). The student's total "
+        f"privacy loss is at most: {both}."
     )
     return words, runs
 
@@ -235,7 +236,7 @@ def _train_student(
 def _build_card(
     found: Distilled, teacher: Source, student: Source, *, format: str, file: str, base: ModelSpec | None, owed: str
 ) -> Mapping[str, bytes]:
-    """Build the student's model card from the run's card and the student's scores; `base` is the student's own base."""
+    """Build the student's model card from the run's card and the student's scores; `base` is its own base model."""
     run, score, scores = teacher.adapter.absolute().parent, teacher.task.primary_metric, ""
     record, report = from_run.read_run(run), (of_run := from_run.build_run_report(run))
     kept, count = (len(find_layer_stack(one.base)[1]) for one in (student, teacher))
@@ -250,16 +251,16 @@ def _build_card(
             f" Its scores are below; {format_score_name(score)} of its teacher: {found.scores[score].base.value:.4f}."
         )
     said = owed or (
-        "if these texts are public, as who gave them declared, what is said of privacy below holds for it as for its "
-        "teacher (post-processing). The texts themselves have no guarantee."
+        "if these texts are public, as the person who provided them declared, the privacy statements below also hold "
+        "for the student (post-processing). The texts themselves have no guarantee."
     )
     what = (
         f"A smaller model ({made}), trained without noise to answer {pluralize(found.texts, 'text')} of {file} "
-        f"(SHA-256 {found.sha256}) as its teacher does. It read no record of a site: {said}{scores} Its teacher is "
-        "a tuned model"
+        f"(SHA-256 {found.sha256}) as its teacher does. It was not trained on any site's records: {said}{scores} Its "
+        "teacher is a tuned model"
     )
     form = replace(get_card_form(format, record.config), what=what, has_label=not owed, is_judged=False)
     label = (
         render_card_files(record, of_run, form) if form.has_label else {}
-    )  # the run's, whose figure is too small else
+    )  # the run's label, whose epsilon does not include the texts' runs
     return {**label, CARD: render_card_text(record, report, form).encode()}

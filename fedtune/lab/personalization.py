@@ -59,7 +59,7 @@ Made by `fedtune personalize` or `fedtune site personalize` on {day}.
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """A site's records, split by purpose: training, selection and scoring."""
+    """A site's records, split into training, validation and test records."""
 
     training: list[Record]  # training records of the personalized adapter
     choosing: list[Record]  # validation records for the learning rate and early stopping
@@ -144,9 +144,8 @@ def personalize(
         Adapter.from_task_model(shared.model), what=f"{site}: training its personalized adapter"
     )
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
-    record_personalization(
-        beside_ledger, run=config.run_id(), day=day
-    )  # before there is a folder of which nothing is known
+    # Record it first, so that no folder can exist without an entry.
+    record_personalization(beside_ledger, run=config.run_id(), day=day)
     with replace_folder(into) as made:
         folder = RunFolder(made)
         save_task_model(shared.model, folder.adapter, private_to=site)

@@ -24,9 +24,9 @@ def test_attack_runs_all_attacks_and_writes_page_and_json(run_folder: Path) -> N
     assert membership.low <= membership.ceiling
     assert "never protected" in site.sentence
     assert reconstruction.ceiling is not None
-    assert (extraction.strength, "writes no text" in extraction.sentence) == (None, True)
+    assert (extraction.strength, "generates no text" in extraction.sentence) == (None, True)
     assert attribute.low is not None
-    assert outcome.err.startswith("price: scoring ")
+    assert outcome.err.startswith("scoring ")
     page = (run_folder / "attack.html").read_text()
     assert all(name in page for name in NAMES.values())
 
@@ -37,5 +37,5 @@ def test_attack_refuses_small_groups_and_missing_secrets(run_folder: Path, tmp_p
     secrets.write_text('{"text": "my code", "label": "card_arrival", "secret": "1234"}\n')
     others = str(read_saved_config(run_folder).data.test_file)
     refused = run_command("attack", str(run_folder), "--others", others, "--secrets", str(secrets)).failed()
-    assert "must be part of one of the record's texts" in refused
+    assert "must occur in one of the record's texts" in refused
     assert not (run_folder / "attack.json").exists()

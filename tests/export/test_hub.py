@@ -79,7 +79,7 @@ def test_push_refuses_nonempty_and_public_repositories(hub: StandInHub, folder: 
 
 def test_push_aborts_if_the_new_repository_is_public(hub: StandInHub, folder: Path) -> None:
     hub.ignores_private = True
-    with pytest.raises(ConfigError, match="keeps its files and its readers"):
+    with pytest.raises(ConfigError, match="another visibility"):
         push_all(folder)
     assert hub.repositories == {NAME: Repository(private=False)}
 

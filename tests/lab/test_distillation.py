@@ -161,10 +161,10 @@ def test_student_card_adds_the_cost_of_synthetic_texts(
     text, own = ModelCard.load(folder / "README.md").text.replace("\\", ""), run.privacy
     assert own.epsilon is not None
     promised = f"{format_epsilon(2 + own.epsilon * labeled)} at delta {1e-6 + own.delta * labeled:f}"
-    assert f"The card of these texts promises epsilon {promised} for each record of the runs" in text
-    (both,) = re.findall(r"\(writer_2[^)]*\)\. Both together, at most, promise of the student: epsilon (\S+) at", text)
+    assert f"The card of these texts states epsilon {promised} for each record of the runs" in text
+    (both,) = re.findall(r"\(writer_2[^)]*\)\. The student's total privacy loss is at most: epsilon (\S+) at", text)
     assert float(both) == pytest.approx(own.epsilon + 2, abs=2e-3)
-    assert "as who gave them declared" not in text
+    assert "as the person who provided them declared" not in text
     start = start_lineage(replace(run.config, model=ModelSpec(path=str(folder)))) or {}
     assert sum_start_losses(start) == pytest.approx((own.epsilon + 2, own.delta + 1e-6))
     assert (start["from"], start["start_adapter"]["from"]) == (run.config.name, "writer_2")

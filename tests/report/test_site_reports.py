@@ -146,7 +146,7 @@ def test_site_report_older_than_its_receipts_is_refused(folder: Path) -> None:
     early = sign_changed(folder, verification=replace(found, num_events=receipt.sequence - 1))
     assert "is older than this run" in read_refusal(folder, early)
     shutil.rmtree(folder / "second" / "checkpoints")
-    assert "gave this run no receipt" in read_refusal(folder, write_signed_report(folder))
+    assert "this run has no receipt from" in read_refusal(folder, write_signed_report(folder))
 
 
 def test_date_of_a_site_report_is_shown_with_its_figures(folder: Path) -> None:

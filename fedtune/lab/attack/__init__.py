@@ -1,1 +1,1 @@
-"""Attacks on finished runs, by the names that checkers know, each beside what the guarantee allows it."""
+"""Known attacks on finished runs, each compared with the bound that the guarantee implies."""

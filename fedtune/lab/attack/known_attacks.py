@@ -124,9 +124,9 @@ def describe_membership(rankings: Sequence[Ranking], *, confidence: float, ceili
     for share in FALSE_ALARMS:
         found = estimate_hit_rate(best.members, best.others, false_alarms=share, confidence=each)
         figures[f"found at {share:.1%} false alarms"] = None if found is None else found[0]
-    said = f"Of one record that was trained on and one that was not, the attack by {best.name} picks the right one "
-    said += f"{round(100 * area)} times out of 100 (guessing: 50)"
-    said += "; chance alone explains that." if low <= 0.5 else "; chance alone does not explain that."
+    said = f"Given a training record and an unused record, the attack by {best.name} identifies the training record "
+    said += f"{round(100 * area)} times out of 100 (random guessing: 50)"
+    said += "; this may be chance." if low <= 0.5 else "; this is more than chance."
     return AttackFinding(
         attack="membership",
         measure="AUROC",
@@ -158,10 +158,10 @@ def describe_site_inference(
     nobody = _average_groups(others)
     describe = partial(AttackFinding, attack="site", measure=f"AUROC of {GROUP} records", guessing=0.5, ceiling=1.0)
     if len(nobody) < 2 or len(sites) < 2:
-        few = f" No attack was made: it needs at least {2 * GROUP} records of each group."
+        few = f" No attack was run, because it requires at least {2 * GROUP} records in each group."
         return describe(sentence=protection + few)
     area, low, high = estimate_auroc(np.array(sites), np.array(nobody), confidence=confidence)
-    said = f" From {GROUP} records the model tells a site that took part {round(100 * area)} times out of 100."
+    said = f" From {GROUP} records, an attack identifies a participating site {round(100 * area)} times out of 100."
     return describe(sentence=protection + said, strength=area, low=low, high=high)
 
 
@@ -173,12 +173,12 @@ def _average_groups(gains: Values) -> list[float]:
 def describe_attribute(members: Scored, others: Scored, *, confidence: float) -> AttackFinding:
     """Describe attribute inference: the model's accuracy on the labels of members, compared with non-members.
 
-    The attacker knows the rest of the record.  Accuracy on non-members comes from the population, and is not a leak of
-    a record.
+    The attacker knows all other fields of the record. The accuracy on non-members reflects the population, and does not
+    leak a record.
     """
     describe = partial(AttackFinding, attack="attribute", measure="labels guessed, members - others", guessing=0.0)
     if members.classes.min(initial=0) < 0:
-        none = "Attribute inference was not made: this task has no label out of a declared set that could be guessed."
+        none = "Attribute inference was not run, because this task has no declared label set."
         return describe(sentence=none)
     rates = [float(np.mean(one.classes == one.predicted)) for one in (members, others)]
     variance = sum(
@@ -188,8 +188,8 @@ def describe_attribute(members: Scored, others: Scored, *, confidence: float) ->
     reach = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(variance)
     gap = rates[0] - rates[1]
     low, high = max(-1.0, gap - reach), min(1.0, gap + reach)
-    said = f"Whoever knows a record but not its label guesses the label of {rates[0]:.1%} of the records that were "
-    said += f"trained on, and of {rates[1]:.1%} of the others"
+    said = f"An attacker who knows a record without its label guesses the label for {rates[0]:.1%} of the training "
+    said += f"records and for {rates[1]:.1%} of unused records"
     said += "; the difference may be chance." if low <= 0 <= high else "; the difference is more than chance."
     figures: dict[str, float | None] = {"members": rates[0], "others": rates[1]}
     return describe(sentence=said, strength=gap, low=low, high=high, figures=figures)
@@ -199,8 +199,8 @@ def describe_attribute(members: Scored, others: Scored, *, confidence: float) ->
 class PlantedSecret:
     """A secret that was planted in a run's training data."""
 
-    fields: dict[str, str]  # role -> text of the record that holds it
-    secret: str  # which is in at least one of these texts
+    fields: dict[str, str]  # role -> text of the record
+    secret: str  # part of at least one of these texts
 
     def replace(self, other: str) -> Record:
         """Return the record with `other` instead of its secret."""
@@ -224,7 +224,7 @@ def read_secrets(file: Path, target: Target) -> list[PlantedSecret]:
             bound = f"must be an object with {', '.join(columns.values())} and secret"
             raise DataError(where, "this line", bound) from None
         if not secret or not any(secret in text for text in fields.values()):
-            raise DataError(where, "secret", "must be part of one of the record's texts")
+            raise DataError(where, "secret", "must occur in one of the record's texts")
         found.append(PlantedSecret(fields, secret))
     if not 0 < len(found) <= _MOST_SECRETS:
         raise DataError("--secrets", len(found), f"must have 1 to {_MOST_SECRETS} lines")
@@ -266,8 +266,8 @@ def describe_exposure(ranks: Sequence[int], *, confidence: float) -> AttackFindi
     strength, low, high = estimate_share(hits, len(ranks), confidence=confidence)
     exposures = sorted(compute_exposure(rank, ALTERNATIVES + 1) for rank in ranks)
     most = exposures[-1]
-    said = f"Of {len(ranks)} planted secrets the model ranks {hits} among the likeliest tenth of {ALTERNATIVES + 1:,} "
-    said += f"of the same form; the most exposed one has {most:.1f} of {math.log2(ALTERNATIVES + 1):.1f} bits."
+    said = f"The model ranks {hits} of {len(ranks)} planted secrets among the likeliest tenth of {ALTERNATIVES + 1:,} "
+    said += f"of the same format; the largest exposure is {most:.1f} of {math.log2(ALTERNATIVES + 1):.1f} bits."
     return AttackFinding(
         attack="extraction",
         measure="planted secrets in the likeliest tenth",
@@ -285,15 +285,15 @@ def describe_decoding(target: Target, *, confidence: float) -> AttackFinding:
     members = [record for records in target.members.values() for record in records]
     counts = [_count_extracted(target, records, seed=target.config.seed) for records in (members, target.others)]
     if any(tried == 0 for _, tried in counts):
-        none = f"Extraction was not tried: too few records have an answer of {TOKENS} tokens after a prompt."
-        return AttackFinding(attack="extraction", measure="answers written word for word", sentence=none)
+        none = f"Extraction was not tried, because too few records have an answer of at least {TOKENS} tokens."
+        return AttackFinding(attack="extraction", measure="answers repeated verbatim", sentence=none)
     (found, tried), (of_others, tried_others) = counts
     strength, low, high = estimate_share(found, tried, confidence=confidence)
-    said = f"The model writes the first {TOKENS} tokens of the answer word for word for {found} of {tried} of its "
-    said += f"training prompts, and for {of_others} of {tried_others} prompts that it never saw."
+    said = f"The model repeats the first {TOKENS} tokens of the answer verbatim for {found} of {tried} training "
+    said += f"prompts, and for {of_others} of {tried_others} unused prompts."
     return AttackFinding(
         attack="extraction",
-        measure="answers written word for word",
+        measure="answers repeated verbatim",
         sentence=said,
         strength=strength,
         low=low,

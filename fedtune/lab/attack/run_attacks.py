@@ -1,11 +1,11 @@
 """All attacks on a finished run, with the results in `attack.json` and `attack.html` in the run folder.
 
-Each result is compared with the bound of the guarantee, which follows from the mechanism's trade-off curve.  A
-membership attack with false positive rate a has a true positive rate of at most B(a) (`report.derive.profile.
-bound_hit_rate`).  The same curve bounds reconstruction: a guess of one of N equally likely secrets is correct with
-probability 1 / N without the record, and at most B(1 / N) with the record (reconstruction robustness; Balle, Cherubin
-and Hayes 2022, arXiv 2201.04845; Hayes, Mahloujifar and Balle 2023, arXiv 2302.07225).  All bounds hold for an attacker
-who knows everything except the one record or person.
+Each result is compared with the bound of the guarantee, which follows from the mechanism's trade-off curve. A
+membership attack with false positive rate a has a true positive rate of at most B(a), computed by
+`report.derive.profile.bound_hit_rate`. The same curve bounds reconstruction: a guess of one of N equally likely secrets
+is correct with probability 1 / N without the record, and at most B(1 / N) with the record (reconstruction robustness;
+Balle, Cherubin and Hayes 2022, arXiv 2201.04845; Hayes, Mahloujifar and Balle 2023, arXiv 2302.07225). All bounds hold
+for an attacker who knows everything except the one record or person.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def attack_run(
     by_site = {site: target.score_records(records) for site, records in target.members.items() if records}
     outside = target.score_records(target.others)
     inside = _join(list(by_site.values()))
-    tell("attacking membership, sites, and what could be rebuilt")
+    tell("running membership and site inference, and bounding reconstruction")
     rankings = known_attacks.rank_records(inside, outside, shadows=shadows, seed=config.seed)
     protection = describe_site_protection(plan, min(len(one.after) for one in by_site.values()))
     findings = [
@@ -96,7 +96,7 @@ def attack_run(
         ),
         describe_reconstruction(plan),
     ]
-    tell("attacking texts and labels")
+    tell("running extraction and attribute inference")
     findings += _extract(target, planted)
     findings.append(known_attacks.describe_attribute(inside, outside, confidence=CONFIDENCE))
     found = RunAttacks(
@@ -121,8 +121,8 @@ def _extract(target: Target, planted: list[known_attacks.PlantedSecret] | None) 
     if target.config.bound_task.predicts_tokens:
         findings.append(known_attacks.describe_decoding(target, confidence=CONFIDENCE))
     elif planted is None:
-        none = f"Extraction cannot be done: a model for the task {target.config.task} writes no text."
-        findings.append(AttackFinding(attack="extraction", measure="texts written word for word", sentence=none))
+        none = f"Extraction is not possible, because a model for the task {target.config.task} generates no text."
+        findings.append(AttackFinding(attack="extraction", measure="texts repeated verbatim", sentence=none))
     return findings
 
 
@@ -162,10 +162,10 @@ def describe_reconstruction(plan: Plan) -> AttackFinding:
     """
     unit = "person" if plan.unit == "user" else "record"
     describe = partial(
-        AttackFinding, attack="reconstruction", measure=f"chance for 1 of {_SHOWN:,}", guessing=1 / _SHOWN
+        AttackFinding, attack="reconstruction", measure=f"probability for 1 of {_SHOWN:,}", guessing=1 / _SHOWN
     )
     if not plan.private:
-        none = "The run has no privacy guarantee: whoever sees an update may rebuild records from it."
+        none = "The run has no privacy guarantee, so records can be reconstructed from an update."
         return describe(sentence=none)
     whole, one = (bound_reconstruction(plan, rounds=rounds) for rounds in (plan.most_rounds, 1))
     figures = {f"run_1_in_{count}": chance for count, chance in whole.items()}
@@ -174,16 +174,16 @@ def describe_reconstruction(plan: Plan) -> AttackFinding:
         f"{_format_chance(bounds[_SHOWN])} from {what}"
         for bounds, what in ((one, "one update of a site"), (whole, "everything that the run released"))
     ]
-    said = f"A secret of one {unit} that is one of {_SHOWN:,} equally likely ones is rebuilt with a chance of at most "
-    said += f"{' and '.join(told)}; guessing has {_format_chance(1 / _SHOWN)}."
+    said = f"A secret of one {unit} with {_SHOWN:,} equally likely values is reconstructed with probability at most "
+    said += f"{' and '.join(told)}; random guessing has {_format_chance(1 / _SHOWN)}."
     return describe(sentence=said, ceiling=whole[_SHOWN], figures=figures)
 
 
 def describe_site_protection(plan: Plan, smallest: int) -> str:
-    """Return a sentence that explains why the membership of a whole site is not protected."""
+    """Describe why the guarantee does not protect the membership of a whole site."""
     unit = "user" if plan.unit == "user" else "record"
-    who = f"the guarantee is for one {unit}, and the smallest site has {pluralize(smallest, 'record')}"
-    return f"Membership of a site is never protected: {who}, and the lead names all sites in run.json."
+    who = f"the guarantee covers one {unit}, the smallest site has {pluralize(smallest, 'record')}"
+    return f"The participation of a site is never protected: {who}, and run.json names all sites."
 
 
 def _format_chance(chance: float | None) -> str:

@@ -87,7 +87,7 @@ class Target:
 
     @property
     def num_members(self) -> int:
-        """Number of members."""
+        """Total number of members at all sites."""
         return sum(map(len, self.members.values()))
 
     def time_record(self) -> float:
@@ -147,8 +147,8 @@ def fit_to_minutes(target: Target, *, minutes: float, shadows: int, tell: Callab
     if share < 1:
         target.shrink_groups(share)
     taken = target.num_members + len(target.others)
-    told = f"price: scoring {taken:,} of {count:,} records before and after training, and {shadows} shadow heads"
-    tell(f"{told}: about {each * taken:,.0f} s; no shadow model is trained, no site is asked, no budget is spent")
+    told = f"scoring {taken:,} of {count:,} records before and after training, and fitting {shadows} shadow heads"
+    tell(f"{told}: about {each * taken:,.0f} s; no run is started, and no privacy budget is spent")
 
 
 def _read_groups(
@@ -157,9 +157,7 @@ def _read_groups(
     if config.runtime.kind == "deployment":
         for option, file in (("--members", members), ("--others", others)):
             if file is None:
-                bound = (
-                    "must be a file: real sites' records are only at the sites, which must run this attack themselves"
-                )
+                bound = "is missing: pass a file, or let the sites run this attack, since only they have their records"
                 raise ConfigError(option, None, bound)
     if members is not None and others is not None:
         known = LeadRecords.read(members, config, key="--members").records
@@ -175,6 +173,6 @@ def _read_groups(
     if not unused and records.test is not None:
         unused = list(records.test.records)
     if not unused:
-        bound = "must be a file: the run has no held-out records and no test records"
+        bound = "is missing: pass a file, because the run has no held-out records and no test records"
         raise ConfigError("--others", None, bound)
     return at_sites, unused

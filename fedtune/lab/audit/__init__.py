@@ -1,1 +1,1 @@
-"""Experiments that attack the guarantee: empirical lower bounds on epsilon, next to the claimed upper bounds."""
+"""Privacy audits, which attack the guarantee: empirical lower bounds on epsilon, next to the claimed upper bounds."""

@@ -1,4 +1,4 @@
-"""Audits of simulated runs: training with canaries, an attack, and lower bounds on epsilon in `audit.json`."""
+"""Privacy audits of simulated runs: training with canaries, an attack, and lower bounds on epsilon in `audit.json`."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ _LARGEST_ADAPTER = 1e6
 """Limit on the adapter's norm during an audit: canaries move the adapter further than records, and unclipped canaries
 a thousand times further."""
 _MARK = """\
-This folder holds an audit. The training data contained {what},
-planted on purpose, and the adapter has learned from them. Use it for nothing else; train again without an audit.
+This folder contains an audit. The training data contained {what},
+which were planted on purpose, and the adapter has learned from them. Do not use it; train again without an audit.
 """
 
 
@@ -71,7 +71,7 @@ def audit(
     config = fix_number_format(config, folder)
     run_in_folder(config, folder, CallbackListener(config, progress), work=partial(run_audit, spec=spec))
     found = read_audit(folder)
-    assert found is not None, "an audit that ended has written what it found"
+    assert found is not None, "a finished audit writes audit.json"
     return load(folder), found
 
 
@@ -85,8 +85,8 @@ def make_auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
         raise ConfigError("audit.kind", spec.kind, "does not train a run: use fedtune audit audit.kind=sensitivity")
     runtime = config.runtime
     for key, given, only, why in (
-        ("runtime.sites_dir", runtime.sites_dir, None, "plants made-up records and charges no permanent ledger"),
-        ("runtime", runtime.kind, "simulation", "plants made-up records"),
+        ("runtime.sites_dir", runtime.sites_dir, None, "plants artificial records, and must not charge a real ledger"),
+        ("runtime", runtime.kind, "simulation", "plants artificial records"),
         ("runtime.num_devices", runtime.devices, 1, "observes each step in one process"),
         ("lora.alternate", config.lora.alternate, False, "observes all tensors in each step"),
         ("federation.algorithm", config.federation.algorithm, "fedavg", "observes steps without corrections"),
@@ -139,7 +139,7 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
         write_policy(replace(policy, limits=limits), everyone.sites.folder / site / POLICY)
     attack = (GradientAttack if spec.kind == "gradient" else RecordAttack)(everyone, spec, sites)
     kind = "records" if spec.kind == "records" else "users" if config.privacy.unit == "user" else "gradients"
-    planted = f"about {spec.canaries // 2} made-up {kind} at each of {', '.join(sites)}"
+    planted = f"about {spec.canaries // 2} artificial {kind} at each of {', '.join(sites)}"
     adapters: list[Adapter] = []
 
     def note(state: LeadState) -> None:
@@ -151,7 +151,7 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
         run = simulate(config, folder, Followed(listener, note), everyone=everyone)
     counts = attack.count_guesses(adapters)
     membership = attack.measure_membership_baselines() if isinstance(attack, RecordAttack) else ()
-    # What the run charged each audited site; of the average, which is made of all, the most that any of them did.
+    # The charged epsilon of each audited site, and for the average the largest of them.
     claims: dict[Place, float] = {site: convert_none_to_infinite(run.privacy.sites[site].epsilon) for site in sites}
     claims[None] = max(claims.values())
     known = {"delta": config.privacy.delta, "confidence": spec.confidence}

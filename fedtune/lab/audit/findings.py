@@ -15,7 +15,7 @@ from fedtune.spec import RunError
 
 _ATTACKER = {
     "gradient_canaries": "who sees every noisy step of a site, or (aggregated) only the average that all sites receive",
-    "record_canaries": "who sees the final model only",
+    "record_canaries": "who only sees the final model",
 }
 _SCORES = {"loss": "loss", "reference_ratio": "ratio"}
 
@@ -38,7 +38,7 @@ def show_findings(console: Console, result: Audit, folder: Path) -> None:
     """Print the lower bounds next to the claims, the membership baselines, and a plain-language explanation."""
     show([_build_bounds_section(result), _build_membership_section(result)], console=console)
     say(_explain_result(result), style="red" if result.exceeded else "", console=console)
-    canaries = "The adapter in this folder was trained on canaries: use it for nothing else (see AUDIT.txt)."
+    canaries = "The adapter in this folder was trained on canaries: do not use it (see AUDIT.txt)."
     say(canaries, style="yellow", console=console)
     say(f"audit:      {RunFolder(folder).audit}", console=console)
 

@@ -49,7 +49,7 @@ Vector = npt.NDArray[np.float64]
 class CanaryBatch(Batch):
     """A micro-batch of canaries with placeholder tokens."""
 
-    # (n,) of each, in the joint vector
+    # (n,) coordinate of each canary in the concatenated vector
     coordinates: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     @classmethod
@@ -61,17 +61,18 @@ class CanaryBatch(Batch):
 
 @dataclass
 class Tally:
-    """The attacker's running total over a site's steps, in clip norms: noisy sums minus the records' clean sums.
+    """The attacker's running total over a site's steps, in clip norms: noisy sums minus the clean sums of known
+    records.
 
     The attacker knows the model, the plan, all records except the canaries, and the sampled records of each step; the
-    guarantee holds against this attacker.  The clean sums are recomputed with the function that training uses.
+    guarantee holds against this attacker. The clean sums are recomputed with the function that training uses.
     """
 
     max_grad_norm: float  # clip norm of the plan
-    denominator: float  # of the mean gradient in the site's steps
+    denominator: float  # denominator of the mean gradient in the site's steps
     total: Vector  # (parameters,) sum over all steps so far
     steps: int = 0  # number of steps so far
-    records: dp_step.TensorSums = field(default_factory=dict)  # their clean sum in the step that is taken
+    records: dp_step.TensorSums = field(default_factory=dict)  # clean sum of the records in the current step
 
     def add_records(self, gradients: Mapping[str, torch.Tensor]) -> None:
         """Add the clipped gradients of a micro-batch of records to the known sum."""
@@ -100,7 +101,7 @@ class Observer:
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         self.parameters = parameters
-        self.training: Tally | None = None  # of the site that has sampled a step
+        self.training: Tally | None = None  # tally of the site that has sampled a step
 
     @contextmanager
     def observe_steps(self) -> Iterator[None]:
@@ -180,10 +181,10 @@ class Canaries:
 
 
 class _Behind:
-    """A site's units, followed by its inserted canaries."""
+    """A site's real units, followed by its inserted canaries."""
 
     def __init__(self, real: Any, canaries: Canaries) -> None:
-        # Not the parent's: the units keep their own state, and nothing of theirs is copied.
+        # Does not call super().__init__(): the real units keep their state, and are not copied.
         self._real, self._canaries = real, canaries
 
     def __len__(self) -> int:

@@ -60,12 +60,12 @@ class RecordAttack:
 
     def __init__(self, everyone: Participants, spec: AuditSpec, sites: Sequence[str]) -> None:
         self._everyone, self._spec = everyone, spec
-        # Words that the model has tokens for.
+        # Words that are tokens of the model.
         tokens = (token.strip("Ġ▁#") for token in everyone.shared.tokenizer.get_vocab())
         words = sorted({token for token in tokens if token.isascii() and token.isalpha() and len(token) > 2})
         self._words = words if len(words) >= _FEWEST_WORDS else [f"word{number}" for number in range(1000)]
         self.planted = {site: self._plant_records(site) for site in sites}
-        self._losses: dict[str, list[Values]] = {}  # as `_compute_losses_before_and_after` has them
+        self._losses: dict[str, list[Values]] = {}  # site -> result of `_compute_losses_before_and_after`
 
     def _plant_records(self, site: str) -> PlantedRecords:
         config, work = self._everyone.config, self._everyone.work[site]

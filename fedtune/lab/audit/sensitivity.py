@@ -49,7 +49,7 @@ Integers = npt.NDArray[np.int64]
 
 @spec
 class Worst:
-    """Result of a sensitivity search, with the worst case.
+    """The result of a sensitivity search, with its worst case.
 
     Attributes:
         unit: "record" or "user".

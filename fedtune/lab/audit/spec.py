@@ -66,7 +66,7 @@ class AuditSpec:
         if self.guesses is not None:
             check_at_least("guesses", self.guesses, 1)
             if self.guesses > self.canaries:
-                raise ConfigError("guesses", self.guesses, f"must be at most audit.canaries = {self.canaries}")
+                raise ConfigError("guesses", self.guesses, f"must not exceed audit.canaries = {self.canaries}")
         if not LEAST_CONFIDENCE <= self.confidence < 1:
             raise ConfigError("confidence", self.confidence, f"must be in [{LEAST_CONFIDENCE}, 1)")
         check_fraction("never_used", self.never_used)

@@ -85,7 +85,7 @@ def test_secret_alternatives_have_the_same_format() -> None:
     assert compute_exposure(1, ALTERNATIVES + 1) == math.log2(ALTERNATIVES + 1)
     found = describe_exposure([1, 500, 900], confidence=0.95)
     assert found.strength == pytest.approx(1 / 3)
-    assert "the most exposed one has 10.0 of 10.0 bits" in found.sentence
+    assert "the largest exposure is 10.0 of 10.0 bits" in found.sentence
 
 
 def test_attack_page_escapes_all_findings(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_audit_passes_a_correct_run(sound_audit: Any) -> None:
         assert bound.canaries == bound.guesses == (120 if bound.site else 240)
         assert bound.best_possible == compute_max_lower_bound(bound.canaries, delta=1e-5, confidence=0.95)
     assert "No bound is above its claim" in outcome.out
-    assert "canaries: use it for nothing else" in outcome.out
+    assert "canaries: do not use it" in outcome.out
 
 
 @pytest.mark.nightly
@@ -103,7 +103,7 @@ def test_record_canary_audit_reports_membership_scores(run_audit: Any) -> None:
     assert everywhere.hit_rates[1].found is None, "too few records for one false alarm in a thousand"
     assert "few records" in outcome.out
     assert "trained on, or never used?" in outcome.out
-    assert "made-up records" in (folder / "AUDIT.txt").read_text()
+    assert "artificial records" in (folder / "AUDIT.txt").read_text()
 
 
 @pytest.mark.nightly
@@ -136,7 +136,7 @@ def test_audited_run_is_marked_and_cannot_continue(sound_audit: Any, command: An
     folder = sound_audit[2]
     # Sites of an audit take any adapter, so that a broken clip shows as a bound and not as a refusal.
     assert SiteFiles.from_site_toml(folder / "sites" / "site-1" / "site.toml").policy.limits.max_adapter_value == 1e6
-    assert "about 60 made-up gradients at each of site-1, site-2" in (folder / "AUDIT.txt").read_text()
+    assert "about 60 artificial gradients at each of site-1, site-2" in (folder / "AUDIT.txt").read_text()
     assert "is an audit" in command("simulate", f"resume={folder}").failed()
     told = command("evaluate", str(folder), "--data", "any.csv", "--device", "cpu")
     assert "is an audit: its training data contain canaries" in told.failed()
