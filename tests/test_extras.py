@@ -69,7 +69,7 @@ OF_A_RUN: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 OF_A_COMMAND: dict[str, tuple[str, str, str]] = {
     "datasketch": ("data", "data clean debug --out a.jsonl --of train --drop near-duplicates", ""),
-    "optuna": ("search", "search experiment=debug name=s lora.rank=2,4 --trials 2", "; a grid does without"),
+    "optuna": ("search", "search experiment=debug name=s lora.rank=2,4 --trials 2", "; or use --method grid"),
 }
 
 

@@ -185,7 +185,10 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
         (("--rows", "5"), "--rows = 5: must be at most the 4 candidates of the voting experiment"),
         (("--rows", "0"), "--rows = 0: must be a finite number of at least 1"),
         (("--rows", "2", "--to", str(best)), "already exists: choose a new file"),
-        (("--rows", "2", "--votes", str(runs / "shares")), "must have all texts as candidates, but lacks 4 of them"),
+        (
+            ("--rows", "2", "--votes", str(runs / "shares")),
+            "lacks 4 of the texts: use the run of their voting experiment",
+        ),
         (("--rows", "2", "--beside", str(runs / "tables.jsonl")), "it shares 103 texts with data.train_file"),
         (("--rows", "2", "--candidates", str(public)), "must be an unchanged output of fedtune synthesize"),
     ):
@@ -261,7 +264,7 @@ def test_relabeling_with_a_classifier_adds_its_epsilon(runs: Path, tmp_path: Pat
         ((), "--votes = null: is missing: give --votes to select records, or --labels"),
         (("--votes", str(runs / "shares")), "--rows = null: is required with --votes"),
         (("--labels", str(folder), "--rows", "2"), "--rows = 2: is required with --votes, and not allowed without it"),
-        (("--labels", str(runs / "shares")), "must be a run whose records have a text and"),
+        (("--labels", str(runs / "shares")), "must be a run of single-label text classification"),
         (
             ("--labels", str(make_adapter_private(folder, tmp_path / "own"))),
             "is private to 'site-1' and has no guarantee",
@@ -467,7 +470,7 @@ def test_allot_rows_returns_integers_and_merges_equal_texts(runs: Path, tmp_path
     head = replace(run.config.head, label_texts=("same", "same"))
     assert compute_vote_shares(replace(run, config=replace(run.config, head=head))) == {"same": 1.0}
     vote(tmp_path / "shares", -1.0, 0.0)
-    with pytest.raises(ValueError, match="noise left none above 0"):
+    with pytest.raises(ValueError, match="has no candidate with a positive noisy number of votes"):
         compute_vote_shares(api.load(tmp_path / "shares"))
 
 

@@ -129,7 +129,7 @@ def _iter_files(config: RunConfig) -> Iterator[tuple[Path, str, str]]:
     files += [(use, name, "") for use, name in (("validation", data.validation_file), ("test", data.test_file)) if name]
     for use, name, site in files:
         path = resolve_file(name, find_shipped_folders(), key=f"data.{use}_file")
-        # From the working folder, where it lies in that: it stands before each error.
+        # Relative to the working folder if possible, because error messages start with the path.
         yield (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path), use, site
 
 
@@ -149,20 +149,20 @@ class _Look:
         self._tokenizer, self._within = tokenizer, within
         self._fault, self._key = self.task.record_validator(config.data), derive_split_key(config.seed)
         self.earlier = Earlier(alike=is_installed("datasketch"))
-        self.units: defaultdict[str, set[object]] = defaultdict(set)  # that each site would train on: users, or numbers
+        self.units: defaultdict[str, set[object]] = defaultdict(set)  # site -> its training users, or record numbers
 
     def check_file(self, path: Path, use: str, site: str) -> FileCheck:
         data, unit, form = self._data, self._config.privacy.unit, detect_format(path)
         rows, by_row, faults, errors = 0, form == ".json", Faults(), list[tuple[str, str, str]]()
-        self._found: dict[tuple[Kind, str, str], Finding] = {}  # in this file so far, by kind, what and column
-        self._texts: dict[bytes, tuple[int, int]] = {}  # in it by digest: the first line, and records that have it
+        self._found: dict[tuple[Kind, str, str], Finding] = {}  # findings in this file by (kind, what, column)
+        self._texts: dict[bytes, tuple[int, int]] = {}  # digest of a text -> its first line, and number of records
         uses, spelt_otherwise, labels = Counter[str](), Counter[str](), dict.fromkeys(data.labels, 0)
         spellings = {normalize_spelling(label): label for label in reversed(data.labels)}
         lengths: list[int] = []
 
         def find_fault(record: Record) -> DataError | None:
             error = self._fault(record)
-            if error is not None:  # perhaps by a label that is a declared one but for case and spaces
+            if error is not None:  # the label may differ from a declared label only in case and spaces
                 unknown = {normalize_spelling(label) for label in count_labels(record, data) if label not in labels}
                 spelt_otherwise.update(spellings[one] for one in unknown & spellings.keys())
             elif data.partition.kind == "column" and record.fields.get("site") not in (*data.partition.sites, None):
@@ -191,7 +191,7 @@ class _Look:
                 for label in count_labels(record, data).keys() & labels.keys():
                     labels[label] += 1
                 self._check_record(record, its_use)
-        # What the rows say beside what a run reads of them.
+        # Damage in all cells, including columns that a run ignores.
         for number, (line, row) in enumerate(iter_raw_rows(path, lenient=True), 1):
             for what, column in find_odd_texts(row, form) if not isinstance(row, DataError) else ():
                 self._add_finding(number if by_row else line, "damage", what, column)
@@ -220,7 +220,7 @@ class _Look:
             return "unused"
         if is_heldout(record, fraction=data.heldout_fraction, key=self._key, unit=unit):
             return "held out"
-        if not (name := site):  # the one to which a simulation deals it
+        if not (name := site):  # the site to which a simulation assigns the record
             names = self._config.federation.names
             name = names[assign_site(record, data.partition, num_sites=len(names), key=self._key, unit=unit)]
         units = self.units[name]

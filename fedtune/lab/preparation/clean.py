@@ -33,8 +33,8 @@ RULES: Mapping[str, str] = {
     "unusable": "a run cannot use the row, for any reason",
     "duplicates": "an earlier row has the same text and answer",
     "near-duplicates": "an earlier row has almost the same text and the same answer",
-    "personal": "it contains what looks like a personal identifier",
-    "damaged": "its encoding is damaged",
+    "personal": "a text contains a likely personal identifier",
+    "damaged": "the encoding of a text is damaged",
 }
 """Rules for dropping rows.  Unreadable rows are always dropped, because they cannot be written to the new file."""
 UNREADABLE = "unreadable"
@@ -42,9 +42,9 @@ _MOST_TOKENS = 256  # a topic is determined from this many tokens of a text
 
 
 class Cleaning:
-    """A cleaning: rules for dropping rows (from `RULES`) and kinds of identifiers to mask.
+    """The rules for dropping rows (from `RULES`), and the masking of identifiers.
 
-    `columns` maps roles to columns; `named` also contains columns of settings that the run does not read.  Texts with
+    `columns` maps roles to columns; `named` also contains columns of settings that the run does not read. Texts with
     span annotations cannot be masked.
     """
 
@@ -60,7 +60,7 @@ class Cleaning:
         self._earlier = Earlier(alike="near-duplicates" in drop)
 
     def drop_reasons(self, row: Row | DataError, *, file: str, line: int) -> Iterator[str]:
-        """Yield the rules that drop a row; the first rule is reported."""
+        """Yield the rules by which a row is dropped; only the first rule is reported."""
         if isinstance(row, DataError):
             yield UNREADABLE
             return
@@ -106,9 +106,9 @@ class Cleaning:
                 case dict():
                     return {key: inner(one) for key, one in value.items()}
                 case str() if value.lstrip().startswith(("[", "{")):
-                    # Text that is JSON is masked within, and stays JSON; a whole number may be one of a telephone.
+                    # Mask the strings and integers (possible phone numbers) in a JSON text, so that it remains JSON.
                     with suppress(ValueError, RecursionError):
-                        json.loads(value)  # whole: what is no JSON is counted as a text
+                        json.loads(value)  # an invalid JSON text is masked as plain text
                         before = kinds.total()
                         inside = inner(json.loads(value, parse_int=mask_number))
                         return json.dumps(inside, ensure_ascii=False) if kinds.total() > before else value
@@ -118,10 +118,11 @@ class Cleaning:
 
 
 class Coding(Cleaning):
-    """Codes as new columns: `topic`, the most similar text of a public list, and `length`, a range of word counts.
+    """The coding of records: a new column `topic` with the most similar text of a public list, and `length`, a range of
+    words.
 
-    Guarantee: a record's codes depend only on its own texts, the list, the model and the bounds.  The model processes
-    one record at a time, so that even rounding is independent of other records.  Adding or removing a record in the
+    Guarantee: a record's codes depend only on its own texts, the list, the model and the bounds. The model processes
+    one record at a time, so that even rounding is independent of other records. Adding or removing a record in the
     original file adds or removes one row in the new file; therefore a run's guarantee for the new file also covers the
     original file.
 
@@ -175,7 +176,9 @@ class Coding(Cleaning):
 
 @dataclass(kw_only=True, slots=True)
 class Cleaned:
-    """Result of a cleaning: rows `dropped` by rule, and `masked` identifiers by kind (for a `Coding`, rows by code)."""
+    """The result of a cleaning: rows `dropped` by rule, and `masked` identifiers by kind (for a `Coding`, rows by
+    code).
+    """
 
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -195,11 +198,11 @@ def clean(path: Path, stream: BinaryIO, cleaning: Cleaning) -> Cleaned:
         if rule is not None or isinstance(row, DataError):
             done.dropped[str(rule)] += 1
             continue
-        # What JSON has no form for, such as a date, as text, and a number that is none as null.
+        # Values without a JSON type, such as dates, become text, and NaN becomes null.
         written = convert_to_jsonable(cleaning.transform_row(row, done.masked) if cleaning.mask else row)
         try:
             stream.write(f"{json.dumps(written, ensure_ascii=False, default=str)}\n".encode())
-        except UnicodeEncodeError:  # half a surrogate pair, in a column that nothing reads
+        except UnicodeEncodeError:  # an unpaired surrogate in an unused column
             stream.write(f"{json.dumps(written, default=str)}\n".encode())
         done.kept += 1
     if not done.kept:

@@ -114,12 +114,12 @@ class DataColumn:
         self.name = name
         self.key = re.sub(r"[\W_]+", "", name).lower()  # `Patient ID`, `patient_id` and `PatientID` are one
         self.words = _split_words(name)
-        # The same with # in place of the numbers and single letters that tell it from others: `answer_a` is `answer#`.
+        # The name with # for distinguishing numbers and single letters: `answer_a` becomes `answer#`.
         self.stem = "".join("#" if len(word) == 1 or word.isdecimal() else word for word in self.words)
         self.mark = "".join(word for word in self.words if len(word) == 1 or word.isdecimal())
         letters = [word for word in self.words if not word.isdecimal()]
         found = _OF_PEOPLE.fullmatch(self.key) or (len(letters) > 2 and _OF_PEOPLE.fullmatch("".join(letters[-2:])))
-        # Where in the order of people it is, if it is called as people are (`tweet_author_id`).
+        # Priority of the name among names of person ids (`tweet_author_id`); None for other names.
         self.person = NAMES["people"].index(found["who"]) if found else None
         self.filled = self.characters = 0  # number of nonblank rows; total length of all texts
         self.longest = self.furthest = 0  # longest text in characters; largest span end
@@ -146,7 +146,7 @@ class DataColumn:
         if read.is_missing(value):
             return
         if self.key == "data" and isinstance(value, dict):
-            value = value.get("text", value)  # Label Studio's, and as a run reads it
+            value = value.get("text", value)  # Label Studio's format, read as a run reads it
         text = value.strip() if isinstance(value, str) else ""
         self.filled += 1
         self.characters += len(text)
@@ -172,7 +172,7 @@ class DataColumn:
         if text.startswith(_LISTS) or isinstance(value, list | dict):
             self._count_objects(value)
         self._count_labels(value, text)
-        if self.person is not None and len(self._ids) == self.filled - 1:  # as long as no two are the same
+        if self.person is not None and len(self._ids) == self.filled - 1:  # until the first repeated id
             self._ids.add(hash(text or str(value)))
         if self._open:
             with suppress(DataError):
@@ -204,7 +204,7 @@ class DataColumn:
         self.beside.update(key for turn in turns for key in turn if key not in read.TURN_FIELDS and turn[key])
         first = turns[0].get("role") or turns[0].get("from") if turns else "assistant"
         self.reads["messages"] += bool(turns)
-        self.reads["whole chat"] += read.parse_speaker_role(first) != "assistant"  # it begins with what is answered
+        self.reads["whole chat"] += read.parse_speaker_role(first) != "assistant"  # starts with a prompt
         listed = None if turns or isinstance(value, dict) else parse_list(value)
         if listed is None:
             return
@@ -255,18 +255,18 @@ class DataColumn:
         `may_be_label` is False for columns that cannot be labels, next to other texts.
         """
         most = (1 - NEARLY) * self.filled
-        # The type of nearly all values, in words; where none is, the types in the order of their numbers.
+        # Types of the column's values, the most frequent first.
         self.holds = ", ".join(kind for kind, count in self.types.most_common() if count >= most)
-        # Values of types that are odd here: type, how many, the first with their rows.
+        # Rare types: (type, number of values, first values with their rows).
         self.strange = [(kind, count, self._first[kind]) for kind, count in self.types.items() if count < most]
         self.mean_characters = self.characters / max(1, self.filled)
-        # How often each label came in the values that it nearly always has; a text is one also where it is a number.
+        # Number of records per label, without values of rare types; a number in a text column counts as text.
         usual = {kind for kind, count in self.types.items() if count >= most}
         usual |= {"number as text"} if "text" in usual else set()
         self.labels = sum((names for kind, names in self.values.items() if kind in usual), Counter[str]())
-        # Without B and I among its tags a column has no scheme (S-phase).
+        # Without B and I tags, the prefix letters are no tagging scheme (S-phase).
         self.entities = self.marked if not self.letters or self.letters & {"B", "I"} else self.plain
-        # How many numbers nearly every value is a list of; None: it is no such column.
+        # Common length of numeric lists; None for other columns.
         size, count = (self.sizes.most_common(1) or [(0, 0)])[0]
         self.size = size if size > 1 and count >= NEARLY * self.filled else None
 
@@ -278,12 +278,12 @@ class DataColumn:
         )  # of more than one value
         self.is_text, self.is_chat = self.is_nearly_all("text", "number as text"), self.is_nearly_all("messages")
         self.is_image, self.is_date = self.is_nearly_all("image", *SUFFIXES), self.is_nearly_all("date")
-        # How many paths of images end otherwise than in what a run reads, where nearly all are such paths.
+        # Number of image paths per unsupported extension, if nearly all values are image paths.
         others = ", ".join(f"{self.reads[end]:,} {end}" for end in (*NAMES["endings"], _LINKED) if self.reads[end])
         self.other_images = others if self.is_nearly_all(*_ENDINGS, _LINKED) and not self.is_image else ""
         self.is_vector = self.is_nearly_all("vector") or (self.size is not None and not self.is_mostly("tokens"))
         self.is_constant, self.is_empty = len(self.labels) == 1, not self.filled
-        # How many different values it has; 0: they are not counted.
+        # Number of distinct values; 0 if they were not counted.
         self.num_values = len(set(self.numbers)) if self.is_nearly_all("target") else len(self.labels)
         self.said = " or ".join(sorted(self.labels, reverse=True)[:5]) or self.holds
         self.least, self.most = min(self.numbers, default=0), max(self.numbers, default=0)
@@ -298,17 +298,17 @@ class DataColumn:
         often = self.filled >= _RECORDS_A_LABEL * len(self.labels) and self.is_nearly_all("label")
         fraction = self.is_number and self.reads["whole"] < NEARLY * self.filled
         is_label = may_be_label and few and often and not (fraction or self.is_date or self.is_vector)
-        # As people and laboratories write numbers, and as a run does not read them.
+        # Numbers in a notation that a run cannot read, such as 3,5 or <5.
         is_other = self.is_nearly_all("target", "other number", "measure") and not self.is_nearly_all("target")
         self.is_other_number = is_other and (self.is_mostly("other number") or not is_label)
         self.other_numbers = self.filled - self.reads["target"]
         self.is_label = is_label and not self.is_other_number
         self.is_binary = self.is_label and said <= {"0", "1", "true", "false"}
-        # A last word may call it an answer, or all words but such as in 90 days (`churned_in_90d`).
+        # The name's last word may be that of an answer, or all words except helpers (`churned_in_90d`).
         rest, all_parts = [word for word in self.words if word not in NAMES["helpers"]], {*NAMES["parts"]}
         plain = "".join(word for word in rest if len(word) > 1 and word.isalpha())
         self.is_called_answer = self.is_called("answers", "labels") or plain in NAMES["answers"] + NAMES["labels"]
-        # A tag for a single word in each row, and a row for each word.
+        # Token-per-row format: each row has the tag of a single word.
         is_scheme = all(tag in _BARE or split_tag(tag)[0] for tag in self.labels)
         self.is_tag = self.is_label and is_scheme and "O" in self.labels
         self.separator = self._detect_separator()
@@ -326,14 +326,14 @@ class DataColumn:
         self.may_be_event = self.is_label and (is_usual or bool(_OF_EVENTS.fullmatch(self.key)))
         self.is_unread_answer = self.filled > 0 and not self.is_answer and (is_other or not is_long)
         self.is_lone_answer = self.is_called_answer and not self.is_answer and (self.is_constant or self.is_empty)
-        # The second of the numbers of each, as the end of a part of a text; 0: it holds no such.
+        # Largest second number of a value, such as the end of a span; 0 if values have no such number.
         self.furthest *= self.is_nearly_all("places")
         self.is_score = self.is_number and (self.key in NAMES["scores"] or not self.is_label)
         self.is_code = self.is_text and self.is_nearly_all("code") and not self.is_label  # links, paths or other marks
-        # Texts written behind a prompt, and no label that is called so; and what is asked, not who asks.
+        # Completions, without labels of that name; and prompts, without person ids of that name.
         self.is_completion = self.is_text and not (self.is_label and self.key in NAMES["often_labels"])
         self.is_asked = self.is_text and (self.person is None or self.is_mostly("phrase"))
-        # Texts that somebody wrote, by their words or with a usual name; and a few words each, which may be names.
+        # Natural-language texts by their number of words or by name; and short texts, which may be names.
         is_words = self.is_text and not (
             self.is_nearly_all("target") or self.is_date or self.is_image or self.is_other_number
         )
@@ -341,11 +341,11 @@ class DataColumn:
         is_named = self.key in NAMES["texts"]
         self.is_prose = is_words and (self.is_mostly("prose") or (is_named and self.is_mostly("word")))
         self.is_short = is_words and self.is_mostly("words") and not (self.is_label or self.is_prose)
-        # Whether the first row may have named it, as one of its values, where a header is missing.
+        # Whether the column's name may be a value of a first row, because the header is missing.
         read_name = {*_classify_text(self.name)} if self.key not in NAMES["texts"] else set()
         is_long = (3 if "prose" in read_name else 2) * len(self.name) >= self.mean_characters
         self.could_name_text = is_words and is_long and "phrase" in read_name
-        # What a row is for, as whoever wrote the file marked it: for the test, rejected, or to count more than others.
+        # Columns with the purpose of a row: split, review result, or weight.
         is_part = said <= all_parts or any(one.startswith("train") for one in said)
         is_part = is_part and all(all_parts.intersection(_split_words(label)) for label in self.labels)
         is_called = bool(rest) and {*rest}.issubset(NAMES["splits"])
@@ -357,23 +357,23 @@ class DataColumn:
         is_called = not {*rest[-1:]}.isdisjoint(NAMES["marked"]) or bool(_OF_MARKS.match(self.key))
         self.is_review = self.is_label and (is_review or (self.is_flag and is_called and not is_answer))
         self.is_weight, self.is_mark = bool(_OF_WEIGHTS.fullmatch(self.key)), self.is_split or self.is_review
-        # Ids or names of persons, not what somebody wrote; rows without an id are no matter, nor how a run reads them.
-        # An id that no two rows share says of no two that they are of one person.
+        # Ids or names of persons, without texts; rows without an id are allowed.  A column in which all ids differ does
+        # not group records by person.
         self.is_id = self.filled > 0 and not (self.is_nearly_all("list", "object") or self.is_flag)
         is_name = not self.is_text or (self.mean_characters <= _LONGEST_ID and self.reads["prose"] <= most)
         self.is_once = self.is_id and is_name and len(self._ids) == self.filled == rows > 1
         self.is_of_persons = self.person is not None and self.is_nearly_all("list")
         self.is_person = self.person is not None and self.is_id and is_name and not self.is_once
-        self.is_place = not set(self.words).isdisjoint(NAMES["places"])  # its name says so, as `hospital_id` does
-        # It numbers the records, as `message_id` does, or has no name, or counts them.
+        self.is_place = not set(self.words).isdisjoint(NAMES["places"])  # names such as `hospital_id`
+        # Record ids, such as `message_id`, unnamed columns, and row numbers.
         of_records = self.key in NAMES["ids"] or self.words[-1:] in (["id"], ["uuid"], ["guid"], ["idx"])
         self.is_of_records = of_records or not self.name.strip() or self.is_once or self._is_row_number()
         of_a_row = self.is_mark or self.is_weight or self.is_of_records or self.is_person or self.is_place
-        # Few values under a bare name (`author`, `account`), which may be an answer; each stays a person's until then.
+        # Few values under a bare name (`author`, `account`) may also be an answer.
         is_bare = self.is_person and self.words[-1:] == [NAMES["people"][self.person or 0]]
         self.may_be_one_of_few = is_bare and self.is_label and len(self.labels) < _MANY_PERSONS
         self.may_be_answer = self.is_answer and self.person is None and not (of_a_row or (self.is_prose and is_named))
-        # A value of a table's vector: numbers, lists of as many, or few names, which are categories.
+        # Features of a table: numbers, lists of equal length, or few names (categories).
         self.is_category = self.size is None and not self.is_nearly_all("target")
         is_value = self.filled > 0 and (not self.is_category or self.is_label or self.is_flag)
         self.is_feature = is_value and not of_a_row and not self.is_date
@@ -396,7 +396,7 @@ class DataColumn:
             return None
         for mark, counts in self.parts.items():
             often = self.filled >= _RECORDS_A_LABEL * len(counts) and len(counts) >= 2 and self.is_nearly_all(mark)
-            # Names with a comma in each are no lists: labels that come in several combinations are.
+            # Names that contain a comma are not lists; labels that occur in several combinations are.
             if often and (mark == "[" or (self.several[mark] and not (self._open and len(self.labels) < len(counts)))):
                 return mark
         return None
@@ -450,7 +450,7 @@ def group_numbered(every: Iterable[DataColumn]) -> Iterator[list[DataColumn]]:
 
 def build_no_records_error(path: Path) -> DataError:
     """Build the error for a file or folder without records, with a list of the data files below it."""
-    tables = defaultdict[Path, list[Path]](list)  # parts of one, such as train-00000-of-00002, together
+    tables = defaultdict[Path, list[Path]](list)  # groups shards such as train-00000-of-00002
     for one in sorted(path.rglob("*")):
         if one.suffix in OF_RECORDS or (one.is_dir() and list_image_files(one)):
             tables[one.parent / one.name.partition("-0")[0]].append(one)

@@ -40,11 +40,13 @@ class Twin(NamedTuple):
 
     use: str
     answer: str
-    line: int  # of its file
+    line: int  # line in its file
 
 
 class Earlier:
-    """Index of earlier records; with `alike`, also of MinHashes, one per group of near-duplicates."""
+    """An index of earlier records by digest; with `alike`, also by MinHash, with one entry per group of
+    near-duplicates.
+    """
 
     def __init__(self, *, alike: bool) -> None:
         self._same: dict[bytes, tuple[Twin, ...]] = {}
@@ -64,7 +66,7 @@ class Earlier:
     def find_twins(self, record: Record, use: str = "", *, keep: bool = True) -> dict[Likeness, tuple[Twin, ...]]:
         """Find the earlier duplicates and near-duplicates of a record, at most one per use and answer.
 
-        With `keep`, the record is then added to the index.
+        If `keep` is set, the record is then added to the index.
         """
         text, twin = record.full_text, Twin(use, record.target_key, record.line)
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -85,7 +87,7 @@ class Earlier:
             other, its = self._noted[number]
             if other[:2] not in found and minhash.jaccard(its) >= SAME:
                 found[other[:2]] = other
-        # One that is alike to one of its own use and answer need not be noted.
+        # A near-duplicate with the same use and answer is not added to the index.
         has_room = len(self._noted) < MOST_ALIKE and self._letters < MOST_LETTERS
         if keep and has_room and twin[:2] not in found:
             self._index.insert(len(self._noted), minhash, check_duplication=False)
@@ -99,7 +101,7 @@ def normalize_spelling(label: str) -> str:
     return "".join(re.sub(r"^([+-]?\d+)\.0+$", r"\1", text).split())
 
 
-# Synthetic records beside a site's own, for the site alone.
+# Comparison of synthetic records with a site's own records, for the site only.
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +110,9 @@ class Near:
 
     place: str
     words: int  # length of the longest common word sequence
-    share: float  # of its words
-    run: str
-    of: str
+    share: float  # fraction of the record's words in this sequence
+    run: str  # the longest common word sequence
+    of: str  # location of the other record with this sequence
     likeness: str  # "same": duplicate; "alike": near-duplicate
     twin: str
     details: list[tuple[str, int, str]]  # shared identifiers: (kind, number of other records, location of the first)
@@ -124,12 +126,12 @@ def find_longest_runs(texts: Iterable[Words], others: Iterable[tuple[str, Words]
     Yields:
         (length in words, end position, location of the other text).
     """
-    # Of each state: what a word leads to, the state of its longest suffix that is in another, its longest run.
+    # For each state: transitions by word, suffix link, and length of its longest word sequence.
     steps, link, size = [dict[str | int | None, int]()], [-1], [0]
     ends, last = list[list[int]](), 0
     for number, text in enumerate(texts):
         ends.append([])
-        for word in (number if word is None else word for word in text):  # a number is no other's word
+        for word in (number if word is None else word for word in text):  # a number separates texts
             at, last = last, len(steps)
             ends[-1].append(last)
             steps.append({})
@@ -139,7 +141,7 @@ def find_longest_runs(texts: Iterable[Words], others: Iterable[tuple[str, Words]
                 steps[at][word] = last
                 at = link[at]
             link[last] = suffix = steps[at][word] if at >= 0 else 0
-            if at >= 0 and size[suffix] > size[at] + 1:  # what is no longer than here becomes a state of its own
+            if at >= 0 and size[suffix] > size[at] + 1:  # split the state
                 steps.append(dict(steps[suffix]))
                 link.append(link[suffix])
                 size.append(size[at] + 1)
@@ -159,7 +161,7 @@ def find_longest_runs(texts: Iterable[Words], others: Iterable[tuple[str, Words]
                 if length > best[at][0]:
                     best[at] = length, place
     by_size = sorted(range(1, len(steps)), key=size.__getitem__)
-    for at in reversed(by_size):  # with a run its suffixes were read
+    for at in reversed(by_size):  # a matched sequence also matches its suffixes
         best[link[at]] = max(best[link[at]], (min(best[at][0], size[link[at]]), best[at][1]))
     for at in by_size:
         best[at] = best[at] if best[at][0] else best[link[at]]
@@ -174,7 +176,7 @@ def compare_records(records: Sequence[Record], others: Iterable[Record]) -> list
     )
     earlier, twins = Earlier(alike=is_installed("datasketch")), dict[str, tuple[str, str]]()
     for number, one in enumerate(records):
-        earlier.find_twins(one, str(number))  # with a use of its own each is kept
+        earlier.find_twins(one, str(number))  # distinct uses, so that every record is indexed
 
     def read() -> Iterator[tuple[str, Words]]:
         for other in others:

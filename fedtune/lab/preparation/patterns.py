@@ -148,13 +148,13 @@ _ELEMENT = "(?i)(?:<|&lt;)/?(?:p|br|div|span|a|b|i|em|strong|[uo]l|li|table|t[dr
 _HTML = re.compile(rf"{_ELEMENT}|&(?:amp;)?(?:[a-z]{{2,8}}|#\d{{2,6}});")
 """HTML elements and entities, also escaped."""
 ODD_TEXTS: Mapping[str, str] = {
-    "line ends in a cell": "line ends within a cell: without quoting, a quote takes all along up to the next one",
+    "line ends in a cell": "line breaks within a cell: in a file without quoting, an unpaired quote joins several rows",
     "what looks like rows in a cell": "lines within a cell that look like whole rows: if the table was written without "
-    "quoting, these rows are lost; write it with quotes around cells, or as JSON lines",
-    "marks of a chat template": "marks of a chat template, which are learned as letters: take them out, or write turns",
+    "quoting, these rows are lost; write it with quotes around cells, or as JSON Lines",
+    "marks of a chat template": "chat-template tokens, which are learned as text: remove them, or write turns",
     "quotes behind a space": "quotes after a space, which are learned as text: remove the space",
-    MOJIBAKE: f"{MOJIBAKE}: read the file again from its source as UTF-8",
-    "HTML": "HTML, which is learned as letters: write plain text, as a browser shows it",
+    MOJIBAKE: f"{MOJIBAKE}: convert the file again from its source as UTF-8",
+    "HTML": "HTML, which is learned as text: write plain text without HTML tags",
 }
 
 
@@ -215,9 +215,9 @@ def require_header(columns: Mapping[str, DataColumn], path: Path) -> None:
     odd = [one for one in filled if one.name.startswith("# ") or re.search(r" \(column \d+\)$", one.name)]
     if odd or len(unnamed) > 1:
         raise build_column_error(path, "header", odd or unnamed)
-    # Without a header most names are values: one of the column's own, a number, or as long a text as the others; half
-    # of them suffice where the longest texts are no longer than their name.  A flag alone may be called as one of its
-    # values is, and pixels are counted.
+    # Without a header, most column names are values: a value of the column, a number, or a text of similar length.
+    # Half of the names are enough if the longest texts are not longer than their column's name.  A flag may be named
+    # like one of its values, and pixel columns are numbered.
     numbers = {one.name: float(one.name) for one in filled if one.is_number and _NUMBER.fullmatch(one.name)}
     steps = {round(after - before, 6) for before, after in pairwise(numbers.values())}
     own = [one for one in filled if any(some[one.name.strip()] for some in one.values.values())]

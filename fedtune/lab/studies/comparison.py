@@ -41,7 +41,7 @@ _MOST_NAMED = 8  # maximum number of names in a sentence
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """A run in a comparison."""
+    """One run in a comparison, with its name and participants."""
 
     name: str  # name in tables
     kind: Kind  # participants; "run": existing run; "own": personalized adapter
@@ -99,7 +99,7 @@ def plan_runs(words: Sequence[str], *, without_privacy: bool, leave_out: Sequenc
             suffix = "-".join(filter(None, (kind, site, "plain" if changes else "")))
             into = str(Path(asked.tracking.output_dir) / asked.name)
             named: dict[str, Any] = {"name": f"{asked.name}-{suffix}", "tracking.output_dir": into}
-            if kind != "federated":  # which alone decides whether anything is likely to be learned
+            if kind != "federated":  # only the federated run is checked for a weak signal
                 named["training.ignore_weak_signal"] = True
             if kind != "federated" or changes:  # secure aggregation needs several sites, and noise
                 named |= {"federation.aggregation": "plain", "federation.threshold": None, "federation.colluders": 0}
@@ -116,7 +116,7 @@ def _list_participant_settings(asked: RunConfig, kind: Kind, site: str | None) -
         return {**alone, "federation.participants": [site]}
     if kind == "federated":
         return {}
-    # The partition's kind stays: a record's hash, which says whether it is kept for the test, goes by its columns.
+    # The partition's kind is unchanged: the keyed hash that selects test records depends on the partition's columns.
     return {
         **alone,
         "federation.num_sites": 1,
@@ -129,7 +129,7 @@ def _list_participant_settings(asked: RunConfig, kind: Kind, site: str | None) -
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """Scores of several models, with tables, sentences and JSON."""
+    """The result of a comparison of several models, with tables, sentences and JSON."""
 
     lines: Sequence[Line]  # the runs; the first is the reference
     means: Mapping[str, Sequence[str]]  # name of a mean -> names of the averaged runs
@@ -187,7 +187,7 @@ class Compared:
         if plain in private_of:
             found = compare(plain, self.main)
             if found.verdict == NO_DIFFERENCE:
-                told.append(f"These records do not show what privacy costs it: {format_with_interval(found)}.")
+                told.append(f"These records show no measurable cost of privacy: {format_with_interval(found)}.")
             else:
                 told.append(
                     f"With privacy it is {found.verdict} than without: {self._score} {format_with_interval(found)}."
@@ -197,7 +197,7 @@ class Compared:
             alike.sort(key=lambda pair: self.main not in pair)
             shown = "; ".join(map(" and ".join, alike[:_MOST_NAMED]))
             more = f"; and {pluralize(len(alike) - _MOST_NAMED, 'more pair')}" if len(alike) > _MOST_NAMED else ""
-            told.append(f"These records do not tell apart: {shown}{more}.")
+            told.append(f"These records cannot distinguish: {shown}{more}.")
         for title, groups in self.groups.items():
             told += self._group_sentences(title, groups)
         besides = self._compare_personalized_adapters().items()
@@ -208,7 +208,7 @@ class Compared:
 
     @property
     def _runs_alone(self) -> Mapping[str, str]:
-        """Names of the single-site runs with the same privacy as the main run, by site."""
+        """Site -> name of its single-site run with the same privacy setting as the main run."""
         first = self.lines[0]
         return {str(one.site): one.name for one in self.lines if one.kind == "alone" and one.private == first.private}
 
@@ -250,7 +250,7 @@ class Compared:
         at_sites, found = self.groups.get(AT_SITES), dict[str, dict[str, Comparison]]()
         for beside, own in _iter_personalized_pairs(self.lines, base=self.models[0]):
             pairs = {} if at_sites is None else at_sites.changes.get(str(own.site), {})
-            if at_sites is None or pairs:  # else the site has too few of them
+            if at_sites is None or pairs:  # otherwise the site has too few test records
                 one = pairs.get((beside, own.name)) or self.sides.compare_models(beside, own.name)
                 found.setdefault(beside.removeprefix(f"{own.site} "), {})[str(own.site)] = one
         return found
@@ -333,7 +333,7 @@ class Compared:
     def _iter_reading_notes(self) -> Iterator[str]:
         count, unit = self.sides.num_units, self.sides.unit
         drawn = f"from {RESAMPLES:,} draws of {pluralize(count, unit)}, with replacement, the same for all models"
-        told = "They say how far other test records would move a score, and nothing about another run of that training."
+        told = "They show the variation between samples of test records, and not the variation between training runs."
         yield f"Intervals: 95 %, {drawn}. {told}"
         if count < FEWEST_UNITS:
             yield f"Fewer than {FEWEST_UNITS} {unit}s are too few to call a model better or worse."

@@ -184,7 +184,7 @@ def suggest_experiment(folder: Path, settings: Settings, *, num_sites: int) -> t
     reader = load_reader(config.data, config.model, key="model.path", other="model=NAME")
     plan = plan_experiment(found, reader, config, within=count_token_ids(reader), sites=num_sites)
     if not plan.usable:
-        raise DataError("sites", "no records", f"must have rows that a run can use: {plan.left_out}")
+        raise DataError("sites", "no records", f"must contain usable rows: {plan.left_out}")
     plan = replace(plan, model=model if isinstance(model, str) else None, model_path=of_model.get("model.path"))
     file.write_text(render_experiment(found, plan, file=file), encoding="utf-8")
     is_whole = len(known) == len(chosen)  # True: the file contains the caller's columns

@@ -137,7 +137,7 @@ def build_personalized_sections(made: Mapping[str, Personalized]) -> list[Sectio
     first = next(iter(made.values())).sides
     headings = ("site", f"{first.unit}s", "base", ALONE, SHARED, OWN, "own less shared,\n95 % interval")
     if any(one.seen for one in made.values()):
-        notes.append("The run held nothing out, so the shared adapter was trained on the records scored here.")
+        notes.append("The run had no held-out records, so the shared adapter was trained on the test records.")
     notes.append("Private to the site, without a guarantee: do not send a folder to anyone.")
     title = f"{format_score_name(first.primary_metric).capitalize()} on the site's own held-out records"
     folders = Section(headings=("site", "written"), rows=[(site, str(one.folder)) for site, one in made.items()])
@@ -169,4 +169,4 @@ def _format_summary_sentence(site: str, one: Personalized) -> str:
         f"cannot be told apart from {name}" if verdict == NO_DIFFERENCE else f"is {verdict} than {name}"
         for name, verdict in beside.items()
     )
-    return f"{site}: own {words}; it went {pluralize(one.passes, 'time')} through its records."
+    return f"{site}: own {words}; it was trained for {pluralize(one.passes, 'epoch')}."

@@ -95,7 +95,7 @@ def synthesize(
     if votes is not None:
         voted: dict[Prompt, float] = {(text,): weight for text, weight in compute_vote_shares(votes).items()}
         if len(roles) > 1 or (shares and set(shares) != set(voted)):
-            bound = "must have the prompts as its candidates, each in the prompt's only column"
+            bound = "must have the prompts as its candidates, and prompts must have a single column"
             raise ConfigError("--votes", str(votes.folder), bound)
         shares = voted
     if variations_of:
@@ -107,7 +107,7 @@ def synthesize(
             )
         shares = dict(load_synthetic(variations_of, tuple(columns.values())).wanted)
     if not shares:
-        raise ConfigError("--prompts", None, "is missing: give --prompts, --votes or --variations-of")
+        raise ConfigError("--prompts", None, "is missing: pass --prompts, --votes or --variations-of")
     wanted = {prompt: count for prompt, count in allot_rows(shares, rows).items() if count}
     try:
         whole = re.compile(pattern) if pattern is not None else None
@@ -137,7 +137,7 @@ def synthesize(
         begun = [next(in_turn[prompt]) for prompt in missing if variations_of]
         begun = [ids[: int(len(ids) * draws.uniform(*_BEGUN))] for ids in begun]
         against = []
-        if spec.guidance > 0 and len(order) > 1:  # the others in turn, so that a text is set apart from each
+        if spec.guidance > 0 and len(order) > 1:  # rotate over the other prompts, to contrast with each of them
             turns = (
                 (places[prompt] + 1 + at % (len(order) - 1)) % len(order) for at, prompt in enumerate(missing, first)
             )
@@ -182,7 +182,7 @@ def map_synthetic_columns(run: Run) -> dict[str, str]:
     """
     task, data = run.config.bound_task, run.config.data
     if not task.predicts_tokens or "prompt" not in data.columns or "completion" not in data.columns:
-        bound = "must be a language model that completes prompts: data.columns names prompt and completion"
+        bound = "must be a run of a language model with the columns prompt and completion"
         raise ConfigError("RUN", str(run.folder), bound)
     return {role: data.columns[role] for role in (*task.list_input_columns(data), "completion")}
 
@@ -205,7 +205,7 @@ def _read_prompts(run: Run, prompts: str | Path, roles: Sequence[str], own: RunR
     times = Counter[Prompt]()
     for key, records in own.read_whole_files():
         times += (theirs := counts(records))
-        if max(theirs.values()) > 1 and theirs <= found:  # with shares of its own: each once is a list, too
+        if max(theirs.values()) > 1 and theirs <= found:  # repeated prompts reveal the private file's shares
             bound = f"must be a public list, but it contains all prompts of {key}"
             raise ConfigError("--prompts", str(prompts), bound)
     if 2 * (once := sum(times[prompt] == 1 for prompt in found)) > len(found):
@@ -227,8 +227,8 @@ def compute_vote_shares(votes: Run) -> dict[str, float]:
     _, head = read_adapter(votes).tensors
     weights = head["weight"][0].clip(min=0).astype(np.float64)
     if not weights.sum() > 0:
-        raise ConfigError("--votes", str(votes.folder), "has no candidate with votes: noise left none above 0")
-    found: Counter[str] = Counter()  # of candidates that say the same, one has the votes of all
+        raise ConfigError("--votes", str(votes.folder), "has no candidate with a positive noisy number of votes")
+    found: Counter[str] = Counter()  # equal candidates share their votes
     for text, weight in zip(texts, (weights / weights.sum()).tolist(), strict=True):
         found[text] += weight
     return dict(found)
@@ -264,7 +264,7 @@ def select_by_votes(found: Synthetic, column: str, votes: Run, *, keep: int) -> 
         )
     if missing := sum(row[column] not in weights for row in rows):
         raise ConfigError(
-            "--votes", str(votes.folder), f"must have all texts as candidates, but lacks {missing} of them"
+            "--votes", str(votes.folder), f"lacks {missing} of the texts: use the run of their voting experiment"
         )
     order = sorted(range(len(rows)), key=lambda place: -weights[rows[place][column]])
     return replace(found, rows=tuple(rows[place] for place in sorted(order[:keep])))
@@ -282,7 +282,7 @@ def relabel(found: Synthetic, column: str, classifier: Run) -> Synthetic:
     config = classifier.config
     label = config.data.columns.get("label", column)
     if config.bound_task.answers != {"label"} or label == column:
-        bound = f"must be a run whose records have a text and, in another column than {column}, one label"
+        bound = f"must be a run of single-label text classification, with a label column other than {column}"
         raise ConfigError("--labels", str(classifier.folder), bound)
     read_adapter(classifier)
     answers: Any = classifier.predict([row[column] for row in found.rows])
@@ -303,7 +303,7 @@ def render_voting_experiment(rows: Sequence[Mapping[str, str]], column: str, con
     settings = {"data": data, "head": {"label_texts": texts}, "federation": names}
     settings |= {"privacy": {"unit": config.privacy.unit}, "seed": config.seed}
     plain = escape_interpolations(json.loads(json.dumps(settings)))
-    recipe = next(name for name, task in TASKS.items() if task.counts_units)  # conf/experiment calls it as the task
+    recipe = next(name for name, task in TASKS.items() if task.counts_units)  # conf/experiment uses the task's name
     return str(yaml.safe_dump({"defaults": [recipe, "_self_"], **plain}, sort_keys=False))
 
 

@@ -1,9 +1,9 @@
 """Hyperparameter search with a total privacy cost that is checked against the budgets before the first trial.
 
-`fedtune.privacy.selection` computes the price.  Scores on the lead's validation file select the best trial and guide
-TPE; they have no privacy cost, because the file contains no site's records.  All trials share one ledger per simulated
-site; without `runtime.sites_dir` the sites are new, with a budget equal to the price.  Trials depend only on settings,
-seeds and scores, so a repeated search draws the same trials, resumes, and charges nothing twice.
+`fedtune.privacy.selection` computes the privacy cost. Scores on the lead's validation file select the best trial and
+guide TPE; they have no privacy cost, because the file contains no site's records. All trials share one ledger per
+simulated site; without `runtime.sites_dir` the sites are new, with a budget equal to the search's cost. Trials depend
+only on settings, seeds and scores, so a repeated search draws the same trials, resumes, and charges no trial twice.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ if TYPE_CHECKING:
     from fedtune.sites.virtual_site import VirtualSites  # which imports torch
 
 Method = Literal["grid", "random", "tpe"]
-_NOT_SEARCHED = ("name", "resume", "tracking", "runtime", "report", "cost")  # they change nothing that is learned
+_NOT_SEARCHED = ("name", "resume", "tracking", "runtime", "report", "cost")  # settings without an effect on training
 _FILE = "search.json"
 _MOST_ENDS = 64  # maximum number of validated combinations of extreme values
-_NOT_PRIVATE = "Nothing is promised: trials without noise are only for public records."
+_NOT_PRIVATE = "There is no privacy guarantee: use trials without noise only for public records."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """A hyperparameter search, with its plans and price before the first trial."""
+    """A hyperparameter search with the plans of all trials, before the first trial runs."""
 
     fixed: tuple[str, ...]  # overrides of all trials
     asked: RunConfig  # configuration of the fixed overrides
@@ -77,7 +77,7 @@ class Search:
             trials: number of trials; None: the size of the grid.
 
         Raises:
-            ConfigError: a setting cannot be searched, or differs between trials although it must not.
+            ConfigError: a setting cannot be searched, or a setting that must be fixed differs between trials.
         """
         if (method == "grid") != (trials is None):
             bound = "cannot be combined with --method grid" if method == "grid" else "is required"
@@ -134,7 +134,7 @@ class Search:
 
     @cached_property
     def _number_format(self) -> str:
-        """Number format of all trials with `model.dtype=auto`, from an earlier trial or from a measurement."""
+        """Common number format of all trials with `model.dtype=auto`, from an earlier trial or from a measurement."""
         from fedtune.sites.virtual_site import fix_number_format
 
         begun = (RunFolder(self.folder / name).config.parent for name in self.names)
@@ -251,13 +251,15 @@ class Search:
             raise ConfigError("tracking.output_dir", self.asked.tracking.output_dir, bound) from None
 
     def _record_price(self, folder: Path, score: float | None = None) -> None:
-        """Write the search's total price, which every trial inherits, and the selected trial's `score` to a folder."""
+        """Write a folder's selection file with the search's total cost, which every trial inherits, and a trial's
+        `score`.
+        """
         about = {"search": self.asked.name, "method": self.method, "primary_metric": self.asked.primary_metric}
         owed = Selection.from_price(self.price, self.plans, **about, score=score)
         write_durably(RunFolder(folder).selection, to_json_text(asdict(owed)).encode())
 
     def _record_selection(self, best: SearchTrial) -> None:
-        """Record the selected trial, and rewrite its report and card and those of the previously selected trial."""
+        """Record the selected trial, and update its report and card and those of the previously selected trial."""
         from fedtune.report import model_card
 
         noted = json.loads((self.folder / _FILE).read_bytes()).get("picked")
@@ -270,7 +272,7 @@ class Search:
 
     def describe_selection(self, best: SearchTrial) -> str:
         by, trials, promise = best.config.primary_metric, pluralize(self.number, "trial"), _describe_promise(self.price)
-        return f"Picked by validation {by} ({best.score:.3f}) out of {trials}; its report says so. {promise}"
+        return f"Selected by validation {by} ({best.score:.3f}) out of {trials}, as its report states. {promise}"
 
 
 def check_trials(trials: int) -> None:
@@ -281,7 +283,7 @@ def check_trials(trials: int) -> None:
 
 def _check_searchable(asked: RunConfig) -> None:
     if asked.runtime.kind == "deployment":
-        bound = "is not available for real sites, which decide on each run: search in a simulation or on public data"
+        bound = "is not available, because real sites approve each run: search in a simulation or on public data"
         raise ConfigError("runtime", "deployment", bound)
     if asked.resume is not None:
         raise ConfigError("resume", asked.resume, "conflicts with a search: repeat the same command to resume it")
@@ -294,10 +296,10 @@ def _check_searchable(asked: RunConfig) -> None:
 
 
 def _find_common_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> Plan:
-    """Return the common plan of all trials for TPE, which chooses values later.
+    """Return the common plan of all trials of a TPE search, which chooses values later.
 
     Raises:
-        ConfigError: a setting in the search space changes the cost of a trial.
+        ConfigError: a setting in the search space changes the privacy cost of a trial.
     """
     plan = shapes[0].plan()
     for values, shape in zip(tried, shapes, strict=True):
@@ -309,18 +311,18 @@ def _find_common_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> P
 
 
 def build_price_section(price: SearchPrice, *, seeded_noise: bool) -> Section:
-    """Build the table of the search's price, for display before the first trial."""
+    """Build the table of the search's privacy cost, for display before the first trial."""
     if not price.private:
-        return Section(title="Price of the search", notes=[_NOT_PRIVATE])
+        return Section(title="Privacy cost of the search", notes=[_NOT_PRIVATE])
     rows = [
         ("trials", f"{price.trials}"),
         ("epsilon of the most expensive trial", format_epsilon(price.epsilon_of_one)),
-        ("epsilon of all together", f"{format_epsilon(price.epsilon)} (by RDP {format_epsilon(price.epsilon_rdp)})"),
+        ("epsilon of all trials", f"{format_epsilon(price.epsilon)} (by RDP {format_epsilon(price.epsilon_rdp)})"),
         ("smallest lifetime cap", f"{format_epsilon(price.epsilon_filter)}, by the ledgers' filter"),
     ]
-    notes = [_describe_promise(price), "Seeing only the picked adapter may reveal as much."]
+    notes = [_describe_promise(price), "The selected adapter alone may reveal as much as all trials."]
     notes += [SEEDED] if seeded_noise else []
-    return Section(title="Price of the search", rows=rows, words={0, 1}, notes=notes)
+    return Section(title="Privacy cost of the search", rows=rows, words={0, 1}, notes=notes)
 
 
 def _describe_promise(price: SearchPrice) -> str:
@@ -343,7 +345,9 @@ def draw_random_trials(searched: Sequence[SearchedSetting], *, seed: str, number
 
 
 class Tpe:
-    """Optuna's tree-structured Parzen estimator; the first third of the trials (at most ten) is random."""
+    """A sampler with Optuna's tree-structured Parzen estimator (TPE), after random trials: a third of all trials, at
+    most ten.
+    """
 
     def __init__(self, searched: Sequence[SearchedSetting], *, seed: str, number: int) -> None:
         optuna = _import_optuna()
@@ -358,12 +362,12 @@ class Tpe:
         return _format_values(self._searched, self._trial.params)
 
     def tell(self, score: float | None) -> None:
-        """Report the score of the latest trial (higher is better); None for a trial without a score."""
+        """Report the score of the latest trial, where higher is better; None for a trial without a score."""
         self._study.tell(self._trial, score, state=self._failed if score is None else None)
 
 
 def combine_extreme_values(searched: Sequence[SearchedSetting]) -> list[Values]:
-    """Combine all choices and interval ends; with too many combinations, vary one setting at a time."""
+    """List all combinations of choices and interval ends; if there are too many, vary one setting at a time."""
     values = {one.key: one.choices or (_format_number(one, one.low), _format_number(one, one.high)) for one in searched}
     if math.prod(map(len, values.values())) <= _MOST_ENDS:
         return [dict(zip(values, some, strict=True)) for some in product(*values.values())]
@@ -395,7 +399,7 @@ def _make_distribution(one: SearchedSetting) -> BaseDistribution:
 
 
 def _import_optuna() -> Any:
-    require_extra("--method", "random or tpe", "search", "optuna", or_else="; a grid does without")
+    require_extra("--method", "random or tpe", "search", "optuna", or_else="; or use --method grid")
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -1,4 +1,4 @@
-"""Sweeps of several runs with a table of results; the best run is selected by validation score only.
+"""Sweeps over several runs with a table of results; the best run is selected by validation score only.
 
 Selection by test score would bias the test score, because the same records would select and evaluate the run.
 """
@@ -39,7 +39,7 @@ from fedtune.spec import ConfigError, FedtuneError, RunError, StuckError
 
 _FIRST_COLUMNS = ("run", "folder", "state", "reason", "best")
 """First columns of the CSV, before varied settings, spending and scores."""
-_IN_JSON = ("values", "state", "reason", "result")  # of a trial, as it has them
+_IN_JSON = ("values", "state", "reason", "result")  # attributes of a trial in the JSON output
 _MOST_NAMED = 12  # maximum number of runs listed before the first run starts
 
 Values = Mapping[str, str]  # varied settings of a run and their values, as typed
@@ -47,7 +47,7 @@ Values = Mapping[str, str]  # varied settings of a run and their values, as type
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchTrial:
-    """A run of a sweep or search, with its settings, state and result."""
+    """One run of a sweep or search, with its settings, state and result."""
 
     config: RunConfig
     folder: Path
@@ -116,10 +116,10 @@ class SearchTrial:
 
     @property
     def score(self) -> float | None:
-        """Validation score for the selection of a run; None for unfinished or diverged runs, or without a score.
+        """The validation score for selecting a run; None for an unfinished or diverged run, or without a score.
 
-        Includes scores on a simulation's held-out validation fraction, because a sweep only marks the best run in a
-        table with all scores.  A selection in a report (`fedtune search`) requires a validation file of the lead.
+        Scores on a simulation's held-out validation fraction count, because a sweep only marks the best run in a table
+        with all scores. A selection in a report (`fedtune search`) requires a validation file of the lead.
         """
         from fedtune.sites.data_warnings import scores_may_decide
 
@@ -140,7 +140,7 @@ def share_number_format(trials: Sequence[SearchTrial]) -> list[SearchTrial]:
 
 
 def describe_price(runs: Mapping[str, SearchTrial]) -> Iterator[str]:
-    """Yield sentences about the number of unfinished runs and the price of each; none if all runs are finished."""
+    """Yield sentences about the number of unfinished runs and the privacy cost of each, if there are any."""
     if not (waiting := {name: trial.config.plan() for name, trial in runs.items() if not trial.earlier}):
         return
     names = [*waiting][:_MOST_NAMED]
@@ -180,12 +180,12 @@ def build_comparability_key(config: RunConfig) -> tuple[Any, ...]:
 
 
 def read_result(folder: Path, *, finished: bool = False) -> RunResult | None:
-    """Read the result of the run in `folder`; None without a result or, with `finished`, for an unfinished run."""
+    """Read the result of the run in `folder`; None without a result, or for an unfinished run if `finished` is set."""
     if not RunFolder(folder).result.is_file():
         return None
     from fedtune.report.from_run import read_run
 
-    with suppress(FedtuneError):  # of a damaged folder: its run says so
+    with suppress(FedtuneError):  # resuming the run reports a damaged folder
         return read_run(folder).result if not finished or is_finished(folder) else None
     return None
 
@@ -213,7 +213,7 @@ class Trials:
     table: Path
     fewest: int = 2  # scored runs among which one is called the best
     rows: dict[Path, SearchTrial] = field(default_factory=dict)  # by folder
-    again: tuple[str, ...] = ()  # overrides that make the same sweep again, under the same name
+    again: tuple[str, ...] = ()  # overrides that repeat the sweep under the same name
 
     @classmethod
     def from_sweep(cls, overrides: Sequence[str], compose: Callable[[list[str]], RunConfig] = compose_run) -> Trials:
@@ -278,8 +278,8 @@ class Trials:
         except (OSError, UnicodeError, csv.Error):
             ours, others = False, set()
         if not ours or others:
-            holds = f"holds other runs, such as {min(others)}" if others else "is not a sweep's table"
-            raise ConfigError("name", path.stem, f"is taken: {path} {holds}; choose another")
+            holds = f"contains other runs, such as {min(others)}" if others else "is not a sweep's table"
+            raise ConfigError("name", path.stem, f"is taken: {path} {holds}; choose another name")
 
     def write(self) -> None:
         """Write the table of all started trials with full precision; do nothing before the first trial starts."""

@@ -86,7 +86,7 @@ def test_comparison_lists_all_pairwise_differences(comparison_json: Any) -> None
     assert first.startswith("Federated ")
     assert others[0].startswith("Compared with each site alone, on each site's own test records, federated is ")
     assert others[0].count("site-1") == others[0].count("site-2") == 1
-    for said in ("These records do not tell apart: ", "The smallest group is "):
+    for said in ("These records cannot distinguish: ", "The smallest group is "):
         assert any(sentence.startswith(said) for sentence in others)
 
 

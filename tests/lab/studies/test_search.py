@@ -81,11 +81,11 @@ def test_every_trial_is_charged_to_the_same_ledgers(outcome: Any, words: list[st
     best = max(lines, key=lambda line: float(line["validation_accuracy"]))
     assert [line["run"] for line in lines if line["best"]] == [best["run"]]
     told = " ".join(outcome.out.split())
-    assert "Price of the search trials 3" in told
-    assert told.index("Price of the search") < told.index("trial 1 of 3: training.learning_rate=")
+    assert "Privacy cost of the search trials 3" in told
+    assert told.index("Privacy cost of the search") < told.index("trial 1 of 3: training.learning_rate=")
     assert f"picked: {best['folder']}" in told
     assert snapshots.find_wide_lines(outcome.out) == []
-    assert "out of 3 trials; its report says so. All trials together: epsilon at most" in told
+    assert "out of 3 trials, as its report states. All trials together: epsilon at most" in told
 
 
 def test_report_of_the_selected_run_includes_the_search_cost(outcome: Any, folder: Path) -> None:
@@ -242,7 +242,7 @@ def test_search_on_public_data_costs_no_epsilon(tmp_path: Path) -> None:
     outcome = run_command("search", *public, "privacy=none", "training.learning_rate=0.01,0.02", "--method", "grid")
     assert (outcome.code, outcome.err) == (0, "")
     told = " ".join(outcome.out.split())
-    assert "Nothing is promised: trials without noise are only for public records." in told
+    assert "There is no privacy guarantee: use trials without noise only for public records." in told
     noted = json.loads((tmp_path / "g/search.json").read_text())
     assert noted["price"]["epsilon"] is None
     assert run_command("report", "verify", str(tmp_path / "g" / noted["picked"])).code == 0
@@ -287,7 +287,7 @@ def test_documented_search_commands_are_valid(words: list[str], monkeypatch: Any
     if words[0] == "plan":
         planned = run_command(*words)
         assert (planned.code, planned.err) == (0, "")
-        assert "Price of the search" in planned.out
+        assert "Privacy cost of the search" in planned.out
         return
     asked: list[Any] = []
     monkeypatch.setattr(Command, "invoke", lambda self, ctx: asked.append(ctx.params))

@@ -103,7 +103,7 @@ def test_existing_sweep_name_is_refused_before_the_first_run(
     assert "lora.target_modules: has several values and is set again" in read_refusal("lora.target_modules=[value]")
     fixed = [word for word in sweep_words if not word.startswith("lora.target_modules")]
     others = read_refusal("lora.target_modules=[value],[dense]", words=fixed)
-    assert f"{folder / 'three.csv'} holds other runs, such as three-lora.target_modules=-key" in others
+    assert f"{folder / 'three.csv'} contains other runs, such as three-lora.target_modules=-key" in others
     assert "is used by two runs" in read_refusal("name=a,a")
     (folder / "mine.csv").write_text("text,label\na,b\n")
     assert "is not a sweep's table" in read_refusal("name=mine")
