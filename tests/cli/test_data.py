@@ -150,7 +150,7 @@ LINES = [f"ticket {number},{TEAMS[number % 2]}" for number in range(60)]
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "\n".join(LINES), "a.csv, column billing = 'among its own values': must be in a header"),
+        ("a.csv", "\n".join(LINES), "a.csv, column billing = 'one of its own values': must be in a file with a header"),
         ("a.jsonl", '{"n": {"text": "a"}, "m": "b"}\n{"n": 1, "m": "c"}\n' * 9, "= 'columns n (object, number)"),
         ("two/data/train-00002-of-00003.csv", "text,label\na,b\n", "train-00002-of-00003.csv (1 of 3 are there)"),
         ("two/crops/apple/rust/1.jpg", "", "images two folders deep': must be one folder of class folders"),

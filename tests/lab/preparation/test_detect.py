@@ -143,7 +143,7 @@ def test_scores_get_the_smallest_common_scale(tmp_path: Path, scores: Any, scale
     assert (found.kind, found.settings) == ("scored", {"target_range": scale})
     with pytest.raises(DataError, match="columns text1, text2 = 'several texts or images'"):
         detect_in_file(tmp_path, [row | {"similarity": 3} for row in given])  # what never changes is no score
-    with pytest.raises(DataError, match=r"column similarity = '.*text': must have 2 to 200 different texts"):
+    with pytest.raises(DataError, match=r"column similarity = '.*text': must have 2 to 200 distinct texts"):
         detect_in_file(tmp_path, [*given, given[0] | {"similarity": "very"}])
 
 
@@ -275,8 +275,10 @@ def test_second_person_column_is_suggested(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", ["{},5", "${}", "{} %", "1.{},00", "({}.5)", "\u2212{}"])
 def test_foreign_number_formats_are_refused_with_a_hint(tmp_path: Path, number: str) -> None:
     columns = {"text": make_own_text, "cost": lambda n: number.format(100 + n)}
-    assert "write 3.5" in dict(detect_in_file(tmp_path, columns).unread)["cost"]
-    with pytest.raises(ConfigError, match=r"--score = 'cost': must be a label or a number; .* write 3\.5"):
+    assert "write them as in 3.5" in dict(detect_in_file(tmp_path, columns).unread)["cost"]
+    with pytest.raises(
+        ConfigError, match=r"--score = 'cost': must be a label or a number, but .* write them as in 3\.5"
+    ):
         detect_in_file(tmp_path, columns, score="cost", text="text")
 
 

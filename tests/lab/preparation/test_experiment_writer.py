@@ -256,7 +256,7 @@ def test_site_column_partitions_the_file_by_name_and_size(tmp_path: Path) -> Non
     sites = ("N Coast", "South", "South")
     rows = [f"text {number},{'ab'[number % 2]},{sites[number % 3]}" for number in range(120)]
     (tmp_path / "visits.csv").write_text("\n".join(["body,desk,carrier", *rows]) + "\n")
-    with pytest.raises(DataError, match="columns desk, carrier = 'answers that there may be'"):
+    with pytest.raises(DataError, match="columns desk, carrier = 'several possible answers'"):
         write_experiment(tmp_path / "visits.csv")
     config = write_experiment(tmp_path / "visits.csv", site="carrier").compose()
     assert dict(config.data.partition.sites) == {"N Coast": 0, "South": 1}

@@ -18,7 +18,7 @@ PAIR, QUESTION = (
 )
 YES = (True, False)
 LABELED = {"text": make_own_text, "label": AB}
-NO_PROMPT = "columns chosen, rejected = 'texts that belong together': must have beside them a column prompt"
+NO_PROMPT = "columns chosen, rejected = 'texts that belong together': must be next to a column prompt"
 
 
 def write_table(folder: Path, *lines: str) -> Path:
@@ -29,13 +29,13 @@ def write_table(folder: Path, *lines: str) -> Path:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (PAIR | {"label": YES}, "column label = 'true or false': may say in which rows completion is not wanted"),
-        (PAIR | {"score": (0, 1)}, "column score = '1 or 0': may say"),
+        (PAIR | {"label": YES}, "column label = 'true or false': may mark rows in which completion is unwanted"),
+        (PAIR | {"score": (0, 1)}, "column score = '1 or 0': may mark"),
         (QUESTION | {"label": ("good", "bad")}, "rows answer is not"),
         (QUESTION | {"accepted": YES}, "rows answer is not"),
         ({"instruction": make_own_text, "input": "", "output": make_own_text, "kto_tag": YES}, "rows output is"),
-        ({"conversations": [ASK, SAY], "kto_tag": YES}, "rows conversations is not wanted"),
-        ({"role": ("prompter", "assistant"), "text": make_own_text}, "column role = \"a word's tag, or who speaks"),
+        ({"conversations": [ASK, SAY], "kto_tag": YES}, "rows in which conversations is unwanted"),
+        ({"role": ("prompter", "assistant"), "text": make_own_text}, "column role = \"a word's tag, or a speaker"),
         ({"chosen": "Human: where Assistant: there", "rejected": "Human: where Assistant: no"}, NO_PROMPT),
         ({"prompt": "where", "chosen": [SAY], "rejected": [SAY]}, NO_PROMPT),
         ({"prompt": [ASK], "chosen": "there", "rejected": "no"}, NO_PROMPT),
@@ -45,7 +45,7 @@ def write_table(folder: Path, *lines: str) -> Path:
             ({"text": make_own_text, name: {"a": ["b"]}}, f"column {name} = 'object': must be a")
             for name in ("answers", "label")
         ),
-        ({"text": make_own_text, "score": lambda n: f"{n % 9},5"}, r"column score = 'text': .* write 3\.5"),
+        ({"text": make_own_text, "score": lambda n: f"{n % 9},5"}, r"column score = 'text': .* write them as in 3\.5"),
         ({"n": 1.5}, "a column of text"),
     ],
 )
@@ -59,10 +59,10 @@ def test_misleading_column_layouts_are_refused(tmp_path: Path, columns: dict[str
     [
         ({"messages": [ASK, SAY | {"reasoning_content": "hm"}]}, "messages: reasoning_content", "runs ignore it"),
         ({"messages": [ASK, SAY | {"masked": 1}]}, "messages: masked", "runs ignore it"),
-        ({"text": make_own_text, "state": "one"}, "state", "always the same"),
+        ({"text": make_own_text, "state": "one"}, "state", "the same value in all rows"),
         (LABELED | {"age": lambda n: str(n % 40)}, "age", "--score age"),
         ({"text": make_own_text, "parent_id": make_own_text}, "parent_id", "ids of the records"),
-        ({"text": make_own_text, "user_ids": ["a", "b"]}, "user_ids", "a record is of one person"),
+        ({"text": make_own_text, "user_ids": ["a", "b"]}, "user_ids", "a record belongs to one person"),
         (
             {"query": make_own_text, "response": make_own_text, "rejected_response": make_own_text},
             "rejected_response",
@@ -103,5 +103,5 @@ def test_unnamed_columns_are_listed_and_title_rows_refused(tmp_path: Path) -> No
         "(column 4)",
     }
     title = write_table(tmp_path, "Report of 2024,,,", "text,label,a,b", *lines)
-    with pytest.raises(ConfigError, match=r"a name twice or none.*must be a header with one name for each"):
+    with pytest.raises(ConfigError, match=r"a repeated or missing name.*must be a header with one name for each"):
         detect_columns(title, {})

@@ -59,14 +59,14 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "categories": (TABLE | {"sigma": ("left knee", "right knee")} | {"dx": AB}, "table: label=dx"),
     "printed vectors": ({"sigma": "[0.{} -1.5\n 2e-3]".format, "kappa": WARD}, "table: label=kappa"),
     "codes of several words": (TABLE | {"sigma": METAR}, "table: label=dx; not sigma"),
-    "names": (MIXED | {"sigma": "Anna Lind {}".format}, "'a few words': may be texts, or names in a table of age"),
+    "names": (MIXED | {"sigma": "Anna Lind {}".format}, "'short texts': may be texts, or names in a table of age"),
     "names by name": (TABLE | {"full_name": "Anna Lind {}".format}, "table: label=dx; not full_name"),
     "remarks of a few": (
         TABLE | {"sigma": lambda n: make_own_text(n) if n % 3 == 0 else ""},
         "table: label=dx; not sigma",
     ),
     "texts": (TABLE | {"sigma": make_own_text}, "labeled: text=sigma label=dx; not age"),
-    "codes alone": ({"sigma": "I10.{}".format, "kappa": WARD}, "links, or marks without a space"),
+    "codes alone": ({"sigma": "I10.{}".format, "kappa": WARD}, "links or codes without spaces"),
     # Of two answers without a usual name a person is asked.
     "two answers": (MIXED | {"lambda_": SHAPE}, "must be one: choose with --label COLUMN"),
     "one among numbers": (MIXED, "or --score COLUMN"),
@@ -80,7 +80,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
         {"text": make_own_text, "kappa": WARD, "mu_sentiment": AB},
         "labeled: text label=mu_sentiment; not kappa",
     ),
-    "a general name": ({"age": AGE, "class": SHAPE, "kappa": AB}, "columns class, kappa, age = 'answers that"),
+    "a general name": ({"age": AGE, "class": SHAPE, "kappa": AB}, "columns class, kappa, age = 'several possible"),
     "a general name alone": ({"age": AGE, "class": WARD}, "table: label=class"),
     "a general name of texts": (
         {"text": make_own_text, "class": WARD, "kappa": AB},
@@ -90,11 +90,11 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "scores": ({"text": make_own_text, "sigma_score": AGE}, "rated: text target=sigma_score"),
     "scores without an end": (
         {"text": make_own_text, "sigma_score": ENDLESS},
-        "7 of 60 values hold numbers in another form",
+        "7 of 60 values are numbers in another notation",
     ),
     "two texts alone": (
         {"sigma": make_own_text, "rho": lambda n: make_own_text(n) * 2},
-        "one (--text), or a prompt and what is written",
+        "one (--text), or a prompt and its completion",
     ),
     "two texts with an answer": (
         {"sigma": make_own_text, "rho": make_own_text, "kappa": WARD},
@@ -109,44 +109,56 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
         {"query": make_own_text, "pos": [make_own_text(1)], "neg": [make_own_text(2)]},
         "must be a label, a number, or a list",
     ),
-    "lists of numbers": ({"text": make_own_text, "label": [0.25, 0.75]}, "vectors of numbers name none"),
+    "lists of numbers": ({"text": make_own_text, "label": [0.25, 0.75]}, "numeric vectors do not name"),
     "a usual name": (MIXED | {"lambda_": SHAPE, "species": AB}, "table: label=species"),
-    "marks of labels": ({"sigma": make_own_text, "kappa": (0, 1), "rho": (1, 0, 0)}, "or as one column of lists with"),
-    "and a usual one": ({"sigma": make_own_text, "spam": (0, 1), "rho": (1, 0, 0)}, "or as one column of lists with"),
-    "a lone answer": ({"text": make_own_text, "label": "one"}, "label = 'text': must have two values or more"),
-    "a lone last word": ({"text": make_own_text, "final_decision": "one"}, "must have two values or more"),
-    "an empty answer": ({"text": make_own_text, "sentiment": ""}, "must have two values or more"),
+    "marks of labels": (
+        {"sigma": make_own_text, "kappa": (0, 1), "rho": (1, 0, 0)},
+        "or write one column with lists of",
+    ),
+    "and a usual one": (
+        {"sigma": make_own_text, "spam": (0, 1), "rho": (1, 0, 0)},
+        "or write one column with lists of",
+    ),
+    "a lone answer": ({"text": make_own_text, "label": "one"}, "label = 'text': must have at least two values"),
+    "a lone last word": ({"text": make_own_text, "final_decision": "one"}, "must have at least two values"),
+    "an empty answer": ({"text": make_own_text, "sentiment": ""}, "must have at least two values"),
     # A time beside its event, in usual codes.
     "alive or dead": (MIXED | {"months": AGE, "status": ("Alive", "dead")}, "table: time=months event=status"),
     "codes of R": ({"age": AGE, "days": AGE, "status": (1, 2)}, "table: time=days event=status"),
     "of cBioPortal": ({"age": AGE, "os": AGE, "died": ("0:LIVING", "1:DECEASED")}, "table: time=os event=died"),
     "of a study": ({"age": AGE, "dfs_months": AGE, "dfs_status": FREE}, "time=dfs_months event=dfs_status"),
-    "three courses": ({"age": AGE, "time": AGE, "status": (0, 1, 2)}, "may say whether an event came by time"),
-    "two events": (SURVIVED | {"pfs_months": lambda n: n / 3, "pfs_status": (1, 0, 0)}, "may say whether an event"),
-    "another event": ({"age": AGE, "days": AGE, "status": ("open", "shut")}, "may say whether an event came by days"),
-    "event or label": ({"age": AGE, "tenure": AGE, "churn": ("No", "Yes")}, "may say whether an event came by tenure"),
-    "another unit": (MIXED | {"run_h": AGE, "pump": ("functioning", "failed")}, "whether an event came by run_h"),
-    "no event": (MIXED | {"run_h": AGE, "pump": ("left", "right")}, "kappa, pump, age, run_h = 'answers that"),
-    "an age": (MIXED | {"age_years": AGE, "died": (0, 1)}, "= 'answers that"),
+    "three courses": ({"age": AGE, "time": AGE, "status": (0, 1, 2)}, "may encode whether an event occurred by time"),
+    "two events": (SURVIVED | {"pfs_months": lambda n: n / 3, "pfs_status": (1, 0, 0)}, "may encode whether an event"),
+    "another event": (
+        {"age": AGE, "days": AGE, "status": ("open", "shut")},
+        "may encode whether an event occurred by days",
+    ),
+    "event or label": (
+        {"age": AGE, "tenure": AGE, "churn": ("No", "Yes")},
+        "may encode whether an event occurred by tenure",
+    ),
+    "another unit": (MIXED | {"run_h": AGE, "pump": ("functioning", "failed")}, "whether an event occurred by run_h"),
+    "no event": (MIXED | {"run_h": AGE, "pump": ("left", "right")}, "kappa, pump, age, run_h = 'several possible"),
+    "an age": (MIXED | {"age_years": AGE, "died": (0, 1)}, "= 'several possible"),
     # What a row is for.
     "a split": (TABLE | {"sigma": ("train", "train", "test")}, "table: label=dx; not sigma"),
     "a split in words": (TABLE | {"sigma": ("Training", "PublicTest", "PrivateTest")}, "table: label=dx; not sigma"),
     "a flag of a split": (TABLE | {"in_train": (0, 1)}, "table: label=dx; not in_train"),
-    "flags of rows": (TABLE | {"is_excluded": (0, 1)}, "in which rows a"),
+    "flags of rows": (TABLE | {"is_excluded": (0, 1)}, "rows in which a"),
     "thumbs": (
         {"prompt": make_own_text, "response": make_own_text, "thumbs_up": (0, 1)},
-        "in which rows response is not wanted",
+        "rows in which response is unwanted",
     ),
     "folds": (TABLE | {"fold": (0, 1, 2)}, "table: label=dx; not fold"),
     "reviews": (
         {"text": make_own_text, "spans": make_spans("start end label"), "sigma": ("accept", "reject")},
-        "in which rows a",
+        "rows in which a",
     ),
-    "reviews of chats": ({"messages": [ASK, SAY], "sigma": ("accept", "ignore")}, "in which rows a"),
-    "checks": (TABLE | {"sample_quality": ("pass", "fail", "pass")}, "in which rows a record is not wanted"),
-    "what is valid": (TABLE | {"valid_sample": (0, 1)}, "in which rows a record is not wanted"),
-    "what is all right": (TABLE | {"probe_ok": ("TRUE", "FALSE")}, "in which rows a record is not wanted"),
-    "a need": (TABLE | {"needs_repair": YES}, "in which rows a record is not wanted"),
+    "reviews of chats": ({"messages": [ASK, SAY], "sigma": ("accept", "ignore")}, "rows in which a"),
+    "checks": (TABLE | {"sample_quality": ("pass", "fail", "pass")}, "rows in which a record is unwanted"),
+    "what is valid": (TABLE | {"valid_sample": (0, 1)}, "rows in which a record is unwanted"),
+    "what is all right": (TABLE | {"probe_ok": ("TRUE", "FALSE")}, "rows in which a record is unwanted"),
+    "a need": (TABLE | {"needs_repair": YES}, "rows in which a record is unwanted"),
     "a split abroad": (TABLE | {"sigma": ("treino", "Validierung", "teste")}, "table: label=dx; not sigma"),
     "weights of rows": (TABLE | {"survey_wt": AGE, "birth_weight": AGE}, "table: label=dx; not survey_wt"),
     # Answers in forms of other programs, and with a usual name in a form that is not read.
@@ -183,12 +195,12 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "numbers for tags": ({"tokens": [*"abc"], "ner_tags": [0, 3, 0]}, "must be tag names, such as B-PER"),
     "tags without types": ({"tokens": [*"abc"], "ner_tags": ["B", "O", "O"]}, "must be a letter and"),
-    "a tag a row": ({"sigma": repeat_texts(20), "kappa": ("B-x", "I-x", "O")}, "is of a part of a record"),
+    "a tag a row": ({"sigma": repeat_texts(20), "kappa": ("B-x", "I-x", "O")}, "belongs to a part of a record"),
     "many labels": (
         {"text": make_own_text, "intent": repeat_texts(50)},
-        "column intent = 'text': must have 2 to 200 different texts",
+        "column intent = 'text': must have 2 to 200 distinct texts",
     ),
-    "marks as text": ({"text": make_own_text, "labels": ("[1, 0]", "[0, 1]")}, "vectors of numbers name none"),
+    "marks as text": ({"text": make_own_text, "labels": ("[1, 0]", "[0, 1]")}, "numeric vectors do not name"),
     # Columns that a number tells apart, and roles in turn names.
     "two texts": (
         {"clause_a": make_own_text, "clause_b": make_own_text, "kappa": WARD},
@@ -225,7 +237,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
         BELONG | {"negative_1": make_own_text, "negative_2": make_own_text},
         "positive negative=negative_1; not negative_2",
     ),
-    "no negative": (BELONG, "must have beside them a column negative"),
+    "no negative": (BELONG, "must be next to a column negative"),
     "turns": ({"user": make_own_text, "response": make_own_text}, "pairs: prompt=user completion=response"),
     "turns in columns": (
         {"user_1": make_own_text, "bot_1": make_own_text, "user_2": make_own_text, "bot_2": make_own_text},
@@ -261,7 +273,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "codes of goods": (TABLE | {"ean": lambda n: 400 + n * n}, "table: label=dx; not ean"),
     "names that are one": (
         {"Text": make_own_text, "text": make_own_text, "kappa": WARD},
-        "must differ by more than case and marks",
+        "must differ in more than case and punctuation",
     ),
 }
 RENAMED = {"sigma": "tau", "kappa": "omega", "rho": "mu", "lambda_": "eta", "clause": "thesis"}
@@ -299,12 +311,12 @@ def test_detection_does_not_depend_on_order_or_arbitrary_names(tmp_path: Path, n
     ("columns", "end"),
     [
         (MIXED, "or --score COLUMN"),
-        (MIXED | {"run_hours": AGE, "rho": ("yes", "no")}, "came by it: --time run_hours --event COLUMN"),
-        ({"text": make_own_text, "kappa": WARD, "rho": AB}, "or --text alone for plain texts"),
+        (MIXED | {"run_hours": AGE, "rho": ("yes", "no")}, "occurred by then: --time run_hours --event COLUMN"),
+        ({"text": make_own_text, "kappa": WARD, "rho": AB}, "or only --text for plain texts"),
     ],
 )
 def test_ambiguous_answer_error_lists_only_suitable_options(tmp_path: Path, columns: Any, end: str) -> None:
-    with pytest.raises(DataError, match=f"answers that there may be': must be one: .*{re.escape(end)}$"):
+    with pytest.raises(DataError, match=f"several possible answers': must be one: .*{re.escape(end)}$"):
         detect_in_file(tmp_path, columns)
 
 
@@ -313,10 +325,10 @@ def test_ambiguous_answer_error_lists_only_suitable_options(tmp_path: Path, colu
 def test_image_paths_without_extension_are_refused(tmp_path: Path, name: str, end: str) -> None:
     given = random.Random(1).sample(make_rows({"sigma": name.format, "kappa": WARD}), 60)
     (tmp_path / "scans").mkdir()
-    assert "without their ending" not in summarize_decision(tmp_path, given)
+    assert "without the extension" not in summarize_decision(tmp_path, given)
     for row in given:
         (tmp_path / f"{row['sigma']}{end}").touch()
-    with pytest.raises(DataError, match=f"sigma = 'paths of {end} files without their ending': .* write {end} behind"):
+    with pytest.raises(DataError, match=f"sigma = 'paths of {end} files without the extension': .* append {end} to"):
         detect_in_file(tmp_path, given)
 
 
@@ -347,7 +359,7 @@ def test_missing_header_is_detected_if_most_names_are_values(tmp_path: Path, nam
         said = str(detect_columns(tmp_path / "rows.csv", {}))
     except DataError as error:
         said = str(error)
-    assert ("among its own values" in said) != is_written
+    assert ("one of its own values" in said) != is_written
 
 
 NOTED = {"torn": "records have parts that begin or end within a word", "damaged": "of its values have mojibake"}
