@@ -20,7 +20,7 @@ def round_difference(trained: Tensors, sent: Tensors) -> Difference:
     for name, value in trained.items():
         moved = value - sent[name]
         bits = moved.view(np.uint32)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # a carry into the exponent is right: the next binade
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # a carry into the exponent yields the next binade
         halves[name] = np.where(np.isnan(moved), 0x7FC0, nearest).astype(np.uint16)
     return Difference(halves)
 

@@ -1,4 +1,4 @@
-"""A multi-year calendar of runs under one privacy budget, with the epsilon of each run for the people it admits.
+"""Multi-year calendar of runs that share one privacy budget, with the cumulative epsilon of the people in each run.
 
 The rule is stateless: if `privacy.planned_runs` is R, the noise of each run is calibrated so that R identical runs
 compose to `privacy.epsilon`.  A person who takes part in at most R runs stays within that epsilon, whichever runs these
@@ -42,7 +42,7 @@ def compute_max_runs_per_person(plan: Plan) -> int | None:
 
 
 def compute_epsilon_over_runs(plan: Plan, *, runs: int) -> float:
-    """Compute the PLD epsilon of `runs` runs of this plan for a person who takes part in every run."""
+    """Compute the PLD epsilon of `runs` runs of this plan for a person who takes part in every one of them."""
     return accountant.epsilon_pld([plan.event(rounds=plan.most_rounds * runs)], plan.delta)
 
 
@@ -85,15 +85,18 @@ def list_calendar_rows(plan: Plan, runs: Iterable[CalendarRun]) -> Iterator[tupl
 
 
 def describe_shared_epsilon(plan: Plan) -> str:
-    """Return a clause about the runs that share one epsilon, to append to the plan's noise; empty for a single run."""
+    """Return the clause that states the joint epsilon of all planned runs; an empty string for a plan with one run.
+
+    The clause is appended to the line with the plan's noise multiplier.
+    """
     if plan.runs == 1 or not plan.private:
         return ""
     epsilon = format_epsilon(compute_epsilon_over_runs(plan, runs=plan.runs))
-    return f", so that {plan.runs} runs like this one come to epsilon {epsilon}"
+    return f", so that {plan.runs} runs like this one compose to epsilon {epsilon}"
 
 
 def describe_calendar(plan: Plan) -> Iterator[str]:
-    """Yield sentences about the calendar of a plan with several runs; the first sentence is a summary."""
+    """Yield the sentences that describe the calendar of a plan with several runs, starting with a summary."""
     window = compute_max_runs_per_person(plan)
     most = plan.runs if window is None else min(window, plan.runs)
     often = _OFTEN[plan.cohorts.period] if plan.cohorts else pluralize(plan.runs, "run")
@@ -104,9 +107,9 @@ def describe_calendar(plan: Plan) -> Iterator[str]:
     cap = filter.find_tightest_cap(many, more=plan.full_event, reference=plan.full_event, delta=plan.delta, digits=3)
     yield f"A new ledger for these runs needs a lifetime cap (max_epsilon) of {cap:.12g}, by its privacy filter."
     if plan.cohorts and (window is None or window > plan.runs):
-        who = "who have no date or came before it," if window is None else f"of {pluralize(window, 'period')}"
+        who = "without a date or from earlier cohorts" if window is None else f"of {pluralize(window, 'period')}"
         yield (
             f"CAUTION: the window admits people {who} to more runs than privacy.planned_runs = {plan.runs}. "
-            f"Sites with a cap for {pluralize(plan.runs, 'run')} refuse the next one: give the window a start, or "
-            "fewer periods."
+            f"Sites with a cap for {pluralize(plan.runs, 'run')} refuse the next run: set a start for the window, "
+            "or use fewer periods."
         )

@@ -1,6 +1,7 @@
 """Drift detection on recent records, by a z-test on the noised held-out scores of a series of renewals.
 
-Guarantee: post-processing of noised releases that the runs have already paid for, so it has no further privacy cost.
+Guarantee: post-processing of noised releases that the runs have already paid for, so the test has no further privacy
+cost.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class HeldOut:
 class Fall:
     """Result of the drift test: the change from the mean score of all earlier runs to that of the newest two.
 
-    `smallest` is the drop that the test detects with 80 % power.
+    `found` is True if the drop is significant, and `smallest` is the smallest drop that the test detects with 80 %
+    power.
     """
 
     change: float
@@ -53,7 +55,7 @@ def pool_held_out_scores(
     parts = [(sizes[site], *shares) for one in rounds for site, shares in one.site_scores.items()]
     scores, units = sum(size * score for size, score, _ in parts), sum(size * count for size, _, count in parts)
     deviation = noise * math.sqrt(2 * len(parts))
-    if units <= 5 * deviation:  # the mean would be dominated by noise
+    if units <= 5 * deviation:  # noise would dominate the mean
         return None
     mean, each_round = scores / units, units / sum(bool(one.site_scores) for one in rounds)
     # Variance of the noise in both sums, plus sampling variance of the held-out units: at most p (1 - p) per score.
@@ -62,8 +64,7 @@ def pool_held_out_scores(
 
 
 def detect_score_drop(line: Sequence[HeldOut]) -> Fall | None:
-    """Test for a score drop in the newest two runs against all earlier runs (with only two runs: the newest against the
-    other).
+    """Test whether the newest two runs score lower than all earlier runs (with only two runs, compare these two).
 
     A one-sided z-test on means, at a false alarm rate of 5 %, or less if runs share held-out records.  `line` is
     ordered from the oldest run to the newest.  Returns None for fewer than two runs.

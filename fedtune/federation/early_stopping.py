@@ -16,7 +16,7 @@ from fedtune.formatting import convert_infinite_to_none
 from fedtune.privacy.release import Reason
 from fedtune.spec import spec
 
-if TYPE_CHECKING:  # importing it loads adapter code, which a reader of reports does not need
+if TYPE_CHECKING:  # its import loads adapter code, which reports do not need
     from fedtune.federation.lead import RoundResult
 
 
@@ -28,8 +28,8 @@ class Kept:
         round: the round that produced the run's adapter.
         primary_metric: the metric used for the selection.
         score: the score of that round on the lead's validation file; None if it is not finite.
-        ended_early: whether early stopping (`federation.early_stopping_patience` rounds without a better score) ended
-            the run before its last round.
+        ended_early: whether early stopping ended the run before its last round, after
+            `federation.early_stopping_patience` rounds without a better score.
     """
 
     round: int
@@ -70,7 +70,7 @@ def count_rounds(rounds: Sequence[RoundResult], federation: FederationSpec) -> i
 
 
 def should_stop(rounds: Sequence[RoundResult], federation: FederationSpec, *, primary_metric: str) -> bool:
-    """Return True if a run with these finished rounds is complete and starts no further round."""
+    """Return True if the run ends after these finished rounds, by early stopping or because no round is left."""
     if is_budget_used_up(rounds):
         return True
     kept = find_kept_round(rounds, federation, primary_metric=primary_metric)
@@ -87,8 +87,9 @@ def is_budget_used_up(rounds: Sequence[RoundResult]) -> bool:
 
 
 def explain_used_up(rounds: Sequence[RoundResult], federation: FederationSpec) -> str:
-    """Explain which round is missing because sites exhausted their plan, and which setting avoids it; empty if none is
-    missing.
+    """Explain why a round is missing after sites exhausted their plan; empty if no round is missing.
+
+    The text names these sites and the setting that avoids the problem.
     """
     if not is_budget_used_up(rounds):
         return ""
@@ -102,7 +103,7 @@ def explain_used_up(rounds: Sequence[RoundResult], federation: FederationSpec) -
 
 
 def warn_of_interrupted_round(round: int) -> str:
-    """Return the warning about an interrupted round for a resumed run."""
+    """Return the warning that a resumed run prints about its interrupted round."""
     return (
         f"Round {round} was interrupted: sites that were charged for it but did not answer are charged again. If no "
         "spare round is left (federation.spare_rounds), their plan will lack its last round."

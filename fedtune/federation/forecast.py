@@ -1,4 +1,4 @@
-"""Forecast of a run's time and traffic from the model and dummy examples; it reads no record."""
+"""Forecast of a run's duration and traffic, measured with the model on dummy examples; no record is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Invitation of sites to a run, and their answers, before any budget is charged."""
+"""Invitation of sites to a run, and evaluation of their answers, before any budget is charged."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ class Answers:
     """Answers of the sites to an invitation, grouped into offers, refusals and silent sites."""
 
     offers: Mapping[str, Offer]  # site -> its offer, for the whole plan or for a part of it
-    refusals: Mapping[str, Refusal]  # site -> its refusal; it may await a person's approval
+    refusals: Mapping[str, Refusal]  # site -> its refusal, which may be temporary until a person approves the run
     silent: Mapping[str, str]  # site -> the reason why it counts as silent
 
     def require_enough(self, federation: FederationSpec, *, takes_part: Callable[[Offer], object]) -> None:
         """Check that at least `federation.least_sites` sites made an offer that `takes_part` accepts.
 
         Raises:
-            RefusedError: the policies and budgets of the sites leave fewer than `least_sites`.
-            RunError: too few sites have answered so far.
+            RefusedError: too many sites refuse by policy or budget for `least_sites` to take part.
+            RunError: too few sites accept, but silent or undecided sites may still accept.
         """
         ready = [site for site, offer in self.offers.items() if takes_part(offer)]
         if len(ready) >= federation.least_sites:
@@ -62,7 +62,7 @@ class Answers:
         refused = [*less, *(site for site, refusal in self.refusals.items() if refusal.reason.is_final)]
         error = RefusedError if len(federation.active) - len(refused) < federation.least_sites else RunError
         others = {site: refusal.as_text for site, refusal in self.refusals.items()} | dict(self.silent) | less
-        too_few = federation.explain_too_few(len(ready), "would take part", others=others)
+        too_few = federation.explain_too_few(len(ready), "accepted the invitation", others=others)
         raise error(f"{too_few}; nothing was charged for this run")
 
 

@@ -85,21 +85,21 @@ class LeadState:
     unanswered: Mapping[str, int] = field(default_factory=dict)  # site -> rounds requested since that receipt
     rounds: tuple[RoundResult, ...] = ()  # one result for each finished round
     seconds: float = 0.0  # wall time so far, over all starts of the run
-    metrics_before: Scores = field(default_factory=dict)  # of the initial adapter on the test file
+    metrics_before: Scores = field(default_factory=dict)  # scores of the initial adapter on the test file
     # the entry in `run.json` about the adapter that the run started from; None: a freshly initialized adapter
     start_adapter: Mapping[str, Any] | None = None
     data_changed: tuple[str, ...] = ()  # simulated sites whose records had changed when the run was resumed
 
     @property
     def kept_adapter(self) -> Adapter:
-        """The adapter of the selected round, which the run would keep if it ended now."""
+        """The adapter of the round that checkpoint selection prefers so far: the result if the run ended now."""
         return self.adapter if self.best is None else self.best
 
     @property
     def seconds_per_round(self) -> float | None:
-        """The expected duration of another round including its scores, in seconds; None after fewer than two rounds.
+        """The expected duration of the next round with its evaluation, in seconds; None before two finished rounds.
 
-        The first round is ignored because it includes one-time work.  The median leaves out interruptions.
+        The first round is ignored because it includes one-time work.  The median is robust to interruptions.
         """
         ends = [datetime.fromisoformat(one.ended) for one in self.rounds]
         if len(ends) < 2:
@@ -138,7 +138,7 @@ class LeadState:
 
 
 def merge_receipts(one: Mapping[str, Receipt], other: Mapping[str, Receipt]) -> dict[str, Receipt]:
-    """Merge two mappings of receipts by site; the newer receipt of each site wins.
+    """Merge two mappings from site to receipt; the newer receipt of each site wins.
 
     If the keys of the two receipts differ, the ledgers differ too, and the receipt in `other` wins.
     """
@@ -170,7 +170,7 @@ def read_receipts(path: Path) -> dict[str, Receipt]:
 
 
 def save_receipts(path: Path, receipts: Mapping[str, Receipt]) -> None:
-    """Merge `receipts` into the file; the newer receipt of each site wins."""
+    """Merge `receipts` into the receipts file at `path`; the newer receipt of each site wins."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock_folder(path.parent):  # two runs of one lead may end at the same time
         newest = {site: receipt.to_json() for site, receipt in merge_receipts(read_receipts(path), receipts).items()}
@@ -185,20 +185,20 @@ class SiteCharge:
     """
 
     epsilon: float | None = None  # of the charged rounds, by PLD, at the plan's delta
-    epsilon_rdp: float | None = None  # the same by RDP
+    epsilon_rdp: float | None = None  # of the charged rounds, by RDP
     rounds: int  # charged rounds, including retries
-    # epsilon of the whole plan, by PLD, proved however the run ended; `epsilon` is proved only if the end of the run
-    # did not depend on its releases.
+    # epsilon of the whole plan, by PLD, valid regardless of how the run ended; `epsilon` is valid only if the end of
+    # the run did not depend on its releases
     planned_epsilon: float | None = None
     steps: int  # steps in the charged rounds
     sampling_rate: float
     noise_multiplier: float
     metrics_noise_multiplier: float
-    upper_bound: bool  # the site is silent, so every round requested since its last receipt counts as charged
+    upper_bound: bool  # the site is silent, so `rounds` includes every round requested since its last receipt
 
     @property
     def proven_epsilon(self) -> float | None:
-        """The proved epsilon however the run ended: that of the whole plan, or 0 if no round was charged."""
+        """The epsilon that is valid however the run ended: `planned_epsilon`, or 0 if no round was charged."""
         return self.planned_epsilon if self.rounds else self.epsilon
 
 
@@ -236,7 +236,7 @@ def compute_charged_epsilons(plan: Plan, rounds: int) -> tuple[float, float]:
     return accountant.epsilon_pld(spent, plan.delta), accountant.epsilon_rdp(spent, plan.delta)
 
 
-_KEPT = 2  # checkpoints
+_MAX_CHECKPOINTS = 2  # older checkpoints are deleted
 _ARRAY_FIELDS = ("adapter", "best", "strategy", "algorithm")  # of `LeadState`
 
 
@@ -266,8 +266,9 @@ class Checkpoints:
         return self._session.read_bytes() if self._session.exists() else b""
 
     def record_request(self, round: int, sites: list[str]) -> None:
-        """Append a round and its sites to the journal before the request is sent, because the sites may be charged for
-        it.
+        """Append a round and its sites to the journal.
+
+        Must be called before the requests are sent, because each requested site may be charged for the round.
         """
         line = json.dumps([round, sites]).encode() + b"\n"
         write_durably(self._asked, b"".join(self._complete_lines()) + line)
@@ -288,8 +289,9 @@ class Checkpoints:
             ) from error
 
     def save(self, state: LeadState) -> None:
-        """Write a checkpoint of `state` atomically and delete old checkpoints; a crash leaves the previous checkpoint
-        intact.
+        """Write a checkpoint of `state` and delete old checkpoints.
+
+        The write is atomic: after a crash, the previous checkpoint is intact.
         """
         best = None if state.best is None else state.best.tensors
         arrays = {
@@ -305,7 +307,7 @@ class Checkpoints:
             "fedtune": json.dumps(about, default=lambda one: one.to_json() if isinstance(one, Receipt) else asdict(one))
         }
         write_durably(self._folder / format_checkpoint_name(state.round), save_tensors(tensors, metadata=metadata))
-        for old in list_checkpoints(self._folder)[:-_KEPT]:
+        for old in list_checkpoints(self._folder)[:-_MAX_CHECKPOINTS]:
             old.unlink()
 
     def load(self) -> LeadState:
@@ -351,7 +353,7 @@ class Checkpoints:
 
 
 def _explain_recovery(found: Sequence[Path]) -> str:
-    """Return the recovery advice for a damaged newest checkpoint.
+    """Return the advice for recovering from a damaged newest checkpoint.
 
     A run resumed from the previous checkpoint repeats the requests of the later rounds, which are not charged again.
     """
@@ -361,7 +363,7 @@ def _explain_recovery(found: Sequence[Path]) -> str:
 
 
 def _list_non_array_fields() -> Mapping[str, Any]:
-    """Return the fields of `LeadState` without arrays, mapped to their types."""
+    """Return the names and types of the `LeadState` fields that contain no arrays."""
     hints = get_type_hints(LeadState)
     return {name: hint for name, hint in hints.items() if name not in _ARRAY_FIELDS}
 
@@ -387,7 +389,7 @@ class Aggregation(Protocol):
     """Interface of the lead's aggregation rule, plain or secure, which combines a round's updates into the next
     adapter.
 
-    The site's half is `_protect` in `site_round.py`.
+    The counterpart at a site is `_protect` in `site_round.py`.
 
     Attributes:
         session: the name of the current secure aggregation session; empty for plain averages.

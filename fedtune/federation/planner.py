@@ -1,9 +1,9 @@
-"""Price of a run in privacy, computed from public numbers alone; no record is read.
+"""Privacy cost of a run, computed only from public numbers; no record is read.
 
-`price` gives the cost of a plan by site and by round, and `price_alternatives` the cost of modified plans.
+`price` computes the cost of a plan by site and by round, and `price_alternatives` the cost of modified plans.
 `solve_rounds`, `solve_sampling_rate` and `find_least_noise` derive a plan from a target epsilon, on the coarse grid of
 the calibration.  `policy_dry_run.py` predicts whether a site would accept the plan; `forecast.py` estimates time and
-traffic, which need the model.
+traffic, for which the model must be loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError
 
 _MOST_POINTS = 20
-MOST_ROUNDS = 1_000_000  # the search for rounds ends here
+MOST_ROUNDS = 1_000_000  # upper limit of the search for the number of rounds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +47,7 @@ class RoundPrice:
 
     round: int
     steps: int
-    pld: float  # the reported figure
+    pld: float  # by PLD, the epsilon that reports show
     rdp: float  # at the best order for these rounds
     filter: float  # by the ledger's privacy filter, at the best order for the whole plan
     spare: bool  # whether this is a spare round, budgeted in case another round is interrupted
@@ -58,9 +58,9 @@ class Price:
     """Privacy cost of a plan; the default values apply to a plan without noise."""
 
     plan: Plan
-    sites: Mapping[str, SitePrice]  # site -> its price
-    # sites with the largest declared size: they have the most weight and the most expected failures, and delta should
-    # be below 1 / this size
+    sites: Mapping[str, SitePrice]  # site -> the cost of the plan there
+    # sites with the largest declared size, and thus the largest weight and the most expected failures; delta should be
+    # below 1 / this size
     largest: tuple[str, ...]
     rounds: tuple[RoundPrice, ...] = ()  # all rounds, or about twenty of them, always including the last
     epsilon: float = math.inf  # whole plan including spare rounds, by PLD; a run's report never shows more
@@ -69,7 +69,7 @@ class Price:
     epsilon_rdp: float = math.inf  # whole plan, by RDP
     epsilon_filter: float = math.inf  # the smallest lifetime cap of a new ledger that admits the plan
     filter_order: float | None = None  # the Renyi order for that cap
-    # epsilon of a single round, as an accountant that restarts each round would show it; no bound on the run
+    # epsilon of a single round, as an accountant that restarts in each round would report it; not a bound for the run
     epsilon_of_one_round: float = math.inf
     by_trust: Epsilons | None = None  # epsilon of the whole plan by adversary, if the sites share the noise
     calendar: tuple[CalendarRun, ...] = ()
@@ -87,7 +87,7 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """A modified plan with its price."""
+    """A modification of a plan, with the epsilon and the noise that it results in."""
 
     what: str  # a description of the modification
     plan: Plan  # the modified plan, with the noise multiplier of the original plan
@@ -170,7 +170,7 @@ def compute_signal_to_noise(plan: Plan, declared_sizes: Mapping[str, int], *, va
 
 
 def price_alternatives(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
-    """Price alternatives to a plan: more rounds, a smaller delta, larger batches, and half of `epsilon`.
+    """Compute the cost of alternatives to a plan: more rounds, a smaller delta, larger batches, and half of `epsilon`.
 
     Alternatives without a computable epsilon are skipped.
 

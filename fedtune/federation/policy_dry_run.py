@@ -27,7 +27,7 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import FedtuneError, RunError
 
-_LESS_NOISE = 0.97  # of the least noise that is accepted: so much less that the coarse grid leaves no doubt
+_LESS_NOISE = 0.97  # factor below the least accepted noise, with a margin above the error of the coarse grid
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,17 +40,17 @@ class DryRun:
         lead: the lead's public key.
         broken: every violated rule of the policy and the budget; empty: the site would accept the run.
         ledger: "read", "new" (no file yet; the site would create one), or "in doubt" (inconsistent).
-        taken: the epsilon charged so far or reserved for open runs, by the privacy filter.
-        would_be: the epsilon including the whole plan of this run, by the privacy filter.
+        taken: the epsilon that is charged or reserved for open runs, as computed by the privacy filter.
+        would_be: the sum of `taken` and the whole plan of this run, as computed by the privacy filter.
         max_epsilon: the lifetime cap; infinite: no cap.
         runs_left: the number of further runs of this kind under the lifetime cap; None without a cap.
-        most_rounds: the largest number of rounds, up to the run's own, that the site would accept.
-        least_noise: the smallest noise multiplier, from the run's own upwards, that the site would accept; None: more
-            noise alone does not help.
-        note: an additional remark, in one sentence.
+        most_rounds: the largest number of rounds that the site would accept, at most that of the run.
+        least_noise: the smallest noise multiplier that the site would accept, at least that of the run; None: the site
+            would refuse the run at every noise multiplier.
+        note: a warning outside the policy rules, such as an unreadable ledger; an empty string if there is none.
         most_epsilon: the largest `privacy.epsilon`, up to `MOST_EPSILON`, that the site would accept for an otherwise
             unchanged plan; None: the site accepts no epsilon, or the search was not requested.
-        limit: the rule that a larger epsilon violates; None: no rule.
+        limit: the policy or budget rule that a larger epsilon would violate; None if there is no such rule.
     """
 
     policy: str
@@ -105,7 +105,7 @@ def dry_run(
     budget: _PolicyBudget | None = None
     try:
         budget = _PolicyBudget(policy, read_history(files))
-    except FedtuneError as error:  # an inconsistent ledger: the site would train nothing
+    except FedtuneError as error:  # with an inconsistent ledger, the site does not start
         note = f"the site would refuse to start: {error}"
     against = budget.list_refusals(proposal) if budget else [Refused(Reason.SITE_ERROR)]
     wrong_size = _list_size_refusals(policy, proposal, declared_sizes)
@@ -137,7 +137,7 @@ def dry_run(
 
 
 class _PolicyBudget:
-    """Policy of a site and its remaining budget at one point in time."""
+    """A site's policy and the state of its ledger at one point in time, to test proposals against."""
 
     def __init__(self, policy: Policy, history: History) -> None:
         self._now = history.now()
@@ -148,7 +148,7 @@ class _PolicyBudget:
         self._rules = dataclasses.replace(policy, budget=uncapped)
 
     def list_refusals(self, proposal: Proposal) -> Iterator[Refused]:
-        """Yield every reason of the ledger to refuse `proposal`."""
+        """Yield the refusals of `proposal` that follow from the ledger: its state and its remaining budget."""
         try:
             spending.require_usable_ledger(self._history)
         except Refused as refused:
@@ -203,7 +203,7 @@ class _PolicyBudget:
         )
 
     def count_runs_left(self, plan: Plan) -> int | None:
-        """Count the further runs with this plan that fit under the lifetime cap; None without a cap."""
+        """Return the number of further runs with this plan that fit under the lifetime cap; None without a cap."""
         return spending.count_remaining_runs(
             self._history, self._policy, plan.full_event, self._now, admitted=plan.cohorts
         )

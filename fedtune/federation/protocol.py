@@ -25,12 +25,12 @@ _MOST_ROUNDS = 1 << 31  # far above any plan
 _SHA256, _NONCE = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
 _SOFTWARE = re.compile(r"[\w.+-]{1,80}", re.ASCII)
 OTHER_PROTOCOL = re.compile(r"protocol \d{1,10} \(fedtune [\w.+-]{1,80}\): upgrade the (site|lead)", re.ASCII)
-"""The form of a refusal of another protocol version.  It is unsigned, so the lead shows only text of this form."""
+"""Pattern of the text in a refusal from a site with another protocol version.  The refusal is unsigned, so the lead
+prints its text only if it matches this pattern."""
 
 
 def explain_upgrade(*, site: int, lead: int) -> str:
-    """Return which side must be upgraded before a site and a lead can communicate; empty if their protocol versions are
-    equal.
+    """Return the advice to upgrade the side with the older protocol version; empty if both versions are equal.
 
     Versions and builds of fedtune with the same protocol version are compatible, even within one run.
     """
@@ -45,8 +45,8 @@ class Signed:
     signature: str
 
 
-class _Word(ABC):
-    """A message from a lead, signed for a single purpose."""
+class _LeadMessage(ABC):
+    """Base class of the lead's signed messages; the signature is valid only for the purpose of the message type."""
 
     __slots__ = ()
     purpose: ClassVar[str]
@@ -58,7 +58,7 @@ class _Word(ABC):
 
     @abstractmethod
     def _to_json(self) -> dict[str, Any]:
-        """Return the fields as a JSON object, the content that is signed."""
+        """Return the fields as a JSON object, the content that the signature covers."""
 
     @classmethod
     @abstractmethod
@@ -91,8 +91,8 @@ class _Word(ABC):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Question(_Word):
-    """A message from the lead to one site about a run."""
+class _RunMessage(_LeadMessage):
+    """Base class of the lead's messages to one site about a proposed run."""
 
     proposal: Proposal  # the proposal of the run
     site: str  # the name of the receiving site
@@ -118,7 +118,7 @@ class _Question(_Word):
 
     @classmethod
     def _from_json(cls, fields: dict[str, Any]) -> Self:
-        # Every protocol version keeps these two fields and the form of a refusal.
+        # These two fields and the format of a refusal are identical in every protocol version.
         spoken, software = fields.pop("protocol", None), fields.setdefault("software", "unknown")
         _require("protocol", type(spoken) is int and 0 < spoken < _MOST_ROUNDS)
         _require("software", type(software) is str and _SOFTWARE.fullmatch(software))
@@ -137,20 +137,20 @@ class _Question(_Word):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Invitation(_Question):
+class Invitation(_RunMessage):
     """The lead's invitation of a site to a run, sent before any site is charged."""
 
     purpose: ClassVar[str] = "invitation"
     round: ClassVar[int] = 0  # no round is charged
     nonce: str  # 32 random hex digits, repeated in the offer
-    less: bool = False  # whether a site should offer a part of the plan if its budget cannot cover the whole plan
+    less: bool = False  # whether a site may offer fewer rounds or more noise if its budget cannot cover the whole plan
 
     def _check(self) -> None:
         _require("nonce", _NONCE.fullmatch(self.nonce))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RoundRequest(_Question):
+class RoundRequest(_RunMessage):
     """The lead's request to one site for one round of training."""
 
     purpose: ClassVar[str] = "round request"
@@ -161,7 +161,7 @@ class RoundRequest(_Question):
     session: str = ""  # the lead's name for the secure aggregation session; empty for plain aggregation
 
     def _to_json(self) -> dict[str, Any]:
-        return _Question._to_json(self) | {"receipt": self.receipt and self.receipt.to_json()}
+        return _RunMessage._to_json(self) | {"receipt": self.receipt and self.receipt.to_json()}
 
     def _check(self) -> None:
         _require("round", 1 <= self.round < _MOST_ROUNDS)
@@ -203,7 +203,7 @@ def derive_terms(proposal: Proposal, *, members: Mapping[str, str], length: int)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SumRequest(_Question):
+class SumRequest(_RunMessage):
     """The lead's request for a step of secure aggregation other than the upload, which is part of a round's update."""
 
     purpose: ClassVar[str] = "step of secure aggregation"
@@ -225,8 +225,8 @@ def hash_parts(parts: Iterable[bytes]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EndOfRun(_Word):
-    """The lead's notice of the end of a run, upon which a site releases the run's unused reservation."""
+class EndOfRun(_LeadMessage):
+    """The lead's notice that a run has ended; the site then releases the run's unused reservation."""
 
     purpose: ClassVar[str] = "end of run"
     run: str
@@ -249,7 +249,7 @@ class EndOfRun(_Word):
 
 def _require(key: str, right: object) -> None:
     if not right:
-        raise ConfigError(key, "an invalid value", "must have the declared type and be in range")
+        raise ConfigError(key, "an invalid value", "must have the field's type and be within its range")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -262,7 +262,7 @@ class Reply:
     def is_signed(self) -> bool:
         """Return True if the receipt has a valid signature over exactly this answer.
 
-        No relay, including the federation's server, can therefore change an answer.
+        The signature prevents relays, including the federation's server, from changing an answer.
         """
         try:
             return (
@@ -270,12 +270,12 @@ class Reply:
                 and self.receipt.reply == compute_answer_digest(self.body)
                 and self.receipt.has_valid_signature()
             )
-        except Exception:  # arrays of texts, for instance: numpy alone raises five kinds
+        except Exception:  # malformed arrays, for example; numpy alone raises five types of exceptions
             return False
 
     @property
     def about(self) -> tuple[str, str, int]:
-        """The site, run and round (0: before the run) in the answer; authentic only if `is_signed`."""
+        """The site, run and round that the answer names (round 0: invitation); authentic only if `is_signed()`."""
         return self.body.site, self.body.run, self.body.round
 
 

@@ -1,4 +1,4 @@
-"""Replies to a round at the lead: the stopping rule for stragglers, and the validation of updates."""
+"""Handling of a round's replies at the lead: the stopping rule for stragglers, and the validation of updates."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INVALID_UPDATE = "invalid_update"
 NO_REPLY = "no_reply"
 LEFT_OUT = "left_out"  # the site is excluded, because its shares in secure aggregation were wrong
 NOT_SUMMED = "not_summed"  # the site was charged, but its upload is not in the sum
-UNSIGNED_REPLY = "unsigned_reply"  # no signature, or a signature for another round, which proves no charge
+UNSIGNED_REPLY = "unsigned_reply"  # unsigned, or signed for another round, so that it does not prove a charge
 _MOST_SHARE = 1e9
 """The largest plausible noised score or count, as a share of the declared size."""
 BEYOND_PLAN = "beyond_plan"  # the update is further from the sent adapter than the plan's training allows
@@ -34,7 +34,7 @@ BEYOND_PLAN = "beyond_plan"  # the update is further from the sent adapter than 
 
 @dataclass
 class StoppingRule:
-    """Rule for when to stop waiting for stragglers; it depends on who has answered, never on the content of an answer.
+    """Rule that ends the wait for stragglers.  It depends only on which sites have answered, never on update values.
 
     The wait ends `straggler_grace_s` seconds after either of two events: `enough_sites` usable answers have arrived, or
     `least_sites` usable answers have arrived and all other sites are idle (offline, paused, awaiting a person's
@@ -83,7 +83,7 @@ class _Outcome:
 class RoundReplies:
     """Replies to a round, each validated on arrival.
 
-    An update is valid if it is signed by its site and within the reach of the plan's training.
+    An update is valid if its site signed it, and its distance from the sent adapter is possible under the plan.
     """
 
     proposal: Proposal  # the proposal of the run
@@ -136,9 +136,7 @@ class RoundReplies:
         return [(site, self._outcomes.get(site, why)) for site, why in silent.items()]
 
     def _validate_reply(self, site: str, reply: Reply) -> tuple[_Outcome, Tensors | Masked | None]:
-        """Validate a reply; return its outcome, and the adapter of a valid update or the upload to secure
-        aggregation.
-        """
+        """Validate a reply; return the outcome, and the trained adapter or the masked upload if the update is valid."""
         body, own = reply.body, reply.is_signed()
         about_this = reply.about == (site, self.proposal.run, self.round)
         if isinstance(body, Refusal):
@@ -164,7 +162,7 @@ class RoundReplies:
 
 
 def _are_valid_scores(plan: Plan, scores: tuple[float, float] | None) -> bool:
-    """Return True if scores are present exactly if the plan releases them, and within a plausible range.
+    """Return True if the scores are plausible, and present exactly if the plan releases scores.
 
     Scores and counts are shares of the declared size.
     """

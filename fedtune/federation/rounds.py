@@ -43,8 +43,8 @@ def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
     """Run the remaining rounds of a run and return its final state.
 
     Raises:
-        RunError: fewer than `min_sites` sites would take part or sent an update; the run can be resumed from the
-            previous checkpoint.
+        RunError: fewer than `min_sites` sites accepted the invitation or sent an update; the run can be resumed from
+            the previous checkpoint.
         RefusedError: too many sites refuse or have exhausted their plan for any round to succeed.
         StuckError: two consecutive rounds diverged; a resumed run would diverge again.
     """
@@ -71,12 +71,12 @@ def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
     state = _announce_end(transport, lead, state, adapter=state.kept_adapter if trained else None)
     lead.checkpoints.save(state)
     if not trained:
-        raise RunError(f"no round of run {lead.run} had a result; nothing was trained")
+        raise RunError(f"no round of run {lead.run} produced an update; nothing was trained")
     return state
 
 
 def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: Aggregation) -> LeadState:
-    """Run one more round and return the resulting state."""
+    """Run the next round and return the state after it."""
     round, started = state.round + 1, time.monotonic()
     sites = list(aggregation.prepare())
     lead.checkpoints.record_request(round, sites)
@@ -179,7 +179,7 @@ def describe_outcome(
     round: int,
     frozen: frozenset[str],
 ) -> RoundOutcome:
-    """Summarize a round for the algorithm at the lead, from public numbers alone.
+    """Build the summary of a round that the federated algorithm uses at the lead; it contains only public numbers.
 
     Args:
         average: the aggregated adapter.
@@ -221,7 +221,7 @@ def _roll_back(lead: Lead, state: LeadState, aggregation: Aggregation, scores: S
         StuckError: the previous round diverged as well.
     """
     shown = ", ".join(f"{name} {score:g}" for name, score in scores.items())
-    text = f"round {state.round + 1} diverged ({shown or 'the average has values that are not finite'})"
+    text = f"round {state.round + 1} diverged ({shown or 'the average contains non-finite values'})"
     if state.rounds and state.rounds[-1].diverged:
         rates = lead.training.suggest_lower_rates(clipped=lead.plan.private)
         lower = " ".join(f"training.{key}={rate:g}" for key, rate in rates.items())

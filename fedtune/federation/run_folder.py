@@ -1,6 +1,6 @@
 """The run folder `runs/<name>/`: its file layout, its lock, and its log.
 
-The module imports little, so that commands which only look up a file need not wait for torch.
+The module avoids slow imports, so that commands that only look up a file start without torch.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 class _LogFile(logging.FileHandler):
-    """A log handler that tolerates a full disk, because a logging error must neither end a run nor print anything."""
+    """Log handler that ignores write errors, such as a full disk, which must neither end a run nor print text."""
 
     full: str | None = None  # the full-disk error of a simulated site, whose refusal has no details
 
@@ -109,11 +109,11 @@ class RunFolder:
         environment: the hardware and software of the run.
         answers: the latest answer from each real site.
         site_reports: the folder of reports released by sites.
-        selection: the search to which the run belongs as a trial (`fedtune.privacy.selection`); in a folder of trials,
-            the privacy cost of the search per trial.
+        selection: the hyperparameter search that the run belongs to (`fedtune.privacy.selection`); in a folder of
+            trials, the privacy cost of the search per trial.
         audit: the findings of an audit of the run.
         exports: the hashes of exported files: file -> SHA-256.
-        audit_mark: a marker that the training data contain canaries, written before an audit trains.
+        audit_mark: the marker file that an audit writes before training, because its training data contain canaries.
     """
 
     def __init__(self, path: Path) -> None:
@@ -134,7 +134,7 @@ class RunFolder:
         self.audit_mark = path / "AUDIT.txt"
 
     def locate_sites(self, sites_dir: str | None) -> Path:
-        """Return the folder of a simulation's sites: `runtime.sites_dir`, or the run's own `sites`."""
+        """Return the folder of a simulation's sites: `sites_dir` if it is set, otherwise `sites` in the run folder."""
         return Path(sites_dir) if sites_dir else self.sites
 
     def create(self, config: bytes) -> list[Path]:
@@ -183,13 +183,13 @@ class RunFolder:
         return {str(name): str(digest) for name, digest in noted.items()}
 
     def record_export(self, target: Path) -> None:
-        """Record the hashes of an export's files, which the run's report lists."""
+        """Add the hashes of the exported files in `target` to exports.json, for the run's report."""
         new = hash_files(target, besides=(CARD, LABEL))
         noted = self.read_exports() | {f"{target.name}/{name}": digest for name, digest in new.items()}
         write_durably(self.exports, json.dumps(noted, indent=1).encode() + b"\n")
 
     def require_own_adapter(self, digest: str | None, *, key: str = "run folder", value: str | None = None) -> None:
-        """Check that the adapter with this digest is the result of this run, and that the run is not an audit.
+        """Check that an adapter with this digest is the result of this run, and that the run is not an audit.
 
         Raises:
             ConfigError: the adapter comes from an audit, or run.json has another digest.
@@ -213,7 +213,7 @@ class RunFolder:
     def has_begun(self) -> bool:
         """Return True if the folder contains a run with a checkpoint or a result.
 
-        Deletes the folder if a killed process left it without a checkpoint and no process is running it.
+        Otherwise deletes a run folder that a killed process left without a checkpoint.
         """
         if self.saved_checkpoints or self.result.exists():
             return True
@@ -227,7 +227,7 @@ class RunFolder:
         """Hold the lock of the folder, because two processes in one folder would mix their ledgers and checkpoints.
 
         Raises:
-            ConfigError: another process is running the folder.
+            ConfigError: another process runs the run of this folder.
         """
         with self.log.open("a") as held:  # the lock is released with the process, even if the process is killed
             try:

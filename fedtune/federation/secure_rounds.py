@@ -31,11 +31,12 @@ from fedtune.training.secure_server_step import take_secure_server_step
 log = logging.getLogger(__name__)
 
 _SESSIONS = 3
-"""Attempts to begin a session before the lead continues without a site or gives up; a site may restart during one."""
+"""Maximum number of attempts to begin a session, because a site may restart during an attempt.  Afterwards, the lead
+continues without that site or gives up."""
 
 MOST_LOST = 5
-"""Number of releases without a sum that ends a run: if two sites accuse each other, the lead cannot tell who is at
-fault."""
+"""The run ends after this number of releases without a sum: if two sites accuse each other of wrong shares, the lead
+cannot identify the site at fault."""
 
 
 class SecureSums:
@@ -60,12 +61,12 @@ class SecureSums:
         self.session, self.left_out = "", frozenset[str]()
         self._announced: tuple[bytes, ...] = ()  # the announcements, in the order of the members
         self._begun: KeyAgreement | None = None  # the current session; None before the first session
-        self._accused: set[frozenset[str]] = set()  # pairs of sites, one of which is at fault for a wrong share
+        self._accused: set[frozenset[str]] = set()  # pairs of sites with a wrong share: one is at fault
         if kept := lead.checkpoints.load_session():
             self._restore_session(kept)
 
     def _restore_session(self, kept: bytes) -> None:
-        """Restore the stored state after a restart; a session that does not match the terms is dropped."""
+        """Restore the state written by `_save_session`; a session that does not match the terms is dropped."""
         try:
             fields = parse_json(kept, key="session", bound="must be JSON")
             self.left_out = frozenset(map(str, fields["left_out"]))
@@ -77,7 +78,7 @@ class SecureSums:
             log.warning("the stored session of secure aggregation cannot be resumed: %s", error)
 
     def _save_session(self) -> None:
-        """Store the state, all of it public, for a restart of the lead."""
+        """Write the session state, which contains only public values, to disk for a restart of the lead."""
         fields = {
             "left_out": sorted(self.left_out),
             "accused": sorted(map(sorted, self._accused)),
@@ -108,7 +109,7 @@ class SecureSums:
         return state
 
     def restore(self, strategy: Arrays) -> None:
-        """Do nothing: the state of the optimizer is part of the run's state."""
+        """Do nothing, because the optimizer state is stored in `LeadState` and not in this object."""
 
     def combine(self, state: LeadState, replies: RoundReplies) -> AggregationResult:
         """Apply an optimizer step with the sum of the uploads; keep the previous adapter if the sum cannot be computed.
@@ -144,7 +145,7 @@ class SecureSums:
         return AggregationResult(adapter, sites, {**replies.failures, **failures}, strategy)
 
     def prepare(self) -> tuple[str, ...]:
-        """Return the members that can take part in a round, all in one session, before any site is charged.
+        """Return the members that have joined the current session, before any site is charged for the round.
 
         Begins a new session if there is none yet, or if a restarted member has lost its keys for the current session.
         If a member does not join the new session, the old session continues without that member.
@@ -171,7 +172,10 @@ class SecureSums:
         return ready
 
     def _rejoin(self) -> tuple[list[str], dict[str, Refusal | None]]:
-        """Return the sites in the current session, and the refusals of the other sites (None for no answer)."""
+        """Ask all members to rejoin the current session; return the sites that did, and the refusals of the others.
+
+        A refusal of None means that the site did not answer.
+        """
         if self._begun is None:
             return [], {}
         joined, missing = self._request_step(JOIN, self.session, dict.fromkeys(self._terms.sites, self._announced))
@@ -179,8 +183,9 @@ class SecureSums:
         return right, missing
 
     def _begin_session(self) -> dict[str, str]:
-        """Begin a session with keys from all members; return the sites that prevented it, with reasons (empty on
-        success).
+        """Begin a session with keys from all members.
+
+        Returns the sites that prevented it, with their reasons; empty on success.
         """
         why: dict[str, str] = {}
         for _ in range(_SESSIONS):
@@ -205,7 +210,7 @@ class SecureSums:
                 break
             other = (site for site, digest in joined.items() if digest != session.digest.encode())
             why = dict.fromkeys(other, "received different keys")
-        log.warning("a new session of secure aggregation could not begin: %s", why)
+        log.warning("a new session of secure aggregation could not be started: %s", why)
         return why
 
     def compute_total(self, round: int, uploads: Mapping[str, bytes]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
@@ -234,7 +239,9 @@ class SecureSums:
         finally:
             for holder, dealer in sorted(release.wrong_shares):
                 log.warning(
-                    "secure aggregation: wrong or missing share, dealt by site %s and held by site %s", dealer, holder
+                    "secure aggregation: a share dealt by site %s and held by site %s is wrong or missing",
+                    dealer,
+                    holder,
                 )
 
     def _exclude_suspect(self, dealer: str | None, wrong_shares: Iterable[tuple[str, str]]) -> None:
@@ -251,7 +258,7 @@ class SecureSums:
             (first, count), (_, next_count) = most  # a pair contributes two sites
             dealer = first if count > max(1, self._lead.asked.federation.colluders, next_count) else None
         if dealer is not None:
-            log.error("%s is excluded from all further secure aggregation: its shares are wrong", dealer)
+            log.error("%s is excluded from all further rounds: its secure aggregation shares are wrong", dealer)
             self.left_out |= {dealer}
         self._save_session()
 
@@ -301,4 +308,4 @@ def _add_messages(messages: Mapping[str, bytes], add: Callable[[str, bytes], Non
         try:
             add(site, data)
         except Rejected as rejected:  # an invalid message excludes only its sender
-            log.warning("message of site %s: %s", site, rejected)
+            log.warning("site %s sent an invalid message of secure aggregation: %s", site, rejected)

@@ -1,4 +1,4 @@
-"""Packing of a round's tensors for the sites: the adapter, and arrays that the algorithm sends.
+"""Packing of a round's tensors for the sites: the adapter and the arrays of the federated algorithm.
 
 The algorithm's arrays are additional tensors in the record of the adapter, so that one digest in the signed request
 covers both.
@@ -13,9 +13,7 @@ _PREFIX = "algorithm/"  # no tensor of an adapter begins with it
 
 
 def pack_adapter(adapter: Adapter, arrays: Arrays) -> Adapter:
-    """Pack the adapter and the algorithm's arrays into one adapter; return the adapter unchanged if there are no
-    arrays.
-    """
+    """Pack the adapter and the algorithm's arrays into one adapter; without arrays, return the adapter unchanged."""
     own = {f"{_PREFIX}{name}": value for name, value in arrays.items()}
     return Adapter({**adapter.tensors, **own}) if own else adapter
 
@@ -29,5 +27,5 @@ def unpack_adapter(sent: Adapter) -> tuple[Adapter, Arrays]:
 
 
 def pack_initial(adapter: Adapter, algorithm: LocalAlgorithm) -> Adapter:
-    """Pack the initial adapter and arrays for round 1; all rounds have the same names and shapes."""
+    """Pack the initial adapter and arrays for round 1; the names and shapes are those of every round."""
     return pack_adapter(adapter, algorithm.sent_arrays(algorithm.initial_arrays(adapter.tensors)))

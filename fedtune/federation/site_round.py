@@ -1,5 +1,6 @@
-"""One round at a site: check, reserve, train, commit, reply.  The site makes every decision and does not trust the
-server.
+"""One round at a site: check the request, reserve the charge, train, commit the update to the ledger, and reply.
+
+The site makes every decision itself and does not trust the server.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """A run that policy and budget allow, derived by the site from the lead's configuration."""
+    """A run that the site's policy and budget allow, as the site derives it from the lead's configuration."""
 
     proposal: Proposal  # derived from the configuration; requests with another proposal are refused
     template: Adapter  # an adapter with the names and shapes of the trained tensors
@@ -77,7 +78,7 @@ class Prepared:
 
 
 class Site(ABC):
-    """Interface of a site for one request; methods with an empty body are optional.
+    """Interface between the round protocol and a site; methods with an empty body are optional.
 
     Args:
         ledger: the site's ledger, opened with the site's policy.
@@ -101,7 +102,7 @@ class Site(ABC):
 
     @abstractmethod
     def prepare(self, proposal: Proposal) -> Prepared:
-        """Load the model and derive the plan of a run that the policy, the budget and a person allow; may be slow.
+        """Load the model and derive the plan of a run that policy, budget and approver have allowed; may be slow.
 
         Reads no record, because a request that is refused later must not reveal anything about the records.
 
@@ -135,11 +136,11 @@ class Site(ABC):
         """Store the final adapter of a run."""
 
     def await_approval(self, proposal: Proposal, *, software: str) -> None:  # noqa: B027
-        """Queue a run for approval by a person at the site; `software` is the fedtune version at the lead."""
+        """Add a run to the site's approval queue; `software` is the fedtune version at the lead."""
 
 
 def answer(site: Site, signed: Signed, adapter: Adapter) -> Reply:
-    """Answer a round request with an update, or with a refusal whose reason is from the closed list.
+    """Answer a round request with an update, or with a refusal that contains one of the fixed `Reason` codes.
 
     Guarantee: the site trains on records only after its ledger has durably charged the round.  No exception text leaves
     the site: an unexpected error becomes `site_error`, and its details stay in the site's log.  A sender that is not an
@@ -151,18 +152,18 @@ def answer(site: Site, signed: Signed, adapter: Adapter) -> Reply:
 
 
 def answer_invitation(site: Site, signed: Signed) -> Reply:
-    """Answer an invitation with an offer, or with a refusal whose reason is from the closed list.
+    """Answer an invitation with an offer, or with a refusal that contains one of the fixed `Reason` codes.
 
-    Guarantee: as for `answer`; in addition, nothing is charged or reserved.
+    Guarantee: the same as for `answer`.  In addition, an invitation charges and reserves no budget.
     """
     return _make_reply(site, signed, Invitation.from_signed, lambda asked: _make_offer(site, asked))
 
 
 def answer_step(site: Site, signed: Signed, parts: Sequence[bytes]) -> bytes | Refusal:
-    """Perform a step of secure aggregation and return its message, or a refusal whose reason is from the closed list.
+    """Perform a step of secure aggregation and return its message, or a refusal with one of the fixed `Reason` codes.
 
-    Guarantee: nothing is charged and no record is read; the answer depends only on keys, seeds and the lead's messages
-    (`fedtune.federation.secure`).
+    Guarantee: the step charges no budget and reads no record.  The answer depends only on keys, seeds and the lead's
+    messages (`fedtune.federation.secure`).
     """
     return _answer_or_refuse(site, signed, SumRequest.from_signed, lambda request: _run_step(site, request, parts))[1]
 
@@ -368,8 +369,8 @@ def _protect(
 ) -> Tensors | Difference | Masked:
     """Encode the result of training for the lead.
 
-    A plain update, which has the site's own noise, is rounded to bfloat16 if the run uses it; a share for secure
-    aggregation is masked with the session's masks.
+    A plain update contains the site's own noise and is rounded to bfloat16 if the run uses that format.  A share for
+    secure aggregation is masked with the session's masks.
     """
     if request.session:  # set if and only if the plan has secure aggregation
         assert trained.share is not None
@@ -414,7 +415,7 @@ def _describe_request(request: Request | None) -> str:
     if isinstance(request, Invitation):
         return "to take part"
     if isinstance(request, SumRequest):
-        return f"secure aggregation's step {request.step}"
+        return f"step {request.step} of secure aggregation"
     return f"round {request.round}" if request else "a message"
 
 
@@ -431,10 +432,10 @@ def _make_refusal(site: Site, request: Request | None, refused: Refused) -> Refu
 
 @contextmanager
 def _pad_duration(every_s: float) -> Iterator[None]:
-    """Pad the time spent on records to a multiple of `every_s` seconds, even on failure, because the duration reveals
-    the number of records.
+    """Pad the duration of the block to a multiple of `every_s` seconds, because it would reveal the number of records.
 
-    A refusal before this point needs no padding, because no record was read.
+    The duration is padded even if the block raises an exception.  A refusal before the block needs no padding, because
+    no record was read.
     """
     began = time.monotonic()
     try:

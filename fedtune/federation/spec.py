@@ -1,4 +1,4 @@
-"""Settings of a federation: sites, rounds, aggregation rule, and a public warm start."""
+"""Settings of a federation: sites, rounds, aggregation rule, and warm start on public records."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class FederationSpec:
             allows).
         spare_rounds: additional rounds covered by the noise calibration, so that an interrupted round can be retried,
             and an unreadable sum of secure aggregation can be replaced by another release.
-        early_stopping_patience: early stopping: end the run after this many rounds without a better score on the lead's
+        early_stopping_patience: end the run early after this many rounds without a better score on the lead's
             own validation file; null: run all rounds.  The unused budget of the sites is released; the run still claims
             the planned epsilon.
-        checkpoint_selection: checkpoint selection: the run keeps the adapter of the "last" round, or of the "best"
-            round by the score on that file.
+        checkpoint_selection: whether the result of the run is the adapter of the "last" round, or of the round with the
+            "best" score on that file.
         aggregation: "plain" averages the sites' updates, each with its own noise; "secure" sums the sites' noisy
             gradient sums so that the lead learns only the total, and the lead applies the optimizer step.  With
             "secure", rounds, steps, threshold and rates that are not set are chosen automatically
@@ -53,10 +53,11 @@ class FederationSpec:
         update_dtype: the number format of a plain update on its way to the lead: "bfloat16" sends the rounded
             difference to the adapter that the site received, "float32" takes twice the bytes.  Has no effect on secure
             aggregation, which sends integers.
-        threshold: the minimum number of sites in a sum of secure aggregation; null: as many as withstand a malicious
-            server, or, if training.local_steps is not set either, `enough_sites` or else all sites.
-        colluders: the number of sites that may reveal their noise to the server; in secure aggregation, the noise of
-            the other sites must suffice.
+        threshold: the minimum number of sites in a sum of secure aggregation; null: the smallest threshold that is
+            secure against a malicious server.  If training.local_steps is null too: `enough_sites`, or all sites if
+            that is null as well.
+        colluders: the number of sites that may collude with the server and reveal their noise to it.  In secure
+            aggregation, the guarantee then relies only on the noise of the other sites.
         algorithm: the federated algorithm, which determines local training at the sites and aggregation at the lead:
             "fedavg", "fedprox", "scaffold" or another algorithm of docs/adapters.md.  Updates are weighted by
             declared size.  The privacy guarantee is the same for every algorithm.
@@ -147,7 +148,7 @@ class FederationSpec:
 
     @property
     def bound_algorithm(self) -> LocalAlgorithm:
-        """The algorithm, with its own settings from this run."""
+        """The federated algorithm, configured with the run's `algorithm_settings`."""
         return get_algorithm(self.algorithm, self.algorithm_settings)
 
     @property
@@ -168,7 +169,7 @@ class FederationSpec:
 
     @property
     def uses_validation_scores(self) -> bool:
-        """Whether early stopping or checkpoint selection uses validation scores."""
+        """Whether the run uses early stopping or checkpoint selection, which need validation scores."""
         return self.early_stopping_patience is not None or self.checkpoint_selection == "best"
 
     @property
@@ -183,11 +184,11 @@ class FederationSpec:
         return tuple(name for name in self.names if name in chosen)
 
     def explain_too_few(self, count: int, did: str, *, others: Mapping[str, str]) -> str:
-        """Return an error text about fewer than `least_sites` sites, with the reasons of the other sites.
+        """Return the error text for a step with too few successful sites, including the reason of each other site.
 
         Args:
             count: the number of sites that succeeded.
-            did: what these sites did, for example "sent an update".
+            did: the predicate of the sentence about these sites, for example "sent an update".
             others: site -> the reason for its failure.
         """
         reasons = ", ".join(f"{site}: {why}" for site, why in others.items())
@@ -204,15 +205,15 @@ class PublicSpec:
     A value of null is chosen when the run is composed (docs/adapters.md).
 
     Attributes:
-        train_file: the public records, labeled like the sites' records.  Whoever sets this file declares that it is
-            public.  Null: no warm start.
+        train_file: a file of public records, labeled like the sites' records.  Setting this file is a declaration that
+            its records are public.  Null: no warm start.
         columns: the column for each role in this file, as in `data.columns`; null: the same columns.  A language model
             may read plain texts here ({text: body}) and other records at the sites.
         num_rounds: the number of rounds in the warm start; null: `federation.num_rounds`.
         local_steps: the number of optimizer steps in each round; null: `training.local_steps`.
-        learning_rate: the learning rate of the LoRA tensors in the warm start; null: a third of the rate without
-            privacy.
-        head_learning_rate: the learning rate of the task head in the warm start; null: likewise.
+        learning_rate: the learning rate of the LoRA tensors in the warm start; null: one third of the rate for training
+            without privacy.
+        head_learning_rate: the learning rate of the task head in the warm start; null: chosen by the same rule.
     """
 
     train_file: str | None = None

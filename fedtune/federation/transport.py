@@ -36,18 +36,18 @@ class Transport(Protocol):
         """Wait until `sites` are connected, and return all connected sites."""
 
     def invite(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Reply]]:
-        """Send invitations to a run."""
+        """Send invitations to a run and yield the replies of the sites."""
 
     def train(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Reply]]:
-        """Request updates of a round from sites."""
+        """Request the updates of a round and yield the replies of the sites."""
 
     def take_sum_step(
         self, questions: Sequence[Question], *, timeout_s: float
     ) -> Iterator[tuple[str, bytes | Refusal]]:
-        """Request a step of secure aggregation from sites."""
+        """Request a step of secure aggregation and yield the answers of the sites."""
 
     def end(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Receipt | None]]:
-        """Announce the end of a run; each answer is a receipt of the run's charges."""
+        """Announce the end of a run; each site answers with a receipt for its charges, or None."""
 
     def take_traffic(self) -> tuple[int, int]:
         """Return the payload bytes sent to the sites and received from them since the last call."""

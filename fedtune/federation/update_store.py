@@ -17,8 +17,9 @@ from fedtune.spec import RunError
 class UpdateStore:
     """On-disk store of updates with the names and shapes of `sent`, one flat float32 vector per site.
 
-    A context manager that deletes the store on exit; the next store removes files left by a killed process.  The folder
-    is readable only by its own user, and the lead sees every update anyway.
+    The store is a context manager that deletes its folder on exit; the next store removes files left by a killed
+    process.  Only the lead's user can read the folder.  The store reveals nothing new, because the lead receives every
+    update.
 
     Args:
         folder: the folder of this round; created, and emptied first.
@@ -47,15 +48,15 @@ class UpdateStore:
                 for name in self.sent.tensors:
                     file.write(np.ascontiguousarray(tensors[name], dtype="<f4").data)
         except OSError as error:
-            needed = f"{4 * self.sent.num_values} bytes for each site's update"
+            needed = f"{4 * self.sent.num_values} bytes per site"
             raise RunError(f"{self._folder} cannot store the updates ({error.strerror}): free {needed}") from error
 
     def read_values(self, site: str, *, start: int, count: int) -> npt.NDArray[np.float32]:
-        """Read `count` values of a site's update from index `start` on; shape (count,)."""
+        """Read `count` values of a site's update, beginning at index `start`; shape (count,)."""
         return np.fromfile(self._path(site), dtype="<f4", count=count, offset=4 * start)
 
     def build_adapter(self, values: npt.NDArray[np.float32]) -> Adapter:
-        """Reshape a flat vector of all values, in storage order, into an adapter; shape (num_values,)."""
+        """Reshape a flat vector of shape (num_values,), in storage order, into an adapter."""
         ends = np.cumsum([value.size for value in self.sent.tensors.values()])
         parts = np.split(values, ends[:-1])
         named = zip(self.sent.tensors.items(), parts, strict=True)

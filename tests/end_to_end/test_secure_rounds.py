@@ -271,7 +271,7 @@ def test_run_without_any_sum_releases_the_reserved_budgets(tmp_path: Path, monke
     fail_where(monkeypatch, Party, "unmask", lambda *_: True)
     outcome = run_command("simulate", *list_tiny_overrides(*SECURE, *FOUR, "federation.num_rounds=1", into=tmp_path))
     assert outcome.code == 1
-    assert "had a result; nothing was trained" in outcome.err
+    assert "produced an update; nothing was trained" in outcome.err
     for ledger in tmp_path.glob("run/sites/*/ledger.db"):
         assert verify(ledger).events[-1].detail["what"] == "run_ended", "its budget is free again"
 

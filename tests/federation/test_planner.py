@@ -247,7 +247,7 @@ def test_calendar_explains_planned_runs_and_warns_of_long_windows() -> None:
         "people of 3 periods to more runs than privacy.planned_runs = 2"
         in list(describe_calendar(make_plan(runs=2)))[-1]
     )
-    assert describe_shared_epsilon(make_plan(runs=3)) == ", so that 3 runs like this one come to epsilon 6.000"
+    assert describe_shared_epsilon(make_plan(runs=3)) == ", so that 3 runs like this one compose to epsilon 6.000"
     assert (
         describe_shared_epsilon(make_plan(runs=1))
         == describe_shared_epsilon(make_plan(runs=3, noise_multiplier=0.0))

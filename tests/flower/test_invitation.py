@@ -11,7 +11,7 @@ import pytest
 from flwr.app import ConfigRecord, Message
 
 from fedtune.federation.lead import LeadState, compute_site_charge
-from fedtune.federation.protocol import _Question
+from fedtune.federation.protocol import _RunMessage
 from fedtune.flower import flower_records
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.ledger.chain import Kind
@@ -32,7 +32,7 @@ def test_nothing_is_charged_when_too_few_sites_accept(federation: Any) -> None:
     made = federation(min_sites=3, policies={"site-2": {"budget": {"max_epsilon": 0.01}}})
     for _ in range(2):  # before, each try cost the others a round
         with pytest.raises(
-            RefusedError, match=r"2 of 3 sites would take part.*site-2: max_epsilon, asked .*nothing was"
+            RefusedError, match=r"2 of 3 sites accepted the invitation.*site-2: max_epsilon, asked .*nothing was"
         ):
             made.run()
     assert list_charged_sites(made) == []
@@ -52,10 +52,10 @@ def test_run_starts_with_enough_sites_and_still_asks_refusing_sites(federation: 
 def test_only_a_different_protocol_version_ends_a_run(
     federation: Any, monkeypatch: Any, ahead: int, older: str
 ) -> None:
-    made, to_json = federation(num_rounds=2), _Question._to_json
+    made, to_json = federation(num_rounds=2), _RunMessage._to_json
     state, other = made.run_until(1), {"protocol": WIRE_SCHEMA + ahead, "software": "0.2.1+7c1f09a4e2b5"}
     before = [made.events(site) for site in SITES]
-    monkeypatch.setattr(_Question, "_to_json", lambda asked: to_json(asked) | other)
+    monkeypatch.setattr(_RunMessage, "_to_json", lambda asked: to_json(asked) | other)
     for begun in (None, state) if older else ():
         with pytest.raises(ConfigError, match=f"site-1 uses protocol .*: upgrade the {older}"):
             made.run(begun)

@@ -1,7 +1,8 @@
 """Session setup for secure aggregation: terms, threshold, and one key per site, agreed before the first release.
 
-Nothing here trusts the lead.  A site accepts only members from its own roster, terms within its own limits, and keys
-signed by their owners; every later message is bound to the digest of these terms and keys (`KeyAgreement.digest`).
+No code in this module trusts the lead.  A site accepts only members from its own roster, terms within its own limits,
+and keys signed by their owners; every later message is bound to the digest of these terms and keys
+(`KeyAgreement.digest`).
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ MOST_SITES_OF_SUM = 20
 MOST_BITS = 64
 MOST_LENGTH = 1 << 28  # values of a vector
 KEY, CONFIRMATION, SHARES = "secure aggregation key", "secure aggregation survivors", "secure aggregation shares"
-"""Purposes of a site's signatures."""
+"""Purposes for which a site signs messages; a signature for one purpose is invalid for every other purpose."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class Wrong(StrEnum):
-    """Reason for rejecting a message from another party.
+    """Reason code for rejecting a message from another party.
 
-    The list is closed, so that no exception text leaves the site with a reason.
+    Only these codes leave the site, never the text of an exception.
     """
 
     MALFORMED = "malformed"
@@ -53,7 +54,7 @@ class Wrong(StrEnum):
 
 
 class Rejected(RefusedError):
-    """Rejection of a message from another party, with a reason from the closed list and no other text.
+    """Raised for an invalid message from another party; the error contains only a `Wrong` code and no other text.
 
     Attributes:
         wrong: the reason.
@@ -74,7 +75,7 @@ def compute_modulus_bits(num_sites: int, largest: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Terms:
-    """Terms of a run's secure aggregation, which the lead and every site derive from the run's proposal.
+    """Terms of a run's secure aggregation, derived independently by the lead and every site from the run's proposal.
 
     Attributes:
         run: the name of the run.
@@ -82,7 +83,8 @@ class Terms:
         members: site -> its public identity key (Ed25519, hex), for all participating sites.
         threshold: t, the number of sites that must help to unmask a release; also the minimum number of survivors.
         length: the number of values in a vector.
-        largest: a bound on the absolute value of every entry of a site's vector, exceeded with negligible probability.
+        largest: the largest absolute value of an entry in a site's vector; noise exceeds it with negligible
+            probability.
 
     Raises:
         ConfigError: a value is out of range.
@@ -132,8 +134,7 @@ class Terms:
         return hashlib.sha256(to_canonical_json(fields)).hexdigest()
 
     def check_survivors(self, survivors: Sequence[str]) -> None:
-        """Check that a list of survivors is sorted, has no duplicates, and contains only members and at least
-        `threshold` of them.
+        """Check that a list of survivors is sorted, has no duplicates, and contains at least `threshold` members.
 
         Raises:
             Rejected: the list violates one of these rules.
@@ -150,7 +151,7 @@ Demand = Callable[[Terms], None]  # raises Rejected for terms that a site does n
 
 
 def require_terms(terms: Terms, /, *, least_sites: int = 3, least_threshold: int = 3, colluders: int = 0) -> None:
-    """Check that the terms meet a site's own minimum requirements, whatever the lead proposes.
+    """Check that the terms proposed by the lead meet a site's own minimum requirements.
 
     The default minimum threshold is three, because each site of a sum of two learns the other site's vector by
     subtraction.
@@ -196,7 +197,7 @@ class Announcement:
         return replace(unsigned, signature=identity.sign(KEY, unsigned.to_bytes()))
 
     def to_bytes(self) -> bytes:
-        """Encode the announcement as it is sent; with an empty signature, the result is the signed content."""
+        """Encode the announcement as canonical JSON; with an empty signature, the result is the content to sign."""
         return to_canonical_json(asdict(self))
 
     def require_genuine(self, terms: Terms) -> None:

@@ -1,4 +1,4 @@
-"""A site's side of secure aggregation: one in-memory party per session, and the site's own requirements."""
+"""A site's side of secure aggregation: one in-memory `Party` per session, and the site's own requirements."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_NOTED = 64  # sessions with a promise on disk; the keys of older sessions 
 
 
 def make_promise_writer(path: Path) -> Keep:
-    """Return a function that durably stores the newest promise of each session in the file at `path`.
+    """Create a function that durably stores the newest promise of each session in the file at `path`.
 
     The file has one line of JSON per session, newest last, and is replaced atomically: after a crash it contains either
     the earlier promise or the new promise.  The new promise is flushed to disk before any answer that depends on it
@@ -37,10 +37,10 @@ _MOST_SESSIONS = 3  # sessions per run: the current session, and further session
 
 
 class Parties:
-    """The parties of a process by proposal digest and session name, oldest first.
+    """In-memory registry of a process's `Party` objects by proposal digest and session name, oldest first.
 
-    Each run has one current session.  Its previous session is kept, because a lead that cannot begin a new session
-    returns to it.  A restart deliberately loses all parties.
+    Each run has one current session.  The previous session is retained, because a lead that cannot begin a new session
+    returns to it.  Parties are deliberately not stored on disk, so a restart discards them.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Parties:
         return self.of_proposal.get(proposal, {}).get(session)
 
     def add(self, proposal: str, session: str, party: Party) -> None:
-        """Add a party, and evict the oldest idle sessions of its run or the oldest run when a limit is exceeded."""
+        """Add a party; if a limit is exceeded, evict the oldest idle sessions of its run, or the oldest run."""
         runs = self.of_proposal
         while proposal not in runs and len(runs) >= _MOST_RUNS:
             dropped = next((one for one in runs if one not in self.joined), next(iter(runs)))

@@ -25,7 +25,7 @@ TAG_BYTES = 16
 
 
 class MaskKey:
-    """A site's X25519 private key, kept only in memory, so that no backup can restore it."""
+    """A site's X25519 private key for one session; it exists only in memory, so that no backup can restore it."""
 
     def __init__(self) -> None:
         self._private = X25519PrivateKey.generate()
@@ -68,7 +68,7 @@ class PairSecrets:
         self._session, self._agreed = session, agreed
 
     def derive_mask_seed(self, site: str, other: str, *, release: int) -> bytes:
-        """Derive the seed of the mask that two sites share in one release; both sites derive the same seed."""
+        """Derive the seed of the mask that `site` and `other` share in one release; both derive the same seed."""
         return self._derive_key(other, "mask", release, *sorted((site, other)))
 
     def seal(self, text: bytes, *, sender: str, receiver: str, release: int) -> bytes:
@@ -95,10 +95,10 @@ class PairSecrets:
 
 
 def sum_masks(site: str, seeds: Mapping[str, bytes], *, length: int) -> npt.NDArray[np.uint64]:
-    """Compute the sum of the masks that `site` adds to its vector in a release, modulo 2**64; shape (length,).
+    """Compute the sum of all masks of `site` in a release, modulo 2**64; shape (length,).
 
-    Of two sites that share a mask, the first in name order adds it and the second subtracts it, so that the mask
-    cancels in their sum.  This also holds modulo every smaller power of two.
+    If two sites share a mask, the first site in name order adds it and the second site subtracts it, so that the mask
+    cancels in the sum of their vectors.  The masks also cancel modulo every smaller power of two.
 
     Args:
         site: the site that applies the masks.

@@ -4,7 +4,7 @@ A release takes three requests from the lead to each site:
 
     upload    (release)                              -> Upload: masked vector, sealed shares, digests of shares
     confirm   ConfirmRequest: survivors              -> Confirmation: signed
-    unmask    UnmaskRequest: confirmations, shares   -> Revealed: signed shares of the seeds that the sum needs
+    unmask    UnmaskRequest: confirmations, shares   -> Revealed: signed shares of mask seeds
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def read_announcement(data: bytes) -> Announcement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConfirmRequest:
-    """The lead's request to confirm the survivors of a release.
+    """The lead's request to confirm the survivors of a release, and base class of the later messages.
 
-    Every later message of the release repeats these fields; all messages are sent as canonical JSON.
+    Every later message of the release repeats these fields.  All messages are sent as canonical JSON.
     """
 
     session: str  # digest of the session
@@ -76,7 +76,7 @@ class ConfirmRequest:
         return ConfirmRequest(session=self.session, release=self.release, survivors=self.survivors)
 
     def require_confirmed(self, signatures: Mapping[str, str], terms: Terms) -> None:
-        """Check that each signature, by site, comes from a member and covers exactly these survivors.
+        """Check that every signature in `signatures` (site -> signature) is from a member and covers these survivors.
 
         Raises:
             Rejected: a signer is not a member, or a signature is invalid.
@@ -168,25 +168,25 @@ class Revealed(ConfirmRequest):
             raise Rejected(Wrong.WRONG_SIGNATURE)
 
     def share(self, survivor: str, other: str) -> int | None:
-        """Return one share as an integer; None if it is missing."""
+        """Return the share of one seed as an integer; None if it is missing."""
         found = self.shares.get(survivor, {}).get(other)
         return None if found is None else int(found, 16)
 
 
 def list_needed_seeds(survivor: str, survivors: list[str], terms: Terms) -> list[str]:
-    """List the peers of a survivor's masks that must be removed from the survivors' sum.
+    """List the peers whose masks with `survivor` must be removed from the survivors' sum.
 
     These masks are the survivor's own mask and its shared masks with dropped sites.  Masks shared by two survivors
     cancel in the sum and are never revealed.  Shares dealt by a dropped site are never revealed either, so that its
-    upload stays masked if it arrives late.  Thus a site's own mask is revealed only if it survived, and its masks with
-    survivors only if it did not, never both.
+    upload stays masked if it arrives late.  Thus a site's own mask is revealed only if the site survived, and its masks
+    with survivors are revealed only if it dropped out, never both.
     """
     return [other for other in terms.sites if other == survivor or other not in survivors]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Upload:
-    """A site's masked vector, with the sealed shares for unmasking the sum."""
+    """A site's masked vector, with encrypted shares of its mask seeds for every member."""
 
     session: str
     release: int  # number of the release
@@ -223,20 +223,18 @@ class Upload:
 
 
 def compute_upload_size(num_sites: int, *, length: int, bits: int) -> int:
-    """Return the size in bytes of an upload of `length` values, which is equal for all sites of a run."""
+    """Return the size in bytes of an upload with `length` values, which is the same for all sites of a run."""
     shares = num_sites * ((num_sites + 1) * _DIGEST_BYTES + compute_sealed_size(num_sites))
     return len(_UPLOAD) + _HEAD.size + shares + compute_packed_size(length, bits)
 
 
 def compute_sealed_size(num_sites: int) -> int:
-    """Return the size in bytes of a ciphertext between two sites, which contains one share of each of the sender's
-    seeds.
-    """
+    """Return the size in bytes of a ciphertext between two sites, with a share of every seed of the sender."""
     return num_sites * SHARE_BYTES + TAG_BYTES
 
 
 def _split_pieces(data: bytes, start: int, count: int, size: int) -> tuple[tuple[bytes, ...], int]:
-    """Split `count` pieces of `size` bytes from offset `start` on; return the pieces and the end offset."""
+    """Read `count` pieces of `size` bytes, beginning at offset `start`; return the pieces and the end offset."""
     end = start + count * size
     return tuple(data[place : place + size] for place in range(start, end, size)), end
 

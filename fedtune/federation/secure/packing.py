@@ -37,13 +37,13 @@ def pack_residues(numbers: Residues, bits: int) -> bytes:
 
 
 def unpack_residues(data: bytes | memoryview, count: int, bits: int) -> Residues:
-    """Unpack `count` residues packed by `pack_residues`; shape (count,).
+    """Unpack `count` residues from the output of `pack_residues`; shape (count,).
 
     Raises:
         ValueError: the bytes have another length, or unused bits are set.
     """
     if len(data) != compute_packed_size(count, bits):
-        raise ValueError("length")
+        raise ValueError("the packed data has the wrong length")
     numbers = np.zeros((count, 8), np.uint8)
     octets, stored = -(-bits // 8), np.frombuffer(data, np.uint8)
     for start in range(0, count, _AT_ONCE):
@@ -51,7 +51,7 @@ def unpack_residues(data: bytes | memoryview, count: int, bits: int) -> Residues
         piece = stored[start * bits // 8 : start * bits // 8 + compute_packed_size(rows, bits)]
         rows_of_bits = np.unpackbits(piece, bitorder="little")
         if rows_of_bits[rows * bits :].any():
-            raise ValueError("bits beyond the last value")
+            raise ValueError("unused bits of the last byte are set")
         filled = np.packbits(rows_of_bits[: rows * bits].reshape(rows, bits), axis=1, bitorder="little")
         numbers[start : start + rows, :octets] = filled
     return numbers.view("<u8").reshape(-1).astype(np.uint64, copy=False)

@@ -40,14 +40,14 @@ from fedtune.privacy.keys import SigningKey
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SumConfirmation:
-    """A binding promise of a site, stored before the site answers.
+    """A site's binding promise for one release, written to disk before the site answers.
 
     Attributes:
         session: the digest of the session.
         release: the number of the release.
         survivors: the only set of survivors that the site will help to unmask in this release.
-        confirmed: whether the site has verified enough confirmations of this set from other sites.  If so, no other set
-            of the release can be unmasked by anybody; otherwise another set still may be.
+        confirmed: whether the site has verified confirmations of this set from at least the threshold of sites.  If it
+            is True, no other set of this release can ever be unmasked.  If it is False, another set may still be.
     """
 
     session: str
@@ -60,7 +60,7 @@ Keep = Callable[[SumConfirmation], None]  # durably stores a promise before the 
 
 
 class Party:
-    """Protocol state of one site in one session.
+    """State of one site in one session of the secure aggregation protocol.
 
     Args:
         site: the name of the site.
@@ -100,7 +100,7 @@ class Party:
     def join(self, announcements: Sequence[bytes]) -> str:
         """Accept the keys of all members, once, and return the digest of the session.
 
-        The digest is equal at all sites that accepted equal keys.
+        All sites that accepted the same keys return the same digest.
 
         Raises:
             Rejected: a key is missing or not signed by its owner, or this site has already joined with other keys.
@@ -117,9 +117,7 @@ class Party:
         return session.digest
 
     def require_open(self, release: int) -> None:
-        """Check that an upload to this release is still possible before any budget is spent; raise Rejected
-        otherwise.
-        """
+        """Check, before any budget is charged, that this release still accepts an upload; raise Rejected otherwise."""
         if self._joined is None:
             raise Rejected(Wrong.SESSION_DIFFERS)
         if not self._release < release < MOST_RELEASES:
@@ -209,9 +207,7 @@ class Party:
         return Revealed.create_signed(asked.asked, self._site, shares=given, identity=self._identity).to_bytes()
 
     def _open_shares(self, survivor: str, asked: UnmaskRequest, pairs: PairSecrets) -> dict[str, str]:
-        """Decrypt the shares of the seeds to remove from a survivor's upload; empty if the survivor sealed none for
-        this site.
-        """
+        """Decrypt a survivor's shares, and return those of the seeds to remove; empty if the ciphertext is invalid."""
         sealed = asked.get_shares_sealed_by(survivor)
         text = pairs.unseal(sealed, sender=survivor, receiver=self._site, release=asked.release)
         size, sites = shares.SHARE_BYTES, self._terms.sites

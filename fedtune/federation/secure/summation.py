@@ -1,5 +1,4 @@
-"""The lead's part in one release of secure aggregation: collect uploads, fix the survivors, request shares, unmask the
-sum.
+"""The lead's part in one release of secure aggregation, from the uploads of the sites to the unmasked sum.
 
 Every message from a site is validated before it changes any state, so that an invalid message excludes only its sender.
 """
@@ -28,7 +27,7 @@ from fedtune.spec import RunError
 
 
 def build_session(terms: Terms, announcements: dict[str, bytes]) -> KeyAgreement:
-    """Build the session from the announcements of the members, by member; every site builds an identical session.
+    """Build the session from the announcements (member -> announcement); every site builds an identical session.
 
     Raises:
         Rejected: an announcement is missing, duplicated or not genuine, or names another site than its sender; the
@@ -52,7 +51,7 @@ def _verify_announcement(terms: Terms, site: str, data: bytes) -> Announcement:
 
 
 class Unreadable(RunError):
-    """Failure to compute the sum of a release; a retry is a new release with other masks and other noise.
+    """Raised if the sum of a release cannot be computed; a retry is a new release with fresh masks and fresh noise.
 
     Attributes:
         site: the survivor that provably sent inconsistent shares; None if there were too few correct shares, in which
@@ -67,8 +66,8 @@ class Unreadable(RunError):
 class Summation:
     """State of one release at the lead.
 
-    The survivors are the sites that uploaded before the first `build_confirm_request`.  A restarted lead either feeds
-    the same messages to a new object or begins another release, because no site confirms other survivors for this
+    The survivors are the sites that uploaded before the first call of `build_confirm_request`.  A site confirms only
+    one set of survivors per release.  A restarted lead must therefore replay the same messages or begin another
     release.
 
     Attributes:
@@ -127,7 +126,7 @@ class Summation:
         self._confirmed[site] = confirmation.signature
 
     def build_unmask_request(self, site: str) -> bytes:
-        """Build the request to a member for its shares.
+        """Build the request that asks a member to reveal its shares.
 
         Raises:
             Unreadable: fewer sites than the threshold confirmed the survivors.
@@ -159,7 +158,7 @@ class Summation:
         """Unmask and return the sum of the survivors' vectors; shape (terms.length,), int64.
 
         Raises:
-            Unreadable: too few sites helped, or too few shares of a survivor's seed are correct.
+            Unreadable: too few sites revealed shares, or too few shares of a survivor's seed are correct.
         """
         if len(self._revealed) < self._terms.threshold:
             raise Unreadable(self._release, f"{len(self._revealed)} sites sent shares{self._threshold_clause}")
