@@ -1,4 +1,4 @@
-"""The only layer that depends on Flower: apps, strategies, grids and the simulation."""
+"""Integration of Flower, which no other layer imports: apps, strategies, grids and the simulation."""
 
 import os
 

@@ -1,7 +1,7 @@
-"""The lead's questions to its sites over a Flower server, each open until it is answered or times out.
+"""Grids that send the lead's questions to its sites over a Flower server, with retries until an answer or a timeout.
 
-A question is repeated when its site comes back online, when its answer was lost in transit, or while a person at the
-site has not decided yet.  Requests are idempotent: a site answers a repeated request with the same bytes and charges it
+A question is repeated if its site comes back online, if its answer was lost in transit, or if a person at the site has
+not approved the run yet.  Requests are idempotent: a site answers a repeated request with the same bytes and charges it
 once.
 
 `AskingGrid` implements the retries; its subclasses transport the messages.  `FlowerGrid` uses only Flower's public
@@ -26,18 +26,19 @@ from fedtune.spec import RunError
 
 log = logging.getLogger(__name__)
 
-_POLL_S, RECONNECT_S, _SAYS_SO_AGAIN_S = 0.2, 1.0, 15.0
+_POLL_S, RECONNECT_S = 0.2, 1.0
+_WORKING_AFTER_S = 15.0  # a site that refuses or waits has answered by then
 _LOST_S = 3.0  # delay before the retry for an incomplete answer
 CLOCKS_S = 120.0  # tolerated difference between the clocks of lead and server
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heard:
-    """Classification of an answer for its exchange."""
+    """Classification of a site's answer, which decides whether the question is repeated and the exchange goes on."""
 
     good: bool  # whether the answer is usable
     again_s: float | None = None  # delay before the question is repeated; None: the answer is final
-    idle: bool = False  # whether the exchange may end without another answer from this site
+    idle: bool = False  # whether the exchange may end before this site gives another answer
 
 
 @dataclass
@@ -53,32 +54,34 @@ class OpenQuestion:
     not_before: float = 0.0  # monotonic time of the next attempt, at the earliest
     asked: float = 0.0  # monotonic time of the last attempt
     provisional: Message | None = None  # an answer that a retry may change
-    idle: bool = False  # whether the provisional answer is idle, see `Heard`
+    idle: bool = False  # `Heard.idle` of the provisional answer
 
     @property
     def has_begun(self) -> bool:
-        """True if the site has been silent for `_SAYS_SO_AGAIN_S` seconds since the last request: it is working, and
-        may already be charged.
+        """True if the site has not answered for `_WORKING_AFTER_S` seconds after the last request.
+
+        Such a site is probably working on the request and may already have charged the round.
         """
-        return bool(self.message_ids) and time.monotonic() - self.asked >= _SAYS_SO_AGAIN_S
+        return bool(self.message_ids) and time.monotonic() - self.asked >= _WORKING_AFTER_S
 
 
 Questions = Mapping[int, OpenQuestion]
 Pulled = tuple[str, Message | None, bool]
-"""(message id of the question, the answer or None, whether the answer was lost in transit and can be sent again)."""
+"""Tuple of the question's message id, the answer (None if it is invalid), and whether the answer was lost in transit.
+"""
 
 
 class AskingGrid(ABC):
-    """Base class of the lead's grids; nodes are numbered 1, 2, ... in the order of `sites`, online or not.
+    """Base class of the lead's grids, which number the nodes 1, 2, ... in the order of `sites`, whether online or not.
 
     Args:
         sites: name -> the public part of the site's connection key, as PEM, from the roster.
-        hear: interprets an answer, given the node, the question and the answer.
+        hear: classifies an answer; its arguments are the node number, the question and the answer.
         closing: creates the rule that may end an exchange before its timeout.
     """
 
     troubles: tuple[type[Exception], ...]
-    """The exceptions that the methods below raise while the server is unreachable or overloaded."""
+    """Exceptions that the abstract methods raise while the server is unreachable or overloaded."""
 
     def __init__(
         self,
@@ -92,17 +95,18 @@ class AskingGrid(ABC):
 
     @abstractmethod
     def _list_nodes(self) -> Mapping[int, Any]:
-        """Return Flower's information about the online nodes, by number."""
+        """Return Flower's node information for each online node, by node number."""
 
     @abstractmethod
     def _push(self, message: Message) -> str | None:
-        """Send a question; return its message id, an empty id if the node is gone, or None if the message exceeds the
-        server's size limit.
+        """Send a question and return its message id.
+
+        The id is empty if the node no longer exists, and None if the message exceeds the server's size limit.
         """
 
     @abstractmethod
     def _pull(self, message_ids: Sequence[str], questions: Questions, *, left_s: float) -> Iterator[Pulled]:
-        """Yield the answers that have arrived."""
+        """Yield the answers to `message_ids` that have arrived at the server."""
 
     @abstractmethod
     def _recover(self, trouble: Exception, questions: Questions) -> None:
@@ -116,9 +120,7 @@ class AskingGrid(ABC):
         return sorted(self._list_nodes())
 
     def receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Send messages and yield the answers, until `timeout` seconds have passed or the stopping rule ends the
-        exchange.
-        """
+        """Send messages and yield the answers until the timeout (in seconds) or the end by the stopping rule."""
         open_ = {message.metadata.dst_node_id: OpenQuestion(message, set()) for message in messages}
         closing, good = self._closing(), 0
         deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
@@ -138,7 +140,7 @@ class AskingGrid(ABC):
         yield from [one.provisional for one in open_.values() if one.provisional and not one.has_begun]
 
     def _send_open_questions(self, questions: Questions, *, ttl: float) -> Mapping[int, Any]:
-        """Send every new or possibly lost question to its site if the site is online; return the online nodes."""
+        """Send every new or possibly lost question whose site is online; return the online nodes by number."""
         online, now = self._list_nodes(), time.monotonic()
         for number, node in online.items():
             question = questions.get(number)
@@ -168,7 +170,7 @@ class AskingGrid(ABC):
         for message_id, found, is_lost in self._pull_or_ask_again(list(asked), questions, left_s=left_s):
             number = asked.get(message_id)
             if number is None:
-                log.warning("an answer that matches no question of this run is ignored")
+                log.warning("ignoring an answer that matches no question of this run")
                 continue
             question = questions.get(number)
             if question is None:
@@ -205,14 +207,14 @@ class AskingGrid(ABC):
             raise
 
 
-class _Away(Exception):
+class _SuperLinkUnavailable(Exception):
     """The SuperLink is unreachable, or its answer is unreadable."""
 
 
 class FlowerGrid(AskingGrid):
     """Grid of sites behind unmodified SuperNodes, over the public Grid that Flower passes to a ServerApp."""
 
-    troubles = (_Away,)
+    troubles = (_SuperLinkUnavailable,)
 
     def __init__(self, grid: Grid, sites: Mapping[str, bytes], **rules: Any) -> None:
         super().__init__(sites, **rules)
@@ -222,24 +224,24 @@ class FlowerGrid(AskingGrid):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Do nothing: the connection belongs to Flower."""
+        """Do nothing, because Flower opens and closes the connection."""
 
     def _list_nodes(self) -> Mapping[int, Any]:
-        with _translate_errors_to_away():
+        with _translate_client_errors():
             online = {bytes(node.public_key): node for node in self._grid.get_nodes()}
         return {number: online[key] for key, number in self._numbers.items() if key in online}
 
     def _push(self, message: Message) -> str | None:
-        with _translate_errors_to_away():
+        with _translate_client_errors():
             ids = list(self._grid.push_messages([message]))
         return (ids[0] or "") if ids else None  # the public Grid returns no id for an oversized message
 
     def _pull(self, message_ids: Sequence[str], questions: Questions, *, left_s: float) -> Iterator[Pulled]:
-        with _translate_errors_to_away():
+        with _translate_client_errors():
             found = list(self._grid.pull_messages(message_ids))
         for answer in found:
             if answer.has_error():  # the app failed, for example because the site's process was not running
-                log.info("no answer (Flower error %d); asking again", answer.error.code)
+                log.info("no answer (Flower error %d); repeating the question", answer.error.code)
             yield answer.metadata.reply_to_message_id, answer, answer.has_error()
 
     def _recover(self, trouble: Exception, questions: Questions) -> None:
@@ -248,9 +250,9 @@ class FlowerGrid(AskingGrid):
 
 
 @contextmanager
-def _translate_errors_to_away() -> Iterator[None]:
-    """Turn every error of Flower's client, which has no public error classes, into `_Away`."""
+def _translate_client_errors() -> Iterator[None]:
+    """Convert every error of Flower's client, which has no public error classes, to `_SuperLinkUnavailable`."""
     try:
         yield
     except Exception as error:
-        raise _Away(type(error).__name__) from error
+        raise _SuperLinkUnavailable(type(error).__name__) from error

@@ -1,4 +1,4 @@
-"""Aggregation of plain updates by Flower's strategies, with the strategies' state for a checkpoint."""
+"""Aggregation of plain updates by Flower's strategies, whose server optimizer state is stored in checkpoints."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fedtune.flower.flower_records import ARRAYS, WEIGHT_KEY, build_weighted_rec
 from fedtune.model.adapter import Adapter
 
 _VALUES = "values"
-_PIECE_BYTES = 1 << 27  # size of a piece, over all sites
+_PIECE_BYTES = 1 << 27  # bytes that are aggregated at a time, summed over all sites
 
 
 class Average:
-    """Aggregation of plain updates, weighted by the declared `sizes`, with a Flower strategy."""
+    """Aggregation rule for plain updates: a Flower strategy with the declared `sizes` of the sites as weights."""
 
     session = ""
     left_out = ()
@@ -47,11 +47,10 @@ class Average:
         return AggregationResult(adapter, replies.sites, replies.failures, self.state)
 
     def average(self, round: int, arrived: UpdateStore, weights: Mapping[str, float]) -> Adapter:
-        """Aggregate the updates of a round piece by piece; the result is bit-identical to aggregating all values at
-        once.
+        """Aggregate the updates of a round in pieces that fit into memory.
 
-        Mean and median are computed element-wise.  A server optimizer receives the mean as a single update.  The order
-        of `weights` is the order of summation.
+        The result is bit-identical to aggregating all values at once, because mean and median are computed element-wise
+        and a server optimizer receives the mean as a single update.  The order of `weights` is the order of summation.
         """
         strategy = self._strategy
         optimizer = strategy if isinstance(strategy, FedAdam | FedAvgM) else None
@@ -74,7 +73,7 @@ class Average:
         else:
             optimizer.current_arrays = to_arrays(arrived.sent.tensors)
         update = Message(build_weighted_record(adapter.tensors, next(iter(weights.values()))), 1, "train")
-        # FedAdam computes in float64, but an adapter is float32.
+        # FedAdam computes in float64, but adapters have dtype float32.
         arrays = _require_arrays(optimizer.aggregate_train(round, [update]))
         return Adapter({name: value.astype(np.float32) for name, value in arrays.items()})
 

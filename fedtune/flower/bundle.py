@@ -1,9 +1,10 @@
 """The Flower app bundle for `flwr run`, which contains no code, and the lead's ServerApp.
 
-The bundle names modules that are installed on the lead's machine and at every site.  Thus no machine runs code that a
-server sends, and a site may keep its app folder read-only.
+The bundle refers to modules that are installed on the lead's machine and at every site.  No machine therefore runs code
+from a server, and a site can make its app folder read-only.
 
-In a simulation, the lead is the process that called `flwr run` (`local_engine.py`), and the ServerApp is its relay.
+In a simulation, the lead is the process that called `flwr run` (`local_engine.py`), and the ServerApp only relays the
+lead's messages to the nodes.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ def write_bundle(folder: Path) -> Path:
     """Write the app bundle into a new or empty folder and return the path of its file.
 
     Raises:
-        ConfigError: the folder is not empty; Flower would send its other files with the bundle.
+        ConfigError: the folder is not empty, so that Flower would send its other files with the bundle.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError("DIR", str(folder), "must be a new folder, or an empty one")
+        raise ConfigError("DIR", str(folder), "must be a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "pyproject.toml"
     file.write_text(_BUNDLE, encoding="utf-8")
@@ -59,17 +60,18 @@ def write_bundle(folder: Path) -> Path:
 
 
 LEAD_SOCKET = "FEDTUNE_SIMULATION"
-"""The environment variable with the Unix socket of a simulation's lead; a run's settings cannot set a socket."""
+"""Environment variable with the path of the Unix socket of a simulation's lead; a run's settings cannot change it."""
 NODES, PUSH, PULL = b"n", b"+", b"?"
-"""Commands of the lead to its relay: list the node ids; send a message and return its id; fetch the answer to an id,
-which is empty until it arrives."""
+"""Commands of the lead to its relay: list the node ids; send a message and return its id; fetch the answer to a message
+id (empty until the answer has arrived)."""
 
 Lead = Callable[[Path, Sequence[str], Callable[..., FlowerGrid]], None]
-"""A function that runs a lead, given the kit's folder, the run's settings, and a constructor for the grid."""
+"""Function that runs the lead; its arguments are the kit's folder, the run's settings and a constructor for the grid.
+"""
 
 
 def make_server_app(lead: Lead) -> ServerApp:
-    """Create a ServerApp that reads the file of `--run-config 'run="FILE"'` and calls `lead` with its content."""
+    """Create a ServerApp that calls `lead` with the content of the file named by `--run-config 'run="FILE"'`."""
     app = ServerApp()
 
     @app.main()
@@ -88,10 +90,10 @@ def make_server_app(lead: Lead) -> ServerApp:
 
 
 def relay(grid: Grid, line: Connection) -> None:
-    """Serve the commands of the lead at the other end of `line` in sequence; raise EOFError when the lead disconnects.
+    """Execute the commands that the lead sends over `line`, until an EOFError when the lead disconnects.
 
-    In a message to a node, the field for the message type has the form `<node> <kind>`; in an answer, it contains
-    Flower's error or is empty.
+    The message type field has the form `<node> <kind>` in a message to a node.  In an answer, it contains Flower's
+    error text, or an empty string on success.
     """
     while asked := line.recv_bytes():
         if asked == NODES:
@@ -110,7 +112,7 @@ def relay(grid: Grid, line: Connection) -> None:
 
 
 def read_run_file(path: Path) -> tuple[Path, tuple[str, ...]]:
-    """Read the kit folder of the lead and the settings of a run from a TOML file.
+    """Read the folder of the lead's kit and the settings of a run from a TOML file.
 
     Raises:
         ConfigError: a key is missing, unknown or invalid; the error names the file, the key and the accepted values.

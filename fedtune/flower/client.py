@@ -1,5 +1,6 @@
-"""A site's answers to the lead's messages; the same code serves a real site, a simulated site, and a site behind a
-socket.
+"""Dispatch of the lead's messages at a site.
+
+Real sites, simulated sites and sites behind a Unix socket share this code.
 """
 
 from __future__ import annotations
@@ -22,19 +23,18 @@ _Answer = Callable[[Site], RecordDict]
 
 
 def make_node_context(run_id: int, node_id: int, node_config: Mapping[str, int]) -> Context:
-    """Build the Flower context of a node."""
+    """Build the Flower context of a node, with an empty state."""
     return Context(run_id, node_id, dict(node_config), state=RecordDict(), run_config={})
 
 
-def make_answering(site_of: Callable[[str], Site], *, name: str) -> Answering:
-    """Create a function that answers messages for the site `name`.
+def make_answering(open_site: Callable[[str], Site], *, name: str) -> Answering:
+    """Create the function that answers the lead's messages for the site `name`.
 
-    The function never raises, regardless of the message, because Flower would send the type and text of an exception to
-    the server.
+    The function never raises an exception, because Flower would send its type and text to the server.
 
     Args:
-        site_of: opens the site with its ledger for a run with the given settings (unvalidated JSON; empty if the site
-            already has them); may raise.
+        open_site: opens the site with its ledger for a run with the given settings, and may raise any exception.  The
+            settings are unvalidated JSON, or an empty string if the site already has them.
         name: the name of the site.
     """
 
@@ -42,13 +42,13 @@ def make_answering(site_of: Callable[[str], Site], *, name: str) -> Answering:
         if kind == "query":
             return RecordDict({flower_records.SITE: ConfigRecord({"name": name})})
         if kind == f"query.{flower_records.END}":
-            return _end_run(site_of, content, name=name)
+            return _end_run(open_site, content, name=name)
         reason = Reason.MALFORMED_REQUEST
         try:
             with translate_panics():
                 answer, settings = _READERS[kind](content), flower_records.to_settings(content)
                 reason = Reason.SITE_ERROR
-                site = site_of(settings)
+                site = open_site(settings)
                 site.ledger.set_server_time(created_at)
                 return answer(site)
         except Exception:
@@ -60,13 +60,13 @@ def make_answering(site_of: Callable[[str], Site], *, name: str) -> Answering:
 
 
 class SiteApp:
-    """Flower app of a real site, which `site_of` opens."""
+    """Flower app of a real site; `open_site` opens the site for each message (see `make_answering`)."""
 
-    def __init__(self, site_of: Callable[[str], Site], *, name: str) -> None:
-        self.answering = make_answering(site_of, name=name)
+    def __init__(self, open_site: Callable[[str], Site], *, name: str) -> None:
+        self.answering = make_answering(open_site, name=name)
 
     def answer(self, message: Message) -> Message:
-        """Answer a message, regardless of its content; raise only for a message type without a reply in Flower."""
+        """Answer a message with any content; raises only for a message type that has no reply in Flower."""
         about = message.metadata
         content = message.content if message.has_content() else RecordDict()
         return Message(self.answering(about.message_type, about.created_at, content), reply_to=message)
@@ -80,13 +80,13 @@ class SiteApp:
             return None
 
 
-def _end_run(site_of: Callable[[str], Site], content: RecordDict, *, name: str) -> RecordDict:
+def _end_run(open_site: Callable[[str], Site], content: RecordDict, *, name: str) -> RecordDict:
     receipt = None
     try:
         with translate_panics():
             signed = flower_records.to_signed(content)
             adapter = flower_records.to_adapter(content) if flower_records.ADAPTER in content else None
-            receipt = end_run(site_of(""), signed, adapter)
+            receipt = end_run(open_site(""), signed, adapter)
     except Exception:
         log.exception("site %s could not end a run", name)
     return flower_records.from_receipt(receipt)

@@ -1,11 +1,11 @@
 """Conversion of fedtune's types to and from Flower's records; the only module with the keys of the wire format.
 
-Each function `to_...` is the inverse of `from_...` and raises ConfigError for malformed input, because messages are
-untrusted.  It does not validate the decoded values any further.
+Each `to_...` function is the inverse of the `from_...` function.  Messages are untrusted, so it raises ConfigError for
+malformed input, but it does not validate the decoded values.
 
 An update is sent as its canonical bytes (`Update.to_bytes` in `fedtune/privacy/release.py`), which its receipt signs
-and the ledger stores; an adapter is sent as safetensors.  Each is a single array of bytes, because Flower needs several
-calls for every array.
+and the ledger stores; an adapter is sent as safetensors.  Each is a single array of bytes, because Flower makes
+several calls per array.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ def _convert_to_config_error(content: RecordDict, key: str, bound: str) -> Itera
 
 
 def from_adapter(adapter: Adapter) -> ArrayRecord:
-    """Encode an adapter as a record, which several messages can share."""
+    """Encode an adapter as an `ArrayRecord`, which several messages can share."""
     return record_from_bytes(adapter.to_bytes())
 
 
 def to_adapter(content: RecordDict) -> Adapter:
-    """Decode the adapter in a message."""
+    """Decode the adapter from the content of a message."""
     with _convert_to_config_error(content, "message", "must contain an adapter"):
         return Adapter.from_bytes(read_record_bytes(content.array_records[ADAPTER]))
 
@@ -89,14 +89,14 @@ def from_question(question: Question, adapter: ArrayRecord | None) -> RecordDict
 
 
 def to_signed(content: RecordDict) -> Signed:
-    """Decode the lead's signed question in a message."""
+    """Decode the lead's signed question from the content of a message."""
     with _convert_to_config_error(content, "message", "must contain a signed request"):
         record = content.config_records[REQUEST]
         return Signed(text=str(record["json"]), signature=str(record["signature"]))
 
 
 def to_settings(content: RecordDict) -> str:
-    """Decode the JSON text of the run's configuration from a message; empty if there is none."""
+    """Decode the JSON text of the run's configuration from a message; an empty string if the message has none."""
     if SETTINGS not in content:
         return ""
     with _convert_to_config_error(content, "message", "must contain settings as text"):
@@ -106,10 +106,10 @@ def to_settings(content: RecordDict) -> str:
 def to_parts(content: RecordDict) -> list[bytes]:
     """Decode the attached protocol messages of a secure aggregation request."""
     parts: list[bytes] = []
-    with _convert_to_config_error(content, "message", "must contain messages of secure aggregation"):
+    with _convert_to_config_error(content, "message", "must contain secure aggregation messages as bytes"):
         for _, part in sorted(content.config_records[PARTS].items()):
             if type(part) is not bytes:
-                raise TypeError("bytes")
+                raise TypeError("a part must be bytes")
             parts.append(part)
     return parts
 
@@ -129,7 +129,7 @@ def to_step(content: RecordDict) -> bytes | Refusal:
             return body
     parts = to_parts(content)
     if len(parts) != 1:
-        raise ConfigError("message", len(parts), "must contain one message of secure aggregation")
+        raise ConfigError("message", len(parts), "must contain exactly one secure aggregation message")
     return parts[0]
 
 

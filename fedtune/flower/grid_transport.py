@@ -1,4 +1,4 @@
-"""Transport of the lead over a grid that yields each answer on arrival."""
+"""The lead's `Transport` over a Flower grid that yields each answer on arrival."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class GridTransport:
 
     def __init__(self, grid: StreamingGrid, nodes: Mapping[int, str] | None = None) -> None:
         self._grid, self._nodes = grid, dict(nodes or {})
-        self._bytes_down = self._bytes_up = 0  # since the last call of `traffic`
-        self._apart: dict[str, str] = {}  # site -> its protocol version, if it refused the lead's in the last exchange
+        self._bytes_down = self._bytes_up = 0  # since the last call of `take_traffic`
+        self._apart: dict[str, str] = {}  # site -> its protocol version, if it refused that of the lead
 
     def wait_for_sites(self, sites: Collection[str], *, timeout_s: float) -> Collection[str]:
         if not self._nodes:
@@ -77,8 +77,9 @@ class GridTransport:
 
     @contextmanager
     def explain_protocol_mismatch(self) -> Iterator[None]:
-        """Convert a RunError for too few sites to a ConfigError that names the sites with another protocol version, if
-        any.
+        """Convert a RunError for too few sites to a ConfigError if sites have another protocol version.
+
+        The error names these sites and their protocol versions.
         """
         try:
             yield
@@ -94,7 +95,7 @@ class GridTransport:
     ) -> Iterator[tuple[str, _T]]:
         numbers = {site: node_id for node_id, site in self._nodes.items()}
         self._apart = {}
-        # An adapter is encoded only once for all sites.
+        # Encode each adapter only once for all sites.
         adapters: dict[int, ArrayRecord] = {}
         messages = []
         for question in questions:
@@ -118,7 +119,7 @@ class GridTransport:
             unread = body.allowed or "" if isinstance(body, Refusal) and body.reason is Reason.MALFORMED_REQUEST else ""
             if OTHER_PROTOCOL.fullmatch(unread):
                 self._apart[site] = unread
-            # Flower's records form a reference cycle, which would keep the memory until a garbage collection.
+            # Flower's records form a reference cycle, which would hold the memory until the next garbage collection.
             for record in message.content.array_records.values():
                 record.clear()
             yield site, answer

@@ -1,4 +1,4 @@
-"""All uses of Flower's private interface; no other module uses it.
+"""All uses of Flower's private interface, isolated in this module.
 
 `Message` is re-exported for `fedtune.ops.wire`, which does not import Flower itself.
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def set_sender_ids(**numbers: int) -> None:
-    """Set the `run_id`, `node_id` or `task_id` of the sender in all messages that this process constructs."""
+    """Set the `run_id`, `node_id` or `task_id` that this process writes as the sender of all its messages."""
     for name, number in numbers.items():
         setattr(TaskIdentity, name, number)
 
@@ -51,12 +51,12 @@ def set_metadata(message: Message, **values: str | int) -> None:
 
 
 def get_http_client(client: rpc.ProtobufClient) -> httpx.Client:
-    """Return the httpx client of a Flower client."""
+    """Return the httpx client that a Flower client wraps."""
     return client._client
 
 
 class RunStarter(RuntimeHttpClient):
-    """Client for Flower's Runtime API, and for the one call of the Control API that the lead needs."""
+    """Client for Flower's Runtime API, extended by the Control API call that starts a run."""
 
     def start_run(self, request: control_pb2.StartRunRequest) -> control_pb2.StartRunResponse:
         return self._unary_unary(
@@ -68,7 +68,7 @@ class RunStarter(RuntimeHttpClient):
 
 
 def make_http_grid(server: str, token: str, client: RuntimeHttpClient) -> HttpGrid:
-    """Create Flower's grid over `client`, because the grid's own client presents no certificate."""
+    """Create Flower's grid with `client`, because the grid's default client presents no TLS certificate."""
     from flwr.superlink.grid import HttpGrid
 
     grid = HttpGrid(server, token=token)
@@ -79,7 +79,7 @@ def make_http_grid(server: str, token: str, client: RuntimeHttpClient) -> HttpGr
 def make_node_authentication(
     private: ec.EllipticCurvePrivateKey, public: ec.EllipticCurvePublicKey
 ) -> rpc.ProtobufClientInterceptor:
-    """Create an interceptor that signs each call of a node for Flower's server."""
+    """Create the interceptor that signs each call of a node to Flower's server."""
     from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
     return NodeAuthHttpInterceptor(private, public)
@@ -90,8 +90,8 @@ def create_superlink_app(
 ) -> tuple[Any, SqlLinkState]:
     """Create Flower's SuperLink as an ASGI application; return the application and its link state.
 
-    Nodes are authenticated, apps run in other processes, and nothing is installed.  All other endpoints are
-    unauthenticated, so the application needs a gate in front of it.
+    The SuperLink authenticates nodes, runs apps in other processes and installs no dependencies.  All other endpoints
+    are unauthenticated, so a gate must be in front of the application.
     """
     from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
     from flwr.superlink.cli.flower_superlink import SuperLinkLifespan

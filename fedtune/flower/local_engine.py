@@ -1,10 +1,10 @@
-"""Flower's simulation engine, started by `flwr run APP local`, for the sites of one simulation.
+"""Simulation of a run's sites in Flower's simulation engine, which `flwr run APP local` starts.
 
 `fedtune simulate` remains the lead.  It starts its own SuperLink on loopback and submits the same bundle as a real
 federation (`bundle.py`).  Flower starts the ServerApp, which relays messages between the lead and the nodes, and Ray
 actors, each of which answers as the simulated site of a node's `partition-id`.
 
-All of Flower's files are in a folder of the run, and all of its processes end with the run.
+All of Flower's files are stored in a temporary folder in the run folder, and all of its processes end with the run.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from fedtune.training.spec import RuntimeSpec
 from fedtune.version import __version__
 
 _T = TypeVar("_T")
-_GONE = "Flower's simulation engine did not start, or ended before the run; see flower.log in the run folder"
+_GONE = "Flower's simulation engine did not start, or exited before the run ended; see flower.log in the run folder"
 _START_S, _END_S, _POLL_S = 120.0, 30.0, 0.2
 
 
 def run_on_flower(run: Callable[[Transport], LeadState], config: RunConfig, folder: Path, sites: Path) -> LeadState:
     """Call `run` with a transport to the nodes of Flower's engine, and return its result.
 
-    Each actor has one CPU per torch thread, a share of a GPU, and its own copy of the base model, which it keeps
-    between rounds.  The resources limit the number of actors that train in parallel.
+    Each actor has one CPU per torch thread, a share of a GPU, and its own copy of the base model, which stays loaded
+    between rounds.  The CPUs and GPUs limit the number of actors that train in parallel.
 
     Args:
         run: runs the lead over a transport.
@@ -64,12 +64,13 @@ def run_on_flower(run: Callable[[Transport], LeadState], config: RunConfig, fold
 
     Raises:
         ConfigError: this machine has no GPU for `runtime.sites_per_gpu`.
-        RunError: Flower's engine did not start, or stopped before the end of the run.
+        RunError: Flower's engine did not start, or exited before the end of the run.
     """
     share = compute_gpu_share(config.runtime, len(config.federation.active))
     runtime = replace(config.runtime, sites_per_gpu=round(1 / share)) if share else config.runtime
     asked = {"config": replace(config, runtime=runtime).to_json(), "folder": str(folder), "fedtune": __version__}
-    # A random name, so that no copy of the sites' folder, with the same keys but other ledgers, contains the file.
+    # Use a random name, so that the path does not exist in a copy of the sites' folder with the same keys but other
+    # ledgers.
     sealed = sites.resolve() / f"simulation-{secrets.token_hex(8)}.json"
     sealed.parent.mkdir(parents=True, exist_ok=True)
     sealed.write_text(json.dumps({**asked, "started_in": os.getcwd()}), encoding="utf-8")
@@ -81,10 +82,10 @@ def run_on_flower(run: Callable[[Transport], LeadState], config: RunConfig, fold
 
 
 def compute_gpu_share(runtime: RuntimeSpec, num_sites: int) -> float:
-    """Compute the share of a GPU per actor; 0 for a run on CPUs.
+    """Compute the fraction of a GPU that each actor requests from Ray; 0 for a run on CPUs.
 
-    The share is 1 / `sites_per_gpu`, or else the largest share with which all sites can train in parallel on the GPUs
-    of this machine.  On a Ray cluster, set `sites_per_gpu` to use GPUs.
+    The fraction is 1 / `sites_per_gpu`.  If that setting is null, it is the largest fraction with which all sites can
+    train in parallel on the GPUs of this machine.  On a Ray cluster, set `sites_per_gpu` to use GPUs.
 
     Raises:
         ConfigError: `sites_per_gpu` is set, but this machine has no GPU.
@@ -110,7 +111,7 @@ def format_federation_config(config: RunConfig, *, share: float) -> str:
 
 @contextmanager
 def _start_engine(config: RunConfig, sealed: Path, *, log: Path, share: float) -> Iterator[Connection]:
-    """Start Flower's engine and yield the connection to the relaying ServerApp; stop the engine after the block."""
+    """Start Flower's engine for the block, and yield the connection to the ServerApp that relays the messages."""
     with (
         tempfile.TemporaryDirectory(prefix="flower-", dir=log.parent) as home,
         tempfile.TemporaryDirectory(prefix="fedtune-") as short,  # the name of a socket has at most 107 bytes
@@ -141,7 +142,7 @@ def _start_engine(config: RunConfig, sealed: Path, *, log: Path, share: float) -
                     with line:
                         yield line
                 finally:
-                    with suppress(subprocess.TimeoutExpired):  # the ServerApp ends now, and then the actors do
+                    with suppress(subprocess.TimeoutExpired):  # the ServerApp exits now, and the actors exit after it
                         running.wait(timeout=_END_S)
 
 
@@ -196,19 +197,21 @@ def _accept_connection(lead: socket.socket) -> Connection | None:
     return None
 
 
-def _wait_for(process: subprocess.Popen[bytes], there: Callable[[], _T | None]) -> _T:
-    """Poll `there` until its result is true, and return the result; raise RunError if the process exits or the time is
-    up.
+def _wait_for(process: subprocess.Popen[bytes], condition: Callable[[], _T | None]) -> _T:
+    """Poll `condition` until its result is true, and return the result.
+
+    Raises:
+        RunError: the process exited, or `_START_S` seconds have passed.
     """
     deadline = time.monotonic() + _START_S
-    while not (found := there()):
+    while not (found := condition()):
         if process.poll() is not None or time.monotonic() > deadline:
             raise RunError(_GONE)
     return found
 
 
 class RelayedGrid:
-    """Grid of the nodes of Flower's engine, through the ServerApp at the other end of `line`."""
+    """Grid of the nodes in Flower's engine; the ServerApp at the other end of `line` relays the messages."""
 
     def __init__(self, line: Connection) -> None:
         self._line = line
@@ -219,7 +222,7 @@ class RelayedGrid:
         return list(json.loads(self._ask(NODES)))
 
     def receive(self, messages: Iterable[Message], *, timeout: float) -> Iterator[Message]:
-        """Ask, and fetch the answers one by one: the next waits at the engine until it is asked for."""
+        """Send the messages and fetch the answers one at a time; the engine stores an answer until it is fetched."""
         deadline, waiting = time.monotonic() + timeout, dict[bytes, Message]()
         for message in messages:
             about = message.metadata
@@ -243,10 +246,10 @@ class RelayedGrid:
 
 
 def answer_as_simulated_site(run_file: str, number: int) -> Answering:
-    """Create the answering function of a simulated site in an actor, for the run in `run_file`.
+    """Create the function that answers messages as the simulated site with index `number`, in a Ray actor.
 
     Raises:
-        RunError: this node lacks the lead's file system, or has another version of fedtune.
+        RunError: this node cannot read `run_file`, or has another version of fedtune than the lead.
     """
     participants = _load_participants(run_file)
     name = participants.config.federation.active[number]
@@ -255,7 +258,7 @@ def answer_as_simulated_site(run_file: str, number: int) -> Answering:
 
 @lru_cache(maxsize=1)
 def _load_participants(run_file: str) -> Participants:
-    """Load a run's participants in a Ray actor, cached so that the base model stays loaded between rounds."""
+    """Load the participants of a simulation in a Ray actor; the cache retains the base model between rounds."""
     try:
         asked = json.loads(Path(run_file).read_bytes())
         os.chdir(asked["started_in"])  # settings may contain relative paths

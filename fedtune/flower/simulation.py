@@ -35,11 +35,14 @@ def simulate(
     session: Session | None = None,
     everyone: Participants | None = None,
 ) -> RunResult:
-    """Run `config` from the start or from its newest checkpoint, write the run folder, and return the content of
-    `run.json`.
+    """Simulate the run `config` from the start or from its newest checkpoint, and return the content of `run.json`.
 
-    A `session` caches the model and its results on records between runs.  `everyone` contains existing participants to
-    reuse (not with Ray).  Incompatible settings are rejected before training.
+    Args:
+        config: the configuration of the run; incompatible settings are rejected before training.
+        folder: the run folder to write.
+        listener: receives the progress of the run.
+        session: a cache of the model and its results on records, shared by several runs.
+        everyone: participants of an earlier simulation to reuse; not available with Ray.
     """
     config = fix_number_format(config, folder, alone=session is not None)
     if everyone is None:
@@ -87,11 +90,11 @@ def _make_client_app(names: Sequence[str], site: Callable[[int], Site]) -> Clien
 
 
 class InProcessGrid:
-    """Grid of `num_nodes` virtual nodes, with ids 1, 2, ..., that calls `client_app` directly; `client_app` must never
-    raise.
+    """Grid of `num_nodes` virtual nodes with ids 1, 2, ..., which calls `client_app` in this process.
 
-    All sites share one frozen base model and take turns, each with all threads, so that results do not depend on
-    scheduling.  `replied` is called with the number of replies so far in a round of training.
+    All sites share one frozen base model.  They train one after another, each with all threads, so that results do not
+    depend on scheduling.  `client_app` must not raise exceptions.  In a round of training, `replied` is called with the
+    number of replies so far.
     """
 
     def __init__(self, client_app: ClientApp, num_nodes: int, *, replied: Callable[[int], None]) -> None:

@@ -1,8 +1,8 @@
 """ClientApp of a stock SuperNode, which forwards each message to the site's own process.
 
-The app has no access to records, model or keys, and imports neither torch nor fedtune's other layers.  The site's
-operator sets the socket in `--node-config`; a run cannot set it, because its lead could otherwise make the app write to
-any socket of the machine.
+The app has no access to records, model or keys, and imports neither torch nor fedtune's other layers.  The operator of
+the site sets the path of the socket in `--node-config`.  A run cannot set it, because a lead could otherwise make the
+app write to any socket of the machine.
 
 In Flower's simulation engine, the same app answers as the simulated site of its `partition-id` (`local_engine.py`), but
 only in a Ray actor, so that no run can make a SuperNode take part in a simulation.
@@ -20,7 +20,7 @@ SOCKET = "/run/fedtune/site.sock"
 
 
 class SiteAway(Exception):
-    """The site's process did not answer; the lead will ask again."""
+    """Raised if the site's process did not answer; the lead will repeat the question."""
 
 
 def forward_message(context: Context, kind: str, created_at: float, content: RecordDict) -> RecordDict:

@@ -6,8 +6,9 @@ The app sends the message to this socket and waits for the answer.  The process 
 Guarantee: the socket accepts only its own user and members of its group, and limits the size and duration of a message.
 An invalid message closes its connection and writes one log line without any content of the message.
 
-Each connection carries one message and its answer.  A message consists of two lengths, a JSON header, and a body with
-the concatenated bytes of its records.  A record is either an array of bytes, or named texts and bytes.
+Each connection carries one message and its answer.  A message consists of the lengths of header and body, a JSON
+header, and a body with the concatenated bytes of its records.  A record is either an array of bytes, or a mapping from
+names to texts or bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ END, INVITE, SUM = "end", "invite", "sum"
 """Actions of Flower queries: the end of a run, an invitation, and a step of secure aggregation."""
 
 Answering = Callable[[str, float, RecordDict], RecordDict]
-"""A function from a message to its answer, given its kind ("train", "query.invite"), server time and content."""
+"""Function that answers a message; its arguments are the kind ("train", "query.invite"), server time and content."""
 
 MOST_HEAD_BYTES, MOST_BODY_BYTES = 1 << 20, 1 << 30
 _TRANSFER_S = 60.0  # timeout for receiving a message, and for sending an answer
@@ -57,13 +58,14 @@ def read_record_bytes(record: ArrayRecord) -> bytes:
     """Unwrap the bytes of a record made by `record_from_bytes`; raise ValueError for any other record."""
     (array,) = record.values()
     if (list(record), array.stype, array.dtype, array.shape) != ([_BYTES], _BYTES, "uint8", (len(array.data),)):
-        raise ValueError("not bytes")  # the signature covers only the bytes
+        raise ValueError("the record is not a single byte array")  # a signature covers only the bytes
     return array.data
 
 
 def make_client_app(answer: Callable[[Context, str, float, RecordDict], RecordDict]) -> ClientApp:
-    """Create a ClientApp that passes messages of every type to `answer`, whose errors must not contain text from the
-    site.
+    """Create a ClientApp that passes messages of every type to `answer`.
+
+    The exceptions of `answer` must not contain text from the site, because Flower sends them to the server.
     """
     app = ClientApp()
 
@@ -82,12 +84,12 @@ def pack(kind: str, created_at: float, content: RecordDict) -> bytes:
     """Serialize a message for the socket.
 
     Raises:
-        ValueError: the content does not have fedtune's own format, or is too large.
+        ValueError: the content is not in fedtune's message format, or is too large.
     """
     records: dict[str, Any] = {}
     body: list[bytes] = []
     if content.metric_records:
-        raise ValueError("metrics")
+        raise ValueError("metric records are not supported")
     for key, arrays in content.array_records.items():
         body.append(read_record_bytes(arrays))
         records[key] = len(body[-1])
@@ -95,7 +97,7 @@ def pack(kind: str, created_at: float, content: RecordDict) -> bytes:
         records[key] = {}
         for name, value in words.items():
             if not isinstance(value, str | bytes):
-                raise ValueError("neither text nor bytes")
+                raise ValueError("a value is neither text nor bytes")
             body.append(value.encode() if isinstance(value, str) else value)
             records[key][name] = [isinstance(value, str), len(body[-1])]
     head = json.dumps({"kind": kind, "created_at": created_at, "records": records}).encode()
@@ -105,14 +107,14 @@ def pack(kind: str, created_at: float, content: RecordDict) -> bytes:
 
 
 def unpack(head: bytes | bytearray, body: bytes | bytearray) -> tuple[str, float, RecordDict]:
-    """Deserialize the output of `pack`; raise an error of varying type for any other bytes."""
+    """Deserialize header and body of a message from `pack`; raise an exception of any type for invalid bytes."""
     header = parse_json(bytes(head), key="message", bound="must be JSON")
     rest, taken, content = memoryview(body), 0, RecordDict()
 
     def take(size: object) -> bytes:
         nonlocal taken
         if type(size) is not int or not 0 <= size <= len(rest) - taken:
-            raise ValueError("a length")
+            raise ValueError("the length of a record is invalid")
         taken += size
         return bytes(rest[taken - size : taken])
 
@@ -123,23 +125,22 @@ def unpack(head: bytes | bytearray, body: bytes | bytearray) -> tuple[str, float
         else:
             content[key] = record_from_bytes(take(record))
     if taken != len(rest):
-        raise ValueError("more than was announced")
+        raise ValueError("the body is longer than its records")
     return str(header["kind"]), float(header["created_at"]), content
 
 
 def unpack_whole(packed: bytes) -> tuple[str, float, RecordDict]:
-    """Deserialize the complete output of `pack`."""
+    """Deserialize a complete message from `pack`, including the lengths of header and body."""
     size = _LENGTHS.unpack_from(packed)[0] + _LENGTHS.size
     return unpack(packed[_LENGTHS.size : size], packed[size:])
 
 
 def ask_site(path: str, kind: str, created_at: float, content: RecordDict) -> RecordDict:
-    """Send a message to the site's process at the socket `path` and wait for its answer, without a timeout for
-    training.
+    """Send a message to the site's process at the Unix socket `path`, and wait for the answer without a timeout.
 
     Raises:
         OSError, EOFError: the process is not running, does not accept this user, or closed the connection.
-        ValueError: the content does not have fedtune's own format.
+        ValueError: the content is not in fedtune's message format.
     """
     with socket.socket(UNIX_SOCKETS) as line:
         line.connect(path)
@@ -163,9 +164,7 @@ def listen_at(path: Path) -> Iterator[socket.socket]:
 
 
 def serve_one(server: socket.socket, answer: Answering, *, wait_s: float) -> None:
-    """Accept one connection within `wait_s` seconds and answer its message; return without an answer after the
-    timeout.
-    """
+    """Accept one connection and answer its message; return if no client connects within `wait_s` seconds."""
     server.settimeout(wait_s)
     try:
         line, _ = server.accept()
@@ -175,19 +174,19 @@ def serve_one(server: socket.socket, answer: Answering, *, wait_s: float) -> Non
         try:
             _check_peer(line, group=os.stat(server.getsockname()).st_gid)
             asked = unpack(*_receive(line, most_s=_TRANSFER_S))
-        except Exception as error:  # anybody in the group may send anything
+        except Exception as error:  # every member of the group can send arbitrary bytes
             log.warning("a connection to the socket was closed (%s)", type(error).__name__)
             return
         reply = answer(*asked)
         try:
             line.settimeout(_TRANSFER_S)
             line.sendall(pack(*asked[:2], reply))
-        except OSError as error:  # the lead will ask again, and the ledger has the bytes
+        except OSError as error:  # the lead will repeat the question, and the ledger stores the answer
             log.info("the peer closed the connection before the answer was sent (%s)", type(error).__name__)
 
 
 def _check_peer(line: socket.socket, *, group: int) -> None:
-    """Check that the peer has the same user or is in the socket's group; raise PermissionError otherwise."""
+    """Check that the peer has this process's user or the socket's group; raise PermissionError otherwise."""
     credentials = line.getsockopt(socket.SOL_SOCKET, PEER_CREDENTIALS, _CREDENTIALS.size)
     _, user, first = _CREDENTIALS.unpack(credentials)
     groups = array("I")
@@ -202,7 +201,7 @@ def _receive(line: socket.socket, *, most_s: float | None) -> tuple[bytearray, b
     until = None if most_s is None else time.monotonic() + most_s
 
     def receive_exactly(size: int) -> bytearray:
-        data = bytearray()  # grows with the received bytes: an announced length allocates no memory
+        data = bytearray()  # grows with the received bytes, so that a declared length allocates no memory
         while len(data) < size:
             line.settimeout(None if until is None else max(1e-3, until - time.monotonic()))
             piece = line.recv(min(size - len(data), 1 << 20))
@@ -220,4 +219,4 @@ def _receive(line: socket.socket, *, most_s: float | None) -> tuple[bytearray, b
 
 def _check_sizes(head: int, body: int) -> None:
     if head > MOST_HEAD_BYTES or body > MOST_BODY_BYTES:
-        raise ValueError("too large")
+        raise ValueError("the message exceeds the size limits")

@@ -1,4 +1,7 @@
-"""Unix sockets with access for one user and group: the site's socket and its health socket.  Imports nothing slow."""
+"""Unix sockets that only one user and group can open: the site's message socket and its health socket.
+
+The module avoids slow imports.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from fedtune.system import UNIX_SOCKETS
 
 
 def bind_socket(server: socket.socket, path: Path, *, key: str, backlog: int) -> None:
-    """Bind and listen at `path` for the user and the group of the process; the socket of a killed process is replaced.
+    """Bind a socket to `path` and listen, with access for the process's user and group.
+
+    A socket that a killed process left behind is replaced.
 
     Args:
         server: the unbound socket.

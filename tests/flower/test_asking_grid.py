@@ -169,7 +169,7 @@ def test_provisional_answer_counts_at_the_timeout_or_during_a_pause(*, paused: b
 
 def test_paused_answer_before_an_unanswered_retry_is_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The site was paused at the first request but may have been charged at the second, so the lead must ask again."""
-    monkeypatch.setattr(asking_grid, "_SAYS_SO_AGAIN_S", 0.1)
+    monkeypatch.setattr(asking_grid, "_WORKING_AFTER_S", 0.1)
     fake = FakeGrid(lambda message, number: says(message, "paused") if number == 1 else None, north="1")
     grid = make_grid(fake, hear=lambda *_: Heard(good=False, again_s=0.02, idle=True))
     assert receive_words(grid, 1, timeout=1) == {}

@@ -42,7 +42,7 @@ def test_bundle_is_written_only_into_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "app").mkdir()
     write_bundle(tmp_path / "app")
     for place in (tmp_path / "app", tmp_path / "app" / "pyproject.toml"):
-        with pytest.raises(ConfigError, match="must be a new folder, or an empty one"):
+        with pytest.raises(ConfigError, match="must be a new or empty folder"):
             write_bundle(place)
 
 

@@ -164,7 +164,7 @@ def test_engine_start_failure_or_crash_ends_the_run(
 ) -> None:
     monkeypatch.setattr(local_engine, "_is_open", lambda port: fails != "flower-superlink")
     engine.fails, engine.grid = fails, Mock(spec=Grid, get_node_ids=Mock(side_effect=SystemError))
-    with pytest.raises(RunError, match=r"engine did not start, or ended before the run; see flower\.log"):
+    with pytest.raises(RunError, match=r"engine did not start, or exited before the run ended; see flower\.log"):
         local_engine.run_on_flower(
             lambda transport: transport._grid.get_node_ids(), compose_ray(), tmp_path, tmp_path / "at"
         )
