@@ -26,8 +26,7 @@ from fedtune.spec import RunError
 
 log = logging.getLogger(__name__)
 
-_POLL_S, RECONNECT_S = 0.2, 1.0
-_WORKING_AFTER_S = 15.0  # a site that refuses or waits has answered by then
+_POLL_S, RECONNECT_S, _WORKING_AFTER_S = 0.2, 1.0, 15.0  # a site that refuses answers before the last of these
 _LOST_S = 3.0  # delay before the retry for an incomplete answer
 CLOCKS_S = 120.0  # tolerated difference between the clocks of lead and server
 

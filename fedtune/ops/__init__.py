@@ -1,1 +1,1 @@
-"""Real deployment: startup kits, the processes of server, site and lead, and the checks before they start."""
+"""Deployment to real sites: startup kits, the processes of server, site and lead, and the preflight checks."""

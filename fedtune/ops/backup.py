@@ -1,8 +1,8 @@
-"""Backups of a site, a server or a federation, as one zip file with everything that cannot be recreated.
+"""Backups of a site, a server or a federation: one zip file with all files that cannot be recreated.
 
-A backup can be written while the process runs; a restore adds missing files and never replaces an existing file.  The
-zip contains a manifest with the hashes of its files.  Databases are copied by SQLite's online backup, which waits for a
-transaction in progress; all other files are only ever replaced atomically.
+A backup can be written while the process is running.  A restore adds missing files and never replaces existing ones.
+The zip contains a manifest with the hashes of its files.  Databases are copied by SQLite's online backup, which waits
+for a transaction in progress; all other files are only ever replaced atomically.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def write_backup(target: Path, *, kind: Kind, files: Mapping[str, Path]) -> None
 
     Args:
         target: the file to write.
-        kind: the owner of the backup: a site, a server or a lead.
+        kind: the type of machine that the backup belongs to: a site, a server or a lead.
         files: name in the backup -> path; a path with the suffix `.db` is an SQLite database, which may be in use.
 
     Raises:
@@ -95,7 +95,7 @@ def copy_database(source: Path, target: Path) -> None:
             closing(sqlite3.connect(target)) as new,
         ):
             old.backup(new)
-            new.execute("PRAGMA journal_mode = DELETE")  # so that the copy is one file
+            new.execute("PRAGMA journal_mode = DELETE")  # so that the copy is a single file
     except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite may quote undecodable bytes
         raise ConfigError("database", str(source), f"cannot be copied ({error})") from None
 
@@ -155,9 +155,7 @@ def open_backup(source: Path, *, kind: Kind) -> Iterator[tuple[zipfile.ZipFile, 
 
 
 def list_backup_files(folder: Path, *, under: str) -> dict[str, Path]:
-    """List the files of a folder as a mapping from name in the backup to path, without symbolic links and partial
-    files.
-    """
+    """List the files of a folder, except symbolic links and partial files, as a mapping from backup name to path."""
     found = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
     return {f"{under}/{path.relative_to(folder).as_posix()}": path for path in found if ".partial" not in path.name}
 
@@ -176,7 +174,7 @@ def _copy_and_hash(source: IO[bytes], target: IO[bytes] | None) -> str:
 
 
 def back_up_site(target: Path, *, kit: Path, site_toml: Path) -> None:
-    """Back up a site's policy, ledger, personalized adapters and paused or left state; keys are excluded.
+    """Back up a site's policy, ledger, personalized adapters and state (paused or left), without its keys.
 
     Raises:
         ConfigError: the policy is invalid, the ledger is missing, or `target` cannot be written.
@@ -184,7 +182,7 @@ def back_up_site(target: Path, *, kit: Path, site_toml: Path) -> None:
     """
     files = SiteFiles.from_site_toml(site_toml)
     if files.verify_ledger() is None:
-        raise ConfigError("ledger", str(files.ledger), "is missing: there is nothing to back up")
+        raise ConfigError("ledger", str(files.ledger), "is missing, so there is nothing to back up")
     state = {name: kit / name for name in _STATE if (kit / name).exists()}
     own = {"site.toml": site_toml, "ledger.db": files.ledger}
     write_backup(target, kind="site", files={**own, **state, **list_backup_files(kit / "adapters", under="adapters")})
@@ -192,15 +190,15 @@ def back_up_site(target: Path, *, kit: Path, site_toml: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MadeUp:
-    """Restored ledger after it was charged for the events that are only in the anchors."""
+    """Result of charging a restored ledger for the events that are only in its anchors."""
 
     ledger: SiteLedger
     gap: Counter[DpEvent]  # the additional charges
-    last: int | None  # the newest missing event that an anchor covers; None: no event was missing
+    last: int | None  # the sequence number of the newest missing event in an anchor; None: no event was missing
     since: Head | None  # the newest anchor with missing events, if its policy differs from site.toml
 
     def require_no_missing_events(self) -> None:
-        """Check that no receipt proves further missing events; raise RunError otherwise."""
+        """Check that no receipt refers to an event that is still missing; raise RunError otherwise."""
         if (doubt := self.ledger.history.furthest_doubt) is not None:
             raise RunError(
                 f"the ledger is still in doubt: one of this site's receipts refers to event {doubt.sequence}, which is "
@@ -209,7 +207,7 @@ class MadeUp:
 
 
 def find_anchors(site: SiteFiles, given: Path | None) -> list[Path]:
-    """List the anchors for checking a restored ledger: the given anchor and the policy's own.
+    """List the anchors for checking a restored ledger: the given anchor and the anchor of the policy.
 
     Raises:
         ConfigError: there is no anchor, so charges made after the backup cannot be detected.
@@ -231,7 +229,7 @@ def charge_missing_events(path: Path, site: SiteFiles, anchors: Sequence[Path]) 
     """
     verify(path)  # the ledger may be old, but must be intact
     ledger = SiteLedger(path, site.policy, site.load_key())
-    # The newest anchor first, whether given or the policy's own.
+    # The newest anchor first, whether it was given or comes from the policy.
     heads = sorted((Head.read(anchor) for anchor in anchors), key=lambda head: head.sequence, reverse=True)
     gap: Counter[DpEvent] = Counter()
     lacking = [head for head in heads if not ledger.history.covers_head(head)]
@@ -244,10 +242,11 @@ def charge_missing_events(path: Path, site: SiteFiles, anchors: Sequence[Path]) 
 def restore_site(source: Path, *, kit: Path, site_toml: Path, anchor: Path | None) -> tuple[SiteFiles, MadeUp | None]:
     """Restore the missing files of a site from a backup.
 
-    The ledger is restored only after it was charged for the events that are in an anchor and missing from the backup.
+    Before the ledger is restored, it is charged for the events that are in an anchor but missing from the backup.
 
     Returns:
-        The site's files, and the ledger with its additional charges; None if an intact ledger exists already.
+        The paths of the site's files, and the restored ledger with its additional charges.  The latter is None if an
+        intact ledger exists already.
 
     Raises:
         ConfigError: the backup, the policy, an anchor or the site's key is missing or invalid, the site is running, or
@@ -309,7 +308,7 @@ def back_up_server(target: Path, *, data: Path) -> None:
         ConfigError: the database is missing, or `target` cannot be written.
     """
     if not (data / DATABASE).is_file():
-        raise ConfigError("--data", str(data), f"is not the server's folder: it has no {DATABASE}")
+        raise ConfigError("--data", str(data), f"is not the server's data folder: {DATABASE} is missing")
     others = {path.name: path for path in data.glob("audit.jsonl*") if path.is_file()}
     write_backup(target, kind="server", files={DATABASE: data / DATABASE, **others})
 

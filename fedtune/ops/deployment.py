@@ -1,4 +1,4 @@
-"""The lead of a run over real sites, which it reaches through the federation's server."""
+"""Runs over real sites: the lead's side, connected to the sites through the federation's server."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _ASK_AGAIN_S = (5.0, 60.0)  # minimum and maximum delay before a site that await
 
 @dataclass(frozen=True, kw_only=True)
 class LeadService:
-    """The lead of a run with its connection to the sites, started from the lead's kit."""
+    """The lead of a run over real sites, configured by the lead's kit."""
 
     kit: Kit
     federation: FederationSpec  # the settings with the names of the sites
@@ -80,9 +80,9 @@ class LeadService:
             RefusedError: the policies or budgets of too many sites refuse the run.
         """
         if self.over is None:
-            self.kit.check_certificate(datetime.now(UTC))  # before anything else can go wrong
-        find_members(self.kit, self.federation.active)  # checks again that no site was revoked
-        noted, records = _Noted(listener, folder, self.metrics), RunRecords(config)
+            self.kit.check_certificate(datetime.now(UTC))  # first, to report an expired certificate before other errors
+        find_members(self.kit, self.federation.active)  # checks again whether a site was revoked
+        noted, records = _RecordingListener(listener, folder, self.metrics), RunRecords(config)
         with mark_running(folder):
             records.read()
             asked = self._propose_run(config)
@@ -107,9 +107,9 @@ class LeadService:
             ).run_to_end(noted)
 
     def fit_to_budgets(self, config: RunConfig) -> RunConfig:
-        """Fit the number of rounds or the noise of `config` to the sites' budgets, if its settings allow it.
+        """Reduce the rounds or increase the noise of `config` to fit the sites' budgets, if `if_over_budget` allows it.
 
-        Nothing is charged.  Sites that are offline, paused or awaiting approval are ignored; they can answer the run
+        No budget is charged.  Sites that are offline, paused or awaiting approval are ignored; they can accept the run
         later.
 
         Raises:
@@ -129,7 +129,7 @@ class LeadService:
         """Announce the permanent end of a run without a final adapter; return the sites that confirmed it.
 
         Args:
-            run: the full name of the run at the sites; no other file of the run is needed.
+            run: the full name of the run at the sites; the run folder is not required.
             timeout_s: the timeout for the answers of the sites.
         """
         notice = EndOfRun(run=run, lead=self.key.public).sign_with(self.key)
@@ -138,7 +138,7 @@ class LeadService:
             return [site for site, _ in self._make_transport(grid).end(questions, timeout_s=timeout_s)]
 
     def list_online_sites(self) -> dict[str, bool]:
-        """Return whether each site is connected to the server, by site."""
+        """Return a mapping from site name to whether the site is connected to the server."""
         with self.open_grid() as grid:
             found = grid.list_online_nodes()
         return {member.site: number in found for number, member in enumerate(self.sites, 1)}
@@ -148,21 +148,22 @@ class LeadService:
     ) -> AbstractContextManager[AskingGrid]:
         """Open the connection to the sites.
 
-        The lead's own connection uses a renewed certificate of the kit while it is open, and waits up to `patience_s`
-        seconds for an unavailable server.
+        The lead's own connection reloads the kit's certificate when it is renewed, and waits up to `patience_s` seconds
+        for an unavailable server.
         """
         sites = {member.site: member.node_key for member in self.sites}
-        ears, closing = _Ears(self.sites, listener, most_rounds=most_rounds), partial(StoppingRule, self.federation)
+        classify = _AnswerClassifier(self.sites, listener, most_rounds=most_rounds)
+        closing = partial(StoppingRule, self.federation)
         if self.over is not None:
-            return self.over(sites, hear=ears, closing=closing)
-        from fedtune.ops.wire.remote_grid import RemoteGrid  # it needs Flower's inside
+            return self.over(sites, hear=classify, closing=closing)
+        from fedtune.ops.wire.remote_grid import RemoteGrid  # imports Flower's internals
 
         return RemoteGrid(
             self.kit.server,
             self.kit.tls(),
             sites=sites,
             key=self.key,
-            hear=ears,
+            hear=classify,
             closing=closing,
             has_new_certificate=KitCertificate(self.kit).is_new,
             patience_s=patience_s,
@@ -172,7 +173,7 @@ class LeadService:
         return GridTransport(grid, {number: member.site for number, member in enumerate(self.sites, 1)})
 
     def _propose_run(self, config: RunConfig) -> ProposedRun:
-        """Build the proposal of the run for all sites, with the settings for the sites."""
+        """Build the proposal of the run, with the JSON settings that every site receives."""
         sent = select_settings_for_sites(config)
         settings = serialize_for_sites(sent)
         if len(settings) > MOST_CHARACTERS:
@@ -187,8 +188,8 @@ class LeadService:
         )
 
 
-class _Noted:
-    """A listener that forwards every event and stores the latest answer of each site for `fedtune run status`."""
+class _RecordingListener:
+    """Listener wrapper that also stores each site's latest answer for `fedtune run status` and updates the metrics."""
 
     def __init__(self, listener: Listener, folder: Path, metrics: LeadMetrics) -> None:
         self._listener, self._path, self._metrics = listener, RunFolder(folder).answers, metrics
@@ -216,11 +217,11 @@ class _Noted:
         self._listener.on_site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged_rounds)
 
 
-class _Ears:
-    """Callback for incoming answers, which notifies the listener and classifies each answer for its exchange.
+class _AnswerClassifier:
+    """Callback of `AskingGrid` that reports each answer to the listener and classifies it for the exchange.
 
-    A server or a site may have forged an answer.  An answer counts, and its charge is reported, only with the site's
-    signature.
+    The server or another site may forge answers.  Only an answer with the site's signature counts, and only its charge
+    is reported.
 
     Args:
         sites: the sites in the order of the grid's numbers, which start at 1.
@@ -236,7 +237,7 @@ class _Ears:
     def __call__(self, number: int, question: Message, answer: Message) -> Heard:
         kind, member = question.metadata.message_type, self._sites[number - 1]
         if kind == f"query.{flower_records.END}":
-            return Heard(good=True)  # the answer is only a receipt
+            return Heard(good=True)  # the answer contains only a receipt
         if kind == f"query.{flower_records.SUM}":
             return Heard(good=flower_records.PARTS in answer.content)
         try:
@@ -262,10 +263,10 @@ class _Ears:
         return Heard(good=good, again_s=self._compute_next_question_s(member.site) if waiting else None, idle=idle)
 
     def _compute_next_question_s(self, site: str) -> float:
-        """Compute the delay before a waiting site is asked again: a tenth of its waiting time so far, within bounds.
+        """Compute the delay before the next request to a waiting site: 10 % of its waiting time so far, within limits.
 
-        On stock Flower, each question starts a process at the site, so an approval that takes an hour must not cost an
-        hour of CPU time.
+        With stock Flower, each request starts a process at the site, so frequent requests would waste CPU time during a
+        long approval.
         """
         now = time.monotonic()
         shortest, longest = _ASK_AGAIN_S
@@ -279,12 +280,12 @@ class _Ears:
             charged = receipt.charged_rounds if receipt and believed else None
             self._listener.on_site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged)
             if isinstance(body, Offer) and signed and body.software != build():
-                self._listener.note(f"{site} runs fedtune {body.software}, and this lead {build()}")
+                self._listener.note(f"{site} runs fedtune {body.software}, and this lead runs {build()}")
         self._said[site] = what
 
 
 def _is_answer_to(question: Message, reply: Reply, *, site: str) -> bool:
-    """Return True if a reply has the type that the question asks for, and the same site, run and round."""
+    """Return True if a reply answers the question: it has the requested type, and the same site, run and round."""
     signed = flower_records.to_signed(question.content)
     if question.metadata.message_type == f"query.{flower_records.INVITE}":
         invitation = Invitation.from_signed(signed)

@@ -1,4 +1,4 @@
-"""Atomic file operations in kits and federation folders, with accounts, permissions and signal handlers."""
+"""Atomic file operations for kits and federation folders, and helpers for accounts, permissions and signals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ _PAGE_BYTES = 4096
 
 @contextmanager
 def create_folder(target: Path, *, key: str) -> Iterator[Path]:
-    """Create a folder that only its owner can read, under a temporary name until the block ends without an error.
+    """Create a folder that only its owner can read.
+
+    The folder has a temporary name during the block, and is renamed to `target` if the block succeeds.
 
     Args:
         target: the final path of the folder.
@@ -67,11 +69,10 @@ def write_secret(path: Path, data: bytes) -> None:
 
 
 def find_write_problem(*files: Path) -> str:
-    """Return the reason why a ledger or its anchor cannot be written, with file and disk; empty if all files can be
-    written.
+    """Return an error text if a ledger or its anchor cannot be written; empty if all `files` can be written.
 
-    The check writes and syncs a page next to each file, because a full, read-only or over-quota disk reports the error
-    only then.
+    The check writes and syncs a page next to each file, because a full, read-only or over-quota disk reports an error
+    only on a write.
     """
     for file in files:
         try:
@@ -87,7 +88,7 @@ def find_write_problem(*files: Path) -> str:
 
 
 def make_zip(files: Mapping[str, bytes], *, moment: datetime) -> bytes:
-    """Build a reproducible zip archive of `files`, in which every file is dated `moment` and world-readable."""
+    """Build a reproducible zip archive of `files`; every entry is world-readable and has the timestamp `moment`."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in sorted(files.items()):
@@ -100,13 +101,11 @@ def make_zip(files: Mapping[str, bytes], *, moment: datetime) -> bytes:
 
 
 def act_as_owner(*places: Path) -> None:
-    """Switch permanently to the owner of the first existing path, if this process runs as root and the owner is not
-    root.
+    """Drop root privileges: switch permanently to the owner of the first existing path, unless the owner is root.
 
     Raises:
         ConfigError: root may not switch users here, as in some containers, or the owner's account cannot read this
-            Python
-            installation.
+            Python installation.
     """
     place = next((place for place in places if os.path.lexists(place)), None)
     if place is None or effective_user() != 0:
@@ -123,7 +122,9 @@ def act_as_owner(*places: Path) -> None:
         os.setregid(group, group)
         os.setreuid(owner.st_uid, owner.st_uid)
     except OSError as error:
-        bound = f"belongs to account {name}, which root cannot switch to ({error.strerror}): run this as {name}"
+        bound = (
+            f"belongs to account {name}, but root cannot switch to it ({error.strerror}): run this command as {name}"
+        )
         raise ConfigError("account", str(place), bound) from None
     if not _is_python_readable():
         bound = f"cannot be read by account {name}, to which {place} belongs: install fedtune in /opt, for instance"
@@ -140,7 +141,7 @@ def get_account_name(uid: int) -> str:
 
 @contextmanager
 def handle_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Handle SIGTERM and SIGINT with `handler` during the block."""
+    """Install `handler` for SIGTERM and SIGINT during the block, and restore the previous handlers afterwards."""
     before = {each: signal.signal(each, handler) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -150,7 +151,7 @@ def handle_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 def get_current_account() -> str:
-    """Return the account that runs this command; under sudo, the calling account."""
+    """Return the name of the account that runs this command; under sudo, that of the calling account."""
     return os.environ.get("SUDO_USER") or (get_account_name(os.getuid()) if pwd else getpass.getuser())
 
 

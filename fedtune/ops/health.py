@@ -1,16 +1,17 @@
 """Health endpoint of a process for local monitoring; it listens only on loopback by default.
 
 `GET /health` answers 200 while the process runs.  `GET /ready` answers 200 if the process would answer a round now
-(state "connected" or "training"), else 503.  Both return the same five values, without data on records.  However, the
-time in state "training" reveals a site's approximate number of records, as the time of a reply does
-(docs/site_policy.md, `reply_after_s`).  An address that other machines can reach therefore requires an explicit option.
+(state "connected" or "training"), else 503.  Both return the same five values, none of which depends on the content of
+records.  However, the time in state "training" reveals a site's approximate number of records, as the time of a reply
+does (docs/site_policy.md, `reply_after_s`).  An address that other machines can reach therefore requires an explicit
+option.
 
 A process without a network listens on a Unix socket: `unix:/run/fedtune/health.sock`.
 
     python -m fedtune.ops.health 127.0.0.1:8089 [/health | /ready]
 
-sends one request, prints the answer, and exits with 0 for a 200 and with 1 otherwise: a probe for containers that
-contain no other HTTP client.
+sends one request, prints the answer, and exits with 0 for status 200 and with 1 otherwise.  Containers without another
+HTTP client can use it as a probe.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ READY: frozenset[State] = frozenset({"connected", "training"})
 
 _KEY, _UNIX = "--health", "unix:"
 _BOUND = "must be host:port on this machine, such as 127.0.0.1:8089, or unix:PATH"
-_REQUEST_S = 2.0  # for all of a connection
+_REQUEST_S = 2.0  # maximum duration of a connection
 _REQUEST_BYTES = 4096
 _PLACES, _BACKLOG = 4, 16
 _FAR = "is reachable from other machines; if you want that, add --health-anywhere"
@@ -53,7 +54,7 @@ class Snapshot(TypedDict):
 
     state: State
     since: str  # when the state was entered
-    last_contact: str | None  # a site: the server's last answer; a server: start of listening; None: not yet
+    last_contact: str | None  # a site: time of the server's last answer; a server: start of listening; None: none yet
     rounds_answered: int  # rounds that a site answered since its process started
     version: str  # version and build, as in `fedtune --version`
 
@@ -77,7 +78,7 @@ class Health:
         """Set the given values atomically; None leaves a value unchanged.
 
         Args:
-            state: "starting", then mostly "connected" (a server: it listens) or "disconnected".
+            state: the new state, such as "starting", "connected" (for a server: it is listening) or "disconnected".
             last_contact: time of the last contact, with a time zone.
             rounds_answered: number of rounds answered since the process started.
         """
@@ -135,7 +136,7 @@ def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, fa
         respond: returns the answer for a path.
         key: the option that contains the address.
         most_s: maximum duration of a connection in seconds, so that a slow caller cannot occupy a slot.
-        far: the error message for an address that other machines can reach; None: such an address is accepted.
+        far: the error text for an address that other machines can reach; None: accept such an address.
 
     Raises:
         ConfigError: the address is invalid, is refused, or cannot be bound.
@@ -159,7 +160,7 @@ def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, fa
                 writer.close()
                 await writer.wait_closed()
         except (TimeoutError, OSError, EOFError, asyncio.LimitOverrunError):
-            pass  # disconnected, silent or oversized
+            pass  # the caller disconnected, sent no request or sent too much data
         finally:
             writer.transport.abort()
             if writer in callers:
@@ -205,7 +206,7 @@ def _listen(address: str, *, key: str, far: str | None) -> tuple[socket.socket, 
 
 
 async def _answer(head: bytes, respond: Respond) -> bytes:
-    """Build the HTTP response to a request's headers; known paths accept only GET."""
+    """Build the HTTP response to a request with the headers `head`; known paths accept only GET."""
     asked = re.match(rb"([A-Z]+) ([!-~]+) HTTP/1\.[01]\r\n", head)
     status, kind, content = 400, "application/json", b"{}\n"
     if asked is not None:

@@ -1,20 +1,19 @@
 """Logging for long-running processes: JSON lines on stderr that never contain data of a record.
 
-An exception's own text may quote a record (`int("a cell")`, an undeclared label), and so may a library's message.  The
-logger therefore decides what is written:
+The text of an exception may quote a record (`int("a cell")`, an undeclared label), and so may a library's message.  The
+content of a log line therefore depends on the logger:
 
-- fedtune itself: the message with its plain arguments (texts, numbers, paths) and extra fields; for any other object
-  only its type.
-- The libraries that carry messages between organizations (`CARRIERS`) and see no record: their message, likewise.
-- Every other library, including torch, transformers, tokenizers, peft, opacus and numpy: that there was a warning or an
-  error, and where in the library.  The text is withheld, because a fixed text cannot be told from one that quotes a
-  record.
-- Exceptions from any logger: type and frames (file:line function), and those of the cause.  The text is only written
-  if it consists of settings and of fedtune's own files: `ConfigError` without `DataError`, `RefusedError`, `RunError`.
+- fedtune: the message with its arguments and extra fields.  Texts, numbers and paths are written in full; any other
+  object is replaced by the name of its type.
+- The network libraries in `CARRIERS`, which never process a record: the same as for fedtune.
+- Every other library, including torch, transformers, tokenizers, peft, opacus and numpy: the level and the source
+  location of a warning or an error.  The text is withheld, because it may quote a record.
+- Exceptions from any logger: type and frames (file:line function) of the exception and its causes.  The text is written
+  only for `RefusedError`, `RunError` and `ConfigError` (but not `DataError`), which quote only settings and file names.
 
-Authors of fedtune's own messages must never include a value that was read from a data file.  Other libraries' handlers,
-uncaught exceptions and warnings are all redirected here.  What a library prints directly to stdout or stderr is not
-covered.
+Messages in fedtune's code must never include a value from a data file.  The handlers of other libraries, uncaught
+exceptions and warnings are all redirected to this logger.  Text that a library prints directly to stdout or stderr is
+not covered.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ _MOST_CHARACTERS = 4000
 _MOST_FRAMES = 40
 _MOST_ERRORS = 16
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
-# The longest first, since site-packages lies inside the standard library's folder.
+# The longest path first, because site-packages is inside the folder of the standard library.
 _ROOTS = sorted(
     {sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")},
     key=len,
@@ -62,9 +61,9 @@ _log = logging.getLogger(__name__)
 def configure_logs(level: Level) -> None:
     """Redirect all logs of this process to stderr as JSON lines; a second call replaces the first.
 
-    fedtune's own messages are kept from `level` on, and other libraries' messages from warnings on; at "debug",
-    messages of the libraries in `CARRIERS` are kept from "info" on.  The redirection is permanent, and covers the
-    handlers of other libraries (including those imported later), warnings, and uncaught exceptions in all threads.
+    The threshold is `level` for fedtune's own messages and "warning" for other libraries.  At level "debug", it is
+    "info" for the libraries in `CARRIERS`.  The redirection is permanent, and covers the handlers of other libraries
+    (including those imported later), warnings, and uncaught exceptions in all threads.
 
     Raises:
         ConfigError: the level is unknown.
@@ -95,15 +94,13 @@ def configure_logs(level: Level) -> None:
 
 
 class _Lines(logging.StreamHandler[TextIO]):
-    """A handler that writes each record as one JSON object per line: time, level, logger, event, extra fields, any
-    `error`.
-    """
+    """Handler that writes each record as a line of JSON with time, level, logger, event, extra fields and `error`."""
 
     def format(self, record: logging.LogRecord) -> str:
         return json.dumps(_record_fields(record))  # ASCII-only, hence always a single line
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Drop a record that cannot be written; the default would print the message and its arguments."""
+        """Drop a record that cannot be written, because the default handler would print its message and arguments."""
 
 
 def _install_handler(logger: logging.Logger, handler: logging.Handler) -> None:
@@ -125,13 +122,15 @@ def _log_uncaught(kind: type[BaseException], error: BaseException, trace: Traceb
     if issubclass(kind, KeyboardInterrupt):
         _log.warning("interrupted from the keyboard")
     else:
-        _log.critical("the process ends because of an error", exc_info=(kind, error, trace))
+        _log.critical("the process exits because of an uncaught exception", exc_info=(kind, error, trace))
 
 
 def _log_uncaught_in_thread(found: threading.ExceptHookArgs) -> None:
     if found.exc_value is not None and not isinstance(found.exc_value, SystemExit):
         name = found.thread.name if found.thread else None
-        _log.critical("a thread ended because of an error", exc_info=found.exc_value, extra={"in_thread": name})
+        _log.critical(
+            "a thread ended because of an uncaught exception", exc_info=found.exc_value, extra={"in_thread": name}
+        )
 
 
 def _log_unraisable(found: Any) -> None:
@@ -142,20 +141,20 @@ def _log_unraisable(found: Any) -> None:
 def _log_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
 ) -> None:
-    """Log a warning without its text, as a replacement of `warnings.showwarning`."""
+    """Log the category and location of a warning, without its text; replaces `warnings.showwarning`."""
     where = f"{_shorten_source_path(filename)}:{lineno}"
     _log.warning("%s: %s", category.__name__, WITHHELD, extra={"where": where})
 
 
 def _find_package(record: logging.LogRecord) -> str:
-    """Return the package that logged the record, from the logger's name."""
+    """Return the top-level package of the record's logger."""
     return record.name.partition(".")[0]
 
 
 def _shorten_source_path(file: str) -> str:
     """Shorten the path of a source file to start at its package.
 
-    A file outside any package keeps only its name, because folder names are private to the site.
+    For a file outside any package, only the file name remains, because folder names are private to the site.
     """
     if file.startswith(_PACKAGE):
         return f"{OWN}/{file.removeprefix(_PACKAGE)}"
@@ -220,7 +219,7 @@ def _limit_length(text: str) -> str:
 
 
 def _describe_exception(error: BaseException, seen: set[int]) -> dict[str, Any]:
-    """Describe an exception by type, frames and cause; its text is included only if it consists of settings."""
+    """Describe an exception by type, frames and cause, with its text only if `_is_safe_to_log` allows it."""
     seen.add(id(error))
     fields: dict[str, Any] = {"type": _format_type_name(error), **_list_error_codes(error)}
     if _is_safe_to_log(error):

@@ -1,9 +1,9 @@
 """Prometheus metrics of a process: `GET /metrics` in text format, on loopback only.
 
 All metrics are derived from settings, the policy, the ledger's charges, and the times of messages; none is computed
-from a record.  A round counts as answered when its reply is ready to leave, after the padding of `reply_after_s`, and
-the contact time is updated during training, so that frequent scrapes reveal no more about the duration of training than
-the replies do.  The CPU and memory metrics of the Prometheus library would reveal it, and are disabled.
+from a record.  A round counts as answered when its reply can be sent, after the padding of `reply_after_s`, and the
+contact time is updated during training.  Frequent scrapes therefore reveal no more about the duration of training than
+the replies do.  The CPU and memory metrics of the Prometheus library would reveal the duration, and are disabled.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _ANSWER_S = 20.0  # timeout of a scrape, which verifies a changed ledger from it
 class Figure:
     """Definition of one metric."""
 
-    says: str  # help text
+    says: str  # the help text in the Prometheus output
     label: str = ""  # the label of a metric with several values; empty: a single value
-    grows: bool = False  # whether the metric is a counter
+    grows: bool = False  # whether the metric is a counter; otherwise it is a gauge
 
 
 FIGURES = {
@@ -80,14 +80,14 @@ FIGURES = {
 """Metric name, with its unit as suffix -> definition."""
 
 Values = Iterable[tuple[str, float | Mapping[str, float]]]
-"""(name of a metric, its current value or its values by label)."""
+"""Pairs of a metric's name and its current value, or its values by label."""
 
 
 def serve_metrics(address: str | None, values: Callable[[], Values]) -> AbstractContextManager[str]:
     """Serve `GET /metrics` at `address` during the block; yield the address, with the actual port if 0 was given.
 
-    None disables the endpoint.  An address that ends in .prom is a file for node_exporter, rewritten regularly, so that
-    a process without a network can publish its metrics.
+    None disables the endpoint.  An address that ends in .prom is a file that is rewritten regularly for
+    node_exporter, so that a process without network access can publish its metrics.
 
     Raises:
         ConfigError: the address is invalid, is not loopback, or cannot be bound; or prometheus-client is not installed.
@@ -117,12 +117,12 @@ def _write_periodically(file: Path, figures: Callable[[], bytes]) -> Iterator[st
 
     def write() -> None:
         new.write_bytes(figures())
-        new.chmod(0o644)  # for node_exporter, which is another user
+        new.chmod(0o644)  # readable for node_exporter, which runs as another user
         new.replace(file)
 
     def keep_writing() -> None:
         while not stop.wait(_FILE_S):
-            with suppress(OSError):  # the disk may be full for a while
+            with suppress(OSError):  # ignore a disk that is temporarily full
                 write()
 
     try:
@@ -163,7 +163,9 @@ class SiteMetrics:
     def __init__(self, *, kit: Kit, site_toml: Path, health: Health) -> None:
         self._kit, self._site_toml, self._health = kit, site_toml, health
         self._began = datetime.now(UTC)
-        self._answers: Counter[str] = Counter({"update": 0, Reason.SITE_ERROR: 0})  # Prometheus needs an initial 0
+        self._answers: Counter[str] = Counter(
+            {"update": 0, Reason.SITE_ERROR: 0}
+        )  # Prometheus computes rates only from an initial 0
         self._read: tuple[object, History | None] = (None, None)
 
     def record_answer(self, answer: str) -> None:
@@ -184,8 +186,9 @@ class SiteMetrics:
             yield from _list_budget_values(history)
 
     def _read_history(self) -> History | None:
-        """Return the history of the verified ledger, reread after a change of ledger or anchor; None if it cannot be
-        trusted.
+        """Return the history of the verified ledger; None if the ledger cannot be trusted.
+
+        The history is cached until the ledger or its anchor changes.
         """
         try:
             files = self._kit.find_site_files(self._site_toml)
@@ -221,7 +224,7 @@ class ServerMetrics:
         """The members in the newest roster."""
 
     def collect_values(self) -> Values:
-        """Yield the current values of all metrics; before the server starts, only the certificate's."""
+        """Yield the current values of all metrics; before the server starts, only those of the certificate."""
         yield from _list_certificate_values(self._kit)
         if (traffic := self.traffic) is None:
             return
@@ -270,7 +273,7 @@ class LeadMetrics:
 
 
 def _list_certificate_values(kit: Kit) -> Values:
-    """Yield the days until the kit's certificate expires; nothing while a new certificate is being copied."""
+    """Yield the number of days until the kit's certificate expires; yields nothing while the file is incomplete."""
     try:
         certificate = Certificate.from_x509(read_certificate(kit.certificate))
     except ConfigError:

@@ -26,14 +26,14 @@ from fedtune.sites.shared_settings import select_settings_for_sites, serialize_f
 from fedtune.tasks.task_model import TaskModel
 
 _SESSION, _DIGEST, _SIGNATURE = "0" * 32, "0" * 64, "0" * 128
-_FRACTION = 1 / 3  # a float with full precision, as noise and clocks have
+_FRACTION = 1 / 3  # a float with as many digits as noise multipliers and times have
 
 
 def estimate_round_bytes(config: RunConfig, plan: Plan, model: TaskModel) -> tuple[int, int]:
-    """Estimate the payload of one round to a site and from a site, in bytes, as counted in run.json.
+    """Estimate the payload bytes of one round to a site and from a site, as run.json counts them.
 
-    A round of secure aggregation has four exchanges; the estimate assumes that its session has begun and that no site
-    drops out.  HTTP, TLS and Flower's own message records are not included.
+    A round of secure aggregation has four exchanges; the estimate assumes an established session and no dropouts.
+    HTTP, TLS and Flower's own message records are not included.
 
     Args:
         config: the run's settings.
@@ -76,7 +76,7 @@ def estimate_round_bytes(config: RunConfig, plan: Plan, model: TaskModel) -> tup
 
 
 def _make_placeholder_tensors(config: RunConfig, plan: Plan, adapter: Adapter) -> Tensors | Difference | Masked:
-    """Build the payload of an update with all values 0."""
+    """Build the payload of an update in the run's format, with all values 0."""
     if (shared := plan.shared) is not None:
         bits = compute_modulus_bits(shared.num_sites, shared.largest_value)
         return Masked(messages.compute_upload_size(shared.num_sites, length=adapter.num_values, bits=bits))
@@ -86,8 +86,9 @@ def _make_placeholder_tensors(config: RunConfig, plan: Plan, adapter: Adapter) -
 
 
 def _iter_secure_aggregation_steps(sites: Sequence[str], site: str) -> Iterator[tuple[str, list[bytes], bytes]]:
-    """Yield each step of secure aggregation except the upload: name, attached messages to a site, answer of the
-    site.
+    """Yield each step of secure aggregation except the upload as a tuple.
+
+    The tuple contains the name of the step, the messages attached to the request to `site`, and the answer of `site`.
     """
     asked = messages.ConfirmRequest(session=_DIGEST, release=1, survivors=sorted(sites))
     own = {**asdict(asked), "site": site, "signature": _SIGNATURE}

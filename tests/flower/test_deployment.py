@@ -18,7 +18,7 @@ from fedtune.flower import flower_records
 from fedtune.flower.asking_grid import Heard as Answered
 from fedtune.flower.internals import set_sender_ids
 from fedtune.model.adapter import Adapter
-from fedtune.ops.deployment import OFFER, LeadService, _Ears
+from fedtune.ops.deployment import OFFER, LeadService, _AnswerClassifier
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
@@ -39,7 +39,7 @@ class Line:
         set_sender_ids(run_id=7, node_id=0, task_id=0)
         self.ledger, self.adapter, self.listener = ledger, adapter, Mock()
         self.sites = [SimpleNamespace(site=name, node_key=b"", site_key=key) for name in ("north", "south")]
-        self.ears = _Ears(self.sites, self.listener, most_rounds=4)
+        self.ears = _AnswerClassifier(self.sites, self.listener, most_rounds=4)
 
     @property
     def heard(self) -> list[Any]:
@@ -117,7 +117,7 @@ def test_update_without_a_matching_signed_receipt_is_rejected(line: Line, what: 
 
 def test_implausible_charge_is_not_reported(line: Line) -> None:
     # To compose so many rounds would take all of the lead's memory.
-    ears = _Ears(line.sites, line.listener, most_rounds=1)
+    ears = _AnswerClassifier(line.sites, line.listener, most_rounds=1)
     ears(1, line.question("north"), Message(flower_records.from_reply(line.signed(line.update())), 1, "train"))
     assert line.heard[0][2]["charged_rounds"] is None
 
@@ -192,7 +192,7 @@ def test_offer_is_accepted_only_for_an_invitation(line: Line) -> None:
     kind = f"query.{flower_records.INVITE}"
     assert line.hear_reply(1, line.signed(offer), kind) == Answered(good=True)
     assert line.words == [("north", OFFER)]
-    line.listener.note.assert_called_once_with(f"north runs fedtune 0.2.1+7c1f, and this lead {build()}")
+    line.listener.note.assert_called_once_with(f"north runs fedtune 0.2.1+7c1f, and this lead runs {build()}")
     for other in (replace(offer, nonce="1b" * 16), replace(offer, run="s"), replace(offer, site="south")):
         assert line.hear_reply(1, line.signed(other), kind) == Answered(good=False)
     assert line.hear_reply(1, line.signed(offer)) == Answered(good=False), "a round hopes for an update"

@@ -235,7 +235,7 @@ def test_doctor_passes_for_a_complete_site(home: Home) -> None:
         assert secret not in texts, secret
     assert "enough records for the declared size" in texts
     home.change(approval="manual")
-    assert "once a person here approves it" in home.examine_site(run=True)["run"].found
+    assert "once a person at this site approves it" in home.examine_site(run=True)["run"].found
 
 
 def test_doctor_skips_dependent_checks_without_kit_and_policy(tmp_path: Path) -> None:
@@ -474,7 +474,7 @@ def test_random_model_needs_no_installed_files(home: Home) -> None:
     digest = hash_model(ModelSpec(path="random:bert"))
     replace_in_file(home.kit / "kit.toml", home.policy.allow.base_models[0], digest)
     home.change(allow={"base_models": (digest,)})
-    assert "made-up model" in home.examine_site()["base model tiny"].found
+    assert "tiny random model" in home.examine_site()["base model tiny"].found
 
 
 # What goes wrong in the doctor itself, and what the lines come to.

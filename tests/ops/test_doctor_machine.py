@@ -41,7 +41,7 @@ def test_clock_check_allows_five_seconds_plus_uncertainty() -> None:
     ]
     theirs = machine.check_clock((-61.0, 0.5), kept=True)
     assert (theirs.found, theirs.exit_code) == (
-        "the server's clock is 61 s ahead, and this one is synchronized",
+        "the server's clock is 61 s ahead, but this machine's clock is synchronized",
         SERVER,
     )
 
@@ -69,11 +69,11 @@ def test_ledger_and_anchor_checks_detect_network_and_shared_disks(tmp_path: Path
     for place in ("a share/north/ledger.db", "link/ledger.db", "a share/not/yet/ledger.db"):
         check = machine.check_ledger_disk(tmp_path / place, system=tmp_path)
         assert check.status is Status.WARNING
-        assert check.found.startswith("cifs, over a network")
+        assert check.found.startswith("cifs, a network file system")
     for place in ("ledger.db", "a share2/ledger.db"):
         check = machine.check_ledger_disk(tmp_path / place, system=tmp_path)
         assert (check.status, check.found) == (Status.OK, "ext4, on this machine")
-    assert machine.check_ledger_disk(tmp_path, system=tmp_path / "none").found.startswith("an unknown one")
+    assert machine.check_ledger_disk(tmp_path, system=tmp_path / "none").found.startswith("an unknown file system")
     ledger = tmp_path / "ledger.db"
     assert "names no anchor" in machine.check_anchor_disk(ledger, None).found
     here = machine.check_anchor_disk(ledger, tmp_path / "other" / "anchor.json")
@@ -180,7 +180,7 @@ def test_files_of_another_account_or_group_are_reported(site: Path, what: str, n
     os.chown(path, 0, STRANGER)
     path.chmod(path.stat().st_mode | 0o060)
     (check,) = check_owners(site)
-    assert check.found.endswith(f"can be changed by everyone in group {STRANGER}")
+    assert check.found.endswith(f"can be changed by every member of group {STRANGER}")
     assert check.fix == f"Run `chmod g-w {path}`."
 
 

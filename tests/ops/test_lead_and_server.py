@@ -13,7 +13,7 @@ import pytest
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.ops.deployment import LeadService, _Noted
+from fedtune.ops.deployment import LeadService, _RecordingListener
 from fedtune.ops.health import Health
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.kit_file import Kit
@@ -116,7 +116,7 @@ def test_run_folder_records_the_process_id_only_during_the_run(tmp_path: Path) -
 
 def test_latest_site_answers_are_stored_and_displayed(tmp_path: Path, now: datetime) -> None:
     shown, state, update = Mock(), Mock(), Mock()
-    noted = _Noted(Followed(shown, update), tmp_path, Mock())
+    noted = _RecordingListener(Followed(shown, update), tmp_path, Mock())
     assert read_latest_answers(tmp_path) == {}
     told = [
         call.on_site_answered("north", "awaiting_approval", num_bytes=10, charged_rounds=0),
@@ -135,7 +135,7 @@ def test_latest_site_answers_are_stored_and_displayed(tmp_path: Path, now: datet
     answers = read_latest_answers(tmp_path)
     assert {site: answer["what"] for site, answer in answers.items()} == {"north": "update", "south": "update"}
     assert all(datetime.fromisoformat(answer["time"]) >= now for answer in answers.values())
-    _Noted(shown, tmp_path, Mock()).on_site_answered("south", "stop", num_bytes=1, charged_rounds=1)
+    _RecordingListener(shown, tmp_path, Mock()).on_site_answered("south", "stop", num_bytes=1, charged_rounds=1)
     assert [answer["what"] for answer in read_latest_answers(tmp_path).values()] == ["update", "stop"], (
         "also when resumed"
     )

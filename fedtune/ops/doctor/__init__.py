@@ -1,1 +1,1 @@
-"""Checks for `fedtune site doctor`, one module per subject."""
+"""Checks of `fedtune site doctor`: of the site's files, its machine and its connection to the server."""

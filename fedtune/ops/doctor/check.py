@@ -1,4 +1,4 @@
-"""Results of checks in `fedtune site doctor`, their exit code, and the private log for details."""
+"""Check results of `fedtune site doctor`, the exit code of the command, and the private log for details."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedtune import system
 from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, format_value
 
 SETTINGS, REFUSED, SERVER = 2, 3, 1
-"""Exit codes by priority: a problem at the site, a run that would be refused, a problem with the server."""
+"""Exit codes, highest priority first: a problem at the site, a run that the site would refuse, a server problem."""
 
 
 class Status(StrEnum):
@@ -26,7 +26,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DoctorCheck:
-    """One line of the doctor's output: the name of a check and its finding.
+    """Result of one check, printed as one line of the doctor's output.
 
     Guarantee: `found` and `fix` contain no record text, no exact number of records and no path of a data file, because
     people paste these lines into tickets.
@@ -49,17 +49,17 @@ def build_passed_check(name: str, found: str) -> DoctorCheck:
 
 
 def build_warning(name: str, found: str, *, fix: str) -> DoctorCheck:
-    """Build a check that passed with a finding that needs attention."""
+    """Build a check that passed, but with a finding that the site's staff should look at."""
     return DoctorCheck(name=name, status=Status.WARNING, found=found, fix=fix)
 
 
 def build_failed_check(name: str, found: str, *, fix: str, exit_code: int = SETTINGS) -> DoctorCheck:
-    """Build a check that failed, because the site cannot work."""
+    """Build a failed check for a problem that prevents the site from working."""
     return DoctorCheck(name=name, status=Status.FAILED, found=found, fix=fix, exit_code=exit_code)
 
 
 def build_check_from_error(name: str, error: FedtuneError, *, fix: str) -> DoctorCheck:
-    """Build a failed check from an error; the error's own remedy, if any, replaces `fix`."""
+    """Build a failed check from an error; if the error has a remedy, it replaces `fix`."""
     if not isinstance(error, ConfigError):
         return build_failed_check(name, str(error), fix=fix)
     value = error.value if isinstance(error.value, str) else format_value(error.value)
@@ -72,7 +72,7 @@ def build_check_from_error(name: str, error: FedtuneError, *, fix: str) -> Docto
 
 
 def build_skipped_check(name: str, because: str) -> DoctorCheck:
-    """Build a check that was skipped, because it does not apply or cannot run."""
+    """Build a skipped check; `because` is the reason, such as the failure of an earlier check."""
     return DoctorCheck(name=name, status=Status.SKIPPED, found=f"skipped: {because}")
 
 
@@ -83,26 +83,24 @@ def choose_exit_code(checks: Iterable[DoctorCheck]) -> int:
 
 
 class PrivateLog:
-    """Private log file of the site, the only file with details that may contain lines, names or texts of records.
+    """Private log file of the site for details that may quote records; no other output of the doctor contains them.
 
-    Only its owner can read the file.  The first entry of each `PrivateLog` truncates it.
+    Only the owner can read the file.  The first entry of each `PrivateLog` object truncates it.
     """
 
     def __init__(self, path: Path) -> None:
         self._path, self._begun = path, False
 
     def write_entry(self, text: str) -> str:
-        """Append `text` to the log; return a clause with the log's path, or an empty text if the log cannot be
-        written.
-        """
+        """Append `text` to the log; return a remark with the path of the log, or "" if the log cannot be written."""
         try:
             self._path.parent.mkdir(exist_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | system.NO_FOLLOW | (os.O_APPEND if self._begun else os.O_TRUNC)
             descriptor = os.open(self._path, flags, 0o600)
             with os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace") as file:
-                system.change_mode(descriptor, 0o600)  # it may be there already
+                system.change_mode(descriptor, 0o600)  # the file may exist already with another mode
                 file.write(text.rstrip() + "\n")
         except OSError:
             return ""
         self._begun = True
-        return f" (details, only for you, are in {self._path})"
+        return f" (private details are in {self._path})"

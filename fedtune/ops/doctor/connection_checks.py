@@ -1,6 +1,6 @@
 """Checks of a site's connection to its server, step by step: DNS, proxy, TCP, TLS and authentication.
 
-The checks make one call with the HTTP client of the site's process, and report the step that fails.
+The checks make one call with the same HTTP client as the site's process, and report the step at which it fails.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STEPS = (DNS, TCP, TLS, AUTHENTICATION)
 _PROXY_FIX = "Set HTTPS_PROXY to your network's proxy, as http://HOST:PORT, or unset it if you need none."
 _failed = partial(build_failed_check, exit_code=SERVER)
 _OTHER_AUTHORITY = (
-    "is not issued by the federation's authority: a wrong server, or TLS inspection that intercepts the connection",
+    "is not issued by the federation's authority: it is the wrong server, or TLS inspection intercepts the connection",
     "Have {server} exempted from TLS inspection, or ask the lead whether the address is right; "
     "`openssl s_client -connect {server}` shows who issued the certificate.",
 )
@@ -55,12 +55,11 @@ _WRONG_CERTIFICATES = {
 
 
 class Connection:
-    """Test connection to the server in a site's kit.
+    """Test connection to the server that a site's kit names.
 
     Attributes:
-        clock_ahead_s: the offset of this machine's clock to the server's, and the offset's uncertainty, in seconds;
-            None if
-            unknown, and until `run_checks` has finished.
+        clock_ahead_s: the offset of this machine's clock from the server's clock and the uncertainty of the offset, in
+            seconds; None if they are unknown, and until `run_checks` has finished.
     """
 
     def __init__(self, kit: Kit, *, timeout_s: float = 10.0) -> None:
@@ -82,7 +81,7 @@ class Connection:
         except (OSError, ConfigError):
             why, fix = (
                 "the kit's key and certificates cannot be used",
-                "Fix what the certificate line reports.",
+                "Fix the problem in the line of the check `certificate`.",
             )
             yield from (
                 build_failed_check(TLS, why, fix=fix) if name == TLS else build_skipped_check(name, why)
@@ -93,7 +92,7 @@ class Connection:
             client = httpx.Client(verify=context, timeout=self._timeout_s)
         except (ImportError, ValueError, httpx.InvalidURL):  # the error text may contain the proxy's password
             yield from self._report_steps_up_to(
-                _failed(TCP, "the proxy that HTTPS_PROXY names cannot be used", fix=_PROXY_FIX)
+                _failed(TCP, "the value of HTTPS_PROXY cannot be used as an HTTP proxy", fix=_PROXY_FIX)
             )
             return
         with client:
@@ -115,8 +114,8 @@ class Connection:
             self._encrypted = about["return_value"].get_extra_info("ssl_object")
 
     def _report_steps_up_to(self, check: DoctorCheck) -> Iterator[DoctorCheck]:
-        """Yield the checks of all steps up to `check` and, after a failure, the later steps as skipped."""
-        via = f" through the proxy {self._proxy}, as HTTPS_PROXY says" if self._proxy else ""
+        """Yield `check` after passed checks of the earlier steps; if it failed, yield the later steps as skipped."""
+        via = f" through the proxy {self._proxy} (HTTPS_PROXY)" if self._proxy else ""
         resolved = f"{self._host} is an address" if parse_ip_address(self._host) else f"{self._host} resolves"
         before = {
             DNS: build_passed_check(DNS, f"{self._host} is resolved by the proxy" if self._proxy else resolved),
@@ -129,7 +128,7 @@ class Connection:
             yield from (build_skipped_check(name, f"{check.name} failed") for name in STEPS[number + 1 :])
 
     def _find_failed_step(self, error: httpx.HTTPError) -> DoctorCheck:
-        """Build the failed check for the step at which the client stopped."""
+        """Build the failed check for the step at which the HTTP client raised `error`."""
         causes = list(iter_causes(error))
         goal = f"the proxy {self._proxy}" if self._proxy else self._server
         if unresolved := next((cause for cause in causes if isinstance(cause, socket.gaierror)), None):
@@ -167,7 +166,7 @@ class Connection:
         if said.startswith("it does not accept this site's certificate"):
             fix = f"Ask the lead for a new kit (`fedtune provision renew-site {self._kit.site}`), and unzip it here."
             return _failed(TLS, f"the server refused this site's certificate ({said.rpartition(': ')[2]})", fix=fix)
-        fix = "Ask the lead whether the server runs on this port, and your network team what is in between."
+        fix = "Ask the lead whether the server runs on this port, and your network team which devices intercept it."
         if isinstance(error, httpx.TimeoutException):
             found = f"{self._server} accepts connections, but did not answer within {self._timeout_s:g} s"
         elif "start_tls.complete" in self._begun:
@@ -223,14 +222,12 @@ _CLOSED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN, httpx.codes.NOT_FOUN
 
 
 def check_control_api(server: str, *, timeout_s: float) -> DoctorCheck:
-    """Check that outside callers cannot start code at the sites through the Control API of an unmodified SuperLink."""
+    """Check that a stock SuperLink closes its Control API, through which callers could run code at the sites."""
     try:
         # The certificate is irrelevant, because the check only asks for access without credentials.
         answer = httpx.post(f"https://{server}/v1/control/list-nodes", verify=False, timeout=timeout_s)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError) as error:
-        fix = (
-            "Ask the server's operators whether it is running: this site's SuperNode needs it, the site's process not."
-        )
+        fix = "Ask the server's operators whether it is running; only this site's SuperNode connects to it."
         return _failed(_CONTROL, f"{server} cannot be reached ({type(error).__name__})", fix=fix)
     if answer.status_code in _CLOSED:
         return build_passed_check(

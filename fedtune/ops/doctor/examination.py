@@ -34,16 +34,16 @@ _KIT, _POLICY, _LEDGER = "the kit", "the policy", "the ledger"
 
 @dataclass(kw_only=True)
 class Examination:
-    """All checks of a site, each run once, regardless of failures of other checks.
+    """Runner of all checks of a site; the failure of one check does not stop the others.
 
-    Later checks reuse the files that early checks read; a check is skipped if one of its files could not be read.
+    Later checks reuse the files that earlier checks have read.  A check is skipped if one of its files was unreadable.
     """
 
-    kit_folder: Path  # the kit's
-    site_toml: Path  # the policy
-    model: Path | None = None  # a base model to install first, as `install_model` takes it
-    run: Callable[[], RunConfig] | None = None  # settings of a run to try out; None: none was named
-    timeout_s: float = 10.0  # of each connection
+    kit_folder: Path  # the folder of the site's kit
+    site_toml: Path  # the path of the policy
+    model: Path | None = None  # a base model to install first, as an argument of `install_model`
+    run: Callable[[], RunConfig] | None = None  # loads the settings of a run to preview; None: no run was given
+    timeout_s: float = 10.0  # timeout of each connection
     kit: Kit = field(init=False)
     files: SiteFiles = field(init=False)
     machine: Machine = field(init=False)
@@ -74,7 +74,7 @@ class Examination:
                     yield site_checks.report_unexpected_error(names[0], error, self._log)
 
     def _list_checks(self) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Callable[[], Iterable[DoctorCheck]]]]:
-        """Yield each check as the names of its lines, the files that it needs, and its function."""
+        """Yield each check as a tuple: the names of its lines, the files that it requires, and its function."""
         yield (("policy",), (), self._read_policy)
         yield (("kit",), (), self._read_kit)
         yield (

@@ -23,8 +23,8 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.system import effective_group, effective_user, grp
 
 MOST_AHEAD_S, WRONG_S = 5.0, 60.0
-"""A server rejects signatures from more than 5 s in the future (Flower's SYSTEM_TIME_TOLERANCE) or some minutes in the
-past; an offset of a minute means that the clock is not synchronized."""
+"""A server rejects signatures dated more than 5 s in the future (Flower's SYSTEM_TIME_TOLERANCE) or some minutes in the
+past.  An offset of a minute indicates that the clock is not synchronized."""
 LITTLE_DISK_BYTES, TOO_LITTLE_DISK_BYTES = 2 * 2**30, 200 * 2**20
 NETWORK_FILES = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "9p", "afs", "glusterfs", "lustre"})
 _MODEL_COPIES, _BESIDE_MODEL_BYTES = 3, 2**30
@@ -34,12 +34,12 @@ _ROOT = 0
 
 
 def check_clock(ahead_s: tuple[float, float] | None, *, kept: bool = False) -> DoctorCheck:
-    """Check the offset of this machine's clock to the server's clock.
+    """Check the offset of this machine's clock from the server's clock.
 
     Args:
-        ahead_s: the offset of this clock to the server's, and the offset's uncertainty, in seconds; None if the server
+        ahead_s: the offset of this clock from the server's clock, and its uncertainty, in seconds; None if the server
             cannot be reached.
-        kept: whether this machine's clock is synchronized, so that an offset is the server's fault.
+        kept: whether this machine's clock is synchronized, in which case the server's clock is wrong.
     """
     name, fix = "clock", "Turn on time synchronization, for instance with `timedatectl set-ntp true`."
     if ahead_s is None:
@@ -49,7 +49,7 @@ def check_clock(ahead_s: tuple[float, float] | None, *, kept: bool = False) -> D
     if kept and off > MOST_AHEAD_S:
         found = (
             f"the server's clock is {abs(ahead):.0f} s {'behind' if ahead > 0 else 'ahead'}, "
-            "and this one is synchronized"
+            "but this machine's clock is synchronized"
         )
         fix = "Ask the server's operators to turn on time synchronization."
         return (
@@ -98,7 +98,7 @@ def check_ledger_disk(ledger: Path, *, system: Path = Path("/")) -> DoctorCheck:
     name, place, kind, deepest = (
         "file system",
         Path(os.path.realpath(find_nearest_existing(ledger))),
-        "an unknown one",
+        "an unknown file system",
         0,
     )
     for line in _read_text(system / "proc/self/mounts").splitlines():
@@ -108,7 +108,7 @@ def check_ledger_disk(ledger: Path, *, system: Path = Path("/")) -> DoctorCheck:
         if place.is_relative_to(folder) and len(folder) >= deepest:
             kind, deepest = found, len(folder)
     if kind in NETWORK_FILES:
-        found = f"{kind}, over a network: SQLite's locks and syncs are unreliable there"
+        found = f"{kind}, a network file system, on which SQLite's locks and syncs are unreliable"
         return build_warning(name, found, fix="Stop the site, and move the ledger to a local disk.")
     return build_passed_check(name, f"{kind}, on this machine")
 
@@ -136,12 +136,10 @@ def check_socket(place: Path) -> DoctorCheck:
 
 
 def check_anchor_disk(ledger: Path, anchor: Path | None) -> DoctorCheck:
-    """Check that the anchor is on another disk than the ledger, so that the anchor detects a rollback of the ledger's
-    disk.
-    """
+    """Check that the anchor is on another disk than the ledger, so that it detects a rollback of the ledger's disk."""
     name = "anchor's place"
     if anchor is None:
-        found = "the policy names no anchor: nothing here detects a rollback of the ledger"
+        found = "the policy names no anchor, so a rollback of the ledger is not detected here"
         return build_warning(name, found, fix="Set `anchor` in site.toml to a file on another disk.")
     if find_nearest_existing(anchor).stat().st_dev == find_nearest_existing(ledger).stat().st_dev:
         found = "on the ledger's own disk: both can be rolled back together"
@@ -217,7 +215,7 @@ def check_gpu(
         return build_warning(
             name, "a driver is installed, but torch cannot use a GPU; this site trains on the CPU", fix=fix
         )
-    return build_passed_check(name, "none: this site trains on the CPU")
+    return build_passed_check(name, "no GPU; this site trains on the CPU")
 
 
 def probe_gpu() -> str:
@@ -225,7 +223,7 @@ def probe_gpu() -> str:
     from fedtune.training.accelerators import find_accelerator, get_device_name, get_total_memory
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of a driver that is too old; the line says it
+        warnings.simplefilter("ignore")  # torch warns about an old driver, which the check reports anyway
         try:
             device = find_accelerator()
             return (
@@ -233,7 +231,7 @@ def probe_gpu() -> str:
                 if device is not None
                 else ""
             )
-        except RuntimeError:  # a driver that fails
+        except RuntimeError:  # the driver does not work
             return ""
 
 
@@ -244,11 +242,10 @@ def find_nearest_existing(path: Path) -> Path:
 
 
 def check_owners(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterator[DoctorCheck]:
-    """Check the owners of the policy, the keys and the ledger's files; yield one line per wrong owner, or one passed
-    line.
+    """Check the owners of the policy, the keys and the ledger's files.
 
-    The expected owner is the account of the site's process, which owns the kit's connection key.  `files` is None if
-    the policy cannot be read.
+    Yields one failed check per wrong owner, or a single passed check.  The expected owner is the account of the site's
+    process, which owns the kit's connection key.  `files` is None if the policy cannot be read.
     """
     key = kit / "connection_key.pem"
     account = key.stat().st_uid if key.exists() else effective_user()
@@ -280,7 +277,7 @@ def _check_owner(what: str, path: Path, account: int) -> DoctorCheck | None:
     except OSError:
         return None  # reported by another check
     name, folder = f"{_NAME}: {what}", stat.S_ISDIR(found.st_mode)
-    # Root may own what the site's process only reads, and a folder that the process may write into.
+    # Root may own files that the site's process only reads, and folders that the process can write to.
     may_be_roots = what == "policy" or (folder and os.access(path, os.W_OK))
     if found.st_uid != account and not (found.st_uid == _ROOT and may_be_roots):
         own = get_account_name(account)
@@ -291,10 +288,10 @@ def _check_owner(what: str, path: Path, account: int) -> DoctorCheck | None:
         effective_group() if own_gid is None else own_gid,
         _ROOT,
     )
-    # Who else may write, as chmod calls them.
+    # Other accounts with write access, in the notation of chmod.
     who = ("g" if others else "") + ("o" if found.st_mode & stat.S_IWOTH else "")
     if not who or (folder and found.st_mode & stat.S_ISVTX):
         return None
-    said = {"o": "every account", "g": f"everyone in group {found.st_gid}"}[who[-1]]
+    said = {"o": "every account", "g": f"every member of group {found.st_gid}"}[who[-1]]
     command = f"chmod {','.join(f'{letter}-w' for letter in who)}"
     return build_failed_check(name, f"{path} can be changed by {said}", fix=f"Run `{command} {path}`.")

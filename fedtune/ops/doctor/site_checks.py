@@ -51,7 +51,7 @@ from fedtune.tasks.registry import TASKS, find_task
 
 _PAGE = "docs/site_policy.md"
 FEW, MANY = 0.5, 2.0
-"""True number of records (or users) divided by the declared size, below or above which the doctor warns."""
+"""Bounds for the number of records (or users) divided by the declared size, outside of which the doctor warns."""
 FEW_DATED = 0.5  # fraction of users with a readable date of arrival, below which the doctor warns
 
 
@@ -63,7 +63,7 @@ def check_site_certificate(kit: Kit, now: datetime) -> DoctorCheck:
     except ConfigError as error:
         fix = "Unzip the kit made from this folder's join_request.json, or send the lead that request again."
         return build_check_from_error(name, error, fix=fix)
-    said = f"in force until {found.not_after:%Y-%m-%d}, {found.count_days_left(now)} days from now"
+    said = f"valid until {found.not_after:%Y-%m-%d}, {found.count_days_left(now)} days from now"
     if found.count_days_left(now) < SOON_DAYS:
         fix = f"Ask the lead for a new kit (`fedtune provision renew-site {kit.site}`), and unzip it here."
         return build_warning(name, said, fix=fix)
@@ -100,7 +100,9 @@ def check_base_models(kit: Kit, policy: Policy) -> Iterator[DoctorCheck]:
             )
         elif sha256 not in known and not find_model_store_path(kit.folder, sha256).is_dir():
             found = "the policy allows it, but no run of this federation may use it"
-            yield build_warning(name, found, fix="Remove it from allow.base_models, or ask the lead for it.")
+            yield build_warning(
+                name, found, fix="Remove it from allow.base_models, or ask the lead to add it to the federation."
+            )
         else:
             yield _check_installed(kit, sha256, name=name, license=known[sha256].license if sha256 in known else "")
     for model in kit.model:
@@ -108,7 +110,7 @@ def check_base_models(kit: Kit, policy: Policy) -> Iterator[DoctorCheck]:
             found = f"runs may use it, but the policy does not allow it (SHA-256 {model.sha256})"
             yield build_passed_check(f"base model {model.name}", found)
     if not policy.allow.base_models:
-        found = "the policy allows none: every request is refused"
+        found = "the policy allows no base model, so every request is refused"
         fix = "Add the SHA-256 of each model that you accept to allow.base_models in site.toml."
         yield build_failed_check("base models", found, fix=fix)
 
@@ -117,14 +119,14 @@ def _check_installed(kit: Kit, sha256: str, *, name: str, license: str) -> Docto
     place = find_model_store_path(kit.folder, sha256)
     if not place.is_dir():
         if is_built_in_model(sha256):
-            return build_passed_check(name, "a tiny made-up model for tests; nothing needs to be installed")
-        fix = "Get its files and run `fedtune site doctor ... --import-model PATH`, PATH being the folder or GGUF file."
+            return build_passed_check(name, "a tiny random model for tests, which needs no installation")
+        fix = "Get its files and run `fedtune site doctor ... --import-model PATH`, with the folder or GGUF file."
         return build_failed_check(name, f"is not installed (SHA-256 {sha256})", fix=fix)
     try:
         verify_model(kit.folder, sha256)
     except (ConfigError, OSError) as error:
         why = "its files cannot be read" if isinstance(error, OSError) else error.bound
-        fix = "Import it again with `fedtune site doctor ... --import-model PATH`, and find out what changed it."
+        fix = "Import it again with `fedtune site doctor ... --import-model PATH`, and find the cause of the change."
         return build_failed_check(name, f"in {place}: {why}", fix=fix)
     try:
         require_model_reader(kit.folder, sha256)
@@ -132,7 +134,7 @@ def _check_installed(kit: Kit, sha256: str, *, name: str, license: str) -> Docto
         return build_check_from_error(
             name, error, fix="Install the package named here in the environment of the site's process."
         )
-    papers = ", ".join(list_license_files(kit.folder, sha256)) or "no license file came with it"
+    papers = ", ".join(list_license_files(kit.folder, sha256)) or "no license file is installed"
     if not license:
         fix = "Remove it from allow.base_models, or ask the lead to add it to the federation."
         return build_warning(name, "installed and unchanged, but no run of this federation may use it", fix=fix)
@@ -179,34 +181,36 @@ def _check_data_set(dataset: Dataset, folder: Path, policy: Policy, *, log: Priv
         found = f"is {other}" if path.exists() else "its file is missing, or this account cannot read it"
         fix = f"Set `path` in {block} to one file of records, or to a folder of a saved Hugging Face set."
         return build_failed_check(name, found, fix=fix)
-    known = [task for task in tasks if task in TASKS]  # those of installed packages were loaded for the check of tasks
+    known = [task for task in tasks if task in TASKS]  # the check of the tasks has loaded those of installed packages
     served = {task for task in known if any({*roles} <= {*dataset.columns} for roles in TASKS[task].layouts)}
     if not served:
         every = [(task, roles) for task in known for roles in TASKS[task].layouts]
         texts = [one for one in every if not any(one[0] == task and {*one[1]} < {*roles} for task, roles in every)]
         asked = " or ".join(f"{', '.join(roles)} ({task})" for task, roles in texts)
         fix = f"Set `columns` in {block} so that each role has its column: {asked or 'of a task in allow.tasks'}."
-        return build_failed_check(name, "its columns do not have the roles of any task that the policy allows", fix=fix)
+        return build_failed_check(
+            name, "its columns do not match the roles of any task that the policy allows", fix=fix
+        )
     try:
         count, num_dated = _count_units(path, dataset, unit=unit)
     except DataError as error:
         return _report_unreadable_file(error, dataset, name=name, block=block, log=log)
     if not count:
-        return build_failed_check(name, "holds no record", fix=f"Set `path` in {block} to the file of records.")
+        return build_failed_check(name, "contains no record", fix=f"Set `path` in {block} to the file of records.")
     if count < dataset.min_units:
-        fix = f"Wait until there are more, lower min_units in {block}, or take the data set out of site.toml."
+        fix = f"Wait for more records, lower min_units in {block}, or take the data set out of site.toml."
         return build_failed_check(name, f"every record can be read; fewer {unit}s than min_units", fix=fix)
     if policy.population.arrivals and num_dated < FEW_DATED * count:
         whose = "fewer than half of the users have" if num_dated else "no user has"
         found = f"every record can be read; {whose} a readable date in column {dataset.columns['arrival']!r}"
-        fix = "Write the dates as 2026-03-14 or 2026-03, before a run admits anyone."
-        return build_warning(name, f"{found} (without: the oldest cohort)", fix=fix)
+        fix = "Write the dates as 2026-03-14 or 2026-03 before the first run that admits cohorts."
+        return build_warning(name, f"{found} (users without a date belong to the oldest cohort)", fix=fix)
     lacking = ", ".join(task for task in tasks if task not in served)
     return _compare_declared_size(name, count / dataset.declared_size, units=f"{unit}s", lacking=lacking, block=block)
 
 
 def _count_units(path: Path, dataset: Dataset, *, unit: str) -> tuple[int, int]:
-    """Read every record of a data set; return the number of units, and for users how many of them have a date.
+    """Read every record of a data set; return the number of units and, for users, the number of users with a date.
 
     Raises:
         DataError: a record cannot be read.
@@ -222,10 +226,9 @@ def _count_units(path: Path, dataset: Dataset, *, unit: str) -> tuple[int, int]:
 
 
 def list_small_data_sets(policy: Policy, folder: Path) -> list[str]:
-    """Return the ids of the data sets with fewer units than their `min_units`; a file that cannot be read is left to
-    the doctor.
+    """Return the ids of the data sets with fewer units than their `min_units`; unreadable files are skipped.
 
-    For the site's own staff only: an answer that depended on this would be a release.
+    The result is for the site's own staff only, because an answer to the lead that depended on it would be a release.
     """
     small = []
     for dataset in policy.dataset:
@@ -241,27 +244,27 @@ def list_small_data_sets(policy: Policy, folder: Path) -> list[str]:
 def _report_unreadable_file(
     error: DataError, dataset: Dataset, *, name: str, block: str, log: PrivateLog
 ) -> DoctorCheck:
-    """Build the check for an unreadable data file, without the error's own message.
+    """Build the check for an unreadable data file, without the text of the error.
 
-    The message may reveal the number of records, as a line number, or the first record, which a file without a header
-    has instead of column names.
+    The text may reveal the number of records through a line number, or quote the first record as column names if the
+    file has no header.
     """
     where = log.write_entry(f"{name}: {error}")
     if error.value == SEVERAL_USERS:
-        fix = "Remove records of several people, or decide who owns them: each record has one id, without , ; or |."
+        fix = "Remove records of several users, or assign each to one user; an id must not contain , ; or |."
         return build_failed_check(name, f"a record names several users; runs skip such records{where}", fix=fix)
     # The key of the error contains the column's name in the policy, if the error is about a column.
     column = next((f"column {column!r}" for column in dataset.columns.values() if repr(column) in error.key), "")
     if error.value == "absent":
-        fix = f"Name a column that the file has in `columns` of {block}; a CSV file begins with a header."
+        fix = f"Name an existing column in `columns` of {block}; a CSV file must begin with a header."
         return build_failed_check(name, f"{column} is not in every record{where}", fix=fix)
     found = f"a record cannot be read{f' at {column}' if column else ''}{where}"
-    fix = "Fix or remove that record: each must be a whole JSON object or CSV row, in UTF-8, without blank values."
+    fix = "Fix or remove that record: each must be a complete JSON object or CSV row, in UTF-8, without blank values."
     return build_failed_check(name, found, fix=fix)
 
 
 def _compare_declared_size(name: str, share: float, *, units: str, lacking: str, block: str) -> DoctorCheck:
-    """Compare the number of records or users with the declared size, in words without numbers."""
+    """Build the check that compares the number of records or users with the declared size, without exact numbers."""
     if share < FEW:
         fix = f"Check that the file is complete; otherwise declare a smaller size in {block}."
         return build_warning(name, f"every record can be read; far fewer {units} than the declared size", fix=fix)
@@ -282,21 +285,19 @@ def report_unexpected_error(name: str, error: Exception, log: PrivateLog) -> Doc
     where = log.write_entry(f"{name}: {''.join(traceback.format_exception(error))}")
     found = f"could not be checked ({type(error).__name__}){where}"
     return build_failed_check(
-        name, found, fix="Report this as a bug, without the log's text unless you have read it.", exit_code=1
+        name, found, fix="Report this as a bug; read the text of the log before you share it.", exit_code=1
     )
 
 
 def check_ledger_state(files: SiteFiles) -> tuple[DoctorCheck, History | None]:
-    """Check that the ledger is intact, belongs to this site and can be charged; also return its history in that
-    case.
-    """
+    """Check that the ledger is intact, belongs to this site and can be charged; if so, also return its history."""
     name = "ledger"
     for path in (files.ledger, *([files.anchor] if files.anchor is not None else [])):
         if os.path.lexists(path) and not os.access(path, os.R_OK | os.W_OK):
             # A permission problem, not a damaged ledger.
             fix = "Give it to the account of the site's process (see the lines `files`)."
             return build_failed_check(
-                name, f"this account cannot read or write {path}: nothing is trained", fix=fix
+                name, f"this account cannot read or write {path}, so training is not possible", fix=fix
             ), None
     try:
         verified = files.verify_ledger()
@@ -304,12 +305,14 @@ def check_ledger_state(files: SiteFiles) -> tuple[DoctorCheck, History | None]:
             newest = Head.read(files.anchor).sequence
             raise RunError(f"{files.ledger} is missing, but its anchor covers {newest} events")
     except ConfigError as error:  # a ledger of another version: intact, and the error contains the remedy
-        return build_check_from_error(name, error, fix=f"Train nothing, and restore it as {_PAGE} says."), None
+        return build_check_from_error(name, error, fix=f"Do not train, and restore it as {_PAGE} describes."), None
     except RunError as error:
-        fix = f"Train nothing, and restore it as {_PAGE} says; a new ledger would spend the budget twice."
+        fix = f"Do not train, and restore it as {_PAGE} describes; with a new ledger, the budget could be spent twice."
         return build_failed_check(name, str(error), fix=fix), None
     if verified is None:
-        return build_passed_check(name, "none yet; it is created when the site starts"), History.empty(files.policy)
+        return build_passed_check(name, "no ledger yet; it is created when the site starts"), History.empty(
+            files.policy
+        )
     history = verified.history
     if wrong := next(_find_ledger_problems(files, history), None):
         return wrong, None
@@ -325,7 +328,9 @@ def _find_ledger_problems(files: SiteFiles, history: History) -> Iterator[Doctor
         yield build_failed_check(name, f"was created for {key} = {made_for}, but the policy says {says}", fix=fix)
     if files.anchor is not None and not files.anchor.is_file() and history.count_total_charges():
         fix = f"Restore the anchor, or create a new one with `fedtune ledger anchor` ({_PAGE})."
-        yield build_failed_check(name, "its anchor is missing, and something was charged: nothing is trained", fix=fix)
+        yield build_failed_check(
+            name, "its anchor is missing although the ledger has charges, so training is not possible", fix=fix
+        )
     if history.furthest_doubt is not None:
         fix = f"Restore the newest backup and run `fedtune ledger restore` ({_PAGE})."
         found = (
@@ -343,7 +348,7 @@ def check_site_key(files: SiteFiles, history: History | None) -> DoctorCheck:
     name, path, command = "site key", files.site_key, files.policy.key_command
     if not (command or path.is_file()):
         if not files.ledger.is_file():
-            return build_passed_check(name, "none yet; it is created with the ledger")
+            return build_passed_check(name, "no key yet; it is created with the ledger")
         fix = "Restore it from its backup: the ledger needs its original key."
         return build_failed_check(name, f"{path} is missing", fix=fix)
     try:
@@ -365,9 +370,9 @@ def check_serving(state: Path) -> DoctorCheck:
     name = "serving"
     if (state / "left").exists():
         fix = f"Remove {state / 'left'} if this site should take part again."
-        return build_warning(name, "this site has left the federation, and will not start", fix=fix)
+        return build_warning(name, "this site has left the federation and will not start", fix=fix)
     if (state / "paused").exists():
-        return build_warning(name, "this site is paused: it trains nothing", fix="Run `fedtune site resume --kit DIR`.")
+        return build_warning(name, "this site is paused and does not train", fix="Run `fedtune site resume --kit DIR`.")
     return build_passed_check(name, "the site is not paused and has not left")
 
 
@@ -385,13 +390,13 @@ def check_budget(history: History, policy: Policy) -> DoctorCheck:
         )
     epsilon = accountant.format_epsilon(history.epsilon(taken))
     if math.isinf(cap):
-        found = f"no lifetime cap, so there is no guarantee; epsilon {epsilon} is spent"
+        found = f"no lifetime cap, so the policy guarantees nothing; epsilon {epsilon} is spent"
         return build_warning(name, found, fix="Set budget.max_epsilon in site.toml before you train on real records.")
     runs = spending.count_remaining_runs(history, policy, policy.budget.reference.event, now)
     room = f"room for {runs} run{'' if runs == 1 else 's'} like the policy's reference"
     found = f"{_format_cap_share(history, policy)} of the lifetime budget spent (epsilon {epsilon} of {cap:g}); {room}"
     if not runs:
-        fix = "Plan without this site, or for smaller runs; raising the cap weakens its promise."
+        fix = "Plan runs without this site, or smaller runs; raising the cap weakens its guarantee."
         return build_warning(name, found, fix=fix)
     return build_passed_check(name, found)
 
@@ -421,7 +426,7 @@ def preview_run(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy,
         if config.model.sha256 is None:
             fix = "Ask the lead for the SHA-256 of the run's base model, and add it here as model.sha256=HEX."
         return build_failed_check(name, found, fix=fix, exit_code=REFUSED)
-    who = ", once a person here approves it" if policy.approval == "manual" else ""
+    who = " once a person at this site approves it" if policy.approval == "manual" else ""
     found = f"would be accepted{who}; {_describe_cost(plan, history, policy)}"
     if policy.site not in sizes:
         fix = f"Ask the lead for the run's real settings: federation.site_names must include {policy.site}."
@@ -437,12 +442,12 @@ def _suggest_alternative(said: DryRun, plan: Plan) -> str:
     if said.least_noise is not None:
         ways.append(f"a noise multiplier of {said.least_noise:g}")
     if ways:
-        return f"Tell the lead that {' or '.join(ways)} would be accepted, everything else unchanged."
+        return f"Tell the lead that {' or '.join(ways)} would be accepted if all other settings stay unchanged."
     return "Tell the lead, or change these rules in site.toml if you agree to the run."
 
 
 def _describe_cost(plan: Plan, history: History, policy: Policy) -> str:
-    """Describe the cost of a run alone and as a share of the lifetime budget."""
+    """Describe the epsilon of a run, and its share of the lifetime budget."""
     alone = accountant.epsilon_pld([plan.full_event], plan.delta, interval=accountant.COARSE)
     price = f"epsilon {accountant.format_epsilon(alone)} for the run alone"
     if math.isinf(policy.budget.max_epsilon):
@@ -455,8 +460,7 @@ def _format_cap_share(history: History, policy: Policy, *, also: Plan | None = N
     """Format the share of the lifetime cap's Renyi divergence that is charged, reserved, and used by `also`; finite
     caps only.
 
-    The share is that of the cohort with the highest spending.  `also` is charged to the cohorts that it admits, which
-    may be other cohorts.
+    The share is that of the cohort with the highest spending.  `also` is charged only to the cohorts that it admits.
     """
     now = history.now()
     taken = [history.count_charges_and_reservations(now)]
