@@ -239,9 +239,7 @@ class SecureSums:
         finally:
             for holder, dealer in sorted(release.wrong_shares):
                 log.warning(
-                    "secure aggregation: a share dealt by site %s and held by site %s is wrong or missing",
-                    dealer,
-                    holder,
+                    "secure aggregation: the share dealt by %s and held by %s is wrong or missing", dealer, holder
                 )
 
     def _exclude_suspect(self, dealer: str | None, wrong_shares: Iterable[tuple[str, str]]) -> None:

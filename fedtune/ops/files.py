@@ -122,9 +122,7 @@ def act_as_owner(*places: Path) -> None:
         os.setregid(group, group)
         os.setreuid(owner.st_uid, owner.st_uid)
     except OSError as error:
-        bound = (
-            f"belongs to account {name}, but root cannot switch to it ({error.strerror}): run this command as {name}"
-        )
+        bound = f"belongs to account {name}, but root cannot switch to it ({error.strerror}): run this as {name}"
         raise ConfigError("account", str(place), bound) from None
     if not _is_python_readable():
         bound = f"cannot be read by account {name}, to which {place} belongs: install fedtune in /opt, for instance"

@@ -122,15 +122,13 @@ def _log_uncaught(kind: type[BaseException], error: BaseException, trace: Traceb
     if issubclass(kind, KeyboardInterrupt):
         _log.warning("interrupted from the keyboard")
     else:
-        _log.critical("the process exits because of an uncaught exception", exc_info=(kind, error, trace))
+        _log.critical("uncaught exception: the process exits", exc_info=(kind, error, trace))
 
 
 def _log_uncaught_in_thread(found: threading.ExceptHookArgs) -> None:
     if found.exc_value is not None and not isinstance(found.exc_value, SystemExit):
         name = found.thread.name if found.thread else None
-        _log.critical(
-            "a thread ended because of an uncaught exception", exc_info=found.exc_value, extra={"in_thread": name}
-        )
+        _log.critical("uncaught exception in a thread", exc_info=found.exc_value, extra={"in_thread": name})
 
 
 def _log_unraisable(found: Any) -> None:

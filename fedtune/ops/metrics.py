@@ -163,9 +163,8 @@ class SiteMetrics:
     def __init__(self, *, kit: Kit, site_toml: Path, health: Health) -> None:
         self._kit, self._site_toml, self._health = kit, site_toml, health
         self._began = datetime.now(UTC)
-        self._answers: Counter[str] = Counter(
-            {"update": 0, Reason.SITE_ERROR: 0}
-        )  # Prometheus computes rates only from an initial 0
+        # Prometheus computes the rate of a counter only from an initial 0.
+        self._answers: Counter[str] = Counter({"update": 0, Reason.SITE_ERROR: 0})
         self._read: tuple[object, History | None] = (None, None)
 
     def record_answer(self, answer: str) -> None:

@@ -127,7 +127,7 @@ def test_objects_of_the_lead_cannot_be_redefined(member: Member, round_: Round) 
         request = member.build_answer(round_.question)
         request.message_object_trees[0].children.add(object_id=id).children.add(object_id="ab" * 32)
         answer = member.push(request)
-        assert (answer.status_code, answer.json()["reason"]) == (403, "the object of the lead has other parts")
+        assert (answer.status_code, answer.json()["reason"]) == (403, "the lead's object with this id has other parts")
     assert round_.ends() == {1: "a"}
 
 

@@ -178,7 +178,7 @@ def test_revocation_takes_effect_without_database_writes(
     state: LinkState, roster: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rosters = [roster, [change_member(one, revoked=True) for one in roster]]
-    kept = superlink._KeptRoster(lambda: rosters.pop(0), state, AUDIT)  # type: ignore[arg-type]
+    kept = superlink._CurrentRoster(lambda: rosters.pop(0), state, AUDIT)  # type: ignore[arg-type]
     kept.refresh_roster()
 
     monkeypatch.setattr(superlink, "apply_roster", Mock(side_effect=OSError("no space left")))

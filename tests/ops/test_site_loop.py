@@ -127,7 +127,7 @@ def test_message_of_unknown_type_does_not_stop_a_site(tmp_path: Path, kind: str,
     app = SiteApp(lambda settings: pytest.fail("nothing is asked"), name="north")
     make_loop(SimpleNamespace(activate=lambda: None, receive=receive), tmp_path, stop, app=app).run()
     assert not waiting, "it went on"
-    assert "a message of an unknown kind was dropped" in caplog.text
+    assert "a message of an unknown type was dropped" in caplog.text
 
 
 def test_site_loop_wakes_up_on_server_notification(tmp_path: Path) -> None:

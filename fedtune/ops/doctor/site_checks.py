@@ -100,9 +100,7 @@ def check_base_models(kit: Kit, policy: Policy) -> Iterator[DoctorCheck]:
             )
         elif sha256 not in known and not find_model_store_path(kit.folder, sha256).is_dir():
             found = "the policy allows it, but no run of this federation may use it"
-            yield build_warning(
-                name, found, fix="Remove it from allow.base_models, or ask the lead to add it to the federation."
-            )
+            yield build_warning(name, found, fix="Remove it from allow.base_models, or ask the lead to add it.")
         else:
             yield _check_installed(kit, sha256, name=name, license=known[sha256].license if sha256 in known else "")
     for model in kit.model:
@@ -188,9 +186,7 @@ def _check_data_set(dataset: Dataset, folder: Path, policy: Policy, *, log: Priv
         texts = [one for one in every if not any(one[0] == task and {*one[1]} < {*roles} for task, roles in every)]
         asked = " or ".join(f"{', '.join(roles)} ({task})" for task, roles in texts)
         fix = f"Set `columns` in {block} so that each role has its column: {asked or 'of a task in allow.tasks'}."
-        return build_failed_check(
-            name, "its columns do not match the roles of any task that the policy allows", fix=fix
-        )
+        return build_failed_check(name, "its columns do not match the roles of any allowed task", fix=fix)
     try:
         count, num_dated = _count_units(path, dataset, unit=unit)
     except DataError as error:
@@ -310,9 +306,7 @@ def check_ledger_state(files: SiteFiles) -> tuple[DoctorCheck, History | None]:
         fix = f"Do not train, and restore it as {_PAGE} describes; with a new ledger, the budget could be spent twice."
         return build_failed_check(name, str(error), fix=fix), None
     if verified is None:
-        return build_passed_check(name, "no ledger yet; it is created when the site starts"), History.empty(
-            files.policy
-        )
+        return build_passed_check(name, "no ledger yet; the first start creates it"), History.empty(files.policy)
     history = verified.history
     if wrong := next(_find_ledger_problems(files, history), None):
         return wrong, None
@@ -328,9 +322,7 @@ def _find_ledger_problems(files: SiteFiles, history: History) -> Iterator[Doctor
         yield build_failed_check(name, f"was created for {key} = {made_for}, but the policy says {says}", fix=fix)
     if files.anchor is not None and not files.anchor.is_file() and history.count_total_charges():
         fix = f"Restore the anchor, or create a new one with `fedtune ledger anchor` ({_PAGE})."
-        yield build_failed_check(
-            name, "its anchor is missing although the ledger has charges, so training is not possible", fix=fix
-        )
+        yield build_failed_check(name, "its anchor is missing although the ledger has charges", fix=fix)
     if history.furthest_doubt is not None:
         fix = f"Restore the newest backup and run `fedtune ledger restore` ({_PAGE})."
         found = (

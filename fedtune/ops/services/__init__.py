@@ -1,1 +1,1 @@
-"""The processes of server, lead and site, and the files by which a site's commands control its process."""
+"""The long-running processes of server, lead and site, and the files through which commands control them."""

@@ -1,7 +1,7 @@
 """Services of `fedtune run` and `fedtune server start`: a lead's runs over real sites, and a federation's server.
 
-Both start without Flower and torch, whose imports take seconds, because showing a run or reporting an invalid setting
-needs neither.
+The module imports neither Flower nor torch, which take seconds, because commands that only show a run or report an
+invalid setting need neither.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RECEIPTS, RUNNING = "receipts.json", "running.json"
 
 
 def find_members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
-    """Return the roster entries of the named sites; without names, of all active sites.
+    """Return the roster entries of the named sites, or of all active sites if `names` is empty.
 
     Raises:
         ConfigError: the roster is not signed by the lead, or a site is unknown, revoked or named twice.
@@ -58,7 +58,7 @@ def find_members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
 
 
 def list_federation_settings(kit: Kit) -> FederationSpec:
-    """Return the settings of a federation of all active sites in the roster."""
+    """Return the federation settings for a run with all active sites of the roster."""
     names = tuple(member.site for member in find_members(kit, ()))
     return FederationSpec(num_sites=len(names), site_names=names)
 
@@ -91,13 +91,13 @@ def read_latest_answers(folder: Path) -> dict[str, dict[str, str]]:
         known = json.loads(path.read_bytes()) if path.exists() else {}
         return {str(site): {key: str(answer[key]) for key in ("what", "time")} for site, answer in known.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        bound = "move it away to see the rest of the run's state and later answers"
+        bound = "move the file away to see the other state of the run and later answers"
         raise RunError(f"{path} cannot be read ({type(error).__name__}); {bound}") from error
 
 
 @contextmanager
 def mark_running(folder: Path) -> Iterator[None]:
-    """Record this process in the run folder during the block, for `fedtune run stop`."""
+    """Record the id of this process in the run folder during the block, for `fedtune run stop`."""
     write_durably(folder / RUNNING, json.dumps({"pid": os.getpid(), "at": _process_namespace()}).encode())
     try:
         yield
@@ -106,19 +106,18 @@ def mark_running(folder: Path) -> Iterator[None]:
 
 
 def _process_namespace() -> str:
-    """Return the namespace of this process's id: the host name and, on Linux, the PID namespace, which differs per
-    container.
-    """
+    """Return the namespace in which this process's id is unique: the host name and, on Linux, the PID namespace."""
     own = Path("/proc/self/ns/pid")
     return f"{platform.node()} {os.readlink(own) if own.is_symlink() else ''}"
 
 
 def find_running_process(folder: Path) -> int | None:
-    """Return the id of the process that runs a run folder on this machine; None if there is none."""
+    """Return the id of the process on this machine that executes the run in a folder; None if there is none."""
     try:
         mark = json.loads((folder / RUNNING).read_bytes())
         pid = int(mark["pid"])
-        if mark.get("at") not in (None, _process_namespace()) or pid <= 0:  # kill() treats 0 and below as groups
+        # os.kill treats 0 and negative ids as process groups.
+        if mark.get("at") not in (None, _process_namespace()) or pid <= 0:
             return None
         send_signal(pid, 0)
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
@@ -129,9 +128,8 @@ def find_running_process(folder: Path) -> int | None:
 class KitRoster:
     """Roster of a server's kit, reread whenever the file changes.
 
-    A roster replaces the current one only if it is newer and reactivates no revoked key, so that an old copy cannot
-    readmit a site.  A restarted process accepts the kit's roster unconditionally; the server's database still blocks
-    the revoked keys.
+    A new roster must have a higher number and must not reactivate a revoked key, so that an old copy cannot readmit a
+    site.  A restarted process accepts any valid roster, but the server's database still blocks revoked keys.
     """
 
     def __init__(self, kit: Kit) -> None:
@@ -226,7 +224,7 @@ class ServerService:
         log.info("the server has stopped")
 
     def _update_health(self, works: bool) -> None:
-        """Update the health state after a change of the database: a server that cannot write messages is not ready."""
+        """Update the health state: a server whose database does not accept writes is not ready."""
         state = self.health.snapshot()["state"]
         if works and state == "failing":
             self.health.update(state="connected")

@@ -36,7 +36,7 @@ from fedtune.privacy.site_policy import Policy
 from fedtune.sites.site_settings import read_site_settings
 from fedtune.spec import ConfigError, RunError
 
-if TYPE_CHECKING:  # our own wire needs Flower's inside, which a site behind a socket does without
+if TYPE_CHECKING:  # fedtune.ops.wire imports Flower's internals, which a site behind a socket does not load
     from fedtune.flower.grid_transport import Message, RecordDict
     from fedtune.ops.wire.fleet import Fleet
     from fedtune.ops.wire.waiting import Bell
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 _MOST_WAIT_S, _UNAUTHORISED_S, _FETCHED_S = 15.0, 30.0, 3.0
 _POLL_S, _MOST_POLL_S = 0.3, 1.0
-"""Initial and maximum polling interval without messages; the interval grows geometrically."""
+"""Initial and maximum polling interval while no messages arrive; the interval grows geometrically."""
 _RUNG_POLL_S = 30.0  # polling interval while long polling works
 _LEDGER_S = 15.0  # interval between tests of the ledger's disk
 _LOOK_S = 0.25  # polling interval for stop, leave and pause
@@ -72,21 +72,21 @@ class SiteService:
         """
         state = SiteState.in_kit(self.kit.folder)
         files = self._check_files(state)
-        certificate = None if files.policy.socket else KitCertificate(self.kit)  # a socket's peer needs none
+        certificate = None if files.policy.socket else KitCertificate(self.kit)  # a Unix socket needs no certificate
         if self.kit.lead not in files.policy.allow.leads:
             log.warning("the policy's allow.leads does not contain the kit's lead: all its requests will be refused")
         with lock_ledger(files.ledger), _stop_on_signal() as stop:
             if state.has_served() and not files.ledger.is_file():
                 raise RunError(f"ledger {files.ledger} is missing, but this site used a ledger before: restore it")
             state.check_ledger(files.open_ledger().history.opening.ledger)
-            # Beside the service, so that neither its start nor an answer depends on the number of records.
+            # In a thread, so that neither the start nor the time of an answer depends on the number of records.
             threading.Thread(target=self._log_small_data_sets, args=(files.policy,), daemon=True).start()
             process = cache(lambda: self._create_site_process(state))
             app = SiteApp(lambda settings: process().site(settings), name=files.policy.site)
             trouble = partial(find_write_problem, files.ledger, *([files.anchor] if files.anchor else []))
             if certificate is None:
                 place = self.site_toml.parent / files.policy.socket
-                _AtSocket(app, state, self.health, stop, self.answered, trouble).run(place)
+                _SocketLoop(app, state, self.health, stop, self.answered, trouble).run(place)
             else:
                 self._serve_over_network(app, state, stop, certificate=certificate, trouble=trouble)
             log.info("the site has stopped", extra={"site": files.policy.site})
@@ -106,7 +106,7 @@ class SiteService:
         certificate: KitCertificate,
         trouble: Callable[[], str],
     ) -> None:
-        """Serve over a connection to the server."""
+        """Connect to the server and answer its messages until the site stops."""
         from fedtune.ops.wire.fleet import Fleet
         from fedtune.ops.wire.waiting import Bell
 
@@ -129,9 +129,9 @@ class SiteService:
             fleet.close()
 
     def _create_site_process(self, state: SiteState) -> SiteProcess:
-        """Create the training process state of the site.
+        """Create the `SiteProcess`, which loads models and trains.
 
-        The caller delays this until the first message, because the libraries take seconds to import and most of the
+        The caller delays the call until the first message, because the imported libraries take seconds and most of the
         memory.
         """
         from fedtune.ops.kits.models import find_installed_model
@@ -169,8 +169,8 @@ def _queue_for_approval(state: SiteState, proposal: Proposal, settings: str, sof
         log.warning("a run waits for approval", extra={"run": proposal.run, "lead_software": software})
 
 
-class _Standing:
-    """Health state of an idle site: connected, paused, or failing if the ledger is not writable.
+class _IdleHealth:
+    """Determines the health state of an idle site: connected, paused, or failing if the ledger is not writable.
 
     Args:
         state: the site's state folder.
@@ -182,8 +182,9 @@ class _Standing:
         self._looked, self._said = -math.inf, ""
 
     def check_current_state(self) -> State:
-        """Return the current state; the ledger's disk is tested every `_LEDGER_S` seconds, and a changed result is
-        logged.
+        """Return the current state.
+
+        Every `_LEDGER_S` seconds, the call tests whether the ledger is writable, and logs a change of the result.
         """
         if self._state.paused_file.exists():
             return "paused"
@@ -196,7 +197,7 @@ class _Standing:
 
 @dataclass
 class _Loop:
-    """Main loop of a connected site: receive a message, answer it, send the answer; errors do not end the loop."""
+    """Main loop of a connected site, which receives messages and sends the answers; errors do not end the loop."""
 
     fleet: Fleet
     bell: Bell
@@ -206,13 +207,14 @@ class _Loop:
     stop: threading.Event
     until: Callable[[], datetime]
     answered: Callable[[str], None] = lambda _: None
-    trouble: Callable[[], str] = lambda: ""  # returns the reason why the ledger is not writable, or an empty text
+    # returns the reason why the ledger is not writable; empty if it is writable
+    trouble: Callable[[], str] = lambda: ""
 
     _active, _rounds, _sent = False, 0, -math.inf
     _wait_s, _poll_s = 1.0, _POLL_S
 
     def __post_init__(self) -> None:
-        self._standing = _Standing(self.state, lambda: self.trouble())
+        self._standing = _IdleHealth(self.state, lambda: self.trouble())
 
     def run(self) -> None:
         while not self.stop.is_set() and not self.state.left_file.exists():
@@ -222,10 +224,10 @@ class _Loop:
                 try:
                     self._answer(message)
                 except Exception:  # a message type without a reply in Flower
-                    log.exception("a message of an unknown kind was dropped")
+                    log.exception("a message of an unknown type was dropped")
             elif self._active:
                 self._wait_for_question()
-        # Flower withholds the answers of a node that went offline, so give the lead time to fetch the last answer.
+        # Flower withholds the answers of offline nodes, so wait until the lead has had time to fetch the last answer.
         time.sleep(max(0.0, self._sent + _FETCHED_S - time.monotonic()))
 
     def _wait_for_question(self) -> None:
@@ -245,21 +247,22 @@ class _Loop:
             if not self._active:
                 self.fleet.activate()
                 self._active = True
-                self._record_contact()  # the next call may take long
+                self._record_contact()  # the next call may take a long time
             message = self.fleet.receive()
         except (Unreachable, Unauthorised) as error:
             self._handle_connection_error(error)
             return None
         except Dropped as error:
-            log.info("a message disappeared before it was fetched", extra={"reason": str(error)})
+            log.info("a message was removed at the server before it was fetched", extra={"reason": str(error)})
             return None
         self._wait_s = 1.0
         self._record_contact()
         return message
 
     def _require_certificate(self) -> None:
-        """Check that the site's certificate is still valid, because an open connection would outlive it; raise Expired
-        otherwise.
+        """Check that the site's certificate is still valid; raise Expired otherwise.
+
+        The check is required because an open connection stays usable after the certificate has expired.
         """
         ends = self.until()
         if datetime.now(UTC) > ends:
@@ -281,7 +284,7 @@ class _Loop:
         self._send(message, reply)
 
     def _send(self, message: Message, reply: Message) -> None:
-        """Send the answer, with retries while the server is unreachable; the only other copy is in the ledger."""
+        """Send the answer and retry while the server is unreachable, because the only other copy is in the ledger."""
         from fedtune.ops.wire.fleet import Fleet
 
         while not Fleet.is_past_deadline(message, now=time.time()):
@@ -296,7 +299,7 @@ class _Loop:
             except (Unreachable, Unauthorised) as error:
                 self._handle_connection_error(error)
             if self.stop.is_set() or self.state.left_file.exists():
-                return  # the ledger has the bytes, and the lead will ask again
+                return  # the ledger stores the answer, and the lead will repeat the question
 
     def _handle_connection_error(self, error: Unreachable | Unauthorised) -> None:
         expired = isinstance(error, Expired)
@@ -308,7 +311,7 @@ class _Loop:
         self._wait_s = min(2 * self._wait_s, _MOST_WAIT_S)
 
 
-class _AtSocket:
+class _SocketLoop:
     """Main loop of a site that answers messages on a Unix socket, in a process without network access."""
 
     def __init__(
@@ -321,7 +324,7 @@ class _AtSocket:
         trouble: Callable[[], str],
     ) -> None:
         self._app, self._state, self._health, self._stop, self._answered = app, state, health, stop, answered
-        self._standing, self._rounds = _Standing(state, trouble), 0
+        self._standing, self._rounds = _IdleHealth(state, trouble), 0
 
     def run(self, place: Path) -> None:
         with listen_at(place) as server:
@@ -341,7 +344,7 @@ class _AtSocket:
 
 
 def _log_answer(kind: str, reply: RecordDict, *, seconds: float, answered: Callable[[str], None]) -> bool:
-    """Log an answer and report it to `answered`; return True if it is an update."""
+    """Log an answer and pass its type to the callback `answered`; return True if it is an update."""
     found = SiteApp.read_answer(reply)
     if found is None or isinstance(found, Offer):
         log.info("answered", extra={"what": kind})
@@ -356,7 +359,7 @@ def _log_answer(kind: str, reply: RecordDict, *, seconds: float, answered: Calla
 
 @contextmanager
 def _stop_on_signal() -> Iterator[threading.Event]:
-    """Yield an event that the first SIGTERM or SIGINT sets; the second signal kills the process."""
+    """Yield an event that is set by the first SIGTERM or SIGINT; a second signal kills the process."""
     stop = threading.Event()
 
     def request_stop(number: int, frame: object) -> None:

@@ -1,4 +1,4 @@
-"""State of a site that its commands share with its running process, as files in the kit's folder `state/`."""
+"""State that a site's commands share with its running process, stored as files in the kit's folder `state/`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ MOST_WAITING = 100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pending:
-    """A run that awaits a person's approval.
+    """Run that awaits a person's approval, as stored in the approval queue.
 
-    Guarantee: the displayed settings match the digest in the run's name, whoever wrote the file.
+    Guarantee: the displayed settings match the digest in the run's name, even if another process changed the file.
     """
 
     proposal: Proposal  # the proposal to approve
@@ -38,7 +38,7 @@ class Pending:
     def __post_init__(self) -> None:
         digest = hashlib.sha256(self.settings.encode(errors="surrogatepass")).hexdigest()
         if not self.proposal.run.endswith(f"-{digest[:32]}"):
-            raise ConfigError("settings", "others", "must match the digest in the run's name")
+            raise ConfigError("settings", "the given JSON", "must match the digest in the run's name")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ class SiteState:
         path, waiting = self._find_pending_path(proposal), self._list_pending_files()
         if path not in waiting and len(waiting) >= MOST_WAITING:
             raise RunError(f"{MOST_WAITING} runs already await approval; approve some, or remove {path.parent}")
-        known = self._read(path) if path in waiting else None  # a repeated request keeps the first time
+        # A repeated request does not change the time of the first request.
+        known = self._read(path) if path in waiting else None
         since = known.since if known else datetime.now(UTC).isoformat(timespec="seconds")
         made = Pending(proposal=proposal, settings=settings, since=since, software=software)
         fields = {"proposal": proposal.to_json(), "settings": made.settings, "since": since, "software": software}
@@ -104,10 +105,10 @@ class SiteState:
         self._find_pending_path(proposal).unlink(missing_ok=True)
 
     def check_ledger(self, ledger: str) -> None:
-        """Check that the ledger has the id of the ledger that the site served before, and store the id.
+        """Check that the site uses the same ledger as before, and store the ledger's id for the next check.
 
         Raises:
-            RunError: the ledger is another one, in which the spent budget would be missing.
+            RunError: the ledger has another id, so that it does not contain the budget that is already spent.
         """
         path = self.folder / "ledger_id"
         if path.exists() and (before := path.read_text().strip()) != ledger:
@@ -118,7 +119,7 @@ class SiteState:
         write_durably(path, f"{ledger}\n".encode())
 
     def has_served(self) -> bool:
-        """Return True if the site has served a ledger before."""
+        """Return True if a process of this site has used a ledger before."""
         return (self.folder / "ledger_id").exists()
 
     def _list_pending_files(self) -> set[Path]:
@@ -127,7 +128,7 @@ class SiteState:
     def _find_pending_path(self, proposal: Proposal) -> Path:
         folder = self.folder / "pending"
         folder.mkdir(exist_ok=True)
-        # Named by digest, because two leads may give their runs the same name.
+        # Use the digest as the name, because two leads may give their runs the same name.
         return folder / f"{proposal.digest()[:32]}.json"
 
     @staticmethod
@@ -141,13 +142,13 @@ class SiteState:
 
 @contextmanager
 def lock_ledger(ledger: Path) -> Iterator[None]:
-    """Lock `ledger` while the block runs, so that no other process serves it.
+    """Lock `ledger` during the block, so that no other process charges it.
 
     Raises:
         ConfigError: another process serves the ledger.
     """
     path = ledger.with_name(f"{ledger.name}.serving")
-    path.parent.mkdir(parents=True, exist_ok=True)  # as for the ledger, which may be yet to be made
+    path.parent.mkdir(parents=True, exist_ok=True)  # the ledger and its folder may not exist yet
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | system.NO_FOLLOW, 0o600)
     except OSError as error:

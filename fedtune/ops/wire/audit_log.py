@@ -1,7 +1,7 @@
-"""Audit log of the server: connections and refusals with their reasons, as JSON lines in files of bounded size.
+"""Audit log of the server: connections, and refusals with their reasons, as JSON lines in files of limited size.
 
-A line contains addresses, members, certificates and paths, and never a secret or part of a message.  A repeated event
-from the same source is written once and then only counted, so that repeated calls cannot fill the disk.
+A line can contain addresses, member names, certificate names and paths, but never a secret or part of a message.  A
+repeated event from the same source is written once and then only counted, so that callers cannot fill the disk.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ Event = Literal[
 ]
 FILE_NAME = "audit.jsonl"
 _MOST_BYTES, _NUM_OLD = 4 << 20, 3
-_REPEAT_S = 600.0  # for how long the same event is counted before its number is written
+_REPEAT_S = 600.0  # period over which repetitions of an event are counted before the count is written
 _MOST_KINDS, _MOST_OF_ONE = 1000, 100
-"""Different lines of one event that are told apart, and of those one member's or one address's: a caller who
-makes many hides no other's."""
+"""Maximum number of distinct lines per event, and per event and member (or address), within the period.  The second
+limit prevents one caller from using up the quota of all other callers."""
 _ALWAYS: frozenset[Event] = frozenset(
     {
         *("server started", "server stopped", "run started", "run ended"),
         *("member registered", "member revoked", "member not registered"),
     }
 )
-"""Made by lead and roster alone."""
+"""Events without a quota, because only the lead and the roster cause them."""
 _MOST_LENGTH = 200
 
 
@@ -56,7 +56,7 @@ _Kind = tuple[tuple[str, str], ...]
 
 
 def _list_quota_keys(kind: _Kind) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """List the quotas of a line: one per event, and one per event and member (or address, if the member is unknown)."""
+    """Return the keys of the two quotas of a line: per event, and per event and member (or address if unknown)."""
     fields = dict(kind)
     return (fields["event"],), (fields["event"], fields.get("member") or fields.get("address", ""))
 
@@ -65,7 +65,7 @@ class AuditLog:
     """Thread-safe audit log, which never blocks a call, even on a full disk.
 
     Args:
-        path: the file; None: nothing is written.  Up to three older files with numbers are next to it.
+        path: the current file; None disables the log.  Up to three older files are stored next to it, with numbers.
         most_bytes: maximum size of one file.
     """
 
@@ -75,14 +75,15 @@ class AuditLog:
         self._path, self._most_bytes, self._clock = path, most_bytes, clock
         self._lock = threading.Lock()
         self._counts: dict[_Kind, tuple[int, float]] = {}
-        self._kinds: Counter[tuple[str, ...]] = Counter()  # of an event, and of who makes it
+        self._kinds: Counter[tuple[str, ...]] = Counter()  # quota key -> number of distinct lines
         self._left_out, self._told, self._failed = 0, clock(), False
 
     def log_event(self, event: Event, **about: str) -> bool:
-        """Write an event, or only count it if an identical event was written within ten minutes; return True if it was
-        written.
+        """Write an event, or only count it if an identical event was written within the last ten minutes.
+
+        Returns True if the event was written.
         """
-        # Flower's paths, our reasons and a certificate's name: bounded, should one of them be long.
+        # Truncate long values, such as the name in a certificate.
         fields = {name: value[:_MOST_LENGTH] for name, value in about.items() if value}
         kind = (("event", event), *sorted(fields.items()))
         of_event, of_one = _list_quota_keys(kind)
@@ -102,12 +103,12 @@ class AuditLog:
         return False
 
     def flush(self, *, all_: bool = False) -> None:
-        """Write the counts of repeated events after their ten minutes; with `all_`, write every count."""
+        """Write the counts of repeated events that are older than ten minutes; with `all_`, write all counts."""
         with self._lock:
             self._flush(float("inf") if all_ else self._clock())
 
     def _flush(self, moment: float) -> None:
-        # The oldest come first, so that a call looks at few.
+        # The oldest events are first, so that a call checks only a few.
         while self._counts:
             kind, (count, since) = next(iter(self._counts.items()))
             if moment - since < _REPEAT_S:

@@ -1,8 +1,8 @@
 """HTTP client for a potentially malicious server, with limits on answer size, duration and connection age.
 
-httpx applies its timeout to each read, so a server that sends a byte now and then can hold a call forever, and it
-decompresses any answer.  Here every call has a deadline, and compressed answers are refused.  Written for httpx 0.28
-and httpcore 1.0, whose internals it uses; tests/flower/test_bounded_http.py fails if they change.
+httpx applies its timeout to each read, so that a server that slowly sends single bytes can block a call forever, and it
+decompresses every answer.  In this client, every call has a deadline, and compressed answers are refused.  The client
+uses internals of httpx 0.28 and httpcore 1.0; tests/flower/test_bounded_http.py fails if they change.
 """
 
 from __future__ import annotations
@@ -19,24 +19,27 @@ import httpx
 
 _MIB = 1 << 20
 MOST_AGE_S = 300.0
-"""After so long a connection is closed and made anew, so that certificates that ended or were replaced are noticed."""
+"""Maximum age of a connection in seconds; a new connection detects expired and replaced certificates."""
 _ALERT_S, _LEAST_ALERT_S, _HANDSHAKES = 0.5, 0.1, 5
-"""How long at most to wait for the server to refuse our certificate: under TLS 1.3 it does so after the handshake, one
-way there and back later, and what is sent meanwhile can make its reason get lost.  The handshake took as long at least,
-so that several times its length is enough."""
-_WRITTEN_AT_ONCE = 1 << 14  # a TLS record, so that the deadline is looked at after each
+"""Maximum and minimum wait, in seconds, for the server to reject our certificate, and a factor of the handshake time.
+
+Under TLS 1.3, the server rejects a certificate one round trip after the handshake, and data that the client sends in
+the meantime can make the alert get lost.  The handshake takes at least one round trip, so a multiple of its duration is
+enough."""
+_WRITTEN_AT_ONCE = 1 << 14  # size of a TLS record; the deadline is checked after each
 
 
 class OutOfBounds(httpx.TransportError):
-    """Error for an answer that exceeds the limits on size, duration or encoding."""
+    """Raised for an answer that exceeds the limits on size or duration, or is compressed."""
 
 
 class HungUp(ConnectionError):
-    """Error for a connection that the server closed right after the handshake without an alert."""
+    """Raised if the server closes a connection right after the handshake without sending a TLS alert."""
 
 
 _OBJECT, _OTHER = (16 * _MIB, 180.0), (4 * _MIB, 60.0)
-"""Most bytes and seconds of an answer with an object, for Flower cuts arrays into objects of 5 MB, and of another."""
+"""Maximum bytes and seconds of a call that transfers an object (Flower splits arrays into objects of 5 MB), and of any
+other call."""
 
 
 def bound_client(client: httpx.Client) -> None:
@@ -47,9 +50,9 @@ def bound_client(client: httpx.Client) -> None:
 
 
 def replace_ssl_context(client: httpx.Client, context: ssl.SSLContext) -> None:
-    """Use the TLS context `context`, with another certificate, for all new connections of a bounded client.
+    """Use `context`, which contains another certificate, for all new connections of a bounded client.
 
-    An SSL context that is in use must not be changed, so it is replaced.
+    The context is replaced because an SSL context in use must not be changed.
     """
     for transport in (client._transport, *client._mounts.values()):
         if isinstance(transport, _Bounded):
@@ -69,7 +72,7 @@ class _Bounded(httpx.BaseTransport):
         response = self._inner.handle_request(request)
         try:
             if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
-                raise OutOfBounds("it is compressed, which was not requested")
+                raise OutOfBounds("it is compressed although the request did not allow compression")
             said = response.headers.get("content-length", "0")
             if said.isdigit() and int(said) > most_bytes:
                 raise OutOfBounds(f"it has {said} bytes, but at most {most_bytes} are allowed")
@@ -101,7 +104,7 @@ class _Counted(httpx.SyncByteStream):
 
 
 class _Deadline(threading.local):
-    """Thread-local deadline of the current call."""
+    """Deadline of the current call, separate for each thread."""
 
     at = float("inf")
 
@@ -109,7 +112,7 @@ class _Deadline(threading.local):
         self.at = time.monotonic() + seconds
 
     def limit_timeout(self, timeout: float | None, expired: type[httpcore.TimeoutException]) -> float:
-        """Return `timeout`, shortened to the time until the deadline."""
+        """Return the smaller of `timeout` and the time until the deadline; raise `expired` after the deadline."""
         left = self.at - time.monotonic()
         if left <= 0:
             raise expired("the call took too long")
@@ -168,7 +171,7 @@ class _Stream(httpcore.NetworkStream):
         return _Stream(stream, self._deadline)
 
     def get_extra_info(self, info: str) -> Any:
-        # The pool closes an idle connection that can be read: the other end has hung up, or we do.
+        # The pool closes idle connections that are readable, so report an old connection as readable.
         if info == "is_readable" and time.monotonic() - self._made > MOST_AGE_S:
             return True
         return self._inner.get_extra_info(info)
@@ -190,7 +193,7 @@ def _raise_if_rejected(connection: object, *, within_s: float) -> None:
     try:
         said = connection.recv(1)
     except (ssl.SSLWantReadError, BlockingIOError):
-        return  # it was a ticket
+        return  # the data was a session ticket
     except (ssl.SSLEOFError, ConnectionError):
         said = b""
-    raise ConnectionError("the server spoke first") if said else HungUp
+    raise ConnectionError("the server sent data before the first request") if said else HungUp

@@ -1,8 +1,8 @@
 """Connections of the server: authentication, limits on their number, and a timeout for every phase.
 
-uvicorn limits neither handshakes nor headers nor the number of connections.  Here every connection is counted when it
-is accepted, must finish its handshake and send its headers within seconds, and ends after minutes or with its
-certificate.
+uvicorn limits neither the number of connections nor the time for handshakes and headers.  In this server, every
+connection is counted when it is accepted, must finish its handshake and send its headers within seconds, and is closed
+after some minutes or when its certificate expires.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedtune.ops.wire.gate import PEER, Peer
 from fedtune.ops.wire.identity import Tls
 from fedtune.system import resource
 
-_RESERVED_FILES = 128  # of the process's, for database, roster, health and logs
+_RESERVED_FILES = 128  # file descriptors that are reserved for database, roster, health endpoint and logs
 _MOST_CONNECTIONS, _LEAST_CONNECTIONS = 2048, 16
 _SHUTDOWN_S, _PAUSE_S = 2.0, 0.1
 _BACKLOG = 256
@@ -45,10 +45,10 @@ class ConnectionLimits:
         of_certificate: maximum number of simultaneous connections with one certificate's key; a site uses up to ten.
         handshake_s: seconds for the TLS handshake.
         head_s: seconds for the headers of the first request.
-        idle_s: seconds until the headers of the next request have arrived; a site's client closes an idle connection
-            after 5 s itself.
+        idle_s: seconds until the headers of the next request must have arrived; a site's client closes idle connections
+            after 5 s.
         life_s: lifetime of a connection in seconds, after which it accepts no more requests.
-        answer_s: seconds to finish the request that is being answered at the end of that lifetime.
+        answer_s: seconds for finishing a current request when the lifetime ends.
     """
 
     of_address: int = 256
@@ -61,20 +61,18 @@ class ConnectionLimits:
 
 
 def create_server_context(tls: Tls) -> ssl.SSLContext:
-    """Create the server's TLS context: TLS 1.3, with client certificates of the federation's authority."""
+    """Create the server's TLS context: TLS 1.3, with required client certificates from the federation's authority."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_cert_chain(tls.certificate, tls.key)
     context.load_verify_locations(tls.ca)
     context.verify_mode = ssl.CERT_REQUIRED
-    context.num_tickets = 0  # a session that goes on would not have its certificate's dates looked at
+    context.num_tickets = 0  # a resumed session would skip the check of the certificate's validity
     return context
 
 
 def compute_max_connections() -> int:
-    """Raise the process's limit of open files as far as possible, and return the number of connections that it
-    allows.
-    """
+    """Raise the process's limit of open files if necessary, and return the maximum number of connections."""
     if resource is None:
         return _LEAST_CONNECTIONS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -87,12 +85,14 @@ def compute_max_connections() -> int:
 
 
 class Door:
-    """Listener that accepts connections within the limits.
+    """Listener that accepts TLS connections within the limits on their number and duration.
 
     Args:
-        context: the TLS context; it may be replaced, which affects new connections.
-        member: returns the name of the member with a connection key; empty if there is none.
-        of_certificate: counter of open connections by their certificate's key.
+        context: the TLS context; a replacement applies to new connections.
+        limits: the limits on connections.
+        member: returns the name of the member with a connection key; an empty string if there is none.
+        audit: the log of refused connections and handshakes.
+        of_certificate: the number of open connections by the public key of their certificate.
     """
 
     def __init__(
@@ -108,11 +108,11 @@ class Door:
         self.of_certificate = of_certificate
         self._most = compute_max_connections()
         self._of_address: Counter[str] = Counter()
-        self._shaking: dict[asyncio.Task[None], str] = {}  # with their addresses, the oldest first
+        self._shaking: dict[asyncio.Task[None], str] = {}  # handshakes in progress, oldest first -> their addresses
         self._accepting: list[asyncio.Task[None]] = []
 
     def open(self, host: str, port: int, make: Callable[[str], Http]) -> None:
-        """Start listening.
+        """Start accepting connections at an address.
 
         Args:
             host: address to listen on.
@@ -146,7 +146,7 @@ class Door:
             while True:
                 try:
                     connection, name = await loop.sock_accept(listening)
-                except OSError:  # it was gone again, or no file is left
+                except OSError:  # the client disconnected, or no file descriptor is left
                     await asyncio.sleep(_PAUSE_S)
                     continue
                 address = str(name[0])
@@ -157,12 +157,12 @@ class Door:
                 http = make(address)
                 task = loop.create_task(self._perform_handshake(connection, http, address))
                 self._shaking[task] = address
-                # A task that gives way before it began runs nothing of its own.
+                # A callback, because a task that is cancelled before its start executes no code of its own.
                 task.add_done_callback(partial(self._finish_handshake, connection, http, address))
 
     def _finish_handshake(self, connection: socket.socket, http: Http, address: str, task: asyncio.Task[None]) -> None:
         self._shaking.pop(task, None)
-        if http.transport is None:  # else it leaves when it ends
+        if http.transport is None:  # otherwise connection_lost releases the slot
             connection.close()
             self.release_slot(address)
 
@@ -199,8 +199,9 @@ class Door:
 
 
 def _group_address(address: str) -> str:
-    """Return the group of an address for the limits: the IPv4 address, or the IPv6 /64 network, which one machine may
-    own.
+    """Return the group of an address for the limits: an IPv4 address, or an IPv6 /64 network.
+
+    A single machine may own a whole /64 network.
     """
     if ":" not in address:
         return address
@@ -208,7 +209,7 @@ def _group_address(address: str) -> str:
 
 
 def _explain_handshake_error(error: BaseException) -> str:
-    """Return OpenSSL's reason for a failed handshake, which contains only the kind of error."""
+    """Return OpenSSL's reason for a failed handshake, which names only the type of the error."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
@@ -217,7 +218,7 @@ def _explain_handshake_error(error: BaseException) -> str:
 
 
 class Http(H11Protocol):
-    """HTTP over mutual TLS, with a timeout for every phase."""
+    """HTTP protocol over mutual TLS with a timeout for every phase of a connection."""
 
     def __init__(
         self, config: Config, server_state: ServerState, app_state: dict[str, Any], *, door: Door, address: str
@@ -263,7 +264,7 @@ class Http(H11Protocol):
 
     def on_response_complete(self) -> None:
         if self.cycle is not None and self.cycle.more_body:
-            # A call was refused whose body still comes: closing TLS in order would read on for seconds.
+            # A refused call is still sending its body; a regular TLS shutdown would keep reading for seconds.
             self.transport.abort()
         self._schedule("head", self._door.limits.idle_s, self._hang_up)
         super().on_response_complete()
@@ -275,17 +276,17 @@ class Http(H11Protocol):
         self._timers[name] = self.loop.call_later(seconds, call)
 
     def _hang_up(self) -> None:
-        """Close a connection without a complete request."""
+        """Close a connection that has not sent a complete request in time."""
         self.transport.close()
 
     def _end_lifetime(self) -> None:
-        """End the connection when its lifetime or its certificate expires; a current request gets some more minutes."""
+        """Close the connection when its lifetime or certificate has expired; a current request may finish first."""
         self._schedule("life", self._door.limits.answer_s, self.transport.abort)
         self.shutdown()
 
 
 def _read_peer(transport: asyncio.Transport, address: str) -> tuple[Peer, datetime]:
-    """Return the holder and the expiry of the client's certificate."""
+    """Return the authenticated peer of a connection, and the expiry of its certificate."""
     shown = x509.load_der_x509_certificate(transport.get_extra_info("ssl_object").getpeercert(True))
     peer = Peer(address=address, certificate=get_common_name(shown.subject) or "", key=encode_public_pem(shown))
     return peer, shown.not_valid_after_utc

@@ -1,7 +1,7 @@
-"""A site's connection to the server: the node's side of Flower's Fleet protocol, over mutual TLS.
+"""A site's client for the server: the node's side of Flower's Fleet protocol, over mutual TLS.
 
-It replaces Flower's SuperNode, so that one process polls, trains and answers, and keeps its model loaded.  Flower's app
-bundle is never requested or installed.
+The client replaces Flower's SuperNode, so that a single process polls, trains and answers, and its model stays loaded.
+Flower's app bundle is never requested or installed.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ from fedtune.ops.wire.identity import Tls, describe_clock_difference, explain_tl
 from fedtune.ops.wire.line_errors import Dropped, Foreign, Unauthorised, Unreachable
 from fedtune.ops.wire.message_objects import pull_message
 
-HELLO = "/v1/fedtune/hello"  # where the server tells a site how it knows it; not Flower's
+HELLO = "/v1/fedtune/hello"  # fedtune's own call, which returns the name of the calling site in the roster
 _MOST_REASON = 300
 _CALL_TIMEOUT_S = 30.0
-_MOST_APART_S = 3.0  # below all that a gate refuses
-_LONGEST_S = 30 * 86400.0  # no lead waits longer for an answer
+_MOST_APART_S = 3.0  # below every clock offset that a gate refuses
+_LONGEST_S = 30 * 86400.0  # maximum time that a lead waits for an answer
 _HEARTBEAT_S = constant.HEARTBEAT_MIN_INTERVAL / 2
 
 
 class Fleet:
-    """Connection of a node to the server.
+    """Connection of a site's node to the server.
 
     Args:
         server: host:port.
         tls: the site's certificates and key.
-        heard: called whenever the server answers a heartbeat, also while a message is being answered.
+        heard: called whenever the server answers a heartbeat, even while the site answers a message.
     """
 
     def __init__(self, server: str, tls: Tls, *, heard: Callable[[], None] = lambda: None) -> None:
@@ -76,7 +76,7 @@ class Fleet:
         )
         self._node: node_pb2.Node | None = None
         self._may_have_lost_one = False
-        # An answer that may have reached the server in part.
+        # An answer whose upload may be incomplete.
         self._begun: dict[str, fleet_pb2.PushMessagesResponse] = {}
         self._stop = threading.Event()
         self._beating: threading.Thread | None = None
@@ -96,10 +96,10 @@ class Fleet:
             with translate_line_errors():
                 self._node = node_pb2.Node(node_id=self._client.ActivateNode(request).node_id)
         except Unauthorised as error:
-            ask_site_name(self._server, self._tls)  # says whether, and why, the server does not know the key
+            ask_site_name(self._server, self._tls)  # raises the server's reason if it rejects the key
             raise Unreachable("an earlier connection of this site is still open, or the site was just added") from error
         self._may_have_lost_one = False
-        # Flower's messages say from here who sends them.
+        # From here on, Flower's messages contain this node as the sender.
         set_sender_ids(node_id=self._node.node_id, task_id=0)
         if self._beating is None:
             self._beating = threading.Thread(target=self._send_heartbeats, name="heartbeats", daemon=True)
@@ -113,11 +113,12 @@ class Fleet:
             Unauthorised, Unreachable: as for `activate`.
         """
         if self._may_have_lost_one:
-            # Leave and return: the server gives a message once, and the lead asks again when it sees a site return.
+            # Go offline and online again: the server delivers a message only once, and the lead repeats its question to
+            # a site that comes back online.
             with (
                 contextlib.suppress(Unauthorised),
                 translate_line_errors(),
-            ):  # the server thinks that it is away already
+            ):  # the server considers the node offline already
                 self._client.DeactivateNode(fleet_pb2.DeactivateNodeRequest(node_id=self._active_node.node_id))
             self.activate()
         self._may_have_lost_one = True
@@ -143,10 +144,10 @@ class Fleet:
         return message
 
     def reply(self, reply: Message) -> None:
-        """Send an answer; sending is idempotent, so that it can be retried after an error.
+        """Send an answer; the call is idempotent, so that it can be repeated after an error.
 
         Raises:
-            Dropped: the Flower run has ended, or the server has lost it.
+            Dropped: the Flower run has ended, or is missing in the server's database.
             Unauthorised, Unreachable: as for `activate`.
         """
         node, run_id, id = self._active_node, reply.metadata.run_id, reply.object_id
@@ -161,7 +162,8 @@ class Fleet:
                 )
 
                 def push(object_id: str, content: bytes) -> None:
-                    # Of an answer that was begun some is there already; should it not arrive, the lead asks again.
+                    # After an interrupted upload, the server has some objects already.  If the answer does not arrive,
+                    # the lead repeats its question.
                     with contextlib.suppress(*(inflating.ObjectPushError,) if begun else ()):
                         send(object_id, content)
 
@@ -169,54 +171,54 @@ class Fleet:
                     objects.get_all_nested_objects(reply), push, object_ids_to_push={*self._begun[id].objects_to_push}
                 )
         except Unauthorised as error:
-            self.activate()  # where that helps, the server has lost its database, and knows the node anew
-            raise Dropped("the server no longer knows who asked") from error
+            self.activate()  # succeeds if the server lost its database and has registered the node again
+            raise Dropped("the server has lost the question to this answer") from error
         self._begun, self._may_have_lost_one = {}, in_doubt
 
     @staticmethod
     def is_past_deadline(message: Message, *, now: float) -> bool:
         """Return True if the server no longer accepts an answer to the message at the Unix time `now`."""
         until = message.metadata.created_at + message.metadata.ttl
-        return not now <= until <= now + _LONGEST_S  # a time may be no number, or endless
+        return not now <= until <= now + _LONGEST_S  # a time may be NaN or infinite
 
     def _announce(self, reply: Message) -> fleet_pb2.PushMessagesResponse:
         request = fleet_pb2.PushMessagesRequest(
             node=self._active_node,
             messages_list=[message_to_proto(remove_content_from_message(reply))],
             message_object_trees=[objects.get_object_tree(reply)],
-            # Flower reports here how long the app ran, which grows with the true number of records.
+            # Flower reports the training time here, which would reveal the true number of records.
             clientapp_runtime_list=[0.0],
         )
         return self._client.PushMessages(request)
 
     def reload_certificate(self) -> None:
-        """Use the kit's current certificate for all new connections."""
+        """Load the kit's current certificate for all new connections."""
         replace_ssl_context(get_http_client(self._client), self._tls.create_client_context())
 
     def close(self) -> None:
-        """Announce to the server that the node goes offline, if the server is reachable, and close the connection."""
+        """Notify the server, if it is reachable, that the node goes offline, and close the connection."""
         self._stop.set()
         if self._beating is not None:
             self._beating.join(timeout=_CALL_TIMEOUT_S)
         if self._node is not None:
-            with contextlib.suppress(httpx.HTTPError):  # it would notice by the missing heartbeats
+            with contextlib.suppress(httpx.HTTPError):  # otherwise, the server detects the missing heartbeats
                 self._client.DeactivateNode(fleet_pb2.DeactivateNodeRequest(node_id=self._node.node_id))
         self._client.close()
 
     @property
     def _active_node(self) -> node_pb2.Node:
-        assert self._node is not None, "activate comes first"
+        assert self._node is not None, "call activate first"
         return self._node
 
     def _send_heartbeats(self) -> None:
         while not self._stop.wait(_HEARTBEAT_S):
-            # The number may have changed: a server that lost its database gives new ones.
+            # A server that lost its database assigns a new node id.
             request = heartbeat_pb2.SendNodeHeartbeatRequest(
                 node=self._node, heartbeat_interval=constant.HEARTBEAT_MIN_INTERVAL
             )
             try:
                 self._client.SendNodeHeartbeat(request)
-            except Exception:  # who polls meets the same trouble, and reports it
+            except Exception:  # the polling thread fails with the same error, and reports it
                 continue
             self._heard()
 
@@ -225,7 +227,7 @@ def ask_site_name(server: str, tls: Tls) -> str:
     """Ask the server for this site's name in the roster; the call has no side effects.
 
     Raises:
-        Unauthorised: the server does not know this site, or has revoked it; the text says which.
+        Unauthorised: the server does not know this site, or the site is revoked; the error contains the reason.
         Foreign: the answer does not come from a fedtune server.
         Unreachable: there is no connection.
     """
@@ -234,19 +236,19 @@ def ask_site_name(server: str, tls: Tls) -> str:
         bound_client(client)
         answer = client.get(f"https://{server}{HELLO}", headers=headers)
     if answer.status_code != httpx.codes.OK:
-        parse_refusal_reason(answer, server)  # of fedtune's own server
+        parse_refusal_reason(answer, server)  # raises Foreign if the server is not a fedtune server
         raise _build_refusal_error(answer, "the server refused this site")
     return parse_answer_field(answer, "site", server)
 
 
 def parse_refusal_reason(answer: httpx.Response, server: str) -> str:
-    """Parse the reason for a refused call from a fedtune server's answer.
+    """Parse the reason from a fedtune server's answer to a refused call.
 
     Raises:
         Foreign: the answer does not come from a fedtune server.
     """
     reason = parse_answer_field(answer, "reason", server)
-    if not reason.isprintable() or len(reason) > _MOST_REASON:  # words that are not for people
+    if not reason.isprintable() or len(reason) > _MOST_REASON:  # not a text for people
         raise Foreign(f"the service at {server} is not a fedtune server ({answer.status_code})")
     return reason
 
@@ -264,7 +266,7 @@ def parse_answer_field(answer: httpx.Response, field: str, server: str) -> str:
 
 
 def sign_headers(tls: Tls) -> dict[str, str]:
-    """Return headers that authenticate a site in fedtune's own calls, in Flower's format."""
+    """Return the headers that authenticate a site in fedtune's own calls; they have Flower's format."""
     private, timestamp = read_connection_key(tls.key), now().isoformat()
     return {
         core.FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(
@@ -278,9 +280,9 @@ def sign_headers(tls: Tls) -> dict[str, str]:
 
 
 def _build_refusal_error(answer: httpx.Response, what: str) -> Unauthorised | Unreachable:
-    """Build the error for a refused call, with the server's reason, such as "revoked", if it gives one.
+    """Build the error for a refused call, with the server's reason (such as "revoked") if the answer contains one.
 
-    If the two clocks differ too much, the error is Unreachable, because the clocks may be corrected soon.
+    If the clocks differ too much, the error is Unreachable, so that the site retries until the clocks are corrected.
     """
     with contextlib.suppress(Foreign, httpx.StreamError):
         reason = parse_refusal_reason(answer, "")
@@ -298,21 +300,21 @@ def translate_line_errors() -> Iterator[None]:
     except httpx.HTTPStatusError as error:
         status = error.response.status_code
         if error.response.is_redirect:
-            raise Unreachable(f"the server redirects ({status}), which is never followed") from error
+            raise Unreachable(f"the server sent a redirect ({status}), and redirects are never followed") from error
         if status in (httpx.codes.UNAUTHORIZED, httpx.codes.PRECONDITION_FAILED):
             raise _build_refusal_error(
                 error.response, f"the server does not accept this site's key ({status})"
             ) from error
         if status < httpx.codes.INTERNAL_SERVER_ERROR:
-            raise Dropped(f"the server no longer needs this message ({status})") from error
+            raise Dropped(f"the server no longer accepts this message ({status})") from error
         raise Unreachable(f"the server answered {status}") from error
     except (inflating.ObjectPullError, inflating.ObjectPushError) as error:
-        raise Dropped("the server no longer keeps this message") from error
+        raise Dropped("the server no longer stores this message") from error
     except OutOfBounds as error:
         raise Unreachable(f"the server's answer is not accepted: {error}") from error
     except httpx.HTTPError as error:
         cut = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.WriteError)
         what = explain_tls_refusal(error) or ("the connection was cut" if cut else type(error).__name__)
         raise Unreachable(f"no connection to the server ({what})") from error
-    except Exception as error:  # a proxy's page, or bytes that are no message: each library has errors of its own
+    except Exception as error:  # a proxy's error page or an invalid message; each library raises other errors
         raise Unreachable(f"the server's answer cannot be read ({type(error).__name__})") from error

@@ -1,5 +1,5 @@
-"""ASGI gate in front of the server's Flower app, which passes only some calls of registered sites and the lead's signed
-calls.
+"""ASGI gate in front of the server's Flower app: an allowlist for calls of registered sites and signed calls of the
+lead.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_BODY_S, _BODY_BYTES_A_SECOND = 30.0, 16 << 10  # a body may take so long, and longer for what has come of it
+_BODY_S, _BODY_BYTES_A_SECOND = 30.0, 16 << 10  # time limit of a body: a constant, plus time per received byte
 
 _SITE_CALLS = frozenset(
     f"/v1/fleet/{call}"
@@ -49,7 +49,7 @@ _SITE_CALLS = frozenset(
         "confirm-message-received",
     )
 )
-"""What a site needs.  Not among them: registering itself, and fetching the app bundle."""
+"""The Fleet calls that a site may make; registering a node and fetching the app bundle are excluded."""
 _LEAD_CALLS = frozenset(
     {"/v1/control/start-run", "/v1/control/stop-run"}
     | {
@@ -74,19 +74,19 @@ _OF_RUNS: dict[str, Event] = {
     "/v1/control/stop-run": "run ended",
     "/v1/runtime/push-task-output": "run ended",
 }
-_LEAD_BYTES = 1 << 30  # of one call's body of the lead
+_LEAD_BYTES = 1 << 30  # maximum size of the body of a lead's call
 _UNSIGNED = "not signed by the lead, or its clock is wrong"
 _MOST_DIGITS = 18
-PEER = "fedtune peer"  # where in a scope's state the other end of the connection is
+PEER = "fedtune peer"  # key of the `Peer` in a scope's state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peer:
-    """The other end of a connection, authenticated by TLS."""
+    """The client at the other end of a connection, authenticated by TLS."""
 
     address: str  # without the port
-    certificate: str  # its common name
-    key: bytes  # PEM of its public key
+    certificate: str  # the common name of the certificate
+    key: bytes  # the public key of the certificate in PEM format
 
 
 @dataclass(kw_only=True, slots=True)
@@ -96,12 +96,13 @@ class Traffic:
     Only the server's event loop writes them; any thread may read them.
     """
 
-    began: float = field(default_factory=time.time)  # in seconds since 1970, like `heard`
-    received: int = 0  # bytes of calls' bodies
-    sent: int = 0  # bytes of answers' bodies
-    waiting: int = 0  # calls of sites that are held until the lead asks something
-    heard: dict[str, float] = field(default_factory=dict)  # site -> when it last made a call that was let in
-    connections: Counter[bytes] = field(default_factory=Counter)  # open ones, by the key of their certificate
+    began: float = field(default_factory=time.time)  # Unix time of the start of the server
+    received: int = 0  # bytes in the bodies of calls
+    sent: int = 0  # bytes in the bodies of answers
+    waiting: int = 0  # number of long-polling calls that are waiting for a question of the lead
+    heard: dict[str, float] = field(default_factory=dict)  # site -> Unix time of its last accepted call
+    # public key of a certificate -> number of open connections
+    connections: Counter[bytes] = field(default_factory=Counter)
 
     def count_bytes(self, receive: Receive, send: Send) -> tuple[Receive, Send]:
         """Wrap `receive` and `send` to count the bytes of all bodies."""
@@ -118,15 +119,18 @@ class Traffic:
         return receive_counted, send_counted
 
 
-Roster = Callable[[], Sequence["Member"]]  # the sites as they stand when it is called
+Roster = Callable[[], Sequence["Member"]]  # returns the members in the current roster
 
 
 class Gate:
-    """ASGI middleware that answers 404 to every request except the calls that sites and the lead need.
+    """ASGI middleware that answers 404 to all requests except an allowlist of calls by sites and the lead.
 
     Args:
-        lead: public key of the lead, who may start runs.
-        rules: the rules for a site's calls.
+        app: Flower's application.
+        lead: the public key of the lead, who may start runs.
+        roster: returns the current members.
+        rules: the validator of sites' calls.
+        audit: the log of runs and refused calls.
         traffic: the counters to update.
     """
 
@@ -168,7 +172,7 @@ class Gate:
             await send_json(send, refusal.status, {"reason": refusal.reason})
 
     async def _handle_wait_call(self, scope: Scope, send: Send) -> None:
-        """Hold a site's call until the lead has a question for the site; see `fedtune.ops.wire.waiting`."""
+        """Handle a long-polling call, which waits until the lead has a question for the site; see `waiting.py`."""
         member = self._authenticate_member(map_headers(scope), _read_peer(scope))
         try:
             ((name, heard),) = parse_qsl(scope["query_string"].decode("ascii"), strict_parsing=True)
@@ -187,13 +191,13 @@ class Gate:
         await send_json(send, 200, {"questions": count})
 
     def close(self) -> None:
-        """Answer all held calls before the server shuts down."""
+        """Answer all waiting long-polling calls before the server shuts down."""
         self._questions.close()
 
     async def _handle_site_call(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Authenticate and validate a site's call, and pass it to Flower.
+        """Authenticate and validate a site's call, and forward it to Flower.
 
-        Flower authenticates the call again, but only after reading its body, which a revoked site could make large.
+        Flower also authenticates the call, but only after reading its body, which could be large.
         """
         headers, path = map_headers(scope), scope["path"]
         try:
@@ -223,8 +227,8 @@ class Gate:
         """Read the body of a call and verify the lead's signature.
 
         Raises:
-            NotAllowed: the lead's signature is missing or covers another body, the call is a repetition, or it came
-                over a site's connection.
+            NotAllowed: the lead's signature is missing, covers another body or was used before, or the call came over a
+                site's connection.
         """
         headers, path, peer = map_headers(scope), scope["path"], _read_peer(scope)
         signed = verify_body_hash(headers, path=path, lead=self._lead, now=time.time())
@@ -232,7 +236,7 @@ class Gate:
             raise NotAllowed(401, _UNSIGNED)
         if peer is not None and self._find_member_by_key(peer.key):
             raise NotAllowed(401, f"{_UNSIGNED}; and this is a site's connection")
-        self._seen.check_unused(headers)  # before a body is read that may be large
+        self._seen.check_unused(headers)  # before reading the body, which may be large
         body = await read_body(receive, headers, most_bytes=_LEAD_BYTES)
         if hashlib.sha256(body).hexdigest() != signed:
             raise NotAllowed(401, _UNSIGNED)
@@ -251,7 +255,7 @@ class Gate:
             moment = headers[constant.TIMESTAMP_HEADER]
             age = (now() - datetime.datetime.fromisoformat(moment)).total_seconds()
             signed = asymmetric.verify_signature(asymmetric.bytes_to_public_key(key), moment.encode("ascii"), signature)
-        except Exception:  # a key of another kind is an AttributeError, an unknown curve cryptography's own
+        except Exception:  # another type of key raises AttributeError, an unknown curve an error of cryptography
             raise NotAllowed(401, "malformed") from None
         if not signed:
             raise NotAllowed(401, "wrong signature")
@@ -262,7 +266,7 @@ class Gate:
         if known.revoked:
             raise NotAllowed(403, "revoked")
         if peer is None or peer.key != key:
-            # A site signs the time alone: who has seen that must not use it.
+            # A site signs only the time, so a party that has seen the signature must not be able to reuse it.
             raise NotAllowed(401, "signed with a key other than that of the connection's certificate")
         self._traffic.heard[known.site] = time.time()
         return known
@@ -272,7 +276,7 @@ class Gate:
         return next((member for member in self._roster() if member.node_key == key), None)
 
     def find_member_name(self, key: bytes) -> str:
-        """Return the name of the member with a connection key; empty if there is none."""
+        """Return the name of the member with a connection key; an empty string if there is none."""
         member = self._find_member_by_key(key)
         return member.site if member else ""
 
@@ -284,7 +288,7 @@ class Gate:
         elif path in _SITE_CALLS and refusal.status != 401:
             event = "message refused"
         reason = "its clock is wrong" if refusal.reason.startswith("its clock") else refusal.reason
-        # Paths that are no calls are a caller's own words: they would make as many lines as he likes.
+        # Omit unknown paths, because a caller could choose arbitrarily many of them to fill the log.
         named = path if path in {HELLO, WAIT} | _SITE_CALLS | _LEAD_CALLS else ""
         about = {"path": named, "reason": reason, **self._describe_peer(peer)}
         if self._audit.log_event(event, **about):
@@ -305,7 +309,7 @@ def check_call_format(scope: Scope, headers: dict[str, str]) -> None:
     """Check that a call is an uncompressed POST in Flower's format.
 
     Raises:
-        NotAllowed: the call has another form.
+        NotAllowed: the method, content type or encoding is different.
     """
     if scope.get("method") != "POST":
         raise NotAllowed(405, "the method must be POST")
@@ -316,15 +320,15 @@ def check_call_format(scope: Scope, headers: dict[str, str]) -> None:
 
 
 def map_headers(scope: Scope) -> dict[str, str]:
-    """Return the headers as a dict; the last of several headers with one name wins."""
+    """Return the headers as a dict; if a name occurs several times, the last value is used."""
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
 
 def normalize_scope(scope: Scope, headers: dict[str, str]) -> Scope:
-    """Normalize the headers of a call, so that Flower interprets them as the gate does.
+    """Normalize the headers of a call, so that Flower interprets the call in the same way as the gate.
 
-    Flower uses the first of several headers with the same name.  It also takes a call's kind from its URL, which in
-    older versions of Starlette contains whatever host name the caller sent.
+    Flower uses the first of several headers with the same name.  It also derives the type of a call from its URL, which
+    in older versions of Starlette contains the host name that the caller sent.
     """
     kept = {**headers, "host": "server"}
     for name in ("content-length", "transfer-encoding"):
@@ -378,7 +382,7 @@ async def send_json(send: Send, status: int, content: dict[str, object]) -> None
     """Send a JSON response."""
     body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status >= 400:  # the body of a call that is refused is not waited for
+    if status >= 400:  # do not wait for the body of a refused call
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

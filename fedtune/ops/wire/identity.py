@@ -1,8 +1,8 @@
-"""Authentication at both ends of a connection, by certificates of the federation's authority and the lead's signatures.
+"""Authentication at both ends of a connection, by certificates of the federation's authority and signatures of the
+lead.
 
-TLS proves to the server that a member of the federation calls, but not which; Flower's Control and Runtime APIs check
-no more than that.  The server therefore only lets a call through to them if the federation's lead has signed its path,
-time and body.
+Flower's Control and Runtime APIs accept every client that passes TLS authentication, and thus every member of the
+federation.  The server therefore forwards a call to them only if the lead has signed its path, time and body.
 """
 
 from __future__ import annotations
@@ -34,13 +34,11 @@ class Tls:
     """PEM files for one end of a TLS connection."""
 
     ca: Path  # certificate of the federation's authority, the only one that is trusted
-    certificate: Path  # this end's own
-    key: Path  # its private key; a site's and a lead's is EC P-384, and a site signs its Flower calls with it too
+    certificate: Path  # the certificate of this end
+    key: Path  # its private key, EC P-384 for sites and leads; a site also signs its Flower calls with it
 
     def create_client_context(self) -> ssl.SSLContext:
-        """Create a client's TLS context, which trusts only this authority, verifies the server's name and has a client
-        certificate.
-        """
+        """Create a TLS context with the client certificate, which trusts only `ca` and verifies the server's name."""
         context = ssl.create_default_context(cafile=str(self.ca))
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.load_cert_chain(self.certificate, self.key)
@@ -50,8 +48,8 @@ class Tls:
 def harden_client(client: _Client) -> _Client:
     """Limit the calls of a Flower client and disable its redirects; return the client.
 
-    Flower's client would follow a redirect with its signed headers: whoever runs the server could make a site or a lead
-    call any address in its own network, even without TLS.
+    Flower's client would follow redirects and send its signed headers along.  A malicious server could thus make a site
+    or a lead call any address in its own network, even without TLS.
     """
     bound_client(get_http_client(client))
     return client
@@ -67,11 +65,11 @@ _OF_CERTIFICATES = (
     "UNKNOWN_CA",
     "ACCESS_DENIED",
 )
-"""TLS alerts that are about the certificate that this end showed; others are about protocols and ciphers."""
+"""TLS alerts that concern the certificate of this end; all other alerts concern protocols and ciphers."""
 
 
 def explain_tls_refusal(error: BaseException) -> str | None:
-    """Explain which end rejected the other end's certificate and why; None if the error has another cause."""
+    """Explain which end rejected the certificate of the other end, and why; None for an error with another cause."""
     for cause in iter_causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             return f"its certificate is not accepted here: {cause.verify_message}"
@@ -81,7 +79,7 @@ def explain_tls_refusal(error: BaseException) -> str | None:
             if alert in _OF_CERTIFICATES:
                 return f"it does not accept this site's certificate: {said}"
             return f"it ended the encryption: {said}"
-        if isinstance(cause, HungUp):  # as asyncio's servers do, which send no alert
+        if isinstance(cause, HungUp):  # for example asyncio servers, which send no alert
             return (
                 "it closed the connection right after the handshake; if this continues, it does not "
                 "accept this site's certificate"
@@ -91,25 +89,25 @@ def explain_tls_refusal(error: BaseException) -> str | None:
 
 CALL = "call"  # purpose of the lead's signatures
 TIME, BODY, SIGNATURE = "fedtune-time", "fedtune-body", "fedtune-signature"
-TOLERANCE_S = CLOCKS_S  # a signature of the lead's is good for so long, either way
+TOLERANCE_S = CLOCKS_S  # maximum age of a lead's signature, and maximum time that it may be in the future
 
 
 class NotAllowed(Exception):
-    """Error for a call that the server refuses, with the HTTP status of the answer."""
+    """Raised for a call that the server refuses; contains the HTTP status and the reason for the answer."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
         self.status, self.reason = status, reason
 
 
-_TIME_ERROR, _TIMEX_BYTES = 5, 1024  # what adjtimex(2) answers of a clock that nothing keeps; more than its struct
-_MOST_SEEN = 1 << 17  # two minutes of a lead that calls five hundred times a second
+_TIME_ERROR, _TIMEX_BYTES = 5, 1024  # adjtimex(2): result for an unsynchronized clock, and a buffer for its struct
+_MOST_SEEN = 1 << 17  # enough for two minutes with five hundred calls per second
 
 
 class SeenCalls:
-    """Replay protection for the lead's calls: stores each signature while it is valid, and accepts it only once.
+    """Replay protection for the lead's calls: accepts each signature once, and stores it until it expires.
 
-    A client signs a retry with a new signature.
+    A client creates a new signature for a retry.
     """
 
     def __init__(self, most: int = _MOST_SEEN) -> None:
@@ -157,7 +155,7 @@ class LeadSignature:
 def verify_body_hash(headers: Mapping[str, str], *, path: str, lead: str, now: float) -> str | None:
     """Verify the lead's signature of a call; return the signed SHA-256 of the body, in hex, or None if it is invalid.
 
-    Only the headers are needed, so that the bodies of other callers are never read.
+    The function requires only the headers, so that the server never reads the bodies of other callers.
     """
     moment, body = headers.get(TIME, ""), headers.get(BODY, "")
     try:
@@ -172,10 +170,9 @@ def verify_body_hash(headers: Mapping[str, str], *, path: str, lead: str, now: f
 
 
 def describe_clock_difference(answer: httpx.Response, *, most_s: float) -> str:
-    """Describe an offset between the server's clock and this machine's clock above `most_s`; empty for a smaller
-    offset.
+    """Describe the offset between the server's clock and this machine's clock; empty if it is at most `most_s` seconds.
 
-    If this machine's clock is synchronized, the server's clock is at fault.
+    If this machine's clock is synchronized, the text says that the server's clock is wrong.
     """
     try:
         ahead = parsedate_to_datetime(answer.headers["date"]).timestamp() - time.time()

@@ -54,7 +54,7 @@ serverapp = "none:none"
 clientapp = "none:none"
 [tool.flwr.app.config]
 """
-"""Flower wants a bundle for every run.  This one holds no code, and nobody fetches it."""
+"""Empty app bundle, because Flower requires a bundle for every run; it contains no code and is never fetched."""
 
 
 class LeadSession:
@@ -76,7 +76,7 @@ class LeadSession:
         with translate_read_errors():
             with client() as opening:
                 opening.start_run(control_pb2.StartRunRequest(fab=fab_pb2.Fab(content=_build_empty_bundle())))
-                # It may be one that another process has just started; any fresh run will do.
+                # Another process may have started the returned run; any new run can be used.
                 token = opening.AcquireTask(
                     runtime_pb2.AcquireTaskRequest(supported_task_types=[core.TaskType.SERVER_APP])
                 ).token
@@ -102,8 +102,9 @@ class LeadSession:
         return self._nodes
 
     def push(self, message: Message) -> str | None:
-        """Send a question; return its message id, "" if its node is gone, or None if it exceeds the server's size
-        limit.
+        """Send a question and return its message id.
+
+        The id is empty if the node no longer exists, and None if the message exceeds the server's size limit.
         """
         with translate_read_errors():
             ids = list(self.grid.push_messages([message]))
@@ -112,9 +113,9 @@ class LeadSession:
         return ids[0] if ids else None
 
     def fetch_answers(self, message_ids: Sequence[str], *, most_bytes: int, most_s: float) -> Iterator[Pulled]:
-        """Yield the answers to these questions, fetching each on demand, so that memory holds one answer at a time.
+        """Yield the answers to these questions; each is fetched on demand, so that memory holds one answer at a time.
 
-        Flower's own call fails as a whole if one answer is broken, and trusts what every answer claims about itself.
+        Flower's own function fails completely if one answer is damaged, and trusts the metadata of every answer.
         """
         with translate_read_errors():
             found = self._client.PullMessages(runtime_pb2.PullAppMessagesRequest(message_ids=message_ids))
@@ -127,7 +128,7 @@ class LeadSession:
             except inflating.ObjectPullError:
                 is_lost = True
             if message is not None and message.has_error() and not about.HasField("error"):
-                message = None  # an error is the server's to say
+                message = None  # only the server may report an error
             yield about.metadata.reply_to_message_id, message, is_lost
 
     def _fetch_message(self, tree: message_pb2.ObjectTree, *, most_bytes: int, most_s: float) -> Message | None:
@@ -144,22 +145,22 @@ class LeadSession:
         except inflating.ObjectPullError:
             raise
         except NotWhole as error:
-            log.warning("an answer is ignored: %s", error)
+            log.warning("ignoring an answer: %s", error)
             return None
         except httpx.HTTPError:
             raise
-        except Exception as error:  # each of Flower's readers has errors of its own over bytes that a site chose
+        except Exception as error:  # Flower's parsers raise various errors for bytes that a site chose
             log.warning("ignoring a reply that cannot be read (%s)", type(error).__name__)
             return None
 
     def reload_certificate(self) -> None:
-        """Use the kit's current certificate for all new connections."""
+        """Load the kit's current certificate for all new connections."""
         replace_ssl_context(get_http_client(self._client), self._tls.create_client_context())
 
     def close(self) -> None:
-        """End the run; the server drops its unfetched messages."""
+        """End the run, upon which the server deletes its unfetched messages."""
         self._stop.set()
-        with contextlib.suppress(httpx.HTTPError):  # it would end by itself without heartbeats
+        with contextlib.suppress(httpx.HTTPError):  # without heartbeats, the run ends anyway
             self._client.PushTaskOutput(
                 runtime_pb2.PushTaskOutputRequest(sub_status=constant.SubStatus.COMPLETED, details="")
             )
@@ -170,22 +171,22 @@ class LeadSession:
             try:
                 self._client.SendTaskHeartbeat(runtime_pb2.SendTaskHeartbeatRequest())
             except (httpx.HTTPError, RuntimeError):
-                continue  # who asks and collects meets the same trouble
+                continue  # the thread that sends questions fails with the same error
 
 
 @contextmanager
 def translate_read_errors() -> Iterator[None]:
-    """Convert the error for an answer that is not from Flower, such as a proxy's error page, to a connection error."""
+    """Convert errors for an answer in another format than Flower's, such as a proxy's error page, to TransportError."""
     try:
         yield
     except (httpx.HTTPError, inflating.ObjectPushError, RunError):
         raise
-    except Exception as error:  # each of the libraries has errors of its own over bytes that it did not expect
-        raise httpx.TransportError(f"an answer that cannot be read ({type(error).__name__})") from error
+    except Exception as error:  # the libraries raise various errors for unexpected bytes
+        raise httpx.TransportError(f"the answer cannot be parsed ({type(error).__name__})") from error
 
 
 def build_start_error(server: str, error: httpx.HTTPError) -> RunError:
-    """Build the error for a server that did not start a run, with the reason."""
+    """Build the RunError that explains why the server did not start a run."""
     if not isinstance(error, httpx.HTTPStatusError):
         return RunError(f"{server} cannot be reached ({type(error).__name__}: {error})")
     if apart := explain_clock_error(error):
@@ -193,12 +194,12 @@ def build_start_error(server: str, error: httpx.HTTPError) -> RunError:
     if error.response.status_code == httpx.codes.UNAUTHORIZED:
         return RunError(f"{server} does not accept this lead's signature: the kit or the clock is wrong")
     if error.response.is_redirect:
-        return RunError(f"{server} redirects ({error.response.status_code}), which is never followed")
+        return RunError(f"{server} sent a redirect ({error.response.status_code}), and redirects are never followed")
     return RunError(f"{server} cannot start a run ({error.response.status_code})")
 
 
 def explain_clock_error(error: Exception) -> str:
-    """Describe the clock offset if it is the reason why a server refused the lead's call; otherwise empty."""
+    """Describe the clock offset if it is the reason why the server refused the lead's call; otherwise return ""."""
     if not (isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED):
         return ""
     return describe_clock_difference(error.response, most_s=TOLERANCE_S - 1)

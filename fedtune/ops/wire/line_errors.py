@@ -1,4 +1,4 @@
-"""Errors of a site's connection to the server, one for each reaction of the site."""
+"""Errors of a site's connection to the server, one class for each way in which the site handles them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Unreachable(RunError):
 
 
 class Foreign(Unreachable):
-    """The answer does not come from a fedtune server."""
+    """The answer comes from a server that is not a fedtune server."""
 
 
 class Dropped(RunError):
-    """The server no longer accepts an answer to this message; the lead will ask again."""
+    """The server no longer accepts an answer to this message; the lead will repeat the question."""

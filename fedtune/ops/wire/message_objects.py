@@ -1,7 +1,7 @@
-"""Download of a Flower message, a tree of objects, within bounded memory and time.
+"""Download of a Flower message, which is a tree of objects, with limited memory and time.
 
-An object may reference one part many times, so that a message of a few kilobytes could exhaust the memory when it is
-assembled.  Therefore, the size of the assembled message is computed first.
+An object may reference the same part many times, so that a message of a few kilobytes could exhaust the memory when it
+is assembled.  The size of the assembled message is therefore computed first.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from fedtune.flower.internals import Message, core, inflating, message_pb2, obje
 from fedtune.ops.wire.bounded_http import OutOfBounds
 
 MOST_OBJECTS = 4096
-MOST_BYTES = 1 << 30  # of a whole message: an adapter of 268 million float32 values
+MOST_BYTES = 1 << 30  # maximum size of a message: an adapter of 268 million float32 values
 MOST_BESIDE_BYTES = 4 << 20
-"""Of all its objects but arrays' bytes: these become Python objects, which are many times as large."""
+"""Maximum size of all data outside of arrays, which becomes Python objects of many times the size."""
 MOST_S = 3600.0
 
 _PARTS = {
@@ -30,13 +30,11 @@ _PARTS = {
     "ConfigRecord": (),
     "MetricRecord": (),
 }
-"""What each kind of object is made of."""
+"""Type of object -> allowed types of its parts."""
 
 
 class NotWhole(OutOfBounds):
-    """Error for a message beyond the limits or with an invalid structure; its sender is at fault, not the
-    connection.
-    """
+    """Raised for a message that exceeds the limits or has an invalid structure, which is the fault of its sender."""
 
 
 def pull_message(
@@ -57,7 +55,7 @@ def pull_message(
         most_s: maximum duration in seconds, if lower than `MOST_S`.
 
     Raises:
-        NotWhole: the message is larger, slower or structured differently than any honest lead's message.
+        NotWhole: the message exceeds the limits on size or time, or its structure is invalid.
         ObjectPullError: the server no longer has one of the objects.
     """
     ids = list(dict.fromkeys(node.object_id for node in islice(objects.iterate_object_tree(tree), MOST_OBJECTS + 1)))
@@ -69,7 +67,7 @@ def pull_message(
         raise NotWhole(f"the message has {size} bytes, but at most {most_bytes} are allowed")
     confirm(tree.object_id)
     message = inflating.inflate_object_from_contents(tree.object_id, contents)
-    assert isinstance(message, Message)  # as `_compute_assembled_size` required
+    assert isinstance(message, Message)  # `_compute_assembled_size` has checked this
     return message
 
 
@@ -78,7 +76,7 @@ class _PullLimit:
 
     def __init__(self, pull: Callable[[str], bytes], most_s: float) -> None:
         self._pull, self._most_s, self._ends = pull, most_s, time.monotonic() + most_s
-        self._bytes = self._beside = 0  # two threads may add to them: the figures are bounds of memory, not a price
+        self._bytes = self._beside = 0  # approximate, because two threads may update them at the same time
 
     def __call__(self, object_id: str) -> bytes:
         if time.monotonic() > self._ends:
@@ -94,10 +92,9 @@ class _PullLimit:
 
 
 def _compute_assembled_size(id: str, kind: str, contents: Mapping[str, bytes], known: dict[str, int]) -> int:
-    """Compute the size in bytes of the object `id` after assembly, counting a part once per reference.
+    """Compute the size in bytes of the object `id` after assembly; each reference to a part counts.
 
-    `known` caches the size of each object: a few hundred objects that share their parts would otherwise keep a machine
-    busy for hours.
+    `known` caches the size of each object, because a few hundred objects with shared parts would otherwise take hours.
     """
     content = contents[id]
     found, children, _ = objects.get_object_head_values_from_object_content(content)

@@ -1,6 +1,6 @@
-"""The lead's connection to the server: a Flower grid over mutual TLS whose questions survive restarts of both ends.
+"""The lead's connection to the server: a Flower grid over mutual TLS that recovers from restarts of server and sites.
 
-`AskingGrid` decides when a question is sent again; this grid also sends it again if the server has forgotten the run.
+`AskingGrid` decides when a question is repeated.  This grid also repeats a question if the server has lost the run.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class RemoteGrid(AskingGrid):
         server: host:port.
         sites: site name -> public connection key in PEM format, as in the roster.
         key: the lead's key, which signs its calls.
-        has_new_certificate: returns during an exchange whether the files of `tls` contain a new certificate.
-        patience_s: how long to wait for a server that is down before the first connection.
+        has_new_certificate: returns whether the files of `tls` contain a new certificate; called during an exchange.
+        patience_s: maximum time to wait for an unavailable server before the first connection.
         rules: `hear` and `closing` of `AskingGrid`.
     """
 
@@ -81,7 +81,7 @@ class RemoteGrid(AskingGrid):
 
     def _pull(self, message_ids: Sequence[str], questions: Questions, *, left_s: float) -> Iterator[Pulled]:
         self._said = ""
-        # An answer holds what its question holds, with other numbers: an adapter, or words.
+        # An answer has about the size of its question: both contain an adapter, or both contain texts.
         asked_bytes = max(count_payload_bytes(question.question.content) for question in questions.values())
         return self._open_session.fetch_answers(message_ids, most_bytes=2 * asked_bytes + _SLACK_BYTES, most_s=left_s)
 
@@ -91,7 +91,7 @@ class RemoteGrid(AskingGrid):
             return
         if self._session is None:
             raise build_start_error(self._server, trouble) from trouble
-        log.warning("the server lost this run (%s); asking again", trouble.response.status_code)
+        log.warning("the server lost this run (%s); repeating the open questions", trouble.response.status_code)
         self._close()
         for one in questions.values():
             one.message_ids.clear()
@@ -99,7 +99,7 @@ class RemoteGrid(AskingGrid):
 
     @property
     def _open_session(self) -> LeadSession:
-        assert self._session is not None, "used as a context manager"
+        assert self._session is not None, "use the grid as a context manager"
         return self._session
 
     def _open(self) -> None:
@@ -113,7 +113,7 @@ class RemoteGrid(AskingGrid):
 
     def _wait_for_server(self, error: Exception) -> None:
         said = explain_clock_error(error) or f"cannot be reached ({type(error).__name__})"
-        if said != self._said:  # once, however long it lasts
+        if said != self._said:  # log each problem only once
             log.warning("%s %s; trying again", self._server, said)
         self._said = said
         time.sleep(asking_grid.RECONNECT_S)

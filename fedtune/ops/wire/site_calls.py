@@ -1,8 +1,8 @@
 """Validation of a site's calls: each message must match its sender, its receiver and an open question of the lead.
 
-Flower 1.41 authenticates the caller and trusts everything else: it stores messages between any two nodes, and hands the
-lead whatever claims to be addressed to it.  Written for its tables; tests/flower/test_internals.py fails if they
-change.
+Flower 1.41 authenticates the caller and validates nothing else: it stores messages between any two nodes, and delivers
+every message that is addressed to the lead.  The queries use Flower's tables; tests/flower/test_internals.py fails if
+they change.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 FLEET = "/v1/fleet/"
 _SMALL_BYTES, _ANNOUNCED_BYTES = 1 << 16, 1 << 20
-_OBJECT_BYTES = 1 << 23  # Flower cuts an array into objects of 5 MiB
+_OBJECT_BYTES = 1 << 23  # Flower splits arrays into objects of 5 MiB
 _MOST_OBJECTS = 4096
 _SLACK_BYTES = 1 << 20
-_UNKNOWN_BYTES = 1 << 30  # of an answer to a question that was fetched before this process started
+_UNKNOWN_BYTES = 1 << 30  # limit for an answer if the question was fetched before this process started
 _REMEMBERED, _REMEMBERED_OBJECTS = 4096, 1 << 17
 
 _QUESTION = text("""
@@ -65,16 +65,16 @@ JOIN object_push_sessions USING (session_id) WHERE pending_count > 0 AND expires
 
 @dataclass
 class _Answer:
-    """An answer that a site has announced."""
+    """Answer that a site has announced and is uploading."""
 
     object_ids: frozenset[str]
-    most_bytes: int  # of all its objects together
-    until: float  # when its question expires, in seconds since 1970
-    num_bytes: dict[str, int] = field(default_factory=dict)  # of each object that came
+    most_bytes: int  # maximum size of all its objects together
+    until: float  # Unix time at which its question expires
+    num_bytes: dict[str, int] = field(default_factory=dict)  # object id -> size of the received object
 
 
 class SiteCalls:
-    """Thread-safe validator of the sites' calls, by Flower's database.
+    """Thread-safe validator that checks the sites' calls against Flower's database.
 
     Args:
         state: Flower's link state, stored in a database.
@@ -82,9 +82,9 @@ class SiteCalls:
 
     def __init__(self, state: SqlLinkState) -> None:
         self._state, self._lock = state, threading.Lock()
-        self._answers: dict[int, dict[str, _Answer]] = {}  # of a node, by message id
-        self._sizes: dict[str, int] = {}  # of questions that were fetched: their objects are deleted then
-        self._asked: dict[str, frozenset[str]] = {}  # the lead's objects, and what each is made of
+        self._answers: dict[int, dict[str, _Answer]] = {}  # node -> message id -> answer
+        self._sizes: dict[str, int] = {}  # sizes of fetched questions, whose objects Flower deletes
+        self._asked: dict[str, frozenset[str]] = {}  # the lead's objects -> the ids of their parts
 
     def get_max_body_bytes(self, path: str) -> int:
         """Return the size limit in bytes for the body of a call."""
@@ -99,7 +99,7 @@ class SiteCalls:
         """
         try:
             request: Any = PROTOBUF_REQUEST_TYPES["POST", path].FromString(body)
-        except Exception:  # protobuf's own, which mypy does not know
+        except Exception:  # an error of protobuf, which has no type stubs
             raise NotAllowed(400, "the body is not a request of this call") from None
         node = self.find_node(key)
         call = path.removeprefix(FLEET)
@@ -116,7 +116,7 @@ class SiteCalls:
         elif call == "pull-object":
             run, mine = uint64_to_int64(request.run_id), uint64_to_int64(node or 0)
             if not any(self._run_query(_IS_ASKED, object=request.object_id, node=mine, run=run)):
-                raise NotAllowed(409, "the object belongs to no question to this node")
+                raise NotAllowed(409, "the object does not belong to a question to this node")
         elif call == "confirm-message-received":
             self._check_confirmed(request, node or 0)
 
@@ -125,15 +125,14 @@ class SiteCalls:
         return self._state.get_node_id_by_public_key(key)
 
     def register_questions(self, body: bytes) -> list[int]:
-        """Register the parts of the lead's questions, so that no site can declare other parts; return the nodes of the
-        questions.
+        """Register the parts of the lead's questions, and return the nodes to which the questions are addressed.
 
-        Flower names objects by their content across all runs and nodes, and trusts whoever names an object first: if a
-        site announced one of the lead's objects with other parts, the lead could no longer send any question.
+        Flower identifies objects by their content across all runs and nodes, and trusts the first sender of an object.
+        If a site announced one of the lead's objects with other parts, the lead could no longer send any question.
         """
         try:
             request = runtime_pb2.PushAppMessagesRequest.FromString(body)
-        except Exception:  # protobuf's own; Flower refuses it
+        except Exception:  # an error of protobuf; Flower refuses the call
             return []
         with self._lock:
             for tree in request.message_object_trees:
@@ -145,10 +144,10 @@ class SiteCalls:
         return [message.metadata.dst_node_id for message in request.messages_list]
 
     def keep_complete_answers(self, body: bytes) -> bytes:
-        """Limit the lead's request to the answers that have arrived completely.
+        """Restrict the lead's request for answers to complete answers, and return the new request body.
 
-        Flower would let the lead wait for an answer with a missing part, and an answer may be announced at any moment.
-        Flower itself answers for a site that is offline.
+        Flower would make the lead wait for the missing parts of an incomplete answer.  For offline sites, Flower itself
+        creates an error answer.
         """
         asked = runtime_pb2.PullAppMessagesRequest.FromString(body)
         moment = now()
@@ -179,7 +178,7 @@ class SiteCalls:
         answer = _Answer(object_ids=object_ids, most_bytes=most, until=until)
         with self._lock:
             before = self._open_answers(node).get(about.message_id)
-            if before is None or before.object_ids != object_ids:  # else: announced once more
+            if before is None or before.object_ids != object_ids:  # otherwise, the same answer is announced again
                 self._answers[node][about.message_id] = answer
 
     def _list_object_ids(self, tree: message_pb2.ObjectTree) -> frozenset[str]:
@@ -190,14 +189,14 @@ class SiteCalls:
             for part in parts:
                 made_of = frozenset(child.object_id for child in part.children)
                 if self._asked.get(part.object_id, made_of) != made_of:
-                    raise NotAllowed(403, "the object of the lead has other parts")
+                    raise NotAllowed(403, "the lead's object with this id has other parts")
         return frozenset(part.object_id for part in parts)
 
     def _check_metadata(self, about: message_pb2.Metadata, node: int) -> float:
-        """Check that a message answers an open question of the lead to this node; return the question's expiry.
+        """Check that a message answers an open question of the lead to this node.
 
         Returns:
-            When the question expires, in seconds since 1970.
+            The Unix time at which the question expires.
 
         Raises:
             NotAllowed: the message does not answer such a question.
@@ -232,7 +231,7 @@ class SiteCalls:
                     raise NotAllowed(413, "the answer exceeds the size limit of its question")
                 announced.num_bytes[id] = size
                 return
-        # The session's id is known to whom it was given, and to nobody else: one from before this process's start.
+        # Only its owner knows a session id, so a session from before the start of this process is accepted.
         run = uint64_to_int64(request.run_id)
         if not any(self._run_query(_IS_AWAITED, session=request.session_id, object=id, run=run)):
             raise NotAllowed(409, "no receiver waits for this object")
@@ -241,7 +240,7 @@ class SiteCalls:
         id = request.message_object_id
         found = list(self._run_query(_QUESTION, id=id))
         if not found or found[0].dst_node_id != uint64_to_int64(node):
-            raise NotAllowed(409, "the message is no question to this node")
+            raise NotAllowed(409, "the message is not a question to this node")
         size = self._count_bytes(id)
         with self._lock:
             while len(self._sizes) >= _REMEMBERED:

@@ -1,9 +1,9 @@
 """The server process: Flower's SuperLink behind a gate, over mutual TLS.
 
-It keeps messages in a database on disk until their receiver fetches them.  It runs no app, installs nothing, and has
-neither the lead's key nor a model.  Flower 1.41 serves its Fleet, Runtime and Control APIs on one port, and the last
-two without authentication; the gate only lets through the calls of sites, which Flower authenticates itself, and the
-lead's signed calls.
+The server stores messages in a database on disk until their receiver fetches them.  It runs no app, installs nothing,
+and has neither the lead's key nor a model.  Flower 1.41 serves its Fleet, Runtime and Control APIs on one port, without
+authentication for Runtime and Control.  The gate therefore forwards only the calls of sites, which Flower also
+authenticates, and the signed calls of the lead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Before Flower is imported, which reads it then.
+# Set before the import of Flower, which reads the variable.
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 import uvicorn
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_ROSTER_S = 2.0  # how often the roster is looked at, and the database tried
-_HEAD_BYTES = 16 << 10  # of a request's line and headers
+_ROSTER_S = 2.0  # interval of the checks of roster and database
+_HEAD_BYTES = 16 << 10  # maximum size of the request line and headers
 _WRITE_TABLE = text("CREATE TABLE IF NOT EXISTS fedtune_alive (id INTEGER PRIMARY KEY, moment TEXT)")
 _WRITE = text("INSERT OR REPLACE INTO fedtune_alive VALUES (1, hex(randomblob(2048)))")
-"""A page's worth: where no page can be had, nothing else can be written either."""
+"""Write about one database page, which fails on a full disk as any other write would."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +51,14 @@ class ServerSettings:
     """Settings of a server."""
 
     tls: Tls
-    lead: str  # public key of who may start runs
+    lead: str  # public key of the lead, who may start runs
     host: str  # address to listen on
     port: int
-    database: Path  # file with messages and nodes, made when missing
-    roster: Roster  # the sites as they stand now; called every two seconds
-    audit: Path | None = None  # file that says who came and what was refused; None: none is kept
+    database: Path  # file with messages and nodes; created if it does not exist
+    roster: Roster  # returns the current members; called every two seconds
+    audit: Path | None = None  # file of the audit log; None disables the log
     limits: ConnectionLimits = field(default_factory=ConnectionLimits)
-    traffic: Traffic = field(default_factory=Traffic)  # where what comes and goes is counted
+    traffic: Traffic = field(default_factory=Traffic)  # counters to update
 
 
 def serve(
@@ -71,8 +71,8 @@ def serve(
     """Serve until SIGTERM or SIGINT, then finish the calls in progress and return.
 
     Args:
-        settings: who may connect, and the address to listen on.
-        ready: called when the server listens.
+        settings: the settings of the server.
+        ready: called when the server has started to listen.
         works: called every two seconds with whether the database accepts writes.
         has_new_certificate: called every two seconds; returns whether the server's files contain a new certificate.
     """
@@ -80,7 +80,7 @@ def serve(
         **asdict(settings.tls), host=settings.host, port=settings.port, database=settings.database
     )
     audit = AuditLog(settings.audit)
-    roster = _KeptRoster(settings.roster, state, audit)
+    roster = _CurrentRoster(settings.roster, state, audit)
     roster.refresh_roster()
     gate = Gate(
         app,
@@ -123,7 +123,7 @@ def serve(
             door.context = create_server_context(settings.tls)
         roster.refresh_roster()
 
-    with handle_signals(lambda *_: None):  # uvicorn raises the signal that stopped it once more when it is done
+    with handle_signals(lambda *_: None):  # uvicorn raises the signal again after it has stopped
         try:
             with _call_periodically(look):
                 server.run()
@@ -135,8 +135,8 @@ def serve(
 def apply_roster(state: SqlLinkState, roster: Sequence[Member], audit: AuditLog) -> None:
     """Register new sites with Flower and remove revoked sites; other nodes are unchanged.
 
-    A key that the roster no longer contains also stays registered, because Flower never accepts a removed key again,
-    and an old roster may have been copied by mistake; the gate blocks its calls anyway.
+    A key that is missing from the roster stays registered, because Flower never accepts a removed key again and the
+    roster may be an old copy.  The gate blocks calls with such a key.
     """
     for member in roster:
         node_id = state.get_node_id_by_public_key(member.node_key)
@@ -157,8 +157,8 @@ def apply_roster(state: SqlLinkState, roster: Sequence[Member], audit: AuditLog)
                 audit.log_event("member registered", member=member.site)
 
 
-class _KeptRoster:
-    """The last valid roster, shared by the gate and Flower."""
+class _CurrentRoster:
+    """The last valid roster, which the gate uses and which is applied to Flower's nodes."""
 
     def __init__(self, read: Roster, state: SqlLinkState, audit: AuditLog) -> None:
         self._read, self.state, self.audit = read, state, audit
@@ -166,7 +166,8 @@ class _KeptRoster:
         self.members: Sequence[Member] = ()
 
     def refresh_roster(self) -> None:
-        self.members = self._read()  # first: a database that takes no writes must not keep a revoked site in
+        # First, so that a revoked site is blocked even if the database does not accept writes.
+        self.members = self._read()
         apply_roster(self.state, self.members, self.audit)
 
     def accepts_writes(self) -> bool:
@@ -180,14 +181,14 @@ class _KeptRoster:
         except SQLAlchemyError:
             self._took = False
         if self._took is not before:
-            what = "accepts writes again" if self._took else "accepts no writes"
+            what = "accepts writes again" if self._took else "does not accept writes"
             log.error("the database %s", what)
         return self._took
 
 
 @contextmanager
 def _call_periodically(look: Callable[[], None]) -> Iterator[None]:
-    """Call `refresh_roster` every two seconds during the block."""
+    """Call `look` in a thread every two seconds during the block, and log its errors."""
     stop = threading.Event()
 
     def watch() -> None:
@@ -196,7 +197,7 @@ def _call_periodically(look: Callable[[], None]) -> Iterator[None]:
             try:
                 look()
                 said = ""
-            except Exception as error:  # a half-copied roster ends no server: the next look may find a whole one
+            except Exception as error:  # for example a partly copied roster, which is complete at the next check
                 if said != (said := str(error)):
                     log.exception("the roster could not be read; the sites stay unchanged")
 
@@ -217,7 +218,7 @@ class _Server(uvicorn.Server):
         self._door, self._ready, self._ends = door, ready, ends
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
-        await super().startup(sockets=[])  # all but listening
+        await super().startup(sockets=[])  # everything except listening
         if self.should_exit:
             return
 

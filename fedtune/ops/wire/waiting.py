@@ -1,7 +1,7 @@
 """Long polling: the server answers a site's call as soon as the lead has a question for the site.
 
-Asking Flower every second would cost the server as much as a round, and the site would still learn of questions late.
-Long polling only affects speed: a site still asks Flower itself, after each such answer and from time to time.
+Polling Flower every second would load the server as much as a round, and still delay each question.  Long polling only
+reduces latency: a site still polls Flower, after each of these answers and at longer intervals.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fedtune.ops.wire.fleet import sign_headers
 from fedtune.ops.wire.identity import Tls
 
 WAIT = "/v1/fedtune/wait"
-"""Path on the server: `?heard=N` is answered with this node's number of questions, once it differs from N."""
+"""Path on the server.  The answer to `?heard=N` is the node's number of questions, sent when it differs from N."""
 _HELD_S = 15.0
-"""How long the server holds a call: short enough to notice a dead connection, and for proxies not to end it."""
+"""Maximum duration of a long-polling call: short enough to detect dead connections and to avoid proxy timeouts."""
 _CALL_TIMEOUT_S, _AGAIN_S = 30.0, 10.0
 
 
@@ -35,16 +35,14 @@ class Questions:
         self._closed = False
 
     def count_questions(self, nodes: Iterable[int]) -> None:
-        """Increment the counters of nodes after Flower has stored their questions, and answer the waiting calls."""
+        """Increment the counters of `nodes` after Flower has stored their questions, and answer their waiting calls."""
         for node in nodes:
             self._counts[node] += 1
             if event := self._waiting.pop(node, None):
                 event.set()
 
     async def wait_for_count(self, node: int, *, heard: int) -> int:
-        """Return the node's number of questions as soon as it differs from `heard`, or after a timeout of some
-        seconds.
-        """
+        """Wait for a number of questions other than `heard`, at most `_HELD_S` seconds; return the number."""
         if self._counts[node] == heard and not self._closed:
             event = self._waiting.setdefault(node, asyncio.Event())
             with suppress(TimeoutError):
@@ -52,7 +50,7 @@ class Questions:
         return self._counts[node]
 
     def close(self) -> None:
-        """Answer all held calls and hold no further calls."""
+        """Answer all waiting calls, and answer later calls at once."""
         self._closed = True
         for event in self._waiting.values():
             event.set()
@@ -63,7 +61,7 @@ class Bell:
 
     Attributes:
         rung: the event; the thread that handles questions clears it.
-        works: whether the server answered the last call.
+        works: whether the last long-polling call succeeded.
     """
 
     def __init__(self, server: str, tls: Tls, rung: threading.Event) -> None:
@@ -75,28 +73,28 @@ class Bell:
         threading.Thread(target=self._listen, name="bell", daemon=True).start()
 
     def reload_certificate(self) -> None:
-        """Use the kit's current certificate in new connections."""
+        """Load the kit's current certificate for all new connections."""
         replace_ssl_context(self._client, self._tls.create_client_context())
 
     def close(self) -> None:
-        """Stop after the current call."""
+        """Stop the thread after its current call."""
         self._stop.set()
 
     def _listen(self) -> None:
-        heard = -1  # so that the first answer comes at once
+        heard = -1  # so that the server answers the first call at once
         with self._client as client:
             while not self._stop.is_set():
                 began = time.monotonic()
                 try:
                     answer = client.get(self._address, params={"heard": heard}, headers=sign_headers(self._tls))
                     count = int(answer.raise_for_status().json()["questions"])
-                except Exception:  # the thread that asks Flower meets the same error, and reports it
+                except Exception:  # the thread that polls Flower fails with the same error, and reports it
                     self.works = False
                     self._stop.wait(_AGAIN_S)
                     continue
                 self.works = True
                 if count != heard:
                     self.rung.set()
-                elif time.monotonic() - began < _HELD_S / 2:  # a server that does not hold calls
+                elif time.monotonic() - began < _HELD_S / 2:  # the server does not support long polling
                     self._stop.wait(_AGAIN_S)
                 heard = count
