@@ -64,7 +64,7 @@ def test_exposed_or_missing_site_key_is_refused(tmp_path: Path, site_policy: Any
     write_policy(site_policy("north"), site_toml)
     key = SigningKey.load_or_create(file)
     file.chmod(0o644)
-    with pytest.raises(ConfigError, match=r"site_key\.pem = 'mode 644': must be readable by its owner alone"):
+    with pytest.raises(ConfigError, match=r"site_key\.pem = 'mode 644': must be readable only by its owner"):
         initialize_site(site_toml, out=None)
     assert {path.name for path in tmp_path.iterdir()} == {"site.toml", "site_key.pem"}
     SiteLedger(tmp_path / "ledger.db", read_policy(site_toml), key)
@@ -123,7 +123,7 @@ def test_csr_proves_possession_of_the_private_key(request_of: Any) -> None:
     )
     forged = x509.load_der_x509_csr(encoded).public_bytes(serialization.Encoding.PEM).decode()
     assert encode_public_pem(x509.load_pem_x509_csr(forged.encode())) == another_s
-    with pytest.raises(ConfigError, match="must be signed with its own key"):
+    with pytest.raises(ConfigError, match="must be signed with the key that it contains"):
         JoinRequest.parse_request(resign_request(path, csr=forged))
 
 

@@ -115,7 +115,7 @@ def test_name_or_key_of_another_site_is_refused(desk: Desk, tmp_path: Path) -> N
         for name in ("north", "NORTH"):
             with pytest.raises(ConfigError, match=rf"join_request\.json: site = '{name}': is the name of another site"):
                 desk.add(desk.request(name, kit="again"))
-        with pytest.raises(ConfigError, match="site = 'south': must be 'north', the site that is renewed"):
+        with pytest.raises(ConfigError, match="site = 'south': must be 'north', the name of the site to renew"):
             desk.renew("north", desk.request("south"))
         with pytest.raises(ConfigError, match=r"site_key = .*belongs to site north"):
             desk.add(desk.request("west"))
@@ -131,7 +131,7 @@ def test_new_site_key_requires_explicit_agreement(desk: Desk, tmp_path: Path) ->
     done = desk.renew("north", request, new_site_key=True)
     assert desk.member("north").site_key == SigningKey.load(tmp_path / "north" / "site_key.pem").public
     assert (
-        "The site has a new site key, and so a new ledger: the spending of the old ledger is not counted."
+        "The site has a new site key and a new ledger, which does not count the spending of the old ledger."
         in done.changes
     )
 

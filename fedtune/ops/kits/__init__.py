@@ -1,1 +1,1 @@
-"""The files that are exchanged before a federation runs: certificates, kits, join requests, the roster, base models."""
+"""Files that lead, server and sites exchange before the first run: kits, certificates, join requests and the roster."""

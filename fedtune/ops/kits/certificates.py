@@ -1,8 +1,8 @@
 """X.509 certificates and keys of a federation, and the authority that issues certificates.
 
-The authority is one EC P-384 key.  It only signs end-entity certificates (path length 0).  Every certificate contains
-the federation, the holder's kind ("server", "lead" or "site") and the holder's name; only the server's certificate
-allows server authentication.
+The authority has a single EC P-384 key, which signs only end-entity certificates (path length 0).  The subject of every
+certificate contains the federation, the type of the holder ("server", "lead" or "site") and the holder's name.  Only
+the server's certificate allows server authentication.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ UNREADABLE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Certificate:
-    """Displayed properties of a certificate."""
+    """The properties of a certificate that commands display."""
 
     name: str  # common name of the subject: a site's name, "lead", "server"
     not_before: datetime
     not_after: datetime
-    fingerprint: str  # SHA-256 of the public key (its SubjectPublicKeyInfo), 64 hex digits; a renewal keeps it
+    fingerprint: str  # SHA-256 of the public key (SubjectPublicKeyInfo), 64 hex digits; unchanged by a renewal
 
     @classmethod
     def from_x509(cls, certificate: x509.Certificate) -> Certificate:
@@ -55,7 +55,7 @@ class Certificate:
         )
 
     def count_days_left(self, now: datetime) -> int:
-        """Return the number of whole days until the certificate expires; negative after that."""
+        """Return the number of whole days until the certificate expires; negative for an expired certificate."""
         return (self.not_after - now) // timedelta(days=1)
 
 
@@ -95,7 +95,7 @@ def check_private(path: Path) -> None:
     """Check that only the owner can read the file `path`; raise ConfigError otherwise."""
     mode = path.stat().st_mode & 0o777
     if mode & 0o077:
-        bound = "must be readable by its owner alone"
+        bound = "must be readable only by its owner"
         raise ConfigError(str(path), f"mode {mode:03o}", bound, remedy=f"chmod 600 {path}")
 
 
@@ -104,7 +104,7 @@ def extract_p384_public_key(
 ) -> ec.EllipticCurvePublicKey:
     """Return the EC P-384 public key of a certificate or a signing request; raise ConfigError for any other key.
 
-    `key` is the error's name for the certificate or request.
+    `key` is the name of the certificate or request in the error.
     """
     try:
         public = holder.public_key()
@@ -117,7 +117,7 @@ def extract_p384_public_key(
 
 
 def is_p384(key: object) -> bool:
-    """Return True if `key`, public or private, is on P-384, the only supported curve."""
+    """Return True if `key` is a public or private key on P-384, the only supported curve."""
     return isinstance(key, ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey) and isinstance(
         key.curve, ec.SECP384R1
     )
@@ -157,14 +157,14 @@ def get_common_name(name: x509.Name) -> str | None:
 
 
 def check_common_name(key: str, name: str) -> None:
-    """Check that a name is valid in certificate subjects, file names, messages and command lines."""
+    """Check that `name` can be used in certificate subjects, file names, messages and command lines."""
     check_name(key, name)
     if len(name) > 64:
-        raise ConfigError(key, name, "must have at most 64 characters, to fit into a certificate")
+        raise ConfigError(key, name, "must have at most 64 characters, the limit for a name in a certificate")
 
 
 def check_days(key: str, days: int) -> None:
-    """Check that `days` is a valid certificate lifetime."""
+    """Check that `days` is a valid lifetime for a certificate."""
     if not 1 <= days <= _MOST_DAYS:
         raise ConfigError(key, days, f"must be a number of days from 1 to {_MOST_DAYS}")
 
@@ -203,7 +203,7 @@ def parse_ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Authority:
-    """Certificate authority of a federation: its private key and its own certificate."""
+    """Certificate authority of a federation, with its private key and its self-signed certificate."""
 
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
@@ -247,9 +247,9 @@ class Authority:
         days: int,
         now: datetime,
     ) -> x509.Certificate:
-        """Issue a certificate for `days` days from `now`, limited to the validity of the authority's own certificate.
+        """Issue a certificate that is valid for `days` days, but not longer than the authority's own certificate.
 
-        With `hosts`, the certificate is a server certificate for these names; without hosts, it is a client certificate
+        If `hosts` is given, the result is a server certificate for these names.  Otherwise, it is a client certificate
         for a "lead" (whose name is also "lead") or a "site".
 
         Raises:
@@ -279,7 +279,7 @@ class Authority:
 
 
 def generate_connection_key() -> ec.EllipticCurvePrivateKey:
-    """Generate an EC P-384 key."""
+    """Generate an EC P-384 private key for TLS and node authentication."""
     return ec.generate_private_key(ec.SECP384R1())
 
 

@@ -1,4 +1,4 @@
-"""The folder of a federation, created by `fedtune provision init`: federation.toml, authority, kits and roster."""
+"""The federation folder that `fedtune provision init` creates, with federation.toml, authority, kits and roster."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _TEMPLATES = Path(__file__).with_name("templates")
 
 @spec
 class CertificateDays:
-    """Validity of each kind of certificate, in days; no certificate outlives the authority's certificate."""
+    """Validity of each type of certificate, in days, limited by the expiry of the authority's certificate."""
 
     authority_days: int = 3650
     server_days: int = 365
@@ -63,8 +63,8 @@ class FederationFile:
 
     Attributes:
         server: the server's address for the sites, as host:port.
-        also_known_as: additional names or IP addresses of the server, for its certificate.
-        key_command: command that prints the lead's private key in PEM, instead of lead/lead_key.pem.
+        also_known_as: additional names or IP addresses of the server, to include in its certificate.
+        key_command: command that prints the lead's private key in PEM format, as a replacement for lead/lead_key.pem.
         model: base models that runs may use.
     """
 
@@ -85,7 +85,7 @@ class FederationFile:
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """The distinct names and addresses of the server; the first one is written to the kits."""
+        """The distinct names and addresses of the server, beginning with the address that the kits contain."""
         return tuple(
             dict.fromkeys((Address.parse_address(self.server).host, *(host.lower() for host in self.also_known_as)))
         )
@@ -101,7 +101,7 @@ class _RetiredKeys:
 
 @spec
 class _Change:
-    """Content of change.json: a committed change whose files may be only partly written.
+    """Content of change.json: a committed change, some files of which may not be written yet.
 
     Attributes:
         files: path in the federation folder -> content in base64.
@@ -113,7 +113,10 @@ class _Change:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FederationFolder:
-    """The folder and the current settings of a federation; the lead may edit the settings, which apply to new kits."""
+    """The folder of a federation and its current settings.
+
+    The lead may edit the settings in federation.toml; changes apply to kits that are created later.
+    """
 
     folder: Path
     settings: FederationFile
@@ -121,7 +124,7 @@ class FederationFolder:
 
     @classmethod
     def open(cls, folder: Path) -> FederationFolder:
-        """Open the federation in `folder`, after completing a change that a killed command left behind.
+        """Open the federation in `folder`; first complete a committed change if a killed command left one.
 
         Raises:
             ConfigError: the folder contains no federation, its settings are invalid, or an interrupted change cannot be
@@ -136,14 +139,14 @@ class FederationFolder:
         settings = read_spec(FederationFile, folder / SETTINGS)
         made_for = read_spec(KitFile, folder / "lead" / "kit.toml")
         if settings.name != made_for.federation:
-            bound = f"must stay {made_for.federation!r}: the certificates name it"
+            bound = f"must stay {made_for.federation!r}, the name in the certificates"
             raise ConfigError("name", settings.name, bound).in_file(folder / SETTINGS)
         return cls(folder=folder, settings=settings, lead_key=made_for.lead)
 
     @classmethod
     @contextmanager
     def open_locked(cls, folder: Path) -> Iterator[FederationFolder]:
-        """Open the federation in `folder`, locked against changes by other commands during the block."""
+        """Open the federation in `folder`, and lock it against changes by other commands during the block."""
         cls.open(folder)
         with lock_folder(folder):
             _complete_change(folder)
@@ -158,7 +161,7 @@ class FederationFolder:
     def issue(
         self, kind: Kind, public: ec.EllipticCurvePublicKey, *, name: str, days: int | None, now: datetime
     ) -> x509.Certificate:
-        """Issue a certificate for `days` days (None: the default in federation.toml); needs the authority's key.
+        """Issue a certificate that is valid for `days` days (None: the default in federation.toml).
 
         Raises:
             ConfigError: the authority's key is missing or belongs to another federation, or the server's certificate
@@ -177,7 +180,7 @@ class FederationFolder:
         days = days or int(getattr(self.settings.certificates, f"{kind}_days"))
         authority = Authority.load(self.folder / "authority")
         if authority.certificate != read_certificate(ca := self.folder / "server" / "ca.pem"):
-            bound = f"must be the authority of this federation, whose certificate is {ca}"
+            bound = f"must be the authority of this federation, with the certificate {ca}"
             raise ConfigError("authority", str(self.folder / "authority"), bound)
         hosts = self.settings.hosts if kind == "server" else ()
         return authority.issue(public, kind=kind, name=name, hosts=hosts, days=days, now=now)
@@ -188,13 +191,12 @@ class FederationFolder:
         return Roster.read(self.folder / "server" / "roster.json")
 
     def apply_change(self, members: Collection[Member], files: Mapping[str, bytes]) -> None:
-        """Apply a change atomically: write `files` (path in the folder -> content) and both signed rosters with
-        `members`.
+        """Atomically write `files` (path in the folder -> content) and both signed rosters with `members`.
 
-        The change is committed when change.json is on disk; from then on, the next process that opens the folder
-        completes an interrupted change.  Before that, no part of the change is visible, so that no part of a failed
-        change reaches the server. The roster's number is the current time, so that a folder restored from a backup does
-        not reuse a number.
+        The change is committed when change.json is on disk.  After that, the next process that opens the folder
+        completes an interrupted change.  Before that, no part of the change is visible, so that a failed change cannot
+        reach the server in part.  The number of the roster is the current time, so that a folder restored from a backup
+        does not reuse a number.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -232,12 +234,12 @@ class FederationFolder:
             raise error.in_file(path) from None
 
     def retire_key(self, node_key: bytes) -> dict[str, bytes]:
-        """Return the file of retired connection keys with `node_key` added, as an argument of `apply_change`."""
+        """Return the file of retired connection keys with `node_key` added, as `files` for `apply_change`."""
         fingerprints = tuple(sorted(self.read_retired_keys() | {compute_key_fingerprint(node_key)}))
         return {_RETIRED: _to_json_bytes(_RetiredKeys(version=KIT_SCHEMA, fingerprints=fingerprints))}
 
     def list_kit_files(self, kind: Kind, certificate: x509.Certificate, *, site: str | None = None) -> dict[str, bytes]:
-        """Build the public files of a kit (name -> content), except the roster."""
+        """Build the public files of a kit, except the roster, as a mapping from file name to content."""
         kit = KitFile(
             version=KIT_SCHEMA,
             kind=kind,
@@ -258,7 +260,7 @@ class FederationFolder:
 
 
 def _complete_change(folder: Path) -> None:
-    """Write the files of a committed change that may be only partly written; idempotent."""
+    """Write all files of a committed change if change.json exists; the operation is idempotent."""
     path = folder / CHANGE
     if not path.exists():
         return
@@ -283,7 +285,7 @@ def _to_json_bytes(what: _Change | _RetiredKeys) -> bytes:
 
 
 def _render_readme(kit: KitFile, certificate: x509.Certificate, *, ca: x509.Certificate) -> str:
-    """Render a kit's README.md: its files, which of them are secret, and the commands to run."""
+    """Render the README.md of a kit, which describes its files, its secrets and the commands to run."""
     own = Certificate.from_x509(certificate)
     return (
         (_TEMPLATES / f"{kit.kind}.md")

@@ -1,4 +1,4 @@
-"""Startup kits of a server, a lead or a site: the folder and its kit.toml."""
+"""Startup kits of a server, a lead or a site: the kit's folder and its kit.toml."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-DATABASE = "server.db"  # in the folder of a server's kit
+DATABASE = "server.db"  # name of the database file in a server's kit
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _BOUND = "must be the server's address for the sites as host:port: a DNS name or IP address (or [v6]:port)"
@@ -52,7 +52,7 @@ _RENEWAL = {
 class Address:
     """A host name or IP address with a port."""
 
-    host: str  # a DNS name in lower case, or an IP address in its shortest form, without brackets
+    host: str  # a DNS name in lower case, or a normalized IP address without brackets
     port: int
 
     @classmethod
@@ -101,13 +101,13 @@ def read_json(cls: type[T], data: bytes, *, key: str) -> T:
     """Read the dataclass `cls` from JSON, as strictly as `read_spec` reads TOML.
 
     Raises:
-        ConfigError: a key is missing, unknown or invalid; `key` is the error's name for the whole data.
+        ConfigError: a key is missing, unknown or invalid; `key` is the name of the data in the error.
     """
     return _check_kit_version(cls, parse_json(data, key=key, bound="must be one complete JSON object"))
 
 
 def _check_kit_version(cls: type[T], table: dict[str, Any]) -> T:
-    # Check the version first, because another version may have other keys.
+    # Check the version first, because other versions may have other keys.
     if "version" in {one.name for one in fields(cls)}:  # type: ignore[arg-type]
         check_schema("version", table.get("version"), KIT_SCHEMA, of="file")
     return decode(cls, table)
@@ -148,7 +148,8 @@ class KitFile:
     Attributes:
         server: the server's address for the sites, as host:port.
         lead: the lead's public key, 64 hex digits.
-        key_command: command that prints the lead's private key in PEM, instead of lead_key.pem; only in a lead's kit.
+        key_command: command that prints the lead's private key in PEM format, as a replacement for lead_key.pem; only
+            in a lead's kit.
         site: name of the site; None in other kits.
         model: base models that runs may use.
     """
@@ -166,7 +167,7 @@ class KitFile:
         check_name("federation", self.federation)
         Address.parse_address(self.server)
         check_public_key("lead", self.lead)
-        if self.key_command and self.kind != "lead":  # a site must not run a command of its lead
+        if self.key_command and self.kind != "lead":  # a site must not execute a command that its lead chose
             raise ConfigError("key_command", list(self.key_command), "is allowed only in the lead's kit")
         check_model_names(self.model)
         if self.kind == "site":
@@ -177,13 +178,13 @@ class KitFile:
             raise ConfigError("site", self.site, "is allowed only in a site's kit")
 
     def to_toml(self) -> str:
-        """Serialize the kit to the text of kit.toml."""
+        """Serialize the fields to the text of kit.toml."""
         return to_toml({name: value for name, value in asdict(self).items() if value != ()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kit(KitFile):
-    """Kit of a server, a lead or a site: the content of its kit.toml, and the folder with its other files."""
+    """Kit of a server, a lead or a site: the content of kit.toml, and the folder that contains all files."""
 
     folder: Path
 
@@ -191,8 +192,8 @@ class Kit(KitFile):
     def read(cls, folder: Path, *, kind: str) -> Kit:
         """Read the kit in `folder`, which must be of the given kind.
 
-        Checks that all files exist and that only the owner can read the secrets.  `check_certificate` validates the
-        certificate.
+        The method checks that all files exist and that only the owner can read the secret files.  The certificate is
+        validated separately, by `check_certificate`.
 
         Raises:
             ConfigError: a file is missing, a key in kit.toml is invalid, or a secret is readable by others.
@@ -220,7 +221,7 @@ class Kit(KitFile):
         return kit
 
     def find_site_files(self, site_toml: Path) -> SiteFiles:
-        """Return the files of the policy `site_toml`, after checking that policy and kit name the same site.
+        """Return the file paths in the policy `site_toml`, after checking that policy and kit name the same site.
 
         Raises:
             ConfigError: `site_toml` is not a policy, or belongs to another site.
@@ -242,7 +243,7 @@ class Kit(KitFile):
 
     @property
     def key(self) -> Path:
-        """The path of the private EC P-384 key of this machine's certificate; a site's node key for Flower as well."""
+        """The path of the private EC P-384 key of this machine's certificate; for a site, also Flower's node key."""
         return self.folder / ("server_key.pem" if self.kind == "server" else "connection_key.pem")
 
     @property
@@ -264,13 +265,13 @@ class Kit(KitFile):
         return self.folder / "roster.json"
 
     def tls(self) -> Tls:
-        """Return the kit's TLS files for this end of a connection."""
+        """Return the paths of the certificates and the key for TLS connections."""
         from fedtune.ops.wire.identity import Tls
 
         return Tls(ca=self.ca, certificate=self.certificate, key=self.key)
 
     def check_certificate(self, now: datetime) -> Certificate:
-        """Return this machine's certificate after validating it for the time `now` (with a time zone).
+        """Validate this machine's certificate at the time `now` (with a time zone), and return its properties.
 
         Raises:
             ConfigError: the certificate has another key, issuer or name, or is not valid at `now`.
@@ -306,18 +307,18 @@ def read_signing_key(path: Path) -> SigningKey:
 
 
 def find_model_store_path(kit_folder: Path, sha256: str) -> Path:
-    """Return the folder of a base model in the store; it need not exist."""
+    """Return the path of a base model's folder in the model store; the folder may not exist."""
     return kit_folder / "models" / sha256
 
 
 def require_model_reader(kit_folder: Path, sha256: str) -> None:
-    """Check that the extra `gguf` is installed if an installed model is a GGUF file."""
+    """Check that the extra `gguf` is installed if the model with hash `sha256` is a GGUF file."""
     if any(find_model_store_path(kit_folder, sha256).glob("*.gguf")):
         require_extra("base model", sha256, "gguf")
 
 
 class KitCertificate:
-    """Watcher of the kit's certificate, which detects a renewed certificate while a process runs.
+    """Watcher that detects a renewed certificate in the kit while a process is running.
 
     Raises:
         ConfigError: the kit's certificate cannot be used.
@@ -328,7 +329,7 @@ class KitCertificate:
         self.certificate = kit.check_certificate(datetime.now(UTC))
 
     def is_new(self) -> bool:
-        """Return True if the kit has had a different, valid certificate since the last call."""
+        """Return True if the kit's certificate was replaced by another valid certificate since the last call."""
         try:
             mark = stat_signature(self._kit.certificate)
             if mark == self._mark:

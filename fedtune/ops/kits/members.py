@@ -1,7 +1,7 @@
 """Members of a federation: a site's join request, and the roster of all sites.
 
-A site generates two keys and a request, and the lead checks the request.  The server and the lead know the sites from
-roster.json.
+A site generates two keys and a join request, which the lead checks.  roster.json contains all sites, for the server and
+for the lead.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Member:
 
     Attributes:
         certificate: the site's certificate for its EC P-384 connection key, in PEM format.
-        site_key: the public key of the ledger's signatures, 64 hex digits.
+        site_key: the public key for verifying the ledger's signatures, 64 hex digits.
         datasets: data set id -> declared size.
         revoked: the time of the revocation in ISO 8601; None: the site is active.
     """
@@ -73,7 +73,7 @@ class Member:
                 raise ConfigError("revoked", self.revoked, "must be a time in ISO 8601 format, or null") from None
         try:
             issued = self.x509_certificate
-            named, connection_key = get_common_name(issued.subject), issued.public_key()  # parsed only now
+            named, connection_key = get_common_name(issued.subject), issued.public_key()  # parsed on access
         except UNREADABLE:
             raise ConfigError("certificate", self.site, "must be a certificate in PEM format") from None
         if named != self.site or not is_p384(connection_key):
@@ -84,18 +84,16 @@ class Member:
 
     @property
     def x509_certificate(self) -> x509.Certificate:
-        """The parsed certificate."""
+        """The certificate as a parsed X.509 object."""
         return x509.load_pem_x509_certificate(self.certificate.encode())
 
     @property
     def node_key(self) -> bytes:
-        """The site's public connection key (EC P-384) as SubjectPublicKeyInfo in PEM format, as Flower registers
-        nodes.
-        """
+        """The site's public EC P-384 connection key in PEM format (SubjectPublicKeyInfo), its node key in Flower."""
         return _extract_node_key(self.certificate)
 
 
-@lru_cache(maxsize=1024)  # the server needs it for every call
+@lru_cache(maxsize=1024)  # the server calls it for every request
 def _extract_node_key(certificate: str) -> bytes:
     return encode_public_pem(x509.load_pem_x509_certificate(certificate.encode()))
 
@@ -104,11 +102,11 @@ def _extract_node_key(certificate: str) -> bytes:
 class Roster:
     """Content of roster.json: all sites of a federation, signed by the lead.
 
-    The signature allows sending the roster over an untrusted channel.
+    Because of the signature, the roster can be sent over an untrusted channel.
 
     Attributes:
         sites: all sites in the order of joining, including revoked sites.
-        number: the version of the roster: its Unix time in seconds, and always higher than the previous number.
+        number: the version number of the roster, its Unix time in seconds; higher than every previous number.
         signature: the lead's signature over all other fields.
     """
 
@@ -121,7 +119,7 @@ class Roster:
     def __post_init__(self) -> None:
         names: set[str] = set()
         for member in self.sites:
-            # Names must differ by more than case, for file systems and for people.
+            # Names must not differ only in case, because file systems and people may confuse them.
             own = {member.site.casefold(), member.node_key.decode()}
             if not names.isdisjoint(own):
                 raise ConfigError("site", member.site, "has the name or connection key of another site")
@@ -153,7 +151,7 @@ class Roster:
     def check_lead_signature(self, lead: str) -> None:
         """Verify the signature with the lead's public key; raise ConfigError if it is invalid."""
         if not is_signed(lead, ROSTER, encode_for_signature(dataclasses.asdict(self)), self.signature):
-            bound = "is not the signature of the federation's lead: somebody else created or changed the roster"
+            bound = "is not the signature of the federation's lead, so another party created or changed the roster"
             raise ConfigError("roster.signature", self.signature[:16], bound)
 
     def to_bytes(self) -> bytes:
@@ -183,13 +181,13 @@ def _check_datasets(datasets: Mapping[str, int]) -> None:
 
 @spec
 class JoinRequest:
-    """Content of a site's join_request.json, a signed declaration with proof of possession of both keys.
+    """Content of a site's join_request.json: the site's declaration, with proof of possession of both keys.
 
-    People confirm the site's identity by comparing fingerprints over the telephone.
+    The staff of site and lead confirm the identities by comparing fingerprints over the telephone.
 
     Attributes:
-        csr: a certificate signing request in PEM format, proof of possession of the connection key (EC P-384).
-        site_key: the public key of the ledger's signatures, 64 hex digits.
+        csr: a certificate signing request in PEM format, which proves possession of the EC P-384 connection key.
+        site_key: the public key for verifying the ledger's signatures, 64 hex digits.
         datasets: data set id -> declared size.
         signature: the site key's signature over all other fields.
     """
@@ -253,19 +251,19 @@ def _check_csr(text: str, *, site: str) -> None:
         raise ConfigError("csr", "unreadable", "must be a certificate signing request in PEM format") from None
     extract_p384_public_key(csr, key="csr")
     if not signed:
-        raise ConfigError("csr", name, "must be signed with its own key")
+        raise ConfigError("csr", name, "must be signed with the key that it contains")
     if name != site:
         raise ConfigError("csr", name, f"must have the site's name, {site!r}, as its common name")
 
 
 def initialize_site(site_toml: Path, *, out: Path | None) -> Path:
-    """Generate a site's connection key and its join request from its policy; return their folder.
+    """Create the folder with a site's connection key and join request, and return its path.
 
-    The site key, which signs the site's ledger, is also generated if it is missing.
+    If the site key, which signs the ledger, does not exist yet, it is generated as well.
 
     Args:
         site_toml: the site's policy.
-        out: a new folder; None: `kit` in the policy's folder.
+        out: the folder to create; None: `kit` in the policy's folder.
 
     Raises:
         ConfigError: the policy is invalid, the folder exists or cannot be written, or a key cannot be used.
@@ -279,13 +277,13 @@ def initialize_site(site_toml: Path, *, out: Path | None) -> Path:
         write_durably(
             building / REQUEST, json.dumps(_build_request_fields(files, connection), indent=1).encode() + b"\n"
         )
-        JoinRequest.parse_request((building / REQUEST).read_bytes())  # the lead's own checks
+        JoinRequest.parse_request((building / REQUEST).read_bytes())  # run the checks of the lead
         write_secret(building / "connection_key.pem", encode_private_pem(connection))
     return folder
 
 
 def describe_next_steps(folder: Path) -> str:
-    """Return the instructions to print after `initialize_site`."""
+    """Return the instructions that `fedtune site init` prints after `initialize_site`."""
     request = JoinRequest.read(folder / REQUEST)
     declared = ", ".join(f"{name} ({size:,} declared)" for name, size in request.datasets.items())
     return f"""\
@@ -309,11 +307,11 @@ Keep a backup of the site key that site.toml names; the ledger cannot continue w
 def _build_request_fields(files: SiteFiles, connection: ec.EllipticCurvePrivateKey) -> dict[str, Any]:
     """Build the fields of a `JoinRequest`; generate the site key if it is missing.
 
-    A missing site key is an error if a ledger exists, because the ledger needs its original key.
+    A missing site key is an error if a ledger exists, because the ledger can be continued only with its original key.
     """
     policy, path = files.policy, files.site_key
     if files.ledger.is_file() and not (policy.key_command or path.is_file()):
-        bound = f"is missing, and ledger {files.ledger} needs its original key"
+        bound = f"is missing, but ledger {files.ledger} requires its original key"
         raise ConfigError("site_key", str(path), bound, remedy="restore it from its backup")
     with translate_write_errors(path, key="site_key"):
         site_key = files.load_key(make=True)

@@ -1,4 +1,4 @@
-"""The model store of a site: `models/<sha256>/` in the kit's folder, filled from local files, never over a network."""
+"""The model store of a site: `models/<sha256>/` in the kit's folder, filled only from local files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MOST_PAPER_BYTES = 1 << 20
 def find_installed_model(kit_folder: Path, sha256: str) -> Path:
     """Return the folder of an installed model.
 
-    The hash is verified when the model is loaded (`fedtune.model.base_model`), not here.
+    The hash is not verified here, but when the model is loaded (`fedtune.model.base_model`).
 
     Raises:
         ConfigError: the model is not installed.
@@ -39,7 +39,7 @@ def find_installed_model(kit_folder: Path, sha256: str) -> Path:
 
 
 def verify_model(kit_folder: Path, sha256: str) -> None:
-    """Verify an installed model against its hash, the name of its folder, by reading all files.
+    """Verify the files of an installed model against its hash, which is the name of its folder.
 
     Raises:
         ConfigError: the model is not installed, or its files were changed or are incomplete.
@@ -51,7 +51,7 @@ def verify_model(kit_folder: Path, sha256: str) -> None:
 
 
 def is_built_in_model(sha256: str) -> bool:
-    """Return True if the hash is that of a built-in random model for tests, which needs no installation."""
+    """Return True if `sha256` is the hash of a built-in random model for tests, which needs no installation."""
     from fedtune.model.base_model import hash_model  # transformers takes seconds to import
 
     return any(hash_model(ModelSpec(path=path)) == sha256 for path in RANDOM_MODELS)
@@ -64,9 +64,9 @@ def list_license_files(kit_folder: Path, sha256: str) -> list[str]:
 
 
 def install_model(path: Path, kit: Kit) -> tuple[KitModel, bool]:
-    """Copy a model of the kit's manifest into the store atomically.
+    """Atomically copy a model that the kit lists into the model store.
 
-    Copies only the hashed files, and the license and notice files.
+    Only the hashed files and the license and notice files are copied.
 
     Args:
         path: a folder with safetensors (one file, or shards with their index) or with exactly one GGUF file; a GGUF
@@ -74,12 +74,12 @@ def install_model(path: Path, kit: Kit) -> tuple[KitModel, bool]:
         kit: the site's kit.
 
     Returns:
-        The model, and True if it was installed now, or False if an intact copy existed already.
+        The model, and whether this call installed it (False if an intact copy existed already).
 
     Raises:
         ConfigError: the model does not exist, the kit does not list it, or its folder contains pickles or links to
             files outside.
-        RunError: the disk is full or cannot be written.
+        RunError: the disk is full, or the store cannot be written.
     """
     place = _find_in_package(str(path)) if str(path).startswith(PACKAGE) else path.expanduser()
     folder, gguf_file = (place, None) if place.is_dir() else (place.parent, place.name)
@@ -98,7 +98,7 @@ def install_model(path: Path, kit: Kit) -> tuple[KitModel, bool]:
     try:
         target.parent.mkdir(exist_ok=True)
         with lock_folder(target.parent):
-            with suppress(ConfigError, OSError):  # of one that is not there, or was changed
+            with suppress(ConfigError, OSError):  # there is no installed model, or its files were changed
                 verify_model(kit.folder, manifest.sha256)
                 return model, False
             _copy_into_store((*(folder / name for name, _ in manifest.files), *papers), target)
@@ -120,23 +120,23 @@ def _find_in_package(path: str) -> Path:
 
 
 def _check_folder(folder: Path) -> None:
-    """Check that a folder contains no pickles, which can run code, and no links to files outside."""
+    """Check that a folder contains no pickle files, which can run code, and no links to files outside of it."""
     inside = folder.resolve()
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in _PICKLES:
-            remedy = "reading such a file can run code; give a folder without it"
+            remedy = "reading such a file can run code; use a folder without it"
             raise ConfigError(_OPTION, str(folder), f"must not contain {file.name}", remedy=remedy)
         if file.is_symlink() and not file.resolve().is_relative_to(inside):
             bound = f"must not contain {file.name}, a link to a file outside the folder"
-            raise ConfigError(_OPTION, str(folder), bound, remedy="give a real copy of the folder (cp -rL)")
+            raise ConfigError(_OPTION, str(folder), bound, remedy="copy the folder with its link targets (cp -rL)")
 
 
 def _build_model_manifest(folder: Path, *, key: str, gguf_file: str | None = None) -> Manifest:
-    """Build the manifest of the model in a folder, from its safetensors or else its only GGUF file."""
+    """Build the manifest of the model in a folder, from its safetensors files or, without these, its GGUF file."""
     try:
         name = gguf_file or find_single_gguf(folder)
         if name is not None and not re.fullmatch(r"[\w.-]+\.gguf", name):
-            bound = "must have a name of letters, digits, '-', '_' and '.': runs refer to it"
+            bound = "must have a name of letters, digits, '-', '_' and '.', because runs refer to the name"
             raise ConfigError(key, str(folder / name), bound)
         return build_manifest(folder, gguf_file=name)
     except ConfigError as error:
@@ -144,7 +144,7 @@ def _build_model_manifest(folder: Path, *, key: str, gguf_file: str | None = Non
 
 
 def _find_license_files(folder: Path) -> tuple[Path, ...]:
-    """List the license and notice files of bounded size, which no loader reads."""
+    """List the license and notice files up to a size limit; no model loader reads these files."""
     papers = (file for file in sorted(folder.iterdir()) if _PAPER.fullmatch(file.name) and file.is_file())
     return tuple(file for file in papers if file.stat().st_size <= _MOST_PAPER_BYTES)
 
@@ -154,8 +154,8 @@ def _copy_into_store(files: tuple[Path, ...], target: Path) -> None:
     needed, free = sum(file.stat().st_size for file in files), shutil.disk_usage(target.parent).free
     if free < needed + _KEPT_FREE_BYTES:
         raise RunError(
-            f"{target.parent} has {free / 2**30:.1f} GiB free, but the model needs {needed / 2**30:.1f} GiB and some "
-            "to spare; nothing was installed"
+            f"{target.parent} has {free / 2**30:.1f} GiB free, but the model needs {needed / 2**30:.1f} GiB and a "
+            "reserve; nothing was installed"
         )
     draft, damaged = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.damaged")
     for leftover in (draft, damaged):

@@ -1,7 +1,7 @@
-"""Provisioning of a federation: create authority, server and lead; add, renew and revoke sites.
+"""Provisioning of a federation: creation of authority, server and lead; addition, renewal and revocation of sites.
 
-Changes of a `FederationFolder` are atomic: a command that fails or is killed has made either its whole change or none.
-No command changes the kit of another site.
+All changes of a `FederationFolder` are atomic: a failed or killed command has made either its complete change or no
+change.  No command changes the kits of other sites.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ OwnKind = Literal["server", "lead"]
 
 
 def init_federation(file: Path, *, out: Path | None, now: datetime) -> FederationFolder:
-    """Create a federation from its federation.toml in the new folder `out` (None: a folder with the federation's name).
+    """Create the folder of a federation from its federation.toml.
+
+    `out` is the new folder; if it is None, the folder has the name of the federation.
 
     Raises:
         ConfigError: the file is invalid, or the folder exists or cannot be written.
@@ -66,7 +68,9 @@ def init_federation(file: Path, *, out: Path | None, now: datetime) -> Federatio
 
 
 def renew_own_certificate(folder: Path, kind: OwnKind, *, days: int | None, now: datetime) -> Certificate:
-    """Issue a new certificate for the existing key of the server, with the names in federation.toml, or of the lead.
+    """Issue a new certificate for the existing key of the server or the lead.
+
+    A server certificate contains the names in federation.toml.
 
     Raises:
         ConfigError: the authority's key is missing.
@@ -83,7 +87,7 @@ def renew_own_certificate(folder: Path, kind: OwnKind, *, days: int | None, now:
 def _build_public_kit(
     federation: FederationFolder, kind: OwnKind, public: ec.EllipticCurvePublicKey, *, days: int | None, now: datetime
 ) -> dict[str, bytes]:
-    """Build the public files of the server's or the lead's kit, by path in the folder, except the roster."""
+    """Build the public files of the server's or the lead's kit, except the roster: path in the folder -> content."""
     certificate = federation.issue(kind, public, name=kind, days=days, now=now)
     return {f"{kind}/{name}": data for name, data in federation.list_kit_files(kind, certificate).items()}
 
@@ -94,11 +98,11 @@ class Admitted:
 
     member: Member
     archive: Path  # the zip to send to the site
-    changes: tuple[str, ...] = ()  # changes besides the certificate, as sentences
+    changes: tuple[str, ...] = ()  # sentences that describe all changes except that of the certificate
 
 
 Asked = tuple[JoinRequest, Callable[[], Admitted]]
-"""A valid request, and the function that admits its site after another check.  People compare keys in between."""
+"""A valid request, and the function that repeats the checks and admits the site after people have compared the keys."""
 
 
 def check_join_request(folder: Path, *, request: Path, days: int | None, now: datetime) -> Asked:
@@ -125,7 +129,7 @@ def check_join_request(folder: Path, *, request: Path, days: int | None, now: da
 def check_renewal_request(
     folder: Path, name: str, *, request: Path, days: int | None, new_site_key: bool, now: datetime
 ) -> Asked:
-    """Read and validate a site's new request, with another connection key or other declared data sets.
+    """Read and validate a site's new request, which may contain new keys or other declared data sets.
 
     Args:
         folder: the federation's folder.
@@ -143,7 +147,7 @@ def check_renewal_request(
         old = _find_member(name, federation.roster.sites)
         with name_file_in_errors(request):
             if asked.site != old.site:
-                raise ConfigError("site", asked.site, f"must be {old.site!r}, the site that is renewed")
+                raise ConfigError("site", asked.site, f"must be {old.site!r}, the name of the site to renew")
             if asked.node_key == old.node_key:
                 _check_not_revoked(old)
             else:
@@ -167,10 +171,7 @@ def _check_request(
     days: int | None,
     now: datetime,
 ) -> Asked:
-    """Read a join request and validate it with `find_replaced`.
-
-    `find_replaced` returns the member to replace, or None for a new site.
-    """
+    """Read a join request and validate it; `find_replaced` returns the member to replace, or None for a new site."""
     asked = JoinRequest.read(request)
 
     def check_member(federation: FederationFolder) -> tuple[Member | None, Member]:
@@ -192,7 +193,7 @@ def _check_request(
 
 
 def renew_site(folder: Path, name: str, *, days: int | None, now: datetime) -> Admitted:
-    """Issue a new certificate and kit for a site, with its existing keys and data sets; other sites are not affected.
+    """Issue a new certificate and kit for a site with its existing keys and data sets.
 
     Raises:
         ConfigError: the site is unknown or was revoked.
@@ -244,13 +245,13 @@ def _issue_site_certificate(
     days: int | None,
     now: datetime,
 ) -> str:
-    """Issue a site certificate for the public key of `holder`; return it in PEM format."""
+    """Issue a site certificate for the public key in `holder`, and return it in PEM format."""
     issued = federation.issue("site", extract_p384_public_key(holder, key="csr"), name=site, days=days, now=now)
     return encode_certificate_pem(issued).decode()
 
 
 def _check_new_keys(federation: FederationFolder, asked: JoinRequest, others: Collection[Member]) -> None:
-    """Check that no other site uses or used these keys; Flower never accepts a removed connection key again."""
+    """Check that no site uses, or has used, the keys in the request; Flower rejects removed connection keys forever."""
     fingerprint = compute_key_fingerprint(asked.node_key)
     again = "generate a new key with `fedtune site init --out NEW`"
     if fingerprint in federation.read_retired_keys():
@@ -282,7 +283,7 @@ def _find_member(name: str, members: Collection[Member]) -> Member:
 
 
 def _list_changes(old: Member, new: Member) -> tuple[str, ...]:
-    """List the changes of a renewal besides the certificate, as sentences."""
+    """Describe all changes of a renewal except that of the certificate, one sentence for each."""
     changes = []
     if old.revoked:
         changes.append("The site was revoked and now takes part again.")
@@ -290,7 +291,7 @@ def _list_changes(old: Member, new: Member) -> tuple[str, ...]:
         changes.append("The site has a new connection key; the old key can never be used again.")
     if new.site_key != old.site_key:
         changes.append(
-            "The site has a new site key, and so a new ledger: the spending of the old ledger is not counted."
+            "The site has a new site key and a new ledger, which does not count the spending of the old ledger."
         )
     for name in sorted(old.datasets.keys() | new.datasets.keys()):
         before, after = old.datasets.get(name), new.datasets.get(name)
