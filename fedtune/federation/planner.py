@@ -82,7 +82,7 @@ class Price:
     def _repr_html_(self) -> str:
         rows = {"epsilon": accountant.format_epsilon(self.epsilon), "delta": f"{self.plan.delta:g}"}
         rows |= {"noise multiplier": f"{self.plan.noise_multiplier:.4g}", "steps": f"{self.steps:,}"}
-        return format_html_table("Privacy cost of the plan, at most", rows.items())
+        return format_html_table("Upper bounds on the privacy cost of the plan", rows.items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +148,7 @@ def check_signal(plan: Plan, declared_sizes: Mapping[str, int], *, values: int) 
             "the signal is too weak at this size and epsilon: noise moves the adapter "
             f"{1 / ratio:.3g} times as far as all records together can, so the run will likely learn nothing "
             "(docs/planning.md, Signal). Nothing was charged. Use more or larger sites, a larger epsilon or secure "
-            "aggregation, or set true to train anyway"
+            "aggregation, or set this to true to train anyway"
         )
         raise ConfigError("training.ignore_weak_signal", False, bound)
 

@@ -102,5 +102,5 @@ class Average:
 
 def _require_arrays(outcome: tuple[ArrayRecord | None, MetricRecord | None]) -> Arrays:
     arrays, _ = outcome
-    assert arrays is not None, "there is an update"
+    assert arrays is not None, "the strategy returns arrays for a round with updates"
     return from_arrays(arrays)

@@ -150,7 +150,7 @@ def open_backup(source: Path, *, kind: Kind) -> Iterator[tuple[zipfile.ZipFile, 
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile) as error:
             raise ConfigError("FILE", str(source), f"is not a complete backup written by fedtune ({error})") from error
         if whose != kind:
-            raise ConfigError("FILE", str(source), f"must be the backup of a {kind}, but is that of a {whose}")
+            raise ConfigError("FILE", str(source), f"must be the backup of a {kind}, but is the backup of a {whose}")
         yield archive, list(hashes)
 
 

@@ -125,7 +125,7 @@ def act_as_owner(*places: Path) -> None:
         bound = f"belongs to account {name}, but root cannot switch to it ({error.strerror}): run this as {name}"
         raise ConfigError("account", str(place), bound) from None
     if not _is_python_readable():
-        bound = f"cannot be read by account {name}, to which {place} belongs: install fedtune in /opt, for instance"
+        bound = f"cannot be read by account {name}, to which {place} belongs: install fedtune in /opt, for example"
         raise ConfigError("Python", sys.prefix, bound)
     os.environ["HOME"] = known.pw_dir if known else "/"
     sys.stderr.write(f"fedtune: acting as account {name}, to which {place} belongs\n")

@@ -44,7 +44,7 @@ _BOUND = "must be host:port on this machine, such as 127.0.0.1:8089, or unix:PAT
 _REQUEST_S = 2.0  # maximum duration of a connection
 _REQUEST_BYTES = 4096
 _PLACES, _BACKLOG = 4, 16
-_FAR = "is reachable from other machines; if you want that, add --health-anywhere"
+_FAR = "is reachable from other machines; add --health-anywhere to allow this"
 
 Respond = Callable[[str], Awaitable[tuple[int, str, bytes]]]  # path of a GET -> status, content type and body
 

@@ -51,31 +51,31 @@ class Figure:
 
 FIGURES = {
     "fedtune_certificate_days_left": Figure("Whole days until the kit's certificate expires; negative afterwards."),
-    "fedtune_site_contact_age_seconds": Figure("Seconds since the server last answered, or since the start."),
+    "fedtune_site_contact_age_seconds": Figure("Seconds since the last answer of the server, or since the start."),
     "fedtune_site_answers": Figure(
-        "Rounds and questions answered: by an update, or the reason for none.", "answer", True
+        "Answers to the lead by type: update, offer, or the reason for a refusal.", "answer", True
     ),
     "fedtune_site_ledger_usable": Figure(
         "1: the ledger is intact and may be charged; 0: it is missing, damaged, rolled back, in doubt or frozen."
     ),
     "fedtune_site_epsilon_spent": Figure(
-        "Lifetime epsilon of the population, by the filter: charged, and with what open runs have reserved.", "part"
+        "Lifetime epsilon of the population by the filter: charged, or including reservations of open runs.", "part"
     ),
-    "fedtune_site_epsilon_cap": Figure("The policy's lifetime cap; infinite for none."),
+    "fedtune_site_epsilon_cap": Figure("Lifetime cap of the policy; infinite without a cap."),
     "fedtune_site_epsilon_left": Figure("Epsilon left under the lifetime cap for new runs; infinite without a cap."),
     "fedtune_site_runs_left": Figure(
-        "Runs like the policy's reference that fit under the lifetime cap; infinite without a cap."
+        "Number of runs like the policy's reference under the lifetime cap; infinite without a cap."
     ),
-    "fedtune_server_sites": Figure("Sites in the roster, and sites with an open connection.", "which"),
+    "fedtune_server_sites": Figure("Number of sites in the roster, or with an open connection.", "which"),
     "fedtune_server_site_silent_seconds": Figure(
-        "Seconds since a site last called, or since the server's start.", "site"
+        "Seconds since the last call of a site, or since the start of the server.", "site"
     ),
-    "fedtune_server_waiting_calls": Figure("Calls from sites that wait for the lead's next question."),
-    "fedtune_server_bytes": Figure("Bytes in the bodies of all calls.", "direction", True),
-    "fedtune_lead_rounds": Figure("Rounds of the run: finished, and planned.", "which"),
-    "fedtune_lead_sites_answered": Figure("Sites whose update for the current round has arrived."),
-    "fedtune_lead_round_seconds": Figure("Duration of the newest finished round; 0 before the first."),
-    "fedtune_lead_answers": Figure("Sites' answers: updates, or the reason for none.", "answer", True),
+    "fedtune_server_waiting_calls": Figure("Number of site calls that wait for the lead's next question."),
+    "fedtune_server_bytes": Figure("Bytes received or sent in the bodies of all calls.", "direction", True),
+    "fedtune_lead_rounds": Figure("Number of finished or planned rounds of the run.", "which"),
+    "fedtune_lead_sites_answered": Figure("Number of sites whose update for the current round has arrived."),
+    "fedtune_lead_round_seconds": Figure("Duration of the latest finished round; 0 before the first round ends."),
+    "fedtune_lead_answers": Figure("Answers of the sites: update, or the reason for a refusal.", "answer", True),
 }
 """Metric name, with its unit as suffix -> definition."""
 

@@ -131,7 +131,7 @@ def test_lead_call_is_accepted_once_and_not_over_a_site_connection(network: Loop
     assert again.status_code == 200, "a retry is signed anew"
     noted = {(line["event"], line.get("reason"), line.get("member")) for line in network.audit()}
     assert ("lead's call refused", "the lead's signature was used before", None) in noted
-    assert ("lead's call refused", f"{gate._UNSIGNED}; and this is a site's connection", "a") in noted
+    assert ("lead's call refused", f"{gate._UNSIGNED}; the connection belongs to a site", "a") in noted
 
 
 def test_site_signature_is_valid_only_on_its_own_connection(network: Loopback, call_gate: Any) -> None:

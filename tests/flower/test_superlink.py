@@ -162,7 +162,7 @@ def test_only_the_revoked_site_is_removed(state: LinkState, roster: list[Any], t
     assert list_registered(state) == {"b": first["b"]}
     with caplog.at_level(logging.ERROR):
         apply_roster(state, [a, b], AUDIT)
-    assert "a: its connection key was revoked; it needs a new one" in caplog.text
+    assert "a: its connection key was revoked; provision the site with a new key" in caplog.text
     assert list_registered(state) == {"b": first["b"]}
 
 

@@ -426,7 +426,7 @@ def test_doctor_reports_used_and_exhausted_budgets(home: Home) -> None:
     home.spend(rounds=2)
     checks = home.examine_site(run=True)
     assert not list_failures(checks)
-    assert checks["ledger"].found == "complete and signed, up to its anchor"
+    assert checks["ledger"].found == "complete and signed, and covered by its anchor"
     taken = checks["budget"].found.split(" %")[0]
     assert 0 < int(taken) < 100
     assert f"lifetime budget {taken} % spent before" in checks["run"].found

@@ -116,7 +116,7 @@ class Connection:
     def _report_steps_up_to(self, check: DoctorCheck) -> Iterator[DoctorCheck]:
         """Yield `check` after passed checks of the earlier steps; if it failed, yield the later steps as skipped."""
         via = f" through the proxy {self._proxy} (HTTPS_PROXY)" if self._proxy else ""
-        resolved = f"{self._host} is an address" if parse_ip_address(self._host) else f"{self._host} resolves"
+        resolved = f"{self._host} is an IP address" if parse_ip_address(self._host) else f"{self._host} resolves"
         before = {
             DNS: build_passed_check(DNS, f"{self._host} is resolved by the proxy" if self._proxy else resolved),
             TCP: build_passed_check(TCP, f"{self._server} accepts connections{via}"),

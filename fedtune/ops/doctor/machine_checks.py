@@ -124,7 +124,7 @@ def check_socket(place: Path) -> DoctorCheck:
     found = place.lstat()
     if not stat.S_ISSOCK(found.st_mode):
         return build_failed_check(
-            name, "the path belongs to a file that is not a socket", fix="Set `socket` in site.toml to another path."
+            name, "the path is a file that is not a socket", fix="Set `socket` in site.toml to another path."
         )
     if found.st_mode & stat.S_IRWXO:
         fix = "Stop the site, remove the socket, and start the site again."
@@ -132,7 +132,7 @@ def check_socket(place: Path) -> DoctorCheck:
     number = found.st_gid
     named = grp and next((one.gr_name for one in grp.getgrall() if one.gr_gid == number), None)
     group = named or str(number)
-    return build_passed_check(name, f"for the site's user and members of the group {group}")
+    return build_passed_check(name, f"accessible only to the site's user and members of group {group}")
 
 
 def check_anchor_disk(ledger: Path, anchor: Path | None) -> DoctorCheck:
@@ -267,7 +267,7 @@ def check_owners(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterato
     elif not wrong:
         yield build_passed_check(
             _NAME,
-            f"the files of account {get_account_name(account)} belong to it, and only it and root can change them",
+            f"all files belong to account {get_account_name(account)}, and only this account and root can change them",
         )
 
 

@@ -74,7 +74,7 @@ def check_matching_names(kit: Kit, policy: Policy) -> DoctorCheck:
     """Check that the kit and the policy name the same site."""
     if kit.site == policy.site:
         return build_passed_check("site's name", f"{policy.site}, in kit and policy")
-    found = f"the kit is for {kit.site}, but the policy for {policy.site}"
+    found = f"the kit is for {kit.site}, but the policy is for {policy.site}"
     return build_failed_check("site's name", found, fix="Use the kit for this policy's site.")
 
 
@@ -270,7 +270,7 @@ def _compare_declared_size(name: str, share: float, *, units: str, lacking: str,
     found = f"every record can be read; enough {units} for the declared size"
     if lacking:
         fix = f"Add the roles to `columns` in {block}, or take the task out of allow.tasks."
-        return build_warning(name, f"{found}; its columns do not have the roles of task {lacking}", fix=fix)
+        return build_warning(name, f"{found}; its columns do not match the roles of task {lacking}", fix=fix)
     return build_passed_check(name, found)
 
 
@@ -310,7 +310,7 @@ def check_ledger_state(files: SiteFiles) -> tuple[DoctorCheck, History | None]:
     history = verified.history
     if wrong := next(_find_ledger_problems(files, history), None):
         return wrong, None
-    rollback = "up to its anchor" if verified.anchor_sequence else "but without an anchor"
+    rollback = "and covered by its anchor" if verified.anchor_sequence else "but not covered by an anchor"
     return build_passed_check(name, f"complete and signed, {rollback}"), history
 
 
@@ -348,12 +348,12 @@ def check_site_key(files: SiteFiles, history: History | None) -> DoctorCheck:
         if path.is_file():
             check_private(path)
     except ConfigError as error:
-        return build_check_from_error(name, error, fix="Restore it from its backup, or fix what the message reports.")
+        return build_check_from_error(name, error, fix="Restore it from its backup, or fix the reported problem.")
     if history is not None and history.length and history.opening.site_key != public:
         fix = "Restore the ledger's original key from its backup."
         return build_failed_check(name, f"{command[0] if command else path} is not the ledger's original key", fix=fix)
     return build_passed_check(
-        name, f"{group_hex_start(public)}, {'from its command' if command else 'readable only by its owner'}"
+        name, f"{group_hex_start(public)}, {'printed by key_command' if command else 'readable only by its owner'}"
     )
 
 
@@ -374,7 +374,7 @@ def check_budget(history: History, policy: Policy) -> DoctorCheck:
     now = history.now()
     taken = history.count_charges_and_reservations(now)
     if history.seeded:
-        fix = "Do not use it for real records: it is marked permanently."
+        fix = "Do not use it for real records; the mark in the ledger is permanent."
         return build_warning(name, "a run used seeded noise, so this ledger gives no privacy guarantee", fix=fix)
     if why := history.explain_pending_period():
         return build_warning(
@@ -422,7 +422,7 @@ def preview_run(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy,
     found = f"would be accepted{who}; {_describe_cost(plan, history, policy)}"
     if policy.site not in sizes:
         fix = f"Ask the lead for the run's real settings: federation.site_names must include {policy.site}."
-        return build_warning(name, f"{found}, but it does not name site {policy.site}", fix=fix)
+        return build_warning(name, f"{found}, but the run does not name site {policy.site}", fix=fix)
     return build_passed_check(name, found)
 
 

@@ -216,7 +216,7 @@ class Kit(KitFile):
         for path in secrets:
             check_private(path)
         if kind == "lead" and (public := kit.load_key().public) != kit.lead:
-            found = "the command's key" if kit.key_command else kit.lead_key
+            found = "the key from key_command" if kit.key_command else kit.lead_key
             raise ConfigError("lead", kit.lead, f"must be the public key of {found}, {public}").in_file(file)
         return kit
 

@@ -150,7 +150,7 @@ class SiteService:
         files = self.kit.find_site_files(self.site_toml)
         read_site_settings(self.site_toml)  # validate the settings before the first answer
         if not (files.policy.key_command or files.site_key.is_file()):
-            bound = "is missing: `fedtune site init` created it, and the ledger cannot continue without it"
+            bound = "is missing: `fedtune site init` created it, and the ledger cannot be continued without it"
             raise ConfigError("site_key", str(files.site_key), bound)
         if files.site_key.is_file():
             check_private(files.site_key)

@@ -307,7 +307,7 @@ def translate_line_errors() -> Iterator[None]:
             ) from error
         if status < httpx.codes.INTERNAL_SERVER_ERROR:
             raise Dropped(f"the server no longer accepts this message ({status})") from error
-        raise Unreachable(f"the server answered {status}") from error
+        raise Unreachable(f"the server answered with status {status}") from error
     except (inflating.ObjectPullError, inflating.ObjectPushError) as error:
         raise Dropped("the server no longer stores this message") from error
     except OutOfBounds as error:

@@ -235,7 +235,7 @@ class Gate:
         if signed is None:
             raise NotAllowed(401, _UNSIGNED)
         if peer is not None and self._find_member_by_key(peer.key):
-            raise NotAllowed(401, f"{_UNSIGNED}; and this is a site's connection")
+            raise NotAllowed(401, f"{_UNSIGNED}; the connection belongs to a site")
         self._seen.check_unused(headers)  # before reading the body, which may be large
         body = await read_body(receive, headers, most_bytes=_LEAD_BYTES)
         if hashlib.sha256(body).hexdigest() != signed:

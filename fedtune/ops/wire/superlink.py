@@ -150,7 +150,7 @@ def apply_roster(state: SqlLinkState, roster: Sequence[Member], audit: AuditLog)
                     constant.NOOP_FLWR_AID, constant.NOOP_ACCOUNT_NAME, member.node_key, 0, name=member.site
                 )
             except ValueError:
-                log.error("%s: its connection key was revoked; it needs a new one", member.site)
+                log.error("%s: its connection key was revoked; provision the site with a new key", member.site)
                 audit.log_event("member not registered", member=member.site, reason="its key was revoked before")
             else:
                 log.info("%s is registered", member.site)
