@@ -225,7 +225,7 @@ def test_doctor_passes_for_a_complete_site(home: Home) -> None:
     assert compute_exit_code(checks) == 0
     assert [name for name, check in checks.items() if check.status is Status.WARNING] == ["anchor's place"]
     assert checks["base model tiny"].found == "installed and unchanged; license CC0-1.0 (LICENSE)"
-    assert checks["ledger"].found.startswith("none yet")
+    assert checks["ledger"].found.startswith("no ledger yet")
     assert not (home.folder / "ledger.db").exists(), "nothing is made"
     assert not (home.kit / "state").exists()
     assert checks["run"].found.startswith("would be accepted; epsilon 0.")
@@ -517,7 +517,7 @@ def test_doctor_checks_the_socket_instead_of_a_server_connection(home: Home, mon
     assert not {"connection (TCP)", "clock"} & checks.keys()
     assert "created when the site starts" in checks["socket"].found
     with listen_at(place):
-        assert "members of the group" in home.examine_site()["socket"].found
+        assert "members of group" in home.examine_site()["socket"].found
         place.chmod(0o666)
         assert home.examine_site()["socket"].status == "failed"
     place.write_text("x")
