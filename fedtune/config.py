@@ -316,7 +316,7 @@ class RunConfig:
         """Whether rounds or noise may be adapted to the sites' budgets."""
         return self.privacy.private and self.federation.if_over_budget != "stop"
 
-    def can_use(self, offer: Offer) -> bool:
+    def can_use_offer(self, offer: Offer) -> bool:
         """Return True if a site with this offer can participate after the adjustment in `federation.if_over_budget`."""
         if self.federation.if_over_budget == "fewer_rounds":
             return offer.most_rounds > 0

@@ -33,10 +33,10 @@ def require_extra(key: str, value: object, extra: str, *modules: str, or_else: s
     for module in modules or (extra,):
         if not is_installed(module):
             package = "Pillow" if module == "PIL" else module.replace("_", "-")
-            raise ConfigError(key, value, f"requires {package}", remedy=f"{install_command(extra)}{or_else}")
+            raise ConfigError(key, value, f"requires {package}", remedy=f"{build_install_command(extra)}{or_else}")
 
 
-def install_command(extra: str) -> str:
+def build_install_command(extra: str) -> str:
     """Return the pip command that installs the packages of an extra.
 
     The command lists the packages in this installation's metadata, so that it works for checkouts, wheels, repositories

@@ -35,7 +35,7 @@ from fedtune.lab.studies.trials import SearchTrial
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.durable import write_durably
 from fedtune.runs.results import RunResult
-from fedtune.sites.session import Session
+from fedtune.sites.run_cache import RunCache
 
 import readme  # isort: skip  # fedtune comes first: torch reads settings that it makes
 
@@ -121,7 +121,7 @@ def hardware() -> str:
     return f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GiB memory, {gpu}"
 
 
-def finished(config: RunConfig, session: Session | None = None) -> Path:
+def finished(config: RunConfig, cache: RunCache | None = None) -> Path:
     """The folder of a finished run: train it, resume it, or find it done.
 
     Runs without a number format of their own use float32, so that a study is the same on every machine.
@@ -129,12 +129,12 @@ def finished(config: RunConfig, session: Session | None = None) -> Path:
     config = config.with_number_format("float32")
 
     def work(trial: SearchTrial) -> RunResult:
-        return fedtune.simulate(trial.config, progress=show_scores, session=session).result
+        return fedtune.simulate(trial.config, progress=show_scores, cache=cache).result
 
     if config.public.train_file is not None:  # two runs in one, which no trial holds
         folder = Path(config.tracking.output_dir) / config.name
         if not (folder / "adapter").exists():
-            fedtune.simulate(config, progress=show_scores, session=session)
+            fedtune.simulate(config, progress=show_scores, cache=cache)
         return folder
     done = SearchTrial.from_config(config).run(work)
     if done.error is not None:
@@ -163,7 +163,7 @@ def run_line(runs: Path, *, experiment: str, line: Found, states: Path | None = 
         variants = [[f"seed={seed}"] for seed in seeds]
     results = []
     with ExitStack() as stack:
-        session = stack.enter_context(Session())
+        cache = stack.enter_context(RunCache())
         if states is not None:
             from shared_states import shared_frozen_states
 
@@ -171,7 +171,7 @@ def run_line(runs: Path, *, experiment: str, line: Found, states: Path | None = 
         for number in range(line.get("repeats", 1)):
             for place, variant in enumerate(variants):
                 own = [f"name={line['key']}-{number}-{place}", f"tracking.output_dir={runs}"]
-                folder = finished(compose_run([*words, *variant, *own]), session)
+                folder = finished(compose_run([*words, *variant, *own]), cache)
                 results.append(json.loads((folder / "run.json").read_text()))
     return averaged(line, results)
 

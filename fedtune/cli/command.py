@@ -36,7 +36,7 @@ _FURTHER = 20  # a help line with more indentation continues the description of 
 Function = TypeVar("Function", bound=Callable[..., None])
 
 
-class InterruptTold(KeyboardInterrupt):
+class ReportedInterrupt(KeyboardInterrupt):
     """An interrupt by Ctrl-C, after the command that resumes the run has been printed."""
 
 

@@ -25,7 +25,7 @@ from fedtune.lab.studies.comparison import Line, plan_runs, score_side_by_side
 from fedtune.lab.studies.personalized import personalize, split_site_records
 from fedtune.lab.studies.trials import SearchTrial, describe_price, read_result
 from fedtune.show.terminal_tables import require_confirmation, say, to_json_text, write_file
-from fedtune.sites.session import Session
+from fedtune.sites.run_cache import RunCache
 from fedtune.spec import NOT_GIVEN, ConfigError, RefusedError, check_at_least
 from fedtune.version import find_shipped_folders
 
@@ -87,7 +87,7 @@ def compare(
             require_confirmation(
                 "Train them now?", otherwise="nothing was trained; to use other records, set experiment=NAME"
             )
-        lines = _run_unfinished(lines, console, again=again, personal=personal)
+        lines = _run_unfinished_lines(lines, console, again=again, personal=personal)
     with show_progress() as progress:
         finished = [load_finished_run(line.run.folder, generate=generate) for line in lines]
         compared = score_side_by_side(lines, finished, data=data, by=by, smallest=smallest, progress=progress)
@@ -138,7 +138,7 @@ def _check_scored_data(config: RunConfig, file: str | None, by: str | None) -> N
         read_column_values([Record({}, file=str(path))], by, key="--by")
 
 
-def _run_unfinished(lines: Sequence[Line], console: Console, *, again: str, personal: bool) -> list[Line]:
+def _run_unfinished_lines(lines: Sequence[Line], console: Console, *, again: str, personal: bool) -> list[Line]:
     """Run the unfinished lines of a comparison, and train personalized adapters if `personal`.
 
     The first error ends the comparison.  Only a refusal after at least one finished run is skipped, because the budget
@@ -146,10 +146,10 @@ def _run_unfinished(lines: Sequence[Line], console: Console, *, again: str, pers
     """
     done: list[Line] = []
     try:
-        with Session() as session:
+        with RunCache() as cache:
             for number, line in enumerate(lines, start=1):
                 name = f"{number} of {len(lines)}, {line.name}"
-                ran = line.run.run(partial(run_with_summary, console=console, name=name, session=session))
+                ran = line.run.run(partial(run_with_summary, console=console, name=name, cache=cache))
                 if isinstance(ran.error, RefusedError) and done:  # does not affect other runs
                     say(f"{name} was skipped: {ran.error}", console=console)
                     continue

@@ -21,7 +21,7 @@ from fedtune.api.compose import compose_run
 from fedtune.api.config_groups import list_options
 from fedtune.cli import data_sections
 from fedtune.cli.command import Argument, AsJson, Option, command, group, print_answer
-from fedtune.cli.finished_run import name_columns_option, parse_column_roles
+from fedtune.cli.finished_run import parse_column_roles, suggest_columns_option
 from fedtune.config import RunConfig
 from fedtune.data.bad_rows import Faults, SkippedRows
 from fedtune.data.features import check_range
@@ -339,7 +339,7 @@ def _iter_usable_records(
     Raises:
         DataError: a file has no usable record.
     """
-    with name_columns_option():
+    with suggest_columns_option():
         for path, its in files:
             faults, number, shared = Faults(), 0, detect_format(path) == ".json"  # rows may share a line
             for number, record in enumerate(iter_usable_records(path, its, faults=faults), 1):

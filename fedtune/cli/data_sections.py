@@ -13,7 +13,7 @@ import numpy as np
 
 from fedtune.data.bad_rows import SkippedRows
 from fedtune.data.load import is_far_from_declared
-from fedtune.extras import install_command, is_installed
+from fedtune.extras import build_install_command, is_installed
 from fedtune.formatting import pluralize
 from fedtune.lab.preparation import experiment_writer
 from fedtune.lab.preparation.check_data import Checked, FileCheck, Finding, Kind, Lengths
@@ -231,7 +231,7 @@ def build_copies_sections(
     details = [(kind, f"{count:,}", *places) for count, kind, *places in again[:10]]
     kinds = ("kind", "own records with it", "synthetic", "first own record")
     yield Section("Likely personal details", kinds, details, words={0, 2, 3})
-    how = install_command("data")
+    how = build_install_command("data")
     missing = [f"Near-duplicates were not detected: datasketch is not installed ({how})."]
     yield Section(title="Notes", notes=[*ABOUT_COPIES, *([] if is_installed("datasketch") else missing)])
 

@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated
 
-from fedtune.api.public import report_stages_to
+from fedtune.api.public import make_stage_callback
 from fedtune.cli.command import AsJson, Option, print_answer
-from fedtune.cli.finished_run import Columns, Device, Run, list_comparison_rows, load_finished_run, name_columns_option
+from fedtune.cli.finished_run import (
+    Columns,
+    Device,
+    Run,
+    list_comparison_rows,
+    load_finished_run,
+    suggest_columns_option,
+)
 from fedtune.cli.personalize import show_progress
 from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES, Comparison, describe_against_constant
 from fedtune.formatting import pluralize
@@ -37,8 +44,10 @@ def evaluate(
     from fedtune.runs.model_comparison import compare_runs
     from fedtune.sites.data_warnings import is_training_file
 
-    with name_columns_option(), show_progress() as progress:
-        found = compare_runs({"tuned": (config, adapter)}, file=data, final=True, progress=report_stages_to(progress))
+    with suggest_columns_option(), show_progress() as progress:
+        found = compare_runs(
+            {"tuned": (config, adapter)}, file=data, final=True, progress=make_stage_callback(progress)
+        )
     tuned = found.measured["tuned"]
     in_order = dict.fromkeys((*found.score(tuned.examples), *found.scores))  # in the task's order
     scores = {name: found.compare_models("base", "tuned", name) for name in in_order}

@@ -16,8 +16,8 @@ from fedtune.cli.finished_run import (
     Run,
     list_comparison_rows,
     load_finished_run,
-    name_columns_option,
     parse_column_roles,
+    suggest_columns_option,
 )
 from fedtune.export.format_choice import choose_format
 from fedtune.formatting import format_size, pluralize
@@ -146,7 +146,7 @@ def distill(
         raise ConfigError("--int8", NOT_GIVEN, "requires --format onnx")
     from fedtune.lab import distillation  # torch takes seconds to import
 
-    with Console(stderr=True).status("Loading ...") as status, name_columns_option():
+    with Console(stderr=True).status("Loading ...") as status, suggest_columns_option():
         found = distillation.distill(
             config,
             adapter,

@@ -77,7 +77,7 @@ def parse_column_roles(columns: str, *, known: Collection[str] | None = None) ->
     return named
 
 
-def name_adapters(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path]:
+def collect_adapters(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path]:
     """Return a mapping from names to adapter folders, starting with the adapter `own` of the run.
 
     The name of `own` is the name of its run folder, unless `others` (words of the form NAME=RUN) gives it another name.
@@ -100,7 +100,7 @@ def name_adapters(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path
 
 
 @contextmanager
-def name_columns_option() -> Iterator[None]:
+def suggest_columns_option() -> Iterator[None]:
     """Rewrite error messages about a file's columns to suggest --columns instead of a setting."""
     try:
         yield

@@ -46,7 +46,7 @@ def generate(
         raise ConfigError("task", config.task, "has no output for a prompt: use fedtune evaluate for its scores")
     if spec.temperature > 0 and not task.predicts_tokens:
         raise ConfigError("--temperature", spec.temperature, "requires a task that generates text; this one does not")
-    folders = runs.name_adapters(run, own, adapter)
+    folders = runs.collect_adapters(run, own, adapter)
     if prompt is not None and file is not None:
         raise ConfigError("--prompt", prompt, "cannot be combined with --file")
     if prompt is None and file is None:
@@ -57,7 +57,7 @@ def generate(
     if prompt is None:
         from fedtune.sites.run_records import read_prompts  # torch takes seconds to import
 
-        with runs.name_columns_option():
+        with runs.suggest_columns_option():
             records = read_prompts(config, str(file), key="--file")
     else:
         records = [Record(task.prompt_fields(prompt, config.data, at="--prompt"))]

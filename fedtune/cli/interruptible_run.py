@@ -19,17 +19,17 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from fedtune.api.public import Work, run_in_folder, start_after_public_stage
-from fedtune.cli.command import InterruptTold, pause_garbage_collection
+from fedtune.api.public import Work, run_in_folder, run_public_stage
+from fedtune.cli.command import ReportedInterrupt, pause_garbage_collection
 from fedtune.config import RunConfig
-from fedtune.federation.early_stopping import explain_used_up
+from fedtune.federation.early_stopping import explain_exhausted_plan
 from fedtune.federation.run_folder import RunFolder
 from fedtune.lab.studies.trials import SearchTrial, Trials, describe_price
 from fedtune.ops.files import handle_signals
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.runs.results import RunResult
 from fedtune.show.terminal_tables import print_json, say, show
-from fedtune.sites.session import Session
+from fedtune.sites.run_cache import RunCache
 from fedtune.spec import RunError, StuckError, describe_full_disk
 from fedtune.system import send_signal
 
@@ -64,7 +64,7 @@ def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, a
         hint = f"Continue with: {again}" if begun else "Nothing has been trained yet."
         if isinstance(error, KeyboardInterrupt):
             say(f"\nInterrupted. {hint}", console=console)
-            raise InterruptTold from error
+            raise ReportedInterrupt from error
         if describe_full_disk(error) or (isinstance(error, RunError) and not isinstance(error, StuckError)):
             say(hint, console=console)
         raise
@@ -73,7 +73,7 @@ def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, a
 
 
 def run_simulation(
-    config: RunConfig, folder: Path, console: Console, *, session: Session | None = None, again: str | None = None
+    config: RunConfig, folder: Path, console: Console, *, cache: RunCache | None = None, again: str | None = None
 ) -> RunResult:
     """Start or resume a simulation in its folder, and display its progress and result.
 
@@ -85,14 +85,14 @@ def run_simulation(
         from fedtune.flower.simulation import simulate
         from fedtune.sites.virtual_site import fit_to_budgets, fix_number_format
 
-    config = fix_number_format(config, folder, alone=session is not None, told=partial(say, console=console))
+    config = fix_number_format(config, folder, alone=cache is not None, told=partial(say, console=console))
     if config.resume is None:
-        config = report_fitted_plan(console, config, fit_to_budgets(config, folder))
+        config = print_fitted_plan(console, config, fit_to_budgets(config, folder))
     again = again or f"fedtune simulate resume={folder}"
-    return show_run(config, folder, console, work=partial(simulate, session=session), again=again, began=began)
+    return show_run(config, folder, console, work=partial(simulate, cache=cache), again=again, began=began)
 
 
-def run_shown_public_stage(config: RunConfig, console: Console, *, again: Sequence[str]) -> RunConfig:
+def run_displayed_public_stage(config: RunConfig, console: Console, *, again: Sequence[str]) -> RunConfig:
     """Run a pending public stage with a progress display, and return the configuration that starts from its adapter.
 
     `again` is the command that resumes the stage.
@@ -105,10 +105,10 @@ def run_shown_public_stage(config: RunConfig, console: Console, *, again: Sequen
         run_simulation(stage, folder, console, again=shlex.join(["fedtune", *again, *named]))
         say("The public stage is finished: the run itself starts.", console=console)
 
-    return start_after_public_stage(config, train)
+    return run_public_stage(config, train)
 
 
-def report_fitted_plan(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
+def print_fitted_plan(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
     """Print the rounds and noise of `fits`, the plan within the sites' budgets, if it differs from `asked`."""
     if fits != asked:
         rounds, noise = fits.federation.num_rounds, fits.privacy.noise_multiplier
@@ -116,7 +116,7 @@ def report_fitted_plan(console: Console, asked: RunConfig, fits: RunConfig) -> R
     return fits
 
 
-def run_with_summary(trial: SearchTrial, *, console: Console, name: str, session: Session) -> RunResult:
+def run_with_summary(trial: SearchTrial, *, console: Console, name: str, cache: RunCache) -> RunResult:
     """Run a trial of a sweep or search, and print its result in one line.
 
     During the run, a terminal shows the latest progress line.  The trial's folder contains the details.
@@ -130,12 +130,12 @@ def run_with_summary(trial: SearchTrial, *, console: Console, name: str, session
 
         lines: Any = SimpleNamespace(write=show_newest_line, flush=io.StringIO().flush)
         unseen = Console(file=lines, width=10 * console.width)
-        result = run_simulation(trial.config, trial.folder, unseen, session=session)
+        result = run_simulation(trial.config, trial.folder, unseen, cache=cache)
     scores = [f"test {kind} {value:.3f}" for kind, value in result.final.metrics.items() if value is not None]
     said = (code.replace("_", " ") for code in result.final.findings)
     parts = [*scores[:1], f"epsilon {format_epsilon(result.privacy.epsilon)}", *said]
     say(f"{name}: {', '.join(parts)}, {time.monotonic() - began:.0f} s", console=console)
-    if missing := explain_used_up(result.rounds, trial.config.federation):
+    if missing := explain_exhausted_plan(result.rounds, trial.config.federation):
         say(f"{name}: {missing}.", console=console)
     return result
 

@@ -32,7 +32,7 @@ from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.ledger.chain import Event, Head
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.ledger.spending import compute_spent_fraction
+from fedtune.privacy.ledger.run_acceptance import compute_spent_fraction
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report.page.translations import load_catalog

@@ -31,7 +31,7 @@ from click.shell_completion import (
     split_arg_string,
 )
 
-from fedtune.cli.command import SETTINGS, InterruptTold, is_experiment_file, make_command, pause_garbage_collection
+from fedtune.cli.command import SETTINGS, ReportedInterrupt, is_experiment_file, make_command, pause_garbage_collection
 from fedtune.show.lines import wrap_text
 from fedtune.spec import ConfigError, FedtuneError, describe_full_disk
 from fedtune.version import find_config_folder
@@ -244,7 +244,7 @@ def _run_command(words: list[str]) -> int:
         _print_message(str(error))
         return error.exit_code
     except KeyboardInterrupt as interrupt:
-        if not isinstance(interrupt, InterruptTold):
+        if not isinstance(interrupt, ReportedInterrupt):
             _print_message("interrupted")
         return 1
     return 0

@@ -27,7 +27,7 @@ from fedtune.privacy.accountant import NEIGHBORING_RELATION, format_epsilon
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.run_plan import Plan
-from fedtune.privacy.selection import compute_search_price
+from fedtune.privacy.selection import compute_search_cost
 from fedtune.show.budget_text import SEEDED, describe_contribution, describe_noise, describe_trust, explain_signal
 from fedtune.show.lines import duration, to_printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, build_key_value_section, print_json, say, show
@@ -366,7 +366,7 @@ def print_outlook(
             price=planner.price(planned, sizes, before=config.federation.renewal),
             solved=target,
             epsilon=epsilon,
-            changes=planner.price_alternatives(planned, epsilon=epsilon) if planned.private else (),
+            changes=planner.compute_alternatives(planned, epsilon=epsilon) if planned.private else (),
             forecast=forecast,
             device=device,
             verdicts=tuple(ask(path, config.proposal(lead=asks, plan=planned)) for path, asks in leads.items()),
@@ -374,7 +374,7 @@ def print_outlook(
             model_sha256=sha256,
             secure_aggregation=_plan_secure_aggregation(config, planned, epsilon),
         )
-        searched = None if trials is None else compute_search_price([planned] * trials)
+        searched = None if trials is None else compute_search_cost([planned] * trials)
     figures = outlook.to_json() | ({} if searched is None else {"search": convert_to_jsonable(searched)})
     if as_json:
         print_json(figures)

@@ -19,7 +19,7 @@ from fedtune.privacy.own_release import CHARGED_ONLY
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.privacy.site_policy import AT_ONCE, Policy
+from fedtune.privacy.site_policy import IMMEDIATE_REPLY_RISK, Policy
 from fedtune.report.page.translations import load_catalog
 from fedtune.show import budget_text
 from fedtune.show.budget_text import Amount, Differences, format_cap, format_mechanism, format_rounded_down
@@ -174,7 +174,7 @@ def _build_policy_section(policy: Policy, amount: Amount, *, folder: Path) -> Se
             policy.population.unit, epsilon=policy.budget.max_epsilon, delta=policy.budget.delta
         ),
         no_adapter=NO_ADAPTER,
-        at_once=AT_ONCE,
+        at_once=IMMEDIATE_REPLY_RISK,
     )
     return build_key_value_section({about: f"{text}\n" for about, text in said.items()})
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fedtune.api.compose import compose_run, quote_word
 from fedtune.cli.command import print_answer
-from fedtune.cli.interruptible_run import report_fitted_plan, run_shown_public_stage, show_run, show_several_runs
+from fedtune.cli.interruptible_run import print_fitted_plan, run_displayed_public_stage, show_run, show_several_runs
 from fedtune.cli.run_settings import compose_for_sites
 from fedtune.config import RunConfig, read_saved_config
 from fedtune.federation.early_stopping import should_stop
@@ -121,7 +121,7 @@ def _start_or_resume(
     began = time.monotonic()
     if over is None:
         kit.check_certificate(datetime.now(UTC))
-    config = run_shown_public_stage(config, console := Console(), again=same_again)
+    config = run_displayed_public_stage(config, console := Console(), again=same_again)
     folder = find_run_folder(config)
     # Imported before the run's log replaces the log handlers that the import of Flower installs.
     from fedtune.ops.deployment import LeadService
@@ -130,7 +130,7 @@ def _start_or_resume(
     lead = LeadService(kit=kit, federation=config.federation, over=over)
     with serve_metrics(metrics, lead.metrics.collect_values):
         if config.resume is None:
-            config = report_fitted_plan(console, config, lead.fit_to_budgets(config))
+            config = print_fitted_plan(console, config, lead.fit_to_budgets(config))
         again = f"fedtune run resume {folder} --kit {kit.folder}"
         if over is not None:
             again = f'flwr run, with settings = ["resume={folder}"] in the run\'s file'

@@ -69,7 +69,7 @@ def gate(
         judged=f"{datetime.now(UTC):%Y-%m-%d}",
         run=evidence.facts.run,
         model=gate_verdict.list_adapter_files(evidence.facts),
-        report_sha256=signing.report_digest(evidence.report),
+        report_sha256=signing.compute_report_digest(evidence.report),
         rules=limits.name,
         rules_sha256=digest,
         limits={rule: to_json_text(limit).strip() for rule, limit in limits.limits.items()},

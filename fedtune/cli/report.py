@@ -29,7 +29,7 @@ from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import signing
 from fedtune.report.checks import Check, Known, check_report
-from fedtune.report.derive.verdicts import explain_missing_room, report_outcome
+from fedtune.report.derive.verdicts import explain_missing_room, find_report_outcome
 from fedtune.report.facts import LedgerFacts, State
 from fedtune.report.model import Report, render_schema
 from fedtune.report.page.translations import load_catalog
@@ -109,23 +109,23 @@ def build(
         signing.verify_report_signature(report)  # a ledger's report must be signed with the key of its events
     from fedtune.data.records import resolve_file
     from fedtune.report.page.render import render_label, write_files
-    from fedtune.report.registry_entry import REGISTRY, build_registry_entry, convert_registry_to_json
+    from fedtune.report.registry_entry import REGISTRY, build_registry_entry, registry_entry_to_json
     from fedtune.version import find_shipped_folders
 
     spoken = language or own_language
     beside = {LABEL: render_label(report, language=spoken).encode()} if label else {}
     if registry:
-        beside[REGISTRY] = convert_registry_to_json(report, about).encode()
+        beside[REGISTRY] = registry_entry_to_json(report, about).encode()
     if verifier:
         beside[_VERIFIER] = resolve_file(f"verifier/{_VERIFIER}", find_shipped_folders(), key="--verifier").read_bytes()
     mapped = None
     if requirements is not None:
         from fedtune.report.gate_verdict import read_verdict
-        from fedtune.report.requirements import build_map_section, map_report, write_map
+        from fedtune.report.requirements import build_map_section, map_report, render_map
 
         verdict = None if isinstance(report.facts, LedgerFacts) else read_verdict(folder, report.facts)
         mapped = map_report(requirements, report, about, verdict)
-        beside |= write_map(mapped, name=report.facts.name)
+        beside |= render_map(mapped, name=report.facts.name)
     if output is None and (RunFolder(folder).adapter / CARD).is_file() and not isinstance(report.facts, LedgerFacts):
         from fedtune.report.model_card import render_adapter_card
 
@@ -242,6 +242,6 @@ def format_verdict(report: Report) -> tuple[str, str]:
     """Format the verdict with its epsilon and delta, and return the text with its terminal style."""
     reasons = ", ".join(code.replace("_", " ") for code in report.verdict.reasons)
     style, facts = _NO_ROOM if explain_missing_room(report) else _STYLES[report.verdict.state], report.facts
-    said = load_catalog("en").texts["verdict"][report_outcome(report)]
+    said = load_catalog("en").texts["verdict"][find_report_outcome(report)]
     shown = _LOUD.sub(lambda found: found.group().upper(), said) + (f" ({reasons})" if reasons else "")
     return f"{shown}: epsilon {format_epsilon(report.epsilon)} at delta {facts.delta:g} for each {facts.unit}", style

@@ -13,7 +13,7 @@ from fedtune.lab.studies.trial_search import Method, Search, build_price_section
 from fedtune.lab.studies.trials import SearchTrial, Trials
 from fedtune.runs.results import RunResult
 from fedtune.show.terminal_tables import print_json, say, show
-from fedtune.sites.session import Session
+from fedtune.sites.run_cache import RunCache
 
 
 def search(
@@ -42,12 +42,12 @@ def search(
     again = build_resume_command("search", *overrides, name=found.asked.name, options=options)
     tried = Trials(found.folder / "trials.csv", fewest=1)
     try:
-        with Session() as session:
+        with RunCache() as cache:
 
             def run_trial(trial: SearchTrial) -> RunResult:
                 values = ", ".join(f"{key}={value}" for key, value in trial.values.items())
                 say(f"\ntrial {len(tried.rows) + 1} of {found.number}: {values}", style="bold", console=console)
-                return run_with_summary(trial, console=console, name=trial.folder.name, session=session)
+                return run_with_summary(trial, console=console, name=trial.folder.name, cache=cache)
 
             found.run(tried, run_trial)
     finally:

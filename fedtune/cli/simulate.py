@@ -33,7 +33,7 @@ def simulate(
 
     from fedtune.api.compose import compose_run, quote_word
     from fedtune.cli.interruptible_run import (
-        run_shown_public_stage,
+        run_displayed_public_stage,
         run_simulation,
         run_with_summary,
         show_several_runs,
@@ -41,7 +41,7 @@ def simulate(
     from fedtune.lab.studies.trials import Trials
     from fedtune.runs.run_paths import find_run_folder
     from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
-    from fedtune.sites.session import Session
+    from fedtune.sites.run_cache import RunCache
     from fedtune.spec import ConfigError
 
     console = Console(stderr=as_json)
@@ -55,10 +55,10 @@ def simulate(
         )
     if trials and len(runs) > 1:
         again = ["simulate", "-m", *trials.again]
-        with show_several_runs(trials, console, again=again, as_json=as_json), Session() as session:
-            trials.run(lambda trial: run_with_summary(trial, console=console, name=trial.folder.name, session=session))
+        with show_several_runs(trials, console, again=again, as_json=as_json), RunCache() as cache:
+            trials.run(lambda trial: run_with_summary(trial, console=console, name=trial.folder.name, cache=cache))
         return
-    config = run_shown_public_stage(runs[0], console, again=["simulate", *overrides])
+    config = run_displayed_public_stage(runs[0], console, again=["simulate", *overrides])
     folder = find_run_folder(config)
     result = run_simulation(config, folder, console)
     if as_json:

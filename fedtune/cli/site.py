@@ -28,7 +28,7 @@ from fedtune.formatting import pluralize
 from fedtune.spec import NOT_GIVEN, ConfigError
 
 if TYPE_CHECKING:
-    from fedtune.cli.site_actions import AtSite
+    from fedtune.cli.site_actions import SiteActions
     from fedtune.ops.kits.kit_file import Kit
     from fedtune.ops.services.site_state import SiteState
 
@@ -299,12 +299,12 @@ def restore(
     sys.stdout.write("Restored. Check it with fedtune site doctor, then start the site.\n")
 
 
-def _load_site_actions(kit: Path, site: Path) -> AtSite:
+def _load_site_actions(kit: Path, site: Path) -> SiteActions:
     """Load the site's actions, after dropping root privileges and disabling access to the model hub."""
     own = _read_own_kit(kit)
-    from fedtune.cli.site_actions import AtSite
+    from fedtune.cli.site_actions import SiteActions
 
-    return AtSite(own, site)
+    return SiteActions(own, site)
 
 
 def _load_site_state(kit: Path) -> SiteState:

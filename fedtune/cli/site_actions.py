@@ -55,7 +55,7 @@ _MOST_TEXT = 1000
 _MOST_REASON = 300
 
 
-class AtSite:
+class SiteActions:
     """Actions of a site's staff on runs: approve, deny, score and personalize, with the site's kit and policy."""
 
     def __init__(self, kit: Kit, site_toml: Path) -> None:
@@ -272,7 +272,7 @@ def examine_site(*, kit: Path, site_toml: Path, model: Path | None, run: Sequenc
     """
     asked = partial(compose_run, run, for_real_sites=True) if run else None
     checks = Examination(kit_folder=kit, site_toml=site_toml, model=model, run=asked).run_checks()
-    raise_failures(print_checks(checks, as_json=as_json))
+    raise_for_failed_checks(print_checks(checks, as_json=as_json))
 
 
 def print_checks(checks: Iterable[DoctorCheck], *, as_json: bool) -> list[DoctorCheck]:
@@ -290,7 +290,7 @@ def print_checks(checks: Iterable[DoctorCheck], *, as_json: bool) -> list[Doctor
     return made
 
 
-def raise_failures(checks: Sequence[DoctorCheck]) -> None:
+def raise_for_failed_checks(checks: Sequence[DoctorCheck]) -> None:
     """Raise the error with the exit code of the failed checks, if any check failed."""
     names = [check.name for check in checks if check.status == "failed"]
     if code := choose_exit_code(checks):

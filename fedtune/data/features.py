@@ -128,7 +128,7 @@ class FeatureSpec:
             found[: len(raw)] = (np.clip(raw, low, high) - (low + high) / 2) / ((high - low) / 2)
         return found
 
-    def describe_oddity(self, text: str) -> str | None:
+    def describe_unusual_value(self, text: str) -> str | None:
         """Describe a usable field that is "missing", "not declared" or "beyond its range"; None for a regular field."""
         raw = self.parse_field(text, at="")
         if math.isnan(raw[0]):

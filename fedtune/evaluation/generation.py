@@ -23,13 +23,13 @@ from fedtune.model.compatibility import get_max_positions
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.task_model import TaskModel
 
-Places: TypeAlias = npt.NDArray[np.int64]
-Choose: TypeAlias = Callable[[torch.Tensor, Places], torch.Tensor]
+IndexArray: TypeAlias = npt.NDArray[np.int64]
+Choose: TypeAlias = Callable[[torch.Tensor, IndexArray], torch.Tensor]
 _LIKELIEST = 1024  # tokens that nearly always cover `top_p`; sorting a whole vocabulary takes ten times as long
 _LEAVE = 3 / 4  # finished rows are removed from a batch when at most this fraction of rows is unfinished
 
 
-def choose_greedily(logits: torch.Tensor, places: Places) -> torch.Tensor:
+def choose_greedily(logits: torch.Tensor, places: IndexArray) -> torch.Tensor:
     """Return the likeliest token of each row, (n,)."""
     return logits.argmax(dim=-1)
 
@@ -231,7 +231,7 @@ def sample_completions(
     for number, stream in enumerate(streams, first):
         stream.manual_seed(int(np.random.SeedSequence([spec.seed, number]).generate_state(1, np.uint64)[0] >> 1))
 
-    def choose(logits: torch.Tensor, places: Places) -> torch.Tensor:
+    def choose(logits: torch.Tensor, places: IndexArray) -> torch.Tensor:
         rows = logits.float().cpu()
         others = rows[len(places) :] if against else [None] * len(places)
         chosen = [
@@ -286,7 +286,7 @@ def generate_batches(
     rows_each = 2 if against else 1
     for indices in cut_micro_batches(np.arange(len(prompts)), lengths * rows_each, max_tokens=max_tokens):
 
-        def choose_in_batch(logits: torch.Tensor, rows: Places, indices: Places = indices) -> torch.Tensor:
+        def choose_in_batch(logits: torch.Tensor, rows: IndexArray, indices: IndexArray = indices) -> torch.Tensor:
             return choose(logits, indices[rows])
 
         with enter_evaluation_mode(task_model), report_out_of_memory(max_tokens):

@@ -38,9 +38,13 @@ from fedtune.model.hf_logging import silence_transformers
 from fedtune.model.ia3_and_dora import merge_adapter
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import from_run
-from fedtune.report.loading_code import answer_code, build_adapter_loading_code, build_input_loading_code
+from fedtune.report.loading_code import (
+    build_adapter_loading_code,
+    build_input_loading_code,
+    build_prediction_expression,
+)
 from fedtune.report.model_card import Form, render_card_files
-from fedtune.runs.environment import mark_lineage
+from fedtune.runs.environment import write_lineage_mark
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks.base import Readout, Task
 from fedtune.tasks.inputs import get_input_for
@@ -73,7 +77,7 @@ class Source:
         readout = model.task.list_readout_layers(model)
         with silence_transformers():
             base = merge_adapter(model.base)
-        mark_lineage(base.config, adapter, private_to=private_to)
+        write_lineage_mark(base.config, adapter, private_to=private_to)
         if outputs := model.task.name_outputs(config.data.labels):
             base.config.id2label = dict(enumerate(outputs))
             base.config.label2id = {label: place for place, label in enumerate(outputs)}
@@ -458,14 +462,14 @@ def get_card_form(format: str, config: RunConfig) -> Form:
     if format in ("peft", "safetensors"):
         return Form.for_adapter(config, folder="folder")
     if lines := build_input_loading_code(config.data, base="", folder="folder", graph=True):
-        lines += f"print({answer_code(config.bound_task)})\n"
+        lines += f"print({build_prediction_expression(config.bound_task)})\n"
         return Form(what="An ONNX graph", library="onnx", relation="finetune", loading=lines)
     what, library = _WHAT[format]
     task = config.bound_task
     loading = (
         _LOADING[format]
         .replace("LABELS", _LABELS if config.data.labels else "")
-        .replace("READS", answer_code(task) or "scores")
+        .replace("READS", build_prediction_expression(task) or "scores")
     )
     if format == "merged" and task.reads_tokens:
         what, loading = _WHOLE, _FINDING

@@ -86,7 +86,7 @@ def is_budget_used_up(rounds: Sequence[RoundResult]) -> bool:
     return bool(rounds) and not rounds[-1].sites and Reason.PLAN_EXHAUSTED in rounds[-1].failed_sites.values()
 
 
-def explain_used_up(rounds: Sequence[RoundResult], federation: FederationSpec) -> str:
+def explain_exhausted_plan(rounds: Sequence[RoundResult], federation: FederationSpec) -> str:
     """Explain why a round is missing after sites exhausted their plan; empty if no round is missing.
 
     The text names these sites and the setting that avoids the problem.

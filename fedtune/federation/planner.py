@@ -1,6 +1,6 @@
 """Privacy cost of a run, computed only from public numbers; no record is read.
 
-`price` computes the cost of a plan by site and by round, and `price_alternatives` the cost of modified plans.
+`price` computes the cost of a plan by site and by round, and `compute_alternatives` the cost of modified plans.
 `solve_rounds`, `solve_sampling_rate` and `find_least_noise` derive a plan from a target epsilon, on the coarse grid of
 the calibration.  `policy_dry_run.py` predicts whether a site would accept the plan; `forecast.py` estimates time and
 traffic, for which the model must be loaded.
@@ -29,7 +29,7 @@ MOST_ROUNDS = 1_000_000  # upper limit of the search for the number of rounds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SitePrice:
+class SiteCost:
     """Cost of a plan at one site, without epsilon, which is equal for all sites that take part in every round."""
 
     declared_size: int
@@ -42,7 +42,7 @@ class SitePrice:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RoundPrice:
+class RoundCost:
     """Cumulative epsilon after a round, by each accountant."""
 
     round: int
@@ -58,11 +58,11 @@ class Price:
     """Privacy cost of a plan; the default values apply to a plan without noise."""
 
     plan: Plan
-    sites: Mapping[str, SitePrice]  # site -> the cost of the plan there
+    sites: Mapping[str, SiteCost]  # site -> the cost of the plan there
     # sites with the largest declared size, and thus the largest weight and the most expected failures; delta should be
     # below 1 / this size
     largest: tuple[str, ...]
-    rounds: tuple[RoundPrice, ...] = ()  # all rounds, or about twenty of them, always including the last
+    rounds: tuple[RoundCost, ...] = ()  # all rounds, or about twenty of them, always including the last
     epsilon: float = math.inf  # whole plan including spare rounds, by PLD; a run's report never shows more
     # all `plan.runs` runs that share the target; `calendar` lists them one by one, if there are several
     epsilon_of_all_runs: float = math.inf
@@ -107,7 +107,10 @@ def price(plan: Plan, declared_sizes: Mapping[str, int], *, before: int) -> Pric
         declared_sizes: site -> its declared size in records or persons.
         before: the number of finished runs in the plan's calendar.
     """
-    sites = {site: _price_site(plan, size, total=sum(declared_sizes.values())) for site, size in declared_sizes.items()}
+    sites = {
+        site: _compute_site_cost(plan, size, total=sum(declared_sizes.values()))
+        for site, size in declared_sizes.items()
+    }
     largest = tuple(site for site, size in declared_sizes.items() if size == max(declared_sizes.values()))
     if not plan.private:
         return Price(plan=plan, sites=sites, largest=largest)
@@ -120,7 +123,7 @@ def price(plan: Plan, declared_sizes: Mapping[str, int], *, before: int) -> Pric
         plan=plan,
         sites=sites,
         largest=largest,
-        rounds=tuple(_price_round(plan, number, order) for number in shown),
+        rounds=tuple(_compute_round_cost(plan, number, order) for number in shown),
         epsilon=accountant.epsilon_pld([whole], delta),
         epsilon_of_all_runs=compute_epsilon_over_runs(plan, runs=plan.runs),
         epsilon_rdp=accountant.epsilon_rdp([whole], delta),
@@ -169,7 +172,7 @@ def compute_signal_to_noise(plan: Plan, declared_sizes: Mapping[str, int], *, va
     return plan.sampling_rate * total * math.sqrt(steps / (len(declared_sizes) * values)) / plan.noise_multiplier
 
 
-def price_alternatives(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
+def compute_alternatives(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
     """Compute the cost of alternatives to a plan: more rounds, a smaller delta, larger batches, and half of `epsilon`.
 
     Alternatives without a computable epsilon are skipped.
@@ -190,11 +193,11 @@ def price_alternatives(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
     found = []
     for what, changed, keep in changes:
         with suppress(ConfigError):
-            found.append(_price_change(what, dataclasses.replace(plan, **changed), keep, original=plan))
+            found.append(_build_alternative(what, dataclasses.replace(plan, **changed), keep, original=plan))
     return tuple(found)
 
 
-def _price_change(what: str, plan: Plan, epsilon: float, *, original: Plan) -> Change:
+def _build_alternative(what: str, plan: Plan, epsilon: float, *, original: Plan) -> Change:
     noise = find_least_noise(plan, epsilon=epsilon)
     before = original.noise_multiplier / original.sampling_rate
     return Change(
@@ -207,9 +210,9 @@ def _price_change(what: str, plan: Plan, epsilon: float, *, original: Plan) -> C
     )
 
 
-def _price_site(plan: Plan, size: int, *, total: int) -> SitePrice:
+def _compute_site_cost(plan: Plan, size: int, *, total: int) -> SiteCost:
     batch = plan.sampling_rate * size
-    return SitePrice(
+    return SiteCost(
         declared_size=size,
         weight=size / total,
         expected_batch=batch,
@@ -218,9 +221,9 @@ def _price_site(plan: Plan, size: int, *, total: int) -> SitePrice:
     )
 
 
-def _price_round(plan: Plan, number: int, order: float) -> RoundPrice:
+def _compute_round_cost(plan: Plan, number: int, order: float) -> RoundCost:
     spent = [plan.event(rounds=number)]
-    return RoundPrice(
+    return RoundCost(
         round=number,
         steps=number * plan.local_steps,
         pld=accountant.epsilon_pld(spent, plan.delta, interval=accountant.COARSE),

@@ -17,7 +17,7 @@ from typing import Any
 from fedtune.federation.planner import compute_target_epsilon, find_least_noise
 from fedtune.privacy import accountant, events
 from fedtune.privacy.dp_library import DpEvent
-from fedtune.privacy.ledger import spending
+from fedtune.privacy.ledger import run_acceptance
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.mechanism import MOST_EPSILON
 from fedtune.privacy.proposal import Proposal
@@ -113,8 +113,8 @@ def dry_run(
     may_fit = budget is not None and not wrong_size
     most_rounds, least_noise = (plan.num_rounds, plan.noise_multiplier) if may_fit else (0, None)
     if budget and may_fit and broken:
-        most_rounds = spending.find_max_rounds(proposal, budget.accepts)
-        least_noise = spending.find_min_noise(proposal, budget.accepts)
+        most_rounds = run_acceptance.find_max_rounds(proposal, budget.accepts)
+        least_noise = run_acceptance.find_min_noise(proposal, budget.accepts)
     most_epsilon, limit = (
         budget.find_most_epsilon(proposal) if budget and may_fit and find_most_epsilon else (None, None)
     )
@@ -150,11 +150,11 @@ class _PolicyBudget:
     def list_refusals(self, proposal: Proposal) -> Iterator[Refused]:
         """Yield the refusals of `proposal` that follow from the ledger: its state and its remaining budget."""
         try:
-            spending.require_usable_ledger(self._history)
+            run_acceptance.require_usable_ledger(self._history)
         except Refused as refused:
             yield refused
         try:
-            spending.require_plan_room(self._history, self._policy, proposal.plan, self._now)
+            run_acceptance.require_plan_room(self._history, self._policy, proposal.plan, self._now)
         except Refused as refused:
             yield refused
 
@@ -181,7 +181,7 @@ class _PolicyBudget:
             if noise <= accountant.LEAST_SOUGHT or compute_target_epsilon(tried.plan) >= MOST_EPSILON:
                 return MOST_EPSILON, None
             tried = set_noise(max(noise / 2, accountant.LEAST_SOUGHT))
-        least = spending.find_min_noise(tried, self.accepts)
+        least = run_acceptance.find_min_noise(tried, self.accepts)
         if least is None:
             return None, None
         most = compute_target_epsilon(set_noise(least).plan)
@@ -204,7 +204,7 @@ class _PolicyBudget:
 
     def count_runs_left(self, plan: Plan) -> int | None:
         """Return the number of further runs with this plan that fit under the lifetime cap; None without a cap."""
-        return spending.count_remaining_runs(
+        return run_acceptance.count_remaining_runs(
             self._history, self._policy, plan.full_event, self._now, admitted=plan.cohorts
         )
 

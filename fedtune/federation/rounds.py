@@ -83,7 +83,7 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
     state = state.with_requests_to(sites)
     algorithm, tensors = lead.asked.federation.bound_algorithm, state.adapter.tensors
     kept = state.algorithm or algorithm.initial_arrays(tensors)
-    arrays = algorithm.sent_arrays(kept)
+    arrays = algorithm.select_sent_arrays(kept)
     packed = pack_adapter(state.adapter, arrays)
     questions = _build_requests(lead, state, sent=packed, session=aggregation.session, sites=sites)
     frozen = list_frozen_tensors(lead.lora, algorithm, tensors, round=round, sent=arrays)
@@ -141,7 +141,7 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
             round=round,
             frozen=frozen,
         )
-        kept = algorithm.next_arrays(kept, outcome)
+        kept = algorithm.compute_next_arrays(kept, outcome)
     result = RoundResult(
         round=round,
         seconds=time.monotonic() - started,

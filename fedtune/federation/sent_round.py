@@ -28,4 +28,4 @@ def unpack_adapter(sent: Adapter) -> tuple[Adapter, Arrays]:
 
 def pack_initial(adapter: Adapter, algorithm: LocalAlgorithm) -> Adapter:
     """Pack the initial adapter and arrays for round 1; the names and shapes are those of every round."""
-    return pack_adapter(adapter, algorithm.sent_arrays(algorithm.initial_arrays(adapter.tensors)))
+    return pack_adapter(adapter, algorithm.select_sent_arrays(algorithm.initial_arrays(adapter.tensors)))

@@ -32,7 +32,7 @@ CLOCKS_S = 120.0  # tolerated difference between the clocks of lead and server
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Heard:
+class ClassifiedAnswer:
     """Classification of a site's answer, which decides whether the question is repeated and the exchange goes on."""
 
     good: bool  # whether the answer is usable
@@ -53,7 +53,7 @@ class OpenQuestion:
     not_before: float = 0.0  # monotonic time of the next attempt, at the earliest
     asked: float = 0.0  # monotonic time of the last attempt
     provisional: Message | None = None  # an answer that a retry may change
-    idle: bool = False  # `Heard.idle` of the provisional answer
+    idle: bool = False  # `ClassifiedAnswer.idle` of the provisional answer
 
     @property
     def has_begun(self) -> bool:
@@ -86,7 +86,7 @@ class AskingGrid(ABC):
         self,
         sites: Mapping[str, bytes],
         *,
-        hear: Callable[[int, Message, Message], Heard],
+        hear: Callable[[int, Message, Message], ClassifiedAnswer],
         closing: Callable[[], StoppingRule],
     ) -> None:
         self._numbers = {node_key: number for number, node_key in enumerate(sites.values(), 1)}
@@ -161,7 +161,9 @@ class AskingGrid(ABC):
                 question.activation = node.last_activated_at
         return online
 
-    def _collect(self, questions: dict[int, OpenQuestion], *, left_s: float) -> Iterator[tuple[Message, Heard]]:
+    def _collect(
+        self, questions: dict[int, OpenQuestion], *, left_s: float
+    ) -> Iterator[tuple[Message, ClassifiedAnswer]]:
         """Yield the final answers that have arrived; each question is closed before its answer is yielded."""
         asked = {id: number for number, question in questions.items() for id in question.message_ids}
         if not asked:

@@ -21,7 +21,7 @@ from fedtune.flower.site_socket import make_client_app
 from fedtune.runs.federation_run import Engine, FederationRun, Listener
 from fedtune.runs.results import RunResult
 from fedtune.sites.data_warnings import list_site_data_warnings
-from fedtune.sites.session import Session
+from fedtune.sites.run_cache import RunCache
 from fedtune.sites.virtual_site import RECEIPTS, Participants, fix_number_format
 
 _RUN_ID = 1
@@ -32,7 +32,7 @@ def simulate(
     folder: Path,
     listener: Listener,
     *,
-    session: Session | None = None,
+    cache: RunCache | None = None,
     everyone: Participants | None = None,
 ) -> RunResult:
     """Simulate the run `config` from the start or from its newest checkpoint, and return the content of `run.json`.
@@ -41,12 +41,12 @@ def simulate(
         config: the configuration of the run; incompatible settings are rejected before training.
         folder: the run folder to write.
         listener: receives the progress of the run.
-        session: a cache of the model and its results on records, shared by several runs.
+        cache: a cache of the model and its results on records, shared by several runs.
         everyone: participants of an earlier simulation to reuse; not available with Ray.
     """
-    config = fix_number_format(config, folder, alone=session is not None)
+    config = fix_number_format(config, folder, alone=cache is not None)
     if everyone is None:
-        everyone = Participants(config, folder, progress=listener.on_preparing, session=session)
+        everyone = Participants(config, folder, progress=listener.on_preparing, cache=cache)
     everyone.records.read()
 
     def prepare_work() -> tuple[Sequence[str], Sequence[str]]:

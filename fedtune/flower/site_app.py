@@ -19,7 +19,7 @@ from fedtune.flower.site_socket import ask_site, make_client_app
 SOCKET = "/run/fedtune/site.sock"
 
 
-class SiteAway(Exception):
+class SiteUnavailable(Exception):
     """Raised if the site's process did not answer; the lead will repeat the question."""
 
 
@@ -27,8 +27,8 @@ def forward_message(context: Context, kind: str, created_at: float, content: Rec
     """Forward a message to the site's process and return its answer.
 
     Raises:
-        SiteAway: the process did not answer.  The text is only the name of an error class, because Flower sends it to
-            its server.
+        SiteUnavailable: the process did not answer.  The text is only the name of an error class, because Flower sends
+            it to its server.
     """
     if (ray := sys.modules.get("ray")) and ray.is_initialized():
         from fedtune.flower.local_engine import answer_as_simulated_site  # slow to import, and needs all of fedtune
@@ -38,7 +38,7 @@ def forward_message(context: Context, kind: str, created_at: float, content: Rec
     try:
         return ask_site(str(context.node_config.get("fedtune-socket", SOCKET)), kind, created_at, content)
     except Exception as error:
-        raise SiteAway(type(error).__name__) from None
+        raise SiteUnavailable(type(error).__name__) from None
 
 
 app = make_client_app(forward_message)

@@ -163,7 +163,7 @@ def listen_at(path: Path) -> Iterator[socket.socket]:
             path.unlink(missing_ok=True)
 
 
-def serve_one(server: socket.socket, answer: Answering, *, wait_s: float) -> None:
+def serve_connection(server: socket.socket, answer: Answering, *, wait_s: float) -> None:
     """Accept one connection and answer its message; return if no client connects within `wait_s` seconds."""
     server.settimeout(wait_s)
     try:

@@ -32,7 +32,7 @@ from fedtune.report import from_run
 from fedtune.report.facts import RunFacts
 from fedtune.report.model_card import render_card_files, render_card_text
 from fedtune.report.synthetic_card import compose_losses, describe_run, format_total_loss, read_card
-from fedtune.runs.environment import mark_lineage
+from fedtune.runs.environment import write_lineage_mark
 from fedtune.runs.lineage import read_base_lineage
 from fedtune.sites.run_records import LeadRecords, RunRecords, find_card_path, hash_file, read_prompts, require_disjoint
 from fedtune.sites.shared_model import LeadData, Progress, ignore_progress, load_tokenizer_and_model
@@ -127,7 +127,7 @@ def distill(
         own, reference = Source.from_model(
             load_tokenizer_and_model(plain, lambda: build_task_model(spec))[1], config, adapter, private_to=None
         )
-    mark_lineage(own.base.config, adapter, private_to=None, texts=behind)
+    write_lineage_mark(own.base.config, adapter, private_to=None, texts=behind)
     card: dict[str, bytes] = {}
     with create_model_folder(to, config, card, int8=int8) as folder:
         own = _train_student(own, teacher, records, seed=seed, passes=passes, progress=progress)

@@ -28,7 +28,7 @@ from fedtune.privacy.mechanism import Unit
 from fedtune.sites.shared_model import LoadedModel, Progress, RunModel, ignore_progress
 from fedtune.spec import DataError, RunError
 from fedtune.tasks.saved import SavedAdapter, replace_folder, save_task_model
-from fedtune.training.examples import Places, SiteExamples
+from fedtune.training.examples import IndexArray, SiteExamples
 from fedtune.training.local import set_mean_gradient
 from fedtune.training.optimizer import make_optimizer, set_learning_rate
 
@@ -180,7 +180,7 @@ def _read_personalizations(path: Path) -> list[Any]:
 class _Fit:
     """Noise-free training with early stopping and a learning-rate schedule, both by the loss on validation examples."""
 
-    def __init__(self, shared: RunModel, examples: SiteExamples, training: Places, choosing: Places) -> None:
+    def __init__(self, shared: RunModel, examples: SiteExamples, training: IndexArray, choosing: IndexArray) -> None:
         self._shared, self._examples, self._training, self._choosing = shared, examples, training, choosing
 
     def fit_best_adapter(self, start: Adapter, *, what: str) -> int:
@@ -206,7 +206,7 @@ class _Fit:
         best.load_into(shared.model)
         return passes
 
-    def _train_pass(self, optimizer: torch.optim.Optimizer, records: Places) -> None:
+    def _train_pass(self, optimizer: torch.optim.Optimizer, records: IndexArray) -> None:
         """Train for one epoch, in batches of `_BATCH` records."""
         model = self._shared.model
         for batch in np.array_split(records, max(1, len(records) // _BATCH)):

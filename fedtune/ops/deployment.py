@@ -20,7 +20,7 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
 from fedtune.federation.transport import Question, Transport
 from fedtune.flower import flower_records
-from fedtune.flower.asking_grid import AskingGrid, FlowerGrid, Heard
+from fedtune.flower.asking_grid import AskingGrid, ClassifiedAnswer, FlowerGrid
 from fedtune.flower.averaging import Average
 from fedtune.flower.grid_transport import GridTransport, Message
 from fedtune.ops.kits.kit_file import Kit, KitCertificate
@@ -122,8 +122,8 @@ class LeadService:
         grid = self.open_grid(patience_s=self.federation.round_timeout_s)
         with grid as opened, (transport := self._make_transport(opened)).explain_protocol_mismatch():
             found = invite(transport, self._propose_run(config), less=True)
-            found.require_enough(config.federation, takes_part=config.can_use)
-        return config.fit_to_offers([offer for offer in found.offers.values() if config.can_use(offer)])
+            found.require_enough(config.federation, takes_part=config.can_use_offer)
+        return config.fit_to_offers([offer for offer in found.offers.values() if config.can_use_offer(offer)])
 
     def announce_end(self, run: str, *, timeout_s: float) -> list[str]:
         """Announce the permanent end of a run without a final adapter; return the sites that confirmed it.
@@ -206,9 +206,9 @@ class _RecordingListener:
         self._metrics.record_start(state, num_rounds=proposal.plan.num_rounds)
         self._listener.on_prepared(shared, proposal, state)
 
-    def round_finished(self, state: LeadState) -> None:
+    def on_round_finished(self, state: LeadState) -> None:
         self._metrics.record_round(state)
-        self._listener.round_finished(state)
+        self._listener.on_round_finished(state)
 
     def on_site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         self._answers[site] = {"what": what, "time": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -234,16 +234,16 @@ class _AnswerClassifier:
         self._said: dict[str, str] = {}
         self._waiting_since: dict[str, float] = {}
 
-    def __call__(self, number: int, question: Message, answer: Message) -> Heard:
+    def __call__(self, number: int, question: Message, answer: Message) -> ClassifiedAnswer:
         kind, member = question.metadata.message_type, self._sites[number - 1]
         if kind == f"query.{flower_records.END}":
-            return Heard(good=True)  # the answer contains only a receipt
+            return ClassifiedAnswer(good=True)  # the answer contains only a receipt
         if kind == f"query.{flower_records.SUM}":
-            return Heard(good=flower_records.PARTS in answer.content)
+            return ClassifiedAnswer(good=flower_records.PARTS in answer.content)
         try:
             reply = flower_records.to_reply(answer.content)
         except ConfigError:  # an unreadable answer
-            return Heard(good=False)
+            return ClassifiedAnswer(good=False)
         signed = reply.is_signed() and reply.receipt is not None and reply.receipt.site_key == member.site_key
         refused = reply.body.reason if isinstance(reply.body, Refusal) else None
         waiting = refused is not None and refused.is_waiting
@@ -260,7 +260,9 @@ class _AnswerClassifier:
         good = signed and _is_answer_to(question, reply, site=member.site)
         if not waiting:
             self._waiting_since.pop(member.site, None)
-        return Heard(good=good, again_s=self._compute_next_question_s(member.site) if waiting else None, idle=idle)
+        return ClassifiedAnswer(
+            good=good, again_s=self._compute_next_question_s(member.site) if waiting else None, idle=idle
+        )
 
     def _compute_next_question_s(self, site: str) -> float:
         """Compute the delay before the next request to a waiting site: 10 % of its waiting time so far, within limits.

@@ -76,7 +76,7 @@ class Together:
         )
         require("threshold", self.threshold, least <= self.threshold <= self.num_sites, bound)
 
-    def share_for_total(self, total: float) -> float:
+    def compute_share_for_total(self, total: float) -> float:
         """Compute the smallest noise share, to four decimals, for a noise multiplier of `total` in every sum."""
         honest = self.threshold - self.colluders
         share = math.ceil(total / math.sqrt(honest) * 1e4) / 1e4

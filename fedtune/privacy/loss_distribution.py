@@ -371,7 +371,8 @@ def _accumulate(values: Floats, width: float) -> Floats:
     for total in sums:
         total += carried * decay  # in units of the row's first value
         carried = total[-1] / growth[-1]
-    return (sums / growth).ravel()[: values.size]
+    running: Floats = (sums / growth).ravel()[: values.size]
+    return running
 
 
 def _log_sum_exp(exponents: Floats) -> float:

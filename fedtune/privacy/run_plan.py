@@ -134,7 +134,7 @@ class Plan:
                 steps=local_steps * most,
                 also=build_score_events(privacy.metrics_noise, most),
             )
-            noise = noise if together is None else together.share_for_total(noise)
+            noise = noise if together is None else together.compute_share_for_total(noise)
         return cls(
             unit=privacy.unit,
             delta=privacy.delta,

@@ -26,7 +26,7 @@ MOST_TRIALS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SearchPrice:
+class SearchCost:
     """The privacy cost of a hyperparameter search at each site. All epsilons are infinite without noise.
 
     Attributes:
@@ -51,13 +51,13 @@ class SearchPrice:
         return math.isfinite(self.epsilon)
 
 
-def compute_search_price(plans: Sequence[Plan]) -> SearchPrice:
+def compute_search_cost(plans: Sequence[Plan]) -> SearchCost:
     """Compute the privacy cost of a search with at least one trial.
 
     The plans of all trials have the same unit and delta.
     """
     wholes, delta = [plan.full_event for plan in plans], plans[0].delta
-    return SearchPrice(
+    return SearchCost(
         unit=plans[0].unit,
         delta=delta,
         trials=len(plans),
@@ -91,7 +91,7 @@ class Selection:
     charges: tuple[Charge, ...]
 
     @classmethod
-    def from_price(cls, price: SearchPrice, plans: Sequence[Plan], **fields: Any) -> Selection:
+    def from_cost(cls, price: SearchCost, plans: Sequence[Plan], **fields: Any) -> Selection:
         """Create the record of a search from its privacy cost.
 
         Args:

@@ -37,7 +37,9 @@ from fedtune.spec import (
 
 DEFAULT_MIN_GRAD_NORM = 1e-3
 DEFAULT_MAX_ADAPTER_VALUE = 2.0
-AT_ONCE = "the time of a reply roughly reveals the number of records"  # where `releases.reply_after_s` is 0
+IMMEDIATE_REPLY_RISK = (
+    "the time of a reply roughly reveals the number of records"  # where `releases.reply_after_s` is 0
+)
 _MOST_DAYS = 36525.0
 _OF_ANY_RELEASE = {Reason.UNIT, Reason.DELTA, Reason.COHORTS}
 

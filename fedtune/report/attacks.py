@@ -85,7 +85,7 @@ def format_figure(value: float | None) -> str:
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.1e}"
 
 
-def list_figures(finding: AttackFinding) -> tuple[str, ...]:
+def format_table_cells(finding: AttackFinding) -> tuple[str, ...]:
     """Return the table cells of one attack: measure, guessing, strength, confidence interval, and ceiling."""
     ends = "-"
     if finding.low is not None and finding.high is not None:
@@ -98,7 +98,7 @@ def render_page(found: RunAttacks) -> str:
     """Render the attack results as one self-contained HTML page without scripts."""
     rows = []
     for one in found.findings:
-        cells = "".join(f"<td>{html.escape(figure)}</td>" for figure in list_figures(one))
+        cells = "".join(f"<td>{html.escape(figure)}</td>" for figure in format_table_cells(one))
         rows.append(f"<tr><th>{NAMES[one.attack]}</th>{cells}</tr><tr><td colspan=6>{html.escape(one.sentence)}</td>")
     epsilon = "unbounded" if found.epsilon is None else f"{found.epsilon:.3g}"
     return _PAGE.format(

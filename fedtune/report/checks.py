@@ -211,11 +211,11 @@ def _check_model_files(facts: RunFacts, model: Path | None, own: Path) -> Iterat
 
 def _check_card_and_entry(folder: Path, report: Report, *, of_run: bool) -> Iterator[Check]:
     """Compare the model card and the registry entry with the files that fedtune generates from the report."""
-    from fedtune.report.registry_entry import REGISTRY, convert_registry_to_json, read_fields_by_people
+    from fedtune.report.registry_entry import REGISTRY, read_fields_by_people, registry_entry_to_json
 
     written: dict[Path, bytes] = {}
     if (entry := folder / REGISTRY).is_file():
-        written[entry] = convert_registry_to_json(report, read_fields_by_people(entry.read_bytes())).encode()
+        written[entry] = registry_entry_to_json(report, read_fields_by_people(entry.read_bytes())).encode()
     if of_run and (RunFolder(folder).adapter / CARD).is_file():
         from fedtune.report.model_card import render_adapter_card
 

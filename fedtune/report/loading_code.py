@@ -194,10 +194,10 @@ def build_adapter_loading_code(config: RunConfig, *, base: str, folder: str) -> 
         from_text = next((lines for cls, lines in _FROM_TEXT.items() if isinstance(task, cls)), "")
         lines = _LOADING.format(auto=auto, base=base, folder=folder) + from_text.replace("FOLDER", folder)
     in_its_range = _IN_ITS_RANGE if isinstance(task, Regression) else ""
-    return f"{lines}{in_its_range}print({answer})\n" if (answer := answer_code(task)) else lines
+    return f"{lines}{in_its_range}print({answer})\n" if (answer := build_prediction_expression(task)) else lines
 
 
-def answer_code(task: Task) -> str:
+def build_prediction_expression(task: Task) -> str:
     """Return the expression for a task's prediction from `scores` and `labels`; "" for a task whose code computes no
     scores.
     """

@@ -93,7 +93,7 @@ def build_registry_entry(report: Report, about: AboutSpec) -> dict[str, Any]:
             "randomness": words.code("randomness", report.randomness).unescape(),
         },
         "justification": about.justification,
-        "report_sha256": signing.report_digest(report),
+        "report_sha256": signing.compute_report_digest(report),
         "missing": [name for name, value in by_people.items() if not value.strip()],
     }
 
@@ -108,6 +108,6 @@ def read_fields_by_people(data: bytes) -> AboutSpec:
         return AboutSpec()
 
 
-def convert_registry_to_json(report: Report, about: AboutSpec) -> str:
+def registry_entry_to_json(report: Report, about: AboutSpec) -> str:
     """Serialize a registry entry as the content of registry.json; equal reports give equal bytes."""
     return json.dumps(build_registry_entry(report, about), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -91,7 +91,7 @@ def collect_known_facts(report: Report, verdict: GateVerdict | None) -> Mapping[
         for fact, value in values.items()
         if value is not None
     }
-    known["report_sha256"] = signing.report_digest(report)
+    known["report_sha256"] = signing.compute_report_digest(report)
     known["neighboring_relation"] = words.code("relation", report.neighboring_relation).unescape()
     if isinstance(epsilon := report.known.get("epsilon"), float):
         chance = compute_hit_rate_ceiling(epsilon, facts.delta, false_alarms=1 / _CANDIDATES)
@@ -140,7 +140,7 @@ def map_report(name: str, report: Report, about: AboutSpec, verdict: GateVerdict
     return {"map": name, **document, "report_sha256": known["report_sha256"], "requirements": requirements}
 
 
-def write_map(mapped: Mapping[str, Any], *, name: str) -> Mapping[str, bytes]:
+def render_map(mapped: Mapping[str, Any], *, name: str) -> Mapping[str, bytes]:
     """Render a mapped document as JSON, Markdown and HTML (file name -> content); `name` is the name of the run or
     site.
     """

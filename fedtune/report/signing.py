@@ -32,7 +32,7 @@ def report_to_json(report: Report) -> str:
     return json.dumps(to_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def report_digest(report: Report) -> str:
+def compute_report_digest(report: Report) -> str:
     """Return the SHA-256 of a report's `report.json`, in hex."""
     return hashlib.sha256(report_to_json(report).encode()).hexdigest()
 

@@ -23,7 +23,7 @@ from fedtune.privacy.selection import Selection, compute_released_epsilon
 from fedtune.runs.lineage import (
     SPENT,
     UNKNOWN,
-    Debt,
+    LineageEntry,
     build_lineage,
     read_base_lineage,
     read_texts_lineage,
@@ -113,7 +113,7 @@ def read_selection(folder: Path) -> Selection | None:
         raise RunError(f"{path} is damaged: the run's hyperparameter search is unknown") from error
 
 
-def start_lineage(config: RunConfig) -> dict[str, Any] | None:
+def build_start_lineage(config: RunConfig) -> dict[str, Any] | None:
     """Build the lineage of a run's start adapter, base model and synthetic records for `run.json`.
 
     Prior spending comes from the run folder of the start adapter, from the mark in an exported base model, and from the
@@ -138,7 +138,7 @@ def start_lineage(config: RunConfig) -> dict[str, Any] | None:
     return about | ({"public": True} if public else {}) | of_run  # declared by the user
 
 
-def _iter_records_lineage(config: RunConfig) -> Iterator[Debt]:
+def _iter_records_lineage(config: RunConfig) -> Iterator[LineageEntry]:
     """Yield the lineage entries of the runs that generated the synthetic records in a run's local files."""
     for file, key in RunRecords(config).files().items():
         path = resolve_file(file, find_shipped_folders(), key=key).resolve()
@@ -169,7 +169,7 @@ def _read_run_lineage(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None
         return owed, None
 
 
-def mark_lineage(
+def write_lineage_mark(
     base: PreTrainedConfig, adapter: Path, *, private_to: str | None, texts: Sequence[Mapping[str, Any]] = ()
 ) -> None:
     """Write the lineage of an adapter into a model's settings, which are saved as config.json.

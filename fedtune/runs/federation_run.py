@@ -21,7 +21,7 @@ from fedtune.federation.transport import Transport
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
 from fedtune.runs.cost import Meter
-from fedtune.runs.environment import read_environments, record_environment, start_lineage
+from fedtune.runs.environment import build_start_lineage, read_environments, record_environment
 from fedtune.runs.results import DATA_CHANGED, BaseModel, FinalResult, RunProvenance, RunResult, Template, find_problems
 from fedtune.sites.data_warnings import check_decision_scores, list_lead_data_warnings
 from fedtune.sites.shared_model import RunModel
@@ -49,11 +49,11 @@ class Listener(Protocol):
     def on_site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         """Report a real site's answer: "update" or the reason of a refusal, with the charged rounds in its receipt."""
 
-    def round_finished(self, state: LeadState) -> None:
+    def on_round_finished(self, state: LeadState) -> None:
         """Report that a round was aggregated, scored and checkpointed."""
 
 
-class Followed:
+class UpdatingListener:
     """A listener that passes each state first to `updates`, such as a tracker's method, then to another listener."""
 
     def __init__(self, listener: Listener, *updates: Callable[[LeadState], None]) -> None:
@@ -65,9 +65,9 @@ class Followed:
         self._update(state)
         self._listener.on_prepared(shared, proposal, state)
 
-    def round_finished(self, state: LeadState) -> None:
+    def on_round_finished(self, state: LeadState) -> None:
         self._update(state)
-        self._listener.round_finished(state)
+        self._listener.on_round_finished(state)
 
     def _update(self, state: LeadState) -> None:
         for update in self._updates:
@@ -119,7 +119,7 @@ class FederationRun:
 
         def finish_round(state: LeadState) -> None:
             save_receipts(self.receipts, state.receipts)
-            listener.round_finished(state)
+            listener.on_round_finished(state)
 
         keys, known = self.asked.site_keys, read_receipts(self.receipts)
         earlier = {site: own for site, own in known.items() if own.site_key == keys.get(site, own.site_key)}
@@ -178,7 +178,7 @@ class FederationRun:
         listener.on_preparing("scoring the model before training", 0, 0)
         measured = self.shared.evaluate_final(adapter)
         before = measured.compute_final_scores(self.shared.model) if measured else {}
-        start = start_lineage(self.config)
+        start = build_start_lineage(self.config)
         state = LeadState(round=0, adapter=adapter, metrics_before=before, start_adapter=start)
         self._checkpoints.save(state)
         return state

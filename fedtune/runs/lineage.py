@@ -1,8 +1,8 @@
 """The lineage of a run: privacy loss inherited from its start adapter, its base model and synthetic records.
 
-An entry (`Debt`) has the fields of `provenance.start_adapter` in run.json: the digest of an adapter, the data set and
-the privacy loss of its training, and the previous entry as `start_adapter`. An exported model stores its entry in
-config.json. Both files are untrusted.
+An entry (`LineageEntry`) has the fields of `provenance.start_adapter` in run.json: the digest of an adapter, the data
+set and the privacy loss of its training, and the previous entry as `start_adapter`. An exported model stores its
+entry in config.json. Both files are untrusted.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ SPENT = ("from", "dataset", "unit", "delta", "epsilon")
 _UNKNOWN_ENTRY: Mapping[str, Any] = dict.fromkeys(("digest", *SPENT), UNKNOWN)
 _MOST = 24  # maximum length of a lineage; transformers rejects a more deeply nested config.json
 
-Debt = Mapping[str, Any]
+LineageEntry = Mapping[str, Any]
 
-PRIVATE_BASES: Mapping[str, Debt] = {
+PRIVATE_BASES: Mapping[str, LineageEntry] = {
     "vaultgemma": {
         "digest": "vaultgemma",
         "from": "VaultGemma 1B",
@@ -36,7 +36,7 @@ PRIVATE_BASES: Mapping[str, Debt] = {
 VaultGemma: arXiv 2510.15001, section 1."""
 
 
-def read_base_lineage(model: ModelSpec) -> list[Debt]:
+def read_base_lineage(model: ModelSpec) -> list[LineageEntry]:
     """Read the lineage of a base model from its config.json, newest entry first.
 
     A damaged file or entry counts as an unknown privacy loss. Private pre-training is the oldest entry
@@ -57,7 +57,7 @@ def read_base_lineage(model: ModelSpec) -> list[Debt]:
     return [*own, dict(stated)] if stated and stated not in own else own
 
 
-def read_texts_lineage(entries: object) -> Iterator[Debt]:
+def read_texts_lineage(entries: object) -> Iterator[LineageEntry]:
     """Yield the lineage entries of the runs in a card of synthetic texts.  A malformed run counts as unknown.
 
     Args:
@@ -73,7 +73,7 @@ def read_texts_lineage(entries: object) -> Iterator[Debt]:
             yield _UNKNOWN_ENTRY
 
 
-def walk_lineage(entry: object) -> Iterator[Debt]:
+def walk_lineage(entry: object) -> Iterator[LineageEntry]:
     """Yield the entries of a lineage, newest first.  Public stages are skipped; a malformed entry counts as unknown.
 
     Args:
@@ -95,12 +95,12 @@ def walk_lineage(entry: object) -> Iterator[Debt]:
                 yield _UNKNOWN_ENTRY
 
 
-def build_lineage(debts: Iterable[Debt]) -> dict[str, Any] | None:
+def build_lineage(debts: Iterable[LineageEntry]) -> dict[str, Any] | None:
     """Link entries (newest first) to one nested lineage, or return None without entries.
 
     Equal entries are included once, because reusing a released adapter has no additional privacy cost.
     """
-    found: dict[Any, Debt] = {}
+    found: dict[Any, LineageEntry] = {}
     for one in debts:
         found.setdefault((one["digest"], one["delta"], one["epsilon"]), one)
     kept, whole = [*found.values()], None

@@ -17,12 +17,12 @@ from fedtune.privacy.cohorts import OLDEST, format_cohort_name
 from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.dp_library import DpEvent, GaussianDpEvent, LaplaceDpEvent, PoissonSampledDpEvent
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.ledger.spending import compute_remaining_divergence, count_remaining_runs
+from fedtune.privacy.ledger.run_acceptance import compute_remaining_divergence, count_remaining_runs
 from fedtune.privacy.ledger.verify import Verified
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.privacy.site_policy import AT_ONCE, Policy
+from fedtune.privacy.site_policy import IMMEDIATE_REPLY_RISK, Policy
 from fedtune.spec import spec
 from fedtune.tasks.registry import get_task
 
@@ -83,7 +83,7 @@ def list_cautions(policy: Policy, amount: Amount, *, folder: Path) -> Iterator[C
     yield from _iter_request_cautions(policy)
     yield from _list_amount_cautions(policy, amount)
     if not policy.releases.reply_after_s:
-        yield "releases.reply_after_s", f"0: {AT_ONCE}; choose more than the duration of a round"
+        yield "releases.reply_after_s", f"0: {IMMEDIATE_REPLY_RISK}; choose more than the duration of a round"
     if policy.asserted.no_person_at_another_site is False:
         text = "false: for a person with records at several sites, the epsilons of these sites add up"
         yield "asserted.no_person_at_another_site", text
@@ -323,7 +323,7 @@ class ArrivalRange:
         return "?" if self.code == "undated" else "–".join(dict.fromkeys((self.first or "…", self.last or "…")))  # noqa: RUF001
 
 
-def merge_adjacent(people: Mapping[int, ArrivalRange]) -> list[ArrivalRange]:
+def merge_adjacent_ranges(people: Mapping[int, ArrivalRange]) -> list[ArrivalRange]:
     """Merge the arrival ranges in `people` whose indices are consecutive."""
     found: list[ArrivalRange] = []
     for place, one in people.items():

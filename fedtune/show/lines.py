@@ -50,7 +50,7 @@ def _wrap_command(command: str, *, indent: str, width: int) -> Iterator[str]:
     yield indent + line
 
 
-def strip_control(text: str) -> str:
+def replace_control_characters(text: str) -> str:
     """Replace control characters in untrusted text, which a terminal would execute."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 

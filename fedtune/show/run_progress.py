@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from fedtune.config import RunConfig
-from fedtune.federation.early_stopping import Kept, count_rounds, explain_used_up, find_kept_round, should_stop
+from fedtune.federation.early_stopping import Kept, count_rounds, explain_exhausted_plan, find_kept_round, should_stop
 from fedtune.federation.lead import LeadState, compute_charged_epsilons, compute_site_charge
 from fedtune.federation.planner import compute_signal_to_noise
 from fedtune.formatting import convert_none_to_infinite, format_size, pluralize
@@ -145,7 +145,7 @@ class Display:
             text += f", epsilon {format_epsilon(compute_charged_epsilons(self._plan, charged_rounds)[0])}"
         self._print_text(f"  {site}: {text}", style="" if what == "update" else "yellow")
 
-    def round_finished(self, state: LeadState) -> None:
+    def on_round_finished(self, state: LeadState) -> None:
         """Print the line of a finished round, which is wrapped only at separators on a narrow terminal."""
         self._done = state.round * len(self._config.federation.active)
         if self._task is not None:
@@ -239,7 +239,7 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
         say_here(f"test: {_format_scores(final.metrics)}{before}", style="bold")
         if final.constant is not None:
             say_here(f"best constant answer: {_format_scores({config.primary_metric: final.constant})}")
-    if missing := explain_used_up(result.rounds, config.federation):
+    if missing := explain_exhausted_plan(result.rounds, config.federation):
         say_here(f"{missing}.", style="yellow")
     for code in final.findings:
         say_here(_describe_finding(code, config), style="yellow")

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from fedtune.formatting import convert_to_jsonable
 from fedtune.privacy.durable import write_durably
-from fedtune.show.lines import strip_control, wrap_text
+from fedtune.show.lines import replace_control_characters, wrap_text
 from fedtune.spec import ConfigError, RunError
 
 SCHEMA_VERSION = 1  # version of the `--json` output
@@ -80,8 +80,8 @@ def write_file(path: Path, content: str | bytes, *, option: str) -> None:
 def _layout_table(section: Section, width: int) -> Text:
     """Lay out a table within `width` characters.  Only lines with an unbreakable path or hash are longer."""
     gap = 2 if width >= 100 else 1
-    rows = [tuple(map(strip_control, row)) for row in section.rows]
-    headings = tuple(map(strip_control, section.headings)) or ("",) * len(rows[0])
+    rows = [tuple(map(replace_control_characters, row)) for row in section.rows]
+    headings = tuple(map(replace_control_characters, section.headings)) or ("",) * len(rows[0])
     widths = _choose_column_widths(section, rows, headings, room=width - 2 - gap * (len(headings) - 1))
     all_rows = [headings, *rows] if section.headings else rows
     lines = [[wrap_text(cell, width=most) for cell, most in zip(row, widths, strict=True)] for row in all_rows]
@@ -133,7 +133,7 @@ def _pad_cell(text: str, width: int, *, left: bool) -> str:
 def say(text: str, *, style: str = "", console: Console | None = None) -> None:
     """Print a text, wrapped to the terminal's width with `wrap_text`."""
     console = console or Console()
-    lines = wrap_text(strip_control(text), width=console.width)
+    lines = wrap_text(replace_control_characters(text), width=console.width)
     console.print(Text("\n".join(lines), style=style), soft_wrap=True)
 
 

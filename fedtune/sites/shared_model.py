@@ -26,8 +26,8 @@ from fedtune.evaluation.scoring import KeptBatches, evaluate_examples
 from fedtune.federation.planner import check_signal
 from fedtune.model.adapter import Adapter
 from fedtune.model.frozen_linear import depends_on_row_count
+from fedtune.sites.run_cache import RunCache
 from fedtune.sites.run_records import LeadRecords, RunRecords
-from fedtune.sites.session import Session
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks.inputs import get_input_for
 from fedtune.tasks.measures import Detail
@@ -138,7 +138,7 @@ class LoadedModel:
                 trial = self._make_trial(shapes)
                 devices.start_trials(trial, outcome or trial.run_trial(model, secrets.randbits(63)))
                 if not self._may_be_one:
-                    devices.prepare_crew()  # raise errors before the run begins
+                    devices.prepare_workers()  # raise errors before the run begins
         self.shapes: Final = shapes
         self.moved: Final = moved
 
@@ -156,7 +156,7 @@ class LoadedModel:
         """
         try:
             if self._devices is not None:
-                self._devices.prepare_crew()
+                self._devices.prepare_workers()
         except (ConfigError, RunError) as error:
             if not self._may_be_one:
                 raise
@@ -259,7 +259,7 @@ class RunModel:
         config: the run's configuration.
         records: the run's records, if they have already been read.
         progress: callback for slow steps, also during training.
-        session: cache of results for later runs; None: no cache.
+        cache: cache of results for later runs; None: no cache.
     """
 
     def __init__(
@@ -269,11 +269,11 @@ class RunModel:
         *,
         records: RunRecords | None = None,
         progress: Progress = ignore_progress,
-        session: Session | None = None,
+        cache: RunCache | None = None,
     ) -> None:
         self.loaded, self.config = loaded, replace(config, runtime=loaded.config.runtime)
         self.records = RunRecords(config) if records is None else records
-        self.progress, self._session = progress, session
+        self.progress, self._cache = progress, cache
         self.model, self.tokenizer, self.device = loaded.model, loaded.tokenizer, loaded.device
         self.initial_adapter = loaded.initial_adapter
 
@@ -326,8 +326,8 @@ class RunModel:
         data = LeadData.build(own, self.config, self.tokenizer)
         if not do_frozen_states_fit(self.model, self.config.runtime, num_tokens=data.examples.num_tokens):
             return data
-        session, about = self._session, f"batches of {self.config.evaluation.max_tokens}"
-        return replace(data, kept={} if session is None else session.get_cached_states(about, data.examples, dict))
+        cache, about = self._cache, f"batches of {self.config.evaluation.max_tokens}"
+        return replace(data, kept={} if cache is None else cache.get_cached_states(about, data.examples, dict))
 
     def make_site_examples(self, dataset: TextDataset) -> SiteExamples:
         """Convert a site's tokenized records to training examples."""
@@ -336,7 +336,7 @@ class RunModel:
             pad_id = self.tokenizer.pad_token_id
             return SiteExamples(dataset, pad_id=pad_id, shapes=self.loaded.shapes, device=self.device)
 
-        return make() if self._session is None else self._session.get_cached_states("examples", dataset, make)
+        return make() if self._cache is None else self._cache.get_cached_states("examples", dataset, make)
 
     def score(self, adapter: Adapter, data: LeadData | None) -> dict[str, float]:
         """Score an adapter on the lead's data after a round. Without data, the result is empty."""
@@ -355,10 +355,10 @@ class RunModel:
         def make() -> Evaluation:
             return Evaluation.build(self.model, self.tokenizer, test, self.config, generate=True)
 
-        if self._session is None or adapter.digest() != self.initial_adapter.digest():
+        if self._cache is None or adapter.digest() != self.initial_adapter.digest():
             return make()
         references = hashlib.sha256(b"".join(map(record_key, test.records))).hexdigest()
-        return self._session.get_cached_baseline(test.examples, f"{references} {self.config.evaluation}", make)
+        return self._cache.get_cached_baseline(test.examples, f"{references} {self.config.evaluation}", make)
 
 
 def choose_num_devices(config: RunConfig, *, alone: bool) -> RuntimeSpec:

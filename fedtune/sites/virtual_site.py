@@ -28,7 +28,7 @@ from fedtune.privacy import events, filter
 from fedtune.privacy.dp_library import ComposedDpEvent, DpEvent
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import spending
+from fedtune.privacy.ledger import run_acceptance
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.policy_file import write_policy
@@ -48,8 +48,8 @@ from fedtune.privacy.site_policy import (
     Releases,
 )
 from fedtune.privacy.trust import Trust
+from fedtune.sites.run_cache import RunCache
 from fedtune.sites.run_records import RunRecords
-from fedtune.sites.session import Session
 from fedtune.sites.shared_model import LoadedModel, Progress, RunModel, choose_num_devices, ignore_progress
 from fedtune.sites.work import SiteWork, WorkingSite
 from fedtune.spec import ConfigError, RefusedError, RunError, format_value
@@ -169,14 +169,14 @@ class VirtualSites:
             now = history.now()
             held = partial(history.count_remaining_charges, now)
             try:
-                spending.require_usable_ledger(history)
+                run_acceptance.require_usable_ledger(history)
                 for run in (*shapes, *runs):
                     files.policy.check(run)
                 for fit, run in enumerate(runs):
                     does = f"has budget for {fit} of these trials"
                     if run.run not in history.runs:
                         spent += events.count_mechanisms([run.plan.full_event])
-                        spending.require_budget_room(
+                        run_acceptance.require_budget_room(
                             history, files.policy, run.plan.cohorts, asked=spent, held=held, now=now
                         )
             except Refused as refused:
@@ -232,7 +232,7 @@ def fit_to_budgets(config: RunConfig, run_folder: Path) -> RunConfig:
         try:
             ledger = sites.ledger(site)
             offer = ledger.make_offer(proposal)
-            if not config.can_use(offer):
+            if not config.can_use_offer(offer):
                 ledger.require_acceptable(proposal)  # names the rule that the whole proposal breaks
                 raise RunError("a site's budget changed while the run was being prepared: start the run again")
             offers.append(offer)
@@ -351,14 +351,14 @@ class Participants:
         config: the run's configuration.
         folder: the run folder, which contains the ledgers unless `runtime.sites_dir` is set.
         progress: callback for slow steps, starting with the loading of the model.
-        session: cache for later runs; None: no cache.
+        cache: cache for later runs; None: no cache.
     """
 
     def __init__(
-        self, config: RunConfig, folder: Path, *, progress: Progress = ignore_progress, session: Session | None = None
+        self, config: RunConfig, folder: Path, *, progress: Progress = ignore_progress, cache: RunCache | None = None
     ) -> None:
         self.config, self.plan = config, config.plan()  # the noise is calibrated once per process
-        self._progress, self._session = progress, session
+        self._progress, self._cache = progress, cache
         self.sites = VirtualSites.create(config, folder, self.plan)
         self.records = RunRecords(config)
         self.parties = {name: Parties() for name in config.federation.active}
@@ -374,11 +374,11 @@ class Participants:
         """The model of all participants, loaded on first access."""
         policies = [self.sites.files(name).policy for name in self.config.federation.active]
         inexact = all(policy.allow.inexact_gradients for policy in policies)
-        config, session, progress = self.config, self._session, self._progress
-        alone = session is not None
+        config, cache, progress = self.config, self._cache, self._progress
+        alone = cache is not None
         load = partial(LoadedModel, config, inexact_allowed=inexact, leads=True, alone=alone, progress=progress)
-        loaded = load() if session is None else session.reuse_or_load_model(config, inexact_allowed=inexact, load=load)
-        return RunModel(loaded, config, records=self.records, progress=progress, session=session)
+        loaded = load() if cache is None else cache.reuse_or_load_model(config, inexact_allowed=inexact, load=load)
+        return RunModel(loaded, config, records=self.records, progress=progress, cache=cache)
 
     @cached_property
     def work(self) -> dict[str, SiteWork]:

@@ -31,7 +31,7 @@ from fedtune.sites.shared_model import RunModel
 from fedtune.training.algorithms.local_algorithm import Arrays
 from fedtune.training.devices import DividedUnits
 from fedtune.training.examples import SiteExamples, Units
-from fedtune.training.local import RoundOfTraining, compute_round_share, train_round
+from fedtune.training.local import TrainingRound, compute_round_share, train_round
 from fedtune.training.users import UserExamples
 
 PROMISES = ".promises.jsonl"  # suffix of the ledger's file name, because several ledgers may share a folder
@@ -160,9 +160,9 @@ class SiteWork:
 
     def _prepare_round(
         self, request: RoundRequest, attempt: int, *, sent: Arrays, state: Arrays
-    ) -> tuple[Units, RoundOfTraining]:
+    ) -> tuple[Units, TrainingRound]:
         """Return the training units of a round, and the round's inputs except the model."""
-        work = RoundOfTraining(
+        work = TrainingRound(
             site=self.site,
             round=request.round,
             attempt=attempt,
@@ -224,7 +224,7 @@ class WorkingSite(Site):
         self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
     ) -> Trained:
         """Train on the site's records for a round that has already been charged."""
-        key, state = self.ledger.fingerprint_key(), self.ledger.algorithm_state(request.run)
+        key, state = self.ledger.fingerprint_key(), self.ledger.read_algorithm_state(request.run)
         work = self.work(request.run)
         return work.run_round(request, adapter, attempt, fingerprint_key=key, admitted=admitted, state=state)
 

@@ -16,7 +16,7 @@ from fedtune.data.spec import DataSpec
 from fedtune.model.spec import RANDOM, ModelSpec, TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError
-from fedtune.tasks.inputs import Input, NoTokenizer, Row, Rows, Text, mean_pool, read_each, require_no_label_texts
+from fedtune.tasks.inputs import Input, NoTokenizer, Row, Rows, Text, mean_pool, read_rows, require_no_label_texts
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Image(Text):
         def read_patches(record: Record) -> Any:  # at a real site a file may have changed since it was validated
             return reader.cut_patches(_decode_image(record))
 
-        return read_each(read_patches, records, nothing=reader.make_blank(), lenient=lenient_within is not None)
+        return read_rows(read_patches, records, nothing=reader.make_blank(), lenient=lenient_within is not None)
 
     def check_batch_independence(self, base: Any, model: ModelSpec) -> None:
         from fedtune.model.base_model import load_processor

@@ -83,7 +83,7 @@ class Input(ABC):
         """Return a function that raises a DataError for a record that cannot become an input."""
         return lambda record: None
 
-    def find_oddities(self, record: Record, data: DataSpec) -> Iterator[tuple[str, str]]:
+    def iter_unusual_values(self, record: Record, data: DataSpec) -> Iterator[tuple[str, str]]:
         """Yield (description, column) for each value of a usable record that differs from its declaration."""
         yield from ()
 
@@ -235,10 +235,10 @@ class Features(Input):
     def check_record(self, data: DataSpec) -> Callable[[Record], object]:
         return partial(encode_features, features=data.features)
 
-    def find_oddities(self, record: Record, data: DataSpec) -> Iterator[tuple[str, str]]:
+    def iter_unusual_values(self, record: Record, data: DataSpec) -> Iterator[tuple[str, str]]:
         for feature in data.features:
             for column in feature.columns:
-                if what := feature.describe_oddity(record.fields[FEATURE + column]):
+                if what := feature.describe_unusual_value(record.fields[FEATURE + column]):
                     yield what, column
 
     def encode_records(
@@ -246,7 +246,7 @@ class Features(Input):
     ) -> Rows:
         nothing = np.zeros((1, sum(one.width for one in data.features)), dtype=np.float32)
         read, lenient = partial(encode_features, features=data.features), lenient_within is not None
-        return read_each(lambda record: read(record)[None], records, nothing=nothing, lenient=lenient)
+        return read_rows(lambda record: read(record)[None], records, nothing=nothing, lenient=lenient)
 
     def build_base(
         self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any
@@ -335,7 +335,7 @@ def require_no_label_texts(head: HeadSpec, why: str) -> None:
     require_values(why, *settings, ("head.label_texts", head.label_texts, ()))
 
 
-def read_each(read: Callable[[Record], Row], records: Sequence[Record], *, nothing: Row, lenient: bool) -> Rows:
+def read_rows(read: Callable[[Record], Row], records: Sequence[Record], *, nothing: Row, lenient: bool) -> Rows:
     """Apply `read` to each record separately, and return the results and whether each call succeeded.
 
     With `lenient`, `nothing` replaces the result of a failed record; otherwise its error is raised.

@@ -138,7 +138,7 @@ def _count_overlapping(some: Sequence[tuple[int, int]], others: Sequence[tuple[i
     return int(met.sum())
 
 
-def recall_precision_f1(counts: Floats, found: int, right: int) -> tuple[float, float, float]:
+def compute_recall_precision_f1(counts: Floats, found: int, right: int) -> tuple[float, float, float]:
     """Compute recall, precision and F1 from (5,) counts of `count_entities`; a division by zero returns 0.
 
     `found` and `right` are column indices: `found` counts the true entities that were predicted, and `right` the

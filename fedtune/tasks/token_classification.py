@@ -191,17 +191,17 @@ class TokenClassification(Task):
         typed, untyped = counts[:-1].sum(axis=0), counts[-1]
         found: dict[str, float] = {}
         for kind, places in (("strict", (2, 2)), ("overlap", (3, 4))):
-            recall, precision, f1 = measures.recall_precision_f1(typed, *places)
+            recall, precision, f1 = measures.compute_recall_precision_f1(typed, *places)
             found |= {f"{kind}_f1": f1, f"{kind}_precision": precision, f"{kind}_recall": recall}
-        found["untyped_strict_f1"] = measures.recall_precision_f1(untyped, 2, 2)[2]
-        found["untyped_overlap_f1"] = measures.recall_precision_f1(untyped, 3, 4)[2]
+        found["untyped_strict_f1"] = measures.compute_recall_precision_f1(untyped, 2, 2)[2]
+        found["untyped_overlap_f1"] = measures.compute_recall_precision_f1(untyped, 3, 4)[2]
         return found | {"loss": float(np.mean(figures["loss"]))}
 
     def detail(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> Detail:
         """Compute strict precision, recall and F1 of each entity type."""
         classes = []
         for label, counts in zip(spec.labels, figures["entities"].sum(axis=0), strict=False):
-            recall, precision, f1 = measures.recall_precision_f1(counts, 2, 2)
+            recall, precision, f1 = measures.compute_recall_precision_f1(counts, 2, 2)
             one = measures.ClassScores(label=label, precision=precision, recall=recall, f1=f1, support=int(counts[0]))
             classes.append(one)
         return Detail(classes=tuple(classes), reliability=())
@@ -210,7 +210,7 @@ class TokenClassification(Task):
         """Return the strict F1 of the record; 1 if it has no entity and none is predicted."""
         ((truth, predicted),) = _decode_batch(model.logits(batch), batch)
         counts = measures.count_entities(truth, predicted, num_labels=len(model.spec.labels))[:-1].sum(axis=0)
-        return measures.recall_precision_f1(counts, 2, 2)[2] if truth or predicted else 1.0
+        return measures.compute_recall_precision_f1(counts, 2, 2)[2] if truth or predicted else 1.0
 
     def answer_record(
         self, record: Record, logits: torch.Tensor, tokenizer: Tokenizer, *, data: DataSpec, spec: TaskModelSpec

@@ -51,7 +51,7 @@ from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.accelerators import disable_fused_attention
 from fedtune.training.batch_invariance import max_batch_influence
 from fedtune.training.dp_step import TensorSums, UnitGradients, add_batches, make_zero_sums
-from fedtune.training.examples import Places, SiteExamples, Told, Units, assign_device, ignore_progress
+from fedtune.training.examples import IndexArray, SiteExamples, Told, Units, assign_device, ignore_progress
 from fedtune.training.machine import prepare_model, resolve_device
 from fedtune.training.per_example import record_gradients
 from fedtune.training.spec import RuntimeSpec
@@ -129,7 +129,7 @@ class Devices:
         self._places, self._facts = choose_run_devices(runtime), (spec, runtime, max_length)
         self._load = partial(_load_on_device, spec, runtime, max_length)
         self._numbers = count()
-        self._crew = _WorkerPool(self._places[1:], self._load)
+        self._workers = _WorkerPool(self._places[1:], self._load)
         self._trial: DeviceTrial | None = None
         self._expected: str | None = None
 
@@ -138,7 +138,7 @@ class Devices:
         return len(self._places)
 
     def start_trials(self, trial: DeviceTrial, first: Outcome) -> None:
-        """Start the first device's trial on all other devices. `prepare_crew` compares the outcomes.
+        """Start the first device's trial on all other devices. `prepare_workers` compares the outcomes.
 
         The trial is repeated whenever the workers are restarted.
 
@@ -146,9 +146,9 @@ class Devices:
             RunError: a worker failed.
         """
         self._trial, self._expected = trial, first.bits
-        self._crew.ask_all(_Device.compute_trial_bits, trial, first.seed)
+        self._workers.ask_all(_Device.compute_trial_bits, trial, first.seed)
 
-    def prepare_crew(self) -> _WorkerPool:
+    def prepare_workers(self) -> _WorkerPool:
         """Return the workers, after comparing their trial with the first device's trial.
 
         Workers are restarted after a failure.
@@ -158,23 +158,23 @@ class Devices:
             RunError: a worker failed.
         """
         assert self._trial is not None, "devices must be tested before use"
-        if self._expected is None and self._crew.is_broken:
-            self._crew.end()
-            self._crew = _WorkerPool(self._places[1:], self._load)
+        if self._expected is None and self._workers.is_broken:
+            self._workers.end()
+            self._workers = _WorkerPool(self._places[1:], self._load)
             self.start_trials(self._trial, self._trial.run_trial(self.model, secrets.randbits(63)))
         expected, self._expected = self._expected, None
-        if expected is not None and (self._facts in _differ or set(self._crew.collect_answers()) != {expected}):
+        if expected is not None and (self._facts in _differ or set(self._workers.collect_answers()) != {expected}):
             _differ.add(self._facts)
-            self._crew.end()
+            self._workers.end()
             bound = "must be 1 on this machine: its devices do not compute bit-identical gradients"
             raise ConfigError("runtime.num_devices", len(self), bound)
-        return self._crew
+        return self._workers
 
     def divide_units(self, units: _Examples, *, max_grad_norm: float) -> DividedUnits:
         """Divide a site's units among the devices, for steps with the clip norm `max_grad_norm`."""
         return DividedUnits(self, units, next(self._numbers), max_grad_norm=max_grad_norm)
 
-    def select_shard(self, units: _Examples, rank: int) -> tuple[_Examples, Places]:
+    def select_shard(self, units: _Examples, rank: int) -> tuple[_Examples, IndexArray]:
         """Return the units of one device, and the indices of their records."""
         return units.select_shard(rank, len(self), self._places[rank])
 
@@ -193,8 +193,8 @@ class DividedUnits(Units):
         self._devices, self._units, self._number, self._max_grad_norm = devices, units, number, max_grad_norm
         self.unit = units.unit
         self._own, self._own_records = devices.select_shard(units, 0)
-        self._records: list[Places] = []
-        self._crew: _WorkerPool | None = None
+        self._records: list[IndexArray] = []
+        self._workers: _WorkerPool | None = None
 
     def __len__(self) -> int:
         return len(self._units)
@@ -220,38 +220,38 @@ class DividedUnits(Units):
 
     def _send_shards(self) -> _WorkerPool:
         """Send each worker its shard of the units, and return the workers."""
-        crew = self._devices.prepare_crew()
-        if crew is not self._crew:
+        crew = self._devices.prepare_workers()
+        if crew is not self._workers:
             self._records = [self._own_records]
             for rank in range(1, len(self._devices)):
                 share, records = self._devices.select_shard(self._units, rank)
-                crew.ask(rank, _Device.hold_units, self._number, share)
+                crew.ask(rank, _Device.store_units, self._number, share)
                 self._records.append(records)
             crew.collect_answers()
             weakref.finalize(self, crew.forgotten.append, self._number)
-            self._crew = crew
+            self._workers = crew
         return crew
 
-    def make_batcher(self, stream: RandomStream) -> Callable[[Places], Iterator[Any]]:
+    def make_batcher(self, stream: RandomStream) -> Callable[[IndexArray], Iterator[Any]]:
         """Return a function that starts a step on all workers, and cuts the first device's units into micro-batches."""
 
-        def cut(sampled: Places) -> Iterator[Any]:
+        def cut(sampled: IndexArray) -> Iterator[Any]:
             model, (mine, *others) = (
                 self._devices.model,
                 self._split_by_rank(sampled, self._units.draw_records(sampled, stream)),
             )
-            assert self._crew is not None, "the shards were not sent"
+            assert self._workers is not None, "the shards were not sent"
             values = _flatten(model.trainable()).numpy()
             for rank, theirs in enumerate(others, start=1):
                 about = (self._number, theirs, self._max_grad_norm, model.frozen, values)
-                self._crew.ask(rank, _Device.sum_contributions, *about)
+                self._workers.ask(rank, _Device.sum_contributions, *about)
             return self._own.batch_units(mine)
 
         return cut
 
-    def _split_by_rank(self, sampled: Places, drawn: Sequence[Places]) -> list[list[Places]]:
+    def _split_by_rank(self, sampled: IndexArray, drawn: Sequence[IndexArray]) -> list[list[IndexArray]]:
         """Return the record indices of the sampled units for each device, relative to the device's own shard."""
-        by_rank: list[list[Places]] = [[] for _ in self._records]
+        by_rank: list[list[IndexArray]] = [[] for _ in self._records]
         for unit, records in zip(sampled.tolist(), drawn, strict=True):
             rank = assign_device(unit, len(self._devices))
             by_rank[rank].append(np.searchsorted(self._records[rank], records).astype(np.int64))
@@ -270,10 +270,10 @@ class DividedUnits(Units):
         Raises:
             RunError: a worker failed.
         """
-        assert self._crew is not None, "no step was started"
+        assert self._workers is not None, "no step was started"
         assert max_grad_norm == self._max_grad_norm, "devices clip to different norms"
         num_units, total = 0, _flatten(sums)
-        for units, values in self._crew.collect_answers():
+        for units, values in self._workers.collect_answers():
             num_units += units
             total += torch.from_numpy(values)
         _copy_values(sums, total)
@@ -420,7 +420,7 @@ class _Device:
     def compute_trial_bits(self, trial: DeviceTrial, seed: int) -> str:
         return trial.run_trial(self._model, seed).bits
 
-    def hold_units(self, number: int, units: _Examples) -> None:
+    def store_units(self, number: int, units: _Examples) -> None:
         self._units[number] = units
 
     def forget_units(self, numbers: Sequence[int]) -> None:
@@ -436,7 +436,7 @@ class _Device:
     def sum_contributions(
         self,
         number: int,
-        drawn: Sequence[Places],
+        drawn: Sequence[IndexArray],
         max_grad_norm: float,
         frozen: frozenset[str],
         values: npt.NDArray[np.float32],

@@ -25,7 +25,7 @@ from fedtune.training.machine import allocate_states
 log = logging.getLogger(__name__)
 
 
-Places = npt.NDArray[np.int64]
+IndexArray = npt.NDArray[np.int64]
 
 
 Told = Callable[[int, int], None]  # called with the number of finished steps of a long task, and their total
@@ -40,7 +40,7 @@ def assign_device(unit: int, num_devices: int) -> int:
     return unit % num_devices
 
 
-def select_units_on_device(rank: int, num_devices: int, count: int) -> Places:
+def select_units_on_device(rank: int, num_devices: int, count: int) -> IndexArray:
     """Return the indices of the units on device `rank`, if `count` units are distributed over all devices."""
     return np.array([unit for unit in range(count) if assign_device(unit, num_devices) == rank], dtype=np.int64)
 
@@ -55,7 +55,7 @@ class Units(ABC):
         """Return the number of units."""
 
     @abstractmethod
-    def make_batcher(self, stream: RandomStream) -> Callable[[Places], Iterable[Any]]:
+    def make_batcher(self, stream: RandomStream) -> Callable[[IndexArray], Iterable[Any]]:
         """Return a function that cuts the sampled units of a step into micro-batches.
 
         `stream` draws the records of each unit.
@@ -132,24 +132,24 @@ class SiteExamples(Units):
             batch = replace(batch, reference=reference)
         return batch.to(self.device)
 
-    def make_batcher(self, stream: RandomStream) -> Callable[[Places], Iterator[Batch]]:
+    def make_batcher(self, stream: RandomStream) -> Callable[[IndexArray], Iterator[Batch]]:
         """Return `cut`, because record units use no random draws."""
         return self.cut
 
-    def draw_records(self, records: Places, stream: RandomStream) -> Sequence[Places]:
+    def draw_records(self, records: IndexArray, stream: RandomStream) -> Sequence[IndexArray]:
         """Return each record as a group of its own, for the interface of `UserExamples.draw_records`."""
         return list(records[:, None])
 
-    def batch_units(self, drawn: Sequence[Places]) -> Iterator[Batch]:
+    def batch_units(self, drawn: Sequence[IndexArray]) -> Iterator[Batch]:
         """Cut the records that `draw_records` returned into micro-batches."""
         return self.cut(np.concatenate([np.empty(0, dtype=np.int64), *drawn]))
 
-    def select_shard(self, rank: int, num_devices: int, device: torch.device | str) -> tuple[SiteExamples, Places]:
+    def select_shard(self, rank: int, num_devices: int, device: torch.device | str) -> tuple[SiteExamples, IndexArray]:
         """Return the records of one of `num_devices` devices, and their indices."""
         records = select_units_on_device(rank, num_devices, len(self))
         return self.select_records(records, device), records
 
-    def select_records(self, records: Places, device: torch.device | str) -> SiteExamples:
+    def select_records(self, records: IndexArray, device: torch.device | str) -> SiteExamples:
         """Select records for another device, without cached outputs."""
         return SiteExamples(
             self._dataset.select_examples(records), pad_id=self._pad_id, shapes=self._shapes, device=device

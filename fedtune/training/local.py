@@ -27,7 +27,7 @@ from fedtune.training.spec import TrainingSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundOfTraining:
+class TrainingRound:
     """Inputs of one round of local training except the model, the adapter and the privacy units."""
 
     site: str
@@ -43,7 +43,7 @@ class RoundOfTraining:
 
 
 def train_round(
-    model: TaskModel, adapter: Adapter, units: Units, work: RoundOfTraining, *, randomness: Randomness
+    model: TaskModel, adapter: Adapter, units: Units, work: TrainingRound, *, randomness: Randomness
 ) -> tuple[Adapter, Arrays]:
     """Train `adapter` on a site's `units` for one round of `work.plan`.
 
@@ -90,7 +90,7 @@ def train_round(
                     model, units, records, work.plan, optimizer=optimizer, sampling=sampling, correct=correct
                 )
             )
-    return Adapter.from_task_model(model), {} if half is None else half.next_state()
+    return Adapter.from_task_model(model), {} if half is None else half.compute_next_state()
 
 
 class SiteHalf:
@@ -103,7 +103,7 @@ class SiteHalf:
         parameters: the trained tensors, at their values from the start of the round.
     """
 
-    def __init__(self, work: RoundOfTraining, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    def __init__(self, work: TrainingRound, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         self._algorithm, self._parameters, self._steps = work.algorithm, parameters, work.plan.local_steps
         self._at = SiteRound(adapter=self._copy_weights(), sent=work.sent, state=work.state)
         self._sums: dict[str, npt.NDArray[np.float32]] = {}
@@ -118,11 +118,11 @@ class SiteHalf:
                 self._sums[name] = self._sums[name] + value if name in self._sums else value
         return self._algorithm.correct_gradient(gradient, self._copy_weights(), self._at)
 
-    def next_state(self) -> Arrays:
+    def compute_next_state(self) -> Arrays:
         """Return the algorithm's state at this site after the last step of the round."""
         steps = np.float32(self._steps)
         mean = NoisedGradient({name: total / steps for name, total in self._sums.items()})
-        return self._algorithm.next_state(mean, self._at)
+        return self._algorithm.compute_next_state(mean, self._at)
 
 
 def list_frozen_tensors(
@@ -130,11 +130,11 @@ def list_frozen_tensors(
 ) -> frozenset[str]:
     """Return the names of the adapter tensors that are frozen in a round. They depend on public values only."""
     names, part = list(names), lora.get_frozen_name_part(round)
-    return algorithm.frozen_tensors(names, sent) | {name for name in names if part is not None and part in name}
+    return algorithm.select_frozen_tensors(names, sent) | {name for name in names if part is not None and part in name}
 
 
 def compute_round_share(
-    model: TaskModel, adapter: Adapter, units: Units, work: RoundOfTraining, *, randomness: Randomness
+    model: TaskModel, adapter: Adapter, units: Units, work: TrainingRound, *, randomness: Randomness
 ) -> dict[str, npt.NDArray[np.int64]]:
     """Compute a site's input to one secure aggregation: its clipped gradient sum at `adapter` plus its noise share.
 
@@ -156,7 +156,7 @@ def compute_round_share(
 
 
 def _prepare_round(
-    model: TaskModel, adapter: Adapter, units: Units, work: RoundOfTraining, randomness: Randomness
+    model: TaskModel, adapter: Adapter, units: Units, work: TrainingRound, randomness: Randomness
 ) -> tuple[dict[str, torch.nn.Parameter], Records, RandomStream, RandomStream]:
     """Load the adapter, and return the trained parameters, the site's records, and the sampling and noise streams."""
     adapter.load_into(model)

@@ -20,20 +20,20 @@ from fedtune.privacy.mechanism import choose_records
 from fedtune.privacy.randomness import RandomStream
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import UnitGradients
-from fedtune.training.examples import Places, SiteExamples, Told, Units, ignore_progress, select_units_on_device
+from fedtune.training.examples import IndexArray, SiteExamples, Told, Units, ignore_progress, select_units_on_device
 
 
 @dataclass(frozen=True, eq=False)
 class UserBatch:
     """A group of users with their sampled records, to be cut into one or more micro-batches."""
 
-    contributions: Sequence[Places]  # for each user, the indices of the sampled records
+    contributions: Sequence[IndexArray]  # for each user, the indices of the sampled records
     examples: SiteExamples  # the site's records
 
     def __len__(self) -> int:
         return len(self.contributions)
 
-    def parts(self) -> Iterator[tuple[Batch, Places, npt.NDArray[np.float64]]]:
+    def parts(self) -> Iterator[tuple[Batch, IndexArray, npt.NDArray[np.float64]]]:
         """Yield micro-batches of n records, with each record's user (n,) and its weight in that user's mean (n,).
 
         Both arrays are in host memory, so that adding rows never waits for a device. The order of a user's records
@@ -93,7 +93,7 @@ class UserExamples(Units):
     unit = "user"
 
     def __init__(
-        self, examples: SiteExamples, users: Sequence[Places], *, most_records: int, most_users: int = 64
+        self, examples: SiteExamples, users: Sequence[IndexArray], *, most_records: int, most_users: int = 64
     ) -> None:
         assert all(len(records) for records in users), "each user needs at least one record"
         assert sum(map(len, users)) == len(examples), "each record must belong to exactly one user"
@@ -123,16 +123,16 @@ class UserExamples(Units):
         """Cache the base model's outputs (see `SiteExamples.cache_reference`)."""
         self.examples.cache_reference(model)
 
-    def make_batcher(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
+    def make_batcher(self, stream: RandomStream) -> Callable[[IndexArray], Iterator[UserBatch]]:
         """Return a function that draws the records of each sampled user from `stream`, and batches the users."""
         return lambda users: self.batch_units(self.draw_records(users, stream))
 
-    def draw_records(self, users: Places, stream: RandomStream) -> list[Places]:
+    def draw_records(self, users: IndexArray, stream: RandomStream) -> list[IndexArray]:
         """Draw the records of each user for one step, in the order of the users."""
         each = (self._users[user] for user in users)
         return [records[choose_records(len(records), self.most_records, stream)] for records in each]
 
-    def batch_units(self, drawn: Sequence[Places]) -> Iterator[UserBatch]:
+    def batch_units(self, drawn: Sequence[IndexArray]) -> Iterator[UserBatch]:
         """Cut users, each represented by its sampled records, into batches.
 
         A user's contribution to a sum is bit-identical in every batch.
@@ -140,7 +140,7 @@ class UserExamples(Units):
         for first in range(0, len(drawn), self.most_users):
             yield UserBatch(drawn[first : first + self.most_users], self.examples)
 
-    def select_shard(self, rank: int, num_devices: int, device: torch.device | str) -> tuple[UserExamples, Places]:
+    def select_shard(self, rank: int, num_devices: int, device: torch.device | str) -> tuple[UserExamples, IndexArray]:
         """Return the users of one of `num_devices` devices, and the indices of their records."""
         users = [self._users[place] for place in select_units_on_device(rank, num_devices, len(self))]
         records = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *users]))

@@ -51,7 +51,7 @@ def row(runs: Path, *, target: float, threshold: int, colluders: int) -> study.F
     """One plan: `target` holds with so many colluders in each sum of at least `threshold` sites."""
     total = calibrate_noise(epsilon=target, delta=DELTA, sampling_rate=RATE, steps=RELEASES)
     sites = Together(num_sites=SITES, threshold=threshold, colluders=colluders)
-    share = sites.share_for_total(total)
+    share = sites.compute_share_for_total(total)
     bits = compute_min_cell_bits(share)
     shared = replace(sites.with_share(share), bound=BOUND)
     found = compute_epsilons_by_adversary(shared, survivors={threshold: RELEASES}, sampling_rate=RATE, delta=DELTA)

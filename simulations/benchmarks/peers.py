@@ -79,7 +79,7 @@ def of_fedtune(
         def on_prepared(self, shared: Any, proposal: Any, state: Any) -> None:
             go(None)
 
-        def round_finished(self, state: Any) -> None:
+        def on_round_finished(self, state: Any) -> None:
             go(state.rounds[-1].seconds)
 
     simulate(config, folder, Waits())

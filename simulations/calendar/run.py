@@ -27,7 +27,7 @@ from fedtune.federation.calendar import shift_window
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.durable import write_durably
-from fedtune.sites.session import Session
+from fedtune.sites.run_cache import RunCache
 from fedtune.spec import ConfigError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -99,14 +99,14 @@ def runs_of(runs: Path, *, line: str, months: int, more: list[str]) -> study.Fou
     write_rows(runs / "whole.jsonl", test)
     write_rows(runs / "known.jsonl", [row for row in test if row["label"] != NEW_LABEL])
     done: list[study.Found] = []
-    with Session() as session, shared_frozen_states(runs / "states.pt"):
+    with RunCache() as cache, shared_frozen_states(runs / "states.pt"):
         for number in range(1, (1 if line == "once" else months) + 1):
             there = [row for row in everyone if number - 1 <= row["month"] < number - 1 + WINDOW]
             write_rows(runs / "people.jsonl", there)
             began = time.monotonic()
             try:
                 config = compose_run(words_of(line, number, runs=runs, labels=labels) + (more if number == 1 else []))
-                folder = study.finished(config, session)
+                folder = study.finished(config, cache)
             except ConfigError as error:
                 if error.key != "renew":
                     raise

@@ -49,7 +49,7 @@ from fedtune.training import batch_invariance
 from fedtune.training.accelerators import describe_device
 from fedtune.training.dp_step import TensorSums, add_clipped, apply_gradient_sum, make_zero_sums
 from fedtune.training.examples import SiteExamples
-from fedtune.training.local import RoundOfTraining, train_round
+from fedtune.training.local import TrainingRound, train_round
 from fedtune.training.machine import measure_model_bytes, resolve_device
 from fedtune.training.per_example import record_gradients
 
@@ -246,7 +246,7 @@ def _a_round(machine: Machine, num_devices: int) -> Result:
     units.cache_reference(shared.model)
     if loaded.keeps_states:
         units.cache_frozen_states(shared.model)
-    work = RoundOfTraining(
+    work = TrainingRound(
         site="north",
         round=1,
         attempt=1,

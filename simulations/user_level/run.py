@@ -45,7 +45,7 @@ from fedtune.data.load import derive_split_key, partition_training_files
 from fedtune.data.partition import hash_unit
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import format_epsilon
-from fedtune.report.derive.profile import group_privacy
+from fedtune.report.derive.profile import apply_group_privacy
 
 FOLDER = Path(__file__).parent
 TITLES = {
@@ -73,7 +73,7 @@ def noise_by_formula(epsilon: float, *, rate: float, steps: int, delta: float, m
     """The noise at which the formula of group privacy comes to (epsilon, delta)."""
     each = epsilon / members
     delta_each = delta * math.expm1(each) / math.expm1(epsilon)
-    assert group_privacy(each, delta_each, members=members)[1] <= delta * (1 + 1e-9)
+    assert apply_group_privacy(each, delta_each, members=members)[1] <= delta * (1 + 1e-9)
     return accountant.calibrate_noise(epsilon=each, delta=delta_each, sampling_rate=rate, steps=steps, also=[])
 
 
@@ -141,7 +141,9 @@ def by_formula(event: dp_accounting.DpEvent, *, delta: float, members: int) -> f
     found = []
     for number in range(1, 2000):
         delta_each = delta * 10 ** (-number / 100)
-        epsilon, compute_all_gradients = group_privacy(float(pld.get_epsilon(delta_each)), delta_each, members=members)
+        epsilon, compute_all_gradients = apply_group_privacy(
+            float(pld.get_epsilon(delta_each)), delta_each, members=members
+        )
         if compute_all_gradients <= delta:
             found.append(epsilon)
     return min(found, default=None)

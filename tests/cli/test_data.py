@@ -100,7 +100,9 @@ def test_data_check_output_matches_its_snapshot(
     written_experiment: Path, narrow_terminal: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasketch", None)
-    monkeypatch.setattr("fedtune.lab.preparation.check_data.install_command", lambda extra: f"COMMAND FOR {extra}")
+    monkeypatch.setattr(
+        "fedtune.lab.preparation.check_data.build_install_command", lambda extra: f"COMMAND FOR {extra}"
+    )
     before = read_files(written_experiment)
     shown, told = (run_command("data", "check", "tickets.yaml", *more).out for more in ((), ("--json",)))
     (file,) = json.loads(told)["checked"]["files"]

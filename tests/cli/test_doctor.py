@@ -54,10 +54,10 @@ def test_doctor_lines_fit_a_narrow_terminal_and_json_lists_all_checks(
 def test_doctor_exit_code_follows_the_most_important_failure(codes: tuple[int, ...], expected: int) -> None:
     checks = [DoctorCheck(name=f"c{code}", status=Status.FAILED, found="x", fix="y", exit_code=code) for code in codes]
     if not expected:
-        site_actions.raise_failures(checks)
+        site_actions.raise_for_failed_checks(checks)
         return
     with pytest.raises(FedtuneError) as caught:
-        site_actions.raise_failures(checks)
+        site_actions.raise_for_failed_checks(checks)
     assert caught.value.exit_code == expected
     assert all(check.name in str(caught.value) for check in checks)
 

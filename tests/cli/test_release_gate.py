@@ -112,7 +112,7 @@ def test_gate_passes_a_correct_run_and_updates_its_card(run_folder: Path, rules:
     verdict = verdict_in(run_folder)
     assert (verdict.failed, verdict.rules, verdict.limits["max_epsilon"]) == ((), "own", "1.0")
     assert set(verdict.results) == {line.split(" = ")[0] for line in RULES.splitlines()[1:]}
-    assert f"Report that was judged | SHA-256 {signing.report_digest(build_run_report(run_folder))}" in card_in(
+    assert f"Report that was judged | SHA-256 {signing.compute_report_digest(build_run_report(run_folder))}" in card_in(
         run_folder
     )
     assert "**The model may leave** by the rules own." in card_in(run_folder)

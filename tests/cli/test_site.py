@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from fedtune.data.load import read_own_records
-from fedtune.extras import install_command
+from fedtune.extras import build_install_command
 from fedtune.formatting import group_hex_start
 from fedtune.ops.services.site_state import lock_ledger
 from fedtune.privacy.accountant import epsilon_pld, format_epsilon
@@ -279,7 +279,9 @@ def test_site_start_refuses_expired_certificates_and_missing_keys(
         (north.folder / path).parent.mkdir(parents=True, exist_ok=True)
         (north.folder / path).touch()
         monkeypatch.setitem(sys.modules, module, None)
-        assert f"requires {module}: {install_command(extra)}" in run_command("site", "start", *north.words).failed()
+        assert (
+            f"requires {module}: {build_install_command(extra)}" in run_command("site", "start", *north.words).failed()
+        )
         (north.folder / path).unlink()
     key.unlink()
     assert f"site_key = {str(key)!r}: is missing" in run_command("site", "start", *north.words).failed()

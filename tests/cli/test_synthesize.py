@@ -34,10 +34,10 @@ from fedtune.lab.studies.synthetic import (
 )
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.accountant import format_epsilon
-from fedtune.privacy.selection import Selection, compute_search_price
+from fedtune.privacy.selection import Selection, compute_search_cost
 from fedtune.report.from_run import sum_start_losses
 from fedtune.report.signing import MOST_BYTES
-from fedtune.runs.environment import start_lineage
+from fedtune.runs.environment import build_start_lineage
 from fedtune.runs.renewal import add_start_adapter
 from fedtune.runs.saved_model import SavedModel
 from fedtune.sites import run_records
@@ -342,9 +342,9 @@ def test_run_selected_by_a_search_inherits_the_search_cost(runs: Path, tmp_path:
     picked, to = shutil.copytree(runs / "writer", tmp_path / "picked"), tmp_path / "texts.jsonl"
     alone, config = api.load(picked).privacy, api.load(picked).config
     begun = replace(config, model=replace(config.model, adapter=str(picked)))
-    price = compute_search_price([config.plan()] * 3)
+    price = compute_search_cost([config.plan()] * 3)
     told: Any = {"search": "s", "method": "grid", "primary_metric": "loss", "score": 0.5}
-    selection = Selection.from_price(price, [config.plan()] * 3, **told)
+    selection = Selection.from_cost(price, [config.plan()] * 3, **told)
     (picked / "selection.json").write_text(json.dumps(asdict(selection)))
     assert price.epsilon > (alone.epsilon or 0.0)
     options = ("--prompts", str(runs / "codes.jsonl"), "--rows", "2", "--to", str(to))
@@ -355,13 +355,13 @@ def test_run_selected_by_a_search_inherits_the_search_cost(runs: Path, tmp_path:
     assert f"It is a trial of a search, whose trials come to epsilon {format_epsilon(price.epsilon)} at delta" in text
     assert f"which are epsilon {format_epsilon(price.epsilon)} at delta" in text
     # So does a run that begins in it, and one that begins in that.
-    first = start_lineage(begun) or {}
+    first = build_start_lineage(begun) or {}
     assert (first["epsilon"], first["delta"]) == (price.epsilon, price.delta)
     after = json.loads((picked / "run.json").read_text())["provenance"]
     edit_json(picked / "run.json", provenance=after | {"start_adapter": first})
     (picked / "selection.json").write_text(json.dumps(asdict(replace(selection, epsilon=99.0, delta=2e-5))))
     both = pytest.approx((99.0 + price.epsilon, 2e-5 + price.delta))
-    assert sum_start_losses(start_lineage(begun) or {}) == both
+    assert sum_start_losses(build_start_lineage(begun) or {}) == both
 
 
 def test_adapter_not_named_in_run_json_is_refused(runs: Path, tmp_path: Path) -> None:

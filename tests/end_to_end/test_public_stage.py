@@ -12,9 +12,9 @@ import pytest
 
 import fedtune
 from fedtune.api.compose import compose_run
-from fedtune.api.public import start_after_public_stage
+from fedtune.api.public import run_public_stage
 from fedtune.config import read_saved_config
-from fedtune.runs.environment import start_lineage
+from fedtune.runs.environment import build_start_lineage
 from fedtune.show.run_progress import Display
 from fedtune.spec import ConfigError
 
@@ -104,31 +104,31 @@ def test_public_stage_survives_lost_checkpoints_but_not_changed_records(
     file = Path(shutil.copy(public_questions, tmp_path / "public.jsonl"))
     asked = replace(run.config, resume=None, model=replace(run.config.model, adapter=None, adapter_sha256=None))
     asked = replace(asked, tracking=replace(asked.tracking, output_dir=str(tmp_path)))
-    begun = start_after_public_stage(asked, lambda stage, folder: pytest.fail("the stage is finished"))
+    begun = run_public_stage(asked, lambda stage, folder: pytest.fail("the stage is finished"))
     assert begun.model.adapter == str(stage)
     assert (stage / "run.json").stat().st_mtime_ns == written
     file.write_text(public_questions.read_text().replace("Question 1?", "Question A?"))
     asked = replace(asked, public=replace(asked.public, train_file=str(file)))
     with pytest.raises(ConfigError, match=r"run-public has a different configuration .*data.dataset was"):
-        start_after_public_stage(asked, lambda stage, folder: None)
+        run_public_stage(asked, lambda stage, folder: None)
 
 
 def test_only_the_configured_stage_counts_as_a_public_start(run: fedtune.Run, public_questions: Path) -> None:
-    assert start_lineage(run.config)["public"] is True
+    assert build_start_lineage(run.config)["public"] is True
     private = replace(run.config, model=replace(run.config.model, adapter=str(run.folder)))
     with pytest.raises(
         ConfigError, match=r"model.adapter = .*: must be null with public.train_file: it was trained on other"
     ):
-        start_lineage(private)
+        build_start_lineage(private)
     other = replace(run.config, public=replace(run.config.public, train_file="other.csv"))
     with pytest.raises(ConfigError, match="it was trained on other records"):
-        start_lineage(other)
+        build_start_lineage(other)
 
 
 def test_interrupted_public_stage_explains_how_to_resume(
     public_questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fail_where(monkeypatch, Display, "round_finished", lambda *_: True, KeyboardInterrupt())
+    fail_where(monkeypatch, Display, "on_round_finished", lambda *_: True, KeyboardInterrupt())
     words = list_tiny_overrides(f"public.train_file={public_questions}", into=tmp_path, name="one")
     (tmp_path / "one").mkdir()
     assert "is taken" in run_command("simulate", *words).message, "before the stage trains"

@@ -43,11 +43,11 @@ class Stop(Exception):
 def make_listener(early_stopping_patience: int | None) -> Mock:
     """Create a listener that aborts after a round (None: never)."""
 
-    def round_finished(state: LeadState) -> None:
+    def on_round_finished(state: LeadState) -> None:
         if state.round == early_stopping_patience:
             raise Stop
 
-    return Mock(round_finished=Mock(side_effect=round_finished))
+    return Mock(on_round_finished=Mock(side_effect=on_round_finished))
 
 
 def test_resumed_run_keeps_its_number_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_run_resumed_at_any_round_produces_identical_bytes(tmp_path: Path, algor
             run_simulation(
                 compose_run([*list_tiny_overrides(*chosen, into=tmp_path, name="parts"), *resume]), parts, listener
             )
-        (began,), (ended,) = listener.on_prepared.call_args_list, listener.round_finished.call_args_list
+        (began,), (ended,) = listener.on_prepared.call_args_list, listener.on_round_finished.call_args_list
         assert (began.args[2].round, ended.args[0].round) == (number - 1, number)
     run_simulation(compose_run([f"resume={parts}"]), parts, make_listener(None))
     assert read_adapter_files(parts) == read_adapter_files(whole)

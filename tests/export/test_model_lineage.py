@@ -13,10 +13,10 @@ from fedtune.config import RunConfig, read_saved_config
 from fedtune.model.spec import ModelSpec
 from fedtune.model.unsupported_models import OWED, check_content
 from fedtune.privacy.accountant import format_epsilon
-from fedtune.privacy.selection import Selection, compute_search_price
+from fedtune.privacy.selection import Selection, compute_search_cost
 from fedtune.report.from_run import build_run_report, sum_start_losses
 from fedtune.report.synthetic_card import describe_run
-from fedtune.runs.environment import start_lineage
+from fedtune.runs.environment import build_start_lineage
 from fedtune.runs.lineage import PRIVATE_BASES, build_lineage, read_base_lineage, walk_lineage
 from fedtune.runs.public_stage import build_public_stage_config
 from fedtune.sites.run_records import find_card_path
@@ -97,21 +97,21 @@ def test_lineage_keeps_every_prior_run_once(first_run: Any, merged_base: Any, se
     assert mark_of(export_merged(run, tmp_path / "again")) == both
     config = read_saved_config(run)
     digest = read_lineage(run)["digest"]
-    on_top = start_lineage(with_base(config, merged_base, adapter=str(run), adapter_sha256=digest)) or {}
+    on_top = build_start_lineage(with_base(config, merged_base, adapter=str(run), adapter_sha256=digest)) or {}
     assert on_top == both | {"head": None}, "an adapter on a base that owes"
     alone = shutil.copytree(run / "adapter", tmp_path / "handed" / "on")
-    handed = start_lineage(with_base(config, merged_base, adapter=str(alone), adapter_sha256=digest)) or {}
+    handed = build_start_lineage(with_base(config, merged_base, adapter=str(alone), adapter_sha256=digest)) or {}
     assert (handed["epsilon"], handed["start_adapter"]) == ("unknown", read_lineage(first_run))
     silent = shutil.copytree(run, tmp_path / "silent")
     edit_json(silent / "run.json", provenance=read_result(run)["provenance"] | {"start_adapter": None})
-    assert start_lineage(with_base(config, merged_base, adapter=str(silent), adapter_sha256=digest)) == on_top
+    assert build_start_lineage(with_base(config, merged_base, adapter=str(silent), adapter_sha256=digest)) == on_top
 
 
 def test_exported_search_trial_inherits_the_search_cost(first_run: Path, tmp_path: Path) -> None:
     picked, plan = shutil.copytree(first_run, tmp_path / "first"), read_saved_config(first_run).plan()
     told: Any = {"search": "s", "method": "grid", "primary_metric": "loss", "score": 0.5}
-    price = compute_search_price([plan] * 3)
-    (picked / "selection.json").write_text(json.dumps(asdict(Selection.from_price(price, [plan] * 3, **told))))
+    price = compute_search_cost([plan] * 3)
+    (picked / "selection.json").write_text(json.dumps(asdict(Selection.from_cost(price, [plan] * 3, **told))))
     assert price.epsilon > read_lineage(first_run)["epsilon"]
     mark = mark_of(export_merged(picked, tmp_path / "base"))
     assert (mark["epsilon"], mark["delta"]) == (price.epsilon, price.delta)
@@ -131,7 +131,7 @@ def test_damaged_lineage_mark_counts_as_unknown_spending(second_run: Any, tmp_pa
     folder.mkdir()
     (folder / "model.safetensors").touch()
     (folder / "config.json").write_text(json.dumps({OWED: mark}))
-    start = start_lineage(with_base(read_saved_config(second_run[0]), folder)) or {}
+    start = build_start_lineage(with_base(read_saved_config(second_run[0]), folder)) or {}
     assert sum_start_losses(start)[1] is None
     assert start == UNKNOWN or (start, start["start_adapter"]) == (DEBT | {"start_adapter": UNKNOWN}, UNKNOWN)
     (folder / "config.json").write_text('{"fedtune_owed": ')
@@ -180,9 +180,9 @@ def test_run_on_synthetic_records_inherits_their_spending(first_run: Path, tmp_p
         build_public_stage_config(public)
     for damaged in ({"sha256": "0" * 64}, {"runs": []}, {"runs": [{}]}, {"runs": 5}):
         find_card_path(texts, ".json").write_text(json.dumps(told | damaged))
-        assert start_lineage(config) == UNKNOWN
+        assert build_start_lineage(config) == UNKNOWN
     find_card_path(texts, ".json").unlink()
-    assert start_lineage(config) is None
+    assert build_start_lineage(config) is None
 
 
 def test_public_stage_is_refused_on_a_base_with_prior_spending(second_run: Any, merged_base: Path) -> None:
@@ -194,7 +194,7 @@ def test_public_stage_is_refused_on_a_base_with_prior_spending(second_run: Any, 
         config, merged_base, adapter=str(second_run[0]), adapter_sha256=read_lineage(second_run[0])["digest"]
     )
     with pytest.raises(ConfigError, match="it was trained on other records"):
-        start_lineage(stage)
+        build_start_lineage(stage)
 
 
 def test_private_base_adds_its_stated_spending(second_run: Any, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_private_base_adds_its_stated_spending(second_run: Any, tmp_path: Path) 
     (folder / "config.json").write_text('{"model_type": "vaultgemma"}')
     stated = PRIVATE_BASES["vaultgemma"]
     assert (stated["epsilon"], stated["delta"], stated["unit"]) == (2.0, 1.1e-10, "sequence of 1,024 tokens")
-    assert start_lineage(with_base(read_saved_config(second_run[0]), folder)) == stated
+    assert build_start_lineage(with_base(read_saved_config(second_run[0]), folder)) == stated
     (folder / "config.json").write_text(json.dumps({"model_type": "vaultgemma", OWED: DEBT}))
     assert read_base_lineage(ModelSpec(path=str(folder))) == [DEBT, stated], "an exported model owes both"
     (folder / "config.json").write_text(json.dumps({"model_type": "vaultgemma", OWED: build_lineage([DEBT, stated])}))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.federation.early_stopping import Kept, explain_used_up, find_kept_round, should_stop
+from fedtune.federation.early_stopping import Kept, explain_exhausted_plan, find_kept_round, should_stop
 from fedtune.federation.lead import RoundResult
 from fedtune.federation.spec import FederationSpec
 
@@ -83,7 +83,7 @@ def test_exhausted_plan_ends_the_run_and_the_missing_round_is_explained() -> Non
     federation = FederationSpec(num_rounds=3, spare_rounds=1)
     last = round_of(3, sites=(), failed_sites={"a": "plan_exhausted", "b": "no_reply"}, metrics={"accuracy": 0.5})
     assert should_stop([*make_rounds(0.5, 0.5), last], federation, primary_metric="accuracy")
-    said = explain_used_up([*make_rounds(0.5, 0.5), last], federation)
+    said = explain_exhausted_plan([*make_rounds(0.5, 0.5), last], federation)
     assert "Round 3 of 4 is missing" in said
     assert "which exhausted the plan of a." in said
     assert "Set federation.spare_rounds=2 in the next run" in said
@@ -93,4 +93,4 @@ def test_exhausted_plan_ends_the_run_and_the_missing_round_is_explained() -> Non
         [round_of(1, sites=("b",), failed_sites={"a": "plan_exhausted"}, metrics={})],
     ):
         assert not should_stop(others, federation, primary_metric="accuracy")
-        assert explain_used_up(others, federation) == ""
+        assert explain_exhausted_plan(others, federation) == ""

@@ -76,7 +76,7 @@ def test_noiseless_plan_has_infinite_epsilon() -> None:
 def test_alternatives_stay_within_epsilon() -> None:
     plan = golden(noise_multiplier=2.0, sampling_rate=0.1, local_steps=5, num_rounds=3)
     epsilon = planner.compute_target_epsilon(plan)
-    changes = {change.what: change for change in planner.price_alternatives(plan, epsilon=epsilon)}
+    changes = {change.what: change for change in planner.compute_alternatives(plan, epsilon=epsilon)}
     batches = ["batches x 1.5 (rate 0.15)", "batches x 2 (rate 0.2)"]
     assert list(changes) == ["5 rounds", "6 rounds", *batches, "delta 1e-06", f"epsilon {epsilon / 2:.4g}"]
     for change in changes.values():
@@ -93,14 +93,14 @@ def test_alternatives_stay_within_epsilon() -> None:
 
 def test_alternative_sampling_rate_is_capped_at_one() -> None:
     plan = golden(noise_multiplier=8.0, sampling_rate=0.8, local_steps=2, num_rounds=2)
-    assert {change.plan.sampling_rate for change in planner.price_alternatives(plan, epsilon=2.0)} == {0.8, 1.0}
+    assert {change.plan.sampling_rate for change in planner.compute_alternatives(plan, epsilon=2.0)} == {0.8, 1.0}
     full = replace(plan, sampling_rate=1.0)
-    assert {change.plan.sampling_rate for change in planner.price_alternatives(full, epsilon=3.0)} == {1.0}
+    assert {change.plan.sampling_rate for change in planner.compute_alternatives(full, epsilon=3.0)} == {1.0}
 
 
 def test_alternatives_without_a_computable_epsilon_are_skipped() -> None:
     plan = golden(delta=1e-21 * 2 * 4, noise_multiplier=8.0, local_steps=2, num_rounds=2)
-    whats = [change.what for change in planner.price_alternatives(plan, epsilon=2.0)]
+    whats = [change.what for change in planner.compute_alternatives(plan, epsilon=2.0)]
     assert whats[0] == "3 rounds"
     assert not any(what.startswith("delta") for what in whats)
 
@@ -263,4 +263,4 @@ def test_solved_plans_meet_the_target_over_all_planned_runs() -> None:
         replace(plan, noise_multiplier=planner.find_least_noise(plan, epsilon=8.0)),
     ):
         assert 6.0 < list_spent(solved, 3)[0] <= 8.0
-    assert planner.price_alternatives(plan, epsilon=6.0)[-1].same_noise_epsilon == pytest.approx(6.0, abs=0.02)
+    assert planner.compute_alternatives(plan, epsilon=6.0)[-1].same_noise_epsilon == pytest.approx(6.0, abs=0.02)

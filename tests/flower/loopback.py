@@ -20,7 +20,7 @@ from sqlalchemy import create_engine
 
 from fedtune.federation.replies import StoppingRule
 from fedtune.federation.spec import FederationSpec
-from fedtune.flower.asking_grid import Heard
+from fedtune.flower.asking_grid import ClassifiedAnswer
 from fedtune.ops.wire.identity import Tls
 from fedtune.ops.wire.remote_grid import RemoteGrid
 from fedtune.privacy.keys import SigningKey
@@ -126,7 +126,7 @@ class Loopback:
         self,
         names: Any,
         *,
-        hear: Any = lambda *_: Heard(good=True),
+        hear: Any = lambda *_: ClassifiedAnswer(good=True),
         closing: Any = None,
         patience_s: float = 0.0,
         **waiting: Any,

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from fedtune.federation.replies import StoppingRule
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import asking_grid
-from fedtune.flower.asking_grid import FlowerGrid, Heard
+from fedtune.flower.asking_grid import ClassifiedAnswer, FlowerGrid
 from fedtune.flower.internals import set_metadata, set_sender_ids
 from fedtune.spec import RunError
 
@@ -86,7 +86,7 @@ def read_word(answer: Message) -> str:
     return str(answer.content.config_records["said"]["word"])
 
 
-def make_grid(fake: FakeGrid, *, hear: Any = lambda *_: Heard(good=True), **waiting: Any) -> FlowerGrid:
+def make_grid(fake: FakeGrid, *, hear: Any = lambda *_: ClassifiedAnswer(good=True), **waiting: Any) -> FlowerGrid:
     spec = FederationSpec(num_sites=2, site_names=tuple(KEYS), **waiting)
     return FlowerGrid(fake, KEYS, hear=hear, closing=lambda: StoppingRule(spec))
 
@@ -138,16 +138,16 @@ def test_provisional_answer_before_an_app_failure_is_discarded() -> None:
     def answer(message: Message, number: int) -> Message:
         return says(message, "paused") if number == 1 else Message(Error(0, "x"), reply_to=message)
 
-    waits = make_grid(FakeGrid(answer, north="1"), hear=lambda *_: Heard(good=False, again_s=0.05))
+    waits = make_grid(FakeGrid(answer, north="1"), hear=lambda *_: ClassifiedAnswer(good=False, again_s=0.05))
     assert receive_words(waits, 1, timeout=0.5) == {}
 
 
 def test_late_site_is_asked_on_arrival_without_asking_other_sites_again() -> None:
     fake = FakeGrid(lambda message, _: says(message, "yes"), north="1")
 
-    def hear(*_: Any) -> Heard:
+    def hear(*_: Any) -> ClassifiedAnswer:
         fake.activated = {"north": "2", "south": "1"}
-        return Heard(good=True)
+        return ClassifiedAnswer(good=True)
 
     assert receive_words(make_grid(fake, hear=hear), 1, 2) == {1: "yes", 2: "yes"}
     assert [node for node, _ in fake.asked] == [700, 701]
@@ -155,7 +155,7 @@ def test_late_site_is_asked_on_arrival_without_asking_other_sites_again() -> Non
 
 @pytest.mark.parametrize("paused", [False, True])
 def test_provisional_answer_counts_at_the_timeout_or_during_a_pause(*, paused: bool) -> None:
-    heard = {1: Heard(good=False, again_s=60.0, idle=paused), 2: Heard(good=True)}
+    heard = {1: ClassifiedAnswer(good=False, again_s=60.0, idle=paused), 2: ClassifiedAnswer(good=True)}
     waiting = make_grid(
         FakeGrid(lambda message, number: says(message, f"{number}")),
         hear=lambda site, *_: heard[site],
@@ -171,15 +171,15 @@ def test_paused_answer_before_an_unanswered_retry_is_discarded(monkeypatch: pyte
     """The site was paused at the first request but may have been charged at the second, so the lead must ask again."""
     monkeypatch.setattr(asking_grid, "_WORKING_AFTER_S", 0.1)
     fake = FakeGrid(lambda message, number: says(message, "paused") if number == 1 else None, north="1")
-    grid = make_grid(fake, hear=lambda *_: Heard(good=False, again_s=0.02, idle=True))
+    grid = make_grid(fake, hear=lambda *_: ClassifiedAnswer(good=False, again_s=0.02, idle=True))
     assert receive_words(grid, 1, timeout=1) == {}
     assert len(fake.asked) == 2
 
 
 def test_provisional_answer_is_requested_again_until_final() -> None:
-    def hear(number: int, question: Message, answer: Message) -> Heard:
+    def hear(number: int, question: Message, answer: Message) -> ClassifiedAnswer:
         assert (number, question.metadata.dst_node_id) == (1, 1)
-        return Heard(good=True, again_s=None if read_word(answer) == "3" else 0.01)
+        return ClassifiedAnswer(good=True, again_s=None if read_word(answer) == "3" else 0.01)
 
     fake = FakeGrid(lambda message, number: says(message, str(number)), north="1")
     assert receive_words(make_grid(fake, hear=hear), 1) == {1: "3"}

@@ -15,7 +15,7 @@ from fedtune.config import RunConfig
 from fedtune.federation.protocol import Invitation, Reply, compute_answer_digest
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
-from fedtune.flower.asking_grid import Heard as Answered
+from fedtune.flower.asking_grid import ClassifiedAnswer as Answered
 from fedtune.flower.internals import set_sender_ids
 from fedtune.model.adapter import Adapter
 from fedtune.ops.deployment import OFFER, LeadService, _AnswerClassifier

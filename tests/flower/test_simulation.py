@@ -26,7 +26,7 @@ from fedtune.flower.bundle import make_server_app
 from fedtune.flower.internals import set_sender_ids
 from fedtune.flower.local_engine import compute_gpu_share
 from fedtune.flower.simulation import InProcessGrid
-from fedtune.flower.site_app import SiteAway, forward_message
+from fedtune.flower.site_app import SiteUnavailable, forward_message
 from fedtune.model.adapter import Adapter
 from fedtune.spec import ConfigError, RunError
 from fedtune.training.spec import RuntimeSpec
@@ -230,7 +230,7 @@ def test_actor_answers_only_for_its_own_run(compose_ray: Any, tmp_path: Path, mo
     file.write_text(json.dumps(asked))
     assert (name(), os.getcwd()) == ("site-3", "/")
     sys.modules["ray"].is_initialized = lambda: False  # type: ignore[attr-defined]
-    with pytest.raises(SiteAway):  # a SuperNode has the socket alone, whatever its configuration and the run say
+    with pytest.raises(SiteUnavailable):  # a SuperNode has the socket alone, whatever its configuration and the run say
         name()
 
 

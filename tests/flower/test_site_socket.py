@@ -23,7 +23,7 @@ from fedtune.federation.transport import Question
 from fedtune.flower import flower_records, site_app, site_socket
 from fedtune.flower.client import make_node_context
 from fedtune.flower.internals import set_metadata, set_sender_ids
-from fedtune.flower.site_socket import ask_site, listen_at, pack, record_from_bytes, serve_one, unpack
+from fedtune.flower.site_socket import ask_site, listen_at, pack, record_from_bytes, serve_connection, unpack
 from fedtune.model.adapter import Adapter
 from fedtune.spec import ConfigError
 
@@ -86,7 +86,7 @@ class Site:
         with listen_at(self.path) as server:
             self._up.set()
             while not self._stop.is_set():
-                serve_one(server, self.answer, wait_s=0.05)
+                serve_connection(server, self.answer, wait_s=0.05)
 
     def __enter__(self) -> "Site":
         self._thread.start()
@@ -278,7 +278,7 @@ def test_app_forwards_every_kind_of_message(site: Site, kind: str) -> None:
 def test_app_error_contains_only_the_exception_class(tmp_path: Path, site: Site) -> None:
     foreign = RecordDict({"canary-31": MetricRecord({"canary-31": 1.0})})
     for path, name in ((tmp_path / "canary-31.sock", "FileNotFoundError"), (site.path, "ValueError")):
-        with pytest.raises(site_app.SiteAway) as raised:
+        with pytest.raises(site_app.SiteUnavailable) as raised:
             ask_app(path, foreign)
         assert str(raised.value) == name
         assert raised.value.__cause__ is None

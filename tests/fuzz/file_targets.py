@@ -127,7 +127,7 @@ def _resign_body(data: bytes) -> None:
     try:
         for fields in json.loads(data):
             event = Event(**{**fields, "hash": "", "signature": ""})
-            before = event.hash_after(before)
+            before = event.compute_hash_after(before)
             values = {**asdict(event), "detail": to_canonical_json(event.detail).decode(), "hash": before}
             values["signature"] = seeds.key(2).sign(EVENT, before.encode())
             rows.append([*values.values()])

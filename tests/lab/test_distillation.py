@@ -27,7 +27,7 @@ from fedtune.model.unsupported_models import OWED
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.report.from_run import sum_start_losses
 from fedtune.report.synthetic_card import compose_losses, describe_run, find_card_path
-from fedtune.runs.environment import start_lineage
+from fedtune.runs.environment import build_start_lineage
 from fedtune.sites.run_records import RunRecords
 from fedtune.spec import RUN_SCHEMA
 from fedtune.tasks.saved import SavedAdapter, load_task_model
@@ -165,7 +165,7 @@ def test_student_card_adds_the_cost_of_synthetic_texts(
     (both,) = re.findall(r"\(writer_2[^)]*\)\. The student's total privacy loss is at most: epsilon (\S+) at", text)
     assert float(both) == pytest.approx(own.epsilon + 2, abs=2e-3)
     assert "as the person who provided them declared" not in text
-    start = start_lineage(replace(run.config, model=ModelSpec(path=str(folder)))) or {}
+    start = build_start_lineage(replace(run.config, model=ModelSpec(path=str(folder)))) or {}
     assert sum_start_losses(start) == pytest.approx((own.epsilon + 2, own.delta + 1e-6))
     assert (start["from"], start["start_adapter"]["from"]) == (run.config.name, "writer_2")
     assert not (folder / "label.svg").exists(), "it would say what its teacher owes"

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.extras import install_command
+from fedtune.extras import build_install_command
 from fedtune.flower.site_socket import listen_at
 from fedtune.model.base_model import hash_model
 from fedtune.model.manifest import build_manifest
@@ -370,7 +370,7 @@ def test_doctor_names_missing_packages_and_install_commands(home: Home, monkeypa
         ("data", "data", f"{home.folder / 'records.parquet'} requires pyarrow"),
     ):
         assert found[name] == said
-        assert checks[name].fix == f"Run `{install_command(extra)}`."
+        assert checks[name].fix == f"Run `{build_install_command(extra)}`."
     assert compute_exit_code(checks) == 2
 
 

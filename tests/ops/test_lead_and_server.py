@@ -26,7 +26,7 @@ from fedtune.ops.services.lead_and_server import (
     read_latest_answers,
 )
 from fedtune.privacy.keys import SigningKey
-from fedtune.runs.federation_run import Followed
+from fedtune.runs.federation_run import UpdatingListener
 from fedtune.spec import ConfigError
 
 from .conftest import Desk
@@ -116,7 +116,7 @@ def test_run_folder_records_the_process_id_only_during_the_run(tmp_path: Path) -
 
 def test_latest_site_answers_are_stored_and_displayed(tmp_path: Path, now: datetime) -> None:
     shown, state, update = Mock(), Mock(), Mock()
-    noted = _RecordingListener(Followed(shown, update), tmp_path, Mock())
+    noted = _RecordingListener(UpdatingListener(shown, update), tmp_path, Mock())
     assert read_latest_answers(tmp_path) == {}
     told = [
         call.on_site_answered("north", "awaiting_approval", num_bytes=10, charged_rounds=0),
@@ -125,7 +125,7 @@ def test_latest_site_answers_are_stored_and_displayed(tmp_path: Path, now: datet
         call.note("about the data"),
         call.on_site_replied(2),
         call.on_preparing("checking the model on this machine", 1, 2),
-        call.round_finished(state),
+        call.on_round_finished(state),
         call.on_prepared(state, state, state),
     ]
     for name, arguments, options in told:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fedtune.privacy import events, filter
 from fedtune.privacy.cohorts import compute_period_number
-from fedtune.privacy.ledger import history, spending
+from fedtune.privacy.ledger import history, run_acceptance
 from fedtune.privacy.ledger.site_ledger import Reservation, SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
@@ -68,7 +68,7 @@ class Game:
         now = self.ledger.history.now(server=self.server or self.ledger.history.last_time)
         try:
             self.policy.check(proposal)
-            spending.require_plan_room(self.ledger.history, self.policy, proposal.plan, now)
+            run_acceptance.require_plan_room(self.ledger.history, self.policy, proposal.plan, now)
         except Refused:
             return False
         return True
@@ -144,7 +144,7 @@ def move(game: Game, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
     if action in ("exact", "more", "any"):
         plan = draw(st.sampled_from(SETTINGS))
         wanted = make_proposal(run=name, plan=plan | {"num_rounds": 20})
-        fits = spending.find_max_rounds(wanted, game.would_accept)
+        fits = run_acceptance.find_max_rounds(wanted, game.would_accept)
         count = {"exact": fits, "more": fits + 1, "any": draw(st.integers(1, 20))}[action]
         if not 1 <= count <= 20:
             return
@@ -191,7 +191,7 @@ def test_greedy_adversary_approaches_the_cap_without_exceeding_it(path: Path) ->
     game = Game(path, make_policy(releases={"metrics": "noised"}))
     for number, plan in enumerate(SETTINGS * 3):
         wanted = make_proposal(run=f"run {number}", plan=plan | {"num_rounds": 20})
-        fits = spending.find_max_rounds(wanted, game.would_accept)
+        fits = run_acceptance.find_max_rounds(wanted, game.would_accept)
         for rounds, accepted in ((fits + 1, False), (fits, True)):
             if not 1 <= rounds <= 20:
                 continue
@@ -202,4 +202,4 @@ def test_greedy_adversary_approaches_the_cap_without_exceeding_it(path: Path) ->
     assert game.refused > 2
     assert 10.9 < game.spent <= 11.0
     history = game.ledger.history
-    assert 0.95 < spending.compute_spent_fraction(history, history.count_total_charges(), cap=history.cap) <= 1
+    assert 0.95 < run_acceptance.compute_spent_fraction(history, history.count_total_charges(), cap=history.cap) <= 1

@@ -52,15 +52,18 @@ def make_event(**changes: Any) -> Event:
 
 def test_event_hash_matches_the_golden_value() -> None:
     # It lies in ledgers: a change of it is a change of format.
-    assert make_event().hash_after(chain.START) == "2ebf57e37ffcde6b2bda9df1b9f42ca10c63cd8c3aa8446943fe3dd89d2d2f22"
+    assert (
+        make_event().compute_hash_after(chain.START)
+        == "2ebf57e37ffcde6b2bda9df1b9f42ca10c63cd8c3aa8446943fe3dd89d2d2f22"
+    )
 
 
 def test_event_hash_covers_every_field_except_hash_and_signature() -> None:
     assert set(EVENT) == {field.name for field in fields(Event)} - {"hash", "signature"}
-    hashes = {make_event(**{name: other}).hash_after(chain.START) for name, (_, other) in EVENT.items()}
-    own = make_event().hash_after(chain.START)
-    assert len(hashes | {own, make_event().hash_after("1" * 64)}) == len(EVENT) + 2
-    assert replace(make_event(), hash="x", signature="y").hash_after(chain.START) == own
+    hashes = {make_event(**{name: other}).compute_hash_after(chain.START) for name, (_, other) in EVENT.items()}
+    own = make_event().compute_hash_after(chain.START)
+    assert len(hashes | {own, make_event().compute_hash_after("1" * 64)}) == len(EVENT) + 2
+    assert replace(make_event(), hash="x", signature="y").compute_hash_after(chain.START) == own
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -72,7 +75,7 @@ def test_event_hash_separates_adjacent_fields(run: str, request: str, dataset: s
         make_event(run=run, request=request + dataset, dataset=""),
         make_event(run=request, request=run, dataset=dataset),
     ):
-        assert (one.hash_after(chain.START) == other.hash_after(chain.START)) == (one == other)
+        assert (one.compute_hash_after(chain.START) == other.compute_hash_after(chain.START)) == (one == other)
 
 
 def test_canonical_json_is_unique_and_rejects_infinity() -> None:

@@ -22,7 +22,7 @@ from fedtune.privacy.release import Reason
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Dataset, Policy, Population
 from fedtune.report.page.translations import load_catalog
-from fedtune.show.budget_text import ArrivalRange, merge_adjacent
+from fedtune.show.budget_text import ArrivalRange, merge_adjacent_ranges
 from fedtune.spec import ConfigError, RunError
 
 from .builders import change_values, make_policy, make_proposal, plan, read_refusal_reason, train
@@ -101,7 +101,7 @@ def test_arrival_groups_have_readable_names() -> None:
         "People who joined in 2028 or later",
     ]
     assert [one.dates for one in groups] == ["…", "?", "…–2024", "…", "…–2024", "2025", "2026–2027", "2028–…"]  # noqa: RUF001
-    joined = merge_adjacent({2: groups[2], 3: groups[5], 5: groups[7]})
+    joined = merge_adjacent_ranges({2: groups[2], 3: groups[5], 5: groups[7]})
     assert joined == [ArrivalRange(first=None, last="2025"), groups[7]]
 
 

@@ -144,7 +144,7 @@ def test_epsilons_for_four_sites_match_reference_values(
 ) -> None:
     """Rate 0.3, 50 releases, nobody drops: the server alone, and all others against one."""
     total = calibrate_noise(epsilon=target, delta=DELTA, sampling_rate=0.3, steps=50)
-    share = Together(num_sites=4, threshold=4, colluders=0).share_for_total(total)
+    share = Together(num_sites=4, threshold=4, colluders=0).compute_share_for_total(total)
     found = compute_epsilons_by_adversary(make_shared(share, 4), survivors={4: 50}, sampling_rate=0.3, delta=DELTA)
     assert 0.998 * target < found.server_alone <= target
     assert found.with_colluders == found.server_alone, "with no colluders these are the same"

@@ -141,7 +141,7 @@ def test_combined_noise_never_exceeds_the_sum_of_variances(noise: float, shares:
 @given(st.floats(0.02, 1e3), st.integers(2, 1024), st.data())
 def test_noise_share_suffices_for_the_honest_sites_of_the_smallest_sum(total: float, threshold: int, data: Any) -> None:
     colluders = data.draw(st.integers(0, threshold - 1))
-    one = Together(num_sites=threshold, threshold=threshold, colluders=colluders).share_for_total(total)
+    one = Together(num_sites=threshold, threshold=threshold, colluders=colluders).compute_share_for_total(total)
     honest = threshold - colluders
     assert Fraction(one) ** 2 * honest >= Fraction(total) ** 2 * (1 - Fraction(1, 2**50))
     assert distributed_noise.combine_noise_shares(one, honest) >= total

@@ -110,18 +110,18 @@ def test_only_the_newest_attempt_can_be_committed(open_ledger: Any, path: Path) 
 
 
 def test_algorithm_state_belongs_to_the_newest_reply_of_its_run(open_ledger: Any) -> None:
-    assert open_ledger().algorithm_state("r") == b"", "lost state is none"
+    assert open_ledger().read_algorithm_state("r") == b"", "lost state is none"
     open_ledger().commit(reserve(open_ledger(), make_proposal(), 1), b"reply 1", state=b"after round 1")
-    assert open_ledger().algorithm_state("r") == b"after round 1"
-    assert open_ledger().algorithm_state("another") == b""
+    assert open_ledger().read_algorithm_state("r") == b"after round 1"
+    assert open_ledger().read_algorithm_state("another") == b""
     reserve(open_ledger(), make_proposal(), 2)  # the process dies before it commits
-    assert open_ledger().algorithm_state("r") == b"after round 1"
+    assert open_ledger().read_algorithm_state("r") == b"after round 1"
     again = reserve(open_ledger(), make_proposal(), 2)
     with pytest.raises(RuntimeError), patch.object(EventStore, "append_event", side_effect=RuntimeError):
         open_ledger().commit(again, b"reply 2", state=b"after round 2")
-    assert open_ledger().algorithm_state("r") == b"after round 1", "one transaction holds reply, state and event"
+    assert open_ledger().read_algorithm_state("r") == b"after round 1", "one transaction holds reply, state and event"
     open_ledger().commit(again, b"reply 2", state=b"after round 2")
-    assert open_ledger().algorithm_state("r") == b"after round 2"
+    assert open_ledger().read_algorithm_state("r") == b"after round 2"
 
 
 def test_newest_reply_is_stored_and_resent_without_charge(open_ledger: Any, path: Path) -> None:

@@ -10,7 +10,7 @@ from scipy import special
 
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.run_plan import Plan
-from fedtune.privacy.selection import compute_search_price
+from fedtune.privacy.selection import compute_search_cost
 
 from ..conftest import run_plan
 
@@ -31,7 +31,7 @@ def compute_plan_rdp(plan: Plan) -> dict[int, float]:
 
 def test_search_trials_are_charged_as_a_composition_of_all_steps() -> None:
     other = replace(run_plan(), local_steps=5, noise_multiplier=3.0)
-    price = compute_search_price([run_plan(), other, run_plan()])
+    price = compute_search_cost([run_plan(), other, run_plan()])
     both = {a: 2 * one + compute_plan_rdp(other)[a] for a, one in compute_plan_rdp(run_plan()).items()}
     # Canonne, Kamath, Steinke 2020, Proposition 12.
     found = min(rho + math.log1p(-1 / a) - math.log(run_plan().delta * a) / (a - 1) for a, rho in both.items())
@@ -42,5 +42,5 @@ def test_search_trials_are_charged_as_a_composition_of_all_steps() -> None:
     every = ComposedDpEvent((run_plan().full_event, other.full_event, run_plan().full_event))
     assert price.epsilon_filter == filter.find_smallest_cap(every, delta=1e-5)[0]
     assert price.trials == 3
-    without = compute_search_price([replace(run_plan(), noise_multiplier=0.0)] * 2)
+    without = compute_search_cost([replace(run_plan(), noise_multiplier=0.0)] * 2)
     assert (without.private, without.epsilon) == (False, math.inf)

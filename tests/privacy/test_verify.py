@@ -80,7 +80,7 @@ def rehash_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     before, made = chain.START, []
     for number, row in enumerate(rows, 1):
         values = row | {"sequence": number, "kind": Kind(row["kind"]), "detail": json.loads(row["detail"])}
-        before = chain.Event(**values).hash_after(before)
+        before = chain.Event(**values).compute_hash_after(before)
         made.append(row | {"sequence": number, "hash": before})
     return made
 
@@ -278,7 +278,7 @@ def test_invalid_event_leaves_the_history_unchanged(open_ledger: Any, path: Path
     good, before = path.read_bytes(), ledger.history.count_total_charges()
     row = read_rows(path)[-1]
     wrong = row | {"sequence": 5, "attempt": 7, "kind": Kind.RESERVE, "detail": json.loads(row["detail"])}
-    event = chain.Event(**wrong).hash_after(row["hash"])
+    event = chain.Event(**wrong).compute_hash_after(row["hash"])
     signed = dataclasses.replace(chain.Event(**wrong), hash=event, signature=site_key.sign(chain.EVENT, event.encode()))
     with store.open_for_writing(path) as file:
         store.insert_event(file, signed)

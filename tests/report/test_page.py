@@ -171,7 +171,7 @@ def test_hostile_names_are_escaped_on_the_page(language: str) -> None:
 
 @pytest.mark.parametrize("text", [HOSTILE, 'a\\b\n"; } body { display: none', "</style><script>", "ü病"])
 def test_css_strings_cannot_be_escaped_from(text: str) -> None:
-    made = render.css_string(text)
+    made = render.quote_css_string(text)
     assert re.fullmatch(r'"(?:[A-Za-z0-9]|\\[0-9a-f]+ )*"', made)
     assert re.sub(r"\\([0-9a-f]+) ", lambda match: chr(int(match.group(1), 16)), made[1:-1]) == text
 
@@ -401,7 +401,7 @@ def test_every_page_of_a_study_shows_its_banner_first(run_report: Report, ledger
         html = render.render(report, language=language)
         first = [join_words(one) for one in main(html).iter() if one.tag in ("p", "h1")][: len(banners)]
         assert first == [said[code] for code in banners]
-        on_paper = [str(render.css_string(" ".join(first)))] if banners else []
+        on_paper = [str(render.quote_css_string(" ".join(first)))] if banners else []
         assert re.findall(r"@top-center \{ content: (\".*?\");", html) == on_paper
 
 

@@ -258,7 +258,7 @@ def test_group_bound_is_the_smaller_of_epsilon_and_triangle_bounds() -> None:
     for epsilon, members in ((1.6, 2), (1.6, 5), (0.1, 2), (8.0, 2)):
         right = profile.bound_right_of_100_by_epsilon(epsilon, 1e-5)
         found = profile.bound_right_guesses_for_several(None, right, epsilon=epsilon, delta=1e-5, members=members)
-        for_all = profile.bound_right_of_100_by_epsilon(*profile.group_privacy(epsilon, 1e-5, members=members))
+        for_all = profile.bound_right_of_100_by_epsilon(*profile.apply_group_privacy(epsilon, 1e-5, members=members))
         assert found == min(100, 50 + members * (right - 50), for_all)
         assert right < found
     many = {PoissonSampledDpEvent(0.01, GaussianDpEvent(1 + number)): 1 for number in range(9)}
@@ -328,13 +328,13 @@ def test_posterior_failure_probability_can_exceed_delta_many_times() -> None:
 
 def test_group_privacy_degrades_with_the_number_of_records() -> None:
     for one, digits, of_five in ((1, 6, 8.6e-5), (3, 2, 0.17)):
-        epsilon, delta = profile.group_privacy(one, _DELTA, members=5)
+        epsilon, delta = profile.apply_group_privacy(one, _DELTA, members=5)
         assert (epsilon, round(delta, digits)) == (5 * one, of_five)
-    assert profile.group_privacy(1, _DELTA, members=1) == (1, _DELTA)
-    assert profile.group_privacy(8, _DELTA, members=1000) == (8000, 1.0)
-    assert profile.group_privacy(0, _DELTA, members=3) == (0, 3 * _DELTA)
-    assert profile.group_privacy(2, 0, members=3) == (6, 0)
-    assert profile.group_privacy(5, 0.01, members=4) == (20, 1.0)
+    assert profile.apply_group_privacy(1, _DELTA, members=1) == (1, _DELTA)
+    assert profile.apply_group_privacy(8, _DELTA, members=1000) == (8000, 1.0)
+    assert profile.apply_group_privacy(0, _DELTA, members=3) == (0, 3 * _DELTA)
+    assert profile.apply_group_privacy(2, 0, members=3) == (6, 0)
+    assert profile.apply_group_privacy(5, 0.01, members=4) == (20, 1.0)
 
 
 def test_ceilings_are_trivial_at_huge_epsilon_and_at_zero() -> None:

@@ -53,7 +53,7 @@ def test_registry_entry_figures_match_the_report(report: Report) -> None:
     assert len(entry["not_protected"]) == len(report.not_protected)
     assert entry["privacy"]["holds_for"].startswith("a simulation") == ("simulation" in report.banners)
     assert entry["report_sha256"] == hashlib.sha256(signing.report_to_json(report).encode()).hexdigest()
-    text = registry.convert_registry_to_json(report, TOLD)
+    text = registry.registry_entry_to_json(report, TOLD)
     assert json.loads(text) == registry.build_registry_entry(report, TOLD)
 
 

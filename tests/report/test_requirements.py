@@ -14,7 +14,7 @@ from fedtune.report.derive.dpia_fields import BY_DESIGN, FIELDS
 from fedtune.report.facts import Verification
 from fedtune.report.gate_verdict import GateVerdict
 from fedtune.report.model import Report
-from fedtune.report.requirements import answer_requirement, collect_known_facts, map_report, read_map, write_map
+from fedtune.report.requirements import answer_requirement, collect_known_facts, map_report, read_map, render_map
 from fedtune.runs.cost import Energy
 
 from .shown import build_reports, change_facts, load_report_on_file, make_site_key, parse_page
@@ -153,7 +153,7 @@ def test_ledger_report_answers_requirements() -> None:
 @pytest.mark.parametrize("name", MAPS)
 def test_json_markdown_and_html_have_the_same_answers(name: str, report: Report) -> None:
     mapped = map_report(name, report, AboutSpec(curator="A hospital", access="<b>all</b>"), None)
-    files = write_map(mapped, name="run <1>")
+    files = render_map(mapped, name="run <1>")
     assert set(files) == {f"map_{name}.{ending}" for ending in ("json", "md", "html")}
     told = json.loads(files[f"map_{name}.json"])
     assert told == mapped

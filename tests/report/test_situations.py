@@ -18,7 +18,7 @@ from fedtune.privacy import events
 from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.release import Reason
 from fedtune.report import from_ledger, from_run, signing
-from fedtune.report.derive.verdicts import explain_missing_room, report_outcome
+from fedtune.report.derive.verdicts import explain_missing_room, find_report_outcome
 from fedtune.report.from_run import read_run
 from fedtune.report.model import Report
 from fedtune.report.page.render import render
@@ -42,7 +42,7 @@ def check(name: str, report: Report) -> Report:
     check_golden(name, report)
     words, verdict = load_catalog("en"), report.verdict
     text = read_shown_text(render(report, language="en"))
-    outcome = report_outcome(report).removesuffix("_run").removesuffix("_ledger")
+    outcome = find_report_outcome(report).removesuffix("_run").removesuffix("_ledger")
     answer = {"within": "Was the limit kept? Yes."}.get(outcome) or str(words.text(f"verdict.kept_{outcome}"))
     assert html.unescape(answer) in text
     for reason in verdict.reasons:
@@ -173,7 +173,7 @@ def test_two_runs_on_one_data_set_add_up(kept_site_runs: Path) -> None:
 def test_crashed_run_reports_an_upper_bound(
     command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(display.Display, "round_finished", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(display.Display, "on_round_finished", Mock(side_effect=KeyboardInterrupt))
     assert command("simulate", *tiny(into=tmp_path)).code == 1
     folder = tmp_path / "run"
     report = check("crashed", from_run.build_run_report(folder))

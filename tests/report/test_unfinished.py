@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
-from fedtune.cli.command import InterruptTold
+from fedtune.cli.command import ReportedInterrupt
 from fedtune.cli.interruptible_run import run_simulation
 from fedtune.config import read_saved_config
 from fedtune.federation.lead import Checkpoints, LeadState
@@ -95,7 +95,7 @@ def test_page_writing_takes_a_small_share_of_the_time(
 def simulate_and_see(words: list[str], patched: Any, *, interrupt_after: int = 0) -> tuple[Path, list[str]]:
     """A run whose page is due after each round, and its page then."""
     patched.setattr(run_page, "_SHARE", 0)
-    config, seen, finished = compose_run(words), [], Display.round_finished
+    config, seen, finished = compose_run(words), [], Display.on_round_finished
     folder = find_run_folder(config)
 
     def see(self: Display, state: LeadState) -> None:
@@ -104,8 +104,8 @@ def simulate_and_see(words: list[str], patched: Any, *, interrupt_after: int = 0
         if len(seen) == interrupt_after:
             raise KeyboardInterrupt
 
-    patched.setattr(Display, "round_finished", see)
-    with pytest.raises(InterruptTold) if interrupt_after else contextlib.nullcontext():
+    patched.setattr(Display, "on_round_finished", see)
+    with pytest.raises(ReportedInterrupt) if interrupt_after else contextlib.nullcontext():
         run_simulation(config, folder, Console(file=io.StringIO()))
     return folder, seen
 

@@ -24,7 +24,7 @@ from fedtune.privacy.accountant import epsilon_pld, format_epsilon
 from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, FinalResult, PrivacyResult, RunResult
 from fedtune.show.budget_text import ABOUT_RDP, explain_signal
 from fedtune.show.run_progress import Display, show_result
-from fedtune.sites.session import Session
+from fedtune.sites.run_cache import RunCache
 
 from ..builders import run_result
 from ..cli import snapshots
@@ -72,7 +72,7 @@ def show_rounds(config: RunConfig, *states: LeadState, of: Any = None, every_s: 
         for state in states:
             display.on_site_replied(1)
             display.on_site_replied(2)
-            display.round_finished(state)
+            display.on_round_finished(state)
     return re.sub("about .* left", "LEFT", out.getvalue()) if every_s else out.getvalue()
 
 
@@ -158,7 +158,7 @@ def test_signal_strength_is_explained_by_studies_of_the_task() -> None:
 
 
 def test_sweep_progress_shows_the_newest_line_of_a_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def print_progress(config: RunConfig, folder: Path, console: Console, *, session: Session) -> RunResult:
+    def print_progress(config: RunConfig, folder: Path, console: Console, *, cache: RunCache) -> RunResult:
         for line in ("round 1/2 | validation: loss 4.3", "round 2/2 | about 3 s left"):
             console.print(line)
             time.sleep(0.2)  # the terminal is drawn ten times a second
@@ -169,7 +169,7 @@ def test_sweep_progress_shows_the_newest_line_of_a_run(config: RunConfig, monkey
         Console(file=io.StringIO(), force_terminal=True, width=60),
         SearchTrial(config=config, folder=Path()),
     )
-    interruptible_run.run_with_summary(trial, console=console, name="2 of 3", session=Session())
+    interruptible_run.run_with_summary(trial, console=console, name="2 of 3", cache=RunCache())
     for line in ("round 1/2 | validation: loss 4.3", "round 2/2 | about 3 s left"):
         assert f"2 of 3: {line}" in console.file.getvalue()  # type: ignore[attr-defined]
 

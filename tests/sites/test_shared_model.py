@@ -174,7 +174,7 @@ def test_model_trial_runs_when_a_private_run_follows_a_plain_run(station: Any, t
 
 def test_unusable_optional_devices_fall_back_to_one_process(monkeypatch: Any, caplog: Any) -> None:
     others = Mock()  # the processes of other devices, which turn out to be of no use
-    others.prepare_crew.side_effect = ConfigError(
+    others.prepare_workers.side_effect = ConfigError(
         "runtime.num_devices",
         2,
         "must be 1 on this machine: its devices do not compute bit-identical gradients",

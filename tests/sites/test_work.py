@@ -54,7 +54,7 @@ def test_update_is_independent_of_the_number_of_devices(station: Any, tmp_path: 
     # A new ledger knows of no answer, so that the same round is trained again.
     site.edit(ledger="another.db", machine={"num_devices": 2})
     assert Adapter(site.update().tensors).digest() == first.digest()
-    crew = site.real._model.devices._crew
+    crew = site.real._model.devices._workers
     ((process, _),) = crew._members
     site.edit(ledger="third.db")
     ask = crew.ask
@@ -70,7 +70,7 @@ def test_update_is_independent_of_the_number_of_devices(station: Any, tmp_path: 
     assert run.charged_rounds == 1, "it was charged before it was trained"
     # The next round finds its devices at work again, also where one ended meanwhile.
     second = Adapter(site.update(round=2).tensors).digest()
-    ((again, _),) = site.real._model.devices._crew._members
+    ((again, _),) = site.real._model.devices._workers._members
     again.kill()
     again.join()
     site.edit(ledger="fourth.db")

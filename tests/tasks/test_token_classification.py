@@ -17,7 +17,7 @@ from fedtune.evaluation.scoring import compute_unit_scores, evaluate_examples
 from fedtune.model.base_model import load_tokenizer
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.measures import count_entities, recall_precision_f1
+from fedtune.tasks.measures import compute_recall_precision_f1, count_entities
 from fedtune.tasks.registry import get_task
 from fedtune.tasks.token_classification import decode_entities, make_entity_reader
 
@@ -246,9 +246,9 @@ def test_entity_counts_match_manual_counts_in_linear_time() -> None:
 
 
 def test_entity_scores_match_their_counts() -> None:
-    assert recall_precision_f1(np.array([4.0, 2, 1, 3, 2]), 2, 2) == (0.25, 0.5, pytest.approx(1 / 3))
-    assert recall_precision_f1(np.array([4.0, 2, 1, 3, 2]), 3, 4) == (0.75, 1.0, pytest.approx(6 / 7))
-    assert recall_precision_f1(np.zeros(5), 2, 2) == (0.0, 0.0, 0.0)
+    assert compute_recall_precision_f1(np.array([4.0, 2, 1, 3, 2]), 2, 2) == (0.25, 0.5, pytest.approx(1 / 3))
+    assert compute_recall_precision_f1(np.array([4.0, 2, 1, 3, 2]), 3, 4) == (0.75, 1.0, pytest.approx(6 / 7))
+    assert compute_recall_precision_f1(np.zeros(5), 2, 2) == (0.0, 0.0, 0.0)
     counts = np.zeros((2, 3, 5))
     counts[0] = [(2, 2, 1, 2, 2), (0, 0, 0, 0, 0), (2, 2, 1, 2, 2)]
     counts[1] = [(1, 0, 0, 0, 0), (1, 2, 1, 1, 1), (2, 2, 2, 2, 2)]

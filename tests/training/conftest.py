@@ -16,7 +16,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import Records, add_clipped, make_zero_sums, take_dp_sgd_step
 from fedtune.training.examples import SiteExamples
-from fedtune.training.local import RoundOfTraining, train_round
+from fedtune.training.local import TrainingRound, train_round
 from fedtune.training.optimizer import make_optimizer
 from fedtune.training.per_example import record_gradients
 from fedtune.training.spec import TrainingSpec
@@ -134,7 +134,7 @@ def make_records(dataset: TextDataset, *, declared_size: int = 20, max_tokens: i
     return Records(count=len(dataset), declared_size=declared_size, cut=examples.cut)
 
 
-def make_work(**changes: Any) -> RoundOfTraining:
+def make_work(**changes: Any) -> TrainingRound:
     values = {
         "site": "bank_a",
         "round": 1,
@@ -144,13 +144,13 @@ def make_work(**changes: Any) -> RoundOfTraining:
         "declared_size": 10,
         "max_adapter_value": 100.0,
     }
-    return RoundOfTraining(**(values | changes))
+    return TrainingRound(**(values | changes))
 
 
 def release_round(
     model: TaskModel,
     units: Any,
-    work: RoundOfTraining,
+    work: TrainingRound,
     *,
     randomness: Randomness | None = None,
     adapter: Adapter | None = None,

@@ -22,7 +22,7 @@ from fedtune.spec import ConfigError
 from fedtune.training import dp_step
 from fedtune.training.algorithms.algorithm_registry import ALGORITHMS, get_algorithm
 from fedtune.training.algorithms.local_algorithm import Arrays, LocalAlgorithm, NoisedGradient, RoundOutcome, SiteRound
-from fedtune.training.local import RoundOfTraining, list_frozen_tensors, train_round
+from fedtune.training.local import TrainingRound, list_frozen_tensors, train_round
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.update_bound import bound_round_update
 
@@ -45,7 +45,7 @@ def run_federation(
     adapter, states = Adapter.from_task_model(model), dict[str, Arrays]()
     kept = algorithm.initial_arrays(adapter.tensors)
     for round in range(1, rounds + 1):
-        sent, updates = algorithm.sent_arrays(kept), {}
+        sent, updates = algorithm.select_sent_arrays(kept), {}
         frozen = list_frozen_tensors(model.spec.lora, algorithm, adapter.tensors, round=round, sent=sent)
         for site, size in SIZES.items():
             state = {} if round == lost_in else states.get(site, {})
@@ -71,7 +71,7 @@ def run_federation(
             }
         )  # fmt: skip
         about = {"sites": tuple(SIZES), "sizes": SIZES, "training": SGD, "plan": plan, "round": round, "frozen": frozen}
-        kept = algorithm.next_arrays(kept, describe_outcome(average, sent=adapter, **about))
+        kept = algorithm.compute_next_arrays(kept, describe_outcome(average, sent=adapter, **about))
         adapter = average
     return adapter, states
 
@@ -130,7 +130,7 @@ def test_algorithm_receives_gradients_only_after_noise(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(dp_step, "add_gaussian_noise", record_noise)
     Spy.seen.clear()
-    work: RoundOfTraining = make_work(plan=PLAN, training=SGD, algorithm=Spy())
+    work: TrainingRound = make_work(plan=PLAN, training=SGD, algorithm=Spy())
     model = build_trained()
     train_round(
         *(model, Adapter.from_task_model(model), make_examples(make_dummy_examples("classification")), work),
@@ -158,7 +158,7 @@ def test_only_noisy_steps_create_noised_gradients() -> None:
     assert made == {
         ("training/dp_step.py", "apply_gradient_sum"),
         ("training/local.py", "correct_plain_gradient"),
-        ("training/local.py", "next_state"),
+        ("training/local.py", "compute_next_state"),
     }
 
 
@@ -193,7 +193,7 @@ def test_scaffold_subtracts_site_and_adds_global_control_variate() -> None:
     at = make_round(sent={"w": TWO}, state={"w": 3 * THREE, "rests": THREE})
     np.testing.assert_array_equal(scaffold.correct_gradient(gradient, {}, at)["w"], [-6, -6])
     np.testing.assert_array_equal(scaffold.correct_gradient(gradient, {}, replace(at, state={}))["w"], THREE)
-    state = scaffold.next_state(gradient, at)
+    state = scaffold.compute_next_state(gradient, at)
     np.testing.assert_array_equal(state["w"], ONE)
     np.testing.assert_array_equal(state["rests"], THREE)
 
@@ -209,7 +209,7 @@ def test_lead_control_variate_is_the_mean_of_site_variates() -> None:
     moved = {name: value - 2.0 * mean[name] for name, value in adapter.items()}
     outcome = RoundOutcome(adapter=adapter, average=moved, step_sizes=step, share=0.25, noise=0.0)
     zero = scaffold.initial_arrays(adapter)
-    for name, value in scaffold.next_arrays(zero, outcome).items():
+    for name, value in scaffold.compute_next_arrays(zero, outcome).items():
         np.testing.assert_allclose(value, mean[name] / 4, atol=1e-5)
 
 
@@ -227,14 +227,14 @@ def test_aslora_trains_each_factor_once_then_follows_the_score() -> None:
     # Mean gradient of each factor: in the layer q that of A is larger, in v that of B.
     slopes = {"x.q.lora_A.weight": 3.0, "x.q.lora_B.weight": 1.0, "x.v.lora_A.weight": 0.1, "x.v.lora_B.weight": 1.0}
     for _ in range(6):
-        frozen = aslora.frozen_tensors(FACTORS, aslora.sent_arrays(arrays))
+        frozen = aslora.select_frozen_tensors(FACTORS, aslora.select_sent_arrays(arrays))
         trained = {name: 2.0 for name in FACTORS if name not in frozen}
         chosen.append("".join("A" if f"{layer}.lora_A.weight" in trained else "B" for layer in LAYERS))
         average = {
             name: value - 2.0 * np.float32(slopes.get(name, 0) * (name in trained)) for name, value in FACTORS.items()
         }
         outcome = RoundOutcome(adapter=FACTORS, average=average, step_sizes=trained, share=1.0, noise=0.01)
-        arrays = aslora.next_arrays(arrays, outcome)
+        arrays = aslora.compute_next_arrays(arrays, outcome)
         assert "head.weight" in trained
     assert chosen == ["BB", "AA", "AB", "AB", "BB", "AA"], (
         "q retries B after three rounds of A, and v A after three of B"
@@ -246,7 +246,7 @@ def test_aslora_score_subtracts_the_expected_noise() -> None:
     average = {name: value - np.float32(0.1) for name, value in FACTORS.items()}
     sizes = dict.fromkeys([name for name in FACTORS if "lora_A" not in name], 1.0)
     outcome = RoundOutcome(adapter=FACTORS, average=average, step_sizes=sizes, share=1.0, noise=0.2)
-    assert not aslora.next_arrays(aslora.initial_arrays(FACTORS), outcome)["score"].any()
+    assert not aslora.compute_next_arrays(aslora.initial_arrays(FACTORS), outcome)["score"].any()
 
 
 def test_algorithm_arrays_share_one_digest_with_the_adapter() -> None:
@@ -261,7 +261,9 @@ def test_algorithm_arrays_share_one_digest_with_the_adapter() -> None:
     for algorithm in ALGORITHMS.values():
         factors = Adapter(FACTORS)
         kept = algorithm.initial_arrays(FACTORS)
-        assert pack_adapter(factors, algorithm.sent_arrays(kept)).has_same_shapes(pack_initial(factors, algorithm))
+        assert pack_adapter(factors, algorithm.select_sent_arrays(kept)).has_same_shapes(
+            pack_initial(factors, algorithm)
+        )
 
 
 def parse_federation(**changes: Any) -> RunConfig:

@@ -53,7 +53,7 @@ class Room:
 
     @property
     def pids(self) -> list[int]:
-        return [int(process.pid or 0) for process, _ in self.devices.prepare_crew()._members]
+        return [int(process.pid or 0) for process, _ in self.devices.prepare_workers()._members]
 
 
 def start_devices(spec: TaskModelSpec, count: int, *, others: TaskModelSpec | None = None) -> Room:
@@ -64,7 +64,7 @@ def start_devices(spec: TaskModelSpec, count: int, *, others: TaskModelSpec | No
     )
     devices = Devices(model, others or spec, runtime, max_length=15)
     devices.start_trials(trial, trial.run_trial(model, 7))
-    devices.prepare_crew()
+    devices.prepare_workers()
     return Room(model, devices)
 
 
@@ -87,7 +87,7 @@ def rooms() -> Iterator[dict[str, Room]]:
     made = {kind: start_devices(KINDS[kind], count) for kind, count in (("kept states", 3), ("a reference", 2))}
     yield made
     for room in made.values():
-        room.devices._crew.end()
+        room.devices._workers.end()
 
 
 @pytest.fixture(params=KINDS)
@@ -153,14 +153,14 @@ def test_several_devices_release_the_same_result_as_a_single_device(room: Room, 
 def test_every_device_contributes_to_the_sum(three_devices: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     there = divide_units(three_devices)
     counted: list[int] = []
-    answers = three_devices.devices._crew.collect_answers
+    answers = three_devices.devices._workers.collect_answers
 
     def note_answers() -> list[Any]:
         found = answers()
         counted.extend(one[0] for one in found if isinstance(one, tuple))
         return found
 
-    monkeypatch.setattr(three_devices.devices._crew, "collect_answers", note_answers)
+    monkeypatch.setattr(three_devices.devices._workers, "collect_answers", note_answers)
     run_round(three_devices, there)
     assert len(counted) == 3 * 2, "three steps, two other devices"
     assert min(counted) > 0
@@ -233,7 +233,7 @@ def test_failed_or_hung_device_ends_only_the_current_round(
 
 def test_long_computation_is_not_treated_as_a_hang(three_devices: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     """The assignment of long records determines the duration, and no record may decide whether a round succeeds."""
-    crew = three_devices.devices.prepare_crew()
+    crew = three_devices.devices.prepare_workers()
     process, pipe = crew._members[0]
     monkeypatch.setattr(devices_module, "HEARTBEAT_TIMEOUT_S", 0.5)
     ours, theirs = multiprocessing.Pipe()
@@ -254,7 +254,7 @@ def test_long_computation_is_not_treated_as_a_hang(three_devices: Room, monkeypa
     device = _Device(three_devices.model, signs)
     assert list(device._report_progress("abc")) == ["a", "b", "c"]
     assert signs.call_count == 3
-    device.hold_units(0, units)
+    device.store_units(0, units)
     device.cache_frozen_states(0, None)
     assert signs.call_count > 3, "and while it runs the frozen layers"
 
@@ -270,7 +270,7 @@ def test_failure_on_the_first_device_discards_the_whole_step(
         patched.setattr(there._own, "batch_units", Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
             run_round(three_devices, there)
-    assert three_devices.devices._crew.is_broken, "the others' sums of this step are for no other"
+    assert three_devices.devices._workers.is_broken, "the others' sums of this step are for no other"
     assert run_round(three_devices, there).digest() == expected.digest()
 
 
@@ -286,7 +286,7 @@ def test_failed_device_comparison_is_remembered(monkeypatch: pytest.MonkeyPatch)
     for _ in range(2):  # where this draw's bits are the same
         with pytest.raises(ConfigError, match="must be 1 on this machine"):
             start_devices(spec, 2)
-    start_devices(replace(spec, seed=4), 2).devices._crew.end()
+    start_devices(replace(spec, seed=4), 2).devices._workers.end()
 
 
 def test_device_with_different_gradients_is_refused() -> None:
@@ -320,7 +320,7 @@ def test_unused_units_are_freed_and_device_errors_are_reported(three_devices: Ro
     number = first._number
     del first
     run_round(three_devices, divide_units(three_devices, 9))
-    crew = three_devices.devices.prepare_crew()
+    crew = three_devices.devices.prepare_workers()
     crew.ask_all(_Device.cache_reference, number)
     with pytest.raises(RunError, match=f"device 1: KeyError: {number}"):
         crew.collect_answers()

@@ -28,7 +28,7 @@ from . import conftest
 from .conftest import CELLS, Table, build_trained, make_work, release_round
 
 Gradients = dict[str, torch.Tensor]
-Places = npt.NDArray[np.int64]
+IndexArray = npt.NDArray[np.int64]
 
 
 def draw_gradients(count: int, *, size: float = 1.0, seed: int = 3) -> Gradients:
@@ -87,11 +87,11 @@ class MadeUp:
     gradients: Gradients
     drawn: list[list[int]] = field(default_factory=list)
 
-    def compute_gradients(self, batch: Places) -> Gradients:
+    def compute_gradients(self, batch: IndexArray) -> Gradients:
         return {name: each[batch] for name, each in self.gradients.items()}
 
     def records(self, *, declared_size: int) -> Records:
-        def cut(indices: Places) -> Iterator[Any]:
+        def cut(indices: IndexArray) -> Iterator[Any]:
             self.drawn.append(indices.tolist())
             for first in range(0, len(indices), 3):
                 yield indices[first : first + 3]

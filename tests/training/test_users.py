@@ -12,7 +12,7 @@ from fedtune.privacy.mechanism import choose_records, compute_cell_width
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
 from fedtune.training import dp_step
 from fedtune.training.dp_step import add_clipped
-from fedtune.training.local import RoundOfTraining
+from fedtune.training.local import TrainingRound
 from fedtune.training.per_example import record_gradients
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.users import UserExamples, UserGradients
@@ -145,7 +145,7 @@ def test_group_sampling_matches_its_definition() -> None:
     assert one.uniform64(1) == untouched.uniform64(1)
 
 
-def make_round(*, unit: str = "user", most: int = 3, **changes: Any) -> RoundOfTraining:
+def make_round(*, unit: str = "user", most: int = 3, **changes: Any) -> TrainingRound:
     values = {"sampling_rate": 0.6, "noise_multiplier": 0.5, "max_grad_norm": 0.5} | changes
     planned = make_plan(unit=unit, records_per_user=most if unit == "user" else 1, **values)
     return make_work(plan=planned, training=TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.5))

@@ -28,7 +28,7 @@ from fedtune.privacy.durable import write_durably
 from fedtune.privacy.policy_file import write_policy
 from fedtune.report.derive.verdicts import list_refuted_bounds, read_audit
 from fedtune.report.facts import Audit, AuditBound
-from fedtune.runs.federation_run import Followed, Listener
+from fedtune.runs.federation_run import Listener, UpdatingListener
 from fedtune.runs.results import RunResult
 from fedtune.runs.run_paths import find_run_folder
 from fedtune.sites.virtual_site import POLICY, Participants, fix_number_format, generate_policy
@@ -148,7 +148,7 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
         adapters.append(state.adapter)
 
     with attack.observe_steps():
-        run = simulate(config, folder, Followed(listener, note), everyone=everyone)
+        run = simulate(config, folder, UpdatingListener(listener, note), everyone=everyone)
     counts = attack.count_guesses(adapters)
     membership = attack.measure_membership_baselines() if isinstance(attack, RecordAttack) else ()
     # The charged epsilon of each audited site, and for the average the largest of them.

@@ -34,7 +34,7 @@ from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training import dp_step
 from fedtune.training.dp_step import UnitGradients
-from fedtune.training.examples import Places, SiteExamples
+from fedtune.training.examples import IndexArray, SiteExamples
 from fedtune.training.optimizer import compute_learning_rate_factor
 from fedtune.training.users import UserBatch, UserExamples
 
@@ -53,7 +53,7 @@ class CanaryBatch(Batch):
     coordinates: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     @classmethod
-    def build(cls, coordinates: Places) -> CanaryBatch:
+    def build(cls, coordinates: IndexArray) -> CanaryBatch:
         """Build a micro-batch of the canaries with these coordinates."""
         nothing = torch.zeros(len(coordinates), 1, dtype=torch.int64)
         return cls(nothing, nothing, nothing, coordinates=torch.from_numpy(coordinates))
@@ -123,7 +123,7 @@ class Observer:
 class Canaries:
     """A site's canaries, of which only the inserted canaries are in the training data."""
 
-    coordinates: Places  # (canaries,) coordinate in the concatenated vector
+    coordinates: IndexArray  # (canaries,) coordinate in the concatenated vector
     inserted: Coins  # (canaries,) whether the canary is in the training data
     observer: Observer
     tally: Tally
@@ -131,7 +131,7 @@ class Canaries:
     def __len__(self) -> int:
         return int(self.inserted.sum())
 
-    def parts(self, places: Places) -> Iterator[Places]:
+    def parts(self, places: IndexArray) -> Iterator[IndexArray]:
         """Split the coordinates of canaries into micro-batches that are small enough for dense gradients."""
         size = max(1, _MOST_VALUES // sum(parameter.numel() for parameter in self.observer.parameters.values()))
         for first in range(0, len(places), size):
@@ -174,7 +174,7 @@ class Canaries:
 
         return Watched()
 
-    def register_step(self, indices: Places, num_real: int) -> tuple[Places, Iterator[Places]]:
+    def register_step(self, indices: IndexArray, num_real: int) -> tuple[IndexArray, Iterator[IndexArray]]:
         """Register a sampled step, and split its indices into real units and micro-batches of canary coordinates."""
         self.observer.training, self.tally.records = self.tally, {}
         return indices[indices < num_real], self.parts(indices[indices >= num_real] - num_real)
@@ -206,7 +206,7 @@ class _Behind:
 class CanaryExamples(_Behind, SiteExamples):
     """A site's records, followed by its canaries."""
 
-    def cut(self, indices: Places) -> Iterator[Batch]:
+    def cut(self, indices: IndexArray) -> Iterator[Batch]:
         """Yield micro-batches of the sampled records, then of the sampled canaries."""
         real, parts = self._canaries.register_step(indices, len(self._real))
         yield from self._real.cut(real)
@@ -221,7 +221,7 @@ class CanaryUserBatch(UserBatch):
     records were wrongly clipped individually and summed, the sum would have a norm of several clip norms.
     """
 
-    def parts(self) -> Iterator[tuple[Batch, Places, npt.NDArray[np.float64]]]:
+    def parts(self) -> Iterator[tuple[Batch, IndexArray, npt.NDArray[np.float64]]]:
         """Yield micro-batches with one record of every canary, like users with records in several micro-batches."""
         num_records = len(self.contributions[0])
         for coordinates in np.stack(self.contributions, axis=1):
@@ -231,11 +231,11 @@ class CanaryUserBatch(UserBatch):
 class CanaryUsers(_Behind, UserExamples):
     """A site's users, followed by its canary users, each with the maximum number of records per user."""
 
-    def make_batcher(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
+    def make_batcher(self, stream: RandomStream) -> Callable[[IndexArray], Iterator[UserBatch]]:
         """Return a function that splits a batch into micro-batches of sampled users, then of sampled canaries."""
         cut = self._real.make_batcher(stream)
 
-        def with_canaries(indices: Places) -> Iterator[UserBatch]:
+        def with_canaries(indices: IndexArray) -> Iterator[UserBatch]:
             real, parts = self._canaries.register_step(indices, len(self._real))
             yield from cut(real)
             for coordinates in parts:
@@ -273,7 +273,7 @@ class GradientAttack:
             for number, site in enumerate(sites)
         }
 
-    def _plant_canaries(self, site: str, coordinates: Places, *, size: int) -> Canaries:
+    def _plant_canaries(self, site: str, coordinates: IndexArray, *, size: int) -> Canaries:
         everyone, plan, work = self._everyone, self._everyone.plan, self._everyone.work[site]
         randomness = make_randomness(everyone.config.runtime.seeded_noise, everyone.config.seed)
         inserted = randomness.stream(site, "audit", "coins").bernoulli(len(coordinates), 0.5)

@@ -27,7 +27,7 @@ from fedtune.data.span_formats import count_entity_types, decode_tags
 from fedtune.data.spec import SITE, DataSpec
 from fedtune.data.tokenization import UNSUPERVISED, TextDataset, Tokenizer
 from fedtune.data.values import find_misplaced_spans, split_labels
-from fedtune.extras import install_command, is_installed
+from fedtune.extras import build_install_command, is_installed
 from fedtune.lab.preparation import duplicates
 from fedtune.lab.preparation.duplicates import Earlier, Likeness, Twin, normalize_spelling
 from fedtune.lab.preparation.patterns import ODD_TEXTS, find_damage, find_identifiers, find_odd_texts
@@ -113,7 +113,7 @@ def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
     files = tuple(look.check_file(path, use, site) for path, use, site in _iter_files(config))
     declared = config.declared_sizes().items()
     sizes = {site: {"declared": size, "true": len(look.units[site])} for site, size in declared}
-    missing = f"near-duplicates: datasketch is not installed ({install_command('data')})"
+    missing = f"near-duplicates: datasketch is not installed ({build_install_command('data')})"
     skipped = [] if is_installed("datasketch") else [missing]
     if look.earlier.is_full:
         most = f"{duplicates.MOST_ALIKE:,} or {duplicates.MOST_LETTERS:,} letters"
@@ -281,7 +281,7 @@ class _Look:
             self._add_finding(line, "torn", way)
         if self.task.count_texts_per_record(data) > data.windows:
             self._check_shared_texts(record)
-        for what, column in get_input_for(data).find_oddities(record, data):
+        for what, column in get_input_for(data).iter_unusual_values(record, data):
             self._add_finding(line, "declared", what, column)
         odd: dict[tuple[Kind, str, str], None] = {}
         for role, text in record.texts():

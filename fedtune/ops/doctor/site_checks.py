@@ -38,7 +38,7 @@ from fedtune.ops.kits.models import (
     verify_model,
 )
 from fedtune.privacy import accountant, events
-from fedtune.privacy.ledger import spending
+from fedtune.privacy.ledger import run_acceptance
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import UNVERIFIED
@@ -384,7 +384,7 @@ def check_budget(history: History, policy: Policy) -> DoctorCheck:
     if math.isinf(cap):
         found = f"no lifetime cap, so the policy guarantees nothing; epsilon {epsilon} is spent"
         return build_warning(name, found, fix="Set budget.max_epsilon in site.toml before you train on real records.")
-    runs = spending.count_remaining_runs(history, policy, policy.budget.reference.event, now)
+    runs = run_acceptance.count_remaining_runs(history, policy, policy.budget.reference.event, now)
     room = f"room for {runs} run{'' if runs == 1 else 's'} like the policy's reference"
     found = f"{_format_cap_share(history, policy)} of the lifetime budget spent (epsilon {epsilon} of {cap:g}); {room}"
     if not runs:
@@ -461,6 +461,8 @@ def _format_cap_share(history: History, policy: Policy, *, also: Plan | None = N
         taken += [
             history.count_charges_and_reservations(now, cohort) + asked for cohort in history.cohorts(also.cohorts)
         ]
-    share = spending.compute_spent_fraction(history, max(taken, key=history.divergence), cap=policy.budget.max_epsilon)
+    share = run_acceptance.compute_spent_fraction(
+        history, max(taken, key=history.divergence), cap=policy.budget.max_epsilon
+    )
     assert share is not None, "a finite cap"
     return f"{math.ceil(share * 100 - 1e-9)} %" if math.isfinite(share) else "all"

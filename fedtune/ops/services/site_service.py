@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.data.formats import require_reader
 from fedtune.flower.client import SiteApp
-from fedtune.flower.site_socket import listen_at, serve_one
+from fedtune.flower.site_socket import listen_at, serve_connection
 from fedtune.ops.files import find_write_problem, handle_signals
 from fedtune.ops.health import Health, State
 from fedtune.ops.kits.certificates import check_private
@@ -331,7 +331,7 @@ class _SocketLoop:
             log.info("the site is up", extra={"socket": str(place)})
             while not self._stop.is_set() and not self._state.left_file.exists():
                 self._health.update(state=self._standing.check_current_state())
-                serve_one(server, self._answer, wait_s=_LOOK_S)
+                serve_connection(server, self._answer, wait_s=_LOOK_S)
             self._health.update(state="stopping")
 
     def _answer(self, kind: str, created_at: float, content: RecordDict) -> RecordDict:

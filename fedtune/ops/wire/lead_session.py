@@ -36,7 +36,7 @@ from fedtune.flower.internals import (
 )
 from fedtune.ops.wire.bounded_http import replace_ssl_context
 from fedtune.ops.wire.identity import TOLERANCE_S, LeadSignature, Tls, describe_clock_difference, harden_client
-from fedtune.ops.wire.message_objects import NotWhole, pull_message
+from fedtune.ops.wire.message_objects import InvalidMessageError, pull_message
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
 
@@ -144,7 +144,7 @@ class LeadSession:
             )
         except inflating.ObjectPullError:
             raise
-        except NotWhole as error:
+        except InvalidMessageError as error:
             log.warning("ignoring an answer: %s", error)
             return None
         except httpx.HTTPError:

@@ -33,7 +33,7 @@ _PARTS = {
 """Type of object -> allowed types of its parts."""
 
 
-class NotWhole(OutOfBounds):
+class InvalidMessageError(OutOfBounds):
     """Raised for a message that exceeds the limits or has an invalid structure, which is the fault of its sender."""
 
 
@@ -55,16 +55,16 @@ def pull_message(
         most_s: maximum duration in seconds, if lower than `MOST_S`.
 
     Raises:
-        NotWhole: the message exceeds the limits on size or time, or its structure is invalid.
+        InvalidMessageError: the message exceeds the limits on size or time, or its structure is invalid.
         ObjectPullError: the server no longer has one of the objects.
     """
     ids = list(dict.fromkeys(node.object_id for node in islice(objects.iterate_object_tree(tree), MOST_OBJECTS + 1)))
     if len(ids) > MOST_OBJECTS:
-        raise NotWhole(f"the message has more than {MOST_OBJECTS} objects")
+        raise InvalidMessageError(f"the message has more than {MOST_OBJECTS} objects")
     most_bytes, most_s = min(most_bytes, MOST_BYTES), min(most_s, MOST_S)
     contents = inflating.pull_objects(ids, _PullLimit(pull, most_s), max_time=most_s)
     if (size := _compute_assembled_size(tree.object_id, "Message", contents, {})) > most_bytes:
-        raise NotWhole(f"the message has {size} bytes, but at most {most_bytes} are allowed")
+        raise InvalidMessageError(f"the message has {size} bytes, but at most {most_bytes} are allowed")
     confirm(tree.object_id)
     message = inflating.inflate_object_from_contents(tree.object_id, contents)
     assert isinstance(message, Message)  # `_compute_assembled_size` has checked this
@@ -72,7 +72,7 @@ def pull_message(
 
 
 class _PullLimit:
-    """Wrapper of `pull` that raises NotWhole when a message exceeds its limits on bytes or time."""
+    """Wrapper of `pull` that raises InvalidMessageError when a message exceeds its limits on bytes or time."""
 
     def __init__(self, pull: Callable[[str], bytes], most_s: float) -> None:
         self._pull, self._most_s, self._ends = pull, most_s, time.monotonic() + most_s
@@ -80,14 +80,14 @@ class _PullLimit:
 
     def __call__(self, object_id: str) -> bytes:
         if time.monotonic() > self._ends:
-            raise NotWhole(f"the message took more than {self._most_s:g} s")
+            raise InvalidMessageError(f"the message took more than {self._most_s:g} s")
         content = self._pull(object_id)
         self._bytes += len(content)
         if not content.startswith(b"ArrayChunk "):
             self._beside += len(content)
         if self._bytes > MOST_BYTES or self._beside > MOST_BESIDE_BYTES:
             bound = f"{MOST_BYTES} bytes, or more than {MOST_BESIDE_BYTES} outside of arrays"
-            raise NotWhole(f"the message has more than {bound}")
+            raise InvalidMessageError(f"the message has more than {bound}")
         return content
 
 
@@ -99,13 +99,13 @@ def _compute_assembled_size(id: str, kind: str, contents: Mapping[str, bytes], k
     content = contents[id]
     found, children, _ = objects.get_object_head_values_from_object_content(content)
     if found != kind:
-        raise NotWhole(f"an object is not a {kind}, as its parent declares")
+        raise InvalidMessageError(f"an object is not a {kind}, as its parent declares")
     if id not in known:
         parts = _PARTS[kind]
         kinds = {child: _read_object_kind(contents[child], parts) for child in children}
         named = _list_named_parts(kind, content, children) if parts else []
         if set(named) != kinds.keys():
-            raise NotWhole(f"the parts of a {kind} differ from its references")
+            raise InvalidMessageError(f"the parts of a {kind} differ from its references")
         sizes = {child: _compute_assembled_size(child, kinds[child], contents, known) for child in kinds}
         known[id] = len(content) + sum(sizes[part] for part in named)
     return known[id]
@@ -114,7 +114,7 @@ def _compute_assembled_size(id: str, kind: str, contents: Mapping[str, bytes], k
 def _read_object_kind(content: bytes, allowed: tuple[str, ...]) -> str:
     kind = content[:16].decode("latin-1").partition(" ")[0]
     if kind not in allowed:
-        raise NotWhole("the message contains an object of the wrong type")
+        raise InvalidMessageError("the message contains an object of the wrong type")
     return kind
 
 

@@ -74,7 +74,7 @@ class Event:
     hash: str = ""
     signature: str = ""
 
-    def hash_after(self, before: str) -> str:
+    def compute_hash_after(self, before: str) -> str:
         """Compute the SHA-256 of this event, in hex, with `before` as the hash of the previous event."""
         fields = asdict(self)
         del fields["hash"], fields["signature"]
@@ -310,7 +310,7 @@ def check_chain(events: Iterable[Event], *, before: str = START, first: int = 1)
     for number, event in enumerate(events, first):
         if event.sequence != number:
             raise RunError(f"event {number} is missing (the next one is number {event.sequence})")
-        expected = event.hash_after(before)
+        expected = event.compute_hash_after(before)
         if event.hash != expected:
             raise RunError(f"event {number} was changed: its hash does not match its values and the previous event")
         before = expected

@@ -337,7 +337,7 @@ class History:
         """Hash of the newest event."""
         return self.hashes[-1] if self.hashes else START
 
-    def iter_changed_user_columns(self, policy: Policy) -> list[tuple[str, str, str]]:
+    def list_changed_user_columns(self, policy: Policy) -> list[tuple[str, str, str]]:
         """List (key, recorded user column, user column in `policy`) for each user column that changed."""
         named = list(_list_user_columns(policy))  # two data sets of the policy may name different columns of one file
         return [

@@ -22,7 +22,7 @@ from typing import Any
 from fedtune.privacy import events
 from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import spending
+from fedtune.privacy.ledger import run_acceptance
 from fedtune.privacy.ledger.chain import Arrivals, Doubt, Head, Kind, Restored, iter_charges, list_charge_rows
 from fedtune.privacy.ledger.history import AcceptedRun, History
 from fedtune.privacy.ledger.register import Opened
@@ -184,13 +184,13 @@ class SiteLedger:
             detail = {"reply_sha256": hashlib.sha256(reply).hexdigest(), "fingerprint": fingerprint}
             self._store.append_event(Kind.COMMIT, detail, **reservation.event_fields, dataset=run.proposal.dataset)
 
-    def algorithm_state(self, run: str) -> bytes:
+    def read_algorithm_state(self, run: str) -> bytes:
         """Read the algorithm's state that was stored with a run's newest commit.
 
         The state is empty without a commit.
         """
         with self._store.transaction():
-            return self._store.stored_state(run)
+            return self._store.read_stored_state(run)
 
     def record_refusal(self, refused: Refused, *, run: str, round: int, request: str, lead: str = "") -> None:
         """Record the refusal of a lead's request, up to a daily limit.
@@ -380,8 +380,8 @@ class SiteLedger:
             self._require_newest_policy()
             if not self._may_record_answer():
                 raise RunError("the ledger reached today's limit of refusals and offers; try again tomorrow")
-            rounds = spending.find_max_rounds(proposal, self._would_accept)
-            noise = spending.find_min_noise(proposal, self._would_accept)
+            rounds = run_acceptance.find_max_rounds(proposal, self._would_accept)
+            noise = run_acceptance.find_min_noise(proposal, self._would_accept)
             if not rounds and noise is None:
                 self.require_acceptable(proposal)
             detail = {"what": "offer", "most_rounds": rounds, "least_noise": noise, "lead": proposal.lead}
@@ -394,7 +394,7 @@ class SiteLedger:
         Raises:
             Refused: names the rule, the requested value and the allowed value.
         """
-        spending.require_acceptable(self.history, self.policy, proposal, self._store.now(), own=own)
+        run_acceptance.require_acceptable(self.history, self.policy, proposal, self._store.now(), own=own)
 
     def require_startable(self, proposal: Proposal, *, approved: bool = True, own: bool = False) -> None:
         """Check that a run may start or continue.
@@ -412,7 +412,7 @@ class SiteLedger:
         """
         self._require_not_denied(proposal)
         if (known := self.history.runs.get(proposal.run)) is not None:
-            spending.require_usable_ledger(self.history)
+            run_acceptance.require_usable_ledger(self.history)
             _require_same_proposal(known, proposal)
             return
         if build_never_accepted_mark(proposal.run, proposal.lead) in self.history.marks:
@@ -461,7 +461,7 @@ class SiteLedger:
             raise Refused(Reason.PLAN_EXHAUSTED, asked=run.charged_rounds + 1, allowed=run.plan.most_rounds)
         self.policy.check(run.proposal)
         asked = events.count_mechanisms([run.plan.event()])
-        spending.require_budget_room(
+        run_acceptance.require_budget_room(
             self.history, self.policy, run.plan.cohorts, asked=asked, held=lambda _: Counter(), now=now
         )
 
@@ -513,7 +513,7 @@ class SiteLedger:
         """Check that unit, delta, population, site, key and user columns are unchanged since the ledger was created."""
         opened = self.history.opening
         differences = [("site_key", opened.site_key, self._key.public), *opened.list_differences(self.policy)]
-        differences += self.history.iter_changed_user_columns(self.policy)
+        differences += self.history.list_changed_user_columns(self.policy)
         for key, made_for, says in differences:
             if made_for != says:
                 raise RunError(

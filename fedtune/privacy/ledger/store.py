@@ -264,7 +264,7 @@ class EventStore:
             "detail": json.loads(to_canonical_json(detail)),
             **about,
         }
-        hash = Event(**unsigned).hash_after(self.history.hash)
+        hash = Event(**unsigned).compute_hash_after(self.history.hash)
         event = Event(**unsigned, hash=hash, signature=self._key.sign(EVENT, hash.encode()))
         insert_event(self._file, event)
         self.history.apply_event(event)
@@ -319,7 +319,7 @@ class EventStore:
         row = self._file.execute("SELECT reply FROM replies WHERE request = ?", (request,)).fetchone()
         return None if row is None else bytes(row[0])
 
-    def stored_state(self, run: str) -> bytes:
+    def read_stored_state(self, run: str) -> bytes:
         """Read the algorithm's state that was stored with a run's newest reply. The state is empty without a reply."""
         row = self._file.execute("SELECT state FROM replies WHERE run = ?", (run,)).fetchone()
         return b"" if row is None else bytes(row[0])

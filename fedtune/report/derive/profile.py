@@ -220,7 +220,7 @@ def bound_right_guesses_for_several(
     """
     found = [
         50 + members * (right - 50),
-        bound_right_of_100_by_epsilon(*group_privacy(epsilon, delta, members=members)),
+        bound_right_of_100_by_epsilon(*apply_group_privacy(epsilon, delta, members=members)),
     ]
     by_mixture = None if spent is None else _bound_by_mixture(_sort_mechanisms(spent), members)
     return min(100.0, *found, *([] if by_mixture is None else [by_mixture]))
@@ -249,7 +249,7 @@ def _bound_by_mixture(counted: Counted, members: int) -> float | None:
     return None if total is None else 50 * (1 + min(1.0, max(0.0, float(total.get_delta_for_epsilon(0.0)))))
 
 
-def group_privacy(epsilon: float, delta: float, *, members: int) -> tuple[float, float]:
+def apply_group_privacy(epsilon: float, delta: float, *, members: int) -> tuple[float, float]:
     """Convert (epsilon, delta) for one record to (epsilon, delta) for a group of `members` records of one person.
 
     Delta grows so fast that the result is rarely meaningful; training with the person as the privacy unit avoids this.

@@ -83,7 +83,7 @@ def _derive_site_report(facts: RunFacts, site: SiteFacts) -> SiteReport:
     trust = profile.compute_epsilons_by_observer(
         of_plan, lambda spent: profile.epsilon_pld(spent, plan.delta, interval=grid)
     )
-    verdict = verdicts.judge_site(verdicts.run_reasons(site, facts, spent, sampling=ran), spent, source=source)
+    verdict = verdicts.judge_site(verdicts.iter_run_reasons(site, facts, spent, sampling=ran), spent, source=source)
     if statement is not None:
         life, limits, verified = statement.lifetime, statement.approved, statement.verification is not None
         reasons = [*verdicts.iter_ledger_reasons(life, limits, charges=statement.charges, verified=verified)]

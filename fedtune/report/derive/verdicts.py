@@ -80,7 +80,7 @@ def explain_missing_room(report: Report) -> Room | None:
     return "no_run_fits" if life.reference_runs_left == 0 else None
 
 
-def report_outcome(report: Report) -> str:
+def find_report_outcome(report: Report) -> str:
     """Return the code of a report's overall result, which pages, labels, cards and the terminal show."""
     return explain_missing_room(report) or (
         f"within_{report.facts.kind}" if report.verdict.state == "within" else report.verdict.state
@@ -93,7 +93,7 @@ def judge_site(reasons: Iterable[str], spent: Spent, *, source: Source) -> Budge
     return derive_verdict([*reasons, *([] if agree else ["accountants_disagree"])])
 
 
-def run_reasons(site: SiteFacts, facts: RunFacts, spent: Spent, *, sampling: str | None) -> Iterator[str]:
+def iter_run_reasons(site: SiteFacts, facts: RunFacts, spent: Spent, *, sampling: str | None) -> Iterator[str]:
     """Yield the reasons for the verdict at one site of a run.
 
     The plan was fixed in advance, so the epsilon of the whole plan is proved no matter why the run ended.

@@ -109,11 +109,11 @@ def find_model_file(report: Report) -> tuple[str, str] | None:
 def _collect_template_values(words: Words) -> dict[str, Any]:
     """Return the template variables that pages and labels share."""
     report, language = words.report, words.catalog.language
-    of_report = {"report": report, "facts": report.facts, "digest": signing.report_digest(report)}
+    of_report = {"report": report, "facts": report.facts, "digest": signing.compute_report_digest(report)}
     return {**of_report, "words": words, "t": words.text, "language": language}
 
 
-def css_string(text: str) -> Markup:
+def quote_css_string(text: str) -> Markup:
     """Quote `text` as a CSS string, escaped so that it cannot close the string, the style sheet or its element."""
     safe = "".join(letter if letter.isascii() and letter.isalnum() else f"\\{ord(letter):x} " for letter in text)
     return Markup(f'"{safe}"')
@@ -126,7 +126,7 @@ def create_template_environment() -> Environment:
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.globals["font"] = lambda name: base64.b64encode((FONTS / f"{name}.woff2").read_bytes()).decode()
     made.globals |= {
-        "css_string": css_string,
+        "quote_css_string": quote_css_string,
         "pointer": pointer,
         "parts": load_page_layout(),
         "tiers_source": TIERS_SOURCE,

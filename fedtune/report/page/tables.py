@@ -14,7 +14,7 @@ from markupsafe import Markup
 from fedtune.formatting import format_score_name
 from fedtune.report.facts import NOT_RECORDED, LedgerFacts
 from fedtune.report.page.translations import Catalog
-from fedtune.report.page.view import Words, count_of_rows, get_pointer_name, group_by_key, load_page_layout, pointer
+from fedtune.report.page.view import Words, format_row_count, get_pointer_name, group_by_key, load_page_layout, pointer
 from fedtune.show.budget_text import ArrivalRange
 from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart
 from fedtune.show.lines import shorten_middle
@@ -185,7 +185,7 @@ class Charts(Words):
             if named:
                 name = Markup(", ").join([name, *(other.striptags() for other in others)])
             elif others:
-                name = self.text("budget.alike", name=name, others=count_of_rows(len(others)))
+                name = self.text("budget.alike", name=name, others=format_row_count(len(others)))
             rows.append((name, *group[0][1:]))
         return replace(table, rows=tuple(rows[:MOST_ROWS]), all=len(rows))
 

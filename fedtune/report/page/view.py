@@ -17,11 +17,11 @@ from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import model
 from fedtune.report.derive.dpia_fields import format_rank
 from fedtune.report.derive.profile import BANDS, find_strength_band
-from fedtune.report.derive.verdicts import WORST_FIRST, explain_missing_room, report_outcome
+from fedtune.report.derive.verdicts import WORST_FIRST, explain_missing_room, find_report_outcome
 from fedtune.report.facts import CohortFigures, LedgerFacts
 from fedtune.report.model import Assumption, Report
 from fedtune.report.page.translations import MOST_RIGHT, Catalog
-from fedtune.show.budget_text import ArrivalRange, merge_adjacent
+from fedtune.show.budget_text import ArrivalRange, merge_adjacent_ranges
 from fedtune.show.drawing import MOST_LINES
 from fedtune.show.lines import shorten_middle
 
@@ -32,7 +32,7 @@ _HIDDEN = {"well": 60, "moderately": 80, "poorly": 95, "hardly": 100}  # word ->
 _SAYS_NOTHING = 99  # right guesses of 100, above which a bound from (epsilon, delta) alone is uninformative
 _RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}  # column for the other site's result after subtracting one's own
 _MOST_FOR_SUBTRACTION = 2
-count_of_rows = Markup('<span class="rows">{}</span>').format
+format_row_count = Markup('<span class="rows">{}</span>').format
 
 
 class Words:
@@ -44,7 +44,7 @@ class Words:
         self.catalog = catalog.override_texts(f"by_{facts.unit}").override_texts(f"where_{self.noise}")
         self.text, self.code, self.listed = self.catalog.text, self.catalog.code, self.catalog.listed
         self.json = model.to_json(report)
-        self.room, self.result = explain_missing_room(report), report_outcome(report)
+        self.room, self.result = explain_missing_room(report), find_report_outcome(report)
         self.promises = report.verdict.state != "no_guarantee" and report.epsilon is not None
         self.band = find_strength_band(report.epsilon if self.promises else None)
         # Whether several sites added the noise jointly, under secure aggregation.
@@ -119,8 +119,8 @@ class Words:
         if len(sites) == 1:
             return Markup("{}").format(name)
         if len(sites) == of:
-            return self.text("chart.all_alike", sites=count_of_rows(of))
-        return self.text("chart.some_alike", name=name, others=count_of_rows(len(sites) - 1))
+            return self.text("chart.all_alike", sites=format_row_count(of))
+        return self.text("chart.some_alike", name=name, others=format_row_count(len(sites) - 1))
 
     @property
     def drawn(self) -> dict[int, str]:
@@ -224,7 +224,7 @@ class Words:
         """Return the codes of information that the guarantee never protects, for the list on page 1."""
         return [code for code in load_page_layout()["limits"]["first"] if code in self.report.not_protected]
 
-    def about_ceiling(self, site: str) -> Markup:
+    def explain_ceiling(self, site: str) -> Markup:
         """Explain why only the bound from epsilon and delta is available at a site."""
         runs = {row["run"] for row in self.at(f"{site}/mechanisms") if row["rounds"]}
         key = "meaning.several_runs" if len(runs) > 1 else "meaning.open_end"
@@ -243,9 +243,9 @@ class Words:
         return lines[-MOST_LINES:]
 
     def _merge_arrivals(self, places: Sequence[int]) -> list[ArrivalRange]:
-        return merge_adjacent({place: self.cohorts[place].people for place in places})
+        return merge_adjacent_ranges({place: self.cohorts[place].people for place in places})
 
-    def of_whom(self) -> Markup | None:
+    def describe_most_exposed(self) -> Markup | None:
         """Describe when the people with the largest epsilon joined; None if all people have the same epsilon."""
         epsilons = {place: convert_none_to_infinite(one.epsilon) for place, one in enumerate(self.cohorts)}
         if admitted := self.report.admits:

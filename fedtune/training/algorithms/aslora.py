@@ -64,17 +64,17 @@ class AsLora(LocalAlgorithm):
         idle = np.tile(np.array([untried, untried + 1], dtype=np.float32), (layers, 1))
         return {"score": np.zeros((layers, 2), dtype=np.float32), "idle": idle}
 
-    def sent_arrays(self, arrays: Arrays) -> Arrays:
+    def select_sent_arrays(self, arrays: Arrays) -> Arrays:
         score, idle = arrays["score"], arrays["idle"]
         must = idle.max(axis=1) >= self.own.retry_after
         return {"train_a": np.where(must, idle[:, 0] > idle[:, 1], score[:, 0] > score[:, 1]).astype(np.float32)}
 
-    def next_arrays(self, arrays: Arrays, outcome: RoundOutcome) -> Arrays:
+    def compute_next_arrays(self, arrays: Arrays, outcome: RoundOutcome) -> Arrays:
         score, idle = arrays["score"].copy(), arrays["idle"] + 1
         for row, layer in enumerate(_list_layers(outcome.adapter)):
             factors = [f"{layer}{part}weight" for part in (_A, _B)]
             column = 0 if factors[0] in outcome.step_sizes else 1
-            gradient = outcome.mean_gradient(factors[column]).astype(np.float64)
+            gradient = outcome.compute_mean_gradient(factors[column]).astype(np.float64)
             energy = max(0.0, float(np.square(gradient).sum()) - gradient.size * outcome.noise**2)
             other = float(np.square(outcome.adapter[factors[1 - column]].astype(np.float64)).sum())
             keep = self.own.smoothing if score[row, column] else 0.0  # the first estimate gets full weight
@@ -82,7 +82,7 @@ class AsLora(LocalAlgorithm):
             idle[row, column] = 0
         return {"score": score, "idle": idle}
 
-    def frozen_tensors(self, names: Iterable[str], sent: Arrays) -> frozenset[str]:
+    def select_frozen_tensors(self, names: Iterable[str], sent: Arrays) -> frozenset[str]:
         names = list(names)
         rests = {
             layer: _B if train_a > 0.5 else _A

@@ -45,9 +45,9 @@ class SiteRound:
 
     Attributes:
         adapter: the adapter at the start of the round, within the site's limit on values.
-        sent: the arrays from the lead (`sent_arrays`); untrusted, but finite and of the right shapes.
-        state: the site's state after the run's last committed round (`next_state`); empty in the first round, and if
-            the state was lost.
+        sent: the arrays from the lead (`select_sent_arrays`); untrusted, but finite and of the right shapes.
+        state: the site's state after the run's last committed round (`compute_next_state`); empty in the first round,
+            and if the state was lost.
     """
 
     adapter: Arrays
@@ -73,7 +73,7 @@ class RoundOutcome:
     share: float
     noise: float
 
-    def mean_gradient(self, name: str) -> npt.NDArray[np.float32]:
+    def compute_mean_gradient(self, name: str) -> npt.NDArray[np.float32]:
         """Compute the participants' mean gradient of a trained tensor from their average update by plain SGD."""
         moved: npt.NDArray[np.float32] = self.adapter[name] - self.average[name]
         return moved / np.float32(self.step_sizes[name])
@@ -125,20 +125,20 @@ class LocalAlgorithm:
         """Return the initial arrays of the lead, before round 1."""
         return {}
 
-    def sent_arrays(self, arrays: Arrays) -> Arrays:
+    def select_sent_arrays(self, arrays: Arrays) -> Arrays:
         """Return the arrays that the lead sends to the sites with the adapter.
 
         Names and shapes are the same in every round.
         """
         return {}
 
-    def next_arrays(self, arrays: Arrays, outcome: RoundOutcome) -> Arrays:
+    def compute_next_arrays(self, arrays: Arrays, outcome: RoundOutcome) -> Arrays:
         """Return the lead's arrays for the next round, computed from the outcome of this round."""
         return arrays
 
     # The site's half
 
-    def frozen_tensors(self, names: Iterable[str], sent: Arrays) -> frozenset[str]:
+    def select_frozen_tensors(self, names: Iterable[str], sent: Arrays) -> frozenset[str]:
         """Return the names of the adapter tensors that are frozen in a round. Lead and sites compute the same set."""
         return frozenset()
 
@@ -146,7 +146,7 @@ class LocalAlgorithm:
         """Correct the gradient of the optimizer's step at `weights`. The result has the names of `gradient`."""
         return gradient.values
 
-    def next_state(self, mean: NoisedGradient, at: SiteRound) -> Arrays:
+    def compute_next_state(self, mean: NoisedGradient, at: SiteRound) -> Arrays:
         """Return the site's state for the next round, computed from the mean of this round's noised gradients."""
         return {}
 
@@ -173,4 +173,4 @@ class LocalAlgorithm:
     @property
     def keeps_state(self) -> bool:
         """Whether a site stores arrays from one round to the next."""
-        return type(self).next_state is not LocalAlgorithm.next_state
+        return type(self).compute_next_state is not LocalAlgorithm.compute_next_state

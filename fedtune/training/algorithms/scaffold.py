@@ -39,10 +39,10 @@ class Scaffold(LocalAlgorithm):
     def initial_arrays(self, adapter: Arrays) -> Arrays:
         return {name: np.zeros_like(value) for name, value in adapter.items()}
 
-    def sent_arrays(self, arrays: Arrays) -> Arrays:
+    def select_sent_arrays(self, arrays: Arrays) -> Arrays:
         return arrays
 
-    def next_arrays(self, arrays: Arrays, outcome: RoundOutcome) -> Arrays:
+    def compute_next_arrays(self, arrays: Arrays, outcome: RoundOutcome) -> Arrays:
         """Add the mean change of the participants' control variates, weighted by their fraction of all records.
 
         With c_i' = mean noised gradient, a site moves by -step_size * (c_i' - c_i + c), so the mean of c_i' - c_i is
@@ -50,7 +50,8 @@ class Scaffold(LocalAlgorithm):
         """
         share = np.float32(outcome.share)
         trained = {
-            name: arrays[name] + share * (outcome.mean_gradient(name) - arrays[name]) for name in outcome.step_sizes
+            name: arrays[name] + share * (outcome.compute_mean_gradient(name) - arrays[name])
+            for name in outcome.step_sizes
         }
         return {**arrays, **trained}
 
@@ -58,7 +59,7 @@ class Scaffold(LocalAlgorithm):
         corrected = {name: value + at.sent[name] for name, value in gradient.values.items()}
         return {name: value - at.state[name] if name in at.state else value for name, value in corrected.items()}
 
-    def next_state(self, mean: NoisedGradient, at: SiteRound) -> Arrays:
+    def compute_next_state(self, mean: NoisedGradient, at: SiteRound) -> Arrays:
         return {**at.state, **mean.values}
 
     def bound_gradient(self, noised: float, *, moved: float, sent: float) -> float:

@@ -129,7 +129,7 @@ def test_repeated_compare_reruns_nothing_and_resumes(
 def test_interrupted_compare_can_be_resumed(tmp_path: Path) -> None:
     words = ("compare", *list_tiny_overrides(*SHORT, *SITES, into=tmp_path, name="both"), "--leave-out", "alone")
     with pytest.MonkeyPatch.context() as patched:
-        fail_where(patched, Display, "round_finished", lambda *_: True, KeyboardInterrupt())
+        fail_where(patched, Display, "on_round_finished", lambda *_: True, KeyboardInterrupt())
         stopped = run_command(*words)
     assert (stopped.code, "Continue with: fedtune compare" in " ".join(stopped.out.split())) == (1, True)
     assert not (tmp_path / "both" / "both-pooled").exists()
@@ -184,7 +184,7 @@ def test_rounded_zero_difference_has_no_minus_sign() -> None:
 
 
 def test_compare_without_an_experiment_states_its_cost_and_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.cli.compare._run_unfinished", lambda *_, **__: pytest.fail("nobody agreed"))
+    monkeypatch.setattr("fedtune.cli.compare._run_unfinished_lines", lambda *_, **__: pytest.fail("nobody agreed"))
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     outcome = run_command("compare")
     assert (outcome.code, outcome.message) == (1, "nothing was trained; to use other records, set experiment=NAME")

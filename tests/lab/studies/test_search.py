@@ -178,7 +178,7 @@ def test_interrupted_trial_is_not_charged_twice(tmp_path: Path) -> None:
     words = list_tiny_overrides(*two_rounds, into=tmp_path, name="stopped")
     with pytest.MonkeyPatch.context() as patched:
         rounds = count(1)
-        fail_where(patched, Display, "round_finished", lambda *_: next(rounds) == 3, KeyboardInterrupt())
+        fail_where(patched, Display, "on_round_finished", lambda *_: next(rounds) == 3, KeyboardInterrupt())
         stopped = run_command("search", *words, "--trials", "2")  # in the first round of the second trial
     assert stopped.code == 1
     assert "Continue the search with: fedtune search" in " ".join(stopped.out.split())

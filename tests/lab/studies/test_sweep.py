@@ -118,7 +118,7 @@ def test_interrupted_sweep_resumes_with_its_rows(tmp_path: Path) -> None:
     )
     with pytest.MonkeyPatch.context() as patched:
         rounds = count(1)
-        fail_where(patched, Display, "round_finished", lambda *_: next(rounds) == 3, KeyboardInterrupt())
+        fail_where(patched, Display, "on_round_finished", lambda *_: next(rounds) == 3, KeyboardInterrupt())
         stopped = run_command("simulate", "-m", *words)  # in the first round of the second run
     assert stopped.code == 1
     assert [line["state"] for line in read_csv_lines(tmp_path / "stopped.csv")] == ["finished", "interrupted"]

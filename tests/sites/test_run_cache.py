@@ -10,7 +10,7 @@ import pytest
 import fedtune
 import fedtune.sites.shared_model as shared_model
 from fedtune.api.compose import compose_run
-from fedtune.sites.session import Session
+from fedtune.sites.run_cache import RunCache
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.examples import SiteExamples
 
@@ -21,10 +21,10 @@ SEEDED = ("runtime.seeded_noise=true", "lora.layers=[1]", "lora.rank=2")
 """Of two layers the first is frozen, and what it makes of records is kept."""
 
 
-def simulate(*overrides: str, into: Path, name: str, session: Session | None = None) -> Path:
-    """Run the tiny federation to its end, in a session or alone, and return its folder."""
+def simulate(*overrides: str, into: Path, name: str, cache: RunCache | None = None) -> Path:
+    """Run the tiny federation to its end, with a cache or without one, and return its folder."""
     return fedtune.simulate(
-        compose_run(list_tiny_overrides(*SEEDED, *overrides, into=into, name=name)), session=session
+        compose_run(list_tiny_overrides(*SEEDED, *overrides, into=into, name=name)), cache=cache
     ).folder
 
 
@@ -55,8 +55,8 @@ def work_counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counts
 
 
-def simulate_runs(into: Path, *variants: tuple[str, ...], session: Session | None = None) -> list[Path]:
-    return [simulate(*more, into=into, name=f"run-{n}", session=session) for n, more in enumerate(variants)]
+def simulate_runs(into: Path, *variants: tuple[str, ...], cache: RunCache | None = None) -> list[Path]:
+    return [simulate(*more, into=into, name=f"run-{n}", cache=cache) for n, more in enumerate(variants)]
 
 
 @pytest.mark.nightly
@@ -69,8 +69,8 @@ def test_sweep_runs_sharing_a_session_match_separate_runs(tmp_path: Path, work_c
     assert (work_counts["built"], work_counts["states"]) == (4, 7)
     work_counts.update(dict.fromkeys(work_counts, 0))
     shared_model._measured.clear()
-    with Session() as session:
-        together = simulate_runs(tmp_path / "together", *variants, session=session)
+    with RunCache() as cache:
+        together = simulate_runs(tmp_path / "together", *variants, cache=cache)
     # One model, tried once; two sites' records; before training once, and of each run its rounds and its end.
     assert work_counts == {"built": 1, "tried": 1, "states": 2, "scored": 1 + (2 + 1) * 3 + (1 + 1)}
     for one, other in zip(alone, together, strict=True):
@@ -101,30 +101,30 @@ def test_session_rebuilds_only_changed_parts(
     tmp_path: Path, work_counts: Any, other: str, built: int, anew: Any
 ) -> None:
     (alone,) = simulate_runs(tmp_path / "alone", (other,))
-    with Session() as session:
-        simulate_runs(tmp_path / "together", (), session=session)
+    with RunCache() as cache:
+        simulate_runs(tmp_path / "together", (), cache=cache)
         before = dict(work_counts)
-        together = simulate(other, into=tmp_path / "together", name="other", session=session)
+        together = simulate(other, into=tmp_path / "together", name="other", cache=cache)
     assert work_counts["built"] == before["built"] + built
     assert anew in (None, (work_counts["states"] - before["states"], work_counts["scored"] - before["scored"]))
     assert read_adapter_files(alone) == read_adapter_files(together)
     assert read_result(alone)["final"]["metrics"] == read_result(together)["final"]["metrics"]
 
 
-def list_kept_examples(session: Session) -> list[Any]:
-    return [kept for about, kept in session._states.items() if about.startswith("examples")]
+def list_kept_examples(cache: RunCache) -> list[Any]:
+    return [kept for about, kept in cache._states.items() if about.startswith("examples")]
 
 
 @pytest.mark.nightly
 def test_session_cache_is_limited_by_memory(tmp_path: Path, work_counts: dict[str, int]) -> None:
     """Sites declare 90 records of 16 tokens and 32 numbers: 0.35 MiB for both.  Twice as many do not fit 0.4."""
     room = "runtime.kept_states_mib=1"
-    with Session() as session:
-        simulate_runs(tmp_path, (room,), session=session)
-        assert len(list_kept_examples(session)) == 2
-        session._num_tokens = 2**20 // (32 * 4)  # as after many other records
-        simulate(room, "data.train_fraction=0.03", into=tmp_path, name="other", session=session)
-        assert len(list_kept_examples(session)) == 2, "the earlier ones went"
+    with RunCache() as cache:
+        simulate_runs(tmp_path, (room,), cache=cache)
+        assert len(list_kept_examples(cache)) == 2
+        cache._num_tokens = 2**20 // (32 * 4)  # as after many other records
+        simulate(room, "data.train_fraction=0.03", into=tmp_path, name="other", cache=cache)
+        assert len(list_kept_examples(cache)) == 2, "the earlier ones went"
     assert work_counts["states"] == 4
 
 
@@ -140,11 +140,11 @@ def test_states_cached_on_disk_produce_the_same_run(tmp_path: Path, work_counts:
 
 @pytest.mark.nightly
 def test_session_releases_all_state_on_exit(tmp_path: Path) -> None:
-    with Session() as session:
-        simulate_runs(tmp_path, (), session=session)
-        assert session.model is not None
-        examples = weakref.ref(list_kept_examples(session)[0])
-    assert session.model is None
-    assert not session._states
+    with RunCache() as cache:
+        simulate_runs(tmp_path, (), cache=cache)
+        assert cache.model is not None
+        examples = weakref.ref(list_kept_examples(cache)[0])
+    assert cache.model is None
+    assert not cache._states
     gc.collect()
     assert examples() is None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedtune.privacy import filter
-from fedtune.privacy.ledger import spending
+from fedtune.privacy.ledger import run_acceptance
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
@@ -39,13 +39,13 @@ def test_spent_fraction_is_measured_in_divergence(open_ledger: Any) -> None:
     history = ledger.history
     room = filter.compute_max_divergence(11.0, order=history.order, delta=DELTA)
     one = history.divergence([make_proposal().plan.event()])
-    assert spending.compute_spent_fraction(history, history.count_total_charges(), cap=11.0) == pytest.approx(
+    assert run_acceptance.compute_spent_fraction(history, history.count_total_charges(), cap=11.0) == pytest.approx(
         one / room
     )
-    assert spending.compute_spent_fraction(history, history.count_total_charges(), cap=math.inf) is None
+    assert run_acceptance.compute_spent_fraction(history, history.count_total_charges(), cap=math.inf) is None
     # At a small order turning divergence into epsilon costs more than such a cap is.
     assert filter.compute_max_divergence(3.0, order=history.order, delta=DELTA) < 0
-    assert spending.compute_spent_fraction(history, history.count_total_charges(), cap=3.0) == 1
+    assert run_acceptance.compute_spent_fraction(history, history.count_total_charges(), cap=3.0) == 1
 
 
 def test_nan_divergence_does_not_fit_the_budget(open_ledger: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,25 +58,29 @@ def test_remaining_budget_matches_accepted_runs(open_ledger: Any) -> None:
     ledger = open_ledger()
     five = make_proposal().plan.event(rounds=5)
     now = datetime.now(UTC)
-    assert spending.count_remaining_runs(ledger.history, make_policy(), five, now) == 2
-    assert spending.count_remaining_runs(History.empty(make_policy()), make_policy(), five, now) == 2, (
+    assert run_acceptance.count_remaining_runs(ledger.history, make_policy(), five, now) == 2
+    assert run_acceptance.count_remaining_runs(History.empty(make_policy()), make_policy(), five, now) == 2, (
         "also before there is a ledger"
     )
     train(ledger, make_proposal(), 1)
-    assert spending.count_remaining_runs(ledger.history, make_policy(), five, now) == 1, (
+    assert run_acceptance.count_remaining_runs(ledger.history, make_policy(), five, now) == 1, (
         "the first holds its whole plan"
     )
     train(ledger, make_proposal(run="2"), 1)
-    assert spending.count_remaining_runs(ledger.history, make_policy(), five, now) == 0
-    left = spending.compute_remaining_divergence(ledger.history, make_policy(), now)
+    assert run_acceptance.count_remaining_runs(ledger.history, make_policy(), five, now) == 0
+    left = run_acceptance.compute_remaining_divergence(ledger.history, make_policy(), now)
     assert 0 < left < ledger.history.divergence([make_proposal().plan.event()])
     assert (
-        spending.count_remaining_runs(ledger.history, make_policy(budget={"max_epsilon": math.inf}), five, now) is None
+        run_acceptance.count_remaining_runs(ledger.history, make_policy(budget={"max_epsilon": math.inf}), five, now)
+        is None
     )
-    assert spending.compute_remaining_divergence(ledger.history, make_policy(budget={"max_epsilon": 6.0}), now) == 0
+    assert (
+        run_acceptance.compute_remaining_divergence(ledger.history, make_policy(budget={"max_epsilon": 6.0}), now) == 0
+    )
     ledger.freeze("for this test")
     assert (
-        spending.compute_remaining_divergence(ledger.history, make_policy(budget={"max_epsilon": math.inf}), now) == 0
+        run_acceptance.compute_remaining_divergence(ledger.history, make_policy(budget={"max_epsilon": math.inf}), now)
+        == 0
     )
 
 
@@ -90,20 +94,20 @@ def test_max_rounds_is_the_largest_accepted_number(fits: int) -> None:
         assert each == replace(asked, plan=replace(asked.plan, num_rounds=rounds))
         return rounds <= fits
 
-    assert spending.find_max_rounds(asked, accepts) == min(fits, 20)
+    assert run_acceptance.find_max_rounds(asked, accepts) == min(fits, 20)
     assert len(tried) <= 5
 
 
 @pytest.mark.parametrize("bound", [0.0, 1.0, 1.00005, 1.23456, 7.0, 8000.0])
 def test_min_noise_is_accepted_and_nearly_minimal(bound: float) -> None:
-    found = spending.find_min_noise(make_proposal(), lambda each: each.plan.noise_multiplier >= bound)
+    found = run_acceptance.find_min_noise(make_proposal(), lambda each: each.plan.noise_multiplier >= bound)
     assert found >= max(bound, 1.0), "never less than was asked for"
     assert found <= max(bound, 1.0) * 1.0002 + 1e-4
     assert found == round(found, 4)
 
 
 def test_min_noise_is_none_if_no_noise_is_accepted() -> None:
-    assert spending.find_min_noise(make_proposal(), lambda each: False) is None
+    assert run_acceptance.find_min_noise(make_proposal(), lambda each: False) is None
     silent = make_proposal(plan={"noise_multiplier": 0.0})
-    found = spending.find_min_noise(silent, lambda each: each.plan.noise_multiplier >= 0.5)
+    found = run_acceptance.find_min_noise(silent, lambda each: each.plan.noise_multiplier >= 0.5)
     assert found == pytest.approx(0.5, abs=2e-4)

@@ -22,7 +22,7 @@ _M = TypeVar("_M")
 
 
 @dataclass
-class Session:
+class RunCache:
     """A cache that several runs share. As a context manager, it is cleared on exit."""
 
     # `LoadedModel` of the newest run, or None (Any, to avoid a circular import)
