@@ -351,7 +351,7 @@ class ExampleFormat:
             fields = {
                 role: text if len(text) <= 2 * most else text[:most] + text[-most:] for role, text in fields.items()
             }
-            longest = max((fields.get(role, "").strip() for role in self.data.template_roles), key=len)
+            longest = max((fields.get(role, "").strip() for role in self.data.template_roles), key=len, default="")
             context = self.build_prompt(fields, answer=reference)
         else:
             asked, reference = split_last_answer(_collect_conversation_turns(fields))

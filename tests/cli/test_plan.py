@@ -184,7 +184,7 @@ def test_plan_compares_noise_with_secure_aggregation(plan: Run, plan_json: Run) 
     assert sums["plan"]["local_steps"] == 1
     assert sums["noise_in_average"] == pytest.approx(0.5, abs=1e-3), "the root of four sites less"
     shown = " ".join(plan(*four).out.split())
-    assert "needs 50% of this noise in the average" in shown
+    assert "requires 50% of this noise in the average" in shown
     assert "federation.aggregation=secure" in shown
     given = ("privacy.noise_multiplier=6", "federation.num_rounds=3")
     assert plan_json(*four, *given)["secure_aggregation"]["noise_in_average"] == pytest.approx(0.5, abs=1e-2)

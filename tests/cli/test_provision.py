@@ -79,7 +79,7 @@ def test_provisioning_changes_nothing_before_confirmation(
     outcome = run_command("provision", *words)
     assert outcome.code == 1
     assert outcome.message.startswith(
-        "nothing is changed: north joins once you have compared its keys. If one differed"
+        "nothing is changed: north joins after you have compared its keys. If a key differs"
     )
     assert read_files(Path("cardiology")) == before
     assert "Did the site read out the same keys? [y/N]" in outcome.out

@@ -194,7 +194,7 @@ def test_gate_accepts_only_audits_of_the_same_plan(run_folder: Path, rules: Path
     assert judge(run_folder, rules, "--audit", str(audited)).code == 0
     settings = yaml.safe_load((audited / "config.yaml").read_text())
     edit_config(audited, lora={"rank": settings["lora"]["rank"] * 2})
-    assert "same plan and model" in judge(run_folder, rules, "--audit", str(audited)).failed(2)
+    assert "another plan or model" in judge(run_folder, rules, "--audit", str(audited)).failed(2)
 
 
 def test_gate_refuses_bad_input_and_writes_nothing(run_folder: Path, rules: Path, tmp_path: Path) -> None:

@@ -279,7 +279,7 @@ def test_run_status_shows_online_sites(kit: Kit, monkeypatch: pytest.MonkeyPatch
         LeadService, "open_grid", lambda self: nullcontext(SimpleNamespace(list_online_nodes=lambda: [1, 3]))
     )
     rows = run_command("run", "status", "--kit", str(kit.folder)).out.splitlines()[-3:]
-    assert [row.split() for row in rows] == [["north", "online"], ["south", "not", "heard"], ["west", "online"]]
+    assert [row.split() for row in rows] == [["north", "online"], ["south", "no", "response"], ["west", "online"]]
     shown = json.loads(run_command("run", "status", "--kit", str(kit.folder), "--json").out)
     assert shown["online"] == {"north": True, "south": False, "west": True}
     assert run_command("run", "status").code == 2

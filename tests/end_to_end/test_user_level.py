@@ -107,7 +107,7 @@ def test_every_arrival_cohort_has_a_separate_budget(simulated: Any, tmp_path: Pa
     spent = run_command("ledger", "spent", str(ledger))
     shown = spent.out
     assert spent.code == 0, spent.err
-    assert all(f"came in {year} " in shown for year in YEARS)
+    assert all(f"joined in {year} " in shown for year in YEARS)
     life = json.loads(run_command("ledger", "spent", str(ledger), "--json").out)
     assert [tuple(one["people"].values()) for one in life["cohorts"]] == [
         *((None, "2023"), ("2024", "2024"), ("2025", "2025"), ("2026", "2026"), ("2027", None))

@@ -60,7 +60,7 @@ def test_warm_start_keeps_final_scores_and_states_its_lineage(first_run: Path, s
 def test_ledgers_record_the_start_adapter_digest_without_its_path(first_run: Path, second_run: Any) -> None:
     folder, _ = second_run
     shown = run_command("ledger", "show", str(folder / "sites" / "site-1" / "ledger.db")).out
-    assert f"it starts from the adapter {read_digest(first_run)[:16]}" in " ".join(shown.split())
+    assert f"starts from the adapter {read_digest(first_run)[:16]}" in " ".join(shown.split())
     for site in ("site-1", "site-2"):
         history = verify(folder / "sites" / site / "ledger.db").history
         (run,) = history.runs.values()

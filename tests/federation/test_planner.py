@@ -132,7 +132,7 @@ def test_run_with_a_weak_signal_is_refused() -> None:
     planner.check_signal(just_enough, SIZES, values=1000)
     planner.check_signal(golden(noise_multiplier=0.0), SIZES, values=10**9)
     with pytest.raises(
-        ConfigError, match=r"false: the signal is too weak at this size and epsilon.* set true to train anyway$"
+        ConfigError, match=r"false: the signal is too weak at this size and epsilon.* set this to true to train anyway$"
     ):
         planner.check_signal(just_enough, SIZES, values=1010)
 

@@ -64,8 +64,8 @@ NOTHING = events.to_json(events.build_dp_sgd_event(sampling_rate=0.25, noise_mul
             lambda t: [*t[:4], replace(t[3], attempt=2, request="x")],
             "the reservation contradicts an earlier reservation",
         ),
-        (lambda t: [*t[:3], change_detail(t[3], event=OTHER_NOISE)], "the charged event is not a round of the run's"),
-        (lambda t: [*t[:3], change_detail(t[3], event=NOTHING)], "the charged event is not a round of the run's"),
+        (lambda t: [*t[:3], change_detail(t[3], event=OTHER_NOISE)], "the charged event differs from a round"),
+        (lambda t: [*t[:3], change_detail(t[3], event=NOTHING)], "the charged event differs from a round"),
         (
             lambda t: [*t, replace(t[4], time="2029-12-31T00:00:00+00:00")],
             "the event's time is before the previous event's time",

@@ -104,7 +104,7 @@ def test_only_the_newest_attempt_can_be_committed(open_ledger: Any, path: Path) 
         open_ledger().commit(first, b"of the first")
     open_ledger().commit(second, b"of the second")
     assert open_ledger().reserve(make_proposal(), round=1, request="digest r 1") == b"of the second"
-    with pytest.raises(AssertionError, match="committed once"):
+    with pytest.raises(AssertionError, match="committed only once"):
         open_ledger().commit(second, b"again")
     assert [kind for kind, _ in list_kinds(path)].count(Kind.COMMIT) == 1
 

@@ -186,5 +186,5 @@ def test_missing_weasyprint_or_pango_error_suggests_the_package(monkeypatch: pyt
     monkeypatch.setattr("fedtune.extras.is_installed", lambda module: True)
     no_pango = Mock(side_effect=OSError("cannot load library 'libpango-1.0-0'"))
     monkeypatch.setattr(render.importlib, "import_module", no_pango)
-    with pytest.raises(ConfigError, match=r"needs Pango .*libpango-1\.0-0"):
+    with pytest.raises(ConfigError, match=r"requires Pango .*libpango-1\.0-0"):
         render.convert_to_pdf("<p>")

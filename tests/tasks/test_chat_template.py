@@ -93,8 +93,8 @@ REFUSED = {
             "much text": "{% for i in range(999) %}" + "a" * 50000 + "{% endfor %}",
         }.items()
     },
-    "a place for others": ("{{ '%9999999999d' % 1 }}" + CHATML, "has no bound"),
-    "a place for others by name": ("{{ '{:>9999999999}'.format('a') }}" + CHATML, "has no bound"),
+    "a place for others": ("{{ '%9999999999d' % 1 }}" + CHATML, "no limit on its output"),
+    "a place for others by name": ("{{ '{:>9999999999}'.format('a') }}" + CHATML, "no limit on its output"),
     "chance": ("{{ [1, 2] | random }}" + CHATML, "No filter named 'random'"),
     "lists added up": ("{{ ('a' * 60000) | batch(1) | sum(start=[]) }}" + CHATML, "No filter named 'sum'"),
     "no template": ("{% for %}", "cannot be read"),

@@ -146,7 +146,7 @@ def test_invalid_packed_bytes_are_refused() -> None:
     data = pack_residues(np.array([1, 2, 3], np.uint64), 3)
     assert len(data) == 2
     for other in (data + b"\0", data[:1], bytes([data[0], data[1] | 0x80])):
-        with pytest.raises(ValueError, match=r"length|bits beyond"):
+        with pytest.raises(ValueError, match=r"length|unused bits"):
             unpack_residues(other, 3, 3)
 
 

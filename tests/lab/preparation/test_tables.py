@@ -85,7 +85,7 @@ def test_undeclared_ranges_are_requested_before_the_run(labs_file: Path, command
     found = {(one["what"], one["column"]): one["count"] for one in file["findings"] if one["kind"] == "declared"}
     assert found == {("beyond its range", "age"): 40, ("missing", "crp"): 18, ("not declared", "sex"): 60}
     told = command("data", "check", "labs.yaml")
-    assert "an undeclared name as other" in told.out
+    assert "undeclared categories become `other`" in " ".join(told.out.split())
     assert command("plan", "experiment=./labs.yaml", "--json").printed
 
 
