@@ -164,7 +164,7 @@ def test_every_translation_key_is_used() -> None:
     whole |= {("promise", key + unit) for unit in CODES["unit"] for key in ("", "unit_")}
     whole |= {("meaning", f"{key}_note") for key in ("ceiling", "mechanism")}
     by_kind = [("verdict", "spent"), ("to_do", "weigh"), ("check", "owner"), ("publish", "heading")]
-    by_kind += [("publish", "within"), ("publish", "which")]
+    by_kind += [("publish", "within"), ("publish", "which"), ("sign_off", "question")]
     by_kind += [("verdict", state) for state in STATES]
     whole |= {(section, f"{key}_{kind}") for section, key in by_kind for kind in CODES["kind"]}
     whole |= {("verdict", f"{kept}{state}") for kept in ("", "kept_") for state in STATES}

@@ -19,7 +19,8 @@ from fedtune.show.budget_text import ArrivalRange
 from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart
 from fedtune.show.lines import shorten_middle
 
-MOST_ROWS = 12  # rows of a table on the page; report.json contains all rows
+MOST_ROWS = 12  # rows of a table that the page shows whole; report.json contains all rows
+_ROWS_OF_LONGER = 4  # rows shown of a longer table
 _LONGEST_NAME = 28  # characters of a name in narrow columns
 _KEY_DIGITS = 12  # enough digits to distinguish keys; report.json contains the whole key
 _SAYING_WHY = ("epsilon", "cap", "left")  # kinds for which None is a value: unbounded, or no limit
@@ -27,9 +28,10 @@ _ROUNDS = "/facts/rounds/*"
 _OF_SITES = ("sites", "facts", "own", "life")
 _SITE = "@sites/site"
 _PLAIN, _CODE, _COMMA = Markup("{}").format, Markup("<code>{}</code>").format, Markup(", ")
+_NAME = Markup('<span class="name">{}</span>').format
 _TEXTS: Mapping[str, Callable[[Catalog, str, Any], Markup]] = {
     "text": lambda words, of, value: _PLAIN(", ".join(value) if isinstance(value, list) else value),
-    "name": lambda words, of, value: _PLAIN(shorten_middle(value, _LONGEST_NAME)),
+    "name": lambda words, of, value: _NAME(shorten_middle(value, _LONGEST_NAME)),
     "hash": lambda words, of, value: _CODE(value),
     "key": lambda words, of, value: Markup('<code title="{}">{}</code>').format(value, value[:_KEY_DIGITS] + "…"),
     "json": lambda words, of, value: _CODE(json.dumps(value, separators=(",", ":"))),
@@ -142,9 +144,10 @@ class Charts(Words):
         most: int = MOST_ROWS,
     ) -> Table:
         """Build a table of the rows at the given pointers; if there are more than `most`, show only the last or the
-        first ones.
+        first few.
         """
-        shown, text, named = rows[-most:] if last else rows[:most], self.text, Markup("{}").format
+        few = len(rows) if len(rows) <= most else _ROWS_OF_LONGER
+        shown, text, named = rows[-few:] if last else rows[:few], self.text, Markup("{}").format
         headings = [(named(one.heading) if one.is_named else text(one.heading), one.is_figure) for one in columns]
         cells = tuple(tuple(self.cell(row, column) for column in columns) for row in shown)
         return Table(caption=caption, columns=tuple(headings), rows=cells, all=len(rows))

@@ -168,7 +168,10 @@ def load_catalog(language: str) -> Catalog:
     """
     check_one_of("report.language", language, LANGUAGES)
     texts = tomllib.loads(Path(__file__).with_name("texts.toml").read_text(encoding="utf-8"))
-    of_language = {section: {key: text[language] for key, text in keys.items()} for section, keys in texts.items()}
+    of_language = {
+        section: {key: text[language].replace(" %", "\N{NO-BREAK SPACE}%") for key, text in keys.items()}
+        for section, keys in texts.items()
+    }
     return Catalog(language, of_language)
 
 
