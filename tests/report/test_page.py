@@ -15,11 +15,11 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.report import signing
 from fedtune.report.derive import profile
 from fedtune.report.derive.verdicts import explain_missing_room
-from fedtune.report.facts import BudgetVerdict
+from fedtune.report.facts import BudgetVerdict, StartAdapter
 from fedtune.report.model import Report, to_json
 from fedtune.report.page import render
 from fedtune.report.page.render import render_label
-from fedtune.report.page.tables import MOST_ROWS
+from fedtune.report.page.tables import MOST_ROWS, ROWS_OF_LONGER
 from fedtune.report.page.translations import load_catalog
 from fedtune.report.page.view import Words, pointer
 from fedtune.show.lines import shorten_middle
@@ -104,7 +104,7 @@ def test_page_tables_match_the_rows_of_the_json(shown: tuple[Report, str]) -> No
         rows = words.rows(f"{kind}/{at}/*") if words.at(words.place(kind, words.sites[0])) else []
         shown_rows = {row for row in rows if f'data-at="{row}/' in html}
         if len(report.sites) == 1:
-            assert len(shown_rows) == min(len(rows), MOST_ROWS), at
+            assert len(shown_rows) == (len(rows) if len(rows) <= MOST_ROWS else ROWS_OF_LONGER), at
         else:  # what several sites have alike is one line
             told, all_of_them = ({json.dumps(look_up(data, row)) for row in some} for some in (shown_rows, rows))
             assert told == all_of_them, at
@@ -331,6 +331,22 @@ def test_purpose_is_quoted_escaped_and_shortened(a_report: Make, language: str) 
         assert bool(said.all("span", **{"class": "absent"})) == (purpose is None)
 
 
+def test_page_one_names_the_epsilon_of_a_private_base_model(a_report: Make, language: str) -> None:
+    words, provenance = load_catalog(language), a_report().facts.provenance
+    unit = "sequence of 1,024 tokens"
+    start = StartAdapter(digest="vaultgemma", run="VaultGemma 1B", dataset=None, unit=unit, delta=1.1e-10, epsilon=2.0)
+
+    def render_with(start: StartAdapter) -> Element:
+        report = made.change_facts(a_report(), provenance=replace(provenance, start_adapter=start))
+        return find_by_id(main(render.render(report, language=language)), "page-1")
+
+    said = join_words(find_by_id(render_with(start), "base"))
+    assert all(text in said for text in ("VaultGemma 1B", f"psilon {words.figure(2.0, 'epsilon')}", unit))
+    unknown = join_words(find_by_id(render_with(replace(start, delta=None, epsilon=None)), "base"))
+    assert words.texts["word"]["unknown"] in unknown
+    assert not render_with(replace(start, public=True)).all(id="base"), "no records were protected there"
+
+
 def test_sign_off_states_the_limits_of_a_decision_first(a_ledger_report: Make, language: str) -> None:
     words = load_catalog(language).texts["sign_off"]
 
@@ -456,7 +472,7 @@ def test_long_ledger_history_is_truncated_to_its_last_rows() -> None:
     few, many = (render.render(made.build_wide_ledger(runs=runs), language="en") for runs in (100, 2500))
     assert "/sites/0/lifetime/runs/99/" in few
     assert "/sites/0/lifetime/runs/0/" not in few
-    assert f"{MOST_ROWS} of 100 rows are shown" in few
+    assert f"{ROWS_OF_LONGER} of 100 rows are shown" in few
     assert len(many) < 2 * len(few)  # 25 times as many runs
 
 

@@ -20,7 +20,7 @@ from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart
 from fedtune.show.lines import shorten_middle
 
 MOST_ROWS = 12  # rows of a table that the page shows whole; report.json contains all rows
-_ROWS_OF_LONGER = 4  # rows shown of a longer table
+ROWS_OF_LONGER = 4  # rows shown of a longer table
 _LONGEST_NAME = 28  # characters of a name in narrow columns
 _KEY_DIGITS = 12  # enough digits to distinguish keys; report.json contains the whole key
 _SAYING_WHY = ("epsilon", "cap", "left")  # kinds for which None is a value: unbounded, or no limit
@@ -146,7 +146,7 @@ class Charts(Words):
         """Build a table of the rows at the given pointers; if there are more than `most`, show only the last or the
         first few.
         """
-        few = len(rows) if len(rows) <= most else _ROWS_OF_LONGER
+        few = len(rows) if len(rows) <= most else ROWS_OF_LONGER
         shown, text, named = rows[-few:] if last else rows[:few], self.text, Markup("{}").format
         headings = [(named(one.heading) if one.is_named else text(one.heading), one.is_figure) for one in columns]
         cells = tuple(tuple(self.cell(row, column) for column in columns) for row in shown)
