@@ -126,7 +126,7 @@ def test_run_over_budget_cannot_be_approved_and_stays_pending(north: Here) -> No
     north.edit(budget={"max_epsilon": 0.5}, limits={"max_rounds": 2})
     outcome = approve(north, R, "--yes")
     assert outcome.failed(3).startswith("the policy or the budget refuses this run: ")
-    for words in ("the lifetime budget would be passed", "too many rounds (asked 4, allowed at most 2)"):
+    for words in ("the lifetime budget would be exceeded", "too many rounds (asked 4, allowed at most 2)"):
         assert words in outcome.message
     assert "epsilon 0.000 is spent" in outcome.out
     assert len(north.state.list_pending_runs()) == 1
