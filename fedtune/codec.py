@@ -174,7 +174,7 @@ def _decode_nested(key: str, cls: Any, table: Mapping[str, Any], default: Any = 
 
 
 def require(key: str, value: object, right: bool, bound: str) -> None:
-    """Raise a ConfigError with the accepted values, unless `right` is true.
+    """Raise a ConfigError that lists the accepted values, unless `right` is true.
 
     Args:
         key: dotted key of the value.

@@ -563,7 +563,7 @@ def _check_privacy(config: RunConfig, *, largest_size: int) -> None:
 
 
 def _check_secure(config: RunConfig) -> None:
-    """Check the compatibility of all other settings with secure aggregation."""
+    """Check that all other settings are compatible with secure aggregation."""
     for key, given, only, why in (
         ("privacy.mechanism", config.privacy.mechanism, "dp_sgd", "each site adds only its share of the noise"),
         ("training.local_steps", config.training.local_steps, 1, "only one site's noise would protect further steps"),

@@ -46,7 +46,7 @@ if sys.platform == "win32":
         msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
 
     def open_to_lock(folder: Path) -> int:
-        """Open a lock file in a folder, because Windows cannot open folders."""
+        """Open a lock file inside the folder, because Windows cannot open folders."""
         return os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
 
     def fsync_folder(folder: Path) -> None:

@@ -291,9 +291,9 @@ class Ledger:
     @property
     def spending(self) -> Lifetime:
         """Epsilon spent over the ledger's lifetime, in the current period and by each run, computed from its events."""
-        from fedtune.report.from_ledger import compute_current_lifetime
+        from fedtune.report.from_ledger import compute_lifetime_budget
 
-        return compute_current_lifetime(self.verified)
+        return compute_lifetime_budget(self.verified)
 
     def _repr_html_(self) -> str:
         spent, left = self.spending, self.spending.left

@@ -79,14 +79,14 @@ def spent(path: LedgerPath, as_json: AsJson = False) -> None:
     The privacy filter's epsilon is valid even if runs were chosen adaptively, and the caps apply to it. The PLD epsilon
     is smaller, but proven only for each run separately. Every epsilon is rounded up.
     """
-    from fedtune.report.from_ledger import compute_current_lifetime  # slow to import
+    from fedtune.report.from_ledger import compute_lifetime_budget  # slow to import
 
     file, verified = _verify_ledger(path)
     if as_json:
         print_json({**budget_text.convert_identity_to_json(file, verified), **convert_spending_to_json(verified)})
         return
     print_identity(file, verified)
-    print_spending(verified.history, compute_current_lifetime(verified))
+    print_spending(verified.history, compute_lifetime_budget(verified))
 
 
 @command(app, "detect modification and rollback", name="verify")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # it takes a while to import
 
 
 def explain_refusal(reason: str) -> str:
-    """Return the explanation of a refusal reason, with the wording of the privacy report."""
+    """Explain a refusal reason in the wording of the privacy report."""
     return load_catalog("en").texts["refusal"].get(reason, "for a reason unknown to this version")
 
 
@@ -213,13 +213,13 @@ def _load_templates() -> Environment:
 
 
 def _print_ledger_summary(ledger: Path, verified: Verified | None, differences: Differences) -> None:
-    from fedtune.report.from_ledger import compute_current_lifetime
+    from fedtune.report.from_ledger import compute_lifetime_budget
 
     say("")
     if verified is None:
         say(f"No ledger yet at {ledger}; it is created when the site starts.")
         return
-    figures, cap = compute_current_lifetime(verified), verified.history.cap
+    figures, cap = compute_lifetime_budget(verified), verified.history.cap
     runs = figures.reference_runs_left
     fits = "" if runs is None else f", enough for {pluralize(runs, 'run')} like the reference"
     left = f"left for new runs {format_rounded_down(convert_none_to_infinite(figures.left))}{fits}"
@@ -236,9 +236,9 @@ def _print_ledger_summary(ledger: Path, verified: Verified | None, differences: 
 
 def convert_spending_to_json(verified: Verified) -> dict[str, Any]:
     """Convert a ledger's spending to JSON values with stable keys, including each run's noise and trust assumptions."""
-    from fedtune.report.from_ledger import compute_current_lifetime  # slow to import
+    from fedtune.report.from_ledger import compute_lifetime_budget  # slow to import
 
-    life, runs = compute_current_lifetime(verified), verified.history.runs
+    life, runs = compute_lifetime_budget(verified), verified.history.runs
     rows = []
     for run in life.runs:
         plan = runs[run.run].plan

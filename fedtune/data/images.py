@@ -118,7 +118,7 @@ def _read_content(field: str, file: str, *, at: str) -> bytes:
 
 
 def _explain_missing(path: Path, field: str) -> str:
-    """Return the bound for a missing image file, with a hint at the most likely mistake."""
+    """Return the error text for a missing image file, with a hint about the most likely mistake."""
     if "\\" in field:
         return "must separate folders with /, not with \\ as in Windows"
     spelt = {path.name.lower(), path.name.upper(), path.stem + path.suffix.lower(), path.stem + path.suffix.upper()}

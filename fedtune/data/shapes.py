@@ -72,7 +72,7 @@ class Shapes:
         return length - (length != self.full)
 
     def rows(self, length: int) -> tuple[int, ...]:
-        """Return the allowed numbers of rows of a micro-batch of this length, descending."""
+        """Return the allowed micro-batch sizes for this sequence length, in descending order."""
         fewest, most = self.compute_min_rows(length), self.max_tokens // length
         if self.most_rows:
             most = min(most, self.most_rows[self.lengths.index(length)])

@@ -85,7 +85,7 @@ def list_calendar_rows(plan: Plan, runs: Iterable[CalendarRun]) -> Iterator[tupl
 
 
 def describe_shared_epsilon(plan: Plan) -> str:
-    """Return the clause that states the joint epsilon of all planned runs; an empty string for a plan with one run.
+    """Return the clause that states the total epsilon of all planned runs, or an empty string if one run is planned.
 
     The clause is appended to the line with the plan's noise multiplier.
     """

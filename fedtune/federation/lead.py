@@ -165,7 +165,7 @@ def read_receipts(path: Path) -> dict[str, Receipt]:
         return dict(decode_value("receipts", known, Mapping[str, Receipt]))
     except ConfigError as error:
         raise RunError(
-            f"the receipts file {path} is damaged; restore it from a backup, because the last receipts are unknown"
+            f"the receipts file {path} is damaged, and its last receipts cannot be read; restore the file from a backup"
         ) from error
 
 

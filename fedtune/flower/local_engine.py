@@ -234,7 +234,7 @@ class RelayedGrid:
                     error, _, content = unpack_whole(found)
                     question = waiting.pop(message_id)
                     if error and question.metadata.message_type == "query":
-                        raise RunError(f"a node of Flower's engine cannot take part: {error}")
+                        raise RunError(f"a simulated Flower node could not join the run: {error}")
                     yield Message(Error(0, error) if error else content, reply_to=question)
 
     def _ask(self, frame: bytes) -> bytes:

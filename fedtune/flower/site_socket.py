@@ -150,7 +150,7 @@ def ask_site(path: str, kind: str, created_at: float, content: RecordDict) -> Re
 
 @contextmanager
 def listen_at(path: Path) -> Iterator[socket.socket]:
-    """Listen at `path` during the block, for the user and the group of the process.
+    """Listen on the Unix socket `path` inside the block; only the process's user and group may connect.
 
     Raises:
         ConfigError: `path` is not a socket, another process listens on it, or its folder is missing or not writable.

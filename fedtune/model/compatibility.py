@@ -68,7 +68,7 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, base: PreTrainedMod
         ConfigError: for `model.path`.
     """
     if tokenizer.pad_token_id is None:
-        raise ConfigError("model.path", path, "its tokenizer must have a padding token or an end-of-text token")
+        raise ConfigError("model.path", path, "its tokenizer must have a padding token or an end-of-sequence token")
     # Tokens that a template adds may be missing from the vocabulary; they are the same for every text.
     added = tokenize_public_text(tokenizer, "a", path=path) + tokenize_public_text(tokenizer, "", path=path)
     known = itertools.chain(tokenizer.get_vocab().values(), tokenizer.added_tokens_decoder, tokenizer.all_special_ids)

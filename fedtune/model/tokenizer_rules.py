@@ -128,7 +128,7 @@ def quote(value: object) -> str:
 
 
 def _flatten_steps(part: Any, inner: str, *, known: Any) -> list[dict[str, Any]]:
-    """Flatten a part of a tokenizer into its steps; `inner` is the key of the steps of a sequence."""
+    """Flatten a tokenizer component into a list of steps; a Sequence stores its steps under the key `inner`."""
     steps, waiting = [], [part] if part is not None else []
     while waiting:
         step = waiting.pop(0)

@@ -142,9 +142,7 @@ def _check_statements(facts: RunFacts, folder: Path) -> Iterator[Check]:
 
 
 def _is_source_of_statement(report: Report, site: SiteFacts, facts: RunFacts) -> bool:
-    """Return True if a site's report is consistent, signed by the site, and the source of the statement in the run's
-    report.
-    """
+    """Return True if a site's report is consistent and signed by the site, and the run's report quotes its statement."""
     from fedtune.report.from_run import extract_statement
 
     try:

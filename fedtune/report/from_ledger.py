@@ -108,8 +108,8 @@ def collect_current_facts(verified: Verified) -> LedgerFacts:
     return collect_ledger_facts(verified.events, history, verified=verified, most=0, now=history.now())
 
 
-def compute_current_lifetime(verified: Verified) -> Lifetime:
-    """Compute a ledger's budget figures over all runs as of now."""
+def compute_lifetime_budget(verified: Verified) -> Lifetime:
+    """Compute a ledger's current lifetime budget, over all runs."""
     return ledger_figures.compute_lifetime(collect_current_facts(verified))
 
 

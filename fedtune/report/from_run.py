@@ -216,7 +216,7 @@ def build_run_report(folder: Path, *, site_reports: Sequence[Report] = ()) -> Re
 
 
 def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> RunFacts:
-    """Collect the report data of a finished or unfinished run; `own` maps each site to its verified report.
+    """Collect the report data of a run, finished or not; `own` maps each site to its verified report.
 
     The results of an audit in the folder are included.
 

@@ -16,7 +16,7 @@ from fedtune.spec import ConfigError
 
 
 def needs_public_stage(config: RunConfig) -> bool:
-    """Return True if the run has a warm start on public records that has not been trained yet."""
+    """Return True if the run has a public warm-start stage that has not been trained yet."""
     return config.public.train_file is not None and config.model.adapter is None
 
 

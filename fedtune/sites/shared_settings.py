@@ -121,7 +121,7 @@ def _build_unvalidated_plan(fields: dict[str, Any], *, bound: int) -> Plan:
     counts = {key: federation[key] for key in ("num_rounds", "spare_rounds")}
     counts["local_steps"] = fields["training"]["local_steps"]
     if any(type(count) is not int for count in (*counts.values(), federation["num_sites"])):
-        raise ValueError("a count is not an integer")
+        raise ValueError("every count must be an integer")
     if federation["num_sites"] > MOST_SITES:
         raise ValueError("too many sites")
     together = None

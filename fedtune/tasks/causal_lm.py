@@ -253,7 +253,7 @@ class _Example:
 
     @property
     def text_parts(self) -> tuple[str, str, str]:
-        """Context up to the middle of its longest text (empty without such a text), whole context, and answer."""
+        """Context cut at the middle of its longest field (or empty), full context, and answer."""
         context, answer = ("".join(piece.text for piece in part) for part in (self.context, self.answer))
         at = context.find(self.longest) if self.longest else -1
         return context[: at + len(self.longest) // 2] if at >= 0 else "", context, answer
@@ -310,7 +310,7 @@ class ExampleFormat:
             ConfigError: the tokenizer has no end-of-text token, or its chat template is not supported.
         """
         if (end := tokenizer.eos_token_id) is None:
-            raise ConfigError("model.path", tokenizer.name_or_path, "its tokenizer must have an end-of-text token")
+            raise ConfigError("model.path", tokenizer.name_or_path, "its tokenizer must have an end-of-sequence token")
         (ids,) = encode([""], tokenizer, special_tokens=True)
         start = (ids[0],) if ids and ids[0] == tokenizer.bos_token_id else ()
         if data.chat_template == "none":
@@ -413,7 +413,9 @@ def _require_answer(record: Record) -> None:
     try:
         split_last_answer(_collect_conversation_turns(record.fields))
     except NoConversation as error:
-        raise DataError(record.at("messages"), str(error), "must have at least one answer to learn from") from None
+        raise DataError(
+            record.at("messages"), str(error), "must contain at least one assistant turn to train on"
+        ) from None
 
 
 def _collect_conversation_turns(fields: Mapping[str, str]) -> list[Turn]:

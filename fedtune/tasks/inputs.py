@@ -44,7 +44,7 @@ class NoTokenizer:
 
 
 class Input(ABC):
-    """Abstract base class of a kind of model input."""
+    """Abstract base class for model inputs."""
 
     modality: ClassVar[str | None] = None  # the kind of record in reports; None: text
     # whether every record has exactly `data.max_length` positions, so that nothing is padded

@@ -71,7 +71,7 @@ class Survival(PooledTask):
     def check_own(self, data: DataSpec) -> None:
         if not self.own.intervals:
             raise ConfigError(
-                "task_settings.intervals", [], "is empty: list the end of each interval, in the unit of the role time"
+                "task_settings.intervals", [], "is empty: list the end of each interval, in the unit of the time column"
             )
 
     def target(self, data: DataSpec) -> TargetOf:

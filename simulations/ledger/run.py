@@ -34,7 +34,7 @@ from fedtune.privacy.site_policy import (
     Releases,
 )
 from fedtune.report.derive import profile
-from fedtune.report.from_ledger import compute_current_lifetime
+from fedtune.report.from_ledger import compute_lifetime_budget
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -153,7 +153,7 @@ def measure_file(runs: Path) -> study.Found:
             "reserve_and_commit_s_first_100": round(statistics.median(pairs[:100]), 4),
             "reserve_and_commit_s_last_100": round(statistics.median(pairs[-100:]), 4),
             "open_s": seconds(lambda: SiteLedger(path, policy, key)),
-            "spending_s": seconds(lambda: compute_current_lifetime(verified)),
+            "spending_s": seconds(lambda: compute_lifetime_budget(verified)),
             "verify_s": seconds(lambda: verify(path)),
             "report_s": seconds(lambda: report(path), repeats=5),
         }

@@ -239,7 +239,7 @@ def test_data_copies_reports_to_terminal_json_or_a_private_file(copied_texts: Pa
     assert "must not leave the site" in told["about"][0]
 
 
-def test_data_copies_reads_the_data_file_of_a_site(copied_texts: Path) -> None:
+def test_data_copies_command_reads_a_site_data_file(copied_texts: Path) -> None:
     texts = [{"letter": "one of its own, with a few more words"}, {"letter": OWN}, {"letter": None}]
     (copied_texts / "kept").mkdir()
     (copied_texts / "kept" / "letters.json").write_text(json.dumps(texts))

@@ -35,7 +35,7 @@ def draw_run_records(draw: st.DrawFn) -> tuple[Shapes, np.ndarray]:
 
 @quick
 @given(run=draw_run_records(), data=st.data())
-def test_every_record_is_batched_once_in_the_shape_for_its_length(run: Any, data: st.DataObject) -> None:
+def test_each_record_is_batched_exactly_once_in_its_length_bucket(run: Any, data: st.DataObject) -> None:
     shapes, lengths = run
     ids = tuple(np.ones(length, dtype=np.int32) for length in lengths)
     dataset = TextDataset(ids, np.zeros(len(ids), dtype=np.int64))

@@ -217,7 +217,7 @@ def test_run_without_a_server_raises_a_run_error(network: Loopback, monkeypatch:
 
 
 @pytest.mark.nightly
-def test_lead_started_before_the_server_waits(network: Loopback, caplog: Any) -> None:
+def test_lead_waits_for_a_server_that_is_not_up_yet(network: Loopback, caplog: Any) -> None:
     network.stop_sites()
     network.stop()
     with ThreadPoolExecutor(1) as pool:

@@ -128,7 +128,7 @@ def test_run_is_submitted_with_flwr_run_and_relayed_by_the_server_app(
         engine.grid.answer = engine.answer
         engine.grid.asked.clear()
         introductions = grid.receive([Message(RecordDict(), node, "query") for node in (701, 702)], timeout=5.0)
-        with pytest.raises(RunError, match=r"a node of Flower's engine cannot take part: no file"):
+        with pytest.raises(RunError, match=r"a simulated Flower node could not join the run: no file"):
             list(introductions)
         return STATE
 

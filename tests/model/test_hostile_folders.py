@@ -154,7 +154,7 @@ def test_last_embedding_row_is_usable_and_padding_is_required(folder: Path) -> N
     edit_tokenizer(folder, take_last_id)
     fits(folder)
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(ConfigError, match="must have a padding token or an end-of-text token"):
+    with pytest.raises(ConfigError, match="must have a padding token or an end-of-sequence token"):
         fits(folder)
 
 

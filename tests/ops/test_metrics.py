@@ -113,7 +113,7 @@ def test_site_budget_metrics_match_the_ledger(north_folder: Path, run_proposal: 
     assert list_values(samples, "fedtune_site_ledger_usable") == {"": 1.0}
 
 
-def test_exhausted_ledger_reports_no_runs_and_damaged_ledger_no_budget(north_folder: Path, run_proposal: Any) -> None:
+def test_exhausted_ledger_reports_zero_runs_and_damaged_ledger_no_budget(north_folder: Path, run_proposal: Any) -> None:
     metrics, ledger = (
         make_site_metrics(north_folder),
         SiteFiles.from_site_toml(north_folder / "site.toml").open_ledger(),

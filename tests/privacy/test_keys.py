@@ -111,7 +111,7 @@ def test_key_from_a_command_is_never_written_to_disk(tmp_path: Path, command_fil
         ("echo rubbish", "is not an Ed25519 private key in PEM format$"),
     ],
 )
-def test_key_command_without_a_valid_key_is_refused(
+def test_key_command_with_invalid_output_is_refused(
     script: str, bound: str, command_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keys, "_COMMAND_S", 0.5)

@@ -136,7 +136,7 @@ def test_plan_beyond_other_limits_is_not_accounted(monkeypatch: pytest.MonkeyPat
         capped.check(make_proposal())
 
 
-def test_periods_follow_the_calendar() -> None:
+def test_budget_periods_start_on_calendar_boundaries() -> None:
     for month, quarter in ((1, 0), (3, 0), (4, 1), (9, 2), (12, 3)):
         moment = datetime(2030, month, 28, 23, 59, tzinfo=UTC)
         found = [compute_period_number(moment, period) for period in ("month", "quarter", "year")]

@@ -78,7 +78,7 @@ def test_approvals_show_person_ticket_and_reason_but_denials_do_not(books: Any) 
 
 def test_lifetime_figures_account_for_expired_runs_and_the_current_period(charged_ledger: Books) -> None:
     verified = verify(charged_ledger.ledger)
-    life = from_ledger.compute_current_lifetime(verified)
+    life = from_ledger.compute_lifetime_budget(verified)
     assert ([run.state for run in life.runs], life.with_set_aside > life.epsilon) == (["open", "open"], True)
     assert life.period_epsilon == life.epsilon
     later = verified.history.last_time + timedelta(days=400)

@@ -126,7 +126,7 @@ def test_user_text_is_escaped_in_the_model_card(record: RunRecord, run_report: R
     assert ModelCard(card).data.license_name == front["license_name"]
 
 
-def test_model_card_names_the_start_adapter_and_its_spending(record: RunRecord, run_report: Report) -> None:
+def test_model_card_reports_the_start_adapter_and_its_privacy_cost(record: RunRecord, run_report: Report) -> None:
     for spent, said in (
         ({"delta": 1e-5, "epsilon": 2.5}, ", of run intents on public; its training spent epsilon 2.500 at delta "),
         ({"delta": 1e-5, "epsilon": None}, ", of run intents on public; its training bounds nothing |"),

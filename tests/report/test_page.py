@@ -75,7 +75,7 @@ def test_figures_names_and_codes_on_the_page_are_in_the_json(shown: tuple[Report
             assert text == found or text in spoken or re.fullmatch(short, found, re.DOTALL), (found, text)
 
 
-def test_page_shows_no_numbers_outside_figures_and_fixed_texts(shown: tuple[Report, str], language: str) -> None:
+def test_page_numbers_come_only_from_figures_or_fixed_texts(shown: tuple[Report, str], language: str) -> None:
     """Outside of figures there are numbers only in fixed texts, names, and how many rows are left out."""
     report, html = shown
 

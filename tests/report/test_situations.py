@@ -160,7 +160,7 @@ def test_run_refused_by_one_site_charges_only_the_other_site(kept_site_runs: Pat
     assert read_verdict(report) == ("within", ())
 
 
-def test_two_runs_on_one_data_set_add_up(kept_site_runs: Path) -> None:
+def test_epsilon_of_two_runs_on_one_data_set_is_composed(kept_site_runs: Path) -> None:
     report = check("two_runs", from_ledger.build_ledger_report(kept_site_runs / "sites/site-2/site.toml"))
     (site,) = report.sites
     assert [(run.rounds, run.state) for run in site.lifetime.runs] == [(2, "ended")] * 2

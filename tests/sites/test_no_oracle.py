@@ -229,5 +229,5 @@ def test_tokenizer_without_an_end_token_is_refused_at_loading(tmp_path: Path) ->
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields | {"pad_token": "<s>"}))
     data = {"labels": (), "columns": {"prompt": "p", "completion": "c"}}
     config = make_letters(task="causal_lm", model={"path": str(tmp_path), "sha256": None}, data=data)
-    with pytest.raises(ConfigError, match="its tokenizer must have an end-of-text token"):
+    with pytest.raises(ConfigError, match="its tokenizer must have an end-of-sequence token"):
         LoadedModel(config)

@@ -110,7 +110,7 @@ def test_texts_without_tokens_and_missing_end_tokens_are_errors(decoder_tokenize
     with pytest.raises(DataError, match=r"a\.csv:2, text = 'no tokens'"):
         tokenize_classification(make_labeled_records((" ", "a")), decoder_tokenizer, labels="ab", max_length=5)
     endless: Any = SimpleNamespace(eos_token_id=None, name_or_path="endless")
-    with pytest.raises(ConfigError, match=r"model\.path = 'endless': its tokenizer must have an end-of-text token"):
+    with pytest.raises(ConfigError, match=r"model\.path = 'endless': its tokenizer must have an end-of-sequence token"):
         tokenize_causal_lm(PROMPTED, endless, prompt_template="{prompt}", max_length=9)
 
 

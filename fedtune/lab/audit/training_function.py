@@ -40,7 +40,7 @@ _ATTACKS = ("model", "model beside a second training")
 
 @spec
 class TrainingAudit:
-    """Result of an audit of a training function; all figures are for the stronger attacker.
+    """Result of auditing a training function; all figures are for the stronger of the two attackers.
 
     Attributes:
         claimed_epsilon: epsilon of the claimed steps at `delta`.

@@ -211,7 +211,7 @@ class DataColumn:
         self.reads["vector"] += len(listed) > 1 and all(one in (0, 1, "0", "1") for one in listed)
         first = listed[0] if listed else ()
         self.keys.update([*first] if isinstance(first, dict) else ())
-        places = sorted(_list_whole_numbers(first))[1:2]
+        places = sorted(_list_integers(first))[1:2]
         self.reads["places"] += bool(places) or not listed
         self.furthest = max(self.furthest, *places, 0)
         if not isinstance(first, str) or first[:1] in _BEGIN_NUMBERS:
@@ -494,10 +494,10 @@ def _split_words(name: str) -> list[str]:
     return re.findall(r"[^\W\d_]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
 
 
-def _list_whole_numbers(value: object, *, within: int = 3) -> list[int]:
+def _list_integers(value: object, *, within: int = 3) -> list[int]:
     """List the integers in an object or a list, or in its first nested container with integers."""
     parts = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
-    inner = (_list_whole_numbers(one, within=within - 1) for one in parts if within)
+    inner = (_list_integers(one, within=within - 1) for one in parts if within)
     return [one for one in parts if type(one) is int] or next(filter(None, inner), [])
 
 

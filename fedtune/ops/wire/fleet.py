@@ -254,7 +254,7 @@ def parse_refusal_reason(answer: httpx.Response, server: str) -> str:
 
 
 def parse_answer_field(answer: httpx.Response, field: str, server: str) -> str:
-    """Parse a field of a fedtune server's JSON answer.
+    """Parse a field of a fedtune server's JSON response.
 
     Raises:
         Foreign: the answer does not come from a fedtune server.

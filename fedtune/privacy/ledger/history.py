@@ -357,7 +357,7 @@ class History:
         return any((name, who) == (run, lead) for _, name, who, _ in self.refused)
 
     def count_rounds_up_to(self, sequence: int) -> Counter[str]:
-        """Count the charged rounds of each run up to event number `sequence`, without those on lost branches."""
+        """Count each run's charged rounds up to event number `sequence`, excluding rounds on lost branches."""
         return Counter(run for number, run in self._rounds if number <= sequence)
 
     def charges(self, *, up_to: int | None = None) -> Counter[tuple[DpEvent, str]]:

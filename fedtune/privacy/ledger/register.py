@@ -81,7 +81,7 @@ class Opened:
 
     @classmethod
     def from_detail(cls, detail: dict[str, Any]) -> Opened:
-        """Parse the detail field of a first event.
+        """Parse the detail field of a ledger's first event.
 
         Raises:
             ValueError: `detail` is not a valid first event.

@@ -224,7 +224,7 @@ def test_unreadable_rows_are_counted_and_the_first_five_are_listed(tmp_path: Pat
         ({"anchor": make_own_text, "positive": make_own_text, "negative": make_own_text}, {"positive": 0}),
     ],
 )
-def test_single_odd_value_does_not_change_detection(
+def test_single_outlier_does_not_change_detected_columns(
     tmp_path: Path, columns: dict[str, Any], odd: dict[str, Any]
 ) -> None:
     given = make_rows(columns)
