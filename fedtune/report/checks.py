@@ -142,7 +142,7 @@ def _check_statements(facts: RunFacts, folder: Path) -> Iterator[Check]:
 
 
 def _is_source_of_statement(report: Report, site: SiteFacts, facts: RunFacts) -> bool:
-    """Return True if a site's report is consistent and signed by the site, and the run's report quotes its statement."""
+    """Return True if a site's report is consistent and signed by the site, and is quoted in the run's report."""
     from fedtune.report.from_run import extract_statement
 
     try:

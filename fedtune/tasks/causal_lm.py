@@ -413,9 +413,7 @@ def _require_answer(record: Record) -> None:
     try:
         split_last_answer(_collect_conversation_turns(record.fields))
     except NoConversation as error:
-        raise DataError(
-            record.at("messages"), str(error), "must contain at least one assistant turn to train on"
-        ) from None
+        raise DataError(record.at("messages"), str(error), "must contain an assistant turn to train on") from None
 
 
 def _collect_conversation_turns(fields: Mapping[str, str]) -> list[Turn]:
