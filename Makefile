@@ -4,6 +4,7 @@
 # make mutants    print the table of deliberate faults that the tests must find
 # make versions   at night, too: the tests that touch Flower, with each release in FLOWER
 # make docs      build/docs/html: the documentation site, without a network; every warning is an error
+# make notebooks  run the notebooks of docs/ and store their outputs; `make nightly` runs them again and compares
 # make constraints   for a release: constraints.hashed.txt, the versions of constraints.txt with the hashes of their files
 # make sbom       for a release: dist/sbom.cdx.json, a CycloneDX list of all that is installed where SBOM_OF is the Python
 # make dist       dist/: the source distribution, and the wheel that is built from it
@@ -44,7 +45,7 @@ WHEELHOUSE ?= wheelhouse
 EXTRAS ?= gguf,metrics,text
 FROM_INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: simulate test checks docs nightly versions mutants format constraints sbom dist package wheelhouse clean
+.PHONY: simulate test checks docs notebooks nightly versions mutants format constraints sbom dist package wheelhouse clean
 
 simulate: $(VENV)/.demo
 	$(VENV)/bin/fedtune simulate $(ARGS)
@@ -86,6 +87,9 @@ versions: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html -d build/docs/cache docs build/docs/html
+
+notebooks: $(VENV)/.dev
+	$(VENV)/bin/python tools/run_notebooks.py
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .

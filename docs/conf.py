@@ -4,10 +4,14 @@ A page outside the navigation, a dead link or anchor and an unknown reference ar
 warning an error.
 """
 
+import base64
+import json
 import os
 import re
 import sys
+from html import escape
 from pathlib import Path
+from typing import Any
 
 import click
 from sphinx.application import Sphinx
@@ -22,7 +26,7 @@ REPOSITORY = os.environ.get("FEDTUNE_REPOSITORY", "").rstrip("/")
 project, author, copyright = "fedtune", "the authors of fedtune", "the authors of fedtune, Apache-2.0"
 version, release = __version__.rpartition(".")[0], __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["notebooks"]
+source_suffix = {".md": "markdown", ".ipynb": "markdown"}  # `prepare_source` converts a notebook
 highlight_language = "sh"
 suppress_warnings = ["misc.highlighting_failure"]
 
@@ -92,15 +96,48 @@ def write_commands() -> str:
     return "".join(parts)
 
 
+def convert_notebook(name: str, text: str) -> str:
+    """Convert a notebook with its stored outputs to Markdown; pictures are part of the page."""
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(_fence(source, "sh" if source.startswith("!") else "python"))
+        parts += [_convert_output(output, cell["metadata"].get("alt", "")) for output in cell["outputs"]]
+    parts.append(f"---\n\nThis page is a notebook: {{download}}`{name}.ipynb <{name}.ipynb>`.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _fence(text: str, language: str) -> str:
+    return f"````{language}\n{text.strip()}\n````"
+
+
+def _convert_output(output: dict[str, Any], alt: str) -> str:
+    """Convert one output; `alt` describes a picture to readers who do not see it."""
+    if output["output_type"] == "stream":
+        return _fence("".join(output["text"]), "text")
+    kind, data = next((kind, "".join(data)) for kind, data in output["data"].items())
+    if kind == "text/html":
+        return re.sub(r"\n\s*", "", data)  # a blank line would end the HTML
+    if kind == "text/plain":
+        return _fence(data, "text")
+    encoded = data.strip() if kind == "image/png" else base64.b64encode(data.encode()).decode()
+    return f'<img alt="{escape(alt)}" src="data:{kind};base64,{encoded}">'
+
+
 def prepare_source(app: Sphinx, page: str, source: list[str]) -> None:
-    """Add the generated help to the page of commands, and resolve links to files outside docs/."""
+    """Convert notebooks, add the help to the page of commands, and resolve links to files outside docs/."""
     if page == "commands":
         source[0] += write_commands()
+    if page.startswith("notebooks/"):
+        source[0] = convert_notebook(page.rpartition("/")[2], source[0])
     folder = (HERE / f"{page}.md").parent
 
     def link(found: re.Match[str]) -> str:
         text, target, place = found[1], (folder / found[2]).resolve(), found[3] or ""
-        if target.is_relative_to(HERE) and "notebooks" not in target.parts:
+        if target.is_relative_to(HERE) and ("notebooks" not in target.parts or target.suffix == ".ipynb"):
             return found[0]
         if not target.exists():
             return found[0]  # MyST reports the dead link

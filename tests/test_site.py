@@ -63,8 +63,10 @@ def test_navigation_lists_every_page_once_in_four_sections() -> None:
     (inner,) = list_toctrees(DOCS / "contributing.md")
     maintainers = [path for entry in inner for path in DOCS.glob(f"{entry}.md")]
     listed = [*pages, *maintainers]
+    (notebooks,) = list_toctrees(DOCS / "notebooks.md")
+    assert sorted(notebooks) == sorted(f"notebooks/{path.stem}" for path in DOCS.glob("notebooks/*.ipynb"))
     assert sorted(listed) == sorted(DOCS.glob("**/*.md")), "a page is missing in a toctree, or is listed twice"
-    assert len(pages) <= 32
+    assert len(pages) <= 33
 
 
 def test_user_pages_have_at_most_sixty_thousand_words() -> None:
@@ -200,6 +202,7 @@ def test_site_builds_without_a_warning_and_redirects(tmp_path: Path) -> None:
     api = (tmp_path / "html" / "api.html").read_text()
     assert all(f'id="fedtune.{name}"' in api for name in fedtune.__all__)
     assert "fedtune simulate" in (tmp_path / "html" / "commands.html").read_text()
+    assert '<img alt="Chart: ' in (tmp_path / "html" / "notebooks" / "first_run.html").read_text()
     assert (tmp_path / "html" / "searchindex.js").stat().st_size > 10_000
     for old, new in read_redirects().items():
         assert new.partition("#")[0] in (tmp_path / "html" / f"{old}.html").read_text()
