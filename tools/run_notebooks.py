@@ -25,6 +25,8 @@ NOTEBOOKS = Path(__file__).parents[1] / "docs" / "notebooks"
 TIMEOUT_S = 1800
 VARIES = "varies"
 _PICTURES = ("image/svg+xml", "image/png")
+_SLOW = "fedtune: loading libraries ...\n"
+"""What a command prints on a slow machine only."""
 _BEST_FIRST = (*_PICTURES, "text/html", "text/plain")
 """Of the forms of one output only the first is stored."""
 
@@ -112,7 +114,8 @@ def _normalize_output(output: Any, folder: Path) -> Any:
 
 
 def _hide_machine(text: str, folder: Path) -> str:
-    """Replace paths of this machine and addresses in memory."""
+    """Replace paths of this machine and addresses in memory; remove colors, and notices of slowness."""
+    text = text.replace("\r\n", "\n").replace(_SLOW, "")
     for place, name in ((folder.resolve(), "."), (folder, "."), (Path.home(), "~")):
         text = text.replace(str(place), name)
     text = re.sub(r"<style scoped>.*?</style>\n?", "", text, flags=re.DOTALL)  # pandas' own, for one table each
@@ -124,7 +127,7 @@ def _join_streams(outputs: Iterable[Any]) -> list[Any]:
     """Join neighboring pieces of standard output, whose division depends on time, and drop standard error."""
     joined: list[Any] = []
     for output in outputs:
-        if output.get("name") == "stderr":
+        if output.get("name") == "stderr" or output.get("text") == "":
             continue
         if joined and "name" in output and joined[-1].get("name") == output["name"]:
             joined[-1]["text"] += output["text"]

@@ -98,6 +98,7 @@ def test_normalized_outputs_have_no_paths_colors_times_or_standard_error(tmp_pat
     outputs = [
         make_stream(f"in {tmp_path}/runs: "),
         make_stream("slow", "stderr"),
+        make_stream("fedtune: loading libraries ...\r\n"),
         make_stream("\x1b[1mbold\x1b[0m <object at 0x7f00c0ffee00>"),
         make_result(text_html="<style scoped>\n\n</style>\n<table></table>", text_plain="a table"),
     ]
