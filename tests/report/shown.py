@@ -255,7 +255,7 @@ def count_by_user(run: Report) -> Report:
     plan = replace(run.facts.plan, unit="user", records_per_user=8)
     report = fill_report(change_facts(replace(run, sites=sites), plan=plan))
     supposed = (people if one.code == "one_record_is_one_unit" else one for one in report.assumptions)
-    return replace(report, assumptions=tuple(supposed))
+    return replace(report, assumptions=tuple({one.code: one for one in supposed}.values()))
 
 
 def make_detail(*labels: str) -> Detail:
