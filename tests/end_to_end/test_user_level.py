@@ -53,7 +53,7 @@ def test_user_level_run_states_its_unit_everywhere(tmp_path: Path) -> None:
         assert "one_record_is_one_unit" not in codes
         assert {one.records_per_user for one_site in report.sites for one in one_site.mechanisms} == {3}
     page = (folder / "report.html").read_text()
-    assert "Everybody with records at a site is protected, for all of their records there together." in page
+    assert "Protected: each person" in page
     assert "Records of a person, at most" in page
 
     spent = run_command("ledger", "spent", str(site / "ledger.db"))
