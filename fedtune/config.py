@@ -261,6 +261,7 @@ class RunConfig:
             plan=plan,
             start_adapter=self.model.adapter_sha256 or "",
             algorithm=self.federation.algorithm,
+            ranks={site: rank for site, rank in self.federation.site_ranks.items() if rank is not None},
         )
 
     def with_rates(self) -> RunConfig:
@@ -359,6 +360,7 @@ class RunConfig:
             "planned_runs": own.planned_runs == 1,
         }
         of_no_effect = [("privacy", key) for key, nothing in unsaid.items() if nothing]
+        of_no_effect += [] if self.federation.ranks else [("federation", "ranks")]
         for group, key in (("evaluation", "max_tokens"), *patience, *places, *of_no_effect):
             del fields[group][key]
         return fields | {"runtime": {"seeded_noise": self.runtime.seeded_noise}}

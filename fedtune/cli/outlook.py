@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -65,7 +66,9 @@ class Outlook:
     def signal_to_noise(self) -> float | None:
         """Signal-to-noise ratio (`planner.compute_signal_to_noise`); None if the parameter count is unknown."""
         sizes = {name: site.declared_size for name, site in self.price.sites.items()}
-        return compute_signal_to_noise(self.plan, sizes, values=self.forecast.values) if self.forecast else None
+        if self.forecast is None:
+            return None
+        return compute_signal_to_noise(self.plan, sizes, values=fmean(self.forecast.site_values.values()))
 
     @property
     def relative_secure_noise(self) -> float | None:
@@ -96,7 +99,7 @@ class Outlook:
     def to_json(self) -> dict[str, Any]:
         """Convert the forecast to JSON values, with null for unbounded values."""
         config, price, plan = self.config, self.price, self.plan
-        strictest, sums = self.strictest, self.secure_aggregation
+        strictest, sums, ranks = self.strictest, self.secure_aggregation, config.federation.site_ranks
         common = {key: getattr(plan, key) for key in ("sampling_rate", "noise_multiplier")}
         common |= {key: getattr(price, key) for key in ("steps", "epsilon", "epsilon_rdp", "epsilon_filter")}
         figures: dict[str, Any] = convert_to_jsonable(
@@ -116,7 +119,10 @@ class Outlook:
                 "neighboring_relation": NEIGHBORING_RELATION.name.lower(),
                 "noise_calibrated": self.calibrated,
                 **dataclasses.asdict(price),
-                "sites": {name: dataclasses.asdict(site) | common for name, site in price.sites.items()},
+                "sites": {
+                    name: dataclasses.asdict(site) | common | ({"rank": ranks[name]} if config.federation.ranks else {})
+                    for name, site in price.sites.items()
+                },
                 "steps": price.steps,
                 "signal_to_noise": self.signal_to_noise,
                 "what_if_epsilon": self.epsilon,
@@ -436,5 +442,6 @@ def _forecast_resources(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     device = resolve_device(runtime.device, must_exist=False)
     model = prepare_model(lambda: build_task_model(config.task_model(), device=device), runtime, max_length=length)
     sizes, traffic = config.declared_sizes(), estimate_round_bytes(config, plan, model)
-    made = forecast(plan, model, declared_sizes=sizes, max_length=length, runtime=runtime, traffic=traffic)
+    ranks = config.federation.site_ranks
+    made = forecast(plan, model, declared_sizes=sizes, ranks=ranks, max_length=length, runtime=runtime, traffic=traffic)
     return made, device.type

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedtune.model.adapter import Adapter
+from fedtune.model.ranks import count_trained_values
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.machine import choose_hidden_states_location, measure_example_seconds, measure_model_bytes
@@ -21,7 +23,8 @@ class Forecast:
     number of records.  Evaluation, start-up and network latency are excluded.
     """
 
-    values: int  # trained parameters
+    values: int  # trained parameters of the shared adapter
+    site_values: Mapping[str, int]  # site -> trained parameters at this site
     model_bytes: int  # memory of base model, adapter and head, in the run's number format
     bytes_down: int  # messages to one site in one round, including settings and signatures
     bytes_up: int  # answers from one site in one round
@@ -39,6 +42,7 @@ def forecast(
     model: TaskModel,
     *,
     declared_sizes: Mapping[str, int],
+    ranks: Mapping[str, int | None],
     max_length: int,
     runtime: RuntimeSpec,
     traffic: tuple[int, int],
@@ -49,6 +53,7 @@ def forecast(
         plan: the plan of the run.
         model: the model, on the device that trains.
         declared_sizes: site -> its declared size, for the participating sites.
+        ranks: site -> the rank that it trains; None: the whole adapter.
         max_length: the number of tokens in each text of a full-length example.
         runtime: the runtime settings of this machine.
         traffic: bytes per round to a site and from a site.
@@ -56,7 +61,7 @@ def forecast(
     Raises:
         ConfigError: `runtime.kept_states_folder` cannot be used.
     """
-    num_values, draws = sum(one.numel() for one in model.trainable().values()), np.random.default_rng(0)
+    adapter, draws = Adapter.from_task_model(model), np.random.default_rng(0)
     num_records = sum(declared_sizes.values()) * plan.records_per_user
     kept, _ = choose_hidden_states_location(model, runtime, num_tokens=num_records * max_length * model.spec.texts)
     below, above = measure_example_seconds(model, max_length=max_length, runtime=runtime, kept=kept, draws=draws)
@@ -64,7 +69,8 @@ def forecast(
     steps = {site: in_step * size * above for site, size in declared_sizes.items()}
     rounds = {site: plan.local_steps * seconds for site, seconds in steps.items()}
     return Forecast(
-        values=num_values,
+        values=adapter.num_values,
+        site_values=count_trained_values(adapter.tensors, ranks),
         model_bytes=measure_model_bytes(model),
         bytes_down=traffic[0],
         bytes_up=traffic[1],

@@ -139,7 +139,7 @@ LEAST_SIGNAL = 0.5
 """The `compute_signal_to_noise` below which a run is unlikely to learn, measured in simulations/own_data."""
 
 
-def check_signal(plan: Plan, declared_sizes: Mapping[str, int], *, values: int) -> None:
+def check_signal(plan: Plan, declared_sizes: Mapping[str, int], *, values: float) -> None:
     """Check that a plan is likely to learn anything, from public numbers and before any site is charged.
 
     Raises:
@@ -156,13 +156,13 @@ def check_signal(plan: Plan, declared_sizes: Mapping[str, int], *, values: int) 
         raise ConfigError("training.ignore_weak_signal", False, bound)
 
 
-def compute_signal_to_noise(plan: Plan, declared_sizes: Mapping[str, int], *, values: int) -> float:
+def compute_signal_to_noise(plan: Plan, declared_sizes: Mapping[str, int], *, values: float) -> float:
     """Compute an upper bound on the signal-to-noise ratio of the aggregated update; infinite without noise.
 
     Signal and noise are L2 norms of the mean gradient over all sites and steps.  The signal is at most the clipping
     norm C, reached if all per-example gradients are aligned.  Each of K sites has weight n / N, so each of the `values`
     coordinates has noise of standard deviation z C sqrt(K) / (q N) in a step, and 1 / sqrt(T) times that in the mean of
-    T steps.
+    T steps.  If the sites train different numbers of coordinates, `values` is the mean of these numbers.
 
     The ratio is an upper bound, not a forecast, because gradients are rarely aligned.
     """

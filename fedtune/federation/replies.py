@@ -15,6 +15,7 @@ from fedtune.federation.protocol import Reply
 from fedtune.federation.spec import FederationSpec
 from fedtune.federation.update_store import UpdateStore
 from fedtune.model.adapter import Adapter
+from fedtune.model.ranks import cut_to_rank, pad_to_full_rank
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Difference, Masked, Refusal, Tensors, Update
 from fedtune.privacy.run_plan import Plan
@@ -154,7 +155,10 @@ class RoundReplies:
         if plan.shared is not None:
             return (outcome, came) if isinstance(came, Masked) else (_Outcome(failure=INVALID_UPDATE), None)
         rounded = isinstance(came, Difference)
-        tensors = _decode_update(came, self.sent) if rounded == (self.update_dtype == "bfloat16") else None
+        rank, sent = self.proposal.find_rank(site), self.sent.tensors
+        expected = rounded == (self.update_dtype == "bfloat16")
+        part = _decode_update(came, cut_to_rank(sent, rank)) if expected else None
+        tensors = None if part is None else pad_to_full_rank(part, sent, rank)
         if tensors is None:
             return _Outcome(failure=INVALID_UPDATE), None
         within = self.reaches[site].allows(tensors, sent=self.sent, rounding=MOST_ROUNDING * rounded)
@@ -169,18 +173,17 @@ def _are_valid_scores(plan: Plan, scores: tuple[float, float] | None) -> bool:
     return (scores is not None) == plan.releases_metrics and all(abs(value) <= _MOST_SHARE for value in scores or ())
 
 
-def _decode_update(came: Tensors | Difference | Masked, sent: Adapter) -> Tensors | None:
-    """Decode an update to an adapter; None if names, order, shapes or dtype differ from `sent`, or a value is not
-    finite.
+def _decode_update(came: Tensors | Difference | Masked, sent: Tensors) -> Tensors | None:
+    """Decode an update to tensors; None if names, order, shapes or dtype differ from `sent`, or a value is not finite.
 
     A bfloat16 difference is added to `sent` here, once, so that bounds and averages see the resulting adapter.
     """
     if isinstance(came, Masked):
         return None
     arrays: Mapping[str, npt.NDArray[Any]] = came.halves if isinstance(came, Difference) else came
-    wanted = [(name, value.shape) for name, value in sent.tensors.items()]
+    wanted = [(name, value.shape) for name, value in sent.items()]
     if [(name, value.shape) for name, value in arrays.items()] != wanted:
         return None
-    tensors = add_difference(sent.tensors, came) if isinstance(came, Difference) else came
+    tensors = add_difference(sent, came) if isinstance(came, Difference) else came
     is_sound = all(value.dtype == np.float32 and bool(np.isfinite(value).all()) for value in tensors.values())
     return tensors if is_sound else None

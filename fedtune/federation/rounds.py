@@ -18,6 +18,7 @@ import numpy as np
 from fedtune.federation.early_stopping import find_kept_round, should_stop
 from fedtune.federation.invitation import invite
 from fedtune.federation.lead import Aggregation, AggregationResult, Lead, LeadState, RoundResult, Scores, merge_receipts
+from fedtune.federation.product_average import average_products
 from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.replies import RoundReplies
 from fedtune.federation.secure_rounds import SecureSums
@@ -25,6 +26,7 @@ from fedtune.federation.sent_round import pack_adapter
 from fedtune.federation.transport import Question, Transport
 from fedtune.federation.update_store import UpdateStore
 from fedtune.model.adapter import Adapter
+from fedtune.model.ranks import cut_to_rank
 from fedtune.privacy.release import Reason, Update
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import RefusedError, RunError, StuckError
@@ -93,7 +95,7 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
             lead.plan,
             round=round,
             declared_size=size,
-            sent=state.adapter,
+            sent=Adapter(cut_to_rank(tensors, lead.asked.proposal.find_rank(site))),
             frozen=frozen,
             algorithm=algorithm,
             arrays=arrays,
@@ -126,6 +128,9 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
         else:
             _require_enough_updates(replies, lead, round)
             made = aggregation.combine(state, replies)
+            if lead.asked.proposal.ranks and lead.lora.trains_both_factors:
+                weights = {site: lead.declared_sizes[site] for site in made.sites}
+                made = replace(made, adapter=average_products(arrived, made.adapter, weights))
     bytes_down, bytes_up = transport.take_traffic()
     metrics: Scores = lead.evaluate(adapter := made.adapter)
     if diverged := not _is_finite(adapter, metrics):

@@ -37,6 +37,7 @@ from fedtune.federation.secure.at_site import SumsAtSite
 from fedtune.federation.secure.party import Party
 from fedtune.federation.sent_round import pack_initial, unpack_adapter
 from fedtune.model.adapter import Adapter
+from fedtune.model.ranks import cut_to_rank
 from fedtune.privacy.durable import require_disk_space
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.proposal import Proposal
@@ -378,7 +379,8 @@ def _protect(
         return _get_current_party(site, request).upload(request.round, trained.share)
     assert trained.adapter is not None
     after = trained.adapter.tensors
-    return round_difference(after, sent.tensors) if dtype == "bfloat16" else after
+    before = cut_to_rank(sent.tensors, request.proposal.find_rank(site.name))
+    return round_difference(after, before) if dtype == "bfloat16" else after
 
 
 def _check_adapter(request: RoundRequest, adapter: Adapter, *, template: Adapter) -> None:

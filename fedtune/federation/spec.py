@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import cycle
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -62,6 +63,8 @@ class FederationSpec:
             "fedavg", "fedprox", "scaffold" or another algorithm of docs/adapters.md.  Updates are weighted by
             declared size.  The privacy guarantee is the same for every algorithm.
         algorithm_settings: the algorithm's own settings, by key; null: the defaults.
+        ranks: the LoRA rank of each site, repeated in the order of the sites if there are fewer ranks than sites; at
+            most `lora.rank`, the rank of the shared adapter (docs/adapters.md).  Empty: every site trains all of it.
         renewal: the number of earlier runs in this series of renewals; `--renew` increments it.
         round_timeout_s: the timeout for the replies of a round, in seconds.
         enough_sites: the number of updates after which a round waits only `straggler_grace_s` for stragglers; null: a
@@ -85,6 +88,7 @@ class FederationSpec:
     colluders: int = 0
     algorithm: str = "fedavg"
     algorithm_settings: Any = None
+    ranks: tuple[int, ...] = ()
     renewal: int = 0
     round_timeout_s: float = 3600.0
     enough_sites: int | None = None
@@ -116,6 +120,7 @@ class FederationSpec:
             check_at_least("early_stopping_patience", self.early_stopping_patience, 1)
         object.__setattr__(self, "algorithm_settings", self.bound_algorithm.own)
         self._check_sums()
+        self._check_ranks()
         check_positive("round_timeout_s", self.round_timeout_s)
         check_at_least("straggler_grace_s", self.straggler_grace_s, 0)
         if self.enough_sites is not None and not self.least_sites <= self.enough_sites <= len(self.active):
@@ -135,6 +140,23 @@ class FederationSpec:
         if why := self.bound_algorithm.not_in_sums:
             raise ConfigError("algorithm", self.algorithm, f"requires federation.aggregation = plain: {why}")
 
+    def _check_ranks(self) -> None:
+        if not self.ranks:
+            return
+        for rank in self.ranks:
+            check_at_least("ranks", rank, 1)
+        if self.aggregation == "secure":
+            bound = "requires federation.aggregation = plain: in a sum every site sends all values with noise on each"
+            raise ConfigError("ranks", list(self.ranks), bound)
+        if why := self.bound_algorithm.not_with_ranks:
+            raise ConfigError("ranks", list(self.ranks), f"is not available for algorithm {self.algorithm}: {why}")
+
+    @property
+    def site_ranks(self) -> dict[str, int | None]:
+        """The rank of each participating site; None: the site trains the whole adapter."""
+        ranks = dict(zip(self.names, cycle(self.ranks or (None,)), strict=False))
+        return {site: ranks[site] for site in self.active}
+
     def check_requirements(self, run: object) -> None:
         """Check that the settings of a run meet the requirements of its algorithm.
 
@@ -145,6 +167,12 @@ class FederationSpec:
             if attrgetter(key)(run) != only:
                 shown = only if isinstance(only, str) else format_value(only)
                 raise ConfigError("federation.algorithm", self.algorithm, f"requires {key} = {shown}: {why}")
+        kind, rank = attrgetter("lora.kind", "lora.rank")(run)
+        if self.ranks and kind != "lora":
+            raise ConfigError("federation.ranks", list(self.ranks), f"requires lora.kind = lora, not {kind}")
+        if self.ranks and max(self.ranks) > rank:
+            bound = f"must be at most lora.rank = {rank}, the rank of the shared adapter"
+            raise ConfigError("federation.ranks", list(self.ranks), bound)
 
     @property
     def bound_algorithm(self) -> LocalAlgorithm:

@@ -55,6 +55,13 @@ class UpdateStore:
         """Read `count` values of a site's update, beginning at index `start`; shape (count,)."""
         return np.fromfile(self._path(site), dtype="<f4", count=count, offset=4 * start)
 
+    def read_tensor(self, site: str, name: str) -> npt.NDArray[np.float32]:
+        """Read one tensor of a site's update, in its shape."""
+        names = list(self.sent.tensors)
+        start = sum(self.sent.tensors[before].size for before in names[: names.index(name)])
+        value = self.sent.tensors[name]
+        return self.read_values(site, start=start, count=value.size).reshape(value.shape)
+
     def build_adapter(self, values: npt.NDArray[np.float32]) -> Adapter:
         """Reshape a flat vector of shape (num_values,), in storage order, into an adapter."""
         ends = np.cumsum([value.size for value in self.sent.tensors.values()])

@@ -134,6 +134,11 @@ class LoraSpec:
         return (".lora_B.", ".lora_A.")[round % 2] if self.alternate else None
 
     @property
+    def trains_both_factors(self) -> bool:
+        """Whether A and B train in the same round, so that an average of factors is no average of products."""
+        return self.train_a and not self.alternate
+
+    @property
     def scale(self) -> float:
         """Factor of the product B A; 1 for adapters without these matrices."""
         without = self.kind in ("ia3", NO_ADAPTER)

@@ -19,6 +19,7 @@ from fedtune.federation.sent_round import pack_initial
 from fedtune.federation.transport import Question
 from fedtune.flower.flower_records import count_payload_bytes, from_adapter, from_question, from_reply, from_step
 from fedtune.model.adapter import Adapter
+from fedtune.model.ranks import cut_to_rank
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Difference, Masked, Receipt, Tensors, Update
 from fedtune.privacy.run_plan import Plan
@@ -33,7 +34,7 @@ def estimate_round_bytes(config: RunConfig, plan: Plan, model: TaskModel) -> tup
     """Estimate the payload bytes of one round to a site and from a site, as run.json counts them.
 
     A round of secure aggregation has four exchanges; the estimate assumes an established session and no dropouts.
-    HTTP, TLS and Flower's own message records are not included.
+    The site has the largest of the sites' ranks. HTTP, TLS and Flower's own message records are not included.
 
     Args:
         config: the run's settings.
@@ -80,9 +81,10 @@ def _make_placeholder_tensors(config: RunConfig, plan: Plan, adapter: Adapter) -
     if (shared := plan.shared) is not None:
         bits = compute_modulus_bits(shared.num_sites, shared.largest_value)
         return Masked(messages.compute_upload_size(shared.num_sites, length=adapter.num_values, bits=bits))
+    trained = cut_to_rank(adapter.tensors, max(config.federation.ranks, default=None))
     if config.federation.update_dtype == "bfloat16":
-        return Difference({name: np.zeros(value.shape, np.uint16) for name, value in adapter.tensors.items()})
-    return adapter.tensors
+        return Difference({name: np.zeros(value.shape, np.uint16) for name, value in trained.items()})
+    return trained
 
 
 def _iter_secure_aggregation_steps(sites: Sequence[str], site: str) -> Iterator[tuple[str, list[bytes], bytes]]:

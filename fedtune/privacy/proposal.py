@@ -7,6 +7,8 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
+from dataclasses import field
 from typing import Any
 
 from fedtune.codec import require
@@ -43,6 +45,7 @@ class Proposal:
         algorithm: federated algorithm, such as "fedavg" or "scaffold": the site's computations around its noisy steps.
             No algorithm changes the guarantee.
         start_adapter: digest of the initial adapter, which an earlier run trained; "" for a new adapter.
+        ranks: site -> the rank that it trains, if the sites' ranks differ; empty: every site trains `rank`.
     """
 
     run: str
@@ -62,6 +65,7 @@ class Proposal:
     adapter: str = "lora"
     algorithm: str = "fedavg"
     start_adapter: str = ""
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # A proposal comes from a server: the decoder checks types, this method formats, and the policy values.
@@ -91,11 +95,17 @@ class Proposal:
             require(name, value, right, "must be a number of at least 0")
         right = re.fullmatch(r"([0-9a-f]{64})?", self.start_adapter, re.ASCII) is not None
         require("start_adapter", self.start_adapter, right, "must be 64 lower-case hexadecimal digits, or empty")
+        right = all(_is_text(site) and 1 <= rank <= self.rank for site, rank in self.ranks.items())
+        require("ranks", dict(self.ranks), right, f"must be whole numbers from 1 to the rank {self.rank}, by site")
+
+    def find_rank(self, site: str) -> int | None:
+        """Return the rank that a site trains; None: all of `rank`, and the site's updates are complete."""
+        return self.ranks.get(site)
 
     def to_json(self) -> dict[str, Any]:
         """Return the canonical JSON object that `digest` hashes. `codec.decode` reads this object."""
         fields = dataclasses.asdict(self)
-        for key, before in (("start_adapter", ""), ("adapter", "lora"), ("algorithm", "fedavg")):
+        for key, before in (("start_adapter", ""), ("adapter", "lora"), ("algorithm", "fedavg"), ("ranks", {})):
             if fields[key] == before:
                 del fields[key]  # defaults are omitted, so that the encoding is unique
         return fields | {"target_modules": list(self.target_modules), "plan": self.plan.to_json()}

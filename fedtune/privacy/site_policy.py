@@ -220,7 +220,7 @@ class Allow:
         tasks: names of tasks, such as "classification".
         base_models: SHA-256 of base models, over all files that the loader reads.
         target_modules: modules that may receive an adapter.
-        max_rank: largest LoRA rank.
+        max_rank: largest LoRA rank that this site trains.
         train_head: whether a task head may be trained and released.
         adapters: types of adapters, such as "lora".
         algorithms: federated algorithms, such as "fedavg" or "scaffold"; empty: all algorithms of the installed
@@ -439,7 +439,7 @@ def _iter_broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
     if others := [name for name in proposal.target_modules if name not in allow.target_modules]:
         yield Reason.TARGET_MODULES, ", ".join(others), ", ".join(allow.target_modules)
     for reason, number, most in (
-        (Reason.MAX_RANK, proposal.rank, allow.max_rank),
+        (Reason.MAX_RANK, proposal.find_rank(policy.site) or proposal.rank, allow.max_rank),
         (Reason.MAX_LORA_SCALE, proposal.lora_scale, limits.max_lora_scale),
         (Reason.MAX_HEAD_SCALE, proposal.head_scale, limits.max_head_scale),
         (Reason.MAX_SAMPLING_RATE, plan.sampling_rate, limits.max_sampling_rate),

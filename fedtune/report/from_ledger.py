@@ -147,7 +147,9 @@ def collect_ledger_facts(
     proposals = [run.proposal for run in history.runs.values() if run.proposal.lead]  # of training
     models = {proposal.base_model for proposal in proposals}
     settings = {
-        "rank": dict.fromkeys(format_rank(one.adapter, one.rank) for one in proposals),
+        "rank": dict.fromkeys(
+            format_rank(one.adapter, one.find_rank(history.opening.site) or one.rank) for one in proposals
+        ),
         "target_modules": dict.fromkeys(name for one in proposals for name in one.target_modules or ("none",)),
     }
     changes = [

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Protocol
 
 from fedtune.config import RunConfig
@@ -18,6 +19,7 @@ from fedtune.federation.planner import check_signal
 from fedtune.federation.rounds import run_rounds
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.transport import Transport
+from fedtune.model.ranks import count_trained_values
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
 from fedtune.runs.cost import Meter
@@ -162,8 +164,10 @@ class FederationRun:
             if unsigned := [site for site, receipt in state.receipts.items() if not receipt.has_valid_signature()]:
                 raise RunError(f"the newest checkpoint has a receipt not signed by {', '.join(unsigned)}")
         elif not self.config.training.ignore_weak_signal:
-            sizes, values = self.config.declared_sizes(), self.shared.initial_adapter.num_values
-            check_signal(self.asked.proposal.plan, sizes, values=values)
+            adapter = self.shared.initial_adapter
+            values = count_trained_values(adapter.tensors, self.config.federation.site_ranks)
+            sizes = self.config.declared_sizes()
+            check_signal(self.asked.proposal.plan, sizes, values=fmean(values.values()))
         if self.config.federation.uses_validation_scores:
             check_decision_scores(self.config)
         validation, test = self.shared.validation, self.shared.test

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +21,7 @@ from fedtune.federation.lead import LeadState, compute_charged_epsilons, compute
 from fedtune.federation.planner import compute_signal_to_noise
 from fedtune.formatting import convert_none_to_infinite, format_size, pluralize
 from fedtune.model.frozen_linear import is_slow_on_cpu
+from fedtune.model.ranks import count_trained_values
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
@@ -305,7 +307,8 @@ def _build_settings_section(config: RunConfig, shared: RunModel, plan: Plan) -> 
         rows["privacy"] = "none (privacy=none)"
         warnings.add("privacy")
     if plan.private and trained:
-        ratio = compute_signal_to_noise(plan, config.declared_sizes(), values=trained)
+        values = count_trained_values(shared.initial_adapter.tensors, config.federation.site_ranks).values()
+        ratio = compute_signal_to_noise(plan, config.declared_sizes(), values=fmean(values))
         rows["signal"] = explain_signal(ratio, config.task)
         warnings |= {"signal"} if ratio < WEAK_SIGNAL else set()
     dtype = config.model.dtype

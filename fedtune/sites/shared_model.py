@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
+from statistics import fmean
 from typing import Final
 
 import torch
@@ -26,6 +27,7 @@ from fedtune.evaluation.scoring import KeptBatches, evaluate_examples
 from fedtune.federation.planner import check_signal
 from fedtune.model.adapter import Adapter
 from fedtune.model.frozen_linear import depends_on_row_count
+from fedtune.model.ranks import count_trained_values
 from fedtune.sites.run_cache import RunCache
 from fedtune.sites.run_records import LeadRecords, RunRecords
 from fedtune.spec import ConfigError, RunError
@@ -125,7 +127,8 @@ class LoadedModel:
         shapes, moved = choose_micro_batch_shapes(model, config.runtime, max_length=config.data.max_length), 0.0
         # Before the test of the model, which takes minutes.
         if tried and leads and config.resume is None and not config.training.ignore_weak_signal:
-            check_signal(config.plan(), config.declared_sizes(), values=self.initial_adapter.num_values)
+            values = count_trained_values(self.initial_adapter.tensors, config.federation.site_ranks)
+            check_signal(config.plan(), config.declared_sizes(), values=fmean(values.values()))
         devices: Devices | None = None
         if tried and config.runtime.devices > 1:  # other devices load the model during the test
             devices = Devices(model, config.task_model(), config.runtime, max_length=config.data.max_length)

@@ -282,7 +282,7 @@ def generate_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> P
             tasks=(proposal.task,),
             base_models=(proposal.base_model,),
             target_modules=proposal.target_modules,
-            max_rank=proposal.rank,
+            max_rank=proposal.find_rank(site) or proposal.rank,
             train_head=proposal.train_head,
             adapters=(proposal.adapter,),
             dtypes=(proposal.dtype,),

@@ -173,6 +173,7 @@ class SiteWork:
             algorithm=self.shared.config.federation.bound_algorithm,
             sent=sent,
             state=state,
+            rank=request.proposal.find_rank(self.site),
         )
         units = self._split_units()
         if self.shared.loaded.keeps_states:

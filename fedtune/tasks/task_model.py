@@ -34,12 +34,14 @@ class TaskModel(nn.Module):
         head: the task's own tensors; None for a task without a head.
         output: the base's output layer, if it predicts tokens.
         frozen: the names of the trained tensors that are frozen in the current round (`freeze_tensors`).
+        rank: the number of rows of A and columns of B that train in the current round; None: all.
         decided_by: see `tasks.base.Model`.
     """
 
     head: nn.Module | None
     decided_by: torch.Tensor | None = None
     frozen: frozenset[str] = frozenset()
+    rank: int | None = None
 
     def __init__(self, spec: TaskModelSpec, task: Task, base: PeftModel) -> None:
         super().__init__()
@@ -150,10 +152,10 @@ class TaskModel(nn.Module):
         return {name: one for name, one in self.collect_adapter_parameters().items() if one.requires_grad}
 
     @contextmanager
-    def freeze_tensors(self, names: frozenset[str]) -> Iterator[None]:
-        """Freeze the trained tensors with these names for the duration of the block."""
+    def freeze_tensors(self, names: frozenset[str], *, rank: int | None = None) -> Iterator[None]:
+        """Freeze the trained tensors with these names, and LoRA's pairs beyond `rank`, for the block's duration."""
         resting = [one for name, one in self.trainable().items() if name in names]
-        self.frozen = names
+        self.frozen, self.rank = names, rank
         try:
             for parameter in resting:
                 parameter.requires_grad_(False)
@@ -161,7 +163,7 @@ class TaskModel(nn.Module):
         finally:
             for parameter in resting:
                 parameter.requires_grad_(True)
-            self.frozen = frozenset()
+            self.frozen, self.rank = frozenset(), None
 
     def enable_gradient_checkpointing(self) -> None:
         """Enable gradient checkpointing: store only the inputs of layers, and recompute the layers in the backward

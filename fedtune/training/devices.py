@@ -43,6 +43,7 @@ import torch
 
 from fedtune.data import Shapes
 from fedtune.model.hf_logging import get_first_line
+from fedtune.model.ranks import cut_to_rank
 from fedtune.model.spec import TaskModelSpec
 from fedtune.privacy.randomness import RandomStream
 from fedtune.spec import ConfigError, RunError
@@ -243,7 +244,7 @@ class DividedUnits(Units):
             assert self._workers is not None, "the shards were not sent"
             values = _flatten(model.trainable()).numpy()
             for rank, theirs in enumerate(others, start=1):
-                about = (self._number, theirs, self._max_grad_norm, model.frozen, values)
+                about = (self._number, theirs, self._max_grad_norm, model.frozen, model.rank, values)
                 self._workers.ask(rank, _Device.sum_contributions, *about)
             return self._own.batch_units(mine)
 
@@ -439,6 +440,7 @@ class _Device:
         drawn: Sequence[IndexArray],
         max_grad_norm: float,
         frozen: frozenset[str],
+        rank: int | None,
         values: npt.NDArray[np.float32],
     ) -> tuple[int, npt.NDArray[np.int64]]:
         """Sum the clipped contributions of the drawn units at the adapter values `values`.
@@ -448,8 +450,8 @@ class _Device:
         """
         units = self._units[number]
         _copy_values(self._model.trainable(), torch.from_numpy(values))
-        with self._model.freeze_tensors(frozen), record_gradients(self._model) as gradients:
-            sums = make_zero_sums(self._model.list_active_parameters())
+        with self._model.freeze_tensors(frozen, rank=rank), record_gradients(self._model) as gradients:
+            sums = make_zero_sums(cut_to_rank(self._model.list_active_parameters(), rank))
             count = add_batches(
                 sums, units.convert_gradients(gradients), self._report_progress(units.batch_units(drawn)), max_grad_norm
             )

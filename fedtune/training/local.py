@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from fedtune.model.adapter import Adapter
+from fedtune.model.ranks import cut_to_rank
 from fedtune.model.spec import LoraSpec
 from fedtune.privacy.distributed_noise import add_noise_share
 from fedtune.privacy.mechanism import draw_poisson_sample
@@ -40,6 +41,7 @@ class TrainingRound:
     algorithm: LocalAlgorithm = FEDAVG
     sent: Arrays = field(default_factory=dict)  # the algorithm's arrays, received with the adapter
     state: Arrays = field(default_factory=dict)  # the algorithm's state at this site; empty for a stateless algorithm
+    rank: int | None = None  # the number of LoRA's pairs that train at this site; None: all
 
 
 def train_round(
@@ -51,14 +53,15 @@ def train_round(
     received or trained value can stop the run and rounding error stays small. Clamping does not depend on any record.
 
     Returns:
-        The adapter, which may be released, and the algorithm's state for the site's next round.
+        The adapter, which may be released, in the shapes of `cut_to_rank`, and the algorithm's state for the site's
+        next round.
 
     Guarantee: with noise, both results are post-processing of `work.plan.event()` on the units of `work.plan.unit`, of
     the received adapter and arrays, and of the earlier state. Without noise there is no guarantee.
     """
     assert work.plan.shared is None, "a single noise share does not protect a site's own release"
     frozen = list_frozen_tensors(model.spec.lora, work.algorithm, model.trainable(), round=work.round, sent=work.sent)
-    with model.freeze_tensors(frozen):
+    with model.freeze_tensors(frozen, rank=work.rank):
         parameters, records, sampling, noise = _prepare_round(model, adapter, units, work, randomness)
         optimizer = make_optimizer(parameters, work.training, clipped=work.plan.private)
         half = SiteHalf(work, parameters) if work.algorithm.corrects_gradients else None
@@ -87,10 +90,18 @@ def train_round(
         else:
             take_steps(
                 lambda: take_plain_step(
-                    model, units, records, work.plan, optimizer=optimizer, sampling=sampling, correct=correct
+                    model,
+                    units,
+                    records,
+                    work.plan,
+                    parameters=parameters,
+                    optimizer=optimizer,
+                    sampling=sampling,
+                    correct=correct,
                 )
             )
-    return Adapter.from_task_model(model), {} if half is None else half.compute_next_state()
+    trained = Adapter(cut_to_rank(Adapter.from_task_model(model).tensors, work.rank))
+    return trained, {} if half is None else half.compute_next_state()
 
 
 class SiteHalf:
@@ -164,6 +175,12 @@ def _prepare_round(
     parameters = model.list_active_parameters()
     everything = {id(p) for p in model.parameters() if p.requires_grad}
     assert everything == {id(p) for p in parameters.values()}, "a trainable tensor is not clipped"
+    # A site of a smaller rank clips, noises and steps views of these tensors.
+    views = cut_to_rank(parameters, model.rank)
+    parameters = {
+        name: one if views[name] is one else torch.nn.Parameter(views[name].detach())
+        for name, one in parameters.items()
+    }
     purpose = (work.site, work.round, work.attempt)
     assert units.unit == work.plan.unit, "the sampled unit differs from the plan's privacy unit"
     sampling = randomness.stream(*purpose, "sampling")
@@ -190,6 +207,7 @@ def take_plain_step(
     records: Records,
     plan: Plan,
     *,
+    parameters: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     sampling: RandomStream,
     correct: Correction | None = None,
@@ -197,8 +215,11 @@ def take_plain_step(
     """Take an optimizer step on a Poisson sample without clipping and noise. Guarantee: none."""
     batches = records.cut(draw_poisson_sample(records.count, plan.sampling_rate, sampling))
     set_mean_gradient(model, units, batches, count=plan.sampling_rate * records.declared_size)
+    whole = {name: one.grad for name, one in model.list_active_parameters().items() if one.grad is not None}
+    for name, gradient in cut_to_rank(whole, model.rank).items():
+        parameters[name].grad = gradient
     if correct is not None:
-        correct_plain_gradient(model.list_active_parameters(), correct)
+        correct_plain_gradient(parameters, correct)
     optimizer.step()
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from fedtune.data.batching import Batch, compute_each_alone
 from fedtune.model.frozen_linear import switch_to_onednn, uses_onednn
 from fedtune.model.ia3_and_dora import Scales
+from fedtune.model.ranks import cut_to_rank
 from fedtune.privacy.dp_library import RARELY_USED, defer_imports
 from fedtune.spec import ConfigError, translate_panics
 from fedtune.tasks.task_model import TaskModel
@@ -47,6 +48,8 @@ class PerExampleGradients:
 
     def compute_gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Compute the gradient of each example's own loss: name -> (rows, *parameter shape), float32.
+
+        Within a site's rank, a gradient has only the rows and columns that train.
 
         Empty rows are zero. Losses are summed over the batch, never averaged: a mean would let one example rescale
         another.
@@ -96,7 +99,7 @@ class PerExampleGradients:
             of_rows = gradient[: len(batch.input_ids)]  # a head may have worked on more rows
             # One after the other: the order in torch's own sum could depend on the number of examples.
             gradients[name] = reduce(torch.add, (of_rows[text :: batch.texts] for text in range(batch.texts)))
-        return gradients
+        return cut_to_rank(gradients, self._model.rank, axis=1)
 
 
 @register_grad_sampler(Scales)  # type: ignore[untyped-decorator]

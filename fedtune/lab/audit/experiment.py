@@ -89,6 +89,7 @@ def make_auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
         ("runtime", runtime.kind, "simulation", "plants artificial records"),
         ("runtime.num_devices", runtime.devices, 1, "observes each step in one process"),
         ("lora.alternate", config.lora.alternate, False, "observes all tensors in each step"),
+        ("federation.ranks", list(config.federation.ranks), [], "observes all tensors in each step"),
         ("federation.algorithm", config.federation.algorithm, "fedavg", "observes steps without corrections"),
         ("resume", config.resume, None, "always starts from the beginning, with its own random draws"),
         (

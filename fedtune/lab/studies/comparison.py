@@ -121,6 +121,7 @@ def _list_participant_settings(asked: RunConfig, kind: Kind, site: str | None) -
         **alone,
         "federation.num_sites": 1,
         "federation.site_names": ["all"],
+        "federation.ranks": [],
         "data.declared_sizes": sum(asked.data.list_site_sizes(asked.federation.num_sites)),
         "data.partition.proportions": [],
         "data.partition.sites": dict.fromkeys(asked.data.partition.sites, 0),

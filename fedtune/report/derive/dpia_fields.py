@@ -11,6 +11,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from fedtune.model.spec import NO_ADAPTER
@@ -177,7 +178,7 @@ def derive_cell_facts(config: RunConfig, plan: Plan) -> dict[str, Value]:
         "runtime": config.runtime.kind,
         "most_tokens": data.max_length,
         "modality": get_input_for(data).modality,
-        "rank": format_rank(config.lora.kind, config.lora.effective_rank),
+        "rank": format_rank(config.lora.kind, config.lora.effective_rank, config.federation.site_ranks),
         "target_modules": tuple(config.lora.adapted_modules) or "none",
         "update_checks": config.federation.algorithm,
         "labels": len(data.labels) or None,
@@ -188,7 +189,8 @@ def derive_cell_facts(config: RunConfig, plan: Plan) -> dict[str, Value]:
     return {name: value for name, value in known.items() if value is not None}
 
 
-def format_rank(adapter: str, rank: int) -> str:
-    """Format an adapter's rank, followed by the adapter's kind unless it is LoRA."""
+def format_rank(adapter: str, rank: int, ranks: Mapping[str, int | None] = MappingProxyType({})) -> str:
+    """Format an adapter's rank, followed by the adapter's kind unless it is LoRA, or by the rank of each site."""
     rank = 0 if adapter == NO_ADAPTER else rank
-    return str(rank) if adapter == "lora" else f"{rank} ({adapter})"
+    notes = [adapter] if adapter != "lora" else [f"{site} {own}" for site, own in ranks.items() if own is not None]
+    return f"{rank} ({', '.join(notes)})" if notes else str(rank)

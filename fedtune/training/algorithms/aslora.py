@@ -48,6 +48,7 @@ class AsLora(LocalAlgorithm):
     name = "aslora"
     settings = AsLoraSettings
     not_in_sums = "secure aggregation trains all tensors in every round"
+    not_with_ranks = "its score compares factors that all sites train"
     requires: ClassVar[Requirements] = {
         "lora.kind": ("lora", "AS-LoRA selects one of the two LoRA factors"),
         "lora.train_a": (True, "AS-LoRA selects one of the two LoRA factors"),

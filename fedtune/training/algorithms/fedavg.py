@@ -12,6 +12,7 @@ class FedAvg(LocalAlgorithm):
 
     name = "fedavg"
     not_in_sums = ""
+    not_with_ranks = ""
 
 
 FEDAVG = FedAvg()
@@ -25,6 +26,7 @@ class FedMedian(LocalAlgorithm):
 
     name = "fedmedian"
     not_in_sums = "the median cannot be computed from a sum"
+    not_with_ranks = "the median would ignore what few sites train"
 
     @property
     def flower_strategy(self) -> tuple[str, Mapping[str, float]]:

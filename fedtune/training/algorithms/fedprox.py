@@ -33,6 +33,7 @@ class FedProx(LocalAlgorithm):
     name = "fedprox"
     settings = FedProxSettings
     not_in_sums = "the proximal term is zero in the only local step of a round"
+    not_with_ranks = ""
 
     def correct_gradient(self, gradient: NoisedGradient, weights: Arrays, at: SiteRound) -> Arrays:
         mu = np.float32(self.own.mu)

@@ -92,6 +92,8 @@ class LocalAlgorithm:
     requires: ClassVar[Requirements] = {}
     # the reason why secure aggregation does not support the algorithm, for error messages; empty if it does
     not_in_sums: ClassVar[str] = "with secure aggregation, a site takes no optimizer step"
+    # the reason why the sites' ranks must be equal, likewise; empty if they may differ
+    not_with_ranks: ClassVar[str] = "it has not been derived for sites of different ranks"
     own: Any  # an instance of `settings`, or None
 
     def __init__(self, own: object = None) -> None:

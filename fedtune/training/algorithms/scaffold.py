@@ -30,6 +30,7 @@ class Scaffold(LocalAlgorithm):
 
     name = "scaffold"
     not_in_sums = "the corrections of all sites cancel in a sum"
+    not_with_ranks = "the average update of few sites does not show the mean gradient of all"
     requires: ClassVar[Requirements] = {
         "training.optimizer": ("sgd", _SGD),
         "training.momentum": (0.0, _SGD),
