@@ -109,10 +109,12 @@ def run_displayed_public_stage(config: RunConfig, console: Console, *, again: Se
 
 
 def print_fitted_plan(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
-    """Print the rounds and noise of `fits`, the plan within the sites' budgets, if it differs from `asked`."""
-    if fits != asked:
-        rounds, noise = fits.federation.num_rounds, fits.privacy.noise_multiplier
+    """Print what differs in `fits`, the plan within the sites' budgets and policies, from `asked`."""
+    rounds, noise = fits.federation.num_rounds, fits.privacy.noise_multiplier
+    if (rounds, noise) != (asked.federation.num_rounds, asked.privacy.noise_multiplier):
         console.print(f"The sites' budgets allow {rounds} rounds at noise multiplier {noise:g}.")
+    if (ranks := fits.federation.site_ranks) != asked.federation.site_ranks:
+        console.print(f"The sites' policies allow these ranks: {', '.join(f'{one} {r}' for one, r in ranks.items())}.")
     return fits
 
 

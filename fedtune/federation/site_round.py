@@ -275,7 +275,13 @@ def _make_receipt(site: Site, run: str, lead: str, *, reply: str = "") -> Receip
 
 def _make_offer(site: Site, asked: Invitation) -> Offer:
     proposal, plan = asked.proposal, asked.proposal.plan
-    offer = Offer(site=site.name, run=proposal.run, most_rounds=plan.num_rounds, least_noise=plan.noise_multiplier)
+    offer = Offer(
+        site=site.name,
+        run=proposal.run,
+        most_rounds=plan.num_rounds,
+        least_noise=plan.noise_multiplier,
+        rank=proposal.find_rank(site.name),
+    )
     try:
         _prepare_run(site, asked)
     except Refused as refused:

@@ -63,8 +63,8 @@ class FederationSpec:
             "fedavg", "fedprox", "scaffold" or another algorithm of docs/adapters.md.  Updates are weighted by
             declared size.  The privacy guarantee is the same for every algorithm.
         algorithm_settings: the algorithm's own settings, by key; null: the defaults.
-        ranks: the LoRA rank of each site, repeated in the order of the sites if there are fewer ranks than sites; at
-            most `lora.rank`, the rank of the shared adapter (docs/adapters.md).  Empty: every site trains all of it.
+        ranks: the LoRA ranks of the sites in order, repeated as needed, at most `lora.rank` (docs/adapters.md).  Empty:
+            `lora.rank` at every site.
         renewal: the number of earlier runs in this series of renewals; `--renew` increments it.
         round_timeout_s: the timeout for the replies of a round, in seconds.
         enough_sites: the number of updates after which a round waits only `straggler_grace_s` for stragglers; null: a
@@ -156,6 +156,12 @@ class FederationSpec:
         """The rank of each participating site; None: the site trains the whole adapter."""
         ranks = dict(zip(self.names, cycle(self.ranks or (None,)), strict=False))
         return {site: ranks[site] for site in self.active}
+
+    def lower_ranks(self, most: Mapping[str, int]) -> list[int]:
+        """Return `ranks`, lowered to the largest rank in `most` at each site that is named there."""
+        ranks = dict(zip(self.names, cycle(self.ranks), strict=False))
+        lowered = {site: min(rank, most.get(site, rank)) for site, rank in ranks.items()}
+        return list(self.ranks if lowered == ranks else lowered.values())
 
     def check_requirements(self, run: object) -> None:
         """Check that the settings of a run meet the requirements of its algorithm.

@@ -107,7 +107,7 @@ class LeadService:
             ).run_to_end(noted)
 
     def fit_to_budgets(self, config: RunConfig) -> RunConfig:
-        """Reduce the rounds or increase the noise of `config` to fit the sites' budgets, if `if_over_budget` allows it.
+        """Fit rounds or noise of `config` to the sites' budgets, if `if_over_budget` allows it, and ranks to policies.
 
         No budget is charged.  Sites that are offline, paused or awaiting approval are ignored; they can accept the run
         later.
@@ -117,7 +117,7 @@ class LeadService:
             RunError: the server cannot be reached, or fewer than `min_sites` sites answered.
             RefusedError: too few sites have any budget left.
         """
-        if not config.may_be_fitted:
+        if not config.asks_for_offers:
             return config
         grid = self.open_grid(patience_s=self.federation.round_timeout_s)
         with grid as opened, (transport := self._make_transport(opened)).explain_protocol_mismatch():

@@ -104,7 +104,7 @@ class Reason(StrEnum):
 
     @property
     def concerns_budget(self) -> bool:
-        """Whether a proposal with fewer rounds or more noise might be accepted."""
+        """Whether a proposal with fewer rounds, more noise or a lower rank at this site might be accepted."""
         return self in _ABOUT_BUDGET
 
     @property
@@ -117,6 +117,7 @@ _ABOUT_BUDGET = {
     Reason.MAX_EPSILON_IF_ALL_COLLUDE,
     Reason.MIN_NOISE_MULTIPLIER,
     Reason.MAX_ROUNDS,
+    Reason.MAX_RANK,
     Reason.MAX_EPSILON,
     Reason.MAX_EPSILON_PER_RUN,
     Reason.MAX_EPSILON_PER_PERIOD,
@@ -372,6 +373,7 @@ class Offer(_Plain):
     Attributes:
         most_rounds: maximum number of rounds with the proposal's noise; 0 if the site would accept no round.
         least_noise: smallest noise multiplier with the proposal's rounds; None if no noise multiplier suffices.
+        rank: largest rank that the site trains, up to the proposal's rank for it; None if the ranks do not differ.
         nonce: nonce of the invitation, so that an old offer cannot answer a new invitation.
         software: version and build of fedtune at the site.
     """
@@ -380,6 +382,7 @@ class Offer(_Plain):
     run: str
     most_rounds: int
     least_noise: float | None
+    rank: int | None = None
     nonce: str = ""
     software: str = ""
     round: ClassVar[int] = 0  # an offer comes before the first round

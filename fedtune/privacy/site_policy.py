@@ -390,6 +390,13 @@ class Policy:
         broken = list(_iter_broken_rules(self, proposal)) or list(_iter_exceeded_epsilon_caps(self, proposal.plan))
         return [Refused(reason, asked=asked, allowed=allowed) for reason, asked, allowed in broken]
 
+    def lower_rank(self, proposal: Proposal) -> Proposal:
+        """Return the proposal with this site's rank within `allow.max_rank`; unchanged if the ranks do not differ."""
+        rank = proposal.find_rank(self.site)
+        if rank is None or rank <= self.allow.max_rank:
+            return proposal
+        return dataclasses.replace(proposal, ranks={**proposal.ranks, self.site: self.allow.max_rank})
+
     def declared_size(self, dataset: str) -> int:
         """Return the declared size of a data set."""
         return next(declared.declared_size for declared in self.dataset if declared.id == dataset)

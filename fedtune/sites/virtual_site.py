@@ -214,14 +214,15 @@ def fix_number_format(
 
 
 def fit_to_budgets(config: RunConfig, run_folder: Path) -> RunConfig:
-    """Adapt a run to the sites' budgets with fewer rounds or more noise, depending on `if_over_budget`.
+    """Adapt a run to the sites' budgets with fewer rounds or more noise, depending on `if_over_budget`, and its ranks
+    to the sites' policies.
 
     A site without any budget may refuse later, as long as `min_sites` other sites have enough.
 
     Raises:
         RefusedError: too few sites have enough budget.
     """
-    if not config.may_be_fitted or config.runtime.sites_dir is None:
+    if not config.asks_for_offers or config.runtime.sites_dir is None:
         return config  # a new ledger always has room for its run
     sites = VirtualSites.create(config, run_folder, config.plan())
     sites.check_partition()

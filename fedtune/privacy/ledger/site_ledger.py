@@ -380,13 +380,15 @@ class SiteLedger:
             self._require_newest_policy()
             if not self._may_record_answer():
                 raise RunError("the ledger reached today's limit of refusals and offers; try again tomorrow")
+            proposal = self.policy.lower_rank(proposal)
             rounds = run_acceptance.find_max_rounds(proposal, self._would_accept)
             noise = run_acceptance.find_min_noise(proposal, self._would_accept)
             if not rounds and noise is None:
                 self.require_acceptable(proposal)
             detail = {"what": "offer", "most_rounds": rounds, "least_noise": noise, "lead": proposal.lead}
             self._store.append_event(Kind.RELEASE, detail, run=proposal.run)
-        return Offer(site=self.policy.site, run=proposal.run, most_rounds=rounds, least_noise=noise)
+        site, run = self.policy.site, proposal.run
+        return Offer(site=site, run=run, most_rounds=rounds, least_noise=noise, rank=proposal.find_rank(site))
 
     def require_acceptable(self, proposal: Proposal, *, own: bool = False) -> None:
         """Check that the site would accept a new run, or its own release (`own`), as of the last transaction.

@@ -1,0 +1,144 @@
+"""Runs whose sites train different ranks: proposals, policies, offers and updates."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.api.compose import compose_run
+from fedtune.codec import decode
+from fedtune.config import parse
+from fedtune.federation.bfloat16 import round_difference
+from fedtune.federation.replies import INVALID_UPDATE, RoundReplies
+from fedtune.federation.update_store import UpdateStore
+from fedtune.model.adapter import Adapter
+from fedtune.model.ranks import cut_to_rank
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Offer, Reason
+from fedtune.spec import ConfigError
+
+from ..conftest import make_site_policy, run_proposal
+from .conftest import make_update, read_reason
+from .test_replies import ANYWHERE, sign_body
+
+SENT = Adapter(
+    {
+        "b.lora_A.weight": np.arange(12, dtype=np.float32).reshape(4, 3),
+        "b.lora_B.weight": np.arange(8, dtype=np.float32).reshape(2, 4),
+        "head.weight": np.ones(4, np.float32),
+    }
+)
+RANKS = {"rank": 4, "ranks": {"a": 2, "b": 4}}
+
+
+def receive(folder: Path, tensors: Any, *, dtype: str) -> tuple[dict[str, str], Any]:
+    """Return the lead's failures and, if there are none, the adapter that it keeps of site a."""
+    with UpdateStore(folder / "arrived", SENT) as arrived:
+        asked = {"round": 1, "sent": SENT, "reaches": {"a": ANYWHERE}, "update_dtype": dtype}
+        replies = RoundReplies(proposal=run_proposal(**RANKS), arrived=arrived, **asked)
+        replies.add_reply("a", sign_body(make_update(tensors=tensors)))
+        if replies.failures:
+            return replies.failures, None
+        return {}, arrived.build_adapter(arrived.read_values("a", start=0, count=SENT.num_values))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_update_of_a_smaller_rank_is_padded_with_the_sent_adapter(tmp_path: Path, dtype: str) -> None:
+    part = {name: value + 1 for name, value in cut_to_rank(SENT.tensors, 2).items()}
+    sent = part if dtype == "float32" else round_difference(part, cut_to_rank(SENT.tensors, 2))
+    failures, kept = receive(tmp_path, sent, dtype=dtype)
+    assert failures == {}
+    assert kept.has_same_shapes(SENT)
+    moved = {name: (kept.tensors[name] - value).tolist() for name, value in SENT.tensors.items()}
+    assert moved["b.lora_A.weight"] == [[1] * 3, [1] * 3, [0] * 3, [0] * 3]
+    assert moved["b.lora_B.weight"] == [[1, 1, 0, 0]] * 2
+    assert moved["head.weight"] == [1] * 4
+
+
+@pytest.mark.parametrize("rank", [1, 3, None])
+def test_update_of_another_rank_is_invalid(tmp_path: Path, rank: int | None) -> None:
+    failures, _ = receive(tmp_path, cut_to_rank(SENT.tensors, rank), dtype="float32")
+    assert failures == {"a": INVALID_UPDATE}
+
+
+def test_proposal_names_ranks_only_if_they_differ() -> None:
+    asked, same = run_proposal(**RANKS), run_proposal()
+    assert "ranks" not in same.to_json()
+    assert decode(Proposal, json.loads(json.dumps(asked.to_json()))) == asked
+    assert asked.digest() != run_proposal(rank=4).digest()
+    assert (asked.find_rank("a"), asked.find_rank("c"), same.find_rank("a")) == (2, None, None)
+    for rank in (0, 5):
+        with pytest.raises(ConfigError, match="ranks"):
+            run_proposal(rank=4, ranks={"a": rank})
+
+
+def test_policy_limits_the_rank_of_its_own_site() -> None:
+    of_a, of_b, of_c = (make_site_policy(site, allow={"max_rank": 2}) for site in "abc")
+    asked = run_proposal(**RANKS)
+    of_a.check(asked)
+    for policy in (of_b, of_c):  # c has no rank in the run, so it would train the whole adapter
+        (refused,) = policy.find_broken_rules(asked)
+        assert (refused.reason, refused.asked, refused.allowed) == (Reason.MAX_RANK, "4", "at most 2")
+    assert of_b.lower_rank(asked).ranks == {"a": 2, "b": 2}
+    assert of_c.lower_rank(asked) == asked
+
+
+def test_site_of_a_smaller_largest_rank_offers_it_on_request(station: Any) -> None:
+    site = station(allow={"max_rank": 1})
+    assert read_reason(site.invite(**RANKS)) is Reason.MAX_RANK
+    offer = site.invite(about={"less": True}, **RANKS).body
+    assert isinstance(offer, Offer)
+    assert (offer.rank, offer.most_rounds) == (1, site.propose().plan.num_rounds)
+    assert read_reason(site.invite(about={"less": True}, rank=4)) is Reason.MAX_RANK, "the ranks may not differ"
+
+
+def compose(*overrides: str) -> Any:
+    return compose_run(["experiment=debug", "lora.rank=4", "privacy.noise_multiplier=4", *overrides])
+
+
+def test_settings_name_each_sites_rank() -> None:
+    config = compose("federation.num_sites=3", "federation.ranks=[1,4]")
+    assert config.federation.site_ranks == {"site-1": 1, "site-2": 4, "site-3": 1}
+    assert config.proposal(lead="ab" * 32, plan=config.plan()).ranks == config.federation.site_ranks
+    plain = compose("federation.num_sites=3")
+    assert config.digest() != plain.digest()
+    assert "ranks" not in plain.decisive()["federation"], "a run without ranks keeps its name"
+
+
+def test_lead_lowers_ranks_to_the_offers() -> None:
+    config = compose("federation.num_sites=3", "federation.ranks=[1,4]")
+
+    def offer(site: str, rank: int | None) -> Offer:
+        return Offer(site=site, run="r", most_rounds=1, least_noise=4.0, rank=rank)
+
+    assert config.asks_for_offers
+    assert config.can_use(offer("site-2", 2))
+    fitted = config.fit_to_offers([offer("site-1", 1), offer("site-2", 2)])
+    assert fitted.federation.ranks == (1, 2, 1)
+    assert fitted.federation.num_rounds == config.federation.num_rounds
+    assert config.fit_to_offers([offer("site-2", 4)]) == config
+    assert not compose().asks_for_offers
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["federation.ranks=[0]"], "must be a finite number of at least 1"),
+        (["federation.ranks=[2,5]"], "must be at most lora.rank = 4"),
+        (["federation.ranks=[2]", "lora.kind=dora"], "requires lora.kind = lora, not dora"),
+        (["federation.ranks=[2]", "federation.algorithm=scaffold", "training=sgd"], "algorithm scaffold: the average"),
+        (["federation.ranks=[2]", "federation.algorithm=fedmedian"], "algorithm fedmedian: the median"),
+        (["federation.ranks=[2]", "federation.aggregation=secure", "training.local_steps=1"], "aggregation = plain"),
+    ],
+)
+def test_ranks_are_refused_where_they_are_not_right(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        compose(*overrides)
+    assert refused.value.key == "federation.ranks"
+
+
+def test_settings_of_ranks_survive_a_round_trip() -> None:
+    config = compose("federation.num_sites=2", "federation.ranks=[2,4]")
+    assert parse(json.loads(json.dumps(config.to_json()))) == config
