@@ -83,7 +83,7 @@ def test_interrupted_run_with_ranks_resumes_to_the_same_adapter(
 def test_plan_and_report_show_each_sites_rank(mixed: Path) -> None:
     words = list_tiny_overrides(*SITES, RANKS, BOTH, into=mixed.parent)
     planned = run_command("plan", *words)
-    assert "site-1 2, site-2 4, site-3 8 of the adapter's 8" in " ".join(planned.out.split())
+    assert "site-1 2, site-2 4, site-3 8, of the adapter's 8" in " ".join(planned.out.split())
     sites = json.loads(run_command("plan", *words, "--json").printed)["sites"]
     assert {site: figures["rank"] for site, figures in sites.items()} == {"site-1": 2, "site-2": 4, "site-3": 8}
     facts = json.loads((mixed / "report.json").read_text())["facts"]
