@@ -18,7 +18,6 @@ import numpy as np
 from fedtune.federation.early_stopping import find_kept_round, should_stop
 from fedtune.federation.invitation import invite
 from fedtune.federation.lead import Aggregation, AggregationResult, Lead, LeadState, RoundResult, Scores, merge_receipts
-from fedtune.federation.product_average import average_products
 from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.replies import RoundReplies
 from fedtune.federation.secure_rounds import SecureSums
@@ -130,7 +129,7 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
             made = aggregation.combine(state, replies)
             if lead.asked.proposal.ranks and lead.lora.trains_both_factors:
                 weights = {site: lead.declared_sizes[site] for site in made.sites}
-                made = replace(made, adapter=average_products(arrived, made.adapter, weights))
+                made = replace(made, adapter=arrived.average_products(made.adapter, weights))
     bytes_down, bytes_up = transport.take_traffic()
     metrics: Scores = lead.evaluate(adapter := made.adapter)
     if diverged := not _is_finite(adapter, metrics):

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.model.adapter import Adapter
+from fedtune.model.ranks import LORA_A, LORA_B, project_average
 from fedtune.spec import RunError
 
 
@@ -61,6 +62,27 @@ class UpdateStore:
         start = sum(self.sent.tensors[before].size for before in names[: names.index(name)])
         value = self.sent.tensors[name]
         return self.read_values(site, start=start, count=value.size).reshape(value.shape)
+
+    def average_products(self, average: Adapter, weights: Mapping[str, float]) -> Adapter:
+        """Replace the LoRA factors in `average` by those of each layer's average product B A, at the adapter's rank.
+
+        Guarantee: post-processing of updates.
+
+        Args:
+            average: the element-wise average of the updates; its other tensors, such as the head's, are kept.
+            weights: site -> its weight, in a fixed order for reproducible sums.
+        """
+        total, tensors = sum(weights.values()), dict(average.tensors)
+        for name in average.tensors:
+            if LORA_A not in name:
+                continue
+            other = name.replace(LORA_A, LORA_B)
+            products = [
+                (weight / total, self.read_tensor(site, other), self.read_tensor(site, name))
+                for site, weight in weights.items()
+            ]
+            tensors[other], tensors[name] = project_average(products, self.sent.tensors[name])
+        return Adapter(tensors)
 
     def build_adapter(self, values: npt.NDArray[np.float32]) -> Adapter:
         """Reshape a flat vector of shape (num_values,), in storage order, into an adapter."""

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.federation.product_average import average_products
 from fedtune.federation.update_store import UpdateStore
 from fedtune.model.adapter import Adapter
 from fedtune.model.ranks import count_trained_values, cut_to_rank, pad_to_full_rank, project_average
@@ -94,7 +93,7 @@ def test_average_of_products_replaces_lora_factors_only(tmp_path: Path) -> None:
                    for n, site in enumerate("ab", 1)}  # fmt: skip
         for site, tensors in updates.items():
             arrived.put(site, tensors)
-        made = average_products(arrived, sent, {"a": 10, "b": 30})
+        made = arrived.average_products(sent, {"a": 10, "b": 30})
     np.testing.assert_array_equal(made.tensors["head.weight"], sent.tensors["head.weight"])
     products = [(w, updates[site][B], updates[site][A]) for site, w in (("a", 0.25), ("b", 0.75))]
     for name, value in zip((B, A), project_average(products, sent.tensors[A]), strict=True):
