@@ -317,11 +317,6 @@ class RunConfig:
         """Whether rounds or noise may be adapted to the sites' budgets."""
         return self.privacy.private and self.federation.if_over_budget != "stop"
 
-    @property
-    def asks_for_offers(self) -> bool:
-        """Whether the run is adapted to the sites' budgets or, if it gives ranks by site, to their largest ranks."""
-        return self.may_be_fitted or bool(self.federation.ranks)
-
     def can_use_offer(self, offer: Offer) -> bool:
         """Return True if a site with this offer can participate after the adjustment in `federation.if_over_budget`."""
         if not self.may_be_fitted:
@@ -337,9 +332,7 @@ class RunConfig:
         `federation.if_over_budget` selects rounds or noise. If rounds are reduced, the noise does not change.
         """
         plan, settings = self.plan(), self.to_json()
-        if self.federation.ranks:
-            most = {offer.site: offer.rank for offer in offers if offer.rank is not None}
-            settings["federation"]["ranks"] = self.federation.lower_ranks(most)
+        settings["federation"]["ranks"] = self.federation.lower_ranks(offers)
         match self.federation.if_over_budget:
             case "fewer_rounds":
                 rounds = min((offer.most_rounds for offer in offers), default=plan.num_rounds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import cycle
 from operator import attrgetter
@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fedtune.federation.secure.agreement import MOST_SITES_OF_SUM
 from fedtune.privacy.distributed_noise import Together
+from fedtune.privacy.release import Offer
 from fedtune.privacy.threshold import least_threshold
 from fedtune.spec import (
     ConfigError,
@@ -157,9 +158,10 @@ class FederationSpec:
         ranks = dict(zip(self.names, cycle(self.ranks or (None,)), strict=False))
         return {site: ranks[site] for site in self.active}
 
-    def lower_ranks(self, most: Mapping[str, int]) -> list[int]:
-        """Return `ranks`, lowered to the largest rank in `most` at each site that is named there."""
+    def lower_ranks(self, offers: Sequence[Offer]) -> list[int]:
+        """Return `ranks`, lowered to the rank that each site offers."""
         ranks = dict(zip(self.names, cycle(self.ranks), strict=False))
+        most = {offer.site: offer.rank for offer in offers if offer.rank is not None}
         lowered = {site: min(rank, most.get(site, rank)) for site, rank in ranks.items()}
         return list(self.ranks if lowered == ranks else lowered.values())
 

@@ -117,7 +117,7 @@ class LeadService:
             RunError: the server cannot be reached, or fewer than `min_sites` sites answered.
             RefusedError: too few sites have any budget left.
         """
-        if not config.asks_for_offers:
+        if not (config.may_be_fitted or config.federation.ranks):
             return config
         grid = self.open_grid(patience_s=self.federation.round_timeout_s)
         with grid as opened, (transport := self._make_transport(opened)).explain_protocol_mismatch():

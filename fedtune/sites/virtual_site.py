@@ -222,7 +222,7 @@ def fit_to_budgets(config: RunConfig, run_folder: Path) -> RunConfig:
     Raises:
         RefusedError: too few sites have enough budget.
     """
-    if not config.asks_for_offers or config.runtime.sites_dir is None:
+    if not (config.may_be_fitted or config.federation.ranks) or config.runtime.sites_dir is None:
         return config  # a new ledger always has room for its run
     sites = VirtualSites.create(config, run_folder, config.plan())
     sites.check_partition()

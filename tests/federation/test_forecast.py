@@ -31,6 +31,7 @@ def forecast_plan(
     model: TaskModel, plan: Plan | None = None, runtime: RuntimeSpec | None = None, **more: Any
 ) -> Forecast:
     about = {"declared_sizes": SIZES, "max_length": 8, "runtime": runtime or RuntimeSpec(), "traffic": (700, 300)}
+    about |= {"ranks": dict.fromkeys(SIZES)}
     return forecast(plan or run_plan(), model, **about | more)
 
 
@@ -38,6 +39,9 @@ def test_forecast_traffic_covers_all_sites_and_rounds() -> None:
     model = make_tiny_spec()
     found = forecast_plan(model)
     assert found.values == sum(array.size for array in Adapter.from_task_model(model).tensors.values())
+    assert found.site_values == dict.fromkeys(SIZES, found.values), "every site trains the whole adapter"
+    smaller = forecast_plan(model, ranks=dict.fromkeys(SIZES, 1)).site_values
+    assert all(0 < value < found.values for value in smaller.values())
     assert found.bytes_total == (found.bytes_down + found.bytes_up) * 2 * 3, (
         "two sites, three rounds without spare ones"
     )

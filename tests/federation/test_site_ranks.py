@@ -113,13 +113,11 @@ def test_lead_lowers_ranks_to_the_offers() -> None:
     def offer(site: str, rank: int | None) -> Offer:
         return Offer(site=site, run="r", most_rounds=1, least_noise=4.0, rank=rank)
 
-    assert config.asks_for_offers
-    assert config.can_use(offer("site-2", 2))
+    assert config.can_use_offer(offer("site-2", 2))
     fitted = config.fit_to_offers([offer("site-1", 1), offer("site-2", 2)])
     assert fitted.federation.ranks == (1, 2, 1)
     assert fitted.federation.num_rounds == config.federation.num_rounds
     assert config.fit_to_offers([offer("site-2", 4)]) == config
-    assert not compose().asks_for_offers
 
 
 @pytest.mark.parametrize(
