@@ -109,12 +109,14 @@ def make_units(spec: TaskModelSpec, count: int, unit: str = "record", *, seed: i
     return UserExamples(examples, users, most_records=2, most_users=4)
 
 
-def run_round(room: Room, units: Any, *, number: int = 1, start: Adapter | None = None) -> Adapter:
+def run_round(
+    room: Room, units: Any, *, number: int = 1, start: Adapter | None = None, rank: int | None = None
+) -> Adapter:
     planned = replace(make_work().plan, unit=units.unit, local_steps=3)
     if room.model.has_frozen_prefix:
         units.cache_frozen_states(room.model)
     units.cache_reference(room.model)
-    asked = make_work(round=number, plan=planned, declared_size=30)
+    asked = make_work(round=number, plan=planned, declared_size=30, rank=rank)
     return release_round(room.model, units, asked, adapter=start or FIRST[room.model.spec])
 
 
@@ -148,6 +150,13 @@ def test_several_devices_release_the_same_result_as_a_single_device(room: Room, 
     second = run_round(room, here, number=2, start=first)
     assert run_round(room, there, number=2, start=first).digest() == second.digest()
     assert count == 0 or second.digest() != first.digest()
+
+
+def test_several_devices_train_the_rank_of_the_site(three_devices: Room) -> None:
+    here, there = make_units(three_devices.model.spec, 41), divide_units(three_devices)
+    part = run_round(three_devices, here, rank=1)
+    assert part.num_values < FIRST[three_devices.model.spec].num_values
+    assert run_round(three_devices, there, rank=1).digest() == part.digest()
 
 
 def test_every_device_contributes_to_the_sum(three_devices: Room, monkeypatch: pytest.MonkeyPatch) -> None:
