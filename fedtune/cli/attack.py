@@ -45,7 +45,7 @@ def attack(
     check_at_least("--shadows", shadows, 2)
     config, adapter = load_finished_run(run, device=device, columns=columns)
     from fedtune.lab.attack.run_attacks import attack_run
-    from fedtune.report.attacks import FILE, NAMES, PAGE, format_table_cells
+    from fedtune.report.attacks import FILE, PAGE, format_table_cells
 
     folder = adapter.absolute().parent
     found = attack_run(
@@ -59,8 +59,9 @@ def attack(
         shadows=shadows,
         tell=partial(say, console=Console(stderr=True)),
     )
-    rows = [(NAMES[one.attack], *format_table_cells(one)) for one in found.findings]
+    rows = [format_table_cells(one) for one in found.findings]
     headings = ("attack", "measure", "guessing", "reached", f"{found.confidence:.0%} interval", "guarantee allows")
     notes = [*(one.sentence for one in found.findings), f"written: {folder / FILE}, {folder / PAGE}"]
+    notes.append(f"fedtune report {folder} includes them in the report, for fedtune gate")
     figures = {"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": found}
     print_answer(figures, [Section(f"Attacks on {run}", headings, rows, words={0, 1}, notes=notes)], as_json=as_json)

@@ -4,6 +4,7 @@ HTML.
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 from collections.abc import Mapping
@@ -11,20 +12,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
+from fedtune.codec import decode, parse_json
+from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
-from fedtune.spec import check_fraction, spec
+from fedtune.report.page.translations import load_catalog
+from fedtune.spec import ConfigError, RunError, check_fraction, check_one_of, check_schema, spec
 
 ATTACK_SCHEMA: Final = 1  # attack.json
 FILE, PAGE = "attack.json", "attack.html"
+_ADAPTER = RunFolder(Path()).adapter.name
 
-NAMES = {
-    "membership": "Membership inference",
-    "site": "Site inference",
-    "reconstruction": "Reconstruction",
-    "extraction": "Extraction",
-    "attribute": "Attribute inference",
-}
-"""Display names of the attacks, in the order in which the page lists them."""
+NAMES = ("membership", "site", "reconstruction", "extraction", "attribute")
+"""Codes of the attacks, in the order of the page; texts.toml has the words of the field for them."""
+MEASURES = (
+    *("auroc", "auroc_of_groups", "secret_of_10000", "picked_from_update"),
+    *("exposed_secrets", "written_secrets", "written_answers", "guessed_labels"),
+)
+"""Codes of what attacks reach."""
 
 
 @spec
@@ -32,14 +36,15 @@ class AttackFinding:
     """The result of one attack on a run.
 
     Attributes:
-        attack: the attack's key in `NAMES`.
-        measure: the name of the metric in `strength`, such as the AUROC.
+        attack: one of `NAMES`.
+        measure: the metric in `strength`, one of `MEASURES`.
         sentence: a one-sentence summary of the result.
         strength: the attack's measured strength; None: the attack was not run, and `sentence` gives the reason.
         low: lower end of the confidence interval of `strength`.
         high: upper end of the confidence interval.
         guessing: the strength of an attacker who guesses without access to the run's releases.
         ceiling: the largest strength that the guarantee permits; None: the guarantee gives no bound.
+        applies: whether the attack can be run on a model of this task at all.
         figures: additional values by name.
     """
 
@@ -51,7 +56,12 @@ class AttackFinding:
     high: float | None = None
     guessing: float | None = None
     ceiling: float | None = None
+    applies: bool = True
     figures: Mapping[str, float | None] | None = None
+
+    def __post_init__(self) -> None:
+        check_one_of("attack", self.attack, NAMES)
+        check_one_of("measure", self.measure, MEASURES)
 
 
 @spec
@@ -68,6 +78,38 @@ class RunAttacks:
 
     def __post_init__(self) -> None:
         check_fraction("confidence", self.confidence)
+
+    def find(self, attack: str) -> tuple[AttackFinding, ...]:
+        """Return the findings of one kind of attack."""
+        return tuple(one for one in self.findings if one.attack == attack)
+
+
+def hash_attacked_model(files: Mapping[str, str]) -> str:
+    """Return one SHA-256 of the run's own adapter, from a report's files: name -> SHA-256."""
+    lines = (f"{name}\0{digest}\n" for name, digest in sorted(files.items()) if name.startswith(f"{_ADAPTER}/"))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def read_findings(folder: Path, files: Mapping[str, str]) -> RunAttacks | None:
+    """Read the findings of `fedtune attack` from a run's folder; None if there are none, or they are of another model.
+
+    Args:
+        folder: the run's folder.
+        files: file of the run's model -> its SHA-256, as in its report.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        fields = parse_json(path.read_bytes(), key=FILE, bound="must be an object")
+        check_schema("schema_version", fields.pop("schema_version", None), ATTACK_SCHEMA, of="attack")
+        found = decode(RunAttacks, fields)
+    except ConfigError as error:
+        raise RunError(f"{path} is damaged or of another version: run fedtune attack again") from error
+    return found if found.adapter_sha256 == hash_attacked_model(files) else None
 
 
 def write_findings(found: RunAttacks, folder: Path) -> tuple[Path, Path]:
@@ -86,20 +128,23 @@ def format_figure(value: float | None) -> str:
 
 
 def format_table_cells(finding: AttackFinding) -> tuple[str, ...]:
-    """Return the table cells of one attack: measure, guessing, strength, confidence interval, and ceiling."""
+    """Return the table cells of one attack: attack, measure, guessing, strength, confidence interval, and ceiling."""
+    words = load_catalog("en")
+    names = words.code("attack", finding.attack).unescape(), words.code("attack_measure", finding.measure).unescape()
     ends = "-"
     if finding.low is not None and finding.high is not None:
         ends = f"{format_figure(finding.low)} to {format_figure(finding.high)}"
     guessing, strength, ceiling = map(format_figure, (finding.guessing, finding.strength, finding.ceiling))
-    return finding.measure, guessing, strength, ends, ceiling
+    return *names, guessing, strength, ends, ceiling
 
 
 def render_page(found: RunAttacks) -> str:
     """Render the attack results as one self-contained HTML page without scripts."""
     rows = []
     for one in found.findings:
-        cells = "".join(f"<td>{html.escape(figure)}</td>" for figure in format_table_cells(one))
-        rows.append(f"<tr><th>{NAMES[one.attack]}</th>{cells}</tr><tr><td colspan=6>{html.escape(one.sentence)}</td>")
+        name, *figures = map(html.escape, format_table_cells(one))
+        cells = "".join(f"<td>{figure}</td>" for figure in figures)
+        rows.append(f"<tr><th>{name}</th>{cells}</tr><tr><td colspan=6>{html.escape(one.sentence)}</td>")
     epsilon = "unbounded" if found.epsilon is None else f"{found.epsilon:.3g}"
     return _PAGE.format(
         run=html.escape(found.run),

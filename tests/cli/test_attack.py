@@ -1,13 +1,19 @@
 """`fedtune attack` on a finished run: output, files and refusals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+
+from markupsafe import escape
 
 from fedtune.codec import decode
 from fedtune.config import read_saved_config
-from fedtune.report.attacks import NAMES, RunAttacks
+from fedtune.report import signing
+from fedtune.report.attacks import NAMES, AttackFinding, RunAttacks, read_findings
+from fedtune.report.facts import RunFacts
+from fedtune.report.verify_report import problems
 
-from ..conftest import run_command
+from ..conftest import run_command, simulate
 
 
 def test_attack_runs_all_attacks_and_writes_page_and_json(run_folder: Path) -> None:
@@ -16,19 +22,52 @@ def test_attack_runs_all_attacks_and_writes_page_and_json(run_folder: Path) -> N
     assert outcome.code == 0, outcome.err
     fields = json.loads((run_folder / "attack.json").read_text())
     found = decode(RunAttacks, {key: value for key, value in fields.items() if key != "schema_version"})
-    assert [one.attack for one in found.findings] == list(NAMES)
+    assert tuple(dict.fromkeys(one.attack for one in found.findings)) == NAMES
     assert json.loads(outcome.printed)["result"]["adapter_sha256"] == found.adapter_sha256
-    membership, site, reconstruction, extraction, attribute = found.findings
+    membership, site, picked, reconstruction, extraction, attribute = found.findings
     assert membership.low is not None
     assert membership.ceiling is not None
     assert membership.low <= membership.ceiling
     assert "never protected" in site.sentence
+    assert picked.figures is not None
+    assert (picked.figures["picked without clipping and noise"] or 0) > 0.9, "all but texts that were cut to one"
+    assert None not in (picked.low, picked.strength, picked.ceiling)
+    assert picked.low <= picked.ceiling < 0.1, "a noise of 4 hides the record in a step"  # type: ignore[operator]
     assert reconstruction.ceiling is not None
-    assert (extraction.strength, "generates no text" in extraction.sentence) == (None, True)
+    assert (extraction.applies, "generates no text" in extraction.sentence) == (False, True)
     assert attribute.low is not None
     assert outcome.err.startswith("scoring ")
     page = (run_folder / "attack.html").read_text()
-    assert all(name in page for name in NAMES.values())
+    assert "records picked out of one noisy step" in page
+
+
+def test_report_and_gate_take_the_attacks_on_this_model_alone(run_folder: Path, tmp_path: Path) -> None:
+    others, rules = str(read_saved_config(run_folder).data.test_file), tmp_path / "rules.toml"
+    limits = (
+        "max_membership_auroc = 1.0",
+        "max_rebuilt_gain = 0.1",
+        "max_extraction_gain = 0.0",
+        "max_attribute_gain = 1.0",
+    )
+    rules.write_text("\n".join(['name = "attacked"', *limits]))
+    refused = run_command("gate", str(run_folder), str(rules)).failed(1)
+    assert refused.endswith(f"these rules fail: {', '.join(limit.split(' ')[0] for limit in limits)}")
+    assert run_command("attack", str(run_folder), "--others", others, "--shadows", "2").code == 0
+    assert run_command("report", str(run_folder)).code == 0
+    report = signing.read_report(str(run_folder))[1]
+    assert isinstance(report.facts, RunFacts)
+    assert report.facts.attacks is not None
+    assert "attack_on_real_records" in report.unprotected_figures
+    page = (run_folder / "report.html").read_text()
+    for finding in report.facts.attacks.findings:
+        assert escape(finding.sentence) in page
+    assert run_command("gate", str(run_folder), str(rules)).code == 0
+    assert run_command("report", "verify", str(run_folder)).code == 0
+    assert read_findings(run_folder, {**report.facts.files, "adapter/adapter_config.json": "00"}) is None
+    moved = replace(report, facts=replace(report.facts, attacks=replace(report.facts.attacks, adapter_sha256="00")))
+    assert [problem.where for problem in problems(moved)] == ["attacks.adapter_sha256"]
+    (run_folder / "attack.json").write_text("{}")
+    assert "run fedtune attack again" in run_command("report", str(run_folder)).failed(1)
 
 
 def test_attack_refuses_small_groups_and_missing_secrets(run_folder: Path, tmp_path: Path) -> None:
@@ -39,3 +78,26 @@ def test_attack_refuses_small_groups_and_missing_secrets(run_folder: Path, tmp_p
     refused = run_command("attack", str(run_folder), "--others", others, "--secrets", str(secrets)).failed()
     assert "must occur in one of the record's texts" in refused
     assert not (run_folder / "attack.json").exists()
+
+
+def test_extraction_finds_a_secret_that_the_model_writes_and_no_other(tmp_path: Path) -> None:
+    model = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.declared_sizes=40", "data.max_length=64")
+    run = simulate(*model, "federation.num_rounds=1", "training.learning_rate=0.2", into=tmp_path, name="tables")
+    prompt, length = "name[The Eagle]", ("--max-new-tokens", "12")
+    told = json.loads(run_command("generate", str(run), "--prompt", prompt, *length, "--json").out)
+    answer = told["answers"]["tables"]
+    written, absent = answer[len(answer) // 2 :].strip(), "the code is 4711"
+    rows = [
+        {"mr": prompt, "ref": text, "secret": secret} for text, secret in ((answer, written), (absent, "code is 4711"))
+    ]
+    secrets = tmp_path / "planted.jsonl"
+    secrets.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    others = str(read_saved_config(run).data.test_file)
+    outcome = run_command("attack", str(run), "--others", others, "--secrets", str(secrets), "--json")
+    assert outcome.code == 0, outcome.err
+    findings = [decode(AttackFinding, one) for one in json.loads(outcome.printed)["result"]["findings"]]
+    by_measure = {one.measure: one for one in findings if one.attack == "extraction"}
+    assert set(by_measure) == {"exposed_secrets", "written_secrets", "written_answers"}
+    assert by_measure["written_secrets"].strength == 0.5
+    assert by_measure["written_secrets"].guessing == 0
+    assert "generates 1 of 2 secrets" in by_measure["written_secrets"].sentence

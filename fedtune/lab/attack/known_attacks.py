@@ -1,4 +1,4 @@
-"""Attacks from the literature: membership inference, site inference, attribute inference, and extraction.
+"""Attacks from the literature: membership, site and attribute inference, extraction, and reconstruction.
 
 **Membership inference**: loss, likelihood ratio to the base model, and LiRA with head-only shadow models.  LiRA
 (Carlini et al. 2022, arXiv 2112.03570) compares a record's score under the model with its scores under shadow models
@@ -9,7 +9,16 @@ by the adapter is therefore calibrated by difficulty, not per example.
 **Extraction**: exposure (Carlini et al. 2019, arXiv 1802.08232) ranks a planted secret by the model's loss among random
 secrets of the same format: log2 of their number minus log2 of the rank.  Secrets are planted by adding records to a
 site's file before training, and measure the memorization of unique texts.  Decoding greedily completes training
-prompts, and compares the verbatim matches with those for prompts outside the training data.
+prompts, and compares the verbatim matches with those for prompts outside the training data.  For planted secrets it
+continues the text before the secret, and compares with the model before training.
+
+**Reconstruction from one update**: the attacker sees the noisy sum of one step of the first round, knows every other
+record in it and subtracts them, and knows that the remaining record is one of N candidates.  It computes the gradient
+of each candidate and takes the one that explains the release best.  For Gaussian noise this is the best possible guess
+(the prior-aware attack of Hayes, Mahloujifar and Balle 2023, arXiv 2302.07225); methods that search for an unknown
+text, such as gradient inversion, know less.  simulations/reconstruction reads words out of an update without them.
+Noise enters only through its products with the candidates' gradients, which are normal with the covariance of the
+gradients' inner products.  So the attack keeps only these products, and many draws of noise cost nothing.
 """
 
 from __future__ import annotations
@@ -25,14 +34,21 @@ from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
+import torch
 
 from fedtune.data import Record
+from fedtune.data.batching import collate, cut_micro_batches
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.lab.attack.target import TUNED, Scored, Target
 from fedtune.lab.audit.guesses import Values
 from fedtune.lab.audit.record_attack import FALSE_ALARMS, estimate_auroc, estimate_hit_rate, estimate_share
+from fedtune.privacy.dp_library import GaussianDpEvent
+from fedtune.privacy.run_plan import Plan
 from fedtune.report.attacks import AttackFinding
+from fedtune.report.derive import profile
+from fedtune.runs.saved_model import BASE
 from fedtune.spec import DataError
+from fedtune.training.per_example import record_gradients
 
 _RIDGE = 1e-3  # relative to the mean eigenvalue; keeps heads finite for few records
 _LEAST_LOSS = 1e-12
@@ -42,6 +58,11 @@ ALTERNATIVES = 999  # number of random secrets in the ranking of a planted secre
 TOKENS = 16  # number of verbatim tokens that count as an extraction
 _MOST_PROMPTS = 50
 _MOST_SECRETS = 100
+CANDIDATES = 100  # number of records of which one is in the attacked step
+TRIALS = 2000  # number of releases of that step
+_MOST_VALUES = 1 << 28  # of all gradients in memory at once: 1 GiB
+_MOST_TOKENS = 1024  # of records whose gradients are computed at once
+_SAME = 1e-6  # relative to the larger squared length; two gradients that are closer are those of equal records
 _ALPHABETS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
 
 
@@ -129,7 +150,7 @@ def describe_membership(rankings: Sequence[Ranking], *, confidence: float, ceili
     said += "; this may be chance." if low <= 0.5 else "; this is more than chance."
     return AttackFinding(
         attack="membership",
-        measure="AUROC",
+        measure="auroc",
         sentence=said,
         strength=area,
         low=low,
@@ -156,7 +177,7 @@ def describe_site_inference(
     """
     sites = [mean for gains in by_site.values() for mean in _average_groups(gains)]
     nobody = _average_groups(others)
-    describe = partial(AttackFinding, attack="site", measure=f"AUROC of {GROUP} records", guessing=0.5, ceiling=1.0)
+    describe = partial(AttackFinding, attack="site", measure="auroc_of_groups", guessing=0.5, ceiling=1.0)
     if len(nobody) < 2 or len(sites) < 2:
         few = f" No attack was run, because it requires at least {2 * GROUP} records in each group."
         return describe(sentence=protection + few)
@@ -176,10 +197,10 @@ def describe_attribute(members: Scored, others: Scored, *, confidence: float) ->
     The attacker knows all other fields of the record. The accuracy on non-members reflects the population, and does not
     leak a record.
     """
-    describe = partial(AttackFinding, attack="attribute", measure="labels guessed, members - others", guessing=0.0)
+    describe = partial(AttackFinding, attack="attribute", measure="guessed_labels", guessing=0.0)
     if members.classes.min(initial=0) < 0:
         none = "Attribute inference was not run, because this task has no declared label set."
-        return describe(sentence=none)
+        return describe(sentence=none, applies=False)
     rates = [float(np.mean(one.classes == one.predicted)) for one in (members, others)]
     variance = sum(
         rate * (1 - rate) / len(one.classes) + 1 / (4 * len(one.classes) ** 2)
@@ -270,7 +291,7 @@ def describe_exposure(ranks: Sequence[int], *, confidence: float) -> AttackFindi
     said += f"of the same format; the largest exposure is {most:.1f} of {math.log2(ALTERNATIVES + 1):.1f} bits."
     return AttackFinding(
         attack="extraction",
-        measure="planted secrets in the likeliest tenth",
+        measure="exposed_secrets",
         sentence=said,
         strength=strength,
         low=low,
@@ -280,20 +301,54 @@ def describe_exposure(ranks: Sequence[int], *, confidence: float) -> AttackFindi
     )
 
 
+def describe_written_secrets(planted: Sequence[PlantedSecret], target: Target, *, confidence: float) -> AttackFinding:
+    """Describe the decoding of planted secrets: the fraction that the model writes after the text before the secret.
+
+    The model before training writes as many of them as can be guessed from that text.
+    """
+    describe = partial(AttackFinding, attack="extraction", measure="written_secrets")
+    found = {name: [_write_secret(one, target, name) for one in planted] for name in (TUNED, BASE)}
+    tuned, base = ([one for one in found[name] if one is not None] for name in (TUNED, BASE))
+    if not tuned:
+        return describe(sentence="No planted secret was decoded, because no text has tokens before its secret.")
+    strength, low, high = estimate_share(sum(tuned), len(tuned), confidence=confidence)
+    said = f"Given the text before a planted secret, the model generates {sum(tuned)} of {len(tuned)} secrets "
+    said += f"verbatim; before training it generated {sum(base)}."
+    return describe(sentence=said, strength=strength, low=low, high=high, guessing=sum(base) / len(base))
+
+
+def _write_secret(planted: PlantedSecret, target: Target, adapter: str) -> bool | None:
+    """Whether a model greedily continues a record's text with its secret; None if the text begins with the secret."""
+    saved = target.saved
+    task, tokenizer, data = saved.model.task, saved.tokenizer, target.config.data
+    ids = task.tokenize([Record(planted.fields)], tokenizer, data=data).input_ids[0]
+    whole = tokenizer.decode(ids.tolist())
+    place = whole.rfind(planted.secret)
+    texts = [tokenizer.decode(ids[:count].tolist()) for count in range(len(ids) + 1)]
+    before = max((count for count, text in enumerate(texts) if len(text) <= place), default=0)
+    if place < 0 or before == 0:
+        return None
+    saved.use_adapter(adapter)
+    prompt = ids[:before].astype(np.int32)
+    written = "".join(saved.generate_answer(prompt, WritingSpec(max_new_tokens=len(ids) - before)))
+    expected = whole[len(texts[before]) : place + len(planted.secret)]
+    return written.lstrip().startswith(expected.lstrip())
+
+
 def describe_decoding(target: Target, *, confidence: float) -> AttackFinding:
     """Describe verbatim extraction: the fraction of training prompts that the model completes as in training."""
     members = [record for records in target.members.values() for record in records]
     counts = [_count_extracted(target, records, seed=target.config.seed) for records in (members, target.others)]
     if any(tried == 0 for _, tried in counts):
         none = f"Extraction was not tried, because too few records have an answer of at least {TOKENS} tokens."
-        return AttackFinding(attack="extraction", measure="answers repeated verbatim", sentence=none)
+        return AttackFinding(attack="extraction", measure="written_answers", sentence=none)
     (found, tried), (of_others, tried_others) = counts
     strength, low, high = estimate_share(found, tried, confidence=confidence)
     said = f"The model repeats the first {TOKENS} tokens of the answer verbatim for {found} of {tried} training "
     said += f"prompts, and for {of_others} of {tried_others} unused prompts."
     return AttackFinding(
         attack="extraction",
-        measure="answers repeated verbatim",
+        measure="written_answers",
         sentence=said,
         strength=strength,
         low=low,
@@ -322,3 +377,88 @@ def _count_extracted(target: Target, records: Sequence[Record], *, seed: int) ->
         if tried == _MOST_PROMPTS:
             break
     return found, tried
+
+
+@dataclass(frozen=True)
+class CandidateGradients:
+    """The gradients of candidate records by their inner products.
+
+    Attributes:
+        products: (n, n) inner products of the gradients.
+    """
+
+    products: Values
+
+    def clip(self, max_grad_norm: float) -> CandidateGradients:
+        """Return the gradients, each clipped to this norm."""
+        norms = np.sqrt(np.maximum(np.diag(self.products), np.finfo(np.float64).tiny))
+        factors = np.minimum(1.0, max_grad_norm / norms)
+        return CandidateGradients(self.products * np.outer(factors, factors))
+
+    def count_distinct(self) -> int:
+        """Count the candidates that are picked out of a release without noise: no other has the same gradient."""
+        lengths = np.diag(self.products)
+        distances = lengths[:, None] + lengths[None, :] - 2 * self.products
+        near = distances <= _SAME * np.maximum(lengths[:, None], lengths[None, :])
+        return int((near.sum(axis=1) == 1).sum())
+
+    def count_picked(self, noise: float, draws: np.random.Generator, *, trials: int) -> int:
+        """Count the right picks out of releases with noise of this standard deviation in each value.
+
+        Every trial draws a candidate and noise anew; ties count against the attack.
+        """
+        count = len(self.products)
+        values, vectors = np.linalg.eigh(self.products)
+        root = vectors * np.sqrt(np.maximum(values, 0.0))
+        secrets = draws.integers(count, size=trials)
+        noises = noise * draws.normal(size=(trials, count)) @ root.T
+        scores = self.products[secrets] + noises - np.diag(self.products) / 2
+        own = scores[np.arange(trials), secrets]
+        scores[np.arange(trials), secrets] = -np.inf
+        return int((own > scores.max(axis=1)).sum())
+
+
+def compute_candidate_gradients(target: Target, *, most: int = CANDIDATES) -> CandidateGradients:
+    """Compute the gradients of up to `most` training records at the model before training, with the run's seed."""
+    saved, config = target.saved, target.config
+    records = [record for records in target.members.values() for record in records]
+    values = sum(parameter.numel() for parameter in saved.model.trainable().values())
+    count = min(len(records), most, max(2, _MOST_VALUES // values))
+    chosen = sorted(np.random.default_rng(config.seed).permutation(len(records))[:count])
+    saved.use_adapter(BASE)
+    examples = saved.model.task.tokenize([records[n] for n in chosen], saved.tokenizer, data=config.data)
+    rows, pad_id = torch.empty(count, values), saved.tokenizer.pad_token_id
+    with record_gradients(saved.model) as gradients:
+        for part in cut_micro_batches(np.arange(count), examples.lengths, max_tokens=_MOST_TOKENS):
+            each = gradients.compute_gradients(collate(examples, part, pad_id=pad_id).to(saved.model.device))
+            rows[torch.from_numpy(part)] = torch.cat([one.flatten(1).cpu() for one in each.values()], dim=1)
+    return CandidateGradients((rows @ rows.T).double().numpy())
+
+
+def describe_picked_records(target: Target, plan: Plan, *, confidence: float) -> AttackFinding:
+    """Describe how often the record in one step is picked among candidates, without and with clipping and noise.
+
+    The ceiling is that of one Gaussian mechanism that certainly has the record: sampling is no help to an attacked
+    record that is in the step.
+    """
+    if plan.noise == "laplace":
+        none = "No record was identified in an update, because this attack supports only Gaussian noise."
+        return AttackFinding(attack="reconstruction", measure="picked_from_update", sentence=none)
+    raw = compute_candidate_gradients(target)
+    count, distinct = len(raw.products), raw.count_distinct()
+    describe = partial(AttackFinding, attack="reconstruction", measure="picked_from_update", guessing=1 / count)
+    figures: dict[str, float | None] = {"candidates": count, "picked without clipping and noise": distinct / count}
+    said = f"An attacker who knows that one of {count} records is in a step, and all others in it, identifies it "
+    if not plan.private:
+        strength, low, high = estimate_share(distinct, count, confidence=confidence)
+        said += f"{distinct} times out of {count}, because the run added no noise (random guessing: 1)."
+        return describe(sentence=said, strength=strength, low=low, high=high, figures=figures)
+    clipped, noise = raw.clip(plan.max_grad_norm), plan.accounted_noise
+    draws = np.random.default_rng(target.config.seed)
+    right = clipped.count_picked(noise * plan.max_grad_norm, draws, trials=TRIALS)
+    strength, low, high = estimate_share(right, TRIALS, confidence=confidence)
+    figures["picked without noise"] = clipped.count_distinct() / count
+    said += f"{strength:.1%} of the time from the noisy sum, and {distinct / count:.0%} of the time without clipping "
+    said += f"and noise (random guessing: {1 / count:.1%})."
+    ceiling = profile.bound_hit_rate({GaussianDpEvent(noise): 1}, false_alarms=1 / count)
+    return describe(sentence=said, strength=strength, low=low, high=high, ceiling=ceiling, figures=figures)

@@ -3,14 +3,13 @@
 Each result is compared with the bound of the guarantee, which follows from the mechanism's trade-off curve. A
 membership attack with false positive rate a has a true positive rate of at most B(a), computed by
 `report.derive.profile.bound_hit_rate`. The same curve bounds reconstruction: a guess of one of N equally likely secrets
-is correct with probability 1 / N without the record, and at most B(1 / N) with the record (reconstruction robustness;
-Balle, Cherubin and Hayes 2022, arXiv 2201.04845; Hayes, Mahloujifar and Balle 2023, arXiv 2302.07225). All bounds hold
-for an attacker who knows everything except the one record or person.
+is correct with probability 1 / N without the record, and at most B(1 / N) with the record (`profile.bound_secret_chance`,
+which `fedtune gate` uses too). All bounds hold for an attacker who knows everything except the one record or
+person.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import fields
@@ -24,12 +23,11 @@ from fedtune.config import RunConfig
 from fedtune.formatting import pluralize
 from fedtune.lab.attack import known_attacks
 from fedtune.lab.attack.target import Scored, Target, fit_to_minutes
-from fedtune.privacy.durable import hash_files
 from fedtune.privacy.events import Spent
 from fedtune.privacy.run_plan import Plan
-from fedtune.report.attacks import AttackFinding, RunAttacks, write_findings
+from fedtune.report.attacks import AttackFinding, RunAttacks, hash_attacked_model, write_findings
 from fedtune.report.derive import profile
-from fedtune.report.from_run import read_run
+from fedtune.report.from_run import hash_model_files, read_run
 
 CONFIDENCE = 0.95
 SHADOWS = 32
@@ -79,7 +77,7 @@ def attack_run(
     by_site = {site: target.score_records(records) for site, records in target.members.items() if records}
     outside = target.score_records(target.others)
     inside = _join(list(by_site.values()))
-    tell("running membership and site inference, and bounding reconstruction")
+    tell("running membership and site inference, and reconstruction from one update")
     rankings = known_attacks.rank_records(inside, outside, shadows=shadows, seed=config.seed)
     protection = describe_site_protection(plan, min(len(one.after) for one in by_site.values()))
     findings = [
@@ -94,6 +92,7 @@ def attack_run(
             protection=protection,
             confidence=CONFIDENCE,
         ),
+        known_attacks.describe_picked_records(target, plan, confidence=CONFIDENCE),
         describe_reconstruction(plan),
     ]
     tell("running extraction and attribute inference")
@@ -101,7 +100,7 @@ def attack_run(
     findings.append(known_attacks.describe_attribute(inside, outside, confidence=CONFIDENCE))
     found = RunAttacks(
         run=config.name or folder.name,
-        adapter_sha256=_hash_adapter(adapter),
+        adapter_sha256=hash_attacked_model(hash_model_files(folder)),
         epsilon=None if spent is None else profile.epsilon_pld(spent, plan.delta),
         delta=plan.delta,
         confidence=CONFIDENCE,
@@ -118,22 +117,19 @@ def _extract(target: Target, planted: list[known_attacks.PlantedSecret] | None) 
         draws = np.random.default_rng(target.config.seed)
         ranks = [known_attacks.rank_secret(secret, target, draws) for secret in planted]
         findings.append(known_attacks.describe_exposure(ranks, confidence=CONFIDENCE))
+        if target.config.bound_task.predicts_tokens:
+            findings.append(known_attacks.describe_written_secrets(planted, target, confidence=CONFIDENCE))
     if target.config.bound_task.predicts_tokens:
         findings.append(known_attacks.describe_decoding(target, confidence=CONFIDENCE))
     elif planted is None:
         none = f"Extraction is not possible, because a model for the task {target.config.task} generates no text."
-        findings.append(AttackFinding(attack="extraction", measure="texts repeated verbatim", sentence=none))
+        not_possible = AttackFinding(attack="extraction", measure="written_answers", sentence=none, applies=False)
+        findings.append(not_possible)
     return findings
 
 
 def _join(groups: list[Scored]) -> Scored:
     return Scored(*(np.concatenate([getattr(one, field.name) for one in groups]) for field in fields(Scored)))
-
-
-def _hash_adapter(adapter: Path) -> str:
-    """Compute a hash of the names and contents of an adapter's files."""
-    lines = (f"{name}\0{digest}\n" for name, digest in hash_files(adapter).items())
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def bound_membership_auroc(spent: Spent) -> float | None:
@@ -145,14 +141,17 @@ def bound_membership_auroc(spent: Spent) -> float | None:
     return min(1.0, sum((right - left) * (rate or 0.0) for (left, right), rate in steps))
 
 
-def bound_reconstruction(plan: Plan, *, rounds: int) -> dict[int, float | None]:
+def bound_reconstruction(plan: Plan, *, rounds: int) -> dict[int, float]:
     """Compute upper bounds on the probability of reconstructing one of N equally likely secrets from `rounds` rounds.
 
     Returns:
-        The bound by N; None: unbounded.
+        The bound by N.
     """
     spent = profile.count_charged_events(plan, rounds)
-    return {count: profile.bound_hit_rate(spent, false_alarms=1 / count) for count in CANDIDATES}
+    bound = partial(
+        profile.bound_secret_chance, spent, epsilon=profile.epsilon_pld(spent, plan.delta), delta=plan.delta
+    )
+    return {count: bound(candidates=count) for count in CANDIDATES}
 
 
 def describe_reconstruction(plan: Plan) -> AttackFinding:
@@ -161,14 +160,12 @@ def describe_reconstruction(plan: Plan) -> AttackFinding:
     No attack is run: the run folder contains no single updates, and the bound holds for every attack.
     """
     unit = "person" if plan.unit == "user" else "record"
-    describe = partial(
-        AttackFinding, attack="reconstruction", measure=f"probability for 1 of {_SHOWN:,}", guessing=1 / _SHOWN
-    )
+    describe = partial(AttackFinding, attack="reconstruction", measure="secret_of_10000", guessing=1 / _SHOWN)
     if not plan.private:
         none = "The run has no privacy guarantee, so records can be reconstructed from an update."
         return describe(sentence=none)
     whole, one = (bound_reconstruction(plan, rounds=rounds) for rounds in (plan.most_rounds, 1))
-    figures = {f"run_1_in_{count}": chance for count, chance in whole.items()}
+    figures: dict[str, float | None] = {f"run_1_in_{count}": chance for count, chance in whole.items()}
     figures |= {f"update_1_in_{count}": chance for count, chance in one.items()}
     told = [
         f"{_format_chance(bounds[_SHOWN])} from {what}"
@@ -186,5 +183,5 @@ def describe_site_protection(plan: Plan, smallest: int) -> str:
     return f"The participation of a site is never protected: {who}, and run.json names all sites."
 
 
-def _format_chance(chance: float | None) -> str:
-    return "100 %" if chance is None else f"{100 * chance:.2g} %"
+def _format_chance(chance: float) -> str:
+    return f"{100 * chance:.2g} %"

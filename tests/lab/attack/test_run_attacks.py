@@ -35,7 +35,7 @@ FOUND = RunAttacks(
     confidence=0.95,
     seconds=1.0,
     findings=(
-        AttackFinding(attack="membership", measure="AUROC", sentence="a < b", strength=0.5, figures={"x": None}),
+        AttackFinding(attack="membership", measure="auroc", sentence="a < b", strength=0.5, figures={"x": None}),
     ),
 )
 
