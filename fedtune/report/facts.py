@@ -23,6 +23,7 @@ from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import Selection
 from fedtune.privacy.site_policy import ReferenceRun
+from fedtune.report.attacks import RunAttacks
 from fedtune.runs.cost import Energy
 from fedtune.show.budget_text import ArrivalRange
 from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
@@ -341,6 +342,7 @@ class RunFacts:
     group_scores: Mapping[str, float | None] = field(
         default_factory=dict
     )  # scores by group from `fedtune compare --by`
+    attacks: RunAttacks | None = None  # results of `fedtune attack` on this model; exact scores of real records
 
     @property
     def unit(self) -> Unit:

@@ -33,6 +33,7 @@ from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import Selection
 from fedtune.report import signing
+from fedtune.report.attacks import read_findings
 from fedtune.report.derive import dpia_fields
 from fedtune.report.derive.ledger_figures import count_charges
 from fedtune.report.derive.run_figures import find_invalid_field
@@ -218,16 +219,17 @@ def build_run_report(folder: Path, *, site_reports: Sequence[Report] = ()) -> Re
 def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> RunFacts:
     """Collect the report data of a run, finished or not; `own` maps each site to its verified report.
 
-    The results of an audit in the folder are included.
+    The results of an audit and of attacks in the folder are included.
 
     Raises:
-        RunError: the audit file is damaged, or belongs to another run.
+        RunError: the file of an audit or of attacks is damaged, or the audit belongs to another run.
     """
     config, plan, state = record.config, record.plan, record.state
     audit, noted = read_audit(folder), record.environments[-1] if record.environments else None
     if audit is not None and audit.delta != plan.delta:
         raise RunError(f"{RunFolder(folder).audit} belongs to another run: its delta is {audit.delta:g}")
     final = record.result.final if record.result else FinalResult(metrics={})
+    files = hash_model_files(folder) if record.finished else {}
     times = [one.ended for one in record.rounds] + [one.since for one in record.environments]
     return RunFacts(
         kind="run",
@@ -262,7 +264,8 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
         canaries_planted=RunFolder(folder).audit_mark.exists(),
         held_out=_collect_held_out(record),
         sites=tuple(_collect_site_facts(record, site, own.get(site)) for site in config.federation.active),
-        files=hash_model_files(folder) if record.finished else {},
+        files=files,
+        attacks=read_findings(folder, files),
     )
 
 

@@ -36,6 +36,7 @@ _LAST_DIGITS = 1e-9  # relative tolerance for rounding
 _STATES: Mapping[bool | None, Any] = {True: "right", False: "wrong", None: "missing"}
 _SIGNATURES = ("signature", "site keys", "roster")  # checks of a report that the rule `signed` judges
 _BY_AUDIT = "run fedtune audit with this run's settings, and pass its folder with --audit"
+_BY_ATTACK = "run fedtune attack on this run, and then fedtune report"
 _BY_GROUP = "run fedtune compare RUN --by COLUMN --json > groups.json, and pass --groups groups.json"
 _BY_REPORT = "run fedtune report on this run first"
 _BY_SITE = "ask the site to run fedtune report site.toml --sign, and put its report.json into site_reports/"
@@ -66,6 +67,10 @@ class GateRules:
         min_audit_canaries: the smallest number of canaries in each audit.
         max_membership_auroc: the largest upper confidence limit of a membership attack's AUROC; random guessing has
             0.5.
+        max_rebuilt_gain: the largest advantage over random guessing in reconstructing a record from one update, at the
+            upper confidence limit.
+        max_extraction_gain: the same for texts and planted secrets that the model generates or ranks first.
+        max_attribute_gain: the same for guessed labels.
         max_group_gap: the largest difference between a group's score and the score of all other groups.
         min_group_size: the smallest number of records or persons in a group.
         min_sites: the smallest number of sites.
@@ -92,6 +97,9 @@ class GateRules:
     max_audit_bound: float | None = None
     min_audit_canaries: int | None = None
     max_membership_auroc: float | None = None
+    max_rebuilt_gain: float | None = None
+    max_extraction_gain: float | None = None
+    max_attribute_gain: float | None = None
     max_group_gap: float | None = None
     min_group_size: int | None = None
     min_sites: int | None = None
@@ -111,7 +119,8 @@ class GateRules:
     def limits(self) -> Mapping[str, Any]:
         """Rule -> its limit, for each rule that is checked."""
         fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-        return {rule: limit for rule, limit in fields if rule in _JUDGES and limit not in (None, False, ())}
+        asked = ((rule, limit) for rule, limit in fields if limit is not None and limit is not False and limit != ())
+        return {rule: limit for rule, limit in asked if rule in _JUDGES}  # a limit of 0 is asked
 
 
 class Evidence(NamedTuple):
@@ -317,6 +326,26 @@ def _build_lower_limit_judge(what: str, measure: Measure, remedy: str = "") -> J
     return judge
 
 
+def _build_gain_judge(attack: str, what: str) -> Judge:
+    """Build a function that checks an attack's advantage over random guessing, at the upper confidence limit."""
+
+    def judge(limit: float, given: Evidence, _: GateRules) -> Found:
+        if given.facts.attacks is None:
+            return None, f"{what} was not attempted: {_BY_ATTACK}"
+        found = given.facts.attacks.find(attack)
+        if found and not any(one.applies for one in found):
+            return True, found[0].sentence
+        gains = [one.high - (one.guessing or 0.0) for one in found if one.high is not None]
+        if not gains:
+            said = " ".join(one.sentence for one in found) or f"the report lacks this attack: {_BY_ATTACK}"
+            return None, f"{what} was not attempted: {said}"
+        gain = max(gains)
+        said = f"the advantage of {what} over random guessing is up to {gain:.4g}, at most {limit:g}"
+        return gain <= limit * (1 + _LAST_DIGITS), said
+
+    return judge
+
+
 def _measure_failures(given: Evidence, _: GateRules) -> float | None:
     sizes = given.facts.declared_sizes.values()
     return None if None in sizes else given.facts.delta * max(size or 0 for size in sizes)
@@ -339,12 +368,11 @@ def _measure_lifetime(given: Evidence, _: GateRules) -> float | None:
     return max(convert_none_to_infinite(said.lifetime.epsilon) for said in statements if said)
 
 
-def _measure_secret(given: Evidence, rules: GateRules) -> float | None:
-    if given.report.epsilon is None:
-        return 1.0
-    # Without the secret's record an attacker guesses uniformly; (epsilon, delta) bound the advantage from the record.
-    guess = 1 / rules.secret_candidates
-    return profile.compute_hit_rate_ceiling(given.report.epsilon, given.facts.delta, false_alarms=guess)
+def _measure_secret(given: Evidence, rules: GateRules) -> float:
+    plan, whole = given.facts.plan, given.facts.plan.most_rounds
+    spent = profile.count_charged_events(plan, whole) if plan.private else None
+    epsilon, delta = given.report.epsilon, given.facts.delta
+    return profile.bound_secret_chance(spent, epsilon=epsilon, delta=delta, candidates=rules.secret_candidates)
 
 
 def _measure_audit(given: Evidence, _: GateRules) -> float | None:
@@ -358,7 +386,9 @@ def _measure_canaries(given: Evidence, _: GateRules) -> float | None:
 
 
 def _measure_membership(given: Evidence, _: GateRules) -> float | None:
-    return max((attack.auroc_high for attack in given.audit.membership), default=None) if given.audit else None
+    areas = [attack.auroc_high for attack in given.audit.membership] if given.audit else []
+    attacks = given.facts.attacks.find("membership") if given.facts.attacks else ()
+    return max([*areas, *(one.high for one in attacks if one.high is not None)], default=None)
 
 
 def _measure_gap(given: Evidence, _: GateRules) -> float | None:
@@ -410,8 +440,11 @@ _JUDGES: Mapping[str, Judge] = {
     ),
     "min_audit_canaries": _build_lower_limit_judge("the audit's number of canaries", _measure_canaries, _BY_AUDIT),
     "max_membership_auroc": _build_upper_limit_judge(
-        "the AUROC of the membership attack", _measure_membership, f"{_BY_AUDIT} (audit.kind=records)"
+        "the AUROC of the membership attack", _measure_membership, f"{_BY_ATTACK}, or {_BY_AUDIT}"
     ),
+    "max_rebuilt_gain": _build_gain_judge("reconstruction", "reconstruction of a record from an update"),
+    "max_extraction_gain": _build_gain_judge("extraction", "extraction"),
+    "max_attribute_gain": _build_gain_judge("attribute", "attribute inference"),
     "max_group_gap": _build_upper_limit_judge(
         "the largest score gap between a group and all others", _measure_gap, _BY_GROUP
     ),

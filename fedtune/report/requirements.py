@@ -21,8 +21,8 @@ from fedtune.formatting import pluralize
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.report import signing
 from fedtune.report.derive.dpia_fields import BY_DESIGN
-from fedtune.report.derive.profile import compute_hit_rate_ceiling
-from fedtune.report.facts import LedgerFacts
+from fedtune.report.derive.profile import bound_secret_chance, count_charged_events
+from fedtune.report.facts import LedgerFacts, RunFacts
 from fedtune.report.gate_verdict import GateVerdict
 from fedtune.report.model import CellState, Report
 from fedtune.report.model_card import render_card
@@ -47,7 +47,14 @@ _LABELS: Mapping[str, str] = {
 }
 """Display names of the facts that no cell of the report shows."""
 _BY_GATE: Mapping[str, tuple[str, ...]] = {
-    "attack_results": ("max_audit_bound", "min_audit_canaries", "max_membership_auroc"),
+    "attack_results": (
+        "max_audit_bound",
+        "min_audit_canaries",
+        "max_membership_auroc",
+        "max_rebuilt_gain",
+        "max_extraction_gain",
+        "max_attribute_gain",
+    ),
     "group_results": ("max_group_gap", "min_group_size"),
     "ledger_check": ("ledgers",),
 }
@@ -94,7 +101,9 @@ def collect_known_facts(report: Report, verdict: GateVerdict | None) -> Mapping[
     known["report_sha256"] = signing.compute_report_digest(report)
     known["neighboring_relation"] = words.code("relation", report.neighboring_relation).unescape()
     if isinstance(epsilon := report.known.get("epsilon"), float):
-        chance = compute_hit_rate_ceiling(epsilon, facts.delta, false_alarms=1 / _CANDIDATES)
+        plan = facts.plan if isinstance(facts, RunFacts) and facts.plan.private else None
+        spent = None if plan is None else count_charged_events(plan, plan.most_rounds)
+        chance = bound_secret_chance(spent, epsilon=epsilon, delta=facts.delta, candidates=_CANDIDATES)
         known["extraction"] = (
             f"a secret with {_CANDIDATES:,} possible values is reconstructed with probability at most {chance:.2g}"
         )
@@ -108,6 +117,8 @@ def collect_known_facts(report: Report, verdict: GateVerdict | None) -> Mapping[
         lifetimes = {site.site: site.statement.lifetime if site.statement else None for site in facts.sites}
         if facts.files:
             known["model_files"] = ", ".join(f"{name} {digest[:16]}" for name, digest in facts.files.items())
+        if facts.attacks:
+            known["attack_results"] = " ".join(one.sentence for one in facts.attacks.findings)
     if all(lifetimes.values()):
         known["lifetime"] = ", ".join(
             f"{site} {format_epsilon(life.epsilon)}" for site, life in lifetimes.items() if life
@@ -118,7 +129,7 @@ def collect_known_facts(report: Report, verdict: GateVerdict | None) -> Mapping[
         known["gate"] = f"the model {may} (rules {verdict.rules}, {verdict.judged}, {signer})"
         for fact, rules in _BY_GATE.items():
             if found := [verdict.reasons[rule] for rule in rules if verdict.results.get(rule) in ("right", "wrong")]:
-                known[fact] = "; ".join(found)
+                known[fact] = " ".join([*([known[fact]] if fact in known else []), "; ".join(found)])
     return known
 
 

@@ -22,6 +22,7 @@ from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.dp_library import DpEvent, GaussianDpEvent, LaplaceDpEvent, NonPrivateDpEvent
 from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE
 from fedtune.privacy.selection import MOST_TRIALS
+from fedtune.report.attacks import hash_attacked_model
 from fedtune.report.derive import dpia_fields, ledger_figures, profile, run_figures
 from fedtune.report.derive.verdicts import find_audit_problems
 from fedtune.report.facts import Cap, Facts, LedgerFacts, RunFacts, SiteFacts, SiteStatement
@@ -78,9 +79,18 @@ def problems(report: Report) -> list[Problem]:
             return found
         again = derive_figures(facts)
         again = replace(again, cells=dpia_fields.build_report_cells(again), signature=report.signature)
-        return [*_find_differences("", to_json(report), to_json(again)), *find_audit_problems(again)]
+        differences = [*_find_differences("", to_json(report), to_json(again)), *find_audit_problems(again)]
+        return [*differences, *_find_attack_problems(facts)]
     except (ValueError, ArithmeticError, LookupError, RecursionError) as error:  # ValueError: a value out of its range
         return [Problem("facts", "figures", f"an error while computing them: {error}")]
+
+
+def _find_attack_problems(facts: Facts) -> Iterator[Problem]:
+    """Yield a problem if the attacks in a report are of another model."""
+    if isinstance(facts, RunFacts) and facts.attacks:
+        said, model = facts.attacks.adapter_sha256, hash_attacked_model(facts.files)
+        if said != model:
+            yield Problem("attacks.adapter_sha256", said, model)
 
 
 def _check_cell_settings(facts: Facts) -> Iterator[Problem]:

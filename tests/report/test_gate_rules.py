@@ -11,7 +11,9 @@ import pytest
 from fedtune.api.compose import compose_run
 from fedtune.config import AboutSpec, RunConfig
 from fedtune.report import gate_rules
+from fedtune.report.attacks import AttackFinding, RunAttacks
 from fedtune.report.checks import Check
+from fedtune.report.derive.profile import bound_secret_chance, compute_hit_rate_ceiling
 from fedtune.report.facts import Audit, AuditBound, AuditMembership, BudgetVerdict, Verification
 from fedtune.report.gate_rules import Evidence, GateRules, judge_run, read_rules
 from fedtune.report.model import Assumption
@@ -32,6 +34,9 @@ RULES = GateRules(
     max_audit_bound=2.0,
     min_audit_canaries=500,
     max_membership_auroc=0.6,
+    max_rebuilt_gain=0.1,
+    max_extraction_gain=0.1,
+    max_attribute_gain=0.1,
     max_group_gap=0.1,
     min_group_size=10,
     min_sites=2,
@@ -47,6 +52,36 @@ ATTACK = AuditMembership(
 )
 AUDIT = Audit(
     method="x", confidence=0.95, delta=1e-5, seeded=False, exceeded=False, bounds=(BOUND,), membership=(ATTACK,)
+)
+NOTHING_WRITTEN = AttackFinding(
+    attack="extraction", measure="written_answers", sentence="Extraction cannot be done.", applies=False
+)
+ATTACKS = RunAttacks(
+    run="run",
+    adapter_sha256="00",
+    epsilon=1.1,
+    delta=1e-5,
+    confidence=0.95,
+    seconds=1.0,
+    findings=(
+        AttackFinding(
+            attack="membership", measure="auroc", sentence="It picks 52 of 100.", strength=0.52, low=0.48, high=0.56
+        ),
+        AttackFinding(
+            attack="reconstruction",
+            measure="picked_from_update",
+            sentence="It picks 2 %.",
+            strength=0.02,
+            low=0.01,
+            high=0.03,
+            guessing=0.01,
+        ),
+        AttackFinding(attack="reconstruction", measure="secret_of_10000", sentence="At most 0.1 %.", ceiling=0.001),
+        NOTHING_WRITTEN,
+        AttackFinding(
+            attack="attribute", measure="guessed_labels", sentence="2 % more.", strength=0.02, low=-0.01, high=0.05
+        ),
+    ),
 )
 VERIFIED = Verification(num_events=9, first="0", head="1", site_key="2", key_expected=True, anchor_sequence=9)
 
@@ -69,7 +104,9 @@ def evidence(config: RunConfig) -> Evidence:
         )
         for site in report.facts.sites
     )
-    report = change_facts(report, sites=sites, settings={**report.facts.settings, "runtime": "deployment"})
+    report = change_facts(
+        report, sites=sites, settings={**report.facts.settings, "runtime": "deployment"}, attacks=ATTACKS
+    )
     report = replace(report, assumptions=tuple(one for one in report.assumptions if one.status != "violated"))
     checks = {name: Check(name, "right", "as it should be") for name in ("figures", "signature", "site keys", "files")}
     groups = (("ward a", 40, 0.02), ("ward b", 12, -0.05))
@@ -97,6 +134,13 @@ def change_statement(evidence: Evidence, **changes: Any) -> Evidence:
 
 def change_audit(evidence: Evidence, **changes: Any) -> Evidence:
     return evidence._replace(audit=replace(AUDIT, **changes))
+
+
+def change_attack(evidence: Evidence, attack: str, **changes: Any) -> Evidence:
+    """Change every finding of one attack; with no changes, leave them out."""
+    findings = [replace(one, **changes) if one.attack == attack else one for one in ATTACKS.findings]
+    kept = tuple(one for one in findings if changes or one.attack != attack)
+    return change_run(evidence, attacks=replace(ATTACKS, findings=kept))
 
 
 def change_license(evidence: Evidence, name: str | None) -> Evidence:
@@ -134,7 +178,8 @@ def lose_report(evidence: Evidence) -> Evidence:
 
 
 Change = Callable[[Evidence], Evidence]
-AUDITED = "max_audit_bound min_audit_canaries max_membership_auroc"
+AUDITED = "max_audit_bound min_audit_canaries"
+ATTACKED = "max_rebuilt_gain max_extraction_gain max_attribute_gain"
 DEFECTS: dict[str, tuple[str, Change]] = {
     "report differs from the folder": ("record", lambda e: e._replace(contradiction="epsilon differs")),
     "figures do not follow": ("record", lambda e: change_check(e, "figures", "wrong")),
@@ -178,6 +223,17 @@ DEFECTS: dict[str, tuple[str, Change]] = {
         "max_membership_auroc",
         lambda e: change_audit(e, membership=(replace(ATTACK, auroc_high=0.7),)),
     ),
+    "no attack": (ATTACKED, lambda e: change_run(e, attacks=None)),
+    "no attack and no audit": (
+        f"{AUDITED} max_membership_auroc {ATTACKED}",
+        lambda e: change_run(e, attacks=None)._replace(audit=None),
+    ),
+    "membership found by an attack": ("max_membership_auroc", lambda e: change_attack(e, "membership", high=0.7)),
+    "record rebuilt from an update": ("max_rebuilt_gain", lambda e: change_attack(e, "reconstruction", high=0.12)),
+    "update not attacked": ("max_rebuilt_gain", lambda e: change_attack(e, "reconstruction")),
+    "secret written": ("max_extraction_gain", lambda e: change_attack(e, "extraction", applies=True, high=0.2)),
+    "extraction not tried": ("max_extraction_gain", lambda e: change_attack(e, "extraction", applies=True)),
+    "label guessed": ("max_attribute_gain", lambda e: change_attack(e, "attribute", high=0.11)),
     "no scores by group": ("max_group_gap min_group_size", lambda e: e._replace(groups=())),
     "group gap": ("max_group_gap", lambda e: e._replace(groups=(("ward a", 40, -0.2), ("ward b", 40, 0.1)))),
     "small group": ("min_group_size", lambda e: e._replace(groups=(("ward a", 9, 0.0),))),
@@ -205,6 +261,10 @@ def test_injected_defect_fails_exactly_the_affected_rules(defect: str, evidence:
 def test_missing_evidence_message_names_the_command_to_create_it(evidence: Evidence) -> None:
     for defect, rule, command in (
         ("no audit", "max_audit_bound", "fedtune audit"),
+        ("no attack", "max_rebuilt_gain", "fedtune attack"),
+        ("update not attacked", "max_rebuilt_gain", "fedtune attack"),
+        ("extraction not tried", "max_extraction_gain", NOTHING_WRITTEN.sentence),
+        ("no attack and no audit", "max_membership_auroc", "fedtune attack"),
         ("no scores by group", "max_group_gap", "fedtune compare"),
         ("no report", "record", "fedtune report"),
         ("no report of a site", "max_lifetime_epsilon", "fedtune report site.toml --sign"),
@@ -216,17 +276,37 @@ def test_missing_evidence_message_names_the_command_to_create_it(evidence: Evide
         assert command in found.text
 
 
-def test_secret_guess_bound_depends_on_epsilon_and_candidates(evidence: Evidence) -> None:
-    for epsilon, candidates, most in ((0.0, 1000, 0.00101), (2.0, 10**6, 1.74e-5), (2.0, 10, 0.739)):
-        rules = GateRules(name="one", max_secret_chance=most, secret_candidates=candidates)
-        (found,) = judge_run(rules, change_epsilon(evidence, epsilon))
-        assert found.state == "right"
-        (found,) = judge_run(replace(rules, max_secret_chance=most * 0.99), change_epsilon(evidence, epsilon))
-        assert found.state == "wrong"
+def test_secret_chance_is_the_least_over_the_whole_trade_off_curve(evidence: Evidence) -> None:
+    epsilon, delta = evidence.report.epsilon, evidence.facts.delta
+    assert epsilon is not None
+    for candidates in (10, 1000, 10**6):
+        rules = GateRules(name="one", max_secret_chance=1.0, secret_candidates=candidates)
+        chance = gate_rules._measure_secret(evidence, rules)
+        pairs = [(one.epsilon_pld, one.delta) for one in evidence.report.sites[0].curve if one.epsilon_pld is not None]
+        ceilings = [compute_hit_rate_ceiling(*pair, false_alarms=1 / candidates) for pair in pairs]
+        assert 1 / candidates < chance <= min(ceilings) * (1 + 1e-6)
+        assert chance < 0.9 * compute_hit_rate_ceiling(epsilon, delta, false_alarms=1 / candidates)
+        for limit, state in ((chance, "right"), (chance * 0.99, "wrong")):
+            (found,) = judge_run(replace(rules, max_secret_chance=limit), evidence)
+            assert found.state == state
+
+
+def test_secret_chance_without_noise_or_epsilon_is_one(evidence: Evidence) -> None:
+    rules = GateRules(name="one", max_secret_chance=0.5, secret_candidates=10)
+    bare = change_run(evidence, plan=replace(evidence.facts.plan, noise_multiplier=0.0))
+    for one in (change_epsilon(evidence, None), change_epsilon(bare, None)):
+        assert gate_rules._measure_secret(one, rules) == 1
+    # From a pair alone, as of charges that were not fixed beforehand.
+    assert bound_secret_chance(None, epsilon=2.0, delta=1e-5, candidates=10**6) == pytest.approx(1.74e-5, rel=1e-3)
 
 
 def test_unselected_gate_rules_are_not_evaluated(evidence: Evidence) -> None:
     assert judge_run(GateRules(name="none"), lose_report(evidence)) == ()
+
+
+def test_limit_of_zero_is_judged(evidence: Evidence) -> None:
+    (found,) = judge_run(GateRules(name="none", max_group_gap=0.0), evidence)
+    assert (found.name, found.state) == ("max_group_gap", "wrong")
 
 
 def test_shipped_gate_rules_are_loaded_by_name() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from fedtune.config import AboutSpec
 from fedtune.report import requirements, signing
+from fedtune.report.attacks import AttackFinding, RunAttacks
 from fedtune.report.derive import dpia_fields
 from fedtune.report.derive.dpia_fields import BY_DESIGN, FIELDS
 from fedtune.report.facts import Verification
@@ -116,6 +117,16 @@ def test_missing_report_values_are_not_collected_as_known_facts(fact: str, chang
     assert fact not in collect_known_facts(change(sign(report)), None)
 
 
+def test_every_fact_in_a_cell_flips_its_answers_when_it_is_removed(report: Report) -> None:
+    asked = {fact for name in MAPS for one in read_map(name)["requirement"].values() for fact in one.get("facts", ())}
+    signed = sign(report)
+    known, in_cells = collect_known_facts(signed, None), sorted(asked & signed.known.keys())
+    assert len(in_cells) > 30
+    for fact in in_cells:
+        gone = known.keys() - collect_known_facts(remove_cells(signed, fact), None).keys()
+        assert gone == {fact, *(("extraction",) if fact == "epsilon" else ())}
+
+
 def change_first_fact(report: Report, **changes: Any) -> Report:
     first, *others = report.facts.sites  # type: ignore[union-attr]
     return change_facts(report, sites=(replace(first, **changes), *others))
@@ -138,6 +149,15 @@ def test_gate_results_answer_requirements_only_after_evaluation(fact: str, rule:
     assert fact not in collect_known_facts(report, unjudged)
     assert "may not leave, 3 rules failed" in collect_known_facts(report, unjudged)["gate"]
     assert {"gate", fact} & collect_known_facts(report, None).keys() == set()
+
+
+def test_attacks_in_a_report_answer_without_a_verdict(report: Report) -> None:
+    finding = AttackFinding(attack="membership", measure="auroc", sentence="It picks 52 of 100.", strength=0.52)
+    fields = {"run": "r", "adapter_sha256": "00", "epsilon": 1.0, "delta": 1e-5, "confidence": 0.95, "seconds": 1.0}
+    attacked = change_facts(report, attacks=RunAttacks(**fields, findings=(finding,)))
+    assert collect_known_facts(attacked, None)["attack_results"] == finding.sentence
+    said = collect_known_facts(attacked, make_verdict())["attack_results"]
+    assert said == f"{finding.sentence} what max_audit_bound found"
 
 
 def test_ledger_report_answers_requirements() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import fedtune.report
 from fedtune.federation.drift import FELL
 from fedtune.privacy.release import Reason
+from fedtune.report.attacks import MEASURES, NAMES
 from fedtune.report.derive import dpia_fields, verdicts
 from fedtune.report.facts import BudgetVerdict
 from fedtune.report.model import Assumption, CellState, SiteReport
@@ -47,6 +48,8 @@ CODES: dict[str, set[str]] = {
     "fact": {name for field in dpia_fields.FIELDS.values() for names in field.values() for name in names},
     "period": {"month", "quarter", "year"},
     "unit": {"record", "user"},
+    "attack": set(NAMES),
+    "attack_measure": set(MEASURES),
     "relation": {"add_or_remove_one"},
     "arrivals": {"all", "undated", "undated_to", "dated", "to", "from", "in", "between"},
     "banner": {"simulation", "seeded"},

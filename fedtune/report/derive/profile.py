@@ -335,6 +335,29 @@ def _bound_hit_rate_cached(counted: Counted, false_alarms: float) -> float | Non
     return max(false_alarms, min(1.0, more_alarms, fewer_misses))
 
 
+def bound_secret_chance(spent: Spent | None, *, epsilon: float | None, delta: float, candidates: int) -> float:
+    """Bound the chance that any attack rebuilds a secret in one record that is one of `candidates` equally likely
+    values.
+
+    Without the record, a guess is right with a chance of 1 / candidates.  With the record, the chance is at most the
+    hit rate at this rate of false alarms, 1 - f(1 / candidates) of the trade-off curve f (reconstruction robustness;
+    Balle, Cherubin and Hayes 2022, arXiv 2201.04845; Hayes, Mahloujifar and Balle 2023, arXiv 2302.07225).  The result
+    is the least over all (epsilon, delta) of the mechanism, and over the given pair.
+
+    Args:
+        spent: the charges; None: they were not fixed beforehand, so that the given pair alone bounds attacks.
+        epsilon: epsilon at `delta`; None: unbounded, and so is the chance.
+        delta: the report's delta.
+        candidates: number of values, at least 2.
+    """
+    if epsilon is None:
+        return 1.0
+    guess = 1 / candidates
+    ceiling = compute_hit_rate_ceiling(epsilon, delta, false_alarms=guess)
+    by_mechanism = None if spent is None else bound_hit_rate(spent, false_alarms=guess)
+    return ceiling if by_mechanism is None else min(ceiling, by_mechanism)
+
+
 def bound_right_of_100(spent: Spent) -> float | None:
     """Bound the correct membership guesses out of 100 if half of the records were used; None: unbounded.
 

@@ -50,7 +50,8 @@ def assemble_report(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Uti
         if facts.seeded_noise or not facts.plan.private:
             randomness = "seeded" if facts.plan.private else "none"
         # These figures require an attack on training records, or a site's verified ledger report.
-        without = {"other_ledgers"} | (set() if facts.audit and facts.audit.membership else {"attack_on_real_records"})
+        on_records = facts.attacks or (facts.audit and facts.audit.membership)
+        without = {"other_ledgers"} | (set() if on_records else {"attack_on_real_records"})
         joined = any(one.statement and one.statement.verification for one in facts.sites)
         without |= set() if joined else {"counts_of_events"}
     else:

@@ -53,7 +53,7 @@ class Words:
         life = report.sites[0].lifetime
         self.cohorts: tuple[CohortFigures, ...] = (life and life.cohorts) or ()
         self.delta_at = "/facts/delta" if isinstance(facts, LedgerFacts) else "/facts/plan/delta"
-        self.audit = None if isinstance(facts, LedgerFacts) else facts.audit
+        self.audit, self.attacks = (None, None) if isinstance(facts, LedgerFacts) else (facts.audit, facts.attacks)
         at_most = [] if isinstance(facts, LedgerFacts) else [facts.is_upper_bound(site) for site in facts.sites]
         self.silent = {f"/sites/{n}" for n, is_so in enumerate(at_most) if is_so}
         figures = (
