@@ -3,8 +3,8 @@
 Each result is compared with the bound of the guarantee, which follows from the mechanism's trade-off curve. A
 membership attack with false positive rate a has a true positive rate of at most B(a), computed by
 `report.derive.profile.bound_hit_rate`. The same curve bounds reconstruction: a guess of one of N equally likely secrets
-is correct with probability 1 / N without the record, and at most B(1 / N) with the record (`profile.bound_secret_chance`,
-which `fedtune gate` uses too). All bounds hold for an attacker who knows everything except the one record or
+is correct with probability 1 / N without the record, and at most B(1 / N) with the record. `fedtune gate` uses the same
+function, `profile.bound_secret_chance`. All bounds hold for an attacker who knows everything except the one record or
 person.
 """
 
