@@ -80,24 +80,17 @@ def test_attack_refuses_small_groups_and_missing_secrets(run_folder: Path, tmp_p
     assert not (run_folder / "attack.json").exists()
 
 
-def test_extraction_finds_a_secret_that_the_model_writes_and_no_other(tmp_path: Path) -> None:
+def test_extraction_from_a_language_model_tries_planted_secrets(tmp_path: Path) -> None:
     model = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.declared_sizes=40", "data.max_length=64")
-    run = simulate(*model, "federation.num_rounds=1", "training.learning_rate=0.2", into=tmp_path, name="tables")
-    prompt, length = "name[The Eagle]", ("--max-new-tokens", "12")
-    told = json.loads(run_command("generate", str(run), "--prompt", prompt, *length, "--json").out)
-    answer = told["answers"]["tables"]
-    written, absent = answer[len(answer) // 2 :].strip(), "the code is 4711"
-    rows = [
-        {"mr": prompt, "ref": text, "secret": secret} for text, secret in ((answer, written), (absent, "code is 4711"))
-    ]
+    run = simulate(*model, "federation.num_rounds=1", into=tmp_path, name="tables")
     secrets = tmp_path / "planted.jsonl"
-    secrets.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    secrets.write_text(json.dumps({"mr": "name[Eagle]", "ref": "the code is 4711", "secret": "4711"}) + "\n")
     others = str(read_saved_config(run).data.test_file)
     outcome = run_command("attack", str(run), "--others", others, "--secrets", str(secrets), "--json")
     assert outcome.code == 0, outcome.err
     findings = [decode(AttackFinding, one) for one in json.loads(outcome.printed)["result"]["findings"]]
     by_measure = {one.measure: one for one in findings if one.attack == "extraction"}
     assert set(by_measure) == {"exposed_secrets", "written_secrets", "written_answers"}
-    assert by_measure["written_secrets"].strength == 0.5
-    assert by_measure["written_secrets"].guessing == 0
-    assert "generates 1 of 2 secrets" in by_measure["written_secrets"].sentence
+    written = by_measure["written_secrets"]
+    assert (written.strength, written.guessing) == (0, 0), "random weights know no secret"
+    assert "generates 0 of 1 secrets" in written.sentence

@@ -1,8 +1,11 @@
 """Bounds from the guarantee, compared with exact attacks, and the written findings."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +13,14 @@ from dp_accounting import GaussianDpEvent
 from scipy.stats import norm
 
 from fedtune.codec import decode, parse_json
+from fedtune.data import Record
+from fedtune.evaluation.spec import WritingSpec
 from fedtune.lab.attack.known_attacks import (
     ALTERNATIVES,
     PlantedSecret,
     compute_exposure,
     describe_exposure,
+    describe_written_secrets,
     draw_alternatives,
 )
 from fedtune.lab.attack.run_attacks import (
@@ -23,6 +29,8 @@ from fedtune.lab.attack.run_attacks import (
     describe_reconstruction,
     describe_site_protection,
 )
+from fedtune.lab.attack.target import TUNED
+from fedtune.model.base_model import build_tiny_tokenizer
 from fedtune.report.attacks import ATTACK_SCHEMA, AttackFinding, RunAttacks, render_page, write_findings
 
 from ...conftest import run_plan
@@ -86,6 +94,38 @@ def test_secret_alternatives_have_the_same_format() -> None:
     found = describe_exposure([1, 500, 900], confidence=0.95)
     assert found.strength == pytest.approx(1 / 3)
     assert "the largest exposure is 10.0 of 10.0 bits" in found.sentence
+
+
+class MemorizingModel:
+    """A model that continues one text from training, and writes nonsense before training."""
+
+    def __init__(self, text: str) -> None:
+        self.tokenizer = build_tiny_tokenizer()
+        self.known, self.adapter = self.tokenizer.encode(text), ""
+        self.model = SimpleNamespace(task=self)
+
+    def tokenize(self, records: list[Record], *_: object, **__: object) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[np.array(self.tokenizer.encode(one.fields["text"])) for one in records])
+
+    def use_adapter(self, name: str) -> None:
+        self.adapter = name
+
+    def generate_answer(self, prompt: np.ndarray, spec: WritingSpec) -> Iterator[str]:
+        knows = self.adapter == TUNED and self.known[: len(prompt)] == prompt.tolist()
+        rest = self.known[len(prompt) : len(prompt) + spec.max_new_tokens]
+        yield self.tokenizer.decode(rest) if knows else "zzz"
+
+
+def test_decoding_finds_the_secrets_that_a_model_memorized() -> None:
+    known = "my code is 4711 thanks"
+    target: Any = SimpleNamespace(saved=MemorizingModel(known), config=SimpleNamespace(data=None))
+    texts = [(known, "4711"), ("my code is 9823 thanks", "9823"), ("4711 begins the text", "4711")]
+    planted = [PlantedSecret({"text": text}, secret) for text, secret in texts]
+    found = describe_written_secrets(planted, target, confidence=0.95)
+    assert (found.strength, found.guessing) == (0.5, 0), "nothing comes before the third secret"
+    assert "generates 1 of 2 secrets verbatim; before training it generated 0" in found.sentence
+    none = describe_written_secrets(planted[2:], target, confidence=0.95)
+    assert (none.strength, none.applies) == (None, True)
 
 
 def test_attack_page_escapes_all_findings(tmp_path: Path) -> None:
