@@ -100,7 +100,7 @@ class MemorizingModel:
     """A model that continues one text from training, and writes nonsense before training."""
 
     def __init__(self, text: str) -> None:
-        self.tokenizer = build_tiny_tokenizer()
+        self.tokenizer: Any = build_tiny_tokenizer("random:llama")
         self.known, self.adapter = self.tokenizer.encode(text), ""
         self.model = SimpleNamespace(task=self)
 
