@@ -146,7 +146,7 @@ def test_privacy_curve_is_monotone_and_below_each_ceiling(spent_mechanisms: dict
             ceiling = profile.compute_hit_rate_ceiling(point.epsilon_pld, point.delta, false_alarms=alarms)
             assert alarms <= rate <= ceiling + 1e-7
         right = profile.bound_right_of_100(spent_mechanisms)
-        assert 50 <= right <= profile.bound_right_of_100_by_epsilon(point.epsilon_pld, point.delta) + 1e-6
+        assert 50 <= right <= profile.bound_correct_guesses_per_100(point.epsilon_pld, point.delta) + 1e-6
 
 
 def test_hit_rate_grows_with_false_alarms_and_steps(spent_mechanisms: dict[DpEvent, int]) -> None:
@@ -256,9 +256,9 @@ def test_two_records_at_epsilon_8_match_the_simulated_attack() -> None:
 def test_group_bound_is_the_smaller_of_epsilon_and_triangle_bounds() -> None:
     """(1.6, 1e-5) for one record is (3.2, 6e-5) for two: 96 of 100, where the triangle inequality allows 100."""
     for epsilon, members in ((1.6, 2), (1.6, 5), (0.1, 2), (8.0, 2)):
-        right = profile.bound_right_of_100_by_epsilon(epsilon, 1e-5)
+        right = profile.bound_correct_guesses_per_100(epsilon, 1e-5)
         found = profile.bound_right_guesses_for_several(None, right, epsilon=epsilon, delta=1e-5, members=members)
-        for_all = profile.bound_right_of_100_by_epsilon(*profile.apply_group_privacy(epsilon, 1e-5, members=members))
+        for_all = profile.bound_correct_guesses_per_100(*profile.apply_group_privacy(epsilon, 1e-5, members=members))
         assert found == min(100, 50 + members * (right - 50), for_all)
         assert right < found
     many = {PoissonSampledDpEvent(0.01, GaussianDpEvent(1 + number)): 1 for number in range(9)}
@@ -308,7 +308,7 @@ def test_documented_table_cells_match_computed_values(line: str) -> None:
     for alarms in profile.FALSE_ALARMS:
         row.append(100 * profile.compute_hit_rate_ceiling(epsilon, _DELTA, false_alarms=alarms))
         row.append(100 * compute_gaussian_hit_rate(mu, false_alarms=alarms))
-    row += [profile.bound_right_of_100_by_epsilon(epsilon, _DELTA), compute_gaussian_right_of_100(mu)]
+    row += [profile.bound_correct_guesses_per_100(epsilon, _DELTA), compute_gaussian_right_of_100(mu)]
     assert len(printed) == len(_TABLE.splitlines()[0].split(" | "))
     for cell, value in zip(printed, row, strict=True):
         assert round(value, len(cell.partition(".")[2])) == float(cell), (cell, value)
@@ -340,10 +340,10 @@ def test_group_privacy_degrades_with_the_number_of_records() -> None:
 def test_ceilings_are_trivial_at_huge_epsilon_and_at_zero() -> None:
     assert profile.bound_posterior(1e5, prior=0.001) == 1
     assert profile.compute_hit_rate_ceiling(1e5, 1e-5, false_alarms=0.001) == 1
-    assert profile.bound_right_of_100_by_epsilon(1e5, 1e-5) == 100
+    assert profile.bound_correct_guesses_per_100(1e5, 1e-5) == 100
     assert profile.bound_posterior(0, prior=0.1) == pytest.approx(0.1)
     assert profile.compute_hit_rate_ceiling(0, 0, false_alarms=0.01) == pytest.approx(0.01)
-    assert profile.bound_right_of_100_by_epsilon(0, 0) == 50
+    assert profile.bound_correct_guesses_per_100(0, 0) == 50
 
 
 @given(epsilon=st.floats(0, 50), delta=st.floats(0, 0.5), alarms=st.floats(1e-6, 0.999), more=st.floats(0, 5))
@@ -352,7 +352,7 @@ def test_ceilings_grow_with_epsilon_and_delta(epsilon: float, delta: float, alar
     assert alarms <= rate <= 1
     assert rate <= profile.compute_hit_rate_ceiling(epsilon + more, delta, false_alarms=alarms) + 1e-12
     assert rate <= profile.compute_hit_rate_ceiling(epsilon, min(1, delta + more), false_alarms=alarms) + 1e-12
-    right = profile.bound_right_of_100_by_epsilon(epsilon, delta)
+    right = profile.bound_correct_guesses_per_100(epsilon, delta)
     assert 50 <= right <= 100
     # An attack with these rates, half of whose records were used, is right no more often than that.
     assert 100 * (rate + 1 - alarms) / 2 <= right + 1e-9
@@ -363,7 +363,7 @@ def test_gaussian_attack_never_exceeds_the_ceiling(epsilon: float, delta: float,
     mu = compute_gaussian_mu(epsilon, delta)
     ceiling = profile.compute_hit_rate_ceiling(epsilon, delta, false_alarms=alarms)
     assert compute_gaussian_hit_rate(mu, false_alarms=alarms) <= ceiling + 1e-9
-    assert compute_gaussian_right_of_100(mu) <= profile.bound_right_of_100_by_epsilon(epsilon, delta) + 1e-9
+    assert compute_gaussian_right_of_100(mu) <= profile.bound_correct_guesses_per_100(epsilon, delta) + 1e-9
 
 
 def test_strength_band_names_epsilon_ranges() -> None:

@@ -108,7 +108,7 @@ def test_report_accepts_only_its_canonical_spelling(a_report: Make) -> None:
     for edited in (json.dumps(whole), json.dumps(whole, indent=1, sort_keys=True), f"{text} "):
         with pytest.raises(ConfigError, match="differs from fedtune's output"):
             signing.parse_report(edited.encode())
-    with pytest.raises(ConfigError, match=r"line \d+.*1\.0e-05.*as written by fedtune: \"delta\": 1e-05"):
+    with pytest.raises(ConfigError, match=r"line \d+.*1\.0e-05.*which has: \"delta\": 1e-05"):
         signing.parse_report(text.replace('"delta": 1e-05', '"delta": 1.0e-05', 1).encode())
 
 

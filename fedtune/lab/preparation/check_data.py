@@ -109,7 +109,7 @@ def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
     Raises:
         DataError: a file is missing or unreadable; errors in single records are findings.
     """
-    look = _Look(config, tokenizer, within)
+    look = _CheckState(config, tokenizer, within)
     files = tuple(look.check_file(path, use, site) for path, use, site in _iter_files(config))
     declared = config.declared_sizes().items()
     sizes = {site: {"declared": size, "true": len(look.units[site])} for site, size in declared}
@@ -140,7 +140,7 @@ def count_labels(record: Record, data: DataSpec) -> Mapping[str, int]:
     return {record.fields["label"]: 1} if "label" in record.fields else count_entity_types(record.fields, data.labels)
 
 
-class _Look:
+class _CheckState:
     """State of the checks across an experiment's files."""
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, within: int) -> None:

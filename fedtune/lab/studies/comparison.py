@@ -173,7 +173,7 @@ class Compared:
             told.insert(
                 0, describe_against_constant(self.main, mine, constant, score=score, num_units=self.sides.num_units)
             )
-        told[-1:-1] = self._compare_with_alone()
+        told[-1:-1] = self._compare_with_local_training()
         others = [name for name in self.sides.measured if name not in (self.main, base)]
         for verdict in ("better", "worse"):
             if names := [name for name in others if compare(name, self.main).verdict == verdict]:
@@ -213,7 +213,7 @@ class Compared:
         first = self.lines[0]
         return {str(one.site): one.name for one in self.lines if one.kind == "alone" and one.private == first.private}
 
-    def _compare_with_alone(self) -> Iterator[str]:
+    def _compare_with_local_training(self) -> Iterator[str]:
         """Yield the sentence that compares the federation with each single-site run.
 
         Uses the site's own test records if the records are grouped by site, otherwise all records.

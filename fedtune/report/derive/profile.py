@@ -194,7 +194,7 @@ def compute_hit_rate_ceiling(epsilon: float, delta: float, *, false_alarms: floa
     return max(false_alarms, min(math.exp(min(epsilon, _LARGEST_EXPONENT)) * false_alarms + delta, other_way, 1.0))
 
 
-def bound_right_of_100_by_epsilon(epsilon: float, delta: float) -> float:
+def bound_correct_guesses_per_100(epsilon: float, delta: float) -> float:
     """Bound the correct membership guesses out of 100 if half of the records were used; random guessing has 50."""
     factor = _invert_exponential(epsilon)  # (e^epsilon + delta) / (1 + e^epsilon), without the large number
     return 100 * (1 + delta * factor) / (1 + factor)
@@ -220,7 +220,7 @@ def bound_right_guesses_for_several(
     """
     found = [
         50 + members * (right - 50),
-        bound_right_of_100_by_epsilon(*apply_group_privacy(epsilon, delta, members=members)),
+        bound_correct_guesses_per_100(*apply_group_privacy(epsilon, delta, members=members)),
     ]
     by_mixture = None if spent is None else _bound_by_mixture(_sort_mechanisms(spent), members)
     return min(100.0, *found, *([] if by_mixture is None else [by_mixture]))
@@ -411,7 +411,7 @@ def compute_meaning(
 
 def _bound_right_guesses(spent: Spent | None, epsilon: float, delta: float) -> tuple[float, float | None]:
     """Bound the correct guesses out of 100 from (epsilon, delta), and from the charges' curve if they are given."""
-    ceiling, found = bound_right_of_100_by_epsilon(epsilon, delta), None if spent is None else bound_right_of_100(spent)
+    ceiling, found = bound_correct_guesses_per_100(epsilon, delta), None if spent is None else bound_right_of_100(spent)
     # Both bounds hold for every attack; the curve's coarse grid may slightly exceed a ceiling from the fine grid.
     return ceiling, None if found is None else min(found, ceiling)
 
