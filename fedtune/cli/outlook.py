@@ -21,7 +21,7 @@ from fedtune.federation import planner, policy_dry_run
 from fedtune.federation.calendar import describe_calendar, list_calendar_rows
 from fedtune.federation.planner import Change, Price, compute_signal_to_noise
 from fedtune.federation.policy_dry_run import DryRun, find_strictest_dry_run
-from fedtune.formatting import convert_to_jsonable, format_size, format_short_fingerprint, pluralize
+from fedtune.formatting import convert_to_jsonable, format_short_fingerprint, format_size, pluralize
 from fedtune.lab.studies.trial_search import build_price_section, check_trials
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy.accountant import NEIGHBORING_RELATION, format_epsilon

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.codec import decode
-from fedtune.formatting import convert_none_to_infinite, group_hex, format_short_fingerprint, pluralize
+from fedtune.formatting import convert_none_to_infinite, format_short_fingerprint, group_hex, pluralize
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy import events as dp_events
 from fedtune.privacy.accountant import format_epsilon

@@ -18,7 +18,7 @@ from fedtune.cli.plain_words import explain_refusal, render_page
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.federation.policy_dry_run import DryRun, dry_run
 from fedtune.federation.run_folder import RunFolder
-from fedtune.formatting import flatten, group_hex, format_short_fingerprint, pluralize
+from fedtune.formatting import flatten, format_short_fingerprint, group_hex, pluralize
 from fedtune.lab.studies.comparison import Line, score_side_by_side
 from fedtune.lab.studies.personalized import make_personalized
 from fedtune.lab.studies.trials import SearchTrial
