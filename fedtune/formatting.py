@@ -39,7 +39,7 @@ def group_hex(digits: str) -> str:
     return " ".join(digits[start : start + 4] for start in range(0, len(digits), 4))
 
 
-def format_short_fingerprint(digits: str) -> str:
+def format_key_start(digits: str) -> str:
     """Format the first four groups of a hex key, for lines too short for the whole key."""
     return f"{group_hex(digits[:16])} ..."
 

@@ -21,7 +21,7 @@ from fedtune.federation import planner, policy_dry_run
 from fedtune.federation.calendar import describe_calendar, list_calendar_rows
 from fedtune.federation.planner import Change, Price, compute_signal_to_noise
 from fedtune.federation.policy_dry_run import DryRun, find_strictest_dry_run
-from fedtune.formatting import convert_to_jsonable, format_short_fingerprint, format_size, pluralize
+from fedtune.formatting import convert_to_jsonable, format_key_start, format_size, pluralize
 from fedtune.lab.studies.trial_search import build_price_section, check_trials
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy.accountant import NEIGHBORING_RELATION, format_epsilon
@@ -296,7 +296,7 @@ def _build_policy_section(verdict: DryRun, outlook: Outlook) -> Section:
     for one in verdict.broken:
         asked, allowed = to_printable(one.asked or "-", 40), to_printable(one.allowed or "-", 60)
         rows.append((f"{explain_refusal(one.reason)} ({one.reason})", asked, allowed))
-    lead = f"Requested by lead {format_short_fingerprint(verdict.lead)}"
+    lead = f"Requested by lead {format_key_start(verdict.lead)}"
     notes = [f"{lead} (assumed: --lead was not given)." if outlook.lead_assumed else lead]
     if verdict.taken is not None and verdict.would_be is not None:
         of = "no lifetime cap" if math.isinf(verdict.max_epsilon) else f"a lifetime cap of {verdict.max_epsilon:g}"

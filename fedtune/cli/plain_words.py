@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.codec import decode
-from fedtune.formatting import convert_none_to_infinite, format_short_fingerprint, group_hex, pluralize
+from fedtune.formatting import convert_none_to_infinite, format_key_start, group_hex, pluralize
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy import events as dp_events
 from fedtune.privacy.accountant import format_epsilon
@@ -59,7 +59,7 @@ def describe_event(event: Event, *, own: str = "") -> str:
             kept = f"the cost of all rounds is reserved until {str(detail['expires'])[:10]}{start}{seeded}"
             if not proposal.lead:
                 return f"release for the site's own use accepted: {what}, {mechanisms}"
-            return f"run accepted from lead {format_short_fingerprint(proposal.lead)}: {what}, {each}; {kept}"
+            return f"run accepted from lead {format_key_start(proposal.lead)}: {what}, {each}; {kept}"
         case Kind.RESERVE:
             again = f", again (attempt {event.attempt})" if event.attempt > 1 else ""
             return f"charged{again}: {_describe_mechanisms(detail['event'])}"

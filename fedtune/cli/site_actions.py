@@ -18,7 +18,7 @@ from fedtune.cli.plain_words import explain_refusal, render_page
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.federation.policy_dry_run import DryRun, dry_run
 from fedtune.federation.run_folder import RunFolder
-from fedtune.formatting import flatten, format_short_fingerprint, group_hex, pluralize
+from fedtune.formatting import flatten, format_key_start, group_hex, pluralize
 from fedtune.lab.studies.comparison import Line, score_side_by_side
 from fedtune.lab.studies.personalized import make_personalized
 from fedtune.lab.studies.trials import SearchTrial
@@ -74,7 +74,7 @@ class SiteActions:
             about_run = {"run": asked.run, "digest": asked.digest(), "since": since, "dataset": asked.dataset}
             told.append({**about_run, "lead": asked.lead, **spent})
             about = (to_printable(asked.run), since[:10], to_printable(asked.dataset))
-            rows.append((*about, _format_total_epsilon(epsilon), format_short_fingerprint(asked.lead)))
+            rows.append((*about, _format_total_epsilon(epsilon), format_key_start(asked.lead)))
         headings = ("run", "since", "data set", "epsilon", "requested by lead")
         section = Section(headings=headings, rows=rows, words=range(5), whole={0, 1})
         print_answer({"schema_version": SCHEMA_VERSION, "waiting": told}, [section], as_json=as_json)
@@ -226,7 +226,7 @@ def _find_proposal(proposals: list[Proposal], run: str, state: str) -> Proposal:
         names = ", ".join(to_printable(one.run) for one in proposals) or "none"
         raise ConfigError("RUN", run, f"must be a run that {state}: {names}")
     if len(found) > 1:
-        digests = ", ".join(f"{one.digest()[:12]} (lead {format_short_fingerprint(one.lead)})" for one in found)
+        digests = ", ".join(f"{one.digest()[:12]} (lead {format_key_start(one.lead)})" for one in found)
         raise ConfigError("RUN", run, f"has {len(found)} proposals: choose one by its digest: {digests}")
     return found[0]
 

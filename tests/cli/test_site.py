@@ -18,7 +18,7 @@ import yaml
 
 from fedtune.data.load import read_own_records
 from fedtune.extras import build_install_command
-from fedtune.formatting import format_short_fingerprint
+from fedtune.formatting import format_key_start
 from fedtune.ops.services.site_state import lock_ledger
 from fedtune.privacy.accountant import epsilon_pld, format_epsilon
 from fedtune.privacy.filter import epsilon_filter
@@ -145,7 +145,7 @@ def test_proposals_with_one_run_name_are_approved_separately(north: Here) -> Non
     message = approve(north, R, "--yes").failed()
     assert "has 2 proposals" in message
     for proposal in (one, other):
-        assert f"{proposal.digest()[:12]} (lead {format_short_fingerprint(proposal.lead)})" in message
+        assert f"{proposal.digest()[:12]} (lead {format_key_start(proposal.lead)})" in message
     assert approve(north, other.digest()[:12], "--yes").code == 0
     assert set(north.open().history.approved) == {other.digest()}
     assert [pending.proposal for pending in north.state.list_pending_runs()] == [one]

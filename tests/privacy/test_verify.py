@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.formatting import format_short_fingerprint
+from fedtune.formatting import format_key_start
 from fedtune.privacy.ledger import chain, store
 from fedtune.privacy.ledger.chain import Head, Kind
 from fedtune.privacy.ledger.site_ledger import SiteLedger
@@ -232,7 +232,7 @@ def test_event_signed_by_another_key_is_detected(complete_ledger: Path, victim_l
         changed = [dict(row) for row in rows]
         changed[number]["signature"] = make_key(9).sign(chain.EVENT, rows[number]["hash"].encode())
         replace_rows(victim_ledger, changed)
-        key = format_short_fingerprint(verify(complete_ledger).site_key)
+        key = format_key_start(verify(complete_ledger).site_key)
         assert read_verify_error(victim_ledger) == f"event {number + 1} is not signed by the site's key {key}"
 
 

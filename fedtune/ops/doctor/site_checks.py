@@ -18,7 +18,7 @@ from fedtune.data.records import iter_records
 from fedtune.data.values import SEVERAL_USERS
 from fedtune.federation import policy_dry_run
 from fedtune.federation.policy_dry_run import DryRun
-from fedtune.formatting import format_short_fingerprint
+from fedtune.formatting import format_key_start
 from fedtune.ops.doctor.check import (
     REFUSED,
     DoctorCheck,
@@ -82,11 +82,9 @@ def check_lead(kit: Kit, policy: Policy) -> DoctorCheck:
     """Check that the policy allows runs of the federation's lead."""
     name = "lead"
     if kit.lead in policy.allow.leads:
-        return build_passed_check(
-            name, f"the kit's lead {format_short_fingerprint(kit.lead)} is one of the policy's leads"
-        )
+        return build_passed_check(name, f"the kit's lead {format_key_start(kit.lead)} is one of the policy's leads")
     line = ", ".join(f'"{key}"' for key in (*policy.allow.leads, kit.lead))
-    found = f"the policy does not allow the kit's lead {format_short_fingerprint(kit.lead)}: all of its requests are refused"
+    found = f"the policy does not allow the kit's lead {format_key_start(kit.lead)}: all of its requests are refused"
     return build_failed_check(name, found, fix=f"If this is the lead's key, add under [allow]: leads = [{line}]")
 
 
@@ -356,7 +354,7 @@ def check_site_key(files: SiteFiles, history: History | None) -> DoctorCheck:
         return build_failed_check(name, f"{command[0] if command else path} is not the ledger's original key", fix=fix)
     return build_passed_check(
         name,
-        f"{format_short_fingerprint(public)}, {'printed by key_command' if command else 'readable only by its owner'}",
+        f"{format_key_start(public)}, {'printed by key_command' if command else 'readable only by its owner'}",
     )
 
 

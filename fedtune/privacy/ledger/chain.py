@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedtune.codec import decode, parse_json
-from fedtune.formatting import format_short_fingerprint
+from fedtune.formatting import format_key_start
 from fedtune.privacy import events as dp_events
 from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.keys import SigningKey, is_public_key, is_signed
@@ -324,4 +324,4 @@ def check_signature(event: Event, site_key: str) -> None:
         RunError: the signature is not valid.
     """
     if not is_signed(site_key, EVENT, event.hash.encode(), event.signature):
-        raise RunError(f"event {event.sequence} is not signed by the site's key {format_short_fingerprint(site_key)}")
+        raise RunError(f"event {event.sequence} is not signed by the site's key {format_key_start(site_key)}")

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import get_args
 
-from fedtune.formatting import format_short_fingerprint
+from fedtune.formatting import format_key_start
 from fedtune.privacy.accountant import NEIGHBORING_RELATION
 from fedtune.privacy.events import Spent
 from fedtune.privacy.own_release import CHARGED_ONLY
@@ -134,7 +134,7 @@ def _list_run_assumptions(facts: RunFacts, sites: Sequence[SiteReport]) -> Itera
     if unsigned := [one.site for one in sites if one.source == "not_released" and one.spent.rounds]:
         yield "receipts_signed", "assumed", ", ".join(unsigned)
     else:
-        keys = [f"{one.site} {format_short_fingerprint(one.receipt.site_key)}" for one in facts.sites if one.receipt]
+        keys = [f"{one.site} {format_key_start(one.receipt.site_key)}" for one in facts.sites if one.receipt]
         yield "receipts_signed", "verified", ", ".join(keys)
     if silent := [site.site for site in facts.sites if facts.is_upper_bound(site)]:
         yield "every_site_answered", "violated", ", ".join(silent)
