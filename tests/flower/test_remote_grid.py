@@ -234,7 +234,7 @@ def _ask_once(network: Loopback) -> dict[int, str]:
         return list_answering_sites(list(grid.receive(make_questions(1), timeout=60)))
 
 
-def test_wrong_clock_is_named_and_does_not_end_a_run(
+def test_clock_skew_is_reported_without_ending_the_run(
     network: Loopback, ask_in_thread: Any, monkeypatch: Any, caplog: Any
 ) -> None:
     """The lead's clock is an hour ahead of the server's for some time, during and at the start of an exchange."""

@@ -245,7 +245,7 @@ class Words:
     def _merge_arrivals(self, places: Sequence[int]) -> list[ArrivalRange]:
         return merge_adjacent_ranges({place: self.cohorts[place].people for place in places})
 
-    def describe_most_exposed(self) -> Markup | None:
+    def describe_most_exposed_unit(self) -> Markup | None:
         """Describe when the people with the largest epsilon joined; None if all people have the same epsilon."""
         epsilons = {place: convert_none_to_infinite(one.epsilon) for place, one in enumerate(self.cohorts)}
         if admitted := self.report.admits:
