@@ -110,7 +110,7 @@ def test_private_feature_run_is_planned_scored_charged_and_reported(run: Any, se
     result = read_result(folder)
     assert result["provenance"]["base_model"]["path"] == "none"
     page = (folder / "report.html").read_text()
-    assert "training of a head, which is the whole model, without a base: each site" in page
+    assert "training of a head without a base model: each site" in page
     assert "LoRA" not in page
     names = {"README.md", "fedtune.json", "head.safetensors", "label.svg"}
     assert {path.name for path in (folder / "adapter").iterdir()} == names
