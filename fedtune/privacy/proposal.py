@@ -65,7 +65,7 @@ class Proposal:
     adapter: str = "lora"
     algorithm: str = "fedavg"
     start_adapter: str = ""
-    ranks: Mapping[str, int] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         # A proposal comes from a server: the decoder checks types, this method formats, and the policy values.

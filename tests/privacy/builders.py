@@ -38,7 +38,7 @@ _PROPOSAL |= {"base_model": "b" * 64, "target_modules": ("q_proj",), "rank": 4, 
 _PROPOSAL |= {"seeded_noise": False, "dtype": "float32", "lora_scale": 1.0, "head_scale": 10.0}
 OTHER: dict[str, Any] = {"run": "s", "dataset": "letters", "target_modules": ("v_proj",), "rank": 3, "num_sites": 2}
 OTHER |= {"train_head": False, "seeded_noise": True, "lora_scale": 2.0, "head_scale": 1.0, "start_adapter": "d" * 64}
-OTHER |= {"algorithm": "fedprox"}
+OTHER |= {"algorithm": "fedprox", "ranks": {"a": 1}}
 """Of each field of a proposal that has several values within the policy, another one."""
 
 

@@ -31,9 +31,9 @@ def write_table(folder: Path, *lines: str) -> Path:
     [
         (PAIR | {"label": YES}, "column label = 'true or false': may mark rows in which completion is unwanted"),
         (PAIR | {"score": (0, 1)}, "column score = '1 or 0': may mark"),
-        (QUESTION | {"label": ("good", "bad")}, "rows answer is not"),
-        (QUESTION | {"accepted": YES}, "rows answer is not"),
-        ({"instruction": make_own_text, "input": "", "output": make_own_text, "kto_tag": YES}, "rows output is"),
+        (QUESTION | {"label": ("good", "bad")}, "rows in which answer is unwanted"),
+        (QUESTION | {"accepted": YES}, "rows in which answer is unwanted"),
+        ({"instruction": make_own_text, "input": "", "output": make_own_text, "kto_tag": YES}, "rows in which output is unwanted"),
         ({"conversations": [ASK, SAY], "kto_tag": YES}, "rows in which conversations is unwanted"),
         ({"role": ("prompter", "assistant"), "text": make_own_text}, "column role = \"a word's tag, or a speaker"),
         ({"chosen": "Human: where Assistant: there", "rejected": "Human: where Assistant: no"}, NO_PROMPT),
@@ -66,7 +66,7 @@ def test_misleading_column_layouts_are_refused(tmp_path: Path, columns: dict[str
         (
             {"query": make_own_text, "response": make_own_text, "rejected_response": make_own_text},
             "rejected_response",
-            "not",
+            "only next to",
         ),
     ],
 )

@@ -266,7 +266,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "few persons": (
         {"text": make_own_text, "author": repeat_texts(4), "kappa": WARD},
-        "columns kappa, author = 'answers",
+        "columns kappa, author = 'several possible answers'",
     ),
     "ids of one length": (TABLE | {"sigma": lambda n: 4_000_000 + n * n * 999}, "table: label=dx; not sigma"),
     "numbers of another": (TABLE | {"sigma": lambda n: 400_000 + n * n * 999}, "table: label=dx"),
