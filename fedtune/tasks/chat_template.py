@@ -129,7 +129,7 @@ def parse_turns(text: str) -> list[Turn]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise NoConversation("not a list of turns") from error
     if not all(isinstance(part, str) for turn in turns for part in turn[:2]):
-        raise NoConversation("a turn whose role or content is not text")
+        raise NoConversation("a turn without text")
     return turns
 
 
