@@ -292,7 +292,7 @@ class _Plain:
             if isinstance(value, str):
                 right = len(value) <= _MOST_TEXT and value.isprintable()
             else:
-                right = value is None or 0 <= value < _MOST_COUNT
+                right = value is None or (name == "rank") <= value < _MOST_COUNT  # no site trains a rank of 0
             if not right:
                 raise ConfigError(name, value, "must be one printable line, or a number in range")
         return release

@@ -23,7 +23,7 @@ from fedtune.privacy.ledger.verify import verify
 from fedtune.report import signing
 from fedtune.report.checks import Check, Known, check_report
 from fedtune.report.derive import profile
-from fedtune.report.derive.verdicts import read_audit
+from fedtune.report.derive.verdicts import find_wrong_audit_bounds, list_refuted_bounds, read_audit
 from fedtune.report.facts import Audit, RunFacts
 from fedtune.report.from_run import build_run_report, read_run
 from fedtune.report.model import Report
@@ -165,6 +165,8 @@ def read_rules(name: str) -> tuple[GateRules, str]:
     path = folder / f"{name}.toml" if name in {one.stem for one in folder.glob("*.toml")} else Path(name)
     with name_file_in_errors(path):
         rules = decode(GateRules, read_toml(path, key="rules"))
+        if not rules.limits:
+            raise ConfigError("rules", name, "has no rule: set at least one, such as record = true")
     return rules, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -213,7 +215,9 @@ def _read_matching_audit(evidence: Evidence, folder: Path) -> Audit:
         raise ConfigError(
             "--audit", str(folder), "is an audit of another plan or model: repeat it with the run's settings"
         )
-    return found
+    if found.delta != evidence.facts.delta or any(find_wrong_audit_bounds(found)):
+        raise ConfigError("--audit", str(folder), "has an audit.json whose bounds do not follow from its counts")
+    return dataclasses.replace(found, exceeded=found.exceeded or bool(list_refuted_bounds(found)))
 
 
 def _read_groups(folder: Path, path: Path) -> tuple[tuple[str, int, float | None], ...]:
@@ -224,11 +228,18 @@ def _read_groups(folder: Path, path: Path) -> tuple[tuple[str, int, float | None
         folders = {model["name"]: model.get("folder") for model in told["models"]}
         own = next(name for name, place in folders.items() if place and Path(place).resolve() == folder.resolve())
         parts = [group for column in told["groups"].values() for group in column["groups"]]
-        return tuple((str(one["name"]), int(one["units"]), one["gaps"][own]["value"]) for one in parts)
+        found = tuple((str(one["name"]), one["units"], one["gaps"][own]["value"]) for one in parts)
+        if all(type(units) is int and (gap is None or _is_finite(gap)) for _, units, gap in found):
+            return found
     except OSError as error:
         raise ConfigError("--groups", str(path), f"must be a readable file ({error.strerror})") from None
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
-        raise ConfigError("--groups", str(path), bound) from None
+        pass
+    raise ConfigError("--groups", str(path), bound)
+
+
+def _is_finite(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf  # type: ignore[arg-type]
 
 
 def _judge_record(_: bool, given: Evidence, __: GateRules) -> Found:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from fedtune.evaluation.audit_bound import compute_epsilon_lower_bound
 from fedtune.ops.kits.members import Roster
 from fedtune.privacy.keys import SigningKey
 from fedtune.report import signing
@@ -181,17 +182,31 @@ def test_gate_reads_the_key_of_the_lead_from_the_roster(
     assert "roster" in judge(run_folder, rules, "--roster", str(roster)).failed(2)
 
 
+def make_bound(right: int) -> AuditBound:
+    lower, best = (compute_epsilon_lower_bound(100, 100, count, delta=1e-5, confidence=0.95) for count in (right, 100))
+    return AuditBound(
+        site=None, claimed_epsilon=0.4, lower_bound=lower, best_possible=best, canaries=100, guesses=100, right=right
+    )
+
+
+def write_audit(folder: Path, *, right: int) -> None:
+    found = {"method": "x", "confidence": 0.95, "delta": 1e-5, "seeded": False, "exceeded": False, "membership": ()}
+    audit = Audit(bounds=(make_bound(right),), **found)  # type: ignore[arg-type]
+    (folder / "audit.json").write_text(json.dumps({"schema_version": RUN_SCHEMA, **asdict(audit)}))
+
+
 def test_gate_accepts_only_audits_of_the_same_plan(run_folder: Path, rules: Path, tmp_path: Path) -> None:
     rules.write_text('name = "audited"\nmax_audit_bound = 1.0\n')
     assert "fedtune audit" in " ".join(judge(run_folder, rules).out.split())
     audited = Path(shutil.copytree(run_folder, tmp_path / "audited"))
     assert "audit.json" in judge(run_folder, rules, "--audit", str(audited)).failed(2)
-    bound = AuditBound(
-        site=None, claimed_epsilon=0.4, lower_bound=0.1, best_possible=5.0, canaries=100, guesses=100, right=60
-    )
-    found = Audit(method="x", confidence=0.95, delta=1e-5, seeded=False, exceeded=False, bounds=(bound,), membership=())
-    (audited / "audit.json").write_text(json.dumps({"schema_version": RUN_SCHEMA, **asdict(found)}))
+    write_audit(audited, right=60)
     assert judge(run_folder, rules, "--audit", str(audited)).code == 0
+    write_audit(audited, right=100)
+    assert judge(run_folder, rules, "--audit", str(audited)).failed(1), "its counts refute the claim"
+    edit_json(audited / "audit.json", bounds=[{**asdict(make_bound(100)), "lower_bound": 0.0}])
+    assert "do not follow from its counts" in judge(run_folder, rules, "--audit", str(audited)).failed(2)
+    write_audit(audited, right=60)
     settings = yaml.safe_load((audited / "config.yaml").read_text())
     edit_config(audited, lora={"rank": settings["lora"]["rank"] * 2})
     assert "another plan or model" in judge(run_folder, rules, "--audit", str(audited)).failed(2)
@@ -202,6 +217,14 @@ def test_gate_refuses_bad_input_and_writes_nothing(run_folder: Path, rules: Path
     assert "absent.toml" in run_command("gate", str(run_folder), "absent.toml").failed(2)
     assert "--key" in judge(run_folder, rules, "--key", "ab").failed(2)
     assert "--groups" in judge(run_folder, rules, "--groups", str(rules)).failed(2)
+    for gap in ('"0.9"', "NaN", "[1]", "{}", "true"):
+        groups = (
+            f'{{"models": [{{"name": "a", "folder": "{run_folder}"}}], "groups": {{"x": {{"groups": [{{"name": "y",'
+        )
+        (tmp_path / "groups.json").write_text(f'{groups} "units": 5, "gaps": {{"a": {{"value": {gap}}}}}}}]}}}}}}')
+        assert "--groups" in judge(run_folder, rules, "--groups", str(tmp_path / "groups.json")).failed(2), gap
     rules.write_text("max_epsilon = 1.0\n")
     assert "name" in judge(run_folder, rules).failed(2)
+    rules.write_text('name = "empty"\nrecord = false\n')
+    assert "has no rule" in judge(run_folder, rules).failed(2)
     assert not (run_folder / "gate.json").exists()

@@ -204,7 +204,9 @@ def test_site_dealing_wrong_shares_is_excluded(tmp_path: Path) -> None:
     lost, *later = [entry["failed_sites"] for entry in result["rounds"]]
     assert lost == {f"site-{number}": "not_summed" for number in (1, 2, 3, 4)}
     assert later == [{"site-2": "left_out"}] * 2
-    assert "no longer asked, because its shares in secure aggregation were wrong" in (folder / "report.html").read_text()
+    assert (
+        "no longer asked, because its shares in secure aggregation were wrong" in (folder / "report.html").read_text()
+    )
     assert result["privacy"]["sites"]["site-2"]["steps"] == 1, "it is asked no more"
 
 

@@ -66,7 +66,10 @@ def test_metrics_require_a_loopback_address_and_prometheus_client(monkeypatch: p
         with pytest.raises(ConfigError, match=r"^--metrics = .*use a loopback address"), serve_metrics(given, list):
             pass
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    with pytest.raises(ConfigError, match="requires prometheus-client: pip install "), serve_metrics("127.0.0.1:0", list):
+    with (
+        pytest.raises(ConfigError, match="requires prometheus-client: pip install "),
+        serve_metrics("127.0.0.1:0", list),
+    ):
         pass
 
 

@@ -162,6 +162,13 @@ def test_released_types_and_refusal_reasons_match_a_fixed_list() -> None:
         Reason("23 records were skipped")
 
 
+def test_offer_of_rank_zero_is_invalid() -> None:
+    offer = release.Offer(site="north", run="r", most_rounds=3, least_noise=None, rank=1).to_json()
+    assert release.Offer.from_json(offer).rank == 1
+    with pytest.raises(ConfigError, match="^rank = 0: "):
+        release.Offer.from_json(offer | {"rank": 0})
+
+
 def test_refusal_carries_reason_and_requested_and_allowed_values() -> None:
     refused = Refused(Reason.PLAN_EXHAUSTED, asked=6, allowed=5)
     assert isinstance(refused, RefusedError)

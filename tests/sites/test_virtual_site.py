@@ -310,7 +310,9 @@ def test_partition_record_is_not_recreated_next_to_a_ledger(config: Any, tmp_pat
     (sites.folder / "north" / "ledger.db").touch()
     sites.check_partition()
     (sites.folder / DEALT).unlink()
-    with pytest.raises(RunError, match=r"cannot be read \(FileNotFoundError\); restore the file, which shows which ledger"):
+    with pytest.raises(
+        RunError, match=r"cannot be read \(FileNotFoundError\); restore the file, which shows which ledger"
+    ):
         sites.check_partition()
 
 

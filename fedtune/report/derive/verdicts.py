@@ -218,6 +218,22 @@ def _remove_guarantee(site: SiteReport, why: str) -> SiteReport:
     return replace(site, verdict=derive_verdict([*site.verdict.reasons, why]), meaning=None)
 
 
+def find_wrong_audit_bounds(audit: Audit) -> Iterator[Problem]:
+    """Yield each bound of an audit that does not follow from its counts."""
+    for number, bound in enumerate(audit.bounds):
+        where = f"audit.bounds.{number}"
+        for key, right in (("lower_bound", bound.right), ("best_possible", bound.guesses)):
+            counts = bound.canaries, bound.guesses, right
+            found = audit_bound.compute_epsilon_lower_bound(*counts, delta=audit.delta, confidence=audit.confidence)
+            if not abs(getattr(bound, key) - found) <= _AUDIT_DIGITS * max(1.0, found):
+                yield Problem(f"{where}.{key}", getattr(bound, key), found)
+        if bound.fdp_bound is not None:
+            counts = bound.canaries, bound.guesses, bound.right
+            found = compute_fdp_lower_bound(*counts, delta=audit.delta, confidence=audit.confidence)
+            if not abs(bound.fdp_bound - found) <= _AUDIT_DIGITS * max(1.0, found):
+                yield Problem(f"{where}.fdp_bound", bound.fdp_bound, found)
+
+
 def find_audit_problems(report: Report) -> Iterator[Problem]:
     """Yield each audit figure that contradicts its counts or the report's claims."""
     audit = report.facts.audit if isinstance(report.facts, RunFacts) else None
@@ -233,15 +249,6 @@ def find_audit_problems(report: Report) -> Iterator[Problem]:
         where, most, claim = f"audit.bounds.{number}", spent.get(bound.site), bound.claimed_epsilon
         if exceeds_cap(claim, most):
             yield Problem(f"{where}.claimed_epsilon", claim, f"at most {most}, the charged epsilon")
-        for key, right in (("lower_bound", bound.right), ("best_possible", bound.guesses)):
-            counts = bound.canaries, bound.guesses, right
-            found = audit_bound.compute_epsilon_lower_bound(*counts, delta=audit.delta, confidence=audit.confidence)
-            if not abs(getattr(bound, key) - found) <= _AUDIT_DIGITS * max(1.0, found):
-                yield Problem(f"{where}.{key}", getattr(bound, key), found)
-        if bound.fdp_bound is not None:
-            counts = bound.canaries, bound.guesses, bound.right
-            found = compute_fdp_lower_bound(*counts, delta=audit.delta, confidence=audit.confidence)
-            if not abs(bound.fdp_bound - found) <= _AUDIT_DIGITS * max(1.0, found):
-                yield Problem(f"{where}.fdp_bound", bound.fdp_bound, found)
+    yield from find_wrong_audit_bounds(audit)
     if not audit.exceeded and list_refuted_bounds(audit, report.sites):
         yield Problem("audit.exceeded", False, True)

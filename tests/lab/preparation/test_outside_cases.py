@@ -33,7 +33,10 @@ def write_table(folder: Path, *lines: str) -> Path:
         (PAIR | {"score": (0, 1)}, "column score = '1 or 0': may mark"),
         (QUESTION | {"label": ("good", "bad")}, "rows in which answer is unwanted"),
         (QUESTION | {"accepted": YES}, "rows in which answer is unwanted"),
-        ({"instruction": make_own_text, "input": "", "output": make_own_text, "kto_tag": YES}, "rows in which output is unwanted"),
+        (
+            {"instruction": make_own_text, "input": "", "output": make_own_text, "kto_tag": YES},
+            "rows in which output is unwanted",
+        ),
         ({"conversations": [ASK, SAY], "kto_tag": YES}, "rows in which conversations is unwanted"),
         ({"role": ("prompter", "assistant"), "text": make_own_text}, "column role = \"a word's tag, or a speaker"),
         ({"chosen": "Human: where Assistant: there", "rejected": "Human: where Assistant: no"}, NO_PROMPT),
