@@ -218,10 +218,9 @@ def test_gate_refuses_bad_input_and_writes_nothing(run_folder: Path, rules: Path
     assert "--key" in judge(run_folder, rules, "--key", "ab").failed(2)
     assert "--groups" in judge(run_folder, rules, "--groups", str(rules)).failed(2)
     for gap in ('"0.9"', "NaN", "[1]", "{}", "true"):
-        groups = (
-            f'{{"models": [{{"name": "a", "folder": "{run_folder}"}}], "groups": {{"x": {{"groups": [{{"name": "y",'
-        )
-        (tmp_path / "groups.json").write_text(f'{groups} "units": 5, "gaps": {{"a": {{"value": {gap}}}}}}}]}}}}}}')
+        group = f'{{"name": "y", "units": 5, "gaps": {{"a": {{"value": {gap}}}}}}}'
+        models = f'[{{"name": "a", "folder": "{run_folder}"}}]'
+        (tmp_path / "groups.json").write_text(f'{{"models": {models}, "groups": {{"x": {{"groups": [{group}]}}}}}}')
         assert "--groups" in judge(run_folder, rules, "--groups", str(tmp_path / "groups.json")).failed(2), gap
     rules.write_text("max_epsilon = 1.0\n")
     assert "name" in judge(run_folder, rules).failed(2)

@@ -165,7 +165,7 @@ def test_released_types_and_refusal_reasons_match_a_fixed_list() -> None:
 def test_offer_of_rank_zero_is_invalid() -> None:
     offer = release.Offer(site="north", run="r", most_rounds=3, least_noise=None, rank=1).to_json()
     assert release.Offer.from_json(offer).rank == 1
-    with pytest.raises(ConfigError, match="^rank = 0: "):
+    with pytest.raises(ConfigError, match=r"^rank = 0: "):
         release.Offer.from_json(offer | {"rank": 0})
 
 
