@@ -148,7 +148,7 @@ def cut_micro_batches(
     example longer than the limit gets its own micro-batch; an empty logical batch gives no micro-batch.  `lengths`
     covers the whole data set.
 
-    >> cut_micro_batches([0, 1, 2, 3], np.array([5, 1, 2, 6]), max_tokens=6)
+    >>> cut_micro_batches([0, 1, 2, 3], np.array([5, 1, 2, 6]), max_tokens=6)
     [array([1, 2]), array([0]), array([3])]
     """
     chosen = np.asarray(indices, dtype=np.int64)

@@ -115,7 +115,7 @@ def split_tag(tag: str, types: Collection[str] = ()) -> tuple[str, str]:
 
     A tag that is one of the declared `types` has no scheme, whatever its first letter.
 
-    >> split_tag("S-protein"), split_tag("S-protein", ["S-protein"])
+    >>> split_tag("S-protein"), split_tag("S-protein", ["S-protein"])
     (('S', 'protein'), ('', 'S-protein'))
     """
     if tag == "O":

@@ -316,9 +316,9 @@ def read_labels(value: object, at: str) -> str:
 def split_labels(text: str, *, separator: str) -> tuple[str, ...]:
     """Split a field of the role `labels` into its labels.
 
-    >> split_labels("late; damaged", separator=";")
+    >>> split_labels("late; damaged", separator=";")
     ('late', 'damaged')
-    >> split_labels('["late","damaged"]', separator=";")
+    >>> split_labels('["late","damaged"]', separator=";")
     ('late', 'damaged')
     """
     listed = parse_json_list(text)
@@ -342,9 +342,8 @@ def parse_arrival_month(value: object, at: str) -> str:
 
     This function never raises, because dates are read after a round is charged, and no record may stop the round.
 
-    >> parse_arrival_month("2026-03-14 09:30", ""), parse_arrival_month("2026-03", ""), parse_arrival_month("14.3.2026",
-    "")
-    ('2026-03', '2026-03', '')
+    >>> [parse_arrival_month(date, "") for date in ("2026-03-14 09:30", "2026-03", "14.3.2026")]
+    ['2026-03', '2026-03', '']
     """
     found = value if isinstance(value, date) else None
     if isinstance(value, str):

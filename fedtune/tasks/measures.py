@@ -78,9 +78,9 @@ def macro_f1(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
     in scikit-learn's `f1_score(truth, predicted, average="macro", labels=range(num_labels), zero_division=0)`.  Without
     `labels`, scikit-learn would leave that class out, and the meaning of the score would change with the sample.
 
-    >> macro_f1(np.array([0, 0, 1]), np.array([0, 1, 1]), num_labels=2)  # both classes have 2/3
+    >>> macro_f1(np.array([0, 0, 1]), np.array([0, 1, 1]), num_labels=2)  # both classes have 2/3
     0.6666666666666666
-    >> macro_f1(np.array([0, 0, 1]), np.array([0, 1, 1]), num_labels=4)  # classes 2 and 3 never occur
+    >>> macro_f1(np.array([0, 0, 1]), np.array([0, 1, 1]), num_labels=4)  # classes 2 and 3 never occur
     0.3333333333333333
     """
     counts = (np.bincount(one, minlength=num_labels) for one in (truth[truth == predicted], truth, predicted))
@@ -156,7 +156,7 @@ def auroc(probabilities: Floats, truth: Marks) -> float:
     the value of a random ranking.  A tie counts as one half (Mann and Whitney).  `probabilities` (n, labels) may be any
     increasing function of probabilities.
 
-    >> auroc(np.array([[0.9], [0.4], [0.3]]), np.array([[True], [False], [True]]))
+    >>> auroc(np.array([[0.9], [0.4], [0.3]]), np.array([[True], [False], [True]]))
     0.5
     """
     positive = truth.sum(axis=0)
@@ -205,15 +205,14 @@ def compute_quadratic_kappa(truth: Classes, predicted: Classes, *, num_labels: i
     Chance pairs the same predictions with the true classes at random.  The result is 0 if all records have one class,
     or if the prediction is constant.
 
-    >> compute_quadratic_kappa(np.array([0, 1, 2]), np.array([0, 1, 1]), num_labels=3)
+    >>> compute_quadratic_kappa(np.array([0, 1, 2]), np.array([0, 1, 1]), num_labels=3)
     0.6666666666666667
     """
     steps = np.arange(num_labels)
     squares = np.square(steps[:, None] - steps)
     true_counts, predicted_counts = (np.bincount(one, minlength=num_labels) for one in (truth, predicted))
-    by_chance = int(
-        true_counts @ squares @ predicted_counts
-    )  # in integers, so that a constant prediction has exactly 0
+    # in integers, so that a constant prediction has exactly 0
+    by_chance = int(true_counts @ squares @ predicted_counts)
     return 1 - len(truth) * int(np.square(truth - predicted).sum()) / by_chance if by_chance else 0.0
 
 

@@ -208,7 +208,7 @@ def compute_length_controlled_mean(
         neutral: the value of a random guess, which replaces the pairs of unequal length if the longer answer is always
             the chosen answer, or always the rejected answer.
 
-    >> compute_length_controlled_mean(np.array([1.0, 1.0, 1.0, 0.0]), np.array([3.0, 5.0, 1.0, -2.0]), neutral=0.5)
+    >>> compute_length_controlled_mean(np.array([1.0, 1.0, 1.0, 0.0]), np.array([3.0, 5.0, 1.0, -2.0]), neutral=0.5)
     0.5
     """
     above, below, alike = (values[some] for some in (longer > 0, longer < 0, longer == 0))

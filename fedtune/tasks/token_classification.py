@@ -298,7 +298,7 @@ def _decode_batch(logits: torch.Tensor, batch: Batch) -> Iterator[tuple[list[Ent
 def decode_entities(tags: Sequence[int]) -> list[Entity]:
     """Decode tag classes, one per word, into entities (first, end, label); I- after another type starts an entity.
 
-    >> decode_entities([0, 1, 2, 1, 4, 2])
+    >>> decode_entities([0, 1, 2, 1, 4, 2])
     [(1, 3, 0), (3, 4, 0), (4, 5, 1), (5, 6, 0)]
     """
     found: list[Entity] = []

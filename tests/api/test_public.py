@@ -3,7 +3,9 @@
 import asyncio
 import doctest
 import json
+import re
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +210,15 @@ def test_public_names_have_docstrings_and_shadow_no_packages() -> None:
     for name in fedtune.__all__:
         assert getattr(fedtune, name).__doc__
         assert name not in rooms
+
+
+def test_docstring_examples_of_every_module_are_correct() -> None:
+    root = Path(fedtune.__file__).parent
+    texts = {path: path.read_text() for path in root.rglob("*.py")}
+    assert not [path for path, text in texts.items() if re.search(r"^\s*>> ", text, re.MULTILINE)], "no doctest runs it"
+    for path in (path for path, text in texts.items() if ">>> " in text):
+        parts = path.relative_to(root.parent).with_suffix("").parts
+        assert not doctest.testmod(import_module(".".join(parts).removesuffix(".__init__"))).failed, path
 
 
 @pytest.mark.parametrize("module", [fedtune, public], ids=["fedtune", "door"])
