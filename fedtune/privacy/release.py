@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from fedtune.codec import decode, decode_value
 from fedtune.privacy.keys import is_signed
-from fedtune.spec import ConfigError, RefusedError
+from fedtune.spec import ConfigError, RefusedError, check_at_least
 
 RECEIPT = "receipt"  # purpose of a receipt's signature
 
@@ -292,7 +292,7 @@ class _Plain:
             if isinstance(value, str):
                 right = len(value) <= _MOST_TEXT and value.isprintable()
             else:
-                right = value is None or (name == "rank") <= value < _MOST_COUNT  # no site trains a rank of 0
+                right = value is None or 0 <= value < _MOST_COUNT
             if not right:
                 raise ConfigError(name, value, "must be one printable line, or a number in range")
         return release
@@ -387,6 +387,10 @@ class Offer(_Plain):
     software: str = ""
     round: ClassVar[int] = 0  # an offer comes before the first round
     _magic: ClassVar[bytes] = b"fedtune-offer-1\n"
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            check_at_least("rank", self.rank, 1)
 
 
 Answer = Update | Refusal | Offer  # a site's answer; its receipt is signed over `to_bytes`
