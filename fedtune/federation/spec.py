@@ -155,12 +155,16 @@ class FederationSpec:
     @property
     def site_ranks(self) -> dict[str, int | None]:
         """The rank of each participating site; None: the site trains the whole adapter."""
-        ranks = dict(zip(self.names, cycle(self.ranks or (None,)), strict=False))
-        return {site: ranks[site] for site in self.active}
+        ranks = self._map_ranks()
+        return {site: ranks.get(site) for site in self.active}
+
+    def _map_ranks(self) -> dict[str, int]:
+        """Map every site to its rank; empty if the sites train the whole adapter."""
+        return dict(zip(self.names, cycle(self.ranks), strict=False))
 
     def lower_ranks(self, offers: Sequence[Offer]) -> list[int]:
         """Return `ranks`, lowered to the rank that each site offers."""
-        ranks = dict(zip(self.names, cycle(self.ranks), strict=False))
+        ranks = self._map_ranks()
         most = {offer.site: offer.rank for offer in offers if offer.rank is not None}
         lowered = {site: min(rank, most.get(site, rank)) for site, rank in ranks.items()}
         return list(self.ranks if lowered == ranks else lowered.values())

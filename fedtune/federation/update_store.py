@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 
@@ -11,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.model.adapter import Adapter
-from fedtune.model.ranks import LORA_A, LORA_B, project_average
+from fedtune.model.ranks import project_average
+from fedtune.model.spec import LORA_A, LORA_B
 from fedtune.spec import RunError
 
 
@@ -29,6 +31,8 @@ class UpdateStore:
 
     def __init__(self, folder: Path, sent: Adapter) -> None:
         self._folder, self.sent = folder, sent
+        sizes = (value.size for value in sent.tensors.values())
+        self._starts = dict(zip(sent.tensors, accumulate(sizes, initial=0), strict=False))
 
     def __enter__(self) -> UpdateStore:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -58,10 +62,8 @@ class UpdateStore:
 
     def read_tensor(self, site: str, name: str) -> npt.NDArray[np.float32]:
         """Read one tensor of a site's update, in its shape."""
-        names = list(self.sent.tensors)
-        start = sum(self.sent.tensors[before].size for before in names[: names.index(name)])
         value = self.sent.tensors[name]
-        return self.read_values(site, start=start, count=value.size).reshape(value.shape)
+        return self.read_values(site, start=self._starts[name], count=value.size).reshape(value.shape)
 
     def average_products(self, average: Adapter, weights: Mapping[str, float]) -> Adapter:
         """Replace the LoRA factors in `average` by those of each layer's average product B A, at the adapter's rank.

@@ -39,7 +39,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.model.hf_logging import silence_transformers
 from fedtune.model.ia3_and_dora import scale_modules
-from fedtune.model.spec import LoraSpec
+from fedtune.model.spec import LORA_A, LoraSpec
 from fedtune.spec import ConfigError
 
 
@@ -63,7 +63,7 @@ def attach_adapters(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: b
     scale_modules(model)
     if not spec.train_a:
         for name, parameter in model.named_parameters():
-            if ".lora_A." in name:
+            if LORA_A in name:
                 parameter.requires_grad_(False)
     return model
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-LORA_A, LORA_B = ".lora_A.", ".lora_B."
+from fedtune.model.spec import LORA_A, LORA_B
+
 Array = npt.NDArray[np.float32]
 
 

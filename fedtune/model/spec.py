@@ -19,6 +19,8 @@ RANDOM_MODELS = ("random:bert", "random:llama")
 NO_BASE, NO_ADAPTER = "none", "none"  # `model.path` and `lora.kind` of a model that consists of its head
 ADAPTERS = {"lora": "A LoRA adapter", "dora": "A DoRA adapter", "ia3": "An IA3 adapter", NO_ADAPTER: "A model"}
 """Names of the adapter kinds, as the subject of a sentence."""
+LORA_A, LORA_B = ".lora_A.", ".lora_B."
+"""The part of a tensor's name that marks it as one of LoRA's factors, as PEFT names them."""
 _WIDEST, _MOST_LAYERS = 4096, 8
 _NOT_PROVEN = {
     "prompt": "virtual tokens change every layer's output, and occupy positions of the record's own tokens",
@@ -131,7 +133,7 @@ class LoraSpec:
 
         B trains first, because A has no gradient while B is zero.
         """
-        return (".lora_B.", ".lora_A.")[round % 2] if self.alternate else None
+        return (LORA_B, LORA_A)[round % 2] if self.alternate else None
 
     @property
     def trains_both_factors(self) -> bool:

@@ -33,7 +33,7 @@ from fedtune.model.adapter import Adapter, AdapterError, copy_tensors
 from fedtune.model.base_model import hash_model
 from fedtune.model.ia3_and_dora import PEFT_SCALES, iter_peft_scales
 from fedtune.model.source import find_public_location
-from fedtune.model.spec import NO_ADAPTER, ModelSpec, TaskModelSpec
+from fedtune.model.spec import LORA_A, NO_ADAPTER, ModelSpec, TaskModelSpec
 from fedtune.model.unsupported_models import PRIVATE_TO
 from fedtune.spec import RUN_SCHEMA, ConfigError, check_schema, format_value, name_file_in_errors
 from fedtune.tasks.registry import get_task
@@ -163,7 +163,7 @@ class SavedAdapter:
         if lora.effective_rank not in {1, *(length for array in tensors.values() for length in array.shape)}:
             raise ConfigError("lora.rank", lora.rank, "must match the rank of the saved matrices")
         # Excludes an A that FFA-LoRA froze, everything that votes do not train, and a frozen head.
-        moves = {name for name in tensors if not task.counts_units and (lora.train_a or ".lora_A." not in name)}
+        moves = {name for name in tensors if not task.counts_units and (lora.train_a or LORA_A not in name)}
         trained = {name: tensors[name] for name in moves}
         if self.spec.head.train:
             trained |= {_HEAD + name: one for name, one in read["head"].items() if name not in _CONSTANTS}
@@ -177,9 +177,8 @@ class SavedAdapter:
 
     def build(self, *, device: torch.device | str = "cpu") -> TaskModel:
         """Build the model on the adapter's base; the head is neither initialized nor loaded yet."""
-        _ = (
-            self.tensors
-        )  # check the rank before matrices are allocated: a file could claim a rank that fills the memory
+        # check the rank before matrices are allocated: a file could claim a rank that fills the memory
+        _ = self.tensors
         return assemble(self.spec, device=device)
 
     def load_into(self, model: TaskModel) -> None:

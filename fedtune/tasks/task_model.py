@@ -15,7 +15,7 @@ from torch import nn
 
 from fedtune.data.batching import Batch
 from fedtune.model.layers import FrozenPrefix, OutputLayer, checkpoint_layers, find_layer_stack, suspend_adapters
-from fedtune.model.spec import TaskModelSpec
+from fedtune.model.spec import LORA_A, LORA_B, TaskModelSpec
 from fedtune.tasks.base import Task
 from fedtune.tasks.inputs import Row, get_input_for
 from fedtune.tasks.registry import get_task
@@ -136,7 +136,7 @@ class TaskModel(nn.Module):
         named = {
             name.removeprefix("base.").replace(".default.", "."): parameter
             for name, parameter in self.named_parameters()
-            if name.startswith("head.") or any(part in name for part in (".lora_A.", ".lora_B.", ".scales."))
+            if name.startswith("head.") or any(part in name for part in (LORA_A, LORA_B, ".scales."))
         }
         return dict(sorted(named.items()))
 
