@@ -44,7 +44,7 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.api.compared_models import ComparedModels
     from fedtune.export.loaded_model import ModelForm, ModelWithTokenizer
     from fedtune.federation.lead import LeadState, RoundResult, Scores
-    from fedtune.federation.planner import Price
+    from fedtune.federation.planner import PlanCost
     from fedtune.lab.distillation import Distilled
     from fedtune.report.checks import Check
     from fedtune.report.drawn_report import DrawnReport
@@ -190,7 +190,7 @@ def simulate(
     return load(folder)
 
 
-def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> Price:
+def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> PlanCost:
     """Compute the privacy cost of a run per site and round from its settings and declared sizes.
 
     Guarantee: every epsilon is an upper bound for the whole run, except `epsilon_of_one_round`, an upper bound for a
@@ -206,14 +206,14 @@ def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> Pric
     Raises:
         ValueError: a setting is unknown or invalid.
 
-    >>> price = plan("banks_intents", {"privacy.epsilon": 3, "federation.num_rounds": 10})
-    >>> price.epsilon <= 3, len(price.rounds), price.steps
+    >>> cost = plan("banks_intents", {"privacy.epsilon": 3, "federation.num_rounds": 10})
+    >>> cost.epsilon <= 3, len(cost.rounds), cost.steps
     (True, 10, 50)
     """
-    from fedtune.federation.planner import price
+    from fedtune.federation.planner import compute_cost
 
     config = compose_recipe(recipe, settings)
-    return price(config.plan(), config.declared_sizes(), before=config.federation.renewal)
+    return compute_cost(config.plan(), config.declared_sizes(), before=config.federation.renewal)
 
 
 def load(folder: str | Path) -> Run:

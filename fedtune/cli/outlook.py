@@ -19,10 +19,10 @@ from fedtune.cli.plain_words import explain_refusal, render_page
 from fedtune.config import RunConfig, parse, use_secure_aggregation
 from fedtune.federation import planner, policy_dry_run
 from fedtune.federation.calendar import describe_calendar, list_calendar_rows
-from fedtune.federation.planner import Change, Price, compute_signal_to_noise
+from fedtune.federation.planner import Change, PlanCost, compute_signal_to_noise
 from fedtune.federation.policy_dry_run import DryRun, find_strictest_dry_run
 from fedtune.formatting import convert_to_jsonable, format_key_start, format_size, pluralize
-from fedtune.lab.studies.trial_search import build_price_section, check_trials
+from fedtune.lab.studies.trial_search import build_cost_section, check_trials
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy.accountant import NEIGHBORING_RELATION, format_epsilon
 from fedtune.privacy.keys import check_public_key
@@ -45,7 +45,7 @@ class Outlook:
     """Forecast of a run, computed without reading data."""
 
     config: RunConfig  # the run's settings; `price.plan` contains the solved value
-    price: Price
+    price: PlanCost
     solved: str | None  # "noise", "rounds" or "sampling_rate", if the plan was solved for it
     epsilon: float  # upper limit for the plans in `changes`
     changes: tuple[Change, ...]
@@ -369,7 +369,7 @@ def print_outlook(
         ask = partial(policy_dry_run.dry_run, declared_sizes=sizes, find_most_epsilon=planned.private)
         outlook = Outlook(
             config=config,
-            price=planner.price(planned, sizes, before=config.federation.renewal),
+            price=planner.compute_cost(planned, sizes, before=config.federation.renewal),
             solved=target,
             epsilon=epsilon,
             changes=planner.compute_alternatives(planned, epsilon=epsilon) if planned.private else (),
@@ -387,7 +387,7 @@ def print_outlook(
         return
     show_outlook(Console(), outlook)
     if searched is not None:
-        show([build_price_section(searched, seeded_noise=config.runtime.seeded_noise)])
+        show([build_cost_section(searched, seeded_noise=config.runtime.seeded_noise)])
 
 
 def _plan_secure_aggregation(config: RunConfig, planned: Plan, epsilon: float) -> Plan | None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from fedtune.cli.command import AsJson, Option, Overrides, build_resume_command
 from fedtune.cli.interruptible_run import run_with_summary, show_trials
 from fedtune.formatting import convert_to_jsonable
-from fedtune.lab.studies.trial_search import Method, Search, build_price_section
+from fedtune.lab.studies.trial_search import Method, Search, build_cost_section
 from fedtune.lab.studies.trials import SearchTrial, Trials
 from fedtune.runs.results import RunResult
 from fedtune.show.terminal_tables import print_json, say, show
@@ -36,7 +36,7 @@ def search(
     """
     console = Console(stderr=as_json)
     found = Search.from_overrides(overrides, method, trials=trials)
-    show([build_price_section(found.price, seeded_noise=found.asked.runtime.seeded_noise)], console=console)
+    show([build_cost_section(found.price, seeded_noise=found.asked.runtime.seeded_noise)], console=console)
     found.check_room()
     options = [f"--method={method}", *([] if trials is None else [f"--trials={trials}"])]
     again = build_resume_command("search", *overrides, name=found.asked.name, options=options)

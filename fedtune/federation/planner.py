@@ -1,6 +1,6 @@
 """Privacy cost of a run, computed only from public numbers; no record is read.
 
-`price` computes the cost of a plan by site and by round, and `compute_alternatives` the cost of modified plans.
+`compute_cost` computes the cost of a plan by site and by round, and `compute_alternatives` the cost of modified plans.
 `solve_rounds`, `solve_sampling_rate` and `find_least_noise` derive a plan from a target epsilon, on the coarse grid of
 the calibration.  `policy_dry_run.py` predicts whether a site would accept the plan; `forecast.py` estimates time and
 traffic, for which the model must be loaded.
@@ -54,7 +54,7 @@ class RoundCost:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Price:
+class PlanCost:
     """Privacy cost of a plan; the default values apply to a plan without noise."""
 
     plan: Plan
@@ -97,7 +97,7 @@ class Change:
     step_noise: float | None  # noise in a step's mean gradient with `noise_needed`, relative to the original plan
 
 
-def price(plan: Plan, declared_sizes: Mapping[str, int], *, before: int) -> Price:
+def compute_cost(plan: Plan, declared_sizes: Mapping[str, int], *, before: int) -> PlanCost:
     """Compute the privacy cost of `plan` for sites with these declared sizes.
 
     Guarantee: every epsilon is an upper bound, except `epsilon_of_one_round`, which bounds a single round only.
@@ -113,13 +113,13 @@ def price(plan: Plan, declared_sizes: Mapping[str, int], *, before: int) -> Pric
     }
     largest = tuple(site for site, size in declared_sizes.items() if size == max(declared_sizes.values()))
     if not plan.private:
-        return Price(plan=plan, sites=sites, largest=largest)
+        return PlanCost(plan=plan, sites=sites, largest=largest)
     whole, delta = plan.full_event, plan.delta
     _, order = filter.find_smallest_cap(whole, delta=delta)
     # All rounds, or about twenty of them at even distances (rounded up), with the first, the last and the last planned.
     count, every = plan.most_rounds, -(-plan.most_rounds // _MOST_POINTS)
     shown = sorted({1, *range(every, count, every), plan.num_rounds, count})
-    return Price(
+    return PlanCost(
         plan=plan,
         sites=sites,
         largest=largest,

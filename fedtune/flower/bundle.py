@@ -22,7 +22,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedtune.codec import decode_value, read_toml, require
 from fedtune.flower.asking_grid import FlowerGrid
-from fedtune.flower.site_socket import pack, unpack_whole
+from fedtune.flower.site_socket import pack, unpack_message
 from fedtune.spec import NOT_GIVEN, ConfigError, name_file_in_errors
 from fedtune.version import __version__
 
@@ -99,7 +99,7 @@ def relay(grid: Grid, line: Connection) -> None:
         if asked == NODES:
             line.send_bytes(json.dumps(sorted(grid.get_node_ids())).encode())
         elif asked[:1] == PUSH:
-            to, _, content = unpack_whole(asked[1:])
+            to, _, content = unpack_message(asked[1:])
             node, _, kind = to.partition(" ")
             (message_id,) = grid.push_messages([Message(content, int(node), kind)])
             line.send_bytes(message_id.encode())

@@ -36,7 +36,7 @@ from fedtune.flower.bundle import LEAD_SOCKET, NODES, PULL, PUSH, write_bundle
 from fedtune.flower.client import make_answering
 from fedtune.flower.grid_transport import GridTransport
 from fedtune.flower.internals import set_sender_ids
-from fedtune.flower.site_socket import Answering, pack, unpack_whole
+from fedtune.flower.site_socket import Answering, pack, unpack_message
 from fedtune.process import torch
 from fedtune.sites.virtual_site import Participants
 from fedtune.spec import ConfigError, RunError
@@ -231,7 +231,7 @@ class RelayedGrid:
             time.sleep(_POLL_S)
             for message_id in list(waiting):
                 if found := self._ask(PULL + message_id):
-                    error, _, content = unpack_whole(found)
+                    error, _, content = unpack_message(found)
                     question = waiting.pop(message_id)
                     if error and question.metadata.message_type == "query":
                         raise RunError(f"a simulated Flower node could not join the run: {error}")

@@ -129,7 +129,7 @@ def unpack(head: bytes | bytearray, body: bytes | bytearray) -> tuple[str, float
     return str(header["kind"]), float(header["created_at"]), content
 
 
-def unpack_whole(packed: bytes) -> tuple[str, float, RecordDict]:
+def unpack_message(packed: bytes) -> tuple[str, float, RecordDict]:
     """Deserialize a complete message from `pack`, including the lengths of header and body."""
     size = _LENGTHS.unpack_from(packed)[0] + _LENGTHS.size
     return unpack(packed[_LENGTHS.size : size], packed[size:])

@@ -29,14 +29,14 @@ golden = partial(
 
 
 def test_privacy_cost_covers_one_round_and_all_rounds() -> None:
-    price = planner.price(golden(), SIZES, before=0)
+    price = planner.compute_cost(golden(), SIZES, before=0)
     assert price.epsilon_of_one_round == pytest.approx(1.43, abs=0.005)
     assert price.epsilon == pytest.approx(5.62, abs=0.005)
     assert price.steps == 2000
 
 
 def test_round_costs_increase_to_the_cost_of_the_whole_plan() -> None:
-    price = planner.price(run_plan(), SIZES, before=0)
+    price = planner.compute_cost(run_plan(), SIZES, before=0)
     whole = run_plan().event(rounds=run_plan().most_rounds)
     assert price.epsilon_filter == pytest.approx(filter.find_smallest_cap(whole, delta=run_plan().delta)[0])
     assert price.filter_order in filter.ORDERS
@@ -60,13 +60,13 @@ def test_round_costs_increase_to_the_cost_of_the_whole_plan() -> None:
 
 def test_long_round_tables_are_shortened_but_keep_both_ends() -> None:
     plan = golden(noise_multiplier=4.0, local_steps=1, num_rounds=997, spare_rounds=3)
-    shown = [one.round for one in planner.price(plan, SIZES, before=0).rounds]
+    shown = [one.round for one in planner.compute_cost(plan, SIZES, before=0).rounds]
     assert len(shown) <= 22
     assert (shown[0], shown[-2], shown[-1]) == (1, 997, 1000)
 
 
 def test_noiseless_plan_has_infinite_epsilon() -> None:
-    price = planner.price(replace(run_plan(), noise_multiplier=0.0), SIZES, before=0)
+    price = planner.compute_cost(replace(run_plan(), noise_multiplier=0.0), SIZES, before=0)
     assert price.rounds == ()
     assert price.filter_order is None
     assert {price.epsilon, price.epsilon_rdp, price.epsilon_filter, price.epsilon_of_one_round} == {math.inf}
@@ -224,7 +224,7 @@ def test_calendar_charges_oldest_and_newest_cohorts_per_run() -> None:
     assert [row.oldest for row in rows] == list_spent(plan, 1, 2, 3, 3)
     assert [row.newest for row in rows] == list_spent(plan, 1, 1, 1, 1)
     # After two renewals those who came first have been in two runs already.
-    later = planner.price(plan, {"a": 100}, before=2).calendar
+    later = planner.compute_cost(plan, {"a": 100}, before=2).calendar
     assert [(row.number, row.oldest) for row in later] == list(
         zip((3, 4, 5, 6), list_spent(plan, 3, 3, 3, 3), strict=True)
     )

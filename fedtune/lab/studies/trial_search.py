@@ -310,7 +310,7 @@ def _find_common_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> P
     return plan
 
 
-def build_price_section(price: SearchCost, *, seeded_noise: bool) -> Section:
+def build_cost_section(price: SearchCost, *, seeded_noise: bool) -> Section:
     """Build the table of the search's privacy cost, for display before the first trial."""
     if not price.private:
         return Section(title="Privacy cost of the search", notes=[_NOT_PRIVATE])
