@@ -50,9 +50,8 @@ def test_install_command_lists_the_packages_of_an_extra(monkeypatch: Any) -> Non
     asked = ['c>=1; extra == "data"', 'a[b]<2,>=1; extra == "text"', "b>=2 ; extra == 'text'", "d"]
     monkeypatch.setattr(metadata, "requires", lambda name: asked)
     assert extras.build_install_command("text") == "pip install 'a[b]<2,>=1' 'b>=2'"
-    assert (
-        extras.build_install_command("new") == "pip install 'fedtune[new]'"
-    )  # a checkout's that was installed before it
+    # a checkout's that was installed before it
+    assert extras.build_install_command("new") == "pip install 'fedtune[new]'"
 
 
 # Each message, by the extra and its module that is missing.

@@ -315,9 +315,8 @@ def copies(
     records = list(
         _iter_usable_records([(resolve_file(synthetic, find_shipped_folders(), key="SYNTHETIC"), roles)], left_out)
     )
-    every = max(
-        2, sum(1 for _ in _iter_usable_records(files, left_out)) // max(len(records), 1_000)
-    )  # a smaller sample would be no baseline
+    # a smaller sample would be no baseline
+    every = max(2, sum(1 for _ in _iter_usable_records(files, left_out)) // max(len(records), 1_000))
     near = compare_records(records, _iter_usable_records(files, left_out))
     drawn = [one for number, one in enumerate(_iter_usable_records(files, left_out)) if not number % every]
     usual = compare_records(

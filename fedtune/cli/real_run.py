@@ -148,9 +148,8 @@ def stop_run(words: Sequence[str], *, kit: Path | None, for_good: bool) -> None:
     lead = _read_lead_kit(kit) if for_good else None
     files = RunFolder(folder)
     if lead is not None and not files.config.is_file():
-        _end_run_at_sites(
-            find_run_name(lead, str(folder)), list_federation_settings(lead), kit=lead
-        )  # the folder is lost: the lead's key is enough
+        # the folder is lost: the lead's key is enough
+        _end_run_at_sites(find_run_name(lead, str(folder)), list_federation_settings(lead), kit=lead)
         return
     config = read_saved_config(folder)
     if files.is_running:

@@ -446,9 +446,8 @@ def _read_blocks(path: Path) -> Iterator[bytes]:
                 line += block.count(b"\n")
                 block = stream.read1(_BLOCK_BYTES)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        found = (
-            "an early end" if isinstance(error, EOFError) else "not a gzip file, or a damaged one"
-        )  # the library's messages quote the file
+        # the library's messages quote the file
+        found = "an early end" if isinstance(error, EOFError) else "not a gzip file, or a damaged one"
         raise DataError(format_location(path, line), found, "must be a complete gzip file") from None
     except OSError as error:
         raise DataError(str(path), error.strerror, "must be a readable file") from None

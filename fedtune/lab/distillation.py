@@ -260,7 +260,6 @@ def _build_card(
         "teacher is a tuned model"
     )
     form = replace(get_card_form(format, record.config), what=what, has_label=not owed, is_judged=False)
-    label = (
-        render_card_files(record, of_run, form) if form.has_label else {}
-    )  # the run's label, whose epsilon does not include the texts' runs
+    # the run's label, whose epsilon does not include the texts' runs
+    label = render_card_files(record, of_run, form) if form.has_label else {}
     return {**label, CARD: render_card_text(record, report, form).encode()}

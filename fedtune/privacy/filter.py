@@ -116,9 +116,8 @@ def find_tightest_cap(spent: DpEvent, *, more: DpEvent, reference: DpEvent, delt
         return compute_total_divergence([event], order) <= compute_max_divergence(cap, order=order, delta=delta)
 
     for scale in (10**number for number in range(digits, _MOST_DIGITS)):
-        below = (
-            0 if math.isinf(cap) else math.floor((cap - 10 / scale) * scale)
-        )  # a cap with one digit less is known to fit
+        # a cap with one digit less is known to fit
+        below = 0 if math.isinf(cap) else math.floor((cap - 10 / scale) * scale)
         caps = (number / scale for number in count(max(math.ceil(least * scale), below)))
         cap = next(each for each in caps if fits(spent, each))
         if not fits(both, cap):

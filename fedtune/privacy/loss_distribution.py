@@ -21,9 +21,8 @@ import numpy.typing as npt
 from scipy import fft, special
 
 Floats = npt.NDArray[np.float64]
-Rate = (
-    float | Literal["laplace"]
-)  # the sampling rate of a Gaussian mechanism; "laplace": Laplace noise, and no sampling
+# the sampling rate of a Gaussian mechanism; "laplace": Laplace noise, and no sampling
+Rate = float | Literal["laplace"]
 
 UNIT = 2.0**-53  # unit roundoff: relative error of one floating-point operation
 _FFT_ROUNDING = 12 * UNIT  # relative error of a transform, per factor of 2 in its length; see docs/guarantee.md

@@ -89,9 +89,8 @@ class Proposal:
             require(name, getattr(self, name), getattr(self, name) >= 1, "must be a whole number of at least 1")
         for name in ("lora_scale", "head_scale"):
             value = getattr(self, name)
-            right = (
-                type(value) is float and math.isfinite(value) and value >= 0
-            )  # 1 and 1.0 would have different digests
+            # 1 and 1.0 would have different digests
+            right = type(value) is float and math.isfinite(value) and value >= 0
             require(name, value, right, "must be a number of at least 0")
         right = re.fullmatch(r"([0-9a-f]{64})?", self.start_adapter, re.ASCII) is not None
         require("start_adapter", self.start_adapter, right, "must be 64 lower-case hexadecimal digits, or empty")

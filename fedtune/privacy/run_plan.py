@@ -258,9 +258,8 @@ class Plan:
         plan = decode(cls, fields)
         for key, without in _ONLY_WITH.items():
             if isinstance(fields, dict) and key in fields and key not in plan.to_json():
-                raise ConfigError(
-                    key, fields[key], f"is only allowed with {without}"
-                )  # the encoding of a plan is unique
+                # the encoding of a plan is unique
+                raise ConfigError(key, fields[key], f"is only allowed with {without}")
         return plan
 
     def digest(self) -> str:

@@ -61,9 +61,8 @@ class SiteFiles:
             ConfigError: the key is missing or cannot be read.
         """
         read = SigningKey.load_or_create if make else SigningKey.load
-        command = (
-            () if self.policy.simulated else self.policy.key_command
-        )  # a run folder may come from an untrusted source
+        # a run folder may come from an untrusted source
+        command = () if self.policy.simulated else self.policy.key_command
         return read(self.site_key, command=command, named_in=self.site_toml)
 
     def open_ledger(self) -> SiteLedger:

@@ -339,9 +339,7 @@ class RunFacts:
     held_out: tuple[HeldOut, ...] | None = None  # noised held-out scores of this run and of its predecessors in order
     constant: float | None = None  # `primary_metric` of the best constant prediction on the test file; None: undefined
     total_parameters: int | None = None  # including frozen parameters; None: unknown
-    group_scores: Mapping[str, float | None] = field(
-        default_factory=dict
-    )  # scores by group from `fedtune compare --by`
+    group_scores: Mapping[str, float | None] = field(default_factory=dict)  # by group, from `fedtune compare --by`
     attacks: RunAttacks | None = None  # results of `fedtune attack` on this model; exact scores of real records
 
     @property

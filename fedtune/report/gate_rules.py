@@ -175,8 +175,7 @@ def collect_evidence(folder: Path, known: Known, *, audit: Path | None, groups: 
 
     Raises:
         ConfigError: the folder is not a run folder, the audit used another plan or model, or a file is not a comparison
-            of this
-            run.
+            of this run.
         RunError: neither report.json nor the folder can be read.
     """
     record, fresh, contradiction, checks = read_run(folder), None, "", dict[str, Check]()

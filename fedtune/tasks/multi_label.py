@@ -85,9 +85,8 @@ class MultiLabel(LabelTask):
     def majority_baseline(self, dataset: TextDataset) -> float:
         """Return the micro F1 of the best constant prediction."""
         truth = np.asarray(dataset.targets, dtype=np.float64) > 0
-        found = np.cumsum(
-            np.sort(truth.sum(axis=0))[::-1]
-        )  # correct pairs with the most frequent label, with two labels, ...
+        # correct pairs with the most frequent label, with two labels, ...
+        found = np.cumsum(np.sort(truth.sum(axis=0))[::-1])
         predicted = len(dataset) * np.arange(1, len(found) + 1)
         return float((2.0 * found / (predicted + truth.sum())).max())
 

@@ -230,9 +230,8 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
-        self._known.update(
-            _iter_storages((args, *given.values()))
-        )  # tensors that existed before, with buffers created since
+        # tensors that existed before, with buffers created since
+        self._known.update(_iter_storages((args, *given.values())))
         made = func(*args, **given)
         for storage in _iter_storages((made,)):
             if storage not in self._known:

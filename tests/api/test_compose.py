@@ -200,10 +200,8 @@ def compose_rates_with_public_stage(*overrides: str) -> tuple[object, object]:
 
 
 def test_public_stage_lowers_the_learning_rates() -> None:
-    assert compose_rates_with_public_stage() == (
-        (2.7, 4.7),
-        (1.0, 8.0),
-    )  # of 8 and 14, and of 3 and 24: simulations/warm_start
+    # of 8 and 14, and of 3 and 24: simulations/warm_start
+    assert compose_rates_with_public_stage() == ((2.7, 4.7), (1.0, 8.0))
     assert compose_rates_with_public_stage("privacy=none") == ((2.7, 4.7), (2.7, 4.7))
     assert compose_rates_with_public_stage("training.learning_rate=2.5") == ((2.7, 4.7), (2.5, 8.0)), (
         "a rate that is given stays"

@@ -219,7 +219,7 @@ def copied_texts(data_folder: Path, narrow_terminal: None) -> Path:
 COPIES = ("data", "copies", "made.jsonl", "tickets.csv", "--own-columns", "{text: body}")
 
 
-def test_data_copies_reports_to_terminal_json_or_a_private_file(copied_texts: Path) -> None:
+def test_data_copies_writes_to_the_terminal_json_or_a_private_file(copied_texts: Path) -> None:
     before, outcome = read_files(copied_texts), run_command(*COPIES)
     assert (outcome.code, outcome.err) == (0, "")
     assert read_files(copied_texts) == before, "nothing is written without a word"

@@ -53,10 +53,8 @@ def test_newest_two_runs_are_compared_with_all_earlier_runs() -> None:
     assert detect_score_drop([]) is detect_score_drop(make_runs(0.8)) is None
     two, five = detect_score_drop(make_runs(0.8, 0.7)), detect_score_drop(make_runs(0.8, 0.8, 0.8, 0.8, 0.76))
     assert (two.change, two.found) == (pytest.approx(-0.1), True)
-    assert (five.change, five.found) == (
-        pytest.approx(-0.02),
-        True,
-    )  # 0.02 is above 1.645 x 0.01 x root of 1/3 + 1/2
+    # 0.02 is above 1.645 x 0.01 x root of 1/3 + 1/2
+    assert (five.change, five.found) == (pytest.approx(-0.02), True)
     assert five.smallest == pytest.approx((1.6449 + 0.8416) * 0.01 * math.sqrt(1 / 3 + 1 / 2), rel=1e-3)
     assert not detect_score_drop(make_runs(0.8, 0.8, 0.8, 0.79, 0.79)).found  # type: ignore[union-attr]
     assert not detect_score_drop(make_runs(0.7, 0.8)).found  # type: ignore[union-attr]

@@ -368,9 +368,8 @@ def test_people_registered_on_both_branches_join_the_oldest_cohort(backups: Back
     charge_round(made, ask("two", "2025", "2025"), {"ben": 2025})
     anchor = made.head()
     back = backups.put_back()
-    assert charge_round(back, ask("here", "2026", "2026"), {"ben": 2026}) == {
-        "ben"
-    }  # trained on before it was made up for
+    # trained on before it was made up for
+    assert charge_round(back, ask("here", "2026", "2026"), {"ben": 2026}) == {"ben"}
     back.charge_gap(anchor)
     assert charge_round(back, ask("three", "2025", "2026"), {"ben": 2026}) == set()
     assert charge_round(back, ask("four", None, "2023"), {"ben": 2026}) == {"ben"}

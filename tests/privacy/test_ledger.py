@@ -141,9 +141,8 @@ def test_newest_reply_is_stored_and_resent_without_charge(open_ledger: Any, path
 @pytest.mark.parametrize("kept_back", [1, 2], ids=["interrupted", "never asked"])
 def test_delayed_request_for_an_earlier_round_is_not_charged(open_ledger: Any, kept_back: int) -> None:
     reserve(open_ledger(), make_proposal(), 1)
-    train(
-        open_ledger(), make_proposal(), 1 if kept_back == 2 else 2
-    )  # an interrupted round is charged again, before any later one
+    # an interrupted round is charged again, before any later one
+    train(open_ledger(), make_proposal(), 1 if kept_back == 2 else 2)
     train(open_ledger(), make_proposal(), 3)
     before = open_ledger().history.charged_rounds("r")
     refused = read_refusal(open_ledger(), make_proposal(), kept_back)

@@ -28,12 +28,8 @@ def test_every_proposal_field_is_in_its_json_and_digest() -> None:
     changes |= {"plan": {"spare_rounds": 1}, "adapter": "dora"}
     fields = {field.name for field in dataclasses.fields(Proposal)}
     assert set(changes) == set(make_proposal(**changes).to_json()) == fields
-    assert set(make_proposal().to_json()) == fields - {
-        "start_adapter",
-        "adapter",
-        "algorithm",
-        "ranks",
-    }  # absent while they have their defaults
+    # absent while they have their defaults
+    assert set(make_proposal().to_json()) == fields - {"start_adapter", "adapter", "algorithm", "ranks"}
     digests = {make_proposal(**{name: value}).digest() for name, value in changes.items()}
     assert len(digests | {make_proposal().digest()}) == len(fields) + 1
 

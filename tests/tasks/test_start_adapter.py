@@ -52,9 +52,8 @@ def test_run_starts_from_the_saved_adapter(tuned_adapter: Path) -> None:
     expected = Adapter.from_task_model(build_moved(SPEC)).digest()
     assert begin_adapter(tuned_adapter).digest() == begin_adapter(tuned_adapter.parent).digest() == expected
     assert SavedAdapter.read_initial(str(tuned_adapter)).digest == expected
-    SavedAdapter.read_initial(str(tuned_adapter)).require_compatible(
-        replace(SPEC, lora=make_lora(layers=(1, 0)))
-    )  # in any order
+    # in any order
+    SavedAdapter.read_initial(str(tuned_adapter)).require_compatible(replace(SPEC, lora=make_lora(layers=(1, 0))))
 
 
 @pytest.mark.parametrize(

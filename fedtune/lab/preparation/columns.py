@@ -273,9 +273,8 @@ class DataColumn:
         said, few = {label.lower() for label in self.labels}, 2 <= len(self.labels) <= _MOST_LABELS
         self.is_nested = self.is_nearly_all("list", "object")
         self.with_keys = f" of objects with {', '.join([*self.keys][:5])}" if self.keys else ""
-        self.is_number = self.is_nearly_all("target") and min(self.numbers) < max(
-            self.numbers
-        )  # of more than one value
+        # of more than one value
+        self.is_number = self.is_nearly_all("target") and min(self.numbers) < max(self.numbers)
         self.is_text, self.is_chat = self.is_nearly_all("text", "number as text"), self.is_nearly_all("messages")
         self.is_image, self.is_date = self.is_nearly_all("image", *SUFFIXES), self.is_nearly_all("date")
         # Number of image paths per unsupported extension, if nearly all values are image paths.

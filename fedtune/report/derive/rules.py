@@ -28,10 +28,8 @@ _Found = tuple[str, Status, str]
 _SAMPLED = "tests/training/test_dp_step.py"
 _UNPREDICTABLE = "tests/privacy/test_randomness.py"
 _EXACT = "tests/training/test_batch_invariance.py; allow.inexact_gradients=false; docs/guarantee.md"
-_UPDATES = {
-    False: "updates",
-    True: "masked_updates",
-}  # whether secure aggregation masks a site's updates -> their code
+# whether secure aggregation masks a site's updates -> their code
+_UPDATES = {False: "updates", True: "masked_updates"}
 _MOST_NAMED = 5  # runs named in the evidence; report.json lists all runs
 
 

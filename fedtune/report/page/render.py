@@ -38,10 +38,8 @@ from fedtune.spec import NOT_GIVEN, ConfigError
 
 FONTS = Path(__file__).parent / "fonts"
 _GROUPS = {"hipaa": "health", "ai_act": "documentation", "gpai": "documentation"}  # prefix of a field -> its group
-_OR_CODE = (
-    "epsilon",
-    "right_of_100_mechanism",
-)  # facts whose value is a figure, or the code of a reason for its absence
+# facts whose value is a figure, or the code of a reason for its absence
+_OR_CODE = ("epsilon", "right_of_100_mechanism")
 _NARROW, _WIDE = "iljtfrI.,:;|!'()[] -/", "mwMWGOQ%@—"  # narrow and wide characters
 
 

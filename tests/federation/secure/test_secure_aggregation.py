@@ -90,9 +90,8 @@ def test_too_few_messages_end_only_the_current_release() -> None:
     with pytest.raises(Unreadable, match="2 sites sent shares, but 3 are required") as error:
         summation.compute_total()
     assert error.value.site is None
-    summation = federation.add_confirmations(
-        federation.start_release(3, "abc"), by="abd"
-    )  # d helps, though it did not upload
+    # d helps, though it did not upload
+    summation = federation.add_confirmations(federation.start_release(3, "abc"), by="abd")
     assert federation.add_shares(summation, by="abd").compute_total().tolist() == federation.add_vectors("abc").tolist()
 
 
