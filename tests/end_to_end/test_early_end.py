@@ -58,7 +58,7 @@ def test_report_and_card_state_the_selected_round_and_both_epsilons(stopped_run:
     (chosen,) = [one for one in report.assumptions if one.code == "chosen_by_the_leads_own_records"]
     assert (chosen.status, chosen.evidence) == ("assumed", "accuracy, round 1; 3 / 5")
     page = (stopped_run / "report.html").read_text()
-    assert "Fewer rounds were charged than planned; the figures cover the whole plan." in page
+    assert "Training stopped early. The figures still cover every planned round." in page
     assert "later rounds brought no better score" in page
     card = (stopped_run / "adapter" / "README.md").read_text()
     assert "Kept is what round 1 of 3 gave, by accuracy on the lead's own validation file" in card
