@@ -103,7 +103,7 @@ def test_personalize_creates_an_adapter_for_one_site(tmp_path: Path, capsys: pyt
     assert any("site-2: training its personalized adapter" in one.stage for one in told)
     own = fedtune.load(found.folder)
     assert (own.folder, own.predict(["I lost my card"]) != []) == (run.folder / "private_to_site-2", True)
-    with pytest.raises(ValueError, match="is private to 'site-2', without a guarantee"):
+    with pytest.raises(ValueError, match="is private to 'site-2' and has no guarantee"):
         fedtune.personalize(own)
     assert tuple(capsys.readouterr()) == ("", "")
 

@@ -182,7 +182,7 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
         assert behind_it["together"]["epsilon"] == pytest.approx(card["together"]["epsilon"] + more)
     refused = (*choose, str(to), "--to", str(tmp_path / "no.jsonl"))
     for options, said in (
-        (("--rows", "5"), "--rows = 5: must be at most the 4 candidates of the voting experiment"),
+        (("--rows", "5"), "--rows = 5: must be at most 4, the number of candidates of the voting experiment"),
         (("--rows", "0"), "--rows = 0: must be a finite number of at least 1"),
         (("--rows", "2", "--to", str(best)), "already exists: choose a new file"),
         (
