@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
-from fedtune.codec import decode, parse_json
+from fedtune.codec import decode, parse_json, require
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
 from fedtune.report.page.translations import load_catalog
@@ -62,6 +62,10 @@ class AttackFinding:
     def __post_init__(self) -> None:
         check_one_of("attack", self.attack, NAMES)
         check_one_of("measure", self.measure, MEASURES)
+        interval = [value for value in (self.low, self.strength, self.high) if value is not None]
+        ordered = sorted([-1.0, *interval, 1.0]) == [-1.0, *interval, 1.0]
+        require("strength", interval, ordered, "must be low, strength and high of an interval within [-1, 1]")
+        require("guessing", self.guessing, 0 <= (self.guessing or 0) < 1, "must be in [0, 1)")
 
 
 @spec

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from fedtune.codec import decode, parse_json, read_toml
+from fedtune.codec import decode, parse_json, read_toml, require
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import convert_none_to_infinite
@@ -28,6 +28,8 @@ from fedtune.report.facts import Audit, RunFacts
 from fedtune.report.from_run import build_run_report, read_run
 from fedtune.report.model import Report
 from fedtune.spec import ConfigError, RunError, check_at_least, check_fraction, name_file_in_errors, spec
+from fedtune.tasks.base import Task
+from fedtune.tasks.classification import Classification
 from fedtune.version import find_config_folder
 
 Found = tuple[bool | None, str]
@@ -50,7 +52,7 @@ class GateRules:
         name: the name of the rule set.
         record: report.json is consistent with the signed receipts and with the run's folder.
         files: the model files match the hashes in report.json.
-        ledgers: the ledger of each site verifies and contains the event of the site's receipt.
+        ledgers: the ledger of each site verifies and contains the charges of the site's receipt.
         finished: the run has finished, and no audit planted canaries in its records.
         real_sites: real sites took part, and the noise did not come from a fixed seed.
         signed: report.json is signed with a key that the caller trusts.
@@ -75,7 +77,7 @@ class GateRules:
         min_group_size: the smallest number of records or persons in a group.
         min_sites: the smallest number of sites.
         min_declared_size: the smallest declared size of a site, in records or persons.
-        licenses: the base-model licenses that permit a release, in lower case; empty: not checked.
+        licenses: the base-model licenses that permit a release; empty: not checked.
         stated: the fields of report.about that must be filled in.
     """
 
@@ -111,6 +113,7 @@ class GateRules:
         for rule, limit in self.limits.items():
             if isinstance(limit, int | float):
                 check_at_least(rule, limit, 0)
+        require("name", self.name, self.name.isprintable(), "must be one line of printable characters")
         check_at_least("secret_candidates", self.secret_candidates, 2)
         if self.max_secret_chance is not None:
             check_fraction("max_secret_chance", self.max_secret_chance, one=True)
@@ -210,12 +213,14 @@ def _read_matching_audit(evidence: Evidence, folder: Path) -> Audit:
     record, found = read_run(folder), read_audit(folder)
     if found is None:
         raise ConfigError("--audit", str(folder), "has no audit.json: pass the output folder of fedtune audit")
-    if record.plan != evidence.facts.plan or record.config.task_model() != evidence.config.task_model():
-        raise ConfigError(
-            "--audit", str(folder), "is an audit of another plan or model: repeat it with the run's settings"
-        )
-    if found.delta != evidence.facts.delta or any(find_wrong_audit_bounds(found)):
-        raise ConfigError("--audit", str(folder), "has an audit.json whose bounds do not follow from its counts")
+    own = evidence.config
+    same = (record.plan, record.config.task_model()) == (evidence.facts.plan, own.task_model())
+    # An audit trains even if the signal is weak.
+    same &= record.config.training == dataclasses.replace(own.training, ignore_weak_signal=True)
+    bound = "is an audit of another plan, model or training: repeat it with the run's settings"
+    require("--audit", str(folder), same, bound)
+    consistent = found.delta == evidence.facts.delta and not any(find_wrong_audit_bounds(found))
+    require("--audit", str(folder), consistent, "has an audit.json whose bounds do not follow from its counts")
     return dataclasses.replace(found, exceeded=found.exceeded or bool(list_refuted_bounds(found)))
 
 
@@ -286,9 +291,10 @@ def _judge_ledgers(_: bool, given: Evidence, __: GateRules) -> Found:
             verified = verify(path, site_key=receipt.site_key if receipt else None)
         except RunError as error:
             return False, f"the ledger of {site.site} does not verify: {error}"
-        if receipt and len(verified.events) < receipt.sequence:
-            return False, f"the ledger of {site.site} ends before the event of the site's receipt"
-    return True, "the ledger of each site verifies and contains the event of its receipt"
+        charged = verified.history.charged_rounds(receipt.run) if receipt else 0
+        if receipt and (len(verified.events) < receipt.sequence or charged != receipt.charged_rounds):
+            return False, f"the ledger of {site.site} lacks the charges of the site's receipt"
+    return True, "the ledger of each site verifies and contains the charges of its receipt"
 
 
 def _judge_finished(_: bool, given: Evidence, __: GateRules) -> Found:
@@ -336,7 +342,7 @@ def _build_lower_limit_judge(what: str, measure: Measure, remedy: str = "") -> J
     return judge
 
 
-def _build_gain_judge(attack: str, what: str) -> Judge:
+def _build_gain_judge(attack: str, what: str, is_possible: Callable[[Task], bool] = lambda task: True) -> Judge:
     """Build a function that checks an attack's advantage over random guessing, at the upper confidence limit."""
 
     def judge(limit: float, given: Evidence, _: GateRules) -> Found:
@@ -344,7 +350,9 @@ def _build_gain_judge(attack: str, what: str) -> Judge:
             return None, f"{what} was not attempted: {_BY_ATTACK}"
         found = given.facts.attacks.find(attack)
         if found and not any(one.applies for one in found):
-            return True, found[0].sentence
+            # The task must agree, because anybody can edit attack.json.
+            possible = is_possible(given.config.bound_task)
+            return not possible, f"{what} was skipped, but is possible here" if possible else found[0].sentence
         gains = [one.high - (one.guessing or 0.0) for one in found if one.high is not None]
         if not gains:
             said = " ".join(one.sentence for one in found) or f"the report lacks this attack: {_BY_ATTACK}"
@@ -411,7 +419,8 @@ def _judge_license(allowed: Sequence[str], given: Evidence, _: GateRules) -> Fou
         return True, "the model has no base model"
     if (own := given.facts.provenance.model_license) is None:
         return None, "the license of the base model is unknown: set model.license, and run again"
-    return own.lower() in allowed, f"the license of the base model is {own}; allowed: {', '.join(allowed)}"
+    permits = own.lower() in map(str.lower, allowed)
+    return permits, f"the license of the base model is {own}; allowed: {', '.join(allowed)}"
 
 
 def _judge_stated(asked: Sequence[str], given: Evidence, _: GateRules) -> Found:
@@ -453,8 +462,10 @@ _JUDGES: Mapping[str, Judge] = {
         "the AUROC of the membership attack", _measure_membership, f"{_BY_ATTACK}, or {_BY_AUDIT}"
     ),
     "max_rebuilt_gain": _build_gain_judge("reconstruction", "reconstruction of a record from an update"),
-    "max_extraction_gain": _build_gain_judge("extraction", "extraction"),
-    "max_attribute_gain": _build_gain_judge("attribute", "attribute inference"),
+    "max_extraction_gain": _build_gain_judge("extraction", "extraction", lambda task: task.predicts_tokens),
+    "max_attribute_gain": _build_gain_judge(
+        "attribute", "attribute inference", lambda task: isinstance(task, Classification)
+    ),
     "max_group_gap": _build_upper_limit_judge(
         "the largest score gap between a group and all others", _measure_gap, _BY_GROUP
     ),

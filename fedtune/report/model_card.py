@@ -30,6 +30,7 @@ from fedtune.report.model import Report
 from fedtune.report.page.render import create_template_environment, render_label, write_files
 from fedtune.report.page.translations import load_catalog
 from fedtune.report.page.view import Words
+from fedtune.report.signing import compute_report_digest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +91,7 @@ def render_card_text(record: RunRecord, report: Report, form: Form) -> str:
         simulated=not record.deployed,
         form=form,
         gate=read_verdict(record.folder, report.facts) if form.is_judged else None,
+        digest=compute_report_digest(report),
         base="its own, without a base model" if model.path == NO_BASE else model.public_id or model.public_path,
         label=LABEL,
         template=template,

@@ -120,6 +120,10 @@ def test_gate_passes_a_correct_run_and_updates_its_card(run_folder: Path, rules:
     assert run_command("report", "verify", str(run_folder)).code == 0, "the card is the one that fedtune draws"
     assert run_command("report", str(run_folder)).code == 0
     assert "## Release" in card_in(run_folder), "a report that is written anew keeps the verdict"
+    assert "report has changed" not in card_in(run_folder)
+    edit_json(run_folder / "gate.json", report_sha256="0" * 64)
+    assert run_command("report", str(run_folder)).code == 0
+    assert "**The report has changed since**: run `fedtune gate` again." in card_in(run_folder)
 
 
 def test_gate_writes_failed_rules_to_verdict_and_card(run_folder: Path, rules: Path) -> None:
@@ -209,7 +213,9 @@ def test_gate_accepts_only_audits_of_the_same_plan(run_folder: Path, rules: Path
     write_audit(audited, right=60)
     settings = yaml.safe_load((audited / "config.yaml").read_text())
     edit_config(audited, lora={"rank": settings["lora"]["rank"] * 2})
-    assert "another plan or model" in judge(run_folder, rules, "--audit", str(audited)).failed(2)
+    assert "another plan, model or training" in judge(run_folder, rules, "--audit", str(audited)).failed(2)
+    edit_config(audited, lora=settings["lora"], training={"learning_rate": 1e-9})
+    assert "another plan, model or training" in judge(run_folder, rules, "--audit", str(audited)).failed(2)
 
 
 def test_gate_refuses_bad_input_and_writes_nothing(run_folder: Path, rules: Path, tmp_path: Path) -> None:

@@ -143,7 +143,13 @@ def test_real_sites_train_every_task_like_simulated_sites(
     model = [f"model.path='{write_vision_folder(tmp_path / 'model')}'"] if kind == "image" else []
     given = [*KINDS[kind], *model, *SHARED, f"data.test_file='{files['out']}'"]
     names = ("federation.num_sites=3", f"federation.site_names=[{','.join(NAMES)}]")
-    simulated = [*given, *names, f"data.train_file='{files['in']}'", f"name={kind}", f"tracking.output_dir='{tmp_path}'"]
+    simulated = [
+        *given,
+        *names,
+        f"data.train_file='{files['in']}'",
+        f"name={kind}",
+        f"tracking.output_dir='{tmp_path}'",
+    ]
     assert command("simulate", *simulated).code == 0
     config = compose_run(simulated)
     for site, records in zip(banks.sites.values(), partition_run_records(config).sites, strict=True):

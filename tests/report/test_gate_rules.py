@@ -233,6 +233,10 @@ DEFECTS: dict[str, tuple[str, Change]] = {
     "update not attacked": ("max_rebuilt_gain", lambda e: change_attack(e, "reconstruction")),
     "secret written": ("max_extraction_gain", lambda e: change_attack(e, "extraction", applies=True, high=0.2)),
     "extraction not tried": ("max_extraction_gain", lambda e: change_attack(e, "extraction", applies=True)),
+    "extraction said to be impossible": (
+        "max_extraction_gain",
+        lambda e: e._replace(config=replace(e.config, task="causal_lm", data=replace(e.config.data, labels=()))),
+    ),
     "label guessed": ("max_attribute_gain", lambda e: change_attack(e, "attribute", high=0.11)),
     "no scores by group": ("max_group_gap min_group_size", lambda e: e._replace(groups=())),
     "group gap": ("max_group_gap", lambda e: e._replace(groups=(("ward a", 40, -0.2), ("ward b", 40, 0.1)))),
