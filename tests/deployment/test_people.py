@@ -95,7 +95,7 @@ def test_site_withdraws_from_an_accepted_run_and_the_other_site_continues(federa
     history = site.verified().history
     assert history.runs[run].charged_rounds == 1
     assert not history.count_remaining_charges(history.clock), "what its plan had set aside is free"
-    ((denied,),) = history.decided.values()
+    (denied,) = history.decided[history.runs[run].proposal.digest()]
     assert (denied["what"], denied["by"], denied["ticket"]) == ("denied", "Anna Weber", "DPO-7")
     assert other.verified().history.runs[run].charged_rounds == 2
     check_books(federation, "ended")
