@@ -38,7 +38,7 @@ def test_attack_runs_all_attacks_and_writes_page_and_json(run_folder: Path) -> N
     assert attribute.low is not None
     assert outcome.err.startswith("scoring ")
     page = (run_folder / "attack.html").read_text()
-    assert "records picked out of one noisy step" in page
+    assert "records identified in one noisy step" in page
 
 
 def test_report_and_gate_take_the_attacks_on_this_model_alone(run_folder: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_report_and_card_state_the_selected_round_and_both_epsilons(stopped_run:
     assert (chosen.status, chosen.evidence) == ("assumed", "accuracy, round 1; 3 / 5")
     page = (stopped_run / "report.html").read_text()
     assert "Training stopped early. The figures still cover every planned round." in page
-    assert "later rounds brought no better score" in page
+    assert "the score no longer improved" in page
     card = (stopped_run / "adapter" / "README.md").read_text()
     assert "Kept is what round 1 of 3 gave, by accuracy on the lead's own validation file" in card
 

@@ -97,7 +97,7 @@ def test_arrival_groups_have_readable_names() -> None:
             "People who joined by 2024, and those without a date",
             "People with a date",
         ),
-        *("People who joined by 2024", "People who joined in 2025", "People who joined in 2026 to 2027"),
+        *("People who joined by 2024", "People who joined in 2025", "People who joined from 2026 to 2027"),
         "People who joined in 2028 or later",
     ]
     assert [one.dates for one in groups] == ["…", "?", "…–2024", "…", "…–2024", "2025", "2026–2027", "2028–…"]  # noqa: RUF001

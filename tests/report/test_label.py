@@ -143,5 +143,5 @@ def test_label_names_the_cohorts_covered_by_its_epsilon() -> None:
     used, others = "2022–2024; others used less", "2025–2026; others not used"  # noqa: RUF001
     for name, whose in (("arrivals", used), ("admitting", others)):
         said = list_lines(render_label(build_reports()[name], language="en"))
-        assert said[said.index("Who joined") + 1] == whose
-    assert "Who joined" not in list_lines(render_label(build_reports()["ledger"], language="en"))
+        assert said[said.index("Joined") + 1] == whose
+    assert "Joined" not in list_lines(render_label(build_reports()["ledger"], language="en"))

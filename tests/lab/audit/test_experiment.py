@@ -128,7 +128,7 @@ def test_audit_findings_appear_in_the_report(sound_audit: Any) -> None:
     assert in_report == {key: value for key, value in written.items() if key != "schema_version"}
     assert [bound["lower_bound"] for bound in in_report["bounds"]] == [bound.lower_bound for bound in found.bounds]
     page = (folder / "report.html").read_text()
-    assert "Epsilon claimed, and epsilon shown by the attack" in page
+    assert "Claimed epsilon, and epsilon shown by the attack" in page
     assert 'data-at="/facts/audit/bounds/2/lower_bound"' in page
 
 

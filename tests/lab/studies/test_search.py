@@ -98,7 +98,7 @@ def test_report_of_the_selected_run_includes_the_search_cost(outcome: Any, folde
     assert (selection.search, selection.method, selection.primary_metric) == ("s", "random", "accuracy")
     assert selection.trials == 3
     assert selection.epsilon == noted["price"]["epsilon"]
-    assert "out of" in (picked / "report.html").read_text().split("The run was picked by accuracy")[1][:100]
+    assert "out of" in (picked / "report.html").read_text().split("The run was selected by accuracy")[1][:100]
     card = (picked / "adapter/README.md").read_text()
     assert "The run was picked by accuracy on the lead's own validation file, out of 3 trials" in card
     assert run_command("report", "verify", str(picked)).code == 0
