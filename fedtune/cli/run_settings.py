@@ -52,9 +52,7 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
     if not begun:  # a simulation's data file and partition do not apply to real sites
         if (file := typed.get("data.train_file")) is not None:
             raise ConfigError("data.train_file", file, "is set by each site's policy: remove this setting")
-        usual = asdict(PartitionSpec()).items()
-        others += ["runtime=deployment", f"data.train_file={AT_SITE}"]
-        others += [f"data.partition.{key}={json.dumps(value)}" for key, value in usual]
+        others += _build_real_data_overrides()
     named = (
         _parse_site_names(wanted[-1])
         if wanted
@@ -74,6 +72,20 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
             raise ConfigError("data.dataset", dataset, bound)
     sizes = ",".join(str(member.datasets[dataset]) for member in chosen)
     return compose_run([*given, f"data.declared_sizes=[{sizes}]"])
+
+
+def expand_site_selection(words: Sequence[str]) -> list[str]:
+    """Replace `sites=[a,b]` by the settings of a run at these sites, for somebody without the lead's kit."""
+    wanted = [word for word in words if word.startswith("sites=")]
+    others = [word for word in words if not word.startswith("sites=")]
+    if not wanted:
+        return others
+    return [*others, *_build_real_data_overrides(), *_build_site_overrides(_parse_site_names(wanted[-1]))]
+
+
+def _build_real_data_overrides() -> list[str]:
+    partition = (f"data.partition.{key}={json.dumps(value)}" for key, value in asdict(PartitionSpec()).items())
+    return ["runtime=deployment", f"data.train_file={AT_SITE}", *partition]
 
 
 def _build_site_overrides(names: Sequence[str]) -> list[str]:

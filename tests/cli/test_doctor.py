@@ -80,8 +80,9 @@ def test_doctor_accepts_overrides_anywhere_and_rejects_unknown_keys(
     assert (seen["overrides"], seen["import_model"]) == ((), None)
     visits: list[Any] = []
     monkeypatch.setattr(site_actions.Examination, "run_checks", lambda visit: visits.append(visit) or [])
-    for word in ("lora.rnak=4", "model.dtype=auto"):
+    for word in ("lora.rnak=4", "model.dtype=auto", "sites=[north,south]"):
         assert run_command("site", "doctor", word, *named, "experiment=debug").code == 0
     with pytest.raises(FedtuneError, match=r"lora\.rnak"):
         visits[0].run()
     assert visits[1].run().model.dtype == "float32"
+    assert visits[2].run().federation.site_names == ("north", "south"), "the lead's own way to name sites"

@@ -422,7 +422,7 @@ def preview_run(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy,
     who = " once a person at this site approves it" if policy.approval == "manual" else ""
     found = f"would be accepted{who}; {_describe_cost(plan, history, policy)}"
     if policy.site not in sizes:
-        fix = f"Ask the lead for the run's real settings: federation.site_names must include {policy.site}."
+        fix = f"Ask the lead for the run's real settings: sites must include {policy.site}."
         return build_warning(name, f"{found}, but the run does not name site {policy.site}", fix=fix)
     return build_passed_check(name, found)
 
