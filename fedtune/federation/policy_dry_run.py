@@ -102,6 +102,8 @@ def dry_run(
     files = SiteFiles.from_site_toml(path)
     policy, plan = files.policy, proposal.plan
     note = "" if policy.site in declared_sizes else f"the run does not name site {policy.site}"
+    if (lowered := policy.lower_rank(proposal)) != proposal:  # as the lead does before it starts
+        proposal, note = lowered, note or f"the run would lower this site's rank to {policy.allow.max_rank}"
     budget: _PolicyBudget | None = None
     try:
         budget = _PolicyBudget(policy, read_history(files))

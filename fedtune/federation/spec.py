@@ -182,6 +182,9 @@ class FederationSpec:
         kind, rank = attrgetter("lora.kind", "lora.rank")(run)
         if self.ranks and kind != "lora":
             raise ConfigError("federation.ranks", list(self.ranks), f"requires lora.kind = lora, not {kind}")
+        if len(self.ranks) > self.num_sites:
+            bound = f"must have at most one rank for each of {self.num_sites} sites"
+            raise ConfigError("federation.ranks", list(self.ranks), bound)
         if self.ranks and max(self.ranks) > rank:
             bound = f"must be at most lora.rank = {rank}, the rank of the shared adapter"
             raise ConfigError("federation.ranks", list(self.ranks), bound)

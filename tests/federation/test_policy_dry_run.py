@@ -70,6 +70,13 @@ def test_every_broken_rule_is_reported(ask: Ask) -> None:
     assert said.least_noise is None
 
 
+def test_rank_above_the_policy_is_lowered_if_ranks_differ_by_site(ask: Ask) -> None:
+    lowered, own = ask(make_site_policy(), rank=9, ranks={"a": 9}), ask(make_site_policy(), rank=9, ranks={"a": 4})
+    assert (lowered.allowed, lowered.note) == (True, "the run would lower this site's rank to 4")
+    assert (own.allowed, own.note) == (True, "")
+    assert [one.reason for one in ask(make_site_policy(), rank=9, ranks={"b": 4}).broken] == ["max_rank"]
+
+
 def compute_total_epsilon(proposal: Proposal) -> float:
     return epsilon_pld([proposal.plan.event(rounds=proposal.plan.most_rounds)], proposal.plan.delta)
 

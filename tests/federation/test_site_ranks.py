@@ -125,6 +125,7 @@ def test_lead_lowers_ranks_to_the_offers() -> None:
     [
         (["federation.ranks=[0]"], "must be a finite number of at least 1"),
         (["federation.ranks=[2,5]"], "must be at most lora.rank = 4"),
+        (["federation.ranks=[1,2,3,4,4]"], "must have at most one rank for each of "),
         (["federation.ranks=[2]", "lora.kind=dora"], "requires lora.kind = lora, not dora"),
         (["federation.ranks=[2]", "federation.algorithm=scaffold", "training=sgd"], "algorithm scaffold: the average"),
         (["federation.ranks=[2]", "federation.algorithm=fedmedian"], "algorithm fedmedian: the median"),
