@@ -47,7 +47,7 @@ HEAD = """\
 `-m key=1,2,3`. The defaults below are those of the experiment `banks_intents`. If a value breaks a bound, the command
 ends with exit code 2 and a message that names key, value and bound.
 
-**Of simulations alone**: `data.partition`, `federation.num_sites`, `federation.site_names` and
+**Simulations only**: `data.partition`, `federation.num_sites`, `federation.site_names` and
 `federation.participants`. `fedtune run` takes `sites=[north,south]` in their place, and what the roster says of these
 sites; it refuses the last three, as it does `runtime`.
 """
