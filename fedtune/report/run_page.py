@@ -44,8 +44,8 @@ class UnfinishedReport:
             self._write(state, goes_on=True)
 
     def stop(self) -> None:
-        """Mark the page as that of a stopped run; do nothing if this process never updated the page."""
-        if self._state is not None:
+        """Mark the page as that of a stopped run; do nothing before the first finished round."""
+        if self._state is not None and self._state.round:
             self._write(self._state, goes_on=False)
 
     def _write(self, state: LeadState, *, goes_on: bool) -> None:

@@ -73,6 +73,14 @@ def test_existing_page_is_kept_and_write_errors_are_only_logged(folder: Path, st
     assert "settings" not in caplog.text
 
 
+def test_run_stopped_before_its_first_round_writes_no_page(folder: Path, state: LeadState, caplog: Any) -> None:
+    page = write_at_once(folder)
+    page.update(replace(state, round=0, rounds=()))
+    page.stop()
+    assert not (folder / "report.html").exists()
+    assert caplog.text == ""
+
+
 def test_page_writing_takes_a_small_share_of_the_time(
     folder: Path, state: LeadState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
