@@ -20,13 +20,13 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 PICTURES = REPOSITORY / "docs" / "pictures"
 EXAMPLES = REPOSITORY / "simulations" / "data" / "examples"
-COLUMNS = 88
+COLUMNS, PHONE_COLUMNS = 88, 46
 LINE = 20
 NO_BREAK = "\N{NO-BREAK SPACE}"
 """Browsers put several plain spaces together."""
 
 
-def run_command(folder: Path, *words: str) -> str:
+def run_command(folder: Path, *words: str, columns: int = COLUMNS) -> str:
     """Run a fedtune command in a folder and return what it printed, whatever its exit code."""
     done = subprocess.run(
         ["fedtune", *words],
@@ -34,7 +34,7 @@ def run_command(folder: Path, *words: str) -> str:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "COLUMNS": str(COLUMNS), "NO_COLOR": "1"},
+        env={**os.environ, "COLUMNS": str(columns), "NO_COLOR": "1"},
         check=False,
     )
     return done.stdout
@@ -53,14 +53,15 @@ def take_page(page: Path, picture: str, *, width: int = 900, height: int = 1100)
     )
 
 
-def draw_terminal(command: str, printed: str, picture: str, *, most: int = 30) -> None:
+def draw_terminal(command: str, printed: str, picture: str, *, columns: int, most: int) -> None:
     """Write a terminal's text as an SVG with its own dark ground."""
-    wrapped = (textwrap.wrap(line, COLUMNS, drop_whitespace=False) or [""] for line in printed.strip().splitlines())
-    lines = [f"$ {command}", *(part for parts in wrapped for part in parts)]
+    wrapped = (textwrap.wrap(line, columns, drop_whitespace=False) or [""] for line in printed.strip().splitlines())
+    typed = textwrap.wrap(f"$ {command}", columns)
+    lines = [*typed, *(part for parts in wrapped for part in parts)]
     if len(lines) > most:
         lines = [*lines[: most - 1], "..."]
-    width, height = 20 + round(8.5 * max(COLUMNS, *map(len, lines))), 30 + LINE * len(lines)
-    colors = ["#7fb8e6", *["#e6edf3"] * (len(lines) - 1)]
+    width, height = 20 + round(8.5 * max(columns, *map(len, lines))), 30 + LINE * len(lines)
+    colors = [*["#7fb8e6"] * len(typed), *["#e6edf3"] * (len(lines) - len(typed))]
     texts = "\n".join(
         f'<text x="14" y="{30 + LINE * number}" fill="{color}">{html.escape(line).replace(" ", NO_BREAK)}</text>'
         for number, (color, line) in enumerate(zip(colors, lines, strict=True))
@@ -72,6 +73,15 @@ def draw_terminal(command: str, printed: str, picture: str, *, most: int = 30) -
         f'<rect width="{width}" height="{height}" rx="6" fill="#0d1117"/>\n{texts}\n</svg>\n',
         encoding="utf-8",
     )
+
+
+def take_terminal(folder: Path, picture: str, *words: str, new: Path | None = None) -> None:
+    """Draw what a command prints, for pages and for phones; `new`: a folder that each run of the command creates."""
+    for columns, most, ending in ((COLUMNS, 30, ""), (PHONE_COLUMNS, 40, "-phone")):
+        if new is not None:
+            shutil.rmtree(new, ignore_errors=True)
+        printed = run_command(folder, *words, columns=columns)
+        draw_terminal(f"fedtune {' '.join(words)}", printed, f"{picture}{ending}.svg", columns=columns, most=most)
 
 
 def take_run(folder: Path) -> Path:
@@ -94,7 +104,7 @@ def main(folder: Path) -> None:
     shutil.copy(EXAMPLES / "tickets.csv", folder)
     if not (folder / "tickets.yaml").exists():
         run_command(folder, "data", "init", "tickets.csv")
-    draw_terminal("fedtune data check tickets.yaml", run_command(folder, "data", "check", "tickets.yaml"), "check.svg")
+    take_terminal(folder, "check", "data", "check", "tickets.yaml")
     run = take_run(folder)
     for language in ("de", "en"):
         run_command(folder, "report", str(run), "--label", "--language", language)
@@ -103,8 +113,7 @@ def main(folder: Path) -> None:
     words = ("simulate", "experiment=debug", "runtime.sites_dir=sites")
     if not (folder / "sites").exists():
         run_command(folder, *words, "name=one")
-    shutil.rmtree(folder / "runs" / "two", ignore_errors=True)
-    draw_terminal(f"fedtune {' '.join(words)} name=two", run_command(folder, *words, "name=two"), "refusal.svg")
+    take_terminal(folder, "refusal", *words, "name=two", new=folder / "runs" / "two")
 
 
 if __name__ == "__main__":
