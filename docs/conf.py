@@ -16,6 +16,7 @@ from typing import Any
 import click
 from sphinx.application import Sphinx
 
+import fedtune as package
 from fedtune.cli.main import fedtune
 from fedtune.version import __version__
 
@@ -47,7 +48,7 @@ napoleon_google_docstring, napoleon_numpy_docstring = True, False
 html_theme = "furo"
 html_title = f"fedtune {version}"
 html_static_path = ["_static"]
-html_css_files = ["site.css"]
+html_css_files, html_js_files = ["site.css"], ["site.js"]
 html_show_sphinx = False
 html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
@@ -96,6 +97,27 @@ def write_commands() -> str:
     return "".join(parts)
 
 
+def write_overview(text: str) -> str:
+    """Return a table of the names that the Python reference documents, with the first sentence of each docstring."""
+    rows = []
+    for name in re.findall(r"^\.\. auto\w+:: (\w+)$", text, re.M):
+        lines = (getattr(package, name).__doc__ or "").strip().partition("\n\n")[0]
+        sentence = re.split(r"(?<=\.)\s", " ".join(lines.split()))[0]
+        rows.append(f"| {{py:obj}}`{name} <fedtune.{name}>` | {sentence} |")
+    return "\n".join(["| name | purpose |", "| --- | --- |", *rows, ""])
+
+
+def show_charts_on_phones(text: str, folder: Path) -> str:
+    """Add to each chart its form for phones, if there is one; site.css shows one of them."""
+
+    def add(found: re.Match[str]) -> str:
+        picture = f"![{found[1]}]({found[2]}.svg){{.wide}}"
+        phone = folder / f"{found[2]}-phone.svg"
+        return picture + (f"![{found[1]}]({found[2]}-phone.svg){{.narrow}}" if phone.is_file() else "")
+
+    return re.sub(r"!\[([^]]*)\]\((pictures/\w+)\.svg\)", add, text)
+
+
 def convert_notebook(name: str, text: str) -> str:
     """Convert a notebook with its stored outputs to Markdown; pictures are part of the page."""
     parts = []
@@ -133,7 +155,10 @@ def prepare_source(app: Sphinx, page: str, source: list[str]) -> None:
         source[0] += write_commands()
     if page.startswith("notebooks/"):
         source[0] = convert_notebook(page.rpartition("/")[2], source[0])
+    if page == "api":
+        source[0] = source[0].replace("## Run\n", write_overview(source[0]) + "\n## Run\n", 1)
     folder = (HERE / f"{page}.md").parent
+    source[0] = show_charts_on_phones(source[0], folder)
 
     def link(found: re.Match[str]) -> str:
         text, target, place = found[1], (folder / found[2]).resolve(), found[3] or ""
@@ -157,6 +182,12 @@ def prepare_source(app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = re.sub(r"(?<!!)\[((?:[^][]|\[[^]]*\])*)\]\(((?:\.\./|notebooks)[^)#]*)(#[^)]*)?\)", link, source[0])
 
 
+def open_pictures(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
+    """Let a link to a picture open it; Sphinx makes the browser store it."""
+    if "body" in context:
+        context["body"] = re.sub(r' download=""(?= href="[^"]+\.(?:svg|png)")', "", context["body"])
+
+
 def write_redirects(app: Sphinx, error: Exception | None) -> None:
     """Write a small page at each old address, which leads to the new one."""
     if error is None and app.builder.format == "html":
@@ -170,6 +201,7 @@ def write_redirects(app: Sphinx, error: Exception | None) -> None:
 def setup(app: Sphinx) -> None:
     """Register what this site adds to Sphinx."""
     app.connect("source-read", prepare_source)
+    app.connect("html-page-context", open_pictures)
     app.connect("build-finished", write_redirects)
 
 

@@ -25,7 +25,7 @@ def list_commands(file: str) -> list[list[str]]:
     """List the pages' commands for one of the files, without the word fedtune."""
     page = "".join((REPOSITORY / "docs" / name).read_text() for name in ("tutorial.md", "other_tasks.md"))
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    commands = [line for kind, block in blocks if not kind for line in block.splitlines()]
+    commands = [line for kind, block in blocks if not kind for line in block.replace("\\\n", "").splitlines()]
     name = file.partition(".")[0]
     about = re.compile(rf"\b{name}\b")
     return [shlex.split(line)[1:] for line in commands if line.startswith("fedtune ") and about.search(line)]
