@@ -201,14 +201,18 @@ def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> Plan
         settings: overrides of the recipe's settings, by dotted key.
 
     Returns:
-        The privacy cost: epsilon at delta, the noise multiplier, and the epsilon of every round.
+        The privacy cost, with epsilon at delta, the noise multiplier, and the epsilon of every round.
 
     Raises:
         ValueError: a setting is unknown or invalid.
 
-    >>> cost = plan("banks_intents", {"privacy.epsilon": 3, "federation.num_rounds": 10})
-    >>> cost.epsilon <= 3, len(cost.rounds), cost.steps
-    (True, 10, 50)
+    >>> settings = {"privacy.epsilon": 3}
+    >>> settings["federation.num_rounds"] = 10
+    >>> cost = plan("banks_intents", settings)
+    >>> cost.epsilon <= 3
+    True
+    >>> len(cost.rounds), cost.steps
+    (10, 50)
     """
     from fedtune.federation.planner import compute_cost
 

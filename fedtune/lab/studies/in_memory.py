@@ -43,16 +43,23 @@ def simulate(
 ) -> Run:
     """Simulate a federation on this machine: every site trains with DP-SGD and keeps its own ledger.
 
-    The run's folder is `tracking.output_dir`/`name`; the default name is a timestamp, below runs/.  After an
+    For example::
+
+        run = fedtune.simulate(
+            "banks_intents", {"privacy.epsilon": 3}
+        )
+        print(run.metrics, run.privacy.epsilon)
+
+    The run's folder is `tracking.output_dir`/`name`; the default name is a timestamp, below `runs/`.  After an
     interrupt, `simulate(settings={"resume": folder})` resumes the run, with the same `sites`, `validation` and `test`
     as in the first call; rounds that were charged before the interrupt stay charged.  A public stage
-    (`public.train_file`) runs first, in a sibling folder whose name ends in -public; repeating the call resumes an
+    (`public.train_file`) runs first, in a sibling folder whose name ends in `-public`; repeating the call resumes an
     interrupted public stage.
 
     Supported in-memory records: pandas and polars data frames, Arrow tables, Hugging Face datasets, mappings from
-    column to values, lists of dicts, and scikit-learn's (X, y), whose columns are x0, x1, ... and label (target for a
-    float y).  They are validated like files, and error messages name the site.  During the run, the records are in
-    temporary files that only this user can read.
+    column to values, lists of dicts, and scikit-learn's `(X, y)`, whose columns are `x0`, `x1`, ... and `label`
+    (`target` for a float `y`).  They are validated like files, and error messages name the site.  During the run, the
+    records are in temporary files that only this user can read.
 
     Without a recipe, task and columns are detected as by `fedtune data init`.  The labels, the maximum length and,
     unless they are set, `data.declared_sizes` are then derived from the records and become public.  Without
