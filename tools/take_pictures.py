@@ -55,7 +55,7 @@ def take_page(page: Path, picture: str, *, width: int = 900, height: int = 1100)
 
 def draw_terminal(command: str, printed: str, picture: str, *, columns: int, most: int) -> None:
     """Write a terminal's text as an SVG with its own dark ground."""
-    wrapped = (textwrap.wrap(line, columns, drop_whitespace=False) or [""] for line in printed.strip().splitlines())
+    wrapped = (textwrap.wrap(line, columns) or [""] for line in printed.strip().splitlines())
     typed = textwrap.wrap(f"$ {command}", columns)
     lines = [*typed, *(part for parts in wrapped for part in parts)]
     if len(lines) > most:
