@@ -201,6 +201,6 @@ def test_device_without_float64_falls_back_to_the_cpu(write_task_overrides: Any,
 def test_gpu_script_runs_selected_tests_on_the_device() -> None:
     code = (
         "sys.path.insert(0, 'simulations/gpu'); import run; run.TESTED = ['four_bit', 'adapter_kinds']\n"
-        "print(run.tests(run.Machine(device=run.device_for('auto'), tiny=True))['last_line'])"
+        "print(run.tests(run.Machine(device=run.resolve_device('auto'), tiny=True))['last_line'])"
     )
     assert " passed" in run_on_it(code, timeout_s=900, SIM_SDPA="fused")
