@@ -42,7 +42,7 @@ _DIGESTS = """
 import hashlib, sys
 from pathlib import Path
 from fedtune.report import from_ledger, signing
-reports = [signing.to_text(from_ledger.build(Path(path))) for path in sys.argv[1:]]
+reports = [signing.report_to_json(from_ledger.build_ledger_report(Path(path))) for path in sys.argv[1:]]
 print(*sorted(hashlib.sha256(text.encode()).hexdigest() for text in reports))
 """
 
