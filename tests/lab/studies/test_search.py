@@ -108,7 +108,7 @@ def test_report_of_the_selected_run_includes_the_search_cost(outcome: Any, folde
         assert told.facts.selection == replace(selection, score=None)
         card = (other / "adapter/README.md").read_text()
         assert "3 trials of a search on the same records, which picked another" in card
-        assert "search s (random), which picked another or none" in (other / "report.html").read_text()
+        assert "search s (random), which selected another run, or none" in (other / "report.html").read_text()
         assert run_command("report", "verify", str(other)).code == 0
 
 
@@ -119,7 +119,8 @@ def test_report_understating_its_search_is_detected(outcome: Any, folder: Path, 
     def find_problem(**changes: Any) -> str:
         changed = json.loads(json.dumps(told))
         changed["facts"]["selection"] |= changes
-        (tmp_path / "report.json").write_text(json.dumps(changed))
+        # Any other layout of the same values is refused before the values are compared.
+        (tmp_path / "report.json").write_text(json.dumps(changed, indent=1, ensure_ascii=False) + "\n")
         checked = run_command("report", "verify", str(tmp_path))
         assert checked.code != 0
         return " ".join((checked.out + checked.err).split())
@@ -138,12 +139,12 @@ def test_report_understating_its_search_is_detected(outcome: Any, folder: Path, 
 def test_repeated_search_charges_nothing(outcome: Any, words: list[str], folder: Path) -> None:
     """The number of trials is fixed before the first trial."""
     whole, taken = read_files(folder), f"is taken: {folder / 's/search.json'} belongs to a search with other settings"
-    assert run_command("search", *words, "--trials", "4").failed() == f"name = 's': {taken}; choose another"
+    assert run_command("search", *words, "--trials", "4").failed() == f"name = 's': {taken}: choose another name"
     assert run_command("search", *words, "--trials", "3", "--method", "tpe").code == 2
     assert run_command("search", *words, "--trials", "3", "lora.alpha=4").code == 2
     (folder / "mine").mkdir()
     (folder / "mine/notes.txt").write_text("mine")
-    assert "holds no search" in run_command("search", *words, "name=mine", "--trials", "3").message
+    assert "exists and is not a search" in run_command("search", *words, "name=mine", "--trials", "3").message
     shutil.rmtree(folder / "mine")
     assert read_files(folder) == whole
     before = {path: path.stat().st_mtime_ns for path in folder.glob("s/*/*.json")}
@@ -211,7 +212,7 @@ def test_search_is_refused_if_its_trials_exceed_the_budget(tmp_path: Path) -> No
     asked = [*words, SPACE[0]]
     for method in ("random", "tpe"):
         said = run_command("search", *asked, "--trials", "12", "--method", method).failed(3)
-        begun = "--trials = 12: site site-1 has room for 8 of these trials; nothing was started (max_epsilon: asked "
+        begun = "--trials = 12: site site-1 has budget for 8 of these trials; nothing was started (max_epsilon: asked "
         assert said.startswith(begun)
     learned = "training.learning_rate=" + ",".join(f"0.{number:02}" for number in range(1, 13))
     assert run_command("search", *words, learned, "--method", "grid").code == 3
@@ -231,10 +232,10 @@ def test_policy_limits_and_prior_spending_count_before_the_first_trial(tmp_path:
     assert "runtime.sites_dir" in missing.failed()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sites"]
     assert run_command("simulate", *words, "name=other").code == 0
-    assert "has room for 1 of these trials" in run_command("search", *words, SPACE[0], "--trials", "2").failed(3)
+    assert "has budget for 1 of these trials" in run_command("search", *words, SPACE[0], "--trials", "2").failed(3)
     assert run_command("search", *words, SPACE[0], "--trials", "1").code == 0
     assert run_command("search", *words, SPACE[0], "--trials", "1").code == 0, "it is paid for"
-    assert "has room for 0 of" in run_command("search", *words, "name=t", SPACE[0], "--trials", "1").message
+    assert "has budget for 0 of" in run_command("search", *words, "name=t", SPACE[0], "--trials", "1").message
 
 
 def test_search_on_public_data_costs_no_epsilon(tmp_path: Path) -> None:
@@ -309,4 +310,4 @@ def test_search_on_training_records_is_refused(tmp_path: Path) -> None:
     words = list_tiny_overrides(*SHORT, into=tmp_path, name="s")
     train = compose_run(words).data.train_file
     refused = run_command("search", *words, SPACE[0], f"data.validation_file={train}", "--trials", "2")
-    assert "has the same records as data.train_file: its scores decide" in refused.failed()
+    assert "has the same records as data.train_file: its scores select the result" in refused.failed()
