@@ -57,7 +57,7 @@ def test_incomparable_scores_are_refused(runs: Runs) -> None:
     with pytest.raises(ConfigError, match=r"must have the first run's data\.labels"):
         compare_runs({"four": runs["four"], "other": (turned, adapter)})
     without = replace(one, data=replace(one.data, test_file=None))
-    with pytest.raises(ConfigError, match=r"data\.test_file = null: is required to compare"):
+    with pytest.raises(ConfigError, match=r"data\.test_file = null: is missing: a comparison needs records"):
         compare_runs({"four": (without, adapter)})
     data = replace(one.data, labels=(), columns={"text": "text", "target": "n"}, target_range=(0.0, 5.0))
     config = replace(one, task="regression", head=HeadSpec(center=False, init="zero"), data=data)
@@ -103,5 +103,5 @@ def test_runs_tested_on_different_records_are_not_compared(tmp_path: Path) -> No
         simulate(*of_file, "data.columns={text: label, label: label}", into=tmp_path, name="other")
     )
     for runs in ({"one": one, "other": other}, {"other": other, "one": one}):
-        with pytest.raises(ConfigError, match="must have the first run's test records"):
+        with pytest.raises(ConfigError, match="must select the first run's test records"):
             compare_runs(runs)
