@@ -57,7 +57,7 @@ def test_user_level_run_states_its_unit_everywhere(tmp_path: Path) -> None:
     assert "Records per person, at most" in page
 
     spent = run_command("ledger", "spent", str(site / "ledger.db"))
-    assert "with all records of any one person at a site as without them" in " ".join(spent.out.split())
+    assert "Whether all records of any one person at a site were used changes the chance" in " ".join(spent.out.split())
     assert "Lifetime budget of each user" in spent.out
 
 
