@@ -231,7 +231,7 @@ def test_embedding_run_reports_its_metrics_and_can_start_another_run(
     assert names <= set(told.replace('"', " ").split())
     told = run_command("compare", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json").printed
     assert json.loads(told)["primary_metric"] == ("spearman" if layout == "scored" else "ndcg_at_10")
-    said = "task = 'embedding': does not answer prompts; use fedtune evaluate to score it"
+    said = "task = 'embedding': has no output for a prompt: use fedtune evaluate for its scores"
     assert run_command("generate", str(folder), "--prompt", "where").failed() == said
     assert run_command("plan", *simulate_pairs(tmp_path, layout, "name=p")).printed
     refused = run_command("simulate", *simulate_pairs(tmp_path, "listed", "task_settings.negatives=batch", "name=x"))
