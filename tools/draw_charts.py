@@ -138,7 +138,8 @@ def draw_charts(frame: Frame = WIDE) -> str:
     for x, one in [*private, (x_without, without)]:
         y = scale.place(one["value"])
         parts += [_bar(x, scale, one, "blue", 2.5), _dot(x, y, "blue", 5)]
-        place, anchor = ((x, y + 24), "middle") if phone and x == x_without else ((x - 10, y - 10), "end")
+        below = phone and x >= private[-1][0]
+        place, anchor = ((x, y + 24), "middle") if below else ((x - 10, y - 10), "end")
         parts += [_text(*place, f"{one['value']:.0%}", "blue", frame, anchor=anchor, bold=True)]
     alone, pooled = (find_interval(lines[key]) for key in ("local", "central"))
     x_alone, x_pooled = x_eight + 14, x_eight + (18 if phone else 30)
@@ -186,16 +187,18 @@ def draw_audit(frame: Frame = WIDE) -> str:
         for title, claimed, lines in _list_audits()
     ]
     phone = frame is PHONE
-    left, width, step, most = (20, 230, 44, 8.2) if phone else (250, 380, 29, 8.2)
+    left, width, step, most = (20, 250, 44, 8.2) if phone else (220, 370, 29, 8.2)
     top = frame.top + (24 if phone else 4)
-    bottom = top + step * len(rows)
+    groups = [[claimed for _, (_, claimed) in rows[:number]] for number in range(1, len(rows) + 1)]
+    places = [top + step * number + 12 * (len(set(group)) - 1) for number, group in enumerate(groups)]
+    bottom = places[-1] + step
     parts = [
         _line(left + width * tick / most, top - 8, left + width * tick / most, bottom, "grid") for tick in (2, 4, 6, 8)
     ]
-    for number, (title, (shown, claimed)) in enumerate(rows):
-        y = top + number * step
+    for y, (title, (shown, claimed)) in zip(places, rows, strict=True):
         refuted = shown > claimed
         color = "orange" if refuted else "blue"
+        words = f"shown {shown:.2f}, " + ("refuted" if refuted else f"claim {claimed}")
         end, mark = left + width * min(shown, most) / most, left + width * claimed / most
         parts += [
             _text(left, y - 7, title, "ink", frame)
@@ -203,7 +206,9 @@ def draw_audit(frame: Frame = WIDE) -> str:
             else _text(left - 14, y + 13, title, "ink", frame, anchor="end"),
             f'<rect x="{left}" y="{y}" width="{end - left:.1f}" height="16" class="{color}"/>',
             _line(mark, y - 3, mark, y + 19, "ink", width=2.5),
-            _text(max(end, mark) + 8, y + 13, f"{shown:.2f}" + (" refuted" if refuted else ""), color, frame),
+            _text(frame.right, y - 7, words, color, frame, anchor="end")
+            if phone
+            else _text(max(end, mark) + 8, y + 13, words, color, frame),
         ]
     parts += [
         *(
@@ -365,10 +370,8 @@ def _chart(
     frame: Frame, title: str, subtitle: str, note: str, parts: Iterable[str], *, bottom: float | None = None
 ) -> str:
     """A picture with its ground, its finding as the title, and both themes; `bottom`: where the parts end."""
-    titles, subtitles, notes = (
-        _wrap(words, letters)
-        for words, letters in ((title, frame.title_letters), (subtitle, frame.letters), (note, frame.letters))
-    )
+    titles = _balance_lines(title, frame.title_letters)
+    subtitles, notes = (_break_lines(words, frame.letters) for words in (subtitle, note))
     size = min(14, frame.size)
     y_title = frame.title_size + 14
     y_subtitle = y_title + (frame.title_size + 5) * (len(titles) - 1) + 24
@@ -400,14 +403,16 @@ def _space(words: str) -> str:
     return re.sub(r"(?<=\d) ?%", f"{NO_BREAK}%", words)
 
 
-def _wrap(words: str, most: int) -> list[str]:
+def _break_lines(words: str, most: int) -> list[str]:
+    """Break a text into lines of at most so many letters."""
+    return textwrap.wrap(_space(words), most, break_on_hyphens=False, break_long_words=False)
+
+
+def _balance_lines(words: str, most: int) -> list[str]:
     """Break a text into as few lines as possible, of similar lengths."""
-
-    def break_lines(letters: int) -> list[str]:
-        return textwrap.wrap(_space(words), letters, break_on_hyphens=False, break_long_words=False)
-
-    count = len(break_lines(most))
-    return break_lines(min(letters for letters in range(1, most + 1) if len(break_lines(letters)) <= count))
+    count = len(_break_lines(words, most))
+    least = min(letters for letters in range(1, most + 1) if len(_break_lines(words, letters)) <= count)
+    return _break_lines(words, least)
 
 
 def _write_theme(colors: dict[str, str]) -> str:
