@@ -78,6 +78,10 @@ class Progress:
 Callback = Callable[[Progress], None]  # receives the progress of a run
 
 
+def ignore_progress(progress: Progress) -> None:
+    """Ignore the progress of a run: the default of every progress callback."""
+
+
 def make_stage_callback(progress: Callback) -> Callable[[str, int, int], None]:
     """Return a function that reports (stage, done, total) to a progress callback."""
     return lambda stage, done, total: progress(Progress(stage=stage, done=done, total=total))
@@ -131,7 +135,7 @@ def simulate(
     recipe: Recipe | None = None,
     settings: Settings | None = None,
     *,
-    progress: Callback | Literal[True] = lambda progress: None,
+    progress: Callback | Literal[True] = ignore_progress,
     cache: RunCache | None = None,
 ) -> Run:
     """Simulate a federation on this machine: every site trains with DP-SGD and charges its own ledger.
@@ -142,12 +146,12 @@ def simulate(
     repeating the call resumes an interrupted public stage.
 
     Args:
-        recipe: the experiment to run; None: the default experiment, four banks on Banking77.
+        recipe: the experiment to run.  Default: the default experiment, four banks on Banking77.
         settings: overrides of the recipe's settings, by dotted key.
         progress: callback for progress, called in this thread; an exception in the callback interrupts the run.
             True: show a progress bar, below the cell in a notebook, otherwise on standard error.
         cache: cache for the loaded model and its precomputed hidden states, reused by the next run with the same
-            cache; None: no cache.
+            cache.  Default: no cache.
 
     Returns:
         The finished run.
@@ -193,11 +197,17 @@ def simulate(
 def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> PlanCost:
     """Compute the privacy cost of a run per site and round from its settings and declared sizes.
 
-    Guarantee: every epsilon is an upper bound for the whole run, except `epsilon_of_one_round`, an upper bound for a
-    single round.
+    >>> import fedtune
+    >>> cost = fedtune.plan(
+    ...     "banks_intents", {"privacy.epsilon": 3, "federation.num_rounds": 10}
+    ... )
+    >>> cost.epsilon <= 3
+    True
+    >>> len(cost.rounds), cost.steps
+    (10, 50)
 
     Args:
-        recipe: the experiment; None: the default experiment.
+        recipe: the experiment.  Default: the default experiment, four banks on Banking77.
         settings: overrides of the recipe's settings, by dotted key.
 
     Returns:
@@ -206,13 +216,8 @@ def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> Plan
     Raises:
         ValueError: a setting is unknown or invalid.
 
-    >>> settings = {"privacy.epsilon": 3}
-    >>> settings["federation.num_rounds"] = 10
-    >>> cost = plan("banks_intents", settings)
-    >>> cost.epsilon <= 3
-    True
-    >>> len(cost.rounds), cost.steps
-    (10, 50)
+    **Guarantee.** Every epsilon is an upper bound for the whole run, except `epsilon_of_one_round`, an upper bound for
+    a single round.
     """
     from fedtune.federation.planner import compute_cost
 
@@ -236,7 +241,7 @@ def load(folder: str | Path) -> Run:
     return Run(path, read_saved_config(path))
 
 
-def evaluate(run: Run, data: Data, *, progress: Callback = lambda progress: None) -> ComparedModels:
+def evaluate(run: Run, data: Data, *, progress: Callback = ignore_progress) -> ComparedModels:
     """Evaluate a run's adapter and its base model on the same records, with paired 95 % bootstrap intervals.
 
     Guarantee: none; scores are exact, and no noise protects the records.
@@ -258,9 +263,7 @@ def evaluate(run: Run, data: Data, *, progress: Callback = lambda progress: None
         return ComparedModels.from_side_by_side(scores)
 
 
-def compare(
-    runs: Mapping[str, Run], data: Data = None, *, progress: Callback = lambda progress: None
-) -> ComparedModels:
+def compare(runs: Mapping[str, Run], data: Data = None, *, progress: Callback = ignore_progress) -> ComparedModels:
     """Evaluate finished runs and their base models on the same records.
 
     On the result, `compare_models("base", NAME)` returns the difference between two models with a paired 95 %
@@ -270,7 +273,7 @@ def compare(
 
     Args:
         runs: the runs by name; the settings of the first run define the records and their columns.
-        data: a file or records in memory; None: the first run's test records.
+        data: a file or records in memory.  Default: the first run's test records.
         progress: callback for progress, called in this thread before each model is scored.
 
     Raises:
@@ -308,7 +311,7 @@ def verify(file: str | Path, *, key: str | None = None) -> Checks:
 
     Args:
         file: the report, or the folder that contains it.
-        key: the public key (hex) that must have signed the report; None: any key.
+        key: the public key (hex) that must have signed the report.  Default: any key.
 
     Returns:
         The checks; `state` is "right", "wrong", "missing" or "not_checked".
@@ -483,7 +486,7 @@ class Run:
         with write_data_file(inputs) as file:
             return read_prompts(self.config, file, key="data")
 
-    def evaluate(self, data: Data, *, progress: Callback = lambda progress: None) -> ComparedModels:
+    def evaluate(self, data: Data, *, progress: Callback = ignore_progress) -> ComparedModels:
         """Evaluate the adapter and its base model on records; see `fedtune.evaluate`."""
         return evaluate(self, data, progress=progress)
 
@@ -512,7 +515,7 @@ class Run:
 
         Args:
             to: the folder to create.
-            format: "peft", "merged", "sentence-transformers", "safetensors" or "onnx"; None: the adapter.
+            format: "peft", "merged", "sentence-transformers", "safetensors" or "onnx".  Default: the adapter.
             int8: for "onnx": also write a graph with weights quantized to int8.
 
         Returns:
@@ -537,7 +540,7 @@ class Run:
 
         Args:
             chart: "utility" (primary metric by epsilon), "epsilon_spent" (epsilon by round), "profile" (epsilon by
-                delta) or "reliability" (calibration of the probabilities); None: the first chart that has data.
+                delta) or "reliability" (calibration of the probabilities).  Default: the first chart that has data.
             language: language of axes and labels.
 
         Raises:

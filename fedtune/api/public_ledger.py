@@ -61,7 +61,7 @@ class Ledger:
 
     Args:
         path: the ledger.db file.
-        site_key: the site's public key (hex) from a trusted source; None: the key in the ledger.
+        site_key: the site's public key (hex) from a trusted source.  Default: the key in the ledger.
 
     Raises:
         ValueError: the file does not exist.

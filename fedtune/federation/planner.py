@@ -55,23 +55,37 @@ class RoundCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanCost:
-    """Privacy cost of a plan; the default values apply to a plan without noise."""
+    """Privacy cost of a plan; the default values apply to a plan without noise.
+
+    Attributes:
+        plan: the plan.
+        sites: the cost of the plan by site.
+        largest: sites with the largest declared size, and thus the largest weight and the most expected failures;
+            delta should be below 1 / this size.
+        rounds: all rounds, or about twenty of them, always including the last.
+        epsilon: of the whole plan including spare rounds, by PLD; a run's report never shows more.
+        epsilon_of_all_runs: of all `plan.runs` runs that share the target; `calendar` lists them one by one, if there
+            are several.
+        epsilon_rdp: of the whole plan, by RDP.
+        epsilon_filter: the smallest lifetime cap of a new ledger that admits the plan.
+        filter_order: the Renyi order for that cap.
+        epsilon_of_one_round: of a single round, as an accountant that restarts in each round would report it; not a
+            bound for the run.
+        by_trust: epsilon of the whole plan by adversary, if the sites share the noise.
+        calendar: the runs that share the target, one by one.
+    """
 
     plan: Plan
-    sites: Mapping[str, SiteCost]  # site -> the cost of the plan there
-    # sites with the largest declared size, and thus the largest weight and the most expected failures; delta should be
-    # below 1 / this size
+    sites: Mapping[str, SiteCost]
     largest: tuple[str, ...]
-    rounds: tuple[RoundCost, ...] = ()  # all rounds, or about twenty of them, always including the last
-    epsilon: float = math.inf  # whole plan including spare rounds, by PLD; a run's report never shows more
-    # all `plan.runs` runs that share the target; `calendar` lists them one by one, if there are several
+    rounds: tuple[RoundCost, ...] = ()
+    epsilon: float = math.inf
     epsilon_of_all_runs: float = math.inf
-    epsilon_rdp: float = math.inf  # whole plan, by RDP
-    epsilon_filter: float = math.inf  # the smallest lifetime cap of a new ledger that admits the plan
-    filter_order: float | None = None  # the Renyi order for that cap
-    # epsilon of a single round, as an accountant that restarts in each round would report it; not a bound for the run
+    epsilon_rdp: float = math.inf
+    epsilon_filter: float = math.inf
+    filter_order: float | None = None
     epsilon_of_one_round: float = math.inf
-    by_trust: Epsilons | None = None  # epsilon of the whole plan by adversary, if the sites share the noise
+    by_trust: Epsilons | None = None
     calendar: tuple[CalendarRun, ...] = ()
 
     @property

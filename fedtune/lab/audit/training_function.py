@@ -90,6 +90,12 @@ def audit_training(
 ) -> TrainingAudit:
     """Audit a training function that claims DP-SGD with Poisson sampling, with canaries in its training data.
 
+    >>> import fedtune
+    >>> fedtune.audit_training(
+    ...     train, (x, y), noise_multiplier=1.0, sampling_rate=0.1, steps=40
+    ... ).refuted  # doctest: +SKIP
+    False
+
     The function is called twice.  It must accept any number of columns, and train on the records without
     preprocessing.  It should start from fixed weights, such as zeros: random initial weights hide the canaries from
     this attacker without protecting records.
@@ -109,7 +115,7 @@ def audit_training(
         steps: claimed number of steps.
         delta: delta of all epsilons.
         canaries: number of canaries, each with its own column and inserted by a fair coin.
-        guesses: number of guesses per attacker; None: a fifth of the canaries.
+        guesses: number of guesses per attacker.  Default: a fifth of the canaries.
         confidence: confidence level of the verdict.
         seed: seed of the coins.
 
@@ -118,9 +124,6 @@ def audit_training(
 
     Raises:
         ConfigError: a setting or the data cannot be used, or the model's scores have a wrong shape.
-
-    >>> audit_training(train, (x, y), noise_multiplier=1.0, sampling_rate=0.1, steps=40).refuted  # doctest: +SKIP
-    False
     """
     check_positive("noise_multiplier", noise_multiplier)
     check_fraction("sampling_rate", sampling_rate, one=True)

@@ -13,7 +13,7 @@ from fedtune.api import public
 from fedtune.api.compose import Recipe, Settings, compose_recipe, compose_run, quote_word, require_known_settings
 from fedtune.api.experiment_file import is_path
 from fedtune.api.memory import DETECTED, TRAIN_FILE, Data, build_in_memory_settings, round_down, write_private_files
-from fedtune.api.public import Callback, Run
+from fedtune.api.public import Callback, Run, ignore_progress
 from fedtune.config import RunConfig, read_saved_config
 from fedtune.data.partition import group_by_user
 from fedtune.formatting import flatten
@@ -38,49 +38,30 @@ def simulate(
     sites: Mapping[str, Data] | None = None,
     validation: Data = None,
     test: Data = None,
-    progress: Callback | Literal[True] = lambda progress: None,
+    progress: Callback | Literal[True] = ignore_progress,
     cache: RunCache | None = None,
 ) -> Run:
     """Simulate a federation on this machine: every site trains with DP-SGD and keeps its own ledger.
 
-    For example::
-
-        run = fedtune.simulate(
-            "banks_intents", {"privacy.epsilon": 3}
-        )
-        print(run.metrics, run.privacy.epsilon)
-
-    The run's folder is `tracking.output_dir`/`name`; the default name is a timestamp, below `runs/`.  After an
-    interrupt, `simulate(settings={"resume": folder})` resumes the run, with the same `sites`, `validation` and `test`
-    as in the first call; rounds that were charged before the interrupt stay charged.  A public stage
-    (`public.train_file`) runs first, in a sibling folder whose name ends in `-public`; repeating the call resumes an
-    interrupted public stage.
-
-    Supported in-memory records: pandas and polars data frames, Arrow tables, Hugging Face datasets, mappings from
-    column to values, lists of dicts, and scikit-learn's `(X, y)`, whose columns are `x0`, `x1`, ... and `label`
-    (`target` for a float `y`).  They are validated like files, and error messages name the site.  During the run, the
-    records are in temporary files that only this user can read.
-
-    Without a recipe, task and columns are detected as by `fedtune data init`.  The labels, the maximum length and,
-    unless they are set, `data.declared_sizes` are then derived from the records and become public.  Without
-    `validation` or `test`, a fraction of the sites' records is held out for evaluation.
-
-    Guarantee: (epsilon, delta)-DP per site for everything that the sites release, as `Run.privacy` states, unless the
-    settings turn privacy off.  Values that are derived from the records (see above) are not covered.
+    >>> import fedtune
+    >>> run = fedtune.simulate(
+    ...     "banks_intents", {"privacy.epsilon": 3}
+    ... )  # doctest: +SKIP
+    >>> print(run.metrics, run.privacy.epsilon)  # doctest: +SKIP
 
     Args:
-        recipe: the experiment to run; None: detected from `sites`; without `sites`, the default experiment (four banks
-            on Banking77).
+        recipe: the experiment to run.  Default: detected from `sites`; without `sites`, the default experiment, four
+            banks on Banking77.
         settings: overrides of the recipe's settings by dotted key, and options of config groups by the group's name,
             such as `{"model": "smollm2_135m"}`.
-        sites: the records by site name; None: the recipe's files.
+        sites: the records by site name.  Default: the recipe's files.
         validation: the lead's records, scored after each round; requires `sites`.
         test: the lead's records, scored before and after the run; requires `sites`.
         progress: callback for progress, called in this thread; an exception in the callback interrupts the run.
             True: show a progress bar, below the cell in a notebook, otherwise on standard error.
             `print`: print each `Progress`.
         cache: cache for the loaded model and its precomputed hidden states, reused by the next run with the same
-            cache; None: no cache.
+            cache.  Default: no cache.
 
     Returns:
         The finished run.
@@ -88,6 +69,24 @@ def simulate(
     Raises:
         ValueError: a setting, the records or the model cannot be used; nothing was trained or charged.
         RunError: too few sites replied.
+
+    **Guarantee.** (epsilon, delta)-DP per site for everything that the sites release, as `Run.privacy` states, unless
+    the settings turn privacy off.  Values that are derived from the records (see "Detection") are not covered.
+
+    **Records.** Supported in-memory records: pandas and polars data frames, Arrow tables, Hugging Face datasets,
+    mappings from column to values, lists of dicts, and scikit-learn's `(X, y)`, whose columns are `x0`, `x1`, ... and
+    `label` (`target` for a float `y`).  They are validated like files, and error messages name the site.  During the
+    run, the records are in temporary files that only this user can read.
+
+    **Detection.** Without a recipe, task and columns are detected as by `fedtune data init`.  The labels, the maximum
+    length and, unless they are set, `data.declared_sizes` are then derived from the records and become public.  Without
+    `validation` or `test`, a fraction of the sites' records is held out for evaluation.
+
+    **Resuming.** The run's folder is `tracking.output_dir`/`name`; the default name is a timestamp, below `runs/`.
+    After an interrupt, `simulate(settings={"resume": folder})` resumes the run, with the same `sites`, `validation` and
+    `test` as in the first call; rounds that were charged before the interrupt stay charged.  A public stage
+    (`public.train_file`) runs first, in a sibling folder whose name ends in `-public`; repeating the call resumes an
+    interrupted public stage.
     """
     said = {str(key): value for key, value in (settings or {}).items()}
     if sites is None:

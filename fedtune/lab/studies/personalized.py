@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from fedtune.api.public import Callback, Run, make_stage_callback
+from fedtune.api.public import Callback, Run, ignore_progress, make_stage_callback
 from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import NO_DIFFERENCE
 from fedtune.formatting import format_score_name, pluralize
@@ -34,7 +34,7 @@ class Personalized:
 
 
 def personalize(
-    run: Run, sites: Sequence[str] = (), *, progress: Callback = lambda progress: None
+    run: Run, sites: Sequence[str] = (), *, progress: Callback = ignore_progress
 ) -> dict[str, Personalized]:
     """Train personalized adapters for simulated sites without noise, starting from a run's final adapter.
 

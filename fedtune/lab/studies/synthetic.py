@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.api.experiment_file import OPEN
-from fedtune.api.public import Callback, Progress, Run
+from fedtune.api.public import Callback, Progress, Run, ignore_progress
 from fedtune.data.records import Record, build_empty_file_error, iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.lab.preparation.experiment_writer import escape_interpolations
@@ -64,7 +64,7 @@ def synthesize(
     spec: WritingSpec = WRITING,
     pattern: str | None = None,
     own: RunRecords | None = None,
-    progress: Callback = lambda progress: None,
+    progress: Callback = ignore_progress,
 ) -> Synthetic:
     """Generate synthetic records with a run's model, with the number per prompt proportional to the prompt's share.
 
@@ -73,7 +73,7 @@ def synthesize(
     Args:
         run: a finished run of a language model that completes prompts.
         prompts: a public file with one prompt per row, in the columns of the run's prompt; repeated prompts have a
-            larger share.  None: the candidates of `votes`, or the prompts of `variations_of`.
+            larger share.  Default: the candidates of `votes`, or the prompts of `variations_of`.
         rows: number of records.
         votes: a finished run of task votes with the prompts as candidates; its noisy votes are the prompts' shares.
         variations_of: rows that this run generated earlier; a new record has a row's prompt and starts with a part of
