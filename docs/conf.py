@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from docutils import nodes
 from sphinx.application import Sphinx
 
 import fedtune as package
 from fedtune.cli.main import fedtune
+from fedtune.federation.planner import PlanCost
 from fedtune.version import __version__
 
 HERE = Path(__file__).parent
@@ -44,6 +46,9 @@ autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
+
+LINKED = {name: f"~fedtune.{name}" for name in ("Ledger", "Run")} | {"PlanCost": "~fedtune.federation.planner.PlanCost"}
+"""Targets of the types that functions return."""
 
 html_theme = "furo"
 html_title = f"fedtune {version}"
@@ -98,24 +103,25 @@ def write_commands() -> str:
 
 
 def write_overview(text: str) -> str:
-    """Return a table of the names that the Python reference documents, with the first sentence of each docstring."""
-    rows = []
-    for name in re.findall(r"^\.\. auto\w+:: (\w+)$", text, re.M):
+    """Return tables of the names that the Python reference documents, with the first sentence of each docstring."""
+    rows: dict[str, list[str]] = {"Functions": [], "Classes": [], "Errors": []}
+    for kind, name in re.findall(r"^\.\. auto(\w+):: (\w+)$", text, re.M):
         lines = (getattr(package, name).__doc__ or "").strip().partition("\n\n")[0]
         sentence = re.split(r"(?<=\.)\s", " ".join(lines.split()))[0]
-        rows.append(f"| {{py:obj}}`{name} <fedtune.{name}>` | {sentence} |")
-    return "\n".join(["| name | purpose |", "| --- | --- |", *rows, ""])
+        group = {"function": "Functions", "exception": "Errors"}.get(kind, "Classes")
+        rows[group].append(f"| {{py:obj}}`{name} <fedtune.{name}>` | {sentence} |")
+    return "\n".join("\n".join([f"| {group} | |", "| --- | --- |", *lines, ""]) for group, lines in rows.items())
 
 
 def show_charts_on_phones(text: str, folder: Path) -> str:
-    """Add to each chart its form for phones, if there is one; site.css shows one of them."""
+    """Add to each picture its form for phones, if there is one; site.css shows one of them."""
 
     def add(found: re.Match[str]) -> str:
-        picture = f"![{found[1]}]({found[2]}.svg){{.wide}}"
-        phone = folder / f"{found[2]}-phone.svg"
-        return picture + (f"![{found[1]}]({found[2]}-phone.svg){{.narrow}}" if phone.is_file() else "")
+        picture = f"![{found[1]}]({found[2]}.{found[3]}){{.{found[4] or 'wide'}}}"
+        phone = folder / f"{found[2]}-phone.{found[3]}"
+        return picture + (f"![{found[1]}]({found[2]}-phone.{found[3]}){{.narrow}}" if phone.is_file() else "")
 
-    return re.sub(r"!\[([^]]*)\]\((pictures/\w+)\.svg\)", add, text)
+    return re.sub(r"!\[([^]]*)\]\((pictures/\w+)\.(svg|png)\)(?:\{\.(page)\})?", add, text)
 
 
 def convert_notebook(name: str, text: str) -> str:
@@ -173,19 +179,41 @@ def prepare_source(app: Sphinx, page: str, source: list[str]) -> None:
         return f"[{text}](path:{os.path.relpath(target, folder)})" if target.is_file() else text
 
     def name(found: re.Match[str]) -> str:
-        """Show a page's title where a link shows the name of its file."""
+        """Show a page's title in the navigation, or its own, where a link shows the name of its file."""
         target = folder / f"{found[1]}.md"
-        title = re.search(r"^# (.+)$", target.read_text(encoding="utf-8"), re.M) if target.is_file() else None
+        title = re.search(rf"^(.+) <{found[1]}>$", (HERE / "index.md").read_text(encoding="utf-8"), re.M)
+        if title is None and target.is_file():
+            title = re.search(r"^# (.+)$", target.read_text(encoding="utf-8"), re.M)
         return f"[{title[1].replace('`', '')}](" if title else found[0]
 
     source[0] = re.sub(r"\[(\w+)\.md\]\(", name, source[0])
     source[0] = re.sub(r"(?<!!)\[((?:[^][]|\[[^]]*\])*)\]\(((?:\.\./|notebooks)[^)#]*)(#[^)]*)?\)", link, source[0])
 
 
-def open_pictures(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
-    """Let a link to a picture open it; Sphinx makes the browser store it."""
+def mend_page(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
+    """Let a link to a picture open it, which Sphinx makes the browser store, and mark scores in a terminal's output."""
     if "body" in context:
-        context["body"] = re.sub(r' download=""(?= href="[^"]+\.(?:svg|png)")', "", context["body"])
+        body = re.sub(r' download=""(?= href="[^"]+\.(?:svg|png)")', "", context["body"])
+        context["body"] = re.sub(r'<span class="go">(?=test: |\(before: )', '<span class="go score">', body)
+
+
+def show_returned_type(
+    app: Sphinx, what: str, name: str, documented: Any, options: object, signature: str, returned: str | None
+) -> tuple[str, str | None] | None:
+    """Show in a signature what a function returns; types of parameters stay in their descriptions."""
+    if documented is PlanCost:
+        return "", None
+    if what not in ("function", "method"):
+        return None
+    hint = str(getattr(documented, "__annotations__", {}).get("return", ""))
+    return signature, re.sub(r"\b\w+\b", lambda found: LINKED.get(found[0], found[0]), hint) or None
+
+
+def join_returned_type(app: Sphinx, domain: str, kind: str, content: nodes.Element) -> None:
+    """Remove the field with the type of the returned object, which the signature shows."""
+    for field in [*content.findall(nodes.field)]:
+        if field[0].astext() == "rtype":
+            field.parent.remove(field)
 
 
 def write_redirects(app: Sphinx, error: Exception | None) -> None:
@@ -201,7 +229,9 @@ def write_redirects(app: Sphinx, error: Exception | None) -> None:
 def setup(app: Sphinx) -> None:
     """Register what this site adds to Sphinx."""
     app.connect("source-read", prepare_source)
-    app.connect("html-page-context", open_pictures)
+    app.connect("html-page-context", mend_page)
+    app.connect("autodoc-process-signature", show_returned_type)
+    app.connect("object-description-transform", join_returned_type, priority=600)  # after autodoc has added the field
     app.connect("build-finished", write_redirects)
 
 
