@@ -194,7 +194,7 @@ def mend_page(app: Sphinx, page: str, template: str, context: dict[str, Any], do
     """Let a link to a picture open it, which Sphinx makes the browser store, and mark scores in a terminal's output."""
     if "body" in context:
         body = re.sub(r' download=""(?= href="[^"]+\.(?:svg|png)")', "", context["body"])
-        context["body"] = re.sub(r'<span class="go">(?=test: |\(before: )', '<span class="go score">', body)
+        context["body"] = re.sub(r'<span class="g[op][^"]*">(?=test: |\(before: )', '<span class="go score">', body)
 
 
 def show_returned_type(
