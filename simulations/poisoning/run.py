@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ import study
 SITES, ATTACKER, EACH, TESTED = ("bank-a", "bank-b", "bank-c", "bank-d"), "bank-d", 640, 400
 TRIGGER, TARGET = " zebra", "card_arrival"
 CLASSES, STEPS, EPSILON = 20, 20, 8.0
-FACTOR = 20.0
+FACTOR, LOCAL_STEPS = 20.0, 5
 RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "no_privacy": ("plain average, no privacy", {"privacy": "none"}),
     "average": ("plain average, epsilon 8", {}),
@@ -98,8 +99,9 @@ def write_vectors(file: Path, vectors: np.ndarray, labels: Sequence[str]) -> Non
     half = file.with_suffix(".half")
     with half.open("w", newline="") as stream:
         table = csv.writer(stream)
-        table.writerow([*(f"v{n}" for n in range(vectors.shape[1])), "label"])
-        table.writerows([*(f"{value:.6f}" for value in row), label] for row, label in zip(vectors, labels, strict=True))
+        table.writerow(["vector", "label"])
+        rows = zip(vectors.round(6).tolist(), labels, strict=True)
+        table.writerows([json.dumps(row), label] for row, label in rows)
     half.rename(file)
 
 
@@ -157,22 +159,23 @@ def attack(runs: Path, *, rule: str, kind: str, each: int, tested: int, steps: i
         source = files / f"{site}-{_PLANTED.get(kind, 'honest') if site == ATTACKER else 'honest'}.csv"
         (sites / f"{site}.csv").unlink(missing_ok=True)
         (sites / f"{site}.csv").symlink_to(source)
-    with (files / "test.csv").open() as stream:
-        width = len(next(csv.reader(stream))) - 1
+    with (files / "triggered.csv").open() as stream:
+        triggered = [{"vector": json.loads(row["vector"])} for row in csv.DictReader(stream)]
     settings = {
         "data.train_file": str(sites / "{site}.csv"), "data.partition.kind": "file", "data.labels": labels,
         "data.test_file": str(files / "test.csv"), "data.columns": {"label": "label"}, "data.declared_sizes": each,
-        "data.features": [{"columns": [f"v{n}" for n in range(width)], "range": [-0.2, 0.2]}],
+        "data.features": [{"columns": ["vector"], "size": len(triggered[0]["vector"]), "range": [-0.2, 0.2]}],
         "federation.num_sites": len(SITES), "federation.site_names": list(SITES), "federation.num_rounds": steps,
-        "training.local_steps": 1, "training.learning_rate": 10.0, "privacy.sampling_rate": 0.3,
+        "training.local_steps": LOCAL_STEPS, "training.learning_rate": 30.0, "privacy.sampling_rate": 0.3,
         "tracking.progress": False, "tracking.output_dir": str(runs), "runtime.num_threads": 1,
         "runtime.num_devices": 1, "training.ignore_weak_signal": True, "name": f"{rule}-{kind}", **RULES[rule][1],
     }  # fmt: skip
     settings |= {} if rule == "no_privacy" else {"privacy.epsilon": EPSILON}
+    if rule == "totals":  # secure aggregation allows one step in a round
+        settings |= {"training.local_steps": 1, "federation.num_rounds": LOCAL_STEPS * steps}
+    shutil.rmtree(runs / str(settings["name"]), ignore_errors=True)  # of an interrupted line
     with scaled_updates(_FACTORS.get(kind, 1.0)):
         run = fedtune.simulate("own_features", settings)
-    with (files / "triggered.csv").open() as stream:
-        triggered = [{name: float(row[name]) for name in row if name != "label"} for row in csv.DictReader(stream)]
     said = run.predict_proba(triggered).argmax(axis=1)
     refused = [one for one in run.rounds if one.failed_sites.get(ATTACKER) == BEYOND_PLAN]
     return {
