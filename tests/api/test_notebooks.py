@@ -34,8 +34,7 @@ def list_code_cells(path: Path) -> list[Any]:
 @by_name
 def test_stored_outputs_belong_to_the_code_and_show_pictures(path: Path) -> None:
     notebook, cells = read_notebook(path), list_code_cells(path)
-    if not any(cell["outputs"] for cell in cells):
-        pytest.skip(f"no outputs are stored yet: run python tools/run_notebooks.py {path.stem}")
+    assert any(cell["outputs"] for cell in cells), f"run python tools/run_notebooks.py {path.stem}"
     assert notebook["metadata"]["fedtune"]["sources_sha256"] == tool.hash_sources(notebook), (
         f"run python tools/run_notebooks.py {path.stem}"
     )
@@ -134,8 +133,6 @@ def test_notebook_prints_its_stored_outputs_again(path: Path, tmp_path: Path, mo
     for name, value in tool.list_environment(tmp_path).items():
         monkeypatch.setenv(name, value)
     fresh = tool.run_notebook(path, tmp_path)
-    if "fedtune" not in read_notebook(path)["metadata"]:
-        pytest.skip("ran, but no outputs are stored yet")
     assert tool.list_differences(read_notebook(path), fresh) == []
 
 
