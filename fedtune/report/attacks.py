@@ -9,6 +9,7 @@ import html
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -63,7 +64,7 @@ class AttackFinding:
         check_one_of("attack", self.attack, NAMES)
         check_one_of("measure", self.measure, MEASURES)
         interval = [value for value in (self.low, self.strength, self.high) if value is not None]
-        ordered = sorted([-1.0, *interval, 1.0]) == [-1.0, *interval, 1.0]
+        ordered = all(below <= above for below, above in pairwise((-1.0, *interval, 1.0)))  # false for NaN
         require("strength", interval, ordered, "must be low, strength and high of an interval within [-1, 1]")
         require("guessing", self.guessing, 0 <= (self.guessing or 0) < 1, "must be in [0, 1)")
 

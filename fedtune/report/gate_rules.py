@@ -213,10 +213,9 @@ def _read_matching_audit(evidence: Evidence, folder: Path) -> Audit:
     record, found = read_run(folder), read_audit(folder)
     if found is None:
         raise ConfigError("--audit", str(folder), "has no audit.json: pass the output folder of fedtune audit")
-    own = evidence.config
-    same = (record.plan, record.config.task_model()) == (evidence.facts.plan, own.task_model())
+    same = (record.plan, record.config.task_model()) == (evidence.facts.plan, evidence.config.task_model())
     # An audit trains even if the signal is weak.
-    same &= record.config.training == dataclasses.replace(own.training, ignore_weak_signal=True)
+    same &= record.config.training == dataclasses.replace(evidence.config.training, ignore_weak_signal=True)
     bound = "is an audit of another plan, model or training: repeat it with the run's settings"
     require("--audit", str(folder), same, bound)
     consistent = found.delta == evidence.facts.delta and not any(find_wrong_audit_bounds(found))

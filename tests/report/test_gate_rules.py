@@ -1,6 +1,7 @@
 """The rules of `fedtune gate`: a run that meets all of them, and defects that each fail the rules they should."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -247,6 +248,21 @@ DEFECTS: dict[str, tuple[str, Change]] = {
     "license not allowed": ("licenses", lambda e: change_license(e, "CC-BY-NC-4.0")),
     "nobody stated it": ("stated", forget_statements),
 }
+
+
+@pytest.mark.parametrize(
+    ("figures", "key"),
+    [
+        ({"low": 0.3, "strength": 0.2, "high": 0.4}, "strength"),
+        ({"low": 0.1, "strength": 0.2, "high": 1.1}, "strength"),
+        ({"low": 0.1, "strength": 0.2, "high": math.nan}, "strength"),
+        ({"low": 0.1, "strength": 0.2, "high": 0.4, "guessing": 1.0}, "guessing"),
+    ],
+)
+def test_attack_finding_with_impossible_figures_is_refused(figures: dict[str, float], key: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        AttackFinding(attack="extraction", measure="written_secrets", sentence="It writes 2.", **figures)
+    assert raised.value.key == key
 
 
 def test_run_without_defects_passes_all_rules(evidence: Evidence) -> None:
