@@ -33,8 +33,7 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
     Raises:
         ConfigError: a setting is for simulations only, or a site has not declared the data set.
     """
-    wanted = [word for word in words if word.startswith("sites=")]
-    others = [word for word in words if not word.startswith("sites=")]
+    wanted, others = _split_site_selection(words)
     typed = dict(word.lstrip("+~").partition("=")[::2] for word in others)
     if wanted and "resume" in typed:
         raise ConfigError("sites", wanted[-1].partition("=")[2], "cannot be changed when a run is resumed: remove it")
@@ -76,14 +75,20 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
 
 def expand_site_selection(words: Sequence[str]) -> list[str]:
     """Replace `sites=[a,b]` by the settings of a run at these sites, for somebody without the lead's kit."""
-    wanted = [word for word in words if word.startswith("sites=")]
-    others = [word for word in words if not word.startswith("sites=")]
+    wanted, others = _split_site_selection(words)
     if not wanted:
         return others
     return [*others, *_build_real_data_overrides(), *_build_site_overrides(_parse_site_names(wanted[-1]))]
 
 
+def _split_site_selection(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split overrides into those of the form `sites=[a,b]` and the others."""
+    wanted = [word for word in words if word.startswith("sites=")]
+    return wanted, [word for word in words if not word.startswith("sites=")]
+
+
 def _build_real_data_overrides() -> list[str]:
+    """Return the overrides that replace a simulation's data file and partition, which do not apply to real sites."""
     partition = (f"data.partition.{key}={json.dumps(value)}" for key, value in asdict(PartitionSpec()).items())
     return ["runtime=deployment", f"data.train_file={AT_SITE}", *partition]
 
