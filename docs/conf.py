@@ -163,7 +163,7 @@ def prepare_source(app: Sphinx, page: str, source: list[str]) -> None:
         source[0] = convert_notebook(page.rpartition("/")[2], source[0])
     if page == "api":
         source[0] = source[0].replace("## Run\n", write_overview(source[0]) + "\n## Run\n", 1)
-    folder = (HERE / f"{page}.md").parent
+    folder, navigation = (HERE / f"{page}.md").parent, (HERE / "index.md").read_text(encoding="utf-8")
     source[0] = show_charts_on_phones(source[0], folder)
 
     def link(found: re.Match[str]) -> str:
@@ -181,7 +181,7 @@ def prepare_source(app: Sphinx, page: str, source: list[str]) -> None:
     def name(found: re.Match[str]) -> str:
         """Show a page's title in the navigation, or its own, where a link shows the name of its file."""
         target = folder / f"{found[1]}.md"
-        title = re.search(rf"^(.+) <{found[1]}>$", (HERE / "index.md").read_text(encoding="utf-8"), re.M)
+        title = re.search(rf"^(.+) <{found[1]}>$", navigation, re.M)
         if title is None and target.is_file():
             title = re.search(r"^# (.+)$", target.read_text(encoding="utf-8"), re.M)
         return f"[{title[1].replace('`', '')}](" if title else found[0]
