@@ -30,7 +30,7 @@ def wait_for(
         ended = needs is not None and needs.code is not None
         if condition():
             return
-        assert not ended, f"{needs and needs.name} ended before {what}"
+        assert not ended, f"{needs and needs.name} ended before {what}; its last words:\n{needs and needs.text[-2000:]}"
         assert time.monotonic() < deadline, f"waited {seconds:g} s in vain for {what}"
         time.sleep(0.02)
 

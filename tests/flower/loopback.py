@@ -28,6 +28,8 @@ from fedtune.privacy.keys import SigningKey
 from ..processes import Process, wait_for
 from .certificates import LOOPBACK, Authority, to_public_pem
 
+_PORTS = itertools.count(os.getpid())
+
 
 class Program(Process):
     """A server or site program of the tests, with its folder."""
@@ -174,6 +176,13 @@ def _list_paths(tls: Tls) -> dict[str, str]:
 
 
 def find_free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind((LOOPBACK, 0))
-        return int(listening.getsockname()[1])
+    """Find a port that nothing else takes before the server does: each test worker has its own range, and all ranges
+    lie below the one that outgoing connections draw from.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for number in _PORTS:
+        port = 20_000 + 1_000 * (worker % 12) + number % 1_000
+        with socket.socket() as listening, contextlib.suppress(OSError):
+            listening.bind((LOOPBACK, port))
+            return port
+    raise AssertionError("unreachable")
