@@ -132,7 +132,7 @@ def test_readme_starts_with_summary_commands_image_and_four_links() -> None:
     first = (REPOSITORY / "README.md").read_text().partition("\n## ")[0]
     assert len(first.split()) <= 200
     shown = [line for line in first.splitlines() if line.startswith("$ ")]
-    assert shown == ["$ fedtune data init tickets.csv", "$ fedtune simulate experiment=./tickets.yaml"]
+    assert shown == ["$ fedtune data init tickets.csv", "$ fedtune simulate tickets.yaml"]
     assert "\n".join(shown) in "\n".join(
         line for line in (DOCS / "index.md").read_text().splitlines() if line[:2] == "$ "
     )
@@ -143,14 +143,15 @@ def test_readme_starts_with_summary_commands_image_and_four_links() -> None:
 
 def test_comparison_cells_of_other_projects_have_sources() -> None:
     readme = (REPOSITORY / "README.md").read_text()
-    table = readme.partition("## What it is beside others\n")[2].strip().partition("\n\n")[0].splitlines()
+    table = readme.partition("## Beside Flower, NVFlare, opake and FL4Health\n")[2]
+    table = [line for line in table.partition("\n## ")[0].splitlines() if line.startswith("|")]
     sources = (DOCS / "internal" / "comparison_sources.md").read_text()
     projects = re.findall(r"\[(\w+)\]\(", table[0])
     assert projects == ["Flower", "NVFlare", "opake", "FL4Health"]
     for line in table[2:]:
         point, _, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         for project, cell in zip(projects, cells, strict=True):
-            if cell not in ("not found", "no federation"):
+            if cell != "–":
                 source = re.search(rf"^\| {re.escape(point)} \| {project} \| .*(?:http|the same)", sources, re.M)
                 assert source, (point, cell)
 

@@ -41,6 +41,8 @@ class Frame(NamedTuple):
 
 
 WIDE = Frame(WIDTH, 64, 740, 84, 352, size=15, title_size=18, letters=118, title_letters=84)
+LOW = WIDE._replace(bottom=262)
+"""For the README's first screen, which also holds two commands and four links."""
 PHONE = Frame(PHONE_WIDTH, 52, 346, 0, 220, size=13, title_size=16, letters=54, title_letters=41)
 LIGHT = {
     "ground": "#ffffff",
@@ -51,7 +53,7 @@ LIGHT = {
     "orange": "#b45309",
 }
 DARK = {
-    "ground": "#131416",
+    "ground": "#0d1117",
     "ink": "#e6edf3",
     "soft": "#a8b3bf",
     "grid": "#30363d",
@@ -67,11 +69,11 @@ def draw_sixteen_sites(frame: Frame = WIDE) -> str:
     models = _read("small_sites/compare.json")["models"]
     score = {model["name"]: model["scores"]["accuracy"] for model in models}
     alone = [score[model["name"]] for model in models if model.get("kind") == "alone"]
-    scale = _Scale(0.5, 0.85, frame)
+    scale = _Scale(0.5, 0.86, frame)
     low, high = (round(100 * pick(one["value"] for one in alone)) for pick in (min, max))
     together, pooled, base = score["federated"], score["pooled"], score["base"]["value"]
     y_base = scale.place(base)
-    y_best = scale.place(max(together["high"], pooled["high"])) - 12
+    y_best = scale.place(max(together["high"], pooled["high"])) - 8
     phone = frame is PHONE
     first, step = (64, 8) if phone else (110, 16)
     x_alone, x_together, x_pooled = first + 7.5 * step, *((234, 308) if phone else (500, 660))
@@ -79,15 +81,15 @@ def draw_sixteen_sites(frame: Frame = WIDE) -> str:
     parts = [
         *scale.draw((0.5, 0.6, 0.7, 0.8)),
         _line(frame.left, y_base, frame.right, y_base, "soft", dashes="6 4"),
-        _text(frame.right, y_base - 9, f"before training {base:.0%}", "soft", frame, anchor="end"),
+        _text(frame.left + 8, y_base - 9, f"before training {base:.0%}", "soft", frame),
     ]
     for number, one in enumerate(alone):
         x = first + step * number
         parts += [_bar(x, scale, one, "orange", 1.2), _ring(x, scale.place(one["value"]), 3.5 if phone else 5)]
     parts += [
-        _text(x_alone, y_base - 9, f"each alone {low} to {high}%", "orange", frame, anchor="middle", bold=True),
+        _text(first + 16 * step, scale.place(0.54), f"each alone {low} to {high}%", "orange", frame, bold=True),
         _bar(x_together, scale, together, "blue", 3),
-        _dot(x_together, scale.place(together["value"]), "blue", 7),
+        _dot(x_together, scale.place(together["value"]), "blue", 5),
         _text(x_together, y_best, f"{together['value']:.0%}", "blue", frame, anchor="middle", bold=True),
         _bar(x_pooled, scale, pooled, "soft", 3),
         _square(x_pooled, scale.place(pooled["value"])),
@@ -332,7 +334,7 @@ CHARTS: dict[str, Callable[..., str]] = {
 def draw_pictures() -> Iterator[tuple[str, str]]:
     """Draw every chart twice: for pages, and for phones (its name ends in -phone)."""
     for name, draw in CHARTS.items():
-        yield name, draw(WIDE)
+        yield name, draw(LOW if draw is draw_sixteen_sites else WIDE)
         yield f"{name}-phone", draw(PHONE)
 
 
