@@ -141,6 +141,9 @@ def test_readme_starts_with_summary_commands_image_and_four_links() -> None:
     assert re.findall(r"\[(I [\w ]+)\]\(docs/\w+\.md\)", first) == doors
 
 
+NOT_FOUND = "\N{EN DASH}"
+
+
 def test_comparison_cells_of_other_projects_have_sources() -> None:
     readme = (REPOSITORY / "README.md").read_text()
     table = readme.partition("## Beside Flower, NVFlare, opake and FL4Health\n")[2]
@@ -151,7 +154,7 @@ def test_comparison_cells_of_other_projects_have_sources() -> None:
     for line in table[2:]:
         point, _, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         for project, cell in zip(projects, cells, strict=True):
-            if cell != "–":
+            if cell != NOT_FOUND:
                 source = re.search(rf"^\| {re.escape(point)} \| {project} \| .*(?:http|the same)", sources, re.M)
                 assert source, (point, cell)
 

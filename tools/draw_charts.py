@@ -69,10 +69,10 @@ def draw_sixteen_sites(frame: Frame = WIDE) -> str:
     models = _read("small_sites/compare.json")["models"]
     score = {model["name"]: model["scores"]["accuracy"] for model in models}
     alone = [score[model["name"]] for model in models if model.get("kind") == "alone"]
-    scale = _Scale(0.5, 0.86, frame)
+    scale = _Scale(0.44, 0.86, frame)
     low, high = (round(100 * pick(one["value"] for one in alone)) for pick in (min, max))
     together, pooled, base = score["federated"], score["pooled"], score["base"]["value"]
-    y_base = scale.place(base)
+    y_base, gain = scale.place(base), together["value"] - base
     y_best = scale.place(max(together["high"], pooled["high"])) - 8
     phone = frame is PHONE
     first, step = (64, 8) if phone else (110, 16)
@@ -87,7 +87,9 @@ def draw_sixteen_sites(frame: Frame = WIDE) -> str:
         x = first + step * number
         parts += [_bar(x, scale, one, "orange", 1.2), _ring(x, scale.place(one["value"]), 3.5 if phone else 5)]
     parts += [
-        _text(first + 16 * step, scale.place(0.54), f"each alone {low} to {high}%", "orange", frame, bold=True),
+        _text(x_alone, scale.place(0.46), f"{low} to {high}%", "orange", frame, anchor="middle", bold=True),
+        _line(x_together, y_base, x_together, scale.place(together["low"]), "blue", dashes="2 4"),
+        _text(x_together + 8, scale.place(0.71), f"+{100 * gain:.1f} points", "blue", frame),
         _bar(x_together, scale, together, "blue", 3),
         _dot(x_together, scale.place(together["value"]), "blue", 5),
         _text(x_together, y_best, f"{together['value']:.0%}", "blue", frame, anchor="middle", bold=True),
