@@ -174,8 +174,8 @@ code {{ overflow-wrap: anywhere }}
 </style></head><body>
 <h1>Attacks on {run}</h1>
 <p>Model <code>{digest}</code>; guarantee of the whole run: {claim}.</p>
-<table><tr><th>Attack</th><th>Measure</th><th>Guessing</th><th>Reached</th><th>{confidence} interval</th>
-<th>Guarantee allows</th></tr>
+<table><tr><th>Attack</th><th>Measure</th><th>Guessing</th><th>Result</th><th>{confidence} interval</th>
+<th>Guaranteed limit</th></tr>
 {rows}
 </table>
 <p>A failed attack proves nothing: another attack may be stronger, and only the guarantee bounds all attacks. These

@@ -178,6 +178,6 @@ def test_hostile_site_names_are_escaped_and_chart_lines_are_limited() -> None:
     found = list_texts(parse_chart(build_reports()["wide_run"], "epsilon_spent"))
     assert any(text.startswith("<script>") for text in found)  # shortened, and nothing but text
     assert any("_underscore" in text for text in found)  # a legend would leave it out
-    legend = [text for text in found if not re.fullmatch(r"[\d.]*|round|epsilon used", text)]
+    legend = [text for text in found if not re.fullmatch(r"[\d.]*|round|epsilon spent", text)]
     assert len(legend) == drawing.MOST_LINES + 1
     assert HOSTILE not in legend

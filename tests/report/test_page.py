@@ -384,7 +384,7 @@ def test_identical_sites_share_one_line_in_the_annex(language: str) -> None:
         assert shown in ([1], [0, 1], [1, 0]), f"of 32 equal sites the annex tells {at} once, of the other perhaps, too"
     table = find_by_id(find_by_id(main(render_page("alike", "en")), "engineer"), "chart-epsilon_spent").all("table")[0]
     headings = [join_words(one) for one in table.all("thead")[0].all("th")]
-    assert headings == ["Site", "Round", "From", "Epsilon by then"]
+    assert headings == ["Site", "Round", "Date", "Epsilon so far"]
     sites = {join_words(row.all("th")[0]) for row in table.all("tbody")[0].all("tr")}
     assert sites == {*(f"clinic-1 and {others} more, all alike" for others in (31, 32)), "south-hospital"}
     assert {one.attrib["data-label"] for one in table.all("td")} == set(headings[1:])
@@ -472,7 +472,7 @@ def test_long_ledger_history_is_truncated_to_its_last_rows() -> None:
     few, many = (render.render(made.build_wide_ledger(runs=runs), language="en") for runs in (100, 2500))
     assert "/sites/0/lifetime/runs/99/" in few
     assert "/sites/0/lifetime/runs/0/" not in few
-    assert f"{ROWS_OF_LONGER} of 100 rows are shown" in few
+    assert f"The table shows {ROWS_OF_LONGER} of 100 rows" in few
     assert len(many) < 2 * len(few)  # 25 times as many runs
 
 

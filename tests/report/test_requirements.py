@@ -195,7 +195,7 @@ def test_terminal_table_shows_every_answer_with_its_state(report: Report) -> Non
     rows = [row for row in requirements.build_map_section(mapped).rows if row[0] == ""]
     assert ("", "person", "report.about.acceptable_use: Research alone") in rows
     assert ("", "PERSON", "report.about.channel") in rows
-    assert ("", "MISSING", "Floating-point operations of training, upper estimate (6 N D)") in rows
+    assert ("", "MISSING", "Upper estimate of floating-point operations in training (6 N D)") in rows
     assert len(rows) == sum(len(one["answers"]) for one in mapped["requirements"])
 
 

@@ -267,6 +267,9 @@ def test_unknown_values_are_escaped_and_lists_are_joined_as_sentences() -> None:
     assert title == "Privacy report: &lt;b&gt;{digest}&lt;/b&gt;", "and not formatted again"
     assert words.code("reason", "<new>") == "<code>&lt;new&gt;</code>"
     assert load_catalog("de").code("reason", "no_noise").startswith("Es wurde kein Rauschen")
-    for codes, said in ((["times", "bytes", "declared_sizes"], "times, traffic and declared sizes"), ([], "none")):
+    for codes, said in (
+        (["times", "bytes", "declared_sizes"], "recorded times, network traffic and declared dataset sizes"),
+        ([], "none"),
+    ):
         assert words.listed("unprotected_figure", codes) == said
-    assert words.listed("unprotected_figure", ["times"]) == "times"
+    assert words.listed("unprotected_figure", ["times"]) == "recorded times"
