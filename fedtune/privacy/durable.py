@@ -71,16 +71,17 @@ def copy_ownership(descriptor: int, path: Path) -> None:
 def hash_files(folder: Path, *, besides: Sequence[str] = ()) -> dict[str, str]:
     """Hash every file under `folder`, and return relative path -> SHA-256 in hex.
 
-    Files with a name in `besides` are skipped.
+    Files whose relative path is in `besides` are skipped.
 
     Raises:
-        ConfigError: the folder contains a symbolic link, which could point to any secret file and be changed later.
+        ConfigError: the folder is or contains a symbolic link, which could point to any secret file and be changed
+            later.
     """
     found: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in (folder, *sorted(folder.rglob("*"))):
         if path.is_symlink():
             raise ConfigError("model", str(path), "is a symbolic link: a model folder must contain regular files only")
-        if path.is_file() and path.name not in besides:
+        if path.is_file() and (name := path.relative_to(folder).as_posix()) not in besides:
             with path.open("rb") as stream:
-                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+                found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return found

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Final
 
 from fedtune.codec import decode, parse_json, require
+from fedtune.evaluation.audit_bound import LEAST_CONFIDENCE
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
 from fedtune.report.page.translations import load_catalog
-from fedtune.spec import ConfigError, RunError, check_fraction, check_one_of, check_schema, spec
+from fedtune.spec import ConfigError, RunError, check_at_least, check_fraction, check_one_of, check_schema, spec
 
 ATTACK_SCHEMA: Final = 1  # attack.json
 FILE, PAGE = "attack.json", "attack.html"
@@ -65,7 +66,8 @@ class AttackFinding:
         check_one_of("measure", self.measure, MEASURES)
         interval = [value for value in (self.low, self.strength, self.high) if value is not None]
         ordered = all(below <= above for below, above in pairwise((-1.0, *interval, 1.0)))  # false for NaN
-        require("strength", interval, ordered, "must be low, strength and high of an interval within [-1, 1]")
+        whole = len(interval) == (0 if self.strength is None else 3)
+        require("strength", interval, ordered and whole, "must be low, strength and high of an interval within [-1, 1]")
         require("guessing", self.guessing, 0 <= (self.guessing or 0) < 1, "must be in [0, 1)")
 
 
@@ -82,6 +84,7 @@ class RunAttacks:
     findings: tuple[AttackFinding, ...]
 
     def __post_init__(self) -> None:
+        check_at_least("confidence", self.confidence, LEAST_CONFIDENCE)
         check_fraction("confidence", self.confidence)
 
     def find(self, attack: str) -> tuple[AttackFinding, ...]:

@@ -214,7 +214,7 @@ def _check_card_and_entry(folder: Path, report: Report, *, of_run: bool) -> Iter
     written: dict[Path, bytes] = {}
     if (entry := folder / REGISTRY).is_file():
         written[entry] = registry_entry_to_json(report, read_fields_by_people(entry.read_bytes())).encode()
-    if of_run and (RunFolder(folder).adapter / CARD).is_file():
+    if of_run and any((RunFolder(folder).adapter / name).is_file() for name in (CARD, LABEL)):
         from fedtune.report.model_card import render_adapter_card
 
         written |= {folder / name: data for name, data in render_adapter_card(folder, report).items()}

@@ -261,7 +261,7 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
         detail=final.detail,
         selection=record.selection,
         audit=audit,
-        canaries_planted=RunFolder(folder).audit_mark.exists(),
+        canaries_planted=RunFolder(folder).audit_mark.exists() or bool(audit and audit.bounds),
         held_out=_collect_held_out(record),
         sites=tuple(_collect_site_facts(record, site, own.get(site)) for site in config.federation.active),
         files=files,
@@ -313,7 +313,8 @@ def hash_model_files(folder: Path) -> Mapping[str, str]:
     """Return the SHA-256 of each file of a run's finished model, and of each export that the run folder records."""
     run = RunFolder(folder)
     own = hash_files(run.adapter, besides=(CARD, LABEL))
-    return {**{f"{run.adapter.name}/{name}": digest for name, digest in own.items()}, **run.read_exports()}
+    # Its own files last: an export may not claim their names.
+    return {**run.read_exports(), **{f"{run.adapter.name}/{name}": digest for name, digest in own.items()}}
 
 
 def _collect_site_facts(record: RunRecord, site: str, report: Report | None) -> SiteFacts:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -54,7 +55,7 @@ class GateRules:
         files: the model files match the hashes in report.json.
         ledgers: the ledger of each site verifies and contains the charges of the site's receipt.
         finished: the run has finished, and no audit planted canaries in its records.
-        real_sites: real sites took part, and the noise did not come from a fixed seed.
+        real_sites: real sites took part, whose keys the caller knows, and the noise did not come from a fixed seed.
         signed: report.json is signed with a key that the caller trusts.
         guarantee: the report's verdict is "within".
         assumptions: no assumption of the guarantee is known to be violated.
@@ -75,7 +76,7 @@ class GateRules:
         max_attribute_gain: the same for guessed labels.
         max_group_gap: the largest difference between a group's score and the score of all other groups.
         min_group_size: the smallest number of records or persons in a group.
-        min_sites: the smallest number of sites.
+        min_sites: the smallest number of sites from which a round used an update.
         min_declared_size: the smallest declared size of a site, in records or persons.
         licenses: the base-model licenses that permit a release; empty: not checked.
         stated: the fields of report.about that must be filled in.
@@ -131,12 +132,13 @@ class Evidence(NamedTuple):
 
     Attributes:
         folder: the run's folder.
-        report: the run's report.json or, if it cannot be read, a report built from the folder.
+        report: a report built from the folder: the lead may have written anything into report.json.
         config: the run's settings.
         checks: name -> check of report.json; empty: report.json is missing or unreadable.
         contradiction: how report.json contradicts the run's folder; "" if they agree.
         audit: the results of an audit with the same plan and model.
         groups: the groups of a comparison: name, number of records or persons, and score gap to all other groups.
+        adapter_digest: digest of the run's final adapter in run.json; "" for a run that has not finished.
     """
 
     folder: Path
@@ -146,6 +148,7 @@ class Evidence(NamedTuple):
     contradiction: str = ""
     audit: Audit | None = None
     groups: Sequence[tuple[str, int, float | None]] = ()
+    adapter_digest: str = ""
 
     @property
     def facts(self) -> RunFacts:
@@ -179,34 +182,44 @@ def collect_evidence(folder: Path, known: Known, *, audit: Path | None, groups: 
     Raises:
         ConfigError: the folder is not a run folder, the audit used another plan or model, or a file is not a comparison
             of this run.
-        RunError: neither report.json nor the folder can be read.
+        RunError: a file of the folder is damaged.
     """
-    record, fresh, contradiction, checks = read_run(folder), None, "", dict[str, Check]()
-    try:
-        fresh = build_run_report(folder)
-    except (ConfigError, RunError) as error:
-        contradiction = str(error)
+    record, fresh, contradiction, checks = read_run(folder), build_run_report(folder), "", dict[str, Check]()
     path = folder / "report.json"
     try:
         path, report = signing.read_report(str(path))
         checks = {check.name: check for check in check_report(path, report, known)}
-        if fresh and signing.encode_canonical_bytes(fresh) != signing.encode_canonical_bytes(report):
+        if signing.encode_canonical_bytes(fresh) != signing.encode_canonical_bytes(report):
             contradiction = f"report.json does not match the run folder (an export also changes it): {_BY_REPORT}"
     except ConfigError as error:
         contradiction = str(error) if path.is_file() else ""
-        if fresh is None:
-            raise
-        report = fresh
-    found = Evidence(folder, report, record.config, checks, contradiction)
+    if "files" in checks and (problem := _find_adapter_problem(folder)):
+        checks["files"] = Check("files", "wrong", problem)
+    digest = (record.result.adapter_digest or "") if record.result else ""
+    found = Evidence(folder, fresh, record.config, checks, contradiction, adapter_digest=digest)
     if audit is not None:
         found = found._replace(audit=_read_matching_audit(found, audit))
-    return found if groups is None else found._replace(groups=_read_groups(folder, groups))
+    return found if groups is None else found._replace(groups=_read_groups(found, groups))
 
 
 def judge_run(rules: GateRules, evidence: Evidence) -> tuple[Check, ...]:
     """Judge a run by each rule that is set, in the order of `GateRules`."""
     found = ((rule, *_JUDGES[rule](limit, evidence, rules)) for rule, limit in rules.limits.items())
     return tuple(Check(rule, _STATES[holds], why) for rule, holds, why in found)
+
+
+def _find_adapter_problem(folder: Path) -> str:
+    """Return how the tensors in a run's adapter/ contradict the digest in its run.json; "" if they agree."""
+    from fedtune.tasks.saved import SavedAdapter
+
+    run = RunFolder(folder)
+    try:
+        saved = SavedAdapter.read(run.adapter)
+        saved.check_tensors()
+        run.require_own_adapter(saved.digest)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def _read_matching_audit(evidence: Evidence, folder: Path) -> Audit:
@@ -220,16 +233,18 @@ def _read_matching_audit(evidence: Evidence, folder: Path) -> Audit:
     require("--audit", str(folder), same, bound)
     consistent = found.delta == evidence.facts.delta and not any(find_wrong_audit_bounds(found))
     require("--audit", str(folder), consistent, "has an audit.json whose bounds do not follow from its counts")
-    return dataclasses.replace(found, exceeded=found.exceeded or bool(list_refuted_bounds(found)))
+    return dataclasses.replace(
+        found, exceeded=found.exceeded or bool(list_refuted_bounds(found, evidence.report.sites))
+    )
 
 
-def _read_groups(folder: Path, path: Path) -> tuple[tuple[str, int, float | None], ...]:
-    """Read the groups of a run from the JSON output of `fedtune compare --by`."""
-    bound = f"must be the JSON output of fedtune compare {folder} --by COLUMN --json"
+def _read_groups(given: Evidence, path: Path) -> tuple[tuple[str, int, float | None], ...]:
+    """Read the groups of a run's model from the JSON output of `fedtune compare --by`."""
+    bound = f"must be the JSON output of fedtune compare {given.folder} --by COLUMN --json, with this model"
     try:
         told = parse_json(path.read_bytes(), key="--groups", bound=bound)
-        folders = {model["name"]: model.get("folder") for model in told["models"]}
-        own = next(name for name, place in folders.items() if place and Path(place).resolve() == folder.resolve())
+        digests = {model["name"]: model.get("adapter_digest") for model in told["models"]}
+        own = next(name for name, digest in digests.items() if digest and digest == given.adapter_digest)
         parts = [group for column in told["groups"].values() for group in column["groups"]]
         found = tuple((str(one["name"]), one["units"], one["gaps"][own]["value"]) for one in parts)
         if all(type(units) is int and (gap is None or _is_finite(gap)) for _, units, gap in found):
@@ -242,7 +257,7 @@ def _read_groups(folder: Path, path: Path) -> tuple[tuple[str, int, float | None
 
 
 def _is_finite(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < math.inf  # type: ignore[arg-type]
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def _judge_record(_: bool, given: Evidence, __: GateRules) -> Found:
@@ -282,17 +297,21 @@ def _judge_ledgers(_: bool, given: Evidence, __: GateRules) -> Found:
             if found is None or not found.rollback_excluded:
                 return False, f"the ledger of {site.site} does not verify, or no anchor covers its last event"
             continue
-        receipt = site.receipt
+        if (receipt := site.receipt) is None:
+            return None, f"{site.site} has sent no receipt: its ledger cannot be compared"
         path = RunFolder(given.folder).locate_sites(given.config.runtime.sites_dir) / site.site / "ledger.db"
         if not path.is_file():
             return None, f"the ledger of {site.site} is missing: restore {path}"
         try:
-            verified = verify(path, site_key=receipt.site_key if receipt else None)
+            verified = verify(path, site_key=receipt.site_key)
         except RunError as error:
             return False, f"the ledger of {site.site} does not verify: {error}"
-        charged = verified.history.charged_rounds(receipt.run) if receipt else 0
-        if receipt and (len(verified.events) < receipt.sequence or charged != receipt.charged_rounds):
+        charged = verified.history.charged_rounds(receipt.run)
+        if len(verified.events) < receipt.sequence or charged != receipt.charged_rounds:
             return False, f"the ledger of {site.site} lacks the charges of the site's receipt"
+        accepted = verified.history.runs.get(receipt.run)
+        if accepted and accepted.adapter not in ("", given.adapter_digest):
+            return False, f"the ledger of {site.site} names another final adapter of this run than run.json"
     return True, "the ledger of each site verifies and contains the charges of its receipt"
 
 
@@ -303,8 +322,11 @@ def _judge_finished(_: bool, given: Evidence, __: GateRules) -> Found:
 
 
 def _judge_real_sites(_: bool, given: Evidence, __: GateRules) -> Found:
-    banners = ", ".join(given.report.banners)
-    return not banners, f"the report has the warnings: {banners}" if banners else "real sites took part"
+    if banners := ", ".join(given.report.banners):
+        return False, f"the report has the warnings: {banners}"
+    if (keys := given.checks.get("site keys")) is None:
+        return None, f"there is no report.json: {_BY_REPORT}"
+    return (True, "real sites took part") if keys.state == "right" else ({"wrong": False}.get(keys.state), keys.text)
 
 
 def _judge_guarantee(_: bool, given: Evidence, __: GateRules) -> Found:
@@ -368,6 +390,10 @@ def _measure_failures(given: Evidence, _: GateRules) -> float | None:
     return None if None in sizes else given.facts.delta * max(size or 0 for size in sizes)
 
 
+def _measure_sites(given: Evidence, _: GateRules) -> float:
+    return len({site for done in given.facts.rounds for site in done.sites})
+
+
 def _measure_declared_size(given: Evidence, _: GateRules) -> float | None:
     sizes = given.facts.declared_sizes.values()
     return None if None in sizes else min(size or 0 for size in sizes)
@@ -426,7 +452,7 @@ def _judge_stated(asked: Sequence[str], given: Evidence, _: GateRules) -> Found:
     about = dataclasses.asdict(given.config.report.about)
     if unknown := [name for name in asked if name not in about]:
         raise ConfigError("stated", unknown[0], f"must be one of {', '.join(about)}")
-    missing = [name for name in asked if not about[name].strip()]
+    missing = [name for name in asked if not any(map(str.isalnum, about[name]))]
     if missing:
         return (
             None,
@@ -473,7 +499,7 @@ _JUDGES: Mapping[str, Judge] = {
         lambda given, _: min((one[1] for one in given.groups), default=None),
         _BY_GROUP,
     ),
-    "min_sites": _build_lower_limit_judge("the number of sites", lambda given, _: len(given.facts.sites)),
+    "min_sites": _build_lower_limit_judge("the number of sites whose updates were used", _measure_sites),
     "min_declared_size": _build_lower_limit_judge(
         "the smallest declared size of a site",
         _measure_declared_size,

@@ -30,6 +30,7 @@ from fedtune.report.page.render import create_template_environment, format_fact
 from fedtune.report.page.tables import Charts
 from fedtune.report.page.translations import load_catalog
 from fedtune.report.page.view import pointer
+from fedtune.report.signing import compute_report_digest
 from fedtune.show.terminal_tables import Section, to_json_text
 
 _MAPS = Path(__file__).with_name("maps")
@@ -123,7 +124,7 @@ def collect_known_facts(report: Report, verdict: GateVerdict | None) -> Mapping[
         known["lifetime"] = ", ".join(
             f"{site} {format_epsilon(life.epsilon)}" for site, life in lifetimes.items() if life
         )
-    if verdict is not None:
+    if verdict is not None and verdict.report_sha256 == compute_report_digest(report):
         may = f"may not leave, {pluralize(len(verdict.failed), 'rule')} failed" if verdict.failed else "may leave"
         signer = f"signed with the key {verdict.signature.key}" if verdict.signature else "not signed"
         known["gate"] = f"the model {may} (rules {verdict.rules}, {verdict.judged}, {signer})"

@@ -95,7 +95,7 @@ def read_environments(folder: Path) -> tuple[Environment, ...]:
         fields = parse_json(path.read_bytes(), key=str(path), bound="must be an object")
         check_schema("schema_version", fields["schema_version"], RUN_SCHEMA, of="run folder")
         return tuple(decode(Environment, each) for each in fields["environments"])
-    except (ConfigError, TypeError, KeyError) as error:
+    except (OSError, ConfigError, TypeError, KeyError) as error:
         raise RunError(f"{path} is damaged: the run's machine and model are unknown") from error
 
 

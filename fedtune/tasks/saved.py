@@ -175,6 +175,14 @@ class SavedAdapter:
             raise self._build_invalid_adapter_error(f"has tensors that do not match the digest in its {_SETTINGS}")
         return tensors, read["head"]
 
+    def check_tensors(self) -> None:
+        """Check that the saved tensors have the digest in the settings; the base is not read.
+
+        Raises:
+            ConfigError: a file is missing or damaged, or its tensors do not match the digest.
+        """
+        _ = self.tensors
+
     def build(self, *, device: torch.device | str = "cpu") -> TaskModel:
         """Build the model on the adapter's base; the head is neither initialized nor loaded yet."""
         # check the rank before matrices are allocated: a file could claim a rank that fills the memory

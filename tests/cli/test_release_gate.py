@@ -85,7 +85,61 @@ def change_digit(folder: Path) -> None:
     (folder / "report.json").write_text(text.replace('"epsilon": 0.', '"epsilon": 0.0', 1))
 
 
+def write_report(folder: Path) -> None:
+    assert run_command("report", str(folder)).code == 0
+
+
+def replace_weights(folder: Path) -> None:
+    """Change the last value of the adapter, and let fedtune write a report that lists the changed file."""
+    change_byte(folder / "adapter" / "adapter_model.safetensors")
+    write_report(folder)
+
+
+def claim_old_weights(folder: Path) -> None:
+    """Let exports.json name the adapter's files with the hashes that the report lists, and change the weights."""
+    files = build_run_report(folder).facts.files  # type: ignore[union-attr]
+    (folder / "exports.json").write_text(json.dumps(dict(files)))
+    replace_weights(folder)
+
+
+def add_note(folder: Path) -> None:
+    (folder / "adapter" / "notes").mkdir()
+    (folder / "adapter" / "notes" / "README.md").write_bytes(b"records")
+
+
+def write_into_label(folder: Path) -> None:
+    (folder / "adapter" / "README.md").unlink()
+    (folder / "adapter" / "label.svg").write_bytes(b"records")
+
+
+def link_adapter(folder: Path) -> None:
+    (folder / "adapter").rename(elsewhere := folder.parent / "elsewhere")
+    (folder / "adapter").symlink_to(elsewhere)
+
+
+def lose_receipts(folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoints")
+    write_report(folder)
+
+
+def hide_audit(folder: Path) -> None:
+    """Leave the results of an audit, whose canaries AUDIT.txt would name."""
+    write_audit(folder, right=60)
+    write_report(folder)
+
+
+def leave_out_sites(folder: Path) -> None:
+    edit_json(folder / "report.json", facts={**json.loads((folder / "report.json").read_text())["facts"], "sites": []})
+
+
 DEFECTS: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "weights of another run": ("files", replace_weights),
+    "weights under old hashes": ("files", claim_old_weights),
+    "added README": ("files", add_note),
+    "payload as label": ("record", write_into_label),
+    "no receipts": ("ledgers", lose_receipts),
+    "hidden audit": ("finished", hide_audit),
+    "report of no site": ("record", leave_out_sites),
     "model": ("files", lambda folder: change_byte(folder / "adapter" / "adapter_model.safetensors")),
     "added file": ("files", lambda folder: (folder / "adapter" / "more.bin").write_bytes(b"0") and None),
     "scores": ("record", change_scores),
@@ -186,10 +240,16 @@ def test_gate_reads_the_key_of_the_lead_from_the_roster(
     assert "roster" in judge(run_folder, rules, "--roster", str(roster)).failed(2)
 
 
-def make_bound(right: int) -> AuditBound:
+def make_bound(right: int, *, claimed: float = 0.4) -> AuditBound:
     lower, best = (compute_epsilon_lower_bound(100, 100, count, delta=1e-5, confidence=0.95) for count in (right, 100))
     return AuditBound(
-        site=None, claimed_epsilon=0.4, lower_bound=lower, best_possible=best, canaries=100, guesses=100, right=right
+        site=None,
+        claimed_epsilon=claimed,
+        lower_bound=lower,
+        best_possible=best,
+        canaries=100,
+        guesses=100,
+        right=right,
     )
 
 
@@ -208,6 +268,8 @@ def test_gate_accepts_only_audits_of_the_same_plan(run_folder: Path, rules: Path
     assert judge(run_folder, rules, "--audit", str(audited)).code == 0
     write_audit(audited, right=100)
     assert judge(run_folder, rules, "--audit", str(audited)).failed(1), "its counts refute the claim"
+    edit_json(audited / "audit.json", bounds=[asdict(make_bound(100, claimed=500.0))])
+    assert "unbounded" in judge(run_folder, rules, "--audit", str(audited)).out, "the run claims less than the audit"
     edit_json(audited / "audit.json", bounds=[{**asdict(make_bound(100)), "lower_bound": 0.0}])
     assert "do not follow from its counts" in judge(run_folder, rules, "--audit", str(audited)).failed(2)
     write_audit(audited, right=60)
@@ -223,13 +285,23 @@ def test_gate_refuses_bad_input_and_writes_nothing(run_folder: Path, rules: Path
     assert "absent.toml" in run_command("gate", str(run_folder), "absent.toml").failed(2)
     assert "--key" in judge(run_folder, rules, "--key", "ab").failed(2)
     assert "--groups" in judge(run_folder, rules, "--groups", str(rules)).failed(2)
-    for gap in ('"0.9"', "NaN", "[1]", "{}", "true"):
+    digest = json.loads((run_folder / "run.json").read_text())["adapter_digest"]
+    for gap in ('"0.9"', "NaN", "[1]", "{}", "true", "1e999", f"1{400 * '0'}", 100_000 * "["):
         group = f'{{"name": "y", "units": 5, "gaps": {{"a": {{"value": {gap}}}}}}}'
-        models = f'[{{"name": "a", "folder": "{run_folder}"}}]'
+        models = f'[{{"name": "a", "adapter_digest": "{digest}"}}]'
         (tmp_path / "groups.json").write_text(f'{{"models": {models}, "groups": {{"x": {{"groups": [{group}]}}}}}}')
         assert "--groups" in judge(run_folder, rules, "--groups", str(tmp_path / "groups.json")).failed(2), gap
     rules.write_text("max_epsilon = 1.0\n")
     assert "name" in judge(run_folder, rules).failed(2)
     rules.write_text('name = "empty"\nrecord = false\n')
     assert "has no rule" in judge(run_folder, rules).failed(2)
+    rules.write_text(RULES)
+    link_adapter(run_folder)
+    assert "symbolic link" in judge(run_folder, rules).failed(2)
     assert not (run_folder / "gate.json").exists()
+
+
+def test_gate_judges_what_follows_from_the_folder(run_folder: Path, rules: Path) -> None:
+    rules.write_text('name = "bounded"\nmax_epsilon = 0.1\n')
+    change_digit(run_folder)
+    assert "max_epsilon" in judge(run_folder, rules).failed(1), "report.json claims a tenth"

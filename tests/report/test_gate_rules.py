@@ -11,6 +11,7 @@ import pytest
 
 from fedtune.api.compose import compose_run
 from fedtune.config import AboutSpec, RunConfig
+from fedtune.federation.lead import RoundResult
 from fedtune.report import gate_rules
 from fedtune.report.attacks import AttackFinding, RunAttacks
 from fedtune.report.checks import Check
@@ -168,10 +169,14 @@ def exceed(evidence: Evidence) -> Evidence:
     return evidence._replace(report=replace(evidence.report, verdict=exceeded))
 
 
-def forget_statements(evidence: Evidence) -> Evidence:
-    return evidence._replace(
-        config=replace(evidence.config, report=replace(evidence.config.report, about=AboutSpec(curator="A hospital")))
-    )
+def state_curator(evidence: Evidence, curator: str) -> Evidence:
+    about = AboutSpec(curator=curator, access="everybody")
+    return evidence._replace(config=replace(evidence.config, report=replace(evidence.config.report, about=about)))
+
+
+def let_one_site_answer(evidence: Evidence) -> tuple[RoundResult, ...]:
+    first = evidence.facts.sites[0].site
+    return tuple(replace(done, sites=(first,)) for done in evidence.facts.rounds)
 
 
 def lose_report(evidence: Evidence) -> Evidence:
@@ -185,11 +190,11 @@ DEFECTS: dict[str, tuple[str, Change]] = {
     "report differs from the folder": ("record", lambda e: e._replace(contradiction="epsilon differs")),
     "figures do not follow": ("record", lambda e: change_check(e, "figures", "wrong")),
     "nobody compared the configuration": ("record", lambda e: change_check(e, "configuration", "missing")),
-    "no report": ("record files signed", lose_report),
+    "no report": ("record files real_sites signed", lose_report),
     "another model file": ("files", lambda e: change_check(e, "files", "wrong")),
     "broken signature": ("signed", lambda e: change_check(e, "signature", "wrong")),
     "no signature": ("signed", lambda e: change_check(e, "signature", "missing")),
-    "receipts of strangers": ("signed", lambda e: change_check(e, "site keys", "wrong")),
+    "receipts of strangers": ("real_sites signed", lambda e: change_check(e, "site keys", "wrong")),
     "unverified ledger": ("ledgers", lambda e: change_statement(e, verification=None)),
     "ledger may be older": (
         "ledgers",
@@ -230,9 +235,15 @@ DEFECTS: dict[str, tuple[str, Change]] = {
         lambda e: change_run(e, attacks=None)._replace(audit=None),
     ),
     "membership found by an attack": ("max_membership_auroc", lambda e: change_attack(e, "membership", high=0.7)),
-    "record rebuilt from an update": ("max_rebuilt_gain", lambda e: change_attack(e, "reconstruction", high=0.12)),
+    "record rebuilt from an update": (
+        "max_rebuilt_gain",
+        lambda e: change_attack(e, "reconstruction", strength=0.02, low=0.01, high=0.12),
+    ),
     "update not attacked": ("max_rebuilt_gain", lambda e: change_attack(e, "reconstruction")),
-    "secret written": ("max_extraction_gain", lambda e: change_attack(e, "extraction", applies=True, high=0.2)),
+    "secret written": (
+        "max_extraction_gain",
+        lambda e: change_attack(e, "extraction", applies=True, strength=0.1, low=0.0, high=0.2),
+    ),
     "extraction not tried": ("max_extraction_gain", lambda e: change_attack(e, "extraction", applies=True)),
     "extraction said to be impossible": (
         "max_extraction_gain",
@@ -242,11 +253,12 @@ DEFECTS: dict[str, tuple[str, Change]] = {
     "no scores by group": ("max_group_gap min_group_size", lambda e: e._replace(groups=())),
     "group gap": ("max_group_gap", lambda e: e._replace(groups=(("ward a", 40, -0.2), ("ward b", 40, 0.1)))),
     "small group": ("min_group_size", lambda e: e._replace(groups=(("ward a", 9, 0.0),))),
-    "one site": ("min_sites", lambda e: change_run(e, sites=e.facts.sites[:1])),
+    "one site answered": ("min_sites", lambda e: change_run(e, rounds=let_one_site_answer(e))),
     "small cohort": ("min_declared_size", lambda e: change_site(e, declared_size=99)),
     "no license": ("licenses", lambda e: change_license(e, None)),
     "license not allowed": ("licenses", lambda e: change_license(e, "CC-BY-NC-4.0")),
-    "nobody stated it": ("stated", forget_statements),
+    "nobody stated it": ("stated", lambda e: state_curator(e, "")),
+    "stated by an invisible letter": ("stated", lambda e: state_curator(e, "\u200b")),
 }
 
 
@@ -256,6 +268,8 @@ DEFECTS: dict[str, tuple[str, Change]] = {
         ({"low": 0.3, "strength": 0.2, "high": 0.4}, "strength"),
         ({"low": 0.1, "strength": 0.2, "high": 1.1}, "strength"),
         ({"low": 0.1, "strength": 0.2, "high": math.nan}, "strength"),
+        ({"low": 0.1, "strength": 0.2}, "strength"),
+        ({"high": 0.2}, "strength"),
         ({"low": 0.1, "strength": 0.2, "high": 0.4, "guessing": 1.0}, "guessing"),
     ],
 )
@@ -365,16 +379,20 @@ def test_unknown_stated_field_is_refused(evidence: Evidence) -> None:
         judge_run(GateRules(name="x", stated=("motto",)), evidence)
 
 
-def test_group_scores_are_read_only_from_comparisons_of_this_run(tmp_path: Path) -> None:
-    run, file = tmp_path / "run", tmp_path / "groups.json"
+def test_group_scores_are_read_only_from_comparisons_of_this_model(evidence: Evidence, tmp_path: Path) -> None:
+    file, own = tmp_path / "groups.json", evidence._replace(adapter_digest="ab")
     group = {"name": "ward a", "units": 20, "gaps": {"base": {"value": 0.1}, "run": {"value": -0.2}}}
     told = {
-        "models": [{"name": "base"}, {"name": "run", "folder": str(run)}],
+        "models": [{"name": "base"}, {"name": "run", "adapter_digest": "ab"}],
         "groups": {"by ward": {"groups": [group]}},
     }
     file.write_text(json.dumps(told))
-    assert gate_rules._read_groups(run, file) == (("ward a", 20, -0.2),)
-    for changed in ({"models": [{"name": "run", "folder": str(tmp_path / "other")}]}, {"groups": {"by ward": {}}}):
+    assert gate_rules._read_groups(own, file) == (("ward a", 20, -0.2),)
+    huge = {"name": "x", "units": 9, "gaps": {"run": {"value": 10**400}}}
+    others: list[dict[str, Any]] = [
+        {"models": [{"name": "run", "adapter_digest": digest}]} for digest in ("cd", "", None)
+    ]
+    for changed in (*others, {"groups": {"by ward": {}}}, {"groups": {"by ward": {"groups": [huge]}}}):
         file.write_text(json.dumps(told | changed))
         with pytest.raises(ConfigError, match="--groups"):
-            gate_rules._read_groups(run, file)
+            gate_rules._read_groups(own, file)

@@ -16,6 +16,7 @@ from fedtune.report.facts import Verification
 from fedtune.report.gate_verdict import GateVerdict
 from fedtune.report.model import Report
 from fedtune.report.requirements import answer_requirement, collect_known_facts, map_report, read_map, render_map
+from fedtune.report.signing import compute_report_digest
 from fedtune.runs.cost import Energy
 
 from .shown import build_reports, change_facts, load_report_on_file, make_site_key, parse_page
@@ -27,7 +28,7 @@ REQUIREMENTS = [(name, number) for name in MAPS for number in read_map(name)["re
 NEVER_KNOWN = {"energy_kwh", "total_parameters", "training_flops"}  # facts that the report on file does not hold
 
 
-def make_verdict(**changes: Any) -> GateVerdict:
+def make_verdict(report: Report, **changes: Any) -> GateVerdict:
     rules = ("ledgers", "max_audit_bound", "max_group_gap")
     given: dict[str, Any] = {
         "schema_version": 1,
@@ -36,7 +37,7 @@ def make_verdict(**changes: Any) -> GateVerdict:
         "run": "r",
         "model": {},
     }
-    given |= {"report_sha256": "00", "rules": "tre", "rules_sha256": "00"}
+    given |= {"report_sha256": compute_report_digest(report), "rules": "tre", "rules_sha256": "00"}
     given |= {"limits": dict.fromkeys(rules, "1"), "results": dict.fromkeys(rules, "right")}
     return GateVerdict(**given | {"reasons": {rule: f"what {rule} found" for rule in rules}} | changes)
 
@@ -93,7 +94,7 @@ def test_removing_a_fact_changes_only_its_answer_to_missing(name: str, number: s
 
 def test_every_required_fact_can_be_derived_from_a_report(report: Report) -> None:
     asked = {fact for name in MAPS for one in read_map(name)["requirement"].values() for fact in one.get("facts", ())}
-    assert asked - collect_known_facts(sign(report), make_verdict()).keys() == NEVER_KNOWN
+    assert asked - collect_known_facts(sign(report), make_verdict(sign(report))).keys() == NEVER_KNOWN
 
 
 def sign(report: Report) -> Report:
@@ -142,21 +143,24 @@ def remove_cells(report: Report, fact: str) -> Report:
 )
 def test_gate_results_answer_requirements_only_after_evaluation(fact: str, rule: str, report: Report) -> None:
     report = remove_cells(report, fact)
-    known = collect_known_facts(report, make_verdict())
+    known = collect_known_facts(report, make_verdict(report))
     assert known[fact] == f"what {rule} found"
     assert "may leave (rules tre, 2026-11-29, not signed)" in known["gate"]
-    unjudged = make_verdict(results=dict.fromkeys(make_verdict().results, "missing"))
+    unjudged = make_verdict(report, results=dict.fromkeys(make_verdict(report).results, "missing"))
     assert fact not in collect_known_facts(report, unjudged)
     assert "may not leave, 3 rules failed" in collect_known_facts(report, unjudged)["gate"]
-    assert {"gate", fact} & collect_known_facts(report, None).keys() == set()
+    for verdict in (None, make_verdict(report, report_sha256="00")):
+        assert {"gate", fact} & collect_known_facts(report, verdict).keys() == set(), "of no report, or of another"
 
 
 def test_attacks_in_a_report_answer_without_a_verdict(report: Report) -> None:
-    finding = AttackFinding(attack="membership", measure="auroc", sentence="It picks 52 of 100.", strength=0.52)
+    finding = AttackFinding(
+        attack="membership", measure="auroc", sentence="It picks 52 of 100.", strength=0.52, low=0.5, high=0.54
+    )
     fields = {"run": "r", "adapter_sha256": "00", "epsilon": 1.0, "delta": 1e-5, "confidence": 0.95, "seconds": 1.0}
     attacked = change_facts(report, attacks=RunAttacks(**fields, findings=(finding,)))
     assert collect_known_facts(attacked, None)["attack_results"] == finding.sentence
-    said = collect_known_facts(attacked, make_verdict())["attack_results"]
+    said = collect_known_facts(attacked, make_verdict(attacked))["attack_results"]
     assert said == f"{finding.sentence} what max_audit_bound found"
 
 

@@ -383,6 +383,7 @@ def _run_json(line: Line) -> dict[str, Any]:
     about["folder"] = str(line.run.folder)
     if line.run.result is None:  # a site's copy of a final adapter
         return about
+    about["adapter_digest"] = line.run.result.adapter_digest  # the compared model, for `fedtune gate --groups`
     final, privacy = line.run.result.final, line.run.result.privacy
     about |= {"epsilon": privacy.epsilon, "delta": privacy.delta, "seconds": final.seconds}
     return about | {"bytes": line.bytes_moved, "energy": final.energy}

@@ -43,7 +43,9 @@ FOUND = RunAttacks(
     confidence=0.95,
     seconds=1.0,
     findings=(
-        AttackFinding(attack="membership", measure="auroc", sentence="a < b", strength=0.5, figures={"x": None}),
+        AttackFinding(
+            attack="membership", measure="auroc", sentence="a < b", strength=0.5, low=0.4, high=0.6, figures={"x": None}
+        ),
     ),
 )
 
