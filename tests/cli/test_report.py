@@ -73,8 +73,8 @@ def test_report_build_subcommand_may_be_omitted(said: str) -> None:
     [
         ("run", "within", "The lead's limit for this run was kept: "),
         ("ledger", "within", "The site's own limit for all runs was kept: "),
-        ("run", "exceeded", "EXCEEDED: more was used than a limit allows (x): "),
-        ("ledger", "exceeded", "EXCEEDED: more was used than a limit allows (x): "),
+        ("run", "exceeded", "EXCEEDED: the privacy loss is above a limit (x): "),
+        ("ledger", "exceeded", "EXCEEDED: the privacy loss is above a limit (x): "),
         ("run", "no_guarantee", "NO GUARANTEE (x): "),
     ],
 )
@@ -182,7 +182,7 @@ def test_missing_or_changed_signature_is_reported(signed_run: Path, key_file: Pa
     assert run_command(*verified, "--key", key).code == 0
     made = f"The signature matches the key in the file, {group_hex(key)}, but this key was not checked"
     assert re.search(f"signature +not checked +{made}", " ".join(run_command(*verified).printed.split()))
-    for of_the_signed in ("report.html", "adapter/README.md"):
+    for of_the_signed in ("report.html", "adapter/README.md", "adapter/label.svg"):
         (signed_run.parent / of_the_signed).unlink()
     edit_json_value(signed_run, "signature", to=None)
     assert re.search("signature +not checked +The report is not signed", run_command(*verified).printed)

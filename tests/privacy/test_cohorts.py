@@ -93,9 +93,9 @@ def test_arrival_groups_have_readable_names() -> None:
     assert [load_catalog("en").arrivals([one]) for one in groups] == [
         *(
             "Everybody",
-            "People without a date",
-            "People who joined by 2024, and those without a date",
-            "People with a date",
+            "People without a joining date",
+            "People who joined by 2024, and those without a joining date",
+            "People with a joining date",
         ),
         *("People who joined by 2024", "People who joined in 2025", "People who joined from 2026 to 2027"),
         "People who joined in 2028 or later",
