@@ -36,13 +36,12 @@ def parse_json(data: bytes | str, *, key: str, bound: str) -> dict[str, Any]:
         bound: the accepted form, for error messages.
 
     Raises:
-        ConfigError: the data is not a JSON object, is nested too deeply, or has a text or a number that cannot be
-            written as JSON again (a lone surrogate, NaN or an infinity). The message quotes nothing of `data`, because
-            a link could point to another file.
+        ConfigError: the data is not a JSON object, is nested too deeply, or contains NaN or an infinity, which JSON
+            does not have. The message quotes nothing of `data`, because a link could point to another file.
     """
     try:
         found = json.loads(data)
-        json.dumps(found, allow_nan=False, ensure_ascii=False).encode()
+        json.dumps(found, allow_nan=False)
     except (ValueError, RecursionError):  # ValueError: invalid JSON or UTF-8, or a huge integer
         found = None
     inner = [found]

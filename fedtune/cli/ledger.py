@@ -176,8 +176,8 @@ def freeze(
 
     Earlier releases are not affected.
     """
-    if not why.strip():
-        raise ConfigError("--why", why, "must not be empty: give the reason, which the ledger stores")
+    if not why.strip() or not why.isprintable():
+        raise ConfigError("--why", why, "must be one line of printable text: give the reason, which the ledger stores")
     site = _open_own_site(policy)
     verify(site.ledger)
     site.open_ledger().freeze(why)

@@ -75,12 +75,14 @@ def hash_files(folder: Path, *, besides: Sequence[str] = ()) -> dict[str, str]:
 
     Raises:
         ConfigError: the folder is or contains a symbolic link, which could point to any secret file and be changed
-            later.
+            later, or contains a pipe or a device.
     """
     found: dict[str, str] = {}
     for path in (folder, *sorted(folder.rglob("*"))):
-        if path.is_symlink():
-            raise ConfigError("model", str(path), "is a symbolic link: a model folder must contain regular files only")
+        special = path.exists() and not (path.is_file() or path.is_dir())
+        if path.is_symlink() or special:
+            kind = "a pipe or a device" if special else "a symbolic link"
+            raise ConfigError("model", str(path), f"is {kind}: a model folder must contain regular files only")
         if path.is_file() and (name := path.relative_to(folder).as_posix()) not in besides:
             with path.open("rb") as stream:
                 found[name] = hashlib.file_digest(stream, "sha256").hexdigest()

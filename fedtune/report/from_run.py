@@ -213,7 +213,13 @@ def build_run_report(folder: Path, *, site_reports: Sequence[Report] = ()) -> Re
     """
     record = read_run(folder)
     released = [signing.read_report(str(path))[1] for path in sorted(RunFolder(folder).site_reports.glob("*.json"))]
-    return derive_report(collect_run_facts(folder, record, own=check_site_reports(record, [*released, *site_reports])))
+    facts = collect_run_facts(folder, record, own=check_site_reports(record, [*released, *site_reports]))
+    report = derive_report(facts)
+    try:
+        signing.encode_canonical_bytes(report)
+    except UnicodeEncodeError as error:
+        raise RunError(f"{folder} is damaged: a file contains a text that is not Unicode") from error
+    return report
 
 
 def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> RunFacts:
@@ -275,7 +281,9 @@ def _read_group_scores(folder: Path, primary_metric: str) -> Mapping[str, float 
     The scores are read from groups.json in the run's folder, or from compare.json in its parent folder.
     """
     for path in (folder / "groups.json", folder.parent / "compare.json"):
-        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
+        with suppress(
+            OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, OverflowError, RecursionError
+        ):
             told = json.loads(path.read_bytes())
             places = {model["name"]: model.get("folder") for model in told["models"]}
             own = next(name for name, place in places.items() if place and Path(place).resolve() == folder.resolve())

@@ -76,7 +76,7 @@ class GateRules:
         max_attribute_gain: the same for guessed labels.
         max_group_gap: the largest difference between a group's score and the score of all other groups.
         min_group_size: the smallest number of records or persons in a group.
-        min_sites: the smallest number of sites from which a round used an update.
+        min_sites: the smallest number of sites that have signed for an update and from which a round used one.
         min_declared_size: the smallest declared size of a site, in records or persons.
         licenses: the base-model licenses that permit a release; empty: not checked.
         stated: the fields of report.about that must be filled in.
@@ -191,6 +191,8 @@ def collect_evidence(folder: Path, known: Known, *, audit: Path | None, groups: 
         checks = {check.name: check for check in check_report(path, report, known)}
         if signing.encode_canonical_bytes(fresh) != signing.encode_canonical_bytes(report):
             contradiction = f"report.json does not match the run folder (an export also changes it): {_BY_REPORT}"
+        else:
+            fresh = report  # the same figures, with the lead's signature
     except ConfigError as error:
         contradiction = str(error) if path.is_file() else ""
     if "files" in checks and (problem := _find_adapter_problem(folder)):
@@ -231,11 +233,10 @@ def _read_matching_audit(evidence: Evidence, folder: Path) -> Audit:
     same &= record.config.training == dataclasses.replace(evidence.config.training, ignore_weak_signal=True)
     bound = "is an audit of another plan, model or training: repeat it with the run's settings"
     require("--audit", str(folder), same, bound)
+    charged = [site for site in evidence.report.sites if site.spent.rounds]  # without a charge, a site claims nothing
     consistent = found.delta == evidence.facts.delta and not any(find_wrong_audit_bounds(found))
     require("--audit", str(folder), consistent, "has an audit.json whose bounds do not follow from its counts")
-    return dataclasses.replace(
-        found, exceeded=found.exceeded or bool(list_refuted_bounds(found, evidence.report.sites))
-    )
+    return dataclasses.replace(found, exceeded=found.exceeded or bool(list_refuted_bounds(found, charged)))
 
 
 def _read_groups(given: Evidence, path: Path) -> tuple[tuple[str, int, float | None], ...]:
@@ -279,6 +280,8 @@ def _judge_files(_: bool, given: Evidence, __: GateRules) -> Found:
 
 
 def _judge_signatures(_: bool, given: Evidence, __: GateRules) -> Found:
+    if given.contradiction:
+        return False, given.contradiction
     if "signature" not in given.checks:
         return None, f"there is no report.json: {_BY_REPORT} with --sign"
     checks = [given.checks[name] for name in _SIGNATURES if name in given.checks]
@@ -309,9 +312,6 @@ def _judge_ledgers(_: bool, given: Evidence, __: GateRules) -> Found:
         charged = verified.history.charged_rounds(receipt.run)
         if len(verified.events) < receipt.sequence or charged != receipt.charged_rounds:
             return False, f"the ledger of {site.site} lacks the charges of the site's receipt"
-        accepted = verified.history.runs.get(receipt.run)
-        if accepted and accepted.adapter not in ("", given.adapter_digest):
-            return False, f"the ledger of {site.site} names another final adapter of this run than run.json"
     return True, "the ledger of each site verifies and contains the charges of its receipt"
 
 
@@ -324,6 +324,8 @@ def _judge_finished(_: bool, given: Evidence, __: GateRules) -> Found:
 def _judge_real_sites(_: bool, given: Evidence, __: GateRules) -> Found:
     if banners := ", ".join(given.report.banners):
         return False, f"the report has the warnings: {banners}"
+    if given.contradiction:
+        return False, given.contradiction
     if (keys := given.checks.get("site keys")) is None:
         return None, f"there is no report.json: {_BY_REPORT}"
     return (True, "real sites took part") if keys.state == "right" else ({"wrong": False}.get(keys.state), keys.text)
@@ -391,7 +393,8 @@ def _measure_failures(given: Evidence, _: GateRules) -> float | None:
 
 
 def _measure_sites(given: Evidence, _: GateRules) -> float:
-    return len({site for done in given.facts.rounds for site in done.sites})
+    charged = {site.site for site in given.facts.sites if site.receipt and site.receipt.charged_rounds}
+    return len(charged & {site for done in given.facts.rounds for site in done.sites})
 
 
 def _measure_declared_size(given: Evidence, _: GateRules) -> float | None:

@@ -156,7 +156,7 @@ class SavedAdapter:
                 raise self._build_invalid_adapter_error(f"lacks {file.name} with the adapter's tensors")
             try:
                 read[name] = load_file(file)
-            except (OSError, SafetensorError) as error:
+            except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:  # or of a type without NumPy
                 raise self._build_invalid_adapter_error(f"has a damaged {file.name}; copy the folder again") from error
         tensors = {name: array for name, array in read["adapter_model"].items() if not name.endswith(PEFT_SCALES)}
         tensors |= read["offsets"]

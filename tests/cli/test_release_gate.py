@@ -1,6 +1,7 @@
 """`fedtune gate` on a run folder: defective files, the decision in the model card, and exit codes."""
 
 import json
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -299,6 +300,30 @@ def test_gate_refuses_bad_input_and_writes_nothing(run_folder: Path, rules: Path
     link_adapter(run_folder)
     assert "symbolic link" in judge(run_folder, rules).failed(2)
     assert not (run_folder / "gate.json").exists()
+
+
+def test_signed_report_still_verifies_after_the_gate(run_folder: Path, rules: Path, key_file: Path) -> None:
+    key = SigningKey.load(key_file).public
+    assert run_command("report", str(run_folder), "--sign", str(key_file)).code == 0
+    for _ in range(2):
+        assert judge(run_folder, rules, "--key", key).code == 0, "its card is the one that fedtune renders"
+    assert run_command("report", "verify", str(run_folder), "--key", key).code == 0
+    assert "report has changed" not in card_in(run_folder)
+
+
+def test_gate_refuses_damaged_files_without_a_traceback(run_folder: Path, rules: Path) -> None:
+    environment = run_folder / "environment.json"
+    told = environment.read_text()
+    environment.write_text(told.replace('"python": "', '"python": "\\ud800', 1))
+    assert "not Unicode" in judge(run_folder, rules).failed(1)
+    environment.unlink()
+    environment.mkdir()
+    assert "environment.json is damaged" in judge(run_folder, rules).failed(1)
+    environment.rmdir()
+    environment.write_text(told)
+    (run_folder / "adapter" / "head.safetensors").unlink()
+    os.mkfifo(run_folder / "adapter" / "head.safetensors")
+    assert "a pipe or a device" in judge(run_folder, rules).failed(2)
 
 
 def test_gate_judges_what_follows_from_the_folder(run_folder: Path, rules: Path) -> None:

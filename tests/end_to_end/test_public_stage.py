@@ -80,7 +80,7 @@ def test_public_stage_is_a_lead_run_that_starts_the_main_run(run: fedtune.Run, p
     said = "without privacy on records that the lead declares to be public"
     assert said in (run.folder / "adapter" / "README.md").read_text()
     page = " ".join((run.folder / "report.html").read_text().split())
-    assert page.count("without privacy, on records that the lead declares to be public") == 1
+    assert page.count("without privacy protection, on records that the lead declares to be public") == 1
     assert run_command("report", "verify", str(run.folder)).code == 0
 
 

@@ -115,9 +115,9 @@ def test_early_stopped_secure_run_claims_the_whole_plan(tmp_path: Path) -> None:
 
 def test_first_page_names_reliance_on_other_sites(secure_run: Path, report: Report) -> None:
     page = (secure_run / "report.html").read_text()
-    assert "This relies on the other sites" in page
+    assert "This protection relies on the other sites" in page
     assert "only in the sum" in page
-    assert "In secure aggregation each site adds a share of the noise" in page
+    assert "In secure aggregation, each site adds a share of the noise" in page
     assert "Each site adds all the noise" not in page
     assert "hängt von den anderen Einrichtungen ab" in render(report, language="de")
     (relied,) = [one for one in report.assumptions if one.code == "enough_sites_keep_their_noise"]

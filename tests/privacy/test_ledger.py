@@ -199,7 +199,7 @@ def test_recorded_refusals_are_limited_per_day_and_in_length(
     open_ledger: Any, path: Path, clock: Any, monkeypatch: Any, limit: str
 ) -> None:
     monkeypatch.setattr(ledger_module, limit, 3)
-    refused = Refused(Reason.LEADS if "STRANGERS" in limit else Reason.TASKS, asked="x" * 100_000)
+    refused = Refused(Reason.LEADS if "STRANGERS" in limit else Reason.TASKS, asked="\ud800" + "x" * 100_000)
     for _ in range(3):
         for _ in range(5):
             open_ledger().record_refusal(refused, run="r", round=1, request="q")

@@ -16,7 +16,7 @@ from fedtune.report import gate_rules
 from fedtune.report.attacks import AttackFinding, RunAttacks
 from fedtune.report.checks import Check
 from fedtune.report.derive.profile import bound_secret_chance, compute_hit_rate_ceiling
-from fedtune.report.facts import Audit, AuditBound, AuditMembership, BudgetVerdict, Verification
+from fedtune.report.facts import Audit, AuditBound, AuditMembership, BudgetVerdict, SiteFacts, Verification
 from fedtune.report.gate_rules import Evidence, GateRules, judge_run, read_rules
 from fedtune.report.model import Assumption
 from fedtune.spec import ConfigError
@@ -98,17 +98,18 @@ def config() -> RunConfig:
 def evidence(config: RunConfig) -> Evidence:
     """A run at nine real sites that released their reports, with an audit and scores by group."""
     report = build_reports()["site_reports"]
+    receipt = next(site.receipt for site in report.facts.sites if site.receipt)
     sites = tuple(
         replace(
             site,
-            receipt=site.receipt and replace(site.receipt, simulated=False),
+            receipt=replace(receipt, site=site.site, simulated=False),
             statement=replace(site.statement, verification=VERIFIED),
         )
         for site in report.facts.sites
     )
-    report = change_facts(
-        report, sites=sites, settings={**report.facts.settings, "runtime": "deployment"}, attacks=ATTACKS
-    )
+    settings = {**report.facts.settings, "runtime": "deployment"}
+    rounds = tuple(replace(done, sites=tuple(site.site for site in sites)) for done in report.facts.rounds)
+    report = change_facts(report, sites=sites, settings=settings, attacks=ATTACKS, rounds=rounds)
     report = replace(report, assumptions=tuple(one for one in report.assumptions if one.status != "violated"))
     checks = {name: Check(name, "right", "as it should be") for name in ("figures", "signature", "site keys", "files")}
     groups = (("ward a", 40, 0.02), ("ward b", 12, -0.05))
@@ -174,6 +175,11 @@ def state_curator(evidence: Evidence, curator: str) -> Evidence:
     return evidence._replace(config=replace(evidence.config, report=replace(evidence.config.report, about=about)))
 
 
+def keep_one_receipt(evidence: Evidence) -> tuple[SiteFacts, ...]:
+    first, *others = evidence.facts.sites
+    return first, *(replace(site, receipt=None) for site in others)
+
+
 def let_one_site_answer(evidence: Evidence) -> tuple[RoundResult, ...]:
     first = evidence.facts.sites[0].site
     return tuple(replace(done, sites=(first,)) for done in evidence.facts.rounds)
@@ -187,7 +193,10 @@ Change = Callable[[Evidence], Evidence]
 AUDITED = "max_audit_bound min_audit_canaries"
 ATTACKED = "max_rebuilt_gain max_extraction_gain max_attribute_gain"
 DEFECTS: dict[str, tuple[str, Change]] = {
-    "report differs from the folder": ("record", lambda e: e._replace(contradiction="epsilon differs")),
+    "report differs from the folder": (
+        "record real_sites signed",
+        lambda e: e._replace(contradiction="epsilon differs"),
+    ),
     "figures do not follow": ("record", lambda e: change_check(e, "figures", "wrong")),
     "nobody compared the configuration": ("record", lambda e: change_check(e, "configuration", "missing")),
     "no report": ("record files real_sites signed", lose_report),
@@ -253,6 +262,7 @@ DEFECTS: dict[str, tuple[str, Change]] = {
     "no scores by group": ("max_group_gap min_group_size", lambda e: e._replace(groups=())),
     "group gap": ("max_group_gap", lambda e: e._replace(groups=(("ward a", 40, -0.2), ("ward b", 40, 0.1)))),
     "small group": ("min_group_size", lambda e: e._replace(groups=(("ward a", 9, 0.0),))),
+    "one site signed for its update": ("min_sites", lambda e: change_run(e, sites=keep_one_receipt(e))),
     "one site answered": ("min_sites", lambda e: change_run(e, rounds=let_one_site_answer(e))),
     "small cohort": ("min_declared_size", lambda e: change_site(e, declared_size=99)),
     "no license": ("licenses", lambda e: change_license(e, None)),
