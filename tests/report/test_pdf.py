@@ -43,10 +43,10 @@ def cut_after_page_1(html: str) -> str:
 @needs_weasyprint
 @pytest.mark.parametrize("name", NAMES)
 def test_page_one_fits_on_one_sheet_with_spare_margin(name: str, language: str) -> None:
-    less = "@media print { @page { margin-bottom: 19mm } }</style>"
+    less = "@media print { @page { margin-bottom: 17mm } }</style>"
     for fillable in (False, True):
         html = cut_after_page_1(render.render(build_reports()[name], language=language, fillable=fillable))
-        assert "margin: 8mm 12mm 14mm" in html
+        assert "margin: 8mm 12mm 12mm" in html
         first, second, *more = render_pages(html.replace("</style>", less))
         assert not more, name
         assert {"verdict", "sign-off"} <= set(first.anchors), name
