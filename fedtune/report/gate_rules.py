@@ -214,11 +214,8 @@ def _find_adapter_problem(folder: Path) -> str:
     """Return how the tensors in a run's adapter/ contradict the digest in its run.json; "" if they agree."""
     from fedtune.tasks.saved import SavedAdapter
 
-    run = RunFolder(folder)
     try:
-        saved = SavedAdapter.read(run.adapter)
-        saved.check_tensors()
-        run.require_own_adapter(saved.digest)
+        SavedAdapter.read(RunFolder(folder).find_finished_adapter()).check_tensors()
     except ConfigError as error:
         return str(error)
     return ""

@@ -180,9 +180,9 @@ def find_free_port() -> int:
     lie below the one that outgoing connections draw from.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    for number in _PORTS:
-        port = 20_000 + 1_000 * (worker % 12) + number % 1_000
+    for _ in range(1_000):
+        port = 20_000 + 1_000 * (worker % 12) + next(_PORTS) % 1_000
         with socket.socket() as listening, contextlib.suppress(OSError):
             listening.bind((LOOPBACK, port))
             return port
-    raise AssertionError("unreachable")
+    raise AssertionError("no port of this worker's range is free")
