@@ -1,0 +1,232 @@
+"""fedtune's figures on public test files, beside what others have published on them, and what privacy costs there.
+
+    python simulations/known_ground/collect.py            results.json and both tables of the README
+    python simulations/known_ground/collect.py --check    exit code 1 if they are out of date
+
+The runs belong to other studies: this script reads their results.json and trains nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import readme
+
+Row = dict[str, Any]
+AGGREGATIONS = ("none", "secure", "plain")
+EPSILONS = (8, 3, 1)
+
+
+class Runs(NamedTuple):
+    """A line of a study: one privacy setting on one data set."""
+
+    study: str
+    key: str
+    aggregation: str  # "none" without privacy
+
+
+class Ground(NamedTuple):
+    """A public data set with its test file.
+
+    Attributes:
+        name: its name.
+        split: which records are the test file.
+        base: the base model.
+        metric: name of the metric in results.json, and its title.
+        size: number of test records.
+        runs: the lines of the studies.
+    """
+
+    name: str
+    split: str
+    base: str
+    metric: tuple[str, str]
+    size: int
+    runs: tuple[Runs, ...]
+
+
+GROUNDS = (
+    Ground(
+        "Banking77",
+        "official, 3,080 test questions",
+        "MiniLM-L6",
+        ("accuracy", "accuracy"),
+        3080,
+        (
+            Runs("banks_intents", "none", "none"),
+            Runs("aggregation/banks", "four-none-ffa", "none"),
+            Runs("aggregation", "e8-secure", "secure"),
+            Runs("aggregation", "e3-secure", "secure"),
+            Runs("aggregation/banks", "four-1-secure", "secure"),
+            Runs("aggregation/banks", "four-8-ffa", "plain"),
+            Runs("aggregation/banks", "four-3-ffa", "plain"),
+            Runs("aggregation/banks", "four-1-ffa", "plain"),
+        ),
+    ),
+    Ground(
+        "SST-2",
+        "1,821 sentences of the original test file",
+        "MiniLM-L6",
+        ("accuracy", "accuracy"),
+        1821,
+        (Runs("sst2_lora", "none-60", "none"), Runs("sst2_lora", "secure-e8", "secure")),
+    ),
+    Ground(
+        "NCBI disease",
+        "official, 100 test abstracts",
+        "MiniLM-L6",
+        ("untyped_strict_f1", "strict F1, untyped"),
+        100,
+        (
+            Runs("entities", "none", "none"),
+            Runs("entities", "e8-secure", "secure"),
+            Runs("entities", "e3-secure", "secure"),
+            Runs("entities", "e8-plain", "plain"),
+            Runs("entities", "e3-plain", "plain"),
+        ),
+    ),
+    Ground(
+        "STS-B",
+        "official, 1,379 test pairs",
+        "MiniLM-L6",
+        ("spearman", "Spearman"),
+        1379,
+        (Runs("stsb", "none", "none"), Runs("stsb", "e8", "plain"), Runs("stsb", "e3", "plain")),
+    ),
+)
+
+
+def find_interval(metric: str, value: float, size: int) -> tuple[float | None, float | None]:
+    """The 95 % interval over the test records; (None, None) for F1, which needs the answers of each record."""
+    if metric == "accuracy":
+        margin = 1.96 * math.sqrt(value * (1 - value) / size)
+        return value - margin, value + margin
+    if metric == "spearman":  # Fisher's transformation, with the variance of Bonett and Wright (2000)
+        margin = 1.96 * math.sqrt((1 + value**2 / 2) / (size - 3))
+        return math.tanh(math.atanh(value) - margin), math.tanh(math.atanh(value) + margin)
+    return None, None
+
+
+def list_rows() -> Iterator[Row]:
+    """Yield one row for each run: what was trained, its score, its interval, and how to repeat it."""
+    for ground in GROUNDS:
+        metric, title = ground.metric
+        for runs in ground.runs:
+            line = json.loads((HERE.parent / runs.study / "results.json").read_text())["lines"][runs.key]
+            for number, scores in enumerate(line["each_run"]):
+                low, high = find_interval(metric, scores[metric], ground.size)
+                yield {
+                    "set": ground.name,
+                    "split": ground.split,
+                    "base": ground.base,
+                    "aggregation": runs.aggregation,
+                    "epsilon": line["epsilon"],
+                    "metric": title,
+                    "value": scores[metric],
+                    "low": low,
+                    "high": high,
+                    "seed": number if number or len(line["each_run"]) > 1 else None,
+                    "seconds": round(line["seconds"]),
+                    "machine": line["hardware"],
+                    "command": f"python simulations/study.py simulations/{runs.study} --only {runs.key}",
+                }
+
+
+def select_values(rows: Sequence[Row], ground: Ground, aggregation: str, epsilon: int | None) -> list[float]:
+    """The scores of all runs at one privacy setting; epsilon is rounded, as in the tables."""
+    found = [row for row in rows if (row["set"], row["aggregation"]) == (ground.name, aggregation)]
+    return [row["value"] for row in found if epsilon is None or round(row["epsilon"]) == epsilon]
+
+
+def format_scores(rows: Sequence[Row], published: Sequence[Row]) -> str:
+    """The table of scores, with the best published figures beside them."""
+    columns = [("none", None), *(("secure", epsilon) for epsilon in EPSILONS), *(("plain", e) for e in EPSILONS)]
+    table = [["set and test file", "metric", *(_title(*column) for column in columns), "published beside it"]]
+    for ground in GROUNDS:
+        values = [select_values(rows, ground, *column) for column in columns]
+        beside = "; ".join(
+            f"{one['base']} {_format_value(one['value'])} {_describe_epsilon(one['epsilon'])}"
+            for one in published
+            if one["set"] == ground.name
+        )
+        cells = [f"{statistics.fmean(each):.3f} ({len(each)})" if each else "" for each in values]
+        table.append([f"{ground.name}: {ground.split}", ground.metric[1], *cells, beside or "none found"])
+    return readme.markdown(table, texts=2)
+
+
+def format_losses(rows: Sequence[Row], published: Sequence[Row]) -> str:
+    """The table of points lost to a set's own line without privacy."""
+    table = [["set", "base", "federated", "without privacy", *(f"lost at {epsilon}" for epsilon in EPSILONS)]]
+    for ground in GROUNDS:
+        without = statistics.fmean(select_values(rows, ground, "none", None))
+        for aggregation in AGGREGATIONS[1:]:
+            each = [select_values(rows, ground, aggregation, epsilon) for epsilon in EPSILONS]
+            if not any(each):
+                continue
+            cells = [_format_loss(ground, without, statistics.fmean(one)) if one else "" for one in each]
+            table.append([ground.name, ground.base, f"yes, {aggregation}", f"{without:.3f}", *cells])
+    for name, base in dict.fromkeys((one["set"], one["base"]) for one in published):
+        own = {one["epsilon"]: one["value"] for one in published if (one["set"], one["base"]) == (name, base)}
+        if None in own and len(own) > 1:
+            scale = 1 if own[None] > 1 else 100
+            near = {round(epsilon): epsilon for epsilon in own if epsilon is not None}
+            near = {8 if epsilon == 7 else epsilon: exact for epsilon, exact in near.items()}
+            cells = [
+                f"{scale * (own[None] - own[near[epsilon]]):.1f}"
+                + ("" if near[epsilon] == epsilon else f" (at {near[epsilon]:g})")
+                if epsilon in near
+                else ""
+                for epsilon in EPSILONS
+            ]
+            table.append([name, base, "no", _format_value(own[None]), *cells])
+    return readme.markdown(table, texts=3)
+
+
+def _format_loss(ground: Ground, without: float, value: float) -> str:
+    margins = [find_interval(ground.metric[0], one, ground.size)[1] for one in (without, value)]
+    lost = 100 * (without - value)
+    if None in margins:
+        return f"{lost:.1f}"
+    own = [margin - one for margin, one in zip(margins, (without, value), strict=True) if margin is not None]
+    return f"{lost:.1f} ± {100 * math.hypot(*own):.1f}"
+
+
+def _title(aggregation: str, epsilon: int | None) -> str:
+    return "no privacy" if epsilon is None else f"{aggregation}, {epsilon}"
+
+
+def _format_value(value: float) -> str:
+    return f"{value:.1f}" if value > 1 else f"{value:.3f}"
+
+
+def _describe_epsilon(epsilon: float | None) -> str:
+    return "without privacy" if epsilon is None else f"at {epsilon:g}"
+
+
+def main() -> None:
+    """Write the results and the tables, or compare them with what is there."""
+    rows = list(list_rows())
+    published = json.loads((HERE / "published.json").read_text())["rows"]
+    tables = {"scores": format_scores(rows, published), "losses": format_losses(rows, published)}
+    results = json.dumps(rows, indent=1) + "\n"
+    page = HERE / "README.md"
+    if "--check" in sys.argv[1:]:
+        written = page.read_text()
+        current = (HERE / "results.json").read_text() == results and all(one in written for one in tables.values())
+        sys.exit(0 if current else f"{HERE} is out of date: run {Path(__file__).name}")
+    (HERE / "results.json").write_text(results)
+    for name, table in tables.items():
+        readme.put(page, table, begin=f"<!-- {name}: written by collect.py -->")
+
+
+if __name__ == "__main__":
+    main()
