@@ -296,6 +296,14 @@ def test_documented_label_shares_match_the_shipped_recipes(
     assert table.count("| bank-a |") == len(recipes)
 
 
+def test_figures_beside_published_ones_match_their_studies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["collect.py", "--check"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "simulations/known_ground/collect.py"), run_name="__main__")
+    assert ended.value.code == 0
+
+
 def test_simulation_scripts_import_existing_names() -> None:
     for script in sorted((ROOT / "simulations").rglob("*.py")):
         for node in ast.walk(ast.parse(script.read_text())):

@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import readme
 
+HERE = Path(__file__).resolve().parent
 Row = dict[str, Any]
 AGGREGATIONS = ("none", "secure", "plain")
 EPSILONS = (8, 3, 1)
