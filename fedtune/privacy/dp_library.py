@@ -1,7 +1,8 @@
 """Central import of dp-accounting, with lazy loading of its SciPy dependencies.
 
 dp-accounting imports scipy.signal, scipy.stats and scipy.optimize, which take longer to load than most of fedtune's
-accounting takes to run. Few of its functions use these modules, so each module is loaded at its first use.
+accounting takes to run. Few of its functions use these modules, so each module is loaded at its first use. Of
+scipy.stats, its Gaussian mechanisms use only the normal distribution, which is computed here by the same functions.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 from typing import Any
+
+from scipy.special import log_ndtr, ndtr, ndtri
 
 __all__ = [
     "ComposedDpEvent",
@@ -36,7 +39,7 @@ class _DeferredModule(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # the import system reads these attributes
             raise AttributeError(name)
-        return _DeferredName(self.__name__, name)
+        return (_DeferredNormal if name == "norm" else _DeferredName)(self.__name__, name)
 
 
 class _DeferredName:
@@ -54,6 +57,38 @@ class _DeferredName:
     def _load(self) -> Any:
         module, name = self._path
         return getattr(import_module(module), name)
+
+
+class _DeferredNormal(_DeferredName):
+    """A placeholder for scipy.stats.norm, which is not imported for a distribution with mean 0."""
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return super().__call__(*given, **named) if given or named.keys() != {"scale"} else CenteredNormal(**named)
+
+
+class CenteredNormal:
+    """The normal distribution with mean 0: `scipy.stats.norm(scale=scale)`, with equal values.
+
+    scipy.stats checks and copies the arguments of each call, which takes longer than the function itself.
+
+    Args:
+        scale: the standard deviation, positive.
+    """
+
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
+
+    def cdf(self, x: Any) -> Any:
+        """Return the probability of at most `x`, elementwise."""
+        return ndtr(x / self._scale)
+
+    def logcdf(self, x: Any) -> Any:
+        """Return the natural logarithm of `cdf`, elementwise."""
+        return log_ndtr(x / self._scale)
+
+    def ppf(self, q: Any) -> Any:
+        """Return the value that is not exceeded with probability `q`, elementwise."""
+        return ndtri(q) * self._scale
 
 
 @contextmanager

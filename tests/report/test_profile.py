@@ -10,7 +10,7 @@ import pytest
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.optimize import brentq
+from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import norm
 
 from fedtune.privacy import accountant, events
@@ -147,6 +147,16 @@ def test_privacy_curve_is_monotone_and_below_each_ceiling(spent_mechanisms: dict
             assert alarms <= rate <= ceiling + 1e-7
         right = profile.bound_right_of_100(spent_mechanisms)
         assert 50 <= right <= profile.bound_correct_guesses_per_100(point.epsilon_pld, point.delta) + 1e-6
+
+
+@pytest.mark.parametrize("center", [0.0, 1e-6, 0.7, 8.0, 59.9])
+def test_search_for_the_least_bound_finds_scipys_minimum(center: float) -> None:
+    def bound(epsilon: float) -> float:
+        return 1 + abs(epsilon - center) ** 1.5
+
+    found = profile._minimize_bound(bound)
+    known = minimize_scalar(bound, bounds=(0.0, 60.0), method="bounded", options={"xatol": 1e-5}).fun
+    assert 1 <= found <= known + 1e-7
 
 
 def test_hit_rate_grows_with_false_alarms_and_steps(spent_mechanisms: dict[DpEvent, int]) -> None:

@@ -43,6 +43,7 @@ from fedtune.spec import check_at_least
 
 DELTAS = tuple(10.0**-power for power in range(3, 11))  # deltas of the reports' curves, besides the report's own delta
 _LARGEST_EPSILON = 60.0  # above it, the miss rate of an attack is below the precision of a float
+_SEARCH_WIDTH = 1e-5  # of epsilon, at the end of the search for the least bound
 PRIORS = (0.5, 0.1, 0.01, 0.001)  # prior probabilities of membership in the reports' tables
 FALSE_ALARMS = (0.01, 0.001)  # false positive rates in the reports' tables
 TIERS_SOURCE = "arXiv 2303.00654"
@@ -428,11 +429,24 @@ def round_up_figures(part: Any) -> Any:
 def _minimize_bound(bound: Callable[[float], float]) -> float:
     """Return an approximate minimum over epsilon of a unimodal `bound`; the result is valid because any epsilon gives a
     bound.
-    """
-    from scipy.optimize import minimize_scalar  # here, because many commands never need it, and it is slow to import
 
-    found = minimize_scalar(bound, bounds=(0.0, _LARGEST_EPSILON), method="bounded", options={"xatol": 1e-5})
-    return min(float(found.fun), bound(0.0))
+    This is a golden-section search. SciPy's takes longer to import than the search takes.
+    """
+    low, high, shrink = 0.0, _LARGEST_EPSILON, (math.sqrt(5) - 1) / 2
+    left, right = high - shrink * (high - low), low + shrink * (high - low)
+    at_left, at_right = bound(left), bound(right)
+    least = min(bound(0.0), at_left, at_right)
+    while high - low > _SEARCH_WIDTH:
+        if at_left < at_right:
+            high, right, at_right = right, left, at_left
+            left = high - shrink * (high - low)
+            at_left = bound(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + shrink * (high - low)
+            at_right = bound(right)
+        least = min(least, at_left, at_right)
+    return least
 
 
 def _sort_mechanisms(spent: Spent) -> Counted:
