@@ -24,7 +24,7 @@ _NOT_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.",
 # Version numbers of the formats. A changed format needs a new number or a migration; readers reject other numbers.
 LEDGER_SCHEMA: Final = 8  # ledger.db and its anchor
 REPORT_SCHEMA: Final = 10  # report.json
-RUN_SCHEMA: Final = 6  # a run folder's config.yaml, run.json, environment.json, audit.json, and adapter/fedtune.json
+RUN_SCHEMA: Final = 7  # a run folder's config.yaml, run.json, environment.json, audit.json, and adapter/fedtune.json
 KIT_SCHEMA: Final = 3  # kit.toml, roster.json, join requests, and the lead's files next to them
 WIRE_SCHEMA: Final = 10  # messages between lead and sites
 

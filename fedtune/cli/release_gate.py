@@ -10,7 +10,8 @@ from typing import Annotated
 from fedtune.cli.command import Argument, AsJson, Option, print_answer
 from fedtune.cli.finished_run import Run
 from fedtune.cli.report import find_roster_key
-from fedtune.federation.run_folder import CARD, RunFolder
+from fedtune.federation.run_folder import RunFolder
+from fedtune.model.adapter_files import CARD
 from fedtune.ops.kits.kit_file import read_signing_key
 from fedtune.privacy.keys import check_public_key
 from fedtune.show.lines import to_printable
@@ -68,7 +69,7 @@ def gate(
         fedtune_version=__version__,
         judged=f"{datetime.now(UTC):%Y-%m-%d}",
         run=evidence.facts.run,
-        model=gate_verdict.list_adapter_files(evidence.facts),
+        adapter_digest=evidence.facts.adapter_digest,
         report_sha256=signing.compute_report_digest(evidence.report),
         rules=limits.name,
         rules_sha256=digest,

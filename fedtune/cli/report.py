@@ -22,7 +22,8 @@ from typing import Annotated, Literal
 from fedtune.cli.command import Argument, AsJson, Language, Option, command, group, print_answer
 from fedtune.cli.ledger import find_ledger
 from fedtune.config import AboutSpec, read_saved_config
-from fedtune.federation.run_folder import CARD, LABEL, RunFolder
+from fedtune.federation.run_folder import RunFolder
+from fedtune.model.adapter_files import CARD, LABEL
 from fedtune.ops.kits.kit_file import read_signing_key
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.keys import check_public_key

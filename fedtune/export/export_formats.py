@@ -32,7 +32,8 @@ from fedtune.data.records import Record
 from fedtune.data.values import FEATURE
 from fedtune.export.onnx_graphs import INT8, WHOLE, load_graph, quantize, write_graph
 from fedtune.extras import require_extra
-from fedtune.federation.run_folder import CARD, LABEL, RunFolder
+from fedtune.federation.run_folder import RunFolder
+from fedtune.model.adapter_files import CARD, LABEL
 from fedtune.model.base_model import load_base, save_as_plain_model
 from fedtune.model.hf_logging import silence_transformers
 from fedtune.model.ia3_and_dora import merge_adapter

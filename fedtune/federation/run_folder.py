@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedtune.codec import parse_json
+from fedtune.model.adapter_files import ADAPTER, CARD, LABEL, compute_adapter_digest
 from fedtune.privacy.durable import hash_files, write_durably
 from fedtune.spec import ConfigError, RunError, StuckError, describe_full_disk
 from fedtune.system import lock, open_to_lock
 
 _MOST_NAMED = 10
-CARD, LABEL = "README.md", "label.svg"  # an adapter's model card and its privacy label
 ASKED = "asked.jsonl"  # the journal of requested rounds, in the checkpoint folder
 
 
@@ -50,14 +50,6 @@ def suggest_run_folders(folder: Path) -> str:
             more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
             return f"; there are {', '.join(list(named.values())[:_MOST_NAMED])}{more}"
     return ""
-
-
-def _read_adapter_digest(file: Path) -> str | None:
-    """Read the adapter digest from a JSON file; None if the file is unreadable or lacks the digest."""
-    with contextlib.suppress(OSError, ConfigError):
-        found = parse_json(file.read_bytes(), key=str(file), bound="must be an object").get("adapter_digest")
-        return found if isinstance(found, str) else None
-    return None
 
 
 @contextlib.contextmanager
@@ -121,7 +113,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.result = path / "run.json"
         self.log = path / "log.txt"
-        self.adapter = path / "adapter"
+        self.adapter = path / ADAPTER
         self.checkpoints = path / "checkpoints"
         self.asked = self.checkpoints / ASKED
         self.sites = path / "sites"
@@ -168,11 +160,12 @@ class RunFolder:
         """Return the adapter folder of a finished run, after verifying that its adapter may be used.
 
         Raises:
-            ConfigError: the run is unfinished or belongs to an audit, or its adapter has another digest than run.json.
+            ConfigError: the run is unfinished or belongs to an audit, or a file of its adapter is not the one whose
+                digest is in run.json.
         """
         if not self.adapter.is_dir():
             raise ConfigError("run folder", str(self.path), "has no finished adapter/; resume the run first")
-        self.require_own_adapter(_read_adapter_digest(self.adapter / "fedtune.json"))
+        self.require_own_adapter(self.adapter)
         return self.adapter
 
     def read_exports(self) -> dict[str, str]:
@@ -188,22 +181,29 @@ class RunFolder:
         noted = self.read_exports() | {f"{target.name}/{name}": digest for name, digest in new.items()}
         write_durably(self.exports, json.dumps(noted, indent=1).encode() + b"\n")
 
-    def require_own_adapter(self, digest: str | None, *, key: str = "run folder", value: str | None = None) -> None:
-        """Check that an adapter with this digest is the result of this run, and that the run is not an audit.
+    def require_own_adapter(self, adapter: Path, *, key: str = "run folder", value: str | None = None) -> None:
+        """Check that the adapter in the folder `adapter` is the result of this run, and that the run is not an audit.
 
         Raises:
             ConfigError: the adapter comes from an audit, or run.json has another digest.
         """
-        bound, mark, named = "", self.audit_mark.name, _read_adapter_digest(self.result)
+        bound, mark = "", self.audit_mark.name
         if self.audit_mark.exists():
             bound = f"is an audit: its training data contain canaries ({mark}); do not use its adapter or scores"
         elif not self.result.exists():  # a site's copy of an adapter has neither run.json nor checkpoints
             missing = "has no run.json with its adapter's digest; resume the run, or restore the file"
             bound = missing if self.saved_checkpoints else ""
-        elif digest is None or named != digest:
+        elif self._read_adapter_digest() != compute_adapter_digest(adapter):
             bound = "its adapter does not match adapter_digest in run.json; resume the run, or restore the adapter"
         if bound:
             raise ConfigError(key, value or str(self.path), bound)
+
+    def _read_adapter_digest(self) -> str | None:
+        """Read the adapter's digest from run.json; None if the file is unreadable or lacks the digest."""
+        with contextlib.suppress(OSError, ConfigError):
+            found = parse_json(self.result.read_bytes(), key=str(self.result), bound="must be an object")
+            return found.get("adapter_digest")
+        return None
 
     @property
     def saved_checkpoints(self) -> list[Path]:

@@ -23,8 +23,8 @@ from fedtune.data.batching import collate
 from fedtune.evaluation.bootstrap import Comparison, compare_by_scores
 from fedtune.export.export_formats import WRITERS, Source, create_model_folder, get_card_form
 from fedtune.export.onnx_graphs import Served, measure_graphs, measure_model
-from fedtune.federation.run_folder import CARD
 from fedtune.formatting import format_score_name, pluralize
+from fedtune.model.adapter_files import CARD
 from fedtune.model.base_model import hash_model
 from fedtune.model.layers import find_layer_stack
 from fedtune.model.spec import LoraSpec, ModelSpec

@@ -21,8 +21,9 @@ from fedtune.data import Record
 from fedtune.data.load import SiteRecords
 from fedtune.data.partition import split_heldout
 from fedtune.evaluation.scoring import enter_evaluation_mode
-from fedtune.federation.run_folder import LABEL, RunFolder
+from fedtune.federation.run_folder import RunFolder
 from fedtune.model.adapter import Adapter
+from fedtune.model.adapter_files import LABEL
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import Unit
 from fedtune.sites.shared_model import LoadedModel, Progress, RunModel, ignore_progress

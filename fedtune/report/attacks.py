@@ -4,7 +4,6 @@ HTML.
 
 from __future__ import annotations
 
-import hashlib
 import html
 import json
 from collections.abc import Mapping
@@ -15,14 +14,12 @@ from typing import Final
 
 from fedtune.codec import decode, parse_json, require
 from fedtune.evaluation.audit_bound import LEAST_CONFIDENCE
-from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
 from fedtune.report.page.translations import load_catalog
 from fedtune.spec import ConfigError, RunError, check_at_least, check_fraction, check_one_of, check_schema, spec
 
 ATTACK_SCHEMA: Final = 1  # attack.json
 FILE, PAGE = "attack.json", "attack.html"
-_ADAPTER = RunFolder(Path()).adapter.name
 
 NAMES = ("membership", "site", "reconstruction", "extraction", "attribute")
 """Codes of the attacks, in the order of the page; texts.toml has the words of the field for them."""
@@ -76,7 +73,7 @@ class RunAttacks:
     """The results of all attacks on one run."""
 
     run: str
-    adapter_sha256: str  # SHA-256 of the attacked model
+    adapter_sha256: str  # digest of the attacked adapter, as in run.json
     epsilon: float | None  # epsilon of the run's whole plan at `delta`; None: unbounded
     delta: float
     confidence: float  # confidence level of each interval separately
@@ -92,18 +89,12 @@ class RunAttacks:
         return tuple(one for one in self.findings if one.attack == attack)
 
 
-def hash_attacked_model(files: Mapping[str, str]) -> str:
-    """Return one SHA-256 of the run's own adapter, from a report's files: name -> SHA-256."""
-    lines = (f"{name}\0{digest}\n" for name, digest in sorted(files.items()) if name.startswith(f"{_ADAPTER}/"))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def read_findings(folder: Path, files: Mapping[str, str]) -> RunAttacks | None:
+def read_findings(folder: Path, adapter_digest: str) -> RunAttacks | None:
     """Read the findings of `fedtune attack` from a run's folder; None if there are none, or they are of another model.
 
     Args:
         folder: the run's folder.
-        files: file of the run's model -> its SHA-256, as in its report.
+        adapter_digest: the digest of the run's adapter; see `combine_hashes`.
 
     Raises:
         RunError: the file is damaged.
@@ -117,7 +108,7 @@ def read_findings(folder: Path, files: Mapping[str, str]) -> RunAttacks | None:
         found = decode(RunAttacks, fields)
     except ConfigError as error:
         raise RunError(f"{path} is damaged or of another version: run fedtune attack again") from error
-    return found if found.adapter_sha256 == hash_attacked_model(files) else None
+    return found if found.adapter_sha256 == adapter_digest else None
 
 
 def write_findings(found: RunAttacks, folder: Path) -> tuple[Path, Path]:

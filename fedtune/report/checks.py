@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from fedtune.config import RunConfig, read_saved_config
-from fedtune.federation.run_folder import CARD, LABEL, RunFolder
+from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import group_hex, pluralize
+from fedtune.model.adapter_files import CARD, LABEL
 from fedtune.privacy.durable import hash_files
 from fedtune.report import signing
 from fedtune.report.derive import dpia_fields

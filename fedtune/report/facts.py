@@ -16,6 +16,7 @@ from fedtune.federation.drift import HeldOut
 from fedtune.federation.early_stopping import Kept, count_rounds, find_kept_round, should_stop
 from fedtune.federation.lead import RoundResult, Scores
 from fedtune.federation.spec import FederationSpec
+from fedtune.model.adapter_files import ADAPTER, combine_hashes
 from fedtune.privacy.cohorts import Calendar
 from fedtune.privacy.events import Charge
 from fedtune.privacy.mechanism import Unit
@@ -382,6 +383,12 @@ class RunFacts:
     def unchanged(self) -> bool:
         """Whether `config.yaml` still contains the settings of the run."""
         return self.config_file_sha256 == self.provenance.config_sha256
+
+    @property
+    def adapter_digest(self) -> str:
+        """The digest of the run's own adapter, computed from `files`; "" before the run has finished."""
+        own = {name: sha256 for name, sha256 in self.files.items() if name.startswith(f"{ADAPTER}/")}
+        return combine_hashes(own) if own else ""
 
     @property
     def deployed(self) -> bool:

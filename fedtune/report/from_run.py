@@ -25,9 +25,9 @@ from fedtune.config import RunConfig, parse, read_saved_settings
 from fedtune.federation.drift import HeldOut, pool_held_out_scores
 from fedtune.federation.early_stopping import should_stop
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult
-from fedtune.federation.run_folder import CARD, LABEL, RunFolder
+from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import convert_infinite_to_none, total
-from fedtune.privacy.durable import hash_files
+from fedtune.model.adapter_files import hash_adapter_files
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
@@ -237,7 +237,7 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
     final = record.result.final if record.result else FinalResult(metrics={})
     files = hash_model_files(folder) if record.finished else {}
     times = [one.ended for one in record.rounds] + [one.since for one in record.environments]
-    return RunFacts(
+    facts = RunFacts(
         kind="run",
         run=record.run,
         sent=json.dumps(record.sent.decisive(), sort_keys=True) if record.sent else "",
@@ -271,8 +271,8 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
         held_out=_collect_held_out(record),
         sites=tuple(_collect_site_facts(record, site, own.get(site)) for site in config.federation.active),
         files=files,
-        attacks=read_findings(folder, files),
     )
+    return replace(facts, attacks=read_findings(folder, facts.adapter_digest))
 
 
 def _read_group_scores(folder: Path, primary_metric: str) -> Mapping[str, float | None]:
@@ -320,9 +320,8 @@ def _collect_held_out(record: RunRecord) -> tuple[HeldOut, ...] | None:
 def hash_model_files(folder: Path) -> Mapping[str, str]:
     """Return the SHA-256 of each file of a run's finished model, and of each export that the run folder records."""
     run = RunFolder(folder)
-    own = hash_files(run.adapter, besides=(CARD, LABEL))
     # Its own files last: an export may not claim their names.
-    return {**run.read_exports(), **{f"{run.adapter.name}/{name}": digest for name, digest in own.items()}}
+    return {**run.read_exports(), **hash_adapter_files(run.adapter)}
 
 
 def _collect_site_facts(record: RunRecord, site: str, report: Report | None) -> SiteFacts:

@@ -26,7 +26,7 @@ from fedtune.report.checks import Check, Known, check_report
 from fedtune.report.derive import profile
 from fedtune.report.derive.verdicts import find_wrong_audit_bounds, list_refuted_bounds, read_audit
 from fedtune.report.facts import Audit, RunFacts
-from fedtune.report.from_run import build_run_report, read_run
+from fedtune.report.from_run import RunRecord, build_run_report, read_run
 from fedtune.report.model import Report
 from fedtune.spec import ConfigError, RunError, check_at_least, check_fraction, name_file_in_errors, spec
 from fedtune.tasks.base import Task
@@ -138,7 +138,6 @@ class Evidence(NamedTuple):
         contradiction: how report.json contradicts the run's folder; "" if they agree.
         audit: the results of an audit with the same plan and model.
         groups: the groups of a comparison: name, number of records or persons, and score gap to all other groups.
-        adapter_digest: digest of the run's final adapter in run.json; "" for a run that has not finished.
     """
 
     folder: Path
@@ -148,7 +147,6 @@ class Evidence(NamedTuple):
     contradiction: str = ""
     audit: Audit | None = None
     groups: Sequence[tuple[str, int, float | None]] = ()
-    adapter_digest: str = ""
 
     @property
     def facts(self) -> RunFacts:
@@ -195,10 +193,9 @@ def collect_evidence(folder: Path, known: Known, *, audit: Path | None, groups: 
             fresh = report  # the same figures, with the lead's signature
     except ConfigError as error:
         contradiction = str(error) if path.is_file() else ""
-    if "files" in checks and (problem := _find_adapter_problem(folder)):
+    if "files" in checks and (problem := _find_adapter_problem(folder, record)):
         checks["files"] = Check("files", "wrong", problem)
-    digest = (record.result.adapter_digest or "") if record.result else ""
-    found = Evidence(folder, fresh, record.config, checks, contradiction, adapter_digest=digest)
+    found = Evidence(folder, fresh, record.config, checks, contradiction)
     if audit is not None:
         found = found._replace(audit=_read_matching_audit(found, audit))
     return found if groups is None else found._replace(groups=_read_groups(found, groups))
@@ -210,12 +207,16 @@ def judge_run(rules: GateRules, evidence: Evidence) -> tuple[Check, ...]:
     return tuple(Check(rule, _STATES[holds], why) for rule, holds, why in found)
 
 
-def _find_adapter_problem(folder: Path) -> str:
-    """Return how the tensors in a run's adapter/ contradict the digest in its run.json; "" if they agree."""
+def _find_adapter_problem(folder: Path, record: RunRecord) -> str:
+    """Return how a run's adapter/ contradicts the digest in its run.json or the run's settings; "" if they agree."""
     from fedtune.tasks.saved import SavedAdapter
 
     try:
-        SavedAdapter.read(RunFolder(folder).find_finished_adapter()).check_tensors()
+        saved = SavedAdapter.read(RunFolder(folder).find_finished_adapter())
+        trained, base = record.config.task_model(), record.result and record.result.provenance.base_model
+        pinned = dataclasses.replace(saved.spec.model, sha256=base.sha256 if base else None)
+        saved.require_same_model(dataclasses.replace(trained, model=pinned))
+        saved.check_tensors()
     except ConfigError as error:
         return str(error)
     return ""
@@ -242,7 +243,7 @@ def _read_groups(given: Evidence, path: Path) -> tuple[tuple[str, int, float | N
     try:
         told = parse_json(path.read_bytes(), key="--groups", bound=bound)
         digests = {model["name"]: model.get("adapter_digest") for model in told["models"]}
-        own = next(name for name, digest in digests.items() if digest and digest == given.adapter_digest)
+        own = next(name for name, digest in digests.items() if digest and digest == given.facts.adapter_digest)
         parts = [group for column in told["groups"].values() for group in column["groups"]]
         found = tuple((str(one["name"]), one["units"], one["gaps"][own]["value"]) for one in parts)
         if all(type(units) is int and (gap is None or _is_finite(gap)) for _, units, gap in found):

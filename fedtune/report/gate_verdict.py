@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedtune.codec import decode, parse_json
-from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.report.facts import RunFacts
 from fedtune.report.model import Signature
@@ -31,7 +30,7 @@ class GateVerdict:
         fedtune_version: fedtune version that judged the run.
         judged: date of the verdict, in UTC.
         run: name of the run in the sites' ledgers.
-        model: file of the run's adapter -> its SHA-256, as in the judged report.
+        adapter_digest: digest of the run's adapter, as in run.json and the judged report.
         report_sha256: SHA-256 of the judged report.json.
         rules: name of the rule set.
         rules_sha256: SHA-256 of the rule file.
@@ -45,7 +44,7 @@ class GateVerdict:
     fedtune_version: str
     judged: str
     run: str
-    model: Mapping[str, str]
+    adapter_digest: str
     report_sha256: str
     rules: str
     rules_sha256: str
@@ -80,15 +79,10 @@ def verdict_to_json(verdict: GateVerdict) -> bytes:
     return json.dumps(dataclasses.asdict(verdict), indent=1, ensure_ascii=False).encode() + b"\n"
 
 
-def list_adapter_files(facts: RunFacts) -> Mapping[str, str]:
-    """Return file name -> SHA-256 for the files of the run's own adapter."""
-    return {name: digest for name, digest in facts.files.items() if name.startswith(f"{RunFolder(Path()).adapter}/")}
-
-
 def read_verdict(folder: Path, facts: RunFacts) -> GateVerdict | None:
     """Read the verdict on a run from its folder.
 
-    Guarantee: the verdict is about this run and exactly these model files, and its signature, if any, is valid.
+    Guarantee: the verdict is about this run and exactly this adapter, and its signature, if any, is valid.
 
     Returns:
         The verdict; None if the file is missing or invalid, is about another run or model, or was changed after
@@ -103,5 +97,5 @@ def read_verdict(folder: Path, facts: RunFacts) -> GateVerdict | None:
         verdict = decode(GateVerdict, fields)
     except ConfigError:
         return None
-    is_own = (verdict.run, verdict.model) == (facts.run, list_adapter_files(facts))
+    is_own = (verdict.run, verdict.adapter_digest) == (facts.run, facts.adapter_digest)
     return verdict if is_own and (verdict.signature is None or verdict.has_valid_signature) else None

@@ -18,8 +18,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup, escape
 
 from fedtune.config import RunConfig
-from fedtune.federation.run_folder import CARD, LABEL, RunFolder
+from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import format_score_name
+from fedtune.model.adapter_files import CARD, LABEL
 from fedtune.model.source import find_public_location
 from fedtune.model.spec import ADAPTERS, NO_ADAPTER, NO_BASE
 from fedtune.report.facts import RunFacts

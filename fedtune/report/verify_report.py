@@ -22,7 +22,6 @@ from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.dp_library import DpEvent, GaussianDpEvent, LaplaceDpEvent, NonPrivateDpEvent
 from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE
 from fedtune.privacy.selection import MOST_TRIALS
-from fedtune.report.attacks import hash_attacked_model
 from fedtune.report.derive import dpia_fields, ledger_figures, profile, run_figures
 from fedtune.report.derive.verdicts import find_audit_problems
 from fedtune.report.facts import Cap, Facts, LedgerFacts, RunFacts, SiteFacts, SiteStatement
@@ -88,7 +87,7 @@ def problems(report: Report) -> list[Problem]:
 def _find_attack_problems(facts: Facts) -> Iterator[Problem]:
     """Yield a problem if the attacks in a report are of another model."""
     if isinstance(facts, RunFacts) and facts.attacks:
-        said, model = facts.attacks.adapter_sha256, hash_attacked_model(facts.files)
+        said, model = facts.attacks.adapter_sha256, facts.adapter_digest
         if said != model:
             yield Problem("attacks.adapter_sha256", said, model)
 

@@ -157,7 +157,7 @@ def _read_run_lineage(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None
     try:
         folder = adapter.folder.resolve().parent
         earlier = json.loads(RunFolder(folder).result.read_bytes())
-        RunFolder(folder).require_own_adapter(adapter.digest)
+        RunFolder(folder).require_own_adapter(adapter.folder)
         spent, settings = earlier["privacy"], read_saved_settings(folder)
         epsilon, delta = compute_released_epsilon(spent["epsilon"], float(spent["delta"]), read_selection(folder))
         own = {"unit": str(spent["unit"]), "delta": delta, "epsilon": None if spent["seeded_noise"] else epsilon}

@@ -19,6 +19,7 @@ from fedtune.federation.planner import check_signal
 from fedtune.federation.rounds import run_rounds
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.transport import Transport
+from fedtune.model.adapter_files import compute_adapter_digest
 from fedtune.model.ranks import count_trained_values
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
@@ -151,7 +152,7 @@ class FederationRun:
         metrics, detail = (measured.compute_final_scores(model), measured.detail(model)) if measured else ({}, None)
         state.kept_adapter.load_into(model)
         save_task_model(model, RunFolder(self.folder).adapter)
-        seconds, digest = measure_seconds(), state.kept_adapter.digest()
+        seconds, digest = measure_seconds(), compute_adapter_digest(RunFolder(self.folder).adapter)
         return self._write_result(state, metrics=metrics, detail=detail, seconds=seconds, meter=meter, digest=digest)
 
     def _find_initial_state(self, listener: Listener) -> LeadState:

@@ -31,7 +31,7 @@ def add_start_adapter(config: RunConfig) -> RunConfig:
     from fedtune.tasks.saved import SavedAdapter  # torch takes seconds to import
 
     start = SavedAdapter.read_initial(name)
-    RunFolder(start.folder.parent).require_own_adapter(start.digest, key="model.adapter", value=name)
+    RunFolder(start.folder.parent).require_own_adapter(start.folder, key="model.adapter", value=name)
     if expected not in (None, start.digest):
         raise ConfigError(
             "model.adapter_sha256", expected, f"does not match the adapter, whose digest is {start.digest}"

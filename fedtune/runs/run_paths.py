@@ -9,8 +9,9 @@ from pathlib import Path
 from fedtune.config import RunConfig, read_saved_config
 from fedtune.federation.early_stopping import should_stop
 from fedtune.federation.lead import Checkpoints
-from fedtune.federation.run_folder import CARD, RunFolder
+from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import flatten
+from fedtune.model.adapter_files import CARD
 from fedtune.runs.public_stage import needs_public_stage
 from fedtune.spec import ConfigError, format_value
 

@@ -7,7 +7,7 @@ offsets.safetensors                              for DoRA and IA3: their scales 
 head.safetensors                                 the task's own tensors; for classification "weight" (labels, h) and
                                                  "center" (h,), see `HeadSpec`:
                                                  logits = scale * weight @ normalized(pooled - center)
-fedtune.json                                     settings, labels, the base's hash, the adapter's digest
+fedtune.json                                     settings, labels, the base's hash, the trained tensors' hash
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedtune.codec import decode, parse_json
 from fedtune.model.adapter import Adapter, AdapterError, copy_tensors
+from fedtune.model.adapter_files import compute_adapter_digest
 from fedtune.model.base_model import hash_model
 from fedtune.model.ia3_and_dora import PEFT_SCALES, iter_peft_scales
 from fedtune.model.source import find_public_location
@@ -86,7 +87,7 @@ class SavedAdapter:
 
     folder: Path
     spec: TaskModelSpec  # the spec of the saved model, with the base pinned
-    digest: str  # the digest of the trained tensors in the folder's settings
+    trained_sha256: str  # `Adapter.digest` of the trained tensors, from the folder's settings; sites know this digest
     private_to: str | None = None  # the site whose records trained it without noise; None: the adapter of a run
 
     @classmethod
@@ -113,12 +114,12 @@ class SavedAdapter:
             )
             raise ConfigError("adapter", str(folder), bound)
         with name_file_in_errors(path):
-            digest, own = str(settings.pop("adapter_digest", None)), settings.pop("task_settings", {})
+            trained, own = str(settings.pop("trained_sha256", None)), settings.pop("task_settings", {})
             spec = decode(TaskModelSpec, settings)
             spec = replace(spec, task_settings=get_task(spec.task, own).own)
         if model is not None:  # a base at another location must be the model that the adapter was trained on
             spec = replace(spec, model=replace(model, sha256=spec.model.sha256))
-        return cls(folder, spec, digest, site)
+        return cls(folder, spec, trained, site)
 
     @classmethod
     def read_initial(cls, name: str) -> SavedAdapter:
@@ -140,11 +141,16 @@ class SavedAdapter:
         return ConfigError("adapter", str(self.folder), bound)
 
     @cached_property
+    def digest(self) -> str:
+        """The digest of all files that decide the model's answers, as in run.json; see `combine_hashes`."""
+        return compute_adapter_digest(self.folder)
+
+    @cached_property
     def tensors(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Adapter tensors by their public names, and the task's own tensors without the prefix `head.`.
 
         Raises:
-            ConfigError: a file is missing or damaged, or its tensors do not match the rank and digest in the settings.
+            ConfigError: a file is missing or damaged, or its tensors do not match the rank and hash in the settings.
         """
         lora = self.spec.lora
         adapted, task = lora.kind != NO_ADAPTER, get_task(self.spec.task)
@@ -168,18 +174,18 @@ class SavedAdapter:
         if self.spec.head.train:
             trained |= {_HEAD + name: one for name, one in read["head"].items() if name not in _CONSTANTS}
         try:
-            digest = Adapter(trained).digest()
+            sha256 = Adapter(trained).digest()
         except AdapterError as error:
             raise self._build_invalid_adapter_error(f"must contain an adapter's tensors: {error}") from None
-        if digest != self.digest:
+        if sha256 != self.trained_sha256:
             raise self._build_invalid_adapter_error(f"has tensors that do not match the digest in its {_SETTINGS}")
         return tensors, read["head"]
 
     def check_tensors(self) -> None:
-        """Check that the saved tensors have the digest in the settings; the base is not read.
+        """Check that the trained tensors have the hash in the settings; the base is not read.
 
         Raises:
-            ConfigError: a file is missing or damaged, or its tensors do not match the digest.
+            ConfigError: a file is missing or damaged, or its tensors do not match the hash.
         """
         _ = self.tensors
 
@@ -328,7 +334,7 @@ def write_task_model(model: TaskModel, folder: Path, *, private_to: str | None =
     # The initial adapter's digest stays, but not its local folder.
     pinned = replace(base, sha256=base.sha256 or hash_model(base), cache_dir=None, adapter=None)
     spec = asdict(replace(model.spec, model=pinned))
-    files[_SETTINGS] = {"schema_version": RUN_SCHEMA, **spec, "adapter_digest": Adapter.from_task_model(model).digest()}
+    files[_SETTINGS] = {"schema_version": RUN_SCHEMA, **spec, "trained_sha256": Adapter.from_task_model(model).digest()}
     if private_to is not None:
         files[_SETTINGS][PRIVATE_TO] = private_to
     for name, settings in files.items():

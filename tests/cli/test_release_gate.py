@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from fedtune.evaluation.audit_bound import compute_epsilon_lower_bound
+from fedtune.model.adapter_files import compute_adapter_digest
 from fedtune.ops.kits.members import Roster
 from fedtune.privacy.keys import SigningKey
 from fedtune.report import signing
@@ -96,6 +97,19 @@ def replace_weights(folder: Path) -> None:
     write_report(folder)
 
 
+def reverse_labels(folder: Path) -> None:
+    """Reverse the labels in the adapter's settings, and let fedtune write a report that lists the changed file."""
+    settings = folder / "adapter" / "fedtune.json"
+    edit_json(settings, labels=json.loads(settings.read_text())["labels"][::-1])
+    write_report(folder)
+
+
+def reverse_labels_in_all_records(folder: Path) -> None:
+    reverse_labels(folder)
+    edit_json(folder / "run.json", adapter_digest=compute_adapter_digest(folder / "adapter"))
+    write_report(folder)
+
+
 def claim_old_weights(folder: Path) -> None:
     """Let exports.json name the adapter's files with the hashes that the report lists, and change the weights."""
     files = build_run_report(folder).facts.files  # type: ignore[union-attr]
@@ -136,6 +150,8 @@ def leave_out_sites(folder: Path) -> None:
 DEFECTS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "weights of another run": ("files", replace_weights),
     "weights under old hashes": ("files", claim_old_weights),
+    "other order of labels": ("files", reverse_labels),
+    "other order of labels in all records": ("files", reverse_labels_in_all_records),
     "added README": ("files", add_note),
     "payload as label": ("record", write_into_label),
     "no receipts": ("ledgers", lose_receipts),

@@ -33,6 +33,7 @@ from fedtune.lab.studies.synthetic import (
     synthesize,
 )
 from fedtune.model.adapter import Adapter
+from fedtune.model.adapter_files import compute_adapter_digest
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.selection import Selection, compute_search_cost
 from fedtune.report.from_run import sum_start_losses
@@ -76,8 +77,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vote(run: Path, *weights: float) -> None:
     head, told = run / "adapter" / "head.safetensors", {"weight": np.array([weights], dtype=np.float32)}
     save_file(load_file(head) | told, head)
-    for file in (run / "adapter" / "fedtune.json", run / "run.json"):
-        edit_json(file, adapter_digest=Adapter({"head.weight": told["weight"]}).digest())
+    edit_json(run / "adapter" / "fedtune.json", trained_sha256=Adapter({"head.weight": told["weight"]}).digest())
+    edit_json(run / "run.json", adapter_digest=compute_adapter_digest(run / "adapter"))
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from dp_accounting.rdp import RdpAccountant
 
 from fedtune.config import read_saved_config
 from fedtune.data.load import read_lead_records, sample_rows
+from fedtune.model.adapter_files import compute_adapter_digest
 from fedtune.privacy.ledger.verify import verify
 
 from ..cli import snapshots
@@ -61,6 +62,7 @@ def test_run_json_has_its_documented_keys_and_the_adapter_digest(result: Any, fo
     snapshots.check_json("run", json.dumps(mask_varying(result)), folder=folder)
     about = json.loads((folder / "adapter" / "fedtune.json").read_text())
     assert result["provenance"]["base_model"]["sha256"] == about["model"]["sha256"]
+    assert result["adapter_digest"] == compute_adapter_digest(folder / "adapter")
     assert result["config_sha256"] == read_saved_config(folder).digest()
     assert all(entry["seconds"] > 0 for entry in result["rounds"])
     check_planned_bytes(folder)

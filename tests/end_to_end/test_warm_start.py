@@ -11,6 +11,7 @@ from fedtune.api.compose import compose_run
 from fedtune.config import read_saved_config
 from fedtune.federation.lead import Checkpoints
 from fedtune.flower.simulation import simulate as run_simulation
+from fedtune.model.adapter_files import compute_adapter_digest
 from fedtune.privacy.ledger.verify import verify
 
 from ..cli import snapshots
@@ -34,7 +35,7 @@ def second_run(first_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 
 def read_digest(folder: Path) -> str:
-    return str(json.loads((folder / "adapter" / "fedtune.json").read_text())["adapter_digest"])
+    return compute_adapter_digest(folder / "adapter")
 
 
 def test_warm_start_keeps_final_scores_and_states_its_lineage(first_run: Path, second_run: Any) -> None:

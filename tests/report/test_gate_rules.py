@@ -12,6 +12,7 @@ import pytest
 from fedtune.api.compose import compose_run
 from fedtune.config import AboutSpec, RunConfig
 from fedtune.federation.lead import RoundResult
+from fedtune.model.adapter_files import combine_hashes
 from fedtune.report import gate_rules
 from fedtune.report.attacks import AttackFinding, RunAttacks
 from fedtune.report.checks import Check
@@ -390,10 +391,10 @@ def test_unknown_stated_field_is_refused(evidence: Evidence) -> None:
 
 
 def test_group_scores_are_read_only_from_comparisons_of_this_model(evidence: Evidence, tmp_path: Path) -> None:
-    file, own = tmp_path / "groups.json", evidence._replace(adapter_digest="ab")
+    file, own = tmp_path / "groups.json", change_run(evidence, files={"adapter/fedtune.json": "ab"})
     group = {"name": "ward a", "units": 20, "gaps": {"base": {"value": 0.1}, "run": {"value": -0.2}}}
     told = {
-        "models": [{"name": "base"}, {"name": "run", "adapter_digest": "ab"}],
+        "models": [{"name": "base"}, {"name": "run", "adapter_digest": combine_hashes({"adapter/fedtune.json": "ab"})}],
         "groups": {"by ward": {"groups": [group]}},
     }
     file.write_text(json.dumps(told))

@@ -15,7 +15,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save
 
+from fedtune.federation.run_folder import RunFolder
 from fedtune.model.adapter import Adapter, AdapterError
+from fedtune.model.adapter_files import CARD, LABEL, compute_adapter_digest
 from fedtune.model.base_model import load_base
 from fedtune.model.source import find_public_location
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec
@@ -187,7 +189,7 @@ def test_changed_adapter_folder_is_refused(tmp_path: Path) -> None:
 
     changed: dict[str, Any]
     for changed in (
-        {"adapter_digest": "0" * 64},
+        {"trained_sha256": "0" * 64},
         {"lora": settings["lora"] | {"rank": 3}},
         {"lora": settings["lora"] | {"rang": 3}},
         {"model": settings["model"] | {"sha256": "0" * 64}},
@@ -207,3 +209,31 @@ def test_changed_adapter_folder_is_refused(tmp_path: Path) -> None:
         load_task_model(folder)
     with pytest.raises(ConfigError, match="adapter"):
         load_task_model(tmp_path / "nowhere")
+
+
+def test_finished_adapter_is_refused_after_a_change_of_any_file(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    save_task_model(make_trained(lora=LoraSpec(kind="ia3")), run.adapter)
+    run.result.write_text(json.dumps({"adapter_digest": compute_adapter_digest(run.adapter)}))
+    for name in (CARD, LABEL):
+        (run.adapter / name).write_text("drawn later")
+    assert run.find_finished_adapter() == run.adapter
+    written = read_files(run.adapter)
+    names = {"adapter_config.json", "adapter_model.safetensors", "fedtune.json", "head.safetensors"}
+    assert set(written) - {CARD, LABEL} == names | {"offsets.safetensors"}
+    for path in (*(run.adapter / name for name in written if name not in (CARD, LABEL)), run.adapter / "added.json"):
+        before = path.read_bytes() if path.exists() else None
+        path.write_bytes((before or b"") + b" ")
+        with pytest.raises(ConfigError, match="does not match adapter_digest"):
+            run.find_finished_adapter()
+        path.unlink() if before is None else path.write_bytes(before)
+    assert run.find_finished_adapter() == run.adapter
+
+
+def test_adapter_digest_matches_its_documentation(tmp_path: Path) -> None:
+    (tmp_path / "b.json").write_bytes(b"two")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "README.md").write_bytes(b"one")
+    one, two = (hashlib.sha256(content).hexdigest() for content in (b"one", b"two"))
+    documented = f"adapter/a/README.md\0{one}\nadapter/b.json\0{two}\n".encode()
+    assert compute_adapter_digest(tmp_path) == hashlib.sha256(documented).hexdigest()

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fedtune.model.adapter import Adapter
+from fedtune.model.adapter_files import compute_adapter_digest
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import RUN_SCHEMA, ConfigError
 from fedtune.tasks.saved import SavedAdapter, save_task_model
@@ -51,9 +52,10 @@ def begin_adapter(folder: Path, spec: TaskModelSpec = SPEC) -> Adapter:
 def test_run_starts_from_the_saved_adapter(tuned_adapter: Path) -> None:
     expected = Adapter.from_task_model(build_moved(SPEC)).digest()
     assert begin_adapter(tuned_adapter).digest() == begin_adapter(tuned_adapter.parent).digest() == expected
-    assert SavedAdapter.read_initial(str(tuned_adapter)).digest == expected
+    saved = SavedAdapter.read_initial(str(tuned_adapter))
+    assert (saved.digest, saved.trained_sha256) == (compute_adapter_digest(tuned_adapter), expected)
     # in any order
-    SavedAdapter.read_initial(str(tuned_adapter)).require_compatible(replace(SPEC, lora=make_lora(layers=(1, 0))))
+    saved.require_compatible(replace(SPEC, lora=make_lora(layers=(1, 0))))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,7 @@ def test_damaged_or_non_finite_start_adapter_is_refused(
     if message == "non-finite":  # as a lead would send it that means it
         settings = json.loads((copied / "fedtune.json").read_text())
         trained = tensors | {"head.weight": load_file(copied / "head.safetensors")["weight"]}
-        (copied / "fedtune.json").write_text(json.dumps(settings | {"adapter_digest": Adapter(trained).digest()}))
+        (copied / "fedtune.json").write_text(json.dumps(settings | {"trained_sha256": Adapter(trained).digest()}))
     with pytest.raises(ConfigError, match=rf"model\.adapter = .*{message}"):
         begin_adapter(copied)
     settings = json.loads((tuned_adapter / "fedtune.json").read_text())  # nor is another base taken, by its hash

@@ -20,14 +20,16 @@ from pathlib import Path
 import numpy as np
 
 from fedtune.config import RunConfig
+from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import pluralize
 from fedtune.lab.attack import known_attacks
 from fedtune.lab.attack.target import Scored, Target, fit_to_minutes
+from fedtune.model.adapter_files import compute_adapter_digest
 from fedtune.privacy.events import Spent
 from fedtune.privacy.run_plan import Plan
-from fedtune.report.attacks import AttackFinding, RunAttacks, hash_attacked_model, write_findings
+from fedtune.report.attacks import AttackFinding, RunAttacks, write_findings
 from fedtune.report.derive import profile
-from fedtune.report.from_run import hash_model_files, read_run
+from fedtune.report.from_run import read_run
 
 CONFIDENCE = 0.95
 SHADOWS = 32
@@ -100,7 +102,7 @@ def attack_run(
     findings.append(known_attacks.describe_attribute(inside, outside, confidence=CONFIDENCE))
     found = RunAttacks(
         run=config.name or folder.name,
-        adapter_sha256=hash_attacked_model(hash_model_files(folder)),
+        adapter_sha256=compute_adapter_digest(RunFolder(folder).adapter),
         epsilon=None if spent is None else profile.epsilon_pld(spent, plan.delta),
         delta=plan.delta,
         confidence=CONFIDENCE,
