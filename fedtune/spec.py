@@ -26,7 +26,7 @@ LEDGER_SCHEMA: Final = 8  # ledger.db and its anchor
 REPORT_SCHEMA: Final = 10  # report.json
 RUN_SCHEMA: Final = 7  # a run folder's config.yaml, run.json, environment.json, audit.json, and adapter/fedtune.json
 KIT_SCHEMA: Final = 3  # kit.toml, roster.json, join requests, and the lead's files next to them
-WIRE_SCHEMA: Final = 10  # messages between lead and sites
+WIRE_SCHEMA: Final = 11  # messages between lead and sites
 
 
 class FedtuneError(Exception):

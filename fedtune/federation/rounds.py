@@ -290,6 +290,8 @@ def _announce_end(transport: Transport, lead: Lead, state: LeadState, *, adapter
     questions = [Question(site=site, signed=signed, adapter=given) for site in lead.asked.federation.active]
     timeout_s = min(lead.asked.federation.round_timeout_s, _END_TIMEOUT_S)
     for site, receipt in transport.end(questions, timeout_s=timeout_s):
-        if receipt and not receipt.reply and receipt.site_key == lead.asked.site_keys.get(site, receipt.site_key):
+        own = receipt and receipt.site_key == lead.asked.site_keys.get(site, receipt.site_key)
+        # A site that ended the run earlier, for example by a denial, has recorded no final adapter.
+        if receipt and own and receipt.reply in ("", notice.adapter_digest):
             state = state.with_receipt(site, receipt, run=lead.run, plan=lead.plan) or state
     return state

@@ -246,8 +246,8 @@ def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | No
         adapter: the final adapter, if one was sent; stored if the policy says "keep".
 
     Returns:
-        A receipt for all charges of the run, which also records its end; None if the site does not know the run, or
-        cannot read its ledger.
+        A receipt for all charges of the run, which also signs its end and the digest of the final adapter in the
+        ledger; None if the site does not know the run, or cannot read its ledger.
 
     Raises:
         Refused: the sender is not the run's lead, or the adapter does not match the notice.
@@ -265,7 +265,7 @@ def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | No
     kept = known is not None and known.adapter == notice.adapter_digest
     if adapter is not None and kept and site.ledger.policy.final_adapter == "keep":
         site.store_adapter(notice.run, adapter)
-    return _make_receipt(site, notice.run, notice.lead)
+    return _make_receipt(site, notice.run, notice.lead, reply=known.adapter if known else "")
 
 
 def _make_receipt(site: Site, run: str, lead: str, *, reply: str = "") -> Receipt | None:

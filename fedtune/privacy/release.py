@@ -316,8 +316,9 @@ class Receipt(_Plain):
             back.
         site_key: public key of the site.
         signature: signature by `site_key` on all other fields.
-        reply: SHA-256, in hex, of the canonical bytes of the accompanying answer; empty for a receipt without an
-            answer.
+        reply: SHA-256, in hex, of the canonical bytes of the accompanying answer. In the answer to the notice that the
+            run has ended: the digest (`Adapter.digest`) of the final adapter in the ledger, or empty if the lead sent
+            none. No answer's bytes have the form that this digest hashes, so neither can pass for the other.
     """
 
     site: str

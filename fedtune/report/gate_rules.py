@@ -42,6 +42,7 @@ _BY_AUDIT = "run fedtune audit with this run's settings, and pass its folder wit
 _BY_ATTACK = "run fedtune attack on this run, and then fedtune report"
 _BY_GROUP = "run fedtune compare RUN --by COLUMN --json > groups.json, and pass --groups groups.json"
 _BY_REPORT = "run fedtune report on this run first"
+_BY_NOTICE = "resume the run, which sends its final adapter to the sites again"
 _BY_SITE = "ask the site to run fedtune report site.toml --sign, and put its report.json into site_reports/"
 
 
@@ -56,6 +57,7 @@ class GateRules:
         ledgers: the ledger of each site verifies and contains the charges of the site's receipt.
         finished: the run has finished, and no audit planted canaries in its records.
         real_sites: real sites took part, whose keys the caller knows, and the noise did not come from a fixed seed.
+            Each charged site signed that the model's trained tensors are the final adapter that it received.
         signed: report.json is signed with a key that the caller trusts.
         guarantee: the report's verdict is "within".
         assumptions: no assumption of the guarantee is known to be violated.
@@ -138,6 +140,8 @@ class Evidence(NamedTuple):
         contradiction: how report.json contradicts the run's folder; "" if they agree.
         audit: the results of an audit with the same plan and model.
         groups: the groups of a comparison: name, number of records or persons, and score gap to all other groups.
+        trained_sha256: `Adapter.digest` of the adapter's trained tensors, which real sites sign; "" if the adapter is
+            missing or invalid.
     """
 
     folder: Path
@@ -147,6 +151,7 @@ class Evidence(NamedTuple):
     contradiction: str = ""
     audit: Audit | None = None
     groups: Sequence[tuple[str, int, float | None]] = ()
+    trained_sha256: str = ""
 
     @property
     def facts(self) -> RunFacts:
@@ -193,9 +198,13 @@ def collect_evidence(folder: Path, known: Known, *, audit: Path | None, groups: 
             fresh = report  # the same figures, with the lead's signature
     except ConfigError as error:
         contradiction = str(error) if path.is_file() else ""
-    if "files" in checks and (problem := _find_adapter_problem(folder, record)):
-        checks["files"] = Check("files", "wrong", problem)
-    found = Evidence(folder, fresh, record.config, checks, contradiction)
+    trained = ""
+    if "files" in checks:
+        try:
+            trained = _verify_adapter(folder, record)
+        except ConfigError as error:
+            checks["files"] = Check("files", "wrong", str(error))
+    found = Evidence(folder, fresh, record.config, checks, contradiction, trained_sha256=trained)
     if audit is not None:
         found = found._replace(audit=_read_matching_audit(found, audit))
     return found if groups is None else found._replace(groups=_read_groups(found, groups))
@@ -207,19 +216,20 @@ def judge_run(rules: GateRules, evidence: Evidence) -> tuple[Check, ...]:
     return tuple(Check(rule, _STATES[holds], why) for rule, holds, why in found)
 
 
-def _find_adapter_problem(folder: Path, record: RunRecord) -> str:
-    """Return how a run's adapter/ contradicts the digest in its run.json or the run's settings; "" if they agree."""
+def _verify_adapter(folder: Path, record: RunRecord) -> str:
+    """Verify a run's adapter/, and return the digest of its trained tensors, which the sites know.
+
+    Raises:
+        ConfigError: the adapter contradicts the digest in run.json, the run's settings, or its own hash.
+    """
     from fedtune.tasks.saved import SavedAdapter
 
-    try:
-        saved = SavedAdapter.read(RunFolder(folder).find_finished_adapter())
-        trained, base = record.config.task_model(), record.result and record.result.provenance.base_model
-        pinned = dataclasses.replace(saved.spec.model, sha256=base.sha256 if base else None)
-        saved.require_same_model(dataclasses.replace(trained, model=pinned))
-        saved.check_tensors()
-    except ConfigError as error:
-        return str(error)
-    return ""
+    saved = SavedAdapter.read(RunFolder(folder).find_finished_adapter())
+    asked, base = record.config.task_model(), record.result and record.result.provenance.base_model
+    pinned = dataclasses.replace(saved.spec.model, sha256=base.sha256 if base else None)
+    saved.require_same_model(dataclasses.replace(asked, model=pinned))
+    saved.check_tensors()
+    return saved.trained_sha256
 
 
 def _read_matching_audit(evidence: Evidence, folder: Path) -> Audit:
@@ -326,7 +336,12 @@ def _judge_real_sites(_: bool, given: Evidence, __: GateRules) -> Found:
         return False, given.contradiction
     if (keys := given.checks.get("site keys")) is None:
         return None, f"there is no report.json: {_BY_REPORT}"
-    return (True, "real sites took part") if keys.state == "right" else ({"wrong": False}.get(keys.state), keys.text)
+    if keys.state != "right":
+        return {"wrong": False}.get(keys.state), keys.text
+    receipts = [site.receipt for site in given.facts.sites if site.receipt and site.receipt.charged_rounds]
+    if others := [one.site for one in receipts if one.reply != given.trained_sha256 or not one.reply]:
+        return False, f"{', '.join(others)} did not sign that this adapter is the final one: {_BY_NOTICE}"
+    return True, "real sites took part, and signed that this adapter is the final one"
 
 
 def _judge_guarantee(_: bool, given: Evidence, __: GateRules) -> Found:

@@ -148,7 +148,7 @@ def test_final_adapter_is_kept_and_its_digest_recorded(site: Any, final: Adapter
     receipt = site.end(adapter=final, digest=final.digest())
     assert site.kept == [("r", final.digest())]
     assert list_end_notes(site) == [{"what": "run_ended", "adapter_sha256": final.digest()}]
-    assert (receipt.run, receipt.charged_rounds) == ("r", 1)
+    assert (receipt.run, receipt.charged_rounds, receipt.reply) == ("r", 1, final.digest())
     assert receipt.has_valid_signature()
     assert receipt.site_key == site.key.public
     assert receipt.sequence == len(site.events()), "it covers the note of the end"
@@ -213,7 +213,7 @@ def test_second_end_notice_is_ignored(site: Any, final: Adapter) -> None:
     before = site.events()
     assert site.end(adapter=final, digest=final.digest()) == first
     other = Adapter({name: value + 1 for name, value in final.tensors.items()})
-    site.end(adapter=other, digest=other.digest())
+    assert site.end(adapter=other, digest=other.digest()) == first, "it signs the adapter in its ledger"
     assert site.events() == before
     assert set(site.kept) == {("r", final.digest())}
 

@@ -239,6 +239,15 @@ def test_sites_receive_the_final_adapter_only_when_deployed(federation: Any, giv
     for site in SITES:
         (ended,) = [event for event in made.events(site) if event.detail.get("what") == "run_ended"]
         assert ended.detail["adapter_sha256"] == (state.adapter.digest() if gives else "")
+        assert state.receipts[site].reply == ended.detail["adapter_sha256"]
+
+
+def test_lead_keeps_no_end_receipt_for_another_adapter(federation: Any) -> None:
+    made = federation(num_rounds=1)
+    state = made.run(
+        gives_adapter=True, finished=lambda _: made.ledger("site-2").end_run("r", adapter_sha256="ab" * 32)
+    )
+    assert [state.receipts[site].ended for site in SITES] == [True, False, True]
 
 
 def test_refused_run_leaves_no_adapter_and_releases_reserves(federation: Any) -> None:

@@ -47,6 +47,7 @@ RULES = GateRules(
     licenses=("apache-2.0", "mit"),
     stated=("curator", "access"),
 )
+FINAL = "cd" * 32  # digest of the final adapter
 BOUND = AuditBound(
     site=None, claimed_epsilon=1.1, lower_bound=0.4, best_possible=5.0, canaries=1000, guesses=1000, right=560
 )
@@ -103,7 +104,7 @@ def evidence(config: RunConfig) -> Evidence:
     sites = tuple(
         replace(
             site,
-            receipt=replace(receipt, site=site.site, simulated=False),
+            receipt=replace(receipt, site=site.site, simulated=False, reply=FINAL),
             statement=replace(site.statement, verification=VERIFIED),
         )
         for site in report.facts.sites
@@ -114,11 +115,17 @@ def evidence(config: RunConfig) -> Evidence:
     report = replace(report, assumptions=tuple(one for one in report.assumptions if one.status != "violated"))
     checks = {name: Check(name, "right", "as it should be") for name in ("figures", "signature", "site keys", "files")}
     groups = (("ward a", 40, 0.02), ("ward b", 12, -0.05))
-    return Evidence(Path("run"), report, config, checks, audit=AUDIT, groups=groups)
+    return Evidence(Path("run"), report, config, checks, audit=AUDIT, groups=groups, trained_sha256=FINAL)
 
 
 def change_check(evidence: Evidence, name: str, state: Any) -> Evidence:
     return evidence._replace(checks={**evidence.checks, name: Check(name, state, "it is not")})
+
+
+def change_final_adapter(evidence: Evidence, digest: str) -> Evidence:
+    receipt = evidence.facts.sites[0].receipt
+    assert receipt is not None
+    return change_site(evidence, receipt=replace(receipt, reply=digest))
 
 
 def change_run(evidence: Evidence, **changes: Any) -> Evidence:
@@ -205,6 +212,10 @@ DEFECTS: dict[str, tuple[str, Change]] = {
     "broken signature": ("signed", lambda e: change_check(e, "signature", "wrong")),
     "no signature": ("signed", lambda e: change_check(e, "signature", "missing")),
     "receipts of strangers": ("real_sites signed", lambda e: change_check(e, "site keys", "wrong")),
+    "another final adapter": ("real_sites", lambda e: e._replace(trained_sha256="ab" * 32)),
+    "a site with another adapter": ("real_sites", lambda e: change_final_adapter(e, "ab" * 32)),
+    "a site without the adapter": ("real_sites", lambda e: change_final_adapter(e, "")),
+    "an invalid adapter": ("real_sites", lambda e: change_final_adapter(e, "")._replace(trained_sha256="")),
     "unverified ledger": ("ledgers", lambda e: change_statement(e, verification=None)),
     "ledger may be older": (
         "ledgers",
