@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from ..conftest import REPOSITORY, edit_config, run_command, simulate
+from fedtune.model.adapter_files import compute_adapter_digest
+
+from ..conftest import REPOSITORY, edit_config, edit_json, run_command, simulate
 from ..forked import Forked
 from . import snapshots
 
@@ -170,6 +172,8 @@ def test_generate_refuses_damaged_audited_and_unfinished_runs(runs: Path, tmp_pa
         (whole[:-4] + b"\0\0\0@", "do not match the digest"),
     ):
         tensors.write_bytes(damaged)
+        assert "does not match adapter_digest" in run_command(*asked).failed()
+        edit_json(tmp_path / "run/run.json", adapter_digest=compute_adapter_digest(tmp_path / "run/adapter"))
         assert told in run_command(*asked).failed()
     shutil.rmtree(tmp_path / "run/adapter")
     assert "resume the run first" in run_command(*asked).message

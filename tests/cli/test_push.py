@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from fedtune.model.adapter_files import compute_adapter_digest
+
 from ..conftest import Outcome, edit_config, edit_json, read_files, read_result, run_command
 from ..export.stand_in_hub import TOKEN, Repository, StandInHub, stand_in_hub
 
@@ -71,6 +73,7 @@ def _mark_as_audit(run: Path) -> None:
 
 def _mark_as_personalized(run: Path) -> None:
     edit_json(run / "adapter" / "fedtune.json", private_to="north")
+    edit_json(run / "run.json", adapter_digest=compute_adapter_digest(run / "adapter"))
 
 
 @pytest.mark.parametrize(("spoil", "told"), [(_mark_as_audit, "is an audit"), (_mark_as_personalized, "private to")])

@@ -387,7 +387,7 @@ def test_adapter_not_named_in_run_json_is_refused(runs: Path, tmp_path: Path) ->
     assert compute_vote_shares(api.load(other)) == {"a blue one": 0.75, "a red one": 0.25}
     head = other / "adapter" / "head.safetensors"
     save_file({"weight": np.array([[1.0, 3.0]], dtype=np.float32)}, head)
-    with pytest.raises(ConfigError, match=r"do not match the digest in its fedtune\.json"):
+    with pytest.raises(ConfigError, match="does not match adapter_digest"):
         compute_vote_shares(api.load(other))
 
 

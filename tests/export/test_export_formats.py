@@ -19,6 +19,7 @@ from fedtune.data.batching import Batch, collate
 from fedtune.data.records import Record
 from fedtune.export import export_formats
 from fedtune.export.onnx_graphs import measure_folder
+from fedtune.model.adapter_files import compute_adapter_digest
 from fedtune.model.base_model import load_tokenizer
 from fedtune.model.spec import ModelSpec
 from fedtune.report import from_run
@@ -30,7 +31,7 @@ from fedtune.tasks.registry import TASKS
 from fedtune.tasks.saved import load_task_model
 from fedtune.tasks.task_model import TaskModel
 
-from ..conftest import read_result, run_command, simulate
+from ..conftest import edit_json, read_result, run_command, simulate
 from .conftest import FORMATS, TEXTS, Exports, Loaded, Runs, has_minilm, run_elsewhere
 
 pytestmark = pytest.mark.nightly
@@ -223,20 +224,25 @@ def test_adapter_export_uses_loaded_values_not_files(runs: Runs, tmp_path: Path)
     run, out, config = tmp_path / "run", tmp_path / "out", "adapter_config.json"
     shutil.copytree(runs["llama"], run)
     (tmp_path / "secret").write_text("a key of this account")
-    (run / "adapter" / "head.safetensors").symlink_to(tmp_path / "secret")  # this task has no head
+    link = run / "adapter" / "head.safetensors"  # this task has no head
+    link.symlink_to(tmp_path / "secret")
+    assert "is a symbolic link" in run_command("export", str(run), "--to", str(out)).failed()
+    link.unlink()
     settings = json.loads((run / "adapter" / config).read_text())
     other = {**settings, "lora_alpha": 900, "base_model_name_or_path": "evil/base", "auto_mapping": {"x": "y"}}
     (run / "adapter" / config).write_text(json.dumps(other))
+    assert "does not match adapter_digest" in run_command("export", str(run), "--to", str(out)).failed()
+    edit_json(run / "run.json", adapter_digest=compute_adapter_digest(run / "adapter"))
     assert run_command("export", str(run), "--to", str(out)).printed
     names = ["README.md", "label.svg", config, "adapter_model.safetensors", "fedtune.json", "offsets.safetensors"]
     assert sorted(file.name for file in out.iterdir() if "token" not in file.name) == sorted(names)
     assert json.loads((out / config).read_text()) == settings
     assert (out / "fedtune.json").read_text() == (run / "adapter" / "fedtune.json").read_text()
-    # From now on the run's report names the export's files; of the link it says nothing.
+    # From now on the run's report lists the export's files.
     files = from_run.build_run_report(run).facts.files
     weights = hashlib.sha256((out / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert files["out/adapter_model.safetensors"] == weights
-    assert not {"adapter/head.safetensors", "out/README.md", "out/label.svg"} & set(files)
+    assert not {"out/README.md", "out/label.svg"} & set(files)
 
 
 @pytest.mark.parametrize("library", ["onnxscript", "onnxruntime", "sentence_transformers"])

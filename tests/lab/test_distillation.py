@@ -21,6 +21,7 @@ from fedtune.data.records import Record
 from fedtune.export.onnx_graphs import load_graph
 from fedtune.lab import distillation
 from fedtune.lab.distillation import FEWEST
+from fedtune.model.adapter_files import compute_adapter_digest
 from fedtune.model.base_model import load_tokenizer
 from fedtune.model.spec import ModelSpec
 from fedtune.model.unsupported_models import OWED
@@ -231,6 +232,7 @@ def test_invalid_distillation_is_refused_without_files(finished: Path, texts: Pa
 def test_distillation_refuses_a_personalized_adapter(finished: Path, texts: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     edit_json(run / "adapter" / "fedtune.json", private_to="north")
+    edit_json(run / "run.json", adapter_digest=compute_adapter_digest(run / "adapter"))
     told = run_command("distill", str(run), "--texts", str(texts), "--to", str(tmp_path / "new"))
     assert "private to 'north'" in told.failed()
     assert not (tmp_path / "new").exists()
