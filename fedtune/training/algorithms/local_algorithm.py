@@ -5,7 +5,7 @@ To add an algorithm, write a module in this folder, with a class for its setting
 
 Guarantee: both the site side and the lead side are post-processing. They see noised gradients, sent adapters, public
 settings and their own earlier results; no record, no gradient before its noise and no random stream reaches them. The
-types enforce this, import-linter keeps other imports out of this folder, and docs/guarantee.md has the argument.
+types enforce this, import-linter keeps other imports out of this folder, and docs/proof.md has the argument.
 """
 
 from __future__ import annotations

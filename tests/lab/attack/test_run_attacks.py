@@ -71,12 +71,15 @@ def test_reconstruction_bound_holds_for_the_optimal_guess() -> None:
 
 
 def test_reconstruction_finding_covers_single_updates_and_the_run() -> None:
-    found = describe_reconstruction(run_plan())
+    found = describe_reconstruction(run_plan(), keeps_state=False)
     assert found.ceiling is not None
     assert 1e-4 < found.ceiling < 1
     assert "from one update of a site" in found.sentence
     assert found.strength is None
-    plain = describe_reconstruction(replace(run_plan(), noise_multiplier=0.0))
+    of_state = describe_reconstruction(run_plan(), keeps_state=True).figures
+    assert of_state["update_1_in_10000"] == of_state["run_1_in_10000"] == found.ceiling
+    assert (found.figures["update_1_in_10000"] or 1.0) < found.ceiling
+    plain = describe_reconstruction(replace(run_plan(), noise_multiplier=0.0), keeps_state=False)
     assert (plain.ceiling, "no privacy guarantee" in plain.sentence) == (None, True)
 
 
