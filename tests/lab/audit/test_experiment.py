@@ -44,6 +44,7 @@ def test_audit_passes_a_correct_run(sound_audit: Any) -> None:
 def test_audit_passes_a_correct_user_level_run(run_audit: Any) -> None:
     outcome, found, _ = run_audit(*EVERY_TIME, *BY_USER, "--json")
     assert len(json.loads(outcome.printed)["result"]["bounds"]) == len(found.bounds)
+    assert [bound.site for bound in found.bounds] == ["site-1", "site-2", None]
     for bound in found.bounds:
         assert bound.lower_bound < bound.claimed_epsilon
 
