@@ -208,7 +208,7 @@ def test_missing_unit_is_detected(three_devices: Room, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("number", "said"),
     [
-        (signal.SIGKILL, "nothing is released from this round"),
+        (signal.SIGKILL, "nothing is released in this round"),
         (signal.SIGSTOP, "no answer in 1 s"),
     ],
     ids=["dies", "hangs"],
