@@ -316,6 +316,8 @@ def test_gate_refuses_damaged_files_without_a_traceback(run_folder: Path, rules:
     told = environment.read_text()
     environment.write_text(told.replace('"python": "', '"python": "\\ud800', 1))
     assert "not Unicode" in judge(run_folder, rules).failed(1)
+    assert "not Unicode" in run_command("report", str(run_folder)).failed(1)
+    assert not (run_folder / "gate.json").exists()
     environment.unlink()
     environment.mkdir()
     assert "environment.json is damaged" in judge(run_folder, rules).failed(1)
