@@ -311,6 +311,9 @@ def describe_written_secrets(planted: Sequence[PlantedSecret], target: Target, *
     tuned, base = ([one for one in found[name] if one is not None] for name in (TUNED, BASE))
     if not tuned:
         return describe(sentence="No planted secret was decoded, because no text has tokens before its secret.")
+    if all(base):
+        none = f"Planted secrets show nothing, because the model before training generated all {len(base)} verbatim: "
+        return describe(sentence=f"{none}plant secrets that cannot be guessed.")
     strength, low, high = estimate_share(sum(tuned), len(tuned), confidence=confidence)
     said = f"Given the text before a planted secret, the model generates {sum(tuned)} of {len(tuned)} secrets "
     said += f"verbatim; before training it generated {sum(base)}."
@@ -343,6 +346,10 @@ def describe_decoding(target: Target, *, confidence: float) -> AttackFinding:
         none = f"Extraction was not tried, because too few records have an answer of at least {TOKENS} tokens."
         return AttackFinding(attack="extraction", measure="written_answers", sentence=none)
     (found, tried), (of_others, tried_others) = counts
+    if of_others == tried_others:
+        none = f"Training prompts show nothing, because the model also completes all {tried_others} unused prompts "
+        none += "verbatim: plant secrets, and pass --secrets."
+        return AttackFinding(attack="extraction", measure="written_answers", sentence=none)
     strength, low, high = estimate_share(found, tried, confidence=confidence)
     said = f"The model repeats the first {TOKENS} tokens of the answer verbatim for {found} of {tried} training "
     said += f"prompts, and for {of_others} of {tried_others} unused prompts."
