@@ -318,9 +318,10 @@ def _collect_held_out(record: RunRecord) -> tuple[HeldOut, ...] | None:
 def hash_model_files(folder: Path) -> Mapping[str, str]:
     """Return the SHA-256 of each file of a run's finished model, and of each export that the run folder records."""
     run = RunFolder(folder)
-    own = hash_files(run.adapter, besides=(CARD, LABEL))
-    # Its own files last: an export may not claim their names.
-    return {**run.read_exports(), **{f"{run.adapter.name}/{name}": digest for name, digest in own.items()}}
+    top = f"{run.adapter.name}/"
+    own = {f"{top}{name}": digest for name, digest in hash_files(run.adapter, besides=(CARD, LABEL)).items()}
+    # An export may not claim a name in the run's own folder.
+    return own | {name: digest for name, digest in run.read_exports().items() if not name.startswith(top)}
 
 
 def _collect_site_facts(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
