@@ -173,6 +173,12 @@ class LocalAlgorithm:
         return type(self).correct_gradient is not LocalAlgorithm.correct_gradient or self.keeps_state
 
     @property
+    def has_site_half(self) -> bool:
+        """Whether a site does more than with FedAvg: it corrects gradients, stores a state or freezes tensors."""
+        freezes = type(self).select_frozen_tensors is not LocalAlgorithm.select_frozen_tensors
+        return freezes or self.corrects_gradients
+
+    @property
     def keeps_state(self) -> bool:
         """Whether a site stores arrays from one round to the next."""
         return type(self).compute_next_state is not LocalAlgorithm.compute_next_state

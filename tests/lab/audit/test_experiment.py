@@ -108,6 +108,22 @@ def test_record_canary_audit_reports_membership_scores(run_audit: Any) -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize(
+    "own",
+    [
+        ("training=sgd", "federation.algorithm=scaffold"),
+        ("training=sgd", "lora.train_a=true", "federation.algorithm=aslora"),
+        ("lora.rank=2", "federation.ranks=[1]"),
+    ],
+)
+def test_record_canaries_audit_every_algorithm(own: tuple[str, ...], run_audit: Any) -> None:
+    outcome, found, _ = run_audit("audit.kind=records", "audit.canaries=40", "data.train_fraction=0.1", *own)
+    assert outcome.code == 0, outcome.err
+    assert not found.exceeded
+    assert [bound.site for bound in found.bounds] == ["site-1", "site-2", None]
+
+
+@pytest.mark.nightly
 def test_audit_detects_a_memorizing_model(run_audit: Any, inject_fault: Break) -> None:
     inject_fault("no noise")
     _, found, _ = run_audit(
