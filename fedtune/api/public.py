@@ -531,8 +531,7 @@ class Run:
         chosen, target = choose_format(self.config, format, key="format"), Path(to)
         if int8 and (chosen != "onnx" or self.config.lora.kind == NO_ADAPTER):
             raise ConfigError("int8", True, 'requires format="onnx" and a run with a base model')
-        if target.absolute().resolve().is_relative_to(self.adapter.resolve()):
-            raise ConfigError("to", str(to), "must be outside the run's adapter folder")
+        RunFolder(self.folder).require_export_target(target, key="to")
         return export(self.adapter, self.config, target, format=chosen, int8=int8)
 
     def plot(self, chart: Chart | None = None, *, language: Literal["en", "de"] = "en") -> SvgFigure:

@@ -77,7 +77,7 @@ def _search_violations(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> 
 
     Raises:
         RunError: a violation was found.
-        ConfigError: the run has no privacy to audit.
+        ConfigError: the run has no privacy to audit, or its sites' ranks differ.
     """
     from fedtune.config import format_config_yaml
     from fedtune.federation.run_folder import RunFolder
@@ -89,6 +89,8 @@ def _search_violations(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> 
         raise ConfigError(
             "privacy", config.privacy.mechanism, "has no privacy guarantee to audit: choose another privacy.mechanism"
         )
+    if ranks := list(config.federation.ranks):
+        raise ConfigError("federation.ranks", ranks, "must be []: the search changes sums of the whole adapter")
     folder = find_run_folder(config)
     RunFolder(folder).create(format_config_yaml(config))
     found = sensitivity.search_violations(config, spec, folder, seed=config.seed)

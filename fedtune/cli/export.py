@@ -20,6 +20,7 @@ from fedtune.cli.finished_run import (
     suggest_columns_option,
 )
 from fedtune.export.format_choice import choose_format
+from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import format_size, pluralize
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, require_confirmation, show
@@ -76,8 +77,8 @@ def export(
     if int8 and (chosen != "onnx" or config.lora.kind == NO_ADAPTER):
         bound = "requires --format onnx and a run with a base model"
         raise ConfigError("--int8", NOT_GIVEN, bound)
-    if to is not None and to.absolute().resolve().is_relative_to(adapter.resolve()):
-        raise ConfigError("--to", str(to), "must be outside the run's adapter folder")
+    option, target = ("--to", to) if to is not None else ("--push", Path(str(push)))
+    RunFolder(adapter.parent).require_export_target(target, key=option)
     from fedtune.export import hub  # torch takes seconds to import
     from fedtune.export.export_formats import export as write
     from fedtune.export.onnx_graphs import measure_folder

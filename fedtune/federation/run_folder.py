@@ -168,6 +168,18 @@ class RunFolder:
         self.require_own_adapter(self.adapter)
         return self.adapter
 
+    def require_export_target(self, target: Path, *, key: str) -> None:
+        """Check that an export into `target` can be told apart from the run's own adapter.
+
+        Raises:
+            ConfigError: `target` is inside the adapter's folder, or has its name.
+        """
+        if target.absolute().resolve().is_relative_to(self.adapter.resolve()):
+            raise ConfigError(key, str(target), "must be outside the run's adapter folder")
+        if target.name == self.adapter.name:
+            bound = "has the name of the run's own folder, and a report names files by their folder: choose another"
+            raise ConfigError(key, str(target), bound)
+
     def read_exports(self) -> dict[str, str]:
         """Read the hashes of exported files: path relative to the parent of the export folder -> SHA-256."""
         if not self.exports.is_file():

@@ -40,6 +40,11 @@ DEFAULT_MAX_ADAPTER_VALUE = 2.0
 IMMEDIATE_REPLY_RISK = (
     "the time of a reply roughly reveals the number of records"  # where `releases.reply_after_s` is 0
 )
+SHARED_RANK_FACTOR = 16
+"""Largest rank of a run's shared adapter, as a multiple of the largest rank that a site trains.
+
+A site of a smaller rank holds the whole adapter, which then takes as much memory as the gradients of 16 records.
+"""
 _MOST_DAYS = 36525.0
 _OF_ANY_RELEASE = {Reason.UNIT, Reason.DELTA, Reason.COHORTS}
 
@@ -220,7 +225,8 @@ class Allow:
         tasks: names of tasks, such as "classification".
         base_models: SHA-256 of base models, over all files that the loader reads.
         target_modules: modules that may receive an adapter.
-        max_rank: largest LoRA rank that this site trains.
+        max_rank: largest LoRA rank that this site trains; a shared adapter of which the site trains only a part may
+            have up to `SHARED_RANK_FACTOR` times this rank.
         train_head: whether a task head may be trained and released.
         adapters: types of adapters, such as "lora".
         algorithms: federated algorithms, such as "fedavg" or "scaffold"; empty: all algorithms of the installed
@@ -457,6 +463,9 @@ def _iter_broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
     ):
         if number > most:
             yield reason, number, f"at most {most:g}"
+    most_shared = SHARED_RANK_FACTOR * allow.max_rank
+    if proposal.find_rank(policy.site) is not None and proposal.rank > most_shared:
+        yield Reason.MAX_RANK, f"a shared adapter of rank {proposal.rank}", f"at most {most_shared}"
     for reason, number, least in (
         (Reason.MIN_NOISE_MULTIPLIER, min(plan.noise_multipliers), limits.min_noise_multiplier),
         (Reason.MIN_GRAD_NORM, plan.max_grad_norm, limits.min_grad_norm),

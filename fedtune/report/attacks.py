@@ -38,10 +38,12 @@ class AttackFinding:
         attack: one of `NAMES`.
         measure: the metric in `strength`, one of `MEASURES`.
         sentence: a one-sentence summary of the result.
-        strength: the attack's measured strength; None: the attack was not run, and `sentence` gives the reason.
+        strength: the attack's measured strength; None: the attack was not run or shows nothing, for the reason in
+            `sentence`.
         low: lower end of the confidence interval of `strength`.
         high: upper end of the confidence interval.
-        guessing: the strength of an attacker who guesses without access to the run's releases.
+        guessing: the strength of an attacker who guesses without access to the run's releases; below 1, because an
+            attack shows nothing if guessing always succeeds.
         ceiling: the largest strength that the guarantee permits; None: the guarantee gives no bound.
         applies: whether the attack can be run on a model of this task at all.
         figures: additional values by name.

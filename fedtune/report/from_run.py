@@ -39,6 +39,7 @@ from fedtune.report.derive.ledger_figures import count_charges
 from fedtune.report.derive.run_figures import find_invalid_field
 from fedtune.report.derive.verdicts import read_audit
 from fedtune.report.facts import NOT_RECORDED, LedgerFacts, Provenance, RunFacts, SiteFacts, SiteStatement, StartAdapter
+from fedtune.report.group_scores import read_group_scores
 from fedtune.report.model import Report
 from fedtune.report.verify_report import derive_report, problems
 from fedtune.runs.environment import Environment, read_environments, read_selection
@@ -68,6 +69,11 @@ class RunRecord:
     def finished(self) -> bool:
         """Whether every round was aggregated, or early stopping ended the run."""
         return should_stop(self.rounds, self.config.federation, primary_metric=self.config.primary_metric)
+
+    @property
+    def adapter_digest(self) -> str:
+        """Digest of the final adapter in `run.json`; "" for a run that has not finished."""
+        return (self.result.adapter_digest or "") if self.result else ""
 
     @cached_property
     def receipts(self) -> Mapping[str, Receipt]:
@@ -214,12 +220,7 @@ def build_run_report(folder: Path, *, site_reports: Sequence[Report] = ()) -> Re
     record = read_run(folder)
     released = [signing.read_report(str(path))[1] for path in sorted(RunFolder(folder).site_reports.glob("*.json"))]
     facts = collect_run_facts(folder, record, own=check_site_reports(record, [*released, *site_reports]))
-    report = derive_report(facts)
-    try:
-        signing.encode_canonical_bytes(report)
-    except UnicodeEncodeError as error:
-        raise RunError(f"{folder} is damaged: a file contains a text that is not Unicode") from error
-    return report
+    return derive_report(facts)
 
 
 def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> RunFacts:
@@ -251,7 +252,7 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
         config_file_sha256=config.digest(),
         trained_parameters=state.adapter.num_values if state else None,
         total_parameters=noted.total_parameters if noted else None,
-        group_scores=_read_group_scores(folder, config.primary_metric),
+        group_scores=_find_group_scores(record),
         provenance=_build_provenance(record),
         # A report does not include the noised scores of single sites.
         rounds=tuple(
@@ -275,26 +276,23 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
     return replace(facts, attacks=read_findings(folder, facts.adapter_digest))
 
 
-def _read_group_scores(folder: Path, primary_metric: str) -> Mapping[str, float | None]:
-    """Return the run's scores by group from the output of `fedtune compare --by`; {} if no groups were compared.
+def _find_group_scores(record: RunRecord) -> Mapping[str, float | None]:
+    """Return the scores of the run's model by group from the output of `fedtune compare --by`; {} without such a file.
 
-    The scores are read from groups.json in the run's folder, or from compare.json in its parent folder.
+    The scores are read from groups.json in the run's folder, or from compare.json in its parent folder. A comparison
+    without this model is ignored.
     """
-    for path in (folder / "groups.json", folder.parent / "compare.json"):
-        with suppress(
-            OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, OverflowError, RecursionError
-        ):
-            told = json.loads(path.read_bytes())
-            places = {model["name"]: model.get("folder") for model in told["models"]}
-            own = next(name for name, place in places.items() if place and Path(place).resolve() == folder.resolve())
-            if told["primary_metric"] == primary_metric and (columns := told["groups"]):
-                return drop_infinite_scores(
-                    {
-                        f"{column}: {group['name']}": float(group["scores"][own]["value"])
-                        for column, found in columns.items()
-                        for group in found["groups"]
-                    }
-                )
+    for path in (record.folder / "groups.json", record.folder.parent / "compare.json"):
+        with suppress(ConfigError):
+            found = read_group_scores(
+                path,
+                adapter_digest=record.adapter_digest,
+                primary_metric=record.config.primary_metric,
+                key=path.name,
+                bound="must be the JSON output of fedtune compare --by",
+            )
+            if found:
+                return {f"{one.column}: {one.name}": one.score for one in found}
     return {}
 
 
@@ -320,8 +318,11 @@ def _collect_held_out(record: RunRecord) -> tuple[HeldOut, ...] | None:
 def hash_model_files(folder: Path) -> Mapping[str, str]:
     """Return the SHA-256 of each file of a run's finished model, and of each export that the run folder records."""
     run = RunFolder(folder)
-    # Its own files last: an export may not claim their names.
-    return {**run.read_exports(), **hash_adapter_files(run.adapter)}
+    # An export may not claim a name in the run's own folder.
+    exports = {
+        name: digest for name, digest in run.read_exports().items() if not name.startswith(f"{run.adapter.name}/")
+    }
+    return hash_adapter_files(run.adapter) | exports
 
 
 def _collect_site_facts(record: RunRecord, site: str, report: Report | None) -> SiteFacts:

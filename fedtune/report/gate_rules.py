@@ -10,12 +10,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from fedtune.codec import decode, parse_json, read_toml, require
+from fedtune.codec import decode, read_toml, require
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import convert_none_to_infinite
@@ -27,6 +26,7 @@ from fedtune.report.derive import profile
 from fedtune.report.derive.verdicts import find_wrong_audit_bounds, list_refuted_bounds, read_audit
 from fedtune.report.facts import Audit, RunFacts
 from fedtune.report.from_run import RunRecord, build_run_report, read_run
+from fedtune.report.group_scores import GroupScore, read_group_scores
 from fedtune.report.model import Report
 from fedtune.spec import ConfigError, RunError, check_at_least, check_fraction, name_file_in_errors, spec
 from fedtune.tasks.base import Task
@@ -139,7 +139,7 @@ class Evidence(NamedTuple):
         checks: name -> check of report.json; empty: report.json is missing or unreadable.
         contradiction: how report.json contradicts the run's folder; "" if they agree.
         audit: the results of an audit with the same plan and model.
-        groups: the groups of a comparison: name, number of records or persons, and score gap to all other groups.
+        groups: the groups of a comparison, with the scores of the run's model.
         trained_sha256: `Adapter.digest` of the adapter's trained tensors, which real sites sign; "" if the adapter is
             missing or invalid.
     """
@@ -150,7 +150,7 @@ class Evidence(NamedTuple):
     checks: Mapping[str, Check] = {}
     contradiction: str = ""
     audit: Audit | None = None
-    groups: Sequence[tuple[str, int, float | None]] = ()
+    groups: Sequence[GroupScore] = ()
     trained_sha256: str = ""
 
     @property
@@ -207,7 +207,12 @@ def collect_evidence(folder: Path, known: Known, *, audit: Path | None, groups: 
     found = Evidence(folder, fresh, record.config, checks, contradiction, trained_sha256=trained)
     if audit is not None:
         found = found._replace(audit=_read_matching_audit(found, audit))
-    return found if groups is None else found._replace(groups=_read_groups(found, groups))
+    if groups is not None:
+        bound = f"must be the JSON output of fedtune compare {folder} --by COLUMN --json, with this model"
+        digest, metric = record.adapter_digest, record.config.primary_metric
+        read = read_group_scores(groups, adapter_digest=digest, primary_metric=metric, key="--groups", bound=bound)
+        found = found._replace(groups=read)
+    return found
 
 
 def judge_run(rules: GateRules, evidence: Evidence) -> tuple[Check, ...]:
@@ -245,28 +250,6 @@ def _read_matching_audit(evidence: Evidence, folder: Path) -> Audit:
     consistent = found.delta == evidence.facts.delta and not any(find_wrong_audit_bounds(found))
     require("--audit", str(folder), consistent, "has an audit.json whose bounds do not follow from its counts")
     return dataclasses.replace(found, exceeded=found.exceeded or bool(list_refuted_bounds(found, charged)))
-
-
-def _read_groups(given: Evidence, path: Path) -> tuple[tuple[str, int, float | None], ...]:
-    """Read the groups of a run's model from the JSON output of `fedtune compare --by`."""
-    bound = f"must be the JSON output of fedtune compare {given.folder} --by COLUMN --json, with this model"
-    try:
-        told = parse_json(path.read_bytes(), key="--groups", bound=bound)
-        digests = {model["name"]: model.get("adapter_digest") for model in told["models"]}
-        own = next(name for name, digest in digests.items() if digest and digest == given.facts.adapter_digest)
-        parts = [group for column in told["groups"].values() for group in column["groups"]]
-        found = tuple((str(one["name"]), one["units"], one["gaps"][own]["value"]) for one in parts)
-        if all(type(units) is int and (gap is None or _is_finite(gap)) for _, units, gap in found):
-            return found
-    except OSError as error:
-        raise ConfigError("--groups", str(path), f"must be a readable file ({error.strerror})") from None
-    except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
-        pass
-    raise ConfigError("--groups", str(path), bound)
-
-
-def _is_finite(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def _judge_record(_: bool, given: Evidence, __: GateRules) -> Found:
@@ -451,7 +434,7 @@ def _measure_membership(given: Evidence, _: GateRules) -> float | None:
 
 
 def _measure_gap(given: Evidence, _: GateRules) -> float | None:
-    gaps = [gap for _, _, gap in given.groups]
+    gaps = [one.gap for one in given.groups]
     return None if None in gaps else max((abs(gap or 0.0) for gap in gaps), default=None)
 
 
@@ -512,7 +495,7 @@ _JUDGES: Mapping[str, Judge] = {
     ),
     "min_group_size": _build_lower_limit_judge(
         "the size of the smallest group",
-        lambda given, _: min((one[1] for one in given.groups), default=None),
+        lambda given, _: min((one.units for one in given.groups), default=None),
         _BY_GROUP,
     ),
     "min_sites": _build_lower_limit_judge("the number of sites whose updates were used", _measure_sites),

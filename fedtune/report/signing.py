@@ -21,10 +21,14 @@ MOST_BYTES = 64 << 20  # size limit of a report file
 
 
 def encode_canonical_bytes(report: Report) -> bytes:
-    """Serialize a report without its signature as compact UTF-8 JSON with sorted keys and shortest float digits."""
+    """Serialize a report without its signature as compact UTF-8 JSON with sorted keys and shortest float digits.
+
+    Raises:
+        RunError: a text of the report is not Unicode.
+    """
     fields = to_json(report)
     del fields["signature"]
-    return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return _encode_text(json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False))
 
 
 def report_to_json(report: Report) -> str:
@@ -32,9 +36,18 @@ def report_to_json(report: Report) -> str:
     return json.dumps(to_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def encode_report(report: Report) -> bytes:
+    """Serialize a report as the bytes of a `report.json`.
+
+    Raises:
+        RunError: a text of the report is not Unicode.
+    """
+    return _encode_text(report_to_json(report))
+
+
 def compute_report_digest(report: Report) -> str:
     """Return the SHA-256 of a report's `report.json`, in hex."""
-    return hashlib.sha256(report_to_json(report).encode()).hexdigest()
+    return hashlib.sha256(encode_report(report)).hexdigest()
 
 
 def parse_report(data: bytes) -> Report:
@@ -113,6 +126,16 @@ def verify_report_signature(report: Report, *, expected_key: str | None = None) 
         if other not in (None, signature.key):
             raise RunError(f"the report is signed by {signature.key}, not by {other}")
     return signature.key
+
+
+def _encode_text(text: str) -> bytes:
+    """Encode a report's JSON, which contains a lone surrogate if a JSON file of the run or the ledger escaped one."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        before = text[: error.start].rpartition("\n")[2].strip()[-_MOST_SHOWN:]
+        bound = "a file of the run or the ledger is damaged"
+        raise RunError(f"the report contains a text that is not Unicode, after {before}: {bound}") from error
 
 
 def _parse_bounded_int(text: str) -> int:

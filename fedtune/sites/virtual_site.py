@@ -38,6 +38,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import (
     DEFAULT_MIN_GRAD_NORM,
+    SHARED_RANK_FACTOR,
     Allow,
     Budget,
     Dataset,
@@ -283,7 +284,7 @@ def generate_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> P
             tasks=(proposal.task,),
             base_models=(proposal.base_model,),
             target_modules=proposal.target_modules,
-            max_rank=proposal.find_rank(site) or proposal.rank,
+            max_rank=max(proposal.find_rank(site) or proposal.rank, -(-proposal.rank // SHARED_RANK_FACTOR)),
             train_head=proposal.train_head,
             adapters=(proposal.adapter,),
             dtypes=(proposal.dtype,),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.ledger.site_ledger import Reservation, SiteLedger
@@ -60,9 +61,9 @@ def _charge_in_commit() -> None:
         asked[request] = proposal
         return Reservation(run=proposal.run, round=round, request=request, attempt=1)
 
-    def charge_and_commit(self: SiteLedger, reservation: Reservation, reply: bytes, *, fingerprint: str = "") -> None:
+    def charge_and_commit(self: SiteLedger, reservation: Reservation, reply: bytes, **kept: Any) -> None:
         reserve(self, asked[reservation.request], round=reservation.round, request=reservation.request)
-        commit(self, reservation, reply, fingerprint=fingerprint)
+        commit(self, reservation, reply, **kept)
 
     SiteLedger.reserve, SiteLedger.commit = reserve_nothing, charge_and_commit  # type: ignore[method-assign]
 
@@ -71,8 +72,8 @@ def _commit_late() -> Callable[[], None]:
     commit = SiteLedger.commit
     late: Late = []
 
-    def later(self: SiteLedger, reservation: Reservation, reply: bytes, *, fingerprint: str = "") -> None:
-        late.append(lambda: commit(self, reservation, reply, fingerprint=fingerprint))
+    def later(self: SiteLedger, reservation: Reservation, reply: bytes, **kept: Any) -> None:
+        late.append(lambda: commit(self, reservation, reply, **kept))
 
     def catch_up() -> None:
         while late:

@@ -120,7 +120,7 @@ def ask_again(setting: Setting, folder: Path, seen: Mapping[str, Seen]) -> Job:
         _prepare(setting, folder, doomed, outside)
         for request, adapter in requests:
             receipt = seen[request.site].receipt if request.site in seen else None
-            signed = replace(request, receipt=receipt).signed(setting.everyone.sites.lead_key())
+            signed = replace(request, receipt=receipt).sign_with(setting.everyone.sites.lead_key())
             with contextlib.suppress(RunError):  # the parent was told
                 site = setting.everyone.site(setting.names.index(request.site))
                 outside.reply(signed, answer(site, signed, adapter))

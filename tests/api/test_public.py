@@ -102,7 +102,8 @@ def test_personalize_creates_an_adapter_for_one_site(tmp_path: Path, capsys: pyt
     assert difference.low <= difference.value <= difference.high
     assert any("site-2: training its personalized adapter" in one.stage for one in told)
     own = fedtune.load(found.folder)
-    assert (own.folder, own.predict(["I lost my card"]) != []) == (run.folder / "private_to_site-2", True)
+    assert own.folder == run.folder / "private_to_site-2"
+    assert own.predict(["I lost my card"])[0]
     with pytest.raises(ValueError, match="is private to 'site-2' and has no guarantee"):
         fedtune.personalize(own)
     assert tuple(capsys.readouterr()) == ("", "")

@@ -161,7 +161,7 @@ def test_sentence_transformer_export_predicts_the_same_labels(run: fedtune.Run) 
 
 
 def test_export_method_writes_the_same_files_as_the_command(run: fedtune.Run, tmp_path: Path) -> None:
-    files = run.export(tmp_path / "adapter")
+    files = run.export(tmp_path / "written")
     assert {"adapter_config.json", "README.md", "head.safetensors"} <= {path.name for path in files}
     for options, message in (
         ({"format": "merged"}, "format = 'merged': must be one of peft, sentence-transformers, onnx"),
@@ -169,8 +169,9 @@ def test_export_method_writes_the_same_files_as_the_command(run: fedtune.Run, tm
     ):
         with pytest.raises(ValueError, match=message):
             run.export(tmp_path / "other", **options)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="must be outside the run's adapter folder"):
-        run.export(run.adapter / "inner")
+    for inside, message in ((run.adapter, "must be outside the run's adapter"), (tmp_path, "the run's own folder")):
+        with pytest.raises(ValueError, match=message):
+            run.export(inside / "adapter")
 
 
 def test_exceptions_are_exported_at_top_level() -> None:

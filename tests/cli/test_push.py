@@ -86,6 +86,12 @@ def test_push_refuses_audited_and_personalized_adapters(
     assert hub.asked == []
 
 
+def test_push_refuses_a_repository_named_like_the_adapter_folder(run_folder: Path, hub: StandInHub) -> None:
+    refused = run_command("export", str(run_folder), "--push", "bank/adapter", "--yes").failed()
+    assert "--push = 'bank/adapter': has the name of the run's own folder" in refused
+    assert hub.asked == []
+
+
 def _seed_noise(run: Path) -> None:
     edit_config(run, runtime={"seeded_noise": True})
 

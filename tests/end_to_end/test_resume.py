@@ -19,6 +19,7 @@ from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.federation.site_round import answer, answer_invitation, end_run
 from fedtune.flower.simulation import simulate as run_simulation
 from fedtune.privacy.ledger import store
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Difference, Update
 from fedtune.sites.virtual_site import Participants
@@ -68,6 +69,18 @@ ALGORITHMS = {
     "fedprox": ("federation.algorithm_settings.mu=0.5",),
     "scaffold": ("training.optimizer=sgd", "training.learning_rate=0.5"),
 }
+
+
+def test_scaffold_uses_the_state_that_a_site_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ("federation.algorithm=scaffold", *ALGORITHMS["scaffold"])
+    chosen = ("runtime.seeded_noise=true", "federation.num_rounds=2", *own)
+    for name in ("stored", "lost"):
+        if name == "lost":
+            monkeypatch.setattr(SiteLedger, "read_algorithm_state", lambda ledger, run: b"")
+        folder = tmp_path / name
+        write_config(compose_run(list_tiny_overrides(*chosen, into=tmp_path, name=name)), folder)
+        run_simulation(read_saved_config(folder), folder, make_listener(None))
+    assert read_adapter_files(tmp_path / "stored") != read_adapter_files(tmp_path / "lost")
 
 
 @pytest.mark.by_day("scaffold")

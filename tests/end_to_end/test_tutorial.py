@@ -28,7 +28,8 @@ def list_commands(file: str) -> list[list[str]]:
     commands = [line for kind, block in blocks if not kind for line in block.replace("\\\n", "").splitlines()]
     name = file.partition(".")[0]
     about = re.compile(rf"\b{name}\b")
-    return [shlex.split(line)[1:] for line in commands if line.startswith("fedtune ") and about.search(line)]
+    typed = [shlex.split(line, comments=True)[1:] for line in commands if line.startswith("fedtune ")]
+    return [words for words in typed if about.search(" ".join(words))]
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def test_user_level_run_states_its_unit_everywhere(tmp_path: Path) -> None:
         assert {one.records_per_user for one_site in report.sites for one in one_site.mechanisms} == {3}
     page = (folder / "report.html").read_text()
     assert "Protected: each person" in page
-    assert "Records per person, at most" in page
+    assert "Maximum records per person" in page
 
     spent = run_command("ledger", "spent", str(site / "ledger.db"))
     assert "Whether all records of any one person at a site were used changes the chance" in " ".join(spent.out.split())

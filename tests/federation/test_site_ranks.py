@@ -85,6 +85,14 @@ def test_policy_limits_the_rank_of_its_own_site() -> None:
     assert of_c.lower_rank(asked) == asked
 
 
+def test_policy_limits_the_shared_rank_by_the_rank_of_its_own_site() -> None:
+    policy = make_site_policy("a", allow={"max_rank": 2})
+    policy.check(run_proposal(rank=32, ranks={"a": 2}))
+    (refused,) = policy.find_broken_rules(run_proposal(rank=33, ranks={"a": 2, "b": 33}))
+    assert refused.reason is Reason.MAX_RANK
+    assert (refused.asked, refused.allowed) == ("a shared adapter of rank 33", "at most 32")
+
+
 def test_site_of_a_smaller_largest_rank_offers_it_on_request(station: Any) -> None:
     site = station(allow={"max_rank": 1})
     assert read_reason(site.invite(**RANKS)) is Reason.MAX_RANK

@@ -63,15 +63,18 @@ def test_updates_are_weighted_by_declared_sizes(federation: Any, algorithm: str,
 @pytest.mark.by_day("fedavg", "fedmedian")
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_reply_order_does_not_change_the_average(federation: Any, tamper: Any, algorithm: str) -> None:
-    digests = set()
+    digests, orders = set(), set[tuple[int, ...]]()
     for order in range(4):
 
         def shuffle_messages(messages: list[Message], order: int = order) -> list[Message]:
-            return random.Random(order).sample(messages, len(messages))
+            shuffled = random.Random(order).sample(messages, len(messages))
+            orders.add(tuple(message.metadata.src_node_id for message in shuffled))
+            return shuffled
 
         tamper(shuffle_messages)
         made = federation(sizes=(3, 5, 7), **choose(algorithm), num_rounds=3, folder=str(order))
         digests.add(made.run().adapter.digest())
+    assert len(orders) > 1
     assert len(digests) == 1
 
 

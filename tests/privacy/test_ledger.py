@@ -4,6 +4,7 @@ import dataclasses
 import math
 import shutil
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -122,6 +123,23 @@ def test_algorithm_state_belongs_to_the_newest_reply_of_its_run(open_ledger: Any
     assert open_ledger().read_algorithm_state("r") == b"after round 1", "one transaction holds reply, state and event"
     open_ledger().commit(again, b"reply 2", state=b"after round 2")
     assert open_ledger().read_algorithm_state("r") == b"after round 2"
+
+
+def test_algorithm_state_of_an_earlier_budget_period_is_lost(open_ledger: Any, clock: Any) -> None:
+    monthly = partial(open_ledger, policy=make_policy(budget={"max_epsilon_per_period": 8.0, "period": "month"}))
+    run = make_proposal(plan={"num_rounds": 4})
+    ledger = monthly(server=clock.time)
+    ledger.commit(reserve(ledger, run, 1), b"reply 1", state=b"after round 1")
+    charged_in_january = reserve(ledger, run, 2)
+    assert ledger.read_algorithm_state("r") == b"after round 1"
+    clock.forward(days=25)
+    ledger = monthly(server=clock.time)
+    ledger.commit(charged_in_january, b"reply 2", state=b"after round 2")
+    third = reserve(ledger, run, 3)
+    assert ledger.read_algorithm_state("r") == b"", "February's charge does not cover what the state contains"
+    ledger.commit(third, b"reply 3", state=b"after round 3")
+    reserve(ledger, run, 4)
+    assert monthly(server=clock.time).read_algorithm_state("r") == b"after round 3"
 
 
 def test_newest_reply_is_stored_and_resent_without_charge(open_ledger: Any, path: Path) -> None:

@@ -246,6 +246,15 @@ def test_damaged_run_files_are_named_in_the_error(folder: Path) -> None:
         path.write_bytes(right)
 
 
+def test_exports_file_claims_no_name_in_the_runs_own_adapter(folder: Path) -> None:
+    own = from_run.hash_model_files(folder)
+    assert all(name.startswith("adapter/") for name in own)
+    (folder / "exports.json").write_text(
+        json.dumps({"adapter/model.safetensors": "ab", "merged/model.safetensors": "cd"})
+    )
+    assert from_run.hash_model_files(folder) == {**own, "merged/model.safetensors": "cd"}
+
+
 def test_configuration_with_a_different_privacy_cost_is_refused(folder: Path) -> None:
     path = folder / "config.yaml"
     right = OmegaConf.load(path)

@@ -1,6 +1,5 @@
 """The rules of `fedtune gate`: a run that meets all of them, and defects that each fail the rules they should."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -12,13 +11,13 @@ import pytest
 from fedtune.api.compose import compose_run
 from fedtune.config import AboutSpec, RunConfig
 from fedtune.federation.lead import RoundResult
-from fedtune.model.adapter_files import combine_hashes
 from fedtune.report import gate_rules
 from fedtune.report.attacks import AttackFinding, RunAttacks
 from fedtune.report.checks import Check
 from fedtune.report.derive.profile import bound_secret_chance, compute_hit_rate_ceiling
 from fedtune.report.facts import Audit, AuditBound, AuditMembership, BudgetVerdict, SiteFacts, Verification
 from fedtune.report.gate_rules import Evidence, GateRules, judge_run, read_rules
+from fedtune.report.group_scores import GroupScore
 from fedtune.report.model import Assumption
 from fedtune.spec import ConfigError
 
@@ -114,7 +113,7 @@ def evidence(config: RunConfig) -> Evidence:
     report = change_facts(report, sites=sites, settings=settings, attacks=ATTACKS, rounds=rounds)
     report = replace(report, assumptions=tuple(one for one in report.assumptions if one.status != "violated"))
     checks = {name: Check(name, "right", "as it should be") for name in ("figures", "signature", "site keys", "files")}
-    groups = (("ward a", 40, 0.02), ("ward b", 12, -0.05))
+    groups = (GroupScore("by ward", "a", 40, 0.9, 0.02), GroupScore("by ward", "b", 12, 0.8, -0.05))
     return Evidence(Path("run"), report, config, checks, audit=AUDIT, groups=groups, trained_sha256=FINAL)
 
 
@@ -272,8 +271,11 @@ DEFECTS: dict[str, tuple[str, Change]] = {
     ),
     "label guessed": ("max_attribute_gain", lambda e: change_attack(e, "attribute", high=0.11)),
     "no scores by group": ("max_group_gap min_group_size", lambda e: e._replace(groups=())),
-    "group gap": ("max_group_gap", lambda e: e._replace(groups=(("ward a", 40, -0.2), ("ward b", 40, 0.1)))),
-    "small group": ("min_group_size", lambda e: e._replace(groups=(("ward a", 9, 0.0),))),
+    "group gap": (
+        "max_group_gap",
+        lambda e: e._replace(groups=(e.groups[0]._replace(gap=-0.2), e.groups[1]._replace(units=40))),
+    ),
+    "small group": ("min_group_size", lambda e: e._replace(groups=(e.groups[0]._replace(units=9),))),
     "one site signed for its update": ("min_sites", lambda e: change_run(e, sites=keep_one_receipt(e))),
     "one site answered": ("min_sites", lambda e: change_run(e, rounds=let_one_site_answer(e))),
     "small cohort": ("min_declared_size", lambda e: change_site(e, declared_size=99)),
@@ -399,22 +401,3 @@ def test_invalid_gate_rules_are_refused_with_their_key(text: str, key: str, tmp_
 def test_unknown_stated_field_is_refused(evidence: Evidence) -> None:
     with pytest.raises(ConfigError, match="stated"):
         judge_run(GateRules(name="x", stated=("motto",)), evidence)
-
-
-def test_group_scores_are_read_only_from_comparisons_of_this_model(evidence: Evidence, tmp_path: Path) -> None:
-    file, own = tmp_path / "groups.json", change_run(evidence, files={"adapter/fedtune.json": "ab"})
-    group = {"name": "ward a", "units": 20, "gaps": {"base": {"value": 0.1}, "run": {"value": -0.2}}}
-    told = {
-        "models": [{"name": "base"}, {"name": "run", "adapter_digest": combine_hashes({"adapter/fedtune.json": "ab"})}],
-        "groups": {"by ward": {"groups": [group]}},
-    }
-    file.write_text(json.dumps(told))
-    assert gate_rules._read_groups(own, file) == (("ward a", 20, -0.2),)
-    huge = {"name": "x", "units": 9, "gaps": {"run": {"value": 10**400}}}
-    others: list[dict[str, Any]] = [
-        {"models": [{"name": "run", "adapter_digest": digest}]} for digest in ("cd", "", None)
-    ]
-    for changed in (*others, {"groups": {"by ward": {}}}, {"groups": {"by ward": {"groups": [huge]}}}):
-        file.write_text(json.dumps(told | changed))
-        with pytest.raises(ConfigError, match="--groups"):
-            gate_rules._read_groups(own, file)

@@ -37,6 +37,15 @@ def test_report_round_trips_in_its_canonical_form(a_report: Make, a_ledger_repor
     assert signing.encode_canonical_bytes(signing.sign_report(report, key)) == text.encode()
 
 
+def test_report_with_a_lone_surrogate_is_never_written_as_bytes(a_report: Make, a_ledger_report: Make) -> None:
+    for report in (change_facts(a_report(), name="Königs\ud800berg"), change_facts(a_ledger_report(), site="\udfff")):
+        for encode in (signing.encode_report, signing.encode_canonical_bytes, signing.compute_report_digest):
+            with pytest.raises(RunError, match=r'not Unicode, after .*"(name": ?"Königs|site": ?")'):
+                encode(report)
+        with pytest.raises(RunError, match="not Unicode"):
+            signing.sign_report(report, key)
+
+
 def test_signature_names_its_key(a_report: Make) -> None:
     report = signing.sign_report(a_report(), key)
     assert signing.verify_report_signature(report) == key.public

@@ -35,7 +35,7 @@ from fedtune.tasks.registry import TASKS
 from fedtune.tasks.task_model import build_task_model
 
 from ..privacy.builders import stranger_key
-from .conftest import make_letters
+from .conftest import LABELS, make_letters, write_records
 
 
 @pytest.fixture
@@ -98,6 +98,20 @@ def test_overlong_run_name_is_refused_without_a_charge(station: Any, length: int
     for _ in range(2):
         assert site.refusal(settings=text, run=f"{named}-{digest}") is Reason.SETTINGS
     assert site.ledger().history.runs == {}
+
+
+def test_fewer_records_than_min_units_are_logged_and_change_no_answer(
+    site: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.edit(dataset={"min_units": 40})
+    for count, is_small in ((40, False), (39, True)):
+        write_records(site.data, [(f"letter {n} of {n % 7}", LABELS[n % 3]) for n in range(count)])
+        caplog.clear()
+        assert site.refusal(settings="{}") is Reason.SETTINGS
+        assert "fewer units" not in caplog.text, "records are counted in charged rounds only"
+        reply = site.ask(round=1 + is_small)
+        assert isinstance(reply.body, Update)
+        assert ("fewer units than min_units" in caplog.text) == is_small
 
 
 def test_site_without_disk_space_charges_nothing(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:

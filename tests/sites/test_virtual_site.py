@@ -172,6 +172,12 @@ def test_generated_policy_bounds_model_data_and_lead(config: Any) -> None:
         assert read_refusal_reason(policy.check, replace(proposal, **{key: value})) is rule
 
 
+def test_generated_policy_allows_a_shared_rank_far_above_the_sites_own(config: Any) -> None:
+    policy, proposal = make_policy_and_proposal(config("lora.rank=48", "federation.ranks=[1,48]"))
+    assert (proposal.find_rank(policy.site), proposal.rank, policy.allow.max_rank) == (1, 48, 3)
+    policy.check(proposal)
+
+
 @pytest.fixture
 def kept_sites_config(config: Any, tmp_path: Path) -> Any:
     """A run of up to four rounds whose sites are kept."""

@@ -208,8 +208,8 @@ def test_missing_unit_is_detected(three_devices: Room, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("number", "said"),
     [
-        (signal.SIGKILL, "nothing is released from this round"),
-        (signal.SIGSTOP, "no answer in 1 s"),
+        (signal.SIGKILL, "its process ended .*nothing is released in this round"),
+        (signal.SIGSTOP, "no answer in 1 s.*nothing is released in this round"),
     ],
     ids=["dies", "hangs"],
 )
@@ -227,12 +227,10 @@ def test_failed_or_hung_device_ends_only_the_current_round(
             os.kill(pids[1], number)
         return own_cut(drawn)
 
-    began = time.monotonic()
     with monkeypatch.context() as patched:
         patched.setattr(there._own, "batch_units", fail_in_second_step)
         with pytest.raises(RunError, match=said):
             run_round(three_devices, there)
-    assert time.monotonic() - began < 30
     assert len(steps) == 2, "no step follows"
     assert all(has_ended(pid) for pid in pids)
     monkeypatch.setattr(devices_module, "HEARTBEAT_TIMEOUT_S", 90.0)

@@ -42,6 +42,7 @@ from fedtune.evaluation.spec import WritingSpec
 from fedtune.lab.attack.target import TUNED, Scored, Target
 from fedtune.lab.audit.guesses import Values
 from fedtune.lab.audit.record_attack import FALSE_ALARMS, estimate_auroc, estimate_hit_rate, estimate_share
+from fedtune.model.ranks import cut_to_rank
 from fedtune.privacy.dp_library import GaussianDpEvent
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.attacks import AttackFinding
@@ -311,6 +312,9 @@ def describe_written_secrets(planted: Sequence[PlantedSecret], target: Target, *
     tuned, base = ([one for one in found[name] if one is not None] for name in (TUNED, BASE))
     if not tuned:
         return describe(sentence="No planted secret was decoded, because no text has tokens before its secret.")
+    if all(base):
+        none = f"Planted secrets show nothing, because the model before training generated all {len(base)} verbatim: "
+        return describe(sentence=f"{none}plant secrets that cannot be guessed.")
     strength, low, high = estimate_share(sum(tuned), len(tuned), confidence=confidence)
     said = f"Given the text before a planted secret, the model generates {sum(tuned)} of {len(tuned)} secrets "
     said += f"verbatim; before training it generated {sum(base)}."
@@ -343,6 +347,10 @@ def describe_decoding(target: Target, *, confidence: float) -> AttackFinding:
         none = f"Extraction was not tried, because too few records have an answer of at least {TOKENS} tokens."
         return AttackFinding(attack="extraction", measure="written_answers", sentence=none)
     (found, tried), (of_others, tried_others) = counts
+    if of_others == tried_others:
+        none = f"Training prompts show nothing, because the model also completes all {tried_others} unused prompts "
+        none += "verbatim: plant secrets, and pass --secrets."
+        return AttackFinding(attack="extraction", measure="written_answers", sentence=none)
     strength, low, high = estimate_share(found, tried, confidence=confidence)
     said = f"The model repeats the first {TOKENS} tokens of the answer verbatim for {found} of {tried} training "
     said += f"prompts, and for {of_others} of {tried_others} unused prompts."
@@ -418,17 +426,25 @@ class CandidateGradients:
         return int((own > scores.max(axis=1)).sum())
 
 
-def compute_candidate_gradients(target: Target, *, most: int = CANDIDATES) -> CandidateGradients:
-    """Compute the gradients of up to `most` training records at the model before training, with the run's seed."""
+def compute_candidate_gradients(
+    target: Target, *, rank: int | None = None, most: int = CANDIDATES
+) -> CandidateGradients:
+    """Compute the gradients of up to `most` training records at the model before training, with the run's seed.
+
+    Args:
+        target: the attacked run.
+        rank: the LoRA rank that the attacked site trains; None: the whole adapter.
+        most: the largest number of records.
+    """
     saved, config = target.saved, target.config
     records = [record for records in target.members.values() for record in records]
-    values = sum(parameter.numel() for parameter in saved.model.trainable().values())
+    values = sum(parameter.numel() for parameter in cut_to_rank(saved.model.trainable(), rank).values())
     count = min(len(records), most, max(2, _MOST_VALUES // values))
     chosen = sorted(np.random.default_rng(config.seed).permutation(len(records))[:count])
     saved.use_adapter(BASE)
     examples = saved.model.task.tokenize([records[n] for n in chosen], saved.tokenizer, data=config.data)
     rows, pad_id = torch.empty(count, values), saved.tokenizer.pad_token_id
-    with record_gradients(saved.model) as gradients:
+    with saved.model.freeze_tensors(frozenset(), rank=rank), record_gradients(saved.model) as gradients:
         for part in cut_micro_batches(np.arange(count), examples.lengths, max_tokens=_MOST_TOKENS):
             each = gradients.compute_gradients(collate(examples, part, pad_id=pad_id).to(saved.model.device))
             rows[torch.from_numpy(part)] = torch.cat([one.flatten(1).cpu() for one in each.values()], dim=1)
@@ -439,16 +455,25 @@ def describe_picked_records(target: Target, plan: Plan, *, confidence: float) ->
     """Describe how often the record in one step is picked among candidates, without and with clipping and noise.
 
     The ceiling is that of one Gaussian mechanism that certainly has the record: sampling is no help to an attacked
-    record that is in the step.
+    record that is in the step.  If the sites' ranks differ, every rank is attacked, and the strongest attack is
+    described, with a Bonferroni-corrected interval for the selection.
     """
     if plan.noise == "laplace":
         none = "No record was identified in an update, because this attack supports only Gaussian noise."
         return AttackFinding(attack="reconstruction", measure="picked_from_update", sentence=none)
-    raw = compute_candidate_gradients(target)
+    ranks = tuple(dict.fromkeys(target.config.federation.site_ranks.values()))
+    each = 1 - (1 - confidence) / len(ranks)
+    found = [_describe_picks_at_rank(target, plan, rank, confidence=each) for rank in ranks]
+    return max(found, key=lambda one: one.strength or 0.0)
+
+
+def _describe_picks_at_rank(target: Target, plan: Plan, rank: int | None, *, confidence: float) -> AttackFinding:
+    raw = compute_candidate_gradients(target, rank=rank)
     count, distinct = len(raw.products), raw.count_distinct()
     describe = partial(AttackFinding, attack="reconstruction", measure="picked_from_update", guessing=1 / count)
     figures: dict[str, float | None] = {"candidates": count, "picked without clipping and noise": distinct / count}
-    said = f"An attacker who knows that one of {count} records is in a step, and all others in it, identifies it "
+    where = "a step" if rank is None else f"a step of a site of rank {rank}"
+    said = f"An attacker who knows that one of {count} records is in {where}, and all others in it, identifies it "
     if not plan.private:
         strength, low, high = estimate_share(distinct, count, confidence=confidence)
         said += f"{distinct} times out of {count}, because the run added no noise (random guessing: 1)."

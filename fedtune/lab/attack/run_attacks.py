@@ -95,7 +95,7 @@ def attack_run(
             confidence=CONFIDENCE,
         ),
         known_attacks.describe_picked_records(target, plan, confidence=CONFIDENCE),
-        describe_reconstruction(plan),
+        describe_reconstruction(plan, keeps_state=config.federation.bound_algorithm.keeps_state),
     ]
     tell("running extraction and attribute inference")
     findings += _extract(target, planted)
@@ -156,17 +156,23 @@ def bound_reconstruction(plan: Plan, *, rounds: int) -> dict[int, float]:
     return {count: bound(candidates=count) for count in CANDIDATES}
 
 
-def describe_reconstruction(plan: Plan) -> AttackFinding:
+def describe_reconstruction(plan: Plan, *, keeps_state: bool) -> AttackFinding:
     """Describe the reconstruction bounds for the final model and for a single update of a site.
 
     No attack is run: the run folder contains no single updates, and the bound holds for every attack.
+
+    Args:
+        plan: the run's plan.
+        keeps_state: whether the algorithm keeps a state at the sites. A single update then depends on earlier rounds,
+            too, and has the bound of the whole run.
     """
     unit = "person" if plan.unit == "user" else "record"
     describe = partial(AttackFinding, attack="reconstruction", measure="secret_of_10000", guessing=1 / _SHOWN)
     if not plan.private:
         none = "The run has no privacy guarantee, so records can be reconstructed from an update."
         return describe(sentence=none)
-    whole, one = (bound_reconstruction(plan, rounds=rounds) for rounds in (plan.most_rounds, 1))
+    in_update = plan.most_rounds if keeps_state else 1
+    whole, one = (bound_reconstruction(plan, rounds=rounds) for rounds in (plan.most_rounds, in_update))
     figures: dict[str, float | None] = {f"run_1_in_{count}": chance for count, chance in whole.items()}
     figures |= {f"update_1_in_{count}": chance for count, chance in one.items()}
     told = [

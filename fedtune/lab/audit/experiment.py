@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -88,9 +88,7 @@ def make_auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
         ("runtime.sites_dir", runtime.sites_dir, None, "plants artificial records, and must not charge a real ledger"),
         ("runtime", runtime.kind, "simulation", "plants artificial records"),
         ("runtime.num_devices", runtime.devices, 1, "observes each step in one process"),
-        ("lora.alternate", config.lora.alternate, False, "observes all tensors in each step"),
-        ("federation.ranks", list(config.federation.ranks), [], "observes all tensors in each step"),
-        ("federation.algorithm", config.federation.algorithm, "fedavg", "observes steps without corrections"),
+        *(() if spec.kind == "records" else _list_gradient_requirements(config)),
         ("resume", config.resume, None, "always starts from the beginning, with its own random draws"),
         (
             "federation.early_stopping_patience",
@@ -118,6 +116,18 @@ def make_auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
     if spec.kind != "gradient" and config.data.heldout_fraction == 0:
         settings["data"]["heldout_fraction"] = spec.never_used
     return parse(settings)
+
+
+def _list_gradient_requirements(config: RunConfig) -> Iterator[tuple[str, Any, Any, str]]:
+    """Yield (setting, its value, the only value that supports canary gradients, the reason), where these differ.
+
+    Canary records need none of them, because they are attacked through the scores of the sent adapters.
+    """
+    why = "with canary gradients observes all tensors in each step, without corrections; use audit.kind=records"
+    yield "lora.alternate", config.lora.alternate, False, why
+    yield "federation.ranks", list(config.federation.ranks), [], why
+    if config.federation.bound_algorithm.has_site_half:
+        yield "federation.algorithm", config.federation.algorithm, "fedavg", why
 
 
 def list_audited_sites(config: RunConfig, spec: AuditSpec) -> tuple[str, ...]:

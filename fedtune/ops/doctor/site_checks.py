@@ -8,7 +8,6 @@ import os
 import re
 import traceback
 from collections.abc import Iterator
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -219,22 +218,6 @@ def _count_units(path: Path, dataset: Dataset, *, unit: str) -> tuple[int, int]:
         user = record.fields["user"]
         dated[user] = dated.get(user, False) or bool(record.fields.get("arrival"))
     return len(dated), sum(dated.values())
-
-
-def list_small_data_sets(policy: Policy, folder: Path) -> list[str]:
-    """Return the ids of the data sets with fewer units than their `min_units`; unreadable files are skipped.
-
-    The result is for the site's own staff only, because an answer to the lead that depended on it would be a release.
-    """
-    small = []
-    for dataset in policy.dataset:
-        with suppress(DataError, OSError):
-            if (
-                dataset.min_units
-                and _count_units(folder / dataset.path, dataset, unit=policy.population.unit)[0] < dataset.min_units
-            ):
-                small.append(dataset.id)
-    return small
 
 
 def _report_unreadable_file(

@@ -32,7 +32,6 @@ from fedtune.ops.wire.line_errors import Dropped, Expired, Unauthorised, Unreach
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refusal
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.privacy.site_policy import Policy
 from fedtune.sites.site_settings import read_site_settings
 from fedtune.spec import ConfigError, RunError
 
@@ -79,8 +78,6 @@ class SiteService:
             if state.has_served() and not files.ledger.is_file():
                 raise RunError(f"ledger {files.ledger} is missing, but this site used a ledger before: restore it")
             state.check_ledger(files.open_ledger().history.opening.ledger)
-            # In a thread, so that neither the start nor the time of an answer depends on the number of records.
-            threading.Thread(target=self._log_small_data_sets, args=(files.policy,), daemon=True).start()
             process = cache(lambda: self._create_site_process(state))
             app = SiteApp(lambda settings: process().site(settings), name=files.policy.site)
             trouble = partial(find_write_problem, files.ledger, *([files.anchor] if files.anchor else []))
@@ -90,12 +87,6 @@ class SiteService:
             else:
                 self._serve_over_network(app, state, stop, certificate=certificate, trouble=trouble)
             log.info("the site has stopped", extra={"site": files.policy.site})
-
-    def _log_small_data_sets(self, policy: Policy) -> None:
-        from fedtune.ops.doctor.site_checks import list_small_data_sets
-
-        for name in list_small_data_sets(policy, self.site_toml.parent):
-            log.warning("a data set has fewer units than min_units in site.toml", extra={"dataset": name})
 
     def _serve_over_network(
         self,

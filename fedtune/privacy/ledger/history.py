@@ -53,6 +53,8 @@ class AcceptedRun:
         reserved: round -> digest of the charged request.
         attempts: round -> number of reservations.
         replies: request digest -> SHA-256 of the committed reply.
+        charged: round -> time of its newest charge.
+        state_charged: time of the charge for the newest committed round, which the algorithm's state depends on.
         adapter: digest of the final adapter from the lead; empty before its arrival.
     """
 
@@ -61,6 +63,8 @@ class AcceptedRun:
     reserved: dict[int, str] = field(default_factory=dict)
     attempts: Counter[int] = field(default_factory=Counter)
     replies: dict[str, str] = field(default_factory=dict)
+    charged: dict[int, datetime] = field(default_factory=dict)
+    state_charged: datetime | None = None
     adapter: str = ""
 
     @property
@@ -72,6 +76,13 @@ class AcceptedRun:
     def charged_rounds(self) -> int:
         """Number of charged rounds, retries included."""
         return self.attempts.total()
+
+    def has_state_of_this_period(self, period: str) -> bool:
+        """Whether the algorithm's state was charged in the same calendar period as the run's newest round."""
+        if self.state_charged is None:
+            return False
+        newest = max(self.charged.values())
+        return compute_period_number(self.state_charged, period) == compute_period_number(newest, period)
 
     def is_open(self, now: datetime) -> bool:
         """Whether further rounds of the run may be charged at time `now`."""
@@ -196,6 +207,7 @@ class History:
                 if run.reserved.get(event.round) != event.request or run.attempts[event.round] != event.attempt:
                     raise ValueError("the committed round was not reserved")
                 run.replies[event.request] = str(event.detail["reply_sha256"])
+                run.state_charged = run.charged[event.round]
             case Kind.REFUSAL | Kind.RELEASE:
                 stranger = Reason(event.detail.get("reason", Reason.SITE_ERROR)).is_from_stranger
                 self.answers[moment.date(), stranger] += 1
@@ -207,6 +219,7 @@ class History:
     def _apply_reservation(self, event: Event, moment: datetime) -> None:
         run = self.runs[event.run]
         run.attempts[event.round] += 1
+        run.charged[event.round] = moment
         self._rounds.append((event.sequence, event.run))
         if (
             run.attempts[event.round] != event.attempt

@@ -185,12 +185,16 @@ class SiteLedger:
             self._store.append_event(Kind.COMMIT, detail, **reservation.event_fields, dataset=run.proposal.dataset)
 
     def read_algorithm_state(self, run: str) -> bytes:
-        """Read the algorithm's state that was stored with a run's newest commit.
+        """Read the algorithm's state that was stored with a run's newest commit, for the newest charged round.
 
-        The state is empty without a commit.
+        The state is empty without a commit, and if its round was charged in an earlier budget period than the newest
+        round. Otherwise an update could release what was charged to that period, and the period's charges would not
+        bound what is learned in it.
         """
         with self._store.transaction():
-            return self._store.read_stored_state(run)
+            state, known = self._store.read_stored_state(run), self.history.runs.get(run)
+            is_usable = known is None or known.has_state_of_this_period(self.policy.budget.period)
+            return state if is_usable else b""
 
     def record_refusal(self, refused: Refused, *, run: str, round: int, request: str, lead: str = "") -> None:
         """Record the refusal of a lead's request, up to a daily limit.

@@ -149,7 +149,7 @@ def write_files(
         ConfigError: the folder is not writable.
     """
     html = render(report, language=language).encode()
-    files = {"report.json": signing.report_to_json(report).encode(), "report.html": html}
+    files = {"report.json": signing.encode_report(report), "report.html": html}
     if pdf:
         files["report.pdf"] = convert_to_pdf(render(report, language=language, fillable=True))
     files |= beside

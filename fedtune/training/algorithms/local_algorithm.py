@@ -5,7 +5,7 @@ To add an algorithm, write a module in this folder, with a class for its setting
 
 Guarantee: both the site side and the lead side are post-processing. They see noised gradients, sent adapters, public
 settings and their own earlier results; no record, no gradient before its noise and no random stream reaches them. The
-types enforce this, import-linter keeps other imports out of this folder, and docs/guarantee.md has the argument.
+types enforce this, import-linter keeps other imports out of this folder, and docs/proof.md has the argument.
 """
 
 from __future__ import annotations
@@ -171,6 +171,12 @@ class LocalAlgorithm:
         Otherwise, training skips its site side.
         """
         return type(self).correct_gradient is not LocalAlgorithm.correct_gradient or self.keeps_state
+
+    @property
+    def has_site_half(self) -> bool:
+        """Whether a site does more than with FedAvg: it corrects gradients, stores a state or freezes tensors."""
+        freezes = type(self).select_frozen_tensors is not LocalAlgorithm.select_frozen_tensors
+        return freezes or self.corrects_gradients
 
     @property
     def keeps_state(self) -> bool:

@@ -15,10 +15,12 @@ from scipy.stats import norm
 from fedtune.codec import decode, parse_json
 from fedtune.data import Record
 from fedtune.evaluation.spec import WritingSpec
+from fedtune.lab.attack import known_attacks
 from fedtune.lab.attack.known_attacks import (
     ALTERNATIVES,
     PlantedSecret,
     compute_exposure,
+    describe_decoding,
     describe_exposure,
     describe_written_secrets,
     draw_alternatives,
@@ -71,12 +73,15 @@ def test_reconstruction_bound_holds_for_the_optimal_guess() -> None:
 
 
 def test_reconstruction_finding_covers_single_updates_and_the_run() -> None:
-    found = describe_reconstruction(run_plan())
+    found = describe_reconstruction(run_plan(), keeps_state=False)
     assert found.ceiling is not None
     assert 1e-4 < found.ceiling < 1
     assert "from one update of a site" in found.sentence
     assert found.strength is None
-    plain = describe_reconstruction(replace(run_plan(), noise_multiplier=0.0))
+    of_state = describe_reconstruction(run_plan(), keeps_state=True).figures
+    assert of_state["update_1_in_10000"] == of_state["run_1_in_10000"] == found.ceiling
+    assert (found.figures["update_1_in_10000"] or 1.0) < found.ceiling
+    plain = describe_reconstruction(replace(run_plan(), noise_multiplier=0.0), keeps_state=False)
     assert (plain.ceiling, "no privacy guarantee" in plain.sentence) == (None, True)
 
 
@@ -128,6 +133,26 @@ def test_decoding_finds_the_secrets_that_a_model_memorized() -> None:
     assert "generates 1 of 2 secrets verbatim; before training it generated 0" in found.sentence
     none = describe_written_secrets(planted[2:], target, confidence=0.95)
     assert (none.strength, none.applies) == (None, True)
+
+
+def test_secrets_that_the_base_knows_show_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MemorizingModel, "use_adapter", lambda self, name: setattr(self, "adapter", TUNED))
+    known = "my code is 4711 thanks"
+    target: Any = SimpleNamespace(saved=MemorizingModel(known), config=SimpleNamespace(data=None))
+    found = describe_written_secrets([PlantedSecret({"text": known}, "4711")], target, confidence=0.95)
+    assert (found.strength, found.guessing, found.applies) == (None, None, True)
+    assert "before training generated all 1 verbatim" in found.sentence
+
+
+def test_answers_that_are_always_the_same_show_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    target: Any = SimpleNamespace(members={"a": ["member"]}, others=["other"], config=SimpleNamespace(seed=0))
+    counts = {"member": (9, 9), "other": (8, 9)}
+    monkeypatch.setattr(known_attacks, "_count_extracted", lambda _, records, **__: counts[records[0]])
+    assert describe_decoding(target, confidence=0.95).strength == 1.0
+    counts["other"] = (9, 9)
+    found = describe_decoding(target, confidence=0.95)
+    assert (found.strength, found.guessing, found.applies) == (None, None, True)
+    assert "all 9 unused prompts verbatim: plant secrets" in found.sentence
 
 
 def test_attack_page_escapes_all_findings(tmp_path: Path) -> None:

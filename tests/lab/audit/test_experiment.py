@@ -44,6 +44,7 @@ def test_audit_passes_a_correct_run(sound_audit: Any) -> None:
 def test_audit_passes_a_correct_user_level_run(run_audit: Any) -> None:
     outcome, found, _ = run_audit(*EVERY_TIME, *BY_USER, "--json")
     assert len(json.loads(outcome.printed)["result"]["bounds"]) == len(found.bounds)
+    assert [bound.site for bound in found.bounds] == ["site-1", "site-2", None]
     for bound in found.bounds:
         assert bound.lower_bound < bound.claimed_epsilon
 
@@ -104,6 +105,22 @@ def test_record_canary_audit_reports_membership_scores(run_audit: Any) -> None:
     assert "few records" in outcome.out
     assert "trained on, or never used?" in outcome.out
     assert "artificial records" in (folder / "AUDIT.txt").read_text()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "own",
+    [
+        ("training=sgd", "federation.algorithm=scaffold"),
+        ("training=sgd", "lora.train_a=true", "federation.algorithm=aslora"),
+        ("lora.rank=2", "federation.ranks=[1]"),
+    ],
+)
+def test_record_canaries_audit_every_algorithm(own: tuple[str, ...], run_audit: Any) -> None:
+    outcome, found, _ = run_audit("audit.kind=records", "audit.canaries=40", "data.train_fraction=0.1", *own)
+    assert outcome.code == 0, outcome.err
+    assert not found.exceeded
+    assert [bound.site for bound in found.bounds] == ["site-1", "site-2", None]
 
 
 @pytest.mark.nightly

@@ -108,7 +108,7 @@ def test_report_of_the_selected_run_includes_the_search_cost(outcome: Any, folde
         assert told.facts.selection == replace(selection, score=None)
         card = (other / "adapter/README.md").read_text()
         assert "3 trials of a search on the same records, which picked another" in card
-        assert "search s (random), which selected another run, or none" in (other / "report.html").read_text()
+        assert "search s (random). The search selected another run, or none" in (other / "report.html").read_text()
         assert run_command("report", "verify", str(other)).code == 0
 
 
