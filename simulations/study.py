@@ -149,7 +149,9 @@ def show_scores(progress: fedtune.Progress) -> None:
         print(f"round {progress.done} of {progress.total}: {scores}", flush=True)
 
 
-def run_line(runs: Path, *, experiment: str, line: Found, states: Path | None = None) -> Found:
+def run_line(
+    runs: Path, *, experiment: str, line: Found, states: Path | None = None, cache: RunCache | None = None
+) -> Found:
     """Run all variants of a line of study.toml and average their scores."""
     words = [
         f"experiment={experiment}",
@@ -163,7 +165,7 @@ def run_line(runs: Path, *, experiment: str, line: Found, states: Path | None = 
         variants = [[f"seed={seed}"] for seed in seeds]
     results = []
     with ExitStack() as stack:
-        cache = stack.enter_context(RunCache())
+        cache = cache or stack.enter_context(RunCache())
         if states is not None:
             from shared_states import shared_frozen_states
 
