@@ -70,7 +70,7 @@ DATA_SETS: Mapping[str, DataSet] = {
         "banks_intents",
         ("federation.num_rounds=4", "training.local_steps=4", "privacy.sampling_rate=0.1", "data.max_length=32"),
         {"none": ("without privacy", ("privacy=none",)), "e8": ("epsilon 8", ("privacy.epsilon=8",))},
-        # Without clipping, A and B diverge at the rate of B alone. simulations/aggregation/banks uses a quarter of it, too.
+        # Without clipping, A and B together diverge at the rate of B alone: a quarter, as in simulations/aggregation.
         {"none": ("training.unclipped_learning_rate=2",)},
     ),
     "abstracts": DataSet(
