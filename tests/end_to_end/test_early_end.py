@@ -36,7 +36,11 @@ def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_early_stopping_keeps_the_best_adapter_and_the_planned_epsilon(stopped_run: Path) -> None:
     config = read_saved_config(stopped_run)
     state = Checkpoints(stopped_run / "checkpoints", config.digest()).load()
-    assert SavedAdapter.read_initial(str(stopped_run)).digest == state.kept_adapter.digest() != state.adapter.digest()
+    assert (
+        SavedAdapter.read_initial(str(stopped_run)).trained_sha256
+        == state.kept_adapter.digest()
+        != state.adapter.digest()
+    )
     result, plan = read_result(stopped_run), config.plan()
     score = result["rounds"][0]["metrics"]["accuracy"]
     assert result["final"]["kept"] == {"round": 1, "primary_metric": "accuracy", "score": score, "ended_early": True}
