@@ -35,7 +35,7 @@ def make_verdict(report: Report, **changes: Any) -> GateVerdict:
         "fedtune_version": "0",
         "judged": "2026-11-29",
         "run": "r",
-        "model": {},
+        "adapter_digest": "00",
     }
     given |= {"report_sha256": compute_report_digest(report), "rules": "tre", "rules_sha256": "00"}
     given |= {"limits": dict.fromkeys(rules, "1"), "results": dict.fromkeys(rules, "right")}
