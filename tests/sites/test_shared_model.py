@@ -9,6 +9,7 @@ from unittest.mock import Mock
 import pytest
 
 from fedtune.data import Shapes
+from fedtune.model.adapter_files import compute_adapter_digest
 from fedtune.privacy.release import Reason, Refusal
 from fedtune.sites import shared_model
 from fedtune.sites.shared_model import LoadedModel, RunModel
@@ -132,12 +133,12 @@ def test_changed_chat_template_requires_a_checked_model() -> None:
 def test_run_starts_only_from_the_adapter_of_its_proposal(trial_calls: Tries, tmp_path: Path) -> None:
     shared = LoadedModel(make_letters())
     save_task_model(shared.model, tmp_path)
-    digest = shared.initial_adapter.digest()
+    digest = compute_adapter_digest(tmp_path)
 
     def begin_run(digest: str) -> RunModel:
         return RunModel(shared, make_letters(model={"adapter": str(tmp_path), "adapter_sha256": digest}))
 
-    assert begin_run(digest).first_adapter().digest() == digest
+    assert begin_run(digest).first_adapter().digest() == shared.initial_adapter.digest()
     with pytest.raises(ConfigError, match=rf"model\.adapter_sha256 = .*must be {digest}, the digest of model.adapter"):
         begin_run("ab" * 32).first_adapter()  # of the one that lay in the folder before
 

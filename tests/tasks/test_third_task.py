@@ -132,8 +132,8 @@ def test_third_party_task_is_evaluated_planned_and_exported(folder: Path, tmp_pa
     data.write_text("text\nwhere is my card\nlost\n")
     assert "worst" in run_command("evaluate", str(folder), "--data", str(data)).printed
     assert run_command("plan", *list_tiny_overrides(f"task={TextLength.name}", "data.labels=[]", into=tmp_path)).printed
-    assert run_command("export", str(folder), "--to", str(tmp_path / "adapter")).printed
-    assert (tmp_path / "adapter" / "head.safetensors").is_file()
+    assert run_command("export", str(folder), "--to", str(tmp_path / "exported")).printed
+    assert (tmp_path / "exported" / "head.safetensors").is_file()
     refused = run_command("export", str(folder), "--to", str(tmp_path / "whole"), "--merge").failed()
     assert refused == "--merge: is not available for task text_length, which has only adapters"
     refused = run_command("simulate", *list_tiny_overrides("task=riddles", into=tmp_path)).failed()
