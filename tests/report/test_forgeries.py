@@ -366,7 +366,7 @@ def test_empty_model_folder_is_rejected(run: Deployed) -> None:
 
 def test_page_rendered_by_another_version_is_rejected(run: Deployed) -> None:
     provenance = replace(run.facts.provenance, fedtune_version="0.0.1")
-    run.write(signing.sign_report(derive_report(replace(run.facts, provenance=provenance)), LEAD))
+    run.write(signing.sign_report(derive_report(replace(run.facts, provenance=provenance)), run.lead))
     assert run.holds()
     (run.folder / "report.html").write_text("another page")
     assert not run.holds()
