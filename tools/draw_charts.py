@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
@@ -393,26 +392,12 @@ def _list_audits() -> Iterable[tuple[str, float, dict[str, Any]]]:
 
 
 def _list_prices() -> Iterator[tuple[str, str, dict[int, float]]]:
-    """Title, color and points lost by epsilon, of our own rows and of published ones."""
-    for file, how, color in (("results", "aggregation", "blue"), ("published", "base", "orange")):
-        rows = _read(f"known_ground/{file}.json")
-        rows = rows["rows"] if color == "orange" else rows
-        private = [row for row in rows if row["epsilon"] is not None]
-        for name, way in dict.fromkeys((row["set"], row[how]) for row in private):
-            same = [row["value"] for row in rows if row["epsilon"] is None and row["set"] == name]
-            if color == "orange":  # other bases have other scores
-                same = [row["value"] for row in rows if row["epsilon"] is None and row["base"] == way]
-            without = statistics.fmean(same)
-            scores: dict[int, list[float]] = {}
-            for row in private:
-                if (row["set"], row[how]) == (name, way):
-                    scores.setdefault(min((1, 3, 8), key=lambda known: abs(known - row["epsilon"])), []).append(
-                        row["value"]
-                    )
-            scale = 1 if without > 1 else 100  # BLEU is in points already
-            lost = {epsilon: scale * (without - statistics.fmean(each)) for epsilon, each in scores.items()}
-            shown = f"{without:.3f}" if without < 1 else f"{without:.1f}"
-            yield f"{name}, {way.split(',')[0]} ({shown})", color, lost
+    """Title, color and points lost by epsilon, of our own lines and of published ones."""
+    for line in _read("known_ground/losses.json"):
+        without, how = line["without"], line["aggregation"] or line["base"].split(",")[0]
+        shown = f"{without:.3f}" if without < 1 else f"{without:.1f}"
+        lost = {one["near"]: one["points"] for one in line["lost"]}
+        yield f"{line['set']}, {how} ({shown})", "blue" if line["aggregation"] else "orange", lost
 
 
 class _Scale:

@@ -1,6 +1,6 @@
 """fedtune's figures on public test files, beside what others have published on them, and what privacy costs there.
 
-    python simulations/known_ground/collect.py            results.json and both tables of the README
+    python simulations/known_ground/collect.py            results.json, losses.json and both tables of the README
     python simulations/known_ground/collect.py --check    exit code 1 if they are out of date
 
 The runs belong to other studies: this script reads their results.json and trains nothing.
@@ -163,41 +163,65 @@ def format_scores(rows: Sequence[Row], published: Sequence[Row]) -> str:
     return readme.markdown(table, texts=2)
 
 
-def format_losses(rows: Sequence[Row], published: Sequence[Row]) -> str:
-    """The table of points lost to a set's own line without privacy."""
-    table = [["set", "base", "federated", "without privacy", *(f"lost at {epsilon}" for epsilon in EPSILONS)]]
+def list_losses(rows: Sequence[Row], published: Sequence[Row]) -> Iterator[Row]:
+    """Yield the points lost to the score without privacy at `EPSILONS`, of our lines and of published ones.
+
+    `margin` is half of a 95 % interval over the test records; None without one.  A published epsilon counts as the
+    nearest of `EPSILONS`.
+    """
     for ground in GROUNDS:
         without = statistics.fmean(select_values(rows, ground, "none", None))
         for aggregation in AGGREGATIONS[1:]:
-            each = [select_values(rows, ground, aggregation, epsilon) for epsilon in EPSILONS]
-            if not any(each):
-                continue
-            cells = [_format_loss(ground, without, statistics.fmean(one)) if one else "" for one in each]
-            table.append([ground.name, ground.base, f"yes, {aggregation}", f"{without:.3f}", *cells])
+            each = {epsilon: select_values(rows, ground, aggregation, epsilon) for epsilon in EPSILONS}
+            means = {epsilon: statistics.fmean(values) for epsilon, values in each.items() if values}
+            lost = [
+                {"near": epsilon, "epsilon": epsilon, "points": 100 * (without - mean)}
+                | {"margin": _find_margin(ground, without, mean)}
+                for epsilon, mean in means.items()
+            ]
+            if lost:
+                yield {"set": ground.name, "base": ground.base, "aggregation": aggregation} | {
+                    "without": without,
+                    "lost": lost,
+                }
     for name, base in dict.fromkeys((one["set"], one["base"]) for one in published):
         own = {one["epsilon"]: one["value"] for one in published if (one["set"], one["base"]) == (name, base)}
         if None in own and len(own) > 1:
-            scale = 1 if own[None] > 1 else 100
-            near = {round(epsilon): epsilon for epsilon in own if epsilon is not None}
-            near = {8 if epsilon == 7 else epsilon: exact for epsilon, exact in near.items()}
-            cells = [
-                f"{scale * (own[None] - own[near[epsilon]]):.1f}"
-                + ("" if near[epsilon] == epsilon else f" (at {near[epsilon]:g})")
-                if epsilon in near
-                else ""
-                for epsilon in EPSILONS
+            without = own.pop(None)
+            scale = 1 if without > 1 else 100  # BLEU is in points already
+            lost = [
+                {"near": min(EPSILONS, key=lambda known: abs(known - epsilon)), "epsilon": epsilon}
+                | {"points": scale * (without - value), "margin": None}
+                for epsilon, value in own.items()
             ]
-            table.append([name, base, "no", _format_value(own[None]), *cells])
+            yield {"set": name, "base": base, "aggregation": None, "without": without, "lost": lost}
+
+
+def format_losses(losses: Sequence[Row]) -> str:
+    """The table of points lost to a set's own line without privacy."""
+    table = [["set", "base", "federated", "without privacy", *(f"lost at {epsilon}" for epsilon in EPSILONS)]]
+    for line in losses:
+        cells = {one["near"]: _format_loss(one) for one in line["lost"]}
+        federated = f"yes, {line['aggregation']}" if line["aggregation"] else "no"
+        row = [line["set"], line["base"], federated, _format_value(line["without"])]
+        table.append([*row, *(cells.get(epsilon, "") for epsilon in EPSILONS)])
     return readme.markdown(table, texts=3)
 
 
-def _format_loss(ground: Ground, without: float, value: float) -> str:
-    margins = [find_interval(ground.metric[0], one, ground.size)[1] for one in (without, value)]
-    lost = 100 * (without - value)
-    if None in margins:
-        return f"{lost:.1f}"
-    own = [margin - one for margin, one in zip(margins, (without, value), strict=True) if margin is not None]
-    return f"{lost:.1f} ± {100 * math.hypot(*own):.1f}"
+def _find_margin(ground: Ground, without: float, value: float) -> float | None:
+    """Half of the interval of a loss, in points, as if the two scores were independent."""
+    squares = 0.0
+    for score in (without, value):
+        high = find_interval(ground.metric[0], score, ground.size)[1]
+        if high is None:
+            return None
+        squares += (high - score) ** 2
+    return 100 * math.sqrt(squares)
+
+
+def _format_loss(one: Row) -> str:
+    margin = "" if one["margin"] is None else f" ± {one['margin']:.1f}"
+    return f"{one['points']:.1f}{margin}" + ("" if one["epsilon"] == one["near"] else f" (at {one['epsilon']:g})")
 
 
 def _title(aggregation: str, epsilon: int | None) -> str:
@@ -216,14 +240,20 @@ def main() -> None:
     """Write the results and the tables, or compare them with what is there."""
     rows = list(list_rows())
     published = json.loads((HERE / "published.json").read_text())["rows"]
-    tables = {"scores": format_scores(rows, published), "losses": format_losses(rows, published)}
-    results = json.dumps(rows, indent=1) + "\n"
+    losses = list(list_losses(rows, published))
+    tables = {"scores": format_scores(rows, published), "losses": format_losses(losses)}
+    files = {
+        HERE / f"{name}.json": json.dumps(kept, indent=1) + "\n"
+        for name, kept in (("results", rows), ("losses", losses))
+    }
     page = HERE / "README.md"
     if "--check" in sys.argv[1:]:
         written = page.read_text()
-        current = (HERE / "results.json").read_text() == results and all(one in written for one in tables.values())
-        sys.exit(0 if current else f"{HERE} is out of date: run {Path(__file__).name}")
-    (HERE / "results.json").write_text(results)
+        is_current = all(file.read_text() == text for file, text in files.items())
+        is_current = is_current and all(one in written for one in tables.values())
+        sys.exit(0 if is_current else f"{HERE} is out of date: run {Path(__file__).name}")
+    for file, text in files.items():
+        file.write_text(text)
     for name, table in tables.items():
         readme.put(page, table, begin=f"<!-- {name}: written by collect.py -->")
 
