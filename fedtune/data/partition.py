@@ -130,6 +130,11 @@ def group_by_user(records: Sequence[Record]) -> list[npt.NDArray[np.int64]]:
     return [np.array(indices, dtype=np.int64) for indices in places.values()]
 
 
+def count_units(records: Sequence[Record], unit: Unit) -> int:
+    """Count the privacy units in a site's records: the records, or their users."""
+    return len(group_by_user(records)) if unit == "user" else len(records)
+
+
 def assign_site(record: Record, spec: PartitionSpec, *, num_sites: int, key: bytes, unit: Unit = "record") -> int:
     """Return the site index in [0, num_sites) of a record, or with unit "user" of its user.
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedtune.config import RunConfig
-from fedtune.data import group_by_user
 from fedtune.data.bad_rows import SkippedRows
 from fedtune.data.load import Partitioned, is_far_from_declared
+from fedtune.data.partition import count_units
 from fedtune.data.records import resolve_file
 from fedtune.formatting import pluralize
 from fedtune.sites.run_records import LeadRecords, RunRecords, count_texts_by_role, list_identifying_roles
@@ -126,7 +126,6 @@ def list_site_data_warnings(config: RunConfig, dealt: Partitioned) -> Iterator[s
 def _iter_sites_far_from_declared(config: RunConfig, dealt: Partitioned) -> Iterator[str]:
     declared = config.declared_sizes()
     for name, records in zip(config.federation.names, dealt.sites, strict=True):
-        by_user = config.privacy.unit == "user"
-        true = len(group_by_user(records.training)) if by_user else len(records.training)
+        true = count_units(records.training, config.privacy.unit)
         if name in declared and is_far_from_declared(true, declared[name]):
             yield f"{name} declares {declared[name]:,}, but has {true:,}"

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedtune.config import RunConfig, format_config_yaml
-from fedtune.data import group_by_user
 from fedtune.data.formats import fingerprint_files, require_reader
 from fedtune.data.load import SiteRecords, read_own_records
+from fedtune.data.partition import count_units
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.site_round import Prepared, Site
@@ -104,9 +104,7 @@ class SiteProcess:
         round. Counting at any other time would slow down answers by a measurable amount.
         """
         dataset = next(one for one in policy.dataset if one.id == name)
-        everybody = [*records.training, *records.heldout]
-        num_units = len(group_by_user(everybody)) if policy.population.unit == "user" else len(everybody)
-        if num_units < dataset.min_units:
+        if count_units([*records.training, *records.heldout], policy.population.unit) < dataset.min_units:
             log.warning("a data set has fewer units than min_units in site.toml", extra={"dataset": name})
 
     def shared_model(self, config: RunConfig, policy: Policy) -> RunModel:

@@ -15,7 +15,7 @@ from fedtune.api.experiment_file import is_path
 from fedtune.api.memory import DETECTED, TRAIN_FILE, Data, build_in_memory_settings, round_down, write_private_files
 from fedtune.api.public import Callback, Run, ignore_progress
 from fedtune.config import RunConfig, read_saved_config
-from fedtune.data.partition import group_by_user
+from fedtune.data.partition import count_units
 from fedtune.formatting import flatten
 from fedtune.lab.preparation.detect import detect_columns
 from fedtune.lab.preparation.detected_file import KINDS, OPTIONS
@@ -125,9 +125,8 @@ def _complete_settings(
 
 def _measure_sites(config: RunConfig) -> list[int]:
     """Return each site's number of training records (or users, for unit "user"), rounded down."""
-    by_user = config.privacy.unit == "user"
     sites = partition_run_records(config).sites
-    return [round_down(len(group_by_user(one.training)) if by_user else len(one.training)) for one in sites]
+    return [round_down(count_units(one.training, config.privacy.unit)) for one in sites]
 
 
 def _require_same_sites(folder: Path, sites: list[str]) -> None:
