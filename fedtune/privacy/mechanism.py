@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,8 @@ class PrivacySpec:
             unit.
         cohorts: the arrival cohorts that the run admits and charges, as `{period: year, first: null, last: "2026"}`, if
             the sites' populations have arrivals; null: everybody.
+        start_epsilon: epsilon of the runs behind `model.adapter`, derived from their folders; null: none, unknown or
+            unbounded.
     """
 
     mechanism: Literal["dp_sgd", "none"] = "dp_sgd"
@@ -59,6 +61,7 @@ class PrivacySpec:
     metrics: Literal["none", "noised"] = "none"
     metrics_noise_multiplier: float = 20.0
     cohorts: Cohorts | None = None
+    start_epsilon: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("records_per_user", "planned_runs"):
@@ -77,6 +80,8 @@ class PrivacySpec:
         check_fraction("sampling_rate", self.sampling_rate, one=True)
         check_at_least("sampling_rate", self.sampling_rate, LEAST_SAMPLING_RATE)
         check_positive("metrics_noise_multiplier", self.metrics_noise_multiplier)
+        if self.start_epsilon is not None:
+            check_at_least("start_epsilon", self.start_epsilon, 0)
         bound = "requires a run with privacy: otherwise the scores would be exact"
         require("metrics", self.metrics, self.metrics == "none" or self.private, bound)
         bound = "requires unit = user: arrival dates are stored by user id"
@@ -132,6 +137,20 @@ Fine enough that rounding costs next to nothing (6e-5 of the clip norm at most, 
 enough that float32 holds every coordinate and float64 the sum of half a billion of them exactly.
 """
 Sums = Mapping[str, npt.NDArray[np.int64]]
+
+
+class SumOnDevice(Protocol):
+    """A sum that an accelerator may still compute; its conversion to an array waits for the result."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[np.int64]: ...
+
+
 Noise = Literal["gaussian", "laplace"]
 """Distribution of the added noise."""
 
@@ -142,7 +161,11 @@ def compute_cell_width(max_grad_norm: float) -> float:
 
 
 def add_gaussian_noise(
-    sums: Sums, *, noise_multiplier: float, stream: RandomStream, sensitivity: float = 1.0
+    sums: Mapping[str, npt.NDArray[np.int64] | SumOnDevice],
+    *,
+    noise_multiplier: float,
+    stream: RandomStream,
+    sensitivity: float = 1.0,
 ) -> dict[str, npt.NDArray[np.int64]]:
     """Add Gaussian noise to an integer sum, once per logical batch.
 
@@ -161,10 +184,9 @@ def add_gaussian_noise(
     followed by rounding, which is post-processing.
     """
     deviation = noise_multiplier * sensitivity * 2.0**GRID_BITS
-    return {
-        name: total + stream.draw_rounded_normal(total.size, deviation).reshape(total.shape)
-        for name, total in sums.items()
-    }
+    # Drawn before any sum is read, while an accelerator still computes.
+    noise = {name: stream.draw_rounded_normal(one.size, deviation).reshape(one.shape) for name, one in sums.items()}
+    return {name: np.asarray(total) + noise[name] for name, total in sums.items()}
 
 
 def release_scores(

@@ -137,8 +137,9 @@ class LoadedModel:
         if tried:
             shapes, moved, outcome = self._test_model(shapes, progress)
             require_batch_invariance(moved, path=config.model.path, inexact_allowed=inexact_allowed)
+            trial = self._make_trial(shapes)
+            trial.capture_batches(model)
             if devices is not None:
-                trial = self._make_trial(shapes)
                 devices.start_trials(trial, outcome or trial.run_trial(model, secrets.randbits(63)))
                 if not self._may_be_one:
                     devices.prepare_workers()  # raise errors before the run begins
@@ -245,6 +246,7 @@ class LoadedModel:
             pad_id=self.tokenizer.pad_token_id,
             weights_chosen=not self.config.model.is_built_in,
             disable_fused_attention=uses_unfused_attention(),
+            captures=self.config.privacy.unit == "record",
         )
 
 

@@ -178,7 +178,7 @@ class CausalLM(Task):
 
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
         """Compute each row's mean token loss, (rows,) float32."""
-        return torch.stack([total / len(places) for total, places in sum_token_losses(model, batch)])
+        return torch.stack([total / count.clamp(min=1) for total, count in sum_token_losses(model, batch)])
 
     def outputs_per_example(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         return {"loss": model.losses(batch), "tokens": (_shift_targets(batch) != UNSUPERVISED).sum(dim=1)}
@@ -215,26 +215,47 @@ class CausalLM(Task):
 
 
 def sum_token_losses(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield each row's summed token losses and its target positions.
+    """Yield each row's summed token losses, and its number of target positions, an int64 scalar.
 
-    Logits are computed for one row at a time, and only at its target positions: the number of these positions depends
-    on the row, and in a joint computation the results would depend on the other rows.  A row without targets has loss
-    0.
+    Logits are computed for one row at a time: in a joint computation the results would depend on the other rows. A CPU
+    computes them at the row's target positions only, and an accelerator at all positions, because it would wait for
+    the process to select them. A row without targets has loss 0.
     """
     assert model.output is not None, "the base has no output layer"
     inputs = model.output.compute_inputs(
         lambda: model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     )
-    # Positions are computed on the host for all rows, so that the device synchronizes only once.
-    learned = [row.nonzero().flatten() for row in (_shift_targets(batch) != UNSUPERVISED).cpu()]
-    places_of_rows = torch.split(torch.cat(learned).to(inputs.device), [len(places) for places in learned])
+    compute, kept = _compute_losses_at_targets, [True] * len(inputs)
+    if inputs.device.type != "cpu":
+        compute = _compute_losses
+        if batch.empty_rows:  # a graph has none
+            kept = (_shift_targets(batch) != UNSUPERVISED).any(dim=1).tolist()
     # unbind instead of indexing, which would add zero gradients of all other rows to each row's gradient.
-    for row, targets, places in zip(inputs[:, :-1].unbind(), _shift_targets(batch), places_of_rows, strict=True):
-        if not len(places):
-            yield row[:0].float().sum(), row.new_zeros(1)  # a loss with a gradient of zero
-            continue
-        scores = model.output.scores(row[places])
-        yield torch.nn.functional.cross_entropy(scores, targets[places], reduction="sum"), places
+    for row, targets, keep in zip(inputs[:, :-1].unbind(), _shift_targets(batch), kept, strict=True):
+        # Summed over all positions on every device, because the order of summation depends on the number of values.
+        yield (compute if keep else _skip_losses)(model, row, targets).sum(), (targets != UNSUPERVISED).sum()
+
+
+def _compute_losses(model: Model, row: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Compute a row's loss at each position, (t - 1,) float32, from the output layer's input (t - 1, h)."""
+    assert model.output is not None
+    return torch.nn.functional.cross_entropy(
+        model.output.scores(row), targets, ignore_index=UNSUPERVISED, reduction="none"
+    )
+
+
+def _skip_losses(model: Model, row: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return losses of 0, with a gradient of zero."""
+    return row[:0].float().sum().expand(len(targets))
+
+
+def _compute_losses_at_targets(model: Model, row: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Compute the same losses without logits at other positions, whose loss is 0."""
+    places = (targets != UNSUPERVISED).nonzero().flatten()
+    if not len(places):
+        return _skip_losses(model, row, targets)
+    found = _compute_losses(model, row[places], targets[places])
+    return found.new_zeros(len(targets)).index_copy(0, places, found)
 
 
 def _shift_targets(batch: Batch) -> torch.Tensor:

@@ -144,7 +144,7 @@ class Preference(CausalLM):
         return {
             "loss": -torch.nn.functional.logsigmoid(found),
             "margin": found,
-            "longer": torch.tensor([chosen - rejected for chosen, rejected in lengths]),
+            "longer": torch.stack([chosen - rejected for chosen, rejected in lengths]),
             "learned": (batch.targets != UNSUPERVISED).view(len(found), -1).any(dim=1),
         }
 
@@ -180,7 +180,9 @@ class Preference(CausalLM):
             "loss": float(figures["loss"][usable].mean()),
         }
 
-    def _compute_reward_margins(self, model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, tuple[int, int]]]:
+    def _compute_reward_margins(
+        self, model: Model, batch: Batch
+    ) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]:
         """Yield, for each pair, the reward of the chosen answer minus the reward of the rejected answer, and both token
         counts.
         """
@@ -188,7 +190,7 @@ class Preference(CausalLM):
         rows = sum_token_losses(model, batch)
         for (chosen, its), (rejected, other), base in zip(rows, rows, batch.reference, strict=True):
             gains = -chosen - base[0], -rejected - base[1]
-            lengths = len(its), len(other)
+            lengths = its.clamp(min=1), other.clamp(min=1)
             if self.own.per_token:
                 gains = gains[0] / lengths[0], gains[1] / lengths[1]
             yield self.own.beta * (gains[0] - gains[1]), lengths

@@ -12,7 +12,7 @@ The output layer of a language model is not tested for every number of rows, bec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import count
@@ -52,9 +52,7 @@ _LARGEST_ROUNDING = 0.05
 mixed.
 """
 _SIZE = 0.2
-"""Standard deviation of the random adapter values in the test: with B at zero, as at the start of training, A has a
-zero gradient.
-"""
+"""Standard deviation of the random adapter values in the test."""
 
 
 def max_batch_influence(
@@ -104,8 +102,7 @@ def max_batch_influence(
         made.tried, made.see = lambda: told(next(numbers), total), see
         return made
 
-    with _restore_adapter_afterwards(model), _convert_model_errors(model, shapes):
-        _randomize_adapter(model, draws)
+    with use_random_adapter(model, draws), _convert_model_errors(model, shapes):
         moved = trial().measure_max_influence(max_grad_norm) if weights_chosen else 0.0
         with _randomize_weights(model, draws) if weights_chosen else nullcontext():
             last = trial()
@@ -113,9 +110,13 @@ def max_batch_influence(
 
 
 @contextmanager
-def _restore_adapter_afterwards(model: TaskModel) -> Iterator[None]:
-    before = Adapter.from_task_model(model)
+def use_random_adapter(model: TaskModel, draws: np.random.Generator) -> Iterator[None]:
+    """Give the adapter random values for the block's duration: with B at zero, A would have a zero gradient."""
+    before, generator = Adapter.from_task_model(model), _make_generator(draws, "cpu")
     try:
+        with torch.no_grad():
+            for parameter in model.trainable().values():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * _SIZE)
         yield
     finally:
         before.load_into(model)
@@ -397,6 +398,30 @@ def _make_dummy_examples(
     return TextDataset(input_ids, targets, model.spec.texts)
 
 
+def iter_dummy_batches(
+    model: TaskModel, shapes: Shapes, *, keeps_states: bool, pad_id: int
+) -> Generator[tuple[Batch, Batch]]:
+    """Yield two micro-batches of different dummy examples for each shape of a step: full, and half empty.
+
+    The adapter has random values until the iterator is closed.
+    """
+    draws = np.random.default_rng()
+    with use_random_adapter(model, draws):
+        for length in shapes.lengths:
+            longest = shapes.compute_longest_record(length)
+            for rows in shapes.rows(length):
+                room = shapes.capacity(length, rows)
+                half = -(-room // 2)
+                lengths = draws.integers(1, longest, size=room + half, endpoint=True).tolist()
+                made_up = _make_dummy_examples(model, draw_text_lengths(lengths, model.spec.texts, draws), draws)
+                parts = [Part(np.arange(room), rows, length), Part(np.arange(room, room + half), rows, length)]
+                examples = SiteExamples(made_up, pad_id=pad_id, shapes=shapes, device=model.device)
+                if keeps_states:
+                    examples.cache_frozen_states(model, parts=parts, lenient=False)
+                examples.cache_reference(model, parts=parts, lenient=False)
+                yield examples.batch(parts[0]), examples.batch(parts[1])
+
+
 def draw_text_lengths(longest: list[int], texts: int, draws: np.random.Generator) -> list[int]:
     """Draw the text lengths of records with `texts` texts each.
 
@@ -404,13 +429,6 @@ def draw_text_lengths(longest: list[int], texts: int, draws: np.random.Generator
     """
     each = ([length, *draws.integers(1, length, size=texts - 1, endpoint=True)] for length in longest)
     return [int(length) for place, some in enumerate(each) for length in np.roll(some, place % texts)]
-
-
-def _randomize_adapter(model: TaskModel, draws: np.random.Generator) -> None:
-    generator = _make_generator(draws, "cpu")
-    with torch.no_grad():
-        for parameter in model.trainable().values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * _SIZE)
 
 
 def _make_generator(draws: np.random.Generator, device: torch.device | str) -> torch.Generator:
@@ -437,7 +455,7 @@ def _randomize_weights(model: TaskModel, draws: np.random.Generator) -> Iterator
     frozen = list_frozen_values(model)
     in_four_bits = [module for module in model.modules() if isinstance(module, FourBit)]
     own: list[torch.Tensor] = [*frozen.values(), *(each for layer in in_four_bits for each in layer.buffers())]
-    # The copy is on the model's device if model and copy leave room for a step, which gets 4/5 of the free memory.
+    # The copy is on the model's device if model and copy leave room for a step and its graphs.
     beside = model.device.type != "cpu" and 6 * measure_model_bytes(model) <= get_total_memory(model.device)
     kept = [one.detach().to(model.device if beside else "cpu", copy=True) for one in own]
     generators = {one.device: _make_generator(draws, one.device) for one in frozen.values()}

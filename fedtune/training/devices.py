@@ -29,7 +29,7 @@ import struct
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from itertools import count
 from multiprocessing.connection import Connection
@@ -50,7 +50,8 @@ from fedtune.spec import ConfigError, RunError
 from fedtune.system import UNIX_SOCKETS
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.accelerators import disable_fused_attention
-from fedtune.training.batch_invariance import max_batch_influence
+from fedtune.training.batch_invariance import iter_dummy_batches, max_batch_influence
+from fedtune.training.captured import capture_batches, choose_sum_batch
 from fedtune.training.dp_step import TensorSums, UnitGradients, add_batches, make_zero_sums
 from fedtune.training.examples import IndexArray, SiteExamples, Told, Units, assign_device, ignore_progress
 from fedtune.training.machine import prepare_model, resolve_device
@@ -82,11 +83,14 @@ class DeviceTrial(NamedTuple):
     pad_id: int
     weights_chosen: bool
     disable_fused_attention: bool = False
+    captures: bool = True  # whether an accelerator replays captured micro-batches in steps
 
     @property
     def trial_arguments(self) -> dict[str, Any]:
         """The keyword arguments for `max_batch_influence`."""
-        return {name: value for name, value in self._asdict().items() if name != "disable_fused_attention"}
+        return {
+            name: value for name, value in self._asdict().items() if name not in {"disable_fused_attention", "captures"}
+        }
 
     def run_trial(self, model: TaskModel, seed: int, told: Told = ignore_progress) -> Outcome:
         """Run the trial with dummy examples and weights drawn from `seed`, and return its outcome."""
@@ -100,6 +104,13 @@ class DeviceTrial(NamedTuple):
             disable_fused_attention()
         moved = max_batch_influence(model, seed=seed, see=see, told=told, **self.trial_arguments)
         return Outcome(seed, moved, seen.hexdigest())
+
+    def capture_batches(self, model: TaskModel) -> None:
+        """Capture the micro-batches of a step on the model's accelerator (`captured.capture_batches`)."""
+        if self.captures and model.device.type != "cpu":
+            made_up = iter_dummy_batches(model, self.shapes, keeps_states=self.keeps_states, pad_id=self.pad_id)
+            with closing(made_up):
+                capture_batches(model, made_up, max_grad_norm=self.max_grad_norm)
 
 
 class Outcome(NamedTuple):
@@ -419,7 +430,9 @@ class _Device:
         self._units: dict[int, _Examples] = {}
 
     def compute_trial_bits(self, trial: DeviceTrial, seed: int) -> str:
-        return trial.run_trial(self._model, seed).bits
+        bits = trial.run_trial(self._model, seed).bits
+        trial.capture_batches(self._model)
+        return bits
 
     def store_units(self, number: int, units: _Examples) -> None:
         self._units[number] = units
@@ -453,7 +466,11 @@ class _Device:
         with self._model.freeze_tensors(frozen, rank=rank), record_gradients(self._model) as gradients:
             sums = make_zero_sums(cut_to_rank(self._model.list_active_parameters(), rank))
             count = add_batches(
-                sums, units.convert_gradients(gradients), self._report_progress(units.batch_units(drawn)), max_grad_norm
+                sums,
+                units.convert_gradients(gradients),
+                self._report_progress(units.batch_units(drawn)),
+                max_grad_norm,
+                choose_sum_batch(self._model),
             )
         return count, _flatten(sums).numpy()
 

@@ -20,7 +20,13 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise, compute_cell_width, draw_poisson_sample
+from fedtune.privacy.mechanism import (
+    GRID_BITS,
+    SumOnDevice,
+    add_gaussian_noise,
+    compute_cell_width,
+    draw_poisson_sample,
+)
 from fedtune.privacy.randomness import RandomStream
 from fedtune.privacy.run_plan import Plan
 from fedtune.training.algorithms.local_algorithm import Arrays, NoisedGradient
@@ -55,6 +61,15 @@ class UnitGradients(Protocol):
         ...
 
 
+def sum_batch(gradients: UnitGradients, batch: Any, max_grad_norm: float) -> TensorSums:
+    """Sum the clipped contributions of a micro-batch's units: name -> (*shape) int64, in cells."""
+    return sum_clipped(gradients.compute_gradients(batch), max_grad_norm)
+
+
+SumBatch = Callable[[UnitGradients, Any, float], TensorSums]
+"""`sum_batch`, or a replay of its kernels on an accelerator with equal bits (`fedtune.training.captured`)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Records:
     """A site's training records as privacy units, for sampling and batching."""
@@ -66,6 +81,7 @@ class Records:
     cut: Callable[[npt.NDArray[np.int64]], Iterable[Any]]
     # adds the other devices' sums over their own units, clipped to the same norm; returns the number of these units
     add_others: Callable[[TensorSums, float], int] = add_nothing
+    sum_batch: SumBatch = sum_batch
 
 
 def take_dp_sgd_step(
@@ -112,7 +128,7 @@ def sum_sampled_gradients(
     *,
     parameters: Mapping[str, nn.Parameter],
     sampling: RandomStream,
-) -> dict[str, npt.NDArray[np.int64]]:
+) -> dict[str, npt.NDArray[np.int64] | SumOnDevice]:
     """Sum the clipped gradients of a Poisson sample by name, in cells and without noise.
 
     The caller must not release the sum.
@@ -122,10 +138,28 @@ def sum_sampled_gradients(
     """
     sampled = draw_poisson_sample(records.count, plan.sampling_rate, sampling)
     sums = make_zero_sums(parameters)
-    seen = add_batches(sums, gradients, records.cut(sampled), plan.max_grad_norm)
+    seen = add_batches(sums, gradients, records.cut(sampled), plan.max_grad_norm, records.sum_batch)
     seen += records.add_others(sums, plan.max_grad_norm)
     assert seen == len(sampled), "each sampled unit must be counted exactly once"
-    return {name: total.cpu().numpy() for name, total in sums.items()}
+    return {name: total.numpy() if total.device.type == "cpu" else _OnDevice(total) for name, total in sums.items()}
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    """A sum on its device (`mechanism.SumOnDevice`), so that the noise is drawn while the device still computes."""
+
+    values: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+    @property
+    def size(self) -> int:
+        return self.values.numel()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[np.int64]:
+        return self.values.cpu().numpy()
 
 
 def make_zero_sums(parameters: Mapping[str, nn.Parameter]) -> TensorSums:
@@ -133,39 +167,58 @@ def make_zero_sums(parameters: Mapping[str, nn.Parameter]) -> TensorSums:
     return {name: torch.zeros_like(p, dtype=torch.int64) for name, p in parameters.items()}
 
 
-def add_batches(sums: TensorSums, gradients: UnitGradients, batches: Iterable[Any], max_grad_norm: float) -> int:
+def add_batches(
+    sums: TensorSums,
+    gradients: UnitGradients,
+    batches: Iterable[Any],
+    max_grad_norm: float,
+    sum_batch: SumBatch = sum_batch,
+) -> int:
     """Add the clipped contribution of each unit in the micro-batches to `sums`, and return the number of units."""
     seen = 0
     for batch in batches:
-        add_clipped(sums, gradients.compute_gradients(batch), max_grad_norm)
+        _add_totals(sums, sum_batch(gradients, batch, max_grad_norm))
         seen += len(batch)
     return seen
 
 
 def add_clipped(sums: TensorSums, gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> None:
-    """Scale each unit's gradient to a joint L2 norm of at most `max_grad_norm`, round it and add it to `sums`.
+    """Add the units' clipped gradients to `sums`: name -> (*shape) int64 in cells, changed in place (`sum_clipped`)."""
+    _add_totals(sums, sum_clipped(gradients, max_grad_norm))
+
+
+def _add_totals(sums: TensorSums, totals: TensorSums) -> None:
+    assert sums.keys() == totals.keys(), "clipped tensors and summed tensors differ"
+    for name, total in totals.items():
+        sums[name] += total
+
+
+def sum_clipped(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> TensorSums:
+    """Scale each unit's gradient to a joint L2 norm of at most `max_grad_norm`, round it, and sum over the units.
 
     Args:
-        sums: name -> (*shape) int64 in cells of the grid (`mechanism.compute_cell_width`), changed in place.
-        gradients: name -> (n, *shape), with the same names as `sums`; n examples, or the means of n users.
+        gradients: name -> (n, *shape); n examples, or the means of n users.
         max_grad_norm: the clip norm C, over all tensors of a unit together.
+
+    Returns:
+        name -> (*shape) int64 in cells of the grid (`mechanism.compute_cell_width`).
 
     Guarantee: one unit adds a vector of integers with a joint L2 norm of at most C, which is 2**24 cells. Scaling uses
     floats; the check uses integers. A unit counts as zero if its gradient is not finite, or if its rounded vector
     still exceeds C.
     """
-    assert sums.keys() == gradients.keys(), "clipped tensors and summed tensors differ"
     totals, squares = {}, []
     # One tensor at a time, so that its values stay in the cache.
     for name, contribution in _clip_to_cells(gradients, max_grad_norm):
         # Exact in float64: fewer than 2**29 whole numbers of at most 2**24 each.
         totals[name] = contribution.sum(dim=0)
         squares.append(_compute_exact_squared_norms(contribution))
-    if not (usable := _is_within_clip_norm(squares)).all():
-        add_clipped(sums, {name: gradient[usable] for name, gradient in gradients.items()}, max_grad_norm)
-        return
-    for name, total in totals.items():
-        sums[name] += total.to(torch.int64).reshape(sums[name].shape)
+    usable = _is_within_clip_norm(squares)
+    # An accelerator always zeroes the unusable rows, because the process would have to wait for the answer otherwise.
+    if usable.device.type != "cpu" or not usable.all():
+        for name, contribution in _clip_to_cells(gradients, max_grad_norm):
+            totals[name] = torch.where(usable[:, None], contribution, 0.0).sum(dim=0)
+    return {name: totals[name].to(torch.int64).view(gradient.shape[1:]) for name, gradient in gradients.items()}
 
 
 def compute_clipped_contributions(
@@ -173,7 +226,7 @@ def compute_clipped_contributions(
 ) -> dict[str, torch.Tensor]:
     """Return each unit's contribution to a sum: name -> (n, values), as whole numbers of cells in float64.
 
-    The contributions are computed on the gradients' device, as in `add_clipped`, and copied to the CPU one tensor at a
+    The contributions are computed on the gradients' device, as in `sum_clipped`, and copied to the CPU one tensor at a
     time.
     """
     whole, squares = {}, []

@@ -20,6 +20,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.algorithms.fedavg import FEDAVG
 from fedtune.training.algorithms.local_algorithm import Arrays, LocalAlgorithm, NoisedGradient, SiteRound
+from fedtune.training.captured import choose_sum_batch
 from fedtune.training.dp_step import Correction, Records, sum_sampled_gradients, take_dp_sgd_step
 from fedtune.training.examples import Units
 from fedtune.training.optimizer import compute_round_factors, make_optimizer, set_learning_rate
@@ -163,7 +164,7 @@ def compute_round_share(
         sums = sum_sampled_gradients(
             units.convert_gradients(gradients), records, work.plan, parameters=parameters, sampling=sampling
         )
-    return add_noise_share(sums, work.plan.secure_noise, noise)
+    return add_noise_share({name: np.asarray(total) for name, total in sums.items()}, work.plan.secure_noise, noise)
 
 
 def _prepare_round(
@@ -187,7 +188,13 @@ def _prepare_round(
     noise = randomness.stream(*purpose, "noise")
     # A separate stream, used in every step, selects the records of each sampled user.
     cut = units.make_batcher(randomness.stream(*purpose, "records"))
-    records = Records(count=len(units), declared_size=work.declared_size, cut=cut, add_others=units.add_other_devices)
+    records = Records(
+        count=len(units),
+        declared_size=work.declared_size,
+        cut=cut,
+        add_others=units.add_other_devices,
+        sum_batch=choose_sum_batch(model),
+    )
     return parameters, records, sampling, noise
 
 

@@ -41,10 +41,11 @@ _TOKENS_ON_GPU, _TOKENS_OF_A_THREAD, _MOST_TOKENS = 16384, 512, 2048
 On a CPU, a larger micro-batch is no faster, and the trial before the run takes longer (simulations/benchmarks); on a
 GPU a smaller one leaves the device idle (simulations/gpu).
 """
-_SHARE_OF_GPU, _SHARE_OF_MEMORY = 0.8, 0.25
+_SHARE_OF_GPU, _SHARE_OF_MEMORY = 0.4, 0.25
 """Fractions of the memory that the model leaves free.
 
-A GPU is used by the run only, a CPU's memory by other processes as well.
+A GPU is used by the run only, and needs a step's memory twice, because graphs of micro-batches keep theirs reserved. A
+CPU's memory is used by other processes as well.
 """
 
 

@@ -63,7 +63,7 @@ class PerExampleGradients:
         """
         try:
             with translate_panics():
-                return _zero_rows_without_states(batch, self.compute_all_gradients(batch))
+                return self.compute_all_gradients(batch)
         except ConfigError:
             raise
         except Exception:
@@ -76,17 +76,25 @@ class PerExampleGradients:
                 for name, of_rows in gradients.items():
                     of_rows[row] = found[name][0]
             del found  # free the memory before the next example is computed; enumerate would keep a reference
-        return _zero_rows_without_states(batch, gradients)
+        return gradients
 
-    def compute_all_gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def compute_all_gradients(self, batch: Batch, present: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Compute the gradients as `compute_gradients` does, but raise if an example makes the pass fail.
+
+        Args:
+            batch: the examples.
+            present: (examples,) bool, False for empty rows, in a batch that counts no row as empty; None: all rows
+                that the batch counts.
 
         Raises:
             ConfigError: the forward pass does not use a trainable tensor.
         """
         try:
-            self._model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
-            return self._compute_gradients_by_name(batch)
+            losses = self._model.losses(batch)
+            if present is not None:
+                losses = torch.where(present, losses, 0.0)
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+            return _zero_rows_without_states(batch, self._compute_gradients_by_name(batch))
         finally:
             self.found.clear()  # also after a pass that failed half-way
 
@@ -124,7 +132,7 @@ def _zero_rows_without_states(batch: Batch, gradients: dict[str, torch.Tensor]) 
     if batch.prefix is None:
         return gradients
     known = batch.prefix.flatten(1).any(dim=1).view(-1, batch.texts).all(dim=1)
-    if known[: len(batch)].all():
+    if known.device.type == "cpu" and known[: len(batch)].all():  # an accelerator would make the process wait
         return gradients
     return {name: torch.where(known.view(-1, *[1] * (one.dim() - 1)), one, 0.0) for name, one in gradients.items()}
 

@@ -23,11 +23,11 @@ def no_noise() -> None:
 def no_clipping() -> None:
     """Every gradient joins the sum at its own length; the noise is as planned."""
 
-    def add_clipped(sums: dict[str, torch.Tensor], gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> None:
-        for name, gradient in gradients.items():
-            sums[name] += (gradient.double() / compute_cell_width(max_grad_norm)).round().to(torch.int64).sum(dim=0)
+    def sum_clipped(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> dict[str, torch.Tensor]:
+        cell = compute_cell_width(max_grad_norm)
+        return {name: (one.double() / cell).round().to(torch.int64).sum(dim=0) for name, one in gradients.items()}
 
-    dp_step.add_clipped = add_clipped
+    dp_step.sum_clipped = sum_clipped
 
 
 FAULTS: dict[str, Callable[[], None]] = {"none": lambda: None, "no noise": no_noise, "no clipping": no_clipping}

@@ -1,6 +1,7 @@
 """Every check and measurement of an accelerator, in steps of less than ten minutes; each adds to results.json at once.
 
     python simulations/gpu/run.py                        all steps on the accelerator
+    python simulations/gpu/run.py --minutes 9            steps that the results lack, until no step may begin any more
     python simulations/gpu/run.py --steps equal speed-1b  these; the others' results are kept
     python simulations/gpu/run.py --tiny --device cpu    the same code on tiny models, as the tests run it
 
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fedtune.api.compose import compose_run
@@ -47,6 +49,7 @@ from fedtune.tasks.registry import get_task
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import batch_invariance
 from fedtune.training.accelerators import describe_device
+from fedtune.training.captured import CapturedBatch, GraphMemory, capture_batches, graphs_of
 from fedtune.training.dp_step import TensorSums, add_clipped, apply_gradient_sum, make_zero_sums
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import TrainingRound, train_round
@@ -65,6 +68,8 @@ _ROWS = (8, 32, 64)
 _ROWS_TRIED = (("any number of rows", (1, 2, 4, 8)), ("one number of rows", (1,)))
 _MOST_FOUR_BIT_BYTES = 24 * 2**30
 Result = dict[str, Any]
+Step = Callable[[TaskModel, Batch], None]
+"""Takes a step of `_MICRO_BATCHES` equal micro-batches."""
 
 SIZES = {
     "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
@@ -294,11 +299,33 @@ def speed(machine: Machine, size: str, *, dtype: str = "bfloat16", rows: tuple[i
     return found | {"noise_seconds": round(time.perf_counter() - began, 4)}
 
 
+def graphs(machine: Machine) -> Result:
+    """Whether each shape's replay has the bits of the same kernels one at a time; the reason where it has not."""
+    found = {}
+    for path, task in models(machine):
+        shapes = Shapes.from_limits(max_length=31, max_tokens=256)
+        model = built(path, task, device=machine.device)
+        found[f"{path} {task}"] = _capture(model, shapes)
+    long = Shapes((_LONG,), max_tokens=(2 if machine.tiny else 8) * _LONG, row_shares=(1,))
+    found[f"llama of {_LONG} tokens"] = _capture(llama(machine, "135m"), long)
+    return found
+
+
+def _capture(model: TaskModel, shapes: Shapes) -> str:
+    made_up = batch_invariance.iter_dummy_batches(model, shapes, keeps_states=False, pad_id=0)
+    why = capture_batches(model, made_up, max_grad_norm=1.0)
+    assert why is None, why
+    return f"equal bits; replays are faster for {len(graphs_of(model))} shapes"
+
+
 def _speed(machine: Machine, model: TaskModel, batch: Batch) -> Result:
     """Tokens a second and peak memory."""
     tokens = _MICRO_BATCHES * int(batch.attention_mask.sum())
     found: Result = {"tokens": tokens}
-    for kind, step in (("plain", _plain), ("private", _private)):
+    kinds: dict[str, Step] = {"plain": _plain, "private": _private, "opacus_ghost": _ghost_clipping}
+    if machine.device.type != "cpu":
+        kinds |= {"plain_captured": _capture_plain(model, batch), "private_captured": _capture_private(model, batch)}
+    for kind, step in kinds.items():
         step(model, batch)
         if machine.device.type != "cpu":
             torch.accelerator.reset_peak_memory_stats(machine.device)
@@ -312,8 +339,47 @@ def _speed(machine: Machine, model: TaskModel, batch: Batch) -> Result:
         found[f"{kind}_tokens_a_second"] = round(tokens / statistics.median(seconds), 1)
         if machine.device.type != "cpu":
             found[f"{kind}_peak_bytes"] = torch.accelerator.max_memory_allocated(machine.device)
-    found["private_over_plain"] = round(found["private_tokens_a_second"] / found["plain_tokens_a_second"], 3)
+    pairs = (("private", "plain"), ("private_captured", "plain"), ("private_captured", "plain_captured"))
+    for one, other in (*pairs, ("opacus_ghost", "plain")):
+        if one in kinds:
+            found[f"{one}_over_{other}"] = round(found[f"{one}_tokens_a_second"] / found[f"{other}_tokens_a_second"], 3)
     return found
+
+
+def _capture_plain(model: TaskModel, batch: Batch) -> Step:
+    """A plain step whose forward and backward pass is replayed."""
+    gradients = tuple(model.trainable().values())
+
+    def passes() -> TensorSums:
+        for one in gradients:
+            one.grad = torch.zeros_like(one)
+        model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
+        return {str(number): one.grad for number, one in enumerate(gradients) if one.grad is not None}
+
+    graph, _ = GraphMemory().capture(passes)
+
+    def step(model: TaskModel, batch: Batch) -> None:
+        for _ in range(_MICRO_BATCHES):
+            graph.replay()
+        _standing(model).step()
+
+    return step
+
+
+def _capture_private(model: TaskModel, batch: Batch) -> Step:
+    """A private step whose micro-batches are replayed, as in training."""
+    with record_gradients(model) as gradients:
+        replayed = CapturedBatch(gradients, batch, 1.0, memory=GraphMemory())
+
+    def step(model: TaskModel, batch: Batch) -> None:
+        parameters = model.trainable()
+        sums = make_zero_sums(parameters)
+        for _ in range(_MICRO_BATCHES):
+            for name, total in replayed.replay(batch).items():
+                sums[name] += total
+        apply_gradient_sum(_with_noise(sums), parameters, _standing(model), denominator=1.0)
+
+    return step
 
 
 def four_bit(machine: Machine) -> Result:
@@ -360,6 +426,33 @@ def _private(model: TaskModel, batch: Batch) -> None:
     apply_gradient_sum(_with_noise(sums), parameters, optimizer, denominator=1.0)
 
 
+def _ghost_clipping(model: TaskModel, batch: Batch) -> None:
+    """A private step by Opacus's ghost clipping: norms in a first backward pass, and the clipped sum in a second."""
+    parameters = model.trainable()
+    summed = {name: torch.zeros_like(one) for name, one in parameters.items()}
+    hooked = GradSampleModuleFastGradientClipping(model, loss_reduction="sum", max_grad_norm=1.0, strict=False)
+    try:
+        for _ in range(_MICRO_BATCHES):
+            losses = model.losses(batch)
+            losses.sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
+            weights = hooked.get_clipping_coef()[: len(losses)]
+            model.zero_grad(set_to_none=True)
+            hooked.disable_hooks()
+            (losses * weights).sum().backward()
+            hooked.enable_hooks()
+            for name, one in parameters.items():
+                assert one.grad is not None
+                summed[name] += one.grad
+            model.zero_grad(set_to_none=True)
+    finally:
+        hooked.cleanup()
+    with torch.no_grad():
+        for name, one in parameters.items():
+            one.grad = summed[name] + torch.randn_like(one)
+    _standing(model).step()
+    model.zero_grad(set_to_none=True)
+
+
 def _with_noise(sums: TensorSums) -> dict[str, npt.NDArray[np.int64]]:
     """Drawn once a step, as in training."""
     compute_all_gradients = {name: total.cpu().numpy() for name, total in sums.items()}
@@ -398,14 +491,15 @@ def _command(*words: str, **environment: str) -> Result:
 
 STEPS: dict[str, Callable[[Machine], Result]] = {
     "equal": equal,
+    "graphs": graphs,
+    "speed-135m": lambda machine: speed(machine, "135m"),
+    "speed-1b": lambda machine: speed(machine, "1b", rows=(8, 32)),
+    "speed-8b": lambda machine: speed(machine, "8b", rows=(4, 16)),
     "repeats": repeats,
     **{f"alone-{dtype}": partial(alone, dtype=dtype) for dtype in ("float32", "bfloat16", "nf4")},
     "alone-and-long": alone_and_long,
     "moved-by-one": moved_by_one,
     "several-devices": several_devices,
-    "speed-135m": lambda machine: speed(machine, "135m"),
-    "speed-1b": lambda machine: speed(machine, "1b", rows=(8, 32)),
-    "speed-8b": lambda machine: speed(machine, "8b", rows=(4, 16)),
     "four-bit": four_bit,
     "banks": banks,
     "tests": tests,
@@ -414,13 +508,20 @@ STEPS: dict[str, Callable[[Machine], Result]] = {
 WITHOUT_SUBPROCESSES = tuple(name for name in STEPS if name not in ("banks", "tests"))
 
 
-def run(machine: Machine, names: list[str], into: Path) -> bool:
-    """Run steps, each into the file as it is done; returns whether all succeeded."""
+def run(machine: Machine, names: list[str], into: Path, *, minutes: float | None = None) -> bool:
+    """Run steps, each into the file as it is done; returns whether all succeeded.
+
+    With `minutes`, steps that succeeded on this device are left out, and none begins in the last two minutes.
+    """
     results: Result = json.loads(into.read_text()) if into.exists() else {}
     steps = results.setdefault(machine.name, {})
-    good = True
+    good, first = True, time.perf_counter()
     for name in names:
         began = time.perf_counter()
+        if minutes is not None and began - first > (minutes - 2) * 60:
+            break
+        if minutes is not None and "error" not in steps.get(name, {"error": "not run"}):
+            continue
         try:
             found = STEPS[name](machine)
         except Exception as error:
@@ -440,10 +541,11 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--tiny", action="store_true", help="tiny models and few tries; without whole commands")
     parser.add_argument("--into", type=Path, default=RESULTS)
+    parser.add_argument("--minutes", type=float, help="run missing steps only, for about this long")
     asked = parser.parse_args()
     machine = Machine(device=resolve_device(asked.device), tiny=asked.tiny)
     names = asked.steps or list(WITHOUT_SUBPROCESSES if asked.tiny else STEPS)
-    if not run(machine, names, asked.into):
+    if not run(machine, names, asked.into, minutes=asked.minutes):
         raise SystemExit(1)
 
 

@@ -287,7 +287,7 @@ def test_dummy_example_generators_are_unused_in_private_steps() -> None:
     assert users == {
         "sites/shared_model.py": {"max_batch_influence", "require_batch_invariance", "fit_to_memory"},
         "lab/audit/sensitivity.py": {"draw_text_lengths"},
-        "training/devices.py": {"max_batch_influence"},
+        "training/devices.py": {"max_batch_influence", "iter_dummy_batches"},
     }
 
 

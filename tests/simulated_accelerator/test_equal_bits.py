@@ -69,7 +69,8 @@ def write_task_overrides(tmp_path: Path, tiny: Any) -> Callable[..., list[str]]:
 
 def run_commands_on_device(*commands: list[str], **settings: object) -> str:
     """Run commands of fedtune one after the other in a process with the device; return their output."""
-    code = f"from fedtune.cli.main import main\nfor words in {list(commands)!r}: assert main(words) == 0, words\n"
+    code = "from tests.simulated_accelerator.tried import prefer_replays; prefer_replays()\n"
+    code += f"from fedtune.cli.main import main\nfor words in {list(commands)!r}: assert main(words) == 0, words\n"
     return run_on_it(code, **{"SIM_SDPA": "fused", **settings})
 
 

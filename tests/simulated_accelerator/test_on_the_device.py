@@ -25,6 +25,27 @@ def test_micro_batch_without_usable_units_does_not_change_the_sum() -> None:
     assert run_tried("print_unusable_units") == ["0"] * 6
 
 
+def test_replayed_step_never_waits_for_the_device_and_sums_the_same_bits() -> None:
+    launched, expected, replayed, found = map(int, run_tried("print_waits_of_a_step", SIM_SDPA="fused"))
+    assert launched > replayed == 0
+    assert found == expected != 0
+
+
+def test_graph_serves_only_the_clip_norm_and_tensors_of_its_capture() -> None:
+    assert run_tried("print_capture", SIM_SDPA="fused") == ["None", "1", "0", "0"]
+
+
+@pytest.mark.parametrize(
+    ("graphs", "reason"),
+    [
+        ("refused", "this device captures no graph"),
+        ("other_bits", "a replay differs from the same kernels one at a time"),
+    ],
+)
+def test_steps_launch_their_kernels_if_a_replay_fails_or_differs(graphs: str, reason: str) -> None:
+    assert run_tried("print_capture", SIM_SDPA="fused", SIM_GRAPHS=graphs) == [reason, "0", "0", "0"]
+
+
 def test_users_synchronize_as_rarely_as_records() -> None:
     ((of_users, of_records),) = (map(int, line.split()) for line in run_tried("waits_for_the_device"))
     assert of_users == of_records

@@ -12,7 +12,8 @@ from fedtune.lab.audit import sensitivity
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel, build_task_model
-from fedtune.training import batch_invariance, dp_step
+from fedtune.training import batch_invariance, captured, dp_step
+from fedtune.training.captured import choose_sum_batch
 from fedtune.training.examples import SiteExamples
 from fedtune.training.machine import resolve_device
 from fedtune.training.per_example import record_gradients
@@ -53,6 +54,12 @@ def _sum_of_squares(row: Values, count: int) -> float:
 
 
 SIM = torch.device("sim")
+
+
+def prefer_replays() -> None:
+    """Keep every graph, because a replay on the simulated device is slower than its kernels."""
+    measured = iter((0.0, 1.0) * 1000)
+    captured.measure_seconds = lambda run: next(measured)  # type: ignore[assignment]
 
 
 def build_model() -> TaskModel:
@@ -153,3 +160,43 @@ def print_norm_differences() -> None:
                 moved_rows[kind] += int((found[kind] != whole[kind][first:last]).sum())
         assert torch.allclose(whole[1].cpu(), rows.cpu().double().square().sum(dim=1).sqrt(), rtol=1e-14)
         print(length, *moved_rows)
+
+
+def capture_batches(within: TaskModel, shapes: Shapes) -> str | None:
+    made_up = batch_invariance.iter_dummy_batches(within, shapes, keeps_states=False, pad_id=0)
+    return captured.capture_batches(within, made_up, max_grad_norm=1.0)
+
+
+def print_waits_of_a_step() -> None:
+    """Print the waits for the device of a step's micro-batches, launched one at a time and replayed."""
+    prefer_replays()
+    within = build_model()
+    shapes = Shapes.from_limits(max_length=31, max_tokens=128)
+    assert capture_batches(within, shapes) is None
+    lengths = np.random.default_rng(0).integers(2, 31, size=40).tolist()
+    dataset = sensitivity.generate_random_examples(within, lengths, np.random.default_rng(0))
+    examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=SIM)
+    batches = list(examples.cut(np.arange(40)))
+    for compute in (dp_step.sum_batch, choose_sum_batch(within)):
+        sums = dp_step.make_zero_sums(within.trainable())
+        with record_gradients(within) as gradients:
+            torch.sim.counters()  # type: ignore[attr-defined]
+            dp_step.add_batches(sums, gradients, batches, 1.0, compute)
+            print(torch.sim.counters().get("waits", 0))  # type: ignore[attr-defined]
+        print(sum(int((total * (number + 1)).sum()) for number, total in enumerate(sums.values())))
+
+
+def print_capture() -> None:
+    """Print why micro-batches are not captured, and the replays with the same and with other clip norms and tensors."""
+    prefer_replays()
+    within = build_model()
+    shapes = Shapes.from_limits(max_length=15, max_tokens=64)
+    print(capture_batches(within, shapes))
+    dataset = sensitivity.generate_random_examples(within, [9] * 4, np.random.default_rng(0))
+    (batch,) = SiteExamples(dataset, pad_id=0, shapes=shapes, device=SIM).cut(np.arange(4))
+    compute, names = choose_sum_batch(within), list(within.trainable())
+    for clip_norm, frozen in ((1.0, ()), (2.0, ()), (1.0, names[:1])):
+        before = torch.sim.replays  # type: ignore[attr-defined]
+        with within.freeze_tensors(frozenset(frozen)), record_gradients(within) as gradients:
+            compute(gradients, batch, clip_norm)
+        print(torch.sim.replays - before)  # type: ignore[attr-defined]

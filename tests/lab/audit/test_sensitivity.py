@@ -54,15 +54,14 @@ def test_sensitivity_search_finds_at_most_one_clip_norm(run_search: Any, setting
     assert 0.9 < found["moved"] <= 1.0, "a search that comes nowhere near the bound shows nothing"
 
 
-def clip_each_text(add_clipped: Any, sums: Any, gradients: Any, max_grad_norm: float) -> None:
-    for _ in range(3):
-        add_clipped(sums, gradients, max_grad_norm)
+def clip_each_text(sum_clipped: Any, gradients: Any, max_grad_norm: float) -> Any:
+    return {name: 3 * total for name, total in sum_clipped(gradients, max_grad_norm).items()}
 
 
-def scale_by_company(add_clipped: Any, sums: Any, gradients: Any, max_grad_norm: float) -> None:
+def scale_by_company(sum_clipped: Any, gradients: Any, max_grad_norm: float) -> Any:
     """Inject a fault: the sum is scaled by the number of units, although each contribution is clipped."""
     rows = next(iter(gradients.values())).shape[0]
-    add_clipped(sums, {name: gradient / rows for name, gradient in gradients.items()}, max_grad_norm)
+    return sum_clipped({name: gradient / rows for name, gradient in gradients.items()}, max_grad_norm)
 
 
 def pad_by_company(self: Any, places: Any, num_tokens: Any) -> Any:
@@ -92,7 +91,7 @@ def test_sensitivity_search_detects_each_fault(
     elif fault is pad_by_company:
         monkeypatch.setattr("fedtune.data.shapes.Shapes.cut", fault)
     else:
-        monkeypatch.setattr(dp_step, "add_clipped", partial(fault, dp_step.add_clipped))
+        monkeypatch.setattr(dp_step, "sum_clipped", partial(fault, dp_step.sum_clipped))
     outcome, found = run_search(*settings)
     assert found[shown] > 0
     assert outcome.code == 1
