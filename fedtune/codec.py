@@ -36,11 +36,12 @@ def parse_json(data: bytes | str, *, key: str, bound: str) -> dict[str, Any]:
         bound: the accepted form, for error messages.
 
     Raises:
-        ConfigError: the data is not a JSON object, is nested too deeply, or contains NaN or an infinity, which JSON
-            does not have. The message quotes nothing of `data`, because a link could point to another file.
+        ConfigError: the data is not a JSON object, is nested too deeply, has a key twice, or contains NaN or an
+            infinity, which JSON does not have. The message quotes nothing of `data`, because a link could point to
+            another file.
     """
     try:
-        found = json.loads(data)
+        found = json.loads(data, object_pairs_hook=reject_duplicate_keys)
         json.dumps(found, allow_nan=False)
     except (ValueError, RecursionError):  # ValueError: invalid JSON or UTF-8, or a huge integer
         found = None
@@ -49,6 +50,17 @@ def parse_json(data: bytes | str, *, key: str, bound: str) -> dict[str, Any]:
         inner = [item for each in inner for item in list_items(each)]
     if inner or not isinstance(found, dict):  # deeper nesting could be parsed, but neither copied nor written
         raise ConfigError(key, "something else", bound)
+    return found
+
+
+def reject_duplicate_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object for `json.loads`; readers of JSON differ in which value of a repeated key they use.
+
+    Raises:
+        ValueError: a key is repeated.
+    """
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key is repeated")
     return found
 
 

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from typing import Any
 
@@ -68,6 +68,9 @@ class MadeSite(Site):
         self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
     ) -> Trained:
         return self._train(request, adapter, attempt)
+
+    def read_adapter_shapes(self, run: str) -> Mapping[str, list[int]] | None:
+        return self._prepare(self.ledger.history.runs[run].proposal).template.shapes
 
     def store_adapter(self, run: str, adapter: Adapter) -> None:
         self.kept.append((run, adapter.digest()))

@@ -75,9 +75,14 @@ class Adapter:
         """Return a copy with every value clipped to [-most, most]; NaN stays NaN."""
         return Adapter({name: np.clip(value, -most, most) for name, value in self.tensors.items()})
 
+    @property
+    def shapes(self) -> Mapping[str, list[int]]:
+        """Shape of each tensor by name, as lists like those in JSON."""
+        return {name: [*value.shape] for name, value in self.tensors.items()}
+
     def has_same_shapes(self, other: Adapter) -> bool:
         """Return True if both adapters have the same names and shapes."""
-        return {n: value.shape for n, value in self.tensors.items()} == {n: v.shape for n, v in other.tensors.items()}
+        return self.shapes == other.shapes
 
     def digest(self) -> str:
         """Return the SHA-256 of the adapter in hexadecimal, its identifier in requests and receipts.

@@ -24,6 +24,9 @@ class NoBase(nn.Module):
         """Return the module itself, because it has no adapter wrapper."""
         return self
 
+    def get_output_embeddings(self) -> None:
+        """Return None, because there is no output layer."""
+
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
         """Return the feature vectors (n, 1, width) unchanged."""
         return SimpleNamespace(last_hidden_state=input_ids)

@@ -20,10 +20,8 @@ from peft.tuners import ia3, lora
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
+from fedtune.model.adapter_files import PEFT_SCALES
 from fedtune.spec import ConfigError
-
-PEFT_SCALES = (".ia3_l", ".lora_magnitude_vector")
-"""Name suffixes of PEFT's own scales in a saved adapter: of IA3, and of DoRA."""
 
 
 class Scales(nn.Module):

@@ -24,7 +24,8 @@ could amplify a difference in the last bit without limit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -56,7 +57,7 @@ def attach_adapters(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: b
         ConfigError: for `lora.layers` or `lora.target_modules` outside the base, or for a `lora.rank` above the rank of
             every adapted module.
     """
-    config = _build_peft_config(base, spec, TaskType.CAUSAL_LM if predicts_tokens else TaskType.FEATURE_EXTRACTION)
+    config = _build_peft_config(base, spec, predicts_tokens)
     with silence_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = get_peft_model(base, config)
@@ -68,7 +69,7 @@ def attach_adapters(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: b
     return model
 
 
-def _build_peft_config(base: nn.Module, spec: LoraSpec, kind: TaskType) -> PeftConfig:
+def _build_peft_config(base: nn.Module, spec: LoraSpec, predicts_tokens: bool) -> PeftConfig:
     stack_name, stack = find_layer_stack(base)
     count = len(stack)
     if not all(-count <= layer < count for layer in spec.layers or ()):
@@ -89,22 +90,40 @@ def _build_peft_config(base: nn.Module, spec: LoraSpec, kind: TaskType) -> PeftC
                 raise ConfigError("lora.target_modules", name, bound)
         targets = sorted(spec.target_modules)
     adapted = [full for full in linear if any(f".{full}".endswith(f".{name}") for name in targets)]
-    transposed = any(isinstance(module, Conv1D) for module in linear.values())
-    if spec.kind == "ia3":  # PEFT's IA3 has no setting for layers
-        return IA3Config(task_type=kind, target_modules=adapted, feedforward_modules=[], fan_in_fan_out=transposed)
     # Checked before memory is allocated; a rank above every module's own rank adds nothing to the product B A.
     most = max((min(cast(torch.Tensor, linear[full].weight).shape) for full in adapted), default=spec.rank)
-    if spec.rank > most:
+    if spec.kind != "ia3" and spec.rank > most:
         raise ConfigError("lora.rank", spec.rank, f"must be at most {most}, the rank of the largest adapted module")
+    transposed = any(isinstance(module, Conv1D) for module in linear.values())
+    return make_peft_config(spec, adapted, predicts_tokens=predicts_tokens, transposed=transposed)
+
+
+def make_peft_config(
+    spec: LoraSpec, adapted: Collection[str], *, predicts_tokens: bool, transposed: bool
+) -> PeftConfig:
+    """Make PEFT's configuration of an adapter, which follows from these arguments without the base.
+
+    Args:
+        spec: the kind of adapter and its settings.
+        adapted: the full names of the adapted modules in the base, such as `encoder.layer.0.output.dense`.
+        predicts_tokens: selects PEFT's wrapper for causal language models.
+        transposed: whether the base's weights are (inputs, outputs), as in GPT-2; PEFT corrects a wrong value.
+    """
+    kind = TaskType.CAUSAL_LM if predicts_tokens else TaskType.FEATURE_EXTRACTION
+    if spec.kind == "ia3":  # PEFT's IA3 has no setting for layers
+        named = list(adapted)
+        return IA3Config(task_type=kind, target_modules=named, feedforward_modules=[], fan_in_fan_out=transposed)
+    last = {name.rpartition(".")[2] for name in adapted}
+    places = [re.split(r"\.(\d+)\.", name, maxsplit=1) for name in adapted]  # stack, number of the layer, module
     return LoraConfig(
         task_type=kind,
         r=spec.rank,
         lora_alpha=spec.alpha,
         use_rslora=spec.rslora,
         use_dora=spec.kind == "dora",
-        target_modules=targets,
-        layers_to_transform=layers,
-        layers_pattern=stack_name.rpartition(".")[2],
+        target_modules=sorted(last if isinstance(spec.target_modules, str) else spec.target_modules),
+        layers_to_transform=sorted({int(number) for _, number, _ in places}),
+        layers_pattern=next((stack.rpartition(".")[2] for stack, _, _ in places), ""),
         fan_in_fan_out=transposed,
     )
 

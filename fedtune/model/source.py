@@ -47,6 +47,14 @@ def find_public_location(spec: ModelSpec) -> str:
     return str(find_model_folder(spec)) if inside else spec.public_id or spec.path
 
 
+def is_public_location(spec: ModelSpec, place: object) -> bool:
+    """Whether `find_public_location` returns `place`, here or, for a package, on another machine."""
+    if spec.public_id is None and spec.path.startswith(PACKAGE):
+        inside = Path(spec.path.removeprefix(PACKAGE))
+        return isinstance(place, str) and Path(place).is_absolute() and Path(place).match(str(inside))
+    return place == (spec.public_id or spec.path)
+
+
 def resolve_model(path: str) -> ModelSpec:
     """Build the model settings for a user's path: a model folder, a GGUF file or its folder, or any `model.path`.
 

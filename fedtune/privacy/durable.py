@@ -75,13 +75,14 @@ def hash_files(folder: Path, *, besides: Sequence[str] = ()) -> dict[str, str]:
 
     Raises:
         ConfigError: the folder is or contains a symbolic link, which could point to any secret file and be changed
-            later, or contains a pipe or a device.
+            later, or contains a pipe, a device, or a name with control characters or bytes that are not UTF-8.
     """
     found: dict[str, str] = {}
     for path in (folder, *sorted(folder.rglob("*"))):
         special = path.exists() and not (path.is_file() or path.is_dir())
-        if path.is_symlink() or special:
-            kind = "a pipe or a device" if special else "a symbolic link"
+        unreadable = path != folder and not path.name.isprintable()
+        if path.is_symlink() or special or unreadable:
+            kind = "not a printable name" if unreadable else "a pipe or a device" if special else "a symbolic link"
             raise ConfigError("model", str(path), f"is {kind}: a model folder must contain regular files only")
         if path.is_file() and (name := path.relative_to(folder).as_posix()) not in besides:
             with path.open("rb") as stream:

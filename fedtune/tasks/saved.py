@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,30 +31,34 @@ from safetensors.numpy import load_file, save_file
 
 from fedtune.codec import decode, parse_json
 from fedtune.model.adapter import Adapter, AdapterError, copy_tensors
-from fedtune.model.adapter_files import compute_adapter_digest
+from fedtune.model.adapter_files import (
+    MATRIX_A,
+    OFFSET,
+    PEFT_SCALES,
+    SCALE_OF_IA3,
+    TENSOR_FILES,
+    compute_adapter_digest,
+    copy_adapter_files,
+    list_tensor_names,
+)
 from fedtune.model.base_model import hash_model
-from fedtune.model.ia3_and_dora import PEFT_SCALES, iter_peft_scales
-from fedtune.model.source import find_public_location
+from fedtune.model.head_only import NoBase
+from fedtune.model.ia3_and_dora import iter_peft_scales
+from fedtune.model.layers import make_peft_config
+from fedtune.model.source import find_public_location, is_public_location
 from fedtune.model.spec import LORA_A, NO_ADAPTER, ModelSpec, TaskModelSpec
 from fedtune.model.unsupported_models import PRIVATE_TO
 from fedtune.spec import RUN_SCHEMA, ConfigError, check_schema, format_value, name_file_in_errors
 from fedtune.tasks.registry import get_task
 from fedtune.tasks.task_model import TaskModel, assemble
 
-_SETTINGS = "fedtune.json"
+_SETTINGS, _FOR_PEFT = "fedtune.json", "adapter_config.json"
 _TOLERANCE = 1e-4  # tolerance for values that two machines compute from the same seed or labels
 _HEAD = "head."  # prefix of the task's own tensors; its public constants are buffers of the model itself
-_CONSTANTS = ("center", "candidates")
-"""Public, untrained tensors in the head's file, which are buffers of the model itself."""
-_MATCHING_SETTINGS = {
-    **{key: key for key in ("task", "task_settings", "model.sha256", "lora.kind", "head.scale", "head.center")},
-    **{key: f"data.{key}" for key in ("labels", "target_range")},
-    "values": "data.features",
-    "lora.scale": "the LoRA scale",
-}
-"""Settings that must match before an adapter is loaded into another model, with their names in messages.
-
-Other mismatches show in the shapes of the tensors.
+_MATCHING_SETTINGS = ["task", "task_settings", "model.sha256", "labels", "target_range", "values", "lora.kind"]
+_MATCHING_SETTINGS += ["lora.scale", "head.scale", "head.center"]
+"""Settings that must match before an adapter of another run is loaded into a model; other mismatches show in the shapes
+of the tensors.
 """
 
 
@@ -146,17 +151,22 @@ class SavedAdapter:
         return compute_adapter_digest(self.folder)
 
     @cached_property
-    def tensors(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Adapter tensors by their public names, and the task's own tensors without the prefix `head.`.
+    def _without_base(self) -> TaskModel:
+        """The task's head without a base: it has the names of the head's tensors, but not their shapes."""
+        task, base = get_task(self.spec.task, self.spec.task_settings), cast(Any, NoBase(1, device="cpu"))
+        task.check_spec(self.spec)
+        return TaskModel(self.spec, task, base)
+
+    @cached_property
+    def _files(self) -> dict[str, dict[str, np.ndarray]]:
+        """The tensors in each safetensors file, by the file's name without its suffix.
 
         Raises:
-            ConfigError: a file is missing or damaged, or its tensors do not match the rank and hash in the settings.
+            ConfigError: a file is missing or damaged, or has not exactly the tensors that settings and task require.
         """
-        lora = self.spec.lora
-        adapted, task = lora.kind != NO_ADAPTER, get_task(self.spec.task)
-        wanted = {"adapter_model": adapted, "offsets": adapted and lora.kind != "lora", "head": task.has_head}
-        read: dict[str, dict[str, np.ndarray]] = {name: {} for name in wanted}
-        for name in [name for name, is_wanted in wanted.items() if is_wanted]:
+        kinds, model = TENSOR_FILES[self.spec.lora.kind], self._without_base
+        read: dict[str, dict[str, np.ndarray]] = {}
+        for name in (*kinds, *(("head",) if model.task.has_head else ())):
             file = self.folder / f"{name}.safetensors"
             if not file.is_file():
                 raise self._build_invalid_adapter_error(f"lacks {file.name} with the adapter's tensors")
@@ -164,30 +174,40 @@ class SavedAdapter:
                 read[name] = load_file(file)
             except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:  # or of a type without NumPy
                 raise self._build_invalid_adapter_error(f"has a damaged {file.name}; copy the folder again") from error
-        tensors = {name: array for name, array in read["adapter_model"].items() if not name.endswith(PEFT_SCALES)}
-        tensors |= read["offsets"]
-        if lora.effective_rank not in {1, *(length for array in tensors.values() for length in array.shape)}:
+        wanted = list_tensor_names(self.spec.lora.kind, read)
+        wanted["head"] = {name.removeprefix(_HEAD) for name in model.collect_adapter_parameters()}
+        wanted["head"] |= dict(model.named_buffers(recurse=False)).keys()
+        for name, tensors in read.items():
+            for odd in sorted(tensors.keys() ^ wanted[name]):
+                bound = f"{'lacks the' if odd in wanted[name] else 'has an unexpected'} tensor {odd}"
+                raise self._build_invalid_adapter_error(f"{bound} in {name}.safetensors")
+        return read
+
+    @cached_property
+    def tensors(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Adapter tensors by their public names, and the task's own tensors without the prefix `head.`.
+
+        Raises:
+            ConfigError: a file is missing or damaged, or its tensors do not match the names, rank and hash that follow
+                from the settings.
+        """
+        lora, model = self.spec.lora, self._without_base
+        read = dict(self._files)
+        head = read.pop("head", {})
+        tensors = {name: one for file in read.values() for name, one in file.items() if not name.endswith(PEFT_SCALES)}
+        if any(array.shape[:1] != (lora.rank,) for name, array in tensors.items() if name.endswith(MATRIX_A)):
             raise ConfigError("lora.rank", lora.rank, "must match the rank of the saved matrices")
         # Excludes an A that FFA-LoRA froze, everything that votes do not train, and a frozen head.
-        moves = {name for name in tensors if not task.counts_units and (lora.train_a or LORA_A not in name)}
+        moves = {name for name in tensors if not model.task.counts_units and (lora.train_a or LORA_A not in name)}
         trained = {name: tensors[name] for name in moves}
-        if self.spec.head.train:
-            trained |= {_HEAD + name: one for name, one in read["head"].items() if name not in _CONSTANTS}
+        trained |= {name: head[name.removeprefix(_HEAD)] for name in model.trainable()}
         try:
             sha256 = Adapter(trained).digest()
         except AdapterError as error:
             raise self._build_invalid_adapter_error(f"must contain an adapter's tensors: {error}") from None
         if sha256 != self.trained_sha256:
             raise self._build_invalid_adapter_error(f"has tensors that do not match the digest in its {_SETTINGS}")
-        return tensors, read["head"]
-
-    def check_tensors(self) -> None:
-        """Check that the trained tensors have the hash in the settings; the base is not read.
-
-        Raises:
-            ConfigError: a file is missing or damaged, or its tensors do not match the hash.
-        """
-        _ = self.tensors
+        return tensors, head
 
     def build(self, *, device: torch.device | str = "cpu") -> TaskModel:
         """Build the model on the adapter's base; the head is neither initialized nor loaded yet."""
@@ -215,7 +235,7 @@ class SavedAdapter:
             ConfigError: for `adapter`; the message names the first difference.
         """
         for key, was, now in _list_differing_settings(_MATCHING_SETTINGS, self.spec, other):
-            difference = f"{_MATCHING_SETTINGS[key]} is {format_value(was, 30)}, not {format_value(now, 30)}"
+            difference = f"{key} is {format_value(was, 30)}, not {format_value(now, 30)}"
             raise self._build_invalid_adapter_error(f"was tuned on a different model: {difference}")
 
     def can_reuse_head(self, spec: TaskModelSpec) -> bool:
@@ -260,7 +280,9 @@ class SavedAdapter:
         parameters = model.collect_adapter_parameters()
         try:
             tensors, own = self.tensors
-            saved = tensors | {_HEAD + name: one for name, one in own.items() if name not in _CONSTANTS}
+            saved = tensors | {
+                name: own[name.removeprefix(_HEAD)] for name in self._without_base.collect_adapter_parameters()
+            }
             with_head = self.can_reuse_head(model.spec)
             taken = {name: one for name, one in saved.items() if with_head or not name.startswith(_HEAD)}
             here = Adapter({name: one.detach().cpu().numpy() for name, one in parameters.items()}).tensors
@@ -304,38 +326,100 @@ def load_task_model(folder: Path, *, model: ModelSpec | None = None, private: bo
     return loaded
 
 
+def verify_adapter(folder: Path, spec: TaskModelSpec) -> tuple[str, str]:
+    """Check that an adapter's folder is the one that a run of `spec` saves.
+
+    Guarantee: the folder is a function of `spec`, the base's hash and the tensors, none of which is read from its
+    settings.  Each file is read once, into a private copy.  The tensors have exactly the names that `spec` requires,
+    and if the copy's files are written again from `spec` and these tensors, they are the same.  Not checked are values
+    that nobody trains and that need the base: a frozen A, a head's constants or frozen head, and PEFT's scales of DoRA.
+
+    Args:
+        folder: the adapter folder.
+        spec: the model of the run, with the hash of its base.
+
+    Returns:
+        The digest of all files, as `compute_adapter_digest`, and the `Adapter.digest` of the trained tensors.
+
+    Raises:
+        ConfigError: the folder has another file or tensor, or cannot be read.
+    """
+    kinds, head = TENSOR_FILES[spec.lora.kind], ("head",) if get_task(spec.task).has_head else ()
+    names = [_SETTINGS, *(f"{name}.safetensors" for name in (*kinds, *head)), *([_FOR_PEFT] if kinds else ())]
+    with TemporaryDirectory(prefix="fedtune-adapter-") as scratch:
+        once, again = Path(scratch, "once"), Path(scratch, "again")
+        again.mkdir()
+        copy_adapter_files(folder, once, names=names)
+        try:
+            saved, peft = replace(SavedAdapter.read(once), spec=spec), dict[str, Any]()
+            (tensors, _), files = saved.tensors, dict(saved._files)
+            if spec.lora.kind == "ia3":  # its initial scales are ones
+                scales = {name.replace(OFFSET, SCALE_OF_IA3): 1 + offset[:, None] for name, offset in tensors.items()}
+                files["adapter_model"] = scales
+            if kinds:
+                own = parse_json((once / _FOR_PEFT).read_bytes(), key=_FOR_PEFT, bound="must be an object")
+                place = own.get("base_model_name_or_path")
+                peft["base_model_name_or_path"] = place if is_public_location(spec.model, place) else spec.model.path
+                peft["fan_in_fan_out"] = own.get("fan_in_fan_out") is True
+                if re.fullmatch(r"[\w.+]{1,32}", version := str(own.get("peft_version"))):
+                    peft["peft_version"] = version
+            _write_files(again, spec, files, trained_sha256=saved.trained_sha256, peft=peft)
+            for name in names:
+                if (once / name).read_bytes() != (again / name).read_bytes():
+                    raise ConfigError("adapter", name, "does not follow from the run's settings and these tensors")
+        except (ConfigError, LookupError, TypeError, ValueError) as error:  # ConfigError: a ValueError
+            bound = f"is not what its run saves ({str(error).replace(str(once), str(folder))})"
+            raise ConfigError("adapter", str(folder), bound) from error
+        return compute_adapter_digest(once), saved.trained_sha256
+
+
 def write_task_model(model: TaskModel, folder: Path, *, private_to: str | None = None) -> None:
     """Write the adapter's files into an existing folder."""
     tensors = {name: parameter.detach().cpu().numpy() for name, parameter in model.collect_adapter_parameters().items()}
     head = {name.removeprefix(_HEAD): tensors.pop(name) for name in list(tensors) if name.startswith(_HEAD)}
     head |= {name: constant.cpu().numpy() for name, constant in model.named_buffers(recurse=False)}
-    offsets = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".scales.offset")}
-    adapted = model.spec.lora.kind != NO_ADAPTER
-    if adapted:
+    offsets = {name: tensors.pop(name) for name in list(tensors) if name.endswith(OFFSET)}
+    files, peft = {"head": head} if model.task.has_head else {}, dict[str, Any]()
+    if model.spec.lora.kind != NO_ADAPTER:
         scales = {name: values.cpu().numpy() for name, _, values in iter_peft_scales(model.base)}
-        # safetensors' own "format" entry tells PEFT that these are for torch.
-        save_file(tensors | scales, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    if offsets:
-        save_file(offsets, folder / "offsets.safetensors", metadata={"format": "pt"})
-    if model.task.has_head:
-        save_file(head, folder / "head.safetensors", metadata={"format": "pt"})
-
-    base, files = model.spec.model, {}
-    if adapted:
-        peft = dict(model.base.peft_config["default"].to_dict())
+        files |= {"adapter_model": tensors | scales} | ({"offsets": offsets} if offsets else {})
         # The base's public id if it has one, so that others can load it; otherwise the user's path.
-        peft |= {
-            "base_model_name_or_path": find_public_location(base),
-            "revision": base.revision,
-            "inference_mode": True,
-        }
-        peft |= {key: sorted(value) for key, value in peft.items() if isinstance(value, set)}
-        files["adapter_config.json"] = peft
+        peft["base_model_name_or_path"] = find_public_location(model.spec.model)
+        peft["fan_in_fan_out"] = model.base.peft_config["default"].fan_in_fan_out
+    trained = Adapter.from_task_model(model).digest()
+    _write_files(folder, model.spec, files, trained_sha256=trained, peft=peft, private_to=private_to)
+
+
+def _write_files(
+    folder: Path,
+    spec: TaskModelSpec,
+    tensors: Mapping[str, Mapping[str, np.ndarray]],
+    *,
+    trained_sha256: str,
+    peft: Mapping[str, Any],
+    private_to: str | None = None,
+) -> None:
+    """Write the adapter's files from the model's settings and the tensors in each safetensors file.
+
+    `peft` has the keys of adapter_config.json that do not follow from them.
+    """
+    for file, those in tensors.items():
+        # safetensors' own "format" entry tells PEFT that these are for torch.
+        save_file(dict(those), folder / f"{file}.safetensors", metadata={"format": "pt"})
+    base, files = spec.model, {}
+    if endings := TENSOR_FILES[spec.lora.kind]:
+        ending = endings["adapter_model"][0]
+        full = [name.removesuffix(ending) for name in sorted(tensors["adapter_model"]) if name.endswith(ending)]
+        modules = [name.removeprefix("base_model.model.") for name in full]
+        predicts, transposed = get_task(spec.task).predicts_tokens, peft["fan_in_fan_out"]
+        config = make_peft_config(spec.lora, modules, predicts_tokens=predicts, transposed=transposed).to_dict()
+        config |= {"revision": base.revision, "inference_mode": True, **peft}
+        files[_FOR_PEFT] = {key: sorted(one) if isinstance(one, set) else one for key, one in config.items()}
     # The initial adapter's digest stays, but not its local folder.
     pinned = replace(base, sha256=base.sha256 or hash_model(base), cache_dir=None, adapter=None)
-    spec = asdict(replace(model.spec, model=pinned))
-    files[_SETTINGS] = {"schema_version": RUN_SCHEMA, **spec, "trained_sha256": Adapter.from_task_model(model).digest()}
+    settings = asdict(replace(spec, model=pinned))
+    files[_SETTINGS] = {"schema_version": RUN_SCHEMA, **settings, "trained_sha256": trained_sha256}
     if private_to is not None:
         files[_SETTINGS][PRIVATE_TO] = private_to
-    for name, settings in files.items():
-        (folder / name).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for name, fields in files.items():
+        (folder / name).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

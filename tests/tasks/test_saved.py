@@ -19,11 +19,11 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.model.adapter import Adapter, AdapterError
 from fedtune.model.adapter_files import CARD, LABEL, compute_adapter_digest
 from fedtune.model.base_model import load_base
-from fedtune.model.source import find_public_location
+from fedtune.model.source import find_public_location, is_public_location
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import mean_pool
-from fedtune.tasks.saved import SavedAdapter, load_task_model, save_task_model
+from fedtune.tasks.saved import SavedAdapter, load_task_model, save_task_model, verify_adapter
 from fedtune.tasks.task_model import build_task_model
 
 from ..conftest import read_files
@@ -144,6 +144,38 @@ def test_task_model_round_trips_through_its_folder(tmp_path: Path, path: str, ta
     assert loaded.spec.lora == model.spec.lora
     assert loaded.spec.labels == model.spec.labels
     assert loaded.spec.model.sha256 is not None
+    digests = compute_adapter_digest(tmp_path / "adapter"), Adapter.from_task_model(loaded).digest()
+    assert verify_adapter(tmp_path / "adapter", model.spec) == digests, "the folder follows from settings and tensors"
+
+
+FEATURES = {"model": ModelSpec(path="none"), "lora": LoraSpec(kind="none"), "input": "features", "values": ("a", "b")}
+OTHERS: dict[str, dict[str, Any]] = {
+    "votes": {"task": "votes", "head": HeadSpec(init="label_names")},
+    "pairs": {"task": "pairs"},
+    "preferences": {"path": "random:llama", "task": "preference"},
+    "features": {**FEATURES, "head": HeadSpec(hidden=(3, 2))},
+    "frozen head": {"head": HeadSpec(train=False)},
+    "4-bit base": {"model": ModelSpec(path="random:bert", dtype="nf4")},
+    "two modules": {"lora": LoraSpec(rank=2, target_modules=("value", "query"), layers=(-1,), alternate=True)},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_saved_folder_follows_from_settings_and_tensors_alone(name: str, tmp_path: Path) -> None:
+    model = make_trained(**OTHERS[name])
+    save_task_model(model, tmp_path / "adapter")
+    digests = compute_adapter_digest(tmp_path / "adapter"), Adapter.from_task_model(model).digest()
+    assert verify_adapter(tmp_path / "adapter", model.spec) == digests
+    with pytest.raises(ConfigError, match=r"fedtune\.json"):
+        verify_adapter(tmp_path / "adapter", replace(model.spec, seed=4))
+
+
+def test_adapter_config_may_name_another_place_of_a_packaged_base() -> None:
+    packaged = ModelSpec(path="package:small_model/weights")
+    for place, right in (("/elsewhere/small_model/weights", True), ("small_model/weights", False), (None, False)):
+        assert is_public_location(packaged, place) is right
+    assert is_public_location(replace(packaged, public_id="owner/small"), "owner/small")
+    assert not is_public_location(ModelSpec(path="owner/small"), "owner/other")
 
 
 def test_saved_files_contain_no_local_paths_and_name_the_base_publicly(tmp_path: Path) -> None:
