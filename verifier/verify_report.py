@@ -302,6 +302,9 @@ def check_sent(facts: Json) -> None:
     start, asked = made["start_adapter"], sent["model"]["adapter_sha256"]
     require(asked in (None, start and start["digest"]), "it began in another adapter")
     require(bool(start and start["public"]) == ("public" in sent), "the sites were sent another origin of its start")
+    spent, bound = start and start["epsilon"], sent["privacy"].get("start_epsilon")
+    kept = asked is None or spent is None or (bound is not None and spent >= bound * (1 - 1e-9))
+    require(kept, "its start has a lower epsilon than the sites were sent")
 
 
 def check_statements(facts: Json, folder: Path) -> None:
@@ -483,6 +486,43 @@ def check_files(facts: Json, folder: Path) -> None:
         if not path.is_dir():
             there[path.relative_to(folder).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
     require(there in named, f"{folder} has other files than the model that the report is about")
+    if facts["settings"].get("runtime") == "deployment":
+        own = {name.removeprefix("adapter/"): digest for name, digest in files.items() if name.startswith("adapter/")}
+        require(there == own, f"the lead states that {folder} was made from the adapter; sites did not sign it")
+        check_signed_adapter(facts, folder)
+
+
+def trained_digest(folder: Path, sent: Json) -> str:
+    """The digest of the tensors that a run trains, by the settings that its sites were sent: what each site signs."""
+    trained, frozen = dict[str, tuple[list[int], bytes]](), sent["task"] == "votes"
+    for file in ("adapter_model", "offsets", "head"):
+        path, of_head = folder / f"{file}.safetensors", file == "head"
+        data = path.read_bytes() if path.is_file() else b"\2" + bytes(7) + b"{}"
+        start = 8 + int.from_bytes(data[:8], "little")
+        for name, about in json.loads(data[8:start]).items():
+            still = ".lora_A." in name and not sent["lora"]["train_a"]
+            still |= frozen or name.endswith((".ia3_l", ".lora_magnitude_vector"))
+            if of_head:
+                still = name in ("center", "candidates") or not sent["head"]["train"]
+            if name != "__metadata__" and not still:
+                first, last = about["data_offsets"]
+                name = "head." * of_head + name
+                require(about["dtype"] == "F32" and name not in trained, f"{path} has an odd tensor {name}")
+                trained[name] = about["shape"], data[start + first : start + last]
+    digest = hashlib.sha256()
+    for name, (shape, values) in sorted(trained.items()):
+        digest.update(json.dumps([name, "float32", shape], separators=(",", ":")).encode() + b"\n" + values)
+    return digest.hexdigest()
+
+
+def check_signed_adapter(facts: Json, folder: Path) -> None:
+    """Compare the adapter's trained tensors with those that each charged site signed in its last receipt."""
+    digest = trained_digest(folder, json.loads(facts["sent"]))
+    charged = {site["site"]: site["receipt"] for site in facts["sites"] if rounds_of(facts, site)}
+    for name, receipt in charged.items():
+        signed = receipt["ended"] and receipt["reply"] == digest
+        require(signed, f"{name} did not sign that {folder} holds the final adapter")
+    require(bool(charged), "no site signed the final adapter")
 
 
 def verified(path: Path, *, key: str | None, roster: Path | None, model: Path | None) -> str:

@@ -16,7 +16,8 @@ from rich.console import Console
 from fedtune.api.compose import compose_run
 from fedtune.cli.command import Target
 from fedtune.cli.plain_words import explain_refusal, render_page
-from fedtune.config import RunConfig, parse, use_secure_aggregation
+from fedtune.config import RunConfig, parse
+from fedtune.derived_settings import use_secure_aggregation
 from fedtune.federation import planner, policy_dry_run
 from fedtune.federation.calendar import describe_calendar, list_calendar_rows
 from fedtune.federation.planner import Change, PlanCost, compute_signal_to_noise

@@ -37,15 +37,15 @@ def gate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Decide by rules whether a finished run's model may be released, and add the decision to its model card.
+    """Decide by rules whether a finished run's model may be released, and write down the decision.
 
       fedtune gate runs/tighter                          fedtune's default rules
       fedtune gate runs/tighter tre --roster roster.json --audit runs/audited    for a trusted research environment
       fedtune gate runs/tighter rules.toml --sign kit.toml                       your own rules, with a signed decision
 
     Exit code 1 if a rule fails. A rule also fails if its evidence is missing, such as an audit; the output names the
-    command that produces it. The decision is written to gate.json in the run folder, to the model card and to the
-    cards of later exports. See docs/report.md for each rule.
+    command that produces it. The decision is written to gate.json in the run folder. The model card and the cards of
+    later exports repeat it only if --sign names the key that signed the report. See docs/report.md for each rule.
     """
     if key is not None:
         check_public_key("--key", key)

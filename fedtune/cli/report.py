@@ -109,7 +109,7 @@ def build(
         report = signing.sign_report(report, key)
         signing.verify_report_signature(report)  # a ledger's report must be signed with the key of its events
     from fedtune.data.records import resolve_file
-    from fedtune.report.page.render import render_label, write_files
+    from fedtune.report.page.render import render_label, write_all, write_files
     from fedtune.report.registry_entry import REGISTRY, build_registry_entry, registry_entry_to_json
     from fedtune.version import find_shipped_folders
 
@@ -124,15 +124,15 @@ def build(
         from fedtune.report.gate_verdict import read_verdict
         from fedtune.report.requirements import build_map_section, map_report, render_map
 
-        verdict = None if isinstance(report.facts, LedgerFacts) else read_verdict(folder, report.facts)
+        verdict = None if isinstance(report.facts, LedgerFacts) else read_verdict(folder, report)
         mapped = map_report(requirements, report, about, verdict)
         beside |= render_map(mapped, name=report.facts.name)
+    paths = write_files(output or folder, report, language=spoken, pdf=pdf, beside=beside)
     if output is None and (RunFolder(folder).adapter / CARD).is_file() and not isinstance(report.facts, LedgerFacts):
         from fedtune.report.model_card import render_adapter_card
 
-        # The label contains the hash of this report.json.
-        beside |= render_adapter_card(folder, report)
-    paths = write_files(output or folder, report, language=spoken, pdf=pdf, beside=beside)
+        # The label contains the hash of this report.json, whose signature decides whether the card repeats a verdict.
+        write_all(folder, render_adapter_card(folder, report))
     for code in report.banners:
         say(load_catalog("en").code("banner", code).unescape(), style="bold yellow")
     said, style = format_verdict(report)

@@ -226,6 +226,21 @@ def compute_site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
     )
 
 
+def find_invalid_field(receipt: Receipt, *, site: str, run: str, plan: Plan) -> str:
+    """Return the first field of a receipt that does not match this site, run and plan; "" if the receipt is valid.
+
+    A receipt without a plan is valid if it charges no round, because a site that refused the run has not stored its
+    plan.
+    """
+    of_plan = receipt.plan == plan.digest() or (not receipt.plan and not receipt.charged_rounds)
+    fits = {"site": receipt.site == site, "run": receipt.run == run, "plan": of_plan}
+    fits |= {
+        "charged_rounds": 0 <= receipt.charged_rounds <= plan.most_rounds,
+        "signature": receipt.has_valid_signature(),
+    }
+    return next((key for key, right in fits.items() if not right), "")
+
+
 @lru_cache(maxsize=256)
 def compute_charged_epsilons(plan: Plan, rounds: int) -> tuple[float, float]:
     """Compute the epsilon of `rounds` charged rounds of a plan, by PLD and by RDP."""

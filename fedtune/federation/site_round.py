@@ -111,7 +111,7 @@ class Site(ABC):
             Refused: the site cannot take part in the run.
         """
 
-    def store_run(self, proposal: Proposal) -> None:  # noqa: B027
+    def store_run(self, run: Prepared) -> None:  # noqa: B027
         """Write the run's files before a round is charged, so that a failed write causes no charge."""
 
     def find_user_cohorts(self, request: RoundRequest) -> Mapping[str, int]:
@@ -133,8 +133,12 @@ class Site(ABC):
             admitted: the users whose records are used; None: all users.
         """
 
+    def read_adapter_shapes(self, run: str) -> Mapping[str, list[int]] | None:
+        """Return the tensor shapes that `store_run` stored for a run; None if they are missing. Loads no model."""
+        return None
+
     def store_adapter(self, run: str, adapter: Adapter) -> None:  # noqa: B027
-        """Store the final adapter of a run."""
+        """Store the final adapter of a run, which `end_run` has checked."""
 
     def await_approval(self, proposal: Proposal, *, software: str) -> None:  # noqa: B027
         """Add a run to the site's approval queue; `software` is the fedtune version at the lead."""
@@ -240,6 +244,10 @@ def _answer_or_refuse(
 def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | None:
     """Release the unused reservation of a finished run; only the run's own lead can end it.
 
+    Guarantee: the receipt signs the digest of a final adapter only if the site computed that digest itself, from an
+    adapter with the run's tensor names and shapes and finite values. Any other adapter ends the run unsigned, because
+    the lead's signed notice alone must release the reservation. No model is loaded before that.
+
     Args:
         site: the receiving site.
         signed: the lead's notice.
@@ -250,7 +258,7 @@ def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | No
         ledger; None if the site does not know the run, or cannot read its ledger.
 
     Raises:
-        Refused: the sender is not the run's lead, or the adapter does not match the notice.
+        Refused: the sender is not the run's lead.
     """
     notice = EndOfRun.from_signed(signed)
     known = site.ledger.history.runs.get(notice.run)
@@ -258,14 +266,24 @@ def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | No
         return None
     if (known and known.proposal.lead != notice.lead) or notice.lead not in site.ledger.policy.allow.leads:
         raise Refused(Reason.LEADS, asked=notice.lead)
-    if adapter is not None and adapter.digest() != notice.adapter_digest:
-        raise Refused(Reason.ADAPTER_DIFFERS, asked=notice.adapter_digest, allowed=adapter.digest())
-    site.ledger.end_run(notice.run, lead=notice.lead, adapter_sha256=notice.adapter_digest)
+    # A run that was never accepted has no shapes to compare with.
+    digest = _find_signable_digest(site, notice, adapter) if adapter and known else ""
+    site.ledger.end_run(notice.run, lead=notice.lead, adapter_sha256=digest)
     # Only the first notice counts, so that the stored adapter matches the ledger.
-    kept = known is not None and known.adapter == notice.adapter_digest
-    if adapter is not None and kept and site.ledger.policy.final_adapter == "keep":
+    kept = known is not None and known.adapter == digest
+    if adapter and digest and kept and site.ledger.policy.final_adapter == "keep":
         site.store_adapter(notice.run, adapter)
     return _make_receipt(site, notice.run, notice.lead, reply=known.adapter if known else "")
+
+
+def _find_signable_digest(site: Site, notice: EndOfRun, adapter: Adapter) -> str:
+    """Return the digest of a final adapter that matches the notice and the run, and "" for any other adapter."""
+    try:
+        _check_adapter(adapter, digest=notice.adapter_digest, shapes=site.read_adapter_shapes(notice.run))
+    except Refused as refused:
+        log.warning("site %s does not sign the final adapter of %s: %s", site.name, notice.run, refused)
+        return ""
+    return notice.adapter_digest
 
 
 def _make_receipt(site: Site, run: str, lead: str, *, reply: str = "") -> Receipt | None:
@@ -325,7 +343,8 @@ def _check_asker(site: Site, request: Request) -> None:
 
 def _train_and_commit(site: Site, request: RoundRequest, adapter: Adapter) -> Update:
     run = _prepare_run(site, request)
-    _check_adapter(request, adapter, template=pack_initial(run.template, run.algorithm))
+    template = pack_initial(run.template, run.algorithm)
+    _check_adapter(adapter, digest=request.adapter_digest, shapes=template.shapes)
     if request.receipt is not None:
         site.ledger.require_receipt(request.receipt)
 
@@ -334,7 +353,7 @@ def _train_and_commit(site: Site, request: RoundRequest, adapter: Adapter) -> Up
             # A restarted site has lost its keys, and must not be charged for a round without an upload.
             _get_current_party(site, request).require_open(request.round)
         # Not earlier, so that a request without a charge writes no files.
-        site.store_run(request.proposal)
+        site.store_run(run)
         # Check the disk space now, because a round whose reply cannot be stored would be charged in vain.
         require_disk_space(site.ledger.folder, (32 if run.algorithm.keeps_state else 16) * run.template.num_values)
 
@@ -389,11 +408,11 @@ def _protect(
     return round_difference(after, before) if dtype == "bfloat16" else after
 
 
-def _check_adapter(request: RoundRequest, adapter: Adapter, *, template: Adapter) -> None:
-    if not adapter.has_same_shapes(template):
+def _check_adapter(adapter: Adapter, *, digest: str, shapes: Mapping[str, list[int]] | None) -> None:
+    if adapter.shapes != shapes:
         raise Refused(Reason.ADAPTER_SHAPE)
-    if adapter.digest() != request.adapter_digest:
-        raise Refused(Reason.ADAPTER_DIFFERS, asked=request.adapter_digest, allowed=adapter.digest())
+    if adapter.digest() != digest:
+        raise Refused(Reason.ADAPTER_DIFFERS, asked=digest, allowed=adapter.digest())
     # Finite values may have any size, because SiteWork.do clips them to the site's bound before use.
     if not all(bool(np.isfinite(value).all()) for value in adapter.tensors.values()):
         raise Refused(Reason.MAX_ADAPTER_VALUE, asked="values that are not finite", allowed="finite values")

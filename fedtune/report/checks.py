@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ from fedtune.report.derive import dpia_fields
 from fedtune.report.facts import LedgerFacts, RunFacts, SiteFacts
 from fedtune.report.model import Problem, Report
 from fedtune.report.verify_report import problems
+from fedtune.runs.lineage import bind_epsilon
 from fedtune.spec import REPORT_SCHEMA, ConfigError, RunError
 from fedtune.version import __version__
 
 _CALIBRATED, _STEP = 1e-3, 1e-4
 """Relative tolerances for the noise multiplier that another fedtune version calibrated: below ours, and above ours."""
+SIGNED_ADAPTER = "signed adapter"  # the check that real sites signed the final adapter
 
 
 State = Literal["right", "wrong", "missing", "not_checked"]
@@ -199,13 +202,53 @@ def _check_model_files(facts: RunFacts, model: Path | None, own: Path) -> Iterat
         folders[top][below] = digest
     # An export may have been renamed since.
     named = there if model and there in folders.values() else folders.get(folder.name, folders[own.name])
+    match = f"The {pluralize(len(there), 'file')} in {folder} match the report."
     both = (
         (name, named.get(name, "no such file"), there.get(name, "no such file")) for name in sorted({*named, *there})
     )
     if found := [Problem(f"{folder.name}/{name}", said, is_so) for name, said, is_so in both if said != is_so]:
         yield Check("files", "wrong", f"The model in {folder} differs from the report's model:", tuple(found))
+    elif there == folders[own.name]:
+        yield Check("files", "right", match)
+        if facts.files and not facts.simulated:
+            yield _check_adapter_folder(facts, folder)
     else:
-        yield Check("files", "right", f"The {pluralize(len(there), 'file')} in {folder} match the report.")
+        text = f"{match} The lead states that this export was made from the adapter; sites did not sign it."
+        yield Check("files", _choose_unchecked_state(facts), text)
+
+
+def _check_adapter_folder(facts: RunFacts, folder: Path) -> Check:
+    """Compare the trained tensors in an adapter's folder with the final adapter that the sites signed."""
+    from fedtune.tasks.saved import SavedAdapter  # it imports torch, which takes seconds
+
+    try:
+        saved = SavedAdapter.read(folder)
+        _ = saved.tensors  # checks their hash
+    except ValueError as error:
+        return Check(SIGNED_ADAPTER, "wrong", f"{error}.")
+    try:
+        # The settings that the sites received decide which tensors are trained, not the adapter's own file.
+        sent, own = json.loads(facts.sent), saved.spec
+        received = (sent["task"], sent["lora"]["kind"], sent["lora"]["train_a"], sent["head"]["train"])
+    except (ValueError, LookupError, TypeError):
+        text = "The report does not contain the settings that the sites received."
+        return Check(SIGNED_ADAPTER, "wrong", text)
+    if received != (own.task, own.lora.kind, own.lora.train_a, own.head.train):
+        return Check(SIGNED_ADAPTER, "wrong", f"The adapter in {folder} has other settings than the sites received.")
+    return check_signed_adapter(facts, saved.trained_sha256)
+
+
+def check_signed_adapter(facts: RunFacts, trained_sha256: str) -> Check:
+    """Check that each charged real site signed the adapter with these trained tensors (`Adapter.digest`) as final."""
+    signed, others = facts.find_signed_adapter()
+    wrong = ""
+    if others or not signed:
+        again = "resume the run, which sends its final adapter to the sites again"
+        wrong = f"{', '.join(others) or 'No site'} did not sign that this adapter is the final one: {again}."
+    elif trained_sha256 != signed:
+        wrong = f"The sites signed the final adapter {signed}, but this adapter's tensors have {trained_sha256}."
+    right = "Each charged site signed that it received this adapter as the final one."
+    return Check(SIGNED_ADAPTER, "wrong" if wrong else "right", wrong or right)
 
 
 def _check_card_and_entry(folder: Path, report: Report, *, of_run: bool) -> Iterator[Check]:
@@ -273,7 +316,8 @@ def find_settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Probl
         from fedtune.report.from_run import collect_sent_settings
 
         run = collect_sent_settings(config, plan, model_sha256=config.model.sha256 or str(made.model_sha256)).run_id()
-    began = config.model.adapter_sha256 or (start and start.digest)  # settings name no start adapter of a public stage
+    began, epsilon = (start.digest, start.epsilon) if start else (None, None)
+    bound = bind_epsilon(epsilon, config.privacy.start_epsilon)
     for where, is_so, asked in (
         *((f"plan.{key.name}", getattr(said, key.name), getattr(plan, key.name)) for key in dataclasses.fields(plan)),
         *(
@@ -285,8 +329,9 @@ def find_settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Probl
             for key, asked in dpia_fields.derive_provenance(config).items()
         ),
         ("seeded_noise", facts.seeded_noise, facts.seeded_noise or config.runtime.seeded_noise),
-        ("provenance.start_adapter", start and start.digest, began),
+        ("provenance.start_adapter", began, config.model.adapter_sha256 or began),
         ("provenance.start_adapter.public", bool(start and start.public), config.public.train_file is not None),
+        ("provenance.start_adapter.epsilon", epsilon, bound if config.model.adapter_sha256 else epsilon),
         ("sites", facts.declared_sizes, dict(config.declared_sizes())),
         ("provenance.model_sha256", made.model_sha256, config.model.sha256 or made.model_sha256),
         ("run", facts.run, run),

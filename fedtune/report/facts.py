@@ -390,6 +390,17 @@ class RunFacts:
         own = {name: sha256 for name, sha256 in self.files.items() if name.startswith(f"{ADAPTER}/")}
         return combine_hashes(own) if own else ""
 
+    def find_signed_adapter(self) -> tuple[str, tuple[str, ...]]:
+        """Return the digest of the final adapter that the charged sites signed, and the sites that did not sign it.
+
+        Guarantee: if the second value is empty and the first is not, the final receipt of each charged site signs this
+        digest (`Adapter.digest` of the trained tensors). Other receipts sign the digest of another answer.
+        """
+        charged = [site for site in self.sites if self.count_charged_rounds(site)]
+        signed = {site.site: site.receipt.reply if site.receipt and site.final else "" for site in charged}
+        digest = next(filter(None, signed.values()), "")
+        return digest, tuple(name for name, reply in signed.items() if not reply or reply != digest)
+
     @property
     def deployed(self) -> bool:
         return self.settings.get("runtime") == "deployment"

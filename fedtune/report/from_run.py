@@ -17,16 +17,16 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from fedtune.codec import reject_duplicate_keys
 from fedtune.config import RunConfig, parse, read_saved_settings
 from fedtune.federation.drift import HeldOut, pool_held_out_scores
 from fedtune.federation.early_stopping import should_stop
-from fedtune.federation.lead import Checkpoints, LeadState, RoundResult
+from fedtune.federation.lead import Checkpoints, LeadState, RoundResult, find_invalid_field
 from fedtune.federation.run_folder import RunFolder
-from fedtune.formatting import convert_infinite_to_none, total
+from fedtune.formatting import convert_infinite_to_none
 from fedtune.model.adapter_files import hash_adapter_files
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Receipt
@@ -36,14 +36,13 @@ from fedtune.report import signing
 from fedtune.report.attacks import read_findings
 from fedtune.report.derive import dpia_fields
 from fedtune.report.derive.ledger_figures import count_charges
-from fedtune.report.derive.run_figures import find_invalid_field
 from fedtune.report.derive.verdicts import read_audit
 from fedtune.report.facts import NOT_RECORDED, LedgerFacts, Provenance, RunFacts, SiteFacts, SiteStatement, StartAdapter
 from fedtune.report.group_scores import read_group_scores
 from fedtune.report.model import Report
 from fedtune.report.verify_report import derive_report, problems
 from fedtune.runs.environment import Environment, read_environments, read_selection
-from fedtune.runs.lineage import UNKNOWN
+from fedtune.runs.lineage import UNKNOWN, bind_epsilon, sum_start_losses
 from fedtune.runs.results import FinalResult, RunResult, drop_infinite_scores
 from fedtune.sites.shared_settings import select_settings_for_sites
 from fedtune.spec import RUN_SCHEMA, ConfigError, RunError, check_schema, name_file_in_errors
@@ -86,11 +85,15 @@ class RunRecord:
     @cached_property
     def sent(self) -> RunConfig | None:
         """The settings that real sites received; None for a simulation, or if they cannot be reconstructed."""
-        config = self.config
-        sha256 = config.model.sha256 or next((one.model_sha256 for one in reversed(self.environments)), None)
+        config, sha256 = self.config, self.model_sha256
         if not self.deployed or config.digest() != self.config_sha256 or sha256 is None:
             return None
         return collect_sent_settings(config, self.plan, model_sha256=sha256)
+
+    @property
+    def model_sha256(self) -> str | None:
+        """Hash of the base model in the settings, or as loaded; at real sites the run's name contains it."""
+        return self.config.model.sha256 or next((one.model_sha256 for one in reversed(self.environments)), None)
 
     @cached_property
     def run(self) -> str:
@@ -173,7 +176,8 @@ def _read_result(folder: Path) -> RunResult | None:
         return None
     try:
         data = path.read_bytes()
-        check_schema(f"{path}: schema_version", json.loads(data)["schema_version"], RUN_SCHEMA, of="run folder")
+        fields = json.loads(data, object_pairs_hook=reject_duplicate_keys)
+        check_schema(f"{path}: schema_version", fields["schema_version"], RUN_SCHEMA, of="run folder")
         result = _RESULT.validate_json(data, strict=True)
         json.dumps(asdict(result), allow_nan=False)  # a ValueError for a number that is not finite
         if not result.privacy.sites:
@@ -210,7 +214,8 @@ def _reconstruct_plan(folder: Path, config: RunConfig, result: RunResult | None)
 def build_run_report(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
     """Build the report of the finished or unfinished run in `folder`.
 
-    `site_reports` are used in addition to the reports in the folder `site_reports/`.
+    `site_reports` are used in addition to the reports in the folder `site_reports/`. If the folder contains the same
+    report with a valid signature, the signature is kept.
 
     Raises:
         ConfigError: the folder is not a run folder, its files belong to different runs, or a site report belongs to
@@ -219,8 +224,14 @@ def build_run_report(folder: Path, *, site_reports: Sequence[Report] = ()) -> Re
     """
     record = read_run(folder)
     released = [signing.read_report(str(path))[1] for path in sorted(RunFolder(folder).site_reports.glob("*.json"))]
-    facts = collect_run_facts(folder, record, own=check_site_reports(record, [*released, *site_reports]))
-    return derive_report(facts)
+    own = check_site_reports(record, [*released, *site_reports])
+    report = derive_report(collect_run_facts(folder, record, own=own))
+    with suppress(ConfigError, RunError):
+        signed = signing.read_report(str(folder))[1]
+        signing.verify_report_signature(signed)
+        if signing.encode_canonical_bytes(signed) == signing.encode_canonical_bytes(report):
+            return signed
+    return report
 
 
 def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> RunFacts:
@@ -427,26 +438,10 @@ def _read_start_adapter(record: RunRecord) -> StartAdapter | None:
     said = (noted.get(key) for key in ("from", "dataset", "unit"))
     run, dataset, unit = (one if isinstance(one, str) and one != UNKNOWN else None for one in said)
     epsilon, delta = sum_start_losses(noted)
-    public = noted.get("public") is True
+    if record.config.model.adapter_sha256:  # the entry may have been edited
+        epsilon = bind_epsilon(epsilon, record.config.privacy.start_epsilon)
+    public = noted.get("public") is True and record.config.public.train_file is not None
     return StartAdapter(digest=digest, run=run, dataset=dataset, unit=unit, delta=delta, epsilon=epsilon, public=public)
-
-
-def sum_start_losses(noted: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """Sum epsilon and delta over an adapter and all adapters in its lineage.
-
-    All of them may have been trained on the same record or person, so the losses add up. None has the meaning given in
-    `StartAdapter`.
-    """
-    epsilon, delta = (
-        convert_infinite_to_none(one) if isinstance(one := noted.get(key), float) else None
-        for key in ("epsilon", "delta")
-    )
-    if not isinstance(before := noted.get("start_adapter"), Mapping) or before.get("public") is True:
-        return epsilon, delta
-    more, also = sum_start_losses(before)
-    if delta is None or also is None or before.get("unit") != noted.get("unit"):
-        return None, None
-    return None if epsilon is None or more is None else total((epsilon, more)), total((delta, also))
 
 
 def _join_distinct(values: Iterable[str]) -> str | None:

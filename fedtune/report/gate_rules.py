@@ -21,13 +21,14 @@ from fedtune.formatting import convert_none_to_infinite
 from fedtune.model.spec import NO_BASE
 from fedtune.privacy.ledger.verify import verify
 from fedtune.report import signing
-from fedtune.report.checks import Check, Known, check_report
+from fedtune.report.checks import SIGNED_ADAPTER, Check, Known, check_report, check_signed_adapter
 from fedtune.report.derive import profile
 from fedtune.report.derive.verdicts import find_wrong_audit_bounds, list_refuted_bounds, read_audit
 from fedtune.report.facts import Audit, RunFacts
 from fedtune.report.from_run import RunRecord, build_run_report, read_run
 from fedtune.report.group_scores import GroupScore, read_group_scores
 from fedtune.report.model import Report
+from fedtune.runs.lineage import sum_start_losses
 from fedtune.spec import ConfigError, RunError, check_at_least, check_fraction, name_file_in_errors, spec
 from fedtune.tasks.base import Task
 from fedtune.tasks.classification import Classification
@@ -42,7 +43,7 @@ _BY_AUDIT = "run fedtune audit with this run's settings, and pass its folder wit
 _BY_ATTACK = "run fedtune attack on this run, and then fedtune report"
 _BY_GROUP = "run fedtune compare RUN --by COLUMN --json > groups.json, and pass --groups groups.json"
 _BY_REPORT = "run fedtune report on this run first"
-_BY_NOTICE = "resume the run, which sends its final adapter to the sites again"
+_BY_FOLDER = "start from the folder of a finished run, whose checkpoints have the sites' receipts for its epsilon"
 _BY_SITE = "ask the site to run fedtune report site.toml --sign, and put its report.json into site_reports/"
 
 
@@ -61,8 +62,9 @@ class GateRules:
         signed: report.json is signed with a key that the caller trusts.
         guarantee: the report's verdict is "within".
         assumptions: no assumption of the guarantee is known to be violated.
-        max_epsilon: the largest epsilon of a site for this run.
-        max_expected_failures: the largest product of delta and a site's declared size.
+        max_epsilon: the largest epsilon of a site for this run, plus that of all starts before it that are not public;
+            the pre-training of a base does not count.
+        max_expected_failures: the largest product of a site's declared size and delta, summed over the same starts.
         max_right_of_100: the largest number of correct membership guesses out of 100; random guessing reaches 50.
         max_lifetime_epsilon: the largest epsilon of a site over all its runs, from signed site reports.
         max_secret_chance: the largest probability of reconstructing a secret with `secret_candidates` equally likely
@@ -140,8 +142,6 @@ class Evidence(NamedTuple):
         contradiction: how report.json contradicts the run's folder; "" if they agree.
         audit: the results of an audit with the same plan and model.
         groups: the groups of a comparison, with the scores of the run's model.
-        trained_sha256: `Adapter.digest` of the adapter's trained tensors, which real sites sign; "" if the adapter is
-            missing or invalid.
     """
 
     folder: Path
@@ -151,7 +151,6 @@ class Evidence(NamedTuple):
     contradiction: str = ""
     audit: Audit | None = None
     groups: Sequence[GroupScore] = ()
-    trained_sha256: str = ""
 
     @property
     def facts(self) -> RunFacts:
@@ -194,17 +193,17 @@ def collect_evidence(folder: Path, known: Known, *, audit: Path | None, groups: 
         checks = {check.name: check for check in check_report(path, report, known)}
         if signing.encode_canonical_bytes(fresh) != signing.encode_canonical_bytes(report):
             contradiction = f"report.json does not match the run folder (an export also changes it): {_BY_REPORT}"
-        else:
-            fresh = report  # the same figures, with the lead's signature
     except ConfigError as error:
         contradiction = str(error) if path.is_file() else ""
-    trained = ""
+    found = Evidence(folder, fresh, record.config, checks, contradiction)
     if "files" in checks:
+        was_checked = checks.pop(SIGNED_ADAPTER, None)
         try:
-            trained = _verify_adapter(folder, record)
+            trained = _verify_adapter(record, digest=found.facts.adapter_digest)
+            if was_checked:  # against the files that were just verified, not those that the check read before
+                checks[SIGNED_ADAPTER] = check_signed_adapter(found.facts, trained)
         except ConfigError as error:
             checks["files"] = Check("files", "wrong", str(error))
-    found = Evidence(folder, fresh, record.config, checks, contradiction, trained_sha256=trained)
     if audit is not None:
         found = found._replace(audit=_read_matching_audit(found, audit))
     if groups is not None:
@@ -221,20 +220,28 @@ def judge_run(rules: GateRules, evidence: Evidence) -> tuple[Check, ...]:
     return tuple(Check(rule, _STATES[holds], why) for rule, holds, why in found)
 
 
-def _verify_adapter(folder: Path, record: RunRecord) -> str:
-    """Verify a run's adapter/, and return the digest of its trained tensors, which the sites know.
+def _verify_adapter(record: RunRecord, *, digest: str) -> str:
+    """Verify that a run's adapter/ is what a run with its settings saves, and return its trained tensors' digest.
+
+    `digest` is the digest of the files that the verdict is about.
 
     Raises:
-        ConfigError: the adapter contradicts the digest in run.json, the run's settings, or its own hash.
+        ConfigError: the adapter is not the one in run.json, or is not what a run with these settings saves.
     """
-    from fedtune.tasks.saved import SavedAdapter
+    from fedtune.tasks.saved import verify_adapter
 
-    saved = SavedAdapter.read(RunFolder(folder).find_finished_adapter())
-    asked, base = record.config.task_model(), record.result and record.result.provenance.base_model
-    pinned = dataclasses.replace(saved.spec.model, sha256=base.sha256 if base else None)
-    saved.require_same_model(dataclasses.replace(asked, model=pinned))
-    saved.check_tensors()
-    return saved.trained_sha256
+    # At real sites the run's name contains a digest of the settings and the base's hash, and the sites sign the name.
+    # The location of the base is the lead's word.
+    named = record.sent if record.deployed else record.config
+    if named is None:
+        raise ConfigError("config.yaml", record.config.name, "does not have the settings of this run")
+    model = dataclasses.replace(record.config.task_model().model, sha256=record.model_sha256)
+    found, trained = verify_adapter(
+        RunFolder(record.folder).adapter, dataclasses.replace(named.task_model(), model=model)
+    )
+    bound = "does not match adapter_digest in run.json, or changed while it was read"
+    require("adapter", str(record.folder), found == digest == record.adapter_digest, bound)
+    return trained
 
 
 def _read_matching_audit(evidence: Evidence, folder: Path) -> Audit:
@@ -257,7 +264,7 @@ def _judge_record(_: bool, given: Evidence, __: GateRules) -> Found:
         return False, given.contradiction
     if not given.checks:
         return None, f"there is no report.json: {_BY_REPORT}"
-    others = [check for name, check in given.checks.items() if name not in (*_SIGNATURES, "files")]
+    others = [check for name, check in given.checks.items() if name not in (*_SIGNATURES, SIGNED_ADAPTER, "files")]
     for state, holds in (("wrong", False), ("missing", None)):
         if found := [check for check in others if check.state == state]:
             return holds, f"{found[0].name}: {found[0].text}"
@@ -317,13 +324,11 @@ def _judge_real_sites(_: bool, given: Evidence, __: GateRules) -> Found:
         return False, f"the report has the warnings: {banners}"
     if given.contradiction:
         return False, given.contradiction
-    if (keys := given.checks.get("site keys")) is None:
-        return None, f"there is no report.json: {_BY_REPORT}"
-    if keys.state != "right":
-        return {"wrong": False}.get(keys.state), keys.text
-    receipts = [site.receipt for site in given.facts.sites if site.receipt and site.receipt.charged_rounds]
-    if others := [one.site for one in receipts if one.reply != given.trained_sha256 or not one.reply]:
-        return False, f"{', '.join(others)} did not sign that this adapter is the final one: {_BY_NOTICE}"
+    for name in ("site keys", SIGNED_ADAPTER):
+        if (check := given.checks.get(name)) is None:
+            return None, f"report.json is missing, or differs from adapter/: {_BY_REPORT}"
+        if check.state != "right":
+            return {"wrong": False}.get(check.state), check.text
     return True, "real sites took part, and signed that this adapter is the final one"
 
 
@@ -383,9 +388,21 @@ def _build_gain_judge(attack: str, what: str, is_possible: Callable[[Task], bool
     return judge
 
 
+def _sum_losses(given: Evidence) -> tuple[float | None, float | None]:
+    """Sum epsilon and delta over the run and the starts before it; None has the meaning given in `StartAdapter`."""
+    start = given.facts.provenance.start_adapter
+    own = {"unit": given.facts.unit, "delta": given.facts.delta, "epsilon": given.report.epsilon}
+    return sum_start_losses(own | {"start_adapter": start and dataclasses.asdict(start)})
+
+
+def _measure_epsilon(given: Evidence, _: GateRules) -> float | None:
+    epsilon, delta = _sum_losses(given)
+    return None if delta is None else convert_none_to_infinite(epsilon)
+
+
 def _measure_failures(given: Evidence, _: GateRules) -> float | None:
-    sizes = given.facts.declared_sizes.values()
-    return None if None in sizes else given.facts.delta * max(size or 0 for size in sizes)
+    sizes, delta = given.facts.declared_sizes.values(), _sum_losses(given)[1]
+    return None if None in sizes or delta is None else delta * max(size or 0 for size in sizes)
 
 
 def _measure_sites(given: Evidence, _: GateRules) -> float:
@@ -469,9 +486,11 @@ _JUDGES: Mapping[str, Judge] = {
     "signed": _judge_signatures,
     "guarantee": _judge_guarantee,
     "assumptions": _judge_assumptions,
-    "max_epsilon": _build_upper_limit_judge("epsilon", lambda given, _: convert_none_to_infinite(given.report.epsilon)),
+    "max_epsilon": _build_upper_limit_judge("epsilon with all starts before this run", _measure_epsilon, _BY_FOLDER),
     "max_expected_failures": _build_upper_limit_judge(
-        "delta times the largest declared size", _measure_failures, "set data.declared_sizes"
+        "delta with all starts before this run, times the largest declared size,",
+        _measure_failures,
+        f"set data.declared_sizes, or {_BY_FOLDER}",
     ),
     "max_right_of_100": _build_upper_limit_judge("the number of correct guesses out of 100", _measure_right_guesses),
     "max_lifetime_epsilon": _build_upper_limit_judge(

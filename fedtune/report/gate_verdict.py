@@ -1,7 +1,8 @@
 """The verdict of `fedtune gate` on a run, stored as `gate.json` in the run's folder and repeated in its model cards.
 
 The verdict names the run, the model files and the report that were judged, and each rule with its limit and its result.
-It can be signed, and documents all criteria that were applied to a model before its release.
+It documents all criteria that were applied to a model before its release. Pages and cards repeat it only if it is
+signed with the key that signed the run's report, because anybody can write such a file.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from pathlib import Path
 
 from fedtune.codec import decode, parse_json
 from fedtune.privacy.keys import SigningKey, is_signed
+from fedtune.report import signing
 from fedtune.report.facts import RunFacts
-from fedtune.report.model import Signature
-from fedtune.spec import RUN_SCHEMA, ConfigError, check_schema, spec
+from fedtune.report.model import Report, Signature
+from fedtune.spec import RUN_SCHEMA, ConfigError, RunError, check_schema, spec
 
 GATE = "gate.json"
 _PURPOSE = "gate"
@@ -63,11 +65,10 @@ class GateVerdict:
         signature = Signature(key=key.public, signature=key.sign(_PURPOSE, self._signed_bytes()))
         return dataclasses.replace(self, signature=signature)
 
-    @property
-    def has_valid_signature(self) -> bool:
-        """Whether the verdict is signed by the key that it names."""
-        signed = self.signature
-        return signed is not None and is_signed(signed.key, _PURPOSE, self._signed_bytes(), signed.signature)
+    def has_valid_signature_by(self, key: str | None) -> bool:
+        """Whether the verdict is signed with `key`."""
+        own = self.signature
+        return own is not None and own.key == key and is_signed(key, _PURPOSE, self._signed_bytes(), own.signature)
 
     def _signed_bytes(self) -> bytes:
         fields = dataclasses.asdict(self) | {"signature": None}
@@ -79,23 +80,28 @@ def verdict_to_json(verdict: GateVerdict) -> bytes:
     return json.dumps(dataclasses.asdict(verdict), indent=1, ensure_ascii=False).encode() + b"\n"
 
 
-def read_verdict(folder: Path, facts: RunFacts) -> GateVerdict | None:
+def read_verdict(folder: Path, report: Report) -> GateVerdict | None:
     """Read the verdict on a run from its folder.
 
-    Guarantee: the verdict is about this run and exactly this adapter, and its signature, if any, is valid.
+    Guarantee: the verdict is about this run and exactly this adapter, and is signed with the key that signed the
+    folder's report.json. Whoever knows that key can trust the verdict as much as that report. An export makes
+    report.json outdated but changes neither adapter nor verdict, so `report` may be newer, and unsigned.
 
     Returns:
-        The verdict; None if the file is missing or invalid, is about another run or model, or was changed after
-            signing.
+        The verdict; None if the file is missing or invalid, is about another run or model, or lacks that signature.
     """
     path = folder / GATE
     if not path.is_file():
         return None
     try:
+        signed = signing.read_report(str(folder))[1]
+        key = signing.verify_report_signature(signed)
         fields = parse_json(path.read_bytes(), key=GATE, bound="must be an object")
         check_schema("schema_version", fields.get("schema_version"), RUN_SCHEMA, of="run folder")
         verdict = decode(GateVerdict, fields)
-    except ConfigError:
+    except (ConfigError, RunError):
         return None
-    is_own = (verdict.run, verdict.adapter_digest) == (facts.run, facts.adapter_digest)
-    return verdict if is_own and (verdict.signature is None or verdict.has_valid_signature) else None
+    assert isinstance(report.facts, RunFacts), "a verdict is on a run"
+    named = {(one.run, one.adapter_digest) for one in (report.facts, signed.facts) if isinstance(one, RunFacts)}
+    is_own = named == {(verdict.run, verdict.adapter_digest)}
+    return verdict if is_own and verdict.has_valid_signature_by(key) else None

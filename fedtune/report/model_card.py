@@ -25,10 +25,10 @@ from fedtune.model.source import find_public_location
 from fedtune.model.spec import ADAPTERS, NO_ADAPTER, NO_BASE
 from fedtune.report.facts import RunFacts
 from fedtune.report.from_run import RunRecord, build_run_report, read_run
-from fedtune.report.gate_verdict import read_verdict
+from fedtune.report.gate_verdict import GATE, read_verdict
 from fedtune.report.loading_code import build_adapter_loading_code
 from fedtune.report.model import Report
-from fedtune.report.page.render import create_template_environment, render_label, write_files
+from fedtune.report.page.render import create_template_environment, render_label, write_all, write_files
 from fedtune.report.page.translations import load_catalog
 from fedtune.report.page.view import Words
 from fedtune.report.signing import compute_report_digest
@@ -63,7 +63,8 @@ def write_report_and_card(run: Path, *, language: str) -> None:
         RunError: a file is damaged.
     """
     report = build_run_report(run)
-    write_files(run, report, language=language, beside=render_adapter_card(run, report))
+    write_files(run, report, language=language)
+    write_all(run, render_adapter_card(run, report))  # repeats a verdict only with the signature of the new report.json
 
 
 def render_adapter_card(run: Path, report: Report) -> Mapping[str, bytes]:
@@ -91,7 +92,8 @@ def render_card_text(record: RunRecord, report: Report, form: Form) -> str:
         config=record.config,
         simulated=not record.deployed,
         form=form,
-        gate=read_verdict(record.folder, report.facts) if form.is_judged else None,
+        gate=read_verdict(record.folder, report) if form.is_judged else None,
+        has_gate=form.is_judged and (record.folder / GATE).is_file(),
         digest=compute_report_digest(report),
         base="its own, without a base model" if model.path == NO_BASE else model.public_id or model.public_path,
         label=LABEL,

@@ -18,6 +18,7 @@ from fedtune.report.model import Report
 from fedtune.report.model_card import format_privacy_loss, render_card
 from fedtune.report.page.translations import load_catalog
 from fedtune.report.page.view import Words
+from fedtune.runs.lineage import is_counted
 from fedtune.sites.run_records import find_card_path, hash_file
 from fedtune.spec import RUN_SCHEMA, ConfigError, check_at_least, check_fraction, spec
 
@@ -105,10 +106,10 @@ class Card:
 def compose_losses(runs: Sequence[Told]) -> tuple[float | None, float]:
     """Bound epsilon and delta of all runs on a card for one record or person by basic composition: both are summed.
 
-    Start adapters also count unless they are public, because they may have been trained on the same record or person.
+    Start adapters also count (`is_counted`), because they may have been trained on the same record or person.
     An epsilon of None means unbounded.
     """
-    starts = [run["start"] for run in runs if run["start"] is not None and not run["start"]["public"]]
+    starts = [run["start"] for run in runs if run["start"] is not None and is_counted(run["start"])]
     parts = [*remove_duplicates(runs), *remove_duplicates(starts)]
     if any(part["epsilon"] is None or part["delta"] is None or part["unit"] != runs[0]["unit"] for part in parts):
         return None, total(run["delta"] for run in runs)

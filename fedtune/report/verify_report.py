@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 from fedtune.federation.early_stopping import is_budget_used_up
+from fedtune.federation.lead import find_invalid_field
 from fedtune.federation.replies import NOT_SUMMED
 from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
 from fedtune.privacy import accountant, events, filter
@@ -26,6 +27,7 @@ from fedtune.report.derive import dpia_fields, ledger_figures, profile, run_figu
 from fedtune.report.derive.verdicts import find_audit_problems
 from fedtune.report.facts import Cap, Facts, LedgerFacts, RunFacts, SiteFacts, SiteStatement
 from fedtune.report.model import Problem, Report, to_json
+from fedtune.runs.lineage import bind_epsilon
 from fedtune.spec import ConfigError
 
 TOLERANCE = 1e-6  # relative tolerance upwards; downwards only `_LAST_DIGITS`
@@ -219,7 +221,8 @@ def _check_sent_settings(facts: RunFacts) -> Iterator[_Found]:
         sent = json.loads(facts.sent)
         data, federation, made = sent["data"], sent["federation"], facts.provenance
         names, sizes, start = federation["site_names"], data["declared_sizes"], made.start_adapter
-        began = start and start.digest  # settings contain no digest of a public stage's adapter
+        began, epsilon = (start.digest, start.epsilon) if start else (None, None)
+        bound = bind_epsilon(epsilon, sent["privacy"].get("start_epsilon"))
         sizes = sizes if isinstance(sizes, list) else [sizes] * len(names)
         active = federation["participants"] or names
         declared = {name: size for name, size in zip(names, sizes, strict=True) if name in active}
@@ -231,6 +234,7 @@ def _check_sent_settings(facts: RunFacts) -> Iterator[_Found]:
             ("provenance.task", made.task, sent["task"]),
             ("provenance.start_adapter", began, sent["model"]["adapter_sha256"] or began),
             ("provenance.start_adapter.public", bool(start and start.public), "public" in sent),
+            ("provenance.start_adapter.epsilon", epsilon, bound if sent["model"]["adapter_sha256"] else epsilon),
         ):
             if said != asked:
                 yield where, said, asked
@@ -238,7 +242,7 @@ def _check_sent_settings(facts: RunFacts) -> Iterator[_Found]:
 
 def _check_site_facts(facts: RunFacts, site: SiteFacts) -> Iterator[_Found]:
     receipt, least = site.receipt, run_figures.compute_min_charged_rounds(facts, site)
-    if receipt and (key := run_figures.find_invalid_field(receipt, site=site.site, run=facts.run, plan=facts.plan)):
+    if receipt and (key := find_invalid_field(receipt, site=site.site, run=facts.run, plan=facts.plan)):
         yield f"receipt.{key}", getattr(receipt, key), "a value that the site signed for this run and its plan"
     if least > facts.count_charged_rounds(site):
         yield "receipt.charged_rounds", facts.count_charged_rounds(site), f"at least {least}, the updates from the site"

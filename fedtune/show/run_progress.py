@@ -329,7 +329,7 @@ def _describe_start(about: Mapping[str, Any]) -> str:
     if about.get("public"):
         spent = "it was trained without privacy on records declared public"
     elif about["epsilon"] == UNKNOWN:
-        spent = f"its training cost is unknown{': it has no run.json next to it' if 'head' in about else ''}"
+        spent = f"its training cost is unknown{': no run folder next to it shows it' if 'head' in about else ''}"
     elif about["epsilon"] is None:
         spent = f"its training{on} has no privacy guarantee for its records"
     else:

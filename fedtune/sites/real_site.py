@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedtune.codec import parse_json
 from fedtune.config import RunConfig, format_config_yaml
 from fedtune.data.formats import fingerprint_files, require_reader
 from fedtune.data.load import SiteRecords, read_own_records
@@ -28,9 +30,11 @@ from fedtune.sites.site_settings import read_site_settings
 from fedtune.sites.work import SiteWork, WorkingSite
 from fedtune.spec import ConfigError
 from fedtune.tasks.saved import save_task_model
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training.spec import Machine
 
 log = logging.getLogger(__name__)
+_SHAPES = ".shapes"  # ending of the files with the names and shapes of runs' adapters, next to the runs' settings
 
 
 @dataclass(kw_only=True)
@@ -120,10 +124,8 @@ class SiteProcess:
         kept = self._model
         if kept is not None and kept.is_reusable_for(config, declared_size=size, inexact_allowed=inexact):
             return RunModel(kept, config)
-        if self._warm is not None and self._warm[0]:  # keep the records without a key and without the model
-            self._warm = "", self._warm[1]
-            self._warm[1].drop_model()
-        kept = self._model = None  # free the old model before loading the new one
+        del kept
+        self._free_model()
         began = time.monotonic()
         self._model = LoadedModel(config, declared_size=size, inexact_allowed=inexact)
         about = {"sha256": config.model.sha256, "model_s": round(time.monotonic() - began, 3)}
@@ -134,6 +136,21 @@ class SiteProcess:
                 extra={"moved": self._model.moved},
             )
         return RunModel(self._model, config)
+
+    def untested_model(self, config: RunConfig, policy: Policy) -> TaskModel:
+        """Return the model of a run for saving an adapter; without the test, which takes minutes, it must not train."""
+        size = policy.declared_size(config.data.dataset)
+        if self._model is not None and self._model.is_reusable_for(config, declared_size=size, inexact_allowed=True):
+            return self._model.model
+        self._free_model()
+        return LoadedModel(config, declared_size=size, trains=False).model
+
+    def _free_model(self) -> None:
+        """Free the old model before another one is loaded."""
+        if self._warm is not None and self._warm[0]:  # keep the records without a key and without the model
+            self._warm = "", self._warm[1]
+            self._warm[1].drop_model()
+        self._model = None
 
 
 class RealSite(WorkingSite):
@@ -194,12 +211,14 @@ class RealSite(WorkingSite):
             algorithm=config.federation.bound_algorithm,
         )
 
-    def store_run(self, proposal: Proposal) -> None:
-        """Store the settings of a run, and delete the stored settings of runs that were never charged."""
+    def store_run(self, run: Prepared) -> None:
+        """Store a run's settings and adapter shapes, and delete those of runs that were never charged."""
         # Serialized again, because a lead may add any amount of whitespace.
         shortest = json.dumps(json.loads(self._settings), ensure_ascii=False, separators=(",", ":"))
-        write_durably(self._process.runs / f"{proposal.run}.json", shortest.encode())
-        for file in set(self._process.runs.glob("*.json")):
+        stored, name = self._process.runs, run.proposal.run
+        write_durably(stored / f"{name}.json", shortest.encode())
+        write_durably(stored / f"{name}{_SHAPES}", json.dumps(run.template.shapes).encode())
+        for file in {*stored.glob("*.json"), *stored.glob(f"*{_SHAPES}")}:
             if file.stem not in self.ledger.history.runs:  # never charged
                 file.unlink(missing_ok=True)
 
@@ -207,17 +226,26 @@ class RealSite(WorkingSite):
         """Return the site's records for a prepared run, with the run's model."""
         return self._process.work(run, self._shared, self._files)
 
-    def store_adapter(self, run: str, adapter: Adapter) -> None:
-        """Save the final adapter in the folder format of `fedtune evaluate`."""
+    def _read_stored_settings(self, run: str) -> RunConfig:
+        """Read the stored settings of an accepted run, since the notice of its end contains none."""
         settings = (self._process.runs / f"{run}.json").read_text(encoding="utf-8")
         asked = self.ledger.history.runs[run].proposal
-        config = self._localize_settings(read_settings(settings, plan=asked.plan, task=asked.task))
-        shared = self._process.shared_model(config, self._files.policy)
-        if not adapter.has_same_shapes(shared.initial_adapter):
-            raise ConfigError("final adapter", run, "must have the tensor names and shapes of the run")
-        adapter.load_into(shared.model)
+        return self._localize_settings(read_settings(settings, plan=asked.plan, task=asked.task))
+
+    def read_adapter_shapes(self, run: str) -> Mapping[str, list[int]] | None:
+        """Return the tensor shapes that `store_run` stored for a run; None if they are missing or damaged."""
+        with suppress(OSError, ConfigError):
+            data = (self._process.runs / f"{run}{_SHAPES}").read_bytes()
+            return parse_json(data, key=run, bound="must have stored shapes")
+        return None
+
+    def store_adapter(self, run: str, adapter: Adapter) -> None:
+        """Save the final adapter in the folder format of `fedtune evaluate`."""
+        config = self._read_stored_settings(run)
+        model = self._process.untested_model(config, self._files.policy)
+        adapter.load_into(model)
         folder = RunFolder(self._process.adapters / run)
-        save_task_model(shared.model, folder.adapter)
+        save_task_model(model, folder.adapter)
         write_durably(folder.config, format_config_yaml(config))
         log.info("the final adapter is stored", extra={"run": run})
 

@@ -6,23 +6,31 @@ import shutil
 import sqlite3
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
+from fedtune.codec import decode
 from fedtune.evaluation.audit_bound import compute_epsilon_lower_bound
 from fedtune.model.adapter_files import compute_adapter_digest
 from fedtune.ops.kits.members import Roster
 from fedtune.privacy.keys import SigningKey
-from fedtune.report import signing
-from fedtune.report.facts import Audit, AuditBound
+from fedtune.report import gate_rules, signing
+from fedtune.report.checks import SIGNED_ADAPTER, Check, Known
+from fedtune.report.facts import Audit, AuditBound, RunFacts
 from fedtune.report.from_run import build_run_report
-from fedtune.report.gate_verdict import GateVerdict, read_verdict
-from fedtune.spec import RUN_SCHEMA
+from fedtune.report.gate_verdict import GateVerdict, read_verdict, verdict_to_json
+from fedtune.spec import RUN_SCHEMA, ConfigError
 
-from ..conftest import Outcome, edit_config, edit_json, run_command
+from ..conftest import Outcome, edit_config, edit_json, run_command, simulate
+
+Tensors = dict[str, np.ndarray]
 
 RULES = """\
 name = "own"
@@ -53,9 +61,7 @@ def judge(folder: Path, rules: Path, *words: str) -> Outcome:
 
 
 def verdict_in(folder: Path) -> GateVerdict:
-    verdict = read_verdict(folder, build_run_report(folder).facts)  # type: ignore[arg-type]
-    assert verdict is not None
-    return verdict
+    return decode(GateVerdict, json.loads((folder / "gate.json").read_text()))
 
 
 def card_in(folder: Path) -> str:
@@ -178,9 +184,179 @@ def test_gate_fails_a_defective_run_folder(defect: str, run_folder: Path, rules:
     assert named in said.partition("these rules fail: ")[2].split(", ")
 
 
-def test_gate_passes_a_correct_run_and_updates_its_card(run_folder: Path, rules: Path) -> None:
+def edit_settings(adapter: Path, group: str = "", *, file: str = "fedtune.json", **values: Any) -> None:
+    """Change settings in one of the adapter's files, in the form in which fedtune writes it."""
+    told = json.loads((adapter / file).read_text())
+    told |= {group: told[group] | values} if group else values
+    (adapter / file).write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
+
+
+edit_for_peft = partial(edit_settings, file="adapter_config.json")
+
+
+def edit_tensors(adapter: Path, name: str, change: Callable[[Tensors], Tensors], **metadata: str) -> None:
+    """Replace the tensors of one of the adapter's safetensors files."""
+    path = adapter / f"{name}.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"} | metadata)
+
+
+def add_noise(tensors: Tensors) -> Tensors:
+    return {name: one + 1 for name, one in tensors.items()}
+
+
+def swap_head(adapter: Path) -> None:
+    """Move the true head into the file of the adapter, where a head that is not trained leaves it in the hash."""
+    true = {f"head.{name}": one for name, one in load_file(adapter / "head.safetensors").items() if name == "weight"}
+    edit_settings(adapter, "head", train=False)
+    edit_tensors(adapter, "adapter_model", lambda tensors: tensors | true)
+    edit_tensors(adapter, "head", add_noise)
+
+
+def swap_base(adapter: Path) -> None:
+    edit_settings(adapter, "model", sha256="ee" * 32)
+    told = json.loads((adapter.parent / "run.json").read_text())["provenance"]
+    told["base_model"]["sha256"] = "ee" * 32
+    edit_json(adapter.parent / "run.json", provenance=told)
+
+
+def add_magnitudes(adapter: Path) -> None:
+    edit_for_peft(adapter, use_dora=True)
+    edit_tensors(
+        adapter,
+        "adapter_model",
+        lambda own: own | {f"{next(iter(own))}.lora_magnitude_vector": next(iter(own.values()))},
+    )
+
+
+def shadow_offsets(adapter: Path) -> None:
+    """Let the offsets' file hold the true A and B, and the adapter's file others."""
+    true = {name: one for name, one in load_file(adapter / "adapter_model.safetensors").items() if "lora_m" not in name}
+    edit_tensors(adapter, "offsets", lambda tensors: tensors | true)
+    edit_tensors(adapter, "adapter_model", add_noise)
+
+
+def repeat_key(path: Path, key: str, value: str) -> None:
+    path.write_text(path.read_text().replace(f'"{key}":', f'"{key}": {value}, "{key}":', 1))
+
+
+Forgery = Callable[[Path], object]
+FORGERIES: dict[str, Forgery] = {
+    "other head under the signed hash": swap_head,
+    "other base in all records": swap_base,
+    "scale for PEFT": lambda adapter: edit_for_peft(adapter, lora_alpha=800.0),
+    "base for PEFT": lambda adapter: edit_for_peft(adapter, base_model_name_or_path="evil/base"),
+    "layers for PEFT": lambda adapter: edit_for_peft(adapter, layers_to_transform=[0]),
+    "text as PEFT's version": lambda adapter: edit_for_peft(adapter, peft_version="a record"),
+    "magnitudes of DoRA": add_magnitudes,
+    "pickled weights": lambda adapter: (adapter / "adapter_model.bin").write_bytes(b"pickle"),
+    "records": lambda adapter: (adapter / "records.csv").write_text("patient,1"),
+    "text in the metadata": lambda adapter: edit_tensors(adapter, "head", dict, note="a record"),
+    "spaces between settings": lambda adapter: edit_json(adapter / "fedtune.json"),
+    "texts": lambda adapter: edit_settings(adapter, texts=2),
+    "input": lambda adapter: edit_settings(adapter, input="image"),
+    "seed": lambda adapter: edit_settings(adapter, seed=7),
+    "number format": lambda adapter: edit_settings(adapter, "model", dtype="nf4"),
+    "GGUF file": lambda adapter: edit_settings(adapter, "model", gguf_file="evil.gguf"),
+    "location of the base": lambda adapter: edit_settings(adapter, "model", path="evil/base", revision="evil"),
+    "texts of labels": lambda adapter: edit_settings(adapter, "head", label_texts=["a record"] * 77),
+    "hidden layers": lambda adapter: edit_settings(adapter, "head", hidden=[5]),
+    "layers": lambda adapter: edit_settings(adapter, "lora", layers=[0]),
+    "repeated setting": lambda adapter: repeat_key(adapter / "fedtune.json", "labels", '["evil"]'),
+}
+
+
+def forge(folder: Path, change: Forgery) -> None:
+    """Change an adapter, and let all records of the run name it."""
+    change(folder / "adapter")
+    edit_json(folder / "run.json", adapter_digest=compute_adapter_digest(folder / "adapter"))
+    write_report(folder)
+
+
+@pytest.fixture
+def files_alone(rules: Path) -> Path:
+    rules.write_text('name = "files"\nfiles = true\n')
+    return rules
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_gate_refuses_a_forged_adapter_in_consistent_records(forgery: str, run_folder: Path, files_alone: Path) -> None:
+    forge(run_folder, FORGERIES[forgery])
+    assert judge(run_folder, files_alone).failed(1).endswith("these rules fail: files")
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
+def test_gate_refuses_tensors_that_shadow_the_trained_ones(kind: str, files_alone: Path, tmp_path: Path) -> None:
+    folder = simulate(f"lora.kind={kind}", "lora.train_a=false", into=tmp_path)
+    write_report(folder)
+    assert judge(folder, files_alone).code == 0
+    shadow: dict[str, Forgery] = {
+        "lora": lambda adapter: shutil.copy(adapter / "head.safetensors", adapter / "offsets.safetensors")
+    }
+    shadow |= {"dora": shadow_offsets, "ia3": lambda adapter: edit_tensors(adapter, "adapter_model", add_noise)}
+    forge(folder, shadow[kind])
+    assert judge(folder, files_alone).failed(1).endswith("these rules fail: files")
+
+
+def test_gate_refuses_a_repeated_key_in_the_result(run_folder: Path, files_alone: Path) -> None:
+    repeat_key(run_folder / "run.json", "adapter_digest", '"evil"')
+    assert "run.json is damaged" in judge(run_folder, files_alone).failed(1)
+
+
+def test_gate_refuses_an_undecodable_file_name(run_folder: Path, files_alone: Path) -> None:
+    with open(os.fsencode(run_folder) + b"/adapter/\xff", "wb"):
+        assert "is not a printable name" in judge(run_folder, files_alone).failed(2)
+
+
+def test_gate_refuses_an_adapter_that_was_exchanged_after_hashing(
+    run_folder: Path, files_alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true, told = shutil.copytree(run_folder / "adapter", run_folder / "true"), (run_folder / "run.json").read_bytes()
+    forge(run_folder, lambda adapter: edit_tensors(adapter, "adapter_model", add_noise))
+    verify = gate_rules._verify_adapter
+
+    def exchange(*given: Any, **named: Any) -> str:
+        shutil.rmtree(run_folder / "adapter")
+        shutil.copytree(true, run_folder / "adapter")
+        (run_folder / "run.json").write_bytes(told)
+        return verify(*given, **named)
+
+    monkeypatch.setattr(gate_rules, "_verify_adapter", exchange)
+    assert judge(run_folder, files_alone).failed(1).endswith("these rules fail: files")
+
+
+def test_gate_compares_the_signed_adapter_with_the_verified_files(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = tuple(Check(name, "right", "as read earlier") for name in ("files", SIGNED_ADAPTER))
+    monkeypatch.setattr(gate_rules, "check_report", lambda *_: held)
+    monkeypatch.setattr(RunFacts, "find_signed_adapter", lambda _: ("ab" * 32, ()))
+    for trained, state in (("ab" * 32, "right"), ("cd" * 32, "wrong")):
+        monkeypatch.setattr(gate_rules, "_verify_adapter", lambda *_, found=trained, **__: found)
+        evidence = gate_rules.collect_evidence(run_folder, Known(), audit=None, groups=None)
+        assert evidence.checks[SIGNED_ADAPTER].state == state
+    monkeypatch.setattr(gate_rules, "_verify_adapter", Mock(side_effect=ConfigError("adapter", "x", "changed")))
+    evidence = gate_rules.collect_evidence(run_folder, Known(), audit=None, groups=None)
+    assert SIGNED_ADAPTER not in evidence.checks, "nothing is said about files that do not verify"
+
+
+def test_cards_of_several_exports_repeat_the_signed_verdict(
+    run_folder: Path, rules: Path, key_file: Path, tmp_path: Path
+) -> None:
+    assert run_command("report", str(run_folder), "--sign", str(key_file)).code == 0
+    assert judge(run_folder, rules, "--sign", str(key_file)).code == 0
+    for name in ("first", "second"):
+        assert run_command("export", str(run_folder), "--to", str(tmp_path / name)).code == 0
+        assert "**The model may leave** by the rules own." in (tmp_path / name / "README.md").read_text()
+    assert run_command("report", str(run_folder)).code == 0, "it lists the exports, and is unsigned"
+    assert "may leave" not in card_in(run_folder)
+    assert run_command("report", "verify", str(run_folder)).code == 0
+
+
+def test_gate_passes_a_correct_run_and_updates_its_card(run_folder: Path, rules: Path, key_file: Path) -> None:
     assert "## Release" not in card_in(run_folder)
-    assert "the model may be released" in judge(run_folder, rules).printed
+    key = SigningKey.load(key_file).public
+    assert run_command("report", str(run_folder), "--sign", str(key_file)).code == 0
+    assert "the model may be released" in judge(run_folder, rules, "--sign", str(key_file)).printed
     verdict = verdict_in(run_folder)
     assert (verdict.failed, verdict.rules, verdict.limits["max_epsilon"]) == ((), "own", "1.0")
     assert set(verdict.results) == {line.split(" = ")[0] for line in RULES.splitlines()[1:]}
@@ -188,18 +364,21 @@ def test_gate_passes_a_correct_run_and_updates_its_card(run_folder: Path, rules:
         run_folder
     )
     assert "**The model may leave** by the rules own." in card_in(run_folder)
+    assert f"signed with the key {key}" in card_in(run_folder)
     assert run_command("report", "verify", str(run_folder)).code == 0, "the card is the one that fedtune draws"
     assert run_command("report", str(run_folder)).code == 0
     assert "## Release" in card_in(run_folder), "a report that is written anew keeps the verdict"
     assert "report has changed" not in card_in(run_folder)
-    edit_json(run_folder / "gate.json", report_sha256="0" * 64)
+    other = replace(verdict, report_sha256="0" * 64).sign(SigningKey.load(key_file))
+    (run_folder / "gate.json").write_bytes(verdict_to_json(other))
     assert run_command("report", str(run_folder)).code == 0
     assert "**The report has changed since**: run `fedtune gate` again." in card_in(run_folder)
 
 
-def test_gate_writes_failed_rules_to_verdict_and_card(run_folder: Path, rules: Path) -> None:
+def test_gate_writes_failed_rules_to_verdict_and_card(run_folder: Path, rules: Path, key_file: Path) -> None:
     rules.write_text(RULES.replace("max_epsilon = 1.0", "max_epsilon = 0.1"))
-    outcome = judge(run_folder, rules)
+    assert run_command("report", str(run_folder), "--sign", str(key_file)).code == 0
+    outcome = judge(run_folder, rules, "--sign", str(key_file))
     assert outcome.failed(1) == f"the model of {run_folder} must not be released: these rules fail: max_epsilon"
     (line,) = [line for line in outcome.out.splitlines() if "FAILS" in line]
     assert line.split()[:2] == ["max_epsilon", "FAILS"]
@@ -209,24 +388,31 @@ def test_gate_writes_failed_rules_to_verdict_and_card(run_folder: Path, rules: P
     assert (told["passed"], told["verdict"]["results"]["max_epsilon"]) == (False, "wrong")
 
 
-def test_modified_signed_verdict_is_dropped_from_the_card(run_folder: Path, rules: Path, key_file: Path) -> None:
-    key = SigningKey.load(key_file).public
+def test_card_repeats_only_a_verdict_signed_with_the_key_of_the_report(
+    run_folder: Path, rules: Path, key_file: Path, tmp_path: Path
+) -> None:
+    stranger = SigningKey.load_or_create(tmp_path / "stranger.pem")
+    assert run_command("report", str(run_folder), "--sign", str(key_file)).code == 0
+    rules.write_text(RULES.replace("max_epsilon = 1.0", "max_epsilon = 0.1"))
+    assert judge(run_folder, rules, "--sign", str(key_file)).code == 1
+    right = replace(verdict_in(run_folder), results=dict.fromkeys(verdict_in(run_folder).results, "right"))
+    for forged in (right, replace(right, signature=None), right.sign(stranger), None):
+        (run_folder / "gate.json").write_bytes(verdict_to_json(forged) if forged else b"{}")
+        assert run_command("report", str(run_folder)).code == 0
+        assert "may leave" not in card_in(run_folder)
+        assert "No verdict of `fedtune gate` on this model is signed" in card_in(run_folder)
+        assert read_verdict(run_folder, build_run_report(run_folder)) is None
+    (run_folder / "gate.json").write_bytes(verdict_to_json(right.sign(SigningKey.load(key_file))))
+    assert "adapter/README.md" in run_command("report", "verify", str(run_folder)).failed(1), "a card without it"
+
+
+def test_verdict_on_another_model_is_omitted_from_the_card(run_folder: Path, rules: Path, key_file: Path) -> None:
+    assert run_command("report", str(run_folder), "--sign", str(key_file)).code == 0
     assert judge(run_folder, rules, "--sign", str(key_file)).code == 0
-    assert verdict_in(run_folder).has_valid_signature
-    assert f"signed with the key {key}" in card_in(run_folder)
-    edit_json(run_folder / "gate.json", rules="stricter")
-    assert read_verdict(run_folder, build_run_report(run_folder).facts) is None  # type: ignore[arg-type]
-    assert "adapter/README.md" in run_command("report", "verify", str(run_folder)).failed(1)
-
-
-def test_verdict_on_another_model_is_omitted_from_the_card(run_folder: Path, rules: Path) -> None:
-    assert judge(run_folder, rules).code == 0
-    facts = build_run_report(run_folder).facts
-    assert read_verdict(run_folder, facts) is not None  # type: ignore[arg-type]
-    for changed in (replace(facts, run="other"), replace(facts, files={"adapter/x": "00"})):
-        assert read_verdict(run_folder, changed) is None  # type: ignore[arg-type]
-    (run_folder / "gate.json").write_text("{}")
-    assert read_verdict(run_folder, facts) is None  # type: ignore[arg-type]
+    report = build_run_report(run_folder)
+    assert read_verdict(run_folder, report) is not None
+    for changed in ({"run": "other"}, {"files": {"adapter/x": "00"}}):
+        assert read_verdict(run_folder, replace(report, facts=replace(report.facts, **changed))) is None  # type: ignore[arg-type]
 
 
 def test_gate_requires_a_key_for_signed_reports(run_folder: Path, rules: Path, key_file: Path) -> None:

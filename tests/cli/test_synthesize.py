@@ -36,9 +36,9 @@ from fedtune.model.adapter import Adapter
 from fedtune.model.adapter_files import compute_adapter_digest
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.selection import Selection, compute_search_cost
-from fedtune.report.from_run import sum_start_losses
 from fedtune.report.signing import MOST_BYTES
 from fedtune.runs.environment import build_start_lineage
+from fedtune.runs.lineage import sum_start_losses
 from fedtune.runs.renewal import add_start_adapter
 from fedtune.runs.saved_model import SavedModel
 from fedtune.sites import run_records

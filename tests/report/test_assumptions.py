@@ -14,6 +14,7 @@ from fedtune.report import from_ledger, from_run
 from fedtune.report.derive import rules
 from fedtune.report.from_run import RunRecord, read_run
 from fedtune.report.model import Assumption, Report, SiteReport
+from fedtune.report.page.translations import load_catalog
 from fedtune.report.verify_report import derive_report
 from fedtune.sites.shared_settings import select_settings_for_sites
 
@@ -95,9 +96,9 @@ def test_clipping_is_assumed_for_a_ledger_with_inexact_gradients(books: Any) -> 
     )
 
 
-def add_receipts(record: RunRecord, *, run: str) -> RunRecord:
+def add_receipts(record: RunRecord, *, run: str, **changes: Any) -> RunRecord:
     """The record with its sites' receipts made out, and signed, for a run of another name."""
-    receipts = {site: resign_receipt(receipt, run=run) for site, receipt in record.state.receipts.items()}
+    receipts = {site: resign_receipt(receipt, run=run, **changes) for site, receipt in record.state.receipts.items()}
     return replace(record, state=replace(record.state, receipts=receipts))
 
 
@@ -133,6 +134,13 @@ def test_lead_report_of_real_sites_only_assumes_site_behavior(run_folder: Path) 
     assert found["unpredictable_randomness"] == "assumed"
     assert found["noise_in_every_step"] == "assumed", "what real sites do is not the lead's to verify"
     assert found["receipts_signed"] == "verified"
+    assert found["adapter_signed"] == "violated", "these receipts sign no adapter"
+    deployed = add_receipts(deployed, run=deployed.run, reply="ab" * 32)
+    sites = from_run.build_run_report(run_folder).sites
+    assert list_statuses(list_assumptions(run_folder, deployed, sites))["adapter_signed"] == "verified"
+    # The page compares the receipts only with one another; `report verify` compares them with the files.
+    for language, shared in (("en", "one and the same"), ("de", "denselben")):
+        assert shared in load_catalog(language).texts["assumption"]["adapter_signed"]
 
 
 def test_unsigned_receipts_large_deltas_and_accountant_mismatches_are_reported(run_folder: Path) -> None:

@@ -12,16 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from fedtune.federation.run_folder import RunFolder
+from fedtune.model.adapter import Adapter
 from fedtune.privacy import accountant, events, keys
 from fedtune.privacy.keys import SigningKey
-from fedtune.report import from_ledger, from_run, signing
+from fedtune.report import checks, from_ledger, from_run, signing
 from fedtune.report.checks import Check, Known, check_report
 from fedtune.report.facts import RunFacts, SiteFacts, StartAdapter
 from fedtune.report.model import Report
 from fedtune.report.verify_report import derive_report
+from fedtune.spec import ConfigError
+from fedtune.tasks.saved import SavedAdapter
 
-from ..conftest import REPOSITORY, run_command, simulate, write_config
+from ..conftest import REPOSITORY, edit_json, run_command, simulate, write_config
 from ..deployment.federation import Federation, list_settings
 from ..privacy.builders import make_key
 from .shown import (
@@ -115,7 +120,7 @@ def simulate_run(into: Path) -> Deployed:
     )
     assert record.state is not None
     receipts = {
-        site: sign_receipt(receipt, site, run=record.run, simulated=False)
+        site: sign_receipt(receipt, site, run=record.run, simulated=False, reply=record.state.adapter.digest())
         for site, receipt in record.state.receipts.items()
     }
     record = replace(record, state=replace(record.state, receipts=receipts))
@@ -145,7 +150,7 @@ def run(run_to_forge: Deployed, tmp_path: Path) -> Deployed:
 def test_valid_report_passes_both_verifiers(run: Deployed) -> None:
     assert [facts.receipt.charged_rounds for facts in run.facts.sites] == [ROUNDS] * 3
     assert {check.name: check.state for check in run.checks()} == {
-        **dict.fromkeys(("schema", "figures", "verdict", "configuration", "files"), "right"),
+        **dict.fromkeys(("schema", "figures", "verdict", "configuration", "files", "signed adapter"), "right"),
         **dict.fromkeys(("signature", "site keys"), "missing"),
     }
     assert run.holds()
@@ -286,6 +291,7 @@ LIES: dict[str, Callable[[RunFacts], RunFacts]] = {
         change_settings(facts, lambda sent: sent["model"].update(sha256=OTHER)), OTHER
     ),
     "a private start called public": lambda facts: begin_in_adapter(facts, public=True),
+    "a start with an epsilon that nobody signed": lambda facts: begin_in_adapter(facts, epsilon=0.1, delta=1e-5),
     "another start": lambda facts: begin_in_adapter(facts, digest="78" * 32),
     "another data set": lambda facts: replace(facts, provenance=replace(facts.provenance, dataset="public")),
     "another run's name": lambda facts: replace(facts, run=f"{facts.name}-{'1' * 32}"),
@@ -300,6 +306,10 @@ LIES: dict[str, Callable[[RunFacts], RunFacts]] = {
     ),
     "another adapter named": lambda facts: replace(facts, files=dict.fromkeys(facts.files, OTHER)),
     "no adapter named": lambda facts: replace(facts, files={}),
+    "a receipt of another adapter": lambda facts: resign_receipts(facts, "south", reply=OTHER),
+    "receipts of another adapter": lambda facts: resign_receipts(facts, reply=OTHER),
+    "a receipt without the adapter": lambda facts: resign_receipts(facts, "south", reply=""),
+    "receipts without the adapter": lambda facts: resign_receipts(facts, reply=""),
 }
 """What a lead may change in the facts, before all else is derived from them and signed."""
 
@@ -355,6 +365,60 @@ def test_report_for_a_different_model_is_rejected(run: Deployed, change: Callabl
     (files,) = [check for check in run.checks() if check.name == "files"]
     assert files.state == "wrong"
     assert not run.holds_by_the_other_program()
+
+
+def add_to_weights(folder: Path) -> None:
+    """Change the weights that the sites trained, with the hash that the adapter's settings state."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    changed = next(name for name in tensors if ".lora_B." in name)
+    save_file(tensors | {changed: tensors[changed] + 1}, path)
+    heads = {f"head.{name}": one for name, one in load_file(folder / "head.safetensors").items() if name != "center"}
+    edit_json(folder / "fedtune.json", trained_sha256=Adapter(load_file(path) | heads).digest())
+
+
+def swap_head(folder: Path) -> None:
+    """Call the head frozen and hide its signed tensors among the weights, so that another head has no hash."""
+    weights, head = folder / "adapter_model.safetensors", folder / "head.safetensors"
+    signed = {f"head.{name}": one for name, one in load_file(head).items() if name != "center"}
+    save_file(load_file(weights) | signed, weights)
+    save_file({name: one + 1 for name, one in load_file(head).items()}, head)
+    settings = json.loads((folder / "fedtune.json").read_text())
+    edit_json(folder / "fedtune.json", head={**settings["head"], "train": False})
+
+
+@pytest.mark.parametrize("forge", [add_to_weights, swap_head])
+def test_weights_that_no_site_signed_are_rejected(run: Deployed, forge: Callable[[Path], None]) -> None:
+    forge(run.folder / "adapter")
+    if forge is swap_head:
+        with pytest.raises(ConfigError, match=r"has an unexpected tensor head\.weight in adapter_model\.safetensors"):
+            _ = SavedAdapter.read(run.folder / "adapter").tensors
+    facts = replace(run.facts, files=from_run.hash_model_files(run.folder))
+    run.write(signing.sign_report(derive_report(facts), run.lead))
+    assert {check.name: check.state for check in run.checks()}["files"] == "right"
+    assert not run.holds()
+    assert not run.holds_by_the_other_program()
+
+
+@pytest.mark.parametrize("sent", ["", "{}", "[]", '{"task": "classification"}'])
+def test_report_without_the_sent_settings_is_rejected_with_a_reason(run: Deployed, sent: str) -> None:
+    found = checks._check_model_files(replace(run.facts, sent=sent), None, run.folder / "adapter")
+    texts = {check.name: check.text for check in found}
+    assert texts["signed adapter"] == "The report does not contain the settings that the sites received."
+
+
+def test_export_of_real_sites_is_only_the_leads_word(run: Deployed) -> None:
+    (export := run.folder.parent / "export").mkdir()
+    (export / "model.safetensors").write_bytes(b"weights of anybody")
+    RunFolder(run.folder).record_export(export)
+    facts = replace(run.facts, files=from_run.hash_model_files(run.folder))
+    run.write(signing.sign_report(derive_report(facts), run.lead))
+    assert run.holds(), "the adapter is the one that the sites signed"
+    (files,) = [check for check in run.checks(model=export) if check.name == "files"]
+    assert files.state == "missing"
+    assert "sites did not sign it" in files.text
+    given = ("--key", run.lead.public, "--roster", str(run.roster), "--model", str(export))
+    assert not run.holds_by_the_other_program(*given)
 
 
 def test_empty_model_folder_is_rejected(run: Deployed) -> None:

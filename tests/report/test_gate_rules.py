@@ -15,10 +15,19 @@ from fedtune.report import gate_rules
 from fedtune.report.attacks import AttackFinding, RunAttacks
 from fedtune.report.checks import Check
 from fedtune.report.derive.profile import bound_secret_chance, compute_hit_rate_ceiling
-from fedtune.report.facts import Audit, AuditBound, AuditMembership, BudgetVerdict, SiteFacts, Verification
+from fedtune.report.facts import (
+    Audit,
+    AuditBound,
+    AuditMembership,
+    BudgetVerdict,
+    SiteFacts,
+    StartAdapter,
+    Verification,
+)
 from fedtune.report.gate_rules import Evidence, GateRules, judge_run, read_rules
 from fedtune.report.group_scores import GroupScore
 from fedtune.report.model import Assumption
+from fedtune.runs.lineage import PRIVATE_BASES
 from fedtune.spec import ConfigError
 
 from .shown import build_reports, change_facts, change_first_site
@@ -46,7 +55,6 @@ RULES = GateRules(
     licenses=("apache-2.0", "mit"),
     stated=("curator", "access"),
 )
-FINAL = "cd" * 32  # digest of the final adapter
 BOUND = AuditBound(
     site=None, claimed_epsilon=1.1, lower_bound=0.4, best_possible=5.0, canaries=1000, guesses=1000, right=560
 )
@@ -103,7 +111,7 @@ def evidence(config: RunConfig) -> Evidence:
     sites = tuple(
         replace(
             site,
-            receipt=replace(receipt, site=site.site, simulated=False, reply=FINAL),
+            receipt=replace(receipt, site=site.site, simulated=False),
             statement=replace(site.statement, verification=VERIFIED),
         )
         for site in report.facts.sites
@@ -112,19 +120,18 @@ def evidence(config: RunConfig) -> Evidence:
     rounds = tuple(replace(done, sites=tuple(site.site for site in sites)) for done in report.facts.rounds)
     report = change_facts(report, sites=sites, settings=settings, attacks=ATTACKS, rounds=rounds)
     report = replace(report, assumptions=tuple(one for one in report.assumptions if one.status != "violated"))
-    checks = {name: Check(name, "right", "as it should be") for name in ("figures", "signature", "site keys", "files")}
+    names = ("figures", "signature", "site keys", "files", "signed adapter")
+    checks = {name: Check(name, "right", "as it should be") for name in names}
     groups = (GroupScore("by ward", "a", 40, 0.9, 0.02), GroupScore("by ward", "b", 12, 0.8, -0.05))
-    return Evidence(Path("run"), report, config, checks, audit=AUDIT, groups=groups, trained_sha256=FINAL)
+    return Evidence(Path("run"), report, config, checks, audit=AUDIT, groups=groups)
 
 
 def change_check(evidence: Evidence, name: str, state: Any) -> Evidence:
     return evidence._replace(checks={**evidence.checks, name: Check(name, state, "it is not")})
 
 
-def change_final_adapter(evidence: Evidence, digest: str) -> Evidence:
-    receipt = evidence.facts.sites[0].receipt
-    assert receipt is not None
-    return change_site(evidence, receipt=replace(receipt, reply=digest))
+def leave_out_check(evidence: Evidence, left: str) -> Evidence:
+    return evidence._replace(checks={name: check for name, check in evidence.checks.items() if name != left})
 
 
 def change_run(evidence: Evidence, **changes: Any) -> Evidence:
@@ -159,6 +166,12 @@ def change_license(evidence: Evidence, name: str | None) -> Evidence:
 
 def change_epsilon(evidence: Evidence, epsilon: float | None) -> Evidence:
     return evidence._replace(report=replace(evidence.report, epsilon=epsilon))
+
+
+def change_start(evidence: Evidence, **changes: Any) -> Evidence:
+    about = {"digest": "ab" * 32, "run": "r", "dataset": "d", "unit": "record", "delta": 1e-5, "epsilon": 0.1}
+    start = StartAdapter(**about | changes)
+    return change_run(evidence, provenance=replace(evidence.facts.provenance, start_adapter=start))
 
 
 def replace_lifetime(evidence: Evidence, epsilon: float | None) -> Evidence:
@@ -197,6 +210,8 @@ def lose_report(evidence: Evidence) -> Evidence:
 
 
 Change = Callable[[Evidence], Evidence]
+LOSSES = "max_epsilon max_expected_failures"
+PRE_TRAINING = {key: PRIVATE_BASES["vaultgemma"][key] for key in ("digest", "dataset", "unit", "delta", "epsilon")}
 AUDITED = "max_audit_bound min_audit_canaries"
 ATTACKED = "max_rebuilt_gain max_extraction_gain max_attribute_gain"
 DEFECTS: dict[str, tuple[str, Change]] = {
@@ -211,10 +226,8 @@ DEFECTS: dict[str, tuple[str, Change]] = {
     "broken signature": ("signed", lambda e: change_check(e, "signature", "wrong")),
     "no signature": ("signed", lambda e: change_check(e, "signature", "missing")),
     "receipts of strangers": ("real_sites signed", lambda e: change_check(e, "site keys", "wrong")),
-    "another final adapter": ("real_sites", lambda e: e._replace(trained_sha256="ab" * 32)),
-    "a site with another adapter": ("real_sites", lambda e: change_final_adapter(e, "ab" * 32)),
-    "a site without the adapter": ("real_sites", lambda e: change_final_adapter(e, "")),
-    "an invalid adapter": ("real_sites", lambda e: change_final_adapter(e, "")._replace(trained_sha256="")),
+    "an adapter that no site signed": ("real_sites", lambda e: change_check(e, "signed adapter", "wrong")),
+    "nobody compared the adapter": ("real_sites", lambda e: leave_out_check(e, "signed adapter")),
     "unverified ledger": ("ledgers", lambda e: change_statement(e, verification=None)),
     "ledger may be older": (
         "ledgers",
@@ -228,6 +241,12 @@ DEFECTS: dict[str, tuple[str, Change]] = {
     "violated assumption": ("assumptions", violate),
     "epsilon beyond": ("max_epsilon", lambda e: change_epsilon(e, 2.1)),
     "no epsilon at all": ("max_epsilon max_secret_chance", lambda e: change_epsilon(e, None)),
+    "starts beyond in total": ("max_epsilon", lambda e: change_start(e, epsilon=1.5)),
+    "a start without a bound": ("max_epsilon", lambda e: change_start(e, epsilon=None)),
+    "a start of unknown epsilon": (LOSSES, lambda e: change_start(e, unit=None, delta=None, epsilon=None)),
+    "a start with another unit": (LOSSES, lambda e: change_start(e, unit="user", epsilon=0.1)),
+    "runs behind a base's pre-training": (LOSSES, lambda e: change_start(e, **PRE_TRAINING | {"delta": None})),
+    "starts too large for delta": ("max_expected_failures", lambda e: change_start(e, delta=0.01)),
     "too large for delta": (
         "max_expected_failures",
         lambda e: change_site(e, declared_size=10_001),
@@ -309,6 +328,11 @@ def test_run_without_defects_passes_all_rules(evidence: Evidence) -> None:
     assert {check.name for check in found} == {one.name for one in fields(GateRules)} - {"name", "secret_candidates"}
 
 
+@pytest.mark.parametrize("start", [PRE_TRAINING, {"public": True, "delta": 0.5, "epsilon": None}])
+def test_starts_that_do_not_count_violate_no_rule(start: dict[str, Any], evidence: Evidence) -> None:
+    assert {one.state for one in judge_run(RULES, change_start(evidence, **start))} == {"right"}
+
+
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_injected_defect_fails_exactly_the_affected_rules(defect: str, evidence: Evidence) -> None:
     named, change = DEFECTS[defect]
@@ -327,11 +351,27 @@ def test_missing_evidence_message_names_the_command_to_create_it(evidence: Evide
         ("no report", "record", "fedtune report"),
         ("no report of a site", "max_lifetime_epsilon", "fedtune report site.toml --sign"),
         ("no license", "licenses", "model.license"),
+        ("a start of unknown epsilon", "max_epsilon", "start from the folder of a finished run"),
         ("nobody stated it", "stated", "report.about"),
     ):
         (found,) = [one for one in judge_run(RULES, DEFECTS[defect][1](evidence)) if one.name == rule]
         assert found.state == "missing"
         assert command in found.text
+
+
+def test_max_epsilon_judges_the_sum_with_all_starts_that_are_not_public(evidence: Evidence) -> None:
+    own = evidence.report.epsilon
+    assert own is not None
+    for changes, total in (
+        ({"epsilon": 0.5}, f"{own + 0.5:.4g}"),
+        ({"epsilon": None}, "unbounded"),
+        ({"epsilon": None, "unit": None}, "unknown"),
+        ({"epsilon": None, "public": True}, f"{own:.4g}"),
+        (PRE_TRAINING, f"{own:.4g}"),
+    ):
+        (found,) = judge_run(GateRules(name="one", max_epsilon=8.0), change_start(evidence, **changes))
+        assert found.text.startswith(f"epsilon with all starts before this run is {total}")
+        assert (found.state == "right") == (total not in ("unbounded", "unknown"))
 
 
 def test_secret_chance_is_the_least_over_the_whole_trade_off_curve(evidence: Evidence) -> None:

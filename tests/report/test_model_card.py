@@ -12,12 +12,13 @@ from huggingface_hub import ModelCard
 
 from fedtune.privacy.accountant import format_epsilon, format_factor
 from fedtune.report.facts import StartAdapter
-from fedtune.report.from_run import RunRecord, read_run, sum_start_losses
+from fedtune.report.from_run import RunRecord, read_run
 from fedtune.report.model import Report
 from fedtune.report.model_card import Form, render_card_text
 from fedtune.report.page.render import render_label
 from fedtune.report.synthetic_card import compose_losses
 from fedtune.report.verify_report import derive_report, problems
+from fedtune.runs.lineage import PRIVATE_BASES, sum_start_losses
 
 from ..conftest import simulate
 from .shown import change_facts, read_status
@@ -155,3 +156,5 @@ def test_prior_spending_of_synthetic_data_runs_adds_up() -> None:
         runs.append({"epsilon": 0.2, "delta": 2e-5, "unit": "record", "start": None})
         assert compose_losses(runs)[0] == epsilon, "as a person adds it up"
         assert start or compose_losses(runs)[1] == 3e-5
+    base = {**PRIVATE_BASES["vaultgemma"], "public": False}
+    assert compose_losses([{"epsilon": 0.1, "delta": 1e-5, "unit": "record", "start": base}]) == (0.1, 1e-5)

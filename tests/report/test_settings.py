@@ -72,6 +72,22 @@ def test_start_adapter_is_public_only_with_a_public_stage_in_settings(run_report
     }
 
 
+@pytest.mark.parametrize(("bound", "said"), [(2.0, 1.99), (None, 2.0), (None, 0.0)])
+def test_start_epsilon_below_the_one_in_settings_is_detected(
+    run_report: Report, config: RunConfig, bound: float | None, said: float
+) -> None:
+    privacy = replace(config.privacy, start_epsilon=bound)
+    config = replace(config, model=replace(config.model, adapter_sha256="ab" * 32), privacy=privacy)
+
+    def list_places(epsilon: float | None) -> set[str]:
+        start = StartAdapter(digest="ab" * 32, run="a", dataset="b", unit="record", delta=1e-5, epsilon=epsilon)
+        made = replace(run_report.facts.provenance, start_adapter=start, config_sha256=config.digest())
+        return list_problem_places(replace(run_report, facts=replace(run_report.facts, provenance=made)), config)
+
+    assert list_places(said) - {"run"} == {"epsilon"}
+    assert list_places(bound) - {"run"} == list_places(None) - {"run"} == set()
+
+
 @pytest.mark.nightly
 def test_calibrated_noise_is_recalibrated_for_verification(run_folder: Path, config: RunConfig) -> None:
     searched = replace(config, privacy=replace(config.privacy, noise_multiplier=None))

@@ -451,6 +451,44 @@ def test_final_adapter_is_stored_and_can_be_scored(site: Any, restarted: bool) -
     assert {name: found.estimate("base", name).value for name in found.scores} == before
 
 
+@pytest.mark.parametrize("policy", ["keep", "decline"])
+@pytest.mark.parametrize("value", [None, np.inf], ids=["other shapes", "infinite values"])
+def test_unfit_final_adapter_ends_the_run_unsigned(site: Any, policy: str, value: float | None) -> None:
+    site.edit(final_adapter=policy)
+    final = Adapter(site.update().tensors)
+    strange = Adapter({"head.weight": np.ones((2, 2), np.float32)})
+    if value is not None:
+        strange = Adapter({name: np.full_like(array, value) for name, array in final.tensors.items()})
+    receipt = site.end(strange)
+    assert (receipt.ended, receipt.reply) == (True, "")
+    assert not site.adapters.exists()
+    assert site.end(final).reply == "", "only the first notice counts"
+
+
+@pytest.mark.parametrize("lost", ["model", "data", "shapes"])
+def test_end_of_a_run_needs_neither_model_nor_records(site: Any, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
+    site.edit(final_adapter="decline")
+    final = Adapter(site.update().tensors)
+    (run,) = site.ledger().history.runs
+    site.restart()
+    monkeypatch.setattr(real_site, "LoadedModel", Mock(side_effect=ConfigError("model.path", "bert", "is missing")))
+    if lost == "data":
+        site.data.unlink()
+        (site.folder / "runs" / f"{run}.json").unlink()
+    if lost == "shapes":
+        (site.folder / "runs" / f"{run}.shapes").unlink()
+    assert site.end(final).reply == ("" if lost == "shapes" else final.digest())
+    assert site.ledger().history.runs[run].expires is None, "the reservation is released"
+
+
+def test_final_adapter_is_stored_without_the_batch_invariance_test(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = Adapter(site.update().tensors)
+    site.restart()
+    monkeypatch.setattr(LoadedModel, "_test_model", Mock(side_effect=AssertionError))
+    assert site.end(final).reply == final.digest()
+    assert len(list(site.adapters.iterdir())) == 1
+
+
 def test_declined_or_unknown_final_adapter_is_not_stored(site: Any) -> None:
     assert site.end(site.first) is None
     site.edit(final_adapter="decline")

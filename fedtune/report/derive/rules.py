@@ -136,6 +136,10 @@ def _list_run_assumptions(facts: RunFacts, sites: Sequence[SiteReport]) -> Itera
         yield "receipts_signed", "verified", ", ".join(keys)
     if silent := [site.site for site in facts.sites if facts.is_upper_bound(site)]:
         yield "every_site_answered", "violated", ", ".join(silent)
+    if facts.deployed and facts.files:
+        digest, others = facts.find_signed_adapter()
+        signed: Status = "violated" if others or not digest else "verified"
+        yield "adapter_signed", signed, ", ".join(others) or format_key_start(digest)
     if kept := facts.kept:
         yield (
             "chosen_by_the_leads_own_records",

@@ -11,8 +11,6 @@ from fedtune.federation.drift import detect_score_drop
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
 from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
 from fedtune.privacy.dp_library import GaussianDpEvent
-from fedtune.privacy.release import Receipt
-from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import profile, rules, verdicts
 from fedtune.report.facts import NOT_RECORDED, Release, RunFacts, SiteFacts, SiteStatement, Source
 from fedtune.report.model import EpsilonStep, Report, SiteReport, Spent, Utility
@@ -25,21 +23,6 @@ def derive_run_report(facts: RunFacts) -> Report:
     made = [_derive_site_report(facts, site) for site in facts.sites]
     sites = verdicts.apply_audit(made, facts.audit, marked=facts.canaries_planted)
     return rules.assemble_report(facts, sites, utility=_derive_utility(facts, sites))
-
-
-def find_invalid_field(receipt: Receipt, *, site: str, run: str, plan: Plan) -> str:
-    """Return the first field of a receipt that does not match this site, run and plan; "" if the receipt is valid.
-
-    A receipt without a plan is valid if it charges no round, because a site that refused the run has not stored its
-    plan.
-    """
-    of_plan = receipt.plan == plan.digest() or (not receipt.plan and not receipt.charged_rounds)
-    fits = {"site": receipt.site == site, "run": receipt.run == run, "plan": of_plan}
-    fits |= {
-        "charged_rounds": 0 <= receipt.charged_rounds <= plan.most_rounds,
-        "signature": receipt.has_valid_signature(),
-    }
-    return next((key for key, right in fits.items() if not right), "")
 
 
 def compute_min_charged_rounds(facts: RunFacts, site: SiteFacts) -> int:

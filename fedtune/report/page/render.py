@@ -143,16 +143,20 @@ def create_template_environment() -> Environment:
 def write_files(
     folder: Path, report: Report, *, language: str, pdf: bool = False, beside: Mapping[str, bytes] = {}
 ) -> list[Path]:
-    """Write a report's files and the files in `beside` (name -> content), each of them atomically; return their paths.
-
-    Raises:
-        ConfigError: the folder is not writable.
-    """
+    """Write a report's files and the files in `beside` (name -> content), as `write_all` does; return their paths."""
     html = render(report, language=language).encode()
     files = {"report.json": signing.encode_report(report), "report.html": html}
     if pdf:
         files["report.pdf"] = convert_to_pdf(render(report, language=language, fillable=True))
-    files |= beside
+    return write_all(folder, {**files, **beside})
+
+
+def write_all(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
+    """Write files (name -> content) into a folder, each of them atomically; return their paths.
+
+    Raises:
+        ConfigError: the folder is not writable.
+    """
     try:
         for name, content in files.items():
             write_durably(folder / name, content)

@@ -1,0 +1,121 @@
+"""The epsilon of a start adapter: derived from the folder of its run, and bound by the settings of the next run."""
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.api.compose import compose_run
+from fedtune.config import read_saved_config
+from fedtune.federation.lead import Checkpoints, LeadState
+from fedtune.model.adapter import Adapter
+from fedtune.privacy.mechanism import PrivacySpec
+from fedtune.report.from_run import _read_start_adapter, read_run
+from fedtune.runs.environment import derive_start_epsilon
+from fedtune.runs.lineage import PRIVATE_BASES, bind_epsilon
+from fedtune.spec import ConfigError
+from fedtune.tasks.saved import SavedAdapter
+
+from ..conftest import edit_config, edit_json, list_tiny_overrides, read_result
+
+DIGEST = "ab" * 32
+ENTRY: dict[str, Any] = {"digest": DIGEST, "from": "a", "dataset": "b", "unit": "record", "delta": 1e-5, "epsilon": 2.0}
+
+
+def derive(folder: Path) -> float | None:
+    return derive_start_epsilon(SavedAdapter.read_initial(str(folder)))
+
+
+def edit_state(folder: Path, change: Callable[[LeadState], LeadState]) -> None:
+    checkpoints = Checkpoints(folder / "checkpoints", read_saved_config(folder).digest())
+    checkpoints.save(change(checkpoints.load()))
+
+
+def edit_receipts(folder: Path, **changes: Any) -> None:
+    edit_state(folder, lambda s: replace(s, receipts={k: replace(one, **changes) for k, one in s.receipts.items()}))
+
+
+def edit_epsilon(folder: Path, epsilon: float | None) -> None:
+    edit_json(folder / "run.json", privacy=read_result(folder)["privacy"] | {"epsilon": epsilon})
+
+
+def move_adapter(state: LeadState) -> LeadState:
+    return replace(state, adapter=Adapter({name: one + 1 for name, one in state.adapter.tensors.items()}))
+
+
+def test_start_epsilon_is_derived_and_decides_the_name_of_the_run(folder: Path, tmp_path: Path) -> None:
+    words = list_tiny_overrides(f"model.adapter={folder}", into=tmp_path)
+    config = compose_run(words)
+    assert config.privacy.start_epsilon == pytest.approx(read_result(folder)["privacy"]["epsilon"])
+    unknown = replace(config, privacy=replace(config.privacy, start_epsilon=None))
+    assert unknown.digest() != config.digest()
+    with pytest.raises(ConfigError, match=r"privacy\.start_epsilon = 0\.1: must be"):
+        compose_run([*words, "privacy.start_epsilon=0.1"])
+    rounded = float(config.privacy.start_epsilon or 0.0) * (1 - 1e-7)
+    elsewhere = compose_run([*words, f"privacy.start_epsilon={rounded}"])
+    assert elsewhere.privacy.start_epsilon == rounded, "as derived on another machine"
+    assert bind_epsilon(rounded, config.privacy.start_epsilon) == rounded
+    alone = shutil.copytree(folder / "adapter", tmp_path / "alone" / "adapter")
+    loose = compose_run([*words, f"model.adapter={alone}"])
+    assert (loose.digest(), loose.privacy.start_epsilon) == (unknown.digest(), None)
+    with pytest.raises(
+        ConfigError, match=r"start_epsilon = 0\.1: cannot be derived from the start's folder: set it to"
+    ):
+        compose_run([*words, f"model.adapter={alone}", "privacy.start_epsilon=0.1"])
+
+
+def test_start_epsilon_requires_an_adapter_and_a_finite_number(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"privacy\.start_epsilon = 0\.1: requires model\.adapter"):
+        compose_run(list_tiny_overrides("privacy.start_epsilon=0.1", into=tmp_path))
+    for wrong in (-0.1, math.inf, math.nan):
+        with pytest.raises(ConfigError, match=r"start_epsilon = .*: must be a finite number of at least 0"):
+            PrivacySpec(start_epsilon=wrong)
+
+
+DEFECTS: dict[str, Callable[[Path], object]] = {
+    "a lower epsilon": lambda folder: edit_epsilon(folder, 0.01),
+    "no epsilon": lambda folder: edit_epsilon(folder, None),
+    "no checkpoints": lambda folder: shutil.rmtree(folder / "checkpoints"),
+    "no receipts": lambda folder: edit_state(folder, lambda state: replace(state, receipts={})),
+    "no updates": lambda folder: edit_state(folder, lambda state: replace(state, rounds=())),
+    "edited receipts": lambda folder: edit_receipts(folder, charged_rounds=1),
+    "another adapter in the checkpoint": lambda folder: edit_state(folder, move_adapter),
+    "other settings": lambda folder: edit_config(folder, privacy={"max_grad_norm": 0.5}),
+    "seeded noise": lambda folder: edit_config(folder, runtime={"seeded_noise": True}),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_start_epsilon_that_does_not_follow_from_the_folder_is_unknown(folder: Path, defect: str) -> None:
+    assert derive(folder) is not None
+    DEFECTS[defect](folder)
+    assert derive(folder) is None
+
+
+@pytest.mark.parametrize(
+    ("bound", "entry", "epsilon"),
+    [
+        (2.0, {}, 2.0),
+        (2.0, {"epsilon": 5.0}, 5.0),
+        (2.0, {"epsilon": 1.9}, None),
+        (2.0, {"start_adapter": PRIVATE_BASES["vaultgemma"]}, 2.0),
+        (2.0, {"public": True, "epsilon": None}, None),
+        (None, {}, None),
+        (None, {"epsilon": 0.0}, None),
+    ],
+)
+def test_report_states_no_lower_start_epsilon_than_the_settings(
+    run_folder: Path, bound: float | None, entry: dict[str, Any], epsilon: float | None
+) -> None:
+    record = read_run(run_folder)
+    config = replace(record.config, model=replace(record.config.model, adapter_sha256=DIGEST))
+    config = replace(config, privacy=replace(config.privacy, start_epsilon=bound))
+    assert record.state is not None
+    state = replace(record.state, start_adapter=ENTRY | entry)
+    start = _read_start_adapter(replace(record, config=config, state=state))
+    assert start is not None
+    assert (start.epsilon, start.public) == (epsilon, False)
