@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,23 +14,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.codec import decode, parse_json
-from fedtune.config import RunConfig, read_saved_settings
+from fedtune.config import RunConfig, read_saved_config
 from fedtune.data.records import resolve_file
 from fedtune.extras import describe_code
+from fedtune.federation.lead import Checkpoints, compute_charged_epsilons, find_invalid_field
 from fedtune.federation.run_folder import RunFolder
+from fedtune.formatting import convert_none_to_infinite
 from fedtune.model.unsupported_models import OWED, PRIVATE_TO
 from fedtune.privacy.durable import write_durably
+from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import Selection, compute_released_epsilon
 from fedtune.runs.lineage import (
+    ANOTHER_MACHINE,
     SPENT,
     UNKNOWN,
     LineageEntry,
+    bind_epsilon,
     build_lineage,
     read_base_lineage,
     read_texts_lineage,
+    sum_start_losses,
     walk_lineage,
 )
 from fedtune.sites.run_records import RunRecords, find_card_path, hash_file
+from fedtune.sites.shared_settings import select_settings_for_sites
 from fedtune.spec import RUN_SCHEMA, ConfigError, FedtuneError, RunError, check_schema, spec
 from fedtune.version import __version__, find_shipped_folders
 
@@ -120,8 +128,7 @@ def build_start_lineage(config: RunConfig) -> dict[str, Any] | None:
     card of synthetic records. It is "unknown" if the source is missing. An epsilon of None means that no finite bound
     exists. Returns None for a new adapter without prior spending.
     """
-    of_base = read_base_lineage(config.model)
-    earlier = [*of_base, *_iter_records_lineage(config)]
+    earlier = [*read_base_lineage(config.model), *_iter_records_lineage(config)]
     if config.model.adapter is None:
         return build_lineage(earlier)
     from fedtune.tasks.saved import SavedAdapter
@@ -130,10 +137,10 @@ def build_start_lineage(config: RunConfig) -> dict[str, Any] | None:
     has_head = config.bound_task.has_head
     about = {"digest": start.digest, "head": start.can_reuse_head(config.task_model()) if has_head else None}
     public, (of_run, learned) = config.public.train_file, _read_run_lineage(start)
-    if public is not None and (learned != public or of_base):
+    if public is not None and (learned != public or earlier):
         bound = "must be null with public.train_file: it was trained on other records as well"
         raise ConfigError("model.adapter", config.model.adapter, bound)
-    if earlier:  # a base model with recorded lineage
+    if earlier:
         of_run["start_adapter"] = build_lineage([*walk_lineage(of_run.get("start_adapter")), *earlier])
     return about | ({"public": True} if public else {}) | of_run  # declared by the user
 
@@ -152,21 +159,70 @@ def _iter_records_lineage(config: RunConfig) -> Iterator[LineageEntry]:
 
 
 def _read_run_lineage(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None]:
-    """Read the lineage entry of an adapter's run, and its training file if it has neither privacy nor lineage."""
-    owed: dict[str, Any] = dict.fromkeys(SPENT, UNKNOWN)
+    """Read the lineage entry of an adapter's run, and its training file if it has neither privacy nor lineage.
+
+    An epsilon that does not follow from the run's folder, or a start that the run's settings do not bind, is unknown.
+    """
     try:
         folder = adapter.folder.resolve().parent
         earlier = json.loads(RunFolder(folder).result.read_bytes())
         RunFolder(folder).require_own_adapter(adapter.folder)
-        spent, settings = earlier["privacy"], read_saved_settings(folder)
-        epsilon, delta = compute_released_epsilon(spent["epsilon"], float(spent["delta"]), read_selection(folder))
-        own = {"unit": str(spent["unit"]), "delta": delta, "epsilon": None if spent["seeded_noise"] else epsilon}
-        before = (earlier.get("provenance") or {}).get("start_adapter")
-        owed = {"from": str(settings["name"]), "dataset": str(settings["data"]["dataset"]), **own}
+        config = read_saved_config(folder)
+        before: Any = (earlier.get("provenance") or {}).get("start_adapter")
+        plan, epsilon = _derive_epsilon(adapter, config, earlier["privacy"])
+        epsilon, delta = compute_released_epsilon(epsilon, plan.delta, read_selection(folder))
+        owed: dict[str, Any] = {"from": config.name, "dataset": config.data.dataset, "unit": plan.unit, "delta": delta}
+        owed |= {"epsilon": None if config.runtime.seeded_noise else epsilon}
+        if digest := config.model.adapter_sha256:
+            said, public = sum_start_losses(before)[0], config.public.train_file is not None
+            bound = (digest, public, bind_epsilon(said, config.privacy.start_epsilon))
+            if (before["digest"], before.get("public") is True, said) != bound:
+                before = dict.fromkeys(("digest", *SPENT), UNKNOWN)
         owed |= {"start_adapter": before} if before else {}
-        return owed, settings["data"]["train_file"] if owed["epsilon"] is None and not before else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, FedtuneError):
-        return owed, None
+        return owed, config.data.train_file if owed["epsilon"] is None and not before else None
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, FedtuneError):
+        return dict.fromkeys(SPENT, UNKNOWN), None
+
+
+def _derive_epsilon(adapter: SavedAdapter, config: RunConfig, told: Mapping[str, Any]) -> tuple[Plan, float | None]:
+    """Derive the plan of the run that trained an adapter, and the plan's epsilon at a site; None: unbounded.
+
+    Args:
+        adapter: the run's final adapter, in the run's folder.
+        config: the settings in that folder.
+        told: the field `privacy` of run.json, which anybody can edit.
+
+    Raises:
+        ValueError: run.json states another epsilon, or a receipt is not signed for this run, plan and adapter.
+        KeyError: a site that sent an update has no receipt.
+        FedtuneError: the adapter is damaged, or the folder has no checkpoint of these settings.
+    """
+    folder, trained, real = adapter.folder.resolve().parent, adapter.trained_sha256, config.runtime.kind == "deployment"
+    noise = next(iter(told["sites"].values()))["noise_multiplier"] or None  # part of the plan, which receipts sign
+    asked = replace(config, privacy=replace(config.privacy, noise_multiplier=noise))
+    plan = asked.plan()
+    epsilon = compute_charged_epsilons(plan, plan.most_rounds)[0]
+    if not math.isclose(epsilon, convert_none_to_infinite(told["epsilon"]), rel_tol=ANOTHER_MACHINE):
+        raise ValueError("epsilon")
+    if not plan.private:
+        return plan, None
+    _ = adapter.tensors  # checks their hash
+    state, run = Checkpoints(RunFolder(folder).checkpoints, config.digest()).load(), config.run_id()
+    if real:
+        sha256 = config.model.sha256 or read_environments(folder)[-1].model_sha256
+        run = select_settings_for_sites(replace(asked, model=replace(config.model, sha256=sha256))).run_id()
+    came = {site for done in state.rounds for site in config.federation.active if done.has_update_from(site)}
+    receipts = {site: state.receipts[site] for site in came}
+    wrong = any(find_invalid_field(one, site=site, run=run, plan=plan) for site, one in receipts.items())
+    unsigned = real and any(one.reply != trained for one in receipts.values())
+    if wrong or unsigned or not receipts or state.kept_adapter.digest() != trained:
+        raise ValueError("receipts")
+    return plan, epsilon
+
+
+def derive_start_epsilon(start: SavedAdapter) -> float | None:
+    """Derive the epsilon of all runs behind a start adapter from their folders; None: unknown or unbounded."""
+    return sum_start_losses(_read_run_lineage(start)[0])[0]
 
 
 def write_lineage_mark(

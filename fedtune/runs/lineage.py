@@ -2,7 +2,7 @@
 
 An entry (`LineageEntry`) has the fields of `provenance.start_adapter` in run.json: the digest of an adapter, the data
 set and the privacy loss of its training, and the previous entry as `start_adapter`. An exported model stores its
-entry in config.json. Both files are untrusted.
+entry in config.json. Both files are untrusted, so a run's settings bind the epsilon of its start (`bind_epsilon`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from fedtune.formatting import convert_infinite_to_none, total
 from fedtune.model.spec import ModelSpec
 from fedtune.model.unsupported_models import OWED
 
@@ -19,6 +20,8 @@ UNKNOWN = "unknown"  # value of a field without a source
 SPENT = ("from", "dataset", "unit", "delta", "epsilon")
 _UNKNOWN_ENTRY: Mapping[str, Any] = dict.fromkeys(("digest", *SPENT), UNKNOWN)
 _MOST = 24  # maximum length of a lineage; transformers rejects a more deeply nested config.json
+
+ANOTHER_MACHINE = 1e-6  # relative tolerance: the FFT that computes an epsilon rounds differently on other processors
 
 LineageEntry = Mapping[str, Any]
 
@@ -98,14 +101,60 @@ def walk_lineage(entry: object) -> Iterator[LineageEntry]:
 def build_lineage(debts: Iterable[LineageEntry]) -> dict[str, Any] | None:
     """Link entries (newest first) to one nested lineage, or return None without entries.
 
-    Equal entries are included once, because reusing a released adapter has no additional privacy cost.
+    Equal entries are included once, because reusing a released adapter has no additional privacy cost. Pre-training is
+    last, so that a run is the newest entry if there is one.
     """
     found: dict[Any, LineageEntry] = {}
     for one in debts:
         found.setdefault((one["digest"], one["delta"], one["epsilon"]), one)
-    kept, whole = [*found.values()], None
+    kept, whole = sorted(found.values(), key=_is_pre_training), None
     if len(kept) > _MOST:
         kept[_MOST - 1 :] = [_UNKNOWN_ENTRY]
     for one in reversed(kept):
         whole = {**one, "start_adapter": whole} if whole else dict(one)
     return whole
+
+
+def _is_pre_training(entry: Mapping[str, Any]) -> bool:
+    stated = PRIVATE_BASES.get(str(entry.get("digest")), {})
+    return bool(stated) and all(entry.get(key) == stated[key] for key in ("unit", "delta", "epsilon"))
+
+
+def is_counted(start: Mapping[str, Any]) -> bool:
+    """Return False for public stages and for pre-training as stated in `PRIVATE_BASES`: both count for no run.
+
+    The records of pre-training are not those of a site, and most bases state no privacy loss for it.
+    """
+    return start.get("public") is not True and not _is_pre_training(start)
+
+
+def sum_start_losses(noted: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """Sum epsilon and delta over an adapter and all adapters in its lineage that count (`is_counted`).
+
+    All of them may have been trained on the same record or person, so the losses add up. None has the meaning given in
+    `StartAdapter`.
+    """
+    epsilon, delta = (
+        convert_infinite_to_none(one) if isinstance(one := noted.get(key), float) else None
+        for key in ("epsilon", "delta")
+    )
+    before = noted.get("start_adapter")
+    while isinstance(before, Mapping) and not is_counted(before):
+        before = before.get("start_adapter")
+    if not isinstance(before, Mapping):
+        return epsilon, delta
+    more, also = sum_start_losses(before)
+    if delta is None or also is None or before.get("unit") != noted.get("unit"):
+        return None, None
+    return None if epsilon is None or more is None else total((epsilon, more)), total((delta, also))
+
+
+def bind_epsilon(stated: float | None, bound: float | None) -> float | None:
+    """Return the stated epsilon of a start adapter if it is at least `privacy.start_epsilon`, and None otherwise.
+
+    Sites sign the settings, so an entry that was edited after the run was composed cannot state less than `bound`.
+    Without a bound, no finite epsilon was derived, and none holds.
+    """
+    # A report's settings may have any type.
+    holds = stated is not None and isinstance(bound, float) and stated >= bound * (1 - ANOTHER_MACHINE)
+    return stated if holds else None

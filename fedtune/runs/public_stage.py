@@ -9,6 +9,7 @@ from typing import Any
 
 from fedtune.config import RunConfig, parse
 from fedtune.data.records import record_key
+from fedtune.derived_settings import use_recipe_without_privacy
 from fedtune.federation.spec import PublicSpec
 from fedtune.runs.lineage import read_base_lineage
 from fedtune.sites.run_records import LeadRecords, RunRecords, require_disjoint, require_no_card
@@ -41,7 +42,7 @@ def add_public_stage(config: RunConfig, plain: Mapping[str, Any], *, keep: Conta
         raise ConfigError("model.adapter", adapter, bound)
     num_rounds = public.num_rounds or plain.get("federation", {}).get("num_rounds", config.federation.num_rounds)
     given_rates = plain.get("training", {})
-    alone = _build_draft_config(replace(config, public=replace(public, num_rounds=num_rounds)), given_rates)
+    alone = _build_draft_config(replace(config, public=replace(public, num_rounds=num_rounds)), given_rates, keep=keep)
     rates = {
         key.removeprefix("unclipped_"): rate for key, rate in alone.training.suggest_lower_rates(clipped=False).items()
     }
@@ -79,8 +80,11 @@ def build_public_stage_config(config: RunConfig) -> RunConfig:
     return replace(alone, data=data)
 
 
-def _build_draft_config(config: RunConfig, training: Mapping[str, Any]) -> RunConfig:
-    """Build the configuration of the warm start before the number of its records is known."""
+def _build_draft_config(config: RunConfig, training: Mapping[str, Any], *, keep: Container[str] = ()) -> RunConfig:
+    """Build the configuration of the warm start before the number of its records is known.
+
+    Its steps, unless `keep` has them, its schedule and its sampling rate are those of a run without privacy.
+    """
     settings, public = config.to_json(), config.public
     data: dict[str, Any] = dict.fromkeys(("heldout_fraction", "validation_fraction", "test_fraction"), 0.0)
     data |= {"dataset": f"{config.data.dataset}-public", "train_file": public.train_file, "declared_sizes": 1}
@@ -92,9 +96,10 @@ def _build_draft_config(config: RunConfig, training: Mapping[str, Any]) -> RunCo
     privacy |= {"noise_multiplier": None, "cohorts": None}
     runtime = {"kind": "simulation", "sites_dir": None, "ray_address": None, "sites_per_gpu": None}
     federation = {"num_rounds": public.num_rounds, "num_sites": 1, "site_names": ["lead"]}
-    steps = {"local_steps": public.local_steps} if public.local_steps else {}
+    steps = {"local_steps": public.local_steps, "unclipped_local_steps": None} if public.local_steps else {}
     changed = {"data": data, "privacy": privacy, "runtime": runtime, "training": {**training, **steps}}
     settings |= {group: settings[group] | values for group, values in changed.items()}
+    settings = use_recipe_without_privacy(settings, keep=keep)
     try:
         return parse(settings | {"name": f"{config.name}-public", "federation": federation, "public": {}})
     except ConfigError as error:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fedtune.model.adapter_files import compute_adapter_digest
 from fedtune.privacy.ledger.verify import verify
 
 from ..cli import snapshots
-from ..conftest import list_tiny_overrides, read_result, run_command, simulate, write_config
+from ..conftest import edit_json, list_tiny_overrides, read_result, run_command, simulate, write_config
 from .test_resume import Stop, make_listener
 
 pytestmark = pytest.mark.nightly
@@ -56,6 +57,7 @@ def test_warm_start_keeps_final_scores_and_states_its_lineage(first_run: Path, s
     assert "training, not included in this report&#39;s figures" in page
     assert run_command("report", "verify", str(second_run[0])).code == 0
     assert json.loads((first_run / "report.json").read_text())["facts"]["provenance"]["start_adapter"] is None
+    assert read_saved_config(second_run[0]).privacy.start_epsilon == spent["epsilon"]
 
 
 def test_ledgers_record_the_start_adapter_digest_without_its_path(first_run: Path, second_run: Any) -> None:
@@ -70,7 +72,7 @@ def test_ledgers_record_the_start_adapter_digest_without_its_path(first_run: Pat
 
 
 def test_run_id_depends_on_the_start_adapter_contents(first_run: Path, tmp_path: Path) -> None:
-    copied = shutil.copytree(first_run / "adapter", tmp_path / "elsewhere")
+    copied = shutil.copytree(first_run, tmp_path / "elsewhere")
 
     def compose_tiny(*chosen: str) -> Any:
         return compose_run(list_tiny_overrides(*chosen, into=tmp_path))
@@ -110,3 +112,23 @@ def test_audited_adapter_cannot_start_a_run(first_run: Path, tmp_path: Path) -> 
     (audited / "AUDIT.txt").write_text("canaries\n")
     outcome = run_command("simulate", *list_tiny_overrides(f"model.adapter={audited}", into=tmp_path / "runs"))
     assert (outcome.code, "is an audit" in outcome.message) == (2, True)
+
+
+def test_gate_adds_the_starts_of_a_chain_and_finds_a_lowered_one(
+    first_run: Path, second_run: Any, tmp_path: Path
+) -> None:
+    (rules := tmp_path / "rules.toml").write_text('name = "own"\nmax_epsilon = 8.0\n')
+    third = simulate(f"model.adapter={second_run[0]}", "federation.num_rounds=1", into=tmp_path, name="third")
+    own, *others = (read_result(run)["privacy"]["epsilon"] for run in (third, first_run, second_run[0]))
+    before = sum(others)
+    assert read_saved_config(third).privacy.start_epsilon == pytest.approx(before)
+    said = " ".join(run_command("gate", str(third), str(rules)).out.split())
+    assert f"epsilon with all starts before this run is {own + before:.4g} (" in said
+    entry = read_result(third)["provenance"]["start_adapter"] | {"epsilon": 0.0, "from": "imagenet"}
+    edit_json(third / "run.json", provenance=read_result(third)["provenance"] | {"start_adapter": entry})
+    checkpoints = Checkpoints(third / "checkpoints", read_saved_config(third).digest())
+    checkpoints.save(replace(checkpoints.load(), start_adapter=entry))
+    run_command("report", str(third))
+    outcome = run_command("gate", str(third), str(rules))
+    assert outcome.code != 0
+    assert "epsilon with all starts before this run is unbounded" in " ".join(outcome.out.split())

@@ -14,10 +14,10 @@ from fedtune.model.spec import ModelSpec
 from fedtune.model.unsupported_models import OWED, check_content
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.selection import Selection, compute_search_cost
-from fedtune.report.from_run import build_run_report, sum_start_losses
+from fedtune.report.from_run import build_run_report
 from fedtune.report.synthetic_card import describe_run
 from fedtune.runs.environment import build_start_lineage
-from fedtune.runs.lineage import PRIVATE_BASES, build_lineage, read_base_lineage, walk_lineage
+from fedtune.runs.lineage import PRIVATE_BASES, build_lineage, read_base_lineage, sum_start_losses, walk_lineage
 from fedtune.runs.public_stage import build_public_stage_config
 from fedtune.sites.run_records import find_card_path
 from fedtune.spec import ConfigError
@@ -209,3 +209,14 @@ def test_private_base_adds_its_stated_spending(second_run: Any, tmp_path: Path) 
     assert read_base_lineage(ModelSpec(path=str(folder))) == [DEBT, stated], "an exported model owes both"
     (folder / "config.json").write_text(json.dumps({"model_type": "vaultgemma", OWED: build_lineage([DEBT, stated])}))
     assert read_base_lineage(ModelSpec(path=str(folder))) == [DEBT, stated], "the statement counts once"
+
+
+def test_pre_training_of_a_base_is_last_and_adds_nothing_to_the_runs_after_it() -> None:
+    stated, other = PRIVATE_BASES["vaultgemma"], DEBT | {"digest": "cd" * 32}
+    start = build_lineage([stated, DEBT, stated, other])
+    assert start == DEBT | {"start_adapter": other | {"start_adapter": stated}}
+    assert sum_start_losses(start) == (4.0, 2e-5)
+    between = DEBT | {"start_adapter": {**stated, "start_adapter": other}}
+    assert sum_start_losses(between) == (4.0, 2e-5), "runs before pre-training in an older record"
+    for edited in ({"epsilon": 0.5}, {"unit": "user"}, {"delta": 0.0}):
+        assert sum_start_losses(DEBT | {"start_adapter": {**stated, **edited}}) == (None, None)

@@ -26,9 +26,9 @@ from fedtune.model.base_model import load_tokenizer
 from fedtune.model.spec import ModelSpec
 from fedtune.model.unsupported_models import OWED
 from fedtune.privacy.accountant import format_epsilon
-from fedtune.report.from_run import sum_start_losses
 from fedtune.report.synthetic_card import compose_losses, describe_run, find_card_path
 from fedtune.runs.environment import build_start_lineage
+from fedtune.runs.lineage import sum_start_losses
 from fedtune.sites.run_records import RunRecords
 from fedtune.spec import RUN_SCHEMA
 from fedtune.tasks.saved import SavedAdapter, load_task_model
