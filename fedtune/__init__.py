@@ -3,7 +3,7 @@
 >>> import fedtune
 >>> price = fedtune.plan("banks_intents", {"privacy.epsilon": 3})
 >>> round(price.plan.noise_multiplier, 1), price.epsilon <= 3
-(3.2, True)
+(6.2, True)
 """
 
 from importlib import import_module

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -200,6 +199,8 @@ class RunConfig:
         if self.privacy.metrics != "none" and self.data.heldout_fraction == 0:
             bound = f"must be above 0 for privacy.metrics = {self.privacy.metrics}"
             raise ConfigError("data.heldout_fraction", 0, bound)
+        if (start := self.privacy.start_epsilon) is not None and not (self.model.adapter or self.model.adapter_sha256):
+            raise ConfigError("privacy.start_epsilon", start, "requires model.adapter")
         task.check_spec(self.task_model())
 
     @property
@@ -362,9 +363,13 @@ class RunConfig:
             "records_per_user": own.unit == "record",
             "cohorts": own.cohorts is None,
             "planned_runs": own.planned_runs == 1,
+            "start_epsilon": own.start_epsilon is None,
         }
         of_no_effect = [("privacy", key) for key, nothing in unsaid.items() if nothing]
         of_no_effect += [] if self.federation.ranks else [("federation", "ranks")]
+        # They act when a run is composed: what counts is what they replaced.
+        own_recipe = ("unclipped_local_steps", "unclipped_schedule", "unclipped_sampling_rate")
+        of_no_effect += [("training", key) for key in own_recipe]
         for group, key in (("evaluation", "max_tokens"), *patience, *places, *of_no_effect):
             del fields[group][key]
         return fields | {"runtime": {"seeded_noise": self.runtime.seeded_noise}}
@@ -507,42 +512,6 @@ def expand_home_paths(settings: Mapping[str, Any], *, within: str = "") -> dict[
         value = expand_home_paths(value, within=f"{path}.") if isinstance(value, Mapping) else value
         found[key] = expand_home(value, key=path) if path in PATHS and isinstance(value, str) else value
     return found
-
-
-def use_secure_aggregation(settings: Mapping[str, Any], *, keep: Container[str] = ()) -> dict[str, Any]:
-    """Convert the settings of a run to secure aggregation, without validating the result.
-
-    Each step becomes a round, each sum covers all participating sites, and learning rates decay linearly to zero. The
-    average has less noise than in a plain run, by the square root of the number of honest sites. SGD's learning rates
-    grow by that factor, up to the largest factor that simulations/aggregation tested; Adam's learning rates do not
-    depend on the noise.
-
-    Args:
-        settings: nested plain data, as `parse` accepts it.
-        keep: dotted keys whose values must not change. If training.local_steps is one of them, no value changes.
-    """
-    settings = {**settings, "federation": {**settings["federation"], "aggregation": "secure"}}
-    try:
-        federation = TypeAdapter(FederationSpec).validate_python(settings["federation"])
-        training = TypeAdapter(TrainingSpec).validate_python(settings["training"])
-    except (ValidationError, KeyError):
-        return settings  # `parse` reports the error
-    if "training.local_steps" in keep:
-        return settings
-    threshold = federation.threshold or federation.enough_sites or len(federation.active)
-    faster = min(math.sqrt(threshold - federation.colluders), _FASTER) if training.optimizer == "sgd" else 1.0
-    rates = {key: getattr(training, key) for key in ("learning_rate", "head_learning_rate")}
-    chosen: dict[str, dict[str, Any]] = {
-        "federation": {"threshold": threshold, "num_rounds": federation.num_rounds * training.local_steps},
-        "training": {"local_steps": 1, "schedule": "linear"}
-        | {key: float(f"{rate * faster:.3g}") for key, rate in rates.items() if isinstance(rate, float)},
-    }
-    for group, values in chosen.items():
-        settings[group] = settings[group] | {key: one for key, one in values.items() if f"{group}.{key}" not in keep}
-    return settings
-
-
-_FASTER = 5 / 3  # largest tested increase of SGD's rates: from 3 to 5 and from 24 to 40 with four banks
 
 
 def _convert_labels_to_text(settings: Mapping[str, Any]) -> dict[str, Any]:

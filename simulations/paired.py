@@ -44,7 +44,8 @@ def lines_of_setting(pairs: study.Found, recipes: list[str] | None) -> dict[str,
     """Lines for each privacy, recipe and value of the setting, in the order of the table."""
     lines: dict[str, study.Line] = {}
     for privacy, recipe, value in product(pairs["privacy"], recipes or pairs["recipes"], pairs["values"]):
-        shown = Path(recipe).parent.name if recipe.endswith(".yaml") else recipe
+        file = Path(recipe)
+        shown = file.parent.name if file.stem == "experiment" else file.stem
         key = f"{shown}-{privacy.rpartition('=')[2]}-{value}"
         overrides = [privacy, f"{pairs['setting']}={value}"]
         overrides += ["runtime.seeded_noise=true"] if privacy != "privacy=none" else []

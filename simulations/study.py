@@ -214,7 +214,9 @@ def bytes_of_a_site(run: Found, way: str) -> int:
 def table(lines: Mapping[str, Found]) -> str:
     """Format the table of a study.toml."""
     found = list(lines.values())
-    metrics, before = list(found[0]["metrics"]), found[0]["before"]
+    # Lines that were computed earlier may have fewer scores.
+    metrics = [name for name in found[0]["metrics"] if all(name in line["metrics"] for line in found)]
+    before = found[0]["before"]
     # By rounding alone, unless lines begin in several adapters.
     alike = all(abs(line["before"].get(name, 1e9) - before.get(name, 0.0)) < 1e-3 for line in found for name in metrics)
     begun = [] if alike else [f"{metrics[0]} before"]

@@ -34,7 +34,8 @@ from fedtune.api.experiment_file import (
     require_no_missing_values,
     to_plain_settings,
 )
-from fedtune.config import PATHS, RunConfig, parse, read_saved_config, use_secure_aggregation
+from fedtune.config import PATHS, RunConfig, parse, read_saved_config
+from fedtune.derived_settings import use_recipe_without_privacy, use_secure_aggregation
 from fedtune.federation.run_folder import suggest_run_folders
 from fedtune.formatting import flatten
 from fedtune.runs.overrides import FREE_MAPS, set_by_key
@@ -255,6 +256,7 @@ def _complete_config(
     if settings.get("name") is None:
         settings["name"] = make_default_run_name()
     settings = _apply_overrides(settings, [_make_override(key, value) for key, value in (changed or {}).items()])
+    settings = use_recipe_without_privacy(settings, keep=list_explicit_keys("privacy.mechanism") | set(changed or {}))
     try:
         require_no_missing_values(settings)
         config = parse(settings, for_real_sites=for_real_sites)

@@ -204,7 +204,7 @@ def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> Plan
     >>> cost.epsilon <= 3
     True
     >>> len(cost.rounds), cost.steps
-    (10, 50)
+    (10, 20)
 
     Args:
         recipe: the experiment.  Default: the default experiment, four banks on Banking77.

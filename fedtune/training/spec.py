@@ -24,6 +24,9 @@ class TrainingSpec:
         unclipped_learning_rate: replaces `learning_rate` in a run without privacy, whose unclipped gradients are
             several times larger; null: `learning_rate`.
         unclipped_head_learning_rate: replaces `head_learning_rate` in the same way.
+        unclipped_local_steps: replaces `local_steps` in a run without privacy, unless that is set explicitly.
+        unclipped_schedule: replaces `schedule` in the same way.
+        unclipped_sampling_rate: replaces `privacy.sampling_rate` in the same way.
         weight_decay: the weight decay; decoupled with AdamW, added to the gradient with SGD.
         momentum: SGD's momentum.
         betas: AdamW's betas.
@@ -39,6 +42,9 @@ class TrainingSpec:
     head_learning_rate: float | None = None
     unclipped_learning_rate: float | None = None
     unclipped_head_learning_rate: float | None = None
+    unclipped_local_steps: int | None = None
+    unclipped_schedule: Literal["constant", "linear", "cosine"] | None = None
+    unclipped_sampling_rate: float | None = None
     weight_decay: float = 0.0
     momentum: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -57,6 +63,10 @@ class TrainingSpec:
                 if self.learning_rate == "auto":
                     raise ConfigError(key, getattr(self, key), "must be null if training.learning_rate is auto")
                 _check_rate(key, getattr(self, key))
+        if self.unclipped_local_steps is not None:
+            check_at_least("unclipped_local_steps", self.unclipped_local_steps, 1)
+        if self.unclipped_sampling_rate is not None:
+            check_fraction("unclipped_sampling_rate", self.unclipped_sampling_rate, one=True)
         check_at_least("weight_decay", self.weight_decay, 0)
         check_at_most("weight_decay", self.weight_decay, _LARGEST_RATE)
         check_fraction("momentum", self.momentum, zero=True)
@@ -149,7 +159,7 @@ class Machine:
             faster and take longer to test; 16,384 on a GPU.
         step_mib: the memory in MiB for a micro-batch with its per-example gradients, and for the mean gradients of
             users. Before the run, dummy examples are measured, and a micro-batch gets as many rows as fit. null: a
-            quarter of the machine's memory, divided among the processes, or four fifths of a GPU's memory, both minus
+            quarter of the machine's memory, divided among the processes, or two fifths of a GPU's memory, both minus
             the model.
         kept_states_mib: the memory in MiB for caching each record's output of the frozen layers below the adapters, for
             all sites of a process together, and the same again for each of the lead's data sets. If the outputs do not

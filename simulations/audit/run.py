@@ -61,7 +61,7 @@ def audited(key: str, experiment: str) -> study.Found:
     line = LINES[key]
     FAULTS[line["fault"]]()
     audit = line["audit"]
-    if experiment != "banks_intents":  # a trial: an adapter of 6,000 values, and few steps
+    if experiment != "simulations/recipes/banks_sampled.yaml":  # a trial: an adapter of 6,000 values, and few steps
         kept = [one for one in audit if not one.startswith(("audit.canaries", "audit.guesses", "audit.sites"))]
         audit = [*kept, "audit.canaries=300"]
     overrides = [f"experiment={experiment}", *COMMON, f"privacy.epsilon={line['epsilon']}", *audit]
@@ -135,7 +135,7 @@ def rate(hit: study.Found) -> str:
 
 def main() -> None:
     options = study.parser(__doc__, Path(__file__).parent)
-    options.add_argument("--experiment", default="banks_intents")
+    options.add_argument("--experiment", default="simulations/recipes/banks_sampled.yaml")
     asked = options.parse_args()
     lines: dict[str, study.Line] = {key: partial(in_own_process, key=key, experiment=asked.experiment) for key in LINES}
     study.carry_out(__file__, lines, table, asked=asked)

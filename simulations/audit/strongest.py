@@ -96,7 +96,7 @@ def main(words: list[str] | None = None) -> None:
     arguments.add_argument("--trials", type=int, default=TRIALS)
     arguments.add_argument("--into", type=Path, default=Path(__file__).parent)
     options = arguments.parse_args(words)
-    plan = compose_run(["experiment=banks_intents", "privacy.epsilon=8"]).plan()
+    plan = compose_run(["experiment=simulations/recipes/banks_sampled.yaml", "privacy.epsilon=8"]).plan()
     guesses = tuple(count * options.canaries // CANARIES for count in GUESSES)
     claimed = accountant.epsilon_pld(count_charged_events(plan, plan.most_rounds), plan.delta)
     trials = [run_trial(plan, canaries=options.canaries, guesses=guesses) for _ in range(options.trials)]

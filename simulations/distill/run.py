@@ -45,7 +45,7 @@ def teacher(folder: Path) -> Path:
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rest), encoding="utf-8")
     settings = {"data.train_file": str(folder / "train.jsonl"), "data.declared_sizes": len(rest) // 4 - 18}
     place = {"name": "teacher", "tracking.output_dir": str(folder), "tracking.progress": False}
-    return study.finished(compose_recipe("banks_intents", settings | place))
+    return study.finished(compose_recipe("simulations/recipes/banks_sampled.yaml", settings | place))
 
 
 def taught(runs: Path, *, texts: str) -> study.Found:

@@ -45,7 +45,8 @@ def rows(*, smoke: bool) -> Iterator[tuple[str, study.Line]]:
             "overrides": ["privacy.epsilon=8", *trained[1], *ranks[1], *(SMOKE if smoke else ())],
             "seeds": SEEDS[:1] if smoke else SEEDS,
         }
-        yield key, partial(study.run_line, experiment="debug" if smoke else "banks_intents", line=line)
+        experiment = "debug" if smoke else "simulations/recipes/banks_sampled.yaml"
+        yield key, partial(study.run_line, experiment=experiment, line=line)
 
 
 def main() -> None:

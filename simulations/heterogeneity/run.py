@@ -67,7 +67,7 @@ class DataSet:
 DATA_SETS: Mapping[str, DataSet] = {
     "banking": DataSet(
         "Banking77",
-        "banks_intents",
+        "simulations/recipes/banks_sampled.yaml",
         ("federation.num_rounds=4", "training.local_steps=4", "privacy.sampling_rate=0.1", "data.max_length=32"),
         {"none": ("without privacy", ("privacy=none",)), "e8": ("epsilon 8", ("privacy.epsilon=8",))},
         # Without clipping, A and B together diverge at the rate of B alone: a quarter, as in simulations/aggregation.

@@ -35,12 +35,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import readme
 import study
 
+_BANKS = "simulations/recipes/banks_sampled.yaml"
+
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "four banks": ("banks_intents", {}),
-    "four banks, skewed labels": ("banks_intents", {"data.partition.kind": "dirichlet", "data.partition.alpha": 0.5}),
+    "four banks": (_BANKS, {}),
+    "four banks, skewed labels": (_BANKS, {"data.partition.kind": "dirichlet", "data.partition.alpha": 0.5}),
     "three hospitals, skewed labels": ("hospitals_abstracts", {}),
     "16 banks": (
-        "banks_intents",
+        _BANKS,
         {
             "federation.num_sites": 16,
             "federation.site_names": [f"bank-{number}" for number in range(1, 17)],

@@ -156,13 +156,15 @@ def list_secure_choices(*overrides: str) -> tuple[int, int, int | None, str, flo
 
 
 def test_secure_aggregation_selects_rounds_steps_and_learning_rates() -> None:
-    by_hand = ["federation.threshold=4", "training.local_steps=1", "federation.num_rounds=50"]
-    by_hand += ["training.schedule=linear", "training.learning_rate=5", "training.head_learning_rate=40"]
-    assert list_secure_choices(SECURE) == (50, 1, 4, "linear", 5.0, 40.0)  # simulations/aggregation
+    by_hand = ["federation.threshold=4", "training.local_steps=1", "federation.num_rounds=20"]
+    by_hand += ["training.learning_rate=8.33", "training.head_learning_rate=66.7"]
+    assert list_secure_choices(SECURE) == (20, 1, 4, "constant", 8.33, 66.7)  # simulations/banks_intents
     assert compose_run([SECURE, "name=x"]) == compose_run([SECURE, "name=x", *by_hand])
     slower = list_secure_choices(SECURE, "federation.num_sites=2", "federation.site_names=[]")
-    assert slower == (50, 1, 2, "linear", 4.24, 33.9), "noise is less by the root of the number of sites"
-    assert list_secure_choices(SECURE, "federation.colluders=1")[-1] == 40.0
+    assert slower == (20, 1, 2, "constant", 7.07, 56.6), "noise is less by the root of the number of sites"
+    assert list_secure_choices(SECURE, "federation.colluders=1")[-1] == 66.7
+    sampled = list_secure_choices(SECURE, "privacy.sampling_rate=0.3")
+    assert sampled[3] == "linear", "a falling rate, unless each step uses every record"
     five = ("experiment=debug", "federation.num_sites=5", "federation.enough_sites=4")
     assert list_secure_choices(SECURE, *five)[2] == 4, "a sum of as many as are enough"
     adam = list_secure_choices(SECURE, "experiment=debug", "federation.num_sites=4")
@@ -173,20 +175,33 @@ def test_secure_aggregation_selects_rounds_steps_and_learning_rates() -> None:
 
 def test_explicit_settings_override_secure_aggregation_defaults(tmp_path: Path) -> None:
     given = ("federation.num_rounds=7", "training.head_learning_rate=9")
-    assert list_secure_choices(SECURE, *given) == (7, 1, 4, "linear", 5.0, 9.0)
-    assert list_secure_choices(SECURE, "training.local_steps=1") == (10, 1, None, "linear", 3.0, 24.0), "all by hand"
+    assert list_secure_choices(SECURE, *given) == (7, 1, 4, "constant", 8.33, 9.0)
+    assert list_secure_choices(SECURE, "training.local_steps=1") == (10, 1, None, "constant", 5.0, 40.0), "all by hand"
     with pytest.raises(ConfigError, match=r"training\.local_steps = 5: must be 1 with federation\.aggregation"):
         compose_run([SECURE, "training.local_steps=5", "name=x"])
     plain, secure = tmp_path / "plain.yaml", tmp_path / "secure.yaml"
     plain.write_text("defaults: [banks_intents]\nfederation: {num_rounds: 3}\n")
     secure.write_text("defaults: [banks_intents]\nfederation: {aggregation: secure, num_rounds: 3}\n")
-    assert list_secure_choices(f"experiment={plain}", SECURE)[0] == 15, "the file had plain rounds in mind"
+    assert list_secure_choices(f"experiment={plain}", SECURE)[0] == 6, "the file had plain rounds in mind"
     assert list_secure_choices(f"experiment={secure}")[:3] == (3, 1, 4)
     maps = ("federation={aggregation: secure, num_rounds: 7}", "training={learning_rate: 1.5}")
-    assert list_secure_choices(*maps)[-2:] == (1.5, 40.0)
+    assert list_secure_choices(*maps)[-2:] == (1.5, 66.7)
     said = {"federation": {"aggregation": "secure", "num_rounds": 7}, "training": {"learning_rate": 1.5}}
     config = compose_recipe("banks_intents", said)
     assert (config.federation.num_rounds, config.training.learning_rate) == (7, 1.5)
+
+
+def test_run_without_privacy_has_its_own_steps_schedule_and_sampling_rate() -> None:
+    def list_choices(*overrides: str) -> tuple[int, str, float]:
+        config = compose_run(["name=x", *overrides])
+        return config.training.local_steps, config.training.schedule, config.privacy.sampling_rate
+
+    assert list_choices() == list_choices("privacy=dp_sgd") == (2, "constant", 1.0)
+    assert list_choices("privacy=none") == list_choices("privacy.mechanism=none") == (5, "linear", 0.3)
+    assert list_choices("privacy=none", "training.local_steps=3", "privacy.sampling_rate=0.7") == (3, "linear", 0.7)
+    changed = compose_run(["name=x"], changed={"privacy.mechanism": "none", "training.schedule": "cosine"})
+    assert (changed.training.local_steps, changed.training.schedule) == (5, "cosine"), "as `compare` does"
+    assert list_choices("privacy=none", "experiment=hospitals_abstracts") == (5, "linear", 0.3), "none of its own"
 
 
 PUBLIC = "public.train_file=public.csv"
@@ -201,19 +216,20 @@ def compose_rates_with_public_stage(*overrides: str) -> tuple[object, object]:
 
 def test_public_stage_lowers_the_learning_rates() -> None:
     # of 8 and 14, and of 3 and 24: simulations/warm_start
-    assert compose_rates_with_public_stage() == ((2.7, 4.7), (1.0, 8.0))
+    assert compose_rates_with_public_stage() == ((2.7, 4.7), (1.7, 13.0))
     assert compose_rates_with_public_stage("privacy=none") == ((2.7, 4.7), (2.7, 4.7))
-    assert compose_rates_with_public_stage("training.learning_rate=2.5") == ((2.7, 4.7), (2.5, 8.0)), (
+    assert compose_rates_with_public_stage("training.learning_rate=2.5") == ((2.7, 4.7), (2.5, 13.0)), (
         "a rate that is given stays"
     )
-    assert compose_rates_with_public_stage("public.head_learning_rate=7") == ((2.7, 7.0), (1.0, 8.0))
+    assert compose_rates_with_public_stage("public.head_learning_rate=7") == ((2.7, 7.0), (1.7, 13.0))
     without = compose_run([*OWN, "experiment=own_data", "privacy=none"]).training.compute_peak_rates(clipped=False)
     private = compose_run([*OWN, "experiment=own_data"]).training.compute_peak_rates(clipped=True)
     auto = [tuple(float(f"{rate / 3:.2g}") for rate in rates) for rates in (without, private)]
     for said in ((), ("training.learning_rate=auto",)):
         assert [*compose_rates_with_public_stage(*OWN, "experiment=own_data", *said)] == auto
-    assert compose_rates_with_public_stage(SECURE) == ((2.7, 4.7), (1.7, 13.0))
-    for overrides, steps in (((), 5), ((SECURE,), 5), (("public.local_steps=2",), 2)):
+    assert compose_rates_with_public_stage(SECURE) == ((2.7, 4.7), (2.8, 22.0))
+    given = (("training.local_steps=3",), 3), (("public.local_steps=2",), 2)
+    for overrides, steps in (((), 5), ((SECURE,), 5), *given):
         public = compose_run([PUBLIC, "name=x", *overrides]).public
         assert (public.num_rounds, public.local_steps) == (10, steps), "those of a plain run"
 
@@ -225,7 +241,7 @@ def test_rates_in_a_file_with_a_public_stage_are_kept(tmp_path: Path) -> None:
     assert compose_run([f"experiment={path}", PUBLIC]).training.learning_rate == 0.67, "the file had no start in mind"
     path.write_text(path.read_text() + "public: {train_file: public.csv, columns: {text: body, label: kind}}\n")
     config = compose_run([f"experiment={path}"])
-    assert config.training.compute_peak_rates(clipped=True) == (2.0, 8.0)
+    assert config.training.compute_peak_rates(clipped=True) == (2.0, 13.0)
     assert config.public.train_file == str(tmp_path / "public.csv"), "beside the file"
     assert config.public.columns == {"text": "body", "label": "kind"}
 
