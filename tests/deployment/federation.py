@@ -79,7 +79,7 @@ def make_policy(site: str, *, lead: str) -> Policy:
         population=replace(policy.population, name=f"{site}-population"),
         dataset=(replace(policy.dataset[0], path="questions.csv", columns=columns),),
         budget=replace(policy.budget, max_epsilon=60.0, max_epsilon_per_run=None),
-        limits=replace(policy.limits, min_noise_multiplier=0.3, max_sampling_rate=0.3, max_local_steps=5, max_rounds=9),
+        limits=replace(policy.limits, min_noise_multiplier=0.3, max_sampling_rate=1.0, max_local_steps=5, max_rounds=9),
         allow=replace(
             policy.allow, base_models=(*policy.allow.base_models, MINILM), target_modules=modules, max_rank=8
         ),

@@ -107,9 +107,9 @@ def test_default_step_memory_is_a_share_excluding_the_model(monkeypatch: pytest.
     assert compute_step_bytes(model, RuntimeSpec(step_mib=77)) == 77 * MIB
     monkeypatch.setattr(machine, "get_total_memory", lambda device: 24 * 2**30)
     monkeypatch.setattr(TaskModel, "device", torch.device("cuda"))
-    assert compute_step_bytes(model, RuntimeSpec()) == int(0.8 * (24 * 2**30 - of_model))
+    assert compute_step_bytes(model, RuntimeSpec()) == int(0.4 * (24 * 2**30 - of_model))
     shared = RuntimeSpec(kind="ray", sites_per_gpu=3)
-    assert compute_step_bytes(model, shared) == int(0.8 * (8 * 2**30 - of_model)), (
+    assert compute_step_bytes(model, shared) == int(0.4 * (8 * 2**30 - of_model)), (
         "sites that share a GPU share its memory"
     )
 
