@@ -179,7 +179,8 @@ def draw_charts(frame: Frame = WIDE) -> str:
         frame,
         f"Four banks reach {best:.0%} at epsilon 8, and would reach {without['value']:.0%} without privacy.",
         "Accuracy on Banking77 by epsilon of each record (log scale: stronger protection to the left), delta 0.00001.",
-        "Bars: 95% intervals over 3,080 test questions. Epsilon 1, alone and in one place: an earlier recipe. simulations/banks_intents",
+        "Bars: 95% intervals over 3,080 test questions. "
+        "Epsilon 1, alone and in one place: an earlier recipe. simulations/banks_intents",
         parts,
     )
 
