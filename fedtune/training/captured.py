@@ -52,7 +52,6 @@ def capture_batches(model: TaskModel, made_up: Iterable[tuple[Batch, Batch]], *,
         return None
     graphs: dict[Hashable, CapturedBatch] = {}
     captured: list[CapturedBatch] = []  # all, because the first keeps their memory alive
-    why = ""
     try:
         memory = GraphMemory()
         with record_gradients(model) as gradients:
@@ -67,15 +66,13 @@ def capture_batches(model: TaskModel, made_up: Iterable[tuple[Batch, Batch]], *,
                 if measure_seconds(partial(replay, other)) < measure_seconds(launch):
                     graphs[_build_key(model, full, max_grad_norm)] = captured[-1]
     except RuntimeError as error:  # also the device's own errors, and its lack of memory
-        why = get_first_line(error)
-    if not why:
-        _graphs[model] = graphs
-        return None
-    log.warning("steps launch their kernels one at a time: %s", why)
-    graphs.clear()
-    captured.clear()
-    torch.accelerator.empty_cache()
-    return why
+        log.warning("steps launch their kernels one at a time: %s", why := get_first_line(error))
+        graphs.clear()
+        captured.clear()
+        torch.accelerator.empty_cache()
+        return why
+    _graphs[model] = graphs
+    return None
 
 
 def measure_seconds(run: Callable[[], object]) -> float:

@@ -67,10 +67,11 @@ def write_task_overrides(tmp_path: Path, tiny: Any) -> Callable[..., list[str]]:
     return make
 
 
-def run_commands_on_device(*commands: list[str], **settings: object) -> str:
-    """Run commands of fedtune one after the other in a process with the device; return their output."""
+def run_commands_on_device(*commands: list[str], then: str = "", **settings: object) -> str:
+    """Run commands of fedtune, and then code, in a process with the device; return their output."""
     code = "from tests.simulated_accelerator.tried import prefer_replays; prefer_replays()\n"
     code += f"from fedtune.cli.main import main\nfor words in {list(commands)!r}: assert main(words) == 0, words\n"
+    code += then
     return run_on_it(code, **{"SIM_SDPA": "fused", **settings})
 
 
@@ -85,7 +86,12 @@ def require_same_bits(
         runs = (
             write_task_overrides(task, *overrides, f"runtime.device={one}", counted[one], name=one) for one in counted
         )
-        run_commands_on_device(*(["simulate", *run] for run in runs), SIM_DEVICES=devices)
+        commands = [["simulate", *run] for run in runs]
+        then = "print('replays in steps:', torch.sim.replays)"
+        printed = run_commands_on_device(*commands, then=then, SIM_DEVICES=devices)
+        # Users and runs without privacy have no graphs.
+        replayed = not {"privacy=none", "privacy.unit=user"} & {*overrides}
+        assert printed.rstrip().endswith("replays in steps: 0") is not replayed
         cpu, sim = tmp_path / "cpu", tmp_path / "auto"
         assert read_device(sim).startswith("sim, a simulated device 0, deterministic algorithms, no TF32")
         assert read_device(cpu) == "cpu"
