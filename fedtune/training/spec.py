@@ -100,39 +100,33 @@ class TrainingSpec:
         return lora, head or lora
 
 
-_ADAM_PATH = 0.18  # the rate for a run of one step with a signal-to-noise ratio of 1 (simulations/own_data)
+_ADAM_PATH, _PATH_WITHOUT_NOISE = 0.2, 0.1
+"""The sum of a run's learning rates, divided by the square root of the number of steps (simulations/own_data).
+
+Without noise, longer paths overfit small data sets.
+"""
 STUDIED_SCALE = 0.5
 """`lora.scale` in the study.
 
 LoRA multiplies B A by this scale, so the learning rate has to be adapted to another scale.
 """
-_CLEAR, _WITHOUT_NOISE = 4.0, 1.5
-"""Signal-to-noise ratio above which the rate no longer grows, and the ratio assumed without noise, where a ratio of 4
-lost up to 0.4 points of accuracy (simulations/own_data).
-"""
 
 
-def choose_learning_rate(*, steps: int, sampled: float, noise_multiplier: float, outputs: int, num_sites: int) -> float:
+def choose_learning_rate(*, steps: int, schedule: str, private: bool) -> float:
     """Choose AdamW's peak learning rate for a linear head on normalized embeddings, from public numbers only.
 
-    Adam moves a value by about the learning rate in each step, regardless of the size of gradients and noise. Over a
-    run, moves along the noise add up to rate * sqrt(steps). How much of this is harmless depends on the
-    signal-to-noise ratio of the whole run. For clip norm C and `outputs` rows of several hundred values, the signal is
-    at most C in the mean gradient of each of n sites, and the noise is noise_multiplier * C / `sampled` in each value.
-    Both constants come from the study in simulations/own_data, whose README names its data.
+    Adam moves a value by about the learning rate in each step, regardless of the size of gradients and noise, so moves
+    along the noise add up to rate * sqrt(steps). The best value of this product depends on the records, and no public
+    number predicts it: one value for all noise multipliers, sizes and numbers of labels does better on small data sets
+    than a formula of them did (simulations/own_data, whose README names its data).
 
     Args:
-        steps: the number of noisy steps in the whole run.
-        sampled: the expected number of privacy units in a step at a site.
-        noise_multiplier: the plan's noise multiplier; 0 without privacy.
-        outputs: the number of rows of the head: the number of labels, or 1.
-        num_sites: the number of sites whose updates are averaged.
+        steps: the number of optimizer steps in the whole run.
+        schedule: `TrainingSpec.schedule`; with a decay to zero, the mean rate is half of the peak.
+        private: whether the steps have noise.
     """
-    clear = _WITHOUT_NOISE
-    if noise_multiplier > 0:
-        typical_width = 384  # of the embeddings of the study
-        clear = min(_CLEAR, sampled * math.sqrt(steps * num_sites / (outputs * typical_width)) / noise_multiplier)
-    return _ADAM_PATH * math.sqrt(clear / steps)
+    path = _ADAM_PATH if private else _PATH_WITHOUT_NOISE
+    return path / ((1.0 if schedule == "constant" else 0.5) * math.sqrt(steps))
 
 
 def _check_rate(key: str, value: float) -> None:

@@ -1,7 +1,5 @@
 """Settings of training and of the machine, golden values of the schedule, and the optimizer's parameter groups."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -11,22 +9,15 @@ from fedtune.spec import ConfigError
 from fedtune.training.optimizer import compute_learning_rate_factor, make_optimizer, set_learning_rate
 from fedtune.training.spec import TrainingSpec, choose_learning_rate
 
-RATE: Callable[..., float] = partial(
-    choose_learning_rate, steps=50, sampled=30.0, noise_multiplier=2.0, outputs=20, num_sites=4
-)
 
-
-@pytest.mark.parametrize(
-    "less", [{"noise_multiplier": 4.0}, {"sampled": 15.0}, {"outputs": 77}, {"num_sites": 1}, {"steps": 100}]
-)
-def test_automatic_learning_rate_falls_with_relative_noise(less: dict[str, float]) -> None:
-    # Twice the steps need sqrt(2) times the noise for the same epsilon.
-    longer = {"noise_multiplier": 2.0 * 2**0.5} if "steps" in less else {}
-    assert RATE(**less, **longer) < RATE()
-    # Where the signal is clear it goes by steps alone.
-    assert RATE(sampled=1e6) == RATE(sampled=1e7) == pytest.approx(0.18 * (4 / 50) ** 0.5)
-    assert RATE(noise_multiplier=0.0) == pytest.approx(0.18 * (1.5 / 50) ** 0.5)
-    assert RATE(sampled=1e6, steps=200) == RATE(sampled=1e6) / 2
+def test_automatic_learning_rate_gives_all_schedules_the_same_path() -> None:
+    constant, linear = (choose_learning_rate(steps=50, schedule=one, private=True) for one in ("constant", "linear"))
+    assert constant == pytest.approx(0.2 / 50**0.5)
+    spec = TrainingSpec(schedule="linear")
+    path = sum(linear * compute_learning_rate_factor(spec, step=step, total_steps=50) for step in range(50))
+    assert path == pytest.approx(50 * constant, rel=0.03)
+    assert choose_learning_rate(steps=200, schedule="constant", private=True) == pytest.approx(constant / 2)
+    assert choose_learning_rate(steps=50, schedule="linear", private=False) == pytest.approx(linear / 2)
 
 
 @pytest.mark.parametrize("other", [{"optimizer": "sgd"}, {"head_learning_rate": 0.1}, {"unclipped_learning_rate": 0.1}])
