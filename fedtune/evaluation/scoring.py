@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
@@ -45,15 +45,39 @@ def evaluate_examples(
         DataError: the data set has nothing to score.
         ConfigError: for `evaluation.max_tokens`, if a batch does not fit into the device's memory.
     """
+    figures = _collect(task_model, dataset, task_model.figures, pad_id=pad_id, max_tokens=max_tokens, kept=kept)
+    return dict(task_model.task.postprocess_dataset(figures))
+
+
+def embed_examples(
+    task_model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int, kept: KeptBatches | None = None
+) -> npt.NDArray[np.float64]:
+    """Compute the embedding of every example, (examples, h); arguments, errors and privacy as `evaluate_examples`."""
+
+    def embed(batch: Batch) -> dict[str, torch.Tensor]:
+        return {"embedding": task_model.embed(batch)}
+
+    return _collect(task_model, dataset, embed, pad_id=pad_id, max_tokens=max_tokens, kept=kept)["embedding"]
+
+
+def _collect(
+    task_model: TaskModel,
+    dataset: TextDataset,
+    compute: Callable[[Batch], dict[str, torch.Tensor]],
+    *,
+    pad_id: int,
+    max_tokens: int,
+    kept: KeptBatches | None,
+) -> dict[str, npt.NDArray[np.float64]]:
     figures: dict[str, npt.NDArray[np.float64]] = {}
     with enter_evaluation_mode(task_model), report_out_of_memory(max_tokens):
         batches = iter_batches_with_cache(task_model, dataset, pad_id=pad_id, max_tokens=max_tokens, kept=kept)
         for indices, batch in batches:
-            for name, of_batch in task_model.figures(batch).items():
+            for name, of_batch in compute(batch).items():
                 if name not in figures:
                     figures[name] = np.zeros((len(dataset), *of_batch.shape[1:]))
                 figures[name][indices] = of_batch.cpu()
-    return dict(task_model.task.postprocess_dataset(figures))
+    return figures
 
 
 def compute_unit_scores(task_model: TaskModel, dataset: TextDataset, *, pad_id: int) -> npt.NDArray[np.float64]:

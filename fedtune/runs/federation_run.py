@@ -26,7 +26,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.runs.cost import Meter
 from fedtune.runs.environment import build_start_lineage, read_environments, record_environment
 from fedtune.runs.results import DATA_CHANGED, BaseModel, FinalResult, RunProvenance, RunResult, Template, find_problems
-from fedtune.sites.data_warnings import check_decision_scores, list_lead_data_warnings
+from fedtune.sites.data_warnings import check_decision_scores, list_lead_data_warnings, list_signal_warnings
 from fedtune.sites.shared_model import RunModel
 from fedtune.spec import RunError
 from fedtune.system import MEMORY_UNIT, resource
@@ -183,6 +183,8 @@ class FederationRun:
         listener.on_preparing("scoring the model before training", 0, 0)
         measured = self.shared.evaluate_final(adapter)
         before = measured.compute_final_scores(self.shared.model) if measured else {}
+        for text in list_signal_warnings(self.config, self.shared):
+            listener.note(text)
         start = build_start_lineage(self.config)
         state = LeadState(round=0, adapter=adapter, metrics_before=before, start_adapter=start)
         self._checkpoints.save(state)

@@ -17,11 +17,12 @@ from fedtune.data.partition import count_units
 from fedtune.data.records import resolve_file
 from fedtune.formatting import pluralize
 from fedtune.sites.run_records import LeadRecords, RunRecords, count_texts_by_role, list_identifying_roles
-from fedtune.sites.shared_model import LeadData
+from fedtune.sites.shared_model import LeadData, RunModel
 from fedtune.spec import ConfigError, DataError
 from fedtune.version import find_shipped_folders
 
 _MOST_NAMED = 3
+_SMALL_RUN = 5_000  # privacy units of all sites together
 _COMPARED: dict[tuple[object, ...], bool] = {}  # cache by run and file state, because sweeps repeat the check
 
 
@@ -39,6 +40,22 @@ def list_lead_data_warnings(config: RunConfig, *, validation: LeadData | None, t
         labels = {record.fields["label"] for record in test.records}
         if len(labels) == 1:
             yield f"all test records have the label {labels.pop()!r}: a constant prediction scores 1.0"
+
+
+def list_signal_warnings(config: RunConfig, model: RunModel) -> Iterator[str]:
+    """Yield a warning if a small run's labels cannot be predicted from the lead's own records.
+
+    Larger runs are not measured: their sites have enough records to adapt the embeddings themselves.
+    """
+    if sum(config.declared_sizes().values()) > _SMALL_RUN:
+        return
+    signal = model.measure_label_signal()
+    if signal is not None and not signal.is_visible:
+        yield (
+            f"the run may learn nothing: on the lead's {signal.records:,} records, a linear classifier on the base "
+            f"model's embeddings predicts {signal.accuracy:.3f} of the labels (leave-one-out), and the most frequent "
+            f"label alone {signal.baseline:.3f} (docs/own_data.md). Nothing has been charged yet"
+        )
 
 
 def check_decision_scores(config: RunConfig) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Final
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +24,8 @@ from fedtune.data.records import record_key
 from fedtune.evaluation.bootstrap import Figures
 from fedtune.evaluation.generation import compute_text_scores, compute_text_statistics, group_by_prompt
 from fedtune.evaluation.generation import generate as generate_texts
-from fedtune.evaluation.scoring import KeptBatches, evaluate_examples
+from fedtune.evaluation.label_signal import LabelSignal, has_enough_records, measure_label_signal
+from fedtune.evaluation.scoring import KeptBatches, embed_examples, evaluate_examples
 from fedtune.federation.planner import check_signal
 from fedtune.model.adapter import Adapter
 from fedtune.model.frozen_linear import depends_on_row_count
@@ -33,6 +35,7 @@ from fedtune.sites.run_records import LeadRecords, RunRecords
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks.inputs import get_input_for
 from fedtune.tasks.measures import Detail
+from fedtune.tasks.pooled import OneLabelTask
 from fedtune.tasks.registry import tokenize_separately
 from fedtune.tasks.saved import SavedAdapter
 from fedtune.tasks.task_model import TaskModel, build_task_model
@@ -349,6 +352,22 @@ class RunModel:
             return {}
         adapter.load_into(self.model)
         return Evaluation.build(self.model, self.tokenizer, data, self.config, generate=False).scores(self.model)
+
+    def measure_label_signal(self) -> LabelSignal | None:
+        """Measure whether the loaded model's embeddings predict the labels of the lead's validation or test records.
+
+        None if the task does not predict one of several classes, or if there are too few records.
+        """
+        data, task = self.validation or self.test, self.model.task
+        if data is None or not isinstance(task, OneLabelTask):
+            return None
+        if not has_enough_records(len(data.records), len(self.config.data.labels)):
+            return None
+        most, pad_id = self.config.evaluation.max_tokens, self.tokenizer.pad_token_id
+        embeddings = embed_examples(self.model, data.examples, pad_id=pad_id, max_tokens=most, kept=data.kept)
+        classes = np.asarray(data.examples.targets, dtype=np.int64)
+        supervised = classes >= 0
+        return measure_label_signal(embeddings[supervised], classes[supervised])
 
     def evaluate_final(self, adapter: Adapter) -> Evaluation | None:
         """Evaluate the final adapter on the test data, including generated texts. None without data."""

@@ -18,6 +18,7 @@ from fedtune.model.layers import FrozenPrefix, OutputLayer, checkpoint_layers, f
 from fedtune.model.spec import LORA_A, LORA_B, TaskModelSpec
 from fedtune.tasks.base import Task
 from fedtune.tasks.inputs import Row, get_input_for
+from fedtune.tasks.pooled import PooledTask
 from fedtune.tasks.registry import get_task
 
 
@@ -74,6 +75,12 @@ class TaskModel(nn.Module):
         batch = self._add_reference(batch)
         with self._prefix.use_states(batch.prefix):
             return self.task.outputs_per_example(self, batch)
+
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """Compute each example's embedding, (examples, h) float32, which the head of a `PooledTask` reads."""
+        assert isinstance(self.task, PooledTask)
+        with self._prefix.use_states(batch.prefix):
+            return self.task.embed(self, batch.input_ids, batch.attention_mask)
 
     def reference(self, batch: Batch) -> torch.Tensor | None:
         """Compute each example's reference values from the base without adapters; None for a task without a reference.

@@ -15,10 +15,11 @@ from fedtune.data.load import Partitioned, SiteRecords
 from fedtune.sites.data_warnings import (
     check_decision_scores,
     list_lead_data_warnings,
+    list_signal_warnings,
     list_site_data_warnings,
     scores_may_decide,
 )
-from fedtune.sites.shared_model import LeadData
+from fedtune.sites.shared_model import LeadData, LoadedModel, RunModel
 from fedtune.spec import ConfigError
 
 from ..privacy.builders import change_values
@@ -60,6 +61,21 @@ def test_valid_data_raises_no_warnings(simulated_config: RunConfig) -> None:
     assert list(list_site_data_warnings(simulated_config, make_partition(27, 59))) == []
     gone = change_values(simulated_config, data={"test_file": "gone.csv"})
     assert list(list_lead_data_warnings(gone, validation=None, test=make_lead_data("a", "b"))) == []
+
+
+@pytest.mark.parametrize(("follows", "declared"), [(True, 40), (False, 40), (False, 6_000)])
+def test_lead_is_warned_of_labels_that_small_sites_cannot_learn(tmp_path: Path, follows: bool, declared: int) -> None:
+    draws, words = np.random.default_rng(0), ("aaaa", "qqqq", "zzzz")
+    labels = [LABELS[place] for place in draws.integers(0, 3, size=90)]
+    shown = labels if follows else [LABELS[place] for place in draws.integers(0, 3, size=90)]
+    texts = [f"{words[LABELS.index(label)]} {number % 7}" for number, label in enumerate(shown)]
+    rows = "".join(f"{text},{label}\n" for text, label in zip(texts, labels, strict=True))
+    file = tmp_path / "test.csv"
+    file.write_text(f"text,label\n{rows}")
+    config = make_letters(runtime={"kind": "deployment"}, data={"declared_sizes": declared, "test_file": str(file)})
+    notes = [*list_signal_warnings(config, RunModel(LoadedModel(config, trains=False), config))]
+    assert len(notes) == (not follows and declared == 40)
+    assert all(note.startswith("the run may learn nothing: on the lead's 90 records, a linear") for note in notes)
 
 
 def test_lead_is_warned_of_missing_tests_and_unusable_rows(simulated_config: RunConfig, tmp_path: Path) -> None:
