@@ -34,7 +34,18 @@ LAST_DIGITS = 1e-9
 MONTHS = {"month": 1, "quarter": 3, "year": 12}
 BOUND = 60.0  # no loss beyond it is told from another
 FAR = 14.0  # standard deviations, beyond which nothing is that a delta could see
-BESIDE_MODEL = {"README.md", "label.svg"}  # the model's card
+BESIDE_MODEL = {"README.md", "label.svg"}  # the model's card, directly in its folder
+A, B, IA3, NORMS, OFFSET = ".lora_A.weight", ".lora_B.weight", ".ia3_l", ".lora_magnitude_vector", ".scales.offset"
+# Kind of adapter -> its files, and what the names of each module's tensors there end with; the last one is trained.
+TENSORS: dict[str, dict[str, tuple[str, ...]]] = {
+    "none": {},
+    "lora": {"adapter_model": (A, B)},
+    "dora": {"adapter_model": (A, B, NORMS), "offsets": (OFFSET,)},
+    "ia3": {"adapter_model": (IA3,), "offsets": (OFFSET,)},
+}
+HEADS = dict.fromkeys(("causal_lm", "preference", "embedding"), False)  # task -> whether it has a head
+HEADS |= dict.fromkeys(("classification", "multi_label", "ordinal", "regression", "survival", "votes"), True)
+HEADS |= {"token_classification": True}
 Json = dict[str, Any]
 LAPLACE = 0.0
 Event = tuple[float, float]  # sampling rate (LAPLACE: Laplace noise, and no sampling) and noise multiplier
@@ -481,10 +492,10 @@ def check_files(facts: Json, folder: Path) -> None:
     require(folder.is_dir(), f"the model was not compared: there is no {folder}; give --model")
     there, tops = dict[str, str](), {name.partition("/")[0] for name in files}
     named = [{n.removeprefix(f"{top}/"): d for n, d in files.items() if n.startswith(f"{top}/")} for top in tops]
-    for path in (path for path in folder.rglob("*") if path.name not in BESIDE_MODEL):
-        require(not path.is_symlink(), f"{path} is a link")
-        if not path.is_dir():
-            there[path.relative_to(folder).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in folder.rglob("*"):
+        require((path.is_file() or path.is_dir()) and not path.is_symlink(), f"{path} is a link, a pipe or a device")
+        if path.is_file() and (name := path.relative_to(folder).as_posix()) not in BESIDE_MODEL:
+            there[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     require(there in named, f"{folder} has other files than the model that the report is about")
     if facts["settings"].get("runtime") == "deployment":
         own = {name.removeprefix("adapter/"): digest for name, digest in files.items() if name.startswith("adapter/")}
@@ -492,23 +503,47 @@ def check_files(facts: Json, folder: Path) -> None:
         check_signed_adapter(facts, folder)
 
 
+def head_names(sent: Json, found: set[str]) -> set[str]:
+    """The names of a head's tensors, by the settings that the sites were sent; if an own task trains it, all that are
+    `found` but center and candidates are signed.
+    """
+    if sent["task"] not in HEADS:
+        return found if sent["head"]["train"] else set()
+    if sent["data"]["input"] == "features":
+        count = len(sent["head"]["hidden"])  # each of these layers is followed by a ReLU
+        layers = [f"{2 * number}." for number in range(count + 1)] if count else [""]
+        return {layer + part for layer in layers for part in ("weight", "bias")}
+    centered = sent["data"]["input"] == "text" and sent["task"] != "token_classification"
+    return {"weight", *(["center"] if centered else []), *(["candidates"] if sent["task"] == "votes" else [])}
+
+
 def trained_digest(folder: Path, sent: Json) -> str:
     """The digest of the tensors that a run trains, by the settings that its sites were sent: what each site signs."""
-    trained, frozen = dict[str, tuple[list[int], bytes]](), sent["task"] == "votes"
-    for file in ("adapter_model", "offsets", "head"):
-        path, of_head = folder / f"{file}.safetensors", file == "head"
-        data = path.read_bytes() if path.is_file() else b"\2" + bytes(7) + b"{}"
-        start = 8 + int.from_bytes(data[:8], "little")
-        for name, about in json.loads(data[8:start]).items():
-            still = ".lora_A." in name and not sent["lora"]["train_a"]
-            still |= frozen or name.endswith((".ia3_l", ".lora_magnitude_vector"))
+    kind, frozen, trained = TENSORS[sent["lora"]["kind"]], sent["task"] == "votes", dict[str, Any]()
+    files = [*kind, *(["head"] if HEADS.get(sent["task"], (folder / "head.safetensors").is_file()) else [])]
+    names = {"fedtune.json", *(["adapter_config.json"] if kind else []), *(f"{file}.safetensors" for file in files)}
+    others = {path.relative_to(folder).as_posix() for path in folder.rglob("*")} - BESIDE_MODEL
+    require(others == names, f"{folder} has other files than {', '.join(sorted(names))}")
+    read = {file: (folder / f"{file}.safetensors").read_bytes() for file in files}
+    starts = {file: 8 + int.from_bytes(data[:8], "little") for file, data in read.items()}
+    heads = {file: json.loads(data[8 : starts[file]]) for file, data in read.items()}
+    last = next(reversed(kind), "head")
+    ending = kind[last][-1] if kind else ""
+    modules = {name.removesuffix(ending) for name in heads[last] if name.endswith(ending)} if kind else set()
+    for file, tensors in heads.items():
+        tensors.pop("__metadata__", None)
+        of_head = file == "head"
+        right = head_names(sent, {*tensors}) if of_head else {one + ends for one in modules for ends in kind[file]}
+        require(tensors.keys() == right, f"{file}.safetensors has other tensors than the settings require")
+        for name, about in tensors.items():
+            still = frozen or name.endswith((IA3, NORMS)) or (name.endswith(A) and not sent["lora"]["train_a"])
             if of_head:
                 still = name in ("center", "candidates") or not sent["head"]["train"]
-            if name != "__metadata__" and not still:
-                first, last = about["data_offsets"]
+            if not still:
+                first, end = (starts[file] + place for place in about["data_offsets"])
                 name = "head." * of_head + name
-                require(about["dtype"] == "F32" and name not in trained, f"{path} has an odd tensor {name}")
-                trained[name] = about["shape"], data[start + first : start + last]
+                require(about["dtype"] == "F32" and name not in trained, f"{file} has an odd tensor {name}")
+                trained[name] = about["shape"], read[file][first:end]
     digest = hashlib.sha256()
     for name, (shape, values) in sorted(trained.items()):
         digest.update(json.dumps([name, "float32", shape], separators=(",", ":")).encode() + b"\n" + values)

@@ -11,11 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from fedtune.federation.run_folder import RunFolder
 from fedtune.model.adapter import Adapter
+from fedtune.model.adapter_files import TENSOR_FILES
+from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy import accountant, events, keys
 from fedtune.privacy.keys import SigningKey
 from fedtune.report import checks, from_ledger, from_run, signing
@@ -24,6 +27,7 @@ from fedtune.report.facts import RunFacts, SiteFacts, StartAdapter
 from fedtune.report.model import Report
 from fedtune.report.verify_report import derive_report
 from fedtune.spec import ConfigError
+from fedtune.tasks.registry import TASKS
 from fedtune.tasks.saved import SavedAdapter
 
 from ..conftest import REPOSITORY, edit_json, run_command, simulate, write_config
@@ -358,6 +362,7 @@ def test_underivable_figures_are_rejected(run: Deployed, figures: dict[str, Any]
         lambda folder: (folder / "adapter_model.safetensors").unlink(),
         lambda folder: (folder / "fedtune.json").write_text("{}"),
         lambda folder: (folder / "model.safetensors").symlink_to("adapter_model.safetensors"),
+        lambda folder: write_nested_card(folder),
     ],
 )
 def test_report_for_a_different_model_is_rejected(run: Deployed, change: Callable[[Path], None]) -> None:
@@ -365,6 +370,12 @@ def test_report_for_a_different_model_is_rejected(run: Deployed, change: Callabl
     (files,) = [check for check in run.checks() if check.name == "files"]
     assert files.state == "wrong"
     assert not run.holds_by_the_other_program()
+
+
+def write_nested_card(folder: Path) -> None:
+    """A file with the name of the model card, at another place."""
+    (folder / "more").mkdir()
+    (folder / "more" / "README.md").write_text("weights of anybody")
 
 
 def add_to_weights(folder: Path) -> None:
@@ -387,7 +398,13 @@ def swap_head(folder: Path) -> None:
     edit_json(folder / "fedtune.json", head={**settings["head"], "train": False})
 
 
-@pytest.mark.parametrize("forge", [add_to_weights, swap_head])
+def add_magnitudes(folder: Path) -> None:
+    """Add a tensor that no site trains, which PEFT would read as the norms of DoRA."""
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path) | {"base_model.model.x.lora_magnitude_vector": np.ones(4, dtype=np.float32)}, path)
+
+
+@pytest.mark.parametrize("forge", [add_to_weights, swap_head, add_magnitudes])
 def test_weights_that_no_site_signed_are_rejected(run: Deployed, forge: Callable[[Path], None]) -> None:
     forge(run.folder / "adapter")
     if forge is swap_head:
@@ -398,6 +415,42 @@ def test_weights_that_no_site_signed_are_rejected(run: Deployed, forge: Callable
     assert {check.name: check.state for check in run.checks()}["files"] == "right"
     assert not run.holds()
     assert not run.holds_by_the_other_program()
+
+
+@pytest.mark.parametrize("add", [write_nested_card, lambda folder: (folder / "a.bin").touch()])
+def test_file_that_no_run_saves_is_rejected_even_if_the_report_names_it(
+    run: Deployed, add: Callable[[Path], None]
+) -> None:
+    add(run.folder / "adapter")
+    facts = replace(run.facts, files=from_run.hash_model_files(run.folder))
+    run.write(signing.sign_report(derive_report(facts), run.lead))
+    assert not run.holds_by_the_other_program()
+
+
+def test_independent_verifier_knows_the_tensors_of_each_kind_and_task() -> None:
+    assert verify_report.TENSORS == TENSOR_FILES
+    own = {name: task.has_head for name, task in TASKS.items() if type(task).__module__.startswith("fedtune.")}
+    assert own == verify_report.HEADS
+
+
+@pytest.mark.parametrize("task", ["classification", "token_classification", "votes"])
+@pytest.mark.parametrize(("input", "hidden"), [("text", ()), ("features", ()), ("features", (3, 4))])
+def test_independent_verifier_knows_the_names_of_a_head(task: str, input: str, hidden: tuple[int, ...]) -> None:
+    if input == "features" and task != "classification":
+        pytest.skip("this task reads text only")
+    spec = TaskModelSpec(
+        model=ModelSpec("none" if input == "features" else "random:bert"),
+        lora=LoraSpec(kind="none" if input == "features" else "lora"),
+        head=HeadSpec(hidden=hidden),
+        task=task,
+        labels=("a", "b", "c"),
+        input=input,
+        values=("age 0 100",) if input == "features" else (),
+    )
+    model = SavedAdapter(Path("none"), spec, "")._without_base
+    names = {name.removeprefix("head.") for name in model.collect_adapter_parameters()}
+    sent = {"task": task, "data": {"input": input}, "head": {"hidden": [*hidden], "train": True}}
+    assert verify_report.head_names(sent, set()) == names | dict(model.named_buffers(recurse=False)).keys()
 
 
 @pytest.mark.parametrize("sent", ["", "{}", "[]", '{"task": "classification"}'])
