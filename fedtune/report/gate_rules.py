@@ -167,12 +167,15 @@ def read_rules(name: str) -> tuple[GateRules, str]:
     """Read a rule set from a file, or a built-in rule set by its name; return it with the SHA-256 of its file.
 
     Raises:
-        ConfigError: the file does not exist, or is not a valid rule set.
+        ConfigError: the file does not exist, is not a valid rule set, or has a built-in name and other rules.
     """
-    folder = find_config_folder() / "gate"
-    path = folder / f"{name}.toml" if name in {one.stem for one in folder.glob("*.toml")} else Path(name)
+    built_in = {path.stem: path for path in (find_config_folder() / "gate").glob("*.toml")}
+    path = built_in.get(name, Path(name))
     with name_file_in_errors(path):
         rules = decode(GateRules, read_toml(path, key="rules"))
+        own = built_in.get(rules.name.strip().casefold(), path)  # a verdict is read by the name of its rules
+        if own != path and rules != decode(GateRules, read_toml(own, key="rules")):
+            raise ConfigError("name", rules.name, "is the name of built-in rules, and these are others: choose another")
         if not rules.limits:
             raise ConfigError("rules", name, "has no rule: set at least one, such as record = true")
     return rules, hashlib.sha256(path.read_bytes()).hexdigest()

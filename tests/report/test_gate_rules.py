@@ -29,6 +29,7 @@ from fedtune.report.group_scores import GroupScore
 from fedtune.report.model import Assumption
 from fedtune.runs.lineage import PRIVATE_BASES
 from fedtune.spec import ConfigError
+from fedtune.version import find_config_folder
 
 from .shown import build_reports, change_facts, change_first_site
 
@@ -414,6 +415,22 @@ def test_shipped_gate_rules_are_loaded_by_name() -> None:
     assert default.max_epsilon is not None
     assert tre.max_epsilon is not None
     assert tre.max_epsilon < default.max_epsilon
+
+
+@pytest.mark.parametrize("name", ["tre", "default", " TRE "])
+def test_name_of_built_in_rules_is_refused_in_a_file_with_other_rules(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "rules.toml"
+    path.write_text(f"name = '{name}'\nmin_sites = 0")
+    with pytest.raises(ConfigError, match=r"rules\.toml: name = .*is the name of built-in rules") as refused:
+        read_rules(str(path))
+    assert (refused.value.value, refused.value.exit_code) == (name, 2)
+
+
+def test_copy_of_built_in_rules_may_keep_their_name(tmp_path: Path) -> None:
+    shipped = find_config_folder() / "gate" / "tre.toml"
+    path = tmp_path / "rules.toml"
+    path.write_text(f"# a copy\n{shipped.read_text()}")
+    assert read_rules(str(path))[0] == read_rules("tre")[0]
 
 
 @pytest.mark.parametrize(
