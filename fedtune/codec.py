@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import stat
 import tomllib
 import types
 import typing
@@ -22,9 +23,31 @@ from fedtune.spec import NOT_GIVEN, ConfigError
 
 T = TypeVar("T")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+MOST_BYTES = 64 << 20  # size limit of a file from outside
 _LONGEST_KEY, _MOST_LEVELS, _MOST_WHOLE = 60, 64, 1 << 63
 _PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 _hints = lru_cache(maxsize=256)(typing.get_type_hints)
+
+
+def read_bounded_file(path: Path, *, key: str, bound: str = "must be a readable file", name: str = "") -> bytes:
+    """Read a file from outside: a regular file of at most `MOST_BYTES`, since reading a pipe could wait forever.
+
+    Args:
+        path: path of the file.
+        key: name of the file, for error messages.
+        bound: the accepted file, for error messages.
+        name: what the user calls the file, for error messages; "": its path.
+
+    Raises:
+        ConfigError: the file cannot be read, is too large, or is not a regular file.
+    """
+    try:
+        file = path.stat()
+        if not stat.S_ISREG(file.st_mode) or file.st_size > MOST_BYTES:
+            raise ConfigError(key, name or str(path), f"{bound}, of at most {MOST_BYTES >> 20} MiB")
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(key, name or str(path), f"{bound} ({error.strerror})") from None
 
 
 def parse_json(data: bytes | str, *, key: str, bound: str) -> dict[str, Any]:
@@ -75,10 +98,9 @@ def read_toml(path: Path, *, key: str) -> dict[str, Any]:
         ConfigError: the file cannot be read, or is not TOML. The message quotes nothing of the file, because a link
             could point to another file.
     """
+    data = read_bounded_file(path, key=key)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(key, str(path), f"must be a readable file ({error.strerror})") from None
+        return tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:  # ValueError: invalid TOML or UTF-8, or a huge integer
         place = re.search(r" \((at [^()]*)\)$", str(error))
         raise ConfigError(key, str(path), f"must be TOML{f'; there is an error {place[1]}' if place else ''}") from None

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from fedtune.codec import read_bounded_file
 from fedtune.data.spec import DataSpec
 from fedtune.evaluation.spec import EvaluationSpec
 from fedtune.federation.run_folder import RunFolder, suggest_run_folders
@@ -451,14 +452,12 @@ def read_plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, too large or not a YAML mapping. The message contains the line if known.
     """
+    if len(data := read_bounded_file(path, key=key)) > _MOST_YAML:
+        raise ConfigError(key, str(path), f"must have at most {_MOST_YAML} bytes")
     try:
-        if path.stat().st_size > _MOST_YAML:
-            raise ConfigError(key, str(path), f"must have at most {_MOST_YAML} bytes")
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
+        settings = yaml.load(data.decode(), Loader=_PlainLoader)
         if not isinstance(settings, dict):
             raise ValueError("no keys")
-    except OSError as error:
-        raise ConfigError(key, str(path), f"must be a readable file ({error.strerror})") from None
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise

@@ -1,13 +1,21 @@
 """The one reader of records: what the types of a class allow, to the letter, and else one error that names the key."""
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
-from fedtune.codec import decode, parse_json
+from fedtune.codec import MOST_BYTES, decode, parse_json, read_bounded_file, read_toml
+from fedtune.config import read_plain_yaml
+from fedtune.ops.kits.members import JoinRequest, Roster
+from fedtune.privacy.ledger.chain import Head
+from fedtune.report.group_scores import read_group_scores
 from fedtune.spec import ConfigError
 
 from .cli import snapshots
@@ -59,3 +67,39 @@ def test_invalid_json_is_not_quoted_in_the_error(data: bytes) -> None:
     with pytest.raises(ConfigError, match=r"^file = 'something else': must be JSON$"):
         parse_json(data, key="file", bound="must be JSON")
     assert parse_json(DEEP[5:-1], key="file", bound="must be JSON"), "of 64 levels"
+
+
+def read_groups(path: Path) -> Any:
+    return read_group_scores(path, adapter_digest="", primary_metric="loss", key="--groups", bound="must be groups")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in folders")
+@pytest.mark.parametrize(
+    "read",
+    [
+        Roster.read,
+        Head.read,
+        JoinRequest.read,
+        read_groups,
+        partial(read_toml, key="rules"),
+        partial(read_plain_yaml, key="c"),
+    ],
+)
+def test_named_pipe_is_refused_without_waiting_for_its_writer(read: Callable[..., Any], tmp_path: Path) -> None:
+    os.mkfifo(path := tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="pipe"):
+        read(path)
+
+
+@pytest.mark.parametrize("size", [None, MOST_BYTES + 1])
+def test_file_from_outside_is_bounded(size: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    if size is None:
+        path.mkdir()
+    else:
+        path.touch()
+        os.truncate(path, size)
+    with pytest.raises(ConfigError, match=r"file.*must be a readable file, of at most 64 MiB"):
+        read_bounded_file(path, key="rules")
+    with pytest.raises(ConfigError, match=r"absent.*No such file"):
+        read_toml(tmp_path / "absent", key="rules")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from fedtune.codec import parse_json
+from fedtune.codec import parse_json, read_bounded_file
 from fedtune.spec import ConfigError
 
 
@@ -43,8 +43,9 @@ def read_group_scores(
     Raises:
         ConfigError: the file cannot be read, is not such a comparison, or does not contain this model.
     """
+    data = read_bounded_file(path, key=key)
     try:
-        told = parse_json(path.read_bytes(), key=key, bound=bound)
+        told = parse_json(data, key=key, bound=bound)
         digests = {model["name"]: model.get("adapter_digest") for model in told["models"]}
         own = next(name for name, digest in digests.items() if digest and digest == adapter_digest)
         found = tuple(
@@ -55,8 +56,6 @@ def read_group_scores(
         valid = all(type(one.units) is int and _is_score(one.score) and _is_score(one.gap) for one in found)
         if valid and told["primary_metric"] == primary_metric:
             return found
-    except OSError as error:
-        raise ConfigError(key, str(path), f"must be a readable file ({error.strerror})") from None
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
         pass
     raise ConfigError(key, str(path), bound)

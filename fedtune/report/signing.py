@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import stat
 from itertools import zip_longest
 from pathlib import Path
 
+from fedtune.codec import read_bounded_file
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.report.facts import LedgerFacts
 from fedtune.report.model import Report, Signature, from_json, to_json
@@ -17,7 +17,6 @@ from fedtune.spec import ConfigError, RunError, name_file_in_errors
 PURPOSE = "report"  # signature domain, so that a signature on a receipt or ledger is not valid for a report
 _MOST_DIGITS = 19
 _MOST_SHOWN = 100  # characters of a line in an error message
-MOST_BYTES = 64 << 20  # size limit of a report file
 
 
 def encode_canonical_bytes(report: Report) -> bytes:
@@ -73,21 +72,6 @@ def parse_report(data: bytes) -> Report:
             bound = f"differs from fedtune's output, which has: {other.strip()}"
             raise ConfigError(f"report, line {number}", one.strip()[:_MOST_SHOWN], bound)
     return report
-
-
-def read_bounded_file(path: Path, *, key: str, name: str, bound: str) -> bytes:
-    """Read a file of at most `MOST_BYTES`.
-
-    Raises:
-        ConfigError: the file cannot be read or is too large; the error has the given `key`, `name` and `bound`.
-    """
-    try:
-        file = path.stat()
-        if not stat.S_ISREG(file.st_mode) or file.st_size > MOST_BYTES:  # reading a pipe would block forever
-            raise ConfigError(key, name, f"{bound}, of at most {MOST_BYTES >> 20} MiB")
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(key, name, f"{bound} ({error.strerror})") from None
 
 
 def read_report(name: str) -> tuple[Path, Report]:

@@ -8,11 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from fedtune.codec import decode, parse_json
+from fedtune.codec import decode, parse_json, read_bounded_file
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.formatting import total
 from fedtune.privacy.selection import compute_released_epsilon
-from fedtune.report import signing
 from fedtune.report.facts import RunFacts, StartAdapter, State
 from fedtune.report.model import Report
 from fedtune.report.model_card import format_privacy_loss, render_card
@@ -149,7 +148,7 @@ def read_card(file: Path, writer: Told | None = None, *, option: str) -> Told:
     path, sha256 = find_card_path(file.resolve(), ".json"), hash_file(file, key=option)
     of = " with this RUN" if writer else ""
     bound = f"must be an unchanged output of fedtune synthesize{of}, with its card next to it ({path.name})"
-    read = signing.read_bounded_file(path, key=option, name=str(file), bound=bound)
+    read = read_bounded_file(path, key=option, name=str(file), bound=bound)
     try:
         found = parse_json(read, key=path.name, bound="must be JSON")
         told = decode(Card, found)

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedtune.api import public as api
 from fedtune.api.compose import compose_run
+from fedtune.codec import MOST_BYTES
 from fedtune.data.load import partition_training_files
 from fedtune.data.partition import PartitionSpec
 from fedtune.lab.studies.synthetic import (
@@ -36,7 +37,6 @@ from fedtune.model.adapter import Adapter
 from fedtune.model.adapter_files import compute_adapter_digest
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.selection import Selection, compute_search_cost
-from fedtune.report.signing import MOST_BYTES
 from fedtune.runs.environment import build_start_lineage
 from fedtune.runs.lineage import sum_start_losses
 from fedtune.runs.renewal import add_start_adapter

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from fedtune.codec import read_bounded_file
 from fedtune.formatting import group_hex
 from fedtune.ops.files import create_folder, translate_write_errors, write_secret
 from fedtune.ops.kits.certificates import (
@@ -159,13 +160,9 @@ class Roster:
         return json.dumps(dataclasses.asdict(self), indent=1).encode() + b"\n"
 
 
-def _parse_file(path: Path, of: Callable[[bytes], _T], *, key: str, most: int = -1) -> _T:
-    """Parse the first `most` bytes of a file with `of`; an error in the content names the file."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(most)
-    except OSError as error:
-        raise ConfigError(key, str(path), f"must be a readable file ({error.strerror})") from None
+def _parse_file(path: Path, of: Callable[[bytes], _T], *, key: str) -> _T:
+    """Parse a file with `of`; an error in the content names the file."""
+    data = read_bounded_file(path, key=key)
     with name_file_in_errors(path):
         return of(data)
 
@@ -215,7 +212,7 @@ class JoinRequest:
         Raises:
             ConfigError: the file is not a join request, or was changed after the site signed it.
         """
-        return _parse_file(path, cls.parse_request, key="request", most=_MOST_BYTES + 1)
+        return _parse_file(path, cls.parse_request, key="request")
 
     @classmethod
     def parse_request(cls, data: bytes) -> JoinRequest:

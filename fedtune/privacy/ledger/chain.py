@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedtune.codec import decode, parse_json
+from fedtune.codec import decode, parse_json, read_bounded_file
 from fedtune.formatting import format_key_start
 from fedtune.privacy import events as dp_events
 from fedtune.privacy.dp_library import DpEvent
@@ -208,8 +208,8 @@ class Head:
         """
         damaged = ConfigError("anchor", str(path), "must be a readable anchor file written by fedtune")
         try:
-            fields = parse_json(path.read_bytes(), key="anchor", bound="must be JSON")
-        except (OSError, ConfigError) as error:
+            fields = parse_json(read_bounded_file(path, key="anchor"), key="anchor", bound="must be JSON")
+        except ConfigError as error:
             raise damaged from error
         check_ledger_schema(path, fields.pop("schema", None))
         try:
