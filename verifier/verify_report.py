@@ -46,6 +46,7 @@ TENSORS: dict[str, dict[str, tuple[str, ...]]] = {
 HEADS = dict.fromkeys(("causal_lm", "preference", "embedding"), False)  # task -> whether it has a head
 HEADS |= dict.fromkeys(("classification", "multi_label", "ordinal", "regression", "survival", "votes"), True)
 HEADS |= {"token_classification": True}
+MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
 Json = dict[str, Any]
 LAPLACE = 0.0
 Event = tuple[float, float]  # sampling rate (LAPLACE: Laplace noise, and no sampling) and noise multiplier
@@ -58,6 +59,14 @@ class Wrong(Exception):
 def require(right: bool, text: str) -> None:
     if not right:
         raise Wrong(text)
+
+
+def read_json(path: Path) -> Json:
+    """An object of a file; a pipe would be waited for."""
+    require(path.is_file(), f"{path} is not a file")
+    found = json.loads(path.read_bytes())
+    require(isinstance(found, dict), f"{path} is not an object")
+    return dict(found)
 
 
 def is_signed(key: str, purpose: str, message: bytes, signature: str) -> bool:
@@ -81,7 +90,7 @@ def signer_of(report: Json) -> str:
 
 def site_keys(path: Path, signer: str) -> dict[str, str]:
     """Site -> public key by a roster, which the `signer` must have signed if the report is a run's."""
-    roster = json.loads(path.read_bytes())
+    roster = read_json(path)
     fields = {key: value for key, value in roster.items() if key != "signature"}
     message = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
     require(not signer or is_signed(signer, "roster", message, roster["signature"]), f"{signer} did not sign {path}")
@@ -320,7 +329,7 @@ def check_sent(facts: Json) -> None:
 
 def check_statements(facts: Json, folder: Path) -> None:
     """Compare what the report repeats of sites' own reports with these, which the sites signed."""
-    own = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*.json"))]
+    own = [read_json(path) for path in sorted(folder.glob("*.json"))]
     signed = {one["facts"]["site"]: one for one in own if one["facts"]["kind"] == "ledger"}
     for site in facts["sites"]:
         if (said := site["statement"]) is not None:
@@ -562,7 +571,8 @@ def check_signed_adapter(facts: Json, folder: Path) -> None:
 
 def verified(path: Path, *, key: str | None, roster: Path | None, model: Path | None) -> str:
     """What holds, in a sentence; raises Wrong where anything does not."""
-    report = json.loads(path.read_bytes())
+    path = path / "report.json" if path.is_dir() else path
+    report = read_json(path)
     require(report.get("schema_version") == SCHEMA, f"it is no report of schema version {SCHEMA}")
     facts = report["facts"]
     of_run, settings = facts["kind"] == "run", facts["settings"]
@@ -589,10 +599,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--roster", type=Path, help="the federation's roster.json, with the sites' keys")
     parser.add_argument("--model", type=Path, help="the model's folder (default: adapter/ beside the report)")
     given = parser.parse_args(words)
-    path = given.report / "report.json" if given.report.is_dir() else given.report
     try:
-        print("HOLDS", verified(path, key=given.key, roster=given.roster, model=given.model))
-    except (Wrong, OSError, ValueError, TypeError, KeyError, IndexError, ArithmeticError, RecursionError) as error:
+        print("HOLDS", verified(given.report, key=given.key, roster=given.roster, model=given.model))
+    except (Wrong, OSError, *MALFORMED) as error:
         print(f"DOES NOT HOLD: {error if isinstance(error, Wrong) else f'{type(error).__name__}: {error}'}")
         return 1
     return 0

@@ -6,6 +6,7 @@ Shell completion reads conf/completions.json, because importing the command modu
 
 from __future__ import annotations
 
+import errno
 import glob
 import io
 import json
@@ -33,7 +34,7 @@ from click.shell_completion import (
 
 from fedtune.cli.command import SETTINGS, ReportedInterrupt, is_experiment_file, make_command, pause_garbage_collection
 from fedtune.show.lines import wrap_text
-from fedtune.spec import ConfigError, FedtuneError, describe_full_disk
+from fedtune.spec import ConfigError, FedtuneError, describe_full_disk, format_value
 from fedtune.version import find_config_folder
 
 COMMANDS: Mapping[str, str] = {
@@ -64,6 +65,7 @@ COMMANDS: Mapping[str, str] = {
 _MODULES = {"distill": "export", "gate": "release_gate"}
 """Modules of the commands whose name differs from the module's name."""
 _LOADING_S = 0.5
+_BAD_PATHS = {errno.ENAMETOOLONG, errno.EACCES}  # a path that the caller gave, and that no command can test
 
 
 class _Fedtune(click.Group):
@@ -243,6 +245,11 @@ def _run_command(words: list[str]) -> int:
             raise
         _print_message(str(error))
         return error.exit_code
+    except OSError as error:
+        if error.errno not in _BAD_PATHS or error.filename is None:
+            raise
+        _print_message(f"{format_value(str(error.filename))}: must be a path that can be read ({error.strerror})")
+        return ConfigError.exit_code
     except KeyboardInterrupt as interrupt:
         if not isinstance(interrupt, ReportedInterrupt):
             _print_message("interrupted")

@@ -76,6 +76,7 @@ NOTHING = events.to_json(events.build_dp_sgd_event(sampling_rate=0.25, noise_mul
         (lambda t: [change_detail(t[0], order=0.5)], "the first event has invalid fields"),
         (lambda t: [change_detail(t[0], delta=2.0)], "the first event has invalid fields"),
         (lambda t: [change_detail(t[0], site_key="0" * 64)], "the first event has invalid fields"),
+        (lambda t: [change_detail(t[0], unit="")], "unit = '': must be"),
         (lambda t: [change_detail(t[0], reference={"kind": "free"})], "must be a privacy event"),
         (lambda t: [t[0], change_detail(t[1], policy=t[1].detail["policy"] | {"budget": {}})], "is required"),
     ],

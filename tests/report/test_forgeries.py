@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -433,23 +434,31 @@ def test_independent_verifier_knows_the_tensors_of_each_kind_and_task() -> None:
     assert own == verify_report.HEADS
 
 
-@pytest.mark.parametrize("task", ["classification", "token_classification", "votes"])
-@pytest.mark.parametrize(("input", "hidden"), [("text", ()), ("features", ()), ("features", (3, 4))])
-def test_independent_verifier_knows_the_names_of_a_head(task: str, input: str, hidden: tuple[int, ...]) -> None:
-    if input == "features" and task != "classification":
-        pytest.skip("this task reads text only")
+@pytest.mark.parametrize(
+    ("task", "hidden"),
+    [
+        ("classification", None),
+        ("token_classification", None),
+        ("votes", None),
+        ("classification", ()),
+        ("classification", (3, 4)),
+    ],
+)
+def test_independent_verifier_knows_the_names_of_a_head(task: str, hidden: tuple[int, ...] | None) -> None:
+    """`hidden`: of a model on features; None: of one on text."""
+    input = "text" if hidden is None else "features"
     spec = TaskModelSpec(
-        model=ModelSpec("none" if input == "features" else "random:bert"),
-        lora=LoraSpec(kind="none" if input == "features" else "lora"),
-        head=HeadSpec(hidden=hidden),
+        model=ModelSpec(path="random:bert" if hidden is None else "none"),
+        lora=LoraSpec(kind="lora" if hidden is None else "none"),
+        head=HeadSpec(hidden=hidden or ()),
         task=task,
         labels=("a", "b", "c"),
         input=input,
-        values=("age 0 100",) if input == "features" else (),
+        values=() if hidden is None else ("age",),
     )
     model = SavedAdapter(Path("none"), spec, "")._without_base
     names = {name.removeprefix("head.") for name in model.collect_adapter_parameters()}
-    sent = {"task": task, "data": {"input": input}, "head": {"hidden": [*hidden], "train": True}}
+    sent = {"task": task, "data": {"input": input}, "head": {"hidden": [*(hidden or ())], "train": True}}
     assert verify_report.head_names(sent, set()) == names | dict(model.named_buffers(recurse=False)).keys()
 
 
@@ -541,3 +550,17 @@ def test_independent_verifier_epsilon_is_a_tight_upper_bound(
         [events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)], delta
     )
     assert (1 - 1e-4) * tight <= found <= 1.02 * tight
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "1", '"text"', "{", '{"schema_version": 10, "facts": []}'])
+def test_independent_verifier_refuses_what_is_no_report(text: str, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "report.json").write_text(text)
+    for path in (tmp_path, tmp_path / "absent", tmp_path / ("x" * 300)):
+        assert verify_report.main([str(path)]) == 1
+        assert capsys.readouterr().out.startswith("DOES NOT HOLD: ")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in folders")
+def test_independent_verifier_does_not_wait_for_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "report.json")
+    assert verify_report.main([str(tmp_path)]) == 1

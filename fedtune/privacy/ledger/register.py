@@ -22,6 +22,7 @@ from fedtune.privacy import events as dp_events
 from fedtune.privacy.cohorts import Calendar
 from fedtune.privacy.keys import is_public_key
 from fedtune.privacy.ledger.chain import START
+from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import RunError
 
@@ -52,7 +53,7 @@ class Opened:
     ledger: str
     site: str
     population: str
-    unit: str
+    unit: Unit
     delta: float
     order: float
     reference: dict[str, Any]
