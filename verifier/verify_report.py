@@ -29,7 +29,7 @@ from scipy.special import expit, ndtr
 from scipy.stats import binom
 
 SCHEMA = 10
-SLACK = 0.02  # this program's epsilon is an upper bound, and may be so much larger than the report's
+SLACK = 1e-3  # this program's epsilon is an upper bound, in tests at most half as much above fedtune's
 LAST_DIGITS = 1e-9
 MONTHS = {"month": 1, "quarter": 3, "year": 12}
 BOUND = 60.0  # no loss beyond it is told from another
@@ -363,28 +363,29 @@ def check_run(report: Json, keys: dict[str, str] | None, folder: Path) -> tuple[
     of_rounds = cache(lambda rounds: epsilon_of(events_of(plan, rounds), delta))
     for site in facts["sites"]:
         rounds, spent = rounds_of(facts, site), reported[site["site"]]["spent"]
-        check_epsilon(f"{site['site']}: epsilon", spent["epsilon"], of_rounds(most_rounds(plan) if rounds else 0))
+        whole = of_rounds(most_rounds(plan) if rounds else 0)
+        check_epsilon(f"{site['site']}: epsilon", spent["epsilon"], whole)
         check_epsilon(f"{site['site']}: the charged epsilon", spent["epsilon_pld"], of_rounds(rounds))
         require(spent["rounds"] == rounds, f"{site['site']} was charged {rounds} rounds")
-        epsilons.append(number(spent["epsilon"]))
-        states.append(state_at(facts, site, spent, rounds))
+        epsilons.append(whole)
+        states.append(state_at(facts, site, whole, rounds))
     return min(states, key=("no_guarantee", "exceeded", "within").index), max(epsilons)
 
 
-def state_at(facts: Json, site: Json, spent: Json, rounds: int) -> str:
-    """The verdict at one site of a run."""
+def state_at(facts: Json, site: Json, epsilon: float, rounds: int) -> str:
+    """The verdict at one site of a run, by the epsilon that this program found."""
     target, made, audit = number(facts["target_epsilon"]), facts["provenance"], facts["audit"]
     nothing = [
-        rounds > 0 and (spent["epsilon"] is None or facts["seeded_noise"]),
+        rounds > 0 and (math.isinf(epsilon) or facts["seeded_noise"]),
         facts["config_file_sha256"] != made["config_sha256"],
         audit is None and facts["canaries_planted"],
-        audit is not None and is_refuted(audit, site["site"], number(spent["epsilon"])),
+        audit is not None and is_refuted(audit, site["site"], epsilon),
     ]
     statement = site["statement"]
     told = statement["verdict"]["state"] if statement else "within"
     if any(nothing) or told == "no_guarantee" or (statement and not statement["same_plan"]):
         return "no_guarantee"
-    above = rounds > 0 and number(spent["epsilon"]) > target * (1 + LAST_DIGITS)
+    above = rounds > 0 and is_above(epsilon, target)
     return "exceeded" if above or told == "exceeded" else "within"
 
 
@@ -415,7 +416,8 @@ def check_ledger(report: Json, keys: dict[str, str] | None, signer: str) -> tupl
     )
     epsilon, life = epsilon_by_filter(spent), report["sites"][0]["lifetime"]
     check_epsilon("epsilon of all runs", life["epsilon"], epsilon)
-    check_epsilon("epsilon of the period", life["period_epsilon"], epsilon_by_filter(in_period))
+    of_period = epsilon_by_filter(in_period)
+    check_epsilon("epsilon of the period", life["period_epsilon"], of_period)
     caps, something, approved = facts["caps"], bool(spent), facts["approved"]
     charges = sum(entry["rounds"] if entry["run"] else 1 for entry in facts["charges"])
     ends = zip(caps, [*(cap["charges_before"] for cap in caps[1:]), charges], strict=True)
@@ -425,14 +427,14 @@ def check_ledger(report: Json, keys: dict[str, str] | None, signer: str) -> tupl
     if found is None or facts["in_doubt"] or seeded or without_cap or math.isinf(epsilon):
         return "no_guarantee", epsilon
     planned = {run["run"]: number(run["planned_epsilon"]) for run in life["runs"]}
+    above = [
+        is_above(epsilon, number(approved["max_epsilon"])),
+        is_above(of_period, number(approved["max_epsilon_per_period"])),
+    ]
     for run in facts["runs"]:
         whole = epsilon_of(events_of(run["plan"], most_rounds(run["plan"])), delta)
         check_epsilon(f"the plan of {run['run']}", planned[run["run"]], whole)
-    above = [
-        number(life["epsilon"]) > number(approved["max_epsilon"]) * (1 + LAST_DIGITS),
-        number(life["period_epsilon"]) > number(approved["max_epsilon_per_period"]) * (1 + LAST_DIGITS),
-        any(planned[run["run"]] > number(run["max_epsilon"]) * (1 + 1e-3) for run in facts["runs"]),
-    ]
+        above.append(is_above(whole, number(run["max_epsilon"]) * (1 + 1e-3)))
     return ("exceeded" if any(above) else "within"), epsilon
 
 
@@ -484,6 +486,11 @@ def event_of(event: Json) -> Event:
 
 def number(epsilon: float | None) -> float:
     return math.inf if epsilon is None else float(epsilon)
+
+
+def is_above(found: float, bound: float) -> bool:
+    """Whether an epsilon that this program found shows that a bound was exceeded, though it may be too large."""
+    return found * (1 - SLACK) > bound * (1 + LAST_DIGITS)
 
 
 def check_epsilon(name: str, said: float | None, found: float) -> None:
@@ -584,7 +591,8 @@ def verified(path: Path, *, key: str | None, roster: Path | None, model: Path | 
     state, epsilon = check_run(report, keys, path.parent) if of_run else check_ledger(report, keys, signer)
     said = report["verdict"]["state"]
     require(said == state, f"its verdict is {said}, found {state}")
-    check_epsilon("epsilon", report["epsilon"], epsilon if of_run else number(report["sites"][0]["spent"]["epsilon"]))
+    check_epsilon("epsilon", report["epsilon"], epsilon)
+    require(of_run or report["sites"][0]["spent"]["epsilon"] == report["epsilon"], "its site has another epsilon")
     if of_run:
         check_files(facts, model or path.parent / "adapter")
     whose = "a simulation: one machine held all keys" if simulated else f"signed by {signer}"
