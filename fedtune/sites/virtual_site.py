@@ -342,7 +342,10 @@ def read_partition_settings(path: Path, *, keys: Iterable[str]) -> dict[str, Any
         noted = json.loads(path.read_bytes())
         return {key: noted[key] for key in keys}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        bound = "restore the file, which shows which ledger has charged which records"
+        bound = (
+            "restore the file, which shows which ledger of a simulation has charged which records; if the ledgers in "
+        )
+        bound += "this folder are of real sites, set runtime.sites_dir to another folder"
         raise RunError(f"{path} cannot be read ({type(error).__name__}); {bound}") from error
 
 
