@@ -88,13 +88,13 @@ def signer_of(report: Json) -> str:
     return str(key)
 
 
-def site_keys(path: Path, signer: str) -> dict[str, str]:
-    """Site -> public key by a roster, which the `signer` must have signed if the report is a run's."""
+def members(path: Path, signer: str) -> list[Json]:
+    """The sites of a roster, which the `signer` must have signed if the report is a run's."""
     roster = read_json(path)
     fields = {key: value for key, value in roster.items() if key != "signature"}
     message = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
     require(not signer or is_signed(signer, "roster", message, roster["signature"]), f"{signer} did not sign {path}")
-    return {member["site"]: member["site_key"] for member in roster["sites"]}
+    return list(roster["sites"])
 
 
 def plan_digest(plan: Json) -> str:
@@ -587,7 +587,8 @@ def verified(path: Path, *, key: str | None, roster: Path | None, model: Path | 
     signer = "" if simulated and report["signature"] is None and key is None else signer_of(report)
     require(key in (None, signer), f"it is signed by {signer}")
     require(simulated or key is not None or roster is not None, "nobody compared whose signature it is: give --key")
-    keys = site_keys(roster, signer if of_run else "") if roster else None
+    listed = members(roster, signer if of_run else "") if roster else []
+    keys = {one["site"]: one["site_key"] for one in listed} if roster else None
     state, epsilon = check_run(report, keys, path.parent) if of_run else check_ledger(report, keys, signer)
     said = report["verdict"]["state"]
     require(said == state, f"its verdict is {said}, found {state}")
@@ -596,6 +597,9 @@ def verified(path: Path, *, key: str | None, roster: Path | None, model: Path | 
     if of_run:
         check_files(facts, model or path.parent / "adapter")
     whose = "a simulation: one machine held all keys" if simulated else f"signed by {signer}"
+    own = {site["site"] for site in report["sites"]}
+    left = [one for one in listed if one["site"] in own and one.get("revoked")]
+    whose += "".join(f"; {one['site']} was revoked at {one['revoked']}" for one in left)
     delta = facts["plan"]["delta"] if of_run else facts["delta"]
     return f"{said}: epsilon {number(report['epsilon']):.6g} at delta {delta:g} ({whose})"
 

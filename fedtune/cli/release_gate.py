@@ -9,7 +9,7 @@ from typing import Annotated
 
 from fedtune.cli.command import Argument, AsJson, Option, print_answer
 from fedtune.cli.finished_run import Run
-from fedtune.cli.report import find_roster_key
+from fedtune.cli.report import read_roster
 from fedtune.federation.run_folder import RunFolder
 from fedtune.model.adapter_files import CARD
 from fedtune.ops.kits.kit_file import read_signing_key
@@ -57,12 +57,12 @@ def gate(
     from fedtune.version import __version__
 
     limits, digest = gate_rules.read_rules(rules)
-    site_keys = None
+    known = Known(key=key)
     if roster is not None:
         Roster.read(roster)
         with suppress(RunError, ConfigError):  # the rule `signed` reports an unsigned report
-            key, site_keys = find_roster_key(signing.read_report(str(run))[1], roster, key)[:2]
-    evidence = gate_rules.collect_evidence(run, Known(key=key, site_keys=site_keys), audit=audit, groups=groups)
+            known, _ = read_roster(signing.read_report(str(run))[1], roster, known)
+    evidence = gate_rules.collect_evidence(run, known, audit=audit, groups=groups)
     found = gate_rules.judge_run(limits, evidence)
     verdict = gate_verdict.GateVerdict(
         schema_version=RUN_SCHEMA,

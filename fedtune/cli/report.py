@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -180,8 +181,9 @@ def verify(
     path, report = signing.read_report(file)
     if model is not None and not model.is_dir():
         raise ConfigError("--model", str(model), "must be a folder")
-    key, site_keys, *of_roster = find_roster_key(report, roster, key) if roster else (key, None)
-    known = Known(key=key, site_keys=site_keys, config_sha256=config, model=model)
+    known, of_roster = Known(key=key, config_sha256=config, model=model), list[Check]()
+    if roster:
+        known, *of_roster = read_roster(report, roster, known)
     found = (*check_report(path, report, known), *of_roster)
     rows, styles = list[tuple[str, ...]](), dict[int, str]()
     about = f"{report.verdict.state}, epsilon {format_epsilon(report.epsilon)} at delta {report.facts.delta:g}"
@@ -209,11 +211,12 @@ def schema() -> None:
     sys.stdout.write(render_schema())
 
 
-def find_roster_key(report: Report, path: Path, key: str | None) -> tuple[str, Mapping[str, str], Check]:
-    """Find the keys that verify a report: the site's key for a ledger's report, or the lead's key for a run's report.
+def read_roster(report: Report, path: Path, known: Known) -> tuple[Known, Check]:
+    """Read the keys that verify a report: the site's key for a ledger's report, or the lead's key for a run's report.
 
     Returns:
-        The key that must have signed the report, the sites' keys, and the check of the roster.
+        `known` with the key that must have signed the report, the sites' keys and the revoked sites, and the check of
+        the roster.
 
     Raises:
         ConfigError: the roster does not list the ledger's site.
@@ -223,6 +226,7 @@ def find_roster_key(report: Report, path: Path, key: str | None) -> tuple[str, M
 
     roster = Roster.read(path)
     keys = {member.site: member.site_key for member in roster.sites}
+    revoked = {member.site: member.revoked for member in roster.sites if member.revoked}
     if isinstance(report.facts, LedgerFacts):
         site = report.facts.site
         if (member := next((one for one in roster.sites if one.site == site), None)) is None:
@@ -230,13 +234,15 @@ def find_roster_key(report: Report, path: Path, key: str | None) -> tuple[str, M
         text = f"{path} names this key for {site}. The lead's signature on that roster is not checked."
         if member.revoked:
             text += f" {site} was revoked at {member.revoked}; a later report does not belong to this federation."
-        return key or member.site_key, keys, Check(name="roster", state="not_checked", text=to_printable(text))
-    signer = key or (report.signature.key if report.signature else "")
+        known = replace(known, key=known.key or member.site_key)
+        return known, Check(name="roster", state="not_checked", text=to_printable(text))
+    signer = known.key or (report.signature.key if report.signature else "")
     try:
         roster.check_lead_signature(signer)
     except ConfigError:
         raise RunError(f"the report is not signed with the key of the lead that signed {path}") from None
-    return signer, keys, Check(name="roster", state="right", text=f"The key that signed the report also signed {path}.")
+    known = replace(known, key=signer, site_keys=keys, revoked=revoked)
+    return known, Check(name="roster", state="right", text=f"The key that signed the report also signed {path}.")
 
 
 def format_verdict(report: Report) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -54,12 +54,14 @@ class Known:
     Attributes:
         key: public key that must have signed the report.
         site_keys: site -> its public key.
+        revoked: site -> the time at which the lead revoked it.
         config_sha256: expected SHA-256 digest of the run's settings.
         model: folder with the run's model, or with an export of the model.
     """
 
     key: str | None = None
     site_keys: Mapping[str, str] | None = None
+    revoked: Mapping[str, str] = field(default_factory=dict)
     config_sha256: str | None = None
     model: Path | None = None
 
@@ -78,7 +80,7 @@ def check_report(path: Path, report: Report, known: Known) -> tuple[Check, ...]:
     ]
     if isinstance(facts, RunFacts):
         found += _check_statements(facts, folder)
-        found.append(_check_site_keys(facts, known.site_keys))
+        found.append(_check_site_keys(facts, known.site_keys, known.revoked))
         found.append(_check_configuration(facts, known.config_sha256, read_saved_config(folder) if of_run else None))
         found += _check_model_files(facts, known.model, RunFolder(folder).adapter)
     if all(check.state != "wrong" for check in found):
@@ -157,9 +159,9 @@ def _is_source_of_statement(report: Report, site: SiteFacts, facts: RunFacts) ->
     return not problems(report) and extract_statement(report, run=facts.run, plan=facts.plan) == site.statement
 
 
-def _check_site_keys(facts: RunFacts, keys: Mapping[str, str] | None) -> Check:
+def _check_site_keys(facts: RunFacts, keys: Mapping[str, str] | None, revoked: Mapping[str, str]) -> Check:
     """Compare the keys that signed the receipts with the roster's public keys: anybody can sign with a key of their
-    own.
+    own. A revoked site is named only, because a site may leave after a run.
     """
     held, name = {site.site: site.receipt.site_key for site in facts.sites if site.receipt}, "site keys"
     if facts.simulated:
@@ -170,17 +172,19 @@ def _check_site_keys(facts: RunFacts, keys: Mapping[str, str] | None) -> Check:
         return Check(
             name, "missing", "The keys that signed the receipts were not compared with a roster: pass --roster."
         )
+    left = "".join(f" {one} was revoked at {revoked[one]}." for one in facts.declared_sizes if one in revoked)
     found = [
         Problem(f"sites.{site.site}", held.get(site.site, "no receipt"), keys.get(site.site, "no such site"))
         for site in facts.sites
         if site.site not in keys or held.get(site.site, keys[site.site]) != keys[site.site]
     ]
     if found:
-        return Check(name, "wrong", "Some receipts are signed with keys that are not in the roster:", tuple(found))
+        text = f"{left.lstrip()} Some receipts are signed with keys that are not in the roster:"
+        return Check(name, "wrong", text.lstrip(), tuple(found))
     if silent := [site.site for site in facts.sites if not site.final]:
-        text = f"{', '.join(silent)} did not sign a final receipt, so the report counts the whole plan there."
+        text = f"{', '.join(silent)} did not sign a final receipt, so the report counts the whole plan there.{left}"
         return Check(name, "missing", text)
-    return Check(name, "right", "Each receipt is signed with the site's key in the roster.")
+    return Check(name, "right", f"Each receipt is signed with the site's key in the roster.{left}")
 
 
 def _check_model_files(facts: RunFacts, model: Path | None, own: Path) -> Iterator[Check]:

@@ -289,7 +289,9 @@ def _judge_signatures(_: bool, given: Evidence, __: GateRules) -> Found:
     if given.facts.simulated:
         checks = [check for check in checks if check.name == "signature"]  # one machine holds all keys of sites
     bad = sorted((check for check in checks if check.state != "right"), key=lambda check: check.state != "wrong")
-    return ({"wrong": False}.get(bad[0].state), bad[0].text) if bad else (True, checks[0].text)
+    if bad:
+        return {"wrong": False}.get(bad[0].state), bad[0].text
+    return True, " ".join(check.text for check in checks)
 
 
 def _judge_ledgers(_: bool, given: Evidence, __: GateRules) -> Found:
@@ -327,12 +329,13 @@ def _judge_real_sites(_: bool, given: Evidence, __: GateRules) -> Found:
         return False, f"the report has the warnings: {banners}"
     if given.contradiction:
         return False, given.contradiction
-    for name in ("site keys", SIGNED_ADAPTER):
-        if (check := given.checks.get(name)) is None:
+    checks = [given.checks.get(name) for name in ("site keys", SIGNED_ADAPTER)]
+    for check in checks:
+        if check is None:
             return None, f"report.json is missing, or differs from adapter/: {_BY_REPORT}"
         if check.state != "right":
             return {"wrong": False}.get(check.state), check.text
-    return True, "real sites took part, and signed that this adapter is the final one"
+    return True, " ".join(check.text for check in checks if check)
 
 
 def _judge_guarantee(_: bool, given: Evidence, __: GateRules) -> Found:

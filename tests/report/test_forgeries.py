@@ -92,9 +92,13 @@ class Deployed:
         return verify_report.main([str(self.folder), *given]) == 0
 
 
-def write_roster(path: Path) -> None:
-    """As much of a roster as the other program reads."""
-    fields = {"sites": [{"site": site, "site_key": make_site_key(site).public} for site in SITES]}
+def write_roster(path: Path, **revoked: str) -> None:
+    """As much of a roster as the other program reads, with the times at which sites were revoked."""
+    fields = {
+        "sites": [
+            {"site": site, "site_key": make_site_key(site).public, "revoked": revoked.get(site)} for site in SITES
+        ]
+    }
     message = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
     path.write_text(json.dumps(fields | {"signature": LEAD.sign("roster", message)}))
 
@@ -346,6 +350,17 @@ def test_report_without_the_signature_of_the_lead_is_rejected(run: Deployed, key
     run.write(replace(run.report, signature=None) if key is None else signing.sign_report(run.report, key))
     assert not run.holds()
     assert not run.holds_by_the_other_program()
+
+
+def test_revoked_site_of_a_run_is_named(run: Deployed, capsys: Any) -> None:
+    known = {"key": run.lead.public, "site_keys": {site: make_site_key(site).public for site in SITES}}
+    found = run.checks(**known, revoked={"south": "2026-01-01T00:00:00+00:00", "other": "2026-01-01T00:00:00+00:00"})
+    (keys,) = [check for check in found if check.name == "site keys"]
+    assert keys.state == "right", "a site may leave after a run"
+    assert keys.text.endswith("in the roster. south was revoked at 2026-01-01T00:00:00+00:00.")
+    write_roster(run.roster, south="2026-01-01T00:00:00+00:00")
+    assert run.holds_by_the_other_program()
+    assert capsys.readouterr().out.strip().endswith("; south was revoked at 2026-01-01T00:00:00+00:00")
 
 
 @pytest.mark.parametrize("figures", [{"epsilon": 0.01}, {"verdict": {"state": "exceeded", "reasons": []}}])
