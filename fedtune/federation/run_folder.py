@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fedtune.codec import parse_json
+from fedtune.codec import parse_json, read_bounded_file
 from fedtune.model.adapter_files import ADAPTER, CARD, LABEL, compute_adapter_digest
 from fedtune.privacy.durable import hash_files, write_durably
 from fedtune.spec import ConfigError, RunError, StuckError, describe_full_disk
@@ -212,8 +212,10 @@ class RunFolder:
 
     def _read_adapter_digest(self) -> str | None:
         """Read the adapter's digest from run.json; None if the file is unreadable or lacks the digest."""
-        with contextlib.suppress(OSError, ConfigError):
-            found = parse_json(self.result.read_bytes(), key=str(self.result), bound="must be an object")
+        with contextlib.suppress(ConfigError):
+            found = parse_json(
+                read_bounded_file(self.result, key=str(self.result)), key=str(self.result), bound="must be an object"
+            )
             return found.get("adapter_digest")
         return None
 

@@ -360,7 +360,7 @@ def test_revoked_site_of_a_run_is_named(run: Deployed, capsys: Any) -> None:
     assert keys.text.endswith("in the roster. south was revoked at 2026-01-01T00:00:00+00:00.")
     write_roster(run.roster, south="2026-01-01T00:00:00+00:00")
     assert run.holds_by_the_other_program()
-    assert capsys.readouterr().out.strip().endswith("; south was revoked at 2026-01-01T00:00:00+00:00")
+    assert capsys.readouterr().out.strip().endswith("; south was revoked at 2026-01-01T00:00:00+00:00)")
 
 
 @pytest.mark.parametrize("figures", [{"epsilon": 0.01}, {"verdict": {"state": "exceeded", "reasons": []}}])

@@ -399,6 +399,14 @@ def test_secret_chance_without_noise_or_epsilon_is_one(evidence: Evidence) -> No
     assert bound_secret_chance(None, epsilon=2.0, delta=1e-5, candidates=10**6) == pytest.approx(1.74e-5, rel=1e-3)
 
 
+def test_gate_shows_what_the_roster_says_of_a_revoked_site(evidence: Evidence) -> None:
+    said = "Each receipt is signed with the site's key. north was revoked at 2026-01-01."
+    evidence = evidence._replace(checks={**evidence.checks, "site keys": Check("site keys", "right", said)})
+    for check in judge_run(GateRules(name="x", real_sites=True, signed=True), evidence):
+        assert check.state == "right"
+        assert said in check.text
+
+
 def test_unselected_gate_rules_are_not_evaluated(evidence: Evidence) -> None:
     assert judge_run(GateRules(name="none"), lose_report(evidence)) == ()
 
