@@ -222,6 +222,6 @@ def test_errors_are_wrapped_on_a_terminal_and_one_line_in_logs(narrow_terminal: 
         assert terminal.getvalue().split() == f"fedtune: {run_command(*words).failed()}".split()
 
 
-@pytest.mark.parametrize("command", ["ledger spent", "ledger verify", "report", "report verify", "gate", "evaluate"])
+@pytest.mark.parametrize("command", ["ledger spent", "ledger verify", "report", "report verify", "gate"])
 def test_path_with_a_name_that_no_file_system_has_is_invalid_input(command: str) -> None:
     assert "xxx" in run_command(*command.split(), "x" * 300).failed(2)
