@@ -200,8 +200,10 @@ class RunConfig:
         if self.privacy.metrics != "none" and self.data.heldout_fraction == 0:
             bound = f"must be above 0 for privacy.metrics = {self.privacy.metrics}"
             raise ConfigError("data.heldout_fraction", 0, bound)
-        if (start := self.privacy.start_epsilon) is not None and not (self.model.adapter or self.model.adapter_sha256):
-            raise ConfigError("privacy.start_epsilon", start, "requires model.adapter")
+        if not (self.model.adapter or self.model.adapter_sha256):
+            for key, value in self.privacy.start.items():
+                if value is not None:
+                    raise ConfigError(f"privacy.{key}", value, "requires model.adapter")
         task.check_spec(self.task_model())
 
     @property
@@ -359,7 +361,7 @@ class RunConfig:
             "records_per_user": own.unit == "record",
             "cohorts": own.cohorts is None,
             "planned_runs": own.planned_runs == 1,
-            "start_epsilon": own.start_epsilon is None,
+            **{key: value is None for key, value in own.start.items()},
         }
         of_no_effect = [("privacy", key) for key, nothing in unsaid.items() if nothing]
         of_no_effect += [] if self.federation.ranks else [("federation", "ranks")]

@@ -319,12 +319,12 @@ def check_sent(facts: Json) -> None:
     require(facts["target_epsilon"] in (sent["privacy"]["epsilon"], None), "its target is not what the run was given")
     require(made["model_sha256"] == sent["model"]["sha256"], "its base model is not the one that the sites were sent")
     require(made["dataset"] == sent["data"]["dataset"] and made["task"] == sent["task"], "its records are others")
-    start, asked = made["start_adapter"], sent["model"]["adapter_sha256"]
-    require(asked in (None, start and start["digest"]), "it began in another adapter")
-    require(bool(start and start["public"]) == ("public" in sent), "the sites were sent another origin of its start")
-    spent, bound = start and start["epsilon"], sent["privacy"].get("start_epsilon")
-    kept = asked is None or spent is None or (bound is not None and spent >= bound * (1 - 1e-9))
-    require(kept, "its start has a lower epsilon than the sites were sent")
+    start, asked = made["start_adapter"] or {}, sent["model"]["adapter_sha256"]
+    require(asked in (None, start.get("digest")), "it began in another adapter")
+    require(start.get("public", False) == ("public" in sent), "the sites were sent another origin of its start")
+    for key in ("epsilon", "delta", "unit") if asked else ():
+        same = start[key] == sent["privacy"].get(f"start_{key}")
+        require(same, f"the sites were sent another {key} of its start")
 
 
 def check_statements(facts: Json, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -45,8 +46,10 @@ class PrivacySpec:
             unit.
         cohorts: the arrival cohorts that the run admits and charges, as `{period: year, first: null, last: "2026"}`, if
             the sites' populations have arrivals; null: everybody.
-        start_epsilon: epsilon of the runs behind `model.adapter`, derived from their folders; null: none, unknown or
-            unbounded.
+        start_epsilon: epsilon of all training behind `model.adapter`, derived from the runs' folders; null: none,
+            unknown or unbounded.
+        start_delta: delta of the same training; null: none or unknown.
+        start_unit: privacy unit of the same training; null: none or unknown.
     """
 
     mechanism: Literal["dp_sgd", "none"] = "dp_sgd"
@@ -62,6 +65,8 @@ class PrivacySpec:
     metrics_noise_multiplier: float = 20.0
     cohorts: Cohorts | None = None
     start_epsilon: float | None = None
+    start_delta: float | None = None
+    start_unit: Unit | None = None
 
     def __post_init__(self) -> None:
         for name in ("records_per_user", "planned_runs"):
@@ -80,12 +85,18 @@ class PrivacySpec:
         check_fraction("sampling_rate", self.sampling_rate, one=True)
         check_at_least("sampling_rate", self.sampling_rate, LEAST_SAMPLING_RATE)
         check_positive("metrics_noise_multiplier", self.metrics_noise_multiplier)
-        if self.start_epsilon is not None:
-            check_at_least("start_epsilon", self.start_epsilon, 0)
+        for name in ("start_epsilon", "start_delta"):
+            if getattr(self, name) is not None:
+                check_at_least(name, getattr(self, name), 0)
         bound = "requires a run with privacy: otherwise the scores would be exact"
         require("metrics", self.metrics, self.metrics == "none" or self.private, bound)
         bound = "requires unit = user: arrival dates are stored by user id"
         require("cohorts", str(self.cohorts), self.cohorts is None or self.unit == "user", bound)
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """The settings about the training behind `model.adapter`, by name."""
+        return {name: value for name, value in asdict(self).items() if name.startswith("start_")}
 
     @property
     def private(self) -> bool:

@@ -21,7 +21,6 @@ from fedtune.report.derive import dpia_fields
 from fedtune.report.facts import LedgerFacts, RunFacts, SiteFacts
 from fedtune.report.model import Problem, Report
 from fedtune.report.verify_report import problems
-from fedtune.runs.lineage import bind_epsilon
 from fedtune.spec import REPORT_SCHEMA, ConfigError, RunError
 from fedtune.version import __version__
 
@@ -316,13 +315,12 @@ def find_settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Probl
     searched = config.privacy.noise_multiplier is None and noise > 0
     if searched and -_CALIBRATED * noise <= noise - plan.noise_multiplier <= more:
         plan = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, noise_multiplier=noise)).plan()
-    made, start, run = facts.provenance, facts.provenance.start_adapter, facts.run
+    made, run = facts.provenance, facts.run
     if facts.deployed:
         from fedtune.report.from_run import collect_sent_settings
 
         run = collect_sent_settings(config, plan, model_sha256=config.model.sha256 or str(made.model_sha256)).run_id()
-    began, epsilon = (start.digest, start.epsilon) if start else (None, None)
-    bound = bind_epsilon(epsilon, config.privacy.start_epsilon)
+    started = config.model.adapter_sha256, config.privacy.start, config.public.train_file is not None
     for where, is_so, asked in (
         *((f"plan.{key.name}", getattr(said, key.name), getattr(plan, key.name)) for key in dataclasses.fields(plan)),
         *(
@@ -334,9 +332,7 @@ def find_settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Probl
             for key, asked in dpia_fields.derive_provenance(config).items()
         ),
         ("seeded_noise", facts.seeded_noise, facts.seeded_noise or config.runtime.seeded_noise),
-        ("provenance.start_adapter", began, config.model.adapter_sha256 or began),
-        ("provenance.start_adapter.public", bool(start and start.public), config.public.train_file is not None),
-        ("provenance.start_adapter.epsilon", epsilon, bound if config.model.adapter_sha256 else epsilon),
+        *dpia_fields.compare_start(made.start_adapter, *started),
         ("sites", facts.declared_sizes, dict(config.declared_sizes())),
         ("provenance.model_sha256", made.model_sha256, config.model.sha256 or made.model_sha256),
         ("run", facts.run, run),

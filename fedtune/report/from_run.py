@@ -42,7 +42,7 @@ from fedtune.report.group_scores import read_group_scores
 from fedtune.report.model import Report
 from fedtune.report.verify_report import derive_report, problems
 from fedtune.runs.environment import Environment, read_environments, read_selection
-from fedtune.runs.lineage import UNKNOWN, bind_epsilon, sum_start_losses
+from fedtune.runs.lineage import UNKNOWN, sum_start_losses
 from fedtune.runs.results import FinalResult, RunResult, drop_infinite_scores
 from fedtune.sites.shared_settings import select_settings_for_sites
 from fedtune.spec import RUN_SCHEMA, ConfigError, RunError, check_schema, name_file_in_errors
@@ -430,6 +430,9 @@ def _build_provenance(record: RunRecord) -> Provenance:
 def _read_start_adapter(record: RunRecord) -> StartAdapter | None:
     """Return the adapter from which the run started; a field of the wrong type counts as unknown, since files are
     untrusted.
+
+    What a start adapter inherits is read from the settings, which sites sign.  That of a base model or of synthetic
+    records is only stated.
     """
     made = record.state or (record.result and record.result.provenance)
     noted = made.start_adapter if made and isinstance(made.start_adapter, Mapping) else {}
@@ -437,10 +440,11 @@ def _read_start_adapter(record: RunRecord) -> StartAdapter | None:
         return None
     said = (noted.get(key) for key in ("from", "dataset", "unit"))
     run, dataset, unit = (one if isinstance(one, str) and one != UNKNOWN else None for one in said)
-    epsilon, delta = sum_start_losses(noted)
-    if record.config.model.adapter_sha256:  # the entry may have been edited
-        epsilon = bind_epsilon(epsilon, record.config.privacy.start_epsilon)
-    public = noted.get("public") is True and record.config.public.train_file is not None
+    public, own = record.config.public.train_file is not None, record.config.privacy
+    if record.config.model.adapter_sha256:
+        epsilon, delta, unit = own.start_epsilon, own.start_delta, own.start_unit
+    else:
+        (epsilon, delta), public = sum_start_losses(noted), public and noted.get("public") is True
     return StartAdapter(digest=digest, run=run, dataset=dataset, unit=unit, delta=delta, epsilon=epsilon, public=public)
 
 

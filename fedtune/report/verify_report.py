@@ -27,7 +27,6 @@ from fedtune.report.derive import dpia_fields, ledger_figures, profile, run_figu
 from fedtune.report.derive.verdicts import find_audit_problems
 from fedtune.report.facts import Cap, Facts, LedgerFacts, RunFacts, SiteFacts, SiteStatement
 from fedtune.report.model import Problem, Report, to_json
-from fedtune.runs.lineage import bind_epsilon
 from fedtune.spec import ConfigError
 
 TOLERANCE = 1e-6  # relative tolerance upwards; downwards only `_LAST_DIGITS`
@@ -220,9 +219,8 @@ def _check_sent_settings(facts: RunFacts) -> Iterator[_Found]:
     elif facts.deployed:
         sent = json.loads(facts.sent)
         data, federation, made = sent["data"], sent["federation"], facts.provenance
-        names, sizes, start = federation["site_names"], data["declared_sizes"], made.start_adapter
-        began, epsilon = (start.digest, start.epsilon) if start else (None, None)
-        bound = bind_epsilon(epsilon, sent["privacy"].get("start_epsilon"))
+        names, sizes = federation["site_names"], data["declared_sizes"]
+        started = sent["model"]["adapter_sha256"], sent["privacy"], "public" in sent
         sizes = sizes if isinstance(sizes, list) else [sizes] * len(names)
         active = federation["participants"] or names
         declared = {name: size for name, size in zip(names, sizes, strict=True) if name in active}
@@ -232,9 +230,7 @@ def _check_sent_settings(facts: RunFacts) -> Iterator[_Found]:
             ("provenance.model_sha256", made.model_sha256, sent["model"]["sha256"]),
             ("provenance.dataset", made.dataset, data["dataset"]),
             ("provenance.task", made.task, sent["task"]),
-            ("provenance.start_adapter", began, sent["model"]["adapter_sha256"] or began),
-            ("provenance.start_adapter.public", bool(start and start.public), "public" in sent),
-            ("provenance.start_adapter.epsilon", epsilon, bound if sent["model"]["adapter_sha256"] else epsilon),
+            *dpia_fields.compare_start(made.start_adapter, *started),
         ):
             if said != asked:
                 yield where, said, asked

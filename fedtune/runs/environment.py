@@ -29,7 +29,6 @@ from fedtune.runs.lineage import (
     SPENT,
     UNKNOWN,
     LineageEntry,
-    bind_epsilon,
     build_lineage,
     read_base_lineage,
     read_texts_lineage,
@@ -174,9 +173,10 @@ def _read_run_lineage(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None
         owed: dict[str, Any] = {"from": config.name, "dataset": config.data.dataset, "unit": plan.unit, "delta": delta}
         owed |= {"epsilon": None if config.runtime.seeded_noise else epsilon}
         if digest := config.model.adapter_sha256:
-            said, public = sum_start_losses(before)[0], config.public.train_file is not None
-            bound = (digest, public, bind_epsilon(said, config.privacy.start_epsilon))
-            if (before["digest"], before.get("public") is True, said) != bound:
+            said, own = (*sum_start_losses(before), before["unit"]), config.privacy
+            same = said[1:] == (own.start_delta, own.start_unit) and before["digest"] == digest
+            same &= (before.get("public") is True) == (config.public.train_file is not None)
+            if not same or not _is_same_epsilon(said[0], own.start_epsilon):
                 before = dict.fromkeys(("digest", *SPENT), UNKNOWN)
         owed |= {"start_adapter": before} if before else {}
         return owed, config.data.train_file if owed["epsilon"] is None and not before else None
@@ -202,7 +202,7 @@ def _derive_epsilon(adapter: SavedAdapter, config: RunConfig, told: Mapping[str,
     asked = replace(config, privacy=replace(config.privacy, noise_multiplier=noise))
     plan = asked.plan()
     epsilon = compute_charged_epsilons(plan, plan.most_rounds)[0]
-    if not math.isclose(epsilon, convert_none_to_infinite(told["epsilon"]), rel_tol=ANOTHER_MACHINE):
+    if not _is_same_epsilon(epsilon, told["epsilon"]):
         raise ValueError("epsilon")
     if not plan.private:
         return plan, None
@@ -220,9 +220,17 @@ def _derive_epsilon(adapter: SavedAdapter, config: RunConfig, told: Mapping[str,
     return plan, epsilon
 
 
-def derive_start_epsilon(start: SavedAdapter) -> float | None:
-    """Derive the epsilon of all runs behind a start adapter from their folders; None: unknown or unbounded."""
-    return sum_start_losses(_read_run_lineage(start)[0])[0]
+def _is_same_epsilon(*found: float | None) -> bool:
+    """Whether two epsilons differ at most by the rounding of another machine; None: unbounded."""
+    return math.isclose(*map(convert_none_to_infinite, found), rel_tol=ANOTHER_MACHINE)
+
+
+def derive_start(config: RunConfig) -> dict[str, Any]:
+    """Derive the `PrivacySpec.start` of a run with a start adapter from the folders of the runs behind it."""
+    entry = build_start_lineage(config) or {}
+    epsilon, delta = sum_start_losses(entry)
+    unit = None if entry.get("unit") == UNKNOWN else entry.get("unit")
+    return {"start_epsilon": epsilon, "start_delta": delta, "start_unit": unit}
 
 
 def write_lineage_mark(

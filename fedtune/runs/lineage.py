@@ -2,7 +2,8 @@
 
 An entry (`LineageEntry`) has the fields of `provenance.start_adapter` in run.json: the digest of an adapter, the data
 set and the privacy loss of its training, and the previous entry as `start_adapter`. An exported model stores its
-entry in config.json. Both files are untrusted, so a run's settings bind the epsilon of its start (`bind_epsilon`).
+entry in config.json. Both files are untrusted, so a run's settings, which sites sign, state what its start adapter
+inherits (`privacy.start_epsilon`, `start_delta` and `start_unit`); reports read only these.
 """
 
 from __future__ import annotations
@@ -147,14 +148,3 @@ def sum_start_losses(noted: Mapping[str, Any]) -> tuple[float | None, float | No
     if delta is None or also is None or before.get("unit") != noted.get("unit"):
         return None, None
     return None if epsilon is None or more is None else total((epsilon, more)), total((delta, also))
-
-
-def bind_epsilon(stated: float | None, bound: float | None) -> float | None:
-    """Return the stated epsilon of a start adapter if it is at least `privacy.start_epsilon`, and None otherwise.
-
-    Sites sign the settings, so an entry that was edited after the run was composed cannot state less than `bound`.
-    Without a bound, no finite epsilon was derived, and none holds.
-    """
-    # A report's settings may have any type.
-    holds = stated is not None and isinstance(bound, float) and stated >= bound * (1 - ANOTHER_MACHINE)
-    return stated if holds else None

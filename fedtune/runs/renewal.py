@@ -12,17 +12,17 @@ from fedtune.config import RunConfig, parse, read_saved_config
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.cohorts import shift_to_next_window
 from fedtune.privacy.site_files import find_max_charged_runs
-from fedtune.runs.environment import derive_start_epsilon
+from fedtune.runs.environment import derive_start
 from fedtune.runs.lineage import ANOTHER_MACHINE
 from fedtune.runs.overrides import set_by_key
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 
 
 def add_start_adapter(config: RunConfig) -> RunConfig:
-    """Add the digest of the start adapter and the epsilon of the runs behind it to a configuration.
+    """Add the digest of the start adapter and the privacy loss of all training behind it to a configuration.
 
     Raises:
-        ConfigError: the adapter is missing, has another digest or epsilon, or does not fit the run.
+        ConfigError: the adapter is missing, has another digest or privacy loss, or does not fit the run.
     """
     name, expected = config.model.adapter, config.model.adapter_sha256
     if name is None and expected is None:
@@ -40,13 +40,16 @@ def add_start_adapter(config: RunConfig) -> RunConfig:
             "model.adapter_sha256", expected, f"does not match the adapter, whose digest is {start.digest}"
         )
     start.require_compatible(config.task_model())
-    epsilon, stated = derive_start_epsilon(start), config.privacy.start_epsilon
-    if stated is not None and epsilon is None:
-        bound = "cannot be derived from the start's folder: set it to null"
-        raise ConfigError("privacy.start_epsilon", stated, bound)
-    if stated is not None and not math.isclose(stated, epsilon or 0.0, rel_tol=ANOTHER_MACHINE):
-        raise ConfigError("privacy.start_epsilon", stated, f"must be {epsilon}, as derived from the start's run folder")
-    privacy = replace(config.privacy, start_epsilon=epsilon if stated is None else stated)  # the run's name has it
+    derived = derive_start(config)
+    for key, found in derived.items():
+        if (stated := getattr(config.privacy, key)) is None:
+            continue
+        if found is None:
+            raise ConfigError(f"privacy.{key}", stated, "cannot be derived from the start's folder: set it to null")
+        if stated != found and not (key == "start_epsilon" and math.isclose(stated, found, rel_tol=ANOTHER_MACHINE)):
+            raise ConfigError(f"privacy.{key}", stated, f"must be {found}, as derived from the start's run folder")
+        derived[key] = stated
+    privacy = replace(config.privacy, **derived)  # part of the run's name, which sites sign
     return replace(config, model=replace(config.model, adapter_sha256=start.digest), privacy=privacy)
 
 
@@ -71,7 +74,7 @@ def renew_config(folder: str | Path, overrides: Mapping[str, Any]) -> RunConfig:
     before = read_saved_config(last := Path(expand_home(str(folder), key="renew")))
     RunFolder(last).find_finished_adapter()
     changes: dict[str, Any] = {"resume": None, "model.adapter": str(last), "model.adapter_sha256": None}
-    changes["privacy.start_epsilon"] = None
+    changes |= dict.fromkeys((f"privacy.{key}" for key in before.privacy.start), None)
     if before.runtime.kind != "deployment" and before.runtime.sites_dir is None:
         changes["runtime.sites_dir"] = str(RunFolder(last).sites)
     if before.privacy.cohorts is not None and not any(key.startswith("privacy.cohorts") for key in overrides):

@@ -1,6 +1,7 @@
 """A run that starts from another run's adapter: its start, its reports, and the messages to its sites."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -114,21 +115,24 @@ def test_audited_adapter_cannot_start_a_run(first_run: Path, tmp_path: Path) -> 
     assert (outcome.code, "is an audit" in outcome.message) == (2, True)
 
 
-def test_gate_adds_the_starts_of_a_chain_and_finds_a_lowered_one(
+def test_gate_adds_the_starts_of_a_chain_and_ignores_edits_of_their_entry(
     first_run: Path, second_run: Any, tmp_path: Path
 ) -> None:
-    (rules := tmp_path / "rules.toml").write_text('name = "own"\nmax_epsilon = 8.0\n')
+    (rules := tmp_path / "rules.toml").write_text('name = "own"\nmax_epsilon = 8.0\nmax_expected_failures = 0.0\n')
     third = simulate(f"model.adapter={second_run[0]}", "federation.num_rounds=1", into=tmp_path, name="third")
     own, *others = (read_result(run)["privacy"]["epsilon"] for run in (third, first_run, second_run[0]))
     before = sum(others)
     assert read_saved_config(third).privacy.start_epsilon == pytest.approx(before)
     said = " ".join(run_command("gate", str(third), str(rules)).out.split())
     assert f"epsilon with all starts before this run is {own + before:.4g} (" in said
-    entry = read_result(third)["provenance"]["start_adapter"] | {"epsilon": 0.0, "from": "imagenet"}
+    failures = re.search(r"times the largest declared size, is \S+", said)
+    lowered = {"epsilon": 0.0, "delta": 1e-300, "unit": "user", "from": "imagenet"}
+    entry = read_result(third)["provenance"]["start_adapter"] | lowered
     edit_json(third / "run.json", provenance=read_result(third)["provenance"] | {"start_adapter": entry})
     checkpoints = Checkpoints(third / "checkpoints", read_saved_config(third).digest())
     checkpoints.save(replace(checkpoints.load(), start_adapter=entry))
     run_command("report", str(third))
-    outcome = run_command("gate", str(third), str(rules))
-    assert outcome.code != 0
-    assert "epsilon with all starts before this run is unbounded" in " ".join(outcome.out.split())
+    edited = " ".join(run_command("gate", str(third), str(rules)).out.split())
+    assert f"epsilon with all starts before this run is {own + before:.4g} (" in edited
+    assert failures is not None
+    assert failures[0] in edited

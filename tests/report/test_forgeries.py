@@ -240,9 +240,12 @@ def simulate_receipts(facts: RunFacts) -> RunFacts:
 
 def begin_in_adapter(facts: RunFacts, **changes: Any) -> RunFacts:
     """A run that began in an adapter, as its sites were asked and signed; the report changes what it says of that."""
-    facts = change_settings(facts, lambda sent: sent["model"].update(adapter_sha256=OTHER))
-    about = dict.fromkeys(("run", "dataset", "unit", "delta", "epsilon"))
-    start = StartAdapter(**{"digest": OTHER, **about, **changes})
+    about = {"epsilon": 2.0, "delta": 1e-5, "unit": "record"}
+    signed = {f"start_{key}": value for key, value in about.items()}
+    facts = change_settings(
+        facts, lambda sent: (sent["model"].update(adapter_sha256=OTHER), sent["privacy"].update(signed))
+    )
+    start = StartAdapter(**{"digest": OTHER, "run": None, "dataset": None, **about, **changes})
     return resign_receipts(replace(facts, provenance=replace(facts.provenance, start_adapter=start)), run=facts.run)
 
 
@@ -302,7 +305,9 @@ LIES: dict[str, Callable[[RunFacts], RunFacts]] = {
         change_settings(facts, lambda sent: sent["model"].update(sha256=OTHER)), OTHER
     ),
     "a private start called public": lambda facts: begin_in_adapter(facts, public=True),
-    "a start with an epsilon that nobody signed": lambda facts: begin_in_adapter(facts, epsilon=0.1, delta=1e-5),
+    "a start with another epsilon": lambda facts: begin_in_adapter(facts, epsilon=0.1),
+    "a start with another delta": lambda facts: begin_in_adapter(facts, delta=1e-300),
+    "a start with another unit": lambda facts: begin_in_adapter(facts, unit="user"),
     "another start": lambda facts: begin_in_adapter(facts, digest="78" * 32),
     "another data set": lambda facts: replace(facts, provenance=replace(facts.provenance, dataset="public")),
     "another run's name": lambda facts: replace(facts, run=f"{facts.name}-{'1' * 32}"),

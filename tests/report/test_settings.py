@@ -61,31 +61,29 @@ def test_reported_settings_are_compared_with_the_configuration(run_report: Repor
 
 def test_start_adapter_is_public_only_with_a_public_stage_in_settings(run_report: Report, config: RunConfig) -> None:
     config = replace(config, model=replace(config.model, adapter_sha256="ab" * 32))
-    start = StartAdapter(digest="ab" * 32, run=None, dataset=None, unit=None, delta=1e-5, epsilon=None, public=True)
+    start = StartAdapter(digest="ab" * 32, run=None, dataset=None, unit=None, delta=None, epsilon=None, public=True)
     made = replace(run_report.facts.provenance, start_adapter=start, config_sha256=config.digest())
     assert list_problem_places(replace(run_report, facts=replace(run_report.facts, provenance=made)), config) == {
         "public"
     }
     other = replace(made, start_adapter=replace(start, digest="cd" * 32, public=False))
     assert list_problem_places(replace(run_report, facts=replace(run_report.facts, provenance=other)), config) == {
-        "start_adapter"
+        "digest"
     }
 
 
-@pytest.mark.parametrize(("bound", "said"), [(2.0, 1.99), (None, 2.0), (None, 0.0)])
-def test_start_epsilon_below_the_one_in_settings_is_detected(
-    run_report: Report, config: RunConfig, bound: float | None, said: float
+@pytest.mark.parametrize("bound", [2.0, None])
+@pytest.mark.parametrize("said", [{}, {"epsilon": 0.5}, {"delta": 1e-300}, {"unit": "user"}])
+def test_start_with_another_loss_than_in_settings_is_detected(
+    run_report: Report, config: RunConfig, bound: float | None, said: dict[str, Any]
 ) -> None:
-    privacy = replace(config.privacy, start_epsilon=bound)
+    privacy = replace(config.privacy, start_epsilon=bound, start_delta=1e-5, start_unit="record")
     config = replace(config, model=replace(config.model, adapter_sha256="ab" * 32), privacy=privacy)
-
-    def list_places(epsilon: float | None) -> set[str]:
-        start = StartAdapter(digest="ab" * 32, run="a", dataset="b", unit="record", delta=1e-5, epsilon=epsilon)
-        made = replace(run_report.facts.provenance, start_adapter=start, config_sha256=config.digest())
-        return list_problem_places(replace(run_report, facts=replace(run_report.facts, provenance=made)), config)
-
-    assert list_places(said) - {"run"} == {"epsilon"}
-    assert list_places(bound) - {"run"} == list_places(None) - {"run"} == set()
+    about: dict[str, Any] = {"run": "a", "dataset": "b", "unit": "record", "delta": 1e-5, "epsilon": bound}
+    start = StartAdapter(digest="ab" * 32, **about | said)
+    made = replace(run_report.facts.provenance, start_adapter=start, config_sha256=config.digest())
+    report = replace(run_report, facts=replace(run_report.facts, provenance=made))
+    assert list_problem_places(report, config) - {"run"} == {*said}
 
 
 @pytest.mark.nightly

@@ -1,4 +1,4 @@
-"""The epsilon of a start adapter: derived from the folder of its run, and bound by the settings of the next run."""
+"""What a start adapter inherits: derived from the folder of its run, and bound by the settings of the next run."""
 
 import math
 import shutil
@@ -15,10 +15,8 @@ from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.report.from_run import _read_start_adapter, read_run
-from fedtune.runs.environment import derive_start_epsilon
-from fedtune.runs.lineage import PRIVATE_BASES, bind_epsilon
+from fedtune.runs.environment import derive_start
 from fedtune.spec import ConfigError
-from fedtune.tasks.saved import SavedAdapter
 
 from ..conftest import edit_config, edit_json, list_tiny_overrides, read_result
 
@@ -27,7 +25,11 @@ ENTRY: dict[str, Any] = {"digest": DIGEST, "from": "a", "dataset": "b", "unit": 
 
 
 def derive(folder: Path) -> float | None:
-    return derive_start_epsilon(SavedAdapter.read_initial(str(folder)))
+    config = compose_run(list_tiny_overrides(into=folder.parent))
+    found: float | None = derive_start(replace(config, model=replace(config.model, adapter=str(folder))))[
+        "start_epsilon"
+    ]
+    return found
 
 
 def edit_state(folder: Path, change: Callable[[LeadState], LeadState]) -> None:
@@ -50,15 +52,22 @@ def move_adapter(state: LeadState) -> LeadState:
 def test_start_epsilon_is_derived_and_decides_the_name_of_the_run(folder: Path, tmp_path: Path) -> None:
     words = list_tiny_overrides(f"model.adapter={folder}", into=tmp_path)
     config = compose_run(words)
-    assert config.privacy.start_epsilon == pytest.approx(read_result(folder)["privacy"]["epsilon"])
-    unknown = replace(config, privacy=replace(config.privacy, start_epsilon=None))
-    assert unknown.digest() != config.digest()
+    spent = read_result(folder)["privacy"]
+    assert config.privacy.start == {
+        "start_epsilon": pytest.approx(spent["epsilon"]),
+        "start_delta": spent["delta"],
+        "start_unit": "record",
+    }
+    assert compose_run([*words, f"privacy.start_delta={spent['delta']}"]) == config, "as in a saved config.yaml"
+    for key in config.privacy.start:
+        without = replace(config, privacy=replace(config.privacy, **{key: None}))
+        assert without.digest() != config.digest(), "sites sign the name of the run"
+    unknown = replace(config, privacy=replace(config.privacy, **dict.fromkeys(config.privacy.start)))
     with pytest.raises(ConfigError, match=r"privacy\.start_epsilon = 0\.1: must be"):
         compose_run([*words, "privacy.start_epsilon=0.1"])
     rounded = float(config.privacy.start_epsilon or 0.0) * (1 - 1e-7)
     elsewhere = compose_run([*words, f"privacy.start_epsilon={rounded}"])
     assert elsewhere.privacy.start_epsilon == rounded, "as derived on another machine"
-    assert bind_epsilon(rounded, config.privacy.start_epsilon) == rounded
     alone = shutil.copytree(folder / "adapter", tmp_path / "alone" / "adapter")
     loose = compose_run([*words, f"model.adapter={alone}"])
     assert (loose.digest(), loose.privacy.start_epsilon) == (unknown.digest(), None)
@@ -66,6 +75,8 @@ def test_start_epsilon_is_derived_and_decides_the_name_of_the_run(folder: Path, 
         ConfigError, match=r"start_epsilon = 0\.1: cannot be derived from the start's folder: set it to"
     ):
         compose_run([*words, f"model.adapter={alone}", "privacy.start_epsilon=0.1"])
+    with pytest.raises(ConfigError, match=r"privacy\.start_unit = 'user': must be record"):
+        compose_run([*words, "privacy.start_unit=user"])
 
 
 def test_start_epsilon_requires_an_adapter_and_a_finite_number(tmp_path: Path) -> None:
@@ -96,26 +107,20 @@ def test_start_epsilon_that_does_not_follow_from_the_folder_is_unknown(folder: P
     assert derive(folder) is None
 
 
+@pytest.mark.parametrize("bound", [2.0, None])
 @pytest.mark.parametrize(
-    ("bound", "entry", "epsilon"),
-    [
-        (2.0, {}, 2.0),
-        (2.0, {"epsilon": 5.0}, 5.0),
-        (2.0, {"epsilon": 1.9}, None),
-        (2.0, {"start_adapter": PRIVATE_BASES["vaultgemma"]}, 2.0),
-        (2.0, {"public": True, "epsilon": None}, None),
-        (None, {}, None),
-        (None, {"epsilon": 0.0}, None),
-    ],
+    "entry", [{}, {"epsilon": 0.0}, {"delta": 1e-300}, {"unit": "user"}, {"public": True, "epsilon": None}]
 )
-def test_report_states_no_lower_start_epsilon_than_the_settings(
-    run_folder: Path, bound: float | None, entry: dict[str, Any], epsilon: float | None
+def test_report_reads_what_a_start_inherits_from_the_settings_alone(
+    run_folder: Path, bound: float | None, entry: dict[str, Any]
 ) -> None:
     record = read_run(run_folder)
     config = replace(record.config, model=replace(record.config.model, adapter_sha256=DIGEST))
-    config = replace(config, privacy=replace(config.privacy, start_epsilon=bound))
+    privacy = replace(config.privacy, start_epsilon=bound, start_delta=1e-5, start_unit="record")
+    config = replace(config, privacy=privacy)
     assert record.state is not None
     state = replace(record.state, start_adapter=ENTRY | entry)
     start = _read_start_adapter(replace(record, config=config, state=state))
     assert start is not None
-    assert (start.epsilon, start.public) == (epsilon, False)
+    assert (start.epsilon, start.delta, start.unit, start.public) == (bound, 1e-5, "record", False)
+    assert _read_start_adapter(replace(record, config=config, state=replace(record.state, start_adapter=None)))

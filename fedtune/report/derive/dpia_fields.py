@@ -9,14 +9,14 @@ necessity are for the controller to state, and no program can decide whether som
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy.run_plan import Plan
-from fedtune.report.facts import RunFacts, Value
+from fedtune.report.facts import RunFacts, StartAdapter, Value
 from fedtune.report.model import Cells, CellState, Report
 from fedtune.tasks.inputs import get_input_for
 
@@ -162,6 +162,24 @@ def derive_provenance(config: RunConfig) -> dict[str, str | None]:
         "acceptable_use": about.acceptable_use or None,
     }
     return {**base, "dataset": data.dataset, "task": config.task, **stated}
+
+
+def compare_start(
+    said: StartAdapter | None, digest: str | None, privacy: Mapping[str, Any], public: bool
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the place in the report, the reported value and the value in the settings of each field of a start adapter
+    that the settings decide.
+
+    Args:
+        said: the start in the report.
+        digest: `model.adapter_sha256` in the settings; None: the start is only stated.
+        privacy: the settings in the group `privacy`.
+        public: whether the settings have a public stage.
+    """
+    yield "provenance.start_adapter.public", said is not None and said.public, public
+    for key in ("digest", "epsilon", "delta", "unit") if digest else ():
+        asked = digest if key == "digest" else privacy.get(f"start_{key}")
+        yield f"provenance.start_adapter.{key}", getattr(said, key, None), asked
 
 
 def derive_cell_facts(config: RunConfig, plan: Plan) -> dict[str, Value]:
