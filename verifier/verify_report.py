@@ -568,7 +568,11 @@ def trained_digest(folder: Path, sent: Json) -> str:
 
 def check_signed_adapter(facts: Json, folder: Path) -> None:
     """Compare the adapter's trained tensors with those that each charged site signed in its last receipt."""
-    digest = trained_digest(folder, json.loads(facts["sent"]))
+    sent, own = json.loads(facts["sent"]), json.loads((folder / "fedtune.json").read_bytes())
+    asked = {key: sent[key] for key in ("task", "lora", "head", "seed")} | {"labels": sent["data"]["labels"]}
+    same = own["model"]["sha256"] == sent["model"]["sha256"] and all(own[key] == asked[key] for key in asked)
+    require(same, f"{folder} has other settings than the sites were sent")
+    digest = trained_digest(folder, sent)
     charged = {site["site"]: site["receipt"] for site in facts["sites"] if rounds_of(facts, site)}
     for name, receipt in charged.items():
         signed = receipt["ended"] and receipt["reply"] == digest

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fedtune.codec import MOST_BYTES
-from fedtune.config import RunConfig, read_saved_config
+from fedtune.codec import MOST_BYTES, require
+from fedtune.config import RunConfig, parse, read_saved_config
 from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import group_hex, pluralize
 from fedtune.model.adapter_files import CARD, LABEL
@@ -80,8 +80,9 @@ def check_report(path: Path, report: Report, known: Known) -> tuple[Check, ...]:
     if isinstance(facts, RunFacts):
         found += _check_statements(facts, folder)
         found.append(_check_site_keys(facts, known.site_keys, known.revoked))
-        found.append(_check_configuration(facts, known.config_sha256, read_saved_config(folder) if of_run else None))
-        found += _check_model_files(facts, known.model, RunFolder(folder).adapter)
+        config = read_saved_config(folder) if of_run else None
+        found.append(_check_configuration(facts, known.config_sha256, config))
+        found += _check_model_files(facts, known.model, RunFolder(folder).adapter, config)
     if all(check.state != "wrong" for check in found):
         found += _check_drawings(path, report)
         found += _check_card_and_entry(folder, report, of_run=of_run)
@@ -186,9 +187,9 @@ def _check_site_keys(facts: RunFacts, keys: Mapping[str, str] | None, revoked: M
     return Check(name, "right", f"Each receipt is signed with the site's key in the roster.{left}")
 
 
-def _check_model_files(facts: RunFacts, model: Path | None, own: Path) -> Iterator[Check]:
+def _check_model_files(facts: RunFacts, model: Path | None, own: Path, config: RunConfig | None) -> Iterator[Check]:
     """Compare the files in the model's folder with the report's file list, by name and SHA-256; an extra file is an
-    error.
+    error.  An adapter must be what a run of these settings saves, and real sites must have signed its tensors.
     """
     if not (folder := model or own).is_dir():
         if facts.files:
@@ -213,36 +214,47 @@ def _check_model_files(facts: RunFacts, model: Path | None, own: Path) -> Iterat
     if found := [Problem(f"{folder.name}/{name}", said, is_so) for name, said, is_so in both if said != is_so]:
         yield Check("files", "wrong", f"The model in {folder} differs from the report's model:", tuple(found))
     elif there == folders[own.name]:
+        try:
+            checked = facts.files and (config or not facts.simulated)
+            trained = _verify_adapter_folder(facts, folder, config) if checked else ""
+        except ValueError as error:  # ConfigError: a ValueError
+            yield Check("files", "wrong", f"{error}.")
+            return
         yield Check("files", "right", match)
         if facts.files and not facts.simulated:
-            yield _check_adapter_folder(facts, folder)
+            yield _check_signed_adapter(facts, trained)
     else:
         text = f"{match} The lead states that this export was made from the adapter; sites did not sign it."
         yield Check("files", _choose_unchecked_state(facts), text)
 
 
-def _check_adapter_folder(facts: RunFacts, folder: Path) -> Check:
-    """Compare the trained tensors in an adapter's folder with the final adapter that the sites signed."""
-    from fedtune.tasks.saved import SavedAdapter  # it imports torch, which takes seconds
+def _verify_adapter_folder(facts: RunFacts, folder: Path, config: RunConfig | None) -> str:
+    """Verify that an adapter's folder is what the run saves, and return the digest of its trained tensors.
 
-    try:
-        saved = SavedAdapter.read(folder)
-        _ = saved.tensors  # checks their hash
-    except ValueError as error:
-        return Check(SIGNED_ADAPTER, "wrong", f"{error}.")
-    try:
-        # The settings that the sites received decide which tensors are trained, not the adapter's own file.
-        sent, own = json.loads(facts.sent), saved.spec
-        received = (sent["task"], sent["lora"]["kind"], sent["lora"]["train_a"], sent["head"]["train"])
-    except (ValueError, LookupError, TypeError):
-        text = "The report does not contain the settings that the sites received."
-        return Check(SIGNED_ADAPTER, "wrong", text)
-    if received != (own.task, own.lora.kind, own.lora.train_a, own.head.train):
-        return Check(SIGNED_ADAPTER, "wrong", f"The adapter in {folder} has other settings than the sites received.")
-    return check_signed_adapter(facts, saved.trained_sha256)
+    The run's settings are those that real sites received, or in a simulation those of its folder.  The location of the
+    base, which sites do not receive, is the lead's word.
+
+    Raises:
+        ValueError: the folder has other files, or the report does not contain the settings that the sites received.
+    """
+    from fedtune.tasks.saved import SavedAdapter, verify_adapter  # it imports torch, which takes seconds
+
+    base = config.model if config else SavedAdapter.read(folder).spec.model
+    if config is None or facts.deployed:
+        try:
+            config = parse(json.loads(facts.sent) | {"name": facts.name})
+        except (ValueError, TypeError):
+            raise ValueError("The report does not contain the settings that the sites received") from None
+    place = {key: getattr(base, key) for key in ("path", "revision", "public_id")}
+    spec = config.task_model()
+    sha256 = spec.model.sha256 or facts.provenance.model_sha256
+    model = dataclasses.replace(spec.model, **place, sha256=sha256)
+    found, trained = verify_adapter(folder, dataclasses.replace(spec, model=model))
+    require("adapter", str(folder), found == facts.adapter_digest, "changed while it was read")
+    return trained
 
 
-def check_signed_adapter(facts: RunFacts, trained_sha256: str) -> Check:
+def _check_signed_adapter(facts: RunFacts, trained_sha256: str) -> Check:
     """Check that each charged real site signed the adapter with these trained tensors (`Adapter.digest`) as final."""
     signed, others = facts.find_signed_adapter()
     wrong = ""

@@ -21,11 +21,11 @@ from fedtune.formatting import convert_none_to_infinite
 from fedtune.model.spec import NO_BASE
 from fedtune.privacy.ledger.verify import verify
 from fedtune.report import signing
-from fedtune.report.checks import SIGNED_ADAPTER, Check, Known, check_report, check_signed_adapter
+from fedtune.report.checks import SIGNED_ADAPTER, Check, Known, check_report
 from fedtune.report.derive import profile
 from fedtune.report.derive.verdicts import find_wrong_audit_bounds, list_refuted_bounds, read_audit
 from fedtune.report.facts import Audit, RunFacts
-from fedtune.report.from_run import RunRecord, build_run_report, read_run
+from fedtune.report.from_run import build_run_report, read_run
 from fedtune.report.group_scores import GroupScore, read_group_scores
 from fedtune.report.model import Report
 from fedtune.runs.lineage import sum_start_losses
@@ -199,14 +199,8 @@ def collect_evidence(folder: Path, known: Known, *, audit: Path | None, groups: 
     except ConfigError as error:
         contradiction = str(error) if path.is_file() else ""
     found = Evidence(folder, fresh, record.config, checks, contradiction)
-    if "files" in checks:
-        was_checked = checks.pop(SIGNED_ADAPTER, None)
-        try:
-            trained = _verify_adapter(record, digest=found.facts.adapter_digest)
-            if was_checked:  # against the files that were just verified, not those that the check read before
-                checks[SIGNED_ADAPTER] = check_signed_adapter(found.facts, trained)
-        except ConfigError as error:
-            checks["files"] = Check("files", "wrong", str(error))
+    if found.facts.adapter_digest != record.adapter_digest:
+        found = found._replace(contradiction="adapter/ does not match adapter_digest in run.json")
     if audit is not None:
         found = found._replace(audit=_read_matching_audit(found, audit))
     if groups is not None:
@@ -221,30 +215,6 @@ def judge_run(rules: GateRules, evidence: Evidence) -> tuple[Check, ...]:
     """Judge a run by each rule that is set, in the order of `GateRules`."""
     found = ((rule, *_JUDGES[rule](limit, evidence, rules)) for rule, limit in rules.limits.items())
     return tuple(Check(rule, _STATES[holds], why) for rule, holds, why in found)
-
-
-def _verify_adapter(record: RunRecord, *, digest: str) -> str:
-    """Verify that a run's adapter/ is what a run with its settings saves, and return its trained tensors' digest.
-
-    `digest` is the digest of the files that the verdict is about.
-
-    Raises:
-        ConfigError: the adapter is not the one in run.json, or is not what a run with these settings saves.
-    """
-    from fedtune.tasks.saved import verify_adapter
-
-    # At real sites the run's name contains a digest of the settings and the base's hash, and the sites sign the name.
-    # The location of the base is the lead's word.
-    named = record.sent if record.deployed else record.config
-    if named is None:
-        raise ConfigError("config.yaml", record.config.name, "does not have the settings of this run")
-    model = dataclasses.replace(record.config.task_model().model, sha256=record.model_sha256)
-    found, trained = verify_adapter(
-        RunFolder(record.folder).adapter, dataclasses.replace(named.task_model(), model=model)
-    )
-    bound = "does not match adapter_digest in run.json, or changed while it was read"
-    require("adapter", str(record.folder), found == digest == record.adapter_digest, bound)
-    return trained
 
 
 def _read_matching_audit(evidence: Evidence, folder: Path) -> Audit:
@@ -277,6 +247,8 @@ def _judge_record(_: bool, given: Evidence, __: GateRules) -> Found:
 def _judge_files(_: bool, given: Evidence, __: GateRules) -> Found:
     if (check := given.checks.get("files")) is None:
         return None, f"report.json lists no finished model: {_BY_REPORT}"
+    if given.contradiction:
+        return False, given.contradiction
     return {"right": True, "wrong": False}.get(check.state), check.text
 
 

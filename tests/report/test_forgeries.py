@@ -427,6 +427,43 @@ def add_magnitudes(folder: Path) -> None:
     save_file(load_file(path) | {"base_model.model.x.lora_magnitude_vector": np.ones(4, dtype=np.float32)}, path)
 
 
+def edit_adapter_settings(folder: Path, file: str = "fedtune.json", group: str = "", **values: Any) -> None:
+    """Change settings in one of the adapter's files, in the form in which fedtune writes it."""
+    told = json.loads((folder / file).read_text())
+    told |= {group: told[group] | values} if group else values
+    (folder / file).write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
+
+
+def reverse_labels(folder: Path) -> None:
+    edit_adapter_settings(folder, labels=json.loads((folder / "fedtune.json").read_text())["labels"][::-1])
+
+
+def raise_alpha(folder: Path) -> None:
+    alpha = 100 * json.loads((folder / "fedtune.json").read_text())["lora"]["alpha"]
+    edit_adapter_settings(folder, group="lora", alpha=alpha)
+    edit_adapter_settings(folder, "adapter_config.json", lora_alpha=alpha)
+
+
+def name_another_base(folder: Path) -> None:
+    edit_adapter_settings(folder, group="model", sha256=OTHER)
+
+
+@pytest.mark.parametrize("has_settings", [True, False], ids=["whole folder", "report and adapter"])
+@pytest.mark.parametrize("forge", [reverse_labels, raise_alpha, name_another_base])
+def test_adapter_settings_that_no_site_was_sent_are_rejected(
+    run: Deployed, forge: Callable[[Path], None], has_settings: bool
+) -> None:
+    if not has_settings:
+        (run.folder / "config.yaml").unlink()
+    assert {check.name: check.state for check in run.checks()}["files"] == "right"
+    forge(run.folder / "adapter")
+    facts = replace(run.facts, files=from_run.hash_model_files(run.folder))
+    run.write(signing.sign_report(derive_report(facts), run.lead))
+    assert {check.name: check.state for check in run.checks()}["files"] == "wrong"
+    assert not run.holds()
+    assert not run.holds_by_the_other_program()
+
+
 @pytest.mark.parametrize("forge", [add_to_weights, swap_head, add_magnitudes])
 def test_weights_that_no_site_signed_are_rejected(run: Deployed, forge: Callable[[Path], None]) -> None:
     forge(run.folder / "adapter")
@@ -435,7 +472,6 @@ def test_weights_that_no_site_signed_are_rejected(run: Deployed, forge: Callable
             _ = SavedAdapter.read(run.folder / "adapter").tensors
     facts = replace(run.facts, files=from_run.hash_model_files(run.folder))
     run.write(signing.sign_report(derive_report(facts), run.lead))
-    assert {check.name: check.state for check in run.checks()}["files"] == "right"
     assert not run.holds()
     assert not run.holds_by_the_other_program()
 
@@ -486,9 +522,9 @@ def test_independent_verifier_knows_the_names_of_a_head(task: str, hidden: tuple
 
 @pytest.mark.parametrize("sent", ["", "{}", "[]", '{"task": "classification"}'])
 def test_report_without_the_sent_settings_is_rejected_with_a_reason(run: Deployed, sent: str) -> None:
-    found = checks._check_model_files(replace(run.facts, sent=sent), None, run.folder / "adapter")
+    found = checks._check_model_files(replace(run.facts, sent=sent), None, run.folder / "adapter", None)
     texts = {check.name: check.text for check in found}
-    assert texts["signed adapter"] == "The report does not contain the settings that the sites received."
+    assert texts["files"] == "The report does not contain the settings that the sites received."
 
 
 def test_export_of_real_sites_is_only_the_leads_word(run: Deployed) -> None:

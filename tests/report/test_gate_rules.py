@@ -217,7 +217,7 @@ AUDITED = "max_audit_bound min_audit_canaries"
 ATTACKED = "max_rebuilt_gain max_extraction_gain max_attribute_gain"
 DEFECTS: dict[str, tuple[str, Change]] = {
     "report differs from the folder": (
-        "record real_sites signed",
+        "record files real_sites signed",
         lambda e: e._replace(contradiction="epsilon differs"),
     ),
     "figures do not follow": ("record", lambda e: change_check(e, "figures", "wrong")),
