@@ -20,6 +20,7 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import convert_none_to_infinite
 from fedtune.model.spec import NO_BASE
 from fedtune.privacy.ledger.verify import verify
+from fedtune.privacy.selection import compute_released_epsilon
 from fedtune.report import signing
 from fedtune.report.checks import SIGNED_ADAPTER, Check, Known, check_report
 from fedtune.report.derive import profile
@@ -28,7 +29,7 @@ from fedtune.report.facts import Audit, RunFacts
 from fedtune.report.from_run import build_run_report, read_run
 from fedtune.report.group_scores import GroupScore, read_group_scores
 from fedtune.report.model import Report
-from fedtune.runs.lineage import sum_start_losses
+from fedtune.runs.lineage import is_counted, sum_start_losses
 from fedtune.spec import ConfigError, RunError, check_at_least, check_fraction, name_file_in_errors, spec
 from fedtune.tasks.base import Task
 from fedtune.tasks.classification import Classification
@@ -62,13 +63,14 @@ class GateRules:
         signed: report.json is signed with a key that the caller trusts.
         guarantee: the report's verdict is "within".
         assumptions: no assumption of the guarantee is known to be violated.
-        max_epsilon: the largest epsilon of a site for this run, plus that of all starts before it that are not public;
-            the pre-training of a base does not count.
-        max_expected_failures: the largest product of a site's declared size and delta, summed over the same starts.
-        max_right_of_100: the largest number of correct membership guesses out of 100; random guessing reaches 50.
+        max_epsilon: the largest epsilon of a site for this run, or for the whole search that chose it, plus that of all
+            starts before it that are not public; the pre-training of a base does not count.
+        max_expected_failures: the largest product of a site's declared size and delta, summed over the same runs.
+        max_right_of_100: the largest number of correct membership guesses out of 100, also over the same runs; random
+            guessing reaches 50.
         max_lifetime_epsilon: the largest epsilon of a site over all its runs, from signed site reports.
         max_secret_chance: the largest probability of reconstructing a secret with `secret_candidates` equally likely
-            values.
+            values, also over the same runs.
         secret_candidates: the number of candidate values of a secret for an attacker who knows everything else.
         max_audit_bound: the largest lower bound on epsilon that an audit may find.
         min_audit_canaries: the smallest number of canaries in each audit.
@@ -367,10 +369,19 @@ def _build_gain_judge(attack: str, what: str, is_possible: Callable[[Task], bool
 
 
 def _sum_losses(given: Evidence) -> tuple[float | None, float | None]:
-    """Sum epsilon and delta over the run and the starts before it; None has the meaning given in `StartAdapter`."""
-    start = given.facts.provenance.start_adapter
-    own = {"unit": given.facts.unit, "delta": given.facts.delta, "epsilon": given.report.epsilon}
+    """Sum epsilon and delta over the run, or the search that chose it, and the starts before it; None has the meaning
+    given in `StartAdapter`.
+    """
+    facts, start = given.facts, given.facts.provenance.start_adapter
+    epsilon, delta = compute_released_epsilon(given.report.epsilon, facts.delta, facts.selection)
+    own = {"unit": facts.unit, "delta": delta, "epsilon": epsilon}
     return sum_start_losses(own | {"start_adapter": start and dataclasses.asdict(start)})
+
+
+def _is_alone(given: Evidence) -> bool:
+    """Whether no search chose the run and no start counts, so that its own charges bound an attack on its model."""
+    start = given.facts.provenance.start_adapter
+    return given.facts.selection is None and (start is None or not is_counted(dataclasses.asdict(start)))
 
 
 def _measure_epsilon(given: Evidence, _: GateRules) -> float | None:
@@ -394,6 +405,11 @@ def _measure_declared_size(given: Evidence, _: GateRules) -> float | None:
 
 
 def _measure_right_guesses(given: Evidence, _: GateRules) -> float | None:
+    if not _is_alone(given):
+        epsilon, delta = _sum_losses(given)
+        return (
+            None if delta is None else profile.bound_correct_guesses_per_100(convert_none_to_infinite(epsilon), delta)
+        )
     meanings = [site.meaning for site in given.report.sites]
     return max(100.0 if one is None else one.right_of_100_mechanism or one.right_of_100_ceiling for one in meanings)
 
@@ -405,10 +421,11 @@ def _measure_lifetime(given: Evidence, _: GateRules) -> float | None:
     return max(convert_none_to_infinite(said.lifetime.epsilon) for said in statements if said)
 
 
-def _measure_secret(given: Evidence, rules: GateRules) -> float:
-    plan, whole = given.facts.plan, given.facts.plan.most_rounds
-    spent = profile.count_charged_events(plan, whole) if plan.private else None
-    epsilon, delta = given.report.epsilon, given.facts.delta
+def _measure_secret(given: Evidence, rules: GateRules) -> float | None:
+    plan, (epsilon, delta) = given.facts.plan, _sum_losses(given)
+    if delta is None:
+        return None
+    spent = profile.count_charged_events(plan, plan.most_rounds) if plan.private and _is_alone(given) else None
     return profile.bound_secret_chance(spent, epsilon=epsilon, delta=delta, candidates=rules.secret_candidates)
 
 
@@ -470,11 +487,15 @@ _JUDGES: Mapping[str, Judge] = {
         _measure_failures,
         f"set data.declared_sizes, or {_BY_FOLDER}",
     ),
-    "max_right_of_100": _build_upper_limit_judge("the number of correct guesses out of 100", _measure_right_guesses),
+    "max_right_of_100": _build_upper_limit_judge(
+        "the number of correct guesses out of 100", _measure_right_guesses, _BY_FOLDER
+    ),
     "max_lifetime_epsilon": _build_upper_limit_judge(
         "the largest epsilon of a site over all its runs", _measure_lifetime, _BY_SITE
     ),
-    "max_secret_chance": _build_upper_limit_judge("the probability of reconstructing a secret", _measure_secret),
+    "max_secret_chance": _build_upper_limit_judge(
+        "the probability of reconstructing a secret", _measure_secret, _BY_FOLDER
+    ),
     "max_audit_bound": _build_upper_limit_judge(
         "the audit's largest lower bound on epsilon", _measure_audit, _BY_AUDIT
     ),

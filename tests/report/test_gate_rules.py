@@ -11,10 +11,15 @@ import pytest
 from fedtune.api.compose import compose_run
 from fedtune.config import AboutSpec, RunConfig
 from fedtune.federation.lead import RoundResult
+from fedtune.privacy.selection import Selection
 from fedtune.report import gate_rules
 from fedtune.report.attacks import AttackFinding, RunAttacks
 from fedtune.report.checks import Check
-from fedtune.report.derive.profile import bound_secret_chance, compute_hit_rate_ceiling
+from fedtune.report.derive.profile import (
+    bound_correct_guesses_per_100,
+    bound_secret_chance,
+    compute_hit_rate_ceiling,
+)
 from fedtune.report.facts import (
     Audit,
     AuditBound,
@@ -94,6 +99,9 @@ ATTACKS = RunAttacks(
             attack="attribute", measure="guessed_labels", sentence="2 % more.", strength=0.02, low=-0.01, high=0.05
         ),
     ),
+)
+SEARCH = Selection(
+    search="s", method="grid", primary_metric="accuracy", score=0.5, trials=8, delta=1e-5, epsilon=2.1, charges=()
 )
 VERIFIED = Verification(num_events=9, first="0", head="1", site_key="2", key_expected=True, anchor_sequence=9)
 
@@ -211,7 +219,7 @@ def lose_report(evidence: Evidence) -> Evidence:
 
 
 Change = Callable[[Evidence], Evidence]
-LOSSES = "max_epsilon max_expected_failures"
+LOSSES = "max_epsilon max_expected_failures max_right_of_100 max_secret_chance"
 PRE_TRAINING = {key: PRIVATE_BASES["vaultgemma"][key] for key in ("digest", "dataset", "unit", "delta", "epsilon")}
 AUDITED = "max_audit_bound min_audit_canaries"
 ATTACKED = "max_rebuilt_gain max_extraction_gain max_attribute_gain"
@@ -242,12 +250,19 @@ DEFECTS: dict[str, tuple[str, Change]] = {
     "violated assumption": ("assumptions", violate),
     "epsilon beyond": ("max_epsilon", lambda e: change_epsilon(e, 2.1)),
     "no epsilon at all": ("max_epsilon max_secret_chance", lambda e: change_epsilon(e, None)),
-    "starts beyond in total": ("max_epsilon", lambda e: change_start(e, epsilon=1.5)),
-    "a start without a bound": ("max_epsilon", lambda e: change_start(e, epsilon=None)),
+    "starts beyond in total": ("max_epsilon max_right_of_100", lambda e: change_start(e, epsilon=1.5)),
+    "a start without a bound": (
+        "max_epsilon max_right_of_100 max_secret_chance",
+        lambda e: change_start(e, epsilon=None),
+    ),
     "a start of unknown epsilon": (LOSSES, lambda e: change_start(e, unit=None, delta=None, epsilon=None)),
     "a start with another unit": (LOSSES, lambda e: change_start(e, unit="user", epsilon=0.1)),
     "runs behind a base's pre-training": (LOSSES, lambda e: change_start(e, **PRE_TRAINING | {"delta": None})),
-    "starts too large for delta": ("max_expected_failures", lambda e: change_start(e, delta=0.01)),
+    "starts too large for delta": (
+        "max_expected_failures max_right_of_100 max_secret_chance",
+        lambda e: change_start(e, delta=0.01),
+    ),
+    "a search beyond": ("max_epsilon max_right_of_100", lambda e: change_run(e, selection=SEARCH)),
     "too large for delta": (
         "max_expected_failures",
         lambda e: change_site(e, declared_size=10_001),
@@ -383,11 +398,27 @@ def test_secret_chance_is_the_least_over_the_whole_trade_off_curve(evidence: Evi
         chance = gate_rules._measure_secret(evidence, rules)
         pairs = [(one.epsilon_pld, one.delta) for one in evidence.report.sites[0].curve if one.epsilon_pld is not None]
         ceilings = [compute_hit_rate_ceiling(*pair, false_alarms=1 / candidates) for pair in pairs]
+        assert chance is not None
         assert 1 / candidates < chance <= min(ceilings) * (1 + 1e-6)
         assert chance < 0.9 * compute_hit_rate_ceiling(epsilon, delta, false_alarms=1 / candidates)
         for limit, state in ((chance, "right"), (chance * 0.99, "wrong")):
             (found,) = judge_run(replace(rules, max_secret_chance=limit), evidence)
             assert found.state == state
+
+
+def test_guesses_and_secrets_are_judged_by_the_sum_with_starts_and_search(evidence: Evidence) -> None:
+    own, delta = evidence.report.epsilon, evidence.facts.delta
+    assert own is not None
+    rules = GateRules(name="one", max_secret_chance=1.0)
+    for changed, epsilon, summed in (
+        (change_start(evidence, epsilon=0.5), own + 0.5, delta + 1e-5),
+        (change_run(evidence, selection=SEARCH), 2.1, max(delta, 1e-5)),
+        (change_start(change_run(evidence, selection=SEARCH), epsilon=0.5), 2.6, max(delta, 1e-5) + 1e-5),
+    ):
+        chance = bound_secret_chance(None, epsilon=epsilon, delta=summed, candidates=rules.secret_candidates)
+        assert gate_rules._measure_secret(changed, rules) == pytest.approx(chance)
+        right = bound_correct_guesses_per_100(epsilon, summed)
+        assert gate_rules._measure_right_guesses(changed, rules) == pytest.approx(right)
 
 
 def test_secret_chance_without_noise_or_epsilon_is_one(evidence: Evidence) -> None:
