@@ -46,10 +46,11 @@ class PrivacySpec:
             unit.
         cohorts: the arrival cohorts that the run admits and charges, as `{period: year, first: null, last: "2026"}`, if
             the sites' populations have arrivals; null: everybody.
-        start_epsilon: epsilon of all training behind `model.adapter`, derived from the runs' folders; null: none,
-            unknown or unbounded.
-        start_delta: delta of the same training; null: none or unknown.
-        start_unit: privacy unit of the same training; null: none or unknown.
+        start_epsilon: epsilon of the runs behind `model.adapter`, derived from their folders; null: none, unknown or
+            unbounded.
+        start_delta: likewise, delta.
+        start_unit: likewise, unit.
+        start_keys: keys of the sites that signed for it; null: unsigned.
     """
 
     mechanism: Literal["dp_sgd", "none"] = "dp_sgd"
@@ -67,6 +68,7 @@ class PrivacySpec:
     start_epsilon: float | None = None
     start_delta: float | None = None
     start_unit: Unit | None = None
+    start_keys: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("records_per_user", "planned_runs"):

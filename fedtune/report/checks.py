@@ -21,12 +21,14 @@ from fedtune.report.derive import dpia_fields
 from fedtune.report.facts import LedgerFacts, RunFacts, SiteFacts
 from fedtune.report.model import Problem, Report
 from fedtune.report.verify_report import problems
+from fedtune.runs.lineage import is_counted
 from fedtune.spec import REPORT_SCHEMA, ConfigError, RunError
 from fedtune.version import __version__
 
 _CALIBRATED, _STEP = 1e-3, 1e-4
 """Relative tolerances for the noise multiplier that another fedtune version calibrated: below ours, and above ours."""
 SIGNED_ADAPTER = "signed adapter"  # the check that real sites signed the final adapter
+START = "start adapter"  # the check of whose word the epsilon of the start adapter is
 
 
 State = Literal["right", "wrong", "missing", "not_checked"]
@@ -80,6 +82,7 @@ def check_report(path: Path, report: Report, known: Known) -> tuple[Check, ...]:
     if isinstance(facts, RunFacts):
         found += _check_statements(facts, folder)
         found.append(_check_site_keys(facts, known.site_keys, known.revoked))
+        found += check_start(facts, known.site_keys)
         config = read_saved_config(folder) if of_run else None
         found.append(_check_configuration(facts, known.config_sha256, config))
         found += _check_model_files(facts, known.model, RunFolder(folder).adapter, config)
@@ -185,6 +188,32 @@ def _check_site_keys(facts: RunFacts, keys: Mapping[str, str] | None, revoked: M
         text = f"{', '.join(silent)} did not sign a final receipt, so the report counts the whole plan there.{left}"
         return Check(name, "missing", text)
     return Check(name, "right", f"Each receipt is signed with the site's key in the roster.{left}")
+
+
+def check_start(facts: RunFacts, keys: Mapping[str, str] | None) -> Iterator[Check]:
+    """Check that listed sites signed the receipts from which the epsilon of a run's start follows, if it has one.
+
+    The keys are those in the signed settings.  A lead with unchanged software reads them from the receipts, so receipts
+    that anybody else signed are found.
+    """
+    start = facts.provenance.start_adapter
+    if facts.simulated or start is None or start.epsilon is None or not is_counted(dataclasses.asdict(start)):
+        return
+    try:
+        signers = json.loads(facts.sent)["privacy"].get("start_keys")
+    except (ValueError, LookupError, TypeError):
+        signers = None
+    word = "The epsilon of the training before this run is the lead's word"
+    if not signers:
+        yield Check(START, "missing", f"{word}: not all of it follows from receipts of real sites.")
+    elif keys is None:
+        text = f"{word}, because the keys that signed for it were not compared with a roster: pass --roster."
+        yield Check(START, "missing", text)
+    elif strangers := sorted({*signers} - {*keys.values()}):
+        found = tuple(Problem("sent.privacy.start_keys", key, "no such site") for key in strangers)
+        yield Check(START, "missing", f"{word}: keys that are not in the roster signed for it.", found)
+    else:
+        yield Check(START, "right", "The epsilon of the training before this run was signed with keys in the roster.")
 
 
 def _check_model_files(facts: RunFacts, model: Path | None, own: Path, config: RunConfig | None) -> Iterator[Check]:

@@ -22,7 +22,7 @@ from fedtune.model.spec import NO_BASE
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.selection import compute_released_epsilon
 from fedtune.report import signing
-from fedtune.report.checks import SIGNED_ADAPTER, Check, Known, check_report
+from fedtune.report.checks import SIGNED_ADAPTER, START, Check, Known, check_report, check_start
 from fedtune.report.derive import profile
 from fedtune.report.derive.verdicts import find_wrong_audit_bounds, list_refuted_bounds, read_audit
 from fedtune.report.facts import Audit, RunFacts
@@ -44,7 +44,10 @@ _BY_AUDIT = "run fedtune audit with this run's settings, and pass its folder wit
 _BY_ATTACK = "run fedtune attack on this run, and then fedtune report"
 _BY_GROUP = "run fedtune compare RUN --by COLUMN --json > groups.json, and pass --groups groups.json"
 _BY_REPORT = "run fedtune report on this run first"
-_BY_FOLDER = "start from the folder of a finished run, whose checkpoints have the sites' receipts for its epsilon"
+_BY_FOLDER = (
+    "start from the folder of a finished run, whose checkpoints have the sites' receipts for its epsilon, and pass the "
+    "--roster that lists real sites"
+)
 _BY_SITE = "ask the site to run fedtune report site.toml --sign, and put its report.json into site_reports/"
 
 
@@ -144,6 +147,7 @@ class Evidence(NamedTuple):
         contradiction: how report.json contradicts the run's folder; "" if they agree.
         audit: the results of an audit with the same plan and model.
         groups: the groups of a comparison, with the scores of the run's model.
+        start: the check of whose word the epsilon of the run's start is, if the run has one.
     """
 
     folder: Path
@@ -153,6 +157,7 @@ class Evidence(NamedTuple):
     contradiction: str = ""
     audit: Audit | None = None
     groups: Sequence[GroupScore] = ()
+    start: Check | None = None
 
     @property
     def facts(self) -> RunFacts:
@@ -201,6 +206,7 @@ def collect_evidence(folder: Path, known: Known, *, audit: Path | None, groups: 
     except ConfigError as error:
         contradiction = str(error) if path.is_file() else ""
     found = Evidence(folder, fresh, record.config, checks, contradiction)
+    found = found._replace(start=next(check_start(found.facts, known.site_keys), None))
     if found.facts.adapter_digest != record.adapter_digest:
         found = found._replace(contradiction="adapter/ does not match adapter_digest in run.json")
     if audit is not None:
@@ -239,7 +245,9 @@ def _judge_record(_: bool, given: Evidence, __: GateRules) -> Found:
         return False, given.contradiction
     if not given.checks:
         return None, f"there is no report.json: {_BY_REPORT}"
-    others = [check for name, check in given.checks.items() if name not in (*_SIGNATURES, SIGNED_ADAPTER, "files")]
+    others = [
+        check for name, check in given.checks.items() if name not in (*_SIGNATURES, SIGNED_ADAPTER, START, "files")
+    ]
     for state, holds in (("wrong", False), ("missing", None)):
         if found := [check for check in others if check.state == state]:
             return holds, f"{found[0].name}: {found[0].text}"
@@ -373,6 +381,8 @@ def _sum_losses(given: Evidence) -> tuple[float | None, float | None]:
     given in `StartAdapter`.
     """
     facts, start = given.facts, given.facts.provenance.start_adapter
+    if given.start is not None and given.start.state != "right":
+        return None, None
     epsilon, delta = compute_released_epsilon(given.report.epsilon, facts.delta, facts.selection)
     own = {"unit": facts.unit, "delta": delta, "epsilon": epsilon}
     return sum_start_losses(own | {"start_adapter": start and dataclasses.asdict(start)})

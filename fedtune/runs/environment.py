@@ -30,6 +30,7 @@ from fedtune.runs.lineage import (
     UNKNOWN,
     LineageEntry,
     build_lineage,
+    is_counted,
     read_base_lineage,
     read_texts_lineage,
     sum_start_losses,
@@ -46,6 +47,8 @@ if TYPE_CHECKING:  # these import torch, which readers do not need
     from fedtune.sites.shared_model import RunModel
     from fedtune.tasks.saved import SavedAdapter
 
+Signers = frozenset[str] | None
+"""Public keys of the real sites whose receipts a privacy loss follows from; None: not all of it follows from any."""
 _NOTED = ("cryptography", "dp-accounting", "flwr", "numpy", "opacus", "peft", "safetensors", "torch", "transformers")
 
 
@@ -121,27 +124,33 @@ def read_selection(folder: Path) -> Selection | None:
 
 
 def build_start_lineage(config: RunConfig) -> dict[str, Any] | None:
-    """Build the lineage of a run's start adapter, base model and synthetic records for `run.json`.
+    """Build the lineage of a run's start adapter, base model and synthetic records for `run.json`."""
+    return _build_lineage(config)[0]
+
+
+def _build_lineage(config: RunConfig) -> tuple[dict[str, Any] | None, Signers]:
+    """Build the lineage of a run, and find the sites that signed for all of it.
 
     Prior spending comes from the run folder of the start adapter, from the mark in an exported base model, and from the
     card of synthetic records. It is "unknown" if the source is missing. An epsilon of None means that no finite bound
-    exists. Returns None for a new adapter without prior spending.
+    exists; a lineage of None is a new adapter without prior spending.
     """
     earlier = [*read_base_lineage(config.model), *_iter_records_lineage(config)]
     if config.model.adapter is None:
-        return build_lineage(earlier)
+        return build_lineage(earlier), None
     from fedtune.tasks.saved import SavedAdapter
 
     start = SavedAdapter.read_initial(config.model.adapter)
     has_head = config.bound_task.has_head
     about = {"digest": start.digest, "head": start.can_reuse_head(config.task_model()) if has_head else None}
-    public, (of_run, learned) = config.public.train_file, _read_run_lineage(start)
+    public, (of_run, learned, signers) = config.public.train_file, _read_run_lineage(start)
     if public is not None and (learned != public or earlier):
         bound = "must be null with public.train_file: it was trained on other records as well"
         raise ConfigError("model.adapter", config.model.adapter, bound)
     if earlier:
         of_run["start_adapter"] = build_lineage([*walk_lineage(of_run.get("start_adapter")), *earlier])
-    return about | ({"public": True} if public else {}) | of_run  # declared by the user
+    entry = about | ({"public": True} if public else {}) | of_run  # declared by the user
+    return entry, None if any(map(is_counted, earlier)) else signers
 
 
 def _iter_records_lineage(config: RunConfig) -> Iterator[LineageEntry]:
@@ -157,8 +166,9 @@ def _iter_records_lineage(config: RunConfig) -> Iterator[LineageEntry]:
             yield from read_texts_lineage(told.get("runs") if own else None)
 
 
-def _read_run_lineage(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None]:
-    """Read the lineage entry of an adapter's run, and its training file if it has neither privacy nor lineage.
+def _read_run_lineage(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None, Signers]:
+    """Read an adapter's lineage entry, its run's training file if it has neither privacy nor lineage, and the sites
+    that signed for the entry.
 
     An epsilon that does not follow from the run's folder, or a start that the run's settings do not bind, is unknown.
     """
@@ -168,7 +178,7 @@ def _read_run_lineage(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None
         RunFolder(folder).require_own_adapter(adapter.folder)
         config = read_saved_config(folder)
         before: Any = (earlier.get("provenance") or {}).get("start_adapter")
-        plan, epsilon = _derive_epsilon(adapter, config, earlier["privacy"])
+        plan, epsilon, signers = _derive_epsilon(adapter, config, earlier["privacy"])
         epsilon, delta = compute_released_epsilon(epsilon, plan.delta, read_selection(folder))
         owed: dict[str, Any] = {"from": config.name, "dataset": config.data.dataset, "unit": plan.unit, "delta": delta}
         owed |= {"epsilon": None if config.runtime.seeded_noise else epsilon}
@@ -179,13 +189,18 @@ def _read_run_lineage(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None
             if not same or not _is_same_epsilon(said[0], own.start_epsilon):
                 before = dict.fromkeys(("digest", *SPENT), UNKNOWN)
         owed |= {"start_adapter": before} if before else {}
-        return owed, config.data.train_file if owed["epsilon"] is None and not before else None
+        if any(map(is_counted, walk_lineage(before))):
+            behind = config.privacy.start_keys
+            signers = None if signers is None or behind is None else signers | {*behind}
+        return owed, config.data.train_file if owed["epsilon"] is None and not before else None, signers
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, FedtuneError):
-        return dict.fromkeys(SPENT, UNKNOWN), None
+        return dict.fromkeys(SPENT, UNKNOWN), None, None
 
 
-def _derive_epsilon(adapter: SavedAdapter, config: RunConfig, told: Mapping[str, Any]) -> tuple[Plan, float | None]:
-    """Derive the plan of the run that trained an adapter, and the plan's epsilon at a site; None: unbounded.
+def _derive_epsilon(
+    adapter: SavedAdapter, config: RunConfig, told: Mapping[str, Any]
+) -> tuple[Plan, float | None, Signers]:
+    """Derive the plan of the run that trained an adapter, its epsilon at a site (None: unbounded), and who signed it.
 
     Args:
         adapter: the run's final adapter, in the run's folder.
@@ -205,7 +220,7 @@ def _derive_epsilon(adapter: SavedAdapter, config: RunConfig, told: Mapping[str,
     if not _is_same_epsilon(epsilon, told["epsilon"]):
         raise ValueError("epsilon")
     if not plan.private:
-        return plan, None
+        return plan, None, None
     _ = adapter.tensors  # checks their hash
     state, run = Checkpoints(RunFolder(folder).checkpoints, config.digest()).load(), config.run_id()
     if real:
@@ -217,7 +232,7 @@ def _derive_epsilon(adapter: SavedAdapter, config: RunConfig, told: Mapping[str,
     unsigned = real and any(one.reply != trained for one in receipts.values())
     if wrong or unsigned or not receipts or state.kept_adapter.digest() != trained:
         raise ValueError("receipts")
-    return plan, epsilon
+    return plan, epsilon, frozenset(one.site_key for one in receipts.values()) if real else None
 
 
 def _is_same_epsilon(*found: float | None) -> bool:
@@ -227,10 +242,12 @@ def _is_same_epsilon(*found: float | None) -> bool:
 
 def derive_start(config: RunConfig) -> dict[str, Any]:
     """Derive the `PrivacySpec.start` of a run with a start adapter from the folders of the runs behind it."""
-    entry = build_start_lineage(config) or {}
+    entry, signers = _build_lineage(config)
+    entry = entry or {}
     epsilon, delta = sum_start_losses(entry)
     unit = None if entry.get("unit") == UNKNOWN else entry.get("unit")
-    return {"start_epsilon": epsilon, "start_delta": delta, "start_unit": unit}
+    keys = None if signers is None or epsilon is None else tuple(sorted(signers))
+    return {"start_epsilon": epsilon, "start_delta": delta, "start_unit": unit, "start_keys": keys}
 
 
 def write_lineage_mark(

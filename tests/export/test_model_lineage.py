@@ -86,7 +86,7 @@ def test_run_on_a_merged_model_states_its_prior_spending(first_run: Path, merged
     assert run_command("report", "verify", str(run)).code == 0
     card = (run / "adapter" / "README.md").read_text()
     assert (
-        f"of run first on {read_lineage(first_run)['dataset']}; its training spent epsilon {format_epsilon(epsilon)}"
+        f"of run first on {read_lineage(first_run)['dataset']}; by the lead's word its training spent epsilon {format_epsilon(epsilon)}"
         in (card.replace("\\", ""))
     )
 

@@ -9,7 +9,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from fedtune.config import read_saved_config
 from fedtune.federation.run_folder import RunFolder
 from fedtune.model.adapter import Adapter
 from fedtune.model.adapter_files import TENSOR_FILES
@@ -25,10 +26,11 @@ from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy import accountant, events, keys
 from fedtune.privacy.keys import SigningKey
 from fedtune.report import checks, from_ledger, from_run, signing
-from fedtune.report.checks import Check, Known, check_report
+from fedtune.report.checks import Check, Known, check_report, check_start
 from fedtune.report.facts import RunFacts, SiteFacts, StartAdapter
 from fedtune.report.model import Report
 from fedtune.report.verify_report import derive_report
+from fedtune.runs.environment import derive_start
 from fedtune.spec import ConfigError
 from fedtune.tasks.registry import TASKS
 from fedtune.tasks.saved import SavedAdapter
@@ -238,10 +240,10 @@ def simulate_receipts(facts: RunFacts) -> RunFacts:
     return resign_receipts(facts, simulated=True)
 
 
-def begin_in_adapter(facts: RunFacts, **changes: Any) -> RunFacts:
+def begin_in_adapter(facts: RunFacts, signers: Sequence[str] | None = None, **changes: Any) -> RunFacts:
     """A run that began in an adapter, as its sites were asked and signed; the report changes what it says of that."""
     about = {"epsilon": 2.0, "delta": 1e-5, "unit": "record"}
-    signed = {f"start_{key}": value for key, value in about.items()}
+    signed = {f"start_{key}": value for key, value in about.items()} | {"start_keys": signers}
     facts = change_settings(
         facts, lambda sent: (sent["model"].update(adapter_sha256=OTHER), sent["privacy"].update(signed))
     )
@@ -525,6 +527,33 @@ def test_report_without_the_sent_settings_is_rejected_with_a_reason(run: Deploye
     found = checks._check_model_files(replace(run.facts, sent=sent), None, run.folder / "adapter", None)
     texts = {check.name: check.text for check in found}
     assert texts["files"] == "The report does not contain the settings that the sites received."
+
+
+def test_start_epsilon_is_the_leads_word_unless_listed_sites_signed_for_it(run: Deployed) -> None:
+    keys = {site: make_site_key(site).public for site in SITES}
+    both, stranger = [keys["north"], keys["south"]], [keys["north"], STRANGER.public]
+    for signers, known, state in (
+        (both, keys, "right"),
+        (both, None, "missing"),
+        (stranger, keys, "missing"),
+        ([], keys, "missing"),
+        (None, keys, "missing"),
+    ):
+        (found,) = check_start(begin_in_adapter(run.facts, signers), known)
+        assert found.state == state
+        assert ("is the lead's word" in found.text) == (state == "missing")
+    assert not [*check_start(run.facts, None)], "a run without a start"
+    assert not [*check_start(begin_in_adapter(run.facts, epsilon=None), keys)], "nothing is claimed"
+    assert not [*check_start(begin_in_adapter(run.facts, public=True), keys)]
+
+
+def test_start_keys_are_those_that_signed_the_receipts_of_a_real_start(run: Deployed) -> None:
+    config = read_saved_config(run.folder)
+    start = derive_start(replace(config, model=replace(config.model, adapter=str(run.folder))))
+    keys = tuple(sorted(make_site_key(site).public for site in SITES))
+    assert start["start_keys"] == (None if run.lead is LEAD else keys), (
+        "the simulation's checkpoint is not of real sites"
+    )
 
 
 def test_export_of_real_sites_is_only_the_leads_word(run: Deployed) -> None:

@@ -14,7 +14,7 @@ from fedtune.federation.lead import RoundResult
 from fedtune.privacy.selection import Selection
 from fedtune.report import gate_rules
 from fedtune.report.attacks import AttackFinding, RunAttacks
-from fedtune.report.checks import Check
+from fedtune.report.checks import START, Check
 from fedtune.report.derive.profile import (
     bound_correct_guesses_per_100,
     bound_secret_chance,
@@ -258,6 +258,10 @@ DEFECTS: dict[str, tuple[str, Change]] = {
     "a start of unknown epsilon": (LOSSES, lambda e: change_start(e, unit=None, delta=None, epsilon=None)),
     "a start with another unit": (LOSSES, lambda e: change_start(e, unit="user", epsilon=0.1)),
     "runs behind a base's pre-training": (LOSSES, lambda e: change_start(e, **PRE_TRAINING | {"delta": None})),
+    "a start that strangers signed": (
+        LOSSES,
+        lambda e: change_start(e)._replace(start=Check(START, "missing", "it is not")),
+    ),
     "starts too large for delta": (
         "max_expected_failures max_right_of_100 max_secret_chance",
         lambda e: change_start(e, delta=0.01),

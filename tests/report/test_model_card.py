@@ -129,7 +129,10 @@ def test_user_text_is_escaped_in_the_model_card(record: RunRecord, run_report: R
 
 def test_model_card_reports_the_start_adapter_and_its_privacy_cost(record: RunRecord, run_report: Report) -> None:
     for spent, said in (
-        ({"delta": 1e-5, "epsilon": 2.5}, ", of run intents on public; its training spent epsilon 2.500 at delta "),
+        (
+            {"delta": 1e-5, "epsilon": 2.5},
+            ", of run intents on public; by the lead's word its training spent epsilon 2.500 at delta ",
+        ),
         ({"delta": 1e-5, "epsilon": None}, ", of run intents on public; its training bounds nothing |"),
         ({"run": None, "delta": None, "epsilon": None}, "; what its training spent is not known |"),
         ({"epsilon": None, "delta": 1e-5, "public": True}, ", of run intents on public; it was trained without p"),

@@ -57,9 +57,10 @@ def test_start_epsilon_is_derived_and_decides_the_name_of_the_run(folder: Path, 
         "start_epsilon": pytest.approx(spent["epsilon"]),
         "start_delta": spent["delta"],
         "start_unit": "record",
-    }
+        "start_keys": None,
+    }, "one machine signed as all sites"
     assert compose_run([*words, f"privacy.start_delta={spent['delta']}"]) == config, "as in a saved config.yaml"
-    for key in config.privacy.start:
+    for key in ("start_epsilon", "start_delta", "start_unit"):
         without = replace(config, privacy=replace(config.privacy, **{key: None}))
         assert without.digest() != config.digest(), "sites sign the name of the run"
     unknown = replace(config, privacy=replace(config.privacy, **dict.fromkeys(config.privacy.start)))
@@ -77,6 +78,8 @@ def test_start_epsilon_is_derived_and_decides_the_name_of_the_run(folder: Path, 
         compose_run([*words, f"model.adapter={alone}", "privacy.start_epsilon=0.1"])
     with pytest.raises(ConfigError, match=r"privacy\.start_unit = 'user': must be record"):
         compose_run([*words, "privacy.start_unit=user"])
+    with pytest.raises(ConfigError, match=r"privacy\.start_keys = .*: cannot be derived"):
+        compose_run([*words, f"privacy.start_keys=[{DIGEST}]"])
 
 
 def test_start_epsilon_requires_an_adapter_and_a_finite_number(tmp_path: Path) -> None:
