@@ -86,9 +86,9 @@ def test_run_on_a_merged_model_states_its_prior_spending(first_run: Path, merged
     assert run_command("report", "verify", str(run)).code == 0
     card = (run / "adapter" / "README.md").read_text()
     assert (
-        f"of run first on {read_lineage(first_run)['dataset']}; by the lead's word its training spent epsilon {format_epsilon(epsilon)}"
-        in (card.replace("\\", ""))
-    )
+        f"of run first on {read_lineage(first_run)['dataset']}; by the lead's word its training spent "
+        f"epsilon {format_epsilon(epsilon)}"
+    ) in card.replace("\\", "")
 
 
 def test_lineage_keeps_every_prior_run_once(first_run: Any, merged_base: Any, second_run: Any, tmp_path: Path) -> None:
