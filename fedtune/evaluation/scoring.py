@@ -55,9 +55,9 @@ def embed_examples(
     """Compute the embedding of every example, (examples, h); arguments, errors and privacy as `evaluate_examples`."""
 
     def embed(batch: Batch) -> dict[str, torch.Tensor]:
-        return {"embedding": task_model.embed(batch)}
+        return {"rows": task_model.embed(batch)}
 
-    return _collect(task_model, dataset, embed, pad_id=pad_id, max_tokens=max_tokens, kept=kept)["embedding"]
+    return _collect(task_model, dataset, embed, pad_id=pad_id, max_tokens=max_tokens, kept=kept)["rows"]
 
 
 def _collect(

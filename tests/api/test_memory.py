@@ -94,7 +94,12 @@ def test_interrupted_in_memory_run_resumes_with_the_same_records(settings: dict[
 
 
 def test_recipe_with_in_memory_records_keeps_its_model(settings: dict[str, Any]) -> None:
-    sites: dict[str, Any] = {"a": {"text": [f"text {number}" for number in range(60)], "label": ["x", "y"] * 30}}
+    sites: dict[str, Any] = {
+        "a": {
+            "text": [f"{word} {number}" for number in range(30) for word in ("aaaa", "zzzz")],
+            "label": ["x", "y"] * 30,
+        }
+    }
     sites["b"] = pyarrow.table(sites["a"])
     settings |= {"data.labels": ["x", "y"], "data.declared_sizes": [40, 40]}
     run = fedtune.simulate("debug", settings, sites=sites, validation=sites["a"])

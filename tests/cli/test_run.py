@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from fedtune.api.compose import compose_run
+from fedtune.cli.interruptible_run import run_simulation
 from fedtune.cli.real_run import start_run
 from fedtune.cli.run_settings import compose_for_sites
 from fedtune.config import RunConfig, parse, read_saved_config
@@ -334,8 +335,7 @@ def test_public_stage_runs_only_at_the_lead(kit: Kit, tmp_path: Path, monkeypatc
     def record_stage(stage: RunConfig, folder: Path, console: Any, *, again: str) -> None:
         begun.append(stage)
         assert again == shlex.join(["fedtune", "run", "--kit", str(kit.folder), "--or-resume", *typed])
-        write_config(stage, folder)
-        save_task_model(build_task_model(stage.task_model()), folder / "adapter")
+        run_simulation(stage, folder, console, again=again)
 
     monkeypatch.setattr("fedtune.cli.interruptible_run.run_simulation", record_stage)
     monkeypatch.setattr(LeadService, "fit_to_budgets", lambda self, config: config)

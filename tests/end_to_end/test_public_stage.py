@@ -102,7 +102,9 @@ def test_public_stage_survives_lost_checkpoints_but_not_changed_records(
     shutil.rmtree(stage / "checkpoints")
     written = (stage / "run.json").stat().st_mtime_ns
     file = Path(shutil.copy(public_questions, tmp_path / "public.jsonl"))
-    asked = replace(run.config, resume=None, model=replace(run.config.model, adapter=None, adapter_sha256=None))
+    model = replace(run.config.model, adapter=None, adapter_sha256=None)
+    privacy = replace(run.config.privacy, **dict.fromkeys(run.config.privacy.start))
+    asked = replace(run.config, resume=None, model=model, privacy=privacy)
     asked = replace(asked, tracking=replace(asked.tracking, output_dir=str(tmp_path)))
     begun = run_public_stage(asked, lambda stage, folder: pytest.fail("the stage is finished"))
     assert begun.model.adapter == str(stage)

@@ -55,7 +55,7 @@ def test_warm_start_keeps_final_scores_and_states_its_lineage(first_run: Path, s
     assert report["facts"]["provenance"]["start_adapter"] == about
     page = (second_run[0] / "report.html").read_text()
     assert read_digest(first_run) in page
-    assert "training, not included in this report&#39;s figures" in page
+    assert "training, as the lead states it, not included in this report&#39;s figures" in page
     assert run_command("report", "verify", str(second_run[0])).code == 0
     assert json.loads((first_run / "report.json").read_text())["facts"]["provenance"]["start_adapter"] is None
     assert read_saved_config(second_run[0]).privacy.start_epsilon == spent["epsilon"]
