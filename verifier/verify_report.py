@@ -566,12 +566,28 @@ def trained_digest(folder: Path, sent: Json) -> str:
     return digest.hexdigest()
 
 
+def check_peft_settings(own: Json, lora: Json, path: str) -> None:
+    """Compare the settings by which PEFT scales an adapter with those that the sites were sent."""
+    asked = {
+        "r": lora["rank"],
+        "lora_alpha": lora["alpha"],
+        "use_rslora": lora["rslora"],
+        "use_dora": lora["kind"] == "dora",
+    }
+    if own["peft_type"] == "LORA":
+        require(all(own[key] == asked[key] for key in asked), f"{path} has another scale than the sites were sent")
+    patterns = ("rank_pattern", "alpha_pattern", "layer_replication", "modules_to_save", "target_parameters")
+    require(not any(own.get(key) for key in patterns), f"{path} has settings that no run of fedtune saves")
+
+
 def check_signed_adapter(facts: Json, folder: Path) -> None:
     """Compare the adapter's trained tensors with those that each charged site signed in its last receipt."""
     sent, own = json.loads(facts["sent"]), json.loads((folder / "fedtune.json").read_bytes())
     asked = {key: sent[key] for key in ("task", "lora", "head", "seed")} | {"labels": sent["data"]["labels"]}
     same = own["model"]["sha256"] == sent["model"]["sha256"] and all(own[key] == asked[key] for key in asked)
     require(same, f"{folder} has other settings than the sites were sent")
+    if (path := folder / "adapter_config.json").is_file():
+        check_peft_settings(json.loads(path.read_bytes()), sent["lora"], f"{path}")
     digest = trained_digest(folder, sent)
     charged = {site["site"]: site["receipt"] for site in facts["sites"] if rounds_of(facts, site)}
     for name, receipt in charged.items():

@@ -94,7 +94,7 @@ class Deployed:
         return verify_report.main([str(self.folder), *given]) == 0
 
 
-def write_roster(path: Path, **revoked: str) -> None:
+def write_roster(path: Path, lead: SigningKey, **revoked: str) -> None:
     """As much of a roster as the other program reads, with the times at which sites were revoked."""
     fields = {
         "sites": [
@@ -102,7 +102,7 @@ def write_roster(path: Path, **revoked: str) -> None:
         ]
     }
     message = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
-    path.write_text(json.dumps(fields | {"signature": LEAD.sign("roster", message)}))
+    path.write_text(json.dumps(fields | {"signature": lead.sign("roster", message)}))
 
 
 def deploy_run(into: Path) -> Deployed:
@@ -137,7 +137,7 @@ def simulate_run(into: Path) -> Deployed:
         for site, receipt in record.state.receipts.items()
     }
     record = replace(record, state=replace(record.state, receipts=receipts))
-    write_roster(into / "roster.json")
+    write_roster(into / "roster.json", LEAD)
     return Deployed(
         folder, signing.sign_report(derive_report(from_run.collect_run_facts(folder, record, own={})), LEAD)
     )
@@ -365,7 +365,7 @@ def test_revoked_site_of_a_run_is_named(run: Deployed, capsys: Any) -> None:
     (keys,) = [check for check in found if check.name == "site keys"]
     assert keys.state == "right", "a site may leave after a run"
     assert keys.text.endswith("in the roster. south was revoked at 2026-01-01T00:00:00+00:00.")
-    write_roster(run.roster, south="2026-01-01T00:00:00+00:00")
+    write_roster(run.roster, run.lead, south="2026-01-01T00:00:00+00:00")
     assert run.holds_by_the_other_program()
     assert capsys.readouterr().out.strip().endswith("; south was revoked at 2026-01-01T00:00:00+00:00)")
 
@@ -450,8 +450,18 @@ def name_another_base(folder: Path) -> None:
     edit_adapter_settings(folder, group="model", sha256=OTHER)
 
 
+def raise_alpha_for_peft(folder: Path) -> None:
+    edit_adapter_settings(folder, "adapter_config.json", lora_alpha=800.0)
+
+
+def raise_alpha_of_one_module(folder: Path) -> None:
+    edit_adapter_settings(folder, "adapter_config.json", alpha_pattern={"query": 800})
+
+
 @pytest.mark.parametrize("has_settings", [True, False], ids=["whole folder", "report and adapter"])
-@pytest.mark.parametrize("forge", [reverse_labels, raise_alpha, name_another_base])
+@pytest.mark.parametrize(
+    "forge", [reverse_labels, raise_alpha, raise_alpha_for_peft, raise_alpha_of_one_module, name_another_base]
+)
 def test_adapter_settings_that_no_site_was_sent_are_rejected(
     run: Deployed, forge: Callable[[Path], None], has_settings: bool
 ) -> None:
