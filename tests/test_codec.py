@@ -13,10 +13,13 @@ import pytest
 
 from fedtune.codec import MOST_BYTES, decode, parse_json, read_bounded_file, read_toml
 from fedtune.config import read_plain_yaml
+from fedtune.federation.run_folder import RunFolder
 from fedtune.ops.kits.members import JoinRequest, Roster
 from fedtune.privacy.ledger.chain import Head
 from fedtune.report.group_scores import read_group_scores
-from fedtune.spec import ConfigError
+from fedtune.runs.environment import read_environments
+from fedtune.spec import ConfigError, RunError
+from fedtune.tasks.saved import SavedAdapter
 
 from .cli import snapshots
 
@@ -89,6 +92,16 @@ def test_named_pipe_is_refused_without_waiting_for_its_writer(read: Callable[...
     os.mkfifo(path := tmp_path / "pipe")
     with pytest.raises(ConfigError, match="pipe"):
         read(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in folders")
+def test_named_pipe_in_a_run_folder_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fedtune.json")
+    with pytest.raises(ConfigError, match="must contain an adapter's settings"):
+        SavedAdapter.read(tmp_path)
+    os.mkfifo(RunFolder(tmp_path).environment)
+    with pytest.raises(RunError, match="is damaged"):
+        read_environments(tmp_path)
 
 
 @pytest.mark.parametrize("size", [None, MOST_BYTES + 1])

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedtune.codec import reject_duplicate_keys
+from fedtune.codec import read_bounded_file, reject_duplicate_keys
 from fedtune.config import RunConfig, parse, read_saved_settings
 from fedtune.federation.drift import HeldOut, pool_held_out_scores
 from fedtune.federation.early_stopping import should_stop
@@ -320,8 +320,8 @@ def _collect_held_out(record: RunRecord) -> tuple[HeldOut, ...] | None:
     own = pool_held_out_scores(record.rounds, sizes, noise=plan.metrics_noise_multiplier, run=config.name)
     before: tuple[HeldOut, ...] = ()
     for folder in (Path(start), Path(start).parent):
-        with suppress(OSError, ConfigError):  # without a readable report, the history starts with this run
-            facts = signing.parse_report((folder / "report.json").read_bytes()).facts
+        with suppress(ConfigError):  # without a readable report, the history starts with this run
+            facts = signing.parse_report(read_bounded_file(folder / "report.json", key="report")).facts
             before = (facts.held_out or ()) if isinstance(facts, RunFacts) else ()
     return (*before, *((own,) if own else ())) or None
 

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.codec import decode, parse_json
+from fedtune.codec import decode, parse_json, read_bounded_file
 from fedtune.config import RunConfig, read_saved_config
 from fedtune.data.records import resolve_file
 from fedtune.extras import describe_code
@@ -102,7 +102,7 @@ def read_environments(folder: Path) -> tuple[Environment, ...]:
     if not path.exists():
         return ()
     try:
-        fields = parse_json(path.read_bytes(), key=str(path), bound="must be an object")
+        fields = parse_json(read_bounded_file(path, key=str(path)), key=str(path), bound="must be an object")
         check_schema("schema_version", fields["schema_version"], RUN_SCHEMA, of="run folder")
         return tuple(decode(Environment, each) for each in fields["environments"])
     except (OSError, ConfigError, TypeError, KeyError) as error:
@@ -159,7 +159,7 @@ def _iter_records_lineage(config: RunConfig) -> Iterator[LineageEntry]:
         path = resolve_file(file, find_shipped_folders(), key=key).resolve()
         if os.path.lexists(card := find_card_path(path, ".json")):
             try:
-                told = json.loads(card.read_bytes())
+                told = json.loads(read_bounded_file(card, key=key))
                 own = told["sha256"] == hash_file(path, key=key)  # otherwise the card belongs to another file
             except (OSError, ValueError, TypeError, KeyError, RecursionError):
                 told, own = {}, False
@@ -174,7 +174,7 @@ def _read_run_lineage(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None
     """
     try:
         folder = adapter.folder.resolve().parent
-        earlier = json.loads(RunFolder(folder).result.read_bytes())
+        earlier = json.loads(read_bounded_file(RunFolder(folder).result, key="model.adapter"))
         RunFolder(folder).require_own_adapter(adapter.folder)
         config = read_saved_config(folder)
         before: Any = (earlier.get("provenance") or {}).get("start_adapter")

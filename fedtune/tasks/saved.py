@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from fedtune.codec import decode, parse_json
+from fedtune.codec import decode, parse_json, read_bounded_file
 from fedtune.model.adapter import Adapter, AdapterError, copy_tensors
 from fedtune.model.adapter_files import (
     MATRIX_A,
@@ -108,10 +108,8 @@ class SavedAdapter:
             ConfigError: the settings are missing or malformed, or the adapter is private to a site.
         """
         path, bound = folder / _SETTINGS, "must contain an adapter's settings"
-        try:
-            settings = parse_json(path.read_bytes(), key=str(path), bound=f"{bound} in JSON")
-        except OSError as error:
-            raise ConfigError("adapter", str(path), f"{bound} ({error.strerror})") from error
+        data = read_bounded_file(path, key="adapter", bound=bound)
+        settings = parse_json(data, key=str(path), bound=f"{bound} in JSON")
         check_schema(f"{path}: schema_version", settings.pop("schema_version", None), RUN_SCHEMA, of="adapter")
         if (site := settings.pop(PRIVATE_TO, None)) is not None and not private:
             bound = (
