@@ -568,14 +568,12 @@ def trained_digest(folder: Path, sent: Json) -> str:
 
 def check_peft_settings(own: Json, lora: Json, path: str) -> None:
     """Compare the settings by which PEFT scales an adapter with those that the sites were sent."""
-    asked = {
-        "r": lora["rank"],
-        "lora_alpha": lora["alpha"],
-        "use_rslora": lora["rslora"],
-        "use_dora": lora["kind"] == "dora",
-    }
-    if own["peft_type"] == "LORA":
-        require(all(own[key] == asked[key] for key in asked), f"{path} has another scale than the sites were sent")
+    scaled = lora["kind"] in ("lora", "dora")
+    asked = {"peft_type": "LORA" if scaled else "IA3"}
+    if scaled:
+        asked |= {"r": lora["rank"], "lora_alpha": lora["alpha"]}
+        asked |= {"use_rslora": lora["rslora"], "use_dora": lora["kind"] == "dora"}
+    require(all(own[key] == asked[key] for key in asked), f"{path} has another scale than the sites were sent")
     patterns = ("rank_pattern", "alpha_pattern", "layer_replication", "modules_to_save", "target_parameters")
     require(not any(own.get(key) for key in patterns), f"{path} has settings that no run of fedtune saves")
 

@@ -458,9 +458,17 @@ def raise_alpha_of_one_module(folder: Path) -> None:
     edit_adapter_settings(folder, "adapter_config.json", alpha_pattern={"query": 800})
 
 
+def name_another_kind_for_peft(folder: Path) -> None:
+    edit_adapter_settings(folder, "adapter_config.json", peft_type="IA3")
+
+
 @pytest.mark.parametrize("has_settings", [True, False], ids=["whole folder", "report and adapter"])
 @pytest.mark.parametrize(
-    "forge", [reverse_labels, raise_alpha, raise_alpha_for_peft, raise_alpha_of_one_module, name_another_base]
+    "forge",
+    [
+        *(reverse_labels, raise_alpha, raise_alpha_for_peft, raise_alpha_of_one_module),
+        *(name_another_kind_for_peft, name_another_base),
+    ],
 )
 def test_adapter_settings_that_no_site_was_sent_are_rejected(
     run: Deployed, forge: Callable[[Path], None], has_settings: bool
