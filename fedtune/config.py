@@ -276,15 +276,15 @@ class RunConfig:
         """
         if self.training.learning_rate != "auto":
             return self
-        plan, task = self.plan(), self.bound_task
+        task = self.bound_task
         if task.auto_lr_shares is None:
             bound = f"has not been studied for task {task.name}: give a number"
             raise ConfigError("training.learning_rate", "auto", bound)
         if self.lora.kind != "lora":
             bound = f"has not been studied for lora.kind = {self.lora.kind}: give a number"
             raise ConfigError("training.learning_rate", "auto", bound)
-        steps = plan.num_rounds * plan.local_steps
-        rate = choose_learning_rate(steps=steps, schedule=self.training.schedule, private=plan.private)
+        steps = self.federation.num_rounds * self.training.local_steps
+        rate = choose_learning_rate(steps=steps, schedule=self.training.schedule, private=self.privacy.private)
         of_lora, of_head = task.auto_lr_shares
         lora, head = (float(f"{share * rate:.3g}") for share in (of_lora * STUDIED_SCALE / self.lora.scale, of_head))
         chosen: dict[str, Any] = {"learning_rate": lora, "head_learning_rate": head if task.has_head else None}

@@ -124,7 +124,7 @@ class Target:
                     losses[places] = model.losses(batch).double().cpu().numpy()
                     if name == BASE or not isinstance(task, PooledTask):
                         continue
-                    pooled = task.embed(model, batch.input_ids, batch.attention_mask)
+                    pooled = model.embed(batch)
                     if not embeddings.size:
                         embeddings = np.zeros((count, pooled.shape[1]), dtype=np.float32)
                     embeddings[places] = pooled.float().cpu().numpy()
