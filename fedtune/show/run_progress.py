@@ -287,7 +287,7 @@ def _build_settings_section(config: RunConfig, shared: RunModel, plan: Plan) -> 
     rows = {
         "model": f"{config.model.path}, {trained:,} trained parameters, on {shared.device}",
         "data": f"{config.data.dataset}, declared sizes: {sizes}",
-        "training": f"{plan.num_rounds} rounds x {plan.local_steps} steps, sampling rate {plan.sampling_rate:g}",
+        "training": f"{pluralize(plan.num_rounds, 'round')} x {pluralize(plan.local_steps, 'step')}, sampling rate {plan.sampling_rate:g}",
     }
     if plan.private:
         epsilon = format_epsilon(compute_charged_epsilons(plan, plan.most_rounds)[0])
@@ -315,9 +315,12 @@ def _build_settings_section(config: RunConfig, shared: RunModel, plan: Plan) -> 
     if str(shared.device) == "cpu" and is_slow_on_cpu(dtype):
         slower = f"model.dtype={dtype} makes this run slower: this CPU has no bfloat16 instructions"
         rows["format"] = f"{slower}; use model.dtype=float32 here"
-    if not shared.loaded.keeps_states:
+    uses = plan.num_rounds * plan.local_steps * plan.sampling_rate  # expected uses of a record
+    if not shared.loaded.keeps_states and uses > 1:
         small = "runtime.kept_states_mib is too small to keep the outputs of the frozen layers for all records"
-        slower = f"which takes {math.ceil(shared.states_mib):,} MiB: training takes several times as long"
+        slower = (
+            f"which takes {math.ceil(shared.states_mib):,} MiB: these layers run about {uses:.0f} times for each record"
+        )
         rows["memory"] = f"{small}, {slower}. runtime.kept_states_folder, a folder on a fast disk, can store them too"
     styles = {place: "yellow" for place, name in enumerate(rows) if name in warnings | {"format", "memory"}}
     return replace(build_key_value_section(rows), styles=styles)

@@ -116,6 +116,8 @@ def run_comparison(
         yield f"a start that spent {spent}", show_rounds(config, start_adapter=about | spent)
     yield "other records than when it began", show_rounds(config, round=1, data_changed=("site-2",))
     yield "noise that drowns the records", show_rounds(config, of=make_model(100_000, keeps_states=False))
+    once = replace(config, federation=replace(config.federation, num_rounds=1))
+    yield "frozen layers that run once for each record", show_rounds(once, of=make_model(keeps_states=False))
     yield "noise that does not", show_rounds(config, of=make_model(100))
     yield "what takes long", show_rounds(config, every_s=1e-9)
     yield "what is soon done", show_rounds(config, every_s=1e9)
