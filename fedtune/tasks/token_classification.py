@@ -220,14 +220,14 @@ class TokenClassification(Task):
         """
         (asked, _), rows = make_entity_reader(data)(record), self.tokenize([record], tokenizer, data=data).targets
         assert isinstance(rows, tuple), "each token has a target"
-        each = zip(logits.argmax(dim=-1).numpy(), rows, strict=True)
-        predicted = np.concatenate([tags[: len(row)][row != UNSUPERVISED] for tags, row in each]).tolist()
+        each = zip(logits.double().numpy(), rows, strict=True)
+        of_words = np.concatenate([scores[: len(row)][row != UNSUPERVISED] for scores, row in each])
         *_, most = _compute_window_sizes(data, sum(map(len, _find_surrounding_tokens(tokenizer))))
         _, words = next(encode_words([asked[: compute_max_characters(most)]], tokenizer, max_length=most))
         words = [word for word in words if word != _NO_WORD]
         found: list[dict[str, Any]] = []
         marked = asked
-        for first, end, label in decode_entities(predicted):
+        for first, end, label in predict_entities(of_words):
             start, stop = words[first][0], words[end - 1][1]
             found.append({"start": start, "end": stop, "label": spec.labels[label], "text": asked[start:stop]})
         for one in reversed(found):
@@ -282,17 +282,44 @@ def _decode_batch(logits: torch.Tensor, batch: Batch) -> Iterator[tuple[list[Ent
     """Yield the true and the predicted entities of each example, by word index, including entities that training
     ignores.
     """
-    num_tags = logits.shape[-1]
-    of_examples = (-1, batch.texts * logits.shape[1])
-    targets, predicted = (one.view(of_examples).cpu().numpy() for one in (batch.targets, logits.argmax(dim=-1)))
-    for truth, classes in zip(targets, predicted, strict=True):
+    num_tags, num_places = logits.shape[-1], batch.texts * logits.shape[1]
+    targets = batch.targets.view(-1, num_places).cpu().numpy()
+    predicted = logits.detach().reshape(-1, num_places, num_tags).double().cpu().numpy()
+    for truth, scores in zip(targets, predicted, strict=True):
         words = truth != UNSUPERVISED
         entities = decode_entities((truth[words] % num_tags).tolist())
         for place, more in enumerate((truth[words] // num_tags).tolist()):
             while more:  # the labels that `_assign_tags` wrote above the class
                 more, label = divmod(more, (num_tags + 1) // 2)
                 entities.append((place, place + 1, label - 1))
-        yield entities, decode_entities(classes[words].tolist())
+        yield entities, predict_entities(scores[words])
+
+
+def predict_entities(logits: Floats) -> list[Entity]:
+    """Predict the entities of a text from its words' logits, (words, 1 + 2 labels), as (first, end, label).
+
+    The boundaries are decided before the labels: they are the likeliest sequence of O, B and I, each the sum over all
+    labels, in which no I follows an O (Viterbi).  An entity's label has the largest mean probability over its words.
+    With the likeliest tag of each word instead, words of one entity whose labels differ would become several entities.
+
+    >>> predict_entities(np.log([[0.2, 0.5, 0.1, 0.1, 0.1], [0.4, 0.1, 0.2, 0.1, 0.2], [0.6, 0.1, 0.1, 0.1, 0.1]]))
+    [(0, 2, 0)]
+    """
+    with np.errstate(invalid="ignore"):  # a diverged model's logits may be NaN
+        summed = (np.logaddexp.reduce(logits[:, first::step], axis=1) for first, step in ((1, 2), (2, 2), (0, 1)))
+        begin, inside, every = summed
+        weights = np.exp(logits - every[:, None])
+    best, ways = (0.0, -math.inf, -math.inf), list[tuple[int, int]]()
+    for o, b, i in zip(logits[:, 0].tolist(), begin.tolist(), inside.tolist(), strict=True):
+        before, within = max(range(3), key=best.__getitem__), max((1, 2), key=best.__getitem__)
+        ways.append((before, within))
+        best = best[before] + o, best[before] + b, best[within] + i
+    tags = [max(range(3), key=best.__getitem__)]
+    for before, within in reversed(ways):
+        tags.append(within if tags[-1] == 2 else before)
+    of_labels = weights[:, 1::2] + weights[:, 2::2]
+    spans = decode_entities(tags[-2::-1])
+    return [(first, end, int(of_labels[first:end].sum(axis=0).argmax())) for first, end, _ in spans]
 
 
 def decode_entities(tags: Sequence[int]) -> list[Entity]:

@@ -1,5 +1,6 @@
 """Token classification: records, words and windows, loss, scores, and refusals."""
 
+import itertools
 import json
 import time
 from typing import Any
@@ -19,7 +20,7 @@ from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.measures import compute_recall_precision_f1, count_entities
 from fedtune.tasks.registry import get_task
-from fedtune.tasks.token_classification import decode_entities, make_entity_reader
+from fedtune.tasks.token_classification import decode_entities, make_entity_reader, predict_entities
 
 from ..data.conftest import make_data_spec
 from ..model.conftest import make_trained
@@ -264,9 +265,39 @@ def test_entity_scores_match_their_counts() -> None:
     ]
 
 
-def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any) -> None:
-    """The model always predicts B-drug, so each word is an entity of its own, also at the end of a window."""
+def test_tags_are_decoded_into_entities() -> None:
     assert decode_entities([0, 2, 2, 0, 1, 2, 3, 4, 4, 2]) == [(1, 3, 0), (4, 6, 0), (6, 9, 1), (9, 10, 0)]
+
+
+@pytest.mark.parametrize("num_labels", [1, 2, 4])
+def test_predicted_boundaries_are_the_likeliest_sequence_without_i_after_o(num_labels: int) -> None:
+    draws = np.random.default_rng(num_labels)
+    for num_words in (0, 1, 2, 5):
+        for logits in 2 * draws.normal(size=(20, num_words, 1 + 2 * num_labels)):
+            each = (logits[:, 0], *(np.log(np.exp(logits[:, first::2]).sum(axis=1)) for first in (1, 2)))
+            sequences = (
+                tags
+                for tags in itertools.product(range(3), repeat=num_words)
+                if (0, 2) not in itertools.pairwise((0, *tags))
+            )
+            likeliest = max(sequences, key=lambda tags: sum(each[tag][place] for place, tag in enumerate(tags)))
+            found = predict_entities(logits)
+            assert [span[:2] for span in found] == [span[:2] for span in decode_entities(likeliest)]
+            shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+            for first, end, label in found:
+                each_label = shares[first:end, 1:].reshape(end - first, num_labels, 2).sum(axis=(0, 2))
+                assert label == each_label.argmax()
+
+
+def test_words_of_different_labels_form_one_predicted_entity() -> None:
+    logits = np.log([[0.1, 0.6, 0.1, 0.1, 0.1], [0.1, 0.1, 0.2, 0.2, 0.4], [0.1, 0.1, 0.3, 0.1, 0.4]])
+    assert decode_entities(logits.argmax(axis=1).tolist()) == [(0, 1, 0), (1, 3, 1)]
+    assert predict_entities(logits) == [(0, 3, 0)]
+    assert predict_entities(np.full((3, 5), np.nan)) == [], "nor does a diverged model end in an error"
+
+
+def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tags are equally likely, so each word is an entity of its own, also at the end of a window."""
     model = make_trained("random:bert", TASK.name, texts=2)
     labels = model.spec.labels
     with torch.no_grad():
@@ -275,9 +306,11 @@ def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any) ->
     given = {"max_length": 8, "windows": 2, "stride": 2, "labels": labels}
     dataset = tokenize_records(record([f"w{place}" for place in range(8)], tags), tokenizer=encoder_tokenizer, **given)
     figures = evaluate_examples(model, dataset, pad_id=0, max_tokens=64)
-    assert figures["entities"][0].tolist() == [[1, 0, 0, 0, 0], *[[0] * 5] * (len(labels) - 1), [1, 0, 0, 0, 0]]
+    assert figures["entities"][0].tolist() == [[1, 8, 0, 1, 8], *[[0] * 5] * (len(labels) - 1), [1, 8, 0, 1, 8]]
     assert compute_unit_scores(model, dataset, pad_id=0).tolist() == [0.0]
     assert TASK.majority_baseline(dataset) == 0.0
+    outside = torch.nn.functional.one_hot(torch.zeros(2, 8, dtype=torch.int64), 1 + 2 * len(labels)).double()
+    monkeypatch.setattr(model, "logits", lambda batch: 9 * outside[:, : batch.input_ids.shape[1]])
     nothing = tokenize_records(record(["w1"], ["O"]), tokenizer=encoder_tokenizer, **given)
     assert compute_unit_scores(model, nothing, pad_id=0).tolist() == [1.0]
 
