@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fedtune.api.compose import compose_run
 from fedtune.data import Batch, Part, Shapes
+from fedtune.data.tokenization import UNSUPERVISED
 from fedtune.lab.audit import sensitivity
 from fedtune.lab.audit.spec import AuditSpec
 from fedtune.model.layers import attach_adapters, find_layer_stack, make_activations_rowwise
@@ -323,6 +324,8 @@ def _speed(machine: Machine, model: TaskModel, batch: Batch) -> Result:
     tokens = _MICRO_BATCHES * int(batch.attention_mask.sum())
     found: Result = {"tokens": tokens}
     kinds: dict[str, Step] = {"plain": _plain, "private": _private, "opacus_ghost": _ghost_clipping}
+    if find_spec("opake"):
+        kinds["opake"] = _prepare_opake(model)
     if machine.device.type != "cpu":
         kinds |= {"plain_captured": _capture_plain(model, batch), "private_captured": _capture_private(model, batch)}
     for kind, step in kinds.items():
@@ -340,7 +343,7 @@ def _speed(machine: Machine, model: TaskModel, batch: Batch) -> Result:
         if machine.device.type != "cpu":
             found[f"{kind}_peak_bytes"] = torch.accelerator.max_memory_allocated(machine.device)
     pairs = (("private", "plain"), ("private_captured", "plain"), ("private_captured", "plain_captured"))
-    for one, other in (*pairs, ("opacus_ghost", "plain")):
+    for one, other in (*pairs, ("opacus_ghost", "plain"), ("opake", "plain")):
         if one in kinds:
             found[f"{one}_over_{other}"] = round(found[f"{one}_tokens_a_second"] / found[f"{other}_tokens_a_second"], 3)
     return found
@@ -453,6 +456,46 @@ def _ghost_clipping(model: TaskModel, batch: Batch) -> None:
     model.zero_grad(set_to_none=True)
 
 
+def _prepare_opake(model: TaskModel) -> Step:
+    """A private step by opake: per-example gradients by `torch.func`, clipped and summed, with the same mean loss.
+
+    It needs opake-engine, opake-dpsgd, opake-base, opake-optimizers and optree, installed with `pip install --no-deps`.
+    """
+    from opake.dpsgd.clipping import clipped_grad
+    from opake.dpsgd.noise import gaussian_noise
+    from opake.random import key
+
+    parameters = {name: one for name, one in model.base.named_parameters() if one.requires_grad}
+
+    def compute_loss(trained: dict[str, Any], ids: Any, mask: Any, targets: Any) -> Any:
+        attended = torch.ones(len(ids), len(ids), device=ids.device, dtype=torch.bool).tril() & (mask > 0)
+        given = {"input_ids": ids[None], "attention_mask": torch.where(attended, 0.0, -1e9)[None, None]}
+        logits = torch.func.functional_call(model.base, trained, kwargs=given).logits[0, :-1].float()
+        losses = torch.nn.functional.cross_entropy(logits, targets[1:], ignore_index=UNSUPERVISED, reduction="sum")
+        return losses / (targets[1:] != UNSUPERVISED).sum()
+
+    clip, clip_state = clipped_grad(compute_loss, clipping_norm=1.0, batch_argnums=(1, 2, 3))
+    add_noise, noise_state = gaussian_noise(noise_multiplier=1.0, key=key(0))
+
+    def step(model: TaskModel, batch: Batch) -> None:
+        base = model.base.get_base_model()
+        fused = base.config._attn_implementation
+        base.set_attn_implementation("eager")  # fused attention branches on whether a row has padding
+        trained, summed = {name: one.detach() for name, one in parameters.items()}, None
+        for _ in range(_MICRO_BATCHES):
+            clipped, _ = clip(trained, batch.input_ids, batch.attention_mask, batch.targets, state=clip_state)
+            added = {name: one + (summed.pytree[name] if summed else 0) for name, one in clipped.pytree.items()}
+            summed = replace(clipped, pytree=added)
+        noisy, _ = add_noise(summed, noise_state)
+        for name, one in parameters.items():
+            one.grad = noisy.pytree[name]
+        _standing(model).step()
+        model.zero_grad(set_to_none=True)
+        base.set_attn_implementation(fused)
+
+    return step
+
+
 def _with_noise(sums: TensorSums) -> dict[str, npt.NDArray[np.int64]]:
     """Drawn once a step, as in training."""
     compute_all_gradients = {name: total.cpu().numpy() for name, total in sums.items()}
@@ -482,6 +525,19 @@ def banks(machine: Machine) -> Result:
     return done | {"metrics": run["final"]["metrics"], "run_seconds": run["final"]["seconds"]}
 
 
+def e2e(machine: Machine, key: str) -> Result:
+    """A line of simulations/e2e with BLEU; an interrupted run goes on, because its folder stays in `runs`."""
+    study, runs = ROOT / "simulations" / "e2e", ROOT / "runs" / "gpu-e2e"
+    with tempfile.TemporaryDirectory() as folder:
+        own = ("--only", key, "--runs", str(runs), "--into", folder)
+        done = _command(sys.executable, "simulations/study.py", str(study), *own)
+        _command(sys.executable, str(study / "score.py"), *own)
+        bleu, line = (
+            json.loads((Path(folder) / f"{name}.json").read_text())["lines"][key] for name in ("bleu", "results")
+        )
+    return done | {"bleu": bleu["each_run"], "epsilon": line["epsilon"], "run_seconds": line["seconds"]}
+
+
 def _command(*words: str, **environment: str) -> Result:
     began, own = time.perf_counter(), os.environ | environment
     done = subprocess.run(words, cwd=ROOT, env=own, capture_output=True, text=True, timeout=_LONGEST_S, check=False)
@@ -490,6 +546,7 @@ def _command(*words: str, **environment: str) -> Result:
 
 
 STEPS: dict[str, Callable[[Machine], Result]] = {
+    **{f"e2e-{key}": partial(e2e, key=key) for key in ("gpu-none", "gpu-secure-e8")},
     "equal": equal,
     "graphs": graphs,
     "speed-135m": lambda machine: speed(machine, "135m"),
@@ -505,7 +562,7 @@ STEPS: dict[str, Callable[[Machine], Result]] = {
     "tests": tests,
 }
 """Tests come last: they say least of what is not known yet."""
-WITHOUT_SUBPROCESSES = tuple(name for name in STEPS if name not in ("banks", "tests"))
+WITHOUT_SUBPROCESSES = tuple(name for name in STEPS if name not in ("banks", "tests") and not name.startswith("e2e"))
 
 
 def run(machine: Machine, names: list[str], into: Path, *, minutes: float | None = None) -> bool:

@@ -32,6 +32,7 @@ class Runs(NamedTuple):
     study: str
     key: str
     aggregation: str  # "none" without privacy
+    file: str = "results.json"
 
 
 class Ground(NamedTuple):
@@ -55,6 +56,14 @@ class Ground(NamedTuple):
 
 
 GROUNDS = (
+    Ground(
+        "E2E",
+        "official, 630 test tables",
+        "SmolLM2-135M, last 10 layers",
+        ("beam", "BLEU, beam search"),
+        630,
+        (Runs("e2e", "none", "none", "bleu.json"), Runs("e2e", "secure-e8", "secure", "bleu.json")),
+    ),
     Ground(
         "Banking77",
         "official, 3,080 test questions",
@@ -121,8 +130,11 @@ GROUNDS = (
 )
 
 
-def find_interval(metric: str, value: float, size: int) -> tuple[float | None, float | None]:
+def find_interval(metric: str, scores: Row, size: int) -> tuple[float | None, float | None]:
     """The 95 % interval over the test records; (None, None) for F1, which needs the answers of each record."""
+    value = scores[metric]
+    if f"{metric}_low" in scores:  # a bootstrap of the study's own
+        return scores[f"{metric}_low"], scores[f"{metric}_high"]
     if metric == "accuracy":
         margin = 1.96 * math.sqrt(value * (1 - value) / size)
         return value - margin, value + margin
@@ -137,9 +149,9 @@ def list_rows() -> Iterator[Row]:
     for ground in GROUNDS:
         metric, title = ground.metric
         for runs in ground.runs:
-            line = json.loads((HERE.parent / runs.study / "results.json").read_text())["lines"][runs.key]
+            line = json.loads((HERE.parent / runs.study / runs.file).read_text())["lines"][runs.key]
             for number, scores in enumerate(line["each_run"]):
-                low, high = find_interval(metric, scores[metric], ground.size)
+                low, high = find_interval(metric, scores, ground.size)
                 yield {
                     "set": ground.name,
                     "split": ground.split,
@@ -157,11 +169,16 @@ def list_rows() -> Iterator[Row]:
                 }
 
 
-def select_values(rows: Sequence[Row], ground: Ground, aggregation: str, epsilon: int | None) -> list[float]:
-    """The scores of all runs at one privacy setting; epsilon is rounded, as in the tables."""
+def select_rows(rows: Sequence[Row], ground: Ground, aggregation: str, epsilon: int | None) -> list[Row]:
+    """The rows of all runs at one privacy setting; epsilon is rounded, as in the tables."""
     asked = ground.name, ground.base, aggregation
     found = [row for row in rows if (row["set"], row["base"], row["aggregation"]) == asked]
-    return [row["value"] for row in found if epsilon is None or round(row["epsilon"]) == epsilon]
+    return [row for row in found if epsilon is None or round(row["epsilon"]) == epsilon]
+
+
+def average(rows: Sequence[Row]) -> float:
+    """The mean score of runs."""
+    return statistics.fmean(row["value"] for row in rows)
 
 
 def format_scores(rows: Sequence[Row], published: Sequence[Row]) -> str:
@@ -177,13 +194,13 @@ def format_scores(rows: Sequence[Row], published: Sequence[Row]) -> str:
         ]
     ]
     for ground in GROUNDS:
-        values = [select_values(rows, ground, *column) for column in columns]
+        runs = [select_rows(rows, ground, *column) for column in columns]
         beside = "; ".join(
             f"{one['base']} {_format_value(one['value'])} {_describe_epsilon(one['epsilon'])}"
             for one in published
             if one["set"] == ground.name
         )
-        cells = [f"{statistics.fmean(each):.3f} ({len(each)})" if each else "" for each in values]
+        cells = [f"{_format_value(average(each))} ({len(each)})" if each else "" for each in runs]
         place = f"{ground.name}: {ground.split}"
         table.append([place, ground.base, ground.metric[1], *cells, beside or "none found"])
     return readme.markdown(table, texts=3)
@@ -196,14 +213,15 @@ def list_losses(rows: Sequence[Row], published: Sequence[Row]) -> Iterator[Row]:
     nearest of `EPSILONS`.
     """
     for ground in GROUNDS:
-        without = statistics.fmean(select_values(rows, ground, "none", None))
+        plain = select_rows(rows, ground, "none", None)
+        without = average(plain)
         for aggregation in AGGREGATIONS[1:]:
-            each = {epsilon: select_values(rows, ground, aggregation, epsilon) for epsilon in EPSILONS}
-            means = {epsilon: statistics.fmean(values) for epsilon, values in each.items() if values}
+            each = {epsilon: select_rows(rows, ground, aggregation, epsilon) for epsilon in EPSILONS}
             lost = [
-                {"near": epsilon, "epsilon": epsilon, "points": 100 * (without - mean)}
-                | {"margin": _find_margin(ground, without, mean)}
-                for epsilon, mean in means.items()
+                {"near": epsilon, "epsilon": epsilon, "points": _find_scale(without) * (without - average(runs))}
+                | {"margin": _find_margin(plain, runs)}
+                for epsilon, runs in each.items()
+                if runs
             ]
             if lost:
                 yield {"set": ground.name, "base": ground.base, "aggregation": aggregation} | {
@@ -214,10 +232,9 @@ def list_losses(rows: Sequence[Row], published: Sequence[Row]) -> Iterator[Row]:
         own = {one["epsilon"]: one["value"] for one in published if (one["set"], one["base"]) == (name, base)}
         if None in own and len(own) > 1:
             without = own.pop(None)
-            scale = 1 if without > 1 else 100  # BLEU is in points already
             lost = [
                 {"near": min(EPSILONS, key=lambda known: abs(known - epsilon)), "epsilon": epsilon}
-                | {"points": scale * (without - value), "margin": None}
+                | {"points": _find_scale(without) * (without - value), "margin": None}
                 for epsilon, value in own.items()
             ]
             yield {"set": name, "base": base, "aggregation": None, "without": without, "lost": lost}
@@ -234,15 +251,17 @@ def format_losses(losses: Sequence[Row]) -> str:
     return readme.markdown(table, texts=3)
 
 
-def _find_margin(ground: Ground, without: float, value: float) -> float | None:
+def _find_margin(plain: Sequence[Row], private: Sequence[Row]) -> float | None:
     """Half of the interval of a loss, in points, as if the two scores were independent."""
-    squares = 0.0
-    for score in (without, value):
-        high = find_interval(ground.metric[0], score, ground.size)[1]
-        if high is None:
-            return None
-        squares += (high - score) ** 2
-    return 100 * math.sqrt(squares)
+    if any(row["high"] is None for row in (*plain, *private)):
+        return None
+    halves = (statistics.fmean(row["high"] - row["value"] for row in rows) for rows in (plain, private))
+    return _find_scale(average(plain)) * math.hypot(*halves)
+
+
+def _find_scale(score: float) -> int:
+    """The points of a score of 1: BLEU is in points already."""
+    return 1 if score > 1 else 100
 
 
 def _format_loss(one: Row) -> str:
