@@ -245,6 +245,7 @@ def _complete_config(
     for name in ("validation", "test"):  # an explicit file replaces the experiment's held-out fraction
         if f"data.{name}_file" in values and f"data.{name}_fraction" not in values and settings["data"][f"{name}_file"]:
             settings["data"][f"{name}_fraction"] = 0.0
+    _drop_claims_about_other_weights(settings, values | of_file)
     as_given = deepcopy(settings)
 
     def list_explicit_keys(key: str) -> set[str]:
@@ -265,6 +266,13 @@ def _complete_config(
         return add_start_adapter(config)
     except ConfigError as error:
         raise _build_unknown_setting_error(error.key, error.value) if error.bound == _UNKNOWN else error from None
+
+
+def _drop_claims_about_other_weights(settings: dict[str, Any], explicit: Set[str]) -> None:
+    """Remove an option's license and public id if `model.path` names weights that the option's hash does not pin."""
+    model = settings["model"]
+    if "model.path" in explicit and (model["sha256"] is None or "model.sha256" in explicit):
+        model |= {key: None for key in ("license", "public_id") if f"model.{key}" not in explicit}
 
 
 def _compose_by_hydra(words: Sequence[str], file: Path | None) -> dict[str, Any]:
@@ -323,6 +331,8 @@ def _override_config(known: RunConfig, given: Sequence[Override]) -> RunConfig:
     A public stage that the overrides add or change does not replace any other setting, such as the learning rates.
     """
     changed = _apply_overrides(known.to_json(), given)
+    explicit = flatten({one.key_or_group: _parse_single_value(one) for one in given})
+    _drop_claims_about_other_weights(changed, {key for key, _ in explicit})
     config = parse(changed)
     if needs_public_stage(config) or config.public != known.public:
         return add_public_stage(config, changed, keep={key for key, _ in flatten(changed)})

@@ -345,6 +345,9 @@ def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: 
     from fedtune.tracking import Tracked
 
     files, page = RunFolder(folder), UnfinishedReport(folder, config)
+    if config.resume is not None and (finished := _read_finished_result(folder)) is not None:
+        listener.note(f"{folder} is finished: nothing is left to resume")
+        return finished
     made: list[Path] = []
     try:
         with Tracked(config, note=listener.note) as tracked:
@@ -364,6 +367,19 @@ def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: 
             files.remove(made)  # nothing ran: leave nothing behind
         raise
     return result
+
+
+def _read_finished_result(folder: Path) -> RunResult | None:
+    """Return the result of a run whose adapter and report are complete; None for any other run."""
+    from fedtune.report.from_run import read_run
+
+    if not (folder / "report.json").is_file():
+        return None
+    try:
+        RunFolder(folder).find_finished_adapter()
+    except ConfigError:
+        return None
+    return read_run(folder).result
 
 
 def run_public_stage(config: RunConfig, train: Callable[[RunConfig, Path], object]) -> RunConfig:

@@ -101,6 +101,9 @@ def export(
             headings = ("graph", "size", "ms per text", *graphs[0].scores)
             costs = [_build_cost_section(one, graphs[0].scores) for one in graphs]
             sections.append(Section(title="On the run's test records, one thread", headings=headings, rows=costs))
+        if to is not None and not private:
+            notes = [f"The run's report does not list these files yet; to add them, run: fedtune report {run}"]
+            sections.append(Section(notes=notes))
         if push is not None:
             if not as_json:
                 show([*sections, Section(title="No privacy guarantee covers this model", notes=warnings)])

@@ -216,10 +216,11 @@ def find_ledger(name: str) -> Path:
     if (path / "ledger.db").is_file():
         return path / "ledger.db"
     found = ", ".join(str(file) for file in sorted(path.glob("sites/*/ledger.db")))
-    bound = (
-        f"must be one of {found}" if found else f"must be a ledger.db, or a folder with one{suggest_run_folders(path)}"
+    if not path.exists():
+        raise ConfigError("ledger", name, f"no such file or folder{suggest_run_folders(path)}")
+    raise ConfigError(
+        "ledger", name, f"must be one of {found}" if found else "must be a ledger.db, or a folder with one"
     )
-    raise ConfigError("ledger", name, bound)
 
 
 def _open_own_site(policy: Path) -> SiteFiles:

@@ -79,17 +79,19 @@ def gate(
     )
     verdict = verdict if signer is None else verdict.sign(signer)
     write_file(run / gate_verdict.GATE, gate_verdict.verdict_to_json(verdict), option="RUN")
-    # The model card reads the decision from the folder.
-    has_card = (RunFolder(run).adapter / CARD).is_file()
-    cards = render_adapter_card(run, evidence.report) if has_card else {}
+    # The model card reads the decision from the folder. It also repeats the report, so both must be of this model.
+    matches = (RunFolder(run).adapter / CARD).is_file() and not {"record", "files"} & set(verdict.failed)
+    cards = render_adapter_card(run, evidence.report) if matches else {}
     for name, content in cards.items():
         write_file(run / name, content, option="RUN")
     rows = [(check.name, _MARKS[check.state][0], to_printable(check.text)) for check in found]
     styles = {number: _MARKS[check.state][1] for number, check in enumerate(found)}
     notes = [f"written: {run / name}" for name in (gate_verdict.GATE, *cards)]
     section = Section(rows=rows, words={0, 1, 2}, whole={0, 1}, styles=styles, notes=notes)
-    decision = "must NOT" if verdict.failed else "may"
-    heading = f"{run} by the rules {limits.name}: the model {decision} be released"
+    decision = "the model must NOT be released" if verdict.failed else "the model may be released"
+    if evidence.facts.simulated and not verdict.failed:
+        decision = "all rules hold, but the model of a SIMULATION must never be released"
+    heading = f"{run} by the rules {limits.name}: {decision}"
     figures = {"schema_version": SCHEMA_VERSION, "passed": not verdict.failed, "verdict": verdict}
     print_answer(figures, [section], as_json=as_json, heading=heading)
     if verdict.failed:

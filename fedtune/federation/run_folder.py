@@ -43,13 +43,20 @@ def suggest_run_folders(folder: Path) -> str:
     Searches the parent of `folder`, `folder` itself and runs/; empty if there are no runs.
     """
     for place in filter(os.path.isdir, (folder.parent, folder, Path("runs"))):
-        named = {path.parent.name: str(path.parent) for path in sorted(place.glob("*/config.yaml"))}
+        named = {one.parent.name: str(one.parent) for one in sorted(place.glob("*/config.yaml")) if _is_run_config(one)}
         if alike := difflib.get_close_matches(folder.name, named, n=1):
             return f"; did you mean {named[alike[0]]}?"
         if named:
             more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
             return f"; there are {', '.join(list(named.values())[:_MOST_NAMED])}{more}"
     return ""
+
+
+def _is_run_config(path: Path) -> bool:
+    """Whether a file contains the settings of a run, and not a configuration that Hydra composes runs of."""
+    with contextlib.suppress(ConfigError):
+        return b"\ndefaults:" not in b"\n" + read_bounded_file(path, key="config.yaml")
+    return False
 
 
 @contextlib.contextmanager

@@ -163,6 +163,7 @@ def render_card(file: str, **values: object) -> str:
         "score_text": _format_score,
         "figure": load_catalog("en").figure,
         "owed": format_privacy_loss,
+        "in_code": _quote_code,
     }
     return templates.get_template(file).render(**named, **values)
 
@@ -172,6 +173,11 @@ def _escape_markdown(value: object) -> str:
     if isinstance(value, Markup):
         return value.unescape()
     return re.sub(r"([\\`*_{}\[\]<>()#|!~&])", r"\\\1", _to_one_line(str(value)))
+
+
+def _quote_code(text: str) -> Markup:
+    """Prepare a text for a code span in a table, where a backslash escapes nothing but a bar."""
+    return Markup.escape(_to_one_line(text).replace("`", "'").replace("|", "\\|"))
 
 
 def _to_one_line(text: str) -> str:

@@ -282,12 +282,13 @@ def _describe_finding(code: str, config: RunConfig) -> str:
 
 def _build_settings_section(config: RunConfig, shared: RunModel, plan: Plan) -> Section:
     """Build the table of a run's settings, with warnings in yellow."""
+    steps = f"{pluralize(plan.num_rounds, 'round')} x {pluralize(plan.local_steps, 'step')}"
     trained, warnings = shared.initial_adapter.num_values, set[str]()
     sizes = ", ".join(f"{site} {size:,}" for site, size in config.declared_sizes().items())
     rows = {
         "model": f"{config.model.path}, {trained:,} trained parameters, on {shared.device}",
         "data": f"{config.data.dataset}, declared sizes: {sizes}",
-        "training": f"{pluralize(plan.num_rounds, 'round')} x {pluralize(plan.local_steps, 'step')}, sampling rate {plan.sampling_rate:g}",
+        "training": f"{steps}, sampling rate {plan.sampling_rate:g}",
     }
     if plan.private:
         epsilon = format_epsilon(compute_charged_epsilons(plan, plan.most_rounds)[0])

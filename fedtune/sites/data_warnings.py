@@ -32,7 +32,8 @@ def list_lead_data_warnings(config: RunConfig, *, validation: LeadData | None, t
         if data is not None:
             yield from _warn_of_skipped_rows(data.left_out, f"data.{key}_file")
     if test is None:
-        yield "no test records, so the run has no final score: set data.test_file or data.test_fraction"
+        or_part = "" if config.runtime.kind == "deployment" else " or data.test_fraction"
+        yield f"no test records, so the run has no final score: set data.test_file{or_part}"
         return
     if config.data.test_file is not None and is_training_file(config, config.data.test_file):
         yield "data.test_file has the same records as data.train_file: its scores do not measure generalization"

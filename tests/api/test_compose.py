@@ -303,3 +303,22 @@ def test_make_override_refuses_values_without_json_form() -> None:
             compose_recipe("debug", {"seed": large})
     with pytest.raises(ConfigError, match=r"^1 = '2': is not a setting of fedtune"):
         compose_recipe("debug", {1: 2})  # type: ignore[dict-item]
+
+
+def test_license_and_public_id_hold_for_the_option_s_weights_only(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("defaults: [debug, override /model: minilm]\nmodel: {path: ./mine, sha256: null}\n")
+    pinned, other = compose_run(["model=minilm"]).model, ["model.path=owner/other", "model.sha256=null"]
+    assert (pinned.license, pinned.public_id) == ("Apache-2.0", "sentence-transformers/all-MiniLM-L6-v2")
+    kept = compose_run(["model.path=./copy"]).model
+    assert (kept.license, kept.public_id) == (pinned.license, pinned.public_id), "its hash still pins the weights"
+    for changed in (
+        compose_run(other),
+        compose_run(["model.path=./mine", f"model.sha256={'ab' * 32}"]),
+        compose_run([f"experiment={file}"]),
+        compose_recipe(None, {"model.path": "random:bert", "model.sha256": None}),
+        compose_recipe(compose_run([]), {"model.path": "./mine", "model.sha256": None}),
+    ):
+        assert (changed.model.license, changed.model.public_id) == (None, None), changed.model.path
+    stated = compose_run([*other, "model.license=MIT", "model.public_id=owner/small"]).model
+    assert (stated.license, stated.public_id) == ("MIT", "owner/small")

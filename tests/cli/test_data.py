@@ -48,10 +48,10 @@ def test_data_init_writes_a_working_experiment(data_folder: Path, name: str, tas
     kind = "bert" if task == "classification" else "llama"
     out, experiment = (
         run_command("data", "init", name, "--model", f"random_{kind}").printed,
-        f"./{Path(name).stem}.yaml",
+        f"{Path(name).stem}.yaml",
     )
-    assert f"fedtune simulate experiment={experiment}" in out
-    config = compose_run([f"experiment={experiment}"])
+    assert f"fedtune simulate {experiment}" in out
+    config = compose_run([f"experiment=./{experiment}"])
     assert (config.name, config.task, config.model.path) == (Path(name).stem, task, f"random:{kind}")
     assert (config.data.columns, config.data.labels) == (roles, TEAMS if kind == "bert" else ())
     assert kind == "bert" or config.data.chat_template == "plain"
@@ -169,7 +169,7 @@ def test_data_init_accepts_unusual_file_names_and_links(data_folder: Path, monke
     name, folder = "M\u00fcller's\ndata (1), $y {z}.csv", data_folder / "My Files, 2024 = last"
     (data_folder / name).write_text((data_folder / "tickets.csv").read_text())
     out = run_command("data", "init", name, "--model", "random_bert").printed
-    assert "fedtune simulate experiment=./M-ller-s-data-1-y-z.yaml" in out
+    assert "fedtune simulate M-ller-s-data-1-y-z.yaml" in out
     assert compose_run(["experiment=./M-ller-s-data-1-y-z.yaml"]).data.train_file == name
     (folder / "blobs").mkdir(parents=True)
     (data_folder / "tickets.csv").rename(folder / "blobs" / "5f2b9c")

@@ -329,9 +329,12 @@ def test_cards_of_several_exports_repeat_the_signed_verdict(
     assert judge(run_folder, rules, "--sign", str(key_file)).code == 0
     for name in ("first", "second"):
         assert run_command("export", str(run_folder), "--to", str(tmp_path / name)).code == 0
-        assert "**The model may leave** by the rules own." in (tmp_path / name / "README.md").read_text()
+        assert (
+            "**All rules hold, but the model of a simulation may never leave**: rules own."
+            in (tmp_path / name / "README.md").read_text()
+        )
     assert run_command("report", str(run_folder)).code == 0, "it lists the exports, and is unsigned"
-    assert "may leave" not in card_in(run_folder)
+    assert "may never leave" not in card_in(run_folder)
     assert run_command("report", "verify", str(run_folder)).code == 0
 
 
@@ -339,14 +342,15 @@ def test_gate_passes_a_correct_run_and_updates_its_card(run_folder: Path, rules:
     assert "## Release" not in card_in(run_folder)
     key = SigningKey.load(key_file).public
     assert run_command("report", str(run_folder), "--sign", str(key_file)).code == 0
-    assert "the model may be released" in judge(run_folder, rules, "--sign", str(key_file)).printed
+    decision = "all rules hold, but the model of a SIMULATION must never be released"
+    assert decision in " ".join(judge(run_folder, rules, "--sign", str(key_file)).printed.split())
     verdict = verdict_in(run_folder)
     assert (verdict.failed, verdict.rules, verdict.limits["max_epsilon"]) == ((), "own", "1.0")
     assert set(verdict.results) == {line.split(" = ")[0] for line in RULES.splitlines()[1:]}
     assert f"Report that was judged | SHA-256 {signing.compute_report_digest(build_run_report(run_folder))}" in card_in(
         run_folder
     )
-    assert "**The model may leave** by the rules own." in card_in(run_folder)
+    assert "**All rules hold, but the model of a simulation may never leave**: rules own." in card_in(run_folder)
     assert f"signed with the key {key}" in card_in(run_folder)
     assert run_command("report", "verify", str(run_folder)).code == 0, "the card is the one that fedtune draws"
     assert run_command("report", str(run_folder)).code == 0
@@ -382,7 +386,7 @@ def test_card_repeats_only_a_verdict_signed_with_the_key_of_the_report(
     for forged in (right, replace(right, signature=None), right.sign(stranger), None):
         (run_folder / "gate.json").write_bytes(verdict_to_json(forged) if forged else b"{}")
         assert run_command("report", str(run_folder)).code == 0
-        assert "may leave" not in card_in(run_folder)
+        assert "may never leave" not in card_in(run_folder)
         assert "No verdict of `fedtune gate` on this model is signed" in card_in(run_folder)
         assert read_verdict(run_folder, build_run_report(run_folder)) is None
     (run_folder / "gate.json").write_bytes(verdict_to_json(right.sign(SigningKey.load(key_file))))

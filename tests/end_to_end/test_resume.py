@@ -182,6 +182,7 @@ def test_changed_records_in_a_resumed_run_are_reported(tmp_path: Path) -> None:
     assert run_command("simulate", *given).code == 0
     folder = tmp_path / "run"
     train.write_text("\n".join(["text,label", *rows, "a question that was not there,1"]) + "\n")
+    (folder / "run.json").unlink()  # as if it had been killed before its end
     resumed = run_command("simulate", f"resume={folder}")
     assert "have changed since the run started" in resumed.printed
     assert "A training file changed between two starts of this run." in resumed.out
@@ -235,3 +236,12 @@ def test_bfloat16_updates_halve_traffic_with_and_without_flower(
         kept = [Update.from_bytes(reply) for _, _, reply in store.read_replies(file)]
     assert kept
     assert all(isinstance(update.tensors, Difference) for update in kept), "a site keeps what the lead has"
+
+
+def test_finished_run_is_not_changed_by_resuming_it(folder: Path) -> None:
+    assert run_command("simulate", f"resume={folder}").code == 0
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    outcome = run_command("simulate", f"resume={folder}")
+    assert outcome.code == 0
+    assert "is finished: nothing is left to resume" in outcome.printed
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -78,7 +78,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
         (into / "entities.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tagged * 20))
         save_as_plain_model(load_base(ModelSpec(path=MINILM)), into / "base-minilm")
         load_tokenizer(ModelSpec(path=MINILM)).save_pretrained(into / "base-minilm")
-        local = (f"model.path='{into}/base-minilm'", "model.sha256=null", "model.public_id=null", "data.max_length=40")
+        local = (f"model.path='{into}/base-minilm'", "model.sha256=null", "data.max_length=40")
         make(
             "entities",
             *("experiment=own_entities", "model=minilm", *local, f"data.train_file='{into}/entities.jsonl'"),

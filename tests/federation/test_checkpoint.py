@@ -141,6 +141,8 @@ def runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "runs" / name).mkdir(parents=True)
     for name in ("mails", "chats"):
         (tmp_path / "runs" / name / "config.yaml").touch()
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "config.yaml").write_text("# Hydra's, and no run's\ndefaults:\n  - _self_\n")
     return tmp_path
 
 

@@ -465,5 +465,5 @@ def escape_interpolations(value: Any) -> Any:
 
 
 def format_next_command(file: Path) -> str:
-    """Format the command that simulates an experiment file; without ./, a bare name would refer to conf/."""
-    return shlex.join(["fedtune", "simulate", f"experiment={'' if '/' in str(file) else './'}{file}"])
+    """Format the command that simulates an experiment file."""
+    return shlex.join(["fedtune", "simulate", str(file)])
