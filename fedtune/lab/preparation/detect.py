@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
+from fedtune.data.bad_rows import MUCH
 from fedtune.data.formats import detect_format, iter_raw_rows
 from fedtune.data.text_rows import Row
+from fedtune.formatting import pluralize
 from fedtune.lab.preparation.columns import (
     NAMES,
     SHARD,
@@ -133,7 +135,15 @@ def detect_columns(
     _require_fit([*_BESIDE, _IMAGE, *_FOLLOWED], roles)
     beside = {part.role: roles.pop(part.role) for part in _BESIDE if part.role in roles}
     free = [one for one in columns.values() if one not in beside.values()]
-    kind, found = (guess := _Guess(free, roles, path, form)).detect_roles()
+    guess, read = _Guess(free, roles, path, form), rows + num_faults
+    try:
+        kind, found = guess.detect_roles()
+    except DataError as error:
+        if num_faults <= MUCH * read:
+            raise
+        # Values may be missing only because their rows were not read.
+        lacking = f"{num_faults:,} of {pluralize(read, 'row')} cannot be read, the first one because it"
+        raise DataError(error.key, error.value, f"{error.bound}. {lacking} {faults[0].bound}") from None
     found |= {role: (one, "chosen") for role, one in beside.items()}
     taken = [one for one, _ in found.values()]
     people = sorted((one.person, one.name) for one in columns.values() if one.is_person and one not in taken)

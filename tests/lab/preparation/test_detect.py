@@ -310,3 +310,13 @@ def test_unsupported_image_formats_are_counted(tmp_path: Path) -> None:
     (tmp_path / "scan.bmp").touch()
     with pytest.raises(DataError, match=r"1 \.bmp images.: must be PNG"):
         detect_columns(tmp_path, {})
+
+
+def test_unreadable_rows_are_named_beside_a_column_that_they_leave_constant(tmp_path: Path) -> None:
+    kinds = ("tea,home", "café,ward")
+    rows = [f"patient {number} with {kinds[number % 2]}" for number in range(48)]
+    path = tmp_path / "latin.csv"
+    path.write_bytes("\n".join(["text,label", *rows]).encode("latin-1"))
+    with pytest.raises(DataError) as caught:
+        detect_columns(path, {})
+    assert "24 of 48 rows cannot be read, the first one because it must be UTF-8 text" in str(caught.value)
