@@ -406,5 +406,5 @@ def to_data_frame(
     require_extra("to_frame", NOT_GIVEN, "notebook", "pandas")
     import pandas
 
-    made = ({name: getattr(one, name) for name in columns} | other(one) for one in rows)
-    return pandas.DataFrame(made).set_index(columns[0])
+    made = [{name: getattr(one, name) for name in columns} | other(one) for one in rows]
+    return pandas.DataFrame(made, columns=None if made else columns).set_index(columns[0])

@@ -14,6 +14,7 @@ import pytest
 import fedtune
 from fedtune.api import public
 from fedtune.api.compose import compose_recipe
+from fedtune.api.public_ledger import to_data_frame
 from fedtune.lab.audit.experiment import audit as audit_run
 from fedtune.spec import ConfigError
 
@@ -116,6 +117,8 @@ def test_rounds_and_ledger_events_convert_to_data_frames(run: fedtune.Run) -> No
     assert list(rounds["sites"]) == [len(one.sites) for one in run.rounds]
     events = fedtune.Ledger(run.folder / "sites" / "site-1" / "ledger.db").to_frame()
     assert list(events["kind"]).count("commit") == 2
+    none = to_data_frame([], ("round", "seconds"), vars)
+    assert (none.index.name, list(none.columns), len(none)) == ("round", ["seconds"], 0)
 
 
 def test_audit_run_returns_the_run_and_its_findings(tmp_path: Path) -> None:
