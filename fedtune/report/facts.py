@@ -11,7 +11,6 @@ from dataclasses import field
 from itertools import pairwise
 from typing import Literal
 
-from fedtune.evaluation.audit_bound import LEAST_CONFIDENCE
 from fedtune.federation.drift import HeldOut
 from fedtune.federation.early_stopping import Kept, count_rounds, find_kept_round, should_stop
 from fedtune.federation.lead import RoundResult, Scores
@@ -24,10 +23,10 @@ from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import Selection
 from fedtune.privacy.site_policy import ReferenceRun
-from fedtune.report.attacks import RunAttacks
+from fedtune.report.attacks import RunAttacks, check_confidence
 from fedtune.runs.cost import Energy
 from fedtune.show.budget_text import ArrivalRange
-from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
+from fedtune.spec import ConfigError, check_at_least, spec
 from fedtune.tasks.measures import Detail
 
 Value = str | int | float | tuple[str, ...] | Mapping[str, int | float | None] | None
@@ -284,8 +283,7 @@ class Audit:
     membership: tuple[AuditMembership, ...]
 
     def __post_init__(self) -> None:
-        check_at_least("confidence", self.confidence, LEAST_CONFIDENCE)
-        check_fraction("confidence", self.confidence)
+        check_confidence(self.confidence)
 
 
 @spec
@@ -462,7 +460,9 @@ class RunInLedger:
         check_at_least("lost_rounds", self.lost_rounds, 0)
         if any({*one} != {"what", "day", "by", "ticket", "why"} for one in self.approvals):
             raise ConfigError(
-                "approvals", list(self.approvals), "must each have the keys what, day, by, ticket and why"
+                "approvals",
+                list(self.approvals),
+                'must each have exactly the keys "what", "day", "by", "ticket" and "why"',
             )
 
 
