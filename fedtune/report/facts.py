@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import field
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
+from fedtune.codec import parse_json, require
 from fedtune.federation.drift import HeldOut
 from fedtune.federation.early_stopping import Kept, count_rounds, find_kept_round, should_stop
 from fedtune.federation.lead import RoundResult, Scores
@@ -26,7 +27,7 @@ from fedtune.privacy.site_policy import ReferenceRun
 from fedtune.report.attacks import RunAttacks, check_confidence
 from fedtune.runs.cost import Energy
 from fedtune.show.budget_text import ArrivalRange
-from fedtune.spec import ConfigError, check_at_least, spec
+from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least, spec
 from fedtune.tasks.measures import Detail
 
 Value = str | int | float | tuple[str, ...] | Mapping[str, int | float | None] | None
@@ -340,6 +341,23 @@ class RunFacts:
     total_parameters: int | None = None  # including frozen parameters; None: unknown
     group_scores: Mapping[str, float | None] = field(default_factory=dict)  # by group, from `fedtune compare --by`
     attacks: RunAttacks | None = None  # results of `fedtune attack` on this model; exact scores of real records
+
+    def parse_sent_settings(self) -> Mapping[str, Any]:
+        """Parse the settings that real sites received, by group.
+
+        Raises:
+            ConfigError: `sent` is not a JSON object, or a group or a list of names that the checks read has another
+                type.
+        """
+        bound = "must be the settings that the sites received"
+        sent = parse_json(self.sent, key="sent", bound=bound)
+        for name in ("data", "federation", "model", "privacy"):
+            require("sent", NOT_GIVEN, isinstance(sent.get(name), dict), bound)
+        federation, signers = sent["federation"], sent["privacy"].get("start_keys")
+        for names in (federation.get("site_names"), federation.get("participants"), signers or []):
+            right = isinstance(names, list) and all(isinstance(one, str) for one in names)
+            require("sent", NOT_GIVEN, right, bound)
+        return sent
 
     @property
     def unit(self) -> Unit:
