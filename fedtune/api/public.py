@@ -24,6 +24,7 @@ from fedtune.api.memory import Data, split_inputs, write_data_file
 from fedtune.api.public_ledger import to_data_frame
 from fedtune.config import RunConfig, format_config_yaml, read_saved_config
 from fedtune.data.records import Record
+from fedtune.federation.early_stopping import count_rounds
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import PublicSpec
 from fedtune.formatting import format_html_table
@@ -112,14 +113,14 @@ class CallbackListener:
     """Run listener that reports progress to a callback and issues data warnings as Python warnings."""
 
     def __init__(self, config: RunConfig, progress: Callback) -> None:
-        self._rounds, self._progress = config.federation.num_rounds, progress
+        self._federation, self._progress = config.federation, progress
         self.on_preparing = make_stage_callback(progress)
 
     def note(self, text: str) -> None:
         warnings.warn(text, stacklevel=2)
 
     def on_prepared(self, shared: object, proposal: object, state: LeadState) -> None:
-        self._progress(Progress(stage="training", done=state.round, total=self._rounds))
+        self._progress(Progress(stage="training", done=state.round, total=self._count_rounds(state)))
 
     def on_site_replied(self, number: int) -> None:
         """Ignore single replies, because progress is reported once per finished round."""
@@ -128,7 +129,11 @@ class CallbackListener:
         """Ignore replies of real sites, which only the command line displays."""
 
     def on_round_finished(self, state: LeadState) -> None:
-        self._progress(Progress(stage="round", done=state.round, total=self._rounds, round=state.rounds[-1]))
+        total = self._count_rounds(state)
+        self._progress(Progress(stage="round", done=state.round, total=total, round=state.rounds[-1]))
+
+    def _count_rounds(self, state: LeadState) -> int:
+        return count_rounds(state.rounds, self._federation)
 
 
 def simulate(

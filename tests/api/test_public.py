@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -57,6 +58,18 @@ def test_progress_events_follow_the_order_of_the_run(
     assert progress_messages.index(
         next(one for one in progress_messages if one.stage == "training")
     ) < progress_messages.index(rounds[0])
+
+
+def test_progress_total_includes_the_spare_rounds_of_failed_rounds() -> None:
+    config = compose_recipe("debug", {"federation.num_rounds": 2, "federation.spare_rounds": 1})
+    told = list[fedtune.Progress]()
+    listener = public.CallbackListener(config, told.append)
+    rounds: tuple[Any, ...] = ()
+    for number, sites in enumerate((("site-1",), (), ("site-1",)), 1):
+        rounds = (*rounds, SimpleNamespace(sites=sites))
+        listener.on_round_finished(cast(Any, SimpleNamespace(round=number, rounds=rounds)))
+    listener.on_prepared(None, None, cast(Any, SimpleNamespace(round=2, rounds=rounds[:2])))
+    assert [(one.done, one.total) for one in told] == [(1, 2), (2, 3), (3, 3), (2, 3)]
 
 
 def test_classifier_predicts_labels_and_refuses_to_generate(run: fedtune.Run) -> None:
