@@ -598,7 +598,19 @@ class Run:
         ids = self._model.encode_prompt(self._model.parse_text_fields(prompt, at="prompt"), at="prompt")
         return "".join(self._model.generate_answer(ids, spec))
 
-    def distill(self, to: str | Path, *, texts: str | Path, student: str = "half", **options: Any) -> Distilled:
+    def distill(
+        self,
+        to: str | Path,
+        *,
+        texts: str | Path,
+        student: str = "half",
+        columns: Mapping[str, str] | None = None,
+        format: Literal["sentence-transformers", "onnx"] = "sentence-transformers",
+        int8: bool = False,
+        seed: int = 0,
+        passes: int = 10,
+        progress: Callback = ignore_progress,
+    ) -> Distilled:
         """Distill the tuned model into a smaller student model in a new folder.
 
         Guarantee: the run's guarantee; if `texts` is a file of synthetic records with a card, the epsilon of the runs
@@ -609,14 +621,31 @@ class Run:
             texts: a file of public or synthetic texts, one per line or record.
             student: "half" (the lower half of the base's layers), the number of lowest layers to keep, or the name of
                 another base model.
-            **options: keyword arguments of `fedtune.lab.distillation.distill`.
+            columns: role to column, for column names that differ from the run's own files.
+            format: "sentence-transformers" or "onnx".
+            int8: also write an ONNX graph with weights quantized to int8.
+            seed: seed of the texts' order; the same seed gives the same student on the same machine.
+            passes: number of epochs over the texts.
+            progress: callback for progress in training steps, called in this thread.
 
         Raises:
             ValueError: the run, the student, the texts or the folder cannot be used; nothing is written.
         """
         from fedtune.lab.distillation import distill
 
-        return distill(self.config, self.adapter, Path(to), student=student, texts=str(texts), **options)
+        return distill(
+            self.config,
+            self.adapter,
+            Path(to),
+            student=student,
+            texts=str(texts),
+            columns=columns,
+            format=format,
+            int8=int8,
+            seed=seed,
+            passes=passes,
+            progress=make_stage_callback(progress),
+        )
 
     @cached_property
     def _model(self) -> SavedModel:

@@ -2,6 +2,7 @@
 
 import asyncio
 import doctest
+import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -70,6 +71,15 @@ def test_progress_total_includes_the_spare_rounds_of_failed_rounds() -> None:
         listener.on_round_finished(cast(Any, SimpleNamespace(round=number, rounds=rounds)))
     listener.on_prepared(None, None, cast(Any, SimpleNamespace(round=2, rounds=rounds[:2])))
     assert [(one.done, one.total) for one in told] == [(1, 2), (2, 3), (3, 3), (2, 3)]
+
+
+def test_distill_method_has_the_arguments_of_the_function() -> None:
+    from fedtune.lab.distillation import distill
+
+    method, function = (inspect.signature(one).parameters for one in (fedtune.Run.distill, distill))
+    assert {*method} - {"self"} == {*function} - {"config", "adapter"}
+    for name in ("columns", "format", "int8", "seed", "passes"):
+        assert method[name].default == function[name].default
 
 
 def test_classifier_predicts_labels_and_refuses_to_generate(run: fedtune.Run) -> None:
