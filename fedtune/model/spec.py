@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import Any, Literal
 
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_one_of, check_positive, spec
@@ -22,6 +21,7 @@ ADAPTERS = {"lora": "A LoRA adapter", "dora": "A DoRA adapter", "ia3": "An IA3 a
 LORA_A, LORA_B = ".lora_A.", ".lora_B."
 """The part of a tensor's name that marks it as one of LoRA's factors, as PEFT names them."""
 _WIDEST, _MOST_LAYERS = 4096, 8
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # old hub ids have no owner
 _NOT_PROVEN = {
     "prompt": "virtual tokens change every layer's output, and occupy positions of the record's own tokens",
     "prefix": "virtual keys and values enter a layer through its cache, which training does not use",
@@ -94,8 +94,14 @@ class ModelSpec:
 
     @property
     def public_path(self) -> str:
-        """Path for publication: the last part of a local path, without its location on this machine."""
-        return Path(self.path).name if self.path.startswith(("/", "~", ".")) else self.path
+        """Path for publication: the last part of a local path, without its location on this machine.
+
+        A path in the form of a hub id, such as models/llama, is published in full. The rule reads no files, so that
+        reports can be verified on another machine.
+        """
+        if self.is_built_in or self.path.startswith(PACKAGE) or _HUB_ID.fullmatch(self.path):
+            return self.path
+        return re.split(r"[\\/]", self.path.rstrip("\\/"))[-1]
 
 
 @spec
