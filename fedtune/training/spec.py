@@ -6,6 +6,7 @@ import math
 import re
 from typing import Literal
 
+from fedtune.codec import require
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_positive, spec
 
 _LARGEST_RATE = 1e9  # with larger rates, a product of rates overflows float32 and a round fails half-way
@@ -183,7 +184,7 @@ class Machine:
         # Each device needs a process with its own copy of the model; above these limits a system runs out of threads.
         for key, (least, most) in {"num_devices": (1, 64), "num_threads": (0, 1024), **sizes}.items():
             if (number := getattr(self, key)) is not None:
-                check_at_least(key, number, least)
+                require(key, number, number >= least, f"must be a whole number of at least {least}")
                 check_at_most(key, number, most)
 
 
