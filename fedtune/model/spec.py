@@ -44,10 +44,9 @@ class ModelSpec:
         dtype: the number format of the frozen base: "float32"; "bfloat16"; "mixed", which computes products inside its
             layers in bfloat16 and everything else in float32; "nf4", bfloat16 with the weights of its layers quantized
             to four bits (not for a GGUF file); or "auto", which `fedtune.training.number_format` replaces before a run.
-            A simulation on a CPU measures the model's matrix products for at most 0.3 s, and uses mixed if they are
-            more than 5 % faster than in float32 and every site allows it.  All other runs use float32, including real
-            sites, whose machines differ, and runs with `runtime.seeded_noise`, which must be reproducible on any
-            machine.  A resumed run keeps its format.  Adapter, head and losses are always float32.
+            A simulation on a CPU measures the model's matrix products, and uses mixed if they are more than 5 % faster
+            than in float32 and every site allows it.  All other runs use float32, including real sites and runs with
+            `runtime.seeded_noise`.  A resumed run keeps its format.  Adapter, head and losses are always float32.
         cache_dir: the folder for downloads and expanded GGUF files; null: the hub's own cache, and `FEDTUNE_CACHE` or
             `~/.cache/fedtune`.
         license: the license of the weights, for reports.
