@@ -449,7 +449,8 @@ class Run:
                 takes.  Label columns are not needed.
 
         Returns:
-            Per input the most likely labels with their probabilities, or the predicted number.
+            Per input the most likely labels with their probabilities; the predicted number; or for survival analysis, a
+            list with one {"until": the interval's end, "survival": the probability of no event by then} per interval.
 
         Raises:
             ValueError: the run's task generates or compares texts, or an input cannot be used, for example a single
@@ -664,6 +665,9 @@ class Run:
         return DrawnReport.from_report(from_run.build_run_report(self.folder))
 
     def to_frame(self) -> pandas.DataFrame:
-        """Return a data frame with one row per round: seconds, number of sites, bytes, and validation scores."""
+        """Return a data frame with one row per round: seconds, number of sites, bytes, and validation scores.
+
+        Indexed by round (from 1); seconds: wall time in s; bytes: payload bytes.
+        """
         columns = ("round", "seconds", "sites", "bytes_down", "bytes_up")
         return to_data_frame(self.rounds, columns, lambda one: {"sites": len(one.sites), **one.metrics})
