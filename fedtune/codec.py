@@ -7,6 +7,7 @@ The module needs only the standard library, so that `fedtune.privacy` can be aud
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import stat
@@ -74,6 +75,11 @@ def parse_json(data: bytes | str, *, key: str, bound: str) -> dict[str, Any]:
     if inner or not isinstance(found, dict):  # deeper nesting could be parsed, but neither copied nor written
         raise ConfigError(key, "something else", bound)
     return found
+
+
+def hash_json(fields: object) -> str:
+    """Return the SHA-256 of the canonical JSON of `fields`, in hex: keys in order, and only ASCII characters."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def reject_duplicate_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

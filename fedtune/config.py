@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from fedtune.codec import read_bounded_file
+from fedtune.codec import hash_json, read_bounded_file
 from fedtune.data.spec import DataSpec
 from fedtune.evaluation.spec import EvaluationSpec
 from fedtune.federation.run_folder import RunFolder, suggest_run_folders
@@ -374,7 +373,7 @@ class RunConfig:
 
     def digest(self) -> str:
         """Return the SHA-256 of all settings that can change a result, in hex."""
-        return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
+        return hash_json(self.decisive())
 
     def run_id(self) -> str:
         """Return the identifier under which sites charge the run: its name with a prefix of its digest."""

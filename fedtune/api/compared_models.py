@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 
 from fedtune.evaluation.bootstrap import Estimate
@@ -39,7 +40,7 @@ class ComparedModels(SideBySide):
         series = []
         for place, model in enumerate(models):
             one, height = self.estimate(model, score), _HEIGHT + len(models) - place
-            points = [(x, height) for x in (one.low, one.value, one.high) if x == x]
+            points = [(x, height) for x in (one.low, one.value, one.high) if math.isfinite(x)]
             series.append(Series(points=points, number=place, label=model))
         named = (
             f"{format_score_name(score)} of each model",

@@ -24,6 +24,7 @@ from fedtune.api.memory import Data, split_inputs, write_data_file
 from fedtune.api.public_ledger import to_data_frame
 from fedtune.config import RunConfig, format_config_yaml, read_saved_config
 from fedtune.data.records import Record
+from fedtune.federation.early_stopping import count_rounds
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import PublicSpec
 from fedtune.formatting import format_html_table
@@ -112,14 +113,14 @@ class CallbackListener:
     """Run listener that reports progress to a callback and issues data warnings as Python warnings."""
 
     def __init__(self, config: RunConfig, progress: Callback) -> None:
-        self._rounds, self._progress = config.federation.num_rounds, progress
+        self._federation, self._progress = config.federation, progress
         self.on_preparing = make_stage_callback(progress)
 
     def note(self, text: str) -> None:
         warnings.warn(text, stacklevel=2)
 
     def on_prepared(self, shared: object, proposal: object, state: LeadState) -> None:
-        self._progress(Progress(stage="training", done=state.round, total=self._rounds))
+        self._progress(Progress(stage="training", done=state.round, total=self._count_rounds(state)))
 
     def on_site_replied(self, number: int) -> None:
         """Ignore single replies, because progress is reported once per finished round."""
@@ -128,7 +129,11 @@ class CallbackListener:
         """Ignore replies of real sites, which only the command line displays."""
 
     def on_round_finished(self, state: LeadState) -> None:
-        self._progress(Progress(stage="round", done=state.round, total=self._rounds, round=state.rounds[-1]))
+        total = self._count_rounds(state)
+        self._progress(Progress(stage="round", done=state.round, total=total, round=state.rounds[-1]))
+
+    def _count_rounds(self, state: LeadState) -> int:
+        return count_rounds(state.rounds, self._federation)
 
 
 def simulate(
@@ -460,7 +465,8 @@ class Run:
                 takes.  Label columns are not needed.
 
         Returns:
-            Per input the most likely labels with their probabilities, or the predicted number.
+            Per input the most likely labels with their probabilities; the predicted number; or for survival analysis, a
+            list with one {"until": the interval's end, "survival": the probability of no event by then} per interval.
 
         Raises:
             ValueError: the run's task generates or compares texts, or an input cannot be used, for example a single
@@ -609,7 +615,19 @@ class Run:
         ids = self._model.encode_prompt(self._model.parse_text_fields(prompt, at="prompt"), at="prompt")
         return "".join(self._model.generate_answer(ids, spec))
 
-    def distill(self, to: str | Path, *, texts: str | Path, student: str = "half", **options: Any) -> Distilled:
+    def distill(
+        self,
+        to: str | Path,
+        *,
+        texts: str | Path,
+        student: str = "half",
+        columns: Mapping[str, str] | None = None,
+        format: Literal["sentence-transformers", "onnx"] = "sentence-transformers",
+        int8: bool = False,
+        seed: int = 0,
+        passes: int = 10,
+        progress: Callback = ignore_progress,
+    ) -> Distilled:
         """Distill the tuned model into a smaller student model in a new folder.
 
         Guarantee: the run's guarantee; if `texts` is a file of synthetic records with a card, the epsilon of the runs
@@ -620,14 +638,31 @@ class Run:
             texts: a file of public or synthetic texts, one per line or record.
             student: "half" (the lower half of the base's layers), the number of lowest layers to keep, or the name of
                 another base model.
-            **options: keyword arguments of `fedtune.lab.distillation.distill`.
+            columns: role to column, for column names that differ from the run's own files.
+            format: "sentence-transformers" or "onnx".
+            int8: also write an ONNX graph with weights quantized to int8.
+            seed: seed of the texts' order; the same seed gives the same student on the same machine.
+            passes: number of epochs over the texts.
+            progress: callback for progress in training steps, called in this thread.
 
         Raises:
             ValueError: the run, the student, the texts or the folder cannot be used; nothing is written.
         """
         from fedtune.lab.distillation import distill
 
-        return distill(self.config, self.adapter, Path(to), student=student, texts=str(texts), **options)
+        return distill(
+            self.config,
+            self.adapter,
+            Path(to),
+            student=student,
+            texts=str(texts),
+            columns=columns,
+            format=format,
+            int8=int8,
+            seed=seed,
+            passes=passes,
+            progress=make_stage_callback(progress),
+        )
 
     @cached_property
     def _model(self) -> SavedModel:
@@ -646,6 +681,9 @@ class Run:
         return DrawnReport.from_report(from_run.build_run_report(self.folder))
 
     def to_frame(self) -> pandas.DataFrame:
-        """Return a data frame with one row per round: seconds, number of sites, bytes, and validation scores."""
+        """Return a data frame with one row per round: seconds, number of sites, bytes, and validation scores.
+
+        Indexed by round (from 1); seconds: wall time in s; bytes: payload bytes.
+        """
         columns = ("round", "seconds", "sites", "bytes_down", "bytes_up")
         return to_data_frame(self.rounds, columns, lambda one: {"sites": len(one.sites), **one.metrics})

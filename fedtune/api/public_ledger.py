@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,9 +180,12 @@ class Ledger:
     ) -> float:
         """Release a noised count of the units whose value is true.
 
-        The guarantee, arguments and errors are those of `sum` with a bound of 1.
+        The guarantee, arguments and errors are those of `sum` with a bound of 1, except that `values` has one value per
+        record, of any type that is true or false.
         """
-        rows = [(float(bool(value)),) for value in self._select_one_value_per_unit(values, users)]
+        selected = self._select_one_value_per_unit(values, users)
+        with _convert_values("must contain one true or false value per record"):
+            rows = [(float(bool(value)),) for value in selected]
         planned = {"noise_multiplier": noise_multiplier, "noise": noise, "max_grad_norm": 1.0}
         return self._release_sum("count", name, rows, ["count"], **planned)[0]
 
@@ -197,8 +201,8 @@ class Ledger:
     ) -> dict[Hashable, float]:
         """Release a noised histogram: the number of units per value of `bins`.
 
-        Every unit is in at most one bin, so the sensitivity is 1; empty bins are noised as well.  The guarantee,
-        the other arguments and the errors are those of `sum` with a bound of 1.
+        Every unit is in at most one bin, so the sensitivity is 1; empty bins are noised as well.  The guarantee is
+        that of `sum` with a bound of 1.
 
         Args:
             name: name of the release.
@@ -210,10 +214,19 @@ class Ledger:
 
         Returns:
             The noised count per bin.
+
+        Raises:
+            ValueError: as for `sum`; or a bin or a value is not hashable, or a bin is listed twice.
+            RefusedError: the charge exceeds a limit of the policy; nothing is charged.
+            RunError: the ledger fails verification or cannot be written.
         """
-        require("bins", list(bins), 0 < len(set(bins)) == len(bins), "must contain distinct values, at least one")
+        wanted = "must contain distinct, hashable values, at least one"
+        with _convert_values(wanted, key="bins"):
+            require("bins", list(bins), 0 < len(set(bins)) == len(bins), wanted)
         rows, none = {bin: tuple(float(bin == other) for other in bins) for bin in bins}, (0.0,) * len(bins)
-        found = [rows.get(value, none) for value in self._select_one_value_per_unit(values, users)]
+        selected = self._select_one_value_per_unit(values, users)
+        with _convert_values("must contain one hashable value per record"):
+            found = [rows.get(value, none) for value in selected]
         planned = {"noise_multiplier": noise_multiplier, "noise": noise, "max_grad_norm": 1.0}
         sums = self._release_sum("histogram", name, found, bins, **planned)
         return dict(zip(bins, sums, strict=True))
@@ -239,7 +252,8 @@ class Ledger:
 
         Args:
             name: name of the release.
-            values: one number or one row of numbers per record.
+            values: one number per record; or one row of numbers per record, as a two-dimensional array or a DataFrame,
+                whose number of columns does not depend on the records.
             bound: clipping norm per unit: L2 norm for "gaussian", L1 norm for "laplace".
             noise_multiplier: standard deviation (gaussian) or scale (laplace) of the noise divided by `bound`; above 0.
             noise: "gaussian" or "laplace".
@@ -254,9 +268,17 @@ class Ledger:
             RunError: the ledger fails verification or cannot be written.
         """
         check_positive("bound", bound)
-        table = np.asarray(self._select_one_value_per_unit(values, users), dtype=np.float64)
-        width = table.shape[1] if table.ndim == 2 else 1
-        rows = list(map(tuple, table.reshape(len(table), width).tolist()))
+        # The width must not depend on the records: the rows of a list would have none if there is no record.
+        wanted = "must be numbers, or an array or DataFrame with rows of equally many numbers"
+        shape: tuple[int, ...] = getattr(values, "shape", (0,))
+        require("values", NOT_GIVEN, len(shape) == 1 or (len(shape) == 2 and shape[1] > 0), wanted)
+        width = shape[1] if len(shape) == 2 else 1
+        selected = self._select_one_value_per_unit(values, users)
+        with _convert_values(wanted):
+            found = np.asarray(selected)
+            require("values", NOT_GIVEN, found.dtype.kind in "biufO", wanted)  # neither texts, times nor complex
+            table = found.astype(np.float64).reshape(len(selected), width)
+        rows = list(map(tuple, table.tolist()))
         planned = {"noise_multiplier": noise_multiplier, "noise": noise, "max_grad_norm": bound}
         return self._release_sum("sum", name, rows, range(width), **planned)
 
@@ -317,8 +339,13 @@ class Ledger:
         by_user = self._site.policy.population.unit == "user"
         bound = "must contain the user of each record for a ledger with unit = user, and be omitted for unit = record"
         require("users", NOT_GIVEN, by_user is (users is not None), bound)
-        each = values.to_numpy() if hasattr(values, "to_numpy") else values  # a DataFrame's rows, not its columns
-        return list(each) if users is None else list(dict(zip(users, each, strict=True)).values())
+        with _convert_values("must be an iterable of one value per record"):
+            # of a DataFrame, the rows instead of the columns
+            each = list(values.to_numpy() if hasattr(values, "to_numpy") else values)
+        if users is None:
+            return each
+        with _convert_values("must contain one hashable user per record", key="users"):
+            return list(dict(zip(users, each, strict=True)).values())
 
     def _release_sum(
         self, kind: str, name: str, rows: Sequence[tuple[float, ...]], columns: Sequence[Hashable], **planned: Any
@@ -357,6 +384,15 @@ class Ledger:
         return reply
 
 
+@contextmanager
+def _convert_values(bound: str, *, key: str = "values") -> Iterator[None]:
+    """Turn errors of a conversion into a ConfigError, which does not quote the records."""
+    try:
+        yield
+    except (TypeError, ValueError, ArithmeticError):  # ArithmeticError: an integer beyond the range of a float
+        raise ConfigError(key, NOT_GIVEN, bound) from None
+
+
 def to_data_frame(
     rows: Sequence[object], columns: Sequence[str], other: Callable[[Any], dict[str, Any]]
 ) -> pandas.DataFrame:
@@ -370,5 +406,5 @@ def to_data_frame(
     require_extra("to_frame", NOT_GIVEN, "notebook", "pandas")
     import pandas
 
-    made = ({name: getattr(one, name) for name in columns} | other(one) for one in rows)
-    return pandas.DataFrame(made).set_index(columns[0])
+    made = [{name: getattr(one, name) for name in columns} | other(one) for one in rows]
+    return pandas.DataFrame(made, columns=None if made else columns).set_index(columns[0])

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from fedtune.data.features import MOST_VALUES, FeatureSpec, check_names, check_range, map_feature_columns
 from fedtune.data.partition import PartitionSpec
-from fedtune.data.values import ANSWERS, FEATURE, OPTIONAL_ROLES
+from fedtune.data.values import ANSWERS, FEATURE, OPTIONAL_ROLES, normalize_category
 from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.site_policy import Dataset
 from fedtune.spec import (
@@ -145,7 +145,8 @@ class DataSpec:
             raise ConfigError("label_separator", self.label_separator, 'must be one character other than []"\\')
         if self.target_range is not None:
             check_range("target_range", self.target_range)
-        if len(set(self.event_values)) != len(self.event_values) or len(self.event_values) not in (0, 2):
+        different = set(map(normalize_category, self.event_values))
+        if not len(different) == len(self.event_values) in (0, 2):
             raise ConfigError("event_values", list(self.event_values), "must be two different values, or none")
         columns = [column for one in self.features for column in one.columns]
         check_names("features", columns)

@@ -68,11 +68,11 @@ class Drawn:
     draws: Mapping[str, Mapping[str, npt.NDArray[np.float64]]]  # by model and score, (draws,) each
     num_units: int  # number of units in the data set
 
-    def estimate(self, model: str, score: str) -> Estimate:
-        """Return a model's score with its confidence interval."""
+    def estimate(self, model: str, score: str, *, judged: str | None = None) -> Estimate:
+        """Return a model's score with its confidence interval; `judged` is that of `compare_scores`."""
         value, draws = self.values[model][score], self.draws[model][score]
         found = _estimate(value, draws)
-        if score not in _TOO_LOW:
+        if (judged or score) not in _TOO_LOW or not math.isfinite(found.low):
             return found
         # The draws are biased: shift the interval back, limit it to 1, and keep the score inside.
         bias = float(draws.mean()) - value
@@ -86,13 +86,14 @@ class Drawn:
             base: name of the model before training.
             tuned: name of the model after training.
             score: name of the score.
-            judged: name of the score that decides whether higher or lower is better; None uses `score`.
+            judged: name of the score that decides whether higher or lower is better, and whether the score is biased;
+                None uses `score`.
         """
         values = [self.values[model][score] for model in (base, tuned)]
         draws = [self.draws[model][score] for model in (base, tuned)]
         with np.errstate(invalid="ignore"):  # infinity minus infinity
             difference = _estimate(float(np.subtract(values[1], values[0])), draws[1] - draws[0])
-        one, other = self.estimate(base, score), self.estimate(tuned, score)
+        one, other = (self.estimate(model, score, judged=judged) for model in (base, tuned))
         sign, verdict = get_score_direction(judged or score), NO_DIFFERENCE
         ends = sorted((sign * difference.low, sign * difference.high))
         if self.num_units >= FEWEST_UNITS and math.isfinite(one.value) != math.isfinite(other.value):

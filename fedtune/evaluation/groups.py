@@ -127,7 +127,10 @@ def score_groups(
     of_group = {n: Drawn(found.values, found.draws, num_units=size) for n, size in enumerate(groups.sizes)}
     return GroupScores(
         groups=groups,
-        scores={name: {model: found.estimate(model, f"in {n}") for model in models} for name, n in numbers.items()},
+        scores={
+            name: {model: found.estimate(model, f"in {n}", judged=score) for model in models}
+            for name, n in numbers.items()
+        },
         gaps={name: {model: found.estimate(model, f"gap {n}") for model in models} for name, n in numbers.items()},
         changes={
             name: {pair: of_group[n].compare_scores(*pair, f"in {n}", judged=score) for pair in pairs}

@@ -189,12 +189,14 @@ def compute_signal_to_noise(plan: Plan, declared_sizes: Mapping[str, int], *, va
 def compute_alternatives(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
     """Compute the cost of alternatives to a plan: more rounds, a smaller delta, larger batches, and half of `epsilon`.
 
-    Alternatives without a computable epsilon are skipped.
+    Alternatives without a computable epsilon are skipped. There are none for an epsilon of 0, which no noise reaches.
 
     Args:
         plan: a plan with privacy.
         epsilon: the target epsilon over all `plan.runs` runs, or the epsilon of the plan itself.
     """
+    if epsilon == 0:  # delta alone covers the loss
+        return ()
     changes: list[tuple[str, dict[str, Any], float]] = [
         (f"{rounds} rounds", {"num_rounds": rounds}, epsilon)
         for rounds in (math.ceil(1.5 * plan.num_rounds), 2 * plan.num_rounds)

@@ -173,26 +173,25 @@ class _PolicyBudget:
         The result is rounded down to four digits, or to the nearest three digits if that is acceptable as well: a cap
         is usually a round number, and the noise search stops just below it.
         """
-
-        def set_noise(noise: float) -> Proposal:
-            return dataclasses.replace(proposal, plan=proposal.plan.with_noise(noise))
-
         tried = proposal
         while self.accepts(tried):
             noise = tried.plan.noise_multiplier
             if noise <= accountant.LEAST_SOUGHT or compute_target_epsilon(tried.plan) >= MOST_EPSILON:
                 return MOST_EPSILON, None
-            tried = set_noise(max(noise / 2, accountant.LEAST_SOUGHT))
+            tried = proposal.with_noise(max(noise / 2, accountant.LEAST_SOUGHT))
         least = run_acceptance.find_min_noise(tried, self.accepts)
         if least is None:
             return None, None
-        most = compute_target_epsilon(set_noise(least).plan)
+        most = compute_target_epsilon(proposal.with_noise(least).plan)
+        less = proposal.with_noise(_LESS_NOISE * least)
+        limit = next(chain(self._policy.find_broken_rules(less), self.list_refusals(less)), None)
+        if most == 0:  # delta alone covers the loss
+            return 0.0, limit
         digits = -math.floor(math.log10(most))
         even, scale = round(most, digits + 2), 10.0 ** (digits + 3)
         needed = find_least_noise(proposal.plan, epsilon=even)
-        found = even if needed is not None and self.accepts(set_noise(needed)) else math.floor(most * scale) / scale
-        less = set_noise(_LESS_NOISE * least)
-        return found, next(chain(self._policy.find_broken_rules(less), self.list_refusals(less)), None)
+        accepted = needed is not None and self.accepts(proposal.with_noise(needed))
+        return even if accepted else math.floor(most * scale) / scale, limit
 
     def compute_epsilon(self, plan: Plan, asked: Counter[DpEvent]) -> float:
         """Compute the epsilon of all charges and reservations plus `asked`, by the ledger's filter, for the cohort of

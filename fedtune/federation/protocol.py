@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Self
 
-from fedtune.codec import decode, parse_json
+from fedtune.codec import decode, hash_json, parse_json
 from fedtune.federation.secure.agreement import Terms
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.privacy.proposal import Proposal
@@ -177,7 +177,7 @@ class RoundRequest(_RunMessage):
         """
         asked = self._to_json() | dict.fromkeys(("protocol", "receipt", "expires"))
         del asked["software"]
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        return hash_json(asked)
 
 
 ANNOUNCE, JOIN, CONFIRM, UNMASK = "announce", "join", "confirm", "unmask"

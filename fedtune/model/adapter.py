@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # a lead's `run status` and `run stop` read adapters, and nee
 
 
 class _Trained(Protocol):
-    """Protocol of a model with trainable tensors, such as `fedtune.tasks.TaskModel`."""
+    """Protocol of a model with trainable tensors, such as `fedtune.tasks.task_model.TaskModel`."""
 
     def trainable(self) -> dict[str, nn.Parameter]: ...
 

@@ -34,7 +34,7 @@ def is_slow_on_cpu(dtype: str) -> bool:
 
 
 def depends_on_row_count(dtype: str, device: torch.device) -> bool:
-    """Whether a row's product depends on the number of rows, as with AMX in bfloat16 and on every GPU."""
+    """Whether a row's product depends on the number of rows, as with AMX in bfloat16 and on CUDA."""
     amx = dtype in ("mixed", "bfloat16", "nf4") and device.type == "cpu" and torch.cpu._is_amx_tile_supported()
     return amx or device.type == "cuda"  # in every tested number format (simulations/gpu)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import Any, Literal
 
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_one_of, check_positive, spec
@@ -22,6 +21,7 @@ ADAPTERS = {"lora": "A LoRA adapter", "dora": "A DoRA adapter", "ia3": "An IA3 a
 LORA_A, LORA_B = ".lora_A.", ".lora_B."
 """The part of a tensor's name that marks it as one of LoRA's factors, as PEFT names them."""
 _WIDEST, _MOST_LAYERS = 4096, 8
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # old hub ids have no owner
 _NOT_PROVEN = {
     "prompt": "virtual tokens change every layer's output, and occupy positions of the record's own tokens",
     "prefix": "virtual keys and values enter a layer through its cache, which training does not use",
@@ -44,10 +44,9 @@ class ModelSpec:
         dtype: the number format of the frozen base: "float32"; "bfloat16"; "mixed", which computes products inside its
             layers in bfloat16 and everything else in float32; "nf4", bfloat16 with the weights of its layers quantized
             to four bits (not for a GGUF file); or "auto", which `fedtune.training.number_format` replaces before a run.
-            A simulation on a CPU measures the model's matrix products for at most 0.3 s, and uses mixed if they are
-            more than 5 % faster than in float32 and every site allows it.  All other runs use float32, including real
-            sites, whose machines differ, and runs with `runtime.seeded_noise`, which must be reproducible on any
-            machine.  A resumed run keeps its format.  Adapter, head and losses are always float32.
+            A simulation on a CPU measures the model's matrix products, and uses mixed if they are more than 5 % faster
+            than in float32 and every site allows it.  All other runs use float32, including real sites and runs with
+            `runtime.seeded_noise`.  A resumed run keeps its format.  Adapter, head and losses are always float32.
         cache_dir: the folder for downloads and expanded GGUF files; null: the hub's own cache, and `FEDTUNE_CACHE` or
             `~/.cache/fedtune`.
         license: the license of the weights, for reports.
@@ -94,8 +93,14 @@ class ModelSpec:
 
     @property
     def public_path(self) -> str:
-        """Path for publication: the last part of a local path, without its location on this machine."""
-        return Path(self.path).name if self.path.startswith(("/", "~", ".")) else self.path
+        """Path for publication: the last part of a local path, without its location on this machine.
+
+        A path in the form of a hub id, such as models/llama, is published in full. The rule reads no files, so that
+        reports can be verified on another machine.
+        """
+        if self.is_built_in or self.path.startswith(PACKAGE) or _HUB_ID.fullmatch(self.path):
+            return self.path
+        return re.split(r"[\\/]", self.path.rstrip("\\/"))[-1]
 
 
 @spec

@@ -25,18 +25,14 @@ ORDERS = tuple(
 _MOST_DIGITS = 12  # maximum number of decimals of a cap
 
 
-def compute_divergence(event: DpEvent, order: float) -> float:
-    """Compute the Renyi divergence of one mechanism at `order`, in nats.
-
-    The result is infinite for a mechanism without noise.
-    """
-    return accountant.compute_renyi_divergence(event, order)
-
-
 def compute_total_divergence(spent: Spent, order: float) -> float:
-    """Add up the Renyi divergences of all events at `order`, in nats. Equal events are evaluated only once."""
+    """Add up the Renyi divergences of all events at `order`, in nats. Equal events are evaluated only once.
+
+    The sum is infinite if a mechanism has no noise.
+    """
     # fsum does not depend on the order of its terms, so neither does the charge for a history.
-    return math.fsum(count * compute_divergence(event, order) for event, count in count_mechanisms(spent).items())
+    each = count_mechanisms(spent).items()
+    return math.fsum(count * accountant.compute_renyi_divergence(event, order) for event, count in each)
 
 
 def compute_epsilon_conversion_term(order: float, delta: float) -> float:

@@ -46,11 +46,13 @@ class PrivacySpec:
             unit.
         cohorts: the arrival cohorts that the run admits and charges, as `{period: year, first: null, last: "2026"}`, if
             the sites' populations have arrivals; null: everybody.
-        start_epsilon: epsilon of the runs behind `model.adapter`, derived from their folders; null: none, unknown or
-            unbounded.
-        start_delta: likewise, delta.
-        start_unit: likewise, unit.
-        start_keys: keys of the sites that signed for it; null: unsigned.
+        start_epsilon: epsilon of all training behind `model.adapter`, summed over its lineage and derived from the run
+            folders; null: no start adapter, or an unknown or unbounded privacy loss.
+        start_delta: delta at which `start_epsilon` holds, summed over the same lineage, in [0, 1); null: no start
+            adapter, or an unknown privacy loss.
+        start_unit: privacy unit of `start_epsilon`, "record" or "user"; null: no start adapter, or an unknown unit.
+        start_keys: Ed25519 public keys (64 hex digits each) of the real sites whose signed receipts prove
+            `start_epsilon`; null: not all of it follows from receipts.
     """
 
     mechanism: Literal["dp_sgd", "none"] = "dp_sgd"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
 
-from fedtune.codec import require
+from fedtune.codec import hash_json, require
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import spec
 
@@ -111,7 +109,11 @@ class Proposal:
 
     def digest(self) -> str:
         """Return the SHA-256 of the proposal's canonical JSON, in hex."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        return hash_json(self.to_json())
+
+    def with_noise(self, noise_multiplier: float) -> Proposal:
+        """Return a copy of the proposal whose plan has another noise multiplier."""
+        return dataclasses.replace(self, plan=self.plan.with_noise(noise_multiplier))
 
 
 def _is_text(value: str) -> bool:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 
-from fedtune.codec import decode, require
+from fedtune.codec import decode, hash_json, require
 from fedtune.privacy import accountant, events
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.distributed_noise import (
@@ -264,7 +262,7 @@ class Plan:
 
     def digest(self) -> str:
         """Return the SHA-256 of the plan's canonical JSON, in hex."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        return hash_json(self.to_json())
 
 
 def build_score_events(noise_multiplier: float, rounds: int) -> list[DpEvent]:

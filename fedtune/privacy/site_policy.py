@@ -8,7 +8,6 @@ spending.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from dataclasses import field
 from functools import lru_cache
 from typing import Any, Literal
 
-from fedtune.codec import require
+from fedtune.codec import hash_json, require
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.cohorts import Calendar
 from fedtune.privacy.dp_library import DpEvent
@@ -428,7 +427,7 @@ class Policy:
 
     def digest(self) -> str:
         """Return the SHA-256 of the policy's canonical JSON, in hex."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        return hash_json(self.to_json())
 
 
 def _iter_broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:

@@ -16,7 +16,7 @@ from fedtune.codec import decode, parse_json, require
 from fedtune.evaluation.audit_bound import LEAST_CONFIDENCE
 from fedtune.privacy.durable import write_durably
 from fedtune.report.page.translations import load_catalog
-from fedtune.spec import ConfigError, RunError, check_at_least, check_fraction, check_one_of, check_schema, spec
+from fedtune.spec import ConfigError, RunError, check_one_of, check_schema, spec
 
 ATTACK_SCHEMA: Final = 1  # attack.json
 FILE, PAGE = "attack.json", "attack.html"
@@ -27,7 +27,12 @@ MEASURES = (
     *("auroc", "auroc_of_groups", "secret_of_10000", "picked_from_update"),
     *("exposed_secrets", "written_secrets", "written_answers", "guessed_labels"),
 )
-"""Codes of what attacks reach."""
+"""Codes of the attack measures."""
+
+
+def check_confidence(value: float) -> None:
+    """Check that the confidence of an interval or bound is at least `LEAST_CONFIDENCE`, and below 1."""
+    require("confidence", value, LEAST_CONFIDENCE <= value < 1, f"must be in [{LEAST_CONFIDENCE}, 1)")
 
 
 @spec
@@ -83,8 +88,7 @@ class RunAttacks:
     findings: tuple[AttackFinding, ...]
 
     def __post_init__(self) -> None:
-        check_at_least("confidence", self.confidence, LEAST_CONFIDENCE)
-        check_fraction("confidence", self.confidence)
+        check_confidence(self.confidence)
 
     def find(self, attack: str) -> tuple[AttackFinding, ...]:
         """Return the findings of one kind of attack."""

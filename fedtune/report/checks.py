@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -200,8 +199,8 @@ def check_start(facts: RunFacts, keys: Mapping[str, str] | None) -> Iterator[Che
     if facts.simulated or start is None or start.epsilon is None or not is_counted(dataclasses.asdict(start)):
         return
     try:
-        signers = json.loads(facts.sent)["privacy"].get("start_keys")
-    except (ValueError, LookupError, TypeError):
+        signers = facts.parse_sent_settings()["privacy"].get("start_keys")
+    except ConfigError:
         signers = None
     word = "The epsilon of the training before this run is the lead's word"
     if not signers:
@@ -271,7 +270,7 @@ def _verify_adapter_folder(facts: RunFacts, folder: Path, config: RunConfig | No
     base = config.model if config else SavedAdapter.read(folder).spec.model
     if config is None or facts.deployed:
         try:
-            config = parse(json.loads(facts.sent) | {"name": facts.name})
+            config = parse({**facts.parse_sent_settings(), "name": facts.name})
         except (ValueError, TypeError):
             raise ValueError("The report does not contain the settings that the sites received") from None
     place = {key: getattr(base, key) for key in ("path", "revision", "public_id")}

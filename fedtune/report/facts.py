@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import field
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
-from fedtune.evaluation.audit_bound import LEAST_CONFIDENCE
+from fedtune.codec import parse_json, require
 from fedtune.federation.drift import HeldOut
 from fedtune.federation.early_stopping import Kept, count_rounds, find_kept_round, should_stop
 from fedtune.federation.lead import RoundResult, Scores
@@ -24,10 +24,10 @@ from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import Selection
 from fedtune.privacy.site_policy import ReferenceRun
-from fedtune.report.attacks import RunAttacks
+from fedtune.report.attacks import RunAttacks, check_confidence
 from fedtune.runs.cost import Energy
 from fedtune.show.budget_text import ArrivalRange
-from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
+from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least, spec
 from fedtune.tasks.measures import Detail
 
 Value = str | int | float | tuple[str, ...] | Mapping[str, int | float | None] | None
@@ -284,8 +284,7 @@ class Audit:
     membership: tuple[AuditMembership, ...]
 
     def __post_init__(self) -> None:
-        check_at_least("confidence", self.confidence, LEAST_CONFIDENCE)
-        check_fraction("confidence", self.confidence)
+        check_confidence(self.confidence)
 
 
 @spec
@@ -342,6 +341,23 @@ class RunFacts:
     total_parameters: int | None = None  # including frozen parameters; None: unknown
     group_scores: Mapping[str, float | None] = field(default_factory=dict)  # by group, from `fedtune compare --by`
     attacks: RunAttacks | None = None  # results of `fedtune attack` on this model; exact scores of real records
+
+    def parse_sent_settings(self) -> Mapping[str, Any]:
+        """Parse the settings that real sites received, by group.
+
+        Raises:
+            ConfigError: `sent` is not a JSON object, or a group or a list of names that the checks read has another
+                type.
+        """
+        bound = "must be the settings that the sites received"
+        sent = parse_json(self.sent, key="sent", bound=bound)
+        for name in ("data", "federation", "model", "privacy"):
+            require("sent", NOT_GIVEN, isinstance(sent.get(name), dict), bound)
+        federation, signers = sent["federation"], sent["privacy"].get("start_keys")
+        for names in (federation.get("site_names"), federation.get("participants"), signers or []):
+            right = isinstance(names, list) and all(isinstance(one, str) for one in names)
+            require("sent", NOT_GIVEN, right, bound)
+        return sent
 
     @property
     def unit(self) -> Unit:
@@ -462,7 +478,9 @@ class RunInLedger:
         check_at_least("lost_rounds", self.lost_rounds, 0)
         if any({*one} != {"what", "day", "by", "ticket", "why"} for one in self.approvals):
             raise ConfigError(
-                "approvals", list(self.approvals), "must each have the keys what, day, by, ticket and why"
+                "approvals",
+                list(self.approvals),
+                'must each have exactly the keys "what", "day", "by", "ticket" and "why"',
             )
 
 

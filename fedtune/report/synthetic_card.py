@@ -63,15 +63,11 @@ class SyntheticRecords(WritingSpec):
 
     def __post_init__(self) -> None:
         WritingSpec.__post_init__(self)  # super() fails in a dataclass with slots
-        for key, count in {
-            "rows": self.rows,
-            "prompts": self.prompts,
-            "missing": self.missing,
-            **self.left_out,
-        }.items():
+        counts = {"rows": self.rows, "prompts": self.prompts, "missing": self.missing}
+        for key, count in (*counts.items(), *self.left_out.items()):
             check_at_least(key, count, 0)
         if any(one.keys() != {"column", "by"} for one in self.labels):
-            raise ConfigError("labels", list(self.labels), "must each have the keys column and by")
+            raise ConfigError("labels", list(self.labels), 'must each have exactly the keys "column" and "by"')
 
 
 @spec

@@ -7,7 +7,6 @@ with an independent program. The last digits may differ on another machine.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -217,7 +216,7 @@ def _check_sent_settings(facts: RunFacts) -> Iterator[_Found]:
     elif facts.run != f"{facts.name}-{digest[:32]}":
         yield "run", facts.run, f"{facts.name}-{digest[:32]}, the name derived from the run's settings"
     elif facts.deployed:
-        sent = json.loads(facts.sent)
+        sent = facts.parse_sent_settings()
         data, federation, made = sent["data"], sent["federation"], facts.provenance
         names, sizes = federation["site_names"], data["declared_sizes"]
         started = sent["model"]["adapter_sha256"], sent["privacy"], "public" in sent

@@ -40,7 +40,7 @@ def list_lead_data_warnings(config: RunConfig, *, validation: LeadData | None, t
     if "label" in config.bound_task.roles:
         labels = {record.fields["label"] for record in test.records}
         if len(labels) == 1:
-            yield f"all test records have the label {labels.pop()!r}: a constant prediction scores 1.0"
+            yield f"all test records have the label {labels.pop()!r}: scores on them cannot tell models apart"
 
 
 def list_signal_warnings(config: RunConfig, model: RunModel) -> Iterator[str]:

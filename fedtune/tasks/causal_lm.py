@@ -201,7 +201,7 @@ class CausalLM(Task):
         of_token = float(losses @ num_tokens / num_tokens.sum())
         return {
             "loss": float(np.mean(losses)),
-            "perplexity": math.exp(of_token) if of_token < math.log(sys.float_info.max) else math.inf,
+            "perplexity": math.inf if of_token >= math.log(sys.float_info.max) else math.exp(of_token),
         }
 
     def score_unit(self, model: Model, batch: Batch) -> float:

@@ -76,7 +76,7 @@ class Survival(PooledTask):
 
     def target(self, data: DataSpec) -> TargetOf:
         ends = np.array(self.own.intervals)
-        came = dict(zip(data.event_values, (False, True), strict=False)) or _EVENTS
+        came = dict(zip(map(normalize_category, data.event_values), (False, True), strict=False)) or _EVENTS
 
         def read_target(record: Record) -> npt.NDArray[np.int8]:
             time, event = float(record.fields["time"]), came.get(normalize_category(record.fields["event"]))

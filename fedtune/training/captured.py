@@ -51,7 +51,7 @@ def capture_batches(model: TaskModel, made_up: Iterable[tuple[Batch, Batch]], *,
     if model.device.type == "cpu":
         return None
     graphs: dict[Hashable, CapturedBatch] = {}
-    captured: list[CapturedBatch] = []  # all, because the first keeps their memory alive
+    captured: list[CapturedBatch] = []  # all, so that a graph keeps the shared pool until the next capture
     try:
         memory = GraphMemory()
         with record_gradients(model) as gradients:
@@ -102,7 +102,7 @@ def choose_sum_batch(model: TaskModel) -> SumBatch:
 
 
 def graphs_of(model: TaskModel) -> Mapping[Hashable, CapturedBatch]:
-    """Return the graphs of a model, which replays use."""
+    """Return the captured CUDA graphs of a model, by batch shape."""
     return _graphs.get(model, {})
 
 

@@ -6,6 +6,7 @@ import math
 import re
 from typing import Literal
 
+from fedtune.codec import require
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_positive, spec
 
 _LARGEST_RATE = 1e9  # with larger rates, a product of rates overflows float32 and a round fails half-way
@@ -138,31 +139,27 @@ def _check_rate(key: str, value: float) -> None:
 class Machine:
     """Machine settings of a run or a site, which affect only rounding and speed.
 
-    In a `site.toml`, 0 or "" means null.
+    In a `site.toml`, 0 means null for `num_threads`, `micro_batch_tokens` and `step_mib`, and "" for
+    `kept_states_folder`.
 
     Attributes:
         device: "auto" (an accelerator if the torch build can use one), "cpu" or "cuda".
         num_devices: the number of GPUs that share each step of a site, with one process per GPU; on a CPU, the number
             of processes. The result is bit-identical. A run without privacy uses one device. null: 1, except for
-            `fedtune simulate` on a CPU, which uses one process per core, at most 4, if the run has enough gradients to
-            outweigh the start of the processes.
+            `fedtune simulate` on a CPU, which uses one process per core, at most 4, if the run has enough gradients.
         num_threads: the number of torch threads in every process; null: one per core, divided among the processes, or
             the value of OMP_NUM_THREADS if that is lower.
         micro_batch_tokens: the maximum number of padded tokens in a micro-batch; the results of a private run are
-            bit-identical for every value. null: 512 per CPU thread, at most 2,048, because larger micro-batches are no
-            faster and take longer to test; 16,384 on a GPU.
+            bit-identical for every value. null: 512 per CPU thread, at most 2,048; 16,384 on a GPU.
         step_mib: the memory in MiB for a micro-batch with its per-example gradients, and for the mean gradients of
-            users. Before the run, dummy examples are measured, and a micro-batch gets as many rows as fit. null: a
-            quarter of the machine's memory, divided among the processes, or two fifths of a GPU's memory, both minus
-            the model.
+            users. null: a quarter of the machine's memory, divided among the processes, or two fifths of a GPU's
+            memory, both minus the model.
         kept_states_mib: the memory in MiB for caching each record's output of the frozen layers below the adapters, for
             all sites of a process together, and the same again for each of the lead's data sets. If the outputs do not
             fit, they are written to `kept_states_folder`. Without that folder nothing is cached: the run takes several
-            times as long, and prints a warning at its start. null: a quarter of the machine's available memory. 0
-            caches nothing in memory.
+            times as long. null: a quarter of the machine's available memory. 0 caches nothing in memory.
         kept_states_folder: a folder on a fast disk for the outputs that do not fit in memory, limited to half of the
-            free space. No other process can open the cached data, which disappears with the process, even after a
-            crash.
+            free space. No other process can open the cached data, which disappears with the process.
         onednn: true multiplies with frozen float32 weights by oneDNN on an x86 CPU, which is twice as fast on AMD CPUs
             and equally exact; false uses torch's default.
         gradient_checkpointing: true recomputes activations in the backward pass, for large models.
@@ -183,7 +180,7 @@ class Machine:
         # Each device needs a process with its own copy of the model; above these limits a system runs out of threads.
         for key, (least, most) in {"num_devices": (1, 64), "num_threads": (0, 1024), **sizes}.items():
             if (number := getattr(self, key)) is not None:
-                check_at_least(key, number, least)
+                require(key, number, number >= least, f"must be a whole number of at least {least}")
                 check_at_most(key, number, most)
 
 

@@ -2,18 +2,21 @@
 
 import asyncio
 import doctest
+import inspect
 import json
 import re
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 import fedtune
 from fedtune.api import public
 from fedtune.api.compose import compose_recipe
+from fedtune.api.public_ledger import to_data_frame
 from fedtune.lab.audit.experiment import audit as audit_run
 from fedtune.spec import ConfigError
 
@@ -56,6 +59,27 @@ def test_progress_events_follow_the_order_of_the_run(
     assert progress_messages.index(
         next(one for one in progress_messages if one.stage == "training")
     ) < progress_messages.index(rounds[0])
+
+
+def test_progress_total_includes_the_spare_rounds_of_failed_rounds() -> None:
+    config = compose_recipe("debug", {"federation.num_rounds": 2, "federation.spare_rounds": 1})
+    told = list[fedtune.Progress]()
+    listener = public.CallbackListener(config, told.append)
+    rounds: tuple[Any, ...] = ()
+    for number, sites in enumerate((("site-1",), (), ("site-1",)), 1):
+        rounds = (*rounds, SimpleNamespace(sites=sites))
+        listener.on_round_finished(cast(Any, SimpleNamespace(round=number, rounds=rounds)))
+    listener.on_prepared(None, None, cast(Any, SimpleNamespace(round=2, rounds=rounds[:2])))
+    assert [(one.done, one.total) for one in told] == [(1, 2), (2, 3), (3, 3), (2, 3)]
+
+
+def test_distill_method_has_the_arguments_of_the_function() -> None:
+    from fedtune.lab.distillation import distill
+
+    method, function = (inspect.signature(one).parameters for one in (fedtune.Run.distill, distill))
+    assert {*method} - {"self"} == {*function} - {"config", "adapter"}
+    for name in ("columns", "format", "int8", "seed", "passes"):
+        assert method[name].default == function[name].default
 
 
 def test_classifier_predicts_labels_and_refuses_to_generate(run: fedtune.Run) -> None:
@@ -116,6 +140,8 @@ def test_rounds_and_ledger_events_convert_to_data_frames(run: fedtune.Run) -> No
     assert list(rounds["sites"]) == [len(one.sites) for one in run.rounds]
     events = fedtune.Ledger(run.folder / "sites" / "site-1" / "ledger.db").to_frame()
     assert list(events["kind"]).count("commit") == 2
+    none = to_data_frame([], ("round", "seconds"), vars)
+    assert (none.index.name, list(none.columns), len(none)) == ("round", ["seconds"], 0)
 
 
 def test_audit_run_returns_the_run_and_its_findings(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ import re
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 
 import fedtune
@@ -81,11 +83,44 @@ def test_repeated_release_returns_the_stored_answer(tmp_path: Path) -> None:
     assert ledger.histogram("kinds", [], bins=[0, 1, 2, 3], noise_multiplier=5, noise="laplace") == found
     with pytest.raises(ConfigError, match="'kinds': was charged with other settings"):
         ledger.histogram("kinds", values % 3, bins=[0, 1, 3, 2], noise_multiplier=5, noise="laplace")
-    total = ledger.sum("sum", [[3.0, 0.0], [0.0, -1.0], [np.nan, 1e300]] * 1000, bound=2.0, noise_multiplier=5)
+    total = ledger.sum(
+        "sum", np.array([[3.0, 0.0], [0.0, -1.0], [np.nan, 1e300]] * 1000), bound=2.0, noise_multiplier=5
+    )
     assert np.abs(np.array(total) - [2000.0, 1000.0]).max() < 100, "3 is scaled to 2, and 1e300 beside no number, too"
     assert len(ledger.spending.runs) == 3
     assert len(json.dumps(ledger.receipt("sum sum").to_json())) > 0
     assert ledger.receipt("sum sum").has_valid_signature()
+
+
+@pytest.mark.parametrize("build", [np.array, pandas.DataFrame, lambda rows: pandas.DataFrame(rows, dtype=object)])
+def test_sum_without_records_has_the_columns_of_its_table(tmp_path: Path, build: Callable[[object], object]) -> None:
+    ledger, rows = create_ledger(tmp_path, epsilon=100.0), np.ones((2, 3))
+    found = ledger.sum("rows", build(rows), bound=1.0, noise_multiplier=10)
+    assert len(found) == 3
+    assert ledger.sum("rows", build(rows[:0]), bound=1.0, noise_multiplier=10) == found
+    assert len(ledger.sum("none", build(rows[:0]), bound=1.0, noise_multiplier=10)) == 3
+    assert len(ledger.sum("numbers", [], bound=1.0, noise_multiplier=10)) == 1
+
+
+def test_wrong_values_are_refused_without_quoting_them_or_charging(tmp_path: Path) -> None:
+    ledger, by_user = create_ledger(tmp_path), create_ledger(tmp_path / "users", unit="user")
+    wrong = ([{"a": 1}], [1j], np.array([1j]), [[1, 2], [3]], [[1, 2]], np.ones((2, 2, 2)), ["x"], "x", 5, [10**400])
+    for values in (*wrong, np.array(["2024"], dtype="datetime64[D]"), np.ones((2, 0)), np.float64(1)):
+        with pytest.raises(ConfigError, match=r"^values: must be") as caught:
+            ledger.sum("a", values, bound=1.0, noise_multiplier=10)
+        assert caught.value.__cause__ is None
+    for values in ([[1]], np.ones((2, 2)), 5):
+        with pytest.raises(ConfigError, match=r"^values: must "):
+            ledger.histogram("a", values, bins=[1], noise_multiplier=10)
+    for bins in ([[1]], [1, 1], []):
+        with pytest.raises(ConfigError, match=r"^bins.*: must contain distinct, hashable values, at least one$"):
+            ledger.histogram("a", [1], bins=bins, noise_multiplier=10)
+    with pytest.raises(ConfigError, match=r"^values: must contain one true or false value per record$"):
+        ledger.count("a", np.ones((2, 2)), noise_multiplier=10)
+    for users in ([1], [1, 2, 3], [[1], [2]], 5):
+        with pytest.raises(ConfigError, match=r"^users: must contain one hashable user per record$"):
+            by_user.count("a", [1, 1], users=users, noise_multiplier=10)
+    assert ledger.spending.runs == by_user.spending.runs == ()
 
 
 def test_user_level_ledger_counts_each_user_once(tmp_path: Path) -> None:

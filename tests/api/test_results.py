@@ -1,5 +1,6 @@
 """Results of a finished run in Python: predictions, models, charts, tables and exceptions."""
 
+import math
 import pickle
 import re
 import sys
@@ -18,7 +19,9 @@ from peft import PeftModel
 
 import fedtune
 from fedtune.api import public
+from fedtune.api.compared_models import ComparedModels
 from fedtune.api.compose import compose_recipe
+from fedtune.evaluation.bootstrap import Estimate
 
 from ..conftest import REPOSITORY
 from .test_public import make_tiny_settings
@@ -103,6 +106,17 @@ def test_plot_returns_the_charts_of_the_report(run: fedtune.Run, tmp_path: Path)
         scale.save(tmp_path / "label.png")
     with pytest.raises(ValueError, match="chart = 'nonsense': must be one of utility"):
         run.plot("nonsense")  # type: ignore[arg-type]
+
+
+def test_comparison_plot_leaves_out_values_that_are_not_finite(
+    run: fedtune.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = fedtune.compare({"tuned": run})
+    assert_drawing(compared.plot())
+    whole = compared.plot("loss").svg
+    monkeypatch.setattr(ComparedModels, "estimate", lambda *_: Estimate(1.0, math.nan, math.inf))
+    assert_drawing(compared.plot("loss"))
+    assert compared.plot("loss").svg != whole
 
 
 def test_html_tables_are_short_and_escaped(run: fedtune.Run, tmp_path: Path) -> None:

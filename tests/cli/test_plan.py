@@ -112,6 +112,12 @@ def test_plan_without_privacy_prints_no_epsilon(plan: Run, plan_json: Run) -> No
     assert not plan_json("runtime.seeded_noise=true")["guaranteed"]
 
 
+def test_plan_with_an_epsilon_of_zero_is_printed(plan_json: Run) -> None:
+    small = ("privacy.noise_multiplier=1", "privacy.sampling_rate=0.000001", "training.local_steps=1")
+    said = plan_json(*small, "federation.num_rounds=2", "training.ignore_weak_signal=true")
+    assert (said["epsilon"], said["what_if"]) == (0, [])
+
+
 @pytest.fixture
 def policy_file(tmp_path: Path, lead_key: SigningKey) -> Callable[[], Path]:
     """Return a function that writes a site.toml that permits the debug run."""

@@ -323,7 +323,11 @@ def test_edited_synthesis_card_is_refused(runs: Path, tmp_path: Path) -> None:
         ({"runs": [writer, shares | {"epsilon": "0.1"}]}, "must be a number"),
         ({"runs": [writer, {"run": "shares"}]}, "is required"),
         ({"runs": []}, "must be the sum of the runs' privacy losses"),
-        ({"made": whole["made"] | {"labels": [{"column": "ref"}]}}, "must each have the keys column and by"),
+        (
+            {"made": whole["made"] | {"labels": [{"column": "ref"}]}},
+            'must each have exactly the keys "column" and "by"',
+        ),
+        ({"made": whole["made"] | {"missing": -5, "left_out": {"missing": 0}}}, "made.missing = -5: must be"),
         ({"made": None}, "must be a table"),
         ({"runs": [writer | {"run": "twin"}, shares]}, "with its card next to it (texts.jsonl.card.json)"),
     ):

@@ -6,6 +6,7 @@ import pytest
 
 from fedtune.evaluation.bootstrap import (
     FEWEST_UNITS,
+    Drawn,
     Estimate,
     compare_by_scores,
     describe_against_constant,
@@ -152,6 +153,28 @@ def test_intervals_are_corrected_for_bootstrap_bias() -> None:
     estimate, of_draws = found.estimate("base", "accuracy"), found.draws["base"]["accuracy"]
     assert of_draws.mean() != estimate.value
     assert (estimate.low, estimate.high) == tuple(np.quantile(of_draws, [0.025, 0.975]))
+
+
+def test_interval_that_cannot_be_computed_stays_without_ends() -> None:
+    found = Drawn({"base": {"macro_f1": 0.5}}, {"base": {"macro_f1": np.array([0.5, np.nan])}}, num_units=40)
+    estimate = found.estimate("base", "macro_f1")
+    assert estimate.value == 0.5
+    assert math.isnan(estimate.low)
+    assert math.isnan(estimate.high)
+
+
+def test_group_intervals_are_corrected_for_bootstrap_bias() -> None:
+    draws = np.random.default_rng(4)
+    answers = draw_answers(draws, draws.integers(0, 40, 800))
+    groups = merge_values([*["a"] * 400, *["b"] * 400], smallest=20)
+    found = score_groups(
+        {"base": answers, "tuned": answers}, groups, score="macro_f1", scores=compute_f1, pairs=[("base", "tuned")]
+    )
+    own = {name: values[:400] for name, values in answers.items()}
+    alone = score_draws({"base": own}, scores=compute_f1).estimate("base", "macro_f1")
+    for one in (found.scores["a"]["base"], found.changes["a"]["base", "tuned"].base):
+        assert one.value == alone.value
+        assert (one.low, one.high) == pytest.approx((alone.low, alone.high), abs=0.01), "the correction is 0.03"
 
 
 def compute_f1(drawn: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -105,6 +105,12 @@ def test_alternatives_without_a_computable_epsilon_are_skipped() -> None:
     assert not any(what.startswith("delta") for what in whats)
 
 
+def test_epsilon_of_zero_has_no_alternatives() -> None:
+    plan = golden(noise_multiplier=1.0, sampling_rate=1e-6, local_steps=1, num_rounds=2)
+    assert planner.compute_target_epsilon(plan) == 0
+    assert planner.compute_alternatives(plan, epsilon=0.0) == ()
+
+
 def test_signal_to_noise_matches_simulated_noise() -> None:
     plan = golden(noise_multiplier=3.0, sampling_rate=0.1, max_grad_norm=0.5, local_steps=5, num_rounds=4)
     sizes, values, draws = {"a": 300, "b": 100}, 400, np.random.default_rng(0)

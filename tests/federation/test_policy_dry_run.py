@@ -120,6 +120,14 @@ def test_reported_largest_epsilon_is_the_limit_of_acceptance(
         assert (again.allowed, [one.reason for one in again.broken]) == (accepted, [] if accepted else [limit[0]])
 
 
+def test_largest_epsilon_is_zero_if_delta_covers_the_loss(ask: Ask) -> None:
+    site = make_site_policy(limits={"min_noise_multiplier": 1.5}, budget=NO_CAP)
+    said = ask(site, sampling_rate=1e-6, most=True)
+    assert said.most_epsilon == 0
+    assert said.limit is not None
+    assert said.limit.reason == "min_noise_multiplier"
+
+
 def test_largest_epsilon_is_unlimited_without_a_cap(ask: Ask) -> None:
     said = ask(make_site_policy(limits={"min_noise_multiplier": 0.0}, budget=NO_CAP), most=True)
     assert (said.most_epsilon, said.limit) == (100.0, None)

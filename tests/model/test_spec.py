@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.model.spec import LoraSpec
+from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.spec import ConfigError
 
 
@@ -31,3 +31,19 @@ def test_ia3_has_no_rank_matrices_or_scale() -> None:
         0.5,
         64,
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "public"),
+    [
+        *((path, path) for path in ("bert-base-uncased", "google/bert_uncased", "random:bert")),
+        *((path, path) for path in ("package:models/customer/llama",)),
+        *((path, "llama") for path in ("/data/customer-x/llama", "~/llama", "./customer-x/llama", "../llama/")),
+        *(
+            (path, "llama")
+            for path in ("models/customer-x/llama", "C:\\customer-x\\llama", "C:/llama", "models\\llama")
+        ),
+    ],
+)
+def test_public_path_of_a_local_model_is_its_last_part(path: str, public: str) -> None:
+    assert ModelSpec(path=path).public_path == public

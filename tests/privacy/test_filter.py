@@ -35,7 +35,7 @@ def test_filter_epsilon_at_the_best_order_matches_the_golden_value() -> None:
 @pytest.mark.parametrize("order", [1.1, 1.5, 2.0, 3.0, 17.0, 64.0])
 def test_divergence_and_conversion_term_match_their_formulas(order: float) -> None:
     # Mironov 2017, corollary 3: a Gaussian of noise multiplier s has divergence a / (2 s^2) at order a.
-    assert filter.compute_divergence(GaussianDpEvent(2.0), order) == pytest.approx(order / 8, rel=1e-12)
+    assert filter.compute_total_divergence([GaussianDpEvent(2.0)], order) == pytest.approx(order / 8, rel=1e-12)
     # Canonne, Kamath and Steinke 2020, proposition 12, term by term as there.
     written = math.log(1 / DELTA) / (order - 1) + math.log(1 - 1 / order) - math.log(order) / (order - 1)
     assert filter.compute_epsilon_conversion_term(order, DELTA) == pytest.approx(written, rel=1e-12)

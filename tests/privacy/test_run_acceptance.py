@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.privacy import filter
+from fedtune.privacy import accountant, filter
 from fedtune.privacy.ledger import run_acceptance
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import Proposal
@@ -50,7 +50,7 @@ def test_spent_fraction_is_measured_in_divergence(open_ledger: Any) -> None:
 
 def test_nan_divergence_does_not_fit_the_budget(open_ledger: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = open_ledger()
-    monkeypatch.setattr(filter, "compute_divergence", lambda event, order: math.nan)
+    monkeypatch.setattr(accountant, "compute_renyi_divergence", lambda event, order: math.nan)
     assert read_refusal_reason(ledger.require_acceptable, make_proposal()) is Reason.MAX_EPSILON
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import math
@@ -29,7 +30,7 @@ from fedtune.report import checks, from_ledger, from_run, signing
 from fedtune.report.checks import Check, Known, check_report, check_start
 from fedtune.report.facts import RunFacts, SiteFacts, StartAdapter
 from fedtune.report.model import Report
-from fedtune.report.verify_report import derive_report
+from fedtune.report.verify_report import derive_report, problems
 from fedtune.runs.environment import derive_start
 from fedtune.spec import ConfigError
 from fedtune.tasks.registry import TASKS
@@ -337,6 +338,32 @@ def test_forgeries_signed_by_the_lead_are_rejected(run: Deployed, lie: str) -> N
     run.write(signing.sign_report(derive_report(LIES[lie](run.facts)), run.lead))
     assert not run.holds()
     assert not run.holds_by_the_other_program()
+
+
+CRAFTED = {
+    "a list": lambda sent: [],
+    "a number": lambda sent: 1,
+    "no object as a group": lambda sent: {"data": None, "federation": 1},
+    "a text as privacy": lambda sent: sent | {"privacy": "none"},
+    "a number of sites": lambda sent: sent | {"federation": sent["federation"] | {"site_names": 2}},
+    "unhashable sites": lambda sent: sent | {"federation": sent["federation"] | {"site_names": [["north"], ["south"]]}},
+    "a number of participants": lambda sent: sent | {"federation": sent["federation"] | {"participants": 1}},
+    "unhashable keys": lambda sent: sent | {"privacy": sent["privacy"] | {"start_keys": [["north"]]}},
+}
+"""Settings of another form, by what is wrong with them."""
+
+
+@pytest.mark.parametrize("wrong", CRAFTED)
+def test_sent_settings_of_another_form_are_rejected_with_a_reason(run: Deployed, wrong: str) -> None:
+    facts = begin_in_adapter(run.facts)
+    text = json.dumps(CRAFTED[wrong](json.loads(facts.sent)))
+    name = f"{facts.name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+    facts = resign_receipts(replace(facts, sent=text, run=name), run=name)
+    (found,) = problems(derive_report(facts))
+    assert "must be the settings that the sites received" in str(found)
+    run.write(signing.sign_report(derive_report(facts), run.lead))
+    assert not run.holds()
+    assert run.holds_by_the_other_program() == (wrong == "unhashable keys"), "it does not read the keys"
 
 
 def test_reasons_for_an_early_end_never_lower_the_epsilon(run: Deployed) -> None:

@@ -40,15 +40,18 @@ def test_survival_targets_follow_from_time_and_event(time: str, event: str, know
         )
 
 
-@pytest.mark.parametrize("values", [("1", "2"), ("alive", "dead"), ("0:LIVING", "1:DECEASED")])
+@pytest.mark.parametrize(
+    "values", [("1", "2"), ("alive", "dead"), ("0:LIVING", "1:DECEASED"), ("FALSE", "TRUE"), ("0.0", "1.0")]
+)
 def test_event_column_accepts_declared_values(values: tuple[str, str]) -> None:
     data = make_data_spec("text", "time", "event", event_values=values)
     lost, came = (Record({"text": "a", "time": "1.5", "event": value}) for value in values)
     assert [SURVIVAL.target(data)(one).tolist() for one in (lost, came)] == [[0, -100, -100], [0, 1, -100]]  # type: ignore[attr-defined]
-    assert SURVIVAL.record_validator(data)(Record({**lost.fields, "event": "0"})) is not None
+    assert SURVIVAL.record_validator(data)(Record({**lost.fields, "event": "3"})) is not None
     assert SURVIVAL.dummy_field("event", data, draw=lambda _: 1) == values[1]
-    with pytest.raises(ConfigError, match=r"event_values = \['1'\]: must be two different values, or none"):
-        make_data_spec(event_values=("1",))
+    for wrong in (("1",), ("1", "1.0"), ("true", "TRUE")):
+        with pytest.raises(ConfigError, match=r"event_values = \[.*\]: must be two different values, or none"):
+            make_data_spec(event_values=wrong)
 
 
 def test_survival_loss_uses_only_known_intervals() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from fedtune.training import machine
 from fedtune.training.machine import choose_micro_batch_shapes, count_usable_cores, prepare_model, resolve_device
 from fedtune.training.spec import RuntimeSpec
 
+from ..conftest import REPOSITORY
+
 TINY = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task="classification", labels=("a", "b"))
 SKIPS = replace(TINY, lora=LoraSpec(layers=(-1,)))
 """Its first layer is frozen, so that its output can be kept."""
@@ -27,6 +30,15 @@ SKIPS = replace(TINY, lora=LoraSpec(layers=(-1,)))
 
 def prepare_spec(spec: TaskModelSpec = TINY, *, max_length: int = 8, **runtime: Any) -> TaskModel:
     return prepare_model(lambda: build_task_model(spec), RuntimeSpec(num_threads=1, **runtime), max_length=max_length)
+
+
+@pytest.mark.parametrize("page", ["conf/site.toml", "docs/configuration.md"])
+def test_pages_state_the_defaults_of_the_code(page: str) -> None:
+    text = " ".join((REPOSITORY / page).read_text().replace("\n#", "\n").split())
+    assert f"{machine._TOKENS_OF_A_THREAD} per CPU thread, at most {machine._MOST_TOKENS:,}" in text
+    assert f"{machine._TOKENS_ON_GPU:,} on a GPU" in text
+    assert (machine._SHARE_OF_GPU, machine._SHARE_OF_MEMORY) == (2 / 5, 1 / 4)
+    assert re.search("a quarter of (this|the) machine's memory.*, or two fifths of a GPU's", text)
 
 
 def test_length_beyond_the_position_limit_is_refused(tmp_path: Path) -> None:

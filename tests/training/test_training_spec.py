@@ -7,7 +7,7 @@ import torch
 
 from fedtune.spec import ConfigError
 from fedtune.training.optimizer import compute_learning_rate_factor, make_optimizer, set_learning_rate
-from fedtune.training.spec import TrainingSpec, choose_learning_rate
+from fedtune.training.spec import Machine, TrainingSpec, choose_learning_rate
 
 
 def test_automatic_learning_rate_gives_all_schedules_the_same_path() -> None:
@@ -77,3 +77,9 @@ def test_lora_and_head_have_separate_learning_rates() -> None:
     assert {(group["weight_decay"], group["momentum"]) for group in sgd.param_groups} == {(0.3, 0.7)}
     del parameters["head.weight"]
     assert len(make_optimizer(parameters, TrainingSpec()).param_groups) == 1, "without a head there is one group"
+
+
+@pytest.mark.parametrize(("key", "least"), [("num_devices", 1), ("num_threads", 0), ("step_mib", 0)])
+def test_machine_sizes_below_their_minimum_are_refused(key: str, least: int) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key} = {least - 1}: must be a whole number of at least {least}$"):
+        Machine(**{key: least - 1})  # type: ignore[arg-type]

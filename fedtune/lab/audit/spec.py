@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedtune.api.compose import parse_override_key, parse_override_value
 from fedtune.config import convert_first_error
-from fedtune.evaluation.audit_bound import LEAST_CONFIDENCE
+from fedtune.report.attacks import check_confidence
 from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
 
 PREFIX = "audit."
@@ -67,8 +67,7 @@ class AuditSpec:
             check_at_least("guesses", self.guesses, 1)
             if self.guesses > self.canaries:
                 raise ConfigError("guesses", self.guesses, f"must not exceed audit.canaries = {self.canaries}")
-        if not LEAST_CONFIDENCE <= self.confidence < 1:
-            raise ConfigError("confidence", self.confidence, f"must be in [{LEAST_CONFIDENCE}, 1)")
+        check_confidence(self.confidence)
         check_fraction("never_used", self.never_used)
         for site in self.sites:
             if self.sites.count(site) > 1:

@@ -156,12 +156,8 @@ def find_min_noise(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> f
 
     The search starts at the noise multiplier of the proposal.
     """
-
-    def with_noise(noise: float) -> Proposal:
-        return dataclasses.replace(proposal, plan=proposal.plan.with_noise(noise))
-
     low = high = proposal.plan.noise_multiplier
-    while not accepts(with_noise(high)):
+    while not accepts(proposal.with_noise(high)):
         low, high = high, max(2 * high, 0.1)
         if high > accountant.MOST_NOISE:
             return None
@@ -169,5 +165,5 @@ def find_min_noise(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> f
         middle = math.ceil((low + high) / 2 * 1e4) / 1e4
         if middle >= high:
             break
-        low, high = (low, middle) if accepts(with_noise(middle)) else (middle, high)
+        low, high = (low, middle) if accepts(proposal.with_noise(middle)) else (middle, high)
     return high

@@ -89,7 +89,7 @@ def count_charges(facts: LedgerFacts) -> int:
 
 
 def map_plans_by_run(facts: LedgerFacts) -> Mapping[str, Plan]:
-    """Return run -> its plan."""
+    """Map each run's name to its plan."""
     return {run.run: run.plan for run in facts.runs}
 
 

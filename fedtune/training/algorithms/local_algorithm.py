@@ -92,7 +92,7 @@ class LocalAlgorithm:
     requires: ClassVar[Requirements] = {}
     # the reason why secure aggregation does not support the algorithm, for error messages; empty if it does
     not_in_sums: ClassVar[str] = "with secure aggregation, a site takes no optimizer step"
-    # the reason why the sites' ranks must be equal, likewise; empty if they may differ
+    # the reason why all sites must train one rank, for error messages; empty if ranks may differ
     not_with_ranks: ClassVar[str] = "it has not been derived for sites of different ranks"
     own: Any  # an instance of `settings`, or None
 
