@@ -315,3 +315,12 @@ def _convert_to_json_value(value: Any, at: str) -> Any:
         return _convert_to_json_value(convert(), at)
     bound = "must be text, a number, a date, a list or a mapping; records with bytes or images need a file"
     raise DataError(at, type(value).__name__, bound)
+
+
+def convert_cell(value: Any, *, at: str) -> Any:
+    """Convert a cell of a table to a JSON value; None if it is missing.
+
+    Raises:
+        DataError: the value has no JSON equivalent.
+    """
+    return _convert_to_json_value(value, at)

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedtune.api.memory import convert_cell
 from fedtune.codec import require
+from fedtune.data.values import is_missing, read_value
 from fedtune.extras import require_extra
 from fedtune.formatting import format_html_table
 from fedtune.privacy.accountant import check_noise, format_epsilon
@@ -181,11 +183,11 @@ class Ledger:
         """Release a noised count of the units whose value is true.
 
         The guarantee, arguments and errors are those of `sum` with a bound of 1, except that `values` has one value per
-        record, of any type that is true or false.
+        record: true, false, 1 or 0; a missing value counts as false.
         """
         selected = self._select_one_value_per_unit(values, users)
         with _convert_values("must contain one true or false value per record"):
-            rows = [(float(bool(value)),) for value in selected]
+            rows = [(_read_mark(value),) for value in selected]
         planned = {"noise_multiplier": noise_multiplier, "noise": noise, "max_grad_norm": 1.0}
         return self._release_sum("count", name, rows, ["count"], **planned)[0]
 
@@ -257,7 +259,8 @@ class Ledger:
             bound: clipping norm per unit: L2 norm for "gaussian", L1 norm for "laplace".
             noise_multiplier: standard deviation (gaussian) or scale (laplace) of the noise divided by `bound`; above 0.
             noise: "gaussian" or "laplace".
-            users: the user of each record, if the ledger's unit is "user"; only the last record of a user counts.
+            users: the user of each record, if the ledger's unit is "user": a text or a whole number, normalized as in
+                training.  Only the last record of a user counts, and records without a user are not used.
 
         Returns:
             The noised sum of each column.
@@ -344,8 +347,12 @@ class Ledger:
             each = list(values.to_numpy() if hasattr(values, "to_numpy") else values)
         if users is None:
             return each
-        with _convert_values("must contain one hashable user per record", key="users"):
-            return list(dict(zip(users, each, strict=True)).values())
+        with _convert_values("must contain one id per record, a text or a whole number", key="users"):
+            ids = [convert_cell(one, at="users") for one in users]
+            known = zip(ids, each, strict=True)
+            return list(
+                {read_value(one, "user", at="users"): own for one, own in known if not is_missing(one)}.values()
+            )
 
     def _release_sum(
         self, kind: str, name: str, rows: Sequence[tuple[float, ...]], columns: Sequence[Hashable], **planned: Any
@@ -391,6 +398,14 @@ def _convert_values(bound: str, *, key: str = "values") -> Iterator[None]:
         yield
     except (TypeError, ValueError, ArithmeticError):  # ArithmeticError: an integer beyond the range of a float
         raise ConfigError(key, NOT_GIVEN, bound) from None
+
+
+def _read_mark(value: object) -> float:
+    """Read a value of `Ledger.count`: 1.0 for true, 0.0 for false or a missing value."""
+    mark = convert_cell(value, at="values")
+    if mark not in (None, False, True):
+        raise ValueError("neither true nor false")
+    return float(mark or 0)
 
 
 def to_data_frame(

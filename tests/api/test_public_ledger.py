@@ -118,8 +118,11 @@ def test_wrong_values_are_refused_without_quoting_them_or_charging(tmp_path: Pat
     with pytest.raises(ConfigError, match=r"^values: must contain one true or false value per record$"):
         ledger.count("a", np.ones((2, 2)), noise_multiplier=10)
     for users in ([1], [1, 2, 3], [[1], [2]], 5):
-        with pytest.raises(ConfigError, match=r"^users: must contain one hashable user per record$"):
+        with pytest.raises(ConfigError, match=r"^users: must contain one id per record, a text or a whole number$"):
             by_user.count("a", [1, 1], users=users, noise_multiplier=10)
+    for values in (["False"], [2], [float("inf")], [[1]]):
+        with pytest.raises(ConfigError, match=r"^values: must contain one true or false value per record$"):
+            ledger.count("a", values, noise_multiplier=10)
     assert ledger.spending.runs == by_user.spending.runs == ()
 
 
@@ -130,6 +133,15 @@ def test_user_level_ledger_counts_each_user_once(tmp_path: Path) -> None:
             ledger.count("a", [1, 1, 1], noise_multiplier=5, **users)
     whose = [number % 10 for number in range(5000)]
     assert abs(ledger.count("a", [1] * 5000, users=whose, noise_multiplier=5) - 10) < 60
+    spellings = [7, "7", 7.0, np.int64(7), " 7 ", *[float("nan"), None, pandas.NA, pandas.NaT, ""] * 1000]
+    ones = [1] * len(spellings)
+    assert abs(ledger.count("one", ones, users=spellings, noise_multiplier=5) - 1) < 60, (
+        "a person without an id is none"
+    )
+    assert abs(ledger.sum("two", ones, users=spellings, bound=1, noise_multiplier=5)[0] - 1) < 60
+    marks = [True, np.bool_(True), 1, 1.0, *[False, 0, None, float("nan"), pandas.NA] * 1000]
+    own = create_ledger(tmp_path / "marks", epsilon=100.0)
+    assert abs(own.count("marks", marks, noise_multiplier=5) - 4) < 60
     with pytest.raises(ConfigError, match="users: must contain the user of each record"):
         create_ledger(tmp_path / "records").count("a", [1], users=[1], noise_multiplier=5)
 
