@@ -10,6 +10,7 @@ tokens each, by the merged model in float32.
 
 from __future__ import annotations
 
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -28,8 +29,10 @@ from fedtune.evaluation.generation import group_by_prompt
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.sites.run_records import RunRecords
 
-import readme  # isort: skip  # both lie beside this folder
-import study  # isort: skip
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import readme
+import study
 
 HERE = Path(__file__).parent
 WAYS = {"greedy": 1, "beam": 4}
