@@ -19,11 +19,11 @@ from safetensors.numpy import save as save_tensors
 
 from fedtune.codec import decode_value, parse_json
 from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, RoundReplies
-from fedtune.federation.run_folder import ASKED, format_checkpoint_name, list_checkpoints, lock_folder
+from fedtune.federation.run_folder import ASKED, format_checkpoint_name, list_checkpoints
 from fedtune.formatting import convert_infinite_to_none
 from fedtune.model.adapter import Adapter
 from fedtune.privacy import accountant
-from fedtune.privacy.durable import write_durably
+from fedtune.privacy.durable import lock_folder, write_durably
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError, RunError, StuckError, check_at_least, spec

@@ -18,7 +18,7 @@ from fedtune.codec import parse_json, read_bounded_file
 from fedtune.model.adapter_files import ADAPTER, CARD, LABEL, compute_adapter_digest
 from fedtune.privacy.durable import hash_files, write_durably
 from fedtune.spec import ConfigError, RunError, StuckError, describe_full_disk
-from fedtune.system import lock, open_to_lock
+from fedtune.system import lock
 
 _MOST_NAMED = 10
 ASKED = "asked.jsonl"  # the journal of requested rounds, in the checkpoint folder
@@ -50,23 +50,6 @@ def suggest_run_folders(folder: Path) -> str:
             more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
             return f"; there are {', '.join(list(named.values())[:_MOST_NAMED])}{more}"
     return ""
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `folder`; wait while another process holds it.
-
-    Raises:
-        ConfigError: the folder, or its file system, does not support locks.
-    """
-    with contextlib.ExitStack() as held:
-        try:
-            descriptor = open_to_lock(folder)
-            held.callback(os.close, descriptor)
-            lock(descriptor, wait=True)
-        except OSError as error:
-            raise ConfigError("folder", str(folder), f"cannot be locked: {error.strerror or error}") from None
-        yield
 
 
 class _LogFile(logging.FileHandler):

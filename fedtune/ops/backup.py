@@ -29,6 +29,7 @@ from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.site_ledger import SiteLedger
+from fedtune.privacy.ledger.store import lock_anchor
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import NOT_GIVEN, ConfigError, RunError
@@ -256,7 +257,7 @@ def restore_site(source: Path, *, kit: Path, site_toml: Path, anchor: Path | Non
     with open_backup(source, kind="site") as (archive, names):
         _restore_file("site.toml", archive, site_toml)
         files = SiteFiles.from_site_toml(site_toml)
-        with lock_ledger(files.ledger):
+        with lock_ledger(files.ledger), lock_anchor(files.anchor):
             made_up = _restore_ledger(archive, files, anchor)
         if kit.is_dir():  # otherwise `fedtune site init` creates the folder, which must not exist
             for name in names:

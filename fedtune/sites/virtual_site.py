@@ -21,12 +21,12 @@ from typing import Any
 
 from fedtune.config import RunConfig, read_saved_config
 from fedtune.federation.policy_dry_run import read_history
-from fedtune.federation.run_folder import RunFolder, lock_folder
+from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.site_round import Prepared, Site
 from fedtune.privacy import events, filter
 from fedtune.privacy.dp_library import ComposedDpEvent, DpEvent
-from fedtune.privacy.durable import write_durably
+from fedtune.privacy.durable import lock_folder, write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import run_acceptance
 from fedtune.privacy.ledger.chain import Kind

@@ -17,7 +17,6 @@ from typing import Literal
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune.federation.run_folder import lock_folder
 from fedtune.formatting import group_hex
 from fedtune.ops.files import translate_write_errors
 from fedtune.ops.kits.certificates import (
@@ -32,7 +31,7 @@ from fedtune.ops.kits.certificates import (
 )
 from fedtune.ops.kits.kit_file import Address, KitFile, KitModel, check_model_names, is_host, read_json, read_spec
 from fedtune.ops.kits.members import Member, Roster
-from fedtune.privacy.durable import write_durably
+from fedtune.privacy.durable import lock_folder, write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import KIT_SCHEMA, ConfigError, spec
 from fedtune.system import fsync_folder
