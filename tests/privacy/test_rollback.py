@@ -20,6 +20,7 @@ from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Head, Kind
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RunError
 
 from .builders import advance_head, make_key, make_policy, make_proposal, read_refusal_reason, reserve, site_key, train
@@ -202,6 +203,19 @@ def test_anchor_that_a_clone_moved_during_a_transaction_refuses_the_commit(
     assert copied.read_bytes() == before, "nothing was charged, so nothing is released"
     train(first, make_proposal(), rounds + 2)
     assert Head.read(anchor) == open_anchored().head()
+
+
+def test_linked_anchor_is_written_in_its_own_folder(open_anchored: Any, anchor: Path, path: Path) -> None:
+    link = path.with_name("anchor.json")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(anchor)
+    for rounds in (1, 2):
+        ledger = open_anchored(anchor=link)
+        train(ledger, make_proposal(), rounds)
+        assert Head.read(anchor) == ledger.head()
+    assert link.readlink() == anchor
+    policy = make_policy(anchor=link.name, ledger=path.name)
+    assert SiteFiles(policy, path.with_name("site.toml")).anchor == anchor.resolve()
 
 
 def test_forged_receipt_is_refused_for_its_signature(open_ledger: Any, tmp_path: Path) -> None:

@@ -186,6 +186,11 @@ def _name_anchor_in_errors(anchor: Path | None) -> Iterator[None]:
         raise RunError(f"anchor {anchor} cannot be used ({error.strerror}); training is not possible") from error
 
 
+def resolve_anchor(anchor: Path) -> Path:
+    """Return the file that an anchor's path links to, so that a write replaces this file, and not the link to it."""
+    return Path(os.path.realpath(anchor)) if anchor.is_symlink() else anchor
+
+
 def lock_anchor(anchor: Path | None) -> AbstractContextManager[None]:
     """Lock the folder of an anchor, created if it is missing, so that nobody else replaces the anchor; None: no lock.
 
@@ -215,7 +220,7 @@ class EventStore:
     def __init__(self, path: Path, key: SigningKey, anchor: Path | None) -> None:
         self.path, self.history = path, History()
         self.server_time: datetime | None = None
-        self._key, self._anchor = key, anchor
+        self._key, self._anchor = key, anchor and resolve_anchor(anchor)
         self._open_file: sqlite3.Connection | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
