@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
+from fedtune.codec import require_regular_file
 from fedtune.ops.files import create_folder, translate_write_errors
 from fedtune.ops.kits.federation_folder import FederationFolder
 from fedtune.ops.kits.kit_file import DATABASE
@@ -134,6 +135,7 @@ def open_backup(source: Path, *, kind: Kind) -> Iterator[tuple[zipfile.ZipFile, 
         ConfigError: the file is not a backup, is a backup of another kind, or is damaged.
     """
     try:
+        require_regular_file(source)
         archive = zipfile.ZipFile(source)
     except (OSError, zipfile.BadZipFile) as error:
         raise ConfigError("FILE", str(source), f"is not a backup written by fedtune ({error})") from error

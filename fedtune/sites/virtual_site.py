@@ -19,6 +19,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from fedtune.codec import read_regular_file
 from fedtune.config import RunConfig, read_saved_config
 from fedtune.federation.policy_dry_run import read_history
 from fedtune.federation.run_folder import RunFolder
@@ -339,7 +340,7 @@ def read_partition_settings(path: Path, *, keys: Iterable[str]) -> dict[str, Any
         RunError: the file cannot be read, or lacks a setting in `keys`.
     """
     try:
-        noted = json.loads(path.read_bytes())
+        noted = json.loads(read_regular_file(path))
         return {key: noted[key] for key in keys}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         bound = (

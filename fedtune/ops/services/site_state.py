@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedtune import system
-from fedtune.codec import decode, parse_json
+from fedtune.codec import decode, parse_json, read_regular_file
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
 from fedtune.spec import ConfigError, RunError
@@ -111,7 +111,7 @@ class SiteState:
             RunError: the ledger has another id, so that it does not contain the budget that is already spent.
         """
         path = self.folder / "ledger_id"
-        if path.exists() and (before := path.read_text().strip()) != ledger:
+        if path.exists() and (before := read_regular_file(path).decode().strip()) != ledger:
             raise RunError(
                 f"this site used ledger {before} before, but now has ledger {ledger}: restore the old ledger, or "
                 f"remove {path} if the old ledger's budget has really ended"
@@ -134,7 +134,7 @@ class SiteState:
     @staticmethod
     def _read(path: Path) -> Pending | None:
         try:
-            return decode(Pending, parse_json(path.read_bytes(), key="file", bound="must be JSON"))
+            return decode(Pending, parse_json(read_regular_file(path), key="file", bound="must be JSON"))
         except (ConfigError, OSError):
             log.warning("%s is damaged; remove it, or wait for the lead's next request, which rewrites it", path)
             return None
