@@ -7,6 +7,7 @@ The module needs only the standard library, so that `fedtune.privacy` can be aud
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import re
@@ -30,6 +31,26 @@ _PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a
 _hints = lru_cache(maxsize=256)(typing.get_type_hints)
 
 
+def require_regular_file(path: Path) -> None:
+    """Check before a file is opened that it is no pipe or device: a pipe could block forever, a device may have no end.
+
+    Raises:
+        OSError: the file does not exist, or is a pipe, a device or a socket. A folder passes: it cannot be opened.
+    """
+    if stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def read_regular_file(path: Path) -> bytes:
+    """Read a regular file of any size.
+
+    Raises:
+        OSError: the file cannot be read, or is not a regular file.
+    """
+    require_regular_file(path)
+    return path.read_bytes()
+
+
 def read_bounded_file(path: Path, *, key: str, bound: str = "must be a readable file", name: str = "") -> bytes:
     """Read a file from outside: a regular file of at most `MOST_BYTES`, since reading a pipe could wait forever.
 
@@ -46,7 +67,7 @@ def read_bounded_file(path: Path, *, key: str, bound: str = "must be a readable 
         file = path.stat()
         if not stat.S_ISREG(file.st_mode) or file.st_size > MOST_BYTES:
             raise ConfigError(key, name or str(path), f"{bound}, of at most {MOST_BYTES >> 20} MiB")
-        return path.read_bytes()
+        return read_regular_file(path)
     except OSError as error:
         raise ConfigError(key, name or str(path), f"{bound} ({error.strerror})") from None
 

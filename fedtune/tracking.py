@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from fedtune.codec import read_regular_file
 from fedtune.config import PATHS, RunConfig
 from fedtune.federation.lead import LeadState, compute_charged_epsilons, compute_site_charge
 from fedtune.federation.run_folder import RunFolder
@@ -123,7 +124,7 @@ class TensorBoard:
         self.log_round(0, figures)
         for path in files:
             if path.suffix == ".md":  # TensorBoard stores no files; the model card repeats the report
-                self._write_event(summary=self._summary.text("report", path.read_text(encoding="utf-8")))
+                self._write_event(summary=self._summary.text("report", read_regular_file(path).decode()))
 
     def close(self, how: Ending) -> None:
         self._writer.close()

@@ -21,6 +21,18 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 MOST_CODE_LINES_OF_A_FILE = 400
 LONG_FILES = {"lab/preparation/detect.py": 411}
 """Files that are longer yet; none is added, and none grows."""
+OWN_READERS = {
+    "codec.py",
+    *("extras.py", "version.py"),  # installed source code
+    *("ops/doctor/machine_checks.py", "training/machine.py"),  # /proc and /sys
+    *("model/base_model.py", "model/manifest.py", "tasks/saved.py", "lab/studies/in_memory.py"),  # own copies
+    "flower/internals.py",  # a kit's certificates, which `KitCertificate` read before
+    # A run's report checks `is_file()` first; the page's fonts and the maps are installed.
+    *("report/attacks.py", "report/checks.py", "report/from_run.py", "report/gate_rules.py", "report/gate_verdict.py"),
+    *("report/derive/verdicts.py", "report/page/render.py", "report/requirements.py"),
+}
+INSTALLED = ("__file__", "_TEMPLATES", "find_config_folder()", "find_shipped_folders()")
+"""Expressions for files of the installation."""
 
 
 def get_relative_name(path: Path) -> str:
@@ -96,6 +108,18 @@ def test_spec_modules_contain_no_assert_statements() -> None:
     # An assert is gone under `python -O`; a person's mistake must stay one.
     for path in PACKAGE.rglob("spec.py"):
         assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)], path
+
+
+def test_files_from_outside_are_read_as_regular_files() -> None:
+    """A pipe in a run folder, a kit or a site's state would block its reader forever, and a device has no end."""
+    found = set()
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_reader = isinstance(node, ast.Attribute) and node.attr in ("read_bytes", "read_text")
+            if is_reader and not any(one in ast.unparse(node) for one in INSTALLED):
+                found.add(get_relative_name(path))
+    assert found - OWN_READERS == set(), "read with codec.read_bounded_file or codec.read_regular_file"
+    assert OWN_READERS - found == set(), "take these out of OWN_READERS"
 
 
 def test_commands_do_not_use_argparse() -> None:

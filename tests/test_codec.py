@@ -13,8 +13,13 @@ import pytest
 
 from fedtune.codec import MOST_BYTES, decode, parse_json, read_bounded_file, read_toml
 from fedtune.config import read_plain_yaml
-from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.lead import Checkpoints
+from fedtune.federation.run_folder import ASKED, RunFolder
+from fedtune.ops.backup import open_backup
 from fedtune.ops.kits.members import JoinRequest, Roster
+from fedtune.ops.services.lead_and_server import read_latest_answers
+from fedtune.ops.services.site_state import SiteState
+from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Head
 from fedtune.report.group_scores import read_group_scores
 from fedtune.runs.environment import read_environments
@@ -86,6 +91,8 @@ def read_groups(path: Path) -> Any:
         read_groups,
         partial(read_toml, key="rules"),
         partial(read_plain_yaml, key="c"),
+        SigningKey.load,
+        lambda path: open_backup(path, kind="server").__enter__(),
     ],
 )
 def test_named_pipe_is_refused_without_waiting_for_its_writer(read: Callable[..., Any], tmp_path: Path) -> None:
@@ -102,6 +109,23 @@ def test_named_pipe_in_a_run_folder_is_refused(tmp_path: Path) -> None:
     os.mkfifo(RunFolder(tmp_path).environment)
     with pytest.raises(RunError, match="is damaged"):
         read_environments(tmp_path)
+    os.mkfifo(RunFolder(tmp_path).answers)
+    with pytest.raises(RunError, match="cannot be read"):
+        read_latest_answers(tmp_path)
+    os.mkfifo(tmp_path / ASKED)
+    with pytest.raises(RunError, match=r"the journal .* is damaged"):
+        Checkpoints(tmp_path, "").list_requests(after=0)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in folders")
+def test_named_pipe_in_the_state_of_a_site_is_refused(tmp_path: Path) -> None:
+    state = SiteState.in_kit(tmp_path)
+    (state.folder / "pending").mkdir()
+    os.mkfifo(state.folder / "pending/x.json")
+    assert state.list_pending_runs() == []
+    os.mkfifo(state.folder / "ledger_id")
+    with pytest.raises(OSError, match="not a regular file"):
+        state.check_ledger("0" * 32)
 
 
 @pytest.mark.parametrize("size", [None, MOST_BYTES + 1])

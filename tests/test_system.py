@@ -64,9 +64,10 @@ def test_commands_and_ledger_work_without_linux_modules(tmp_path: Path) -> None:
     code = f"""{WINDOWS}
 from pathlib import Path
 from fedtune.cli.main import main
-from fedtune.federation.run_folder import RunFolder, lock_folder
+from fedtune.federation.run_folder import RunFolder
 from fedtune.ops.files import get_account_name
 from fedtune.ops.services.lead_and_server import find_running_process
+from fedtune.privacy.durable import lock_folder
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.spec import ConfigError

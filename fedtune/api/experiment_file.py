@@ -22,6 +22,7 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 
 from fedtune.api.config_groups import list_config_groups, list_options, suggest_experiment
+from fedtune.codec import read_regular_file
 from fedtune.config import read_plain_yaml
 from fedtune.runs.overrides import FREE_MAPS
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
@@ -53,7 +54,7 @@ class _ConfSource(ConfigSource):
             raise ConfigLoadError(config_path)
         is_own = find_config_folder() not in path.parents
         settings = read_experiment_file(path) if is_own else read_plain_yaml(path, key=group or "conf")
-        package = _PACKAGE.search(path.read_text(encoding="utf-8"))
+        package = _PACKAGE.search(read_regular_file(path).decode())
         header = {"package": package[1] if package else "_global_" if is_own else None}
         if is_own and package and package[1].startswith("hydra"):
             raise ConfigError(f"{path}: @package", package[1], "is not allowed: configure Hydra on the command line")

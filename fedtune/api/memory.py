@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, time
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
@@ -34,6 +35,7 @@ DETECTED = ("own.jsonl", "own.yaml")
 """File names of the pooled records and of the settings detected from them, in `write_private_files`'s folder."""
 _LEAD_FILES = {name: f"{IN_MEMORY}/{name}.jsonl" for name in ("validation", "test")}
 _BY_SITES = ("data.train_file", "data.partition", "federation.num_sites", "federation.site_names")
+_MOST_LEVELS, _MOST_DIGITS = 64, 300  # of a cell
 _SHARES = {"validation": 0.1, "test": 0.2}
 
 
@@ -210,13 +212,13 @@ def iter_rows(data: Data, *, at: str) -> Iterator[Any]:
     elif callable(getattr(data, "to_pylist", None)):  # a batch
         yield from data.to_pylist()
     elif (dimensions := getattr(data, "ndim", 0)) >= 1:
-        yield from _convert_to_list(data) if dimensions == 1 else _iter_feature_rows(data, at=at)
+        yield from _convert_to_list(data, at=at) if dimensions == 1 else _iter_feature_rows(data, at=at)
     elif hasattr(data, "__arrow_c_stream__"):
         require_extra(at, NOT_GIVEN, "data", "pyarrow")
         import pyarrow
 
         yield from iter_rows(pyarrow.table(data), at=at)
-    elif isinstance(data, Iterable):  # a data set of Hugging Face, or any iterable of mappings
+    elif isinstance(data, Iterable) and not hasattr(data, "ndim"):  # a Hugging Face data set, or an iterable of rows
         yield from data
     else:
         raise DataError(at, type(data).__name__, _FORMS)
@@ -247,7 +249,7 @@ def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str) -> Iterator[dict[s
     The column for y is `target` for floats and `label` for all other types, unless y is a named pandas series.  A data
     frame X keeps its column names.
     """
-    values, kind = _convert_to_list(answers), getattr(getattr(answers, "dtype", None), "kind", None)
+    values, kind = _convert_to_list(answers, at=f"{at}, y"), getattr(getattr(answers, "dtype", None), "kind", None)
     if any(isinstance(one, list) for one in values):
         raise DataError(f"{at}, y", "a table", "must have one value for each row")
     is_float = kind == "f" if kind else bool(values) and all(type(one) is float for one in values)
@@ -265,7 +267,7 @@ def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str) -> Iterator[dict[s
 
 def _iter_feature_rows(inputs: Any, *, at: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of an array: features x0, x1, ... for a 2-D array, `text` for a list of strings."""
-    for number, one in enumerate(_convert_to_list(inputs), 1):
+    for number, one in enumerate(_convert_to_list(inputs, at=at), 1):
         if isinstance(one, str):
             yield {"text": one}
         elif isinstance(one, list | tuple) and not any(isinstance(cell, list | tuple) for cell in one):
@@ -277,42 +279,51 @@ def _iter_feature_rows(inputs: Any, *, at: str) -> Iterator[dict[str, Any]]:
 def _iter_columns(names: Sequence[str], columns: Sequence[Any], *, at: str) -> Iterator[dict[str, Any]]:
     if any(isinstance(one, str | Mapping) or not isinstance(one, Iterable) for one in columns):
         raise DataError(at, "a mapping without columns", "must map each column to its values, or be a list of dicts")
-    values = [_convert_to_list(one) for one in columns]
+    values = [_convert_to_list(one, at=at) for one in columns]
     if len({len(one) for one in values}) > 1:
         raise DataError(at, "columns of different lengths", "must have one value for each row in each column")
     for cells in zip(*values, strict=True):
         yield dict(zip(names, cells, strict=True))
 
 
-def _convert_to_list(values: Any) -> list[Any]:
+def _convert_to_list(values: Any, *, at: str) -> list[Any]:
     if callable(dense := getattr(values, "toarray", None)):  # a sparse matrix
         values = dense()
-    for method in ("tolist", "to_list", "to_pylist"):
-        if callable(convert := getattr(values, method, None)):
-            return list(convert())
-    return list(values)
+    methods = (getattr(values, name, None) for name in ("tolist", "to_list", "to_pylist"))
+    values = next((convert() for convert in methods if callable(convert)), values)
+    try:
+        return list(values)
+    except TypeError:  # an array without dimensions
+        raise DataError(at, type(values).__name__, "must be a list or an array of values") from None
 
 
-def _convert_to_json_value(value: Any, at: str) -> Any:
+def _convert_to_json_value(value: Any, at: str, above: tuple[int, ...] = ()) -> Any:
     """Convert a cell to a JSON value, and the missing-value marker of any library to None.
 
+    `above` has the ids of the values that contain this one.
+
     Raises:
-        DataError: the value has no JSON equivalent.
+        DataError: the value has no JSON equivalent, contains itself, is nested too deeply, or is an infinite or huge
+            number.
     """
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return None
-    if isinstance(value, Mapping):
-        return {str(key): _convert_to_json_value(one, at) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_convert_to_json_value(one, at) for one in value]
-    if isinstance(value, bool | int | float | str):
-        return None if value != value else value
+    if isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | float | Decimal):
+        return _convert_number(value, at)
     if isinstance(value, date | time):
         return value.isoformat()
-    if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
+    if id(value) in above or len(above) >= _MOST_LEVELS:
+        bound = f"must not contain itself, and must have at most {_MOST_LEVELS} levels"
+        raise DataError(at, type(value).__name__, bound)
+    inner = partial(_convert_to_json_value, at=at, above=(*above, id(value)))
+    if isinstance(value, Mapping):
+        return {str(key): inner(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [inner(one) for one in value]
     if callable(convert := getattr(value, "tolist", None)):  # an array, or a number of numpy's
-        return _convert_to_json_value(convert(), at)
+        return inner(convert())
     bound = "must be text, a number, a date, a list or a mapping; records with bytes or images need a file"
     raise DataError(at, type(value).__name__, bound)
 
@@ -324,3 +335,17 @@ def convert_cell(value: Any, *, at: str) -> Any:
         DataError: the value has no JSON equivalent.
     """
     return _convert_to_json_value(value, at)
+
+
+def _convert_number(value: int | float | Decimal, at: str) -> int | float | None:
+    if isinstance(value, Decimal):  # compared by its exponent: 1e1000000 has a million digits, and sNaN has no order
+        is_missing, is_right = value.is_nan(), value.is_finite() and value.adjusted() < _MOST_DIGITS
+    else:
+        is_missing, is_right = value != value, abs(value) < 10**_MOST_DIGITS
+    if is_missing:
+        return None
+    if not is_right:
+        raise DataError(at, type(value).__name__, f"must be a finite number below 1e{_MOST_DIGITS}")
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    return value

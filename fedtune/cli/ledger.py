@@ -33,6 +33,7 @@ from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.ledger.chain import Event, Head
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.run_acceptance import compute_spent_fraction
+from fedtune.privacy.ledger.store import lock_anchor, resolve_anchor
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report.page.translations import load_catalog
@@ -141,10 +142,11 @@ def write_anchor(
 
     An existing anchor file is checked first: if the ledger does not contain its event, the ledger was rolled back.
     """
-    file, own = find_ledger(path), read_signing_key(key)
-    before = Head.read(output) if output.exists() else None
-    verified = verify(file, anchor=before, site_key=own.public)
-    write_file(output, verified.history.head(own).to_bytes(), option="--output")
+    file, own, output = find_ledger(path), read_signing_key(key), resolve_anchor(output)
+    with lock_anchor(output):
+        before = Head.read(output) if output.exists() else None
+        verified = verify(file, anchor=before, site_key=own.public)
+        write_file(output, verified.history.head(own).to_bytes(), option="--output")
     say(f"{output} now covers {file} up to event {len(verified.events)}. Keep it on another disk or machine.")
 
 
@@ -160,10 +162,11 @@ def restore(
     Stop training, copy the backup to the path in the policy, run this command, and start training again.
     """
     site = _open_own_site(policy)
-    anchors = find_anchors(site, anchor)
-    made_up = charge_missing_events(site.ledger, site, anchors)
-    if made_up.last is not None and site.anchor is not None:
-        write_file(site.anchor, made_up.ledger.head().to_bytes(), option="anchor")
+    with lock_anchor(site.anchor):
+        anchors = find_anchors(site, anchor)
+        made_up = charge_missing_events(site.ledger, site, anchors)
+        if made_up.last is not None and site.anchor is not None:
+            write_file(site.anchor, made_up.ledger.head().to_bytes(), option="anchor")
     made_up.require_no_missing_events()
     print_restored_charge(made_up, path=site.ledger, anchors=anchors)
 

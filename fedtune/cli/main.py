@@ -6,7 +6,6 @@ Shell completion reads conf/completions.json, because importing the command modu
 
 from __future__ import annotations
 
-import errno
 import glob
 import io
 import json
@@ -65,7 +64,6 @@ COMMANDS: Mapping[str, str] = {
 _MODULES = {"distill": "export", "gate": "release_gate"}
 """Modules of the commands whose name differs from the module's name."""
 _LOADING_S = 0.5
-_BAD_PATHS = {errno.ENAMETOOLONG, errno.EACCES}  # a path that the caller gave, and that no command can test
 
 
 class _Fedtune(click.Group):
@@ -246,9 +244,9 @@ def _run_command(words: list[str]) -> int:
         _print_message(str(error))
         return error.exit_code
     except OSError as error:
-        if error.errno not in _BAD_PATHS or error.filename is None:
+        if error.filename is None or describe_full_disk(error):  # without a file, it is a bug of our own
             raise
-        _print_message(f"{format_value(str(error.filename))}: must be a path that can be read ({error.strerror})")
+        _print_message(f"{format_value(str(error.filename))}: cannot be used ({error.strerror})")
         return ConfigError.exit_code
     except KeyboardInterrupt as interrupt:
         if not isinstance(interrupt, ReportedInterrupt):

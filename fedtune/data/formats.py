@@ -17,6 +17,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from fedtune.codec import read_regular_file
 from fedtune.data import images, span_formats
 from fedtune.data.text_rows import (
     MOST_BYTES,
@@ -165,7 +166,7 @@ def require_data_file(path: Path, *, key: str | None = None, value: str | None =
         return
     bound, splits = f"must be a file, or {_SAVED}", list[str]()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        splits = [str(path / str(name)) for name in json.loads((path / _SPLITS).read_bytes())["splits"][:10]]
+        splits = [str(path / str(name)) for name in json.loads(read_regular_file(path / _SPLITS))["splits"][:10]]
     if found == "a folder" and splits:
         bound = f"contains several splits; select one of them: {', '.join(splits)}"
     elif found == "a folder" and (parts := sorted(path.glob("*.parquet"))):
@@ -181,7 +182,7 @@ def list_data_files(path: Path) -> list[Path]:
     if detect_format(path) in (_BRAT, _CLASSES):
         return span_formats.list_brat_files(path) or list_image_files(path)
     try:
-        state = json.loads((path / _STATE).read_bytes())
+        state = json.loads(read_regular_file(path / _STATE))
         names = [one["filename"] for one in state["_data_files"]]
         selected = state.get("_indices_data_files")
         for name in names:

@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from fedtune.codec import read_regular_file
 from fedtune.data.json_lists import convert_columns_to_rows, parse_list, to_compact_json
 from fedtune.data.text_rows import MOST_BYTES, Cut, Row, cut_rows, decode_text, format_location, name_json_type
 from fedtune.spec import DataError
@@ -280,7 +281,7 @@ def read_brat(_: int, marks: Path) -> Row:
     with suppress(OSError, UnicodeDecodeError):
         for file in (marks.with_suffix(".txt"), marks):
             if file.is_file() and file.stat().st_size <= MOST_BYTES:
-                texts.append(file.read_bytes().decode("utf-8-sig"))
+                texts.append(read_regular_file(file).decode("utf-8-sig"))
     if len(texts) < 2:
         bound = f"must be UTF-8 of at most {MOST_BYTES} bytes, with its text in a .txt file of the same name"
         raise DataError(at, "a file that cannot be read", bound)

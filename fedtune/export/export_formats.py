@@ -25,6 +25,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fedtune.codec import read_regular_file
 from fedtune.config import RunConfig
 from fedtune.data.batching import Batch
 from fedtune.data.features import FeatureSpec, encode_features
@@ -201,7 +202,7 @@ def export(
     elif missing := [name for name in (CARD, LABEL) if not (adapter / name).is_file()]:
         raise ConfigError("adapter", str(adapter), f"has no {missing[0]}: run fedtune personalize again")
     else:
-        card = {name: (adapter / name).read_bytes() for name in (CARD, LABEL)}
+        card = {name: read_regular_file(adapter / name) for name in (CARD, LABEL)}
     with create_model_folder(target, config, card, int8=int8) as folder:
         if config.lora.kind == NO_ADAPTER:
             _write_features(adapter, config, folder, format=format, private_to=private_to)

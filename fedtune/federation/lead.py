@@ -17,13 +17,13 @@ import numpy.typing as npt
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from fedtune.codec import decode_value, parse_json
+from fedtune.codec import decode_value, parse_json, read_regular_file
 from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, RoundReplies
-from fedtune.federation.run_folder import ASKED, format_checkpoint_name, list_checkpoints, lock_folder
+from fedtune.federation.run_folder import ASKED, format_checkpoint_name, list_checkpoints
 from fedtune.formatting import convert_infinite_to_none
 from fedtune.model.adapter import Adapter
 from fedtune.privacy import accountant
-from fedtune.privacy.durable import write_durably
+from fedtune.privacy.durable import lock_folder, write_durably
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError, RunError, StuckError, check_at_least, spec
@@ -161,7 +161,7 @@ def read_receipts(path: Path) -> dict[str, Receipt]:
     if not path.exists():
         return {}
     try:
-        known = parse_json(path.read_bytes(), key=str(path), bound="must map sites to their receipts")
+        known = parse_json(read_regular_file(path), key=str(path), bound="must map sites to their receipts")
         return dict(decode_value("receipts", known, Mapping[str, Receipt]))
     except ConfigError as error:
         raise RunError(
@@ -278,7 +278,7 @@ class Checkpoints:
 
     def load_session(self) -> bytes:
         """Read the session stored by `save_session`; empty if there is none."""
-        return self._session.read_bytes() if self._session.exists() else b""
+        return read_regular_file(self._session) if self._session.exists() else b""
 
     def record_request(self, round: int, sites: list[str]) -> None:
         """Append a round and its sites to the journal.
@@ -298,7 +298,7 @@ class Checkpoints:
             lines = map(json.loads, self._complete_lines())
             rounds = [decode_value("asked", line, tuple[int, tuple[str, ...]]) for line in lines]
             return [(round, sites) for round, sites in rounds if round > after]
-        except (ValueError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(
                 f"the journal {self._asked} is damaged; restore it from a backup, since requested rounds are unknown"
             ) from error
@@ -335,7 +335,7 @@ class Checkpoints:
         found = list_checkpoints(self._folder)
         if not found:
             raise ConfigError("resume", str(self._folder.parent), "has no checkpoint: start a new run")
-        data = found[-1].read_bytes()
+        data = read_regular_file(found[-1])
         try:
             tensors = load_tensors(data)
             size = int.from_bytes(data[:8], "little")
@@ -363,7 +363,7 @@ class Checkpoints:
 
         A crash can truncate the last line, but only before any request of its round is sent.
         """
-        lines = self._asked.read_bytes().splitlines(keepends=True) if self._asked.exists() else []
+        lines = read_regular_file(self._asked).splitlines(keepends=True) if self._asked.exists() else []
         return [line for line in lines if line.endswith(b"\n")]
 
 

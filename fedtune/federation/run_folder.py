@@ -14,11 +14,11 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fedtune.codec import parse_json, read_bounded_file
+from fedtune.codec import parse_json, read_bounded_file, read_regular_file
 from fedtune.model.adapter_files import ADAPTER, CARD, LABEL, compute_adapter_digest
 from fedtune.privacy.durable import hash_files, write_durably
 from fedtune.spec import ConfigError, RunError, StuckError, describe_full_disk
-from fedtune.system import lock, open_to_lock
+from fedtune.system import lock
 
 _MOST_NAMED = 10
 ASKED = "asked.jsonl"  # the journal of requested rounds, in the checkpoint folder
@@ -57,23 +57,6 @@ def _is_run_config(path: Path) -> bool:
     with contextlib.suppress(ConfigError):
         return b"\ndefaults:" not in b"\n" + read_bounded_file(path, key="config.yaml")
     return False
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `folder`; wait while another process holds it.
-
-    Raises:
-        ConfigError: the folder, or its file system, does not support locks.
-    """
-    with contextlib.ExitStack() as held:
-        try:
-            descriptor = open_to_lock(folder)
-            held.callback(os.close, descriptor)
-            lock(descriptor, wait=True)
-        except OSError as error:
-            raise ConfigError("folder", str(folder), f"cannot be locked: {error.strerror or error}") from None
-        yield
 
 
 class _LogFile(logging.FileHandler):
@@ -146,7 +129,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True)
             if (owed := RunFolder(self.path.parent).selection).is_file():  # a trial inherits the cost of the search
-                write_durably(self.selection, owed.read_bytes())
+                write_durably(self.selection, read_regular_file(owed))
             write_durably(self.config, config)
         except FileExistsError:
             raise ConfigError("name", self.path.name, f"is taken: {self.path} exists; choose another") from None
@@ -191,7 +174,7 @@ class RunFolder:
         """Read the hashes of exported files: path relative to the parent of the export folder -> SHA-256."""
         if not self.exports.is_file():
             return {}
-        noted = parse_json(self.exports.read_bytes(), key=str(self.exports), bound="must be an object")
+        noted = parse_json(read_regular_file(self.exports), key=str(self.exports), bound="must be an object")
         return {str(name): str(digest) for name, digest in noted.items()}
 
     def record_export(self, target: Path) -> None:

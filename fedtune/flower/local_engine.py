@@ -29,6 +29,7 @@ from typing import IO, TypeVar
 
 from flwr.app import Error, Message
 
+from fedtune.codec import read_regular_file
 from fedtune.config import RunConfig, parse
 from fedtune.federation.lead import LeadState
 from fedtune.federation.transport import Transport
@@ -260,7 +261,7 @@ def answer_as_simulated_site(run_file: str, number: int) -> Answering:
 def _load_participants(run_file: str) -> Participants:
     """Load the participants of a simulation in a Ray actor; the cache retains the base model between rounds."""
     try:
-        asked = json.loads(Path(run_file).read_bytes())
+        asked = json.loads(read_regular_file(Path(run_file)))
         os.chdir(asked["started_in"])  # settings may contain relative paths
     except OSError as error:
         raise RunError(f"{platform.node()} cannot read {error.filename} ({error.strerror})") from None

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedtune.codec import read_regular_file
 from fedtune.config import RunConfig, format_config_yaml
 from fedtune.data import Record
 from fedtune.data.load import SiteRecords
@@ -170,7 +171,7 @@ def record_personalization(folder: Path, *, run: str, day: str) -> None:
 
 def _read_personalizations(path: Path) -> list[Any]:
     try:
-        made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        made = json.loads(read_regular_file(path).decode()) if path.exists() else []
     except (OSError, ValueError):
         made = None
     if not isinstance(made, list):

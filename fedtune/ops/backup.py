@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
+from fedtune.codec import require_regular_file
 from fedtune.ops.files import create_folder, translate_write_errors
 from fedtune.ops.kits.federation_folder import FederationFolder
 from fedtune.ops.kits.kit_file import DATABASE
@@ -29,6 +30,7 @@ from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.site_ledger import SiteLedger
+from fedtune.privacy.ledger.store import lock_anchor
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import NOT_GIVEN, ConfigError, RunError
@@ -133,6 +135,7 @@ def open_backup(source: Path, *, kind: Kind) -> Iterator[tuple[zipfile.ZipFile, 
         ConfigError: the file is not a backup, is a backup of another kind, or is damaged.
     """
     try:
+        require_regular_file(source)
         archive = zipfile.ZipFile(source)
     except (OSError, zipfile.BadZipFile) as error:
         raise ConfigError("FILE", str(source), f"is not a backup written by fedtune ({error})") from error
@@ -256,7 +259,7 @@ def restore_site(source: Path, *, kit: Path, site_toml: Path, anchor: Path | Non
     with open_backup(source, kind="site") as (archive, names):
         _restore_file("site.toml", archive, site_toml)
         files = SiteFiles.from_site_toml(site_toml)
-        with lock_ledger(files.ledger):
+        with lock_ledger(files.ledger), lock_anchor(files.anchor):
             made_up = _restore_ledger(archive, files, anchor)
         if kit.is_dir():  # otherwise `fedtune site init` creates the folder, which must not exist
             for name in names:

@@ -1,4 +1,4 @@
-"""Crash-safe file writes: atomic replacement and fsync."""
+"""Crash-safe file writes: atomic replacement, fsync and locks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedtune import system
@@ -50,6 +50,23 @@ def write_durably(path: Path, data: bytes) -> None:
         error.filename = str(path)  # missing in errors of write()
         raise
     system.fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `folder`; wait while another process holds it.
+
+    Raises:
+        ConfigError: the folder, or its file system, does not support locks.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            descriptor = system.open_to_lock(folder)
+            held.callback(os.close, descriptor)
+            system.lock(descriptor, wait=True)
+        except OSError as error:
+            raise ConfigError("folder", str(folder), f"cannot be locked: {error.strerror or error}") from None
+        yield
 
 
 def copy_ownership(descriptor: int, path: Path) -> None:

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedtune import system
+from fedtune.codec import read_regular_file
 from fedtune.privacy.durable import write_durably
 from fedtune.spec import ConfigError, format_value
 from fedtune.system import fsync_folder
@@ -77,7 +78,7 @@ class SigningKey:
         try:
             if command:
                 _check_command(command, named_in)
-            pem = _run_key_command(tuple(command)) if command else path.read_bytes()
+            pem = _run_key_command(tuple(command)) if command else read_regular_file(path)
         except OSError as error:
             raise ConfigError(key, value, f"{bound} ({error.strerror})") from None
         if b"ENCRYPTED" in pem:

@@ -7,6 +7,7 @@ from pathlib import Path
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.site_ledger import SiteLedger
+from fedtune.privacy.ledger.store import resolve_anchor
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_policy import Policy
@@ -21,14 +22,14 @@ class SiteFiles:
         site_toml: path of the policy's file.
         ledger: path of the ledger.
         site_key: path of the private key.
-        anchor: path of the anchor; None without an anchor.
+        anchor: path of the anchor, or of the file that it links to; None without an anchor.
     """
 
     def __init__(self, policy: Policy, site_toml: Path) -> None:
         folder = site_toml.parent
         self.policy, self.site_toml = policy, site_toml
         self.ledger, self.site_key = folder / policy.ledger, folder / policy.site_key
-        self.anchor = folder / policy.anchor if policy.anchor else None
+        self.anchor = resolve_anchor(folder / policy.anchor) if policy.anchor else None
 
     @classmethod
     def from_site_toml(cls, site_toml: Path, *, may_be_unanswered: bool = False) -> SiteFiles:

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.codec import decode, parse_json, read_bounded_file
+from fedtune.codec import decode, parse_json, read_bounded_file, read_regular_file
 from fedtune.config import RunConfig, read_saved_config
 from fedtune.data.records import resolve_file
 from fedtune.extras import describe_code
@@ -118,7 +118,7 @@ def read_selection(folder: Path) -> Selection | None:
     if not (path := RunFolder(folder).selection).is_file():
         return None
     try:
-        return decode(Selection, parse_json(path.read_bytes(), key=str(path), bound="must be an object"))
+        return decode(Selection, parse_json(read_regular_file(path), key=str(path), bound="must be an object"))
     except ConfigError as error:
         raise RunError(f"{path} is damaged: the run's hyperparameter search is unknown") from error
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from fedtune.codec import read_regular_file
 from fedtune.formatting import convert_infinite_to_none, total
 from fedtune.model.spec import ModelSpec
 from fedtune.model.unsupported_models import OWED
@@ -51,7 +52,7 @@ def read_base_lineage(model: ModelSpec) -> list[LineageEntry]:
     from fedtune.model.source import find_model_folder  # the hub's client takes a second to import
 
     try:
-        fields = json.loads((find_model_folder(model) / "config.json").read_bytes())
+        fields = json.loads(read_regular_file(find_model_folder(model) / "config.json"))
     except FileNotFoundError:  # a GGUF file has none
         return []
     except (OSError, ValueError, RecursionError):

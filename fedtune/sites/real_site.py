@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedtune.codec import parse_json
+from fedtune.codec import parse_json, read_regular_file
 from fedtune.config import RunConfig, format_config_yaml
 from fedtune.data.formats import fingerprint_files, require_reader
 from fedtune.data.load import SiteRecords, read_own_records
@@ -228,14 +228,14 @@ class RealSite(WorkingSite):
 
     def _read_stored_settings(self, run: str) -> RunConfig:
         """Read the stored settings of an accepted run, since the notice of its end contains none."""
-        settings = (self._process.runs / f"{run}.json").read_text(encoding="utf-8")
+        settings = read_regular_file(self._process.runs / f"{run}.json").decode()
         asked = self.ledger.history.runs[run].proposal
         return self._localize_settings(read_settings(settings, plan=asked.plan, task=asked.task))
 
     def read_adapter_shapes(self, run: str) -> Mapping[str, list[int]] | None:
         """Return the tensor shapes that `store_run` stored for a run; None if they are missing or damaged."""
         with suppress(OSError, ConfigError):
-            data = (self._process.runs / f"{run}{_SHAPES}").read_bytes()
+            data = read_regular_file(self._process.runs / f"{run}{_SHAPES}")
             return parse_json(data, key=run, bound="must have stored shapes")
         return None
 

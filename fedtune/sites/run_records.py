@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
+from fedtune.codec import read_regular_file
 from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.bad_rows import NONE_LEFT_OUT, SkippedRows
@@ -287,7 +288,7 @@ def record_generated_texts(run: Path, texts: Iterable[str]) -> None:
         ConfigError: the folder is not writable.
     """
     try:
-        known = (run / WRITTEN).read_text().split() if (run / WRITTEN).exists() else []
+        known = read_regular_file(run / WRITTEN).decode().split() if (run / WRITTEN).exists() else []
         write_durably(run / WRITTEN, "\n".join(sorted({*known, *map(_hash_text, texts)})).encode())
     except OSError as error:
         raise ConfigError("RUN", str(run), f"must be a writable folder ({error.strerror})") from None
@@ -301,7 +302,7 @@ def require_not_generated(records: Iterable[Record], folder: Path, *, key: str, 
     """
     found = {role: {_hash_text(text) for text in texts} for role, texts in count_texts_by_role(records).items()}
     for place in sorted(folder.glob(f"*/{WRITTEN}")):
-        written = set(place.read_text().split())
+        written = set(read_regular_file(place).decode().split())
         if any(len(said & written) > MOST_SHARED * len(said) for said in found.values()):
             bound = (
                 f"must contain public records: {place.parent} generated some of them. Put their card next to the file"
@@ -324,7 +325,7 @@ def hash_file(file: Path, *, key: str) -> str:
         DataError: the file cannot be read.
     """
     try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        return hashlib.sha256(read_regular_file(file)).hexdigest()
     except OSError as error:
         raise DataError(
             key, str(file), f"must be a single file, because its SHA-256 is recorded ({error.strerror})"
@@ -357,7 +358,7 @@ def read_prompts(config: RunConfig, name: str, *, key: str, columns: Mapping[str
 def _read_prompt_lines(config: RunConfig, path: Path, *, key: str) -> Iterator[Record]:
     try:
         # Only newlines end a line, as in `wc -l`, not form feeds or Unicode separators.
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+        lines = read_regular_file(path).decode("utf-8-sig").split("\n")
     except OSError as error:
         raise DataError(key, str(path), f"must be a readable file ({error.strerror})") from None
     except UnicodeDecodeError as error:

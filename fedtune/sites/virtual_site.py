@@ -19,14 +19,15 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from fedtune.codec import read_regular_file
 from fedtune.config import RunConfig, read_saved_config
 from fedtune.federation.policy_dry_run import read_history
-from fedtune.federation.run_folder import RunFolder, lock_folder
+from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.site_round import Prepared, Site
 from fedtune.privacy import events, filter
 from fedtune.privacy.dp_library import ComposedDpEvent, DpEvent
-from fedtune.privacy.durable import write_durably
+from fedtune.privacy.durable import lock_folder, write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import run_acceptance
 from fedtune.privacy.ledger.chain import Kind
@@ -339,7 +340,7 @@ def read_partition_settings(path: Path, *, keys: Iterable[str]) -> dict[str, Any
         RunError: the file cannot be read, or lacks a setting in `keys`.
     """
     try:
-        noted = json.loads(path.read_bytes())
+        noted = json.loads(read_regular_file(path))
         return {key: noted[key] for key in keys}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         bound = (

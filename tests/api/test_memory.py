@@ -2,9 +2,11 @@
 
 import datetime
 import json
+import math
 import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -208,12 +210,41 @@ def test_write_rows_converts_cells_to_json() -> None:
         "when": pandas.Timestamp("2026-03-14"),
         "day": datetime.date(2026, 3, 14),
         "never": pandas.NaT,
+        "quiet": Decimal("NaN"),
+        "signaling": Decimal("sNaN"),
+        "price": Decimal("1.50"),
+        "count": Decimal("2e2"),
+        "zero": np.array(3),
     }
     (row,) = read([cells])
     assert row["turns"] == [{"role": "user", "content": "a"}]
-    assert [row[name] for name in ("none", "nan", "never")] == [None] * 3
+    assert [row[name] for name in ("none", "nan", "never", "quiet", "signaling")] == [None] * 5
+    assert [row[name] for name in ("price", "count", "zero")] == [1.5, 200, 3]
     assert (row["when"], row["day"]) == ("2026-03-14T00:00:00", "2026-03-14")
     assert [row[name] for name in ("text", "number", "whole", "flag", "list")] == ["a", 0.5, 2, True, [1, 2]]
+
+
+HUGE = (10**5000, -(10**300), math.inf, np.float32("inf"), *map(Decimal, ("Infinity", "-1e1000000")))
+
+
+class Own:
+    """A value whose `tolist` returns itself, as that of numpy's longdouble does."""
+
+    def tolist(self) -> "Own":
+        return self
+
+
+def make_cycle() -> list[Any]:
+    cell: list[Any] = []
+    cell.extend([cell, cell])
+    return cell
+
+
+def make_nested() -> dict[str, Any]:
+    cell: dict[str, Any] = {}
+    for _ in range(3000):
+        cell = {"x": cell}
+    return cell
 
 
 @pytest.mark.parametrize(
@@ -230,6 +261,14 @@ def test_write_rows_converts_cells_to_json() -> None:
         ([{"a": b"image"}], r"data:1, column 'a' = 'bytes': .*need a file"),
         ([{"1": 1, 1: 2}], r"data:1 = 'a duplicate column': must have distinct column names"),
         (pandas.DataFrame([[1, 2]], columns=["a", "a"]), r"data, column 'a' = 'a duplicate column'"),
+        (np.array(3), "data = 'ndarray': must be a data frame"),
+        ({"a": np.array(3)}, "data = 'int': must be a list or an array"),
+        ((np.eye(2), np.array(3)), "data, y = 'int': must be a list or an array"),
+        *(([{"a": cell}], "column 'a' = '.*': must be a finite number below 1e300") for cell in HUGE),
+        *(
+            ([{"a": cell}], "column 'a' = '.*': must not contain itself")
+            for cell in (make_cycle(), make_nested(), Own())
+        ),
     ],
 )
 def test_unsupported_data_is_refused_with_its_location(data: Any, message: str, private: Path) -> None:

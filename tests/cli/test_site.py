@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import tomllib
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -301,6 +302,36 @@ def test_site_start_refuses_a_missing_or_different_ledger(north: Here) -> None:
     north.open()
     another = run_command("site", "start", *north.words)
     assert (another.code, "restore the old ledger, or remove" in another.err) == (1, True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in folders")
+@pytest.mark.parametrize(
+    ("command", "file", "kind"),
+    [
+        *(("pause", "kit/state/paused", "folder"), ("resume", "kit/state/paused", "folder")),
+        *(("pause", "kit/state", "file"), ("pause", "kit/state", "loop")),
+        *(("start", "kit/state/ledger_id", kind) for kind in ("folder", "bytes", "pipe")),
+        *(("start", "ledger.db.serving", kind) for kind in ("folder", "pipe")),
+    ],
+)
+def test_unusable_state_file_is_named_in_one_line(north: Here, command: str, file: str, kind: str) -> None:
+    path = north.folder / file
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    makers: dict[str, Callable[[], object]] = {
+        "folder": path.mkdir,
+        "file": path.touch,
+        "loop": lambda: path.symlink_to(path),
+        "bytes": lambda: path.write_bytes(b"\xff"),
+        "pipe": lambda: os.mkfifo(path),
+    }
+    north.open()
+    makers[kind]()
+    shown = run_command("site", command, *(north.words if command == "start" else north.kit))
+    assert shown.code == (1 if kind == "bytes" else 2)
+    assert str(path) in shown.err.splitlines()[-1]
 
 
 def list_keys(table: Any, prefix: str = "") -> set[str]:

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,14 @@ from unittest.mock import Mock, patch
 
 import pytest
 
+from fedtune import system
 from fedtune.privacy import events
+from fedtune.privacy.durable import write_durably
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Head, Kind
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RunError
 
 from .builders import advance_head, make_key, make_policy, make_proposal, read_refusal_reason, reserve, site_key, train
@@ -162,23 +166,56 @@ def test_unwritable_anchor_raises_a_run_error(open_anchored: Any, anchor: Path) 
     anchor.write_bytes(behind)
     ledger.end_run("r")
     assert Head.read(anchor).sequence == ledger.history.length
-    assert ledger.sign_receipt("r").charged_rounds == 1, "charged, although leave to train was not given"
+    assert ledger.sign_receipt("r").charged_rounds == 0, "refused before the charge"
 
 
-def test_anchor_keeps_the_newer_head_of_two_writers(open_anchored: Any, anchor: Path, monkeypatch: Any) -> None:
-    """A second process writes its event and its anchor after the first one's event, before its anchor."""
-    first, second = open_anchored(), open_anchored()
-    write = store.EventStore._write_anchor
+def test_anchor_is_locked_from_the_commit_until_it_has_the_newest_head(
+    open_anchored: Any, anchor: Path, path: Path
+) -> None:
+    ledger, seen = open_anchored(), list[int]()
 
-    def write_after_second_writer(self: store.EventStore, to: Path) -> None:
-        if self is first._store:
-            train(second, make_proposal(run="2"), 1)
-        write(self, to)
+    def write_while_locked(to: Path, data: bytes) -> None:
+        descriptor = system.open_to_lock(anchor.parent)
+        with pytest.raises(BlockingIOError):
+            system.lock(descriptor)
+        os.close(descriptor)
+        seen.append(len(verify(path).events))
+        write_durably(to, data)
 
-    monkeypatch.setattr(store.EventStore, "_write_anchor", write_after_second_writer)
-    first.reserve(make_proposal(), round=1, request="q")
-    assert Head.read(anchor).sequence == 7
+    with patch.object(store, "write_durably", write_while_locked):
+        ledger.reserve(make_proposal(), round=1, request="q")
+    assert seen == [Head.read(anchor).sequence] == [ledger.history.length]
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_anchor_that_a_clone_moved_during_a_transaction_refuses_the_commit(
+    open_anchored: Any, anchor: Path, path: Path, rounds: int
+) -> None:
+    first = open_anchored()
+    train(first, make_proposal(), *range(1, rounds + 1))
+    copied = Path(shutil.copy(path, path.with_name("clone.db")))
+    clone, before = open_anchored(path=copied), copied.read_bytes()
+    charge = Mock(side_effect=lambda: reserve(first, make_proposal(), rounds + 1))
+    with pytest.raises(RunError, match=r"is older than its anchor .*, or has diverged from it"):
+        clone.reserve(make_proposal(run="other"), round=1, request="b", before_charge=charge)
+    charge.assert_called_once()
+    assert Head.read(anchor) == first.head()
+    assert copied.read_bytes() == before, "nothing was charged, so nothing is released"
+    train(first, make_proposal(), rounds + 2)
     assert Head.read(anchor) == open_anchored().head()
+
+
+def test_linked_anchor_is_written_in_its_own_folder(open_anchored: Any, anchor: Path, path: Path) -> None:
+    link = path.with_name("anchor.json")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(anchor)
+    for rounds in (1, 2):
+        ledger = open_anchored(anchor=link)
+        train(ledger, make_proposal(), rounds)
+        assert Head.read(anchor) == ledger.head()
+    assert link.readlink() == anchor
+    policy = make_policy(anchor=link.name, ledger=path.name)
+    assert SiteFiles(policy, path.with_name("site.toml")).anchor == anchor.resolve()
 
 
 def test_forged_receipt_is_refused_for_its_signature(open_ledger: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fedtune.codec import read_regular_file
 from fedtune.federation.secure.agreement import Demand, Rejected, Terms, Wrong, require_pinned
 from fedtune.federation.secure.party import Keep, Party, SumConfirmation
 from fedtune.privacy.durable import write_durably
@@ -24,7 +25,7 @@ def make_promise_writer(path: Path) -> Keep:
     """
 
     def keep(promise: SumConfirmation) -> None:
-        lines = path.read_bytes().splitlines() if path.exists() else []
+        lines = read_regular_file(path).splitlines() if path.exists() else []
         others = [line for line in lines if promise.session.encode() not in line]
         kept = [*others[1 - _MOST_NOTED :], json.dumps(asdict(promise)).encode()]
         write_durably(path, b"".join(line + b"\n" for line in kept))

@@ -36,6 +36,7 @@ from statistics import NormalDist
 import numpy as np
 import torch
 
+from fedtune.codec import read_regular_file
 from fedtune.data import Record
 from fedtune.data.batching import collate, cut_micro_batches
 from fedtune.evaluation.spec import WritingSpec
@@ -236,7 +237,7 @@ def read_secrets(file: Path, target: Target) -> list[PlantedSecret]:
         DataError: a line lacks a column, or its texts do not contain the secret.
     """
     columns, found = target.config.bound_task.columns(target.config.data), list[PlantedSecret]()
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_regular_file(file).decode().splitlines(), start=1):
         where = f"--secrets, line {number}"
         try:
             row = json.loads(line)

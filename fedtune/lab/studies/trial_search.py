@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.api.compose import SearchedSetting, compose_run, split_search_space
+from fedtune.codec import read_regular_file
 from fedtune.config import RunConfig, read_saved_config
 from fedtune.evaluation.bootstrap import get_score_direction
 from fedtune.extras import require_extra
@@ -196,7 +197,7 @@ class Search:
             return
         path, name = self.folder / _FILE, self.asked.name
         try:
-            same = json.loads(path.read_bytes())["search"] == self._build_identity()
+            same = json.loads(read_regular_file(path))["search"] == self._build_identity()
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             raise ConfigError(
                 "name", name, f"is taken: {self.folder} exists and is not a search: choose another name"
@@ -262,7 +263,7 @@ class Search:
         """Record the selected trial, and update its report and card and those of the previously selected trial."""
         from fedtune.report import model_card
 
-        noted = json.loads((self.folder / _FILE).read_bytes()).get("picked")
+        noted = json.loads(read_regular_file(self.folder / _FILE)).get("picked")
         if noted == best.folder.name:
             return
         for folder, score in {**({self.folder / noted: None} if noted else {}), best.folder: best.score}.items():

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID as _OID
 from cryptography.x509.oid import NameOID
 
+from fedtune.codec import read_regular_file
 from fedtune.spec import NOT_GIVEN, ConfigError, check_name
 
 CLOCK_SKEW = timedelta(minutes=5)  # backdating of certificates, for machines with slow clocks
@@ -66,7 +67,7 @@ def read_certificate(path: Path) -> x509.Certificate:
         ConfigError: the file contains no certificate.
     """
     try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
+        return x509.load_pem_x509_certificate(read_regular_file(path))
     except OSError as error:
         raise ConfigError("certificate", str(path), f"must be a readable file ({error.strerror})") from None
     except UNREADABLE:
@@ -80,7 +81,7 @@ def read_connection_key(path: Path) -> ec.EllipticCurvePrivateKey:
         ConfigError: the file does not contain such a key.
     """
     try:
-        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+        key = serialization.load_pem_private_key(read_regular_file(path), password=None)
     except OSError as error:
         raise ConfigError("key", str(path), f"must be a readable file ({error.strerror})") from None
     except UNREADABLE:

@@ -17,7 +17,7 @@ from typing import Literal
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune.federation.run_folder import lock_folder
+from fedtune.codec import read_regular_file
 from fedtune.formatting import group_hex
 from fedtune.ops.files import translate_write_errors
 from fedtune.ops.kits.certificates import (
@@ -32,7 +32,7 @@ from fedtune.ops.kits.certificates import (
 )
 from fedtune.ops.kits.kit_file import Address, KitFile, KitModel, check_model_names, is_host, read_json, read_spec
 from fedtune.ops.kits.members import Member, Roster
-from fedtune.privacy.durable import write_durably
+from fedtune.privacy.durable import lock_folder, write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import KIT_SCHEMA, ConfigError, spec
 from fedtune.system import fsync_folder
@@ -225,7 +225,7 @@ class FederationFolder:
         """Read the fingerprints of replaced connection keys, which Flower never accepts again."""
         path = self.folder / _RETIRED
         try:
-            return frozenset(read_json(_RetiredKeys, path.read_bytes(), key="file").fingerprints)
+            return frozenset(read_json(_RetiredKeys, read_regular_file(path), key="file").fingerprints)
         except FileNotFoundError:
             return frozenset()
         except OSError as error:
@@ -265,7 +265,7 @@ def _complete_change(folder: Path) -> None:
     if not path.exists():
         return
     try:
-        change = read_json(_Change, path.read_bytes(), key="file")
+        change = read_json(_Change, read_regular_file(path), key="file")
         for name, encoded in change.files.items():
             write_durably(folder / name, base64.b64decode(encoded))
         path.unlink()

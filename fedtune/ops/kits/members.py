@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fedtune.codec import read_bounded_file
+from fedtune.codec import read_bounded_file, read_regular_file
 from fedtune.formatting import group_hex
 from fedtune.ops.files import create_folder, translate_write_errors, write_secret
 from fedtune.ops.kits.certificates import (
@@ -274,7 +274,7 @@ def initialize_site(site_toml: Path, *, out: Path | None) -> Path:
         write_durably(
             building / REQUEST, json.dumps(_build_request_fields(files, connection), indent=1).encode() + b"\n"
         )
-        JoinRequest.parse_request((building / REQUEST).read_bytes())  # run the checks of the lead
+        JoinRequest.parse_request(read_regular_file(building / REQUEST))  # run the checks of the lead
         write_secret(building / "connection_key.pem", encode_private_pem(connection))
     return folder
 

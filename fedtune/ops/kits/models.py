@@ -8,11 +8,11 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from fedtune.federation.run_folder import lock_folder
 from fedtune.model.manifest import Manifest, build_manifest
 from fedtune.model.source import find_model_folder, find_single_gguf
 from fedtune.model.spec import PACKAGE, RANDOM_MODELS, ModelSpec
 from fedtune.ops.kits.kit_file import Kit, KitModel, find_model_store_path
+from fedtune.privacy.durable import lock_folder
 from fedtune.spec import ConfigError, RunError
 from fedtune.system import fsync_folder
 

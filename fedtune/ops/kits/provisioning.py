@@ -15,6 +15,7 @@ from typing import Literal
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedtune.codec import read_regular_file
 from fedtune.ops.files import create_folder, make_zip, write_secret
 from fedtune.ops.kits.certificates import (
     Authority,
@@ -56,7 +57,7 @@ def init_federation(file: Path, *, out: Path | None, now: datetime) -> Federatio
         write_secret(building / "lead" / "connection_key.pem", encode_private_pem(lead))
         command, lead_key = settings.key_command, building / "lead" / "lead_key.pem"
         public = SigningKey.load_or_create(lead_key, command=command, named_in=file).public
-        write_durably(building / SETTINGS, file.read_bytes())
+        write_durably(building / SETTINGS, read_regular_file(file))
         for name in ("authority", "server"):
             write_durably(building / name / "ca.pem", encode_certificate_pem(authority.certificate))
         federation = FederationFolder(folder=building, settings=settings, lead_key=public)

@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedtune.codec import read_regular_file
 from fedtune.federation.lead import read_receipts
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
@@ -88,7 +89,7 @@ def read_latest_answers(folder: Path) -> dict[str, dict[str, str]]:
     """
     path = RunFolder(folder).answers
     try:
-        known = json.loads(path.read_bytes()) if path.exists() else {}
+        known = json.loads(read_regular_file(path)) if path.exists() else {}
         return {str(site): {key: str(answer[key]) for key in ("what", "time")} for site, answer in known.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         bound = "move the file away to see the other state of the run and later answers"
@@ -114,7 +115,7 @@ def _process_namespace() -> str:
 def find_running_process(folder: Path) -> int | None:
     """Return the id of the process on this machine that executes the run in a folder; None if there is none."""
     try:
-        mark = json.loads((folder / RUNNING).read_bytes())
+        mark = json.loads(read_regular_file(folder / RUNNING))
         pid = int(mark["pid"])
         # os.kill treats 0 and negative ids as process groups.
         if mark.get("at") not in (None, _process_namespace()) or pid <= 0:

@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedtune import system
-from fedtune.codec import decode, parse_json
+from fedtune.codec import decode, parse_json, read_regular_file
+from fedtune.ops.files import translate_write_errors
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
 from fedtune.spec import ConfigError, RunError
@@ -111,9 +112,9 @@ class SiteState:
             RunError: the ledger has another id, so that it does not contain the budget that is already spent.
         """
         path = self.folder / "ledger_id"
-        if path.exists() and (before := path.read_text().strip()) != ledger:
+        if path.exists() and read_regular_file(path).strip() != ledger.encode():  # a link's content is not quoted
             raise RunError(
-                f"this site used ledger {before} before, but now has ledger {ledger}: restore the old ledger, or "
+                f"this site used another ledger before, but now has ledger {ledger}: restore the old ledger, or "
                 f"remove {path} if the old ledger's budget has really ended"
             )
         write_durably(path, f"{ledger}\n".encode())
@@ -134,7 +135,7 @@ class SiteState:
     @staticmethod
     def _read(path: Path) -> Pending | None:
         try:
-            return decode(Pending, parse_json(path.read_bytes(), key="file", bound="must be JSON"))
+            return decode(Pending, parse_json(read_regular_file(path), key="file", bound="must be JSON"))
         except (ConfigError, OSError):
             log.warning("%s is damaged; remove it, or wait for the lead's next request, which rewrites it", path)
             return None
@@ -145,14 +146,12 @@ def lock_ledger(ledger: Path) -> Iterator[None]:
     """Lock `ledger` during the block, so that no other process charges it.
 
     Raises:
-        ConfigError: another process serves the ledger.
+        ConfigError: another process serves the ledger, or the lock file cannot be written.
     """
     path = ledger.with_name(f"{ledger.name}.serving")
     path.parent.mkdir(parents=True, exist_ok=True)  # the ledger and its folder may not exist yet
-    try:
+    with translate_write_errors(path, key="ledger"):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | system.NO_FOLLOW, 0o600)
-    except OSError as error:
-        raise ConfigError("ledger", str(path), f"must be a file that can be written ({error.strerror})") from None
     try:
         try:
             system.lock(descriptor)
@@ -161,8 +160,9 @@ def lock_ledger(ledger: Path) -> Iterator[None]:
             holder = said.decode() if said.isdigit() else "another"
             bound = f"is already in use by process {holder}; stop that process first"
             raise ConfigError("ledger", str(ledger), bound) from None
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
+        with translate_write_errors(path, key="ledger"):
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()}\n".encode())
         yield
     finally:
         os.close(descriptor)

@@ -10,14 +10,14 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from fedtune.codec import parse_json
 from fedtune.privacy.cohorts import Cohorts
-from fedtune.privacy.durable import write_durably
+from fedtune.privacy.durable import lock_folder, write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import register
 from fedtune.privacy.ledger.chain import (
@@ -186,6 +186,24 @@ def _name_anchor_in_errors(anchor: Path | None) -> Iterator[None]:
         raise RunError(f"anchor {anchor} cannot be used ({error.strerror}); training is not possible") from error
 
 
+def resolve_anchor(anchor: Path) -> Path:
+    """Return the file that an anchor's path links to, so that a write replaces this file, and not the link to it."""
+    return Path(os.path.realpath(anchor)) if anchor.is_symlink() else anchor
+
+
+def lock_anchor(anchor: Path | None) -> AbstractContextManager[None]:
+    """Lock the folder of an anchor, created if it is missing, so that nobody else replaces the anchor; None: no lock.
+
+    Raises:
+        ConfigError: the folder, or its file system, does not support locks.
+        OSError: the folder cannot be created.
+    """
+    if anchor is None:
+        return nullcontext()
+    anchor.parent.mkdir(parents=True, exist_ok=True)
+    return lock_folder(anchor.parent)
+
+
 class EventStore:
     """Transactional access to the events of one ledger file.
 
@@ -202,7 +220,7 @@ class EventStore:
     def __init__(self, path: Path, key: SigningKey, anchor: Path | None) -> None:
         self.path, self.history = path, History()
         self.server_time: datetime | None = None
-        self._key, self._anchor = key, anchor
+        self._key, self._anchor = key, anchor and resolve_anchor(anchor)
         self._open_file: sqlite3.Connection | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -221,17 +239,25 @@ class EventStore:
             ConfigError: the ledger has the format of another version.
             RunError: the file or the anchor is damaged, was changed or rolled back, or cannot be written.
         """
-        before = self.history.length
+        before, anchor, due = self.history.length, self._anchor, None
         try:
-            with open_for_writing(self.path) as file:
-                self._catch_up(file)
-                with _name_anchor_in_errors(self._anchor):
-                    self._require_anchor_head()
-                before, self._open_file = self.history.length, file
-                yield
-            with _name_anchor_in_errors(self._anchor):
-                if self._anchor is not None and (self.history.length > before or not self._anchor.exists()):
-                    self._write_anchor(self._anchor)
+            with ExitStack() as held:
+                with open_for_writing(self.path) as file:
+                    self._catch_up(file)
+                    with _name_anchor_in_errors(anchor):
+                        self._require_anchor_head()
+                    before, self._open_file = self.history.length, file
+                    yield
+                    if anchor is not None and (self.history.length > before or not anchor.exists()):
+                        due = anchor
+                        with _name_anchor_in_errors(anchor):
+                            # A copy of this ledger may have written the anchor meanwhile. Check the anchor again before
+                            # the commit, and lock it until it has this ledger's head.
+                            held.enter_context(lock_anchor(anchor))
+                            self._require_anchor_head()
+                if due is not None:  # after the commit: a crash can only leave an outdated anchor
+                    with _name_anchor_in_errors(due):
+                        write_durably(due, self.head().to_bytes())
         except BaseException:
             if self.history.length != before:
                 self.history = History()  # applied events may not have been written
@@ -404,17 +430,6 @@ class EventStore:
                 self.history.apply_event(event)
         except RunError as error:
             raise RunError(f"ledger {self.path}: {error}; training is not possible with a damaged ledger") from error
-
-    def _write_anchor(self, anchor: Path) -> None:
-        """Write the newest head to the anchor.
-
-        The ledger is written before, so that a crash can only leave an outdated anchor.
-        """
-        with open_for_writing(
-            self.path
-        ) as file:  # locked, so that two processes cannot write their heads in the wrong order
-            self._catch_up(file)
-            write_durably(anchor, self.head().to_bytes())
 
     def _add_salt_to_hash(self, hash: str) -> str:
         return hmac.digest(self._key.derive_secret("receipt head"), hash.encode(), "sha256").hex()
