@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import importlib
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -117,7 +118,10 @@ class CallbackListener:
         self.on_preparing = make_stage_callback(progress)
 
     def note(self, text: str) -> None:
-        warnings.warn(text, stacklevel=2)
+        level, frame = 1, inspect.currentframe()
+        while frame is not None and str(frame.f_globals.get("__name__")).startswith("fedtune."):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(text, stacklevel=level)  # at the line of the caller's code
 
     def on_prepared(self, shared: object, proposal: object, state: LeadState) -> None:
         self._progress(Progress(stage="training", done=state.round, total=self._count_rounds(state)))

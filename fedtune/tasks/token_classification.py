@@ -302,7 +302,7 @@ def predict_entities(logits: Floats) -> list[Entity]:
     labels, in which no I follows an O (Viterbi).  An entity's label has the largest mean probability over its words.
     With the likeliest tag of each word instead, words of one entity whose labels differ would become several entities.
 
-    >>> predict_entities(np.log([[0.2, 0.5, 0.1, 0.1, 0.1], [0.4, 0.1, 0.2, 0.1, 0.2], [0.6, 0.1, 0.1, 0.1, 0.1]]))
+    >>> predict_entities(np.log([[0.2, 0.5, 0.1, 0.1, 0.1], [0.3, 0.1, 0.3, 0.1, 0.2], [0.6, 0.1, 0.1, 0.1, 0.1]]))
     [(0, 2, 0)]
     """
     with np.errstate(invalid="ignore"):  # a diverged model's logits may be NaN
