@@ -81,6 +81,7 @@ def test_resuming_a_stopped_run_charges_nothing(stopped_run: Path, tmp_path: Pat
     folder = Path(shutil.copytree(stopped_run, tmp_path / "run"))
     ledger, before = folder / "sites/site-1/ledger.db", read_result(folder)
     events = len(verify(ledger).events)
+    (folder / "run.json").unlink()  # as if it had been killed before its end
     assert "the run had ended after round 3" in run_command("simulate", f"resume={folder}").printed
     after = read_result(folder)
     assert len(verify(ledger).events) == events
