@@ -123,7 +123,7 @@ def test_invalid_toml_raises_a_config_error(tmp_path: Path, content: bytes) -> N
 def test_errors_in_other_tables_are_reported_by_their_reader(site_toml: Path) -> None:
     write_policy(make_policy(), site_toml, others={"machine": {"num_threads": -1}, "about": {"curator": "north"}})
     assert read_policy(site_toml) == make_policy(), "neither decides on anything"
-    with pytest.raises(ConfigError, match=r"site.toml: machine.num_threads = -1: must be a finite number of at least"):
+    with pytest.raises(ConfigError, match=r"site.toml: machine.num_threads = -1: must be a whole number of at least"):
         read_site_settings(site_toml)
 
 
