@@ -113,6 +113,7 @@ def test_tensorboard_receives_settings_metrics_and_report(tracked_run: Callable[
     folder = tracked_run("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    (folder / "run.json").unlink()  # as if it had been killed before its end
     assert run_command("simulate", f"resume={folder}").code == 0  # writes all rounds again, into another file
     events: Any = EventAccumulator(str(folder.parent / "tensorboard" / "one")).Reload()
     files = sorted((folder.parent / "tensorboard" / "one").iterdir())
