@@ -60,6 +60,7 @@ def score_run(runs: Path, key: str) -> study.Found:
         low, high = bootstrap(counts)
         scores |= {way: compute_bleu(counts.sum(axis=0)), f"{way}_low": low, f"{way}_high": high}
         some[way] = texts[:5]
+        print(f"{way}: {scores[way]:.2f} ({low:.2f} to {high:.2f})", flush=True)
     about = {"epsilon": run.privacy.epsilon, "seconds": run.result.final.seconds, "tables": len(prompts)}
     return {**about, "references": len(records.records), "each_run": [scores], "texts": some}
 

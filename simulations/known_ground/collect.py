@@ -106,20 +106,6 @@ GROUNDS = (
         (Runs("entities", "all-none", "none"), Runs("entities", "all-e8-secure", "secure")),
     ),
     Ground(
-        "NCBI disease",
-        "official, 100 test abstracts",
-        "MiniLM-L6, last layer",
-        ("untyped_strict_f1", "strict F1, untyped"),
-        100,
-        (
-            Runs("entities", "none", "none"),
-            Runs("entities", "e8-secure", "secure"),
-            Runs("entities", "e3-secure", "secure"),
-            Runs("entities", "e8-plain", "plain"),
-            Runs("entities", "e3-plain", "plain"),
-        ),
-    ),
-    Ground(
         "STS-B",
         "official, 1,379 test pairs",
         "MiniLM-L6",
