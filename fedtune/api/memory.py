@@ -172,10 +172,7 @@ def write_rows(path: Path, data: Data, *, at: str) -> None:
         for number, row in enumerate(iter_rows(data, at=at), 1):
             if not isinstance(row, Mapping):
                 raise DataError(f"{at}:{number}", type(row).__name__, "must be a mapping from column to value")
-            named = {
-                str(key): _convert_to_json_value(value, f"{at}:{number}, column {str(key)!r}")
-                for key, value in row.items()
-            }
+            named = {str(key): convert_cell(value, f"{at}:{number}, column {str(key)!r}") for key, value in row.items()}
             if len(named) < len(row):
                 raise DataError(f"{at}:{number}", "a duplicate column", "must have distinct column names")
             file.write(json.dumps(named) + "\n")
@@ -297,8 +294,8 @@ def _convert_to_list(values: Any, *, at: str) -> list[Any]:
         raise DataError(at, type(values).__name__, "must be a list or an array of values") from None
 
 
-def _convert_to_json_value(value: Any, at: str, above: tuple[int, ...] = ()) -> Any:
-    """Convert a cell to a JSON value, and the missing-value marker of any library to None.
+def convert_cell(value: Any, at: str, above: tuple[int, ...] = ()) -> Any:
+    """Convert a cell of a table to a JSON value, and the missing-value marker of any library to None.
 
     `above` has the ids of the values that contain this one.
 
@@ -317,7 +314,7 @@ def _convert_to_json_value(value: Any, at: str, above: tuple[int, ...] = ()) -> 
     if id(value) in above or len(above) >= _MOST_LEVELS:
         bound = f"must not contain itself, and must have at most {_MOST_LEVELS} levels"
         raise DataError(at, type(value).__name__, bound)
-    inner = partial(_convert_to_json_value, at=at, above=(*above, id(value)))
+    inner = partial(convert_cell, at=at, above=(*above, id(value)))
     if isinstance(value, Mapping):
         return {str(key): inner(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -326,15 +323,6 @@ def _convert_to_json_value(value: Any, at: str, above: tuple[int, ...] = ()) -> 
         return inner(convert())
     bound = "must be text, a number, a date, a list or a mapping; records with bytes or images need a file"
     raise DataError(at, type(value).__name__, bound)
-
-
-def convert_cell(value: Any, *, at: str) -> Any:
-    """Convert a cell of a table to a JSON value; None if it is missing.
-
-    Raises:
-        DataError: the value has no JSON equivalent.
-    """
-    return _convert_to_json_value(value, at)
 
 
 def _convert_number(value: int | float | Decimal, at: str) -> int | float | None:

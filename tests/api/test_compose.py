@@ -305,7 +305,7 @@ def test_make_override_refuses_values_without_json_form() -> None:
         compose_recipe("debug", {1: 2})  # type: ignore[dict-item]
 
 
-def test_license_and_public_id_hold_for_the_option_s_weights_only(tmp_path: Path) -> None:
+def test_model_path_clears_the_license_and_public_id_of_other_weights(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("defaults: [debug, override /model: minilm]\nmodel: {path: ./mine, sha256: null}\n")
     pinned, other = compose_run(["model=minilm"]).model, ["model.path=owner/other", "model.sha256=null"]

@@ -73,7 +73,7 @@ def test_progress_total_includes_the_spare_rounds_of_failed_rounds() -> None:
     assert [(one.done, one.total) for one in told] == [(1, 2), (2, 3), (3, 3), (2, 3)]
 
 
-def test_notes_about_records_are_warnings_at_the_caller_s_line() -> None:
+def test_data_warnings_point_to_the_calling_code() -> None:
     listener = public.CallbackListener(compose_recipe("debug"), public.ignore_progress)
     with pytest.warns(UserWarning, match="2 of 300 rows") as caught:
         listener.note("2 of 300 rows cannot be used")

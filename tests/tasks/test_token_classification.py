@@ -270,7 +270,7 @@ def test_tags_are_decoded_into_entities() -> None:
 
 
 @pytest.mark.parametrize("num_labels", [1, 2, 4])
-def test_predicted_boundaries_are_the_likeliest_sequence_without_i_after_o(num_labels: int) -> None:
+def test_predicted_boundaries_match_exhaustive_search(num_labels: int) -> None:
     draws = np.random.default_rng(num_labels)
     for num_words in (0, 1, 2, 5):
         for logits in 2 * draws.normal(size=(20, num_words, 1 + 2 * num_labels)):

@@ -312,7 +312,7 @@ def test_unsupported_image_formats_are_counted(tmp_path: Path) -> None:
         detect_columns(tmp_path, {})
 
 
-def test_unreadable_rows_are_named_beside_a_column_that_they_leave_constant(tmp_path: Path) -> None:
+def test_error_about_a_constant_column_counts_unreadable_rows(tmp_path: Path) -> None:
     kinds = ("tea,home", "café,ward")
     rows = [f"patient {number} with {kinds[number % 2]}" for number in range(48)]
     path = tmp_path / "latin.csv"
