@@ -43,9 +43,10 @@ def gate(
       fedtune gate runs/tighter tre --roster roster.json --audit runs/audited    for a trusted research environment
       fedtune gate runs/tighter rules.toml --sign kit.toml                       your own rules, with a signed decision
 
-    Exit code 1 if a rule fails. A rule also fails if its evidence is missing, such as an audit; the output names the
-    command that produces it. The decision is written to gate.json in the run folder. The model card and the cards of
-    later exports repeat it only if --sign names the key that signed the report. See docs/report.md for each rule.
+    Exit code 1 if a rule fails or the run is a simulation. A rule also fails if its evidence is missing, such as an
+    audit; the output names the command for it. The decision is written to gate.json in the run folder. The model card
+    and the cards of later exports repeat it only if --sign names the key that signed the report. See docs/report.md for
+    each rule.
     """
     if key is not None:
         check_public_key("--key", key)
@@ -71,6 +72,7 @@ def gate(
         run=evidence.facts.run,
         adapter_digest=evidence.facts.adapter_digest,
         report_sha256=signing.compute_report_digest(evidence.report),
+        simulated=evidence.facts.simulated,
         rules=limits.name,
         rules_sha256=digest,
         limits={rule: to_json_text(limit).strip() for rule, limit in limits.limits.items()},
@@ -88,11 +90,8 @@ def gate(
     styles = {number: _MARKS[check.state][1] for number, check in enumerate(found)}
     notes = [f"written: {run / name}" for name in (gate_verdict.GATE, *cards)]
     section = Section(rows=rows, words={0, 1, 2}, whole={0, 1}, styles=styles, notes=notes)
-    decision = "the model must NOT be released" if verdict.failed else "the model may be released"
-    if evidence.facts.simulated and not verdict.failed:
-        decision = "all rules hold, but the model of a SIMULATION must never be released"
-    heading = f"{run} by the rules {limits.name}: {decision}"
-    figures = {"schema_version": SCHEMA_VERSION, "passed": not verdict.failed, "verdict": verdict}
+    heading = f"{run} by the rules {limits.name}: the model {'may' if verdict.passed else 'must NOT'} be released"
+    figures = {"schema_version": SCHEMA_VERSION, "passed": verdict.passed, "verdict": verdict}
     print_answer(figures, [section], as_json=as_json, heading=heading)
-    if verdict.failed:
-        raise RunError(f"the model of {run} must not be released: these rules fail: {', '.join(verdict.failed)}")
+    if not verdict.passed:
+        raise RunError(f"the model of {run} {verdict.decision}")

@@ -34,6 +34,7 @@ class GateVerdict:
         run: name of the run in the sites' ledgers.
         adapter_digest: digest of the run's adapter, as in run.json and the judged report.
         report_sha256: SHA-256 of the judged report.json.
+        simulated: whether the run was a simulation, whose model must not be released even if all rules hold.
         rules: name of the rule set.
         rules_sha256: SHA-256 of the rule file.
         limits: rule -> its limit, as JSON.
@@ -48,6 +49,7 @@ class GateVerdict:
     run: str
     adapter_digest: str
     report_sha256: str
+    simulated: bool
     rules: str
     rules_sha256: str
     limits: Mapping[str, str]
@@ -59,6 +61,20 @@ class GateVerdict:
     def failed(self) -> tuple[str, ...]:
         """The rules that were violated or could not be judged."""
         return tuple(rule for rule, state in self.results.items() if state != "right")
+
+    @property
+    def passed(self) -> bool:
+        """Whether the model may be released."""
+        return not self.failed and not self.simulated
+
+    @property
+    def decision(self) -> str:
+        """What the verdict says about the model, as the end of a sentence."""
+        if self.failed:
+            return f"must not be released: these rules fail: {', '.join(self.failed)}"
+        return (
+            "must not be released: all rules hold, but the run is a simulation" if self.simulated else "may be released"
+        )
 
     def sign(self, key: SigningKey) -> GateVerdict:
         """Return a copy of the verdict that is signed with `key`."""

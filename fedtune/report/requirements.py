@@ -125,9 +125,8 @@ def collect_known_facts(report: Report, verdict: GateVerdict | None) -> Mapping[
             f"{site} {format_epsilon(life.epsilon)}" for site, life in lifetimes.items() if life
         )
     if verdict is not None and verdict.report_sha256 == compute_report_digest(report):
-        may = f"may not leave, {pluralize(len(verdict.failed), 'rule')} failed" if verdict.failed else "may leave"
         signer = f"signed with the key {verdict.signature.key}" if verdict.signature else "not signed"
-        known["gate"] = f"the model {may} (rules {verdict.rules}, {verdict.judged}, {signer})"
+        known["gate"] = f"the model {verdict.decision} (rules {verdict.rules}, {verdict.judged}, {signer})"
         for fact, rules in _BY_GATE.items():
             if found := [verdict.reasons[rule] for rule in rules if verdict.results.get(rule) in ("right", "wrong")]:
                 known[fact] = " ".join([*([known[fact]] if fact in known else []), "; ".join(found)])

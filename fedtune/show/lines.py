@@ -70,7 +70,7 @@ def duration(seconds: float) -> str:
     return f"{math.ceil(seconds / 60)} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def shorten_middle(text: str, most: int) -> str:
+def shorten_middle(text: str, most: int = 32) -> str:
     """Shorten a long name in the middle to at most `most` characters."""
     half = (most - 1) // 2
     return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"

@@ -37,7 +37,7 @@ def make_verdict(report: Report, **changes: Any) -> GateVerdict:
         "run": "r",
         "adapter_digest": "00",
     }
-    given |= {"report_sha256": compute_report_digest(report), "rules": "tre", "rules_sha256": "00"}
+    given |= {"report_sha256": compute_report_digest(report), "simulated": False, "rules": "tre", "rules_sha256": "00"}
     given |= {"limits": dict.fromkeys(rules, "1"), "results": dict.fromkeys(rules, "right")}
     return GateVerdict(**given | {"reasons": {rule: f"what {rule} found" for rule in rules}} | changes)
 
@@ -145,10 +145,10 @@ def test_gate_results_answer_requirements_only_after_evaluation(fact: str, rule:
     report = remove_cells(report, fact)
     known = collect_known_facts(report, make_verdict(report))
     assert known[fact] == f"what {rule} found"
-    assert "may leave (rules tre, 2026-11-29, not signed)" in known["gate"]
+    assert "the model may be released (rules tre, 2026-11-29, not signed)" in known["gate"]
     unjudged = make_verdict(report, results=dict.fromkeys(make_verdict(report).results, "missing"))
     assert fact not in collect_known_facts(report, unjudged)
-    assert "may not leave, 3 rules failed" in collect_known_facts(report, unjudged)["gate"]
+    assert "these rules fail: ledgers, max_audit_bound" in collect_known_facts(report, unjudged)["gate"]
     for verdict in (None, make_verdict(report, report_sha256="00")):
         assert {"gate", fact} & collect_known_facts(report, verdict).keys() == set(), "of no report, or of another"
 

@@ -132,7 +132,7 @@ def create_template_environment() -> Environment:
     made.globals |= {
         "format_score_name": format_score_name,
         "plain": _to_printable_text,
-        "short": _shorten_name,
+        "short": shorten_middle,
         "wrapped": _wrap_label_text,
         "said_in": _extract_label_text,
     }
@@ -256,11 +256,6 @@ def render_label(report: Report, *, language: str) -> str:
 def render_personalized_label(site: str, run: str) -> str:
     """Render the label of a site's personalized adapter, in English like its card, without a guarantee or figures."""
     return create_template_environment().get_template("own_label.svg.j2").render(language="en", site=site, run=run)
-
-
-def _shorten_name(name: str, most: int = 32) -> str:
-    """Shorten a name to the width of a label line."""
-    return shorten_middle(name, most)
 
 
 def _extract_label_text(marks: str) -> Markup:
