@@ -20,7 +20,14 @@ from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.measures import compute_recall_precision_f1, count_entities
 from fedtune.tasks.registry import get_task
-from fedtune.tasks.token_classification import decode_entities, make_entity_reader, predict_entities
+from fedtune.tasks.token_classification import (
+    MOST_OUTSIDE,
+    SPLIT_ODDS,
+    SWITCH_COST,
+    decode_entities,
+    make_entity_reader,
+    predict_entities,
+)
 
 from ..data.conftest import make_data_spec
 from ..model.conftest import make_trained
@@ -272,21 +279,29 @@ def test_tags_are_decoded_into_entities() -> None:
 @pytest.mark.parametrize("num_labels", [1, 2, 4])
 def test_predicted_boundaries_match_exhaustive_search(num_labels: int) -> None:
     draws = np.random.default_rng(num_labels)
-    for num_words in (0, 1, 2, 5):
-        for logits in 2 * draws.normal(size=(20, num_words, 1 + 2 * num_labels)):
-            each = (logits[:, 0], *(np.log(np.exp(logits[:, first::2]).sum(axis=1)) for first in (1, 2)))
-            sequences = (
-                tags
-                for tags in itertools.product(range(3), repeat=num_words)
-                if (0, 2) not in itertools.pairwise((0, *tags))
-            )
-            likeliest = max(sequences, key=lambda tags: sum(each[tag][place] for place, tag in enumerate(tags)))
-            found = predict_entities(logits)
-            assert [span[:2] for span in found] == [span[:2] for span in decode_entities(likeliest)]
+    for num_words in (0, 1, 2, 7):
+        for logits in 2 * draws.normal(size=(40, num_words, 1 + 2 * num_labels)):
             shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+            begin, inside = shares[:, 1::2].sum(axis=1), shares[:, 2::2].sum(axis=1)
+            outside = np.clip(shares[:, 0].mean() if num_words else 0.5, 0.5, MOST_OUTSIDE)
+            odds = np.log((begin + inside) / shares[:, 0] * np.sqrt(outside / (1 - outside)))
+            likeliest = max(
+                itertools.product((0, 1), repeat=num_words),
+                key=lambda states: states @ odds - SWITCH_COST * np.abs(np.diff((0, *states))).sum(),
+            )
+            starts = np.log(begin / inside) > SPLIT_ODDS
+            tags = [state and (1 if starts[place] else 2) for place, state in enumerate(likeliest)]
+            found = predict_entities(logits)
+            assert [span[:2] for span in found] == [span[:2] for span in decode_entities(tags)]
             for first, end, label in found:
                 each_label = shares[first:end, 1:].reshape(end - first, num_labels, 2).sum(axis=(0, 2))
                 assert label == each_label.argmax()
+
+
+def test_an_unlikely_word_of_a_text_without_entities_is_not_predicted() -> None:
+    logits = np.log([[1 - 4e-9, *[1e-9] * 4]] * 20)
+    logits[7] = np.log([0.95, 0.02, 0.01, 0.01, 0.01])
+    assert predict_entities(logits) == []
 
 
 def test_words_of_different_labels_form_one_predicted_entity() -> None:
@@ -297,7 +312,7 @@ def test_words_of_different_labels_form_one_predicted_entity() -> None:
 
 
 def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All tags are equally likely, so each word is an entity of its own, also at the end of a window."""
+    """All tags are equally likely, so all words form one entity, which the end of a window does not cut."""
     model = make_trained("random:bert", TASK.name, texts=2)
     labels = model.spec.labels
     with torch.no_grad():
@@ -306,8 +321,8 @@ def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any, mo
     given = {"max_length": 8, "windows": 2, "stride": 2, "labels": labels}
     dataset = tokenize_records(record([f"w{place}" for place in range(8)], tags), tokenizer=encoder_tokenizer, **given)
     figures = evaluate_examples(model, dataset, pad_id=0, max_tokens=64)
-    assert figures["entities"][0].tolist() == [[1, 8, 0, 1, 8], *[[0] * 5] * (len(labels) - 1), [1, 8, 0, 1, 8]]
-    assert compute_unit_scores(model, dataset, pad_id=0).tolist() == [0.0]
+    assert figures["entities"][0].tolist() == [[1] * 5, *[[0] * 5] * (len(labels) - 1), [1] * 5]
+    assert compute_unit_scores(model, dataset, pad_id=0).tolist() == [1.0]
     assert TASK.majority_baseline(dataset) == 0.0
     outside = torch.nn.functional.one_hot(torch.zeros(2, 8, dtype=torch.int64), 1 + 2 * len(labels)).double()
     monkeypatch.setattr(model, "logits", lambda batch: 9 * outside[:, : batch.input_ids.shape[1]])
