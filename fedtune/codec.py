@@ -25,8 +25,8 @@ from fedtune.spec import NOT_GIVEN, ConfigError
 
 T = TypeVar("T")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
-MOST_BYTES = 64 << 20  # size limit of a file from outside
-_LONGEST_KEY, _MOST_LEVELS, _MOST_WHOLE = 60, 64, 1 << 63
+MAX_BYTES = 64 << 20  # size limit of a file from outside
+_LONGEST_KEY, _MAX_LEVELS, _MAX_WHOLE = 60, 64, 1 << 63
 _PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 _hints = lru_cache(maxsize=256)(typing.get_type_hints)
 
@@ -52,7 +52,7 @@ def read_regular_file(path: Path) -> bytes:
 
 
 def read_bounded_file(path: Path, *, key: str, bound: str = "must be a readable file", name: str = "") -> bytes:
-    """Read a file from outside: a regular file of at most `MOST_BYTES`, since reading a pipe could wait forever.
+    """Read a file from outside: a regular file of at most `MAX_BYTES`, since reading a pipe could wait forever.
 
     Args:
         path: path of the file.
@@ -65,8 +65,8 @@ def read_bounded_file(path: Path, *, key: str, bound: str = "must be a readable 
     """
     try:
         file = path.stat()
-        if not stat.S_ISREG(file.st_mode) or file.st_size > MOST_BYTES:
-            raise ConfigError(key, name or str(path), f"{bound}, of at most {MOST_BYTES >> 20} MiB")
+        if not stat.S_ISREG(file.st_mode) or file.st_size > MAX_BYTES:
+            raise ConfigError(key, name or str(path), f"{bound}, of at most {MAX_BYTES >> 20} MiB")
         return read_regular_file(path)
     except OSError as error:
         raise ConfigError(key, name or str(path), f"{bound} ({error.strerror})") from None
@@ -91,7 +91,7 @@ def parse_json(data: bytes | str, *, key: str, bound: str) -> dict[str, Any]:
     except (ValueError, RecursionError):  # ValueError: invalid JSON or UTF-8, or a huge integer
         found = None
     inner = [found]
-    for _ in range(_MOST_LEVELS):
+    for _ in range(_MAX_LEVELS):
         inner = [item for each in inner for item in list_items(each)]
     if inner or not isinstance(found, dict):  # deeper nesting could be parsed, but neither copied nor written
         raise ConfigError(key, "something else", bound)
@@ -200,7 +200,7 @@ def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
     if hint is Any:
         return value
     whole = type(value) is int
-    right = abs(value) < _MOST_WHOLE if whole and hint in (int, float) else type(value) is hint
+    right = abs(value) < _MAX_WHOLE if whole and hint in (int, float) else type(value) is hint
     require(key, value, right, f"must be {_PLAIN[hint]}")
     return float(value) if whole and hint is float else value
 

@@ -29,16 +29,16 @@ from fedtune.tasks.base import Task
 from fedtune.tasks.registry import get_task
 from fedtune.training.spec import STUDIED_SCALE, RuntimeSpec, TrainingSpec, choose_learning_rate
 
-MOST_NAME = 200
+MAX_NAME = 200
 """Maximum length of a run's name. The names of a site's files also contain 33 characters of the digest, a suffix and a
 process id, and file systems allow at most 255 bytes."""
 
-MOST_SEED = 2**63 - 1  # limit of random generators
+MAX_SEED = 2**63 - 1  # limit of random generators
 _FILES = frozenset({"public.train_file", *(f"data.{part}_file" for part in ("train", "validation", "test"))})
 _FOLDERS = {"resume", "tracking.output_dir", "model.adapter", "model.cache_dir", "runtime.sites_dir"}
 PATHS = _FILES | _FOLDERS | {"runtime.kept_states_folder"}
 """Settings that are always paths on this machine.  `model.path` is resolved separately (`fedtune.model.source`)."""
-_MOST_YAML = 1 << 24  # maximum size of a settings file in bytes
+_MAX_YAML = 1 << 24  # maximum size of a settings file in bytes
 
 
 @spec
@@ -175,9 +175,9 @@ class RunConfig:
     resume: str | None = None
 
     def __post_init__(self) -> None:
-        check_name("name", self.name, most=MOST_NAME, marks="-_.,=")
-        if not 0 <= self.seed <= MOST_SEED:
-            raise ConfigError("seed", self.seed, f"must be from 0 to {MOST_SEED}")
+        check_name("name", self.name, most=MAX_NAME, marks="-_.,=")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError("seed", self.seed, f"must be from 0 to {MAX_SEED}")
         task = self.bound_task
         object.__setattr__(self, "task_settings", task.own)
         task.check_own(self.data)
@@ -321,7 +321,7 @@ class RunConfig:
             return True
         if self.federation.if_over_budget == "fewer_rounds":
             return offer.most_rounds > 0
-        return offer.least_noise is not None and 0 < offer.least_noise <= accountant.MOST_NOISE
+        return offer.least_noise is not None and 0 < offer.least_noise <= accountant.MAX_NOISE
 
     def fit_to_offers(self, offers: Sequence[Offer]) -> RunConfig:
         """Return a copy with the most rounds, or the least noise, within the budgets of all these sites, and with ranks
@@ -453,8 +453,8 @@ def read_plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, too large or not a YAML mapping. The message contains the line if known.
     """
-    if len(data := read_bounded_file(path, key=key)) > _MOST_YAML:
-        raise ConfigError(key, str(path), f"must have at most {_MOST_YAML} bytes")
+    if len(data := read_bounded_file(path, key=key)) > _MAX_YAML:
+        raise ConfigError(key, str(path), f"must have at most {_MAX_YAML} bytes")
     try:
         settings = yaml.load(data.decode(), Loader=_PlainLoader)
         if not isinstance(settings, dict):
@@ -574,7 +574,7 @@ def convert_first_error(error: ValidationError) -> ConfigError:
 _BOUNDS = {
     "tuple_type": "must be a list, as in [a,b]",
     "too_long": "must have fewer values",
-    "int_parsing_size": f"must be a whole number of at most {MOST_SEED}",
+    "int_parsing_size": f"must be a whole number of at most {MAX_SEED}",
     **dict.fromkeys(("int_from_float", "int_parsing", "int_type"), "must be a whole number"),
     **dict.fromkeys(("float_parsing", "float_type"), "must be a number"),
     **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false"),

@@ -31,7 +31,7 @@ from typing import Any
 REPOSITORY = Path(__file__).parents[1]
 _IN_NETWORK = ("ip", "netns", "exec")
 _SUBREAPER, _NEW_NETWORK = 36, 0x40000000  # PR_SET_CHILD_SUBREAPER, CLONE_NEWNET
-_MOST_BYTES = 1 << 20
+_MAX_BYTES = 1 << 20
 _STREAMS = ("stdin", "stdout", "stderr")
 _IMPORTED = (
     *(
@@ -130,7 +130,7 @@ def _accept_connections(door: socket.socket, begun: list[Forked]) -> None:
 def _impersonate_account(channel: socket.socket, begun: list[Forked]) -> None:
     """Start what one command stands for, and tell it the pid and then the exit code."""
     with channel:
-        message, streams, _, _ = socket.recv_fds(channel, _MOST_BYTES, 3)
+        message, streams, _, _ = socket.recv_fds(channel, _MAX_BYTES, 3)
         asked = json.loads(message)
         words = [sys.executable, *asked["words"]]
         process = Forked(words, cwd=asked["cwd"], env=asked["environment"], **dict(zip(_STREAMS, streams, strict=True)))
@@ -179,7 +179,7 @@ def _ask_for_fork(request: dict[str, Any], descriptors: Sequence[int]) -> int:
     assert control(_SUBREAPER, 1, 0, 0, 0) == 0, os.strerror(ctypes.get_errno())
     try:  # meanwhile, descendants whose parents end become children of this process
         server.sendmsg([json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, given)])
-        answer = server.recv(_MOST_BYTES)
+        answer = server.recv(_MAX_BYTES)
     finally:
         control(_SUBREAPER, 0, 0, 0, 0)
     assert answer, "the fork server ended"
@@ -189,7 +189,7 @@ def _ask_for_fork(request: dict[str, Any], descriptors: Sequence[int]) -> int:
 def _serve(channel: socket.socket) -> dict[str, Any] | None:
     """Fork for each request; returns a request in the process that is to become what it asks for, else None."""
     while True:
-        message, descriptors, _, _ = socket.recv_fds(channel, _MOST_BYTES, 3)
+        message, descriptors, _, _ = socket.recv_fds(channel, _MAX_BYTES, 3)
         if not message:
             return None
         read, write = os.pipe()

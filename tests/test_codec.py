@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import pytest
 
-from fedtune.codec import MOST_BYTES, decode, parse_json, read_bounded_file, read_toml
+from fedtune.codec import MAX_BYTES, decode, parse_json, read_bounded_file, read_toml
 from fedtune.config import read_plain_yaml
 from fedtune.federation.lead import Checkpoints
 from fedtune.federation.run_folder import ASKED, RunFolder
@@ -128,7 +128,7 @@ def test_named_pipe_in_the_state_of_a_site_is_refused(tmp_path: Path) -> None:
         state.check_ledger("0" * 32)
 
 
-@pytest.mark.parametrize("size", [None, MOST_BYTES + 1])
+@pytest.mark.parametrize("size", [None, MAX_BYTES + 1])
 def test_file_from_outside_is_bounded(size: int | None, tmp_path: Path) -> None:
     path = tmp_path / "file"
     if size is None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.api.compose import compose_run
-from fedtune.config import MOST_SEED, parse
+from fedtune.config import MAX_SEED, parse
 from fedtune.privacy import events
 from fedtune.spec import ConfigError
 
@@ -37,7 +37,7 @@ _settings = st.fixed_dictionaries(
     {},
     optional={
         "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.,=-]{0,20}[A-Za-z0-9_]", fullmatch=True),
-        "seed": st.integers(0, MOST_SEED),
+        "seed": st.integers(0, MAX_SEED),
         "resume": st.none() | st.text(min_size=1),
         "privacy__epsilon": st.floats(min_value=1e-6, max_value=100.0),
         "privacy__delta": st.floats(1e-12, 1e-3),

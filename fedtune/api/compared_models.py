@@ -9,7 +9,7 @@ from fedtune.evaluation.bootstrap import Estimate
 from fedtune.formatting import format_html_table, format_score_name
 from fedtune.runs.model_comparison import SideBySide
 from fedtune.runs.saved_model import BASE
-from fedtune.show.drawing import MOST_LINES, Panel, Series, chart
+from fedtune.show.drawing import MAX_LINES, Panel, Series, chart
 from fedtune.show.svg_figure import SvgFigure
 from fedtune.spec import ConfigError
 
@@ -35,8 +35,8 @@ class ComparedModels(SideBySide):
             ValueError: the score does not exist, or there are more models than the chart has colors.
         """
         score, models = score or self.primary_metric, [*self.measured]
-        if len(models) > MOST_LINES:
-            raise ConfigError("plot", f"{len(models)} models", f"must compare at most {MOST_LINES} models")
+        if len(models) > MAX_LINES:
+            raise ConfigError("plot", f"{len(models)} models", f"must compare at most {MAX_LINES} models")
         series = []
         for place, model in enumerate(models):
             one, height = self.estimate(model, score), _HEIGHT + len(models) - place

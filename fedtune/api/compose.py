@@ -75,7 +75,7 @@ _OF_A_SPACE = "must be comma-separated values, interval(LOW,HIGH), log(LOW,HIGH)
 _OF_THIS_MACHINE = ("name", "seed", "runtime.", "tracking.", "report.", "cost.", "model.cache_dir")
 """Prefixes of the keys that the lead does not send to the sites."""
 _SEVERAL = "has several values: add -m to run each of them, or write [a,b] for a list"
-MOST_RUNS = 1000  # limit for a sweep or a search; a larger number is a typing error
+MAX_RUNS = 1000  # limit for a sweep or a search; a larger number is a typing error
 
 _PARSER = OverridesParser.create()
 for _name in ("shuffle", "glob"):  # not reproducible: the same overrides must always compose the same run
@@ -387,7 +387,7 @@ def _parse_searched(override: Override) -> SearchedSetting:
     if not isinstance(value, IntervalSweep):
         try:
             # A long range must not fill the memory.
-            values = tuple(dict.fromkeys(map(str, itertools.islice(override.sweep_string_iterator(), MOST_RUNS + 1))))
+            values = tuple(dict.fromkeys(map(str, itertools.islice(override.sweep_string_iterator(), MAX_RUNS + 1))))
         except (ValueError, HydraException):  # a range with a step of 0, or glob()
             raise ConfigError(key, typed, _OF_A_SPACE) from None
         return SearchedSetting(key=key, choices=values)

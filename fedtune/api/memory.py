@@ -35,7 +35,7 @@ DETECTED = ("own.jsonl", "own.yaml")
 """File names of the pooled records and of the settings detected from them, in `write_private_files`'s folder."""
 _LEAD_FILES = {name: f"{IN_MEMORY}/{name}.jsonl" for name in ("validation", "test")}
 _BY_SITES = ("data.train_file", "data.partition", "federation.num_sites", "federation.site_names")
-_MOST_LEVELS, _MOST_DIGITS = 64, 300  # of a cell
+_MAX_LEVELS, _MAX_DIGITS = 64, 300  # of a cell
 _SHARES = {"validation": 0.1, "test": 0.2}
 
 
@@ -311,8 +311,8 @@ def convert_cell(value: Any, at: str, above: tuple[int, ...] = ()) -> Any:
         return _convert_number(value, at)
     if isinstance(value, date | time):
         return value.isoformat()
-    if id(value) in above or len(above) >= _MOST_LEVELS:
-        bound = f"must not contain itself, and must have at most {_MOST_LEVELS} levels"
+    if id(value) in above or len(above) >= _MAX_LEVELS:
+        bound = f"must not contain itself, and must have at most {_MAX_LEVELS} levels"
         raise DataError(at, type(value).__name__, bound)
     inner = partial(convert_cell, at=at, above=(*above, id(value)))
     if isinstance(value, Mapping):
@@ -327,13 +327,13 @@ def convert_cell(value: Any, at: str, above: tuple[int, ...] = ()) -> Any:
 
 def _convert_number(value: int | float | Decimal, at: str) -> int | float | None:
     if isinstance(value, Decimal):  # compared by its exponent: 1e1000000 has a million digits, and sNaN has no order
-        is_missing, is_right = value.is_nan(), value.is_finite() and value.adjusted() < _MOST_DIGITS
+        is_missing, is_right = value.is_nan(), value.is_finite() and value.adjusted() < _MAX_DIGITS
     else:
-        is_missing, is_right = value != value, abs(value) < 10**_MOST_DIGITS
+        is_missing, is_right = value != value, abs(value) < 10**_MAX_DIGITS
     if is_missing:
         return None
     if not is_right:
-        raise DataError(at, type(value).__name__, f"must be a finite number below 1e{_MOST_DIGITS}")
+        raise DataError(at, type(value).__name__, f"must be a finite number below 1e{_MAX_DIGITS}")
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     return value

@@ -18,7 +18,7 @@ from fedtune.cli.personalize import show_progress
 from fedtune.config import RunConfig
 from fedtune.data.records import Record, read_column_values, resolve_file
 from fedtune.data.spec import SITE
-from fedtune.evaluation.bootstrap import FEWEST_UNITS
+from fedtune.evaluation.bootstrap import MIN_UNITS
 from fedtune.evaluation.spec import SMALLEST, build_missing_test_records_error
 from fedtune.federation.run_folder import RunFolder, suggest_run_folders
 from fedtune.lab.studies.comparison import Line, plan_runs, score_side_by_side
@@ -57,7 +57,7 @@ def compare(
     All models are scored on the same records, with paired 95 % bootstrap intervals. The verdict names the models that
     the records cannot distinguish. Repeat the same command to resume an interrupted comparison.
     """
-    check_at_least("--smallest", smallest, FEWEST_UNITS)
+    check_at_least("--smallest", smallest, MIN_UNITS)
     console, folders, written = Console(stderr=as_json), _parse_run_folders(words), list[Path]()
     if folders:
         if without_privacy or personal or leave_out:

@@ -29,9 +29,9 @@ _FOUND: Mapping[Kind, tuple[str, str]] = _WORDS["finding"]  # the name of a find
 _RUNS = {least: f"a run of {least} words or more" for least in (8, 12, 20)}
 _LIKE = {"same": "the same text", "alike": "almost the same text"}
 _SHOWN = 60
-_MOST_LABELS, _MOST_NAMES = 30, 12
-_MOST_COLUMNS = 40
-_MOST_LINES = 6
+_MAX_LABELS, _MAX_NAMES = 30, 12
+_MAX_COLUMNS = 40
+_MAX_LINES = 6
 _BAR = 40
 
 
@@ -79,8 +79,8 @@ def _shorten_text(text: str, most: int = _SHOWN) -> str:
 def _build_truncated_section(
     title: str, headings: tuple[str, ...], rows: tuple[tuple[str, ...], ...], *, words: Collection[int] = range(4)
 ) -> Section:
-    more = len(rows) - _MOST_COLUMNS
-    return Section(title, headings, rows[:_MOST_COLUMNS], words=words, notes=[f"and {more:,} more"] if more > 0 else ())
+    more = len(rows) - _MAX_COLUMNS
+    return Section(title, headings, rows[:_MAX_COLUMNS], words=words, notes=[f"and {more:,} more"] if more > 0 else ())
 
 
 def build_input_section(found: DetectedFile, plan: experiment_writer.ExperimentPlan, model: str) -> Section:
@@ -89,8 +89,8 @@ def build_input_section(found: DetectedFile, plan: experiment_writer.ExperimentP
         rows = []
         for one in (found.columns[name] for name in found.features):
             names = [label for label, _ in one.labels.most_common()]
-            more = f", and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
-            what, holds = "categories", f"{', '.join(names[:_MOST_NAMES])}{more}"
+            more = f", and {len(names) - _MAX_NAMES:,} more" if len(names) > _MAX_NAMES else ""
+            what, holds = "categories", f"{', '.join(names[:_MAX_NAMES])}{more}"
             if not one.is_category:
                 what = "a number" if one.size is None else f"a list of {one.size} numbers"
                 holds = f"{min(one.numbers):g} to {max(one.numbers):g}" if one.size is None else ""
@@ -143,7 +143,7 @@ def _build_file_sections(file: FileCheck, max_length: int) -> Iterator[Section]:
 
 
 def _format_finding_row(one: Finding, usable: int) -> tuple[str, ...]:
-    lines = [f"{line}" if like is None else f"{line} (as {like})" for line, like in one.lines[:_MOST_LINES]]
+    lines = [f"{line}" if like is None else f"{line} (as {like})" for line, like in one.lines[:_MAX_LINES]]
     more = ["..."] if one.count > len(lines) else []
     name = f"{_FOUND[one.kind][0]} {one.what}".strip()
     return name, one.column, f"{one.count:,}", f"{one.count / usable:.1%}", ", ".join([*lines, *more])
@@ -151,11 +151,11 @@ def _format_finding_row(one: Finding, usable: int) -> tuple[str, ...]:
 
 def _build_labels_section(labels: Mapping[str, int], records: int, word: str = "label") -> Section:
     most = sorted(labels.items(), key=lambda one: -one[1])
-    left = most[_MOST_LABELS:]
+    left = most[_MAX_LABELS:]
     notes = [f"and {pluralize(len(left), 'other')} with {sum(count for _, count in left):,} records"] if left else []
     if missing := sum(not count for count in labels.values()):
         notes.append(f"{pluralize(missing, f'declared {word}')} without a record")
-    rows = [(label, f"{count:,}", f"{count / max(1, records):.1%}") for label, count in most[:_MOST_LABELS]]
+    rows = [(label, f"{count:,}", f"{count / max(1, records):.1%}") for label, count in most[:_MAX_LABELS]]
     return Section(f"{word.capitalize()}s", (word, "records", "share"), rows, notes=notes)
 
 

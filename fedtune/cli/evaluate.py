@@ -16,7 +16,7 @@ from fedtune.cli.finished_run import (
     suggest_columns_option,
 )
 from fedtune.cli.personalize import show_progress
-from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES, Comparison, describe_against_constant
+from fedtune.evaluation.bootstrap import MIN_UNITS, NO_DIFFERENCE, RESAMPLES, Comparison, describe_against_constant
 from fedtune.formatting import pluralize
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.tasks.measures import Detail
@@ -24,7 +24,7 @@ from fedtune.tasks.measures import Detail
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.runs.model_comparison import SideBySide
 
-_MOST_LABELS = 20
+_MAX_LABELS = 20
 
 
 def evaluate(
@@ -71,9 +71,9 @@ def evaluate(
 
 def _build_detail_sections(detail: Detail) -> Iterator[Section]:
     most = sorted(detail.classes, key=lambda one: -one.support)
-    left = len(most) - _MOST_LABELS
+    left = len(most) - _MAX_LABELS
     rows = []
-    for one in most[:_MOST_LABELS]:
+    for one in most[:_MAX_LABELS]:
         rows.append((one.label, *map("{:.4f}".format, (one.precision, one.recall, one.f1)), f"{one.support:,}"))
     notes = [f"and {left} more (see --json)"] if left > 0 else []
     yield Section("Labels of the tuned model", ("label", "precision", "recall", "F1", "support"), rows, notes=notes)
@@ -101,7 +101,7 @@ def _iter_score_notes(found: SideBySide, scores: Mapping[str, Comparison], *, nu
     if num_prompts:
         drawn += f" ({pluralize(num_prompts, 'prompt')} for texts)"
     yield f"Intervals: 95 %, from {RESAMPLES:,} bootstrap samples of {drawn}. Base: before training."
-    few = [f"{found.unit}s"] if found.num_units < FEWEST_UNITS else []
-    few += ["prompts"] if 0 < num_prompts < FEWEST_UNITS else []
+    few = [f"{found.unit}s"] if found.num_units < MIN_UNITS else []
+    few += ["prompts"] if 0 < num_prompts < MIN_UNITS else []
     if few:
-        yield f"Fewer than {FEWEST_UNITS} {' or '.join(few)} are too few to call a model better or worse."
+        yield f"Fewer than {MIN_UNITS} {' or '.join(few)} are too few to call a model better or worse."

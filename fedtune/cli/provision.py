@@ -31,7 +31,7 @@ from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, require_confir
 from fedtune.spec import NOT_GIVEN, ConfigError
 
 app = group(__doc__)
-_MOST_TEXT = 1000
+_MAX_TEXT = 1000
 
 Federation = Annotated[Path, Option(metavar="DIR", help="the federation's folder")]
 Days = Annotated[int | None, Option(metavar="N", help="validity in days (default: as in federation.toml)")]
@@ -116,7 +116,7 @@ def renew_site(
         done = admit()
     say(f"Site {done.member.site} is renewed. The other sites are not affected.", style="bold")
     for change in done.changes:
-        say(to_printable(change, _MOST_TEXT))
+        say(to_printable(change, _MAX_TEXT))
     _show_admitted_site(federation, done, new_to_server=bool(done.changes))  # which knows the site by its key
 
 

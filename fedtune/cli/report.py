@@ -51,7 +51,7 @@ _MARKS: Mapping[str, tuple[str, str]] = {
     "missing": ("NOT COMPARED", "bold yellow"),
     "not_checked": ("not checked", "yellow"),
 }
-_MOST_PROBLEMS = 12
+_MAX_PROBLEMS = 12
 _VERIFIER = "verify_report.py"
 
 
@@ -191,11 +191,11 @@ def verify(
     for check in found:
         mark, styles[len(rows)] = _MARKS[check.state]
         rows.append((check.name, mark, check.text))
-        for problem in check.problems[:_MOST_PROBLEMS]:
+        for problem in check.problems[:_MAX_PROBLEMS]:
             said, again = to_printable(problem.said), to_printable(problem.found)
             rows.append(("", "", f"{to_printable(problem.where)} is {said}, but {again} was found"))
-        if len(check.problems) > _MOST_PROBLEMS:
-            rows.append(("", "", f"and {len(check.problems) - _MOST_PROBLEMS:,} more"))
+        if len(check.problems) > _MAX_PROBLEMS:
+            rows.append(("", "", f"and {len(check.problems) - _MAX_PROBLEMS:,} more"))
     section = Section(rows=rows, words={0, 1, 2}, whole={0, 1}, styles=styles)
     heading = f"{path}: report of {report.facts.kind} {to_printable(report.facts.name)}"
     figures = {"verdict": report.verdict.state, "epsilon": report.epsilon}

@@ -16,7 +16,7 @@ from fedtune.cli.finished_run import load_finished_run
 from fedtune.cli.personalize import print_personalization
 from fedtune.cli.plain_words import explain_refusal, render_page
 from fedtune.cli.run_settings import expand_site_selection
-from fedtune.evaluation.bootstrap import FEWEST_UNITS
+from fedtune.evaluation.bootstrap import MIN_UNITS
 from fedtune.federation.policy_dry_run import DryRun, dry_run
 from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import flatten, format_key_start, group_hex, pluralize
@@ -52,8 +52,8 @@ _SHOWN_ABOVE = ("privacy", "federation", "runtime", "task")
 _MARKS = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 _NAME, _FOUND, _FIX = 8, 28, 11  # column positions of a check's name, result and fix
 _NARROWEST = 20
-_MOST_TEXT = 1000
-_MOST_REASON = 300
+_MAX_TEXT = 1000
+_MAX_REASON = 300
 
 
 class SiteActions:
@@ -143,7 +143,7 @@ class SiteActions:
         print_answer(told, [section], as_json=as_json, heading=heading)
 
     def score(self, run: str, *, by: str | None, smallest: int, as_json: bool) -> None:
-        check_at_least("--smallest", smallest, FEWEST_UNITS)
+        check_at_least("--smallest", smallest, MIN_UNITS)
         folder = self._find_kept_run(run)
         from fedtune.sites.real_site import read_site_records  # torch takes seconds to import
 
@@ -212,8 +212,8 @@ def _check_decision(by: str | None, ticket: str | None, reason: str | None) -> d
     """
     by = by or get_current_account()
     for option, given in (("--by", by), ("--ticket", ticket), ("--reason", reason)):
-        if given is not None and not (given.strip() and given.isprintable() and len(given) <= _MOST_REASON):
-            raise ConfigError(option, given, f"must be one line of at most {_MOST_REASON} characters")
+        if given is not None and not (given.strip() and given.isprintable() and len(given) <= _MAX_REASON):
+            raise ConfigError(option, given, f"must be one line of at most {_MAX_REASON} characters")
     return {"by": by, "ticket": ticket or "", "why": reason or ""}
 
 
@@ -306,11 +306,11 @@ def _print_check_line(console: Console, check: DoctorCheck) -> None:
         lines[0] = lines[0].ljust(_FOUND)
     else:
         lines.append(" " * _FOUND)  # a long name gets its own line
-    first, *rest = wrap_text(to_printable(found, _MOST_TEXT), width=max(_NARROWEST, console.width - _FOUND))
+    first, *rest = wrap_text(to_printable(found, _MAX_TEXT), width=max(_NARROWEST, console.width - _FOUND))
     lines[-1] += first
     lines += [" " * _FOUND + part for part in rest]
     fix = (
-        wrap_text(to_printable(check.fix, _MOST_TEXT), width=max(_NARROWEST, console.width - _FIX)) if check.fix else []
+        wrap_text(to_printable(check.fix, _MAX_TEXT), width=max(_NARROWEST, console.width - _FIX)) if check.fix else []
     )
     lines += [("" if number else "->").rjust(_FIX - 1) + f" {part}" for number, part in enumerate(fix)]
     text = Text("\n".join(line.rstrip() for line in lines))

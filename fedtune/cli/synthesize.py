@@ -51,7 +51,7 @@ To = Annotated[Path, Option(metavar="FILE", help="a new JSON Lines file (.jsonl)
 Beside = Annotated[Path | None, Option("public records for comparison in the card", metavar="FILE")]
 app = group(__doc__, default="generate")
 _SHOWN = 5
-_MOST_ROWS = 100_000
+_MAX_ROWS = 100_000
 
 
 class SyntheticFile:
@@ -74,7 +74,7 @@ class SyntheticFile:
         """
         if rows is not None:
             check_at_least("--rows", rows, 1)
-            check_at_most("--rows", rows, _MOST_ROWS)
+            check_at_most("--rows", rows, _MAX_ROWS)
         if to.suffix != ".jsonl":
             raise ConfigError("--to", str(to), "must be a new JSON Lines file: use a name that ends in .jsonl")
         config, adapter = load_finished_run(run, device=device)

@@ -10,7 +10,7 @@ from fedtune.formatting import pluralize
 from fedtune.spec import DataError
 
 MUCH = 0.1  # share of a file's rows; if more rows are unusable, a setting or the file is probably wrong
-_MOST_REASONS, _MOST_LINES = 3, 5  # maximum numbers in a message
+_MAX_REASONS, _MAX_LINES = 3, 5  # maximum numbers in a message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ class Faults:
         self._first = self._first or error
         # The part after a semicolon is advice, which may differ from row to row.
         self._reasons[error.bound.partition("; ")[0]] += 1
-        if len(self._lines) < _MOST_LINES and line not in self._lines:
+        if len(self._lines) < _MAX_LINES and line not in self._lines:
             self._lines.append(line)
 
     def summarize(self, *, used: int) -> SkippedRows:
@@ -72,7 +72,7 @@ class Faults:
         """
         if self._first is None:
             return
-        first, num, more = self._first, self._reasons.total(), ", ..." if self._reasons.total() > _MOST_LINES else ""
+        first, num, more = self._first, self._reasons.total(), ", ..." if self._reasons.total() > _MAX_LINES else ""
         several = f": {_format_reasons(self._reasons)}" if len(self._reasons) > 1 else ""
         all_of_them = f"{num:,} rows cannot be used, in lines {', '.join(map(str, self._lines))}{more}{several}"
         bound = f"{first.bound} ({all_of_them})" if num > 1 else first.bound
@@ -81,6 +81,6 @@ class Faults:
 
 def _format_reasons(reasons: Mapping[str, int]) -> str:
     most = Counter(reasons).most_common()
-    rest = sum(count for _, count in most[_MOST_REASONS:])
-    shown = "; ".join(f"{count:,} {reason}" for reason, count in most[:_MOST_REASONS])
+    rest = sum(count for _, count in most[_MAX_REASONS:])
+    shown = "; ".join(f"{count:,} {reason}" for reason, count in most[:_MAX_REASONS])
     return f"{shown}; {rest:,} others" if rest else shown

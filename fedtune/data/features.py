@@ -21,9 +21,9 @@ from fedtune.data.values import FEATURE, NO_NAME, normalize_category, parse_numb
 from fedtune.formatting import pluralize
 from fedtune.spec import ConfigError, DataError, check_at_least, check_at_most, spec
 
-MOST_VALUES = 65_536  # maximum vector length; each value takes four bytes per record, and again in a step
-_MOST_NAMES = 10_000  # limit on names, which are processed for each record or at each site before its reply
-_LARGEST, _LEAST_WIDTH, _LEAST_SHARE = 1e12, 1e-6, 2.5e-4
+MAX_VALUES = 65_536  # maximum vector length; each value takes four bytes per record, and again in a step
+_MAX_NAMES = 10_000  # limit on names, which are processed for each record or at each site before its reply
+_LARGEST, _MIN_WIDTH, _MIN_SHARE = 1e12, 1e-6, 2.5e-4
 """Limits on a range: the largest number, the minimum width, and the minimum width as a share of the largest number.
 With them a number in float32, the format of an exported graph with seven digits, is scaled to within 0.001.
 """
@@ -68,7 +68,7 @@ class FeatureSpec:
             if self.categories:
                 raise ConfigError("size", self.size, "must be null for a column of categories")
             check_at_least("size", self.size, 1)
-            check_at_most("size", self.size, MOST_VALUES)
+            check_at_most("size", self.size, MAX_VALUES)
 
     @property
     def num_numbers(self) -> int:
@@ -170,10 +170,10 @@ def check_range(key: str, bounds: tuple[float, float]) -> None:
     """
     low, high = bounds
     largest = max(abs(low), abs(high))
-    if not (largest <= _LARGEST and high - low >= max(_LEAST_WIDTH, _LEAST_SHARE * largest)):
+    if not (largest <= _LARGEST and high - low >= max(_MIN_WIDTH, _MIN_SHARE * largest)):
         bound = (
-            f"must be two ascending numbers of at most {_LARGEST:g} that differ by at least {_LEAST_WIDTH:g} and by a "
-            f"{1 / _LEAST_SHARE:.0f}th of the larger one; use a closer origin, such as seconds since the start of a day"
+            f"must be two ascending numbers of at most {_LARGEST:g} that differ by at least {_MIN_WIDTH:g} and by a "
+            f"{1 / _MIN_SHARE:.0f}th of the larger one; use a closer origin, such as seconds since the start of a day"
         )
         raise ConfigError(key, list(bounds), bound)
 
@@ -184,8 +184,8 @@ def check_names(key: str, names: Sequence[str]) -> None:
     Raises:
         ConfigError: for `key`.
     """
-    if len(names) > _MOST_NAMES:
-        raise ConfigError(key, f"{len(names)} {key}", f"must be at most {_MOST_NAMES}")
+    if len(names) > _MAX_NAMES:
+        raise ConfigError(key, f"{len(names)} {key}", f"must be at most {_MAX_NAMES}")
     for name, times in Counter(names).items():
         if not name or name != name.strip():
             raise ConfigError(key, name, "must not be blank or have surrounding spaces")

@@ -20,7 +20,7 @@ from typing import Any
 from fedtune.codec import read_regular_file
 from fedtune.data import images, span_formats
 from fedtune.data.text_rows import (
-    MOST_BYTES,
+    MAX_BYTES,
     RawRows,
     Row,
     catch_row_error,
@@ -355,15 +355,15 @@ def _build_arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]],
         ]
         num_bytes = sum(column.nbytes for column in columns)
         row = {
-            name: _to_plain_value(column[0].as_py()) if num_bytes <= MOST_BYTES else None
+            name: _to_plain_value(column[0].as_py()) if num_bytes <= MAX_BYTES else None
             for name, column in zip(one.schema.names, columns, strict=True)
         }
     except UnicodeDecodeError:
         raise DataError(at, "bytes that are not UTF-8", "must be UTF-8 text") from None
     except Exception as error:  # values that Python cannot represent, such as times out of range
         raise DataError(at, type(error).__name__, "must have values that Python can represent") from None
-    if num_bytes > MOST_BYTES:
-        raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes per record")
+    if num_bytes > MAX_BYTES:
+        raise DataError(at, f"more than {MAX_BYTES} bytes", f"must have at most {MAX_BYTES} bytes per record")
     return row | {
         column: _replace_label_number(row[column], of_label) for column, of_label in names.items() if column in row
     }

@@ -16,17 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.data.text_rows import MOST_BYTES, name_json_type
+from fedtune.data.text_rows import MAX_BYTES, name_json_type
 from fedtune.extras import require_extra
 from fedtune.spec import DataError
 
 FORMATS, SUFFIXES = ("JPEG", "PNG", "WEBP"), (".jpg", ".jpeg", ".png", ".webp")
-MOST_PIXELS = 50_000_000  # more than a camera's resolution, and up to 1 GB during decoding
-MOST_TIMES = 20  # maximum aspect ratio, because a processor resizes the shorter side
-_MOST_SCANS = 100  # maximum scans of a JPEG, each a pass over all pixels; progressive JPEGs have about ten
+MAX_PIXELS = 50_000_000  # more than a camera's resolution, and up to 1 GB during decoding
+MAX_TIMES = 20  # maximum aspect ratio, because a processor resizes the shorter side
+_MAX_SCANS = 100  # maximum scans of a JPEG, each a pass over all pixels; progressive JPEGs have about ten
 WITHIN = "data:;base64,"
 """Prefix of an image field that contains the image itself, as a data URL (RFC 2397)."""
-_BOUND = f"must be a complete {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image of at most {MOST_PIXELS:,} pixels"
+_BOUND = f"must be a complete {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image of at most {MAX_PIXELS:,} pixels"
 
 
 def read_image_field(value: object, at: str) -> str:
@@ -64,18 +64,18 @@ def decode_image(field: str, *, file: str, at: str) -> Any:
     from PIL import Image, ImageFile, ImageOps
 
     content = _read_content(field, file, at=at)
-    if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > _MOST_SCANS:
-        raise DataError(at, f"more than {_MOST_SCANS} scans", f"must have at most {_MOST_SCANS} scans, as a JPEG")
+    if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > _MAX_SCANS:
+        raise DataError(at, f"more than {_MAX_SCANS} scans", f"must have at most {_MAX_SCANS} scans, as a JPEG")
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library in this process may have changed it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about images that are refused below, and about unusual metadata
             with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
                 width, height = opened.size
-                if width * height > MOST_PIXELS:
+                if width * height > MAX_PIXELS:
                     raise DataError(at, f"{width * height:,} pixels", _BOUND)
-                if max(width, height) > MOST_TIMES * min(width, height):
-                    bound = f"must have an aspect ratio of at most {MOST_TIMES}"
+                if max(width, height) > MAX_TIMES * min(width, height):
+                    bound = f"must have an aspect ratio of at most {MAX_TIMES}"
                     raise DataError(at, f"{width} by {height} pixels", bound)
                 opened.load()
                 turned: Any = opened
@@ -106,14 +106,14 @@ def _read_content(field: str, file: str, *, at: str) -> bytes:
             if not path.is_file():
                 raise DataError(at, "no such file", _explain_missing(folder / field, field))
             with path.open("rb") as stream:
-                found = stream.read(MOST_BYTES + 1)
+                found = stream.read(MAX_BYTES + 1)
     except DataError:
         raise
     except (OSError, ValueError, RuntimeError):  # no permission; a null byte or invalid base64; circular links
         kind = "text that is not base64" if is_within else "a file that cannot be read"
         raise DataError(at, kind, _BOUND) from None
-    if len(found) > MOST_BYTES:
-        raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes per image")
+    if len(found) > MAX_BYTES:
+        raise DataError(at, f"more than {MAX_BYTES} bytes", f"must have at most {MAX_BYTES} bytes per image")
     return found
 
 

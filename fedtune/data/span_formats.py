@@ -16,7 +16,7 @@ from typing import Any
 
 from fedtune.codec import read_regular_file
 from fedtune.data.json_lists import convert_columns_to_rows, parse_list, to_compact_json
-from fedtune.data.text_rows import MOST_BYTES, Cut, Row, cut_rows, decode_text, format_location, name_json_type
+from fedtune.data.text_rows import MAX_BYTES, Cut, Row, cut_rows, decode_text, format_location, name_json_type
 from fedtune.spec import DataError
 
 _TAG = re.compile(r"([BIESLUM])[-_](.+)", re.DOTALL)  # a tag: the letter of the tagging scheme, and the type
@@ -280,10 +280,10 @@ def read_brat(_: int, marks: Path) -> Row:
     at, texts = str(marks), []
     with suppress(OSError, UnicodeDecodeError):
         for file in (marks.with_suffix(".txt"), marks):
-            if file.is_file() and file.stat().st_size <= MOST_BYTES:
+            if file.is_file() and file.stat().st_size <= MAX_BYTES:
                 texts.append(read_regular_file(file).decode("utf-8-sig"))
     if len(texts) < 2:
-        bound = f"must be UTF-8 of at most {MOST_BYTES} bytes, with its text in a .txt file of the same name"
+        bound = f"must be UTF-8 of at most {MAX_BYTES} bytes, with its text in a .txt file of the same name"
         raise DataError(at, "a file that cannot be read", bound)
     spans = [line for line in texts[1].splitlines() if line.startswith("T")]
     found = [match for match in map(_SPAN_OF_BRAT.fullmatch, spans) if match]
@@ -313,18 +313,18 @@ def split_at_blank_lines(path: Path) -> Cut:
     for number, raw in chain(cut_rows(path), [(0, b"")]):
         if raw is None or raw.strip(b" \t\r\n"):
             first = first if size else number
-            size += MOST_BYTES + 1 if raw is None else len(raw)
-            if raw is not None and size <= MOST_BYTES:
+            size += MAX_BYTES + 1 if raw is None else len(raw)
+            if raw is not None and size <= MAX_BYTES:
                 kept.append(raw)
             else:
                 kept.clear()
         elif size:
-            yield first, b"".join(kept) if size <= MOST_BYTES else None
+            yield first, b"".join(kept) if size <= MAX_BYTES else None
             kept, size = [], 0
 
 
 def _split_lines(raw: bytes | None, *, at: str) -> list[str]:
     if raw is None:
-        bound = f"must have at most {MOST_BYTES} bytes per record; a blank line ends a record"
-        raise DataError(at, f"more than {MOST_BYTES} bytes", bound)
+        bound = f"must have at most {MAX_BYTES} bytes per record; a blank line ends a record"
+        raise DataError(at, f"more than {MAX_BYTES} bytes", bound)
     return [line.rstrip("\r") for line in decode_text(raw, at=at).removesuffix("\n").split("\n")]

@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
-from fedtune.data.features import MOST_VALUES, FeatureSpec, check_names, check_range, map_feature_columns
+from fedtune.data.features import MAX_VALUES, FeatureSpec, check_names, check_range, map_feature_columns
 from fedtune.data.partition import PartitionSpec
 from fedtune.data.values import ANSWERS, FEATURE, OPTIONAL_ROLES, normalize_category
 from fedtune.privacy.mechanism import Unit
@@ -25,9 +25,9 @@ from fedtune.spec import (
     spec,
 )
 
-_MOST_TEMPLATE = 4096
+_MAX_TEMPLATE = 4096
 """Maximum number of characters; the template is processed for each record, or at each site before its reply."""
-_MOST_WINDOWS = 8
+_MAX_WINDOWS = 8
 AT_SITE = "at-site"  # replaces every file and folder in the settings that are sent to sites
 SITE = "{site}"  # placeholder for a site's name in `train_file`
 _OF_THE_LEAD = {"partition", "on_bad_record", "train_fraction"}
@@ -123,7 +123,7 @@ class DataSpec:
                 check_at_least(key, getattr(self, key), 1)
         if self.max_length != 1:  # 1 for feature vectors; a text needs one token between [CLS] and [SEP]
             check_at_least("max_length", self.max_length, 3)
-        check_one_of("windows", self.windows, range(1, _MOST_WINDOWS + 1))
+        check_one_of("windows", self.windows, range(1, _MAX_WINDOWS + 1))
         check_at_least("stride", self.stride, 0)
         if self.windows > 1 and self.stride > (self.max_length - 2) // 2:
             raise ConfigError("stride", self.stride, "must be at most half of a window of data.max_length")
@@ -150,7 +150,7 @@ class DataSpec:
             raise ConfigError("event_values", list(self.event_values), "must be two different values, or none")
         columns = [column for one in self.features for column in one.columns]
         check_names("features", columns)
-        check_at_most("features", sum(one.width for one in self.features), MOST_VALUES)
+        check_at_most("features", sum(one.width for one in self.features), MAX_VALUES)
         of_features = map_feature_columns(self.features, self.columns).values()
         times = Counter([*of_features, *(column for role, column in self.columns.items() if role in ANSWERS)])
         if twice := [column for column in of_features if times[column] > 1]:
@@ -272,9 +272,9 @@ def list_template_roles(template: str) -> tuple[str, ...]:
     Raises:
         ConfigError: for `prompt_template`.
     """
-    if len(template) > _MOST_TEMPLATE:
+    if len(template) > _MAX_TEMPLATE:
         raise ConfigError(
-            "prompt_template", f"{len(template)} characters", f"must have at most {_MOST_TEMPLATE} characters"
+            "prompt_template", f"{len(template)} characters", f"must have at most {_MAX_TEMPLATE} characters"
         )
     try:
         parts = list(Formatter().parse(template))

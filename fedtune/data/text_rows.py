@@ -29,7 +29,7 @@ Piece = TypeVar("Piece")
 Given = ParamSpec("Given")
 Cut: TypeAlias = Iterator[tuple[int, bytes | None]]
 """First line number and bytes of each row; the bytes of a row that is too long are discarded and replaced by None."""
-MOST_BYTES = 1 << 24  # maximum bytes of a row, far above the input of any model
+MAX_BYTES = 1 << 24  # maximum bytes of a row, far above the input of any model
 _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",  # has the prefix of UTF-16
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -88,7 +88,7 @@ def decode_text(raw: bytes | None, *, at: str) -> str:
         DataError: the row is too long, or not UTF-8.
     """
     if raw is None:
-        raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes per record")
+        raise DataError(at, f"more than {MAX_BYTES} bytes", f"must have at most {MAX_BYTES} bytes per record")
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -229,7 +229,7 @@ def _split_cells(text: str, *, comma: str, at: str) -> list[str]:
     """Split a row into cells; the result is empty for a blank line or a row of empty cells."""
     # The csv module's limit of 131,072 characters per cell is global to the process, and other code may have set it.
     # Records are limited already, so the limit is raised, but never lowered for other code.
-    csv.field_size_limit(max(csv.field_size_limit(), MOST_BYTES))
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_BYTES))
     try:
         cells = next(csv.reader([text], delimiter=comma, strict=True))
     except csv.Error as error:
@@ -256,14 +256,14 @@ class _RowBuffer:
     def add(self, piece: bytes) -> None:
         self.size += len(piece)
         self.line += piece.count(b"\n")
-        if self.size <= MOST_BYTES:
+        if self.size <= MAX_BYTES:
             self.kept += piece
         else:
             self.kept.clear()
 
     def take_row(self) -> tuple[int, bytes | None]:
         """Return the buffered row, and clear the buffer for the next row."""
-        row = self.first, bytes(self.kept) if self.size <= MOST_BYTES else None
+        row = self.first, bytes(self.kept) if self.size <= MAX_BYTES else None
         self.first, self.size = self.line, 0
         self.kept.clear()
         return row

@@ -26,7 +26,7 @@ length would determine the memory and time of a site.  Words have about four cha
 tokens are lines and spaces.  Only a text that consists mostly of such long tokens, or of spaces without tokens, loses
 any content.
 """
-_MOST_LONGER, _ROOM = 4, 256
+_MAX_LONGER, _ROOM = 4, 256
 """Limits on how much a normalizer may lengthen a text: a factor, and additional characters.  Unicode's own normalizers
 turn a Hangul letter into three characters; with a malicious table, a single letter could exhaust the memory.
 """
@@ -280,7 +280,7 @@ def _has_bounded_length(text: str, normalizer: Any) -> bool:
     if normalizer is None:
         return True
     made = catch_row_error("", translate_panics()(normalizer.normalize_str), text)
-    return not isinstance(made, DataError) and len(made) <= _MOST_LONGER * len(text) + _ROOM
+    return not isinstance(made, DataError) and len(made) <= _MAX_LONGER * len(text) + _ROOM
 
 
 def _to_tuple(text: Text) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-LEAST_CONFIDENCE = 0.9  # with less confidence, audits would too often reject a sound implementation
+MIN_CONFIDENCE = 0.9  # with less confidence, audits would too often reject a sound implementation
 _PRECISION = 1e-6
 _SHARE_OF_SITES = 0.9
 

@@ -32,7 +32,7 @@ NO_DIFFERENCE: Verdict = "cannot be told apart"
 
 RESAMPLES = 1000
 LEVEL = 0.95
-FEWEST_UNITS = 10
+MIN_UNITS = 10
 """Minimum number of units for a verdict.  With fewer units an interval is far too narrow; with one unit it has no
 width.
 """
@@ -96,9 +96,9 @@ class Drawn:
         one, other = (self.estimate(model, score, judged=judged) for model in (base, tuned))
         sign, verdict = get_score_direction(judged or score), NO_DIFFERENCE
         ends = sorted((sign * difference.low, sign * difference.high))
-        if self.num_units >= FEWEST_UNITS and math.isfinite(one.value) != math.isfinite(other.value):
+        if self.num_units >= MIN_UNITS and math.isfinite(one.value) != math.isfinite(other.value):
             verdict = "better" if math.isfinite(other.value) else "worse"
-        elif self.num_units >= FEWEST_UNITS and (ends[0] > 0 or ends[1] < 0):
+        elif self.num_units >= MIN_UNITS and (ends[0] > 0 or ends[1] < 0):
             verdict = "better" if ends[0] > 0 else "worse"
         return Comparison(one, other, difference, verdict)
 
@@ -177,7 +177,7 @@ def describe_against_constant(model: str, found: Estimate, constant: float, *, s
     The score of the constant prediction, on the same units, is treated as known exactly.
     """
     ends = sorted(get_score_direction(score) * (end - constant) for end in (found.low, found.high))
-    is_told = num_units >= FEWEST_UNITS and (ends[0] > 0 or ends[1] < 0)
+    is_told = num_units >= MIN_UNITS and (ends[0] > 0 or ends[1] < 0)
     what = f"is {'better' if ends[0] > 0 else 'worse'} than" if is_told else f"{NO_DIFFERENCE} from"
     told = f"{format_score_name(score)} {found.value:.4f} ({found.low:.4f} to {found.high:.4f}) against {constant:.4f}"
     return f"{model[:1].upper()}{model[1:]} {what} the best constant answer: {told}."

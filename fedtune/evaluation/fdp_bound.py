@@ -25,10 +25,10 @@ from fedtune.privacy.loss_distribution import compute_hockey_stick
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
-_MOST_MU = 40.0  # mu of a Gaussian mechanism with an epsilon of about 1,000, which no audit reaches
+_MAX_MU = 40.0  # mu of a Gaussian mechanism with an epsilon of about 1,000, which no audit reaches
 _CANDIDATES = 64  # values tested at once; each search divides its interval by this number minus 1
 _SEARCHES = 5  # 40 / 63^5: mu to eight digits
-_MOST_EPSILON = 1000.0
+_MAX_EPSILON = 1000.0
 
 
 def compute_fdp_lower_bound(canaries: int, guesses: int, right: int, *, delta: float, confidence: float) -> float:
@@ -47,7 +47,7 @@ def compute_fdp_lower_bound(canaries: int, guesses: int, right: int, *, delta: f
     >>> round(compute_fdp_lower_bound(20_000, 2099, 1818, delta=1e-6, confidence=0.95), 2)
     2.68
     """
-    low, high = 0.0, _MOST_MU
+    low, high = 0.0, _MAX_MU
     for _ in range(_SEARCHES):
         candidates = np.linspace(low, high, _CANDIDATES)
         refuted = refutes_gaussian(canaries, guesses, right, candidates, error=1 - confidence)
@@ -163,4 +163,4 @@ def compute_gaussian_epsilon(mu: float, delta: float) -> float:
         return 0.0
     from scipy.optimize import brentq  # slow to import
 
-    return float(brentq(excess, 0.0, _MOST_EPSILON, xtol=1e-9))
+    return float(brentq(excess, 0.0, _MAX_EPSILON, xtol=1e-9))

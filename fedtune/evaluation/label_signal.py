@@ -8,8 +8,8 @@ import numpy as np
 
 from fedtune.tasks.measures import Floats
 
-_LEAST_RECORDS, _LEAST_PER_CLASS = 50, 10
-_LEAST_Z = 2.0
+_MIN_RECORDS, _MIN_PER_CLASS = 50, 10
+_MIN_Z = 2.0
 _PENALTY = 1.0  # of ridge regression, for embeddings of L2 norm 1 (simulations/own_data)
 
 
@@ -32,12 +32,12 @@ class LabelSignal:
     @property
     def is_visible(self) -> bool:
         """Whether the classifier is better than the most frequent label by at least two standard errors."""
-        return self.z >= _LEAST_Z
+        return self.z >= _MIN_Z
 
 
 def has_enough_records(records: int, classes: int) -> bool:
     """Return True if a signal can be distinguished from none with this many records of this many classes."""
-    return records >= max(_LEAST_RECORDS, _LEAST_PER_CLASS * classes)
+    return records >= max(_MIN_RECORDS, _MIN_PER_CLASS * classes)
 
 
 def measure_label_signal(embeddings: Floats, classes: np.ndarray) -> LabelSignal:

@@ -17,7 +17,7 @@ from fedtune.model.hf_logging import get_first_line
 from fedtune.spec import ConfigError, DataError, translate_panics
 from fedtune.tasks.task_model import TaskModel
 
-_MOST_ON_CPU = 2048
+_MAX_ON_CPU = 2048
 """Maximum padded tokens of a batch on a CPU: for larger batches the allocator requests new system memory each time,
 which took MiniLM up to a third longer at 8192 (simulations/benchmarks).
 """
@@ -171,7 +171,7 @@ def iter_batches_with_cache(
         max_tokens: the maximum number of padded tokens per batch; a CPU uses at most 2048.
         kept: the cache, filled in the first pass; None: no cache.
     """
-    most = min(max_tokens, _MOST_ON_CPU) if model.device.type == "cpu" else max_tokens
+    most = min(max_tokens, _MAX_ON_CPU) if model.device.type == "cpu" else max_tokens
     for indices, plain in iter_batches_by_length(dataset, pad_id=pad_id, max_tokens=most):
         batch = plain.to(model.device)
         if kept is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, spec
 
-MOST_NEW_TOKENS = 1_000_000
+MAX_NEW_TOKENS = 1_000_000
 SMALLEST = 20  # default minimum number of units in a group with its own score
 
 
@@ -39,7 +39,7 @@ class EvaluationSpec:
     def __post_init__(self) -> None:
         check_at_least("max_tokens", self.max_tokens, 1)
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
-        check_at_most("max_new_tokens", self.max_new_tokens, MOST_NEW_TOKENS)
+        check_at_most("max_new_tokens", self.max_new_tokens, MAX_NEW_TOKENS)
         if self.generation_rows is not None:
             check_at_least("generation_rows", self.generation_rows, 1)
 
@@ -67,7 +67,7 @@ class WritingSpec:
 
     def __post_init__(self) -> None:
         check_at_least("--max-new-tokens", self.max_new_tokens, 1)
-        check_at_most("--max-new-tokens", self.max_new_tokens, MOST_NEW_TOKENS)
+        check_at_most("--max-new-tokens", self.max_new_tokens, MAX_NEW_TOKENS)
         check_at_least("--temperature", self.temperature, 0)
         check_fraction("--top-p", self.top_p, one=True)
         check_at_least("--guidance", self.guidance, 0)

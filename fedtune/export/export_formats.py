@@ -54,7 +54,7 @@ from fedtune.tasks.saved import SavedAdapter, load_task_model, write_task_model
 from fedtune.tasks.task_model import TaskModel
 
 _ROWS = 64  # number of artificial feature rows
-_MOST_APART = 1e-3
+_MAX_APART = 1e-3
 """Maximum difference of logits relative to the largest logit; allows only for the rounding of other kernels."""
 
 
@@ -136,7 +136,7 @@ class ReferenceOutputs:
         attended = self.attention_mask.bool() if self.logits.dim() > 2 else slice(None)
         ours, theirs = self.logits[attended], found[attended]
         apart = float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf")
-        if not apart <= _MOST_APART * max(1.0, float(ours.abs().max())):
+        if not apart <= _MAX_APART * max(1.0, float(ours.abs().max())):
             raise RunError(f"the {form} export's logits differ from those of the run's model (by up to {apart:.3g})")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedtune.privacy.release import Difference, Tensors
 
-MOST_ROUNDING = 2.0**-8
+MAX_ROUNDING = 2.0**-8
 """The largest relative rounding error of a difference: half a unit in the last place of an 8-bit significand."""
 
 

@@ -17,7 +17,7 @@ from fedtune.privacy.cohorts import Cohorts, shift_window
 from fedtune.privacy.run_plan import Plan
 
 _OFTEN = {"month": "Twelve runs a year", "quarter": "Four runs a year", "year": "One run a year"}
-_MOST_SHOWN = 24
+_MAX_SHOWN = 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +59,7 @@ def list_calendar_runs(plan: Plan, *, before: int = 0) -> tuple[CalendarRun, ...
     if not plan.private or plan.runs == 1:
         return ()
     window, cohorts, found = compute_max_runs_per_person(plan), plan.cohorts, []
-    for step in range(min(_MOST_SHOWN, plan.runs if window else plan.runs - before)):
+    for step in range(min(_MAX_SHOWN, plan.runs if window else plan.runs - before)):
         number = before + step + 1
         oldest = compute_epsilon_over_runs(plan, runs=number if window is None else min(number, window))
         admits, newest = (

@@ -24,8 +24,8 @@ from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError
 
-_MOST_POINTS = 20
-MOST_ROUNDS = 1_000_000  # upper limit of the search for the number of rounds
+_MAX_POINTS = 20
+MAX_ROUNDS = 1_000_000  # upper limit of the search for the number of rounds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +131,7 @@ def compute_cost(plan: Plan, declared_sizes: Mapping[str, int], *, before: int) 
     whole, delta = plan.full_event, plan.delta
     _, order = filter.find_smallest_cap(whole, delta=delta)
     # All rounds, or about twenty of them at even distances (rounded up), with the first, the last and the last planned.
-    count, every = plan.most_rounds, -(-plan.most_rounds // _MOST_POINTS)
+    count, every = plan.most_rounds, -(-plan.most_rounds // _MAX_POINTS)
     shown = sorted({1, *range(every, count, every), plan.num_rounds, count})
     return PlanCost(
         plan=plan,
@@ -149,7 +149,7 @@ def compute_cost(plan: Plan, declared_sizes: Mapping[str, int], *, before: int) 
     )
 
 
-LEAST_SIGNAL = 0.5
+MIN_SIGNAL = 0.5
 """The `compute_signal_to_noise` below which a run is unlikely to learn, measured in simulations/own_data."""
 
 
@@ -157,10 +157,10 @@ def check_signal(plan: Plan, declared_sizes: Mapping[str, int], *, values: float
     """Check that a plan is likely to learn anything, from public numbers and before any site is charged.
 
     Raises:
-        ConfigError: `compute_signal_to_noise` is below `LEAST_SIGNAL`.
+        ConfigError: `compute_signal_to_noise` is below `MIN_SIGNAL`.
     """
     ratio = compute_signal_to_noise(plan, declared_sizes, values=values)
-    if ratio < LEAST_SIGNAL:
+    if ratio < MIN_SIGNAL:
         bound = (
             "the signal is too weak at this size and epsilon: noise moves the adapter "
             f"{1 / ratio:.3g} times as far as all records together can, so the run will likely learn nothing "
@@ -271,7 +271,7 @@ def solve_rounds(plan: Plan, *, epsilon: float) -> Plan:
     fits, too_many = 0, 1
     while is_within_target(too_many):
         fits, too_many = too_many, 2 * too_many
-        if too_many > MOST_ROUNDS:
+        if too_many > MAX_ROUNDS:
             return dataclasses.replace(plan, num_rounds=fits)
     fits += bisect(range(fits + 1, too_many), False, key=lambda count: not is_within_target(count))
     if not fits:
@@ -317,14 +317,14 @@ def find_least_noise(plan: Plan, *, epsilon: float) -> float | None:
 
     Works like `accountant.calibrate_noise`, but starts the search at the noise multiplier of `plan`.
     """
-    most = plan.with_noise(accountant.MOST_NOISE)
+    most = plan.with_noise(accountant.MAX_NOISE)
     if plan.releases_metrics and compute_target_epsilon(most) > epsilon:
         return None  # the released scores alone exceed the target, so the search would fail
     noise = accountant.find_boundary(
         lambda noise: compute_target_epsilon(plan.with_noise(noise)),
         epsilon,
         start=plan.noise_multiplier,
-        bounds=(accountant.LEAST_NOISE, accountant.MOST_NOISE),
+        bounds=(accountant.MIN_NOISE, accountant.MAX_NOISE),
         rising=False,
     )
     return None if noise is None else math.ceil(noise * 1e4) / 1e4

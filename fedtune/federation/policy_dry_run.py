@@ -19,7 +19,7 @@ from fedtune.privacy import accountant, events
 from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.ledger import run_acceptance
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.mechanism import MOST_EPSILON
+from fedtune.privacy.mechanism import MAX_EPSILON
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.run_plan import Plan
@@ -48,7 +48,7 @@ class DryRun:
         least_noise: the smallest noise multiplier that the site would accept, at least that of the run; None: the site
             would refuse the run at every noise multiplier.
         note: a warning outside the policy rules, such as an unreadable ledger; an empty string if there is none.
-        most_epsilon: the largest `privacy.epsilon`, up to `MOST_EPSILON`, that the site would accept for an otherwise
+        most_epsilon: the largest `privacy.epsilon`, up to `MAX_EPSILON`, that the site would accept for an otherwise
             unchanged plan; None: the site accepts no epsilon, or the search was not requested.
         limit: the policy or budget rule that a larger epsilon would violate; None if there is no such rule.
     """
@@ -176,9 +176,9 @@ class _PolicyBudget:
         tried = proposal
         while self.accepts(tried):
             noise = tried.plan.noise_multiplier
-            if noise <= accountant.LEAST_SOUGHT or compute_target_epsilon(tried.plan) >= MOST_EPSILON:
-                return MOST_EPSILON, None
-            tried = proposal.with_noise(max(noise / 2, accountant.LEAST_SOUGHT))
+            if noise <= accountant.MIN_SOUGHT or compute_target_epsilon(tried.plan) >= MAX_EPSILON:
+                return MAX_EPSILON, None
+            tried = proposal.with_noise(max(noise / 2, accountant.MIN_SOUGHT))
         least = run_acceptance.find_min_noise(tried, self.accepts)
         if least is None:
             return None, None

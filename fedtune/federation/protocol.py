@@ -19,9 +19,9 @@ from fedtune.privacy.release import Answer, Reason, Receipt, Refused
 from fedtune.spec import WIRE_SCHEMA, ConfigError, check_name
 from fedtune.version import build
 
-_MOST_CHARACTERS = 1 << 16
+_MAX_CHARACTERS = 1 << 16
 """Limit on a signed text: the ledger stores requests, and a server must not fill a site's disk."""
-_MOST_ROUNDS = 1 << 31  # far above any plan
+_MAX_ROUNDS = 1 << 31  # far above any plan
 _SHA256, _NONCE = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
 _SOFTWARE = re.compile(r"[\w.+-]{1,80}", re.ASCII)
 OTHER_PROTOCOL = re.compile(r"protocol \d{1,10} \(fedtune [\w.+-]{1,80}\): upgrade the (site|lead)", re.ASCII)
@@ -80,7 +80,7 @@ class _LeadMessage(ABC):
                 version.
         """
         try:
-            _require("text", len(signed.text) <= _MOST_CHARACTERS)
+            _require("text", len(signed.text) <= _MAX_CHARACTERS)
             text = signed.text.encode()  # raises ValueError for an unpaired surrogate
             message = cls._from_json(parse_json(text, key="text", bound="must be an object"))
         except ValueError as error:
@@ -120,7 +120,7 @@ class _RunMessage(_LeadMessage):
     def _from_json(cls, fields: dict[str, Any]) -> Self:
         # These two fields and the format of a refusal are identical in every protocol version.
         spoken, software = fields.pop("protocol", None), fields.setdefault("software", "unknown")
-        _require("protocol", type(spoken) is int and 0 < spoken < _MOST_ROUNDS)
+        _require("protocol", type(spoken) is int and 0 < spoken < _MAX_ROUNDS)
         _require("software", type(software) is str and _SOFTWARE.fullmatch(software))
         if needed := explain_upgrade(site=WIRE_SCHEMA, lead=spoken):
             here = f"protocol {WIRE_SCHEMA} (fedtune {build()}): {needed}"
@@ -164,7 +164,7 @@ class RoundRequest(_RunMessage):
         return _RunMessage._to_json(self) | {"receipt": self.receipt and self.receipt.to_json()}
 
     def _check(self) -> None:
-        _require("round", 1 <= self.round < _MOST_ROUNDS)
+        _require("round", 1 <= self.round < _MAX_ROUNDS)
         _require("adapter_digest", _SHA256.fullmatch(self.adapter_digest))
         secure = self.proposal.plan.shared is not None
         _require("session", _NONCE.fullmatch(self.session) if secure else self.session == "")

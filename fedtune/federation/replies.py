@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.federation.bfloat16 import MOST_ROUNDING, add_difference
+from fedtune.federation.bfloat16 import MAX_ROUNDING, add_difference
 from fedtune.federation.protocol import Reply
 from fedtune.federation.spec import FederationSpec
 from fedtune.federation.update_store import UpdateStore
@@ -28,7 +28,7 @@ NO_REPLY = "no_reply"
 LEFT_OUT = "left_out"  # the site is excluded, because its shares in secure aggregation were wrong
 NOT_SUMMED = "not_summed"  # the site was charged, but its upload is not in the sum
 UNSIGNED_REPLY = "unsigned_reply"  # unsigned, or signed for another round, so that it does not prove a charge
-_MOST_SHARE = 1e9
+_MAX_SHARE = 1e9
 """The largest plausible noised score or count, as a share of the declared size."""
 BEYOND_PLAN = "beyond_plan"  # the update is further from the sent adapter than the plan's training allows
 
@@ -161,7 +161,7 @@ class RoundReplies:
         tensors = None if part is None else pad_to_full_rank(part, sent, rank)
         if tensors is None:
             return _Outcome(failure=INVALID_UPDATE), None
-        within = self.reaches[site].allows(tensors, sent=self.sent, rounding=MOST_ROUNDING * rounded)
+        within = self.reaches[site].allows(tensors, sent=self.sent, rounding=MAX_ROUNDING * rounded)
         return (outcome, tensors) if within else (_Outcome(failure=BEYOND_PLAN), None)
 
 
@@ -170,7 +170,7 @@ def _are_valid_scores(plan: Plan, scores: tuple[float, float] | None) -> bool:
 
     Scores and counts are shares of the declared size.
     """
-    return (scores is not None) == plan.releases_metrics and all(abs(value) <= _MOST_SHARE for value in scores or ())
+    return (scores is not None) == plan.releases_metrics and all(abs(value) <= _MAX_SHARE for value in scores or ())
 
 
 def _decode_update(came: Tensors | Difference | Masked, sent: Tensors) -> Tensors | None:

@@ -20,7 +20,7 @@ from fedtune.privacy.durable import hash_files, write_durably
 from fedtune.spec import ConfigError, RunError, StuckError, describe_full_disk
 from fedtune.system import lock
 
-_MOST_NAMED = 10
+_MAX_NAMED = 10
 ASKED = "asked.jsonl"  # the journal of requested rounds, in the checkpoint folder
 
 
@@ -47,8 +47,8 @@ def suggest_run_folders(folder: Path) -> str:
         if alike := difflib.get_close_matches(folder.name, named, n=1):
             return f"; did you mean {named[alike[0]]}?"
         if named:
-            more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
-            return f"; there are {', '.join(list(named.values())[:_MOST_NAMED])}{more}"
+            more = f" and {len(named) - _MAX_NAMED} more" if len(named) > _MAX_NAMED else ""
+            return f"; there are {', '.join(list(named.values())[:_MAX_NAMED])}{more}"
     return ""
 
 

@@ -34,7 +34,7 @@ _SESSIONS = 3
 """Maximum number of attempts to begin a session, because a site may restart during an attempt.  Afterwards, the lead
 continues without that site or gives up."""
 
-MOST_LOST = 5
+MAX_LOST_ROUNDS = 5
 """The run ends after this number of releases without a sum: if two sites accuse each other of wrong shares, the lead
 cannot identify the site at fault."""
 
@@ -115,7 +115,7 @@ class SecureSums:
         """Apply an optimizer step with the sum of the uploads; keep the previous adapter if the sum cannot be computed.
 
         Raises:
-            RunError: two consecutive rounds, or `MOST_LOST` rounds in total, had no sum.
+            RunError: two consecutive rounds, or `MAX_LOST_ROUNDS` rounds in total, had no sum.
         """
         lead, adapter, strategy = self._lead, state.adapter, state.strategy
         sites: tuple[str, ...] = ()
@@ -135,7 +135,7 @@ class SecureSums:
             )
         except Unreadable as error:
             lost = [result.round for result in state.rounds if not result.sites]
-            if state.round in lost or len(lost) + 1 >= MOST_LOST:
+            if state.round in lost or len(lost) + 1 >= MAX_LOST_ROUNDS:
                 pairs = sorted(" and ".join(sorted(pair)) for pair in self._accused)
                 accused = f"; wrong shares between {', '.join(pairs)}" if pairs else ""
                 before = f"as in round {', '.join(map(str, lost))}, and each round is charged{accused}"

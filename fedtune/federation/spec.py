@@ -8,7 +8,7 @@ from itertools import cycle
 from operator import attrgetter
 from typing import Any, Literal
 
-from fedtune.federation.secure.agreement import MOST_SITES_OF_SUM
+from fedtune.federation.secure.agreement import MAX_SITES_OF_SUM
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.release import Offer
 from fedtune.privacy.threshold import least_threshold
@@ -25,7 +25,7 @@ from fedtune.spec import (
 from fedtune.training.algorithms.algorithm_registry import get_algorithm
 from fedtune.training.algorithms.local_algorithm import LocalAlgorithm
 
-MOST_SITES = 10_000  # a limit on settings from untrusted sources
+MAX_SITES = 10_000  # a limit on settings from untrusted sources
 
 
 @spec
@@ -98,7 +98,7 @@ class FederationSpec:
     def __post_init__(self) -> None:
         for name in ("num_rounds", "num_sites", "min_sites"):
             check_at_least(name, getattr(self, name), 1)
-        check_at_most("num_sites", self.num_sites, MOST_SITES)
+        check_at_most("num_sites", self.num_sites, MAX_SITES)
         for name in ("spare_rounds", "renewal"):
             check_at_least(name, getattr(self, name), 0)
         if self.site_names and len(self.site_names) != self.num_sites:
@@ -135,8 +135,8 @@ class FederationSpec:
                 if getattr(self, name) != none:
                     raise ConfigError(name, getattr(self, name), "requires federation.aggregation = secure")
             return
-        if together.num_sites > MOST_SITES_OF_SUM:
-            bound = f"must be at most {MOST_SITES_OF_SUM} participating sites with federation.aggregation = secure"
+        if together.num_sites > MAX_SITES_OF_SUM:
+            bound = f"must be at most {MAX_SITES_OF_SUM} participating sites with federation.aggregation = secure"
             raise ConfigError("num_sites", together.num_sites, bound)
         if why := self.bound_algorithm.not_in_sums:
             raise ConfigError("algorithm", self.algorithm, f"requires federation.aggregation = plain: {why}")

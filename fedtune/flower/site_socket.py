@@ -40,12 +40,12 @@ END, INVITE, SUM = "end", "invite", "sum"
 Answering = Callable[[str, float, RecordDict], RecordDict]
 """Function that answers a message; its arguments are the kind ("train", "query.invite"), server time and content."""
 
-MOST_HEAD_BYTES, MOST_BODY_BYTES = 1 << 20, 1 << 30
+MAX_HEAD_BYTES, MAX_BODY_BYTES = 1 << 20, 1 << 30
 _TRANSFER_S = 60.0  # timeout for receiving a message, and for sending an answer
 _WAITING = 8  # connections in the backlog
 _LENGTHS = struct.Struct(">IQ")  # bytes of the header and of the body
 _CREDENTIALS = struct.Struct("=iII")  # pid, uid and gid, as in Linux's struct ucred
-_PEER_GROUPS, _MOST_OPTION = 59, 1024  # Linux's SO_PEERGROUPS, which Python does not define
+_PEER_GROUPS, _MAX_OPTION = 59, 1024  # Linux's SO_PEERGROUPS, which Python does not define
 _BYTES = "bytes"
 
 
@@ -191,7 +191,7 @@ def _check_peer(line: socket.socket, *, group: int) -> None:
     _, user, first = _CREDENTIALS.unpack(credentials)
     groups = array("I")
     with suppress(OSError):  # too many groups for the buffer: only the primary group counts
-        groups.frombytes(line.getsockopt(socket.SOL_SOCKET, _PEER_GROUPS, _MOST_OPTION))
+        groups.frombytes(line.getsockopt(socket.SOL_SOCKET, _PEER_GROUPS, _MAX_OPTION))
     if user != effective_user() and group not in (first, *groups):
         raise PermissionError
 
@@ -218,5 +218,5 @@ def _receive(line: socket.socket, *, most_s: float | None) -> tuple[bytearray, b
 
 
 def _check_sizes(head: int, body: int) -> None:
-    if head > MOST_HEAD_BYTES or body > MOST_BODY_BYTES:
+    if head > MAX_HEAD_BYTES or body > MAX_BODY_BYTES:
         raise ValueError("the message exceeds the size limits")

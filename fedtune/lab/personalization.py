@@ -34,7 +34,7 @@ from fedtune.training.examples import IndexArray, SiteExamples
 from fedtune.training.local import set_mean_gradient
 from fedtune.training.optimizer import make_optimizer, set_learning_rate
 
-FEWEST_RECORDS = 10  # minimum size of each part
+MIN_RECORDS = 10  # minimum size of each part
 NOTE = "own_adapters.json"
 """File next to the ledger with the runs and dates of personalized adapters; outside of the ledger's hash chain."""
 _HELD_OUT = 0.3
@@ -42,7 +42,7 @@ _BATCH = 32
 _RATES = (1.0, 0.3, 0.1, 0.03, 0.01)
 """Learning-rate schedule, as factors of the run's learning rates without noise.  The run's rates suit batches of
 hundreds of records; with `_BATCH` records, the shared adapters of four banks improved only at the last two factors."""
-_MOST_PASSES = 10
+_MAX_PASSES = 10
 _CARD = """\
 # Private to {site}: no guarantee
 
@@ -78,15 +78,15 @@ class Parts:
             unit: the privacy unit; the records of a unit are never split between parts.
 
         Raises:
-            DataError: a part has fewer than `FEWEST_RECORDS` records.
+            DataError: a part has fewer than `MIN_RECORDS` records.
         """
         training, held, seen = records.training, records.heldout, not records.heldout
         if seen:
             training, held = split_heldout(training, fraction=_HELD_OUT, key=key + b" held out", unit=unit)
         choosing, scored = split_heldout(held, fraction=0.5, key=key + b" scored", unit=unit)
         for name, part in {"training": training, "choosing": choosing, "scored": scored}.items():
-            if len(part) < FEWEST_RECORDS:
-                bound = f"must be at least {FEWEST_RECORDS} for a personalized adapter: use more records of the site"
+            if len(part) < MIN_RECORDS:
+                bound = f"must be at least {MIN_RECORDS} for a personalized adapter: use more records of the site"
                 raise DataError(f"records for {name}", str(len(part)), bound)
         return cls(training=training, choosing=choosing, scored=scored, seen=seen)
 
@@ -199,8 +199,8 @@ class _Fit:
             best.load_into(shared.model)
             optimizer = make_optimizer(shared.model.list_active_parameters(), shared.config.training, clipped=False)
             set_learning_rate(optimizer, rate)
-            while passes < _MOST_PASSES:
-                shared.progress(what, passes, _MOST_PASSES)
+            while passes < _MAX_PASSES:
+                shared.progress(what, passes, _MAX_PASSES)
                 self._train_pass(optimizer, order.permutation(self._training))
                 if not (loss := self._compute_selection_loss()) < lowest:
                     break

@@ -20,7 +20,7 @@ ADAPTERS = {"lora": "A LoRA adapter", "dora": "A DoRA adapter", "ia3": "An IA3 a
 """Names of the adapter kinds, as the subject of a sentence."""
 LORA_A, LORA_B = ".lora_A.", ".lora_B."
 """The part of a tensor's name that marks it as one of LoRA's factors, as PEFT names them."""
-_WIDEST, _MOST_LAYERS = 4096, 8
+_WIDEST, _MAX_LAYERS = 4096, 8
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # old hub ids have no owner
 _NOT_PROVEN = {
     "prompt": "virtual tokens change every layer's output, and occupy positions of the record's own tokens",
@@ -212,7 +212,7 @@ class HeadSpec:
         for width in self.hidden:
             check_at_least("hidden", width, 1)
             check_at_most("hidden", width, _WIDEST)
-        check_at_most("hidden", len(self.hidden), _MOST_LAYERS)
+        check_at_most("hidden", len(self.hidden), _MAX_LAYERS)
 
 
 @spec

@@ -13,11 +13,11 @@ from typing import Any
 
 from fedtune.spec import format_value
 
-_MOST_PARTS = 16
-_MOST_GROWTH = 300  # maximum output characters of all steps per input character; ALBERT's steps reach 288
-_MOST_REPLACED = 18  # maximum replacement length in a SentencePiece table, the NFKC expansion of U+FDFA
-_MOST_PREPENDED, _MOST_SPECIAL, _MOST_PATTERN, _MOST_PIECE, _MOST_AFFIX = 4, 16, 64, 512, 16
-_MOST_WORD, _MOST_UNIGRAM = 200, 128
+_MAX_PARTS = 16
+_MAX_GROWTH = 300  # maximum output characters of all steps per input character; ALBERT's steps reach 288
+_MAX_REPLACED = 18  # maximum replacement length in a SentencePiece table, the NFKC expansion of U+FDFA
+_MAX_PREPENDED, _MAX_SPECIAL, _MAX_PATTERN, _MAX_PIECE, _MAX_AFFIX = 4, 16, 64, 512, 16
+_MAX_WORD, _MAX_UNIGRAM = 200, 128
 """Maximum length of a word for WordPiece (BERT: 100), whose time is cubic in the length, and of a piece for Unigram
 (usually 16), which tries that many pieces at each character.
 """
@@ -32,7 +32,7 @@ Replace and Precompiled are inspected separately.  NFKC and NFKD expand a few ra
 an earlier step can insert them into any text.
 """
 _COMPATIBLE = ("NFKC", "NFKD")
-_MOST_COMPATIBLE = 18
+_MAX_COMPATIBLE = 18
 
 _PRE_TOKENIZERS = {
     "BertPreTokenizer": 1, "CharDelimiterSplit": 1, "Digits": 1, "Punctuation": 1, "Split": 1, "UnicodeScripts": 1,
@@ -106,8 +106,8 @@ def explain_tokenizer_refusal(fields: dict[str, Any]) -> str | None:
             growth *= _PRE_TOKENIZERS[step["type"]]
             if step["type"] == "Split":
                 _compute_min_match_length(step.get("pattern"))
-        if growth > _MOST_GROWTH:
-            raise _TokenizerError(f"has steps that turn one character into up to {growth}, more than {_MOST_GROWTH}")
+        if growth > _MAX_GROWTH:
+            raise _TokenizerError(f"has steps that turn one character into up to {growth}, more than {_MAX_GROWTH}")
         for step in _flatten_steps(fields.get("post_processor"), "processors", known=_POST_PROCESSORS):
             if step["type"] == "TemplateProcessing":
                 _check_template(step)
@@ -138,8 +138,8 @@ def _flatten_steps(part: Any, inner: str, *, known: Any) -> list[dict[str, Any]]
             raise _TokenizerError(f"has the step {quote(step['type'])}, which fedtune does not support")
         else:
             steps.append(step)
-        if len(steps) + len(waiting) > _MOST_PARTS:
-            raise _TokenizerError(f"has more than {_MOST_PARTS} steps in a row")
+        if len(steps) + len(waiting) > _MAX_PARTS:
+            raise _TokenizerError(f"has more than {_MAX_PARTS} steps in a row")
     return steps
 
 
@@ -148,13 +148,13 @@ def _compute_max_growth(normalizer: Any) -> int:
     growth, chosen = 1, False
     for step in _flatten_steps(normalizer, "normalizers", known=_NORMALIZERS):
         kind = step["type"]
-        growth *= _MOST_COMPATIBLE if kind in _COMPATIBLE and chosen else _NORMALIZERS[kind]
+        growth *= _MAX_COMPATIBLE if kind in _COMPATIBLE and chosen else _NORMALIZERS[kind]
         if kind == "Replace":
             least, put = _compute_min_match_length(step["pattern"]), len(step["content"])
             if put > least:
                 raise _TokenizerError(f"replaces {least} characters by {put}, which lengthens a text")
-        elif kind == "Prepend" and len(step["prepend"]) > _MOST_PREPENDED:
-            raise _TokenizerError(f"prepends more than {_MOST_PREPENDED} characters to a text")
+        elif kind == "Prepend" and len(step["prepend"]) > _MAX_PREPENDED:
+            raise _TokenizerError(f"prepends more than {_MAX_PREPENDED} characters to a text")
         elif kind == "Precompiled":
             growth *= _find_longest_replacement(step.get("precompiled_charsmap") or "")
         chosen |= kind == "Precompiled" or not (step.get("content") or step.get("prepend") or "").isascii()
@@ -172,21 +172,21 @@ def _find_longest_replacement(encoded: str) -> int:
     if table and not texts:
         raise _TokenizerError("has a truncated character table")
     longest = max(1, *(len(text.decode(errors="replace")) for text in texts.split(b"\0")))
-    if longest > _MOST_REPLACED:
-        raise _TokenizerError(f"has a table that turns one character into {longest}, more than {_MOST_REPLACED}")
+    if longest > _MAX_REPLACED:
+        raise _TokenizerError(f"has a table that turns one character into {longest}, more than {_MAX_REPLACED}")
     return longest
 
 
 def _compute_min_match_length(pattern: Any) -> int:
     """Return the minimum number of characters that a pattern matches."""
     ((kind, text),) = pattern.items()
-    if kind == "String" and 0 < len(text) <= _MOST_PATTERN:
+    if kind == "String" and 0 < len(text) <= _MAX_PATTERN:
         return len(text)
     # Some files contain literal line breaks.
     text = text.replace("\r", r"\r").replace("\n", r"\n")
     if kind == "Regex" and text in PUBLISHED:
         return 1
-    simple = _SIMPLE.fullmatch(text) if kind == "Regex" and len(text) <= _MOST_PATTERN else None
+    simple = _SIMPLE.fullmatch(text) if kind == "Regex" and len(text) <= _MAX_PATTERN else None
     if simple is None:
         raise _TokenizerError(f"has the pattern {quote(text)}, which is not known to take linear time")
     return min(int(simple["least"] or 1), int(simple["most"] or 99))
@@ -200,8 +200,8 @@ def _check_template(step: dict[str, Any]) -> None:
         ]
         if len(pieces) - len(added) > most:
             raise _TokenizerError("has a template that repeats a text")
-        if len(added) > _MOST_SPECIAL or sum(len(ids) for ids in added) > _MOST_SPECIAL:
-            raise _TokenizerError(f"has a template with more than {_MOST_SPECIAL} special tokens")
+        if len(added) > _MAX_SPECIAL or sum(len(ids) for ids in added) > _MAX_SPECIAL:
+            raise _TokenizerError(f"has a template with more than {_MAX_SPECIAL} special tokens")
 
 
 def _check_model(model: dict[str, Any]) -> None:
@@ -210,18 +210,18 @@ def _check_model(model: dict[str, Any]) -> None:
     # BPE-dropout would change a record's tokens in each pass.
     if model.get("dropout"):
         raise _TokenizerError(f"has dropout = {quote(model['dropout'])}, so a text has different tokens in each pass")
-    if model.get("max_input_chars_per_word", 0) > _MOST_WORD:
-        raise _TokenizerError(f"accepts words of more than {_MOST_WORD} characters (max_input_chars_per_word)")
+    if model.get("max_input_chars_per_word", 0) > _MAX_WORD:
+        raise _TokenizerError(f"accepts words of more than {_MAX_WORD} characters (max_input_chars_per_word)")
     vocabulary = model.get("vocab") or ()
     if isinstance(vocabulary, dict):
         _check_pieces(vocabulary)
     else:
-        _check_pieces((piece for piece, _ in vocabulary), most=_MOST_UNIGRAM)
+        _check_pieces((piece for piece, _ in vocabulary), most=_MAX_UNIGRAM)
     affixes = (model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
-    _check_pieces(affixes, most=_MOST_AFFIX)  # WordPiece adds an affix to each candidate piece
+    _check_pieces(affixes, most=_MAX_AFFIX)  # WordPiece adds an affix to each candidate piece
 
 
-def _check_pieces(pieces: Any, *, most: int = _MOST_PIECE) -> None:
+def _check_pieces(pieces: Any, *, most: int = _MAX_PIECE) -> None:
     longest = max(map(len, pieces), default=0)
     if longest > most:
         raise _TokenizerError(f"has a piece of {longest} characters, more than {most}")

@@ -95,14 +95,14 @@ method.
 _OF_EVERY_PROCESSOR = {"data_format": (None, "channels_first"), "do_pad": (None, False)} | dict.fromkeys(
     ("device", "input_data_format", "pad_size", "return_tensors"), (None,)
 )
-_MOST_SIDE = 1024  # maximum side of an image before the center crop; determines memory and time
+_MAX_SIDE = 1024  # maximum side of an image before the center crop; determines memory and time
 
-_MOST_BYTES = {"config.json": 1 << 20, "generation_config.json": 1 << 20, "tokenizer_config.json": 16 << 20}
-_MOST_BYTES |= {PROCESSOR: 1 << 20}
-_MOST_BYTES_ELSE = 256 << 20
-_MOST_DEPTH = 32
+_MAX_BYTES = {"config.json": 1 << 20, "generation_config.json": 1 << 20, "tokenizer_config.json": 16 << 20}
+_MAX_BYTES |= {PROCESSOR: 1 << 20}
+_MAX_BYTES_ELSE = 256 << 20
+_MAX_DEPTH = 32
 _LARGEST_INTEGER = 1 << 24
-_MOST_LAYERS = 1 << 10
+_MAX_LAYERS = 1 << 10
 
 _LOADS_MORE = "would load files or code other than the pinned ones"
 _REDIRECTING = frozenset(
@@ -147,7 +147,7 @@ STATIC_ROTARY = frozenset({"default", "linear", "yarn", "llama3", "proportional"
 
 def get_max_file_bytes(name: str) -> int:
     """Return the maximum size in bytes of a model file other than weights."""
-    return _MOST_BYTES.get(name, _MOST_BYTES_ELSE)
+    return _MAX_BYTES.get(name, _MAX_BYTES_ELSE)
 
 
 def check_content(name: str, content: bytes, *, folder: str) -> None:
@@ -188,8 +188,8 @@ def explain_config_refusal(fields: dict[str, Any]) -> str | None:
             return f"has {quote(key)} = {quote(value)}; the limit is {_LARGEST_INTEGER}"
         if type(value) is int and "layer" in key and "size" not in key and "dim" not in key:
             layers = max(layers, value)
-    if layers > _MOST_LAYERS:
-        return f"describes {layers} layers; the limit is {_MOST_LAYERS}"
+    if layers > _MAX_LAYERS:
+        return f"describes {layers} layers; the limit is {_MAX_LAYERS}"
     return (
         _explain_rope_refusal(fields) or _explain_architecture_refusal(fields) or _explain_unknown_key_refusal(fields)
     )
@@ -300,8 +300,8 @@ def _explain_processor_refusal(fields: dict[str, Any]) -> str | None:
         if key not in OF_PROCESSOR or value not in _OF_EVERY_PROCESSOR.get(key, (value,)):
             return f"has {quote(key)} = {quote(value)}, an unknown image processor setting; remove it"
         sides = (value.values() if isinstance(value, dict) else [value]) if key in ("size", "crop_size") else ()
-        if not all(one is None or (type(one) is int and 0 < one <= _MOST_SIDE) for one in sides):
-            return f"has {key} = {quote(value)}; each side must be a whole number of at most {_MOST_SIDE}"
+        if not all(one is None or (type(one) is int and 0 < one <= _MAX_SIDE) for one in sides):
+            return f"has {key} = {quote(value)}; each side must be a whole number of at most {_MAX_SIDE}"
         three = isinstance(value, list) and len(value) == 3 and all(type(one) in (int, float) for one in value)
         if key in ("image_mean", "image_std") and not (three and (key == "image_mean" or all(value))):
             return f"has {key} = {quote(value)}; it must be three numbers, one per channel, and no deviation of 0"
@@ -345,10 +345,10 @@ def _parse_json(content: bytes) -> Any:
         text, object_pairs_hook=require_unique_keys, parse_constant=parse_finite, parse_float=parse_finite
     )
     level = [fields]
-    for _ in range(_MOST_DEPTH):
+    for _ in range(_MAX_DEPTH):
         level = [part for one in level for part in list_items(one) if isinstance(part, dict | list)]
     if level:
-        raise _UnacceptableJson(f"is nested more than {_MOST_DEPTH} levels deep")
+        raise _UnacceptableJson(f"is nested more than {_MAX_DEPTH} levels deep")
     return fields
 
 

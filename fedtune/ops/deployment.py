@@ -35,7 +35,7 @@ from fedtune.runs.federation_run import FederationRun, Listener
 from fedtune.runs.results import RunResult
 from fedtune.sites.run_records import RunRecords
 from fedtune.sites.shared_model import LoadedModel, RunModel
-from fedtune.sites.shared_settings import MOST_CHARACTERS, select_settings_for_sites, serialize_for_sites
+from fedtune.sites.shared_settings import MAX_CHARACTERS, select_settings_for_sites, serialize_for_sites
 from fedtune.spec import ConfigError, RunError
 from fedtune.version import build
 
@@ -176,8 +176,8 @@ class LeadService:
         """Build the proposal of the run, with the JSON settings that every site receives."""
         sent = select_settings_for_sites(config)
         settings = serialize_for_sites(sent)
-        if len(settings) > MOST_CHARACTERS:
-            bound = f"must have at most {MOST_CHARACTERS:,} characters for the sites: use fewer or shorter texts"
+        if len(settings) > MAX_CHARACTERS:
+            bound = f"must have at most {MAX_CHARACTERS:,} characters for the sites: use fewer or shorter texts"
             raise ConfigError("settings", f"{len(settings):,} characters", bound)
         return ProposedRun(
             proposal=sent.proposal(lead=self.key.public, plan=sent.plan()),

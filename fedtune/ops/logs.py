@@ -42,9 +42,9 @@ CARRIERS = frozenset({"flwr", "httpcore", "httpx", "requests", "urllib3", "uvico
 WITHHELD = "text withheld: it may quote a record"
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
-_MOST_CHARACTERS = 4000
-_MOST_FRAMES = 40
-_MOST_ERRORS = 16
+_MAX_CHARACTERS = 4000
+_MAX_FRAMES = 40
+_MAX_ERRORS = 16
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 # The longest path first, because site-packages is inside the folder of the standard library.
 _ROOTS = sorted(
@@ -213,7 +213,7 @@ def _convert_to_json_value(value: object) -> object:
 
 
 def _limit_length(text: str) -> str:
-    return text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + "…"
+    return text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS] + "…"
 
 
 def _describe_exception(error: BaseException, seen: set[int]) -> dict[str, Any]:
@@ -223,12 +223,12 @@ def _describe_exception(error: BaseException, seen: set[int]) -> dict[str, Any]:
     if _is_safe_to_log(error):
         fields["text"] = _limit_length(str(error))
     # The innermost frames, in the order of the calls.
-    walked = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)][-_MOST_FRAMES:]
+    walked = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)][-_MAX_FRAMES:]
     fields["frames"] = [f"{_shorten_source_path(code.co_filename)}:{line} {code.co_qualname}" for code, line in walked]
     cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     inner = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
     for key, among in (("cause", [cause] if cause else []), ("among", inner)):
-        found = [_describe_exception(one, seen) for one in among if id(one) not in seen and len(seen) < _MOST_ERRORS]
+        found = [_describe_exception(one, seen) for one in among if id(one) not in seen and len(seen) < _MAX_ERRORS]
         if found:
             fields[key] = found[0] if key == "cause" else found
     return fields

@@ -29,22 +29,22 @@ from fedtune.privacy.dp_library import (
     SelfComposedDpEvent,
     compute_epsilon,
 )
-from fedtune.privacy.loss_distribution import LEAST_DELTA_A_STEP, Composition, Rate
+from fedtune.privacy.loss_distribution import MIN_DELTA_PER_STEP, Composition, Rate
 from fedtune.spec import ConfigError, check_fraction
 
 Counted = tuple[tuple[DpEvent, int], ...]  # (mechanism, count) pairs
 _WIDE = Context(prec=330)  # represents any float to three decimals
-_MOST_AS_FACTOR = 20.0  # e^20 has nine digits; larger factors are formatted as a power of ten
+_MAX_AS_FACTOR = 20.0  # e^20 has nine digits; larger factors are formatted as a power of ten
 NEIGHBORING_RELATION = NeighboringRelation.ADD_OR_REMOVE_ONE
 """The neighboring relation of all guarantees: neighbors differ in the presence of exactly one unit."""
 
 # Grid widths of privacy loss, in nats. Losses are rounded up, so the faster coarse grid only reports more epsilon.
 FINE, COARSE = 1e-4, 1e-3
-MOST_NOISE = 1e4  # noise multiplier above which a model learns nothing
-LEAST_NOISE = 1e-2  # below, a privacy loss distribution takes gigabytes of memory
-LEAST_SOUGHT = 0.1  # lower end of calibration; delta alone may cover the loss at any noise
+MAX_NOISE = 1e4  # noise multiplier above which a model learns nothing
+MIN_NOISE = 1e-2  # below, a privacy loss distribution takes gigabytes of memory
+MIN_SOUGHT = 0.1  # lower end of calibration; delta alone may cover the loss at any noise
 _TOLERANCE = 1e-5  # relative
-MOST_STEPS = 10**8  # summed over all rounds of a plan
+MAX_STEPS = 10**8  # summed over all rounds of a plan
 _RDP_ROUNDING = 2.0**-48  # relative and absolute error of dp-accounting's log A, per unit of the order
 _TYPICAL_SLOPE = 1.2  # initial slope of log epsilon over log noise or log rate; a wrong guess costs one or two steps
 
@@ -63,8 +63,8 @@ def check_noise(key: str, value: float, *, none: bool = False) -> None:
     Raises:
         ConfigError: the noise multiplier is out of range.
     """
-    right = LEAST_NOISE <= value <= MOST_NOISE or (none and value == 0)
-    require(key, value, right, f"must be in [{LEAST_NOISE:g}, {MOST_NOISE:g}]{', or be 0' if none else ''}")
+    right = MIN_NOISE <= value <= MAX_NOISE or (none and value == 0)
+    require(key, value, right, f"must be in [{MIN_NOISE:g}, {MAX_NOISE:g}]{', or be 0' if none else ''}")
 
 
 def check_delta(key: str, value: float, *, steps: int) -> None:
@@ -80,8 +80,8 @@ def check_delta(key: str, value: float, *, steps: int) -> None:
             or the number of steps exceeds the accountant's memory limit.
     """
     check_fraction(key, value)
-    require("steps", steps, steps <= MOST_STEPS, f"must be at most {MOST_STEPS:,}, summed over all rounds")
-    least = LEAST_DELTA_A_STEP * steps
+    require("steps", steps, steps <= MAX_STEPS, f"must be at most {MAX_STEPS:,}, summed over all rounds")
+    least = MIN_DELTA_PER_STEP * steps
     bound = f"must be at least {least:g}: epsilon cannot be computed at a smaller delta for {steps} steps"
     require(key, value, value >= least, bound)
 
@@ -235,15 +235,15 @@ def calibrate_noise(
             epsilon,
             "is used up by the released metrics alone; set a higher privacy.metrics_noise_multiplier",
         )
-    find_boundary(compute_epsilon, epsilon, start=1.0, bounds=(LEAST_SOUGHT, MOST_NOISE), rising=False)
+    find_boundary(compute_epsilon, epsilon, start=1.0, bounds=(MIN_SOUGHT, MAX_NOISE), rising=False)
     # Only the bisection determines the result, so that equal targets get equal noise; the search above saves trials.
     low, high = 0.0, 1.0
     while not is_within_target(high):
-        if high == MOST_NOISE:
+        if high == MAX_NOISE:
             raise ConfigError("privacy.epsilon", epsilon, f"cannot be reached in {steps} steps with any noise")
-        low, high = high, min(2 * high, MOST_NOISE)
-    while high - max(low, LEAST_SOUGHT) > 1e-5 * high:
-        middle = max((low + high) / 2, LEAST_SOUGHT)
+        low, high = high, min(2 * high, MAX_NOISE)
+    while high - max(low, MIN_SOUGHT) > 1e-5 * high:
+        middle = max((low + high) / 2, MIN_SOUGHT)
         low, high = (low, middle) if is_within_target(middle) else (middle, high)
     noise = math.ceil(high * 1e4) / 1e4
     while compute_epsilon(noise) > epsilon:
@@ -329,7 +329,7 @@ def format_factor(epsilon: float | None) -> str:
     """
     if epsilon is None or not math.isfinite(epsilon):
         return "unbounded"
-    if epsilon > _MOST_AS_FACTOR:
+    if epsilon > _MAX_AS_FACTOR:
         return f"10^{math.ceil(epsilon / math.log(10))}"
     factor = Decimal(repr(float(epsilon))).exp()
     places = max(0, 2 - factor.adjusted())

@@ -15,7 +15,7 @@ series. So V_1, ..., V_(h-1) are uniform and independent of Y, for any g_k, up t
     (h - 1) exp(-pi^2 s^2)
 
 per value. If this held exactly, the total would be post-processing of Y, the Gaussian mechanism with variance h s^2 on
-the sum of the g_k, with random numbers that do not depend on any record. `LEAST_CELLS` keeps s at 8 or more: over 2^60
+the sum of the g_k, with random numbers that do not depend on any record. `MIN_CELLS` keeps s at 8 or more: over 2^60
 values of 2^10 sites the total variation stays below 1e-250 altogether, and is part of eta in docs/proof.md. Hence
 a release is an ordinary Gaussian event with the noise of the honest shares, and every proof about such events applies.
 """
@@ -38,9 +38,9 @@ from fedtune.privacy.randomness import RandomStream
 from fedtune.privacy.threshold import least_threshold
 from fedtune.spec import ConfigError, check_whole, spec
 
-LEAST_CELLS = 8.0  # smallest standard deviation of a share, in cells of 2**-cell_bits: the theorem's s
-MOST_SHARES = 2**10
-MOST_BOUND = 2**32
+MIN_CELLS = 8.0  # smallest standard deviation of a share, in cells of 2**-cell_bits: the theorem's s
+MAX_SHARES = 2**10
+MAX_BOUND = 2**32
 """Largest bound on a value of a site's sum, in clip norms: with all noise, int64 holds it on the finest grid."""
 USUAL_BOUND = 2**10  # in clip norms; exceeded only if over 1000 units have their whole gradient in one coordinate
 _TAIL = 16  # standard deviations; a value of a share exceeds them with probability below 1e-56
@@ -67,7 +67,7 @@ class Together:
 
     def __post_init__(self) -> None:
         # A plan may come from a server's request, so every field is checked.
-        _check_range("num_sites", self.num_sites, 2, MOST_SHARES)
+        _check_range("num_sites", self.num_sites, 2, MAX_SHARES)
         _check_range("colluders", self.colluders, 0, self.num_sites - 1)
         check_whole("threshold", self.threshold)
         least = least_threshold(self.num_sites, colluders=self.colluders)
@@ -119,8 +119,8 @@ class SharedNoise(Together):
         Together.__post_init__(self)
         accountant.check_noise("noise_multiplier", self.noise_multiplier)
         _check_range("cell_bits", self.cell_bits, 0, GRID_BITS)
-        _check_range("bound", self.bound, 1, MOST_BOUND)
-        if _compute_noise_in_cells(self.noise_multiplier, self.cell_bits) < LEAST_CELLS:
+        _check_range("bound", self.bound, 1, MAX_BOUND)
+        if _compute_noise_in_cells(self.noise_multiplier, self.cell_bits) < MIN_CELLS:
             bound = (
                 f"must be at least {compute_min_cell_bits(self.noise_multiplier)}, or rounding removes the noise shares"
             )
@@ -176,7 +176,7 @@ def compute_min_cell_bits(noise_multiplier: float) -> int:
     Returns:
         The smallest number of bits b such that cells of 2**-b of the clip norm are fine enough.
     """
-    return next(bits for bits in range(GRID_BITS + 1) if _compute_noise_in_cells(noise_multiplier, bits) >= LEAST_CELLS)
+    return next(bits for bits in range(GRID_BITS + 1) if _compute_noise_in_cells(noise_multiplier, bits) >= MIN_CELLS)
 
 
 def _compute_noise_in_cells(noise_multiplier: float, bits: int) -> float:

@@ -22,7 +22,7 @@ ORDERS = tuple(
     sorted({1 + x / 20 for x in range(2, 100)} | {*map(float, range(6, 65))} | {80.0, 96.0, 128.0, 192.0, 256.0, 512.0})
 )
 """Candidate orders for a new ledger: 1.1, 1.15, ... 5.95, then integers."""
-_MOST_DIGITS = 12  # maximum number of decimals of a cap
+_MAX_DIGITS = 12  # maximum number of decimals of a cap
 
 
 def compute_total_divergence(spent: Spent, order: float) -> float:
@@ -111,7 +111,7 @@ def find_tightest_cap(spent: DpEvent, *, more: DpEvent, reference: DpEvent, delt
         order = find_best_order(reference, epsilon=cap, delta=delta)
         return compute_total_divergence([event], order) <= compute_max_divergence(cap, order=order, delta=delta)
 
-    for scale in (10**number for number in range(digits, _MOST_DIGITS)):
+    for scale in (10**number for number in range(digits, _MAX_DIGITS)):
         # a cap with one digit less is known to fit
         below = 0 if math.isinf(cap) else math.floor((cap - 10 / scale) * scale)
         caps = (number / scale for number in count(max(math.ceil(least * scale), below)))

@@ -27,11 +27,11 @@ Rate = float | Literal["laplace"]
 UNIT = 2.0**-53  # unit roundoff: relative error of one floating-point operation
 _FFT_ROUNDING = 12 * UNIT  # relative error of a transform, per factor of 2 in its length; see docs/guarantee.md
 _REACH = 10.0  # truncation in standard deviations; the tail (8e-24) counts as an infinite loss
-LEAST_DELTA_A_STEP = 1e-21  # per step; a smaller delta would consist mostly of truncated tails
+MIN_DELTA_PER_STEP = 1e-21  # per step; a smaller delta would consist mostly of truncated tails
 _TAIL = 1e-15  # mass of a tilted distribution outside the computed window, on each side
-_LEAST_PROBABILITY = 1e-50  # smaller probabilities count as an infinite loss
+_MIN_PROBABILITY = 1e-50  # smaller probabilities count as an infinite loss
 _LARGEST_EXPONENT = 700.0  # exp(700) is finite in float64
-_MOST_ROUNDING = 0.1  # above, second-order terms of the error bound matter
+_MAX_ROUNDING = 0.1  # above, second-order terms of the error bound matter
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _connect_dots(lowest: int, deltas: Floats, width: float, *, noise: float, be
     probabilities[1:-1] = np.diff(falls) / per_width - falls[:-1]
     probabilities[-1] = falls[-1] / math.expm1(-width)
     probabilities = np.maximum(probabilities, 0.0)
-    tiny = probabilities < _LEAST_PROBABILITY
+    tiny = probabilities < _MIN_PROBABILITY
     infinite = float(deltas[-1] + probabilities[tiny].sum() + beyond)
     probabilities[tiny] = 0.0
     with np.errstate(divide="ignore"):
@@ -352,7 +352,7 @@ class _Direction:
             losses,
             np.cumsum(probabilities[::-1])[::-1],
             _accumulate(probabilities[::-1], self._width)[::-1],
-            lost if rounding < _MOST_ROUNDING else np.full_like(lost, math.inf),
+            lost if rounding < _MAX_ROUNDING else np.full_like(lost, math.inf),
             -math.expm1(without),
         )
 

@@ -16,10 +16,10 @@ from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fract
 
 Unit = Literal["record", "user"]
 """The privacy unit of an (epsilon, delta) guarantee: a single record, or a user with all of their records at a site."""
-MOST_EPSILON = 100.0
-LEAST_SAMPLING_RATE = 1e-6
+MAX_EPSILON = 100.0
+MIN_SAMPLING_RATE = 1e-6
 """Limits of noise calibration. Beyond these limits, computing a privacy loss distribution takes minutes."""
-MOST_RUNS = 120
+MAX_RUNS = 120
 """Maximum number of planned runs (monthly for ten years), which limits a site's run time for accounting."""
 
 
@@ -76,18 +76,18 @@ class PrivacySpec:
         for name in ("records_per_user", "planned_runs"):
             check_whole(name, getattr(self, name))
             check_at_least(name, getattr(self, name), 1)
-        check_at_most("planned_runs", self.planned_runs, MOST_RUNS)
+        check_at_most("planned_runs", self.planned_runs, MAX_RUNS)
         check_positive("epsilon", self.epsilon)
         check_fraction("delta", self.delta)
         if self.noise_multiplier is not None:
             check_positive("noise_multiplier", self.noise_multiplier)
-        elif self.private and self.epsilon > MOST_EPSILON:
-            bound = f"must be at most {MOST_EPSILON:g}: a larger epsilon provides no meaningful guarantee; "
+        elif self.private and self.epsilon > MAX_EPSILON:
+            bound = f"must be at most {MAX_EPSILON:g}: a larger epsilon provides no meaningful guarantee; "
             bound += "use privacy=none to train without noise"
             raise ConfigError("epsilon", self.epsilon, bound)
         check_positive("max_grad_norm", self.max_grad_norm)
         check_fraction("sampling_rate", self.sampling_rate, one=True)
-        check_at_least("sampling_rate", self.sampling_rate, LEAST_SAMPLING_RATE)
+        check_at_least("sampling_rate", self.sampling_rate, MIN_SAMPLING_RATE)
         check_positive("metrics_noise_multiplier", self.metrics_noise_multiplier)
         for name in ("start_epsilon", "start_delta"):
             if getattr(self, name) is not None:

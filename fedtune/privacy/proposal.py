@@ -13,8 +13,8 @@ from fedtune.codec import hash_json, require
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import spec
 
-_MOST_TEXT = 300
-_TEXT = f"must be printable text of 1 to {_MOST_TEXT} characters"
+_MAX_TEXT = 300
+_TEXT = f"must be printable text of 1 to {_MAX_TEXT} characters"
 
 UNVERIFIED = "unverified"  # instead of a SHA-256, if a run names no base model
 
@@ -118,4 +118,4 @@ class Proposal:
 
 def _is_text(value: str) -> bool:
     # A lone surrogate is a valid str, but cannot be encoded.
-    return 1 <= len(value) <= _MOST_TEXT and value.isprintable()
+    return 1 <= len(value) <= _MAX_TEXT and value.isprintable()

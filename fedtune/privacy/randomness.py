@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from mpmath.ctx_iv import MPIntervalContext
 from mpmath.libmp import to_rational
 
-_MOST_EXTENSIONS = 8
+_MAX_EXTENSIONS = 8
 """Extensions of 128 bits each. The probability that none of them decides a value is far below 2^-900."""
 
 
@@ -109,7 +109,7 @@ class RandomStream:
                 to round.
         """
         intervals, num_bits = _interval_context(), 64
-        for _ in range(_MOST_EXTENSIONS):
+        for _ in range(_MAX_EXTENSIONS):
             num_bits += 128
             prefixes = [self._extend_bits(bits) for bits in prefixes]
             intervals.prec = 2 * num_bits

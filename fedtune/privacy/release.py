@@ -24,7 +24,7 @@ from fedtune.spec import ConfigError, RefusedError, check_at_least
 RECEIPT = "receipt"  # purpose of a receipt's signature
 
 _MAGIC = b"fedtune-update-2\n"
-_MOST_COUNT, _MOST_TEXT = 1 << 62, 1000
+_MAX_COUNT, _MAX_TEXT = 1 << 62, 1000
 
 
 class Reason(StrEnum):
@@ -62,8 +62,8 @@ class Reason(StrEnum):
     MAX_EPSILON_PER_RUN = "max_epsilon_per_run"
     MAX_EPSILON_PER_PERIOD = "max_epsilon_per_period"
     SECURE_AGGREGATION = "secure_aggregation"
-    LEAST_SITES = "least_sites"
-    LEAST_THRESHOLD = "least_threshold"
+    MIN_SITES = "least_sites"
+    MIN_THRESHOLD = "least_threshold"
     COLLUDERS = "colluders"
     MAX_EPSILON_IF_ALL_COLLUDE = "max_epsilon_if_all_collude"
     # The state of the run in the ledger.
@@ -161,7 +161,7 @@ class Difference:
     halves: Mapping[str, npt.NDArray[np.uint16]]
 
 
-_MOST_HEADER_BYTES = 1 << 20  # names and shapes become Python objects of many times that size
+_MAX_HEADER_BYTES = 1 << 20  # names and shapes become Python objects of many times that size
 _MASKED, _BFLOAT16 = "masked", "bfloat16"
 """Markers in an update's header: "masked" replaces the tensor shapes, and {"bfloat16": shapes} announces a difference.
 """
@@ -224,7 +224,7 @@ class Update:
         start = len(_MAGIC) + 8
         try:
             (size,) = struct.unpack("<Q", data[len(_MAGIC) : start])
-            if not data.startswith(_MAGIC) or size > _MOST_HEADER_BYTES:
+            if not data.startswith(_MAGIC) or size > _MAX_HEADER_BYTES:
                 raise ValueError("wrong magic bytes or header size")
             header = json.loads(data[start : start + size])
             update = cls(
@@ -290,9 +290,9 @@ class _Plain:
         release = decode(cls, fields)
         for name, value in asdict(release).items():  # type: ignore[call-overload]
             if isinstance(value, str):
-                right = len(value) <= _MOST_TEXT and value.isprintable()
+                right = len(value) <= _MAX_TEXT and value.isprintable()
             else:
-                right = value is None or 0 <= value < _MOST_COUNT
+                right = value is None or 0 <= value < _MAX_COUNT
             if not right:
                 raise ConfigError(name, value, "must be one printable line, or a number in range")
         return release
@@ -402,8 +402,8 @@ class Refused(RefusedError):
 
     def __init__(self, reason: Reason, *, asked: object = None, allowed: object = None) -> None:
         self.reason = reason
-        self.asked = None if asked is None else str(asked)[:_MOST_TEXT]
-        self.allowed = None if allowed is None else str(allowed)[:_MOST_TEXT]
+        self.asked = None if asked is None else str(asked)[:_MAX_TEXT]
+        self.allowed = None if allowed is None else str(allowed)[:_MAX_TEXT]
         said = format_asked_and_allowed(self.asked, self.allowed)
         super().__init__(f"{reason}: {said}" if said else reason.value)
 

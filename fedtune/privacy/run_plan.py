@@ -15,7 +15,7 @@ from fedtune.privacy.distributed_noise import (
     compute_epsilons_by_adversary,
 )
 from fedtune.privacy.dp_library import ComposedDpEvent, DpEvent, GaussianDpEvent, LaplaceDpEvent, SelfComposedDpEvent
-from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE, MOST_RUNS, Noise, PrivacySpec, Unit
+from fedtune.privacy.mechanism import MAX_RUNS, MIN_SAMPLING_RATE, Noise, PrivacySpec, Unit
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_positive, check_whole, spec
 
 _ONLY_WITH = {"shared": "secure aggregation", "cohorts": "arrivals", "runs": "further runs", "noise": "Laplace"}
@@ -68,14 +68,14 @@ class Plan:
         # A plan may come from a server's request, so every field is checked.
         check_fraction("sampling_rate", self.sampling_rate, one=True)
         # Limits within which the accounting is computable.
-        check_at_least("sampling_rate", self.sampling_rate, LEAST_SAMPLING_RATE)
+        check_at_least("sampling_rate", self.sampling_rate, MIN_SAMPLING_RATE)
         for name in ("noise_multiplier", "metrics_noise_multiplier"):
             accountant.check_noise(name, getattr(self, name), none=True)
         check_positive("max_grad_norm", self.max_grad_norm)
         for name in ("local_steps", "num_rounds", "spare_rounds", "records_per_user", "runs"):
             check_whole(name, count := getattr(self, name))
             check_at_least(name, count, 0 if name == "spare_rounds" else 1)
-        check_at_most("runs", self.runs, MOST_RUNS)
+        check_at_most("runs", self.runs, MAX_RUNS)
         accountant.check_delta("delta", self.delta, steps=self.local_steps * self.most_rounds * self.runs)
         by_user, most = self.unit == "user", self.records_per_user
         require("records_per_user", most, by_user or most == 1, "must be 1 for unit 'record'")

@@ -22,7 +22,7 @@ from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import spec
 
-MOST_TRIALS = 1000
+MAX_TRIALS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,7 @@ from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.cohorts import Calendar
 from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.keys import check_public_key
-from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE, Unit
+from fedtune.privacy.mechanism import MIN_SAMPLING_RATE, Unit
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.run_plan import Plan
@@ -44,7 +44,7 @@ SHARED_RANK_FACTOR = 16
 
 A site of a smaller rank holds the whole adapter, which then takes as much memory as the gradients of 16 records.
 """
-_MOST_DAYS = 36525.0
+_MAX_DAYS = 36525.0
 _OF_ANY_RELEASE = {Reason.UNIT, Reason.DELTA, Reason.COHORTS}
 
 
@@ -107,7 +107,7 @@ class ReferenceRun:
 
     def __post_init__(self) -> None:
         check_fraction("sampling_rate", self.sampling_rate, one=True)
-        check_at_least("sampling_rate", self.sampling_rate, LEAST_SAMPLING_RATE)
+        check_at_least("sampling_rate", self.sampling_rate, MIN_SAMPLING_RATE)
         accountant.check_noise("noise_multiplier", self.noise_multiplier)
         check_at_least("steps", self.steps, 1)
 
@@ -196,8 +196,8 @@ class Limits:
             check_positive(key, getattr(self, key))
         bound = f"must be at most max_grad_norm = {self.max_grad_norm:g}, or no clip norm is allowed"
         require("min_grad_norm", self.min_grad_norm, self.min_grad_norm <= self.max_grad_norm, bound)
-        days, bound = self.run_expires_after_days, f"must be at most {_MOST_DAYS:g} (a hundred years)"
-        require("run_expires_after_days", days, days <= _MOST_DAYS, bound)
+        days, bound = self.run_expires_after_days, f"must be at most {_MAX_DAYS:g} (a hundred years)"
+        require("run_expires_after_days", days, days <= _MAX_DAYS, bound)
         for key in ("max_local_steps", "max_rounds", "max_records_per_user"):
             check_at_least(key, getattr(self, key), 1)
 

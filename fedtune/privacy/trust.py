@@ -52,8 +52,8 @@ class Trust:
         if not self.secure:
             yield Reason.SECURE_AGGREGATION, "yes", "no"
         for reason, asked, least in (
-            (Reason.LEAST_SITES, shared.num_sites, self.least_sites),
-            (Reason.LEAST_THRESHOLD, shared.threshold, self.least_threshold),
+            (Reason.MIN_SITES, shared.num_sites, self.least_sites),
+            (Reason.MIN_THRESHOLD, shared.threshold, self.least_threshold),
             (Reason.COLLUDERS, shared.colluders, self.colluders),
         ):
             if asked < least:

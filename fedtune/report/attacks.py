@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from fedtune.codec import decode, parse_json, require
-from fedtune.evaluation.audit_bound import LEAST_CONFIDENCE
+from fedtune.evaluation.audit_bound import MIN_CONFIDENCE
 from fedtune.privacy.durable import write_durably
 from fedtune.report.page.translations import load_catalog
 from fedtune.spec import ConfigError, RunError, check_one_of, check_schema, spec
@@ -31,8 +31,8 @@ MEASURES = (
 
 
 def check_confidence(value: float) -> None:
-    """Check that the confidence of an interval or bound is at least `LEAST_CONFIDENCE`, and below 1."""
-    require("confidence", value, LEAST_CONFIDENCE <= value < 1, f"must be in [{LEAST_CONFIDENCE}, 1)")
+    """Check that the confidence of an interval or bound is at least `MIN_CONFIDENCE`, and below 1."""
+    require("confidence", value, MIN_CONFIDENCE <= value < 1, f"must be in [{MIN_CONFIDENCE}, 1)")
 
 
 @spec

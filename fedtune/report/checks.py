@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fedtune.codec import MOST_BYTES, require
+from fedtune.codec import MAX_BYTES, require
 from fedtune.config import RunConfig, parse, read_saved_config
 from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import group_hex, pluralize
@@ -331,7 +331,7 @@ def _check_drawings(path: Path, report: Report) -> Iterator[Check]:
         file = path.with_name(name)
         if not file.is_file():
             continue
-        content = file.read_bytes() if file.stat().st_size <= MOST_BYTES else b""
+        content = file.read_bytes() if file.stat().st_size <= MAX_BYTES else b""
         if any(draw(report, language=language).encode() == content for language in LANGUAGES):
             yield Check(name, "right", "The file matches the report byte for byte.")
         else:

@@ -35,7 +35,7 @@ Value = str | int | float | tuple[str, ...] | Mapping[str, int | float | None] |
 State = Literal["within", "exceeded", "no_guarantee"]
 Source = Literal["charged_by_receipts", "own_ledger", "signed_site_report", "not_released"]
 NOT_RECORDED = "not_recorded"  # for a fact that was not recorded at the time
-_MOST_CANARIES = 10**6  # canaries at one site
+_MAX_CANARIES = 10**6  # canaries at one site
 
 
 @spec
@@ -234,7 +234,7 @@ class AuditBound:
 
     def __post_init__(self) -> None:
         check_at_least("claimed_epsilon", self.claimed_epsilon, 0)
-        if not 0 <= self.right <= self.guesses <= self.canaries <= _MOST_CANARIES:
+        if not 0 <= self.right <= self.guesses <= self.canaries <= _MAX_CANARIES:
             said = f"{self.right} of {self.guesses} of {self.canaries}"
             raise ConfigError(
                 "right", said, "must not exceed the guesses, and the guesses must not exceed the canaries"

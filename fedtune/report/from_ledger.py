@@ -41,7 +41,7 @@ from fedtune.report.verify_report import derive_report
 from fedtune.sites.site_settings import read_site_settings
 from fedtune.spec import ConfigError, RunError
 
-MOST_STEPS = 400  # charged rounds that a report lists separately; above it, charges are grouped by run and month
+MAX_STEPS = 400  # charged rounds that a report lists separately; above it, charges are grouped by run and month
 
 
 def build_ledger_report(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
@@ -75,7 +75,7 @@ def build_ledger_report(site_toml_or_ledger: Path, *, anchor: Path | None = None
             site_toml_or_ledger
         )
     return derive_report(
-        collect_ledger_facts(events, history, verified=verified, problem=problem, own=own, about=about, most=MOST_STEPS)
+        collect_ledger_facts(events, history, verified=verified, problem=problem, own=own, about=about, most=MAX_STEPS)
     )
 
 

@@ -15,8 +15,8 @@ from fedtune.report.model import Report, Signature, from_json, to_json
 from fedtune.spec import ConfigError, RunError, name_file_in_errors
 
 PURPOSE = "report"  # signature domain, so that a signature on a receipt or ledger is not valid for a report
-_MOST_DIGITS = 19
-_MOST_SHOWN = 100  # characters of a line in an error message
+_MAX_DIGITS = 19
+_MAX_SHOWN = 100  # characters of a line in an error message
 
 
 def encode_canonical_bytes(report: Report) -> bytes:
@@ -70,7 +70,7 @@ def parse_report(data: bytes) -> Report:
     for number, (one, other) in enumerate(zip_longest(said, right, fillvalue=""), start=1):
         if one != other:
             bound = f"differs from fedtune's output, which has: {other.strip()}"
-            raise ConfigError(f"report, line {number}", one.strip()[:_MOST_SHOWN], bound)
+            raise ConfigError(f"report, line {number}", one.strip()[:_MAX_SHOWN], bound)
     return report
 
 
@@ -117,13 +117,13 @@ def _encode_text(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        before = text[: error.start].rpartition("\n")[2].strip()[-_MOST_SHOWN:]
+        before = text[: error.start].rpartition("\n")[2].strip()[-_MAX_SHOWN:]
         bound = "a file of the run or the ledger is damaged"
         raise RunError(f"the report contains a text that is not Unicode, after {before}: {bound}") from error
 
 
 def _parse_bounded_int(text: str) -> int:
     # No count needs more than 64 bits, and Python refuses to print integers of more than 4,300 digits.
-    if len(text) > _MOST_DIGITS:
-        raise ConfigError("report", f"{text[:_MOST_DIGITS]}...", f"must be a number of at most {_MOST_DIGITS} digits")
+    if len(text) > _MAX_DIGITS:
+        raise ConfigError("report", f"{text[:_MAX_DIGITS]}...", f"must be a number of at most {_MAX_DIGITS} digits")
     return int(text)

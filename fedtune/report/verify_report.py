@@ -20,8 +20,8 @@ from fedtune.federation.replies import NOT_SUMMED
 from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.dp_library import DpEvent, GaussianDpEvent, LaplaceDpEvent, NonPrivateDpEvent
-from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE
-from fedtune.privacy.selection import MOST_TRIALS
+from fedtune.privacy.mechanism import MIN_SAMPLING_RATE
+from fedtune.privacy.selection import MAX_TRIALS
 from fedtune.report.derive import dpia_fields, ledger_figures, profile, run_figures
 from fedtune.report.derive.verdicts import find_audit_problems
 from fedtune.report.facts import Cap, Facts, LedgerFacts, RunFacts, SiteFacts, SiteStatement
@@ -33,13 +33,13 @@ _LAST_DIGITS = 1e-9
 _FFT_ROUNDING = 5e-15
 """Absolute rounding error of delta: distributions are composed by FFT, which processors round differently.  At delta
 1e-10, the smallest on a curve, epsilon differed by a relative 1.3e-6; larger deltas differ less."""
-_MOST_BUCKETS = 5e7
+_MAX_BUCKETS = 5e7
 """Largest number of PLD buckets of one distribution, and of all single mechanisms in a report: a few minutes of work.
 A ledger of 200 runs with different plans and noised scores stays below it; a run has one plan."""
-_MOST_COMPOSED = 2 * _MOST_BUCKETS  # buckets for composing all mechanisms, which is faster than building distributions
-_MOST_ORDER = 1e4
-_MOST_ROWS = 500_000  # a page with this number of rows takes a third of a gigabyte
-_MOST_CANARIES = 10_000_000  # a million canaries take about a second
+_MAX_COMPOSED = 2 * _MAX_BUCKETS  # buckets for composing all mechanisms, which is faster than building distributions
+_MAX_ORDER = 1e4
+_MAX_ROWS = 500_000  # a page with this number of rows takes a third of a gigabyte
+_MAX_CANARIES = 10_000_000  # a million canaries take about a second
 _BUCKETS_OF_ANY = 3e4  # fixed cost of a mechanism, in buckets: about 0.1 s
 
 Charges = Counter[DpEvent]
@@ -105,8 +105,8 @@ def _check_amount_of_work(facts: Facts) -> Iterator[Problem]:
     if isinstance(facts, RunFacts):
         canaries = sum(bound.canaries for bound in facts.audit.bounds) if facts.audit else 0
         for count, most, what in (
-            (len(facts.sites) * len(facts.rounds), _MOST_ROWS, "table rows (sites times rounds)"),
-            (canaries, _MOST_CANARIES, "canaries"),
+            (len(facts.sites) * len(facts.rounds), _MAX_ROWS, "table rows (sites times rounds)"),
+            (canaries, _MAX_CANARIES, "canaries"),
         ):
             if count > most:
                 yield Problem("facts", f"{count} {what}", f"at most {most}, the limit for verification")
@@ -116,19 +116,19 @@ def _check_amount_of_work(facts: Facts) -> Iterator[Problem]:
         rate, gaussian = profile.split_sampling(event)
         fine = isinstance(event, NonPrivateDpEvent)
         if isinstance(gaussian, GaussianDpEvent) or isinstance(event, LaplaceDpEvent):
-            fine = rate >= LEAST_SAMPLING_RATE and gaussian.noise_multiplier <= 1e6 and count <= 10**9
-        if not fine or _estimate_buckets(event) > _MOST_BUCKETS:  # unrealistic, or hours of work
+            fine = rate >= MIN_SAMPLING_RATE and gaussian.noise_multiplier <= 1e6 and count <= 10**9
+        if not fine or _estimate_buckets(event) > _MAX_BUCKETS:  # unrealistic, or hours of work
             said = f"{count} x {events.to_json(event)}"
             raise ConfigError("event", said, "must be a mechanism whose epsilon can be computed")
     single = {(interval, event) for charged, interval, _ in parts for event in charged}
     work = sum(_BUCKETS_OF_ANY * len(charged) * times for charged, _, times in parts)
     work += sum(_estimate_buckets(event) * accountant.FINE / interval for interval, event in single)
-    too_much, composed = work > _MOST_BUCKETS, 0.0
+    too_much, composed = work > _MAX_BUCKETS, 0.0
     for charged, interval, times in [] if too_much else parts:  # if `too_much`, even the widths would take long
         noisy = {one: count for one, count in charged.items() if not isinstance(one, NonPrivateDpEvent)}
         width = convert_none_to_infinite(profile.epsilon_rdp(noisy, 1e-12)) / interval  # of the largest loss, about
         composed += width * len(charged) * times
-        too_much = too_much or width > _MOST_BUCKETS or composed > _MOST_COMPOSED
+        too_much = too_much or width > _MAX_BUCKETS or composed > _MAX_COMPOSED
     if too_much:
         yield Problem("facts", f"{len(single)} different mechanisms", "fewer: verifying them would take hours")
 
@@ -249,8 +249,8 @@ def _check_site_facts(facts: RunFacts, site: SiteFacts) -> Iterator[_Found]:
 def _check_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iterator[_Found]:
     """Yield the contradictions between a site's statement and the run's data about the site."""
     life, plan = said.lifetime, facts.plan
-    if not 1 < life.order < _MOST_ORDER:
-        yield "lifetime.order", life.order, f"a number above 1 and below {_MOST_ORDER:g}"
+    if not 1 < life.order < _MAX_ORDER:
+        yield "lifetime.order", life.order, f"a number above 1 and below {_MAX_ORDER:g}"
         return
     mine, least = (
         [run.rounds for run in life.runs if run.run == facts.run],
@@ -307,10 +307,8 @@ def _check_selection(facts: Facts) -> Iterator[Problem]:
     )
     if told.method not in ("grid", "random", "tpe"):
         yield Problem("selection.method", told.method, "grid, random or tpe")
-    if not 1 <= told.trials <= min(sum(charged.values()), MOST_TRIALS):
-        yield Problem(
-            "selection.trials", told.trials, f"1 to {MOST_TRIALS} trials, and no more than charged mechanisms"
-        )
+    if not 1 <= told.trials <= min(sum(charged.values()), MAX_TRIALS):
+        yield Problem("selection.trials", told.trials, f"1 to {MAX_TRIALS} trials, and no more than charged mechanisms")
     for site in facts.sites:
         if events.count_mechanisms([facts.plan.event(rounds=facts.count_charged_rounds(site))]) - charged:
             listed = "; ".join(f"{count} x {event}" for event, count in events.count_mechanisms_as_json(charged))
@@ -321,8 +319,8 @@ def _check_ledger_facts(facts: LedgerFacts) -> Iterator[_Found]:
     names = [entry.run for entry in facts.runs]
     if not 0 < facts.delta < 1:
         yield "delta", facts.delta, "a number between 0 and 1"
-    if not 1 < facts.order < _MOST_ORDER:
-        yield "order", facts.order, f"a number above 1 and below {_MOST_ORDER:g}"
+    if not 1 < facts.order < _MAX_ORDER:
+        yield "order", facts.order, f"a number above 1 and below {_MAX_ORDER:g}"
     if "" in names or len(set(names)) < len(names):
         yield "runs", ", ".join(names), "unique run names"
     if others := sorted({entry.run for entry in facts.charges} - {"", *names}):

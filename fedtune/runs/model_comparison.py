@@ -25,7 +25,7 @@ from fedtune.sites.shared_model import Evaluation, LeadData, ignore_progress
 from fedtune.spec import ConfigError, DataError, check_one_of
 from fedtune.tasks.measures import Detail
 
-_MOST_GROUPS = 100
+_MAX_GROUPS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +93,11 @@ class SideBySide:
             pairs: pairs of models to compare within each group.
 
         Raises:
-            ConfigError: there are more than `_MOST_GROUPS` groups, which is too many to read or to score quickly.
+            ConfigError: there are more than `_MAX_GROUPS` groups, which is too many to read or to score quickly.
         """
         groups: Groups = merge_values(values, smallest=smallest, units=self.users)
-        if len(groups.names) > _MOST_GROUPS:
-            bound = f"leaves {len(groups.names)} groups; raise it until at most {_MOST_GROUPS} are left"
+        if len(groups.names) > _MAX_GROUPS:
+            bound = f"leaves {len(groups.names)} groups; raise it until at most {_MAX_GROUPS} are left"
             raise ConfigError("--smallest", smallest, bound)
         if len(groups.names) < 2:
             return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.federation.calendar import describe_shared_epsilon
-from fedtune.federation.planner import LEAST_SIGNAL
+from fedtune.federation.planner import MIN_SIGNAL
 from fedtune.formatting import pluralize
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.accountant import NEIGHBORING_RELATION, format_epsilon
@@ -267,7 +267,7 @@ WEAK_SIGNAL = 1.0
 def explain_signal(ratio: float, task: str) -> str:
     """Explain a run's signal-to-noise ratio (`planner.compute_signal_to_noise`) for its task."""
     times = f"noise moves the adapter {1 / max(ratio, 1e-99):.3g} times as far as all records together can"
-    if ratio < LEAST_SIGNAL:
+    if ratio < MIN_SIGNAL:
         return f"{times}: the run will likely learn nothing; it requires training.ignore_weak_signal=true"
     if ratio < WEAK_SIGNAL:
         return f"{times}: this run will likely learn little, and still spends its epsilon"

@@ -23,13 +23,13 @@ MARKERS = (
     "M0 3l-2.8-5.2h5.6z",
     "M-2.4-2.4l4.8 4.8M2.4-2.4l-4.8 4.8",
 )
-MOST_LINES = len(COLORS)  # maximum number of distinguishable lines
+MAX_LINES = len(COLORS)  # maximum number of distinguishable lines
 LIMIT, BEFORE = "5 4", "1 2"  # dashes of horizontal reference lines
 _WIDTH = 310.0  # text of size 10 is legible at half of a page's width and on a phone
 _HEIGHT, _PANEL_HEIGHT = 194.0, 154.0  # height of a chart, and of the area within its axes
 _LETTER = 5.6  # approximate width of a character
 _SMALL_LETTER, _LINE_HEIGHT = 5.0, 10.5  # width and line height for text of size 9
-_MOST_MARKERS = 40  # lines with more points have no markers, which would overlap
+_MAX_MARKERS = 40  # lines with more points have no markers, which would overlap
 
 Points = Sequence[tuple[float, float]]
 
@@ -189,9 +189,9 @@ def _draw_series(one: Series, panel: Panel, across: _Axis, down: _Axis) -> Itera
         steps = "".join(f"H{x:g}V{y:g}" for x, y in points[1:])
         yield _draw_line(f"M{points[0][0]:g} {points[0][1]:g}{steps}", "#000000", LIMIT)
     else:
-        color, dashes, marker = (values[one.number % MOST_LINES] for values in (COLORS, DASHES, MARKERS))
+        color, dashes, marker = (values[one.number % MAX_LINES] for values in (COLORS, DASHES, MARKERS))
         yield _draw_line("M" + "L".join(f"{x:g} {y:g}" for x, y in points), color, dashes)
-        if len(points) <= _MOST_MARKERS:
+        if len(points) <= _MAX_MARKERS:
             yield from (_draw_marker(x, y, color, marker) for x, y in points)
 
 
@@ -222,7 +222,7 @@ def _iter_labeled_ends(panel: Panel) -> Iterator[tuple[float, str, str]]:
     if len(panel.series) + len(panel.levels) < 2:
         return
     for one in panel.series:
-        color, marker = (values[one.number % MOST_LINES] for values in (COLORS, MARKERS))
+        color, marker = (values[one.number % MAX_LINES] for values in (COLORS, MARKERS))
         yield max(one.points)[1], one.label, _draw_marker(4, -3, color, marker) if one.kind == "line" else ""
     for height, label, _ in panel.levels:
         yield height, label, ""

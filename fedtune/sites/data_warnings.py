@@ -21,7 +21,7 @@ from fedtune.sites.shared_model import LeadData, RunModel
 from fedtune.spec import ConfigError, DataError
 from fedtune.version import find_shipped_folders
 
-_MOST_NAMED = 3
+_MAX_NAMED = 3
 _SMALL_RUN = 5_000  # privacy units of all sites together
 _COMPARED: dict[tuple[object, ...], bool] = {}  # cache by run and file state, because sweeps repeat the check
 
@@ -133,10 +133,10 @@ def list_site_data_warnings(config: RunConfig, dealt: Partitioned) -> Iterator[s
         )
     far = list(_iter_sites_far_from_declared(config, dealt))
     if far:
-        more = f", and {pluralize(len(far) - _MOST_NAMED, 'more site')}" if len(far) > _MOST_NAMED else ""
+        more = f", and {pluralize(len(far) - _MAX_NAMED, 'more site')}" if len(far) > _MAX_NAMED else ""
         yield (
             f"data.declared_sizes differs greatly from the number of training {config.privacy.unit}s: "
-            f"{', '.join(far[:_MOST_NAMED])}{more}. Training divides by the declared size: too "
+            f"{', '.join(far[:_MAX_NAMED])}{more}. Training divides by the declared size: too "
             "large a size makes steps too small, and vice versa"
         )
 

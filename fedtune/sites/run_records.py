@@ -32,7 +32,7 @@ from fedtune.privacy.mechanism import Unit
 from fedtune.spec import ConfigError, DataError, expand_home
 from fedtune.version import find_shipped_folders
 
-MOST_SHARED = 1 / 20
+MAX_SHARED = 1 / 20
 """Largest fraction of a private file's texts that a public file may contain.
 
 Public data sets of one field share up to 1.5 %.
@@ -211,8 +211,8 @@ def require_disjoint(
         allow_synthetic: accept synthetic records of a run if the file has its card.
 
     Raises:
-        ConfigError: the public records contain more than `MOST_SHARED` of the texts in one of the run's files (or of
-            the texts that the run uses from it), more than `MOST_SHARED` of the public texts occur in the run's files,
+        ConfigError: the public records contain more than `MAX_SHARED` of the texts in one of the run's files (or of
+            the texts that the run uses from it), more than `MAX_SHARED` of the public texts occur in the run's files,
             or the public records are synthetic and `allow_synthetic` does not apply.
     """
     files = [*own.read_whole_files()]
@@ -223,7 +223,7 @@ def require_disjoint(
     for said in count_texts_by_role(records).values():
         for of, texts in private:
             shared = len(said.keys() & texts)
-            if shared > MOST_SHARED * len(texts) or (shared and len(said.keys() & every) > MOST_SHARED * len(said)):
+            if shared > MAX_SHARED * len(texts) or (shared and len(said.keys() & every) > MAX_SHARED * len(said)):
                 bound = f"must not contain records of the run: it shares {pluralize(shared, 'text')} with {of}"
                 raise ConfigError(key, file, bound)
     if not (allow_synthetic and has_card(file, key=key)):
@@ -295,7 +295,7 @@ def record_generated_texts(run: Path, texts: Iterable[str]) -> None:
 
 
 def require_not_generated(records: Iterable[Record], folder: Path, *, key: str, file: str) -> None:
-    """Check that runs in `folder` generated at most `MOST_SHARED` of the texts in each role.
+    """Check that runs in `folder` generated at most `MAX_SHARED` of the texts in each role.
 
     Raises:
         ConfigError: the records are synthetic.
@@ -303,7 +303,7 @@ def require_not_generated(records: Iterable[Record], folder: Path, *, key: str, 
     found = {role: {_hash_text(text) for text in texts} for role, texts in count_texts_by_role(records).items()}
     for place in sorted(folder.glob(f"*/{WRITTEN}")):
         written = set(read_regular_file(place).decode().split())
-        if any(len(said & written) > MOST_SHARED * len(said) for said in found.values()):
+        if any(len(said & written) > MAX_SHARED * len(said) for said in found.values()):
             bound = (
                 f"must contain public records: {place.parent} generated some of them. Put their card next to the file"
             )

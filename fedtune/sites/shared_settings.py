@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 from fedtune.codec import decode
 from fedtune.config import CostSpec, ReportSpec, RunConfig, TrackingSpec, parse
 from fedtune.data.spec import AT_SITE
-from fedtune.federation.spec import MOST_SITES, FederationSpec, PublicSpec
+from fedtune.federation.spec import MAX_SITES, FederationSpec, PublicSpec
 from fedtune.model.spec import PACKAGE, ModelSpec
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.mechanism import PrivacySpec
@@ -28,8 +28,8 @@ from fedtune.spec import ConfigError
 from fedtune.tasks.registry import find_task
 from fedtune.training.spec import Machine, RuntimeSpec
 
-MOST_CHARACTERS = 1 << 20
-_MOST_KEYS = 8  # maximum number of keys in a refusal
+MAX_CHARACTERS = 1 << 20
+_MAX_KEYS = 8  # maximum number of keys in a refusal
 _NO_SETTINGS = (ConfigError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ArithmeticError)
 
 
@@ -80,7 +80,7 @@ def read_settings(text: str, *, plan: Plan, task: str) -> RunConfig:
     """
     fields: dict[str, Any] = {}
     try:
-        if len(text) > MOST_CHARACTERS:
+        if len(text) > MAX_CHARACTERS:
             raise ValueError("too long")
         fields = dict(json.loads(text))
         # First, because validation computes the privacy cost, which could take hours and all memory for a
@@ -105,7 +105,7 @@ def _list_unshared_keys(sent: Mapping[str, Any]) -> str:
     for group, spec in hints.items():
         if is_dataclass(spec) and type(own := sent.get(group)) is dict:
             apart |= {f"{group}.{key}" for key in {one.name for one in dataclass_fields(spec)} ^ {*own}}
-    return ", ".join(sorted(str(key)[:100] for key in apart)[:_MOST_KEYS])
+    return ", ".join(sorted(str(key)[:100] for key in apart)[:_MAX_KEYS])
 
 
 def _build_unvalidated_plan(fields: dict[str, Any], *, bound: int) -> Plan:
@@ -122,7 +122,7 @@ def _build_unvalidated_plan(fields: dict[str, Any], *, bound: int) -> Plan:
     counts["local_steps"] = fields["training"]["local_steps"]
     if any(type(count) is not int for count in (*counts.values(), federation["num_sites"])):
         raise ValueError("every count must be an integer")
-    if federation["num_sites"] > MOST_SITES:
+    if federation["num_sites"] > MAX_SITES:
         raise ValueError("too many sites")
     together = None
     if federation.get("aggregation", "plain") != "plain":

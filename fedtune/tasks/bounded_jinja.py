@@ -25,9 +25,9 @@ _A_TURN, _A_CHARACTER = 1 << 17, 1 << 6
 """Step limit of a rendering, per turn and per character of the conversation.  Known templates need about 2,000 steps
 per turn.
 """
-_MOST_MADE = 1 << 25
+_MAX_MADE = 1 << 25
 """Maximum size of a call's result if the sizes of its arguments multiply, as in 'a' * 5 or str.replace."""
-_MOST_NUMBER = 1 << 10
+_MAX_NUMBER = 1 << 10
 """Maximum number in a filter's arguments, such as an indentation or a number of parts.  Known templates use single
 digits.
 """
@@ -153,11 +153,11 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
         """
         sizes = [self.spend(one) for one in given]
         factors = (abs(one) if _is_number(one) else size for one, size in zip(given, sizes, strict=True))
-        if math.prod(1 + factor for factor in factors) > _MOST_MADE:
+        if math.prod(1 + factor for factor in factors) > _MAX_MADE:
             raise TooMuchWork(self.most)
 
     def _check_filter_call(self, given: tuple[Any, ...]) -> None:
-        if any(_is_number(one) and abs(one) > _MOST_NUMBER for one in given[1:]):
+        if any(_is_number(one) and abs(one) > _MAX_NUMBER for one in given[1:]):
             raise TooMuchWork(self.most)
         self._check_call(given)
 

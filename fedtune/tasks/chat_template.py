@@ -28,8 +28,8 @@ START, END, ANSWER = "start", "end", "answer"
 """Names of a conversation's start and end, and of the position after a user turn where the model starts to write."""
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 
-_MOST_TEMPLATE = 1 << 16  # maximum characters; the longest templates of well-known models have about ten thousand
-_MOST_TRIED = 1 << 24
+_MAX_TEMPLATE = 1 << 16  # maximum characters; the longest templates of well-known models have about ten thousand
+_MAX_TRIED = 1 << 24
 """Limit on the steps of all synthetic conversations together, counted by `StepLimitedTemplate`; short templates need
 200,000.
 """
@@ -289,8 +289,8 @@ def _derive_format(
         nonlocal spent
         text = _render_turns(template, turns, special)
         spent += template.work
-        if spent > _MOST_TRIED:
-            raise _UnsupportedTemplate(f"takes more than {_MOST_TRIED} steps for all trial conversations")
+        if spent > _MAX_TRIED:
+            raise _UnsupportedTemplate(f"takes more than {_MAX_TRIED} steps for all trial conversations")
         return text
 
     one, more = (USER, ASSISTANT), (USER, ASSISTANT, USER)
@@ -384,8 +384,8 @@ def _compile_template(template: str) -> StepLimitedTemplate:
     from fedtune.model.hf_logging import get_first_line
     from fedtune.tasks.bounded_jinja import StepLimitedTemplate
 
-    if len(template) > _MOST_TEMPLATE:
-        raise _UnsupportedTemplate(f"has {len(template)} characters, more than {_MOST_TEMPLATE}")
+    if len(template) > _MAX_TEMPLATE:
+        raise _UnsupportedTemplate(f"has {len(template)} characters, more than {_MAX_TEMPLATE}")
     try:
         return StepLimitedTemplate(template)
     except Exception as error:  # any error of Jinja or of Python's compiler

@@ -21,7 +21,7 @@ from fedtune.tasks.base import Draws, FirstTarget, Ids, Model
 from fedtune.tasks.measures import Floats, Marks
 from fedtune.tasks.pooled import LabelTask, TargetOf, find_label_index, format_labels
 
-MOST_LABELS = 1_000
+MAX_LABELS = 1_000
 """Maximum number of labels.  Each record takes a byte per label, so a lead could otherwise probe how many records a
 site has memory for.
 """
@@ -44,8 +44,8 @@ class MultiLabel(LabelTask):
 
     def check_data(self, data: DataSpec) -> None:
         super().check_data(data)
-        if len(data.labels) > MOST_LABELS:
-            raise ConfigError("labels", len(data.labels), f"must be at most {MOST_LABELS} for task {self.name}")
+        if len(data.labels) > MAX_LABELS:
+            raise ConfigError("labels", len(data.labels), f"must be at most {MAX_LABELS} for task {self.name}")
 
     def target(self, data: DataSpec) -> TargetOf:
         places = {label: index for index, label in enumerate(data.labels)}

@@ -28,7 +28,7 @@ from fedtune.tasks.base import Draws, FirstTarget, Ids, Model
 from fedtune.tasks.measures import Floats
 from fedtune.tasks.pooled import PooledTask, TargetOf
 
-_MOST_INTERVALS = 100
+_MAX_INTERVALS = 100
 _EVENTS = {"1": True, "true": True, "0": False, "false": False}
 
 
@@ -44,8 +44,8 @@ class SurvivalSettings:
 
     def __post_init__(self) -> None:
         ascend = all(start < end for start, end in pairwise((0.0, *self.intervals)))
-        if len(self.intervals) > _MOST_INTERVALS or not ascend:
-            bound = f"must be at most {_MOST_INTERVALS} ascending numbers above 0"
+        if len(self.intervals) > _MAX_INTERVALS or not ascend:
+            bound = f"must be at most {_MAX_INTERVALS} ascending numbers above 0"
             raise ConfigError("intervals", list(self.intervals), bound)
         if self.intervals:
             check_range("intervals", (0.0, self.intervals[-1]))

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 _NO_WORD = (0, 0)
 SWITCH_COST = 0.75  # of entering or leaving an entity, in nats
 SPLIT_ODDS = 2.0  # log-odds of B to I above which a word starts another entity
-MOST_OUTSIDE = 0.92  # of a text's words, in the prior that prediction corrects
+MAX_OUTSIDE = 0.92  # of a text's words, in the prior that prediction corrects
 _MAX_WORD_TARGET = 1 << 40
 """Limit on a token's encoded target.  Further entities of the same word are not counted: with a hundred labels, a word
 can have five entities in addition to its label, and with fewer labels more.
@@ -308,7 +308,7 @@ def predict_entities(logits: Floats) -> list[Entity]:
       all labels are summed.  A change of state costs `SWITCH_COST`, since a word mostly has its neighbor's state.
     - Most words of a text are outside, which each word's logits contain although its neighbors tell it as well.  A
       word's log-odds of being inside gain half of those of the text's mean probability of being outside, taken to be
-      between 0.5 and `MOST_OUTSIDE`.
+      between 0.5 and `MAX_OUTSIDE`.
     - A word inside starts another entity if its log-odds of B to I exceed `SPLIT_ODDS`.
 
     An entity's label has the largest mean probability over its words.  With the likeliest tag of each word instead,
@@ -321,7 +321,7 @@ def predict_entities(logits: Floats) -> list[Entity]:
         summed = (np.logaddexp.reduce(logits[:, first::step], axis=1) for first, step in ((1, 2), (2, 2), (0, 1)))
         begin, inside, every = summed
         probabilities = np.exp(logits - every[:, None])
-        outside = np.clip(probabilities[:, 0].sum() / max(len(logits), 1), 0.5, MOST_OUTSIDE)
+        outside = np.clip(probabilities[:, 0].sum() / max(len(logits), 1), 0.5, MAX_OUTSIDE)
         gains = np.logaddexp(begin, inside) - logits[:, 0] + np.log(outside / (1 - outside)) / 2
         splits = begin - inside > SPLIT_ODDS
     best, ways = (0.0, -math.inf), list[tuple[bool, bool]]()

@@ -33,9 +33,9 @@ from fedtune.training.spec import RuntimeSpec
 _ELSEWHERE_MIB = 1024.0  # default for cached states, on systems that do not report the available memory
 _ELSEWHERE_BYTES = 4 * 2**30  # default for the total memory on such systems
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_MOST_TIMED, _ENOUGH_S = 512, 0.7  # maximum tokens of the timed micro-batch, and total seconds of its passes
-_GRADIENTS_THAT_PAY, _MOST_PROCESSES, _BYTES_OF_A_PROCESS = 30_000, 4, 2 * 2**30
-_TOKENS_ON_GPU, _TOKENS_OF_A_THREAD, _MOST_TOKENS = 16384, 512, 2048
+_MAX_TIMED, _ENOUGH_S = 512, 0.7  # maximum tokens of the timed micro-batch, and total seconds of its passes
+_GRADIENTS_THAT_PAY, _MAX_PROCESSES, _BYTES_OF_A_PROCESS = 30_000, 4, 2 * 2**30
+_TOKENS_ON_GPU, _TOKENS_OF_A_THREAD, _MAX_TOKENS = 16384, 512, 2048
 """Default numbers of tokens in a micro-batch.
 
 On a CPU, a larger micro-batch is no faster, and the trial before the run takes longer (simulations/benchmarks); on a
@@ -144,7 +144,7 @@ def choose_num_processes(runtime: RuntimeSpec, *, gradients: float) -> int:
     )
     if alone or gradients < _GRADIENTS_THAT_PAY:
         return 1
-    return max(1, min(count_usable_cores(), _MOST_PROCESSES, _measure_memory_bytes() // _BYTES_OF_A_PROCESS))
+    return max(1, min(count_usable_cores(), _MAX_PROCESSES, _measure_memory_bytes() // _BYTES_OF_A_PROCESS))
 
 
 def choose_micro_batch_shapes(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Shapes:
@@ -164,7 +164,7 @@ def micro_batch_tokens(runtime: RuntimeSpec, device: torch.device) -> int:
         return runtime.micro_batch_tokens
     if device.type != "cpu":
         return _TOKENS_ON_GPU
-    return min(_MOST_TOKENS, _TOKENS_OF_A_THREAD * torch.get_num_threads())
+    return min(_MAX_TOKENS, _TOKENS_OF_A_THREAD * torch.get_num_threads())
 
 
 def compute_step_bytes(model: TaskModel, runtime: RuntimeSpec) -> int:
@@ -347,7 +347,7 @@ def measure_example_seconds(
     task. Each time is the minimum of a few passes over a micro-batch of dummy examples, drawn from the NumPy generator
     `draws`.
     """
-    most = min(_MOST_TIMED, micro_batch_tokens(runtime, model.device))
+    most = min(_MAX_TIMED, micro_batch_tokens(runtime, model.device))
     count = max(1, most // (max_length * model.spec.texts))
     rows = model.generate_dummies([max_length] * (count * model.spec.texts), draws)
     targets = model.task.dummy_targets(rows, spec=model.spec, draws=draws, first=lambda _: 0)  # each token supervised

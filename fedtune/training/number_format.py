@@ -24,11 +24,11 @@ from fedtune.training.machine import count_threads, micro_batch_tokens, resolve_
 from fedtune.training.spec import RuntimeSpec
 
 FLOAT32, MIXED = "float32", "mixed"
-_LEAST_GAIN = 1.05  # minimum speedup of mixed over float32
-_MOST_GAIN = 12.0  # larger ratios, also inverted, come from other load on the machine; AMX was 6 times as fast
-_MOST_SECONDS = 0.3  # time limit for all passes
-_MOST_OPERATIONS = 6e9  # limit on the operations of a pass over both formats; large models get fewer tokens
-_FEWEST_TOKENS = 16
+_MIN_GAIN = 1.05  # minimum speedup of mixed over float32
+_MAX_GAIN = 12.0  # larger ratios, also inverted, come from other load on the machine; AMX was 6 times as fast
+_MAX_SECONDS = 0.3  # time limit for all passes
+_MAX_OPERATIONS = 6e9  # limit on the operations of a pass over both formats; large models get fewer tokens
+_MIN_TOKENS = 16
 
 Seconds = Mapping[str, float]
 
@@ -62,7 +62,7 @@ def choose_number_format(
     seconds = _measure_model(model, count_threads(runtime), runtime.onednn, tokens)
     chosen, ratio = choose_faster(seconds), seconds[FLOAT32] / seconds[MIXED]
     measured = f"mixed precision is {ratio:.2f} times as fast as float32"
-    if not 1 / _MOST_GAIN < ratio < _MOST_GAIN:
+    if not 1 / _MAX_GAIN < ratio < _MAX_GAIN:
         chosen, measured = FLOAT32, "the machine is too busy to measure mixed precision"
     told(f"Number format: {chosen} (model.dtype=auto; {measured})")
     return chosen
@@ -70,7 +70,7 @@ def choose_number_format(
 
 def choose_faster(seconds: Seconds) -> str:
     """Return "mixed" if float32 takes more than 5 % longer, and "float32" otherwise."""
-    return MIXED if seconds[FLOAT32] > _LEAST_GAIN * seconds[MIXED] else FLOAT32
+    return MIXED if seconds[FLOAT32] > _MIN_GAIN * seconds[MIXED] else FLOAT32
 
 
 @cache
@@ -101,7 +101,7 @@ def measure_products(
         clock: returns the time in seconds.
     """
     operations = 8 * sum(outputs * inputs for outputs, inputs in shapes)  # per token: forward, backward, two formats
-    rows = min(tokens, max(_FEWEST_TOKENS, int(_MOST_OPERATIONS / max(1, operations))))
+    rows = min(tokens, max(_MIN_TOKENS, int(_MAX_OPERATIONS / max(1, operations))))
     products = {name: _build_products(shapes, name, onednn=onednn) for name in formats}
     inputs = [torch.ones(rows, size, requires_grad=True) for _, size in shapes]
     gradients = [torch.ones(rows, size) for size, _ in shapes]
@@ -115,7 +115,7 @@ def measure_products(
                 torch.autograd.grad(products[name][place](values), values, gradient)
                 fastest[name][place] = min(fastest[name][place], clock() - begun)
         now = clock()
-        if 2 * now - pass_began - began > _MOST_SECONDS:  # another pass of the same duration would take too long
+        if 2 * now - pass_began - began > _MAX_SECONDS:  # another pass of the same duration would take too long
             break
     return {
         name: sum(count * seconds for count, seconds in zip(shapes.values(), best, strict=True))

@@ -49,7 +49,7 @@ FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- peers: written by peers.py -->", "<!-- end of peers -->"
 OURS = "fedtune"
 SETTINGS = ["experiment=banks_intents", "lora=qv", "privacy.sampling_rate=0.2"]
-MOST_ROWS = 16
+MAX_ROWS = 16
 READY = "ready"
 Round = Callable[[], float]
 """Takes one and returns its seconds."""
@@ -107,7 +107,7 @@ def of_opacus(
                 for name, one in trained.items():
                     one.copy_(start[name])
             private.optimizer.expected_batch_size = round(work.sampling_rate * len(rows))
-            take_sorted_steps(private, rows, sampling_rate=work.sampling_rate, steps=steps, most_rows=MOST_ROWS)
+            take_sorted_steps(private, rows, sampling_rate=work.sampling_rate, steps=steps, most_rows=MAX_ROWS)
             for name, one in trained.items():
                 total[name] += one.detach() / len(work.sites)
         with torch.no_grad():
@@ -152,8 +152,8 @@ def of_opake(folder: Path, *, rounds: int, steps: int, go: Callable[[float | Non
                 places = (torch.rand(len(rows)) < work.sampling_rate).nonzero().flatten().tolist()
                 chosen = sorted((rows[place] for place in places), key=lambda row: len(row[0]))
                 summed: Any = None
-                for begin in range(0, len(chosen), MOST_ROWS):
-                    clipped, clip_state = clip(trained, *together(chosen[begin : begin + MOST_ROWS]), state=clip_state)
+                for begin in range(0, len(chosen), MAX_ROWS):
+                    clipped, clip_state = clip(trained, *together(chosen[begin : begin + MAX_ROWS]), state=clip_state)
                     added = {name: one + (summed.pytree[name] if summed else 0) for name, one in clipped.pytree.items()}
                     summed = replace(clipped, pytree=added)
                 noisy, noise_state = add_noise(summed, noise_state)
@@ -187,7 +187,7 @@ def of_flower(folder: Path, *, rounds: int, steps: int, go: Callable[[float | No
         rows = work.sites[int(context.node_config["partition-id"])]
         peer = Peer(work)
         peer.load_state_dict(message.content["arrays"].to_torch_state_dict(), strict=False)
-        take_steps(made_private(peer, rows, work.sampling_rate), steps=steps, most_rows=MOST_ROWS)
+        take_steps(made_private(peer, rows, work.sampling_rate), steps=steps, most_rows=MAX_ROWS)
         trained = {name: one.detach() for name, one in peer.named_parameters() if one.requires_grad}
         metrics = MetricRecord({"num-examples": len(rows)})
         return Message(RecordDict({"arrays": ArrayRecord(trained), "metrics": metrics}), reply_to=message)

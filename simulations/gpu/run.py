@@ -67,7 +67,7 @@ _MICRO_BATCHES, _RUNS = 4, 3
 _ROWS = (8, 32, 64)
 """Of a micro-batch.  With few a GPU waits for the process that tells it what to do."""
 _ROWS_TRIED = (("any number of rows", (1, 2, 4, 8)), ("one number of rows", (1,)))
-_MOST_FOUR_BIT_BYTES = 24 * 2**30
+_MAX_FOUR_BIT_BYTES = 24 * 2**30
 Result = dict[str, Any]
 Step = Callable[[TaskModel, Batch], None]
 """Takes a step of `_MICRO_BATCHES` equal micro-batches."""
@@ -406,7 +406,7 @@ def four_bit(machine: Machine) -> Result:
         assert apart < 0.05, f"{path}: gradients differ by {apart} from those of the same weights in bfloat16"
         found[f"{path} {task}"] = {"gradients": apart}
     found |= speed(machine, "8b", dtype="nf4", rows=(2,))
-    assert found.get("2 rows", {}).get("private_peak_bytes", 0) < _MOST_FOUR_BIT_BYTES, (
+    assert found.get("2 rows", {}).get("private_peak_bytes", 0) < _MAX_FOUR_BIT_BYTES, (
         "a step of the 8B model needs more than 24 GiB"
     )
     return found

@@ -19,7 +19,7 @@ from fedtune.federation.protocol import Reply, RoundRequest, Signed
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Receipt, Update
 
-_MOST_BYTES = 4096  # PIPE_BUF: a write of so much is whole or not there at all
+_MAX_BYTES = 4096  # PIPE_BUF: a write of so much is whole or not there at all
 
 
 class Outside:
@@ -36,7 +36,7 @@ class Outside:
     def tell(self, what: str, **fields: object) -> None:
         """One line to the parent."""
         line = json.dumps({"what": what, **fields}).encode() + b"\n"
-        assert len(line) <= _MOST_BYTES, "a longer line could be torn"
+        assert len(line) <= _MAX_BYTES, "a longer line could be torn"
         os.write(self._pipe, line)
 
     def request(self, signed: Signed, adapter: Adapter) -> None:

@@ -17,7 +17,7 @@ from fedtune.data.batching import cut_micro_batches
 from fedtune.sites.shared_model import RunModel
 from fedtune.training.per_example import record_gradients
 
-_LEAST_NOISE = 1e-6
+_MIN_NOISE = 1e-6
 
 
 def attacked(names: Sequence[str]) -> list[str]:
@@ -61,7 +61,7 @@ class Candidates:
         total = update * plan.sampling_rate * declared_size
         noise = (plan.noise_multiplier * plan.max_grad_norm) ** 2 * plan.local_steps / prior
         seen = self._rows @ total.astype(np.float32)
-        damped = np.maximum(self._values, 0) + max(noise, _LEAST_NOISE)
+        damped = np.maximum(self._values, 0) + max(noise, _MIN_NOISE)
         return self._vectors @ ((self._vectors.T @ seen.astype(np.float64)) / damped)
 
 

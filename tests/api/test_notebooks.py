@@ -14,7 +14,7 @@ from ..test_site import load_tool
 
 DOCS = Path(__file__).parents[2] / "docs"
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
-MOST_BYTES = 1_500_000
+MAX_BYTES = 1_500_000
 """Of all notebooks together, so that a clone stays small."""
 PICTURES = ("image/svg+xml", "image/png")
 LOCAL_PATHS = ("/tmp/", "/root", "/home/", "/Users/", str(REPOSITORY))
@@ -73,7 +73,7 @@ def test_notebooks_import_existing_names(path: Path) -> None:
 
 
 def test_notebooks_are_small() -> None:
-    assert sum(path.stat().st_size for path in NOTEBOOKS) < MOST_BYTES
+    assert sum(path.stat().st_size for path in NOTEBOOKS) < MAX_BYTES
 
 
 def make_notebook(*outputs: Any, tags: tuple[str, ...] = ()) -> Any:

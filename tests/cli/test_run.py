@@ -200,7 +200,7 @@ def test_oversized_settings_are_not_sent_to_sites(kit: Kit, folder: Path, monkey
     config = read_saved_config(folder)
     lead = LeadService(kit=kit, federation=config.federation)
     assert parse(json.loads(lead._propose_run(config).settings)) == select_settings_for_sites(config)
-    monkeypatch.setattr("fedtune.ops.deployment.MOST_CHARACTERS", 1000)
+    monkeypatch.setattr("fedtune.ops.deployment.MAX_CHARACTERS", 1000)
     with pytest.raises(ConfigError, match=r"settings = '[\d,]+ characters': must have at most 1,000"):
         lead._propose_run(config)
 

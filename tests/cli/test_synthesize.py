@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedtune.api import public as api
 from fedtune.api.compose import compose_run
-from fedtune.codec import MOST_BYTES
+from fedtune.codec import MAX_BYTES
 from fedtune.data.load import partition_training_files
 from fedtune.data.partition import PartitionSpec
 from fedtune.lab.studies.synthetic import (
@@ -336,7 +336,7 @@ def test_edited_synthesis_card_is_refused(runs: Path, tmp_path: Path) -> None:
     card.write_text("[" * 100_000)
     assert "must be JSON" in select_and_fail()
     with card.open("wb") as file:  # of holes alone
-        file.truncate(MOST_BYTES + 1)
+        file.truncate(MAX_BYTES + 1)
     assert "of at most 64 MiB" in select_and_fail()
     card.unlink()
     os.mkfifo(card)

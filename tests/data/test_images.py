@@ -109,7 +109,7 @@ def test_oversized_images_are_refused_and_missing_pillow_is_named(
     (tmp_path / "a.png").write_bytes(WHOLE)
     record = Record({"image": "a.png"}, file=str(tmp_path / "rows.csv"), line=1)
     with monkeypatch.context() as patched:
-        patched.setattr(images, "MOST_BYTES", len(WHOLE) - 1)
+        patched.setattr(images, "MAX_BYTES", len(WHOLE) - 1)
         with pytest.raises(DataError, match=r"must have at most .* bytes per image"):
             decode_record_image(record)
     monkeypatch.setitem(sys.modules, "PIL", None)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedtune.data.formats import detect_format, fingerprint_files, iter_raw_rows, list_data_files
 from fedtune.data.load import read_lead_records
 from fedtune.data.records import Record, iter_records, validate_rows
-from fedtune.data.text_rows import MOST_BYTES
+from fedtune.data.text_rows import MAX_BYTES
 from fedtune.spec import DataError
 from fedtune.tasks.registry import get_task
 from fedtune.tasks.token_classification import make_entity_reader
@@ -189,7 +189,7 @@ def test_conll_sentences_are_separated_only_by_blank_lines(tmp_path: Path) -> No
 
 
 def test_unreadable_document_yields_one_error_among_valid_documents(tmp_path: Path) -> None:
-    whole, long = b"a O\n\n", b"x" * MOST_BYTES + b" O\n"
+    whole, long = b"a O\n\n", b"x" * MAX_BYTES + b" O\n"
     (tmp_path / "a.conll").write_bytes(whole + b"secret\n\n" + whole + b"\xff O\n\n" + long + b"b O\n\n" + whole)
     rows = [*iter_raw_rows(tmp_path / "a.conll")]
     assert [line for line, _ in rows] == [1, 3, 5, 7, 9, 12]
@@ -197,7 +197,7 @@ def test_unreadable_document_yields_one_error_among_valid_documents(tmp_path: Pa
     assert faults == [
         "a line with a single column",
         "byte 0xff at position 1 of the record",
-        f"more than {MOST_BYTES} bytes",
+        f"more than {MAX_BYTES} bytes",
     ]
     first, other = (
         make_bioc_document(*PLACES),

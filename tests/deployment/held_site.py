@@ -31,5 +31,5 @@ def hold_training(trains: Callable[..., Any]) -> Callable[..., Any]:
 
 site_work.train_round = hold_training(site_work.train_round)
 site_work.compute_round_share = hold_training(site_work.compute_round_share)
-site_service._MOST_WAIT_S = 2.0
+site_service._MAX_WAIT_S = 2.0
 raise SystemExit(main(sys.argv[2:]))

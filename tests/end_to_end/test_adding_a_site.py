@@ -30,7 +30,7 @@ pytestmark = pytest.mark.nightly
 PAGE = REPOSITORY / "docs" / "adding_a_site.md"
 PORT = "9092"
 SITES = ("north-hospital", "south-hospital")
-MOST_S = 600.0  # little more than a minute on a quiet machine
+MAX_S = 600.0  # little more than a minute on a quiet machine
 BLOCKS = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 """Language and content of each fenced block."""
 
@@ -73,7 +73,7 @@ def pasted_page(tmp_path_factory: pytest.TempPathFactory) -> Any:
         # In a group of its own, so that what it started can be ended.
         shell = Process("shell", bash, log=beside / "output.txt", cwd=folder, env=given)
         try:
-            code = shell.end(seconds=MOST_S)
+            code = shell.end(seconds=MAX_S)
             logs = "".join(f"\n{log}:\n{log.read_text()}" for log in sorted(folder.rglob("*.log")))
             assert code == 0, shell.text + logs
             with pytest.raises(ProcessLookupError):  # the page itself has stopped what it started

@@ -291,7 +291,7 @@ def test_repeated_false_accusations_end_the_run(tmp_path: Path, monkeypatch: pyt
     all_needed = ("federation.num_sites=3", "federation.threshold=3", "federation.num_rounds=20")
     done = run_command("simulate", *list_tiny_overrides(*SECURE, *all_needed, into=tmp_path))
     assert done.code == 1
-    lost = range(2, 2 * secure_rounds.MOST_LOST, 2)
+    lost = range(2, 2 * secure_rounds.MAX_LOST_ROUNDS, 2)
     assert f"the sum of secure aggregation release {lost.stop} cannot be computed" in done.message
     assert f"as in round {', '.join(map(str, lost))}, and each round is charged" in done.message
     assert "wrong shares between site-1 and site-2; the checkpoint of" in done.message

@@ -66,7 +66,7 @@ def test_every_tutorial_command_succeeds_as_printed(folder: Path, file: str) -> 
 BANKING = REPOSITORY / "simulations" / "data" / "banking77"
 FOUR_LABELS = ("card_arrival", "card_linking", "exchange_rate", "top_up_failed")
 SITES, RECORDS, TEST_ROWS = 2, 100, 80
-MOST_CHARACTERS, MOST_TOKENS = 50, 16
+MAX_CHARACTERS, MAX_TOKENS = 50, 16
 # 80 rows of which nine in ten are right before training: two standard errors are 0.07.
 MARGIN = 0.07
 
@@ -75,7 +75,7 @@ def cut(name: str, most: int) -> list[dict[str, str]]:
     """Return the first rows that have one of the labels and few words, for fast training."""
     with gzip.open(BANKING / name, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    short = (row for row in rows if row["label"] in FOUR_LABELS and len(row["text"]) <= MOST_CHARACTERS)
+    short = (row for row in rows if row["label"] in FOUR_LABELS and len(row["text"]) <= MAX_CHARACTERS)
     kept = sorted(short, key=lambda row: row["text"])
     assert len(kept) >= most
     return kept[:most]
@@ -89,7 +89,7 @@ def list_quick_start_commands(tmp_path: Path) -> list[str]:
     return [
         *("simulate", "experiment=own_data", "name=small", f"data.train_file='{tmp_path / 'train.jsonl'}'"),
         *(f"data.test_file='{tmp_path / 'test.jsonl'}'", f"data.labels=[{','.join(FOUR_LABELS)}]"),
-        *(f"data.declared_sizes={RECORDS}", f"data.max_length={MOST_TOKENS}", "runtime.micro_batch_tokens=256"),
+        *(f"data.declared_sizes={RECORDS}", f"data.max_length={MAX_TOKENS}", "runtime.micro_batch_tokens=256"),
         *(f"federation.num_sites={SITES}", "privacy.epsilon=3", "privacy.noise_multiplier=3.1665"),
         *(f"tracking.output_dir='{tmp_path}'", "tracking=quiet", "runtime.device=cpu", "runtime.num_threads=1"),
     ]

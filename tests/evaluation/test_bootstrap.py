@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fedtune.evaluation.bootstrap import (
-    FEWEST_UNITS,
+    MIN_UNITS,
     Drawn,
     Estimate,
     compare_by_scores,
@@ -94,7 +94,7 @@ def test_model_is_compared_with_the_best_constant_prediction(
 
 
 def test_comparison_of_too_few_units_has_no_verdict() -> None:
-    zeros, ones = make_figures(np.zeros(FEWEST_UNITS)), make_figures(np.ones(FEWEST_UNITS))
+    zeros, ones = make_figures(np.zeros(MIN_UNITS)), make_figures(np.ones(MIN_UNITS))
     assert compare_by_scores(zeros, ones, scores=compute_mean)["accuracy"].verdict == "better"
     fewer = ({"right": one["right"][1:]} for one in (zeros, ones))
     assert compare_by_scores(*fewer, scores=compute_mean)["accuracy"].verdict == "cannot be told apart"

@@ -70,7 +70,7 @@ def test_cpu_scoring_uses_small_batches_with_equal_results(
     classifier: TaskModel, labeled_texts: TextDataset, keeps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def score_in_batches(most: int) -> tuple[dict[str, Any], list[int]]:
-        monkeypatch.setattr(scoring_module, "_MOST_ON_CPU", most)
+        monkeypatch.setattr(scoring_module, "_MAX_ON_CPU", most)
         kept: scoring_module.KeptBatches | None = {} if keeps else None
         with enter_evaluation_mode(classifier):
             batches = scoring_module.iter_batches_with_cache(

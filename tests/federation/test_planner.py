@@ -134,7 +134,7 @@ def test_signal_to_noise_scales_with_rounds_noise_and_parameters() -> None:
 
 def test_run_with_a_weak_signal_is_refused() -> None:
     clear = planner.compute_signal_to_noise(golden(), SIZES, values=1000)
-    just_enough = golden(noise_multiplier=clear / planner.LEAST_SIGNAL)
+    just_enough = golden(noise_multiplier=clear / planner.MIN_SIGNAL)
     planner.check_signal(just_enough, SIZES, values=1000)
     planner.check_signal(golden(noise_multiplier=0.0), SIZES, values=10**9)
     with pytest.raises(
@@ -189,7 +189,7 @@ def test_solved_rounds_are_the_maximum_within_epsilon(plan: Plan) -> None:
     ):
         planner.solve_rounds(plan, epsilon=0.1)
     endless = replace(plan, noise_multiplier=9000.0, sampling_rate=1e-4, local_steps=1)
-    assert planner.solve_rounds(endless, epsilon=8.0).num_rounds > planner.MOST_ROUNDS / 2, "which end somewhere"
+    assert planner.solve_rounds(endless, epsilon=8.0).num_rounds > planner.MAX_ROUNDS / 2, "which end somewhere"
 
 
 def test_solved_sampling_rate_is_the_largest_within_epsilon(plan: Plan) -> None:

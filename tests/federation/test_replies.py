@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.federation.bfloat16 import MOST_ROUNDING, add_difference, round_difference
+from fedtune.federation.bfloat16 import MAX_ROUNDING, add_difference, round_difference
 from fedtune.federation.protocol import Reply, compute_answer_digest
 from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, LEFT_OUT, NO_REPLY, UNSIGNED_REPLY, RoundReplies
 from fedtune.federation.update_store import UpdateStore
@@ -237,7 +237,7 @@ def test_received_adapter_equals_the_sent_adapter_plus_the_rounded_difference() 
     for name, value in arrived.items():
         assert (value.dtype, value.shape) == (np.float32, sent[name].shape)
         moved = np.abs(value.astype(np.float64) - sent[name])
-        assert (np.abs(value - trained[name]) <= MOST_ROUNDING * moved + 2.0**-23 * np.abs(value)).all()
+        assert (np.abs(value - trained[name]) <= MAX_ROUNDING * moved + 2.0**-23 * np.abs(value)).all()
     still = add_difference(sent, round_difference(sent, sent))
     assert all((still[name] == sent[name]).all() for name in sent), "a tensor that rests stays as it is"
 

@@ -353,7 +353,7 @@ def list_promises(site: SecureSite) -> list[tuple[str, int, bool]]:
 
 
 def test_newest_confirmation_per_session_is_stored(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(at_site, "_MOST_NOTED", 2)
+    monkeypatch.setattr(at_site, "_MAX_NOTED", 2)
     digests = []
     for start in (1, 2, 3):
         session, _, _ = federation.begin_session()

@@ -203,7 +203,7 @@ def test_connection_is_renewed_after_its_maximum_age(
     server.context = make_server_context(own_authority.issue("server", address=LOOPBACK, days=-1))
     fleet.activate()
     assert server.connections == 1, "a young connection is kept"
-    monkeypatch.setattr(bounded_http, "MOST_AGE_S", 0.0)
+    monkeypatch.setattr(bounded_http, "MAX_AGE_S", 0.0)
     with pytest.raises(Unreachable, match="its certificate is not accepted here: certificate has expired"):
         fleet.activate()
     fleet._stop.set()

@@ -197,7 +197,7 @@ def test_unreadable_answer_is_discarded(member: Member, round_: Round, kind: str
         member.reply(round_.question, Message(content, SUPERLINK_NODE_ID, "train"))
     elif kind == "more than any":
         # A part may be named many times: what comes is small, and what it stands for is not.
-        monkeypatch.setattr(message_objects, "MOST_BYTES", 1 << 16)
+        monkeypatch.setattr(message_objects, "MAX_BYTES", 1 << 16)
         zeros = ArrayRecord({"head": Array(np.zeros(1 << 16, np.float32))})
         member.reply(round_.question, Message(RecordDict({"arrays": zeros}), SUPERLINK_NODE_ID, "train"))
     elif kind == "no message":
@@ -338,7 +338,7 @@ CHANGES: dict[str, Callable[[ObjectTree, Objects], Any]] = {
         {(id := find_by_kind(objects, "ArrayRecord")): f"ArrayRecord {id} 2".encode() + b"\x00{}"}
     ),
     "outside of arrays": lambda tree, objects: objects.update(
-        {find_by_kind(objects, "ConfigRecord"): b"ConfigRecord  1\x00" + bytes(message_objects.MOST_BESIDE_BYTES)}
+        {find_by_kind(objects, "ConfigRecord"): b"ConfigRecord  1\x00" + bytes(message_objects.MAX_BESIDE_BYTES)}
     ),
 }
 
@@ -351,9 +351,9 @@ def test_malformed_and_expanding_objects_are_refused(says: str) -> None:
         pull_tree(tree, objects)
 
 
-@pytest.mark.parametrize(("bound", "value"), [("MOST_BYTES", 1000), ("MOST_S", -1.0)])
+@pytest.mark.parametrize(("bound", "value"), [("MAX_BYTES", 1000), ("MAX_S", -1.0)])
 def test_oversized_or_slow_message_is_refused(monkeypatch: pytest.MonkeyPatch, bound: str, value: float) -> None:
     monkeypatch.setattr(message_objects, bound, value)
     tree, objects = make_honest_reply(np.arange(1000, dtype=np.float32))
-    with pytest.raises(OutOfBounds, match="more than 1000 bytes" if bound == "MOST_BYTES" else "took more than"):
+    with pytest.raises(OutOfBounds, match="more than 1000 bytes" if bound == "MAX_BYTES" else "took more than"):
         pull_tree(tree, objects)

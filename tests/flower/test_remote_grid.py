@@ -86,7 +86,7 @@ def test_arrays_round_trip_and_nodes_are_numbered_by_the_roster(network: Loopbac
 
 @pytest.mark.nightly
 def test_run_continues_with_a_renewed_lead_certificate(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded_http, "MOST_AGE_S", 0.0)  # each call makes a connection
+    monkeypatch.setattr(bounded_http, "MAX_AGE_S", 0.0)  # each call makes a connection
     network.site("a")
     own, renewed = network.lead_tls, network.authority.issue("lead renewed")
     kept, told = (own.certificate.read_bytes(), own.key.read_bytes()), itertools.chain([True], itertools.repeat(False))

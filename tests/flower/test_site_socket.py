@@ -64,7 +64,7 @@ def test_unsupported_record_contents_are_refused(content: RecordDict) -> None:
 
 
 def test_oversized_messages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(site_socket, "MOST_BODY_BYTES", 10)
+    monkeypatch.setattr(site_socket, "MAX_BODY_BYTES", 10)
     pack("train", 0.0, RecordDict({"a": record_from_bytes(bytes(10))}))
     with pytest.raises(ValueError, match="exceeds the size limits"):
         pack("train", 0.0, RecordDict({"a": record_from_bytes(bytes(11))}))

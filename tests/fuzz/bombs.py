@@ -17,7 +17,7 @@ from .target import Target
 from .targets import TARGETS
 
 MIB = 1 << 20
-MOST_MIB = 100
+MAX_MIB = 100
 """By so much may a process grow."""
 
 
@@ -36,7 +36,7 @@ def main() -> None:
 def list_bombs() -> Iterator[tuple[str, Target, bytes]]:
     """Name, target and input of each."""
     # Twice what a process may grow by: more would show no more, and takes its time to unpack.
-    member, members = gzip.compress(b"a" * (16 * MIB), mtime=0), 2 * MOST_MIB // 16
+    member, members = gzip.compress(b"a" * (16 * MIB), mtime=0), 2 * MAX_MIB // 16
     quoted = gzip.compress(b'body,kind\n"', mtime=0)
     for name, data in (
         ("200 MiB in one line", member * members),

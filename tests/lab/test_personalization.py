@@ -10,7 +10,7 @@ import pytest
 from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.load import SiteRecords
-from fedtune.lab.personalization import FEWEST_RECORDS, Parts, _Fit, record_personalization
+from fedtune.lab.personalization import MIN_RECORDS, Parts, _Fit, record_personalization
 from fedtune.model.adapter import Adapter
 from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.spec import DataError, RunError
@@ -47,7 +47,7 @@ def test_split_without_held_out_records_is_by_user() -> None:
         sum(map(len, check_parts_are_disjoint(Parts.split(SiteRecords(of_users, []), key=b"key", unit="user"), "user")))
         == 60
     )
-    with pytest.raises(DataError, match=f"must be at least {FEWEST_RECORDS}"):
+    with pytest.raises(DataError, match=f"must be at least {MIN_RECORDS}"):
         Parts.split(SiteRecords(make_records(30), []), key=b"key", unit="record")
 
 

@@ -22,7 +22,7 @@ import fedtune.ops.services.site_state as site_state
 from fedtune.flower.client import SiteApp
 from fedtune.ops.health import READY, Health
 from fedtune.ops.services.site_service import _Loop, _stop_on_signal
-from fedtune.ops.services.site_state import MOST_WAITING, SiteState, lock_ledger
+from fedtune.ops.services.site_state import MAX_WAITING, SiteState, lock_ledger
 from fedtune.ops.wire.fleet import Fleet
 from fedtune.ops.wire.line_errors import Unreachable
 from fedtune.privacy.proposal import Proposal
@@ -210,7 +210,7 @@ def test_pending_run_requires_settings_matching_its_name(state: SiteState) -> No
 
 
 def test_number_of_pending_runs_is_limited(state: SiteState) -> None:
-    for number in range(MOST_WAITING):
+    for number in range(MAX_WAITING):
         state.queue_for_approval(propose_run(f"run-{number}"), SETTINGS)
     with pytest.raises(RunError, match="100 runs already await approval"):
         state.queue_for_approval(propose_run("one more"), SETTINGS)

@@ -148,10 +148,10 @@ def test_noise_calibration_terminates_at_extreme_targets() -> None:
         found = calibrate_noise(epsilon=epsilon, delta=1e-3, sampling_rate=0.2, steps=5)
         assert found == pytest.approx(188.72, rel=1e-4)
     assert calibrate_noise(epsilon=8.0, delta=1e-5, sampling_rate=1e-6, steps=5) == 0.1
-    most = events.build_dp_sgd_event(sampling_rate=1.0, noise_multiplier=0.99 * accountant.MOST_NOISE, steps=1000)
+    most = events.build_dp_sgd_event(sampling_rate=1.0, noise_multiplier=0.99 * accountant.MAX_NOISE, steps=1000)
     epsilon = epsilon_pld([most], 1e-5, interval=accountant.COARSE)
     found = calibrate_noise(epsilon=epsilon, delta=1e-5, sampling_rate=1.0, steps=1000)
-    assert found == pytest.approx(0.99 * accountant.MOST_NOISE, rel=1e-4)
+    assert found == pytest.approx(0.99 * accountant.MAX_NOISE, rel=1e-4)
 
 
 def test_too_many_steps_and_unreachable_epsilons_are_refused() -> None:

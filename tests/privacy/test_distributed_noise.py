@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedtune.privacy import distributed_noise
-from fedtune.privacy.distributed_noise import LEAST_CELLS, SharedNoise, Together, add_noise_share
+from fedtune.privacy.distributed_noise import MIN_CELLS, SharedNoise, Together, add_noise_share
 from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
 from fedtune.spec import ConfigError
@@ -54,10 +54,10 @@ def test_sum_of_rounded_shares_matches_the_rounded_sum_within_the_gap(values: An
 
 def test_rounding_gap_is_negligible_at_the_coarsest_cell_size() -> None:
     for values in ((0.0, 0.0), (0.3, 0.45, -8.2, 5.5)):
-        exact = compute_sum_outcomes(values, LEAST_CELLS, most=100)
-        rounded = compute_rounded_outcomes(sum(values), LEAST_CELLS, len(values), most=100)
+        exact = compute_sum_outcomes(values, MIN_CELLS, most=100)
+        rounded = compute_rounded_outcomes(sum(values), MIN_CELLS, len(values), most=100)
         assert compute_total_variation(exact, rounded) < 1e-12
-    assert Fraction(2) ** 70 * Fraction(math.exp(-((math.pi * LEAST_CELLS) ** 2))) < Fraction(1, 10**250)
+    assert Fraction(2) ** 70 * Fraction(math.exp(-((math.pi * MIN_CELLS) ** 2))) < Fraction(1, 10**250)
 
 
 @pytest.mark.parametrize("sites", [2, 4, 20])

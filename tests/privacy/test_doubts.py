@@ -70,7 +70,7 @@ def test_anchor_clears_only_doubts_about_its_own_events(backups: Backups, order:
 
 
 def test_no_doubt_is_cleared_after_the_list_of_doubts_overflowed(backups: Backups, monkeypatch: Any) -> None:
-    monkeypatch.setattr(site_ledger, "_MOST_DOUBTS", 2)
+    monkeypatch.setattr(site_ledger, "_MAX_DOUBTS", 2)
     ledger, receipts = backups.put_back(), []
     for round in (2, 3, 4):
         train(ledger, make_proposal(plan={"num_rounds": 4}, run="s"), round)

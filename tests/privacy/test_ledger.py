@@ -212,7 +212,7 @@ def test_refusal_is_recorded_and_costs_nothing(open_ledger: Any, path: Path) -> 
     assert not open_ledger().history.count_total_charges()
 
 
-@pytest.mark.parametrize("limit", ["MOST_ANSWERS_A_DAY", "MOST_STRANGERS_A_DAY"])
+@pytest.mark.parametrize("limit", ["MAX_ANSWERS_PER_DAY", "MAX_STRANGERS_PER_DAY"])
 def test_recorded_refusals_are_limited_per_day_and_in_length(
     open_ledger: Any, path: Path, clock: Any, monkeypatch: Any, limit: str
 ) -> None:

@@ -196,8 +196,8 @@ def test_policy_digest_covers_every_key() -> None:
 SHARED = SharedNoise(num_sites=4, threshold=3, colluders=1, noise_multiplier=4.0, cell_bits=1, bound=1024)
 SUMS: tuple[tuple[dict[str, Any], dict[str, Any], Reason], ...] = (
     ({"secure": False}, {}, Reason.SECURE_AGGREGATION),
-    ({"least_sites": 5}, {"num_sites": 4}, Reason.LEAST_SITES),
-    ({"least_threshold": 4}, {"threshold": 3}, Reason.LEAST_THRESHOLD),
+    ({"least_sites": 5}, {"num_sites": 4}, Reason.MIN_SITES),
+    ({"least_threshold": 4}, {"threshold": 3}, Reason.MIN_THRESHOLD),
     ({"colluders": 2}, {"colluders": 1}, Reason.COLLUDERS),
 )
 

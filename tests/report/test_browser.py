@@ -18,8 +18,8 @@ from . import shown
 pytestmark = pytest.mark.nightly
 
 DESKTOP, PHONE = 1280, 390
-PHONE_HEIGHT, MOST_SCREENS = 844, 8
-MOST_SHEETS = 9  # of A4
+PHONE_HEIGHT, MAX_SCREENS = 844, 8
+MAX_SHEETS = 9  # of A4
 A4 = 703  # pixels between the margins of a printed page, and its height but for 5 mm
 A4_HEIGHT = 1020
 SMALLEST_IN_PRINT = 12  # pixels; 9 pt
@@ -98,7 +98,7 @@ def test_page_renders_completely_without_requests_or_console_messages(name: str,
         if width == PHONE:
             fold = "document.querySelectorAll('.part').forEach(one => one.open = {})"
             tab.evaluate(fold.format("false"))
-            assert tab.evaluate("document.documentElement.scrollHeight") <= MOST_SCREENS * PHONE_HEIGHT
+            assert tab.evaluate("document.documentElement.scrollHeight") <= MAX_SCREENS * PHONE_HEIGHT
             tab.evaluate(fold.format("true"))
             sizes = tab.evaluate(SIZES)
             assert len(sizes) > 100
@@ -127,7 +127,7 @@ def test_page_renders_completely_without_requests_or_console_messages(name: str,
 @pytest.mark.parametrize("name", [name for name in shown.NAMES if name != "wide_run"])
 def test_report_takes_at_most_nine_sheets(name: str, language: str, open_page: Any) -> None:
     pages = open_page(name, language).tab.pdf(prefer_css_page_size=True)
-    assert 1 < len(re.findall(rb"/Type\s*/Page\b", pages)) <= MOST_SHEETS
+    assert 1 < len(re.findall(rb"/Type\s*/Page\b", pages)) <= MAX_SHEETS
 
 
 @pytest.mark.parametrize("width", [DESKTOP, PHONE])

@@ -179,5 +179,5 @@ def test_hostile_site_names_are_escaped_and_chart_lines_are_limited() -> None:
     assert any(text.startswith("<script>") for text in found)  # shortened, and nothing but text
     assert any("_underscore" in text for text in found)  # a legend would leave it out
     legend = [text for text in found if not re.fullmatch(r"[\d.]*|round|epsilon spent", text)]
-    assert len(legend) == drawing.MOST_LINES + 1
+    assert len(legend) == drawing.MAX_LINES + 1
     assert HOSTILE not in legend

@@ -97,7 +97,7 @@ def test_steps_list_rounds_and_switch_to_runs_for_long_histories(
     epsilons = [step.epsilon for step in every]
     assert epsilons == sorted(epsilons)
     assert epsilons[-1] == site.spent.epsilon
-    monkeypatch.setattr(from_ledger, "MOST_STEPS", 2)
+    monkeypatch.setattr(from_ledger, "MAX_STEPS", 2)
     (site,) = from_ledger.build_ledger_report(charged_ledger.ledger).sites
     assert [(step.run, step.round) for step in site.steps] == [("r", None), ("s", None)]
     assert [step.epsilon for step in site.steps] == [every[1].epsilon, every[2].epsilon]

@@ -70,7 +70,7 @@ def test_number_of_compositions_is_bounded_for_many_rounds(run_folder: Path, mon
     monkeypatch.setattr(run_figures.profile, "epsilon_pld", composed)
     compute_all_gradients = replace(facts.sites[0], receipt=replace(facts.sites[0].receipt, charged_rounds=5000))
     shown = [step.epsilon for step in run_figures._derive_steps(facts, compute_all_gradients, 5.0)]
-    assert run_figures._MOST_FIGURES / 2 < composed.call_count <= run_figures._MOST_FIGURES
+    assert run_figures._MAX_FIGURES / 2 < composed.call_count <= run_figures._MAX_FIGURES
     assert shown == sorted(shown)
     assert (len(shown), shown[0], shown[-1]) == (5000, 0.1, 5.0)
 

@@ -19,7 +19,7 @@ from fedtune.report.facts import BudgetVerdict, StartAdapter
 from fedtune.report.model import Report, to_json
 from fedtune.report.page import render
 from fedtune.report.page.render import render_label
-from fedtune.report.page.tables import MOST_ROWS, ROWS_OF_LONGER
+from fedtune.report.page.tables import MAX_ROWS, ROWS_OF_LONGER
 from fedtune.report.page.translations import load_catalog
 from fedtune.report.page.view import Words, pointer
 from fedtune.show.lines import shorten_middle
@@ -104,7 +104,7 @@ def test_page_tables_match_the_rows_of_the_json(shown: tuple[Report, str]) -> No
         rows = words.rows(f"{kind}/{at}/*") if words.at(words.place(kind, words.sites[0])) else []
         shown_rows = {row for row in rows if f'data-at="{row}/' in html}
         if len(report.sites) == 1:
-            assert len(shown_rows) == (len(rows) if len(rows) <= MOST_ROWS else ROWS_OF_LONGER), at
+            assert len(shown_rows) == (len(rows) if len(rows) <= MAX_ROWS else ROWS_OF_LONGER), at
         else:  # what several sites have alike is one line
             told, all_of_them = ({json.dumps(look_up(data, row)) for row in some} for some in (shown_rows, rows))
             assert told == all_of_them, at
@@ -176,7 +176,7 @@ def test_css_strings_cannot_be_escaped_from(text: str) -> None:
     assert re.sub(r"\\([0-9a-f]+) ", lambda match: chr(int(match.group(1), 16)), made[1:-1]) == text
 
 
-MOST_WORDS = 450  # of page 1, whatever the situation
+MAX_WORDS = 450  # of page 1, whatever the situation
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -187,7 +187,7 @@ def test_page_one_has_at_most_450_words(name: str, language: str, tmp_path: Path
     for one in (report, signed):
         (first,) = main(render.render(one, language=language)).all("section", id="page-1")
         said = " ".join(first.texts(without=lambda part: part.attrib.get("class") == "narrow"))
-        assert len(re.findall(r"\S*\w\S*", said)) <= MOST_WORDS
+        assert len(re.findall(r"\S*\w\S*", said)) <= MAX_WORDS
 
 
 def test_scale_shows_bounds_for_one_two_and_five_records(language: str) -> None:

@@ -60,7 +60,7 @@ def test_chart_elements_stay_within_the_axes(points: Any, scale: Any, kind: Any,
 
 def test_chart_lines_are_distinguishable_without_color() -> None:
     for aspect in (drawing.COLORS, drawing.DASHES, drawing.MARKERS):
-        assert len(set(aspect)) == drawing.MOST_LINES
+        assert len(set(aspect)) == drawing.MAX_LINES
     # Okabe and Ito's, of which yellow and sky blue are too light for a line on white, and orange is darkened.
     for color in drawing.COLORS:
         red, green, blue = (int(color[n : n + 2], 16) / 255 for n in (1, 3, 5))
@@ -68,7 +68,7 @@ def test_chart_lines_are_distinguishable_without_color() -> None:
 
 
 def test_line_labels_are_placed_next_to_their_ends_without_overlap() -> None:
-    series = [Series(points=[(1, 0), (2, 5 + n / 100)], number=n, label=f"site-{n}") for n in range(drawing.MOST_LINES)]
+    series = [Series(points=[(1, 0), (2, 5 + n / 100)], number=n, label=f"site-{n}") for n in range(drawing.MAX_LINES)]
     panel = Panel(series=series, levels=[(5.0, "limit", "1 2")])
     root = ElementTree.fromstring(str(drawing.chart("x", panel, named=("t", "d"), number=str)))
     places = {}
@@ -79,4 +79,4 @@ def test_line_labels_are_placed_next_to_their_ends_without_overlap() -> None:
     assert set(places) == {"limit", *(one.label for one in series)}
     heights = sorted(places.values())
     assert all(below - above >= 9 for above, below in itertools.pairwise(heights))
-    assert sorted(places, key=places.get)[0] == f"site-{drawing.MOST_LINES - 1}", "the highest line's is on top"
+    assert sorted(places, key=places.get)[0] == f"site-{drawing.MAX_LINES - 1}", "the highest line's is on top"

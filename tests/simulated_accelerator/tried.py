@@ -22,7 +22,7 @@ from fedtune.training.users import UserExamples
 # The order in which CUDA adds up rows of float64 for a norm (Reduce.cuh of torch): it goes by how many there are.
 
 Values = npt.NDArray[np.float64]
-_MOST_THREADS, _WARP = 512, 32  # of a block
+_MAX_THREADS, _WARP = 512, 32  # of a block
 
 
 def compute_norms(rows: Values) -> Values:
@@ -33,9 +33,9 @@ def compute_norms(rows: Values) -> Values:
 
 
 def _sum_of_squares(row: Values, count: int) -> float:
-    across, down = (min(1 << (most.bit_length() - 1), _MOST_THREADS) for most in (len(row) // 4, count))
-    height = min(down, _MOST_THREADS // _WARP)
-    width = min(across, _MOST_THREADS // height)
+    across, down = (min(1 << (most.bit_length() - 1), _MAX_THREADS) for most in (len(row) // 4, count))
+    height = min(down, _MAX_THREADS // _WARP)
+    width = min(across, _MAX_THREADS // height)
     if -(-len(row) // width) < min(height * 16, 256):
         height = 1
     each = np.zeros((width * height, 4))  # a thread reads four values at a time

@@ -26,7 +26,7 @@ from fedtune.privacy.release import Difference, Reason, Refusal, Update
 from fedtune.runs.model_comparison import compare_runs
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, LoadedModel, RunModel
-from fedtune.sites.shared_settings import MOST_CHARACTERS, read_settings, select_settings_for_sites
+from fedtune.sites.shared_settings import MAX_CHARACTERS, read_settings, select_settings_for_sites
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError
 from fedtune.tasks import registry
@@ -174,7 +174,7 @@ def test_refused_request_leaves_no_files(summing_site: Any) -> None:
 
 def test_stored_settings_omit_padding(site: Any) -> None:
     text = change_sent_text(site.config)
-    site.update(settings=text + " " * (MOST_CHARACTERS - len(text)))
+    site.update(settings=text + " " * (MAX_CHARACTERS - len(text)))
     (kept,) = (site.folder / "runs").glob("*.json")
     assert kept.stat().st_size <= len(text.encode())
     assert json.loads(kept.read_bytes()) == json.loads(text)

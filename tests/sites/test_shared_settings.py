@@ -15,7 +15,7 @@ from fedtune.model.base_model import hash_model
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy import accountant
 from fedtune.privacy.release import Reason, Refused
-from fedtune.sites.shared_settings import MOST_CHARACTERS, read_settings, select_settings_for_sites
+from fedtune.sites.shared_settings import MAX_CHARACTERS, read_settings, select_settings_for_sites
 from fedtune.spec import ConfigError
 
 from ..privacy.builders import read_refusal_reason
@@ -149,7 +149,7 @@ def sent_settings() -> RunConfig:
     "text",
     [
         *("", "{", "null", "3", "[]", '"text"', "{}", "[[1, 2]]", "\ud800"),
-        *("[" * 100_000, '{"a":' * 100_000, '{"name": ' + "9" * 5000 + "}", "{" + " " * MOST_CHARACTERS + "}"),
+        *("[" * 100_000, '{"a":' * 100_000, '{"name": ' + "9" * 5000 + "}", "{" + " " * MAX_CHARACTERS + "}"),
     ],
     ids=lambda text: f"{text[:12]!r} of {len(text)}",
 )

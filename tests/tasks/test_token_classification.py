@@ -21,7 +21,7 @@ from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.measures import compute_recall_precision_f1, count_entities
 from fedtune.tasks.registry import get_task
 from fedtune.tasks.token_classification import (
-    MOST_OUTSIDE,
+    MAX_OUTSIDE,
     SPLIT_ODDS,
     SWITCH_COST,
     decode_entities,
@@ -283,7 +283,7 @@ def test_predicted_boundaries_match_exhaustive_search(num_labels: int) -> None:
         for logits in 2 * draws.normal(size=(40, num_words, 1 + 2 * num_labels)):
             shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
             begin, inside = shares[:, 1::2].sum(axis=1), shares[:, 2::2].sum(axis=1)
-            outside = np.clip(shares[:, 0].mean() if num_words else 0.5, 0.5, MOST_OUTSIDE)
+            outside = np.clip(shares[:, 0].mean() if num_words else 0.5, 0.5, MAX_OUTSIDE)
             odds = np.log((begin + inside) / shares[:, 0] * np.sqrt(outside / (1 - outside)))
             likeliest = max(
                 itertools.product((0, 1), repeat=num_words),

@@ -35,7 +35,7 @@ def prepare_spec(spec: TaskModelSpec = TINY, *, max_length: int = 8, **runtime: 
 @pytest.mark.parametrize("page", ["conf/site.toml", "docs/configuration.md"])
 def test_pages_state_the_defaults_of_the_code(page: str) -> None:
     text = " ".join((REPOSITORY / page).read_text().replace("\n#", "\n").split())
-    assert f"{machine._TOKENS_OF_A_THREAD} per CPU thread, at most {machine._MOST_TOKENS:,}" in text
+    assert f"{machine._TOKENS_OF_A_THREAD} per CPU thread, at most {machine._MAX_TOKENS:,}" in text
     assert f"{machine._TOKENS_ON_GPU:,} on a GPU" in text
     assert (machine._SHARE_OF_GPU, machine._SHARE_OF_MEMORY) == (2 / 5, 1 / 4)
     assert re.search("a quarter of (this|the) machine's memory.*, or two fifths of a GPU's", text)

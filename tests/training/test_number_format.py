@@ -90,7 +90,7 @@ def test_large_products_get_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     plain = frozen_linear.multiply_frozen
     monkeypatch.setattr(frozen_linear, "multiply_frozen", lambda *given: rows.append(len(given[0])) or plain(*given))
-    monkeypatch.setattr(number_format, "_MOST_OPERATIONS", 8 * 64 * 30)
+    monkeypatch.setattr(number_format, "_MAX_OPERATIONS", 8 * 64 * 30)
     clock = iter(range(1000)).__next__  # each look is a second later: one pass
     measure_products({(8, 4): 1, (4, 8): 1}, tokens=512, formats=("float32",), clock=clock)
     measure_products({(800, 4): 1}, tokens=512, formats=("float32",), clock=clock)

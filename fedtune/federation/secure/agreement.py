@@ -19,10 +19,10 @@ from fedtune.privacy.ledger.chain import to_canonical_json
 from fedtune.privacy.threshold import least_threshold as safe_threshold
 from fedtune.spec import WIRE_SCHEMA, ConfigError, RefusedError, check_at_least, check_name, check_whole
 
-MOST_SITES_OF_SUM = 20
+MAX_SITES_OF_SUM = 20
 """Limit on the number of sites, because the messages grow with its square."""
-MOST_BITS = 64
-MOST_LENGTH = 1 << 28  # values of a vector
+MAX_BITS = 64
+MAX_LENGTH = 1 << 28  # values of a vector
 KEY, CONFIRMATION, SHARES = "secure aggregation key", "secure aggregation survivors", "secure aggregation shares"
 """Purposes for which a site signs messages; a signature for one purpose is invalid for every other purpose."""
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -105,13 +105,13 @@ class Terms:
         for site, key in self.members.items():
             check_name("site", site)
             check_public_key(f"members.{site}", key)
-        if not 2 <= len(self.members) <= MOST_SITES_OF_SUM:
-            raise ConfigError("members", len(self.members), f"must be from 2 to {MOST_SITES_OF_SUM} sites")
+        if not 2 <= len(self.members) <= MAX_SITES_OF_SUM:
+            raise ConfigError("members", len(self.members), f"must be from 2 to {MAX_SITES_OF_SUM} sites")
         if len(set(self.members.values())) < len(self.members):
             raise ConfigError("members", list(self.members), "must have distinct keys, but two sites share a key")
         check_whole("largest", self.largest)
         check_at_least("largest", self.largest, 1)
-        for name, most in (("threshold", len(self.members)), ("length", MOST_LENGTH), ("bits", MOST_BITS)):
+        for name, most in (("threshold", len(self.members)), ("length", MAX_LENGTH), ("bits", MAX_BITS)):
             check_whole(name, getattr(self, name))
             if not 1 <= getattr(self, name) <= most:
                 raise ConfigError(name, getattr(self, name), f"must be from 1 to {most}")

@@ -13,7 +13,7 @@ from fedtune.federation.secure.party import Keep, Party, SumConfirmation
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 
-_MOST_NOTED = 64  # sessions with a promise on disk; the keys of older sessions no longer exist
+_MAX_NOTED = 64  # sessions with a promise on disk; the keys of older sessions no longer exist
 
 
 def make_promise_writer(path: Path) -> Keep:
@@ -27,14 +27,14 @@ def make_promise_writer(path: Path) -> Keep:
     def keep(promise: SumConfirmation) -> None:
         lines = read_regular_file(path).splitlines() if path.exists() else []
         others = [line for line in lines if promise.session.encode() not in line]
-        kept = [*others[1 - _MOST_NOTED :], json.dumps(asdict(promise)).encode()]
+        kept = [*others[1 - _MAX_NOTED :], json.dumps(asdict(promise)).encode()]
         write_durably(path, b"".join(line + b"\n" for line in kept))
 
     return keep
 
 
-_MOST_RUNS = 16  # runs with parties in memory; a run without parties begins a new session
-_MOST_SESSIONS = 3  # sessions per run: the current session, and further sessions that a lead tries to begin
+_MAX_RUNS = 16  # runs with parties in memory; a run without parties begins a new session
+_MAX_SESSIONS = 3  # sessions per run: the current session, and further sessions that a lead tries to begin
 
 
 class Parties:
@@ -55,14 +55,14 @@ class Parties:
     def add(self, proposal: str, session: str, party: Party) -> None:
         """Add a party; if a limit is exceeded, evict the oldest idle sessions of its run, or the oldest run."""
         runs = self.of_proposal
-        while proposal not in runs and len(runs) >= _MOST_RUNS:
+        while proposal not in runs and len(runs) >= _MAX_RUNS:
             dropped = next((one for one in runs if one not in self.joined), next(iter(runs)))
             del runs[dropped]
             self.joined.pop(dropped, None)
         parties = runs.setdefault(proposal, {})
         parties[session] = party
         idle = [one for one in parties if one not in (session, self.joined.get(proposal))]
-        for one in idle[: max(0, len(parties) - _MOST_SESSIONS)]:
+        for one in idle[: max(0, len(parties) - _MAX_SESSIONS)]:
             del parties[one]
 
 

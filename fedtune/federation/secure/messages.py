@@ -24,8 +24,8 @@ from fedtune.federation.secure.shares import SHARE_BYTES
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.privacy.ledger.chain import to_canonical_json
 
-MOST_JSON_BYTES = 1 << 17  # limit for all messages except uploads; 20 sites need far less
-MOST_RELEASES = 1 << 31
+MAX_JSON_BYTES = 1 << 17  # limit for all messages except uploads; 20 sites need far less
+MAX_RELEASES = 1 << 31
 _UPLOAD = b"fedtune-secure-upload-1\n"
 _HEAD = struct.Struct(">32sIB")
 _DIGEST_BYTES = 32
@@ -61,7 +61,7 @@ class ConfirmRequest:
         _check_texts(message.survivors)
         if message.session != session.digest:
             raise Rejected(Wrong.SESSION_DIFFERS)
-        if not 1 <= message.release < MOST_RELEASES:
+        if not 1 <= message.release < MAX_RELEASES:
             raise Rejected(Wrong.MALFORMED)
         session.terms.check_survivors(message.survivors)
         message.check(session.terms)
@@ -212,7 +212,7 @@ class Upload:
         digest, release, index = _HEAD.unpack_from(data, len(_UPLOAD))
         if digest.hex() != session.digest:
             raise Rejected(Wrong.SESSION_DIFFERS)
-        if not (index < len(terms.sites) and 1 <= release < MOST_RELEASES):
+        if not (index < len(terms.sites) and 1 <= release < MAX_RELEASES):
             raise Rejected(Wrong.MALFORMED)
         num_sites, start = len(terms.sites), len(_UPLOAD) + _HEAD.size
         digests, start = _split_pieces(data, start, num_sites * (num_sites + 1), _DIGEST_BYTES)
@@ -243,7 +243,7 @@ def _decode_fields(data: bytes, message: Any) -> dict[str, Any]:
     """Decode the fields of a canonical JSON message with the expected names and types; raise Rejected for any other
     bytes.
     """
-    if len(data) > MOST_JSON_BYTES:
+    if len(data) > MAX_JSON_BYTES:
         raise Rejected(Wrong.MALFORMED)
     try:
         found = json.loads(data)

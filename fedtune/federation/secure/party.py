@@ -25,7 +25,7 @@ from fedtune.federation.secure.agreement import (
 )
 from fedtune.federation.secure.masks import SEED_BYTES, MaskKey, PairSecrets, sum_masks
 from fedtune.federation.secure.messages import (
-    MOST_RELEASES,
+    MAX_RELEASES,
     Confirmation,
     ConfirmRequest,
     Revealed,
@@ -120,7 +120,7 @@ class Party:
         """Check, before any budget is charged, that this release still accepts an upload; raise Rejected otherwise."""
         if self._joined is None:
             raise Rejected(Wrong.SESSION_DIFFERS)
-        if not self._release < release < MOST_RELEASES:
+        if not self._release < release < MAX_RELEASES:
             raise Rejected(Wrong.RELEASE_OVER)
 
     def upload(self, release: int, vector: npt.NDArray[np.int64]) -> bytes:

@@ -53,17 +53,17 @@ from fedtune.spec import DataError
 from fedtune.training.per_example import record_gradients
 
 _RIDGE = 1e-3  # relative to the mean eigenvalue; keeps heads finite for few records
-_LEAST_LOSS = 1e-12
+_MIN_LOSS = 1e-12
 _LARGEST_EXPONENT = 700.0  # the exponential is still finite
 GROUP = 20  # number of records per site in site inference
 ALTERNATIVES = 999  # number of random secrets in the ranking of a planted secret
 TOKENS = 16  # number of verbatim tokens that count as an extraction
-_MOST_PROMPTS = 50
-_MOST_SECRETS = 100
+_MAX_PROMPTS = 50
+_MAX_SECRETS = 100
 CANDIDATES = 100  # number of records of which one is in the attacked step
 TRIALS = 2000  # number of releases of that step
-_MOST_VALUES = 1 << 28  # of all gradients in memory at once: 1 GiB
-_MOST_TOKENS = 1024  # of records whose gradients are computed at once
+_MAX_VALUES = 1 << 28  # of all gradients in memory at once: 1 GiB
+_MAX_TOKENS = 1024  # of records whose gradients are computed at once
 _SAME = 1e-6  # relative to the larger squared length; two gradients that are closer are those of equal records
 _ALPHABETS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
 
@@ -119,7 +119,7 @@ def compute_lira_scores(members: Scored, others: Scored, *, shadows: int, seed: 
     times_in = np.maximum(1, inside.sum(axis=0))
     times_out = np.maximum(1, (~inside).sum(axis=0))
     middle = ((margins * inside).sum(axis=0) / times_in + (margins * ~inside).sum(axis=0) / times_out) / 2
-    losses = np.clip(np.concatenate([members.after, others.after]), _LEAST_LOSS, _LARGEST_EXPONENT)
+    losses = np.clip(np.concatenate([members.after, others.after]), _MIN_LOSS, _LARGEST_EXPONENT)
     own_margins: Values = -np.log(np.expm1(losses))  # log p / (1 - p) of the true class
     if np.ptp(middle) == 0:
         return own_margins
@@ -249,8 +249,8 @@ def read_secrets(file: Path, target: Target) -> list[PlantedSecret]:
         if not secret or not any(secret in text for text in fields.values()):
             raise DataError(where, "secret", "must occur in one of the record's texts")
         found.append(PlantedSecret(fields, secret))
-    if not 0 < len(found) <= _MOST_SECRETS:
-        raise DataError("--secrets", len(found), f"must have 1 to {_MOST_SECRETS} lines")
+    if not 0 < len(found) <= _MAX_SECRETS:
+        raise DataError("--secrets", len(found), f"must have 1 to {_MAX_SECRETS} lines")
     return found
 
 
@@ -383,7 +383,7 @@ def _count_extracted(target: Target, records: Sequence[Record], *, seed: int) ->
         written = "".join(saved.generate_answer(prompt, spec))
         expected = saved.tokenizer.decode(answer[:TOKENS].tolist(), skip_special_tokens=True)
         found, tried = found + (written.strip() == expected.strip()), tried + 1
-        if tried == _MOST_PROMPTS:
+        if tried == _MAX_PROMPTS:
             break
     return found, tried
 
@@ -440,13 +440,13 @@ def compute_candidate_gradients(
     saved, config = target.saved, target.config
     records = [record for records in target.members.values() for record in records]
     values = sum(parameter.numel() for parameter in cut_to_rank(saved.model.trainable(), rank).values())
-    count = min(len(records), most, max(2, _MOST_VALUES // values))
+    count = min(len(records), most, max(2, _MAX_VALUES // values))
     chosen = sorted(np.random.default_rng(config.seed).permutation(len(records))[:count])
     saved.use_adapter(BASE)
     examples = saved.model.task.tokenize([records[n] for n in chosen], saved.tokenizer, data=config.data)
     rows, pad_id = torch.empty(count, values), saved.tokenizer.pad_token_id
     with saved.model.freeze_tensors(frozenset(), rank=rank), record_gradients(saved.model) as gradients:
-        for part in cut_micro_batches(np.arange(count), examples.lengths, max_tokens=_MOST_TOKENS):
+        for part in cut_micro_batches(np.arange(count), examples.lengths, max_tokens=_MAX_TOKENS):
             each = gradients.compute_gradients(collate(examples, part, pad_id=pad_id).to(saved.model.device))
             rows[torch.from_numpy(part)] = torch.cat([one.flatten(1).cpu() for one in each.values()], dim=1)
     return CandidateGradients((rows @ rows.T).double().numpy())

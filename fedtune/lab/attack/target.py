@@ -27,7 +27,7 @@ from fedtune.tasks.classification import Classification
 from fedtune.tasks.pooled import PooledTask
 
 TUNED = "tuned"
-FEWEST_RECORDS = 20  # minimum size of a group; smaller groups cannot distinguish an attack from chance
+MIN_RECORDS = 20  # minimum size of a group; smaller groups cannot distinguish an attack from chance
 _TRIED = 16  # number of records in the timing estimate
 _LARGEST_LOSS = 1e30
 
@@ -80,8 +80,8 @@ class Target:
         self.config = config
         self.members, self.others = _read_groups(config, members, others)
         for option, count in (("--members", self.num_members), ("--others", len(self.others))):
-            if count < FEWEST_RECORDS:
-                bound = f"must have at least {FEWEST_RECORDS} records to distinguish an attack from chance"
+            if count < MIN_RECORDS:
+                bound = f"must have at least {MIN_RECORDS} records to distinguish an attack from chance"
                 raise ConfigError(option, count, bound)
         self.saved = SavedModel(config, {TUNED: adapter})
 
@@ -101,7 +101,7 @@ class Target:
         draws = np.random.default_rng(self.config.seed)
 
         def sample(records: Sequence[Record]) -> list[Record]:
-            count = min(len(records), max(FEWEST_RECORDS, int(share * len(records))))
+            count = min(len(records), max(MIN_RECORDS, int(share * len(records))))
             return [records[place] for place in sorted(draws.permutation(len(records))[:count])]
 
         self.members = {site: sample(records) for site, records in self.members.items()}

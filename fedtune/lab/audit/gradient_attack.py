@@ -39,8 +39,8 @@ from fedtune.training.optimizer import compute_learning_rate_factor
 from fedtune.training.users import UserBatch, UserExamples
 
 RAW_SIZE = 1000.0  # norm of a canary's gradient before clipping, in clip norms
-_MOST_VALUES = 2**23  # size of the dense gradients of a micro-batch of canaries: 32 MiB in float32
-_LEAST_CONTROLS = 100  # number of coordinates without a canary, which measure the noise
+_MAX_VALUES = 2**23  # size of the dense gradients of a micro-batch of canaries: 32 MiB in float32
+_MIN_CONTROLS = 100  # number of coordinates without a canary, which measure the noise
 
 Vector = npt.NDArray[np.float64]
 
@@ -133,7 +133,7 @@ class Canaries:
 
     def parts(self, places: IndexArray) -> Iterator[IndexArray]:
         """Split the coordinates of canaries into micro-batches that are small enough for dense gradients."""
-        size = max(1, _MOST_VALUES // sum(parameter.numel() for parameter in self.observer.parameters.values()))
+        size = max(1, _MAX_VALUES // sum(parameter.numel() for parameter in self.observer.parameters.values()))
         for first in range(0, len(places), size):
             yield self.coordinates[self.inserted][places[first : first + size]]
 
@@ -261,7 +261,7 @@ class GradientAttack:
         self._everyone, self._spec = everyone, spec
         parameters = everyone.shared.model.trainable()
         size = sum(parameter.numel() for parameter in parameters.values())
-        fitting = (size - _LEAST_CONTROLS) // len(sites)
+        fitting = (size - _MIN_CONTROLS) // len(sites)
         if spec.canaries > fitting:
             bound = f"must be at most {fitting}: each canary of {len(sites)} sites needs one of {size:,} coordinates"
             raise ConfigError("audit.canaries", spec.canaries, bound)

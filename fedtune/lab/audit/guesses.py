@@ -11,7 +11,7 @@ Coins = npt.NDArray[np.bool_]
 Count = tuple[int, int, int]  # (canaries, guesses, correct guesses)
 Place = str | None  # a site; None: the aggregated model, which the server and every other site see
 
-_LEAST_SPREAD = 1e-4  # relative to a canary's shift per step; rounding noise if the scores have no other noise
+_MIN_SPREAD = 1e-4  # relative to a canary's shift per step; rounding noise if the scores have no other noise
 
 
 def count_right_guesses(evidence: Values, inserted: Coins, *, guesses: int) -> Count:
@@ -50,7 +50,7 @@ def compute_likelihood_ratios(
     above = scores - np.median(controls)
     # On average, half of the canaries are inserted.
     draw = max(least, 2 * float(above.mean()) / (steps * sampling_rate), np.finfo(np.float64).tiny)
-    spread = max(float(controls.std()), _LEAST_SPREAD * draw)
+    spread = max(float(controls.std()), _MIN_SPREAD * draw)
     inside = np.full_like(above, -np.inf)
     for drawn in range(steps + 1):
         chance = binom.logpmf(drawn, steps, sampling_rate)

@@ -29,7 +29,7 @@ from fedtune.tasks.inputs import get_input_for
 
 FALSE_ALARMS = (0.01, 0.001)
 _WORDS = 8  # number of random words per text: short enough to avoid truncation, long enough to be unique
-_FEWEST_WORDS = 100
+_MIN_WORDS = 100
 _LARGEST_LOSS = 1e30
 
 
@@ -63,7 +63,7 @@ class RecordAttack:
         # Words that are tokens of the model.
         tokens = (token.strip("Ġ▁#") for token in everyone.shared.tokenizer.get_vocab())
         words = sorted({token for token in tokens if token.isascii() and token.isalpha() and len(token) > 2})
-        self._words = words if len(words) >= _FEWEST_WORDS else [f"word{number}" for number in range(1000)]
+        self._words = words if len(words) >= _MIN_WORDS else [f"word{number}" for number in range(1000)]
         self.planted = {site: self._plant_records(site) for site in sites}
         self._losses: dict[str, list[Values]] = {}  # site -> result of `_compute_losses_before_and_after`
 

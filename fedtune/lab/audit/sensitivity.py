@@ -39,8 +39,8 @@ from fedtune.training.per_example import record_gradients
 from fedtune.training.users import UserExamples
 
 FILE = "sensitivity.json"
-_MOST_OTHERS = 40
-_MOST_OF_A_USER = 4
+_MAX_OTHERS = 40
+_MAX_OF_A_USER = 4
 _SMALLEST_LOG_NORM, _LARGEST_LOG_NORM = -18.0, 4.0  # powers of ten
 _ASCENT_STEPS = 3
 
@@ -101,8 +101,8 @@ class _Search:
 
     def _run_case(self) -> Worst:
         """Run a random case: other units, an additional unit, an adapter and a clip norm."""
-        num_others = int(self._draws.integers(0, _MOST_OTHERS, endpoint=True))
-        by_user, most = self._unit == "user", _MOST_OF_A_USER
+        num_others = int(self._draws.integers(0, _MAX_OTHERS, endpoint=True))
+        by_user, most = self._unit == "user", _MAX_OF_A_USER
         units = [int(self._draws.integers(1, most, endpoint=True)) if by_user else 1 for _ in range(num_others + 1)]
         # Mostly short records with some long records, or only long records.
         most = self._shared.config.data.max_length
@@ -165,7 +165,7 @@ class _Search:
             of_units: dp_step.UnitGradients = self._gradients
         else:
             users = np.split(np.arange(sum(units), dtype=np.int64), np.cumsum(units)[:-1])
-            everyone = UserExamples(examples, users, most_records=_MOST_OF_A_USER, most_users=16)
+            everyone = UserExamples(examples, users, most_records=_MAX_OF_A_USER, most_users=16)
             batches = everyone.batch_units([users[place] for place in chosen])
             of_units = everyone.convert_gradients(self._gradients)
         for batch in batches:

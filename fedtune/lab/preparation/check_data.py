@@ -36,7 +36,7 @@ from fedtune.tasks.inputs import get_input_for
 from fedtune.version import find_shipped_folders
 
 SHOWN = 20  # maximum number of stored errors per file, and of lines per finding
-_MOST_TOKENS = 8_192  # longer examples count as this length
+_MAX_TOKENS = 8_192  # longer examples count as this length
 _BINS = 10
 _USES = ("train", "held out", "validation", "test", "unused")
 Kind = Literal[
@@ -116,8 +116,8 @@ def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
     missing = f"near-duplicates: datasketch is not installed ({build_install_command('data')})"
     skipped = [] if is_installed("datasketch") else [missing]
     if look.earlier.is_full:
-        most = f"{duplicates.MOST_ALIKE:,} or {duplicates.MOST_LETTERS:,} letters"
-        skipped.append(f"duplicates after {duplicates.MOST_SAME:,} different records, near-duplicates after {most}")
+        most = f"{duplicates.MAX_ALIKE:,} or {duplicates.MAX_LETTERS:,} letters"
+        skipped.append(f"duplicates after {duplicates.MAX_SAME:,} different records, near-duplicates after {most}")
     return Checked(max_length=config.data.max_length, files=files, sizes=sizes, skipped=tuple(skipped))
 
 
@@ -245,7 +245,7 @@ class _CheckState:
             return examples, learned.tolist()
 
         most = self._data.max_length
-        whole, left = read(records, max(most, _MOST_TOKENS))
+        whole, left = read(records, max(most, _MAX_TOKENS))
         long = [place for place, tokens in enumerate(whole.lengths) if tokens > most]
         fitted = read([records[place] for place in long], most)[1] if long else []
         for place, count in zip(long, fitted, strict=True):
@@ -299,7 +299,7 @@ class _CheckState:
             digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
             line, count = self._texts.get(digest, (record.line, 0))
             earlier += [line] if count else []
-            if count or len(self._texts) < duplicates.MOST_SAME:
+            if count or len(self._texts) < duplicates.MAX_SAME:
                 self._texts[digest] = line, count + 1
         if earlier:
             self._add_finding(record.line, "shared", like=min(earlier))

@@ -38,7 +38,7 @@ RULES: Mapping[str, str] = {
 }
 """Rules for dropping rows.  Unreadable rows are always dropped, because they cannot be written to the new file."""
 UNREADABLE = "unreadable"
-_MOST_TOKENS = 256  # a topic is determined from this many tokens of a text
+_MAX_TOKENS = 256  # a topic is determined from this many tokens of a text
 
 
 class Cleaning:
@@ -144,7 +144,7 @@ class Coding(Cleaning):
             from fedtune.tasks.task_model import build_task_model
 
             self.codes["topic"], self._model = votes.labels, cast(Any, build_task_model(votes))
-            self._most = min(_MOST_TOKENS, get_max_positions(self._model.base.get_base_model()) or _MOST_TOKENS)
+            self._most = min(_MAX_TOKENS, get_max_positions(self._model.base.get_base_model()) or _MAX_TOKENS)
         if bounds:
             between = (f"{low + 1} to {high} words" for low, high in pairwise(bounds))
             self.codes["length"] = (f"up to {bounds[0]} words", *between, f"over {bounds[-1]} words")

@@ -23,14 +23,14 @@ from fedtune.data.text_rows import name_json_type
 from fedtune.spec import DataError, format_value
 
 NEARLY = 0.95  # fraction of values that determines a column's type; a run skips rows with other values
-_MOST_VALUES = 300  # maximum number of distinct labels; more values are not counted
+_MAX_VALUES = 300  # maximum number of distinct labels; more values are not counted
 LONGEST_LABEL = 80
-_MOST_LABELS = 200
+_MAX_LABELS = 200
 _RECORDS_A_LABEL = 5  # a column is a label only if each value has this many records on average
 _SEPARATORS = ";|,"  # separators in a text of several labels
 _SCALES = ((0.0, 1.0), (0.0, 5.0), (1.0, 5.0), (-1.0, 1.0), (0.0, 10.0), (0.0, 100.0))
 """Common rating scales, the most frequent first."""
-_MOST_NUMBERS = 1_000_000
+_MAX_NUMBERS = 1_000_000
 _OUTSIDE = 0.005  # fraction of outliers at either end that is ignored for the scale
 _CODE = re.compile(r"[!-~]{5,}")
 """A single ASCII word, such as a link, a path or a hash; excludes text in scripts without spaces."""
@@ -44,9 +44,9 @@ _BARE = frozenset("OBIESLUM")
 """Prefix letters of BIO-like tagging schemes, which are not entity types."""
 _LONGEST_ID, _HEAD, _LONGEST_DATE = 64, 120, 40
 _WORDS_OF = {"word": 1, "words": 2, "phrase": 3, "prose": 5}  # minimum number of words
-_LEAST_ID = 1_000_000  # minimum value of numeric ids of equal length
+_MIN_ID = 1_000_000  # minimum value of numeric ids of equal length
 SHARD = re.compile(r"\d+[-_ ]of[-_ ]0*(\d+)")  # in the file name of a shard
-_FEWEST_COUNTED = 10  # minimum number of rows to recognize row numbers
+_MIN_COUNTED = 10  # minimum number of rows to recognize row numbers
 _ODD_SHOWN = 3
 _MANY_PERSONS = 20  # a column with this many person ids identifies people
 WORDS: Mapping[str, Mapping[str, str]] = {
@@ -130,7 +130,7 @@ class DataColumn:
         # The same for multi-label values, by separator ("[": a list).
         self.parts = {mark: Counter[str]() for mark in f"[{_SEPARATORS}"}
         self.several = Counter[str]()  # number of values with more than one label, by separator
-        self.numbers = array("d")  # the first `_MOST_NUMBERS` numbers
+        self.numbers = array("d")  # the first `_MAX_NUMBERS` numbers
         self.sizes = Counter[int]()  # lengths of numeric lists, also as JSON text
         # Entities by type in spans or BIO tags, entities by plain tag, and letters of tagging schemes.
         self.marked, self.plain, self.letters = Counter[str](), Counter[str](), set[str]()
@@ -157,7 +157,7 @@ class DataColumn:
         if not text or text[0] in _BEGIN_NUMBERS:
             with suppress(DataError):
                 number = float(read.read_number(value, self.name))
-                if len(self.numbers) < _MOST_NUMBERS:
+                if len(self.numbers) < _MAX_NUMBERS:
                     self.numbers.append(number)
                 self.reads["target"] += 1
                 self.reads["whole"] += number.is_integer()
@@ -179,7 +179,7 @@ class DataColumn:
                 name = read.read_value(value, "label", at="")
                 self.reads["label"] += 1
                 self.values[kind][name] += 1
-                if len(self.values[kind]) > _MOST_VALUES or len(name) > LONGEST_LABEL:
+                if len(self.values[kind]) > _MAX_VALUES or len(name) > LONGEST_LABEL:
                     self.values.clear()
                     self._open = False
 
@@ -195,7 +195,7 @@ class DataColumn:
                 counts.update(labels)
                 self.reads[mark] += 1
                 self.several[mark] += len(labels) > 1
-                if len(counts) > _MOST_LABELS or any(len(label) > LONGEST_LABEL for label in labels):
+                if len(counts) > _MAX_LABELS or any(len(label) > LONGEST_LABEL for label in labels):
                     del self.parts[mark]
 
     def _count_objects(self, value: object) -> None:
@@ -236,7 +236,7 @@ class DataColumn:
                 self.reads["spans"] += 1
         except DataError as error:
             self.fault = error.bound
-        if max(len(self.marked), len(self.plain)) <= _MOST_LABELS:
+        if max(len(self.marked), len(self.plain)) <= _MAX_LABELS:
             self.marked.update(found)
             self.plain.update(plain)
 
@@ -270,7 +270,7 @@ class DataColumn:
         size, count = (self.sizes.most_common(1) or [(0, 0)])[0]
         self.size = size if size > 1 and count >= NEARLY * self.filled else None
 
-        said, few = {label.lower() for label in self.labels}, 2 <= len(self.labels) <= _MOST_LABELS
+        said, few = {label.lower() for label in self.labels}, 2 <= len(self.labels) <= _MAX_LABELS
         self.is_nested = self.is_nearly_all("list", "object")
         self.with_keys = f" of objects with {', '.join([*self.keys][:5])}" if self.keys else ""
         # of more than one value
@@ -383,9 +383,9 @@ class DataColumn:
         In addition requires a suitable name, few gaps, or equal lengths as in ids.
         """
         count, distinct = self.reads["whole"], np.unique(self.numbers)
-        is_integral = count >= max(_FEWEST_COUNTED, NEARLY * self.filled) and len(distinct) >= NEARLY * count
+        is_integral = count >= max(_MIN_COUNTED, NEARLY * self.filled) and len(distinct) >= NEARLY * count
         is_named = not {*self.words}.isdisjoint(NAMES["numbered"])
-        is_id = is_integral and len(distinct) == self.filled and distinct[0] >= _LEAST_ID
+        is_id = is_integral and len(distinct) == self.filled and distinct[0] >= _MIN_ID
         is_id = is_id and len(f"{distinct[0]:.0f}") == len(f"{distinct[-1]:.0f}")
         return is_integral and (is_named or is_id or bool(distinct[-1] - distinct[0] < 2 * count))
 

@@ -21,14 +21,14 @@ from fedtune.extras import is_installed
 from fedtune.lab.preparation.patterns import find_identifiers
 
 SAME = 0.8  # Jaccard similarity of character 5-grams above which texts are near-duplicates
-MOST_SAME, MOST_ALIKE, MOST_LETTERS = 500_000, 100_000, 20_000_000
+MAX_SAME, MAX_ALIKE, MAX_LETTERS = 500_000, 100_000, 20_000_000
 """Limits for comparisons: records, records with MinHashes, and their letters; about 150 MB each, and a minute."""
 _RUN = 5
 _LEAST, _FIRST = 20, 2_000
 """Minimum letters of a text for a comparison (one word dominates shorter texts), and number of compared letters."""
 _BANDS, _ROWS = 16, 6
 """MinHash bands and rows: texts with similarity `SAME` share a band with 99 % probability, and are then compared."""
-_MOST_COMPARED = 50
+_MAX_COMPARED = 50
 _WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 """A sequence of letters and digits; in scripts without spaces, such as Chinese, a single letter."""
 Words = list[str | None]  # words of a record; None terminates each text
@@ -61,7 +61,7 @@ class Earlier:
     @property
     def is_full(self) -> bool:
         """Whether the index is full, so that later records are not stored."""
-        return len(self._same) >= MOST_SAME or len(self._noted) >= MOST_ALIKE or self._letters >= MOST_LETTERS
+        return len(self._same) >= MAX_SAME or len(self._noted) >= MAX_ALIKE or self._letters >= MAX_LETTERS
 
     def find_twins(self, record: Record, use: str = "", *, keep: bool = True) -> dict[Likeness, tuple[Twin, ...]]:
         """Find the earlier duplicates and near-duplicates of a record, at most one per use and answer.
@@ -71,24 +71,24 @@ class Earlier:
         text, twin = record.full_text, Twin(use, record.target_key, record.line)
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         same = self._same.get(digest, ())
-        if keep and all(one[:2] != twin[:2] for one in same) and len(self._same) < MOST_SAME:
+        if keep and all(one[:2] != twin[:2] for one in same) and len(self._same) < MAX_SAME:
             self._same[digest] = (*same, twin)
         return {"same": same, "alike": self._find_similar(text, twin, keep)}
 
     def _find_similar(self, text: str, twin: Twin, keep: bool) -> tuple[Twin, ...]:
         letters = text[:_FIRST].casefold()
-        if self._index is None or len(letters) < _LEAST or self._letters >= MOST_LETTERS:
+        if self._index is None or len(letters) < _LEAST or self._letters >= MAX_LETTERS:
             return ()
         self._letters += len(letters)
         minhash = self._empty.copy()
         minhash.update_batch({letters[place : place + _RUN].encode() for place in range(len(letters) - _RUN + 1)})
         found: dict[tuple[str, str], Twin] = {}
-        for number in sorted(self._index.query(minhash))[:_MOST_COMPARED]:
+        for number in sorted(self._index.query(minhash))[:_MAX_COMPARED]:
             other, its = self._noted[number]
             if other[:2] not in found and minhash.jaccard(its) >= SAME:
                 found[other[:2]] = other
         # A near-duplicate with the same use and answer is not added to the index.
-        has_room = len(self._noted) < MOST_ALIKE and self._letters < MOST_LETTERS
+        has_room = len(self._noted) < MAX_ALIKE and self._letters < MAX_LETTERS
         if keep and has_room and twin[:2] not in found:
             self._index.insert(len(self._noted), minhash, check_duplication=False)
             self._noted.append((twin, minhash))

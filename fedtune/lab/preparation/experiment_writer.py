@@ -35,15 +35,15 @@ from fedtune.tasks.registry import TASKS, get_task
 _MEASURED_ROWS = 20_000  # rows whose lengths are taken; more would say the same
 _LONGEST_TOLD = 4096  # tokens up to which lengths are told apart
 _STEP = 16
-_MOST_TOKENS, _MOST_OF_MOST = 256, 512
+_MAX_TOKENS, _MAX_USUAL_TOKENS = 256, 512
 """Limits for the 99th and the 90th percentile of example lengths in tokens; longer examples cost time and memory."""
-_MOST_WINDOWS, _STRIDE = 4, 32
-_WHOLE, _MOST_OF_THEM = 0.99, 0.9
+_MAX_WINDOWS, _STRIDE = 4, 32
+_USUALLY_COVERED, _MIN_COVERED = 0.99, 0.9
 """Fraction of records within `max_length`: usual and minimum.  Never all, because `max_length` becomes public."""
 _MORE_SITES = (1000, 3000)  # from each of these numbers of records on, a simulation has one site more than two
 _FEW_UNITS, _FEW_OF_LABEL = 200, 5
-_MOST_UNKNOWN = 0.1  # of tokens: another script than the model's, for the most part
-_LEAST_UNITS = 20  # of a site: with fewer, all may be kept for the test
+_MAX_UNKNOWN = 0.1  # of tokens: another script than the model's, for the most part
+_MIN_UNITS = 20  # of a site: with fewer, all may be kept for the test
 _SHARES = ((0.2, 0.1), (0.1, 0.05), (0.02, 0.01))  # for test and validation, smaller where there are more records
 _SMALLER_FROM = (1000, 10_000)
 _BEFORE_COMMENT = 34
@@ -166,14 +166,16 @@ def plan_experiment(
         bound = "must be the same in all records of a person, who belongs to one site; or use --unit record"
         raise ConfigError("--site", found.roles["site"], bound)
     for place, count in places.items():
-        if count < _LEAST_UNITS:
-            bound = f"must have at least {_LEAST_UNITS} records or people at each site; {place} has {count}"
+        if count < _MIN_UNITS:
+            bound = f"must have at least {_MIN_UNITS} records or people at each site; {place} has {count}"
             raise ConfigError("--site", found.roles["site"], bound)
     # The most tokens are those of nearly all, rounded up, within reason; of images just theirs.
     lengths = np.array(counts[:_MEASURED_ROWS], dtype=np.int64)
-    longest, usual = (int(np.quantile(counts or [1], share, method="lower")) for share in (_WHOLE, _MOST_OF_THEM))
-    usual = min(usual, _MOST_OF_MOST) if base != "own_entities" else 0  # these have windows
-    most = max(_STEP, math.ceil(max(min(longest, _MOST_TOKENS), usual) / _STEP) * _STEP)
+    longest, usual = (
+        int(np.quantile(counts or [1], share, method="lower")) for share in (_USUALLY_COVERED, _MIN_COVERED)
+    )
+    usual = min(usual, _MAX_USUAL_TOKENS) if base != "own_entities" else 0  # these have windows
+    most = max(_STEP, math.ceil(max(min(longest, _MAX_TOKENS), usual) / _STEP) * _STEP)
     most = longest if base == "own_images" else most
     more = math.ceil((longest - most) / (most - _STRIDE - 2)) if base == "own_entities" and longest > most else 0
     return ExperimentPlan(
@@ -185,7 +187,7 @@ def plan_experiment(
         left_out=left_out,
         lengths=lengths,
         max_length=most,
-        windows=min(_MOST_WINDOWS, 1 + more),
+        windows=min(_MAX_WINDOWS, 1 + more),
         turns=None if data.chat_template == "none" else data.chat_template,
         labels={label: num_of[label] for label in sort_labels(num_of)},
         places=places,
@@ -420,7 +422,7 @@ def list_notes(found: DetectedFile, plan: ExperimentPlan) -> Iterator[str]:
         yield f"{units}: that is little, so with noise the run will likely learn little."
     if plan.left_out.count:
         yield f"{plan.left_out}. A run skips such rows (on_bad_record: skip)."
-    if plan.unknown > _MOST_UNKNOWN:
+    if plan.unknown > _MAX_UNKNOWN:
         told = f"{plan.unknown:.0%} of the tokens are unknown to this model"
         yield f"{told}: choose one that knows the texts' language (--model)."
     yield from describe_spellings(plan.labels)

@@ -14,7 +14,7 @@ from fedtune.api.public import Callback, make_stage_callback
 from fedtune.config import RunConfig
 from fedtune.data.records import Record, read_column_values
 from fedtune.evaluation.bootstrap import (
-    FEWEST_UNITS,
+    MIN_UNITS,
     NO_DIFFERENCE,
     RESAMPLES,
     Comparison,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
 Kind = Literal["alone", "federated", "pooled", "run", "own"]
 NO_PRIVACY = ", no privacy"  # suffix of the names of runs without privacy
 AT_SITES = "by site"
-_MOST_NAMED = 8  # maximum number of names in a sentence
+_MAX_NAMED = 8  # maximum number of names in a sentence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,8 +196,8 @@ class Compared:
         pairs = combinations(self.sides.measured, 2)
         if alike := [pair for pair in pairs if compare(*pair).verdict == NO_DIFFERENCE]:
             alike.sort(key=lambda pair: self.main not in pair)
-            shown = "; ".join(map(" and ".join, alike[:_MOST_NAMED]))
-            more = f"; and {pluralize(len(alike) - _MOST_NAMED, 'more pair')}" if len(alike) > _MOST_NAMED else ""
+            shown = "; ".join(map(" and ".join, alike[:_MAX_NAMED]))
+            more = f"; and {pluralize(len(alike) - _MAX_NAMED, 'more pair')}" if len(alike) > _MAX_NAMED else ""
             told.append(f"These records cannot distinguish: {shown}{more}.")
         for title, groups in self.groups.items():
             told += self._group_sentences(title, groups)
@@ -336,8 +336,8 @@ class Compared:
         drawn = f"from {RESAMPLES:,} draws of {pluralize(count, unit)}, with replacement, the same for all models"
         told = "They show the variation between samples of test records, and not the variation between training runs."
         yield f"Intervals: 95 %, {drawn}. {told}"
-        if count < FEWEST_UNITS:
-            yield f"Fewer than {FEWEST_UNITS} {unit}s are too few to call a model better or worse."
+        if count < MIN_UNITS:
+            yield f"Fewer than {MIN_UNITS} {unit}s are too few to call a model better or worse."
         if (pairs := math.comb(len(self.models), 2)) >= 20:
             yield f"Of {pairs} pairs, about {pairs // 20} would look different by chance alone."
 
@@ -468,7 +468,7 @@ def _list_by_verdict(changes: Mapping[str, Comparison], place: str) -> str:
     parts = []
     for verdict, said in (("better", "better"), ("worse", "worse"), (NO_DIFFERENCE, "not told apart")):
         names = [name for name, one in changes.items() if one.verdict == verdict]
-        shown = [*names[:_MOST_NAMED], *([f"{len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else [])]
+        shown = [*names[:_MAX_NAMED], *([f"{len(names) - _MAX_NAMED} more"] if len(names) > _MAX_NAMED else [])]
         parts += [f"{said} {place} {_join_names(shown)}"] if names else []
     return "; ".join(parts)
 

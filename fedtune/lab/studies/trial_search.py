@@ -37,7 +37,7 @@ from fedtune.privacy import accountant
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.run_plan import Plan
-from fedtune.privacy.selection import MOST_TRIALS, SearchCost, Selection, compute_search_cost
+from fedtune.privacy.selection import MAX_TRIALS, SearchCost, Selection, compute_search_cost
 from fedtune.show.budget_text import SEEDED
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, to_json_text
 from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, RefusedError, check_at_least, check_at_most
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 Method = Literal["grid", "random", "tpe"]
 _NOT_SEARCHED = ("name", "resume", "tracking", "runtime", "report", "cost")  # settings without an effect on training
 _FILE = "search.json"
-_MOST_ENDS = 64  # maximum number of validated combinations of extreme values
+_MAX_ENDS = 64  # maximum number of validated combinations of extreme values
 _NOT_PRIVATE = "There is no privacy guarantee: use trials without noise only for public records."
 
 
@@ -279,7 +279,7 @@ class Search:
 def check_trials(trials: int) -> None:
     """Raise a ConfigError for an invalid number of trials."""
     check_at_least("--trials", trials, 1)
-    check_at_most("--trials", trials, MOST_TRIALS)
+    check_at_most("--trials", trials, MAX_TRIALS)
 
 
 def _check_searchable(asked: RunConfig) -> None:
@@ -370,7 +370,7 @@ class Tpe:
 def combine_extreme_values(searched: Sequence[SearchedSetting]) -> list[Values]:
     """List all combinations of choices and interval ends; if there are too many, vary one setting at a time."""
     values = {one.key: one.choices or (_format_number(one, one.low), _format_number(one, one.high)) for one in searched}
-    if math.prod(map(len, values.values())) <= _MOST_ENDS:
+    if math.prod(map(len, values.values())) <= _MAX_ENDS:
         return [dict(zip(values, some, strict=True)) for some in product(*values.values())]
     first = {key: choices[0] for key, choices in values.items()}
     return [first, *({**first, key: value} for key, choices in values.items() for value in choices[1:])]

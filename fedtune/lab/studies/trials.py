@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.api.compose import (
-    MOST_RUNS,
+    MAX_RUNS,
     SearchedSetting,
     compose_run,
     parse_override_key,
@@ -40,7 +40,7 @@ from fedtune.spec import ConfigError, FedtuneError, RunError, StuckError
 _FIRST_COLUMNS = ("run", "folder", "state", "reason", "best")
 """First columns of the CSV, before varied settings, spending and scores."""
 _IN_JSON = ("values", "state", "reason", "result")  # attributes of a trial in the JSON output
-_MOST_NAMED = 12  # maximum number of runs listed before the first run starts
+_MAX_NAMED = 12  # maximum number of runs listed before the first run starts
 
 Values = Mapping[str, str]  # varied settings of a run and their values, as typed
 
@@ -143,8 +143,8 @@ def describe_price(runs: Mapping[str, SearchTrial]) -> Iterator[str]:
     """Yield sentences about the number of unfinished runs and the privacy cost of each, if there are any."""
     if not (waiting := {name: trial.config.plan() for name, trial in runs.items() if not trial.earlier}):
         return
-    names = [*waiting][:_MOST_NAMED]
-    names += [f"and {len(waiting) - _MOST_NAMED} more"] if len(waiting) > _MOST_NAMED else []
+    names = [*waiting][:_MAX_NAMED]
+    names += [f"and {len(waiting) - _MAX_NAMED} more"] if len(waiting) > _MAX_NAMED else []
     rounds = _format_range(pluralize(most, "round") for most in sorted({plan.num_rounds for plan in waiting.values()}))
     yield f"{pluralize(len(waiting), 'run')} of {rounds}, one after the other: {', '.join(names)}."
     if prices := {(plan.full_event, plan.delta) for plan in waiting.values() if plan.private}:
@@ -201,8 +201,8 @@ def list_combinations(searched: Sequence[SearchedSetting]) -> list[Values]:
             bound = "has infinitely many values: list values for a grid or a sweep, as in 0.001,0.01,0.1"
             raise ConfigError(one.key, f"{one.low:g} to {one.high:g}", bound)
     keys = [one.key for one in searched]
-    if math.prod(len(one.choices) for one in searched) > MOST_RUNS:
-        raise ConfigError(", ".join(keys), "...", f"must produce at most {MOST_RUNS} runs in all")
+    if math.prod(len(one.choices) for one in searched) > MAX_RUNS:
+        raise ConfigError(", ".join(keys), "...", f"must produce at most {MAX_RUNS} runs in all")
     return [dict(zip(keys, values, strict=True)) for values in product(*(one.choices for one in searched))]
 
 

@@ -22,7 +22,7 @@ from fedtune.ops.files import get_account_name, get_primary_group
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.system import effective_group, effective_user, grp
 
-MOST_AHEAD_S, WRONG_S = 5.0, 60.0
+MAX_AHEAD_S, WRONG_S = 5.0, 60.0
 """A server rejects signatures dated more than 5 s in the future (Flower's SYSTEM_TIME_TOLERANCE) or some minutes in the
 past.  An offset of a minute indicates that the clock is not synchronized."""
 LITTLE_DISK_BYTES, TOO_LITTLE_DISK_BYTES = 2 * 2**30, 200 * 2**20
@@ -46,7 +46,7 @@ def check_clock(ahead_s: tuple[float, float] | None, *, kept: bool = False) -> D
         return build_skipped_check(name, "the server's clock could not be read")
     ahead, unsure = ahead_s
     off = max(0.0, abs(ahead) - unsure)
-    if kept and off > MOST_AHEAD_S:
+    if kept and off > MAX_AHEAD_S:
         found = (
             f"the server's clock is {abs(ahead):.0f} s {'behind' if ahead > 0 else 'ahead'}, "
             "but this machine's clock is synchronized"
@@ -60,10 +60,10 @@ def check_clock(ahead_s: tuple[float, float] | None, *, kept: bool = False) -> D
     shown = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
     if off > WRONG_S:
         return build_failed_check(name, shown, fix=fix)
-    if off > MOST_AHEAD_S:
-        more = f"; the server refuses signatures more than {MOST_AHEAD_S:g} s ahead" if ahead > 0 else ""
+    if off > MAX_AHEAD_S:
+        more = f"; the server refuses signatures more than {MAX_AHEAD_S:g} s ahead" if ahead > 0 else ""
         return build_warning(name, shown + more, fix=fix)
-    return build_passed_check(name, f"within {MOST_AHEAD_S:g} s of the server's")
+    return build_passed_check(name, f"within {MAX_AHEAD_S:g} s of the server's")
 
 
 def check_disks(

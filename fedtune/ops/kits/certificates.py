@@ -28,7 +28,7 @@ from fedtune.spec import NOT_GIVEN, ConfigError, check_name
 CLOCK_SKEW = timedelta(minutes=5)  # backdating of certificates, for machines with slow clocks
 SOON_DAYS = 30  # remaining days below which a certificate should be renewed
 _OVER = "provision the federation again"
-_MOST_DAYS = 36_500
+_MAX_DAYS = 36_500
 UNREADABLE = (
     *(ValueError, TypeError, UnsupportedAlgorithm),
     *(x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType),
@@ -166,8 +166,8 @@ def check_common_name(key: str, name: str) -> None:
 
 def check_days(key: str, days: int) -> None:
     """Check that `days` is a valid lifetime for a certificate."""
-    if not 1 <= days <= _MOST_DAYS:
-        raise ConfigError(key, days, f"must be a number of days from 1 to {_MOST_DAYS}")
+    if not 1 <= days <= _MAX_DAYS:
+        raise ConfigError(key, days, f"must be a number of days from 1 to {_MAX_DAYS}")
 
 
 def list_certificate_host_names(certificate: x509.Certificate) -> list[str]:

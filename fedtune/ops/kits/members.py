@@ -43,8 +43,8 @@ from fedtune.spec import KIT_SCHEMA, ConfigError, check_name, name_file_in_error
 PURPOSE, ROSTER = "join request", "roster"  # purposes of the site's and the lead's signatures
 REQUEST = "join_request.json"
 _T = TypeVar("_T")
-_MOST_BYTES = 1 << 16
-_MOST_UNITS = 1 << 53  # limit of exact integers in a float
+_MAX_BYTES = 1 << 16
+_MAX_UNITS = 1 << 53  # limit of exact integers in a float
 
 
 @spec
@@ -172,7 +172,7 @@ def _check_datasets(datasets: Mapping[str, int]) -> None:
         raise ConfigError("datasets", {}, "must declare at least one data set")
     for name, declared_size in datasets.items():
         check_name("datasets", name)
-        if not 1 <= declared_size < _MOST_UNITS:
+        if not 1 <= declared_size < _MAX_UNITS:
             raise ConfigError(f"datasets.{name}", declared_size, "must be at least 1 and below 2^53")
 
 
@@ -217,8 +217,8 @@ class JoinRequest:
     @classmethod
     def parse_request(cls, data: bytes) -> JoinRequest:
         """Parse a join request from the bytes of its file."""
-        if len(data) > _MOST_BYTES:
-            raise ConfigError("request", f"more than {_MOST_BYTES} bytes", f"must have at most {_MOST_BYTES} bytes")
+        if len(data) > _MAX_BYTES:
+            raise ConfigError("request", f"more than {_MAX_BYTES} bytes", f"must have at most {_MAX_BYTES} bytes")
         return read_json(cls, data, key="request")
 
     @property

@@ -20,7 +20,7 @@ _OPTION = "--import-model"
 _KEPT_FREE_BYTES = 200 * 2**20
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _PAPER = re.compile(r"(LICEN[SC]E|NOTICE)([-_][\w-]*)?(\.(txt|md))?", re.IGNORECASE | re.ASCII)
-_MOST_PAPER_BYTES = 1 << 20
+_MAX_PAPER_BYTES = 1 << 20
 
 
 def find_installed_model(kit_folder: Path, sha256: str) -> Path:
@@ -146,7 +146,7 @@ def _build_model_manifest(folder: Path, *, key: str, gguf_file: str | None = Non
 def _find_license_files(folder: Path) -> tuple[Path, ...]:
     """List the license and notice files up to a size limit; no model loader reads these files."""
     papers = (file for file in sorted(folder.iterdir()) if _PAPER.fullmatch(file.name) and file.is_file())
-    return tuple(file for file in papers if file.stat().st_size <= _MOST_PAPER_BYTES)
+    return tuple(file for file in papers if file.stat().st_size <= _MAX_PAPER_BYTES)
 
 
 def _copy_into_store(files: tuple[Path, ...], target: Path) -> None:

@@ -43,8 +43,8 @@ if TYPE_CHECKING:  # fedtune.ops.wire imports Flower's internals, which a site b
 
 log = logging.getLogger(__name__)
 
-_MOST_WAIT_S, _UNAUTHORISED_S, _FETCHED_S = 15.0, 30.0, 3.0
-_POLL_S, _MOST_POLL_S = 0.3, 1.0
+_MAX_WAIT_S, _UNAUTHORISED_S, _FETCHED_S = 15.0, 30.0, 3.0
+_POLL_S, _MAX_POLL_S = 0.3, 1.0
 """Initial and maximum polling interval while no messages arrive; the interval grows geometrically."""
 _RUNG_POLL_S = 30.0  # polling interval while long polling works
 _LEDGER_S = 15.0  # interval between tests of the ledger's disk
@@ -224,7 +224,7 @@ class _Loop:
     def _wait_for_question(self) -> None:
         """Wait until a question may be available, or the site must stop or leave."""
         until = time.monotonic() + (_RUNG_POLL_S if self.bell.works else self._poll_s)
-        self._poll_s = min(1.05 * self._poll_s, _MOST_POLL_S)
+        self._poll_s = min(1.05 * self._poll_s, _MAX_POLL_S)
         while not (self.stop.is_set() or self.state.left_file.exists() or self.bell.rung.is_set()):
             if (left := until - time.monotonic()) <= 0:
                 return
@@ -299,7 +299,7 @@ class _Loop:
         log.warning("no contact: %s%s", error, "" if expired else f"; trying again in {wait_s:.0f} s")
         self._active = self._active and isinstance(error, Unreachable)
         self.stop.wait(wait_s)
-        self._wait_s = min(2 * self._wait_s, _MOST_WAIT_S)
+        self._wait_s = min(2 * self._wait_s, _MAX_WAIT_S)
 
 
 class _SocketLoop:

@@ -21,7 +21,7 @@ from fedtune.spec import ConfigError, RunError
 
 log = logging.getLogger(__name__)
 
-MOST_WAITING = 100
+MAX_WAITING = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,8 +87,8 @@ class SiteState:
             RunError: the queue is full.
         """
         path, waiting = self._find_pending_path(proposal), self._list_pending_files()
-        if path not in waiting and len(waiting) >= MOST_WAITING:
-            raise RunError(f"{MOST_WAITING} runs already await approval; approve some, or remove {path.parent}")
+        if path not in waiting and len(waiting) >= MAX_WAITING:
+            raise RunError(f"{MAX_WAITING} runs already await approval; approve some, or remove {path.parent}")
         # A repeated request does not change the time of the first request.
         known = self._read(path) if path in waiting else None
         since = known.since if known else datetime.now(UTC).isoformat(timespec="seconds")

@@ -37,9 +37,9 @@ Event = Literal[
     "events not written",
 ]
 FILE_NAME = "audit.jsonl"
-_MOST_BYTES, _NUM_OLD = 4 << 20, 3
+_MAX_BYTES, _NUM_OLD = 4 << 20, 3
 _REPEAT_S = 600.0  # period over which repetitions of an event are counted before the count is written
-_MOST_KINDS, _MOST_OF_ONE = 1000, 100
+_MAX_KINDS, _MAX_KINDS_PER_CALLER = 1000, 100
 """Maximum number of distinct lines per event, and per event and member (or address), within the period.  The second
 limit prevents one caller from using up the quota of all other callers."""
 _ALWAYS: frozenset[Event] = frozenset(
@@ -49,7 +49,7 @@ _ALWAYS: frozenset[Event] = frozenset(
     }
 )
 """Events without a quota, because only the lead and the roster cause them."""
-_MOST_LENGTH = 200
+_MAX_LENGTH = 200
 
 
 _Kind = tuple[tuple[str, str], ...]
@@ -70,7 +70,7 @@ class AuditLog:
     """
 
     def __init__(
-        self, path: Path | None, *, most_bytes: int = _MOST_BYTES, clock: Callable[[], float] = time.monotonic
+        self, path: Path | None, *, most_bytes: int = _MAX_BYTES, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._path, self._most_bytes, self._clock = path, most_bytes, clock
         self._lock = threading.Lock()
@@ -84,12 +84,12 @@ class AuditLog:
         Returns True if the event was written.
         """
         # Truncate long values, such as the name in a certificate.
-        fields = {name: value[:_MOST_LENGTH] for name, value in about.items() if value}
+        fields = {name: value[:_MAX_LENGTH] for name, value in about.items() if value}
         kind = (("event", event), *sorted(fields.items()))
         of_event, of_one = _list_quota_keys(kind)
         with self._lock:
             self._flush(self._clock())
-            has_room = self._kinds[of_event] < _MOST_KINDS and self._kinds[of_one] < _MOST_OF_ONE
+            has_room = self._kinds[of_event] < _MAX_KINDS and self._kinds[of_one] < _MAX_KINDS_PER_CALLER
             if kind in self._counts:
                 count, since = self._counts[kind]
                 self._counts[kind] = (count + 1, since)

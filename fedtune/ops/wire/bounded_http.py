@@ -18,9 +18,9 @@ import httpcore
 import httpx
 
 _MIB = 1 << 20
-MOST_AGE_S = 300.0
+MAX_AGE_S = 300.0
 """Maximum age of a connection in seconds; a new connection detects expired and replaced certificates."""
-_ALERT_S, _LEAST_ALERT_S, _HANDSHAKES = 0.5, 0.1, 5
+_ALERT_S, _MIN_ALERT_S, _HANDSHAKES = 0.5, 0.1, 5
 """Maximum and minimum wait, in seconds, for the server to reject our certificate, and a factor of the handshake time.
 
 Under TLS 1.3, the server rejects a certificate one round trip after the handshake, and data that the client sends in
@@ -162,7 +162,7 @@ class _Stream(httpcore.NetworkStream):
     ) -> httpcore.NetworkStream:
         within, began = self._deadline.limit_timeout(timeout, httpcore.ConnectTimeout), time.monotonic()
         stream = self._inner.start_tls(ssl_context, server_hostname, within)
-        alert_s = min(_ALERT_S, _LEAST_ALERT_S + _HANDSHAKES * (time.monotonic() - began))
+        alert_s = min(_ALERT_S, _MIN_ALERT_S + _HANDSHAKES * (time.monotonic() - began))
         try:
             _raise_if_rejected(stream.get_extra_info("socket"), within_s=alert_s)
         except OSError as error:
@@ -172,7 +172,7 @@ class _Stream(httpcore.NetworkStream):
 
     def get_extra_info(self, info: str) -> Any:
         # The pool closes idle connections that are readable, so report an old connection as readable.
-        if info == "is_readable" and time.monotonic() - self._made > MOST_AGE_S:
+        if info == "is_readable" and time.monotonic() - self._made > MAX_AGE_S:
             return True
         return self._inner.get_extra_info(info)
 

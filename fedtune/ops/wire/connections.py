@@ -30,7 +30,7 @@ from fedtune.ops.wire.identity import Tls
 from fedtune.system import resource
 
 _RESERVED_FILES = 128  # file descriptors that are reserved for database, roster, health endpoint and logs
-_MOST_CONNECTIONS, _LEAST_CONNECTIONS = 2048, 16
+_MAX_CONNECTIONS, _MIN_CONNECTIONS = 2048, 16
 _SHUTDOWN_S, _PAUSE_S = 2.0, 0.1
 _BACKLOG = 256
 
@@ -74,14 +74,14 @@ def create_server_context(tls: Tls) -> ssl.SSLContext:
 def compute_max_connections() -> int:
     """Raise the process's limit of open files if necessary, and return the maximum number of connections."""
     if resource is None:
-        return _LEAST_CONNECTIONS
+        return _MIN_CONNECTIONS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MOST_CONNECTIONS + _RESERVED_FILES
+    wanted = _MAX_CONNECTIONS + _RESERVED_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     room = wanted if soft == resource.RLIM_INFINITY else soft
-    return max(_LEAST_CONNECTIONS, min(_MOST_CONNECTIONS, room - _RESERVED_FILES))
+    return max(_MIN_CONNECTIONS, min(_MAX_CONNECTIONS, room - _RESERVED_FILES))
 
 
 class Door:

@@ -42,9 +42,9 @@ from fedtune.ops.wire.line_errors import Dropped, Foreign, Unauthorised, Unreach
 from fedtune.ops.wire.message_objects import pull_message
 
 HELLO = "/v1/fedtune/hello"  # fedtune's own call, which returns the name of the calling site in the roster
-_MOST_REASON = 300
+_MAX_REASON = 300
 _CALL_TIMEOUT_S = 30.0
-_MOST_APART_S = 3.0  # below every clock offset that a gate refuses
+_MAX_APART_S = 3.0  # below every clock offset that a gate refuses
 _LONGEST_S = 30 * 86400.0  # maximum time that a lead waits for an answer
 _HEARTBEAT_S = constant.HEARTBEAT_MIN_INTERVAL / 2
 
@@ -248,7 +248,7 @@ def parse_refusal_reason(answer: httpx.Response, server: str) -> str:
         Foreign: the answer does not come from a fedtune server.
     """
     reason = parse_answer_field(answer, "reason", server)
-    if not reason.isprintable() or len(reason) > _MOST_REASON:  # not a text for people
+    if not reason.isprintable() or len(reason) > _MAX_REASON:  # not a text for people
         raise Foreign(f"the service at {server} is not a fedtune server ({answer.status_code})")
     return reason
 
@@ -286,7 +286,7 @@ def _build_refusal_error(answer: httpx.Response, what: str) -> Unauthorised | Un
     """
     with contextlib.suppress(Foreign, httpx.StreamError):
         reason = parse_refusal_reason(answer, "")
-        if "clock" in reason and (apart := describe_clock_difference(answer, most_s=_MOST_APART_S)):
+        if "clock" in reason and (apart := describe_clock_difference(answer, most_s=_MAX_APART_S)):
             return Unreachable(apart)
         what += f": {reason}"
     return Unauthorised(what)

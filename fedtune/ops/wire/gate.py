@@ -76,7 +76,7 @@ _OF_RUNS: dict[str, Event] = {
 }
 _LEAD_BYTES = 1 << 30  # maximum size of the body of a lead's call
 _UNSIGNED = "not signed by the lead, or its clock is wrong"
-_MOST_DIGITS = 18
+_MAX_DIGITS = 18
 PEER = "fedtune peer"  # key of the `Peer` in a scope's state
 
 
@@ -176,7 +176,7 @@ class Gate:
         member = self._authenticate_member(map_headers(scope), _read_peer(scope))
         try:
             ((name, heard),) = parse_qsl(scope["query_string"].decode("ascii"), strict_parsing=True)
-            number = int(heard[:_MOST_DIGITS])
+            number = int(heard[:_MAX_DIGITS])
         except ValueError:
             name, number = "", 0
         if name != "heard":

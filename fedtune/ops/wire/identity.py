@@ -101,7 +101,7 @@ class NotAllowed(Exception):
 
 
 _TIME_ERROR, _TIMEX_BYTES = 5, 1024  # adjtimex(2): result for an unsynchronized clock, and a buffer for its struct
-_MOST_SEEN = 1 << 17  # enough for two minutes with five hundred calls per second
+_MAX_SEEN = 1 << 17  # enough for two minutes with five hundred calls per second
 
 
 class SeenCalls:
@@ -110,7 +110,7 @@ class SeenCalls:
     A client creates a new signature for a retry.
     """
 
-    def __init__(self, most: int = _MOST_SEEN) -> None:
+    def __init__(self, most: int = _MAX_SEEN) -> None:
         self._most = most
         self._until: dict[str, float] = {}
 

@@ -15,11 +15,11 @@ from itertools import islice
 from fedtune.flower.internals import Message, core, inflating, message_pb2, objects
 from fedtune.ops.wire.bounded_http import OutOfBounds
 
-MOST_OBJECTS = 4096
-MOST_BYTES = 1 << 30  # maximum size of a message: an adapter of 268 million float32 values
-MOST_BESIDE_BYTES = 4 << 20
+MAX_OBJECTS = 4096
+MAX_BYTES = 1 << 30  # maximum size of a message: an adapter of 268 million float32 values
+MAX_BESIDE_BYTES = 4 << 20
 """Maximum size of all data outside of arrays, which becomes Python objects of many times the size."""
-MOST_S = 3600.0
+MAX_S = 3600.0
 
 _PARTS = {
     "Message": ("RecordDict",),
@@ -51,17 +51,17 @@ def pull_message(
         tree: the message's object tree.
         pull: fetches an object by its id.
         confirm: tells the server that the message has arrived.
-        most_bytes: maximum size of the assembled message, if lower than `MOST_BYTES`.
-        most_s: maximum duration in seconds, if lower than `MOST_S`.
+        most_bytes: maximum size of the assembled message, if lower than `MAX_BYTES`.
+        most_s: maximum duration in seconds, if lower than `MAX_S`.
 
     Raises:
         InvalidMessageError: the message exceeds the limits on size or time, or its structure is invalid.
         ObjectPullError: the server no longer has one of the objects.
     """
-    ids = list(dict.fromkeys(node.object_id for node in islice(objects.iterate_object_tree(tree), MOST_OBJECTS + 1)))
-    if len(ids) > MOST_OBJECTS:
-        raise InvalidMessageError(f"the message has more than {MOST_OBJECTS} objects")
-    most_bytes, most_s = min(most_bytes, MOST_BYTES), min(most_s, MOST_S)
+    ids = list(dict.fromkeys(node.object_id for node in islice(objects.iterate_object_tree(tree), MAX_OBJECTS + 1)))
+    if len(ids) > MAX_OBJECTS:
+        raise InvalidMessageError(f"the message has more than {MAX_OBJECTS} objects")
+    most_bytes, most_s = min(most_bytes, MAX_BYTES), min(most_s, MAX_S)
     contents = inflating.pull_objects(ids, _PullLimit(pull, most_s), max_time=most_s)
     if (size := _compute_assembled_size(tree.object_id, "Message", contents, {})) > most_bytes:
         raise InvalidMessageError(f"the message has {size} bytes, but at most {most_bytes} are allowed")
@@ -85,8 +85,8 @@ class _PullLimit:
         self._bytes += len(content)
         if not content.startswith(b"ArrayChunk "):
             self._beside += len(content)
-        if self._bytes > MOST_BYTES or self._beside > MOST_BESIDE_BYTES:
-            bound = f"{MOST_BYTES} bytes, or more than {MOST_BESIDE_BYTES} outside of arrays"
+        if self._bytes > MAX_BYTES or self._beside > MAX_BESIDE_BYTES:
+            bound = f"{MAX_BYTES} bytes, or more than {MAX_BESIDE_BYTES} outside of arrays"
             raise InvalidMessageError(f"the message has more than {bound}")
         return content
 

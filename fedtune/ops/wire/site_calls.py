@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 FLEET = "/v1/fleet/"
 _SMALL_BYTES, _ANNOUNCED_BYTES = 1 << 16, 1 << 20
 _OBJECT_BYTES = 1 << 23  # Flower splits arrays into objects of 5 MiB
-_MOST_OBJECTS = 4096
+_MAX_OBJECTS = 4096
 _SLACK_BYTES = 1 << 20
 _UNKNOWN_BYTES = 1 << 30  # limit for an answer if the question was fetched before this process started
 _REMEMBERED, _REMEMBERED_OBJECTS = 4096, 1 << 17
@@ -136,7 +136,7 @@ class SiteCalls:
             return []
         with self._lock:
             for tree in request.message_object_trees:
-                for part in islice(_iter_objects(tree), _MOST_OBJECTS):
+                for part in islice(_iter_objects(tree), _MAX_OBJECTS):
                     self._asked.pop(part.object_id, None)
                     self._asked[part.object_id] = frozenset(child.object_id for child in part.children)
             while len(self._asked) > _REMEMBERED_OBJECTS:
@@ -182,8 +182,8 @@ class SiteCalls:
                 self._answers[node][about.message_id] = answer
 
     def _list_object_ids(self, tree: message_pb2.ObjectTree) -> frozenset[str]:
-        parts = list(islice(_iter_objects(tree), _MOST_OBJECTS + 1))
-        if len(parts) > _MOST_OBJECTS or not all(objects.is_valid_sha256_hash(part.object_id) for part in parts):
+        parts = list(islice(_iter_objects(tree), _MAX_OBJECTS + 1))
+        if len(parts) > _MAX_OBJECTS or not all(objects.is_valid_sha256_hash(part.object_id) for part in parts):
             raise NotAllowed(403, "the message has too many objects or an invalid object id")
         with self._lock:
             for part in parts:

@@ -159,7 +159,7 @@ def find_min_noise(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> f
     low = high = proposal.plan.noise_multiplier
     while not accepts(proposal.with_noise(high)):
         low, high = high, max(2 * high, 0.1)
-        if high > accountant.MOST_NOISE:
+        if high > accountant.MAX_NOISE:
             return None
     while high - low > 1e-4 * high:
         middle = math.ceil((low + high) / 2 * 1e4) / 1e4

@@ -33,12 +33,12 @@ from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refused
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import RunError
 
-MOST_ANSWERS_A_DAY, MOST_STRANGERS_A_DAY = 1000, 10
+MAX_ANSWERS_PER_DAY, MAX_STRANGERS_PER_DAY = 1000, 10
 """Daily limits of recorded refusals, to allowed leads and to strangers. Further refusals are sent and logged, but not
 recorded, so that nobody can fill a site's disk, and strangers cannot exhaust the limit of leads. An offer beyond the
 limit is not sent."""
-_MOST_TEXT = 300
-_MOST_DOUBTS = 256
+_MAX_TEXT = 300
+_MAX_DOUBTS = 256
 """Maximum number of recorded doubts. At the limit, further doubts may be unrecorded, so no anchor clears any doubt."""
 
 
@@ -205,7 +205,7 @@ class SiteLedger:
             today = self._store.now().date()
             if refused.reason.is_waiting and (today, run, lead, refused.reason.value) in self.history.refused:
                 return
-            asked = refused.asked and refused.asked[:_MOST_TEXT]  # untrusted text from a server
+            asked = refused.asked and refused.asked[:_MAX_TEXT]  # untrusted text from a server
             detail = {"reason": refused.reason.value, "asked": asked, "allowed": refused.allowed, "lead": lead}
             if self._may_record_answer(stranger=refused.reason.is_from_stranger):
                 self._store.append_event(Kind.REFUSAL, detail, run=run, round=round, request=request)
@@ -321,7 +321,7 @@ class SiteLedger:
         with self._store.transaction():
             doubts = self.history.doubts
             known = self._store.covers_receipt(shown)
-            if not known and shown not in doubts and len(doubts) < _MOST_DOUBTS:
+            if not known and shown not in doubts and len(doubts) < _MAX_DOUBTS:
                 self._store.append_note("in_doubt", **shown._asdict())
         if not known:
             raise Refused(Reason.LEDGER_BEHIND_RECEIPT, asked=receipt.sequence, allowed=self.history.length)
@@ -359,7 +359,7 @@ class SiteLedger:
                 arrivals=self._find_lost_arrivals(anchor, [said for *_, said in lost], shared=shared),
             )
             doubts = self.history.doubts.union(anchor.doubts)
-            if len(doubts) < _MOST_DOUBTS:
+            if len(doubts) < _MAX_DOUBTS:
                 doubts = frozenset(doubt for doubt in doubts if not self._store.covers_receipt(doubt, besides=restored))
             # The gap counts in the anchor's budget period, or in a later one.
             then = datetime.fromisoformat(anchor.time)
@@ -508,7 +508,7 @@ class SiteLedger:
             raise Refused(Reason.DENIED)
 
     def _may_record_answer(self, *, stranger: bool = False) -> bool:
-        most = MOST_STRANGERS_A_DAY if stranger else MOST_ANSWERS_A_DAY
+        most = MAX_STRANGERS_PER_DAY if stranger else MAX_ANSWERS_PER_DAY
         return self.history.answers[self._store.now().date(), stranger] < most
 
     def _require_newest_policy(self) -> None:

@@ -21,7 +21,7 @@ from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context
 from functools import lru_cache, partial
 from typing import Any
 
-from fedtune.federation.secure.agreement import MOST_SITES_OF_SUM
+from fedtune.federation.secure.agreement import MAX_SITES_OF_SUM
 from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import Counted
@@ -51,8 +51,8 @@ BANDS = {"strong": (0.0, 1.0), "reasonable": (1.0, 10.0), "weak": (10.0, math.in
 _INTERVAL_OF_SEVERAL = 0.02
 """Width of the PLD buckets for several records.  Coarse buckets only raise the bound, by less than 0.2 of 100 guesses;
 finer buckets take ten times as long."""
-_LEAST_NOISE_OF_SEVERAL = 0.2  # below this noise multiplier, a distribution takes minutes
-_MOST_PLANS_OF_SEVERAL = 8  # each plan takes a second
+_MIN_NOISE_OF_SEVERAL = 0.2  # below this noise multiplier, a distribution takes minutes
+_MAX_PLANS_OF_SEVERAL = 8  # each plan takes a second
 _LARGEST_EXPONENT = 700.0  # exp overflows a float above about 709
 _THIRTEEN_DIGITS = Context(prec=13, rounding=ROUND_HALF_EVEN)
 _NINE_DIGITS = Context(prec=9, rounding=ROUND_CEILING)
@@ -153,7 +153,7 @@ def compute_epsilons_by_observer(
     return Epsilons(
         server_alone=epsilon(compute_charges_against_colluders(rows, colluders=0)),
         with_colluders=epsilon(compute_charges_against_colluders(rows, colluders=None)),
-        with_all_others=None if lost else epsilon(compute_charges_against_colluders(rows, colluders=MOST_SITES_OF_SUM)),
+        with_all_others=None if lost else epsilon(compute_charges_against_colluders(rows, colluders=MAX_SITES_OF_SUM)),
     )
 
 
@@ -166,7 +166,7 @@ def compute_charges_if_others_collude(
     return (
         None
         if trust is None
-        else (compute_charges_against_colluders(rows, colluders=MOST_SITES_OF_SUM), trust.with_all_others)
+        else (compute_charges_against_colluders(rows, colluders=MAX_SITES_OF_SUM), trust.with_all_others)
     )
 
 
@@ -230,12 +230,12 @@ def bound_right_guesses_for_several(
 @lru_cache(maxsize=256)
 def _bound_by_mixture(counted: Counted, members: int) -> float | None:
     """Compute the bound from the mechanism's own curve; None if it is trivial or would take too long to compute."""
-    if len(counted) > _MOST_PLANS_OF_SEVERAL:
+    if len(counted) > _MAX_PLANS_OF_SEVERAL:
         return None
     total = None
     for event, count in counted:
         rate, gaussian = split_sampling(event)
-        if not isinstance(gaussian, GaussianDpEvent) or gaussian.noise_multiplier < _LEAST_NOISE_OF_SEVERAL:
+        if not isinstance(gaussian, GaussianDpEvent) or gaussian.noise_multiplier < _MIN_NOISE_OF_SEVERAL:
             return None
         shares = {n: math.comb(members, n) * rate**n * (1 - rate) ** (members - n) for n in range(members + 1)}
         moved = [n for n, share in shares.items() if share > 0]

@@ -30,7 +30,7 @@ _UNPREDICTABLE = "tests/privacy/test_randomness.py"
 _EXACT = "tests/training/test_batch_invariance.py; allow.inexact_gradients=false; docs/guarantee.md"
 # whether secure aggregation masks a site's updates -> their code
 _UPDATES = {False: "updates", True: "masked_updates"}
-_MOST_NAMED = 5  # runs named in the evidence; report.json lists all runs
+_MAX_NAMED = 5  # runs named in the evidence; report.json lists all runs
 
 
 def assemble_report(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility | None = None) -> Report:
@@ -264,8 +264,8 @@ def _list_ledger_assumptions(facts: LedgerFacts, site: SiteReport) -> Iterator[_
     if len(life.runs) > 1:
         yield "runs_fixed_beforehand", "assumed", "PLD, RDP"
     if early := [run for run in life.runs if 0 < run.rounds < run.most_rounds]:
-        parts = ", ".join(f"{run.run}: {run.rounds} / {run.most_rounds}" for run in early[:_MOST_NAMED])
-        yield "ends_independent_of_releases", "assumed", parts + (", …" if len(early) > _MOST_NAMED else "")
+        parts = ", ".join(f"{run.run}: {run.rounds} / {run.most_rounds}" for run in early[:_MAX_NAMED])
+        yield "ends_independent_of_releases", "assumed", parts + (", …" if len(early) > _MAX_NAMED else "")
     if facts.policy_noted is not None:
         yield "policy_noted", "verified" if facts.policy_noted else "violated", facts.policy_digest
     if life.restored:

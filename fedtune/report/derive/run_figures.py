@@ -15,7 +15,7 @@ from fedtune.report.derive import profile, rules, verdicts
 from fedtune.report.facts import NOT_RECORDED, Release, RunFacts, SiteFacts, SiteStatement, Source
 from fedtune.report.model import EpsilonStep, Report, SiteReport, Spent, Utility
 
-_MOST_FIGURES = 64  # round counts at which epsilon is computed; other counts use the next larger one
+_MAX_FIGURES = 64  # round counts at which epsilon is computed; other counts use the next larger one
 
 
 def derive_run_report(facts: RunFacts) -> Report:
@@ -110,7 +110,7 @@ def _derive_steps(facts: RunFacts, site: SiteFacts, final: float | None) -> Iter
     plan, later = facts.plan, sum(result.has_update_from(site.site) for result in facts.rounds)
     charged, silent = facts.count_charged_rounds(site), len(facts.rounds) - later
     most = charged if site.final else min(charged, compute_min_charged_rounds(facts, site) + silent)
-    every, epsilons = math.ceil(most / _MOST_FIGURES) or 1, {charged: final}
+    every, epsilons = math.ceil(most / _MAX_FIGURES) or 1, {charged: final}
     for result in facts.rounds:
         later -= result.has_update_from(site.site)
         shown = min(most, math.ceil(max(0, most - later) / every) * every)

@@ -40,7 +40,7 @@ CODES: Mapping[str, Mapping[Any, Sequence[str]]] = tomllib.loads(
 REASONS: Mapping[State, Sequence[str]] = CODES["reasons"]  # state -> the reasons for it, the worst state first
 WORST_FIRST: tuple[State, ...] = tuple(REASONS)
 Room = Literal["closed", "used_up", "no_run_fits"]
-_MOST_EPSILON = 1e3  # far above any bound that canaries can prove
+_MAX_EPSILON = 1e3  # far above any bound that canaries can prove
 _AUDIT_DIGITS = 5e-6  # relative tolerance: the bisection for a bound may end elsewhere on another machine
 _LAST_DIGITS = 1e-9  # relative tolerance: two ways to compute the same epsilon may differ by rounding
 
@@ -194,7 +194,7 @@ def list_refuted_bounds(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple
 
     def chance(bound: AuditBound) -> float:
         claim = min(spent.get(bound.site, math.inf), bound.claimed_epsilon)
-        if claim >= _MOST_EPSILON:
+        if claim >= _MAX_EPSILON:
             return 1.0
         counts = bound.canaries, bound.guesses, bound.right
         return audit_bound.compute_p_value(*counts, epsilon=claim, delta=audit.delta)

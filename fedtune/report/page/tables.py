@@ -16,10 +16,10 @@ from fedtune.report.facts import NOT_RECORDED, LedgerFacts
 from fedtune.report.page.translations import Catalog
 from fedtune.report.page.view import Words, format_row_count, get_pointer_name, group_by_key, load_page_layout, pointer
 from fedtune.show.budget_text import ArrivalRange
-from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart
+from fedtune.show.drawing import BEFORE, LIMIT, MAX_LINES, Panel, Series, chart
 from fedtune.show.lines import shorten_middle
 
-MOST_ROWS = 12  # rows of a table that the page shows whole; report.json contains all rows
+MAX_ROWS = 12  # rows of a table that the page shows whole; report.json contains all rows
 ROWS_OF_LONGER = 4  # rows shown of a longer table
 _LONGEST_NAME = 28  # characters of a name in narrow columns
 _KEY_DIGITS = 12  # enough digits to distinguish keys; report.json contains the whole key
@@ -141,7 +141,7 @@ class Charts(Words):
         rows: Sequence[str],
         *,
         last: bool = True,
-        most: int = MOST_ROWS,
+        most: int = MAX_ROWS,
     ) -> Table:
         """Build a table of the rows at the given pointers; if there are more than `most`, show only the last or the
         first few.
@@ -190,7 +190,7 @@ class Charts(Words):
             elif others:
                 name = self.text("budget.alike", name=name, others=format_row_count(len(others)))
             rows.append((name, *group[0][1:]))
-        return replace(table, rows=tuple(rows[:MOST_ROWS]), all=len(rows))
+        return replace(table, rows=tuple(rows[:MAX_ROWS]), all=len(rows))
 
     def budget(self) -> Table:
         """Build the table of the budget that each site has used, without empty columns."""
@@ -229,7 +229,7 @@ class Charts(Words):
         """
         lines = {site: points for site in self.sites if (points := self._list_line_points(site))}
         alike = group_by_key((tuple(points), site) for site, points in lines.items())
-        named = [(lines[sites[0]], self.together(sites, of=len(lines)).striptags()) for sites in alike[:MOST_LINES]]
+        named = [(lines[sites[0]], self.together(sites, of=len(lines)).striptags()) for sites in alike[:MAX_LINES]]
         if drawn := self.drawn:
             named = [(self._list_line_points("/sites/0", f"cohorts/{place}"), dates) for place, dates in drawn.items()]
         series = [Series(points=some, number=n, label=label) for n, (some, label) in enumerate(named) if some]

@@ -24,7 +24,7 @@ from fedtune.spec import check_one_of
 
 LANGUAGES = ("en", "de")
 _TIMES = "\N{MULTIPLICATION SIGN}"
-MOST_RIGHT = Decimal("99.9999")  # right guesses of 100; a larger bound is shown as unbounded
+MAX_RIGHT = Decimal("99.9999")  # right guesses of 100; a larger bound is shown as unbounded
 _SMALLEST_PLAIN = Decimal("1e-7")  # smaller numbers are shown with an exponent
 _ANY_FLOAT = Context(prec=700)  # enough digits for the largest and the smallest float
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
@@ -109,7 +109,7 @@ class Catalog:
                 return self._format_plain(_round_to_digits(exact, 6 if kind == "number" else 2, kind))
             case "count" | "length":
                 return self._localize_marks(f"{exact:,}")
-            case "of_100" if exact > MOST_RIGHT:
+            case "of_100" if exact > MAX_RIGHT:
                 return self.texts["word"]["unbounded"]
             case "of_100":
                 places = -(100 - exact).adjusted() if exact > 99 else 0

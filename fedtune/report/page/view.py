@@ -20,18 +20,18 @@ from fedtune.report.derive.profile import BANDS, find_strength_band
 from fedtune.report.derive.verdicts import WORST_FIRST, explain_missing_room, find_report_outcome
 from fedtune.report.facts import CohortFigures, LedgerFacts
 from fedtune.report.model import Assumption, Report
-from fedtune.report.page.translations import MOST_RIGHT, Catalog
+from fedtune.report.page.translations import MAX_RIGHT, Catalog
 from fedtune.show.budget_text import ArrivalRange, merge_adjacent_ranges
-from fedtune.show.drawing import MOST_LINES
+from fedtune.show.drawing import MAX_LINES
 from fedtune.show.lines import shorten_middle
 
 One = TypeVar("One")
 _LONGEST_IN_CHART = 18
-_MOST_ASSUMPTIONS = 4
+_MAX_ASSUMPTIONS = 4
 _HIDDEN = {"well": 60, "moderately": 80, "poorly": 95, "hardly": 100}  # word -> largest number of right guesses of 100
 _SAYS_NOTHING = 99  # right guesses of 100, above which a bound from (epsilon, delta) alone is uninformative
 _RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}  # column for the other site's result after subtracting one's own
-_MOST_FOR_SUBTRACTION = 2
+_MAX_FOR_SUBTRACTION = 2
 format_row_count = Markup('<span class="rows">{}</span>').format
 
 
@@ -125,7 +125,7 @@ class Words:
     @property
     def drawn(self) -> dict[int, str]:
         """Index -> date range of each cohort that a chart shows: the newest cohorts with a nonzero epsilon."""
-        spent = [place for place, one in enumerate(self.cohorts) if one.epsilon != 0][-MOST_LINES:]
+        spent = [place for place, one in enumerate(self.cohorts) if one.epsilon != 0][-MAX_LINES:]
         return {place: self.cohorts[place].people.dates for place in spent}
 
     def figure(self, pointer: str, kind: str) -> Markup:
@@ -178,7 +178,7 @@ class Words:
             return "if_two_sites"  # a ledger does not record the other sites of its runs
         rounds = self.facts.rounds
         took_part = [len(self.report.sites), *(len(one.sites) for one in rounds if one.sites)]
-        return "by_subtraction" if min(took_part) <= _MOST_FOR_SUBTRACTION else None
+        return "by_subtraction" if min(took_part) <= _MAX_FOR_SUBTRACTION else None
 
     def limit(self) -> str | None:
         """Return the JSON pointer to the limit for the report's epsilon; None if there is no limit."""
@@ -193,7 +193,7 @@ class Words:
         found = self.report.assumptions
         violated = [one for one in found if one.status == "violated"]
         asked = [one for one in found if one.status == "assumed" and self.catalog.has("question", one.code)]
-        room = max(0, _MOST_ASSUMPTIONS - len(violated)) if self.promises else 0
+        room = max(0, _MAX_ASSUMPTIONS - len(violated)) if self.promises else 0
         return (*violated, *asked[:room])
 
     def right(self, site: str) -> str:
@@ -206,7 +206,7 @@ class Words:
     def has_no_useful_bound(self, site: str) -> bool:
         """Whether the bound on membership guesses at a site is too close to 100 to be informative."""
         found: float = self.at(f"{site}/meaning/right_of_100_{self.right(site)}")
-        return found > (_SAYS_NOTHING if self.right(site) == "ceiling" else MOST_RIGHT)
+        return found > (_SAYS_NOTHING if self.right(site) == "ceiling" else MAX_RIGHT)
 
     @property
     def shows_figure(self) -> bool:
@@ -240,7 +240,7 @@ class Words:
         for places in group_by_key(((one.epsilon, one.with_set_aside, one.left), place) for place, one in told):
             at = f"/sites/0/lifetime/cohorts/{places[0]}"
             lines.append((whom(f"{at}/people", self.catalog.arrivals(self._merge_arrivals(places))), at))
-        return lines[-MOST_LINES:]
+        return lines[-MAX_LINES:]
 
     def _merge_arrivals(self, places: Sequence[int]) -> list[ArrivalRange]:
         return merge_adjacent_ranges({place: self.cohorts[place].people for place in places})

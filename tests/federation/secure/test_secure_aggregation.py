@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.federation.secure.agreement import Rejected, Wrong
-from fedtune.federation.secure.messages import MOST_JSON_BYTES, compute_upload_size
+from fedtune.federation.secure.messages import MAX_JSON_BYTES, compute_upload_size
 from fedtune.federation.secure.party import Party, SumConfirmation
 from fedtune.federation.secure.shares import PRIME
 from fedtune.federation.secure.summation import Summation, Unreadable
@@ -53,8 +53,8 @@ def test_messages_fit_twenty_sites_with_the_longest_names() -> None:
     federation = Federation(make_terms(20, 14, members={name: make_identity(name).public for name in names}))
     summation = federation.add_confirmations(federation.start_release(1, names[:14]), by=names)
     request = summation.build_unmask_request(names[0])
-    assert len(request) < MOST_JSON_BYTES / 2
-    assert len(federation.parties[names[0]].unmask(request)) < MOST_JSON_BYTES / 2
+    assert len(request) < MAX_JSON_BYTES / 2
+    assert len(federation.parties[names[0]].unmask(request)) < MAX_JSON_BYTES / 2
     assert federation.add_shares(summation, by=names).compute_total().tolist() == [2**14 - 1] * 4
     # An upload takes the bytes that its terms say, few of them beside the vector.
     terms = make_terms(4, 3, length=1001)

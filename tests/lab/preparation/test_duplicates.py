@@ -74,8 +74,8 @@ def test_texts_with_ninety_percent_overlap_are_near_duplicates() -> None:
 
 
 def test_duplicate_search_uses_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicates, "MOST_SAME", 3)
-    monkeypatch.setattr(duplicates, "MOST_ALIKE", 2)
+    monkeypatch.setattr(duplicates, "MAX_SAME", 3)
+    monkeypatch.setattr(duplicates, "MAX_ALIKE", 2)
     read = Reader()
     for seed in range(5):
         assert read.earlier.is_full == (seed >= 2)

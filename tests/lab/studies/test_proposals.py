@@ -67,5 +67,5 @@ def test_tpe_concentrates_on_good_scores_reproducibly() -> None:
 def test_search_space_ends_are_enumerated(monkeypatch: pytest.MonkeyPatch) -> None:
     both = [{"lora.rank": rank, "lora": lora} for rank in ("2", "9") for lora in ("attention", "all_linear")]
     assert combine_extreme_values([RANK, HEAD]) == both
-    monkeypatch.setattr(trial_search, "_MOST_ENDS", 3)
+    monkeypatch.setattr(trial_search, "_MAX_ENDS", 3)
     assert combine_extreme_values([RANK, HEAD]) == [both[0], both[2], both[1]], "one setting after the other"
