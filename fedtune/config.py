@@ -320,8 +320,8 @@ class RunConfig:
         if not self.may_be_fitted:
             return True
         if self.federation.if_over_budget == "fewer_rounds":
-            return offer.most_rounds > 0
-        return offer.least_noise is not None and 0 < offer.least_noise <= accountant.MAX_NOISE
+            return offer.max_rounds > 0
+        return offer.min_noise is not None and 0 < offer.min_noise <= accountant.MAX_NOISE
 
     def fit_to_offers(self, offers: Sequence[Offer]) -> RunConfig:
         """Return a copy with the most rounds, or the least noise, within the budgets of all these sites, and with ranks
@@ -333,12 +333,12 @@ class RunConfig:
         settings["federation"]["ranks"] = self.federation.lower_ranks(offers)
         match self.federation.if_over_budget:
             case "fewer_rounds":
-                rounds = min((offer.most_rounds for offer in offers), default=plan.num_rounds)
+                rounds = min((offer.max_rounds for offer in offers), default=plan.num_rounds)
                 if rounds < plan.num_rounds:
                     settings["federation"]["num_rounds"] = rounds
                     settings["privacy"]["noise_multiplier"] = plan.noise_multiplier
             case "more_noise":
-                noise = max((offer.least_noise or 0.0 for offer in offers), default=0.0)
+                noise = max((offer.min_noise or 0.0 for offer in offers), default=0.0)
                 if noise > plan.noise_multiplier:
                     settings["privacy"]["noise_multiplier"] = noise
         return parse(settings)
@@ -527,7 +527,7 @@ def _check_privacy(config: RunConfig, *, largest_size: int) -> None:
         plan = config.plan()
         epsilon = accountant.compute_epsilon_above_limit([plan.all_runs_event], privacy.delta, limit=privacy.epsilon)
         if epsilon is not None:
-            steps = plan.local_steps * plan.most_rounds * plan.runs
+            steps = plan.local_steps * plan.max_rounds * plan.runs
             bound = f"results in epsilon {epsilon:.4g} over {steps} steps, above privacy.epsilon = {privacy.epsilon:g}"
             raise ConfigError("privacy.noise_multiplier", privacy.noise_multiplier, bound)
 

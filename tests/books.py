@@ -68,7 +68,7 @@ class Books:
                 ledger.commit(granted, b"reply", fingerprint="f1" * 32)
 
     def refuse(self, reason: Reason, *, run: str) -> None:
-        self.open().record_refusal(Refused(reason, asked="more", allowed="less"), run=run, round=1, request="q")
+        self.open().record_refusal(Refused(reason, requested="more", allowed="less"), run=run, round=1, request="q")
 
     def copy_ledger(self, name: str) -> Path:
         """What `sqlite3 ledger.db ".backup NAME"` writes beside it, also while the site serves."""

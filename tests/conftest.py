@@ -389,7 +389,7 @@ def make_site_policy(site: str = "a", *, declared_size: int = 100, **changes: An
     """
     asked = run_proposal()
     plan = asked.plan
-    steps = plan.local_steps * plan.most_rounds
+    steps = plan.local_steps * plan.max_rounds
     reference = ReferenceRun(sampling_rate=plan.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=steps)
     allowed = make_policy(
         site=site,
@@ -401,7 +401,7 @@ def make_site_policy(site: str = "a", *, declared_size: int = 100, **changes: An
             "max_sampling_rate": plan.sampling_rate,
             "max_grad_norm": plan.max_grad_norm,
             "max_local_steps": plan.local_steps,
-            "max_rounds": plan.most_rounds,
+            "max_rounds": plan.max_rounds,
             "max_adapter_value": 5.0,  # the made-up adapters of the tests go up to it
         },
         allow={

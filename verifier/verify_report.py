@@ -123,7 +123,7 @@ def events_of(plan: Json, rounds: int) -> dict[Event, int]:
     return {event: count for event, count in found.items() if count}
 
 
-def most_rounds(plan: Json) -> int:
+def max_rounds(plan: Json) -> int:
     return int(plan["num_rounds"] + plan["spare_rounds"])
 
 
@@ -277,7 +277,7 @@ def filter_epsilon(charged: dict[Event, int], order: float, delta: float) -> flo
 def rounds_of(facts: Json, site: Json) -> int:
     """Rounds that count as charged: what the site signed once the run had ended there, else all."""
     plan, receipt = facts["plan"], site["receipt"]
-    most = most_rounds(plan)
+    most = max_rounds(plan)
     if receipt is None:
         return most
     name, charged = site["site"], receipt["charged_rounds"]
@@ -363,7 +363,7 @@ def check_run(report: Json, keys: dict[str, str] | None, folder: Path) -> tuple[
     of_rounds = cache(lambda rounds: epsilon_of(events_of(plan, rounds), delta))
     for site in facts["sites"]:
         rounds, spent = rounds_of(facts, site), reported[site["site"]]["spent"]
-        whole = of_rounds(most_rounds(plan) if rounds else 0)
+        whole = of_rounds(max_rounds(plan) if rounds else 0)
         check_epsilon(f"{site['site']}: epsilon", spent["epsilon"], whole)
         check_epsilon(f"{site['site']}: the charged epsilon", spent["epsilon_pld"], of_rounds(rounds))
         require(spent["rounds"] == rounds, f"{site['site']} was charged {rounds} rounds")
@@ -393,7 +393,7 @@ def is_refuted(audit: Json, site: str, epsilon: float) -> bool:
     """Whether an attack's right guesses deny the epsilon (Steinke, Nasr and Jagielski 2023, Theorem 5.2)."""
     for bound in audit["bounds"]:
         if bound["site"] in (site, None):
-            guesses, right = bound["guesses"], bound["right"]
+            guesses, right = bound["guesses"], bound["correct"]
             hits = binom.pmf(np.arange(guesses + 1), guesses, expit(min(epsilon, bound["claimed_epsilon"])))
             below = np.cumsum(hits[:right][::-1]) / np.arange(1, right + 1)
             chance = hits[right:].sum() + 2 * bound["canaries"] * audit["delta"] * below.max(initial=0.0)
@@ -432,7 +432,7 @@ def check_ledger(report: Json, keys: dict[str, str] | None, signer: str) -> tupl
         is_above(of_period, number(approved["max_epsilon_per_period"])),
     ]
     for run in facts["runs"]:
-        whole = epsilon_of(events_of(run["plan"], most_rounds(run["plan"])), delta)
+        whole = epsilon_of(events_of(run["plan"], max_rounds(run["plan"])), delta)
         check_epsilon(f"the plan of {run['run']}", planned[run["run"]], whole)
         above.append(is_above(whole, number(run["max_epsilon"]) * (1 + 1e-3)))
     return ("exceeded" if any(above) else "within"), epsilon

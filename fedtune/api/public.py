@@ -323,7 +323,7 @@ def verify(file: str | Path, *, key: str | None = None) -> Checks:
         key: the public key (hex) that must have signed the report.  Default: any key.
 
     Returns:
-        The checks; `state` is "right", "wrong", "missing" or "not_checked".
+        The checks; `state` is "passed", "failed", "missing" or "skipped".
 
     Raises:
         ValueError: there is no report.

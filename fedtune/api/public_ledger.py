@@ -379,7 +379,7 @@ class Ledger:
                 raise ConfigError("name", name, bound) from refused
             reason = str(refused)
             if refused.reason in _ABOUT_TOTALS:
-                reason = f"{refused.reason}: epsilon would be {refused.asked} in total, {refused.allowed}"
+                reason = f"{refused.reason}: epsilon would be {refused.requested} in total, {refused.allowed}"
             raise RefusedError(
                 f"the release {proposal.run!r} exceeds the budget: {reason}; nothing was charged"
             ) from refused

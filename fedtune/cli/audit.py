@@ -31,7 +31,7 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
       audit.guesses     number of guesses per site (default: one per canary)
       audit.confidence  confidence level of each bound (0.95)
       audit.sites       sites with canaries (default: all)
-      audit.never_used  fraction of canaries held out as a reference (0.3)
+      audit.non_members  fraction of canaries held out as a reference (0.3)
       audit.tries       number of cases in a sensitivity search (200)
 
     All overrides of `fedtune simulate` are accepted. The run folder is marked as an audit, because its adapter was

@@ -77,7 +77,7 @@ def _build_detail_sections(detail: Detail) -> Iterator[Section]:
         rows.append((one.label, *map("{:.4f}".format, (one.precision, one.recall, one.f1)), f"{one.support:,}"))
     notes = [f"and {left} more (see --json)"] if left > 0 else []
     yield Section("Labels of the tuned model", ("label", "precision", "recall", "F1", "support"), rows, notes=notes)
-    bins = [(f"{one.confidence:.4f}", f"{one.right:.4f}", f"{one.count:,}") for one in detail.reliability]
+    bins = [(f"{one.confidence:.4f}", f"{one.accuracy:.4f}", f"{one.count:,}") for one in detail.reliability]
     title = "Calibration of the tuned model"
     headings = ("mean probability", "share correct", "answers")
     notes = ["Bins contain equal numbers of answers, sorted by confidence. ECE is the mean calibration gap."]

@@ -315,7 +315,7 @@ def _build_lifetime_section(history: History, figures: Lifetime) -> Section:
     note = f"A fixed part of {fixed} is charged once, with the first noisy step."
     note += " Shares are relative to the rest of the cap."
     left = "" if figures.frozen or set_aside is None else f"{math.floor(max(0.0, 1 - set_aside) * 100)} %"
-    runs = figures.reference_runs_left
+    runs = figures.reference_remaining_runs
     fits = "" if runs is None else f": {pluralize(runs, 'run')} like the policy's reference"
     fits = ": nothing, because it is frozen" if history.is_frozen else fits
     rows = (
@@ -358,7 +358,7 @@ def _build_runs_section(runs: Sequence[LifetimeRun], history: History) -> Sectio
     rows, notes = [], []
     for run in runs:
         plan = history.runs[run.run].plan
-        rounds, noise, rate = f"{run.rounds}/{run.most_rounds}", f"{plan.accounted_noise:g}", f"{plan.sampling_rate:g}"
+        rounds, noise, rate = f"{run.rounds}/{run.max_rounds}", f"{plan.accounted_noise:g}", f"{plan.sampling_rate:g}"
         epsilons = map(format_epsilon, (run.epsilon, run.planned_epsilon))
         rows.append((to_printable(run.run), _describe_state(run, history), rounds, noise, rate, *epsilons))
         if run.rounds and (by_trust := plan.compute_epsilons_by_trust(run.rounds)):

@@ -132,7 +132,7 @@ class Outlook:
                 "forecast": self.forecast and dataclasses.asdict(self.forecast) | {"device": self.device},
                 "lead_assumed": self.lead_assumed,
                 "strictest_site": strictest.site if strictest else None,
-                "epsilon_for_all_sites": strictest.most_epsilon if strictest else None,
+                "epsilon_for_all_sites": strictest.max_accepted_epsilon if strictest else None,
                 "policies": [one.to_json() for one in self.verdicts],
             }
         )
@@ -214,7 +214,7 @@ def _list_site_notes(outlook: Outlook) -> Iterator[str]:
 
 
 def _build_rounds_section(outlook: Outlook) -> Section:
-    rounds, most, rows, notes = outlook.price.rounds, outlook.plan.most_rounds, [], []
+    rounds, most, rows, notes = outlook.price.rounds, outlook.plan.max_rounds, [], []
     for one in rounds:
         epsilons = map(format_epsilon, (one.pld, one.rdp, one.filter))
         rows.append((f"{one.round:,}{'*' if one.spare else ''}", f"{one.steps:,}", *epsilons))
@@ -294,20 +294,24 @@ def _build_resources_section(outlook: Outlook) -> Section:
 
 def _build_policy_section(verdict: DryRun, outlook: Outlook) -> Section:
     rows = []
-    for one in verdict.broken:
-        asked, allowed = to_printable(one.asked or "-", 40), to_printable(one.allowed or "-", 60)
+    for one in verdict.violations:
+        asked, allowed = to_printable(one.requested or "-", 40), to_printable(one.allowed or "-", 60)
         rows.append((f"{explain_refusal(one.reason)} ({one.reason})", asked, allowed))
     lead = f"Requested by lead {format_key_start(verdict.lead)}"
     notes = [f"{lead} (assumed: --lead was not given)." if outlook.lead_assumed else lead]
-    if verdict.taken is not None and verdict.would_be is not None:
+    if verdict.committed_epsilon is not None and verdict.epsilon_after is not None:
         of = "no lifetime cap" if math.isinf(verdict.max_epsilon) else f"a lifetime cap of {verdict.max_epsilon:g}"
         ledger = "Its ledger" if verdict.ledger == "read" else "No ledger next to the policy. A new ledger"
-        left = "" if verdict.runs_left is None else f" Room for {pluralize(verdict.runs_left, 'run')} like this one."
-        taken, would_be = format_epsilon(verdict.taken), format_epsilon(verdict.would_be)
-        notes.append(f"{ledger}: epsilon {taken} spent, {would_be} with this run, by the filter, and {of}.{left}")
+        left = (
+            ""
+            if verdict.remaining_runs is None
+            else f" Room for {pluralize(verdict.remaining_runs, 'run')} like this one."
+        )
+        taken, epsilon_after = format_epsilon(verdict.committed_epsilon), format_epsilon(verdict.epsilon_after)
+        notes.append(f"{ledger}: epsilon {taken} spent, {epsilon_after} with this run, by the filter, and {of}.{left}")
     if rows:
-        ways = [pluralize(verdict.most_rounds, "round")] if verdict.most_rounds else []
-        ways += [f"noise multiplier {verdict.least_noise:g}"] if verdict.least_noise is not None else []
+        ways = [pluralize(verdict.max_rounds, "round")] if verdict.max_rounds else []
+        ways += [f"noise multiplier {verdict.min_noise:g}"] if verdict.min_noise is not None else []
         accepted = f"Acceptable: {' or '.join(ways)}, with all other settings as planned."
         notes.append(accepted if ways else "Neither fewer rounds nor more noise alone would be accepted.")
     if verdict.note:
@@ -320,13 +324,13 @@ def _build_policy_section(verdict: DryRun, outlook: Outlook) -> Section:
 def _build_strictest_section(outlook: Outlook) -> Section:
     if (strictest := outlook.strictest) is None:
         return Section()
-    if strictest.most_epsilon is None:
-        never = ", ".join(one.site for one in outlook.verdicts if one.most_epsilon is None)
+    if strictest.max_accepted_epsilon is None:
+        never = ", ".join(one.site for one in outlook.verdicts if one.max_accepted_epsilon is None)
         return Section(notes=[f"Strictest: {never} would refuse this run at every epsilon because of the rules above."])
     limit = strictest.limit
     why = "" if limit is None else f" ({limit.reason}: {to_printable(limit.allowed or '-', 60)})"
     everybody = "it accepts" if len(outlook.verdicts) == 1 else f"all {len(outlook.verdicts)} sites accept"
-    most = f"{everybody} this run up to privacy.epsilon={strictest.most_epsilon:g}"
+    most = f"{everybody} this run up to privacy.epsilon={strictest.max_accepted_epsilon:g}"
     return Section(notes=[f"Strictest site: {strictest.site}{why}; {most}."])
 
 

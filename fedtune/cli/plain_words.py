@@ -74,13 +74,13 @@ def describe_event(event: Event, *, own: str = "") -> str:
         case Kind.RELEASE if detail.get("what") != "offer":
             return f"released: {to_printable(detail.get('what'))}"
         case Kind.RELEASE:
-            noise = detail["least_noise"]
+            noise = detail["min_noise"]
             others = "no noise suffices" if noise is None else f"noise of at least {noise:g}"
-            rounds = pluralize(detail["most_rounds"], "round")
+            rounds = pluralize(detail["max_rounds"], "round")
             return f"sent a lead the limits for a run: up to {rounds}, or {others}"
         case Kind.REFUSAL:
-            rule, asked, allowed = (detail.get(key) for key in ("reason", "asked", "allowed"))
-            numbers = [f"requested {to_printable(asked, 40)}"] if asked is not None else []
+            rule, requested, allowed = (detail.get(key) for key in ("reason", "requested", "allowed"))
+            numbers = [f"requested {to_printable(requested, 40)}"] if requested is not None else []
             numbers += [f"allowed {to_printable(allowed)}"] if allowed is not None and rule != Reason.LEADS else []
             return f"refused: {explain_refusal(str(rule))} ({'; '.join([*numbers, f'rule {to_printable(rule)}'])})"
         case Kind.NOTE:
@@ -220,7 +220,7 @@ def _print_ledger_summary(ledger: Path, verified: Verified | None, differences: 
         say(f"No ledger yet at {ledger}; it is created when the site starts.")
         return
     figures, cap = compute_lifetime_budget(verified), verified.history.cap
-    runs = figures.reference_runs_left
+    runs = figures.reference_remaining_runs
     fits = "" if runs is None else f", enough for {pluralize(runs, 'run')} like the reference"
     left = f"left for new runs {format_rounded_down(convert_none_to_infinite(figures.left))}{fits}"
     say(f"Ledger {ledger}: spent epsilon {format_epsilon(figures.epsilon)} of {format_cap(cap)}, {left}.")

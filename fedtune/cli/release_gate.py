@@ -18,7 +18,7 @@ from fedtune.show.lines import to_printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, to_json_text, write_file
 from fedtune.spec import RUN_SCHEMA, ConfigError, RunError
 
-_MARKS = {"right": ("holds", ""), "wrong": ("FAILS", "bold red"), "missing": ("MISSING", "bold red")}
+_MARKS = {"passed": ("holds", ""), "failed": ("FAILS", "bold red"), "missing": ("MISSING", "bold red")}
 
 
 def gate(
@@ -82,7 +82,7 @@ def gate(
     verdict = verdict if signer is None else verdict.sign(signer)
     write_file(run / gate_verdict.GATE, gate_verdict.verdict_to_json(verdict), option="RUN")
     # The model card reads the decision from the folder. It also repeats the report, so both must be of this model.
-    matches = (RunFolder(run).adapter / CARD).is_file() and not {"record", "files"} & set(verdict.failed)
+    matches = (RunFolder(run).adapter / CARD).is_file() and not {"consistent", "files"} & set(verdict.failed)
     cards = render_adapter_card(run, evidence.report) if matches else {}
     for name, content in cards.items():
         write_file(run / name, content, option="RUN")

@@ -46,10 +46,10 @@ _NO_ROOM = "bold yellow"
 _LOUD = re.compile("^(Exceeded|No guarantee|Closed|Used up)")
 """First words of the verdicts that are printed in capitals."""
 _MARKS: Mapping[str, tuple[str, str]] = {
-    "right": ("right", ""),
-    "wrong": ("WRONG", "bold red"),
+    "passed": ("passed", ""),
+    "failed": ("FAILED", "bold red"),
     "missing": ("NOT COMPARED", "bold yellow"),
-    "not_checked": ("not checked", "yellow"),
+    "skipped": ("not checked", "yellow"),
 }
 _MAX_PROBLEMS = 12
 _VERIFIER = "verify_report.py"
@@ -192,7 +192,7 @@ def verify(
         mark, styles[len(rows)] = _MARKS[check.state]
         rows.append((check.name, mark, check.text))
         for problem in check.problems[:_MAX_PROBLEMS]:
-            said, again = to_printable(problem.said), to_printable(problem.found)
+            said, again = to_printable(problem.reported), to_printable(problem.expected)
             rows.append(("", "", f"{to_printable(problem.where)} is {said}, but {again} was found"))
         if len(check.problems) > _MAX_PROBLEMS:
             rows.append(("", "", f"and {len(check.problems) - _MAX_PROBLEMS:,} more"))
@@ -200,7 +200,7 @@ def verify(
     heading = f"{path}: report of {report.facts.kind} {to_printable(report.facts.name)}"
     figures = {"verdict": report.verdict.state, "epsilon": report.epsilon}
     print_answer({"file": str(path), **figures, "checks": found}, [section], as_json=as_json, heading=heading)
-    for state, said in (("wrong", "does not hold"), ("missing", "could not be checked completely; not compared")):
+    for state, said in (("failed", "does not hold"), ("missing", "could not be checked completely; not compared")):
         if names := [check.name for check in found if check.state == state]:
             raise RunError(f"{path} {said}: {', '.join(names)}")
 
@@ -235,14 +235,14 @@ def read_roster(report: Report, path: Path, known: Known) -> tuple[Known, Check]
         if member.revoked:
             text += f" {site} was revoked at {member.revoked}; a later report does not belong to this federation."
         known = replace(known, key=known.key or member.site_key)
-        return known, Check(name="roster", state="not_checked", text=to_printable(text))
+        return known, Check(name="roster", state="skipped", text=to_printable(text))
     signer = known.key or (report.signature.key if report.signature else "")
     try:
         roster.check_lead_signature(signer)
     except ConfigError:
         raise RunError(f"the report is not signed with the key of the lead that signed {path}") from None
     known = replace(known, key=signer, site_keys=keys, revoked=revoked)
-    return known, Check(name="roster", state="right", text=f"The key that signed the report also signed {path}.")
+    return known, Check(name="roster", state="passed", text=f"The key that signed the report also signed {path}.")
 
 
 def format_verdict(report: Report) -> tuple[str, str]:

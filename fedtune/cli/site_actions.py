@@ -33,7 +33,7 @@ from fedtune.ops.services.site_state import SiteState
 from fedtune.privacy.accountant import epsilon_pld, format_epsilon
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import format_asked_and_allowed
+from fedtune.privacy.release import format_requested_and_allowed
 from fedtune.show.budget_text import describe_contribution, describe_noise, describe_trust
 from fedtune.show.lines import to_printable, wrap_text
 from fedtune.show.terminal_tables import (
@@ -98,7 +98,9 @@ class SiteActions:
         if verdict.ledger == "in doubt":
             raise RunError(verdict.note)
         if not verdict.allowed:
-            known = [(one.reason, format_asked_and_allowed(one.asked, one.allowed)) for one in verdict.broken]
+            known = [
+                (one.reason, format_requested_and_allowed(one.requested, one.allowed)) for one in verdict.violations
+            ]
             rules = "; ".join(
                 explain_refusal(reason) + (f" ({numbers})" if numbers else "") for reason, numbers in known
             )
@@ -245,7 +247,7 @@ def _format_total_epsilon(epsilon: float | None) -> str:
 
 def _build_proposal_section(asked: Proposal, verdict: DryRun) -> Section:
     plan = asked.plan
-    by_trust = plan.compute_epsilons_by_trust(plan.most_rounds)
+    by_trust = plan.compute_epsilons_by_trust(plan.max_rounds)
     said = render_page(
         "proposal",
         asked=asked,

@@ -43,7 +43,7 @@ def compute_max_runs_per_person(plan: Plan) -> int | None:
 
 def compute_epsilon_over_runs(plan: Plan, *, runs: int) -> float:
     """Compute the PLD epsilon of `runs` runs of this plan for a person who takes part in every one of them."""
-    return accountant.epsilon_pld([plan.event(rounds=plan.most_rounds * runs)], plan.delta)
+    return accountant.epsilon_pld([plan.event(rounds=plan.max_rounds * runs)], plan.delta)
 
 
 def list_calendar_runs(plan: Plan, *, before: int = 0) -> tuple[CalendarRun, ...]:
@@ -103,7 +103,7 @@ def describe_calendar(plan: Plan) -> Iterator[str]:
     who = "a person is in at most" if plan.cohorts else "everyone is in at most"
     alone, whole = (format_epsilon(compute_epsilon_over_runs(plan, runs=runs)) for runs in (1, most))
     yield f"{often} at epsilon {alone} each: {who} {pluralize(most, 'run')}, epsilon {whole} in all."
-    many = plan.event(rounds=plan.most_rounds * most)
+    many = plan.event(rounds=plan.max_rounds * most)
     cap = filter.find_tightest_cap(many, more=plan.full_event, reference=plan.full_event, delta=plan.delta, digits=3)
     yield f"A new ledger for these runs needs a lifetime cap (max_epsilon) of {cap:.12g}, by its privacy filter."
     if plan.cohorts and (window is None or window > plan.runs):

@@ -32,16 +32,16 @@ class HeldOut:
 
 
 @spec
-class Fall:
+class ScoreDrop:
     """Result of the drift test: the change from the mean score of all earlier runs to that of the newest two.
 
-    `found` is True if the drop is significant, and `smallest` is the smallest drop that the test detects with 80 %
-    power.
+    `significant` is True if the drop is significant, and `min_detectable` is the smallest drop that the test detects
+    with 80 % power.
     """
 
     change: float
-    found: bool
-    smallest: float
+    significant: bool
+    min_detectable: float
 
 
 def pool_held_out_scores(
@@ -63,7 +63,7 @@ def pool_held_out_scores(
     return HeldOut(run=run, date=max(one.ended for one in rounds), mean=mean, deviation=math.sqrt(variance))
 
 
-def detect_score_drop(line: Sequence[HeldOut]) -> Fall | None:
+def detect_score_drop(line: Sequence[HeldOut]) -> ScoreDrop | None:
     """Test whether the newest two runs score lower than all earlier runs (with only two runs, compare these two).
 
     A one-sided z-test on means, at a false alarm rate of 5 %, or less if runs share held-out records.  `line` is
@@ -75,7 +75,7 @@ def detect_score_drop(line: Sequence[HeldOut]) -> Fall | None:
     (before, old), (now, new) = _compute_weighted_mean(line[:cut]), _compute_weighted_mean(line[cut:])
     deviation, limit = math.hypot(old, new), NormalDist().inv_cdf(0.95)
     change, smallest = now - before, deviation * (limit + NormalDist().inv_cdf(0.8))
-    return Fall(change=change, found=-change > limit * deviation, smallest=smallest)
+    return ScoreDrop(change=change, significant=-change > limit * deviation, min_detectable=smallest)
 
 
 def _compute_weighted_mean(line: Sequence[HeldOut]) -> tuple[float, float]:

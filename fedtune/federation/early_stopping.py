@@ -21,24 +21,26 @@ if TYPE_CHECKING:  # its import loads adapter code, which reports do not need
 
 
 @spec
-class Kept:
+class SelectedRound:
     """Result of checkpoint selection: the selected round and its validation score.
 
     Attributes:
         round: the round that produced the run's adapter.
         primary_metric: the metric used for the selection.
         score: the score of that round on the lead's validation file; None if it is not finite.
-        ended_early: whether early stopping ended the run before its last round, after
+        stopped_early: whether early stopping ended the run before its last round, after
             `federation.early_stopping_patience` rounds without a better score.
     """
 
     round: int
     primary_metric: str
     score: float | None
-    ended_early: bool
+    stopped_early: bool
 
 
-def find_kept_round(rounds: Sequence[RoundResult], federation: FederationSpec, *, primary_metric: str) -> Kept | None:
+def select_round(
+    rounds: Sequence[RoundResult], federation: FederationSpec, *, primary_metric: str
+) -> SelectedRound | None:
     """Select the checkpoint to keep and decide on early stopping, from the scores of the finished rounds.
 
     Returns None if the settings use neither feature, or no round is finished.
@@ -56,11 +58,11 @@ def find_kept_round(rounds: Sequence[RoundResult], federation: FederationSpec, *
     waited = sum(one.round > best.round for one in rounds if one.sites)
     stops = federation.early_stopping_patience is not None and waited >= federation.early_stopping_patience
     kept = best if federation.checkpoint_selection == "best" else rounds[-1]
-    return Kept(
+    return SelectedRound(
         round=kept.round,
         primary_metric=primary_metric,
         score=convert_infinite_to_none(kept.metrics.get(primary_metric)),
-        ended_early=stops and len(rounds) < count_rounds(rounds, federation),
+        stopped_early=stops and len(rounds) < count_rounds(rounds, federation),
     )
 
 
@@ -73,8 +75,8 @@ def should_stop(rounds: Sequence[RoundResult], federation: FederationSpec, *, pr
     """Return True if the run ends after these finished rounds, by early stopping or because no round is left."""
     if is_budget_used_up(rounds):
         return True
-    kept = find_kept_round(rounds, federation, primary_metric=primary_metric)
-    return len(rounds) >= count_rounds(rounds, federation) or (kept is not None and kept.ended_early)
+    kept = select_round(rounds, federation, primary_metric=primary_metric)
+    return len(rounds) >= count_rounds(rounds, federation) or (kept is not None and kept.stopped_early)
 
 
 def is_budget_used_up(rounds: Sequence[RoundResult]) -> bool:

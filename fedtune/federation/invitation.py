@@ -48,19 +48,19 @@ class Answers:
     silent: Mapping[str, str]  # site -> the reason why it counts as silent
 
     def require_enough(self, federation: FederationSpec, *, takes_part: Callable[[Offer], object]) -> None:
-        """Check that at least `federation.least_sites` sites made an offer that `takes_part` accepts.
+        """Check that at least `federation.required_sites` sites made an offer that `takes_part` accepts.
 
         Raises:
-            RefusedError: too many sites refuse by policy or budget for `least_sites` to take part.
+            RefusedError: too many sites refuse by policy or budget for `required_sites` to take part.
             RunError: too few sites accept, but silent or undecided sites may still accept.
         """
         ready = [site for site, offer in self.offers.items() if takes_part(offer)]
-        if len(ready) >= federation.least_sites:
+        if len(ready) >= federation.required_sites:
             return
-        rooms = {site: offer.most_rounds for site, offer in self.offers.items() if site not in ready}
+        rooms = {site: offer.max_rounds for site, offer in self.offers.items() if site not in ready}
         less = {site: f"budget left for {rounds} rounds" for site, rounds in rooms.items()}
         refused = [*less, *(site for site, refusal in self.refusals.items() if refusal.reason.is_final)]
-        error = RefusedError if len(federation.active) - len(refused) < federation.least_sites else RunError
+        error = RefusedError if len(federation.active) - len(refused) < federation.required_sites else RunError
         others = {site: refusal.as_text for site, refusal in self.refusals.items()} | dict(self.silent) | less
         too_few = federation.explain_too_few(len(ready), "accepted the invitation", others=others)
         raise error(f"{too_few}; nothing was charged for this run")

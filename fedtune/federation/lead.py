@@ -127,7 +127,7 @@ class LeadState:
         # Each update was charged, so a receipt that counts fewer rounds is stale: a server may have replayed it.
         updates = update + sum(result.has_update_from(site) for result in self.rounds)
         # No ledger grants a run more rounds than its plan has.
-        if not (updates <= receipt.charged_rounds <= plan.most_rounds and receipt.has_valid_signature()):
+        if not (updates <= receipt.charged_rounds <= plan.max_rounds and receipt.has_valid_signature()):
             return None
         old = self.receipts.get(site, receipt)
         newer = receipt.charged_rounds >= old.charged_rounds and receipt.sequence >= old.sequence
@@ -211,13 +211,13 @@ def compute_site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
     receipt = state.receipts.get(site)
     silent = state.unanswered.get(site, 0)
     charged = receipt.charged_rounds if receipt else 0
-    rounds = max(charged, min(charged + silent, plan.most_rounds))
+    rounds = max(charged, min(charged + silent, plan.max_rounds))
     epsilon, epsilon_rdp = compute_charged_epsilons(plan, rounds)
     return SiteCharge(
         epsilon=convert_infinite_to_none(epsilon),
         epsilon_rdp=convert_infinite_to_none(epsilon_rdp),
         rounds=rounds,
-        planned_epsilon=convert_infinite_to_none(compute_charged_epsilons(plan, plan.most_rounds)[0]),
+        planned_epsilon=convert_infinite_to_none(compute_charged_epsilons(plan, plan.max_rounds)[0]),
         steps=rounds * plan.local_steps,
         sampling_rate=plan.sampling_rate,
         noise_multiplier=plan.noise_multiplier,
@@ -235,7 +235,7 @@ def find_invalid_field(receipt: Receipt, *, site: str, run: str, plan: Plan) -> 
     of_plan = receipt.plan == plan.digest() or (not receipt.plan and not receipt.charged_rounds)
     fits = {"site": receipt.site == site, "run": receipt.run == run, "plan": of_plan}
     fits |= {
-        "charged_rounds": 0 <= receipt.charged_rounds <= plan.most_rounds,
+        "charged_rounds": 0 <= receipt.charged_rounds <= plan.max_rounds,
         "signature": receipt.has_valid_signature(),
     }
     return next((key for key, right in fits.items() if not right), "")

@@ -1,9 +1,9 @@
 """Privacy cost of a run, computed only from public numbers; no record is read.
 
 `compute_cost` computes the cost of a plan by site and by round, and `compute_alternatives` the cost of modified plans.
-`solve_rounds`, `solve_sampling_rate` and `find_least_noise` derive a plan from a target epsilon, on the coarse grid of
-the calibration.  `policy_dry_run.py` predicts whether a site would accept the plan; `forecast.py` estimates time and
-traffic, for which the model must be loaded.
+`solve_rounds`, `solve_sampling_rate` and `find_min_noise_for_target` derive a plan from a target epsilon, on the
+coarse grid of the calibration.  `policy_dry_run.py` predicts whether a site would accept the plan; `forecast.py`
+estimates time and traffic, for which the model must be loaded.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class PlanCost:
     @property
     def steps(self) -> int:
         """The maximum number of noisy steps that each site is charged for."""
-        return self.plan.local_steps * self.plan.most_rounds
+        return self.plan.local_steps * self.plan.max_rounds
 
     def _repr_html_(self) -> str:
         rows = {"epsilon": accountant.format_epsilon(self.epsilon), "delta": f"{self.plan.delta:g}"}
@@ -131,7 +131,7 @@ def compute_cost(plan: Plan, declared_sizes: Mapping[str, int], *, before: int) 
     whole, delta = plan.full_event, plan.delta
     _, order = filter.find_smallest_cap(whole, delta=delta)
     # All rounds, or about twenty of them at even distances (rounded up), with the first, the last and the last planned.
-    count, every = plan.most_rounds, -(-plan.most_rounds // _MAX_POINTS)
+    count, every = plan.max_rounds, -(-plan.max_rounds // _MAX_POINTS)
     shown = sorted({1, *range(every, count, every), plan.num_rounds, count})
     return PlanCost(
         plan=plan,
@@ -144,7 +144,7 @@ def compute_cost(plan: Plan, declared_sizes: Mapping[str, int], *, before: int) 
         epsilon_filter=filter.epsilon_filter([whole], order=order, delta=delta),
         filter_order=order,
         epsilon_of_one_round=accountant.epsilon_pld([plan.event()], delta, interval=accountant.COARSE),
-        by_trust=plan.compute_epsilons_by_trust(plan.most_rounds),
+        by_trust=plan.compute_epsilons_by_trust(plan.max_rounds),
         calendar=list_calendar_runs(plan, before=before),
     )
 
@@ -214,7 +214,7 @@ def compute_alternatives(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
 
 
 def _build_alternative(what: str, plan: Plan, epsilon: float, *, original: Plan) -> Change:
-    noise = find_least_noise(plan, epsilon=epsilon)
+    noise = find_min_noise_for_target(plan, epsilon=epsilon)
     before = original.noise_multiplier / original.sampling_rate
     return Change(
         what=what,
@@ -311,7 +311,7 @@ def solve_sampling_rate(plan: Plan, *, epsilon: float, least: float) -> Plan:
     return set_rate(math.floor(rate * scale) / scale)
 
 
-def find_least_noise(plan: Plan, *, epsilon: float) -> float | None:
+def find_min_noise_for_target(plan: Plan, *, epsilon: float) -> float | None:
     """Find the smallest noise multiplier, rounded up to four decimals, that keeps `plan` within `epsilon`; None if no
     noise is enough.
 

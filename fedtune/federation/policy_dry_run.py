@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fedtune.federation.planner import compute_target_epsilon, find_least_noise
+from fedtune.federation.planner import compute_target_epsilon, find_min_noise_for_target
 from fedtune.privacy import accountant, events
 from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.ledger import run_acceptance
@@ -38,51 +38,55 @@ class DryRun:
         policy: the path of the policy file.
         site: the name of the site.
         lead: the lead's public key.
-        broken: every violated rule of the policy and the budget; empty: the site would accept the run.
+        violations: every violated rule of the policy and the budget; empty: the site would accept the run.
         ledger: "read", "new" (no file yet; the site would create one), or "in doubt" (inconsistent).
-        taken: the epsilon that is charged or reserved for open runs, as computed by the privacy filter.
-        would_be: the sum of `taken` and the whole plan of this run, as computed by the privacy filter.
+        committed_epsilon: the epsilon that is charged or reserved for open runs, as computed by the privacy filter.
+        epsilon_after: the sum of `committed_epsilon` and the whole plan of this run, as computed by the privacy filter.
         max_epsilon: the lifetime cap; infinite: no cap.
-        runs_left: the number of further runs of this kind under the lifetime cap; None without a cap.
-        most_rounds: the largest number of rounds that the site would accept, at most that of the run.
-        least_noise: the smallest noise multiplier that the site would accept, at least that of the run; None: the site
+        remaining_runs: the number of further runs of this kind under the lifetime cap; None without a cap.
+        max_rounds: the largest number of rounds that the site would accept, at most that of the run.
+        min_noise: the smallest noise multiplier that the site would accept, at least that of the run; None: the site
             would refuse the run at every noise multiplier.
         note: a warning outside the policy rules, such as an unreadable ledger; an empty string if there is none.
-        most_epsilon: the largest `privacy.epsilon`, up to `MAX_EPSILON`, that the site would accept for an otherwise
-            unchanged plan; None: the site accepts no epsilon, or the search was not requested.
+        max_accepted_epsilon: the largest `privacy.epsilon`, up to `MAX_EPSILON`, that the site would accept for an
+            otherwise unchanged plan; None: the site accepts no epsilon, or the search was not requested.
         limit: the policy or budget rule that a larger epsilon would violate; None if there is no such rule.
     """
 
     policy: str
     site: str
     lead: str
-    broken: tuple[Refused, ...]
+    violations: tuple[Refused, ...]
     ledger: str
-    taken: float | None
-    would_be: float | None
+    committed_epsilon: float | None
+    epsilon_after: float | None
     max_epsilon: float
-    runs_left: int | None
-    most_rounds: int
-    least_noise: float | None
+    remaining_runs: int | None
+    max_rounds: int
+    min_noise: float | None
     note: str
-    most_epsilon: float | None = None
+    max_accepted_epsilon: float | None = None
     limit: Refused | None = None
 
     @property
     def allowed(self) -> bool:
         """Whether the site would accept the run unchanged."""
-        return not self.broken
+        return not self.violations
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values, with broken rules in their JSON form."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         limit = self.limit and self.limit.to_json()
-        return fields | {"broken": [one.to_json() for one in self.broken], "limit": limit, "allowed": self.allowed}
+        return fields | {
+            "violations": [one.to_json() for one in self.violations],
+            "limit": limit,
+            "allowed": self.allowed,
+        }
 
 
 def find_strictest_dry_run(verdicts: Sequence[DryRun]) -> DryRun:
-    """Return the dry run with the smallest `most_epsilon`, which every site accepts."""
-    return min(verdicts, key=lambda one: 0.0 if one.most_epsilon is None else one.most_epsilon)
+    """Return the dry run with the smallest `max_accepted_epsilon`, which every site accepts."""
+    return min(verdicts, key=lambda one: 0.0 if one.max_accepted_epsilon is None else one.max_accepted_epsilon)
 
 
 def dry_run(
@@ -113,27 +117,27 @@ def dry_run(
     wrong_size = _list_size_refusals(policy, proposal, declared_sizes)
     broken = [*policy.find_broken_rules(proposal), *against, *wrong_size]
     may_fit = budget is not None and not wrong_size
-    most_rounds, least_noise = (plan.num_rounds, plan.noise_multiplier) if may_fit else (0, None)
+    max_rounds, min_noise = (plan.num_rounds, plan.noise_multiplier) if may_fit else (0, None)
     if budget and may_fit and broken:
-        most_rounds = run_acceptance.find_max_rounds(proposal, budget.accepts)
-        least_noise = run_acceptance.find_min_noise(proposal, budget.accepts)
-    most_epsilon, limit = (
+        max_rounds = run_acceptance.find_max_rounds(proposal, budget.accepts)
+        min_noise = run_acceptance.find_min_noise(proposal, budget.accepts)
+    max_accepted_epsilon, limit = (
         budget.find_most_epsilon(proposal) if budget and may_fit and find_most_epsilon else (None, None)
     )
     return DryRun(
         policy=str(path),
         site=policy.site,
         lead=proposal.lead,
-        broken=tuple(broken),
+        violations=tuple(broken),
         ledger="in doubt" if budget is None else "read" if files.ledger.is_file() else "new",
-        taken=budget.compute_epsilon(plan, Counter()) if budget else None,
-        would_be=budget.compute_epsilon(plan, events.count_mechanisms([plan.full_event])) if budget else None,
+        committed_epsilon=budget.compute_epsilon(plan, Counter()) if budget else None,
+        epsilon_after=budget.compute_epsilon(plan, events.count_mechanisms([plan.full_event])) if budget else None,
         max_epsilon=policy.budget.max_epsilon,
-        runs_left=budget.count_runs_left(plan) if budget else None,
-        most_rounds=most_rounds,
-        least_noise=least_noise,
+        remaining_runs=budget.count_remaining_runs(plan) if budget else None,
+        max_rounds=max_rounds,
+        min_noise=min_noise,
         note=note,
-        most_epsilon=most_epsilon,
+        max_accepted_epsilon=max_accepted_epsilon,
         limit=limit,
     )
 
@@ -189,7 +193,7 @@ class _PolicyBudget:
             return 0.0, limit
         digits = -math.floor(math.log10(most))
         even, scale = round(most, digits + 2), 10.0 ** (digits + 3)
-        needed = find_least_noise(proposal.plan, epsilon=even)
+        needed = find_min_noise_for_target(proposal.plan, epsilon=even)
         accepted = needed is not None and self.accepts(proposal.with_noise(needed))
         return even if accepted else math.floor(most * scale) / scale, limit
 
@@ -203,7 +207,7 @@ class _PolicyBudget:
             for cohort in cohorts
         )
 
-    def count_runs_left(self, plan: Plan) -> int | None:
+    def count_remaining_runs(self, plan: Plan) -> int | None:
         """Return the number of further runs with this plan that fit under the lifetime cap; None without a cap."""
         return run_acceptance.count_remaining_runs(
             self._history, self._policy, plan.full_event, self._now, admitted=plan.cohorts
@@ -230,4 +234,4 @@ def _list_size_refusals(policy: Policy, proposal: Proposal, declared_sizes: Mapp
     """
     own = {dataset.id: dataset.declared_size for dataset in policy.dataset}.get(proposal.dataset)
     asked = declared_sizes.get(policy.site)
-    return [] if None in (own, asked) or own == asked else [Refused(Reason.DECLARED_SIZE, asked=asked, allowed=own)]
+    return [] if None in (own, asked) or own == asked else [Refused(Reason.DECLARED_SIZE, requested=asked, allowed=own)]

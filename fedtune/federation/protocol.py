@@ -124,7 +124,7 @@ class _RunMessage(_LeadMessage):
         _require("software", type(software) is str and _SOFTWARE.fullmatch(software))
         if needed := explain_upgrade(site=WIRE_SCHEMA, lead=spoken):
             here = f"protocol {WIRE_SCHEMA} (fedtune {build()}): {needed}"
-            raise Refused(Reason.MALFORMED_REQUEST, asked=f"protocol {spoken} (fedtune {software})", allowed=here)
+            raise Refused(Reason.MALFORMED_REQUEST, requested=f"protocol {spoken} (fedtune {software})", allowed=here)
         asked = decode(cls, fields)
         check_name("site", asked.site)  # it goes into a site's log
         _require("expires", math.isfinite(asked.expires))

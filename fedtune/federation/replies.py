@@ -38,8 +38,8 @@ class StoppingRule:
     """Rule that ends the wait for stragglers.  It depends only on which sites have answered, never on update values.
 
     The wait ends `straggler_grace_s` seconds after either of two events: `enough_sites` usable answers have arrived, or
-    `least_sites` usable answers have arrived and all other sites are idle (offline, paused, awaiting a person's
-    approval, or refusing).  It ends at once if no site is working and too many sites have refused for `least_sites`
+    `required_sites` usable answers have arrived and all other sites are idle (offline, paused, awaiting a person's
+    approval, or refusing).  It ends at once if no site is working and too many sites have refused for `required_sites`
     usable answers.
     """
 
@@ -57,10 +57,10 @@ class StoppingRule:
             others: the number of sites that are offline, paused or, during a round, not approved yet; they may still
                 answer.
         """
-        if not at_work and good + others < self.spec.least_sites:
+        if not at_work and good + others < self.spec.required_sites:
             return True
         enough = self.spec.enough_sites or len(self.spec.active)
-        if not (good >= enough or (good >= self.spec.least_sites and not at_work)):
+        if not (good >= enough or (good >= self.spec.required_sites and not at_work)):
             self._since = None
             return False
         if self._since is None:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from fedtune.federation.early_stopping import find_kept_round, should_stop
+from fedtune.federation.early_stopping import select_round, should_stop
 from fedtune.federation.invitation import invite
 from fedtune.federation.lead import Aggregation, AggregationResult, Lead, LeadState, RoundResult, Scores, merge_receipts
 from fedtune.federation.protocol import EndOfRun, RoundRequest
@@ -55,7 +55,7 @@ def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
     if state.round == 0:
         # Invite first, so that no site is charged for a run that other sites refuse.
         answers, rounds = invite(transport, lead.asked), lead.plan.num_rounds
-        answers.require_enough(lead.asked.federation, takes_part=lambda offer: offer.most_rounds >= rounds)
+        answers.require_enough(lead.asked.federation, takes_part=lambda offer: offer.max_rounds >= rounds)
     aggregation = lead.average if lead.plan.shared is None else SecureSums(transport, lead, state)
     state = aggregation.resume(state)
     transport.take_traffic()  # reset the counter: invitations belong to no round
@@ -159,7 +159,7 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
         diverged=diverged,
     )
     rounds = (*state.rounds, result)
-    best = find_kept_round(rounds, lead.asked.federation, primary_metric=lead.primary_metric)
+    best = select_round(rounds, lead.asked.federation, primary_metric=lead.primary_metric)
     return replace(
         state,
         round=round,
@@ -262,11 +262,11 @@ def _build_requests(
 def _is_plan_spent(replies: RoundReplies, lead: Lead) -> bool:
     """Return True if too many sites have exhausted the run's plan for another round to succeed."""
     spent = sum(refusal.reason is Reason.PLAN_EXHAUSTED for refusal in replies.refusals.values())
-    return len(lead.declared_sizes) - spent < lead.asked.federation.least_sites
+    return len(lead.declared_sizes) - spent < lead.asked.federation.required_sites
 
 
 def _require_enough_updates(replies: RoundReplies, lead: Lead, round: int) -> None:
-    least = lead.asked.federation.least_sites
+    least = lead.asked.federation.required_sites
     if len(replies.sites) >= least:
         return
     refusals = {site: refusal.as_text for site, refusal in replies.refusals.items()}

@@ -222,7 +222,7 @@ class SecureSums:
         assert self._begun is not None, "prepare first"
         release = Summation(self._begun, release=round)
         _add_messages(uploads, release.add_upload)
-        if (uploaded := len(release.survivors)) < (least := self._lead.asked.federation.least_sites):
+        if (uploaded := len(release.survivors)) < (least := self._lead.asked.federation.required_sites):
             raise Unreadable(round, f"{uploaded} sites uploaded, but {least} are required")
         request = release.build_confirm_request()
         # Sites without an upload may also confirm and reveal shares.

@@ -235,7 +235,7 @@ def _answer_or_refuse(
     except Refused as refused:
         return request, _refuse(site, request, refused)
     except Rejected as rejected:
-        return request, _refuse(site, request, Refused(Reason.SECURE_STEP, asked=rejected.wrong.value))
+        return request, _refuse(site, request, Refused(Reason.SECURE_STEP, requested=rejected.wrong.value))
     except Exception:
         log.exception("%s failed in %s", site.name, _describe_request(request))
         return request, _make_refusal(site, request, Refused(Reason.SITE_ERROR))
@@ -265,7 +265,7 @@ def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | No
     if known is None and not site.ledger.history.has_refused(notice.run, notice.lead):
         return None
     if (known and known.proposal.lead != notice.lead) or notice.lead not in site.ledger.policy.allow.leads:
-        raise Refused(Reason.LEADS, asked=notice.lead)
+        raise Refused(Reason.LEADS, requested=notice.lead)
     # A run that was never accepted has no shapes to compare with.
     digest = _find_signable_digest(site, notice, adapter) if adapter and known else ""
     site.ledger.end_run(notice.run, lead=notice.lead, adapter_sha256=digest)
@@ -296,8 +296,8 @@ def _make_offer(site: Site, asked: Invitation) -> Offer:
     offer = Offer(
         site=site.name,
         run=proposal.run,
-        most_rounds=plan.num_rounds,
-        least_noise=plan.noise_multiplier,
+        max_rounds=plan.num_rounds,
+        min_noise=plan.noise_multiplier,
         rank=proposal.find_rank(site.name),
     )
     try:
@@ -322,21 +322,21 @@ def _prepare_run(site: Site, request: Request) -> Prepared:
     site.ledger.require_startable(request.proposal)
     run = site.prepare(request.proposal)
     if request.run != run.proposal.run:
-        raise Refused(Reason.WRONG_RUN, asked=request.run, allowed=run.proposal.run)
+        raise Refused(Reason.WRONG_RUN, requested=request.run, allowed=run.proposal.run)
     if request.proposal != run.proposal:
-        raise Refused(Reason.PLAN_CHANGED, asked=request.proposal.digest(), allowed=run.proposal.digest())
+        raise Refused(Reason.PLAN_CHANGED, requested=request.proposal.digest(), allowed=run.proposal.digest())
     declared = site.ledger.policy.declared_size(request.proposal.dataset)
     if run.declared_size != declared:
-        raise Refused(Reason.DECLARED_SIZE, asked=run.declared_size, allowed=declared)
+        raise Refused(Reason.DECLARED_SIZE, requested=run.declared_size, allowed=declared)
     return run
 
 
 def _check_asker(site: Site, request: Request) -> None:
     # Check the lead first, so that a stranger learns nothing and causes no work.
     if request.proposal.lead not in site.ledger.policy.allow.leads:
-        raise Refused(Reason.LEADS, asked=request.proposal.lead)
+        raise Refused(Reason.LEADS, requested=request.proposal.lead)
     if request.site != site.name:
-        raise Refused(Reason.WRONG_SITE, asked=request.site, allowed=site.name)
+        raise Refused(Reason.WRONG_SITE, requested=request.site, allowed=site.name)
     if time.time() > request.expires:
         raise Refused(Reason.REQUEST_EXPIRED)
 
@@ -412,17 +412,17 @@ def _check_adapter(adapter: Adapter, *, digest: str, shapes: Mapping[str, list[i
     if adapter.shapes != shapes:
         raise Refused(Reason.ADAPTER_SHAPE)
     if adapter.digest() != digest:
-        raise Refused(Reason.ADAPTER_DIFFERS, asked=digest, allowed=adapter.digest())
+        raise Refused(Reason.ADAPTER_DIFFERS, requested=digest, allowed=adapter.digest())
     # Finite values may have any size, because SiteWork.do clips them to the site's bound before use.
     if not all(bool(np.isfinite(value).all()) for value in adapter.tensors.values()):
-        raise Refused(Reason.MAX_ADAPTER_VALUE, asked="values that are not finite", allowed="finite values")
+        raise Refused(Reason.MAX_ADAPTER_VALUE, requested="values that are not finite", allowed="finite values")
 
 
 def _refuse(site: Site, request: Request | None, refused: Refused) -> Refusal:
     """Record a refusal in the log and the ledger, and build the reply."""
     if request and refused.reason in (Reason.SETTINGS, Reason.PLAN_CHANGED) and request.software != build():
-        asked = f"{refused.asked or 'these settings'} (fedtune {request.software})"
-        refused = Refused(refused.reason, asked=asked, allowed=f"{refused.allowed or 'others'} (fedtune {build()})")
+        asked = f"{refused.requested or 'these settings'} (fedtune {request.software})"
+        refused = Refused(refused.reason, requested=asked, allowed=f"{refused.allowed or 'others'} (fedtune {build()})")
     log.warning("site %s refused %s: %s", site.name, _describe_request(request), refused)
     if refused.reason is Reason.MAX_EPSILON_PER_PERIOD and (why := site.ledger.explain_pending_period):
         log.warning("%s: %s", site.name, why)
@@ -452,7 +452,7 @@ def _make_refusal(site: Site, request: Request | None, refused: Refused) -> Refu
         run=request.run if request else "",
         round=request.round if request else 0,
         reason=refused.reason,
-        asked=refused.asked,
+        requested=refused.requested,
         allowed=refused.allowed,
     )
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from fedtune.federation.secure.agreement import MAX_SITES_OF_SUM
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.release import Offer
-from fedtune.privacy.threshold import least_threshold
+from fedtune.privacy.threshold import min_threshold
 from fedtune.spec import (
     ConfigError,
     check_at_least,
@@ -124,8 +124,8 @@ class FederationSpec:
         self._check_ranks()
         check_positive("round_timeout_s", self.round_timeout_s)
         check_at_least("straggler_grace_s", self.straggler_grace_s, 0)
-        if self.enough_sites is not None and not self.least_sites <= self.enough_sites <= len(self.active):
-            bound = f"must be from {self.least_sites} (the minimum) to {len(self.active)} (all participating sites)"
+        if self.enough_sites is not None and not self.required_sites <= self.enough_sites <= len(self.active):
+            bound = f"must be from {self.required_sites} (the minimum) to {len(self.active)} (all participating sites)"
             raise ConfigError("enough_sites", self.enough_sites, bound)
 
     def _check_sums(self) -> None:
@@ -195,7 +195,7 @@ class FederationSpec:
         return get_algorithm(self.algorithm, self.algorithm_settings)
 
     @property
-    def least_sites(self) -> int:
+    def required_sites(self) -> int:
         """The minimum number of sites with an update for a round to succeed."""
         together = self.together
         return self.min_sites if together is None else max(self.min_sites, together.threshold)
@@ -207,7 +207,7 @@ class FederationSpec:
             return None
         sites, threshold = len(self.active), self.threshold
         if threshold is None:
-            threshold = least_threshold(sites, colluders=self.colluders)
+            threshold = min_threshold(sites, colluders=self.colluders)
         return Together(num_sites=sites, threshold=threshold, colluders=self.colluders)
 
     @property
@@ -235,8 +235,8 @@ class FederationSpec:
             others: site -> the reason for its failure.
         """
         reasons = ", ".join(f"{site}: {why}" for site, why in others.items())
-        key = "min_sites" if self.least_sites == self.min_sites else "threshold"
-        needed = f"federation.{key} = {self.least_sites} are required"
+        key = "min_sites" if self.required_sites == self.min_sites else "threshold"
+        needed = f"federation.{key} = {self.required_sites} are required"
         return f"{count} of {len(self.active)} sites {did}, but {needed} ({reasons})"
 
 

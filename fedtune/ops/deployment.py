@@ -87,7 +87,7 @@ class LeadService:
             records.read()
             asked = self._propose_run(config)
             patience_s = self.federation.round_timeout_s
-            grid = self.open_grid(noted, most_rounds=asked.proposal.plan.most_rounds, patience_s=patience_s)
+            grid = self.open_grid(noted, max_rounds=asked.proposal.plan.max_rounds, patience_s=patience_s)
 
             loaded = LoadedModel(config, trains=False, progress=noted.on_preparing)  # nothing is trained here
 
@@ -144,7 +144,7 @@ class LeadService:
         return {member.site: number in found for number, member in enumerate(self.sites, 1)}
 
     def open_grid(
-        self, listener: Listener | None = None, *, most_rounds: int = 0, patience_s: float = 0.0
+        self, listener: Listener | None = None, *, max_rounds: int = 0, patience_s: float = 0.0
     ) -> AbstractContextManager[AskingGrid]:
         """Open the connection to the sites.
 
@@ -152,7 +152,7 @@ class LeadService:
         for an unavailable server.
         """
         sites = {member.site: member.node_key for member in self.sites}
-        classify = _AnswerClassifier(self.sites, listener, most_rounds=most_rounds)
+        classify = _AnswerClassifier(self.sites, listener, max_rounds=max_rounds)
         closing = partial(StoppingRule, self.federation)
         if self.over is not None:
             return self.over(sites, hear=classify, closing=closing)
@@ -226,11 +226,11 @@ class _AnswerClassifier:
     Args:
         sites: the sites in the order of the grid's numbers, which start at 1.
         listener: the listener to notify; None: no listener.
-        most_rounds: the maximum number of rounds that a site can have been charged for.
+        max_rounds: the maximum number of rounds that a site can have been charged for.
     """
 
-    def __init__(self, sites: Sequence[Member], listener: Listener | None, *, most_rounds: int) -> None:
-        self._sites, self._listener, self._most_rounds = sites, listener, most_rounds
+    def __init__(self, sites: Sequence[Member], listener: Listener | None, *, max_rounds: int) -> None:
+        self._sites, self._listener, self._max_rounds = sites, listener, max_rounds
         self._said: dict[str, str] = {}
         self._waiting_since: dict[str, float] = {}
 
@@ -278,7 +278,7 @@ class _AnswerClassifier:
         body, receipt = reply.body, reply.receipt
         what = body.reason.value if isinstance(body, Refusal) else "update" if isinstance(body, Update) else OFFER
         if self._listener is not None and not (waiting and self._said.get(site) == what):
-            believed = signed and receipt is not None and receipt.charged_rounds <= self._most_rounds
+            believed = signed and receipt is not None and receipt.charged_rounds <= self._max_rounds
             charged = receipt.charged_rounds if receipt and believed else None
             self._listener.on_site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged)
             if isinstance(body, Offer) and signed and body.software != build():

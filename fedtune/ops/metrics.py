@@ -63,7 +63,7 @@ FIGURES = {
     ),
     "fedtune_site_epsilon_cap": Figure("Lifetime cap of the policy; infinite without a cap."),
     "fedtune_site_epsilon_left": Figure("Epsilon left under the lifetime cap for new runs; infinite without a cap."),
-    "fedtune_site_runs_left": Figure(
+    "fedtune_site_remaining_runs": Figure(
         "Number of runs like the policy's reference under the lifetime cap; infinite without a cap."
     ),
     "fedtune_server_sites": Figure("Number of sites in the roster, or with an open connection.", "which"),
@@ -210,7 +210,7 @@ def _list_budget_values(history: History) -> Values:
     yield "fedtune_site_epsilon_cap", history.cap
     yield "fedtune_site_epsilon_left", compute_remaining_epsilon(history)
     runs = count_remaining_reference_runs(history)
-    yield "fedtune_site_runs_left", math.inf if runs is None else runs
+    yield "fedtune_site_remaining_runs", math.inf if runs is None else runs
 
 
 class ServerMetrics:

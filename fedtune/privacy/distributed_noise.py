@@ -35,7 +35,7 @@ from fedtune.privacy import accountant, events
 from fedtune.privacy.dp_library import DpEvent, SelfComposedDpEvent
 from fedtune.privacy.mechanism import GRID_BITS, Sums, add_gaussian_noise
 from fedtune.privacy.randomness import RandomStream
-from fedtune.privacy.threshold import least_threshold
+from fedtune.privacy.threshold import min_threshold
 from fedtune.spec import ConfigError, check_whole, spec
 
 MIN_CELLS = 8.0  # smallest standard deviation of a share, in cells of 2**-cell_bits: the theorem's s
@@ -70,7 +70,7 @@ class Together:
         _check_range("num_sites", self.num_sites, 2, MAX_SHARES)
         _check_range("colluders", self.colluders, 0, self.num_sites - 1)
         check_whole("threshold", self.threshold)
-        least = least_threshold(self.num_sites, colluders=self.colluders)
+        least = min_threshold(self.num_sites, colluders=self.colluders)
         bound = (
             f"must be from {least} to {self.num_sites}, the number of sites: otherwise a server could unmask two sums"
         )

@@ -62,8 +62,8 @@ class Reason(StrEnum):
     MAX_EPSILON_PER_RUN = "max_epsilon_per_run"
     MAX_EPSILON_PER_PERIOD = "max_epsilon_per_period"
     SECURE_AGGREGATION = "secure_aggregation"
-    MIN_SITES = "least_sites"
-    MIN_THRESHOLD = "least_threshold"
+    MIN_SITES = "min_sites"
+    MIN_THRESHOLD = "min_threshold"
     COLLUDERS = "colluders"
     MAX_EPSILON_IF_ALL_COLLUDE = "max_epsilon_if_all_collude"
     # The state of the run in the ledger.
@@ -89,7 +89,7 @@ class Reason(StrEnum):
     ADAPTER_SHAPE = "adapter_shape"
     MALFORMED_REQUEST = "malformed_request"
     SITE_ERROR = "site_error"
-    # A step of secure aggregation; `asked` has the protocol's own reason.
+    # A step of secure aggregation; `requested` has the protocol's own reason.
     SECURE_STEP = "secure_step"
 
     @property
@@ -349,14 +349,14 @@ class Receipt(_Plain):
 class Refusal(_Plain):
     """A site's refusal of a request.
 
-    `asked` and `allowed` contain values of the request, the policy and the ledger only.
+    `requested` and `allowed` contain values of the request, the policy and the ledger only.
     """
 
     site: str
     run: str
     round: int
     reason: Reason
-    asked: str | None = None
+    requested: str | None = None
     allowed: str | None = None
 
     _magic: ClassVar[bytes] = b"fedtune-refusal-1\n"
@@ -364,7 +364,7 @@ class Refusal(_Plain):
     @property
     def as_text(self) -> str:
         """The reason, with the requested and the allowed value where available."""
-        return ", ".join(filter(None, (self.reason.value, format_asked_and_allowed(self.asked, self.allowed))))
+        return ", ".join(filter(None, (self.reason.value, format_requested_and_allowed(self.requested, self.allowed))))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -372,8 +372,8 @@ class Offer(_Plain):
     """The maximum rounds and the minimum noise with which a site would accept a proposed run now.
 
     Attributes:
-        most_rounds: maximum number of rounds with the proposal's noise; 0 if the site would accept no round.
-        least_noise: smallest noise multiplier with the proposal's rounds; None if no noise multiplier suffices.
+        max_rounds: maximum number of rounds with the proposal's noise; 0 if the site would accept no round.
+        min_noise: smallest noise multiplier with the proposal's rounds; None if no noise multiplier suffices.
         rank: largest rank that the site trains, up to the proposal's rank for it; None if the ranks do not differ.
         nonce: nonce of the invitation, so that an old offer cannot answer a new invitation.
         software: version and build of fedtune at the site.
@@ -381,8 +381,8 @@ class Offer(_Plain):
 
     site: str
     run: str
-    most_rounds: int
-    least_noise: float | None
+    max_rounds: int
+    min_noise: float | None
     rank: int | None = None
     nonce: str = ""
     software: str = ""
@@ -400,19 +400,19 @@ Answer = Update | Refusal | Offer  # a site's answer; its receipt is signed over
 class Refused(RefusedError):
     """Raised for a request that a site answers with a refusal."""
 
-    def __init__(self, reason: Reason, *, asked: object = None, allowed: object = None) -> None:
+    def __init__(self, reason: Reason, *, requested: object = None, allowed: object = None) -> None:
         self.reason = reason
-        self.asked = None if asked is None else str(asked)[:_MAX_TEXT]
+        self.requested = None if requested is None else str(requested)[:_MAX_TEXT]
         self.allowed = None if allowed is None else str(allowed)[:_MAX_TEXT]
-        said = format_asked_and_allowed(self.asked, self.allowed)
+        said = format_requested_and_allowed(self.requested, self.allowed)
         super().__init__(f"{reason}: {said}" if said else reason.value)
 
     def to_json(self) -> dict[str, Any]:
         """Return the rule, the requested value and the allowed value as a JSON object."""
-        return {"rule": self.reason.value, "asked": self.asked, "allowed": self.allowed}
+        return {"rule": self.reason.value, "requested": self.requested, "allowed": self.allowed}
 
 
-def format_asked_and_allowed(asked: str | None, allowed: str | None) -> str:
+def format_requested_and_allowed(requested: str | None, allowed: str | None) -> str:
     """Format the requested and the allowed value of a refusal. The text is empty if both values are None."""
-    values = {"asked": asked, "allowed": allowed}
+    values = {"requested": requested, "allowed": allowed}
     return ", ".join(f"{word} {value}" for word, value in values.items() if value is not None)

@@ -76,7 +76,7 @@ class Plan:
             check_whole(name, count := getattr(self, name))
             check_at_least(name, count, 0 if name == "spare_rounds" else 1)
         check_at_most("runs", self.runs, MAX_RUNS)
-        accountant.check_delta("delta", self.delta, steps=self.local_steps * self.most_rounds * self.runs)
+        accountant.check_delta("delta", self.delta, steps=self.local_steps * self.max_rounds * self.runs)
         by_user, most = self.unit == "user", self.records_per_user
         require("records_per_user", most, by_user or most == 1, "must be 1 for unit 'record'")
         require("cohorts", str(self.cohorts), by_user or self.cohorts is None, "must be omitted for unit 'record'")
@@ -160,19 +160,19 @@ class Plan:
         return self.metrics_noise_multiplier > 0
 
     @property
-    def most_rounds(self) -> int:
+    def max_rounds(self) -> int:
         """Maximum number of rounds that a site may be charged for, retries included."""
         return self.num_rounds + self.spare_rounds
 
     @property
     def full_event(self) -> DpEvent:
         """Privacy event of all rounds that may be charged."""
-        return self.event(rounds=self.most_rounds)
+        return self.event(rounds=self.max_rounds)
 
     @property
     def all_runs_event(self) -> DpEvent:
         """Privacy event of all planned runs together, for whose epsilon the noise was calibrated."""
-        return self.event(rounds=self.most_rounds * self.runs)
+        return self.event(rounds=self.max_rounds * self.runs)
 
     @property
     def noise_multipliers(self) -> tuple[float, ...]:

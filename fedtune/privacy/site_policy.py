@@ -385,7 +385,7 @@ class Policy:
         """
         broken = [rule for rule in _iter_broken_rules(self, proposal) if rule[0] in _OF_ANY_RELEASE]
         for reason, asked, allowed in broken or _iter_exceeded_epsilon_caps(self, proposal.plan):
-            raise Refused(reason, asked=asked, allowed=allowed)
+            raise Refused(reason, requested=asked, allowed=allowed)
 
     def find_broken_rules(self, proposal: Proposal) -> list[Refused]:
         """List every rule that a proposal breaks.
@@ -393,7 +393,7 @@ class Policy:
         Caps on epsilon are checked only if no other rule is broken.
         """
         broken = list(_iter_broken_rules(self, proposal)) or list(_iter_exceeded_epsilon_caps(self, proposal.plan))
-        return [Refused(reason, asked=asked, allowed=allowed) for reason, asked, allowed in broken]
+        return [Refused(reason, requested=asked, allowed=allowed) for reason, asked, allowed in broken]
 
     def lower_rank(self, proposal: Proposal) -> Proposal:
         """Return the proposal with this site's rank within `allow.max_rank`; unchanged if the ranks do not differ."""
@@ -457,7 +457,7 @@ def _iter_broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
         (Reason.MAX_SAMPLING_RATE, plan.sampling_rate, limits.max_sampling_rate),
         (Reason.MAX_GRAD_NORM, plan.max_grad_norm, limits.max_grad_norm),
         (Reason.MAX_LOCAL_STEPS, plan.local_steps, limits.max_local_steps),
-        (Reason.MAX_ROUNDS, plan.most_rounds, limits.max_rounds),
+        (Reason.MAX_ROUNDS, plan.max_rounds, limits.max_rounds),
         (Reason.MAX_RECORDS_PER_USER, plan.records_per_user, limits.max_records_per_user),
     ):
         if number > most:

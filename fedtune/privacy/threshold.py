@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedtune.spec import ConfigError
 
 
-def least_threshold(num_sites: int, *, colluders: int) -> int:
+def min_threshold(num_sites: int, *, colluders: int) -> int:
     """Compute the smallest threshold at which a server cannot unmask two survivor sets of one release.
 
     The server may be malicious. Unmasking two sets takes 2t confirmations. Each colluder confirms both sets and each

@@ -19,22 +19,22 @@ class Trust:
 
     Attributes:
         secure: whether the site participates in secure aggregation.
-        least_sites: minimum number of sites in a run.
-        least_threshold: minimum number of sites in a sum.
+        min_sites: minimum number of sites in a run.
+        min_threshold: minimum number of sites in a sum.
         colluders: number of other sites that may collude with the server without breaking the guarantee.
         max_epsilon_if_all_collude: cap on the epsilon of a run if all other sites collude; null: none.
         members: site -> public key of each other site, obtained directly from that site.
     """
 
     secure: bool = False
-    least_sites: int = 3
-    least_threshold: int = 3
+    min_sites: int = 3
+    min_threshold: int = 3
     colluders: int = 0
     max_epsilon_if_all_collude: float | None = None
     members: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for key, least in (("least_sites", 2), ("least_threshold", 2), ("colluders", 0)):
+        for key, least in (("min_sites", 2), ("min_threshold", 2), ("colluders", 0)):
             check_at_least(key, getattr(self, key), least)
         if self.max_epsilon_if_all_collude is not None:
             check_positive("max_epsilon_if_all_collude", self.max_epsilon_if_all_collude)
@@ -45,15 +45,15 @@ class Trust:
     @property
     def requirements(self) -> dict[str, int]:
         """Minimum number of sites, threshold and number of colluders that a run's plan must have."""
-        return {"least_sites": self.least_sites, "least_threshold": self.least_threshold, "colluders": self.colluders}
+        return {"min_sites": self.min_sites, "min_threshold": self.min_threshold, "colluders": self.colluders}
 
     def iter_violated_rules(self, shared: SharedNoise) -> Iterator[Broken]:
         """Yield the trust rules that a plan with secure aggregation breaks."""
         if not self.secure:
             yield Reason.SECURE_AGGREGATION, "yes", "no"
         for reason, asked, least in (
-            (Reason.MIN_SITES, shared.num_sites, self.least_sites),
-            (Reason.MIN_THRESHOLD, shared.threshold, self.least_threshold),
+            (Reason.MIN_SITES, shared.num_sites, self.min_sites),
+            (Reason.MIN_THRESHOLD, shared.threshold, self.min_threshold),
             (Reason.COLLUDERS, shared.colluders, self.colluders),
         ):
             if asked < least:

@@ -30,7 +30,7 @@ SIGNED_ADAPTER = "signed adapter"  # the check that real sites signed the final 
 START = "start adapter"  # the check of whose word the epsilon of the start adapter is
 
 
-State = Literal["right", "wrong", "missing", "not_checked"]
+State = Literal["passed", "failed", "missing", "skipped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def check_report(path: Path, report: Report, known: Known) -> tuple[Check, ...]:
     facts, folder = report.facts, path.parent
     of_run = isinstance(facts, RunFacts) and RunFolder(folder).config.is_file()
     found = [
-        Check("schema", "right", f"The report has schema version {REPORT_SCHEMA}."),
+        Check("schema", "passed", f"The report has schema version {REPORT_SCHEMA}."),
         _check_signature(report, known.key),
         *_check_figures(report),
     ]
@@ -85,7 +85,7 @@ def check_report(path: Path, report: Report, known: Known) -> tuple[Check, ...]:
         config = read_saved_config(folder) if of_run else None
         found.append(_check_configuration(facts, known.config_sha256, config))
         found += _check_model_files(facts, known.model, RunFolder(folder).adapter, config)
-    if all(check.state != "wrong" for check in found):
+    if all(check.state != "failed" for check in found):
         found += _check_drawings(path, report)
         found += _check_card_and_entry(folder, report, of_run=of_run)
     return tuple(found)
@@ -93,16 +93,16 @@ def check_report(path: Path, report: Report, known: Known) -> tuple[Check, ...]:
 
 def _choose_unchecked_state(report: RunFacts | LedgerFacts, *asked: object) -> State:
     """Return the state of a skipped comparison: "missing" if it was `asked` for or the sites are real."""
-    return "not_checked" if report.simulated and not any(asked) else "missing"
+    return "skipped" if report.simulated and not any(asked) else "missing"
 
 
 def _check_signature(report: Report, key: str | None) -> Check:
     try:
         signer = signing.verify_report_signature(report, expected_key=key)
     except RunError as error:
-        return Check("signature", "wrong", f"{str(error)[0].upper()}{str(error)[1:]}.")
+        return Check("signature", "failed", f"{str(error)[0].upper()}{str(error)[1:]}.")
     if signer is not None and key is not None:
-        return Check("signature", "right", f"The report is signed with the key {group_hex(key)} and was not changed.")
+        return Check("signature", "passed", f"The report is signed with the key {group_hex(key)} and was not changed.")
     text = "The report is not signed: anybody could have changed the values that cannot be recomputed."
     if signer is not None:
         text = (
@@ -123,7 +123,7 @@ def _check_figures(report: Report) -> Iterator[Check]:
         ("figures", others, right, f"{wrong} differed from the values {again}:"),
         ("verdict", of_verdict, "Each verdict follows from its figures.", "The verdict contradicts the figures:"),
     ):
-        yield Check(name, "wrong" if those else "right", if_wrong if those else if_right, those)
+        yield Check(name, "failed" if those else "passed", if_wrong if those else if_right, those)
 
 
 def _check_statements(facts: RunFacts, folder: Path) -> Iterator[Check]:
@@ -142,12 +142,12 @@ def _check_statements(facts: RunFacts, folder: Path) -> Iterator[Check]:
         if site.site in own and not _is_source_of_statement(own[site.site], site, facts)
     )
     if found:
-        yield Check("taken", "wrong", "The sites' own reports contain other figures:", found)
+        yield Check("taken", "failed", "The sites' own reports contain other figures:", found)
     elif absent:
         text = f"The figures over all runs of {names} were not compared with the reports that these sites signed."
         yield Check("taken", _choose_unchecked_state(facts), f"{text} Put these reports into site_reports/.")
     else:
-        yield Check("taken", "right", f"The figures over all runs match the reports that the sites signed: {names}.")
+        yield Check("taken", "passed", f"The figures over all runs match the reports that the sites signed: {names}.")
 
 
 def _is_source_of_statement(report: Report, site: SiteFacts, facts: RunFacts) -> bool:
@@ -182,11 +182,11 @@ def _check_site_keys(facts: RunFacts, keys: Mapping[str, str] | None, revoked: M
     ]
     if found:
         text = f"{left.lstrip()} Some receipts are signed with keys that are not in the roster:"
-        return Check(name, "wrong", text.lstrip(), tuple(found))
+        return Check(name, "failed", text.lstrip(), tuple(found))
     if silent := [site.site for site in facts.sites if not site.final]:
         text = f"{', '.join(silent)} did not sign a final receipt, so the report counts the whole plan there.{left}"
         return Check(name, "missing", text)
-    return Check(name, "right", f"Each receipt is signed with the site's key in the roster.{left}")
+    return Check(name, "passed", f"Each receipt is signed with the site's key in the roster.{left}")
 
 
 def check_start(facts: RunFacts, keys: Mapping[str, str] | None) -> Iterator[Check]:
@@ -212,7 +212,7 @@ def check_start(facts: RunFacts, keys: Mapping[str, str] | None) -> Iterator[Che
         found = tuple(Problem("sent.privacy.start_keys", key, "no such site") for key in strangers)
         yield Check(START, "missing", f"{word}: keys that are not in the roster signed for it.", found)
     else:
-        yield Check(START, "right", "The epsilon of the training before this run was signed with keys in the roster.")
+        yield Check(START, "passed", "The epsilon of the training before this run was signed with keys in the roster.")
 
 
 def _check_model_files(facts: RunFacts, model: Path | None, own: Path, config: RunConfig | None) -> Iterator[Check]:
@@ -227,7 +227,7 @@ def _check_model_files(facts: RunFacts, model: Path | None, own: Path, config: R
     try:
         there = hash_files(folder, besides=(CARD, LABEL))
     except ConfigError as error:
-        yield Check("files", "wrong", f"{error}.")
+        yield Check("files", "failed", f"{error}.")
         return
     folders = defaultdict[str, dict[str, str]](dict)
     for name, digest in facts.files.items():
@@ -240,15 +240,15 @@ def _check_model_files(facts: RunFacts, model: Path | None, own: Path, config: R
         (name, named.get(name, "no such file"), there.get(name, "no such file")) for name in sorted({*named, *there})
     )
     if found := [Problem(f"{folder.name}/{name}", said, is_so) for name, said, is_so in both if said != is_so]:
-        yield Check("files", "wrong", f"The model in {folder} differs from the report's model:", tuple(found))
+        yield Check("files", "failed", f"The model in {folder} differs from the report's model:", tuple(found))
     elif there == folders[own.name]:
         try:
             checked = facts.files and (config or not facts.simulated)
             trained = _verify_adapter_folder(facts, folder, config) if checked else ""
         except ValueError as error:  # ConfigError: a ValueError
-            yield Check("files", "wrong", f"{error}.")
+            yield Check("files", "failed", f"{error}.")
             return
-        yield Check("files", "right", match)
+        yield Check("files", "passed", match)
         if facts.files and not facts.simulated:
             yield _check_signed_adapter(facts, trained)
     else:
@@ -292,7 +292,7 @@ def _check_signed_adapter(facts: RunFacts, trained_sha256: str) -> Check:
     elif trained_sha256 != signed:
         wrong = f"The sites signed the final adapter {signed}, but this adapter's tensors have {trained_sha256}."
     right = "Each charged site signed that it received this adapter as the final one."
-    return Check(SIGNED_ADAPTER, "wrong" if wrong else "right", wrong or right)
+    return Check(SIGNED_ADAPTER, "failed" if wrong else "passed", wrong or right)
 
 
 def _check_card_and_entry(folder: Path, report: Report, *, of_run: bool) -> Iterator[Check]:
@@ -309,7 +309,7 @@ def _check_card_and_entry(folder: Path, report: Report, *, of_run: bool) -> Iter
     for path, right in written.items():
         name = path.relative_to(folder).as_posix()
         if not path.is_file() or path.read_bytes() == right:
-            yield Check(name, "right", "The file matches the report.")
+            yield Check(name, "passed", "The file matches the report.")
         else:
             yield _report_difference(name, folder, report)
 
@@ -317,7 +317,7 @@ def _check_card_and_entry(folder: Path, report: Report, *, of_run: bool) -> Iter
 def _report_difference(name: str, folder: Path, report: Report) -> Check:
     if report.facts.provenance.fedtune_version == __version__:
         text = f"The file differs from the one that fedtune renders: write it again with fedtune report {folder}."
-        return Check(name, "wrong", text)
+        return Check(name, "failed", text)
     text = f"The file was not compared: check it with the report's fedtune version, since {__version__} may differ."
     return Check(name, _choose_unchecked_state(report.facts), text)
 
@@ -333,7 +333,7 @@ def _check_drawings(path: Path, report: Report) -> Iterator[Check]:
             continue
         content = file.read_bytes() if file.stat().st_size <= MAX_BYTES else b""
         if any(draw(report, language=language).encode() == content for language in LANGUAGES):
-            yield Check(name, "right", "The file matches the report byte for byte.")
+            yield Check(name, "passed", "The file matches the report byte for byte.")
         else:
             yield _report_difference(name, path.parent, report)
 
@@ -387,10 +387,10 @@ def _check_configuration(facts: RunFacts, sha256: str | None, config: RunConfig 
     found = [Problem("provenance.config_sha256", said, sha256)] if sha256 not in (None, said) else []
     found += find_settings_problems(facts, config) if config is not None else ()
     if found:
-        return Check(name, "wrong", "The run's settings contradict the report:", tuple(found))
+        return Check(name, "failed", "The run's settings contradict the report:", tuple(found))
     if config is not None:
         text = "Noise, sampling rate, clip norm, steps, rounds and epsilon match the run's config.yaml."
-        return Check(name, "right", text)
+        return Check(name, "passed", text)
     first = "" if sha256 is None else f"The configuration's digest is {sha256}, as expected. "
     text = "Noise, sampling rate and steps were not checked: config.yaml is not in the report's folder."
     return Check(name, _choose_unchecked_state(facts, sha256), f"{first}{text}")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from fedtune.codec import parse_json, require
 from fedtune.federation.drift import HeldOut
-from fedtune.federation.early_stopping import Kept, count_rounds, find_kept_round, should_stop
+from fedtune.federation.early_stopping import SelectedRound, count_rounds, select_round, should_stop
 from fedtune.federation.lead import RoundResult, Scores
 from fedtune.federation.spec import FederationSpec
 from fedtune.model.adapter_files import ADAPTER, combine_hashes
@@ -74,7 +74,7 @@ class LifetimeRun:
     dataset: str
     state: str
     rounds: int
-    most_rounds: int
+    max_rounds: int
     steps: int
     epsilon: float | None
     planned_epsilon: float | None
@@ -103,7 +103,7 @@ class Lifetime:
     left: float | None
     period: str
     period_epsilon: float | None
-    reference_runs_left: int | None
+    reference_remaining_runs: int | None
     caps: tuple[Cap, ...]
     runs: tuple[LifetimeRun, ...]
     frozen: bool
@@ -229,26 +229,24 @@ class AuditBound:
     best_possible: float
     canaries: int
     guesses: int
-    right: int
+    correct: int
     fdp_bound: float | None = None  # bound for an approximately Gaussian mechanism; None: an older audit without it
 
     def __post_init__(self) -> None:
         check_at_least("claimed_epsilon", self.claimed_epsilon, 0)
-        if not 0 <= self.right <= self.guesses <= self.canaries <= _MAX_CANARIES:
-            said = f"{self.right} of {self.guesses} of {self.canaries}"
+        if not 0 <= self.correct <= self.guesses <= self.canaries <= _MAX_CANARIES:
+            said = f"{self.correct} of {self.guesses} of {self.canaries}"
             raise ConfigError(
-                "right", said, "must not exceed the guesses, and the guesses must not exceed the canaries"
+                "correct", said, "must not exceed the guesses, and the guesses must not exceed the canaries"
             )
 
 
 @spec
 class AuditHitRate:
-    """The true positive rate of an attack at the false positive rate `false_alarms`; None: too few records to estimate
-    it.
-    """
+    """The true positive rate of an attack at a false positive rate; None: too few records to estimate it."""
 
-    false_alarms: float
-    found: float | None
+    false_positive_rate: float
+    true_positive_rate: float | None
     low: float | None
     high: float | None
 
@@ -259,8 +257,8 @@ class AuditMembership:
 
     site: str | None
     score: str
-    trained_on: int
-    never_used: int
+    members: int
+    non_members: int
     auroc: float
     auroc_low: float
     auroc_high: float
@@ -391,9 +389,9 @@ class RunFacts:
         return f"{len(self.rounds)} / {count_rounds(self.rounds, self._federation)}"
 
     @property
-    def kept(self) -> Kept | None:
+    def selected_round(self) -> SelectedRound | None:
         """The round that validation scores selected; None: no round was selected by its scores."""
-        return find_kept_round(self.rounds, self._federation, primary_metric=self.primary_metric)
+        return select_round(self.rounds, self._federation, primary_metric=self.primary_metric)
 
     @property
     def unchanged(self) -> bool:
@@ -433,12 +431,12 @@ class RunFacts:
         rounds. Figures from a site's own report can only increase the number.
         """
         told = [run.rounds for run in site.statement.lifetime.runs if run.run == self.run] if site.statement else []
-        signed = site.receipt.charged_rounds if site.receipt and site.receipt.ended else self.plan.most_rounds
+        signed = site.receipt.charged_rounds if site.receipt and site.receipt.ended else self.plan.max_rounds
         return max(signed, *told, 0)
 
     def is_upper_bound(self, site: SiteFacts) -> bool:
         """Whether the number of charged rounds is only an upper bound, since the site has signed no final receipt."""
-        return not site.final and (site.receipt is None or site.receipt.charged_rounds < self.plan.most_rounds)
+        return not site.final and (site.receipt is None or site.receipt.charged_rounds < self.plan.max_rounds)
 
 
 @spec

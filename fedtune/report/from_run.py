@@ -353,7 +353,7 @@ def extract_statement(report: Report, *, run: str, plan: Plan) -> SiteStatement:
     assert own.lifetime is not None
     known = next((one for one in facts.runs if one.run == run), None)  # None: the site refused the run
     same_plan = known is None or (  # the split into planned and spare rounds makes no difference
-        known.plan.most_rounds == plan.most_rounds
+        known.plan.max_rounds == plan.max_rounds
         and replace(known.plan, num_rounds=plan.num_rounds, spare_rounds=plan.spare_rounds) == plan
     )
     return SiteStatement(
@@ -402,7 +402,7 @@ def check_site_reports(record: RunRecord, reports: Iterable[Report]) -> Mapping[
             raise refused(f"is older than this run: its ledger had {had}")
         if wrong := problems(report):
             first = wrong[0]
-            raise refused(f"is inconsistent: {first.where} is {first.said}, but should be {first.found}")
+            raise refused(f"is inconsistent: {first.where} is {first.reported}, but should be {first.expected}")
         if found.setdefault(site, report) != report:
             raise refused(f"is a second report of {site}: pass only one report per site")
     return found

@@ -38,7 +38,7 @@ from fedtune.version import find_config_folder
 Found = tuple[bool | None, str]
 """Whether a rule holds, and a sentence with the reason; None: the evidence for the rule is missing."""
 _LAST_DIGITS = 1e-9  # relative tolerance for rounding
-_STATES: Mapping[bool | None, Any] = {True: "right", False: "wrong", None: "missing"}
+_STATES: Mapping[bool | None, Any] = {True: "passed", False: "failed", None: "missing"}
 _SIGNATURES = ("signature", "site keys", "roster")  # checks of a report that the rule `signed` judges
 _BY_AUDIT = "run fedtune audit with this run's settings, and pass its folder with --audit"
 _BY_ATTACK = "run fedtune attack on this run, and then fedtune report"
@@ -57,7 +57,7 @@ class GateRules:
 
     Attributes:
         name: the name of the rule set.
-        record: report.json is consistent with the signed receipts and with the run's folder.
+        consistent: report.json is consistent with the signed receipts and with the run's folder.
         files: the model files match the hashes in report.json.
         ledgers: the ledger of each site verifies and contains the charges of the site's receipt.
         finished: the run has finished, and no audit planted canaries in its records.
@@ -69,7 +69,7 @@ class GateRules:
         max_epsilon: the largest epsilon of a site for this run, or for the whole search that chose it, plus that of all
             starts before it that are not public; the pre-training of a base does not count.
         max_expected_failures: the largest product of a site's declared size and delta, summed over the same runs.
-        max_right_of_100: the largest number of correct membership guesses out of 100, also over the same runs; random
+        max_correct_of_100: the largest number of correct membership guesses out of 100, also over the same runs; random
             guessing reaches 50.
         max_lifetime_epsilon: the largest epsilon of a site over all its runs, from signed site reports.
         max_secret_chance: the largest probability of reconstructing a secret with `secret_candidates` equally likely
@@ -79,20 +79,20 @@ class GateRules:
         min_audit_canaries: the smallest number of canaries in each audit.
         max_membership_auroc: the largest upper confidence limit of a membership attack's AUROC; random guessing has
             0.5.
-        max_rebuilt_gain: the largest advantage over random guessing in reconstructing a record from one update, at the
-            upper confidence limit.
-        max_extraction_gain: the same for texts and planted secrets that the model generates or ranks first.
-        max_attribute_gain: the same for guessed labels.
+        max_reconstruction_advantage: the largest advantage over random guessing in reconstructing a record from one
+            update, at the upper confidence limit.
+        max_extraction_advantage: the same for texts and planted secrets that the model generates or ranks first.
+        max_attribute_advantage: the same for guessed labels.
         max_group_gap: the largest difference between a group's score and the score of all other groups.
         min_group_size: the smallest number of records or persons in a group.
         min_sites: the smallest number of sites that have signed for an update and from which a round used one.
         min_declared_size: the smallest declared size of a site, in records or persons.
         licenses: the base-model licenses that permit a release; empty: not checked.
-        stated: the fields of report.about that must be filled in.
+        statements: the fields of report.about that must be filled in.
     """
 
     name: str
-    record: bool = False
+    consistent: bool = False
     files: bool = False
     ledgers: bool = False
     finished: bool = False
@@ -102,22 +102,22 @@ class GateRules:
     assumptions: bool = False
     max_epsilon: float | None = None
     max_expected_failures: float | None = None
-    max_right_of_100: float | None = None
+    max_correct_of_100: float | None = None
     max_lifetime_epsilon: float | None = None
     max_secret_chance: float | None = None
     secret_candidates: int = 1_000_000
     max_audit_bound: float | None = None
     min_audit_canaries: int | None = None
     max_membership_auroc: float | None = None
-    max_rebuilt_gain: float | None = None
-    max_extraction_gain: float | None = None
-    max_attribute_gain: float | None = None
+    max_reconstruction_advantage: float | None = None
+    max_extraction_advantage: float | None = None
+    max_attribute_advantage: float | None = None
     max_group_gap: float | None = None
     min_group_size: int | None = None
     min_sites: int | None = None
     min_declared_size: int | None = None
     licenses: tuple[str, ...] = ()
-    stated: tuple[str, ...] = ()
+    statements: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for rule, limit in self.limits.items():
@@ -184,7 +184,7 @@ def read_rules(name: str) -> tuple[GateRules, str]:
         if own != path and rules != decode(GateRules, read_toml(own, key="rules")):
             raise ConfigError("name", rules.name, "is the name of built-in rules, and these are others: choose another")
         if not rules.limits:
-            raise ConfigError("rules", name, "has no rule: set at least one, such as record = true")
+            raise ConfigError("rules", name, "has no rule: set at least one, such as consistent = true")
     return rules, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -240,7 +240,7 @@ def _read_matching_audit(evidence: Evidence, folder: Path) -> Audit:
     return dataclasses.replace(found, exceeded=found.exceeded or bool(list_refuted_bounds(found, charged)))
 
 
-def _judge_record(_: bool, given: Evidence, __: GateRules) -> Found:
+def _judge_consistency(_: bool, given: Evidence, __: GateRules) -> Found:
     if given.contradiction:
         return False, given.contradiction
     if not given.checks:
@@ -248,7 +248,7 @@ def _judge_record(_: bool, given: Evidence, __: GateRules) -> Found:
     others = [
         check for name, check in given.checks.items() if name not in (*_SIGNATURES, SIGNED_ADAPTER, START, "files")
     ]
-    for state, holds in (("wrong", False), ("missing", None)):
+    for state, holds in (("failed", False), ("missing", None)):
         if found := [check for check in others if check.state == state]:
             return holds, f"{found[0].name}: {found[0].text}"
     return True, "report.json matches the signed receipts and the run's folder"
@@ -259,7 +259,7 @@ def _judge_files(_: bool, given: Evidence, __: GateRules) -> Found:
         return None, f"report.json lists no finished model: {_BY_REPORT}"
     if given.contradiction:
         return False, given.contradiction
-    return {"right": True, "wrong": False}.get(check.state), check.text
+    return {"passed": True, "failed": False}.get(check.state), check.text
 
 
 def _judge_signatures(_: bool, given: Evidence, __: GateRules) -> Found:
@@ -270,9 +270,9 @@ def _judge_signatures(_: bool, given: Evidence, __: GateRules) -> Found:
     checks = [given.checks[name] for name in _SIGNATURES if name in given.checks]
     if given.facts.simulated:
         checks = [check for check in checks if check.name == "signature"]  # one machine holds all keys of sites
-    bad = sorted((check for check in checks if check.state != "right"), key=lambda check: check.state != "wrong")
+    bad = sorted((check for check in checks if check.state != "passed"), key=lambda check: check.state != "failed")
     if bad:
-        return {"wrong": False}.get(bad[0].state), bad[0].text
+        return {"failed": False}.get(bad[0].state), bad[0].text
     return True, " ".join(check.text for check in checks)
 
 
@@ -315,8 +315,8 @@ def _judge_real_sites(_: bool, given: Evidence, __: GateRules) -> Found:
     for check in checks:
         if check is None:
             return None, f"report.json is missing, or differs from adapter/: {_BY_REPORT}"
-        if check.state != "right":
-            return {"wrong": False}.get(check.state), check.text
+        if check.state != "passed":
+            return {"failed": False}.get(check.state), check.text
     return True, " ".join(check.text for check in checks if check)
 
 
@@ -381,7 +381,7 @@ def _sum_losses(given: Evidence) -> tuple[float | None, float | None]:
     given in `StartAdapter`.
     """
     facts, start = given.facts, given.facts.provenance.start_adapter
-    if given.start is not None and given.start.state != "right":
+    if given.start is not None and given.start.state != "passed":
         return None, None
     epsilon, delta = compute_released_epsilon(given.report.epsilon, facts.delta, facts.selection)
     own = {"unit": facts.unit, "delta": delta, "epsilon": epsilon}
@@ -421,7 +421,7 @@ def _measure_right_guesses(given: Evidence, _: GateRules) -> float | None:
             None if delta is None else profile.bound_correct_guesses_per_100(convert_none_to_infinite(epsilon), delta)
         )
     meanings = [site.meaning for site in given.report.sites]
-    return max(100.0 if one is None else one.right_of_100_mechanism or one.right_of_100_ceiling for one in meanings)
+    return max(100.0 if one is None else one.correct_of_100_mechanism or one.correct_of_100_ceiling for one in meanings)
 
 
 def _measure_lifetime(given: Evidence, _: GateRules) -> float | None:
@@ -435,7 +435,7 @@ def _measure_secret(given: Evidence, rules: GateRules) -> float | None:
     plan, (epsilon, delta) = given.facts.plan, _sum_losses(given)
     if delta is None:
         return None
-    spent = profile.count_charged_events(plan, plan.most_rounds) if plan.private and _is_alone(given) else None
+    spent = profile.count_charged_events(plan, plan.max_rounds) if plan.private and _is_alone(given) else None
     return profile.bound_secret_chance(spent, epsilon=epsilon, delta=delta, candidates=rules.secret_candidates)
 
 
@@ -469,10 +469,10 @@ def _judge_license(allowed: Sequence[str], given: Evidence, _: GateRules) -> Fou
     return permits, f"the license of the base model is {own}; allowed: {', '.join(allowed)}"
 
 
-def _judge_stated(asked: Sequence[str], given: Evidence, _: GateRules) -> Found:
+def _judge_statements(asked: Sequence[str], given: Evidence, _: GateRules) -> Found:
     about = dataclasses.asdict(given.config.report.about)
     if unknown := [name for name in asked if name not in about]:
-        raise ConfigError("stated", unknown[0], f"must be one of {', '.join(about)}")
+        raise ConfigError("statements", unknown[0], f"must be one of {', '.join(about)}")
     missing = [name for name in asked if not any(map(str.isalnum, about[name]))]
     if missing:
         return (
@@ -483,7 +483,7 @@ def _judge_stated(asked: Sequence[str], given: Evidence, _: GateRules) -> Found:
 
 
 _JUDGES: Mapping[str, Judge] = {
-    "record": _judge_record,
+    "consistent": _judge_consistency,
     "files": _judge_files,
     "ledgers": _judge_ledgers,
     "finished": _judge_finished,
@@ -497,7 +497,7 @@ _JUDGES: Mapping[str, Judge] = {
         _measure_failures,
         f"set data.declared_sizes, or {_BY_FOLDER}",
     ),
-    "max_right_of_100": _build_upper_limit_judge(
+    "max_correct_of_100": _build_upper_limit_judge(
         "the number of correct guesses out of 100", _measure_right_guesses, _BY_FOLDER
     ),
     "max_lifetime_epsilon": _build_upper_limit_judge(
@@ -513,9 +513,9 @@ _JUDGES: Mapping[str, Judge] = {
     "max_membership_auroc": _build_upper_limit_judge(
         "the AUROC of the membership attack", _measure_membership, f"{_BY_ATTACK}, or {_BY_AUDIT}"
     ),
-    "max_rebuilt_gain": _build_gain_judge("reconstruction", "reconstruction of a record from an update"),
-    "max_extraction_gain": _build_gain_judge("extraction", "extraction", lambda task: task.predicts_tokens),
-    "max_attribute_gain": _build_gain_judge(
+    "max_reconstruction_advantage": _build_gain_judge("reconstruction", "reconstruction of a record from an update"),
+    "max_extraction_advantage": _build_gain_judge("extraction", "extraction", lambda task: task.predicts_tokens),
+    "max_attribute_advantage": _build_gain_judge(
         "attribute", "attribute inference", lambda task: isinstance(task, Classification)
     ),
     "max_group_gap": _build_upper_limit_judge(
@@ -533,5 +533,5 @@ _JUDGES: Mapping[str, Judge] = {
         "set data.declared_sizes",
     ),
     "licenses": _judge_license,
-    "stated": _judge_stated,
+    "statements": _judge_statements,
 }

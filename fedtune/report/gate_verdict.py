@@ -38,7 +38,7 @@ class GateVerdict:
         rules: name of the rule set.
         rules_sha256: SHA-256 of the rule file.
         limits: rule -> its limit, as JSON.
-        results: rule -> "right", "wrong" or "missing", as in `Check`.
+        results: rule -> "passed", "failed" or "missing", as in `Check`.
         reasons: rule -> a sentence about the result, in English.
         signature: signature over all other fields; None: the verdict is not signed.
     """
@@ -60,7 +60,7 @@ class GateVerdict:
     @property
     def failed(self) -> tuple[str, ...]:
         """The rules that were violated or could not be judged."""
-        return tuple(rule for rule, state in self.results.items() if state != "right")
+        return tuple(rule for rule, state in self.results.items() if state != "passed")
 
     @property
     def passed(self) -> bool:

@@ -18,8 +18,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core.core_schema import DataclassSchema
 
-from fedtune.federation.drift import Fall
-from fedtune.federation.early_stopping import Kept
+from fedtune.federation.drift import ScoreDrop
+from fedtune.federation.early_stopping import SelectedRound
 from fedtune.privacy.distributed_noise import Epsilons, SharedNoise
 from fedtune.privacy.events import Charge
 from fedtune.report.facts import BudgetVerdict, Facts, Lifetime, Release, Source, Value
@@ -53,7 +53,7 @@ class Ceiling:
     A single outcome may exceed a posterior bound, with a small probability that can be many times delta.
     """
 
-    given: float  # the attacker's prior probability, or the false positive rate
+    operating_point: float  # the attacker's prior probability, or the false positive rate
     ceiling: float  # bound from (epsilon, delta) alone
     mechanism: float | None = None  # bound from the mechanism's trade-off curve; None: not computed
 
@@ -62,17 +62,17 @@ class Ceiling:
 class Meaning:
     """The meaning of (epsilon, delta), expressed as success rates of attacks.
 
-    The fields `right_of_100_*` bound the correct membership guesses out of 100 if half of the records were used.
+    The fields `correct_of_100_*` bound the correct membership guesses out of 100 if half of the records were used.
     """
 
-    right_of_100_ceiling: float  # bound from (epsilon, delta) alone
-    right_of_100_mechanism: float | None  # bound from the mechanism's trade-off curve
+    correct_of_100_ceiling: float  # bound from (epsilon, delta) alone
+    correct_of_100_mechanism: float | None  # bound from the mechanism's trade-off curve
     posterior: tuple[Ceiling, ...]
     hit_rates: tuple[Ceiling, ...]
     expected_failures: float | None  # declared size times delta
-    right_of_100_for_2: float  # bound for a person with two records, or for two persons if the unit is a person
-    right_of_100_for_5: float  # bound for a person with five records, or for five persons if the unit is a person
-    right_of_100_with_all_others: float | None = None  # bound if all other sites of secure aggregation collude
+    correct_of_100_for_2: float  # bound for a person with two records, or for two persons if the unit is a person
+    correct_of_100_for_5: float  # bound for a person with five records, or for five persons if the unit is a person
+    correct_of_100_with_all_others: float | None = None  # bound if all other sites of secure aggregation collude
 
 
 @spec
@@ -143,9 +143,9 @@ class Utility:
     """The utility of a run: its privacy loss by round, the selected round, and drops in the sites' noised scores."""
 
     epsilons: tuple[float | None, ...]  # largest epsilon of any site after each finished round
-    kept: Kept | None  # the round that scores selected, if the settings enable this
+    selected_round: SelectedRound | None  # the round that scores selected, if the settings enable this
     held_out_epsilon: float | None  # epsilon of this run's noised scores; None: the run has no held-out history
-    fall: Fall | None  # score drop at the end of the held-out history
+    score_drop: ScoreDrop | None  # score drop at the end of the held-out history
 
 
 @spec
@@ -196,8 +196,8 @@ class Problem(NamedTuple):
     """A wrong value in a report, and the correct value."""
 
     where: str
-    said: object
-    found: object
+    reported: object
+    expected: object
 
 
 _ADAPTER = TypeAdapter(Report)

@@ -52,9 +52,9 @@ _BY_GATE: Mapping[str, tuple[str, ...]] = {
         "max_audit_bound",
         "min_audit_canaries",
         "max_membership_auroc",
-        "max_rebuilt_gain",
-        "max_extraction_gain",
-        "max_attribute_gain",
+        "max_reconstruction_advantage",
+        "max_extraction_advantage",
+        "max_attribute_advantage",
     ),
     "group_results": ("max_group_gap", "min_group_size"),
     "ledger_check": ("ledgers",),
@@ -103,7 +103,7 @@ def collect_known_facts(report: Report, verdict: GateVerdict | None) -> Mapping[
     known["neighboring_relation"] = words.code("relation", report.neighboring_relation).unescape()
     if isinstance(epsilon := report.known.get("epsilon"), float):
         plan = facts.plan if isinstance(facts, RunFacts) and facts.plan.private else None
-        spent = None if plan is None else count_charged_events(plan, plan.most_rounds)
+        spent = None if plan is None else count_charged_events(plan, plan.max_rounds)
         chance = bound_secret_chance(spent, epsilon=epsilon, delta=facts.delta, candidates=_CANDIDATES)
         known["extraction"] = (
             f"a secret with {_CANDIDATES:,} possible values is reconstructed with probability at most {chance:.2g}"
@@ -128,7 +128,7 @@ def collect_known_facts(report: Report, verdict: GateVerdict | None) -> Mapping[
         signer = f"signed with the key {verdict.signature.key}" if verdict.signature else "not signed"
         known["gate"] = f"the model {verdict.decision} (rules {verdict.rules}, {verdict.judged}, {signer})"
         for fact, rules in _BY_GATE.items():
-            if found := [verdict.reasons[rule] for rule in rules if verdict.results.get(rule) in ("right", "wrong")]:
+            if found := [verdict.reasons[rule] for rule in rules if verdict.results.get(rule) in ("passed", "failed")]:
                 known[fact] = " ".join([*([known[fact]] if fact in known else []), "; ".join(found)])
     return known
 

@@ -137,7 +137,7 @@ def _list_compositions(facts: Facts) -> Iterator[tuple[Charges, float, int]]:
     """Yield each composition that verification computes, with its PLD bucket width and the number of computations."""
     if isinstance(facts, RunFacts):
         # The whole plan, and the charges of each site at the end and after earlier rounds.
-        most = facts.plan.most_rounds
+        most = facts.plan.max_rounds
         for rounds in {most, *map(facts.count_charged_rounds, facts.sites)}:
             yield events.count_mechanisms([facts.plan.event(rounds=rounds)]), accountant.FINE, 4
         if facts.selection:
@@ -167,8 +167,8 @@ def _check_run_facts(facts: RunFacts) -> Iterator[_Found]:
     if facts.randomness == "seeded" and not facts.seeded_noise:
         yield "seeded_noise", False, "true, as recorded by the training process"
     numbers = [result.round for result in facts.rounds]
-    if numbers != list(range(1, len(numbers) + 1)) or len(numbers) > plan.most_rounds:
-        yield "rounds", ", ".join(map(str, numbers)), f"at most {plan.most_rounds} rounds, numbered from 1 without gaps"
+    if numbers != list(range(1, len(numbers) + 1)) or len(numbers) > plan.max_rounds:
+        yield "rounds", ", ".join(map(str, numbers)), f"at most {plan.max_rounds} rounds, numbered from 1 without gaps"
     everybody = set(names)
     for result in facts.rounds:
         place, told = f"rounds.{result.round}", {*result.sites, *result.failed_sites}
@@ -260,8 +260,8 @@ def _check_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> I
     key = said.verification.site_key if said.verification else signed
     if signed is None or key != signed:
         yield "verification.site_key", key, f"the key of the site's receipt, {signed}"
-    if len(mine) > 1 or (not mine and least) or sum(mine) > plan.most_rounds:
-        yield "lifetime.runs", mine, f"{facts.run} once, with {least} to {plan.most_rounds} rounds"
+    if len(mine) > 1 or (not mine and least) or sum(mine) > plan.max_rounds:
+        yield "lifetime.runs", mine, f"{facts.run} once, with {least} to {plan.max_rounds} rounds"
     sent = sum(one.count for one in said.releases if one.kind == "update")
     if sent > sum(mine) or {one.run for one in said.releases} - {facts.run}:
         yield "releases", sent, f"at most {sum(mine)} updates, only in {facts.run}"
@@ -293,7 +293,7 @@ def _check_selection(facts: Facts) -> Iterator[Problem]:
     for site in facts.sites:
         said, place = site.statement, f"sites.{site.site}.statement.lifetime.runs"
         for run in said.lifetime.runs if said and said.same_plan else ():
-            for key, rounds in (("epsilon", run.rounds), ("planned_epsilon", plan.most_rounds)):
+            for key, rounds in (("epsilon", run.rounds), ("planned_epsilon", plan.max_rounds)):
                 if run.run == facts.run:
                     found = profile.epsilon_pld(profile.count_charged_events(plan, rounds), plan.delta)
                     yield from _find_differences(f"{place}.{key}", getattr(run, key), found)
@@ -333,8 +333,8 @@ def _check_ledger_facts(facts: LedgerFacts) -> Iterator[_Found]:
     for name, plan in ledger_figures.map_plans_by_run(facts).items():
         if (plan.unit, plan.delta) != (facts.unit, facts.delta):
             yield f"runs.{name}.plan", f"{plan.unit}, {plan.delta}", f"{facts.unit}, {facts.delta}"
-        if rounds[name] > plan.most_rounds:
-            yield f"runs.{name}.plan", rounds[name], f"at most {plan.most_rounds}"
+        if rounds[name] > plan.max_rounds:
+            yield f"runs.{name}.plan", rounds[name], f"at most {plan.max_rounds}"
         if updates[name] > rounds[name]:
             yield "releases", updates[name], f"at most {rounds[name]}, the charged rounds of {name}"
     lost = [entry for entry in facts.charges if not entry.run]

@@ -216,7 +216,7 @@ def _derive_epsilon(
     noise = next(iter(told["sites"].values()))["noise_multiplier"] or None  # part of the plan, which receipts sign
     asked = replace(config, privacy=replace(config.privacy, noise_multiplier=noise))
     plan = asked.plan()
-    epsilon = compute_charged_epsilons(plan, plan.most_rounds)[0]
+    epsilon = compute_charged_epsilons(plan, plan.max_rounds)[0]
     if not _is_same_epsilon(epsilon, told["epsilon"]):
         raise ValueError("epsilon")
     if not plan.private:

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Protocol
 
 from fedtune.config import RunConfig
-from fedtune.federation.early_stopping import find_kept_round, warn_of_interrupted_round
+from fedtune.federation.early_stopping import select_round, warn_of_interrupted_round
 from fedtune.federation.invitation import ProposedRun
 from fedtune.federation.lead import Aggregation, Checkpoints, Lead, LeadState, read_receipts, save_receipts
 from fedtune.federation.planner import check_signal
@@ -221,7 +221,7 @@ class FederationRun:
             if resource is None
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MEMORY_UNIT,
             findings=(DATA_CHANGED, *findings) if state.data_changed else findings,
-            kept=find_kept_round(state.rounds, config.federation, primary_metric=config.primary_metric),
+            selected_round=select_round(state.rounds, config.federation, primary_metric=config.primary_metric),
             energy=meter.stop(),
             detail=detail,
         )

@@ -90,11 +90,11 @@ def renew_config(folder: str | Path, overrides: Mapping[str, Any]) -> RunConfig:
         before.federation.renewal + 1, find_max_charged_runs(settings["runtime"]["sites_dir"])
     )
     after = parse(settings)
-    _check_runs_left(before, after, last)
+    _check_remaining_runs(before, after, last)
     return after
 
 
-def _check_runs_left(before: RunConfig, after: RunConfig, last: Path) -> None:
+def _check_remaining_runs(before: RunConfig, after: RunConfig, last: Path) -> None:
     """Check that a planned run is left for people who were in all previous runs.
 
     A window of cohorts is not checked here, but by the ledgers.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fedtune.evaluation.bootstrap import get_score_direction
-from fedtune.federation.early_stopping import Kept
+from fedtune.federation.early_stopping import SelectedRound
 from fedtune.federation.lead import LeadState, RoundResult, Scores, SiteCharge, compute_site_charge
 from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
 from fedtune.privacy.accountant import NEIGHBORING_RELATION
@@ -42,7 +42,7 @@ class FinalResult:
     constant: float | None = None  # primary metric of the best constant prediction on the test file; None without one
     findings: tuple[str, ...] = ()  # codes of detected problems (`find_problems`)
     # round of the selected adapter; None: the last round
-    kept: Kept | None = None
+    selected_round: SelectedRound | None = None
     energy: Energy | None = None  # energy and carbon, if measured
     # detailed scores after training; None without labels or with non-finite figures
     detail: Detail | None = None

@@ -16,7 +16,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from fedtune.config import RunConfig
-from fedtune.federation.early_stopping import Kept, count_rounds, explain_exhausted_plan, find_kept_round, should_stop
+from fedtune.federation.early_stopping import (
+    SelectedRound,
+    count_rounds,
+    explain_exhausted_plan,
+    select_round,
+    should_stop,
+)
 from fedtune.federation.lead import LeadState, compute_charged_epsilons, compute_site_charge
 from fedtune.federation.planner import compute_signal_to_noise
 from fedtune.formatting import convert_none_to_infinite, format_size, pluralize
@@ -178,7 +184,7 @@ class Display:
         yield f"round {last.round:>{len(str(rounds))}}/{rounds}", ""
         yield f"{len(last.sites)}/{len(federation.active)} sites", ""
         yield f"validation: {_format_scores(last.metrics)}" if last.metrics else "no validation records", ""
-        kept = find_kept_round(state.rounds, federation, primary_metric=self._config.primary_metric)
+        kept = select_round(state.rounds, federation, primary_metric=self._config.primary_metric)
         over = should_stop(state.rounds, federation, primary_metric=self._config.primary_metric)
         charges = (compute_site_charge(state, site, self._plan) for site in federation.active)
         epsilons = (convert_none_to_infinite(one.proven_epsilon if over else one.epsilon) for one in charges)
@@ -234,8 +240,10 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
         about = f"noised scores of held-out {privacy.unit}s, for the adapter at the start of round {measured[-1].round}"
         scores = (f"{site} {values[0]:.3f}" for site, values in measured[-1].site_scores.items())
         say_here(f"{about}: {', '.join(scores)}")
-    if final.kept is not None:
-        say_here(_describe_kept_round(final.kept, result, planned=count_rounds(result.rounds, config.federation)))
+    if final.selected_round is not None:
+        say_here(
+            _describe_kept_round(final.selected_round, result, planned=count_rounds(result.rounds, config.federation))
+        )
     if final.metrics:
         before = f" (before: {_format_scores(final.metrics_before)})" if final.metrics_before else ""
         say_here(f"test: {_format_scores(final.metrics)}{before}", style="bold")
@@ -250,11 +258,11 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
     say_here(took + memory)
 
 
-def _describe_kept_round(kept: Kept, result: RunResult, *, planned: int) -> str:
+def _describe_kept_round(kept: SelectedRound, result: RunResult, *, planned: int) -> str:
     """Describe the round of the selected checkpoint, and the effect of early stopping on epsilon."""
     score = _format_scores({kept.primary_metric: kept.score})
     text = f"selected: the adapter of round {kept.round} of {len(result.rounds)} (validation {score})"
-    if not kept.ended_early:
+    if not kept.stopped_early:
         return text
     privacy = result.privacy
     text += f"; no later round was better, so the run ended {pluralize(planned - len(result.rounds), 'round')} early"
@@ -291,7 +299,7 @@ def _build_settings_section(config: RunConfig, shared: RunModel, plan: Plan) -> 
         "training": f"{steps}, sampling rate {plan.sampling_rate:g}",
     }
     if plan.private:
-        epsilon = format_epsilon(compute_charged_epsilons(plan, plan.most_rounds)[0])
+        epsilon = format_epsilon(compute_charged_epsilons(plan, plan.max_rounds)[0])
         bound = f"epsilon at most {epsilon} at delta {plan.delta:g} for each {plan.unit}"
         rows["privacy"] = f"{bound}: clip {plan.max_grad_norm:g}, noise {describe_noise(plan)}"
         if plan.unit == "user":

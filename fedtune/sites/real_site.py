@@ -182,13 +182,13 @@ class RealSite(WorkingSite):
         sent, site = read_settings(self._settings, plan=asked.plan, task=asked.task), self._files.policy.site
         if sent.run_id() != asked.run:
             # The run's name contains a digest of its settings, so that the lead's signature covers them.
-            raise Refused(Reason.WRONG_RUN, asked=asked.run, allowed=sent.run_id())
+            raise Refused(Reason.WRONG_RUN, requested=asked.run, allowed=sent.run_id())
         if site not in sent.declared_sizes():
-            raise Refused(Reason.WRONG_SITE, asked=", ".join(sent.declared_sizes()), allowed=site)
+            raise Refused(Reason.WRONG_SITE, requested=", ".join(sent.declared_sizes()), allowed=site)
         # Derived from the settings, because the policy has checked only the request.
         proposal = sent.proposal(lead=asked.lead, plan=sent.plan())
         if proposal != asked:
-            raise Refused(Reason.PLAN_CHANGED, asked=asked.digest(), allowed=proposal.digest())
+            raise Refused(Reason.PLAN_CHANGED, requested=asked.digest(), allowed=proposal.digest())
         return sent
 
     def _localize_settings(self, sent: RunConfig) -> RunConfig:

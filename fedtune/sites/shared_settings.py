@@ -90,12 +90,12 @@ def read_settings(text: str, *, plan: Plan, task: str) -> RunConfig:
         if fields["task"] != task:
             raise ValueError("the task differs from the proposal's task")
         if find_task(task) is None:
-            raise Refused(Reason.TASKS, asked=task, allowed="a task that is installed at this site")
+            raise Refused(Reason.TASKS, requested=task, allowed="a task that is installed at this site")
         return parse(fields)
     except _NO_SETTINGS as error:
         # `asked` contains only the lead's own keys, where the two versions of fedtune differ.
         asked = _list_unshared_keys(fields) or (error.key[:100] if isinstance(error, ConfigError) else None)
-        raise Refused(Reason.SETTINGS, asked=asked, allowed="settings that this site's fedtune supports") from error
+        raise Refused(Reason.SETTINGS, requested=asked, allowed="settings that this site's fedtune supports") from error
 
 
 def _list_unshared_keys(sent: Mapping[str, Any]) -> str:
@@ -148,7 +148,7 @@ def localize_settings(
     """
     dataset = next((declared for declared in policy.dataset if declared.id == config.data.dataset), None)
     if dataset is None:
-        raise Refused(Reason.DATASET, asked=config.data.dataset)
+        raise Refused(Reason.DATASET, requested=config.data.dataset)
     own = asdict(machine)
     for key in ("num_threads", "micro_batch_tokens", "step_mib"):
         own[key] = own[key] or None
@@ -200,7 +200,7 @@ def _find_local_model(model: ModelSpec, installed: Callable[[str], Path]) -> Mod
     """Replace the model's hash with its local path. The hash is checked when the model is loaded."""
     model = replace(model, adapter=None)  # never open a path from a lead; the start adapter arrives with round 1
     if model.sha256 is None:
-        raise Refused(Reason.BASE_MODELS, asked=UNVERIFIED, allowed="a SHA-256 of the model")
+        raise Refused(Reason.BASE_MODELS, requested=UNVERIFIED, allowed="a SHA-256 of the model")
     if model.is_built_in:
         return model
     try:
@@ -209,4 +209,4 @@ def _find_local_model(model: ModelSpec, installed: Callable[[str], Path]) -> Mod
         # Part of an installed Python package; other local paths from a server are refused.
         if model.path.startswith(PACKAGE) and ".." not in model.path:
             return replace(model, cache_dir=None)
-        raise Refused(Reason.BASE_MODEL_MISSING, asked=model.sha256) from error
+        raise Refused(Reason.BASE_MODEL_MISSING, requested=model.sha256) from error

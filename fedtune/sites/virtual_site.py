@@ -240,7 +240,7 @@ def fit_to_budgets(config: RunConfig, run_folder: Path) -> RunConfig:
                 raise RunError("a site's budget changed while the run was being prepared: start the run again")
             offers.append(offer)
         except Refused as refused:
-            without[site] = f"{refused.reason}, asked {refused.asked}, allowed {refused.allowed}"
+            without[site] = f"{refused.reason}, requested {refused.requested}, allowed {refused.allowed}"
         except RunError as error:
             without[site] = str(error)
     if len(offers) < config.federation.min_sites:
@@ -258,7 +258,7 @@ def generate_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> P
     trust = Trust()
     if (shared := plan.shared) is not None:  # all keys of simulated sites are in one folder
         trust = Trust(
-            secure=True, least_sites=shared.num_sites, least_threshold=shared.threshold, colluders=shared.colluders
+            secure=True, min_sites=shared.num_sites, min_threshold=shared.threshold, colluders=shared.colluders
         )
     return Policy(
         site=site,
@@ -273,7 +273,7 @@ def generate_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> P
             max_grad_norm=plan.max_grad_norm,
             min_grad_norm=min(DEFAULT_MIN_GRAD_NORM, plan.max_grad_norm),
             max_local_steps=plan.local_steps,
-            max_rounds=plan.most_rounds,
+            max_rounds=plan.max_rounds,
             max_records_per_user=plan.records_per_user,
             max_lora_scale=max(proposal.lora_scale, 1.0),
             max_head_scale=max(proposal.head_scale, 1.0),
@@ -307,7 +307,7 @@ def build_covering_budget(plans: Sequence[Plan]) -> Budget:
     if not first.private:
         typical = ReferenceRun(sampling_rate=first.sampling_rate, noise_multiplier=1.0, steps=1)
         return Budget(delta=first.delta, max_epsilon=math.inf, reference=typical)
-    steps = first.local_steps * first.most_rounds
+    steps = first.local_steps * first.max_rounds
     typical = ReferenceRun(sampling_rate=first.sampling_rate, noise_multiplier=first.accounted_noise, steps=steps)
     whole = ComposedDpEvent(tuple(plan.full_event for plan in plans))
     cheapest = min(plans, key=lambda plan: filter.find_smallest_cap(plan.full_event, delta=plan.delta)[0])

@@ -49,12 +49,12 @@ class ReliabilityBin:
 
     Attributes:
         confidence: the mean predicted probability.
-        right: the accuracy, the share of correct predictions.
+        accuracy: the share of correct predictions.
         count: the number of predictions.
     """
 
     confidence: float
-    right: float
+    accuracy: float
     count: int
 
 
@@ -186,7 +186,7 @@ def reliability(confidence: Floats, right: Marks) -> tuple[ReliabilityBin, ...]:
     order = np.argsort(confidence, kind="stable")
     bins = (some for some in np.array_split(order, BINS) if len(some))
     return tuple(
-        ReliabilityBin(confidence=float(confidence[some].mean()), right=float(right[some].mean()), count=len(some))
+        ReliabilityBin(confidence=float(confidence[some].mean()), accuracy=float(right[some].mean()), count=len(some))
         for some in bins
     )
 
@@ -195,7 +195,7 @@ def compute_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
     """Compute the expected calibration error (ECE) in [0, 1]: the mean gap between a bin's confidence and its
     accuracy.
     """
-    apart = [one.count * abs(one.confidence - one.right) for one in bins]
+    apart = [one.count * abs(one.confidence - one.accuracy) for one in bins]
     return sum(apart) / sum(one.count for one in bins)
 
 

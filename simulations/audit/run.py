@@ -123,7 +123,7 @@ def membership(lines: Mapping[str, study.Found]) -> str:
                 area = f"{one['auroc']:.3f} ({one['auroc_low']:.3f} to {one['auroc_high']:.3f})"
                 found = [rate(hit) for hit in one["hit_rates"]]
                 score = one["score"].replace("_", " ")
-                rows.append([claim, score, area, *found, f"{one['trained_on']:,}", f"{one['never_used']:,}"])
+                rows.append([claim, score, area, *found, f"{one['members']:,}", f"{one['non_members']:,}"])
     return "\n\n" + readme.markdown(rows, texts=2) if len(rows) > 1 else ""
 
 

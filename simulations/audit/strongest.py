@@ -45,7 +45,7 @@ def attack_steps(plan: Plan, *, canaries: int) -> tuple[npt.NDArray[np.float64],
     streams = [RandomStream(os.urandom(32)) for _ in range(3)]
     inserted = streams[0].bernoulli(canaries, 0.5)
     rate, noise, evidence = plan.sampling_rate, plan.accounted_noise, np.zeros(canaries)
-    for _ in range(plan.most_rounds * plan.local_steps):
+    for _ in range(plan.max_rounds * plan.local_steps):
         sums = np.zeros(canaries, dtype=np.int64)
         sums[draw_poisson_sample(canaries, rate, streams[1])] = 1 << GRID_BITS
         noisy = add_gaussian_noise({"all": sums * inserted}, noise_multiplier=noise, stream=streams[2])["all"]
@@ -62,7 +62,7 @@ def bound_by_own_curve(plan: Plan, counts: Count) -> float:
     held, refuted, found = 1.0, 10.0, 0.0  # times the plan's noise
     for factor in (refuted, *[0.0] * _SEARCHES):
         factor = factor or (held * refuted) ** 0.5
-        spent = count_charged_events(plan.with_noise(plan.noise_multiplier * factor), plan.most_rounds)
+        spent = count_charged_events(plan.with_noise(plan.noise_multiplier * factor), plan.max_rounds)
         own = accountant.compose_pld(tuple(spent.items()), accountant.COARSE)
         deltas = np.array([own.delta(epsilon) for epsilon in _EPSILONS])
         if refutes_profile(*counts, epsilons=_EPSILONS, deltas=deltas, error=1 - CONFIDENCE):
@@ -98,7 +98,7 @@ def main(words: list[str] | None = None) -> None:
     options = arguments.parse_args(words)
     plan = compose_run(["experiment=simulations/recipes/banks_sampled.yaml", "privacy.epsilon=8"]).plan()
     guesses = tuple(count * options.canaries // CANARIES for count in GUESSES)
-    claimed = accountant.epsilon_pld(count_charged_events(plan, plan.most_rounds), plan.delta)
+    claimed = accountant.epsilon_pld(count_charged_events(plan, plan.max_rounds), plan.delta)
     trials = [run_trial(plan, canaries=options.canaries, guesses=guesses) for _ in range(options.trials)]
     found = {
         "claimed": claimed,

@@ -72,8 +72,8 @@ def site_problems(seen: Seen, state: Verified | None, setting: Setting) -> Itera
         yield f"an observer has {seen.num_updates} different updates, {charged} rounds are charged"
     if seen.begun > charged:
         yield f"records were read for {seen.begun} rounds, {charged} are charged"
-    if charged > setting.everyone.plan.most_rounds:
-        yield f"{charged} rounds are charged, the plan has {setting.everyone.plan.most_rounds}"
+    if charged > setting.everyone.plan.max_rounds:
+        yield f"{charged} rounds are charged, the plan has {setting.everyone.plan.max_rounds}"
     if len(set(seen.trained)) != len(seen.trained):
         yield "the same noise was drawn twice"
     for request, updates in seen.updates.items():
@@ -179,7 +179,7 @@ def _must_answer(run: AcceptedRun | None, request: RoundRequest, plan: Plan) -> 
         return run.replies[request.digest()] if newest else Reason.REPLY_NO_LONGER_STORED.value
     if run is not None and run.expires is None:
         return Reason.RUN_ENDED.value
-    return Reason.PLAN_EXHAUSTED.value if run is not None and run.charged_rounds >= plan.most_rounds else None
+    return Reason.PLAN_EXHAUSTED.value if run is not None and run.charged_rounds >= plan.max_rounds else None
 
 
 def result_problems(
@@ -190,7 +190,7 @@ def result_problems(
     result = json.loads((folder / "run.json").read_text())
     runs = {site: state and state.history.runs.get(run_id) for site, state in states.items()}
     charged = {site: run.charged_rounds if run else 0 for site, run in runs.items()}
-    exhausted = all(count == plan.most_rounds for count in charged.values())
+    exhausted = all(count == plan.max_rounds for count in charged.values())
     if len(result["rounds"]) != plan.num_rounds and not (refused and exhausted):
         yield f"the run ended after round {len(result['rounds'])}, with {charged} rounds charged"
     for site, spent in result["privacy"]["sites"].items():

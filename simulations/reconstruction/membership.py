@@ -74,7 +74,7 @@ def auroc(scores: np.ndarray, members: np.ndarray) -> float:
     return float((ranks[members].sum() - inside * (inside + 1) / 2) / (inside * (len(scores) - inside)))
 
 
-def found_at(scores: np.ndarray, members: np.ndarray, false_alarms: float) -> float:
-    """Share of the members above the score that a share `false_alarms` of the non-members reaches."""
-    bar = np.quantile(scores[~members], 1 - false_alarms)
+def found_at(scores: np.ndarray, members: np.ndarray, false_positive_rate: float) -> float:
+    """Share of the members above the score that a share `false_positive_rate` of the non-members reaches."""
+    bar = np.quantile(scores[~members], 1 - false_positive_rate)
     return float((scores[members] > bar).mean())

@@ -94,7 +94,7 @@ def lines_of(asked: dict[str, Any], data: dict[str, Any]) -> Iterator[dict[str, 
     base = [f"experiment={asked['experiment']}", "tracking=quiet", "name=x", *data["overrides"]]
     config = compose_run([*base, f"privacy.delta={delta}", f"privacy.records_per_user={members}"])
     plan = config.plan()
-    public = {"rate": plan.sampling_rate, "steps": plan.local_steps * plan.most_rounds, "delta": delta}
+    public = {"rate": plan.sampling_rate, "steps": plan.local_steps * plan.max_rounds, "delta": delta}
     people = config.data.list_site_sizes(config.federation.num_sites)
 
     def on_average(kind: str, noise: float) -> float:

@@ -45,9 +45,9 @@ def test_report_and_gate_take_the_attacks_on_this_model_alone(run_folder: Path, 
     others, rules = str(read_saved_config(run_folder).data.test_file), tmp_path / "rules.toml"
     limits = (
         "max_membership_auroc = 1.0",
-        "max_rebuilt_gain = 0.1",
-        "max_extraction_gain = 0.0",
-        "max_attribute_gain = 1.0",
+        "max_reconstruction_advantage = 0.1",
+        "max_extraction_advantage = 0.0",
+        "max_attribute_advantage = 1.0",
     )
     rules.write_text("\n".join(['name = "attacked"', *limits]))
     refused = run_command("gate", str(run_folder), str(rules)).failed(1)

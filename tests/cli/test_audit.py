@@ -39,14 +39,14 @@ def test_audit_settings_are_parsed_from_overrides() -> None:
     assert parse_audit_spec([]) == AuditSpec()
     given = parse_audit_spec(["audit.kind=records", "+audit.canaries=50", "audit.guesses=null", "audit.sites=[a,b]"])
     assert given == AuditSpec(kind="records", canaries=50, sites=("a", "b"))
-    with pytest.raises(ConfigError, match=r"audit\.never_used"):
-        parse_audit_spec(["audit.never_used=1"])
+    with pytest.raises(ConfigError, match=r"audit\.non_members"):
+        parse_audit_spec(["audit.non_members=1"])
     assert all(f"audit.{field.name}" in (audit.__doc__ or "") for field in fields(AuditSpec)), "the help names each"
 
 
 def bound_site(site: str | None, right: int) -> AuditBound:
     shown = [audit_bound.compute_epsilon_lower_bound(200, 200, v, delta=1e-5, confidence=0.95) for v in (right, 200)]
-    about = {"lower_bound": shown[0], "best_possible": shown[1], "canaries": 200, "guesses": 200, "right": right}
+    about = {"lower_bound": shown[0], "best_possible": shown[1], "canaries": 200, "guesses": 200, "correct": right}
     return AuditBound(site=site, claimed_epsilon=0.5, **about)
 
 

@@ -32,7 +32,7 @@ Tensors = dict[str, np.ndarray]
 
 RULES = """\
 name = "own"
-record = true
+consistent = true
 files = true
 ledgers = true
 finished = true
@@ -160,17 +160,17 @@ DEFECTS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "other order of labels": ("files", reverse_labels),
     "other order of labels in all records": ("files", reverse_labels_in_all_records),
     "added README": ("files", add_note),
-    "payload as label": ("record", write_into_label),
+    "payload as label": ("consistent", write_into_label),
     "no receipts": ("ledgers", lose_receipts),
     "hidden audit": ("finished", hide_audit),
-    "report of no site": ("record", leave_out_sites),
+    "report of no site": ("consistent", leave_out_sites),
     "model": ("files", lambda folder: change_byte(folder / "adapter" / "adapter_model.safetensors")),
     "added file": ("files", lambda folder: (folder / "adapter" / "more.bin").write_bytes(b"0") and None),
-    "scores": ("record", change_scores),
-    "settings": ("record", lambda folder: edit_config(folder, privacy={"max_grad_norm": 0.5})),
-    "figure": ("record", change_digit),
-    "report": ("record", lambda folder: (folder / "report.json").write_text("{}") and None),
-    "page": ("record", lambda folder: change_byte(folder / "report.html")),
+    "scores": ("consistent", change_scores),
+    "settings": ("consistent", lambda folder: edit_config(folder, privacy={"max_grad_norm": 0.5})),
+    "figure": ("consistent", change_digit),
+    "report": ("consistent", lambda folder: (folder / "report.json").write_text("{}") and None),
+    "page": ("consistent", lambda folder: change_byte(folder / "report.html")),
     "event": ("ledgers", change_event),
     "no ledger": ("ledgers", lambda folder: next((folder / "sites").glob("*/ledger.db")).unlink()),
     "canaries": ("finished", lambda folder: (folder / "AUDIT.txt").write_text("canaries") and None),
@@ -377,7 +377,7 @@ def test_gate_writes_failed_rules_to_verdict_and_card(run_folder: Path, rules: P
         run_folder
     )
     told = json.loads(judge(run_folder, rules, "--json").out)
-    assert (told["passed"], told["verdict"]["results"]["max_epsilon"]) == (False, "wrong")
+    assert (told["passed"], told["verdict"]["results"]["max_epsilon"]) == (False, "failed")
 
 
 def test_card_repeats_only_a_verdict_signed_with_the_key_of_the_report(
@@ -387,7 +387,7 @@ def test_card_repeats_only_a_verdict_signed_with_the_key_of_the_report(
     assert run_command("report", str(run_folder), "--sign", str(key_file)).code == 0
     rules.write_text(RULES.replace("max_epsilon = 1.0", "max_epsilon = 0.1"))
     assert judge(run_folder, rules, "--sign", str(key_file)).code == 1
-    right = replace(verdict_in(run_folder), results=dict.fromkeys(verdict_in(run_folder).results, "right"))
+    right = replace(verdict_in(run_folder), results=dict.fromkeys(verdict_in(run_folder).results, "passed"))
     for forged in (right, replace(right, signature=None), right.sign(stranger), None):
         (run_folder / "gate.json").write_bytes(verdict_to_json(forged) if forged else b"{}")
         assert run_command("report", str(run_folder)).code == 0
@@ -444,7 +444,7 @@ def make_bound(right: int, *, claimed: float = 0.4) -> AuditBound:
         best_possible=best,
         canaries=100,
         guesses=100,
-        right=right,
+        correct=right,
     )
 
 
@@ -487,7 +487,7 @@ def test_gate_refuses_bad_input_and_writes_nothing(run_folder: Path, rules: Path
     assert "--groups" in judge(run_folder, rules, "--groups", str(tmp_path / "groups.json")).failed(2)
     rules.write_text("max_epsilon = 1.0\n")
     assert "name" in judge(run_folder, rules).failed(2)
-    rules.write_text('name = "empty"\nrecord = false\n')
+    rules.write_text('name = "empty"\nconsistent = false\n')
     assert "has no rule" in judge(run_folder, rules).failed(2)
     rules.write_text(RULES)
     link_adapter(run_folder)

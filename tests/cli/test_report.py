@@ -197,7 +197,7 @@ def test_missing_or_changed_signature_is_reported(signed_run: Path, key_file: Pa
     assert "the report or the signature was changed" in run_command(*verified).out
 
 
-@pytest.mark.parametrize(("signature", "state"), [("signed", "wrong"), ("unsigned", "not_checked")])
+@pytest.mark.parametrize(("signature", "state"), [("signed", "failed"), ("unsigned", "skipped")])
 def test_changed_figures_are_reported_by_verify(signature: str, state: str, signed_run: Path) -> None:
     edit_json_value(signed_run, *_EPSILON, to=0.25)
     if signature == "unsigned":
@@ -208,8 +208,8 @@ def test_changed_figures_are_reported_by_verify(signature: str, state: str, sign
     checks = {
         one["name"]: one for one in json.loads(run_command("report", "verify", str(signed_run), "--json").out)["checks"]
     }
-    states = {"schema": "right", "signature": state, "figures": "wrong", "verdict": "right"}
-    states |= {"site keys": "not_checked", "configuration": "right", "files": "right"}
+    states = {"schema": "passed", "signature": state, "figures": "failed", "verdict": "passed"}
+    states |= {"site keys": "skipped", "configuration": "passed", "files": "passed"}
     assert {name: check["state"] for name, check in checks.items()} == states
     where, said, found = checks["figures"]["problems"][0]
     assert (where, said) == ("sites.site-1.spent.epsilon_pld", 0.25)
@@ -241,7 +241,7 @@ def test_report_is_verified_with_the_roster_key(join_site: Any, signed_run: Path
     path = next(here.folder.rglob("report.json"))
     roster = next(here.folder.parent.joinpath("federation").rglob("roster.json"))
     by_roster = ("--roster", str(roster))
-    assert re.search("signature +right", run_command("report", "verify", str(path), *by_roster).out)
+    assert re.search("signature +passed", run_command("report", "verify", str(path), *by_roster).out)
     report = signing.parse_report(path.read_bytes())
     facts = report.facts
     verification = replace(facts.verification, site_key=other.public)
@@ -255,12 +255,12 @@ def test_report_is_verified_with_the_roster_key(join_site: Any, signed_run: Path
     )
     outcome = run_command("report", "verify", str(path), *by_roster)
     assert outcome.code == 1
-    assert re.search("signature +WRONG", outcome.out)
+    assert re.search("signature +FAILED", outcome.out)
     message = run_command("report", "verify", str(signed_run), *by_roster).failed(1)
     assert "not signed with the key of the lead that signed" in message
     roster.write_bytes(Roster.read(roster).sign_roster(SigningKey.load(key_file)).to_bytes())
     outcome = run_command("report", "verify", str(signed_run), *by_roster)
-    assert re.search("signature +right", outcome.out)
+    assert re.search("signature +passed", outcome.out)
     assert outcome.failed(1).endswith("not compared: site keys"), "a simulation's keys are no real site's"
 
 

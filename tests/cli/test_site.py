@@ -127,13 +127,13 @@ def test_run_over_budget_cannot_be_approved_and_stays_pending(north: Here) -> No
     north.edit(budget={"max_epsilon": 0.5}, limits={"max_rounds": 2})
     outcome = approve(north, R, "--yes")
     assert outcome.failed(3).startswith("the policy or the budget refuses this run: ")
-    for words in ("the lifetime budget would be exceeded", "too many rounds (asked 4, allowed at most 2)"):
+    for words in ("the lifetime budget would be exceeded", "too many rounds (requested 4, allowed at most 2)"):
         assert words in outcome.message
     assert "epsilon 0.000 is spent" in outcome.out
     assert len(north.state.list_pending_runs()) == 1
     assert not (north.folder / "ledger.db").exists(), "asking made no ledger"
     north.edit(dataset=(replace(read_policy(north.site_toml).dataset[0], id="others"),))
-    assert "the site has no such data set (asked patients" in approve(north, R, "--yes").failed(3)
+    assert "the site has no such data set (requested patients" in approve(north, R, "--yes").failed(3)
     (north.folder / "ledger.db").write_bytes(b"no ledger" * 1000)
     assert "the site would refuse to start" in approve(north, R, "--yes").failed(1)
 
@@ -379,7 +379,7 @@ def test_check_policy_figures_match_the_ledger(site: Any) -> None:
     amount = json.loads(run_command("site", "check-policy", str(site.site_toml), "--json").out)["amount"]
     assert amount["reference_pld"] == epsilon_pld([reference.event], 1e-5)
     assert site.open().history.order == amount["order"]
-    left = json.loads(run_command("ledger", "spent", str(site.ledger), "--json").out)["reference_runs_left"]
+    left = json.loads(run_command("ledger", "spent", str(site.ledger), "--json").out)["reference_remaining_runs"]
     assert left == amount["runs_in_lifetime"]
     assert asdict(compute_amount(read_policy(site.site_toml))) == amount
 

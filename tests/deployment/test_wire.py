@@ -247,7 +247,7 @@ def check_answer(content: Any) -> tuple[int, str]:
         return body.round, "update"
     assert set(content) == {flower_records.REPLY}
     assert set(said) - {"kind", "receipt"} == list_field_names(Refusal)
-    assert body.reason is Reason.MAX_LOCAL_STEPS or (body.asked, body.allowed) == (None, None)
+    assert body.reason is Reason.MAX_LOCAL_STEPS or (body.requested, body.allowed) == (None, None)
     return body.round, body.reason.value
 
 

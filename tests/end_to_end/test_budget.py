@@ -89,10 +89,10 @@ def test_second_run_is_reduced_and_third_refused_by_the_budget(run: Any, kept_si
     third = run("third", "federation.if_over_budget=fewer_rounds")
     assert third.failed(3).startswith("0 of 2 sites have enough budget")
     for site in SITES:
-        assert f"{site}: max_epsilon, asked " in third.message
+        assert f"{site}: max_epsilon, requested " in third.message
         assert f"allowed at most {read_policy(kept_sites / site / 'site.toml').budget.max_epsilon:g}" in third.message
         (offer,) = verify_ledger(kept_sites, site).events[len(before[site]) :]
-        assert (offer.kind, offer.detail["most_rounds"]) == (Kind.RELEASE, 0)
+        assert (offer.kind, offer.detail["max_rounds"]) == (Kind.RELEASE, 0)
     assert not (tmp_path / "runs" / "third").exists()
 
 

@@ -43,7 +43,12 @@ def test_early_stopping_keeps_the_best_adapter_and_the_planned_epsilon(stopped_r
     )
     result, plan = read_result(stopped_run), config.plan()
     score = result["rounds"][0]["metrics"]["accuracy"]
-    assert result["final"]["kept"] == {"round": 1, "primary_metric": "accuracy", "score": score, "ended_early": True}
+    assert result["final"]["selected_round"] == {
+        "round": 1,
+        "primary_metric": "accuracy",
+        "score": score,
+        "stopped_early": True,
+    }
     planned, charged = (compute_charged_epsilons(plan, rounds)[0] for rounds in (5, 3))
     assert charged < planned == result["privacy"]["epsilon"]
     for site in result["privacy"]["sites"].values():
@@ -54,11 +59,11 @@ def test_report_and_card_state_the_selected_round_and_both_epsilons(stopped_run:
     report = from_run.build_run_report(stopped_run)
     assert problems(report) == []
     assert report.verdict.reasons == ("charged_less",)
-    assert (report.utility.kept.round, report.utility.kept.ended_early) == (1, True)
+    assert (report.utility.selected_round.round, report.utility.selected_round.stopped_early) == (1, True)
     for site in report.sites:
         assert site.spent.epsilon_pld < report.epsilon == site.spent.epsilon == site.spent.planned_epsilon
-        whole = profile.bound_right_of_100(profile.count_charged_events(report.facts.plan, 5))
-        assert site.meaning.right_of_100_mechanism == pytest.approx(whole), "of the rounds it had it bounds nothing"
+        whole = profile.bound_correct_of_100(profile.count_charged_events(report.facts.plan, 5))
+        assert site.meaning.correct_of_100_mechanism == pytest.approx(whole), "of the rounds it had it bounds nothing"
     (chosen,) = [one for one in report.assumptions if one.code == "chosen_by_the_leads_own_records"]
     assert (chosen.status, chosen.evidence) == ("assumed", "accuracy, round 1; 3 / 5")
     page = (stopped_run / "report.html").read_text()
@@ -71,10 +76,10 @@ def test_report_and_card_state_the_selected_round_and_both_epsilons(stopped_run:
 def test_report_claiming_another_selected_round_is_detected(stopped_run: Path) -> None:
     report = from_run.build_run_report(stopped_run)
     for told in (
-        replace(report.utility.kept, ended_early=False),
-        replace(report.utility.kept, round=2, score=0.999),
+        replace(report.utility.selected_round, stopped_early=False),
+        replace(report.utility.selected_round, round=2, score=0.999),
     ):
-        assert problems(replace(report, utility=replace(report.utility, kept=told))) != []
+        assert problems(replace(report, utility=replace(report.utility, selected_round=told))) != []
 
 
 def test_resuming_a_stopped_run_charges_nothing(stopped_run: Path, tmp_path: Path) -> None:

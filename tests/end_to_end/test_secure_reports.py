@@ -55,9 +55,9 @@ def test_secure_report_has_three_epsilons_per_site(report: Report) -> None:
         (row,) = site.mechanisms
         assert row.noise_multiplier == pytest.approx(SHARE * math.sqrt(3), rel=1e-12)
         # What all others together could guess is that of the site's own noise.
-        right = site.meaning.right_of_100_with_all_others
+        right = site.meaning.correct_of_100_with_all_others
         assert right == pytest.approx(50 * (1 + account_rounds(1).get_delta(0.0)), rel=1e-3)
-        assert site.meaning.right_of_100_mechanism < right
+        assert site.meaning.correct_of_100_mechanism < right
     # Of lost runs nobody knows what all others together see.
     found = profile.compute_epsilons_by_observer(
         [row, replace(row, run="", shared=None)], lambda charged: epsilon_pld(charged, DELTA)
@@ -87,7 +87,7 @@ def change_report(report: Report, at: tuple[str, ...], value: object) -> Report:
 @pytest.mark.parametrize(
     ("at", "value"),
     [
-        *(("by_trust.with_colluders", 0.1), ("by_trust", None), ("meaning.right_of_100_with_all_others", 50.1)),
+        *(("by_trust.with_colluders", 0.1), ("by_trust", None), ("meaning.correct_of_100_with_all_others", 50.1)),
         ("mechanisms.0.shared.noise_multiplier", 2.0),
     ],
 )

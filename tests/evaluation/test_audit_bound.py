@@ -107,14 +107,14 @@ def test_bounds_match_jax_privacy_golden_values(shift: int, golden: float) -> No
     quantiles = stats.norm.ppf((np.arange(10_000) + 0.5) / 10_000)
     thresholds = np.concatenate([np.sort(np.concatenate([quantiles, quantiles + shift])), [np.inf]])
     found = 10_000 - np.searchsorted(quantiles + shift, thresholds)
-    false_alarms = 10_000 - np.searchsorted(quantiles, thresholds)
-    corners = ConvexHull(np.stack([false_alarms, found], axis=1)).vertices.tolist()
+    false_positive_rate = 10_000 - np.searchsorted(quantiles, thresholds)
+    corners = ConvexHull(np.stack([false_positive_rate, found], axis=1)).vertices.tolist()
     error, best = 0.05 / len(corners), 0.0
-    precision = {place: found[place] / max(1, found[place] + false_alarms[place]) for place in corners}
+    precision = {place: found[place] / max(1, found[place] + false_positive_rate[place]) for place in corners}
     for place in sorted(corners, key=lambda place: -precision[place]):
         if precision[place] <= 1 / (1 + np.exp(-best)):
             break  # no later one can show more
-        right, guesses = int(found[place]), int(found[place] + false_alarms[place])
+        right, guesses = int(found[place]), int(found[place] + false_positive_rate[place])
         if compute_p_value(20_000, guesses, right, epsilon=best, delta=1e-6) < error:
             best = compute_epsilon_lower_bound(20_000, guesses, right, delta=1e-6, confidence=1 - error)
     assert best == pytest.approx(golden, rel=1e-5)

@@ -39,9 +39,9 @@ def test_bounds_match_jax_privacy_golden_values(shift: int, golden: float) -> No
     quantiles = stats.norm.ppf((np.arange(10_000) + 0.5) / 10_000)
     thresholds = np.concatenate([np.sort(np.concatenate([quantiles, quantiles + shift])), [np.inf]])
     found = 10_000 - np.searchsorted(quantiles + shift, thresholds)
-    false_alarms = 10_000 - np.searchsorted(quantiles, thresholds)
-    corners = ConvexHull(np.stack([false_alarms, found], axis=1)).vertices
-    right, guesses = found[corners], (found + false_alarms)[corners]
+    false_positive_rate = 10_000 - np.searchsorted(quantiles, thresholds)
+    corners = ConvexHull(np.stack([false_positive_rate, found], axis=1)).vertices
+    right, guesses = found[corners], (found + false_positive_rate)[corners]
     for claim, expected in ((golden * (1 - 1e-5), True), (golden * (1 + 1e-5), False)):
         mu = calibrate_mu(claim, delta=1e-6)
         refuted = refutes_gaussian(20_000, guesses, right, mu, error=0.05 / len(corners))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.federation.early_stopping import Kept, explain_exhausted_plan, find_kept_round, should_stop
+from fedtune.federation.early_stopping import SelectedRound, explain_exhausted_plan, select_round, should_stop
 from fedtune.federation.lead import RoundResult
 from fedtune.federation.spec import FederationSpec
 
@@ -20,9 +20,9 @@ def make_rounds(*scores: float | None, name: str = "accuracy", lost: Collection[
     ]
 
 
-def find_kept(*scores: float | None, name: str = "accuracy", **settings: Any) -> Kept | None:
+def find_kept(*scores: float | None, name: str = "accuracy", **settings: Any) -> SelectedRound | None:
     federation = FederationSpec(**({"num_rounds": 9, "checkpoint_selection": "best"} | settings))
-    return find_kept_round(make_rounds(*scores, name=name), federation, primary_metric=name)
+    return select_round(make_rounds(*scores, name=name), federation, primary_metric=name)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def find_kept(*scores: float | None, name: str = "accuracy", **settings: Any) ->
 )
 def test_best_round_is_the_first_with_the_best_score(scores: Sequence[float | None], name: str, best: int) -> None:
     found = find_kept(*scores, name=name)
-    assert (found.round, found.primary_metric, found.ended_early) == (best, name, False)
+    assert (found.round, found.primary_metric, found.stopped_early) == (best, name, False)
 
 
 def test_no_checkpoint_is_selected_without_the_settings() -> None:
@@ -45,7 +45,7 @@ def test_no_checkpoint_is_selected_without_the_settings() -> None:
     assert find_kept() is None
     # The last planned round ends nothing early.
     found = find_kept(0.5, 0.25, 0.25, early_stopping_patience=2, num_rounds=3)
-    assert found == Kept(round=1, primary_metric="accuracy", score=0.5, ended_early=False)
+    assert found == SelectedRound(round=1, primary_metric="accuracy", score=0.5, stopped_early=False)
 
 
 def test_early_stopping_ends_after_rounds_without_improvement() -> None:
@@ -53,18 +53,18 @@ def test_early_stopping_ends_after_rounds_without_improvement() -> None:
         scores: find_kept(*scores, early_stopping_patience=2)
         for scores in ((0.5, 0.25), (0.5, 0.25, 0.5), (0.5, 0.25, 0.75))
     }
-    assert [found.ended_early for found in ended.values() if found] == [False, True, False]
+    assert [found.stopped_early for found in ended.values() if found] == [False, True, False]
     # What ends a run says nothing of which round it keeps.
     last = find_kept(0.5, 0.25, 0.375, early_stopping_patience=2, checkpoint_selection="last")
-    assert last == Kept(round=3, primary_metric="accuracy", score=0.375, ended_early=True)
+    assert last == SelectedRound(round=3, primary_metric="accuracy", score=0.375, stopped_early=True)
 
 
 def test_rounds_without_updates_do_not_count_toward_early_stopping() -> None:
     """Such a round keeps the previous score; a restart of the lead can cause several in a row."""
     federation = FederationSpec(num_rounds=9, early_stopping_patience=1)
     for lost, over in (((3, 4), False), ((), True), ((4,), True)):
-        found = find_kept_round(make_rounds(0.25, 0.5, 0.5, 0.5, lost=lost), federation, primary_metric="accuracy")
-        assert found.ended_early is over
+        found = select_round(make_rounds(0.25, 0.5, 0.5, 0.5, lost=lost), federation, primary_metric="accuracy")
+        assert found.stopped_early is over
 
 
 def test_run_ends_after_its_last_round_or_early_stopping() -> None:

@@ -55,7 +55,7 @@ def test_excessive_requests_are_refused_with_the_broken_rule(
         reply = site.ask(rounds_before + 1, **changes)
     assert read_reason(reply) is rule
     if asked is not None:
-        assert (reply.body.asked, reply.body.allowed) == (asked, allowed)
+        assert (reply.body.requested, reply.body.allowed) == (asked, allowed)
     # Of a run that the ledger has, it says what was accepted without more ado.
     made_ready = (Reason.WRONG_RUN,) if rounds_before else (Reason.PLAN_CHANGED, Reason.WRONG_RUN)
     assert len(site.prepared) == rounds_before + (rule in made_ready)
@@ -139,7 +139,7 @@ def test_replayed_request_returns_the_stored_reply_until_the_next_round(site: An
 def require_in_doubt(site: Any, before: tuple[Any, ...], receipt: Receipt, reply: Reply) -> None:
     """Check that a ledger without one of its receipts reports doubt and refuses all training."""
     assert read_reason(reply) is Reason.LEDGER_BEHIND_RECEIPT
-    assert reply.body.asked == str(receipt.sequence)
+    assert reply.body.requested == str(receipt.sequence)
     after = site.events()
     assert after[: len(before)] == before
     doubt, refused = after[len(before) :]

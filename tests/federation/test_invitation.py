@@ -21,7 +21,7 @@ from .conftest import NONCE, read_reason
 def test_site_without_objections_offers_the_whole_plan(site: Any) -> None:
     reply = site.invite()
     plan = site.propose().plan
-    whole = {"most_rounds": plan.num_rounds, "least_noise": plan.noise_multiplier}
+    whole = {"max_rounds": plan.num_rounds, "min_noise": plan.noise_multiplier}
     assert reply.body == Offer(site="a", run="r", nonce=NONCE, software=build(), **whole)
     assert reply.is_signed()
     assert reply.receipt.charged_rounds == 0
@@ -50,7 +50,7 @@ def test_invitation_is_refused_for_the_same_reasons_as_a_round(
     reply = site.invite(about=about, **changes)
     assert read_reason(reply) is rule
     if "software" in about:
-        assert "(fedtune 0.3.0+7c1f)" in reply.body.asked
+        assert "(fedtune 0.3.0+7c1f)" in reply.body.requested
         assert f"(fedtune {build()})" in reply.body.allowed
     assert reply.is_signed()
     assert site.kinds() == [Kind.REFUSAL]
@@ -71,8 +71,8 @@ def test_site_with_insufficient_budget_offers_a_smaller_plan_on_request(station:
     reply = site.invite(about={"less": True})
     plan = site.propose().plan
     assert reply.is_signed()
-    assert reply.body.most_rounds < plan.num_rounds
-    assert reply.body.least_noise > plan.noise_multiplier
+    assert reply.body.max_rounds < plan.num_rounds
+    assert reply.body.min_noise > plan.noise_multiplier
     assert reply.body.nonce == NONCE
     assert site.kinds() == [Kind.REFUSAL, Kind.RELEASE]
 

@@ -67,7 +67,7 @@ def test_silent_site_is_charged_for_every_requested_round(state: LeadState) -> N
     state = add_answers(state.with_requests_to(["a"]), answer(make_receipt(charged=3)))
     for _ in range(5):
         state = state.with_requests_to(["a"])
-    assert read_charged_steps(state) == (2 * run_plan().most_rounds, True)
+    assert read_charged_steps(state) == (2 * run_plan().max_rounds, True)
 
 
 @pytest.mark.parametrize("wrong", [{"site": "b"}, {"run": "other"}, "unsigned"])

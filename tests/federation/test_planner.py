@@ -37,7 +37,7 @@ def test_privacy_cost_covers_one_round_and_all_rounds() -> None:
 
 def test_round_costs_increase_to_the_cost_of_the_whole_plan() -> None:
     price = planner.compute_cost(run_plan(), SIZES, before=0)
-    whole = run_plan().event(rounds=run_plan().most_rounds)
+    whole = run_plan().event(rounds=run_plan().max_rounds)
     assert price.epsilon_filter == pytest.approx(filter.find_smallest_cap(whole, delta=run_plan().delta)[0])
     assert price.filter_order in filter.ORDERS
     assert [one.round for one in price.rounds] == [1, 2, 3, 4]
@@ -81,7 +81,7 @@ def test_alternatives_stay_within_epsilon() -> None:
     assert list(changes) == ["5 rounds", "6 rounds", *batches, "delta 1e-06", f"epsilon {epsilon / 2:.4g}"]
     for change in changes.values():
         needed = replace(change.plan, noise_multiplier=change.noise_needed)
-        assert accountant.epsilon_pld([needed.event(rounds=needed.most_rounds)], needed.delta) <= change.epsilon
+        assert accountant.epsilon_pld([needed.event(rounds=needed.max_rounds)], needed.delta) <= change.epsilon
         assert change.same_noise_epsilon == planner.compute_target_epsilon(change.plan)
     assert changes["5 rounds"].plan.num_rounds == 5
     assert changes["delta 1e-06"].plan.delta == pytest.approx(1e-6)
@@ -148,7 +148,7 @@ def test_run_with_a_weak_signal_is_refused() -> None:
 
 def compute_epsilon(plan: Plan) -> float:
     """Compute epsilon on the fine grid, as a run reports it."""
-    return accountant.epsilon_pld([plan.event(rounds=plan.most_rounds)], plan.delta)
+    return accountant.epsilon_pld([plan.event(rounds=plan.max_rounds)], plan.delta)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_least_noise_meets_the_target_tightly(
 ) -> None:
     changes = {"local_steps": 4, "num_rounds": 2, "metrics_noise_multiplier": scores}
     planned = replace(plan, sampling_rate=rate, noise_multiplier=start, **changes)
-    noise = planner.find_least_noise(planned, epsilon=target)
+    noise = planner.find_min_noise_for_target(planned, epsilon=target)
     if noise is None:
         assert compute_epsilon(replace(planned, noise_multiplier=1e4)) > target
         return
@@ -175,7 +175,7 @@ def test_least_noise_meets_the_target_tightly(
 
 
 def test_least_noise_is_none_if_scores_exceed_the_target(plan: Plan) -> None:
-    assert planner.find_least_noise(replace(plan, metrics_noise_multiplier=1.0), epsilon=1.0) is None
+    assert planner.find_min_noise_for_target(replace(plan, metrics_noise_multiplier=1.0), epsilon=1.0) is None
 
 
 def test_solved_rounds_are_the_maximum_within_epsilon(plan: Plan) -> None:
@@ -266,7 +266,7 @@ def test_solved_plans_meet_the_target_over_all_planned_runs() -> None:
     for solved in (
         planner.solve_rounds(plan, epsilon=8.0),
         planner.solve_sampling_rate(plan, epsilon=8.0, least=0.01),
-        replace(plan, noise_multiplier=planner.find_least_noise(plan, epsilon=8.0)),
+        replace(plan, noise_multiplier=planner.find_min_noise_for_target(plan, epsilon=8.0)),
     ):
         assert 6.0 < list_spent(solved, 3)[0] <= 8.0
     assert planner.compute_alternatives(plan, epsilon=6.0)[-1].same_noise_epsilon == pytest.approx(6.0, abs=0.02)

@@ -45,50 +45,50 @@ def open_ledger(tmp_path: Path) -> Callable[[Policy], SiteLedger]:
 def test_run_within_the_policy_passes_the_dry_run(ask: Ask, tmp_path: Path) -> None:
     said = ask(make_site_policy())
     assert said.allowed
-    assert (said.site, said.ledger, said.taken, said.note) == ("a", "new", 0.0, "")
-    assert 0 < said.would_be <= said.max_epsilon == 5.0
-    assert (said.most_rounds, said.least_noise) == (3, 4.0)
+    assert (said.site, said.ledger, said.committed_epsilon, said.note) == ("a", "new", 0.0, "")
+    assert 0 < said.epsilon_after <= said.max_epsilon == 5.0
+    assert (said.max_rounds, said.min_noise) == (3, 4.0)
     assert not (tmp_path / "ledger.db").exists(), "asking makes no ledger"
     assert not (tmp_path / "site_key.pem").exists(), "nor a key"
     assert ask(make_site_policy(), {"b": 100}).note == "the run does not name site a"
-    (other,) = (wrong := ask(make_site_policy(), {"a": 90}, most=True)).broken
-    assert (other.reason, other.asked, other.allowed) == ("declared_size", "90", "100")
-    assert (wrong.allowed, wrong.most_rounds, wrong.least_noise, wrong.most_epsilon) == (False, 0, None, None)
+    (other,) = (wrong := ask(make_site_policy(), {"a": 90}, most=True)).violations
+    assert (other.reason, other.requested, other.allowed) == ("declared_size", "90", "100")
+    assert (wrong.allowed, wrong.max_rounds, wrong.min_noise, wrong.max_accepted_epsilon) == (False, 0, None, None)
 
 
 def test_every_broken_rule_is_reported(ask: Ask) -> None:
     said = ask(make_site_policy(), rank=9, sampling_rate=0.5, lead="0" * 64)
-    assert [(one.reason, one.asked, one.allowed) for one in said.broken[1:]] == [
+    assert [(one.reason, one.requested, one.allowed) for one in said.violations[1:]] == [
         ("max_rank", "9", "at most 4"),
         ("max_sampling_rate", "0.5", "at most 0.2"),
     ]
-    assert said.broken[0].reason == "leads"
-    assert (said.most_rounds, said.least_noise) == (0, None)
+    assert said.violations[0].reason == "leads"
+    assert (said.max_rounds, said.min_noise) == (0, None)
     said = ask(make_site_policy(), num_rounds=9)
-    assert [one.reason for one in said.broken] == ["max_rounds"]
-    assert said.most_rounds == 3, "with the spare one, four"
-    assert said.least_noise is None
+    assert [one.reason for one in said.violations] == ["max_rounds"]
+    assert said.max_rounds == 3, "with the spare one, four"
+    assert said.min_noise is None
 
 
 def test_rank_above_the_policy_is_lowered_if_ranks_differ_by_site(ask: Ask) -> None:
     lowered, own = ask(make_site_policy(), rank=9, ranks={"a": 9}), ask(make_site_policy(), rank=9, ranks={"a": 4})
     assert (lowered.allowed, lowered.note) == (True, "the run would lower this site's rank to 4")
     assert (own.allowed, own.note) == (True, "")
-    assert [one.reason for one in ask(make_site_policy(), rank=9, ranks={"b": 4}).broken] == ["max_rank"]
+    assert [one.reason for one in ask(make_site_policy(), rank=9, ranks={"b": 4}).violations] == ["max_rank"]
 
 
 def compute_total_epsilon(proposal: Proposal) -> float:
-    return epsilon_pld([proposal.plan.event(rounds=proposal.plan.most_rounds)], proposal.plan.delta)
+    return epsilon_pld([proposal.plan.event(rounds=proposal.plan.max_rounds)], proposal.plan.delta)
 
 
 def test_dry_run_suggests_fewer_rounds_or_more_noise(ask: Ask) -> None:
     cap = 0.9 * compute_total_epsilon(run_proposal())
     said = ask(make_site_policy(budget={"max_epsilon_per_run": cap}))
-    assert [one.reason for one in said.broken] == ["max_epsilon_per_run"]
-    assert 0 < said.most_rounds < 3
-    for changes in ({"num_rounds": said.most_rounds}, {"noise_multiplier": said.least_noise}):
+    assert [one.reason for one in said.violations] == ["max_epsilon_per_run"]
+    assert 0 < said.max_rounds < 3
+    for changes in ({"num_rounds": said.max_rounds}, {"noise_multiplier": said.min_noise}):
         assert compute_total_epsilon(run_proposal(**changes)) <= cap
-    assert compute_total_epsilon(run_proposal(num_rounds=said.most_rounds + 1)) > cap
+    assert compute_total_epsilon(run_proposal(num_rounds=said.max_rounds + 1)) > cap
 
 
 FREE = {"limits": {"min_noise_multiplier": 0.5}}
@@ -111,64 +111,64 @@ def test_reported_largest_epsilon_is_the_limit_of_acceptance(
     site = make_site_policy(**policy)
     said = ask(site, noise_multiplier=planned, most=True)
     assert (said.limit.reason, said.limit.allowed) == limit
-    assert said.most_epsilon == 2.0 or limit[0] != "max_epsilon_per_run", "the cap itself"
+    assert said.max_accepted_epsilon == 2.0 or limit[0] != "max_epsilon_per_run", "the cap itself"
     plan = run_proposal().plan
-    for epsilon, accepted in ((said.most_epsilon, True), (1.01 * said.most_epsilon, False)):
-        steps = plan.local_steps * plan.most_rounds
+    for epsilon, accepted in ((said.max_accepted_epsilon, True), (1.01 * said.max_accepted_epsilon, False)):
+        steps = plan.local_steps * plan.max_rounds
         noise = calibrate_noise(epsilon=epsilon, delta=plan.delta, sampling_rate=plan.sampling_rate, steps=steps)
         again = ask(site, noise_multiplier=noise)
-        assert (again.allowed, [one.reason for one in again.broken]) == (accepted, [] if accepted else [limit[0]])
+        assert (again.allowed, [one.reason for one in again.violations]) == (accepted, [] if accepted else [limit[0]])
 
 
 def test_largest_epsilon_is_zero_if_delta_covers_the_loss(ask: Ask) -> None:
     site = make_site_policy(limits={"min_noise_multiplier": 1.5}, budget=NO_CAP)
     said = ask(site, sampling_rate=1e-6, most=True)
-    assert said.most_epsilon == 0
+    assert said.max_accepted_epsilon == 0
     assert said.limit is not None
     assert said.limit.reason == "min_noise_multiplier"
 
 
 def test_largest_epsilon_is_unlimited_without_a_cap(ask: Ask) -> None:
     said = ask(make_site_policy(limits={"min_noise_multiplier": 0.0}, budget=NO_CAP), most=True)
-    assert (said.most_epsilon, said.limit) == (100.0, None)
+    assert (said.max_accepted_epsilon, said.limit) == (100.0, None)
     others = ask(make_site_policy(), rank=9, most=True)
-    assert (others.most_epsilon, others.limit) == (None, None)
+    assert (others.max_accepted_epsilon, others.limit) == (None, None)
     assert policy_dry_run.find_strictest_dry_run([said, others]) is others
-    assert ask(make_site_policy()).most_epsilon is None, "nobody asked for it"
+    assert ask(make_site_policy()).max_accepted_epsilon is None, "nobody asked for it"
 
 
 def test_dry_run_predicts_the_decision_of_the_ledger(ask: Ask, open_ledger: Any) -> None:
     whole = ask(make_site_policy())
-    tight = make_site_policy(budget={"max_epsilon": 1.3 * whole.would_be})
+    tight = make_site_policy(budget={"max_epsilon": 1.3 * whole.epsilon_after})
     ledger = open_ledger(tight)
     said = ask(tight, run="run-0")
-    left = [said.runs_left]
+    left = [said.remaining_runs]
     while said.allowed:
         ledger.reserve(run_proposal(run=f"run-{len(left)}"), round=1, request=f"{len(left):064x}")
         said = ask(tight, run=f"run-{len(left) + 1}")
         assert said.ledger == "read"
-        left.append(said.runs_left)
+        left.append(said.remaining_runs)
     assert left == list(range(len(left) - 1, -1, -1)), "each run takes one of the runs that were left"
     assert len(left) > 1
     with pytest.raises(Refused) as raised:
         ledger.reserve(run_proposal(run="last"), round=1, request="f" * 64)
     refused = raised.value
-    assert [(one.reason, one.asked, one.allowed) for one in said.broken] == [
-        (refused.reason.value, refused.asked, refused.allowed)
+    assert [(one.reason, one.requested, one.allowed) for one in said.violations] == [
+        (refused.reason.value, refused.requested, refused.allowed)
     ]
 
 
 def test_nearly_spent_budget_allows_only_a_smaller_plan(ask: Ask, open_ledger: Any) -> None:
     plan = run_proposal().plan
-    once = filter.find_smallest_cap(plan.event(rounds=plan.most_rounds), delta=plan.delta)[0]
+    once = filter.find_smallest_cap(plan.event(rounds=plan.max_rounds), delta=plan.delta)[0]
     tight = make_site_policy(budget={"max_epsilon": 1.001 * once})
     open_ledger(tight).reserve(run_proposal(run="earlier", num_rounds=1, spare_rounds=0), round=1, request="0" * 64)
     said = ask(tight, run="later")
-    assert [one.reason for one in said.broken] == ["max_epsilon"]
-    assert said.taken > 0
+    assert [one.reason for one in said.violations] == ["max_epsilon"]
+    assert said.committed_epsilon > 0
     offer = open_ledger(tight).make_offer(run_proposal(run="later"))
-    assert (said.most_rounds, said.least_noise) == (offer.most_rounds, offer.least_noise)
-    assert 0 < said.most_rounds < 3
+    assert (said.max_rounds, said.min_noise) == (offer.max_rounds, offer.min_noise)
+    assert 0 < said.max_rounds < 3
 
 
 @pytest.mark.parametrize(
@@ -189,17 +189,17 @@ def test_ledger_with_a_mismatched_policy_is_reported_as_in_doubt(
     assert why in said.note
     ledger.freeze("asked to")
     said = ask(make_site_policy())
-    assert [one.reason for one in said.broken] == ["frozen"]
-    assert said.most_rounds == 0
+    assert [one.reason for one in said.violations] == ["frozen"]
+    assert said.max_rounds == 0
 
 
 def test_any_number_of_runs_fits_without_a_cap(ask: Ask) -> None:
     said = ask(make_site_policy(budget={"max_epsilon": float("inf")}))
-    assert (said.allowed, said.runs_left) == (True, None)
+    assert (said.allowed, said.remaining_runs) == (True, None)
     said = ask(make_site_policy(), noise_multiplier=0.0)
-    assert [one.reason for one in said.broken] == ["min_noise_multiplier", "max_epsilon"]
-    assert said.runs_left == 0
-    assert said.least_noise == pytest.approx(4.0, rel=1e-3)
+    assert [one.reason for one in said.violations] == ["min_noise_multiplier", "max_epsilon"]
+    assert said.remaining_runs == 0
+    assert said.min_noise == pytest.approx(4.0, rel=1e-3)
 
 
 def test_missing_policy_file_raises_a_config_error(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_protocol_mismatch_names_the_side_to_upgrade(request_: RoundRequest, spo
         with pytest.raises(Refused) as refused:
             read(signed)
         assert refused.value.reason is Reason.MALFORMED_REQUEST
-        assert refused.value.asked == f"protocol {spoken} (fedtune 0.3.0+7c1f)"
+        assert refused.value.requested == f"protocol {spoken} (fedtune 0.3.0+7c1f)"
         assert refused.value.allowed == f"protocol {WIRE_SCHEMA} (fedtune {build()}): upgrade the {older}"
     for nonsense in (True, 2.0, "2", 0, -1, [], 10**30):
         with pytest.raises(ConfigError, match="must be a lead's round request"):

@@ -194,7 +194,7 @@ def test_update_bound_allows_only_bfloat16_rounding(adapter: Adapter, sort: Sort
 
 @pytest.mark.parametrize("reason", list(Reason))
 def test_refusal_is_reported_with_its_reason(sort: Sort, reason: Reason) -> None:
-    refusal = Refusal(site="a", run="r", round=1, reason=reason, asked="9", allowed="at most 3")
+    refusal = Refusal(site="a", run="r", round=1, reason=reason, requested="9", allowed="at most 3")
     sorted_out = sort(refusal)
     assert (sorted_out.sites, sorted_out.failures) == ((), {"a": reason.value})
     assert sorted_out.refusals == {"a": refusal}

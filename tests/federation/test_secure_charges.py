@@ -162,7 +162,7 @@ class Charges(RuleBasedStateMachine):
             return
         for name, site in self.federation.sites.items():
             charged = self.federation.count_charged_rounds(name)
-            assert len(site.vectors) <= charged <= self.federation.asked().plan.most_rounds
+            assert len(site.vectors) <= charged <= self.federation.asked().plan.max_rounds
             assert len(self.left[name]) <= len(site.vectors), "a vector left under two masks"
             assert len({vector.tobytes() for vector in self.left[name].values()}) == len(self.left[name])
 

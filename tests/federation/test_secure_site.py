@@ -61,7 +61,7 @@ class SecureSite(Station):
     @property
     def sums(self) -> SumsAtSite:
         trust = self.policy.trust
-        demand = partial(require_terms, least_sites=trust.least_sites, least_threshold=trust.least_threshold)
+        demand = partial(require_terms, min_sites=trust.min_sites, min_threshold=trust.min_threshold)
         roster = {**self.members, self.policy.site: self.key.public}
         about = {"demand": demand, "roster": roster, "keep": make_promise_writer(self.promises)}
         return SumsAtSite(site=self.policy.site, identity=self.key, parties=self.parties, **about)
@@ -94,7 +94,7 @@ class Federation:
     def get_refusal(self, site: str, kind: str, *parts: bytes, **more: Any) -> tuple[Reason, object]:
         said = self.step(site, kind, *parts, **more)
         assert isinstance(said, Refusal), said
-        return said.reason, said.asked
+        return said.reason, said.requested
 
     def begin_session(self) -> tuple[KeyAgreement, str, list[bytes]]:
         """Begin a session of all sites; return its name and announcements."""
@@ -145,7 +145,7 @@ def read_masked(reply: Reply) -> bytes:
 
 def read_reason(reply: Reply) -> tuple[Reason, object]:
     assert isinstance(reply.body, Refusal), reply
-    return reply.body.reason, reply.body.asked
+    return reply.body.reason, reply.body.requested
 
 
 def make_federation(folder: Path, kind: type[SecureSite] = SecureSite, **of_plan: Any) -> Federation:
@@ -160,7 +160,7 @@ def make_federation(folder: Path, kind: type[SecureSite] = SecureSite, **of_plan
     sites = {}
     for name in NAMES:
         (folder / name).mkdir()
-        policy = make_site_policy(name, limits={"max_rounds": plan.most_rounds})
+        policy = make_site_policy(name, limits={"max_rounds": plan.max_rounds})
         both = replace(policy.allow, leads=(lead_key.public, stranger_key.public))
         policy = replace(policy, trust=Trust(secure=True), allow=both)
         sites[name] = kind(folder / name, policy, propose, lead_key, adapter)
@@ -283,7 +283,7 @@ CHANGES: dict[str, Callable[[SecureSite], None]] = {
     "frozen": lambda site: site.ledger().freeze("enough"),
     "a member less": lambda site: site.members.pop("east"),
     "another key": lambda site: site.members.update(east=make_key(9).public),
-    "least_sites": lambda site: setattr(site, "policy", replace(site.policy, trust=Trust(secure=True, least_sites=4))),
+    "min_sites": lambda site: setattr(site, "policy", replace(site.policy, trust=Trust(secure=True, min_sites=4))),
     "no lead": lambda site: setattr(
         site, "policy", replace(site.policy, allow=replace(site.policy.allow, leads=("ab" * 32,)))
     ),

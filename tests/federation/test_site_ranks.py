@@ -80,7 +80,7 @@ def test_policy_limits_the_rank_of_its_own_site() -> None:
     of_a.check(asked)
     for policy in (of_b, of_c):  # c has no rank in the run, so it would train the whole adapter
         (refused,) = policy.find_broken_rules(asked)
-        assert (refused.reason, refused.asked, refused.allowed) == (Reason.MAX_RANK, "4", "at most 2")
+        assert (refused.reason, refused.requested, refused.allowed) == (Reason.MAX_RANK, "4", "at most 2")
     assert of_b.lower_rank(asked).ranks == {"a": 2, "b": 2}
     assert of_c.lower_rank(asked) == asked
 
@@ -90,7 +90,7 @@ def test_policy_limits_the_shared_rank_by_the_rank_of_its_own_site() -> None:
     policy.check(run_proposal(rank=32, ranks={"a": 2}))
     (refused,) = policy.find_broken_rules(run_proposal(rank=33, ranks={"a": 2, "b": 33}))
     assert refused.reason is Reason.MAX_RANK
-    assert (refused.asked, refused.allowed) == ("a shared adapter of rank 33", "at most 32")
+    assert (refused.requested, refused.allowed) == ("a shared adapter of rank 33", "at most 32")
 
 
 def test_site_of_a_smaller_largest_rank_offers_it_on_request(station: Any) -> None:
@@ -98,7 +98,7 @@ def test_site_of_a_smaller_largest_rank_offers_it_on_request(station: Any) -> No
     assert read_reason(site.invite(**RANKS)) is Reason.MAX_RANK
     offer = site.invite(about={"less": True}, **RANKS).body
     assert isinstance(offer, Offer)
-    assert (offer.rank, offer.most_rounds) == (1, site.propose().plan.num_rounds)
+    assert (offer.rank, offer.max_rounds) == (1, site.propose().plan.num_rounds)
     assert read_reason(site.invite(about={"less": True}, rank=4)) is Reason.MAX_RANK, "the ranks may not differ"
 
 
@@ -119,7 +119,7 @@ def test_lead_lowers_ranks_to_the_offers() -> None:
     config = compose("federation.num_sites=3", "federation.ranks=[1,4]")
 
     def offer(site: str, rank: int | None) -> Offer:
-        return Offer(site=site, run="r", most_rounds=1, least_noise=4.0, rank=rank)
+        return Offer(site=site, run="r", max_rounds=1, min_noise=4.0, rank=rank)
 
     assert config.can_use_offer(offer("site-2", 2))
     fitted = config.fit_to_offers([offer("site-1", 1), offer("site-2", 2)])

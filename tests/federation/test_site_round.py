@@ -56,7 +56,7 @@ def test_exception_text_does_not_leave_the_site(site: Any, caplog: pytest.LogCap
     assert read_reason(reply) is Reason.SITE_ERROR
     assert "canary" not in repr(reply)
     assert "canary-17 in row 3" in caplog.text
-    assert (reply.body.asked, reply.body.allowed) == (None, None)
+    assert (reply.body.requested, reply.body.allowed) == (None, None)
     assert reply.receipt.charged_rounds == 1, "what failed had begun, and was charged"
 
 

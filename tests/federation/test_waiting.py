@@ -26,7 +26,7 @@ def test_paused_site_refuses_without_charge(station: Any) -> None:
     site.paused = True
     reply = site.ask(rank=64)
     assert read_reason(reply) is Reason.PAUSED, "what is asked for is not even looked at"
-    assert (reply.body.asked, reply.body.allowed) == (None, None)
+    assert (reply.body.requested, reply.body.allowed) == (None, None)
     assert site.prepared == site.trained == []
     assert site.kinds() == [Kind.REFUSAL]
     assert reply.receipt.charged_rounds == 0
@@ -87,7 +87,7 @@ def test_denied_run_is_refused_and_the_reason_stays_at_the_site(manual_site: Any
     for _ in range(2):
         reply = manual_site.ask()
         assert read_reason(reply) is Reason.DENIED
-        assert (reply.body.asked, reply.body.allowed, reply.receipt.charged_rounds) == (None, None, 0)
+        assert (reply.body.requested, reply.body.allowed, reply.receipt.charged_rounds) == (None, None, 0)
         assert b"ethics" not in reply.body.to_bytes()
     assert Reason.DENIED.is_final, "a lead that is told so asks no more"
     assert len(manual_site.awaited) == 1, "nobody is asked about it again"
@@ -129,7 +129,7 @@ def test_settings_are_not_read_for_refused_requests(site: Any, reading_times: Mo
 
 def test_preparation_refusals_are_reported_and_errors_hidden(site: Any, monkeypatch: Any) -> None:
     for error, rule in (
-        (Refused(Reason.WRONG_RUN, asked="r", allowed="s"), Reason.WRONG_RUN),
+        (Refused(Reason.WRONG_RUN, requested="r", allowed="s"), Reason.WRONG_RUN),
         (OSError("canary: /data/patients.csv"), Reason.SITE_ERROR),
     ):
         monkeypatch.setattr(MadeSite, "prepare", Mock(side_effect=error))

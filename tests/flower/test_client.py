@@ -153,7 +153,7 @@ def test_malformed_content_is_answered_without_echoing_it(odd: str, caplog: pyte
         assert b"canary-31" not in message_to_proto(reply).content.SerializeToString(), kind
         if exchange.answered is not None:
             assert (exchange.answered.reason, exchange.answered.run) == (Reason.MALFORMED_REQUEST, ""), kind
-            assert (exchange.answered.asked, exchange.answered.allowed) == (None, None), kind
+            assert (exchange.answered.requested, exchange.answered.allowed) == (None, None), kind
             assert flower_records.to_reply(reply.content).receipt is None, kind
         elif kind == END and not isinstance(ODD_CONTENTS[odd], Error):
             assert reply.content == flower_records.from_receipt(None)

@@ -39,7 +39,7 @@ class Line:
         set_sender_ids(run_id=7, node_id=0, task_id=0)
         self.ledger, self.adapter, self.listener = ledger, adapter, Mock()
         self.sites = [SimpleNamespace(site=name, node_key=b"", site_key=key) for name in ("north", "south")]
-        self.ears = _AnswerClassifier(self.sites, self.listener, most_rounds=4)
+        self.ears = _AnswerClassifier(self.sites, self.listener, max_rounds=4)
 
     @property
     def heard(self) -> list[Any]:
@@ -117,7 +117,7 @@ def test_update_without_a_matching_signed_receipt_is_rejected(line: Line, what: 
 
 def test_implausible_charge_is_not_reported(line: Line) -> None:
     # To compose so many rounds would take all of the lead's memory.
-    ears = _AnswerClassifier(line.sites, line.listener, most_rounds=1)
+    ears = _AnswerClassifier(line.sites, line.listener, max_rounds=1)
     ears(1, line.question("north"), Message(flower_records.from_reply(line.signed(line.update())), 1, "train"))
     assert line.heard[0][2]["charged_rounds"] is None
 
@@ -188,7 +188,7 @@ def test_invitation_waits_for_approval_but_not_during_a_pause(line: Line) -> Non
 
 
 def test_offer_is_accepted_only_for_an_invitation(line: Line) -> None:
-    offer = Offer(site="north", run="r", most_rounds=3, least_noise=1.0, nonce=NONCE, software="0.2.1+7c1f")
+    offer = Offer(site="north", run="r", max_rounds=3, min_noise=1.0, nonce=NONCE, software="0.2.1+7c1f")
     kind = f"query.{flower_records.INVITE}"
     assert line.hear_reply(1, line.signed(offer), kind) == Answered(good=True)
     assert line.words == [("north", OFFER)]

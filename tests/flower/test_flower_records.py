@@ -37,7 +37,7 @@ def test_update_round_trips_through_flower_records(adapter: Adapter, receipt: Re
 
 def test_refusal_round_trips_through_flower_records() -> None:
     for reason in Reason:
-        body = Refusal(site="a", run="r", round=1, reason=reason, asked="2", allowed=None)
+        body = Refusal(site="a", run="r", round=1, reason=reason, requested="2", allowed=None)
         sent = Reply(body=body, receipt=RECEIPT)
         assert flower_records.to_reply(flower_records.from_reply(sent)) == sent
 

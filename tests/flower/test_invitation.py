@@ -32,7 +32,7 @@ def test_nothing_is_charged_when_too_few_sites_accept(federation: Any) -> None:
     made = federation(min_sites=3, policies={"site-2": {"budget": {"max_epsilon": 0.01}}})
     for _ in range(2):  # before, each try cost the others a round
         with pytest.raises(
-            RefusedError, match=r"2 of 3 sites accepted the invitation.*site-2: max_epsilon, asked .*nothing was"
+            RefusedError, match=r"2 of 3 sites accepted the invitation.*site-2: max_epsilon, requested .*nothing was"
         ):
             made.run()
     assert list_charged_sites(made) == []
@@ -85,7 +85,7 @@ def test_unsigned_offer_does_not_count(federation: Any, tamper: Any, what: str) 
             message.content[flower_records.REPLY] = old.setdefault("reply", message.content[flower_records.REPLY])
         else:
             fields = json.loads(str(message.content.config_records[flower_records.REPLY]["json"]))
-            text = json.dumps(fields | {"most_rounds": 1000})
+            text = json.dumps(fields | {"max_rounds": 1000})
             message.content[flower_records.REPLY] = ConfigRecord({"json": text})
         return messages
 

@@ -97,7 +97,7 @@ def test_invalid_reply_is_dropped_and_the_round_continues(
             content.clear()
         else:
             fields = json.loads(str(content.config_records[flower_records.REPLY]["json"]))
-            fields |= {"kind": "refusal", "reason": "because of patient 4711", "asked": None, "allowed": None}
+            fields |= {"kind": "refusal", "reason": "because of patient 4711", "requested": None, "allowed": None}
             content[flower_records.REPLY] = ConfigRecord({"json": json.dumps(fields)})
         return messages
 
@@ -119,10 +119,10 @@ def test_missing_node_is_awaited_until_the_timeout(federation: Any) -> None:
 
 
 def test_exhausted_plan_ends_the_run_with_its_completed_rounds(federation: Any) -> None:
-    many = federation(num_rounds=run_plan().most_rounds + 1, min_sites=3)
+    many = federation(num_rounds=run_plan().max_rounds + 1, min_sites=3)
     state = many.run()
     *rounds, last = state.rounds
-    assert len(rounds) == run_plan().most_rounds
+    assert len(rounds) == run_plan().max_rounds
     assert all(one.sites for one in rounds)
     assert (last.sites, set(last.failed_sites.values())) == ((), {"plan_exhausted"})
     assert state.adapter.digest() == many.finished[-2].adapter.digest(), "the rounds that it has are the run"

@@ -110,8 +110,10 @@ def test_site_budget_metrics_match_the_ledger(north_folder: Path, run_proposal: 
     assert list_values(samples, "fedtune_site_epsilon_spent") == pytest.approx(spent)
     assert 0 < spent["charged"] < spent["with_set_aside"]
     assert list_values(samples, "fedtune_site_epsilon_cap") == {"": told["max_epsilon"]}
-    (left,), (runs,) = (list_values(samples, f"fedtune_site_{name}_left").values() for name in ("epsilon", "runs"))
-    assert (left, runs) == (told["left"], told["reference_runs_left"])
+    (left,), (runs,) = (
+        list_values(samples, f"fedtune_site_{name}").values() for name in ("epsilon_left", "remaining_runs")
+    )
+    assert (left, runs) == (told["left"], told["reference_remaining_runs"])
     assert 1 <= runs < math.inf
     assert list_values(samples, "fedtune_site_ledger_usable") == {"": 1.0}
 
@@ -125,7 +127,7 @@ def test_exhausted_ledger_reports_zero_runs_and_damaged_ledger_no_budget(north_f
         _ = [ledger.reserve(run_proposal(run=f"r{number}"), round=1, request="1") for number in range(100)]
     assert refused.value.reason is Reason.MAX_EPSILON
     samples = scrape_figures(metrics.collect_values)
-    assert list_values(samples, "fedtune_site_runs_left") == {"": 0.0}
+    assert list_values(samples, "fedtune_site_remaining_runs") == {"": 0.0}
     assert list_values(samples, "fedtune_site_epsilon_left")[""] > 0
     ledger.freeze("consent withdrawn")
     assert list_values(scrape_figures(metrics.collect_values), "fedtune_site_ledger_usable") == {"": 0.0}
@@ -208,7 +210,7 @@ def test_alert_rules_and_dashboard_use_existing_metrics(north_folder: Path, fede
         assert rule["annotations"]["summary"]
         used |= list_metrics(rule["expr"])
     assert used < known
-    needed = {"runs_left", "contact_age_seconds", "ledger_usable"}
+    needed = {"remaining_runs", "contact_age_seconds", "ledger_usable"}
     assert {f"fedtune_site_{name}" for name in needed} < used
     assert {"fedtune_certificate_days_left", "fedtune_server_site_silent_seconds"} < used
     board = json.loads((MONITORING / "grafana_dashboard.json").read_text())

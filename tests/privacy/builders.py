@@ -120,7 +120,7 @@ def train(ledger: SiteLedger, proposal: Proposal, *rounds: int, reply: bytes = b
 def advance_head(ledger: SiteLedger, refusals: int = 170) -> Head:
     """The ledger's head after so many more events that cost nothing."""
     for number in range(refusals):
-        ledger.record_refusal(Refused(Reason.TASKS, asked=str(number)), run="x", round=1, request="q")
+        ledger.record_refusal(Refused(Reason.TASKS, requested=str(number)), run="x", round=1, request="q")
     return ledger.head()
 
 

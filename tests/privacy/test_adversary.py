@@ -110,7 +110,7 @@ class Game:
         rounds = Counter(run for _, run, _ in self.charged)
         open_runs = [proposal for proposal in self.started if now < self.expires.get(proposal.run, now)]
         return events.count_mechanisms(
-            each.plan.event(rounds=each.plan.most_rounds - rounds[each.run]) for each in open_runs
+            each.plan.event(rounds=each.plan.max_rounds - rounds[each.run]) for each in open_runs
         )
 
     def check(self) -> None:
@@ -134,7 +134,7 @@ class Game:
             for each in sums.values():
                 assert compute_divergence(each, self.order) + surcharge <= budget.max_epsilon_per_period + 1e-9
         rounds = Counter(run.proposal.run for run in history.runs.values() for _ in range(run.charged_rounds))
-        assert all(rounds[proposal.run] <= proposal.plan.most_rounds for proposal in self.started)
+        assert all(rounds[proposal.run] <= proposal.plan.max_rounds for proposal in self.started)
 
 
 def move(game: Game, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
@@ -153,7 +153,7 @@ def move(game: Game, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
         assert (reason is None) == (count <= fits), (reason, count, fits)
     elif action in ("next", "retry") and game.started:
         asked = draw(st.sampled_from(game.started[-3:]))
-        round = draw(st.integers(1, asked.plan.most_rounds + 1))
+        round = draw(st.integers(1, asked.plan.max_rounds + 1))
         request = f"{asked.run} {round}" if round > 1 else asked.run
         for _ in range(3 if action == "retry" else 1):
             game.ask(asked, round, request=request, reply=action == "next")

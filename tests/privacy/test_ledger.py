@@ -66,7 +66,7 @@ def test_different_request_for_the_same_round_is_refused(open_ledger: Any) -> No
     train(open_ledger(), make_proposal(), 1)
     refused = read_refusal(open_ledger(), make_proposal(), 1, "another digest")
     assert refused.reason is Reason.ROUND_REQUESTED_DIFFERENTLY
-    assert (refused.asked, refused.allowed) == ("another digest", "digest r 1")
+    assert (refused.requested, refused.allowed) == ("another digest", "digest r 1")
     reserve(open_ledger(), make_proposal(), 2)  # interrupted, and retried by the same request alone
     assert read_refusal(open_ledger(), make_proposal(), 2, "another").reason is Reason.ROUND_REQUESTED_DIFFERENTLY
     assert reserve(open_ledger(), make_proposal(), 2).attempt == 2
@@ -83,7 +83,7 @@ def test_changed_proposal_is_refused(open_ledger: Any, change: dict[str, Any]) -
     train(open_ledger(), make_proposal(), 1)
     refused = read_refusal(open_ledger(), make_proposal(**change), 2)
     assert refused.reason is Reason.PLAN_CHANGED
-    assert (refused.asked, refused.allowed) == (make_proposal(**change).digest(), make_proposal().digest())
+    assert (refused.requested, refused.allowed) == (make_proposal(**change).digest(), make_proposal().digest())
 
 
 def test_interrupted_round_is_charged_and_its_retry_uses_a_spare_round(open_ledger: Any) -> None:
@@ -92,7 +92,7 @@ def test_interrupted_round_is_charged_and_its_retry_uses_a_spare_round(open_ledg
     assert open_ledger().sign_receipt("r").charged_rounds == 3
     for round in (1, 2):
         refused = read_refusal(open_ledger(), once_more, round)
-        assert (refused.reason, refused.asked, refused.allowed) == (Reason.PLAN_EXHAUSTED, "4", "3")
+        assert (refused.reason, refused.requested, refused.allowed) == (Reason.PLAN_EXHAUSTED, "4", "3")
 
 
 def test_only_the_newest_attempt_can_be_committed(open_ledger: Any, path: Path) -> None:
@@ -152,7 +152,7 @@ def test_newest_reply_is_stored_and_resent_without_charge(open_ledger: Any, path
         assert each.reserve(make_proposal(), round=2, request="digest r 2") == b"reply 2"
         assert each.reserve(make_proposal(run="other"), round=1, request="digest other 1") == b"reply of the other"
         refused = read_refusal(each, make_proposal(), 1)
-        assert (refused.reason, refused.asked) == (Reason.REPLY_NO_LONGER_STORED, "1")
+        assert (refused.reason, refused.requested) == (Reason.REPLY_NO_LONGER_STORED, "1")
     assert len(verify(path).events) == length
 
 
@@ -164,7 +164,7 @@ def test_delayed_request_for_an_earlier_round_is_not_charged(open_ledger: Any, k
     train(open_ledger(), make_proposal(), 3)
     before = open_ledger().history.charged_rounds("r")
     refused = read_refusal(open_ledger(), make_proposal(), kept_back)
-    assert (refused.reason, refused.asked) == (Reason.REPLY_NO_LONGER_STORED, str(kept_back))
+    assert (refused.reason, refused.requested) == (Reason.REPLY_NO_LONGER_STORED, str(kept_back))
     assert open_ledger().history.charged_rounds("r") == before == 3
 
 
@@ -208,7 +208,7 @@ def test_refusal_is_recorded_and_costs_nothing(open_ledger: Any, path: Path) -> 
     )
     last = verify(path).events[-1]
     assert (last.kind, last.run, last.round, last.request) == (Kind.REFUSAL, "r", 1, "digest r 1")
-    assert last.detail == {"reason": "max_rank", "asked": "9", "allowed": "at most 8", "lead": "ab"}
+    assert last.detail == {"reason": "max_rank", "requested": "9", "allowed": "at most 8", "lead": "ab"}
     assert not open_ledger().history.count_total_charges()
 
 
@@ -217,7 +217,7 @@ def test_recorded_refusals_are_limited_per_day_and_in_length(
     open_ledger: Any, path: Path, clock: Any, monkeypatch: Any, limit: str
 ) -> None:
     monkeypatch.setattr(ledger_module, limit, 3)
-    refused = Refused(Reason.LEADS if "STRANGERS" in limit else Reason.TASKS, asked="\ud800" + "x" * 100_000)
+    refused = Refused(Reason.LEADS if "STRANGERS" in limit else Reason.TASKS, requested="\ud800" + "x" * 100_000)
     for _ in range(3):
         for _ in range(5):
             open_ledger().record_refusal(refused, run="r", round=1, request="q")
@@ -287,7 +287,7 @@ def test_user_column_of_a_data_set_cannot_change(open_ledger: Any, path: Path) -
 def test_whole_plan_is_reserved_when_its_first_round_is_accepted(open_ledger: Any) -> None:
     train(open_ledger(), make_proposal(plan={"num_rounds": 6}), 1)
     refused = read_refusal(open_ledger(), make_proposal(run="2"))
-    assert (refused.reason, refused.asked) == (Reason.MAX_EPSILON, "11.4859")
+    assert (refused.reason, refused.requested) == (Reason.MAX_EPSILON, "11.4859")
     assert "at most 11, of which 8.8675 is spent" in refused.allowed, "six rounds are taken, one of them spent"
     train(open_ledger(), make_proposal(run="2", plan={"num_rounds": 4}), 1)
     assert read_refusal(open_ledger(), make_proposal(run="3", plan={"num_rounds": 1})).reason is Reason.MAX_EPSILON
@@ -426,7 +426,7 @@ def test_run_without_privacy_is_accepted_only_without_a_cap(open_ledger: Any, pa
     assert open_ledger(policy=unlimited).history.epsilon() == math.inf
     capped = open_ledger(policy=make_policy(limits={"min_noise_multiplier": 0.0}), path=path.with_name("capped.db"))
     refused = read_refusal(capped, make_proposal(plan={"noise_multiplier": 0.0}))
-    assert (refused.reason, refused.asked) == (Reason.MAX_EPSILON, "inf")
+    assert (refused.reason, refused.requested) == (Reason.MAX_EPSILON, "inf")
 
 
 def test_seeded_run_marks_the_ledger_permanently(open_ledger: Any) -> None:
@@ -457,10 +457,10 @@ def test_offer_is_the_largest_acceptable_plan(open_ledger: Any, path: Path) -> N
     train(open_ledger(), make_proposal(plan={"num_rounds": 6}), 1)
     asked = make_proposal(run="2", plan={"num_rounds": 8})
     offer = open_ledger().make_offer(asked)
-    assert offer == Offer(site="a", run="2", most_rounds=4, least_noise=offer.least_noise)
+    assert offer == Offer(site="a", run="2", max_rounds=4, min_noise=offer.min_noise)
     fits, too_little = (
         make_proposal(run="2", plan={"num_rounds": 8, "noise_multiplier": noise})
-        for noise in (offer.least_noise, round(offer.least_noise - 2e-4, 4))
+        for noise in (offer.min_noise, round(offer.min_noise - 2e-4, 4))
     )
     reserve(open_ledger(path=Path(shutil.copy(path, path.with_name("copy.db")))), fits, 1)
     assert read_refusal(open_ledger(), too_little).reason is Reason.MAX_EPSILON
@@ -473,7 +473,7 @@ def test_offer_is_recorded_without_charging_or_reserving_budget(open_ledger: Any
     open_ledger().make_offer(make_proposal(plan={"num_rounds": 20}))
     last = verify(path).events[-1]
     assert (last.kind, last.run, last.detail["what"]) == (Kind.RELEASE, "r", "offer")
-    assert last.detail["most_rounds"] == 10
+    assert last.detail["max_rounds"] == 10
     assert not open_ledger().history.runs
     reserve(open_ledger(), make_proposal(plan={"num_rounds": 10}), 1)
 

@@ -163,24 +163,31 @@ def test_released_types_and_refusal_reasons_match_a_fixed_list() -> None:
 
 
 def test_offer_of_rank_zero_is_invalid() -> None:
-    offer = release.Offer(site="north", run="r", most_rounds=3, least_noise=None, rank=1).to_json()
+    offer = release.Offer(site="north", run="r", max_rounds=3, min_noise=None, rank=1).to_json()
     assert release.Offer.from_json(offer).rank == 1
     with pytest.raises(ConfigError, match=r"^rank = 0: "):
         release.Offer.from_json(offer | {"rank": 0})
 
 
 def test_refusal_carries_reason_and_requested_and_allowed_values() -> None:
-    refused = Refused(Reason.PLAN_EXHAUSTED, asked=6, allowed=5)
+    refused = Refused(Reason.PLAN_EXHAUSTED, requested=6, allowed=5)
     assert isinstance(refused, RefusedError)
     assert refused.exit_code == 3
-    assert (refused.reason, refused.asked, refused.allowed) == (Reason.PLAN_EXHAUSTED, "6", "5")
-    assert Refused(Reason.SITE_ERROR).asked is None
+    assert (refused.reason, refused.requested, refused.allowed) == (Reason.PLAN_EXHAUSTED, "6", "5")
+    assert Refused(Reason.SITE_ERROR).requested is None
     # What is not known is not shown as a value.
-    assert str(refused) == "plan_exhausted: asked 6, allowed 5"
-    assert str(Refused(Reason.PLAN_EXHAUSTED, asked=6)) == "plan_exhausted: asked 6"
+    assert str(refused) == "plan_exhausted: requested 6, allowed 5"
+    assert str(Refused(Reason.PLAN_EXHAUSTED, requested=6)) == "plan_exhausted: requested 6"
     assert str(Refused(Reason.SITE_ERROR)) == "site_error"
-    long = Refused(Reason.BASE_MODELS, asked="a" * 64, allowed=", ".join(["b" * 64] * 16))
-    fields = {"site": "a", "run": "r", "round": 1, "reason": long.reason, "asked": long.asked, "allowed": long.allowed}
+    long = Refused(Reason.BASE_MODELS, requested="a" * 64, allowed=", ".join(["b" * 64] * 16))
+    fields = {
+        "site": "a",
+        "run": "r",
+        "round": 1,
+        "reason": long.reason,
+        "requested": long.requested,
+        "allowed": long.allowed,
+    }
     assert release.Refusal.from_json(fields).allowed == long.allowed, "it is cut to what a lead reads"
 
 

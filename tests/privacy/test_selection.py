@@ -25,7 +25,7 @@ def compute_step_rdp(order: int, *, rate: float, noise: float) -> float:
 
 
 def compute_plan_rdp(plan: Plan) -> dict[int, float]:
-    steps = plan.local_steps * plan.most_rounds
+    steps = plan.local_steps * plan.max_rounds
     return {a: steps * compute_step_rdp(a, rate=plan.sampling_rate, noise=plan.noise_multiplier) for a in ORDERS}
 
 

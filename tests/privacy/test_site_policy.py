@@ -27,7 +27,7 @@ RULES = tomllib.loads(Path(__file__).with_name("rules.toml").read_text())
 
 
 def list_broken_rules(policy: Policy, proposal: Any) -> list[tuple[Reason, str | None, str | None]]:
-    return [(refused.reason, refused.asked, refused.allowed) for refused in policy.find_broken_rules(proposal)]
+    return [(refused.reason, refused.requested, refused.allowed) for refused in policy.find_broken_rules(proposal)]
 
 
 def test_proposal_within_all_rules_passes() -> None:
@@ -45,7 +45,7 @@ def test_proposal_within_all_rules_passes() -> None:
 @pytest.mark.parametrize(("rule", "one"), [(rule, one) for rule, each in RULES.items() for one in each])
 def test_broken_rule_is_reported_alone(rule: str, one: Any) -> None:
     assert list_broken_rules(make_policy(), make_proposal(**one["by"])) == [
-        (Reason(rule), one["asked"], one["allowed"])
+        (Reason(rule), one["requested"], one["allowed"])
     ]
     assert read_refusal_reason(make_policy().check, make_proposal(**one["by"])) is Reason(rule)
 
@@ -196,8 +196,8 @@ def test_policy_digest_covers_every_key() -> None:
 SHARED = SharedNoise(num_sites=4, threshold=3, colluders=1, noise_multiplier=4.0, cell_bits=1, bound=1024)
 SUMS: tuple[tuple[dict[str, Any], dict[str, Any], Reason], ...] = (
     ({"secure": False}, {}, Reason.SECURE_AGGREGATION),
-    ({"least_sites": 5}, {"num_sites": 4}, Reason.MIN_SITES),
-    ({"least_threshold": 4}, {"threshold": 3}, Reason.MIN_THRESHOLD),
+    ({"min_sites": 5}, {"num_sites": 4}, Reason.MIN_SITES),
+    ({"min_threshold": 4}, {"threshold": 3}, Reason.MIN_THRESHOLD),
     ({"colluders": 2}, {"colluders": 1}, Reason.COLLUDERS),
 )
 
@@ -208,7 +208,7 @@ def propose_secure(**changes: Any) -> Proposal:
 
 @pytest.mark.parametrize(("trust", "shared", "reason"), SUMS)
 def test_secure_aggregation_must_meet_the_trust_limits_of_the_site(trust: Any, shared: Any, reason: Reason) -> None:
-    allowed = {"secure": True, "least_sites": 4, "least_threshold": 3, "colluders": 1}
+    allowed = {"secure": True, "min_sites": 4, "min_threshold": 3, "colluders": 1}
     make_policy(trust=Trust(**allowed)).check(propose_secure(**shared))
     assert [
         found for found, _, _ in list_broken_rules(make_policy(trust=Trust(**allowed | trust)), propose_secure())

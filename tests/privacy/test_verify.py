@@ -44,7 +44,7 @@ def complete_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     two = make_proposal(run="2", dataset="letters", plan={"num_rounds": 3})
     answer_round(two, 1)
     path.with_name("older.json").write_bytes(ledger.head().to_bytes())
-    ledger.record_refusal(Refused(Reason.MAX_RANK, asked=9, allowed="at most 8"), run="3", round=1, request="q")
+    ledger.record_refusal(Refused(Reason.MAX_RANK, requested=9, allowed="at most 8"), run="3", round=1, request="q")
     ledger.make_offer(make_proposal(run="4"))
     ledger.reserve(two, round=2, request="digest 2 2")
     ledger.end_run("2")

@@ -24,7 +24,7 @@ _TEXTS = (
     (re.compile(r"\bfedtune \d+(\.\w+)*"), "fedtune VERSION"),
     (re.compile(r"\b(dp-accounting|accuracy|macro_f1|auroc|ece|loss) [\d.]+"), r"\1 N"),
 )
-_NAMES = ("code", "state", "kind", "reason", "delta", "given")
+_NAMES = ("code", "state", "kind", "reason", "delta", "operating_point")
 """Keys that tell the parts of a list apart."""
 _MEASURED = {"seconds", "bytes_down", "bytes_up", "constant", "accuracy", "macro_f1", "auroc", "ece", "loss", "detail"}
 _SHOWN_BY_FIGURES = {"plan", "runs", "charges", "caps", "reference", "settings"}

@@ -242,7 +242,7 @@ def add_drift(run: Report) -> Report:
 def use_up_room(ledger: Report, *, left: float) -> Report:
     """The same ledger after so much that no run like the policy's reference fits what is left."""
     (site,) = ledger.sites
-    lifetime = replace(site.lifetime, left=left, reference_runs_left=0, with_set_aside=6.0 - left)
+    lifetime = replace(site.lifetime, left=left, reference_remaining_runs=0, with_set_aside=6.0 - left)
     return change_first_site(ledger, lifetime=lifetime)
 
 
@@ -261,7 +261,7 @@ def count_by_user(run: Report) -> Report:
 def make_detail(*labels: str) -> Detail:
     return Detail(
         classes=tuple(ClassScores(label=one, precision=0.5, recall=0.25, f1=1 / 3, support=8) for one in labels),
-        reliability=tuple(ReliabilityBin(confidence=n / 10, right=n / 12, count=30) for n in range(1, 11)),
+        reliability=tuple(ReliabilityBin(confidence=n / 10, accuracy=n / 12, count=30) for n in range(1, 11)),
     )
 
 

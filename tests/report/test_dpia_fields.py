@@ -62,10 +62,10 @@ def test_dpia_values_contain_no_prose_or_legal_claims(report: Report) -> None:
 
 def test_run_without_noise_has_unbounded_dpia_values(tmp_path: Path) -> None:
     auto = list_facts(from_run.build_run_report(simulate("privacy=none", into=tmp_path)), "auto")
-    assert (auto["dpia_risks"]["epsilon"], auto["dpia_risks"]["right_of_100_ceiling"]) == ("unbounded", 100.0)
+    assert (auto["dpia_risks"]["epsilon"], auto["dpia_risks"]["correct_of_100_ceiling"]) == ("unbounded", 100.0)
     assert auto["wp216_tests"]["singling_out_bound"] == 100.0
     assert auto["ico_pets"] == {
         "technologies_on": ("federated_learning",),
         "technologies_off": ("secure_aggregation", "differential_privacy"),
     }
-    assert "right_of_100_mechanism" not in auto["dpia_risks"]
+    assert "correct_of_100_mechanism" not in auto["dpia_risks"]

@@ -58,7 +58,7 @@ ROUNDS = 3
 
 
 def hold(checks: tuple[Check, ...]) -> bool:
-    return all(check.state in ("right", "not_checked") for check in checks)
+    return all(check.state in ("passed", "skipped") for check in checks)
 
 
 @dataclass
@@ -164,7 +164,7 @@ def run(run_to_forge: Deployed, tmp_path: Path) -> Deployed:
 def test_valid_report_passes_both_verifiers(run: Deployed) -> None:
     assert [facts.receipt.charged_rounds for facts in run.facts.sites] == [ROUNDS] * 3
     assert {check.name: check.state for check in run.checks()} == {
-        **dict.fromkeys(("schema", "figures", "verdict", "configuration", "files", "signed adapter"), "right"),
+        **dict.fromkeys(("schema", "figures", "verdict", "configuration", "files", "signed adapter"), "passed"),
         **dict.fromkeys(("signature", "site keys"), "missing"),
     }
     assert run.holds()
@@ -390,7 +390,7 @@ def test_revoked_site_of_a_run_is_named(run: Deployed, capsys: Any) -> None:
     known = {"key": run.lead.public, "site_keys": {site: make_site_key(site).public for site in SITES}}
     found = run.checks(**known, revoked={"south": "2026-01-01T00:00:00+00:00", "other": "2026-01-01T00:00:00+00:00"})
     (keys,) = [check for check in found if check.name == "site keys"]
-    assert keys.state == "right", "a site may leave after a run"
+    assert keys.state == "passed", "a site may leave after a run"
     assert keys.text.endswith("in the roster. south was revoked at 2026-01-01T00:00:00+00:00.")
     write_roster(run.roster, run.lead, south="2026-01-01T00:00:00+00:00")
     assert run.holds_by_the_other_program()
@@ -420,7 +420,7 @@ def test_underivable_figures_are_rejected(run: Deployed, figures: dict[str, Any]
 def test_report_for_a_different_model_is_rejected(run: Deployed, change: Callable[[Path], None]) -> None:
     change(run.folder / "adapter")
     (files,) = [check for check in run.checks() if check.name == "files"]
-    assert files.state == "wrong"
+    assert files.state == "failed"
     assert not run.holds_by_the_other_program()
 
 
@@ -502,11 +502,11 @@ def test_adapter_settings_that_no_site_was_sent_are_rejected(
 ) -> None:
     if not has_settings:
         (run.folder / "config.yaml").unlink()
-    assert {check.name: check.state for check in run.checks()}["files"] == "right"
+    assert {check.name: check.state for check in run.checks()}["files"] == "passed"
     forge(run.folder / "adapter")
     facts = replace(run.facts, files=from_run.hash_model_files(run.folder))
     run.write(signing.sign_report(derive_report(facts), run.lead))
-    assert {check.name: check.state for check in run.checks()}["files"] == "wrong"
+    assert {check.name: check.state for check in run.checks()}["files"] == "failed"
     assert not run.holds()
     assert not run.holds_by_the_other_program()
 
@@ -578,7 +578,7 @@ def test_start_epsilon_is_the_leads_word_unless_listed_sites_signed_for_it(run: 
     keys = {site: make_site_key(site).public for site in SITES}
     both, stranger = [keys["north"], keys["south"]], [keys["north"], STRANGER.public]
     for signers, known, state in (
-        (both, keys, "right"),
+        (both, keys, "passed"),
         (both, None, "missing"),
         (stranger, keys, "missing"),
         ([], keys, "missing"),
@@ -618,7 +618,7 @@ def test_export_of_real_sites_is_only_the_leads_word(run: Deployed) -> None:
 def test_empty_model_folder_is_rejected(run: Deployed) -> None:
     empty = run.folder.parent / "empty"
     empty.mkdir()
-    assert [check.state for check in run.checks(model=empty) if check.name == "files"] == ["wrong"]
+    assert [check.state for check in run.checks(model=empty) if check.name == "files"] == ["failed"]
     assert not run.holds_by_the_other_program("--key", LEAD.public, "--roster", str(run.roster), "--model", str(empty))
 
 

@@ -57,7 +57,7 @@ def test_report_figures_match_the_ledger(charged_ledger: Books) -> None:
     assert (site.spent.rounds, site.spent.steps) == (3, 6)
     assert [(m.run, m.rounds, m.noise_multiplier) for m in site.mechanisms] == [("r", 2, 4.0), ("s", 1, 6.0)]
     assert site.lifetime.with_set_aside > site.lifetime.epsilon, "both runs are open"
-    runs = [(run.run, run.state, run.rounds, run.most_rounds) for run in site.lifetime.runs]
+    runs = [(run.run, run.state, run.rounds, run.max_rounds) for run in site.lifetime.runs]
     assert runs == [("r", "open", 2, 4), ("s", "open", 1, 4)]
     assert report.facts.date == history.last_time.date().isoformat()
     assert report.verdict.state == "within"
@@ -272,11 +272,11 @@ def test_mechanism_curve_is_used_only_for_fully_planned_spending(
         made.charge(run_proposal(run=run, num_rounds=2, spare_rounds=0), *rounds)
     report = require_sound(from_ledger.build_ledger_report(made.site_toml))
     (site,) = report.sites
-    figures = [site.meaning.right_of_100_mechanism, *(rate.mechanism for rate in site.meaning.hit_rates)]
+    figures = [site.meaning.correct_of_100_mechanism, *(rate.mechanism for rate in site.meaning.hit_rates)]
     assert [figure is not None for figure in figures] == [known] * len(figures)
     found = {one.code: one.status for one in report.assumptions}
     assert found.get("ends_independent_of_releases") == ("assumed" if len(rounds) == 1 else None)
-    assert (report.known["right_of_100_mechanism"] == "not_computed") == (not known)
+    assert (report.known["correct_of_100_mechanism"] == "not_computed") == (not known)
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def change_receipts(folder: Path, change: Callable[[Receipt], Receipt]) -> None:
 
 def build_doubted_report(folder: Path) -> Report:
     """The report of a run whose receipts do not show what was charged: each site counts the whole plan."""
-    report, most = require_sound(from_run.build_run_report(folder)), from_run.read_run(folder).plan.most_rounds
+    report, most = require_sound(from_run.build_run_report(folder)), from_run.read_run(folder).plan.max_rounds
     assert report.verdict == BudgetVerdict(state="within", reasons=("site_silent",))
     assert read_status(report, "every_site_answered") == "violated"
     facts = report.facts
@@ -191,12 +191,12 @@ def test_audit_attack_exceeding_the_claimed_bound_voids_the_guarantee(folder: Pa
     assert "attack_on_real_records" not in from_run.build_run_report(folder).unprotected_figures
     shown = audit_bound.compute_max_lower_bound(9, delta=1e-5, confidence=0.95)
     bound = {"site": "site-1", "claimed_epsilon": 0.4, "lower_bound": shown, "best_possible": shown}
-    attack = {"site": None, "score": "loss", "trained_on": 9, "never_used": 9}
+    attack = {"site": None, "score": "loss", "members": 9, "non_members": 9}
     attack |= {"auroc": 0.6, "auroc_low": 0.5, "auroc_high": 0.7}
-    attack |= {"hit_rates": [{"false_alarms": 0.01, "found": None, "low": None, "high": None}]}
+    attack |= {"hit_rates": [{"false_positive_rate": 0.01, "true_positive_rate": None, "low": None, "high": None}]}
     found = AUDIT | {
         "exceeded": True,
-        "bounds": [bound | dict.fromkeys(("canaries", "guesses", "right"), 9)],
+        "bounds": [bound | dict.fromkeys(("canaries", "guesses", "correct"), 9)],
         "membership": [attack],
     }
     (folder / "audit.json").write_text(json.dumps(found))

@@ -41,31 +41,31 @@ from .shown import build_reports, change_facts, change_first_site
 RULES = GateRules(
     name="strict",
     **dict.fromkeys(
-        ("record", "files", "ledgers", "finished", "real_sites", "signed", "guarantee", "assumptions"), True
+        ("consistent", "files", "ledgers", "finished", "real_sites", "signed", "guarantee", "assumptions"), True
     ),
     max_epsilon=2.0,
     max_expected_failures=0.1,
-    max_right_of_100=60.0,
+    max_correct_of_100=60.0,
     max_lifetime_epsilon=8.0,
     max_secret_chance=0.001,
     max_audit_bound=2.0,
     min_audit_canaries=500,
     max_membership_auroc=0.6,
-    max_rebuilt_gain=0.1,
-    max_extraction_gain=0.1,
-    max_attribute_gain=0.1,
+    max_reconstruction_advantage=0.1,
+    max_extraction_advantage=0.1,
+    max_attribute_advantage=0.1,
     max_group_gap=0.1,
     min_group_size=10,
     min_sites=2,
     min_declared_size=100,
     licenses=("apache-2.0", "mit"),
-    stated=("curator", "access"),
+    statements=("curator", "access"),
 )
 BOUND = AuditBound(
-    site=None, claimed_epsilon=1.1, lower_bound=0.4, best_possible=5.0, canaries=1000, guesses=1000, right=560
+    site=None, claimed_epsilon=1.1, lower_bound=0.4, best_possible=5.0, canaries=1000, guesses=1000, correct=560
 )
 ATTACK = AuditMembership(
-    site=None, score="loss", trained_on=90, never_used=90, auroc=0.5, auroc_low=0.45, auroc_high=0.55, hit_rates=(1,)
+    site=None, score="loss", members=90, non_members=90, auroc=0.5, auroc_low=0.45, auroc_high=0.55, hit_rates=(1,)
 )
 AUDIT = Audit(
     method="x", confidence=0.95, delta=1e-5, seeded=False, exceeded=False, bounds=(BOUND,), membership=(ATTACK,)
@@ -130,7 +130,7 @@ def evidence(config: RunConfig) -> Evidence:
     report = change_facts(report, sites=sites, settings=settings, attacks=ATTACKS, rounds=rounds)
     report = replace(report, assumptions=tuple(one for one in report.assumptions if one.status != "violated"))
     names = ("figures", "signature", "site keys", "files", "signed adapter")
-    checks = {name: Check(name, "right", "as it should be") for name in names}
+    checks = {name: Check(name, "passed", "as it should be") for name in names}
     groups = (GroupScore("by ward", "a", 40, 0.9, 0.02), GroupScore("by ward", "b", 12, 0.8, -0.05))
     return Evidence(Path("run"), report, config, checks, audit=AUDIT, groups=groups)
 
@@ -219,23 +219,23 @@ def lose_report(evidence: Evidence) -> Evidence:
 
 
 Change = Callable[[Evidence], Evidence]
-LOSSES = "max_epsilon max_expected_failures max_right_of_100 max_secret_chance"
+LOSSES = "max_epsilon max_expected_failures max_correct_of_100 max_secret_chance"
 PRE_TRAINING = {key: PRIVATE_BASES["vaultgemma"][key] for key in ("digest", "dataset", "unit", "delta", "epsilon")}
 AUDITED = "max_audit_bound min_audit_canaries"
-ATTACKED = "max_rebuilt_gain max_extraction_gain max_attribute_gain"
+ATTACKED = "max_reconstruction_advantage max_extraction_advantage max_attribute_advantage"
 DEFECTS: dict[str, tuple[str, Change]] = {
     "report differs from the folder": (
-        "record files real_sites signed",
+        "consistent files real_sites signed",
         lambda e: e._replace(contradiction="epsilon differs"),
     ),
-    "figures do not follow": ("record", lambda e: change_check(e, "figures", "wrong")),
-    "nobody compared the configuration": ("record", lambda e: change_check(e, "configuration", "missing")),
-    "no report": ("record files real_sites signed", lose_report),
-    "another model file": ("files", lambda e: change_check(e, "files", "wrong")),
-    "broken signature": ("signed", lambda e: change_check(e, "signature", "wrong")),
+    "figures do not follow": ("consistent", lambda e: change_check(e, "figures", "failed")),
+    "nobody compared the configuration": ("consistent", lambda e: change_check(e, "configuration", "missing")),
+    "no report": ("consistent files real_sites signed", lose_report),
+    "another model file": ("files", lambda e: change_check(e, "files", "failed")),
+    "broken signature": ("signed", lambda e: change_check(e, "signature", "failed")),
     "no signature": ("signed", lambda e: change_check(e, "signature", "missing")),
-    "receipts of strangers": ("real_sites signed", lambda e: change_check(e, "site keys", "wrong")),
-    "an adapter that no site signed": ("real_sites", lambda e: change_check(e, "signed adapter", "wrong")),
+    "receipts of strangers": ("real_sites signed", lambda e: change_check(e, "site keys", "failed")),
+    "an adapter that no site signed": ("real_sites", lambda e: change_check(e, "signed adapter", "failed")),
     "nobody compared the adapter": ("real_sites", lambda e: leave_out_check(e, "signed adapter")),
     "unverified ledger": ("ledgers", lambda e: change_statement(e, verification=None)),
     "ledger may be older": (
@@ -250,9 +250,9 @@ DEFECTS: dict[str, tuple[str, Change]] = {
     "violated assumption": ("assumptions", violate),
     "epsilon beyond": ("max_epsilon", lambda e: change_epsilon(e, 2.1)),
     "no epsilon at all": ("max_epsilon max_secret_chance", lambda e: change_epsilon(e, None)),
-    "starts beyond in total": ("max_epsilon max_right_of_100", lambda e: change_start(e, epsilon=1.5)),
+    "starts beyond in total": ("max_epsilon max_correct_of_100", lambda e: change_start(e, epsilon=1.5)),
     "a start without a bound": (
-        "max_epsilon max_right_of_100 max_secret_chance",
+        "max_epsilon max_correct_of_100 max_secret_chance",
         lambda e: change_start(e, epsilon=None),
     ),
     "a start of unknown epsilon": (LOSSES, lambda e: change_start(e, unit=None, delta=None, epsilon=None)),
@@ -263,16 +263,16 @@ DEFECTS: dict[str, tuple[str, Change]] = {
         lambda e: change_start(e)._replace(start=Check(START, "missing", "it is not")),
     ),
     "starts too large for delta": (
-        "max_expected_failures max_right_of_100 max_secret_chance",
+        "max_expected_failures max_correct_of_100 max_secret_chance",
         lambda e: change_start(e, delta=0.01),
     ),
-    "a search beyond": ("max_epsilon max_right_of_100", lambda e: change_run(e, selection=SEARCH)),
+    "a search beyond": ("max_epsilon max_correct_of_100", lambda e: change_run(e, selection=SEARCH)),
     "too large for delta": (
         "max_expected_failures",
         lambda e: change_site(e, declared_size=10_001),
     ),
     "no bound on guesses": (
-        "max_right_of_100",
+        "max_correct_of_100",
         lambda e: e._replace(report=change_first_site(e.report, meaning=None)),
     ),
     "too much over all runs": ("max_lifetime_epsilon", lambda e: replace_lifetime(e, 8.1)),
@@ -282,7 +282,7 @@ DEFECTS: dict[str, tuple[str, Change]] = {
     "audit refutes the claim": ("max_audit_bound", lambda e: change_audit(e, exceeded=True)),
     "few canaries": (
         "min_audit_canaries",
-        lambda e: change_audit(e, bounds=(replace(BOUND, canaries=499, guesses=9, right=5),)),
+        lambda e: change_audit(e, bounds=(replace(BOUND, canaries=499, guesses=9, correct=5),)),
     ),
     "membership found": (
         "max_membership_auroc",
@@ -295,20 +295,20 @@ DEFECTS: dict[str, tuple[str, Change]] = {
     ),
     "membership found by an attack": ("max_membership_auroc", lambda e: change_attack(e, "membership", high=0.7)),
     "record rebuilt from an update": (
-        "max_rebuilt_gain",
+        "max_reconstruction_advantage",
         lambda e: change_attack(e, "reconstruction", strength=0.02, low=0.01, high=0.12),
     ),
-    "update not attacked": ("max_rebuilt_gain", lambda e: change_attack(e, "reconstruction")),
+    "update not attacked": ("max_reconstruction_advantage", lambda e: change_attack(e, "reconstruction")),
     "secret written": (
-        "max_extraction_gain",
+        "max_extraction_advantage",
         lambda e: change_attack(e, "extraction", applies=True, strength=0.1, low=0.0, high=0.2),
     ),
-    "extraction not tried": ("max_extraction_gain", lambda e: change_attack(e, "extraction", applies=True)),
+    "extraction not tried": ("max_extraction_advantage", lambda e: change_attack(e, "extraction", applies=True)),
     "extraction said to be impossible": (
-        "max_extraction_gain",
+        "max_extraction_advantage",
         lambda e: e._replace(config=replace(e.config, task="causal_lm", data=replace(e.config.data, labels=()))),
     ),
-    "label guessed": ("max_attribute_gain", lambda e: change_attack(e, "attribute", high=0.11)),
+    "label guessed": ("max_attribute_advantage", lambda e: change_attack(e, "attribute", high=0.11)),
     "no scores by group": ("max_group_gap min_group_size", lambda e: e._replace(groups=())),
     "group gap": (
         "max_group_gap",
@@ -320,8 +320,8 @@ DEFECTS: dict[str, tuple[str, Change]] = {
     "small cohort": ("min_declared_size", lambda e: change_site(e, declared_size=99)),
     "no license": ("licenses", lambda e: change_license(e, None)),
     "license not allowed": ("licenses", lambda e: change_license(e, "CC-BY-NC-4.0")),
-    "nobody stated it": ("stated", lambda e: state_curator(e, "")),
-    "stated by an invisible letter": ("stated", lambda e: state_curator(e, "\u200b")),
+    "nobody stated it": ("statements", lambda e: state_curator(e, "")),
+    "stated by an invisible letter": ("statements", lambda e: state_curator(e, "\u200b")),
 }
 
 
@@ -344,35 +344,35 @@ def test_attack_finding_with_impossible_figures_is_refused(figures: dict[str, fl
 
 def test_run_without_defects_passes_all_rules(evidence: Evidence) -> None:
     found = judge_run(RULES, evidence)
-    assert {check.name: check.text for check in found if check.state != "right"} == {}
+    assert {check.name: check.text for check in found if check.state != "passed"} == {}
     assert {check.name for check in found} == {one.name for one in fields(GateRules)} - {"name", "secret_candidates"}
 
 
 @pytest.mark.parametrize("start", [PRE_TRAINING, {"public": True, "delta": 0.5, "epsilon": None}])
 def test_starts_that_do_not_count_violate_no_rule(start: dict[str, Any], evidence: Evidence) -> None:
-    assert {one.state for one in judge_run(RULES, change_start(evidence, **start))} == {"right"}
+    assert {one.state for one in judge_run(RULES, change_start(evidence, **start))} == {"passed"}
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_injected_defect_fails_exactly_the_affected_rules(defect: str, evidence: Evidence) -> None:
     named, change = DEFECTS[defect]
     found = judge_run(RULES, change(evidence))
-    assert {check.name for check in found if check.state != "right"} == set(named.split())
+    assert {check.name for check in found if check.state != "passed"} == set(named.split())
 
 
 def test_missing_evidence_message_names_the_command_to_create_it(evidence: Evidence) -> None:
     for defect, rule, command in (
         ("no audit", "max_audit_bound", "fedtune audit"),
-        ("no attack", "max_rebuilt_gain", "fedtune attack"),
-        ("update not attacked", "max_rebuilt_gain", "fedtune attack"),
-        ("extraction not tried", "max_extraction_gain", NOTHING_WRITTEN.sentence),
+        ("no attack", "max_reconstruction_advantage", "fedtune attack"),
+        ("update not attacked", "max_reconstruction_advantage", "fedtune attack"),
+        ("extraction not tried", "max_extraction_advantage", NOTHING_WRITTEN.sentence),
         ("no attack and no audit", "max_membership_auroc", "fedtune attack"),
         ("no scores by group", "max_group_gap", "fedtune compare"),
-        ("no report", "record", "fedtune report"),
+        ("no report", "consistent", "fedtune report"),
         ("no report of a site", "max_lifetime_epsilon", "fedtune report site.toml --sign"),
         ("no license", "licenses", "model.license"),
         ("a start of unknown epsilon", "max_epsilon", "start from the folder of a finished run"),
-        ("nobody stated it", "stated", "report.about"),
+        ("nobody stated it", "statements", "report.about"),
     ):
         (found,) = [one for one in judge_run(RULES, DEFECTS[defect][1](evidence)) if one.name == rule]
         assert found.state == "missing"
@@ -391,7 +391,7 @@ def test_max_epsilon_judges_the_sum_with_all_starts_that_are_not_public(evidence
     ):
         (found,) = judge_run(GateRules(name="one", max_epsilon=8.0), change_start(evidence, **changes))
         assert found.text.startswith(f"epsilon with all starts before this run is {total}")
-        assert (found.state == "right") == (total not in ("unbounded", "unknown"))
+        assert (found.state == "passed") == (total not in ("unbounded", "unknown"))
 
 
 def test_secret_chance_is_the_least_over_the_whole_trade_off_curve(evidence: Evidence) -> None:
@@ -401,11 +401,11 @@ def test_secret_chance_is_the_least_over_the_whole_trade_off_curve(evidence: Evi
         rules = GateRules(name="one", max_secret_chance=1.0, secret_candidates=candidates)
         chance = gate_rules._measure_secret(evidence, rules)
         pairs = [(one.epsilon_pld, one.delta) for one in evidence.report.sites[0].curve if one.epsilon_pld is not None]
-        ceilings = [compute_hit_rate_ceiling(*pair, false_alarms=1 / candidates) for pair in pairs]
+        ceilings = [compute_hit_rate_ceiling(*pair, false_positive_rate=1 / candidates) for pair in pairs]
         assert chance is not None
         assert 1 / candidates < chance <= min(ceilings) * (1 + 1e-6)
-        assert chance < 0.9 * compute_hit_rate_ceiling(epsilon, delta, false_alarms=1 / candidates)
-        for limit, state in ((chance, "right"), (chance * 0.99, "wrong")):
+        assert chance < 0.9 * compute_hit_rate_ceiling(epsilon, delta, false_positive_rate=1 / candidates)
+        for limit, state in ((chance, "passed"), (chance * 0.99, "failed")):
             (found,) = judge_run(replace(rules, max_secret_chance=limit), evidence)
             assert found.state == state
 
@@ -436,9 +436,9 @@ def test_secret_chance_without_noise_or_epsilon_is_one(evidence: Evidence) -> No
 
 def test_gate_shows_what_the_roster_says_of_a_revoked_site(evidence: Evidence) -> None:
     said = "Each receipt is signed with the site's key. north was revoked at 2026-01-01."
-    evidence = evidence._replace(checks={**evidence.checks, "site keys": Check("site keys", "right", said)})
+    evidence = evidence._replace(checks={**evidence.checks, "site keys": Check("site keys", "passed", said)})
     for check in judge_run(GateRules(name="x", real_sites=True, signed=True), evidence):
-        assert check.state == "right"
+        assert check.state == "passed"
         assert said in check.text
 
 
@@ -448,7 +448,7 @@ def test_unselected_gate_rules_are_not_evaluated(evidence: Evidence) -> None:
 
 def test_limit_of_zero_is_judged(evidence: Evidence) -> None:
     (found,) = judge_run(GateRules(name="none", max_group_gap=0.0), evidence)
-    assert (found.name, found.state) == ("max_group_gap", "wrong")
+    assert (found.name, found.state) == ("max_group_gap", "failed")
 
 
 def test_shipped_gate_rules_are_loaded_by_name() -> None:
@@ -485,7 +485,7 @@ def test_copy_of_built_in_rules_may_keep_their_name(tmp_path: Path) -> None:
         ("name = 'x'\nmax_epsilon = -1.0", "max_epsilon"),
         ("name = 'x'\nmax_secret_chance = 2.0", "max_secret_chance"),
         ("name = 'x'\nsecret_candidates = 1", "secret_candidates"),
-        ("name = 'x'\nrecord = 1", "record"),
+        ("name = 'x'\nconsistent = 1", "consistent"),
         ("name =", "rules"),
     ],
 )
@@ -498,6 +498,6 @@ def test_invalid_gate_rules_are_refused_with_their_key(text: str, key: str, tmp_
         read_rules(str(tmp_path / "absent.toml"))
 
 
-def test_unknown_stated_field_is_refused(evidence: Evidence) -> None:
-    with pytest.raises(ConfigError, match="stated"):
-        judge_run(GateRules(name="x", stated=("motto",)), evidence)
+def test_unknown_statement_is_refused(evidence: Evidence) -> None:
+    with pytest.raises(ConfigError, match="statements"):
+        judge_run(GateRules(name="x", statements=("motto",)), evidence)

@@ -29,7 +29,7 @@ def report(request: pytest.FixtureRequest) -> Report:
     if request.param in NAMES:
         return build_reports()[request.param]
     ledger = build_reports()["ledger"]
-    means = replace(ledger.sites[0].meaning, right_of_100_ceiling=99.98, right_of_100_mechanism=None)
+    means = replace(ledger.sites[0].meaning, correct_of_100_ceiling=99.98, correct_of_100_mechanism=None)
     return change_first_site(ledger, meaning=means)
 
 
@@ -47,8 +47,8 @@ def test_label_shows_only_report_figures_and_names_uncovered_releases(report: Re
     figures += [(report.facts.target_epsilon if is_run else report.facts.approved.max_epsilon, "cap")]
     known += ["50 60 70 80 90 100 SHA-256", "5656 5656 5656 5656"]
     for means in (site.meaning for site in report.sites if site.meaning):
-        figures += [(means.right_of_100_for_2, "of_100"), (means.right_of_100_for_5, "of_100")]
-        figures += [(means.right_of_100_mechanism, "of_100"), (means.right_of_100_ceiling, "of_100")]
+        figures += [(means.correct_of_100_for_2, "of_100"), (means.correct_of_100_for_5, "of_100")]
+        figures += [(means.correct_of_100_mechanism, "of_100"), (means.correct_of_100_ceiling, "of_100")]
     known += [words.catalog.figure(value, kind) for value, kind in figures]
     known += [one.dates for one in list_periods(report)]
     on_it = list_lines(render_label(report, language=language))

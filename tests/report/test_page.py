@@ -195,7 +195,7 @@ def test_scale_shows_bounds_for_one_two_and_five_records(language: str) -> None:
     first, words = find_by_id(main(render_page("ledger", language)), "page-1"), load_catalog(language)
     (scale,) = first.all("svg", **{"class": "wide"})
     means = report.sites[0].meaning
-    shown = (means.right_of_100_ceiling, means.right_of_100_for_2, means.right_of_100_for_5)
+    shown = (means.correct_of_100_ceiling, means.correct_of_100_for_2, means.correct_of_100_for_5)
     assert all(words.figure(value, "of_100").replace("\N{NO-BREAK SPACE}", " ") in join_words(scale) for value in shown)
     marks = [float(one.attrib["cx"]) for one in scale.all("circle")]
     assert marks == sorted(marks), "the more records, the nearer to certainty"
@@ -206,7 +206,7 @@ def test_scale_shows_bounds_for_one_two_and_five_records(language: str) -> None:
 @pytest.mark.parametrize(("right", "five", "said"), [(60.0, 60.1, "Well for one"), (80.1, 99.9, "Poorly for one")])
 def test_protection_wording_depends_on_the_guess_bounds(right: float, five: float, said: str) -> None:
     (site,) = build_reports()["ledger"].sites
-    means = replace(site.meaning, right_of_100_ceiling=right, right_of_100_for_5=five)
+    means = replace(site.meaning, correct_of_100_ceiling=right, correct_of_100_for_5=five)
     html = main(render.render(change_first_site(build_reports()["ledger"], meaning=means), language="en"))
     assert join_words(find_by_id(html, "strong").all("p")[0]).startswith(said)
 
@@ -283,11 +283,11 @@ def test_uninformative_ceiling_is_not_shown_as_a_figure(language: str) -> None:
     words, report = load_catalog(language), build_reports()["ledger"]
     (site,) = report.sites
     for ceiling, is_shown in ((98.9, True), (99.98, False)):
-        means = replace(site.meaning, right_of_100_ceiling=ceiling, right_of_100_mechanism=None)
+        means = replace(site.meaning, correct_of_100_ceiling=ceiling, correct_of_100_mechanism=None)
         shown = change_first_site(report, meaning=means)
         html = main(render.render(shown, language=language))
         (first,) = html.all("section", id="page-1")
-        ceilings = [one for one in first.all("data") if "right_of_100" in one.attrib["data-at"]]
+        ceilings = [one for one in first.all("data") if "correct_of_100" in one.attrib["data-at"]]
         assert bool(ceilings) == bool(first.all(id="scale")) == is_shown
         section = words.texts["curve"]["heading"]
         said = words.text("meaning.several_runs", section=section).unescape()
@@ -296,7 +296,7 @@ def test_uninformative_ceiling_is_not_shown_as_a_figure(language: str) -> None:
         for text in (join_words(first), render_label(shown, language=language)):
             assert bool(re.search(r"\b99\s%", text)) == is_shown
             assert not re.search(r"\b100\s%", text)
-        assert html.all("data", data_at="/sites/0/meaning/right_of_100_ceiling"), "in the annex"
+        assert html.all("data", data_at="/sites/0/meaning/correct_of_100_ceiling"), "in the annex"
     once = replace(site, mechanisms=site.mechanisms[:1])
     said = join_words(find_by_id(main(render.render(replace(report, sites=(once,)), language=language)), "ceiling"))
     assert said == words.text("meaning.open_end", section=section).unescape(), "of a run that may have ended early"

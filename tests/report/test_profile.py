@@ -64,12 +64,12 @@ def compute_gaussian_mu(epsilon: float, delta: float) -> float:
     )
 
 
-def compute_gaussian_hit_rate(mu: float, *, false_alarms: float) -> float:
+def compute_gaussian_hit_rate(mu: float, *, false_positive_rate: float) -> float:
     """The share of used records that the best attack on a mu-Gaussian mechanism finds at a share of false alarms."""
-    return float(norm.sf(norm.isf(false_alarms) - mu))
+    return float(norm.sf(norm.isf(false_positive_rate) - mu))
 
 
-def compute_gaussian_right_of_100(mu: float) -> float:
+def compute_gaussian_correct_of_100(mu: float) -> float:
     """Of 100 guesses, half of them about used records, so many are right for the best attack on such a mechanism."""
     return 100 * float(norm.cdf(mu / 2))
 
@@ -85,12 +85,12 @@ def test_gaussian_privacy_curve_matches_the_exact_solution(sigma: float) -> None
         assert point.epsilon_rdp >= point.epsilon_pld
     for alarms in _SHARES:
         rate, exact = (
-            profile.bound_hit_rate(spent, false_alarms=alarms),
-            compute_gaussian_hit_rate(mu, false_alarms=alarms),
+            profile.bound_hit_rate(spent, false_positive_rate=alarms),
+            compute_gaussian_hit_rate(mu, false_positive_rate=alarms),
         )
         assert exact - 1e-12 <= rate <= exact * (1 + 1e-5)
-    right = profile.bound_right_of_100(spent)
-    assert compute_gaussian_right_of_100(mu) - 1e-9 <= right <= compute_gaussian_right_of_100(mu) + 1e-3
+    right = profile.bound_correct_of_100(spent)
+    assert compute_gaussian_correct_of_100(mu) - 1e-9 <= right <= compute_gaussian_correct_of_100(mu) + 1e-3
 
 
 def compute_best_attacks(rate: float, sigma: float, alarms: float) -> tuple[float, float]:
@@ -106,7 +106,7 @@ def compute_best_attacks(rate: float, sigma: float, alarms: float) -> tuple[floa
 @pytest.mark.parametrize(("rate", "sigma"), [(0.01, 0.8), (0.1, 1.0), (0.5, 2.0)])
 @pytest.mark.parametrize("alarms", _SHARES)
 def test_sampled_step_bounds_the_best_exact_attack(rate: float, sigma: float, alarms: float) -> None:
-    bound = profile.bound_hit_rate(count_sampled_mechanism(rate, sigma), false_alarms=alarms)
+    bound = profile.bound_hit_rate(count_sampled_mechanism(rate, sigma), false_positive_rate=alarms)
     best = max(compute_best_attacks(rate, sigma, alarms))
     assert best * (1 - 1e-9) <= bound
     # The curve that covers add and remove at once is the convex one above both.
@@ -124,13 +124,13 @@ def test_simulated_attack_does_not_exceed_the_bound() -> None:
 
     without, with_it = draw_losses(False), draw_losses(True)
     for alarms in (0.001, 0.01, 0.1):
-        bound = profile.bound_hit_rate(spent, false_alarms=alarms)
+        bound = profile.bound_hit_rate(spent, false_positive_rate=alarms)
         for others, sought in ((without, with_it), (-with_it, -without)):
             rate_found = (sought > np.quantile(others, 1 - alarms)).mean()
             assert rate_found <= bound + 5 * math.sqrt(bound / draws) + 5 * bound * math.sqrt(1 / (alarms * draws))
         # The test for the record is the best there is here: the bound is not far above it.
         assert bound <= 1.25 * (with_it > np.quantile(without, 1 - alarms)).mean()
-    right = profile.bound_right_of_100(spent)
+    right = profile.bound_correct_of_100(spent)
     found = 50 * ((with_it > 0).mean() + (without <= 0).mean())
     assert found - 0.5 <= right <= found + 0.5
 
@@ -142,10 +142,10 @@ def test_privacy_curve_is_monotone_and_below_each_ceiling(spent_mechanisms: dict
         assert figures == sorted(figure for figure in figures if figure is not None)
     for point in points:
         for alarms in _SHARES:
-            rate = profile.bound_hit_rate(spent_mechanisms, false_alarms=alarms)
-            ceiling = profile.compute_hit_rate_ceiling(point.epsilon_pld, point.delta, false_alarms=alarms)
+            rate = profile.bound_hit_rate(spent_mechanisms, false_positive_rate=alarms)
+            ceiling = profile.compute_hit_rate_ceiling(point.epsilon_pld, point.delta, false_positive_rate=alarms)
             assert alarms <= rate <= ceiling + 1e-7
-        right = profile.bound_right_of_100(spent_mechanisms)
+        right = profile.bound_correct_of_100(spent_mechanisms)
         assert 50 <= right <= profile.bound_correct_guesses_per_100(point.epsilon_pld, point.delta) + 1e-6
 
 
@@ -160,12 +160,12 @@ def test_search_for_the_least_bound_finds_scipys_minimum(center: float) -> None:
 
 
 def test_hit_rate_grows_with_false_alarms_and_steps(spent_mechanisms: dict[DpEvent, int]) -> None:
-    rates = [profile.bound_hit_rate(spent_mechanisms, false_alarms=alarms) for alarms in _SHARES]
+    rates = [profile.bound_hit_rate(spent_mechanisms, false_positive_rate=alarms) for alarms in _SHARES]
     assert rates == sorted(rate for rate in rates if rate is not None)
     twice = {event: 2 * count for event, count in spent_mechanisms.items()}
     for alarms, rate in zip(_SHARES, rates, strict=True):
-        assert rate <= profile.bound_hit_rate(twice, false_alarms=alarms) + 1e-9
-    assert profile.bound_right_of_100(spent_mechanisms) < profile.bound_right_of_100(twice)
+        assert rate <= profile.bound_hit_rate(twice, false_positive_rate=alarms) + 1e-9
+    assert profile.bound_correct_of_100(spent_mechanisms) < profile.bound_correct_of_100(twice)
 
 
 @pytest.mark.by_day("one sampled step", "a run with scores")
@@ -196,7 +196,7 @@ def test_equal_histories_produce_identical_figures() -> None:
 def test_mechanism_bound_never_exceeds_the_ceiling() -> None:
     # An epsilon by the fine grid may be a little below what the coarse one, of the curve, says.
     meant = profile.compute_meaning([GaussianDpEvent(1.0)], epsilon=0.0, delta=1e-5, declared_size=None)
-    assert meant.right_of_100_mechanism == meant.right_of_100_ceiling
+    assert meant.correct_of_100_mechanism == meant.correct_of_100_ceiling
     assert all(one.mechanism == one.ceiling for one in meant.hit_rates)
 
 
@@ -205,7 +205,7 @@ def test_mechanism_bound_never_exceeds_the_ceiling() -> None:
 )
 def test_noiseless_history_is_unbounded(spent: events.Spent) -> None:
     meant = profile.compute_meaning(spent, epsilon=None, delta=1e-5, declared_size=None)
-    assert (meant.right_of_100_ceiling, meant.right_of_100_mechanism) == (100, None)
+    assert (meant.correct_of_100_ceiling, meant.correct_of_100_mechanism) == (100, None)
     assert [one.ceiling for one in meant.posterior] == [1, 1, 1, 1]
     assert [(one.ceiling, one.mechanism) for one in meant.hit_rates] == [(1, None), (1, None)]
     assert meant.expected_failures is None
@@ -215,15 +215,15 @@ def test_noiseless_history_is_unbounded(spent: events.Spent) -> None:
 
 
 def test_near_zero_noise_is_bounded_and_zero_spending_gives_no_advantage() -> None:
-    assert profile.bound_hit_rate([GaussianDpEvent(0.05)], false_alarms=0.01) == pytest.approx(1.0)
-    assert profile.bound_right_of_100([GaussianDpEvent(0.05)]) == pytest.approx(100.0)
-    assert (profile.bound_hit_rate([], false_alarms=0.01), profile.bound_right_of_100([])) == (0.01, 50)
+    assert profile.bound_hit_rate([GaussianDpEvent(0.05)], false_positive_rate=0.01) == pytest.approx(1.0)
+    assert profile.bound_correct_of_100([GaussianDpEvent(0.05)]) == pytest.approx(100.0)
+    assert (profile.bound_hit_rate([], false_positive_rate=0.01), profile.bound_correct_of_100([])) == (0.01, 50)
     assert profile.epsilon_pld([], 1e-5) == profile.epsilon_rdp([], 1e-5) == 0
 
 
 def bound_for_several(spent: dict[DpEvent, int], members: int) -> float:
     return profile.bound_right_guesses_for_several(
-        spent, profile.bound_right_of_100(spent), epsilon=8.0, delta=1e-5, members=members
+        spent, profile.bound_correct_of_100(spent), epsilon=8.0, delta=1e-5, members=members
     )
 
 
@@ -272,7 +272,7 @@ def test_group_bound_is_the_smaller_of_epsilon_and_triangle_bounds() -> None:
         assert found == min(100, 50 + members * (right - 50), for_all)
         assert right < found
     many = {PoissonSampledDpEvent(0.01, GaussianDpEvent(1 + number)): 1 for number in range(9)}
-    assert bound_for_several(many, 2) == 50 + 2 * (profile.bound_right_of_100(many) - 50), (
+    assert bound_for_several(many, 2) == 50 + 2 * (profile.bound_correct_of_100(many) - 50), (
         "of so many plans no curve is computed"
     )
     assert profile._bound_by_mixture(((GaussianDpEvent(0.1), 1),), 2) is None, "nor of next to no noise"
@@ -316,9 +316,9 @@ def test_documented_table_cells_match_computed_values(line: str) -> None:
         *(100 * profile.bound_posterior(epsilon, prior=prior) for prior in profile.PRIORS),
     ]
     for alarms in profile.FALSE_ALARMS:
-        row.append(100 * profile.compute_hit_rate_ceiling(epsilon, _DELTA, false_alarms=alarms))
-        row.append(100 * compute_gaussian_hit_rate(mu, false_alarms=alarms))
-    row += [profile.bound_correct_guesses_per_100(epsilon, _DELTA), compute_gaussian_right_of_100(mu)]
+        row.append(100 * profile.compute_hit_rate_ceiling(epsilon, _DELTA, false_positive_rate=alarms))
+        row.append(100 * compute_gaussian_hit_rate(mu, false_positive_rate=alarms))
+    row += [profile.bound_correct_guesses_per_100(epsilon, _DELTA), compute_gaussian_correct_of_100(mu)]
     assert len(printed) == len(_TABLE.splitlines()[0].split(" | "))
     for cell, value in zip(printed, row, strict=True):
         assert round(value, len(cell.partition(".")[2])) == float(cell), (cell, value)
@@ -349,19 +349,19 @@ def test_group_privacy_degrades_with_the_number_of_records() -> None:
 
 def test_ceilings_are_trivial_at_huge_epsilon_and_at_zero() -> None:
     assert profile.bound_posterior(1e5, prior=0.001) == 1
-    assert profile.compute_hit_rate_ceiling(1e5, 1e-5, false_alarms=0.001) == 1
+    assert profile.compute_hit_rate_ceiling(1e5, 1e-5, false_positive_rate=0.001) == 1
     assert profile.bound_correct_guesses_per_100(1e5, 1e-5) == 100
     assert profile.bound_posterior(0, prior=0.1) == pytest.approx(0.1)
-    assert profile.compute_hit_rate_ceiling(0, 0, false_alarms=0.01) == pytest.approx(0.01)
+    assert profile.compute_hit_rate_ceiling(0, 0, false_positive_rate=0.01) == pytest.approx(0.01)
     assert profile.bound_correct_guesses_per_100(0, 0) == 50
 
 
 @given(epsilon=st.floats(0, 50), delta=st.floats(0, 0.5), alarms=st.floats(1e-6, 0.999), more=st.floats(0, 5))
 def test_ceilings_grow_with_epsilon_and_delta(epsilon: float, delta: float, alarms: float, more: float) -> None:
-    rate = profile.compute_hit_rate_ceiling(epsilon, delta, false_alarms=alarms)
+    rate = profile.compute_hit_rate_ceiling(epsilon, delta, false_positive_rate=alarms)
     assert alarms <= rate <= 1
-    assert rate <= profile.compute_hit_rate_ceiling(epsilon + more, delta, false_alarms=alarms) + 1e-12
-    assert rate <= profile.compute_hit_rate_ceiling(epsilon, min(1, delta + more), false_alarms=alarms) + 1e-12
+    assert rate <= profile.compute_hit_rate_ceiling(epsilon + more, delta, false_positive_rate=alarms) + 1e-12
+    assert rate <= profile.compute_hit_rate_ceiling(epsilon, min(1, delta + more), false_positive_rate=alarms) + 1e-12
     right = profile.bound_correct_guesses_per_100(epsilon, delta)
     assert 50 <= right <= 100
     # An attack with these rates, half of whose records were used, is right no more often than that.
@@ -371,9 +371,9 @@ def test_ceilings_grow_with_epsilon_and_delta(epsilon: float, delta: float, alar
 @given(epsilon=st.floats(0.01, 20), delta=st.floats(1e-9, 1e-3), alarms=st.floats(1e-4, 0.5))
 def test_gaussian_attack_never_exceeds_the_ceiling(epsilon: float, delta: float, alarms: float) -> None:
     mu = compute_gaussian_mu(epsilon, delta)
-    ceiling = profile.compute_hit_rate_ceiling(epsilon, delta, false_alarms=alarms)
-    assert compute_gaussian_hit_rate(mu, false_alarms=alarms) <= ceiling + 1e-9
-    assert compute_gaussian_right_of_100(mu) <= profile.bound_correct_guesses_per_100(epsilon, delta) + 1e-9
+    ceiling = profile.compute_hit_rate_ceiling(epsilon, delta, false_positive_rate=alarms)
+    assert compute_gaussian_hit_rate(mu, false_positive_rate=alarms) <= ceiling + 1e-9
+    assert compute_gaussian_correct_of_100(mu) <= profile.bound_correct_guesses_per_100(epsilon, delta) + 1e-9
 
 
 def test_strength_band_names_epsilon_ranges() -> None:

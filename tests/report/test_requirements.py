@@ -38,7 +38,7 @@ def make_verdict(report: Report, **changes: Any) -> GateVerdict:
         "adapter_digest": "00",
     }
     given |= {"report_sha256": compute_report_digest(report), "simulated": False, "rules": "tre", "rules_sha256": "00"}
-    given |= {"limits": dict.fromkeys(rules, "1"), "results": dict.fromkeys(rules, "right")}
+    given |= {"limits": dict.fromkeys(rules, "1"), "results": dict.fromkeys(rules, "passed")}
     return GateVerdict(**given | {"reasons": {rule: f"what {rule} found" for rule in rules}} | changes)
 
 

@@ -37,7 +37,7 @@ def test_report_matches_its_settings_and_detects_others_by_digest(run_report: Re
     assert list_problem_places(run_report, config) == set()
     other = replace(config, training=replace(config.training, learning_rate=0.123))
     (problem,) = find_settings_problems(run_report.facts, other)
-    assert (problem.where, problem.found) == ("provenance.config_sha256", other.digest())
+    assert (problem.where, problem.expected) == ("provenance.config_sha256", other.digest())
 
 
 def test_plan_from_different_settings_is_detected(run_folder: Path, config: RunConfig) -> None:

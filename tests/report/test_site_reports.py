@@ -219,7 +219,7 @@ def test_verification_names_figures_taken_from_a_site_report(folder: Path) -> No
         return next((one for one in check_report(path, report, Known()) if one.name == "taken"), None)
 
     found = find_taken(joined)
-    assert found.state == "not_checked"
+    assert found.state == "skipped"
     assert "site-1" in found.text
     assert "all runs" in found.text
     assert find_taken(from_run.build_run_report(folder / "second")) is None
@@ -227,13 +227,13 @@ def test_verification_names_figures_taken_from_a_site_report(folder: Path) -> No
     (path.parent / "site_reports").mkdir()
     own = path.parent / "site_reports" / "site-1.json"
     own.write_text(signing.report_to_json(write_signed_report(folder)))
-    assert find_taken(joined).state == "right"
+    assert find_taken(joined).state == "passed"
     first, *others = joined.facts.sites
     cheaper = replace(first.statement, approved=replace(first.statement.approved, max_epsilon_per_run=0.1))
     forged = replace(joined.facts, sites=(replace(first, statement=cheaper), *others))
-    assert find_taken(derive_report(forged)).state == "wrong"
+    assert find_taken(derive_report(forged)).state == "failed"
     own.write_text(signing.report_to_json(signing.sign_report(report_of(folder), load_site_key(folder, "site-2"))))
-    assert find_taken(joined).state == "wrong"
+    assert find_taken(joined).state == "failed"
 
 
 def test_site_report_above_its_receipts_is_accepted(folder: Path) -> None:

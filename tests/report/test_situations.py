@@ -219,7 +219,7 @@ def test_chained_runs_report_the_held_out_scores_of_their_predecessors(tmp_path:
     assert [one.run for one in second.facts.held_out] == ["second"]
     assert [one.run for one in third.facts.held_out] == ["second", "third"]
     assert third.facts.held_out[0] == second.facts.held_out[0]
-    assert third.utility.fall is not None
+    assert third.utility.score_drop is not None
     assert problems(third) == []
     # What the sites released of both rounds, again by hand.
     rounds = read_run(folders[2]).rounds
@@ -243,7 +243,7 @@ def test_frozen_ledger_reports_no_remaining_budget(books: Books) -> None:
     books.refuse(Reason.FROZEN, run="r")
     report = check("frozen", from_ledger.build_ledger_report(books.site_toml))
     (site,) = report.sites
-    assert (site.lifetime.frozen, site.lifetime.left, site.lifetime.reference_runs_left) == (True, 0.0, 0)
+    assert (site.lifetime.frozen, site.lifetime.left, site.lifetime.reference_remaining_runs) == (True, 0.0, 0)
     assert explain_missing_room(report) == "closed"
     assert read_verdict(report) == ("within", ())
 
@@ -264,7 +264,7 @@ def test_restored_ledger_reports_lost_charges(books: Books) -> None:
     report = check("restored", from_ledger.build_ledger_report(books.site_toml))
     assert report.epsilon == spent
     (site,) = report.sites
-    assert (site.lifetime.restored, read_status(report, "lost_events_made_up_for")) == (1, "verified")
+    assert (site.lifetime.restored, read_status(report, "lost_events_recharged")) == (1, "verified")
     assert "lost_branches" in report.covers
     # The second round of `r` is one of its rounds; what the unknown run did stands by itself.
     assert [(m.run, m.rounds, m.noise_multiplier) for m in site.mechanisms] == [("r", 2, 4.0), ("", 1, 6.0)]

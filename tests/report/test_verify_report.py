@@ -196,13 +196,13 @@ def test_report_verification_has_a_work_limit(a_ledger_report: Any, a_report: An
     monkeypatch.setattr(verify_report.profile, "epsilon_rdp", lambda *_: 50.0)  # of so many it takes a minute
     many = build_many_plans(a_ledger_report(), 1000)
     (problem,) = verify_report._check_amount_of_work(many)
-    assert (problem.where, problem.found) == ("facts", "fewer: verifying them would take hours")
+    assert (problem.where, problem.expected) == ("facts", "fewer: verifying them would take hours")
     assert problems(a_ledger_report(facts=many)) == [problem]
     assert list(verify_report._check_amount_of_work(build_many_plans(a_ledger_report(), 200))) == []
     facts = a_report().facts
     many = replace(facts, rounds=facts.rounds[:1] * 1000, sites=facts.sites[:1] * 501)
     (problem,) = verify_report._check_amount_of_work(many)
-    assert problem.said == "501000 table rows (sites times rounds)"
+    assert problem.reported == "501000 table rows (sites times rounds)"
 
 
 def test_uncomputable_charge_is_reported_without_a_crash(a_ledger_report: Make) -> None:

@@ -69,15 +69,15 @@ def test_threads_and_order_do_not_change_report_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("last", [-3, -1, 0, 1, 3])
 def test_rounding_hides_last_digit_differences_in_the_report(last: int) -> None:
     share = 0.04296797538628186
-    rate = Ceiling(given=0.001, ceiling=1.0, mechanism=share + last * math.ulp(share))
-    posterior = Ceiling(given=0.5, ceiling=0.5)
+    rate = Ceiling(operating_point=0.001, ceiling=1.0, mechanism=share + last * math.ulp(share))
+    posterior = Ceiling(operating_point=0.5, ceiling=0.5)
     more = 1 + abs(last) * math.ulp(1.0)
-    figures = {"right_of_100_ceiling": 50 * more, "right_of_100_for_2": 75 * more, "right_of_100_for_5": 99.0}
-    failures = {"right_of_100_mechanism": None, "expected_failures": 230 * 1e-05}
+    figures = {"correct_of_100_ceiling": 50 * more, "correct_of_100_for_2": 75 * more, "correct_of_100_for_5": 99.0}
+    failures = {"correct_of_100_mechanism": None, "expected_failures": 230 * 1e-05}
     stated = round_up_figures(Meaning(**figures, **failures, posterior=(posterior,), hit_rates=(rate,)))
     assert stated.hit_rates == (replace(rate, mechanism=0.0429679754),), "upwards, in nine digits"
-    assert (stated.right_of_100_ceiling, stated.expected_failures) == (50.0, 0.0023)
-    assert (stated.right_of_100_for_2, stated.posterior) == (75.0, (posterior,))
+    assert (stated.correct_of_100_ceiling, stated.expected_failures) == (50.0, 0.0023)
+    assert (stated.correct_of_100_for_2, stated.posterior) == (75.0, (posterior,))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -124,7 +124,7 @@ PLACES = ["/", "/etc", "./models/x", "models/x", "../x", "~/x", "org/name", "min
 def test_local_paths_and_downloads_from_a_lead_are_refused(policy: Policy, path: str) -> None:
     with pytest.raises(Refused) as refused:
         localize_at_site(make_letters(model={"path": path, "sha256": HASH}), policy)
-    assert (refused.value.reason, refused.value.asked) == (Reason.BASE_MODEL_MISSING, HASH)
+    assert (refused.value.reason, refused.value.requested) == (Reason.BASE_MODEL_MISSING, HASH)
 
 
 def test_start_adapter_folder_from_a_lead_is_never_opened(policy: Policy) -> None:

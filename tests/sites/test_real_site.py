@@ -295,7 +295,7 @@ def test_unreadable_data_file_is_answered_with_an_error_without_details(
     reply = site.ask()
     assert isinstance(reply.body, Refusal)
     assert reply.body.reason is Reason.SITE_ERROR
-    assert (reply.body.asked, reply.body.allowed) == (None, None)
+    assert (reply.body.requested, reply.body.allowed) == (None, None)
     # No record is opened before its round is charged, or a lead could ask of the file for nothing.
     assert read_charged_rounds(reply) == (fault is not None)
     assert "mail.csv" not in repr(reply)

@@ -157,7 +157,7 @@ def test_site_refuses_requests_without_charge_if_the_trial_fails(station: Any, t
     for number in (1, 2):
         reply = site.ask()
         assert isinstance(reply.body, Refusal)
-        assert (reply.body.reason, reply.body.asked, reply.body.allowed) == (Reason.SITE_ERROR, None, None)
+        assert (reply.body.reason, reply.body.requested, reply.body.allowed) == (Reason.SITE_ERROR, None, None)
         assert reply.receipt.charged_rounds == 0
         assert len(trial_calls) == before + number
     assert site.ledger().history.runs == {}

@@ -184,7 +184,7 @@ def test_settings_refusal_names_the_mismatched_keys(sent_settings: RunConfig) ->
     del fields["training"]["optimizer"], fields["seed"]
     with pytest.raises(Refused) as caught:
         read_settings(json.dumps(fields), plan=sent_settings.plan(), task=sent_settings.task)
-    assert caught.value.asked == "privacy.newer, seed, training.newer_key, training.optimizer"
+    assert caught.value.requested == "privacy.newer, seed, training.newer_key, training.optimizer"
 
 
 def test_cost_of_an_unsigned_plan_is_never_computed(sent_settings: RunConfig, monkeypatch: Any) -> None:

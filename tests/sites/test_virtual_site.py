@@ -98,7 +98,7 @@ def test_generated_policy_allows_exactly_its_run(config: Any, tmp_path: Path, ov
     assert cost <= policy.budget.max_epsilon
     assert policy.budget.max_epsilon <= cost + 0.1 or overrides == MUCH_SCORED  # whose order suits the training alone
     ledger = SiteLedger(tmp_path / "ledger.db", policy, SigningKey.load_or_create(tmp_path / "key.pem"))
-    for round in range(1, proposal.plan.most_rounds + 1):
+    for round in range(1, proposal.plan.max_rounds + 1):
         ledger.reserve(proposal, round=round, request=f"{round}")
         if math.isfinite(cost):  # at the order that the ledger settles on, too
             assert (
@@ -231,9 +231,9 @@ def test_run_over_budget_is_fitted_to_the_strictest_site(kept_sites_config: Any,
     assert 4.0 < noise < 8.0
     proposal = found.proposal(lead=sites.lead_key().public, plan=found.plan())
     for site in ("site-1", "site-2"):
-        assert sites.ledger(site).make_offer(proposal).most_rounds == 4
+        assert sites.ledger(site).make_offer(proposal).max_rounds == 4
     less = change_plan(proposal, noise_multiplier=noise * 0.999)
-    assert sites.ledger("site-2").make_offer(less).most_rounds < 4, "the least noise that does"
+    assert sites.ledger("site-2").make_offer(less).max_rounds < 4, "the least noise that does"
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def test_site_with_exhausted_budget_is_excluded_if_enough_sites_remain(kept_site
     allow_rounds(sites, "site-1", 0.5)
     allow_rounds(sites, "site-2", 3)
     assert fit_to_budgets(config, tmp_path / "run").federation.num_rounds == 3
-    with pytest.raises(RefusedError, match=r"1 of 2 sites.*site-1: max_epsilon, asked "):
+    with pytest.raises(RefusedError, match=r"1 of 2 sites.*site-1: max_epsilon, requested "):
         fit_to_budgets(
             kept_sites_config("federation.if_over_budget=fewer_rounds", "federation.min_sites=2"), tmp_path / "run"
         )
@@ -291,7 +291,7 @@ def test_run_exceeding_every_site_budget_is_refused_with_all_broken_rules(
     with pytest.raises(RefusedError) as refused:
         fit_to_budgets(config, tmp_path / "run")
     for site in ("site-1", "site-2"):
-        assert f"{site}: max_sampling_rate, asked 0.2, allowed at most 0.1" in str(refused.value)
+        assert f"{site}: max_sampling_rate, requested 0.2, allowed at most 0.1" in str(refused.value)
     assert "\n" not in str(refused.value)
 
 

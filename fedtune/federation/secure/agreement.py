@@ -16,7 +16,7 @@ from enum import StrEnum
 from fedtune.federation.secure.masks import is_mask_key
 from fedtune.privacy.keys import SigningKey, check_public_key, is_signed
 from fedtune.privacy.ledger.chain import to_canonical_json
-from fedtune.privacy.threshold import least_threshold as safe_threshold
+from fedtune.privacy.threshold import min_threshold as safe_threshold
 from fedtune.spec import WIRE_SCHEMA, ConfigError, RefusedError, check_at_least, check_name, check_whole
 
 MAX_SITES_OF_SUM = 20
@@ -150,7 +150,7 @@ class Terms:
 Demand = Callable[[Terms], None]  # raises Rejected for terms that a site does not accept
 
 
-def require_terms(terms: Terms, /, *, least_sites: int = 3, least_threshold: int = 3, colluders: int = 0) -> None:
+def require_terms(terms: Terms, /, *, min_sites: int = 3, min_threshold: int = 3, colluders: int = 0) -> None:
     """Check that the terms proposed by the lead meet a site's own minimum requirements.
 
     The default minimum threshold is three, because each site of a sum of two learns the other site's vector by
@@ -158,16 +158,16 @@ def require_terms(terms: Terms, /, *, least_sites: int = 3, least_threshold: int
 
     Args:
         terms: the terms of a run.
-        least_sites: the minimum number of sites in the run.
-        least_threshold: the minimum threshold of a release.
+        min_sites: the minimum number of sites in the run.
+        min_threshold: the minimum threshold of a release.
         colluders: the number of other sites that may collude with the server.
 
     Raises:
         Rejected: the terms do not meet a requirement.
     """
-    if len(terms.members) < max(least_sites, colluders + 1):
+    if len(terms.members) < max(min_sites, colluders + 1):
         raise Rejected(Wrong.TOO_FEW_SITES)
-    if terms.threshold < max(least_threshold, safe_threshold(len(terms.members), colluders=colluders)):
+    if terms.threshold < max(min_threshold, safe_threshold(len(terms.members), colluders=colluders)):
         raise Rejected(Wrong.THRESHOLD_TOO_LOW)
 
 

@@ -145,7 +145,7 @@ def describe_membership(rankings: Sequence[Ranking], *, confidence: float, ceili
     area, low, high = areas[best.name]
     figures: dict[str, float | None] = {f"auroc by {name}": found[0] for name, found in areas.items()}
     for share in FALSE_ALARMS:
-        found = estimate_hit_rate(best.members, best.others, false_alarms=share, confidence=each)
+        found = estimate_hit_rate(best.members, best.others, false_positive_rate=share, confidence=each)
         figures[f"found at {share:.1%} false alarms"] = None if found is None else found[0]
     said = f"Given a training record and an unused record, the attack by {best.name} identifies the training record "
     said += f"{round(100 * area)} times out of 100 (random guessing: 50)"
@@ -486,5 +486,5 @@ def _describe_picks_at_rank(target: Target, plan: Plan, rank: int | None, *, con
     figures["picked without noise"] = clipped.count_distinct() / count
     said += f"{strength:.1%} of the time from the noisy sum, and {distinct / count:.0%} of the time without clipping "
     said += f"and noise (random guessing: {1 / count:.1%})."
-    ceiling = profile.bound_hit_rate({GaussianDpEvent(noise): 1}, false_alarms=1 / count)
+    ceiling = profile.bound_hit_rate({GaussianDpEvent(noise): 1}, false_positive_rate=1 / count)
     return describe(sentence=said, strength=strength, low=low, high=high, ceiling=ceiling, figures=figures)

@@ -75,7 +75,7 @@ def attack_run(
     target = Target(config, adapter, members=members, others=others)
     planted = None if secrets is None else known_attacks.read_secrets(secrets, target)
     fit_to_minutes(target, minutes=minutes, shadows=shadows, tell=tell)
-    spent = profile.count_charged_events(plan, plan.most_rounds) if plan.private else None
+    spent = profile.count_charged_events(plan, plan.max_rounds) if plan.private else None
     by_site = {site: target.score_records(records) for site, records in target.members.items() if records}
     outside = target.score_records(target.others)
     inside = _join(list(by_site.values()))
@@ -136,7 +136,7 @@ def _join(groups: list[Scored]) -> Scored:
 
 def bound_membership_auroc(spent: Spent) -> float | None:
     """Compute an upper bound on the AUROC of every membership attack on the mechanism; None: unbounded."""
-    found = [profile.bound_hit_rate(spent, false_alarms=rate) for rate in _RATES[1:]]
+    found = [profile.bound_hit_rate(spent, false_positive_rate=rate) for rate in _RATES[1:]]
     if any(rate is None for rate in found):
         return None
     steps = zip(pairwise(_RATES), found, strict=True)
@@ -171,8 +171,8 @@ def describe_reconstruction(plan: Plan, *, keeps_state: bool) -> AttackFinding:
     if not plan.private:
         none = "The run has no privacy guarantee, so records can be reconstructed from an update."
         return describe(sentence=none)
-    in_update = plan.most_rounds if keeps_state else 1
-    whole, one = (bound_reconstruction(plan, rounds=rounds) for rounds in (plan.most_rounds, in_update))
+    in_update = plan.max_rounds if keeps_state else 1
+    whole, one = (bound_reconstruction(plan, rounds=rounds) for rounds in (plan.max_rounds, in_update))
     figures: dict[str, float | None] = {f"run_1_in_{count}": chance for count, chance in whole.items()}
     figures |= {f"update_1_in_{count}": chance for count, chance in one.items()}
     told = [

@@ -114,7 +114,7 @@ def make_auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
     settings["runtime"]["num_devices"] = 1
     settings["training"]["ignore_weak_signal"] = True  # the model's quality is irrelevant
     if spec.kind != "gradient" and config.data.heldout_fraction == 0:
-        settings["data"]["heldout_fraction"] = spec.never_used
+        settings["data"]["heldout_fraction"] = spec.non_members
     return parse(settings)
 
 
@@ -174,7 +174,7 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
             best_possible=compute_max_lower_bound(canaries, guesses=guesses, **known),
             canaries=canaries,
             guesses=guesses,
-            right=right,
+            correct=right,
             fdp_bound=compute_fdp_lower_bound(canaries, guesses, right, **known),
         )
         for place, (canaries, guesses, right) in counts.items()

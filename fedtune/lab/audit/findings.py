@@ -48,7 +48,7 @@ def _build_bounds_section(result: Audit) -> Section:
     for bound in result.bounds:
         gaussian = "" if bound.fdp_bound is None else f"{bound.fdp_bound:.3f}"
         bounds = f"{bound.lower_bound:.3f}", gaussian, f"{bound.best_possible:.3f}"
-        guesses = f"{bound.right:,} of {bound.guesses:,}"
+        guesses = f"{bound.correct:,} of {bound.guesses:,}"
         claimed = format_epsilon(bound.claimed_epsilon)
         rows.append((format_site_label(bound.site), claimed, *bounds, guesses, f"{bound.canaries:,}"))
     headings = ("", "claimed", "shown", "as Gaussian", "ceiling", "right guesses", "canaries")
@@ -89,7 +89,7 @@ def format_site_label(site: str | None) -> str:
 def _build_membership_section(result: Audit) -> Section:
     if not result.membership:
         return Section()
-    rates = [f"{rate.false_alarms:.1%}" for rate in result.membership[0].hit_rates]
+    rates = [f"{rate.false_positive_rate:.1%}" for rate in result.membership[0].hit_rates]
     rows = []
     for one in result.membership:
         area = f"{one.auroc:.3f} [{one.auroc_low:.2f}, {one.auroc_high:.2f}]"
@@ -102,6 +102,6 @@ def _build_membership_section(result: Audit) -> Section:
 
 
 def _format_hit_rate(rate: AuditHitRate) -> str:
-    if rate.found is None or rate.low is None or rate.high is None:
+    if rate.true_positive_rate is None or rate.low is None or rate.high is None:
         return "few records"
-    return f"{rate.found:.1%} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+    return f"{rate.true_positive_rate:.1%} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"

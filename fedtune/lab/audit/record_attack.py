@@ -39,8 +39,8 @@ class PlantedRecords:
 
     canaries: list[Record]
     inserted: Coins  # (canaries,) whether the canary is in the training data
-    trained_on: list[Record]  # the site's real training records
-    never_used: list[Record]  # the site's held-out records, selected by a keyed hash
+    members: list[Record]  # the site's real training records
+    non_members: list[Record]  # the site's held-out records, selected by a keyed hash
 
 
 def _compute_loss_drop(losses: Values) -> Values:
@@ -74,10 +74,10 @@ class RecordAttack:
         texts = randomness.stream(site, "audit", "records")
         canaries = [self._generate_random_record(texts) for _ in range(self._spec.canaries)]
         chosen = [canary for canary, is_in in zip(canaries, inserted, strict=True) if is_in]
-        trained_on, never_used = list(work.records.training), list(work.records.heldout)
-        records = replace(work.records, training=[*trained_on, *chosen])
+        members, non_members = list(work.records.training), list(work.records.heldout)
+        records = replace(work.records, training=[*members, *chosen])
         self._everyone.work[site] = replace(work, records=records)
-        return PlantedRecords(canaries=canaries, inserted=inserted, trained_on=trained_on, never_used=never_used)
+        return PlantedRecords(canaries=canaries, inserted=inserted, members=members, non_members=non_members)
 
     def _generate_random_record(self, stream: RandomStream) -> Record:
         """Generate a canary from random words and, if the task has declared labels, a random label."""
@@ -132,29 +132,29 @@ class RecordAttack:
         by_site = list(self._losses.values())
         pooled = [np.concatenate(some, axis=1) for some in zip(*by_site, strict=True)]
         return tuple(
-            self._measure_membership_baseline(site, score, trained_on=losses[1], never_used=losses[2])
+            self._measure_membership_baseline(site, score, members=losses[1], non_members=losses[2])
             for site, losses in [*self._losses.items(), (None, pooled)]
             if losses[1].size and losses[2].size
             for score in ("loss", "reference_ratio")
         )
 
     def _measure_membership_baseline(
-        self, site: Place, score: Literal["loss", "reference_ratio"], *, trained_on: Values, never_used: Values
+        self, site: Place, score: Literal["loss", "reference_ratio"], *, members: Values, non_members: Values
     ) -> AuditMembership:
         members, others = (
-            _compute_loss_drop(one) if score == "reference_ratio" else -one[1] for one in (trained_on, never_used)
+            _compute_loss_drop(one) if score == "reference_ratio" else -one[1] for one in (members, non_members)
         )
         area, low, high = estimate_auroc(members, others, confidence=self._spec.confidence)
         rates = []
         for share in FALSE_ALARMS:
-            found = estimate_hit_rate(members, others, false_alarms=share, confidence=self._spec.confidence)
+            found = estimate_hit_rate(members, others, false_positive_rate=share, confidence=self._spec.confidence)
             rate, least, most = found or (None, None, None)
-            rates.append(AuditHitRate(false_alarms=share, found=rate, low=least, high=most))
+            rates.append(AuditHitRate(false_positive_rate=share, true_positive_rate=rate, low=least, high=most))
         return AuditMembership(
             site=site,
             score=score,
-            trained_on=len(members),
-            never_used=len(others),
+            members=len(members),
+            non_members=len(others),
             auroc=area,
             auroc_low=low,
             auroc_high=high,
@@ -163,7 +163,7 @@ class RecordAttack:
 
     def _compute_losses_before_and_after(self, planted: PlantedRecords, adapters: Sequence[Adapter]) -> list[Values]:
         """Compute losses (2, records) before and after training for canaries, training records and held-out records."""
-        groups = (planted.canaries, planted.trained_on, planted.never_used)
+        groups = (planted.canaries, planted.members, planted.non_members)
         first, last = (
             [self._record_losses(some, adapter) for some in groups] for adapter in (adapters[0], adapters[-1])
         )
@@ -204,16 +204,16 @@ def estimate_auroc(members: Values, others: Values, *, confidence: float) -> tup
 
 
 def estimate_hit_rate(
-    members: Values, others: Values, *, false_alarms: float, confidence: float
+    members: Values, others: Values, *, false_positive_rate: float, confidence: float
 ) -> tuple[float, float, float] | None:
-    """Estimate the true positive rate at a false positive rate of at most `false_alarms`, with an interval.
+    """Estimate the true positive rate at a false positive rate of at most `false_positive_rate`, with an interval.
 
     The Clopper-Pearson interval for the members treats the threshold, which is measured on the non-members, as fixed.
 
     Returns:
-        (estimate, low, high); None if there are fewer than 1 / false_alarms non-members.
+        (estimate, low, high); None if there are fewer than 1 / false_positive_rate non-members.
     """
-    allowed = math.floor(false_alarms * len(others) + 1e-9)
+    allowed = math.floor(false_positive_rate * len(others) + 1e-9)
     if allowed < 1:
         return None
     threshold = np.sort(others)[-allowed - 1] if allowed < len(others) else -np.inf

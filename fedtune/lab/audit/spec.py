@@ -31,7 +31,7 @@ class AuditSpec:
             tighter for a correct implementation; with more guesses, the maximum possible bound is higher.
         confidence: confidence level of each lower bound, and of the verdict over all bounds; at least 0.9.
         sites: sites with canaries; empty: every participating site.
-        never_used: fraction of each site's records held out for comparison if `kind` is "records" and
+        non_members: fraction of each site's records held out for comparison if `kind` is "records" and
             `data.heldout_fraction` is 0.
         tries: number of cases in a sensitivity search.
     """
@@ -41,7 +41,7 @@ class AuditSpec:
     guesses: int | None = None
     confidence: float = 0.95
     sites: tuple[str, ...] = ()
-    never_used: float = 0.3
+    non_members: float = 0.3
     tries: int = 200
 
     @classmethod
@@ -68,7 +68,7 @@ class AuditSpec:
             if self.guesses > self.canaries:
                 raise ConfigError("guesses", self.guesses, f"must not exceed audit.canaries = {self.canaries}")
         check_confidence(self.confidence)
-        check_fraction("never_used", self.never_used)
+        check_fraction("non_members", self.non_members)
         for site in self.sites:
             if self.sites.count(site) > 1:
                 raise ConfigError("sites", site, "is named twice")

@@ -107,7 +107,7 @@ class SearchTrial:
         """Validation scores of the run's final adapter on the lead's records."""
         if not (self.result and self.result.rounds):
             return {}
-        kept = self.result.final.kept
+        kept = self.result.final.selected_round
         return self.result.rounds[kept.round - 1 if kept else -1].metrics
 
     @property

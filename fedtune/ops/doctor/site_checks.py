@@ -41,7 +41,7 @@ from fedtune.privacy.ledger import run_acceptance
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import UNVERIFIED
-from fedtune.privacy.release import format_asked_and_allowed
+from fedtune.privacy.release import format_requested_and_allowed
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Dataset, Policy
@@ -393,8 +393,8 @@ def preview_run(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy,
     proposal = config.proposal(lead=kit.lead, plan=plan)
     said = policy_dry_run.dry_run(site_toml, proposal, declared_sizes=sizes)
     name = "run"
-    if said.broken:
-        values = [(one.reason, format_asked_and_allowed(one.asked, one.allowed)) for one in said.broken]
+    if said.violations:
+        values = [(one.reason, format_requested_and_allowed(one.requested, one.allowed)) for one in said.violations]
         rules = "; ".join(f"{rule} ({of_both})" if of_both else rule for rule, of_both in values)
         # Abbreviate keys and hashes.
         rules = re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1...", rules)
@@ -413,10 +413,10 @@ def preview_run(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy,
 def _suggest_alternative(said: DryRun, plan: Plan) -> str:
     """Suggest a similar run that the site would accept."""
     ways = []
-    if 0 < said.most_rounds < plan.num_rounds:
-        ways.append(f"{said.most_rounds} of its {plan.num_rounds} rounds")
-    if said.least_noise is not None:
-        ways.append(f"a noise multiplier of {said.least_noise:g}")
+    if 0 < said.max_rounds < plan.num_rounds:
+        ways.append(f"{said.max_rounds} of its {plan.num_rounds} rounds")
+    if said.min_noise is not None:
+        ways.append(f"a noise multiplier of {said.min_noise:g}")
     if ways:
         return f"Tell the lead that {' or '.join(ways)} would be accepted if all other settings stay unchanged."
     return "Tell the lead, or change these rules in site.toml if you agree to the run."

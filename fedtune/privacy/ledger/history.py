@@ -90,7 +90,7 @@ class AcceptedRun:
 
     def count_remaining_charges(self, now: datetime) -> Counter[DpEvent]:
         """Count the mechanisms of all rounds that may still be charged. A closed run has no such rounds."""
-        left = self.plan.most_rounds - self.charged_rounds
+        left = self.plan.max_rounds - self.charged_rounds
         once = dp_events.count_mechanisms([self.plan.event()]) if self.is_open(now) else Counter()
         return Counter({event: count * left for event, count in once.items()})
 

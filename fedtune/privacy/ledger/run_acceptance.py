@@ -139,7 +139,9 @@ def require_budget_room(
             # Not `>`: a divergence that is NaN must be refused.
             if not history.divergence(charged + besides + asked) <= room:
                 would, now_at = history.epsilon(charged + besides + asked), history.epsilon(charged + besides)
-                raise Refused(reason, asked=f"{would:.4f}", allowed=f"at most {cap:g}, of which {now_at:.4f} is spent")
+                raise Refused(
+                    reason, requested=f"{would:.4f}", allowed=f"at most {cap:g}, of which {now_at:.4f} is spent"
+                )
 
 
 def find_max_rounds(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> int:

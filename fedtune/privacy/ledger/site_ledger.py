@@ -129,7 +129,7 @@ class SiteLedger:
             RunError: the ledger is damaged or not writable.
         """
         if own is bool(proposal.lead):  # a lead can neither request a site's own release nor read its value
-            raise Refused(Reason.LEADS, asked=proposal.lead)
+            raise Refused(Reason.LEADS, requested=proposal.lead)
         with self._store.transaction():
             self._require_newest_policy()
             now, run = self._store.now(), self.history.runs.get(proposal.run)
@@ -205,8 +205,8 @@ class SiteLedger:
             today = self._store.now().date()
             if refused.reason.is_waiting and (today, run, lead, refused.reason.value) in self.history.refused:
                 return
-            asked = refused.asked and refused.asked[:_MAX_TEXT]  # untrusted text from a server
-            detail = {"reason": refused.reason.value, "asked": asked, "allowed": refused.allowed, "lead": lead}
+            requested = refused.requested and refused.requested[:_MAX_TEXT]  # untrusted text from a server
+            detail = {"reason": refused.reason.value, "requested": requested, "allowed": refused.allowed, "lead": lead}
             if self._may_record_answer(stranger=refused.reason.is_from_stranger):
                 self._store.append_event(Kind.REFUSAL, detail, run=run, round=round, request=request)
 
@@ -324,7 +324,7 @@ class SiteLedger:
             if not known and shown not in doubts and len(doubts) < _MAX_DOUBTS:
                 self._store.append_note("in_doubt", **shown._asdict())
         if not known:
-            raise Refused(Reason.LEDGER_BEHIND_RECEIPT, asked=receipt.sequence, allowed=self.history.length)
+            raise Refused(Reason.LEDGER_BEHIND_RECEIPT, requested=receipt.sequence, allowed=self.history.length)
 
     def charge_gap(self, anchor: Head) -> Counter[DpEvent]:
         """Charge all mechanisms that the anchor lists but this restored ledger lacks, and return the added charges.
@@ -389,10 +389,10 @@ class SiteLedger:
             noise = run_acceptance.find_min_noise(proposal, self._would_accept)
             if not rounds and noise is None:
                 self.require_acceptable(proposal)
-            detail = {"what": "offer", "most_rounds": rounds, "least_noise": noise, "lead": proposal.lead}
+            detail = {"what": "offer", "max_rounds": rounds, "min_noise": noise, "lead": proposal.lead}
             self._store.append_event(Kind.RELEASE, detail, run=proposal.run)
         site, run = self.policy.site, proposal.run
-        return Offer(site=site, run=run, most_rounds=rounds, least_noise=noise, rank=proposal.find_rank(site))
+        return Offer(site=site, run=run, max_rounds=rounds, min_noise=noise, rank=proposal.find_rank(site))
 
     def require_acceptable(self, proposal: Proposal, *, own: bool = False) -> None:
         """Check that the site would accept a new run, or its own release (`own`), as of the last transaction.
@@ -463,8 +463,8 @@ class SiteLedger:
         """
         if not run.is_open(self.history.clock):
             raise Refused(Reason.RUN_ENDED)
-        if run.charged_rounds >= run.plan.most_rounds:
-            raise Refused(Reason.PLAN_EXHAUSTED, asked=run.charged_rounds + 1, allowed=run.plan.most_rounds)
+        if run.charged_rounds >= run.plan.max_rounds:
+            raise Refused(Reason.PLAN_EXHAUSTED, requested=run.charged_rounds + 1, allowed=run.plan.max_rounds)
         self.policy.check(run.proposal)
         asked = events.count_mechanisms([run.plan.event()])
         run_acceptance.require_budget_room(
@@ -495,12 +495,12 @@ class SiteLedger:
         """
         self.require_startable(proposal)
         if run.reserved.get(round, request) != request:
-            raise Refused(Reason.ROUND_REQUESTED_DIFFERENTLY, asked=request, allowed=run.reserved[round])
+            raise Refused(Reason.ROUND_REQUESTED_DIFFERENTLY, requested=request, allowed=run.reserved[round])
         if request not in run.replies and round >= max(run.reserved, default=0):
             return None
         reply = self._store.read_stored_reply(request)
         if reply is None or hashlib.sha256(reply).hexdigest() != run.replies[request]:
-            raise Refused(Reason.REPLY_NO_LONGER_STORED, asked=round)
+            raise Refused(Reason.REPLY_NO_LONGER_STORED, requested=round)
         return reply
 
     def _require_not_denied(self, proposal: Proposal) -> None:
@@ -537,4 +537,4 @@ def _drop_common_prefix(here: Sequence[float | None], there: Sequence[float | No
 def _require_same_proposal(known: AcceptedRun, proposal: Proposal) -> None:
     """Check that a proposal is identical to the proposal of the accepted run."""
     if known.proposal != proposal:
-        raise Refused(Reason.PLAN_CHANGED, asked=proposal.digest(), allowed=known.proposal.digest())
+        raise Refused(Reason.PLAN_CHANGED, requested=proposal.digest(), allowed=known.proposal.digest())

@@ -56,8 +56,8 @@ def build_report_cells(report: Report) -> Cells:
     verdict, promised = report.verdict, report.verdict.state != "no_guarantee"
     epsilon = report.epsilon if promised else None
     meanings = [site.meaning for site in report.sites if site.meaning]
-    by_mechanism = [one.right_of_100_mechanism for one in meanings if one.right_of_100_mechanism is not None]
-    ceiling = max((one.right_of_100_ceiling for one in meanings), default=None) if promised else 100.0
+    by_mechanism = [one.correct_of_100_mechanism for one in meanings if one.correct_of_100_mechanism is not None]
+    ceiling = max((one.correct_of_100_ceiling for one in meanings), default=None) if promised else 100.0
     mechanism: Value = max(by_mechanism, default=None) if len(by_mechanism) == len(meanings) else "not_computed"
     bound = (ceiling if mechanism == "not_computed" else mechanism) if promised else 100.0
     failures = [one.expected_failures for one in meanings if one.expected_failures is not None]
@@ -87,8 +87,8 @@ def build_report_cells(report: Report) -> Cells:
         "verdict": verdict.state,
         "epsilon": "unbounded" if epsilon is None else epsilon,
         "expected_failures": max(failures, default=None),
-        "right_of_100_ceiling": ceiling,
-        "right_of_100_mechanism": mechanism if promised else None,
+        "correct_of_100_ceiling": ceiling,
+        "correct_of_100_mechanism": mechanism if promised else None,
         "singling_out_bound": bound,
         "sampling_run": tuple(sorted({row.sampling_run for row in rows_of_all})) or None,
         "secure_aggregation": "yes" if summed else "no",

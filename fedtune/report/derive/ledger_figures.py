@@ -79,7 +79,7 @@ def _was_fixed_beforehand(facts: LedgerFacts, ran: Sequence[Mechanism]) -> bool:
     Otherwise a later run may have been chosen, or an earlier run ended, because of a release.
     """
     charged, plans = [row for row in ran if row.rounds], map_plans_by_run(facts)
-    most = {run: plan.most_rounds for run, plan in plans.items()}
+    most = {run: plan.max_rounds for run, plan in plans.items()}
     return len(charged) == 1 and most.get(charged[0].run) == charged[0].rounds
 
 
@@ -189,7 +189,7 @@ def compute_lifetime(facts: LedgerFacts) -> Lifetime:
     spent = [count_charges_to_cohort(facts, cohort) for cohort in begins]
     # Includes the reserved rounds of open runs that admit the cohort.
     held = [
-        (run.plan.cohorts, run.plan.event(rounds=run.plan.most_rounds - own[run.run]))
+        (run.plan.cohorts, run.plan.event(rounds=run.plan.max_rounds - own[run.run]))
         for run in facts.runs
         if run.state == "open"
     ]
@@ -211,7 +211,7 @@ def compute_lifetime(facts: LedgerFacts) -> Lifetime:
         left=left,
         period=facts.approved.period,
         period_epsilon=_compute_epsilon_by_filter(facts, find_largest_charges(facts, period=facts.approved.period)),
-        reference_runs_left=None if left is None or each == 0 else math.floor(left / each),
+        reference_remaining_runs=None if left is None or each == 0 else math.floor(left / each),
         caps=facts.caps,
         runs=tuple(
             LifetimeRun(
@@ -220,7 +220,7 @@ def compute_lifetime(facts: LedgerFacts) -> Lifetime:
                 dataset=run.dataset,
                 state=run.state,
                 rounds=rounds[run.run],  # with those that it was charged on a lost branch
-                most_rounds=run.plan.most_rounds,
+                max_rounds=run.plan.max_rounds,
                 steps=rounds[run.run] * run.plan.local_steps,
                 epsilon=profile.epsilon_pld([run.plan.event(rounds=rounds[run.run])], facts.delta),
                 planned_epsilon=profile.epsilon_pld([run.plan.full_event], facts.delta),

@@ -186,13 +186,16 @@ def bound_posterior(epsilon: float, *, prior: float) -> float:
     return prior / (prior + (1 - prior) * _invert_exponential(epsilon))
 
 
-def compute_hit_rate_ceiling(epsilon: float, delta: float, *, false_alarms: float) -> float:
+def compute_hit_rate_ceiling(epsilon: float, delta: float, *, false_positive_rate: float) -> float:
     """Bound the true positive rate of any attack on membership, from (epsilon, delta) alone.
 
-    `false_alarms` is the attack's false positive rate: the share of unused records that it takes for used ones.
+    `false_positive_rate` is the attack's false positive rate: the share of unused records that it takes for used ones.
     """
-    other_way = 1 - (1 - delta - false_alarms) * _invert_exponential(epsilon)
-    return max(false_alarms, min(math.exp(min(epsilon, _LARGEST_EXPONENT)) * false_alarms + delta, other_way, 1.0))
+    other_way = 1 - (1 - delta - false_positive_rate) * _invert_exponential(epsilon)
+    return max(
+        false_positive_rate,
+        min(math.exp(min(epsilon, _LARGEST_EXPONENT)) * false_positive_rate + delta, other_way, 1.0),
+    )
 
 
 def bound_correct_guesses_per_100(epsilon: float, delta: float) -> float:
@@ -316,24 +319,26 @@ def compute_epsilon_curve(spent: Spent, delta: float) -> tuple[CurvePoint, ...]:
     return tuple(CurvePoint(delta=one, epsilon_pld=pld, epsilon_rdp=rdp) for one, pld, rdp in both)
 
 
-def bound_hit_rate(spent: Spent, *, false_alarms: float) -> float | None:
+def bound_hit_rate(spent: Spent, *, false_positive_rate: float) -> float | None:
     """Bound the true positive rate of any membership attack from the mechanism's trade-off curve; None: unbounded.
 
     For an attack with false positive rate f, and each epsilon >= 0 with its delta, the rate is at most e^epsilon f +
     delta, and at most 1 - (1 - delta - f) / e^epsilon. The minimum over epsilon is the mechanism's trade-off curve
     (Dong, Roth and Su 2019, arXiv 1905.02383, Section 2.3).
     """
-    return _bound_hit_rate_cached(_sort_mechanisms(spent), false_alarms)
+    return _bound_hit_rate_cached(_sort_mechanisms(spent), false_positive_rate)
 
 
 @lru_cache(maxsize=256)
-def _bound_hit_rate_cached(counted: Counted, false_alarms: float) -> float | None:
+def _bound_hit_rate_cached(counted: Counted, false_positive_rate: float) -> float | None:
     own = _pld(counted, accountant.COARSE)
     if math.isinf(own.epsilon(0.5)):
         return None
-    more_alarms = _minimize_bound(lambda epsilon: math.exp(epsilon) * false_alarms + own.delta(epsilon))
-    fewer_misses = _minimize_bound(lambda epsilon: 1 - (1 - own.delta(epsilon) - false_alarms) * math.exp(-epsilon))
-    return max(false_alarms, min(1.0, more_alarms, fewer_misses))
+    more_alarms = _minimize_bound(lambda epsilon: math.exp(epsilon) * false_positive_rate + own.delta(epsilon))
+    fewer_misses = _minimize_bound(
+        lambda epsilon: 1 - (1 - own.delta(epsilon) - false_positive_rate) * math.exp(-epsilon)
+    )
+    return max(false_positive_rate, min(1.0, more_alarms, fewer_misses))
 
 
 def bound_secret_chance(spent: Spent | None, *, epsilon: float | None, delta: float, candidates: int) -> float:
@@ -354,12 +359,12 @@ def bound_secret_chance(spent: Spent | None, *, epsilon: float | None, delta: fl
     if epsilon is None:
         return 1.0
     guess = 1 / candidates
-    ceiling = compute_hit_rate_ceiling(epsilon, delta, false_alarms=guess)
-    by_mechanism = None if spent is None else bound_hit_rate(spent, false_alarms=guess)
+    ceiling = compute_hit_rate_ceiling(epsilon, delta, false_positive_rate=guess)
+    by_mechanism = None if spent is None else bound_hit_rate(spent, false_positive_rate=guess)
     return ceiling if by_mechanism is None else min(ceiling, by_mechanism)
 
 
-def bound_right_of_100(spent: Spent) -> float | None:
+def bound_correct_of_100(spent: Spent) -> float | None:
     """Bound the correct membership guesses out of 100 if half of the records were used; None: unbounded.
 
     The best attack is right with probability (1 + delta) / 2, where delta is the mechanism's delta at epsilon 0.
@@ -388,10 +393,10 @@ def compute_meaning(
     for_several = partial(bound_right_guesses_for_several, known, best, epsilon=stated, delta=delta)
     with_all_others, rates = None, []
     for alarms in FALSE_ALARMS:
-        ceiling = compute_hit_rate_ceiling(stated, delta, false_alarms=alarms)
-        found = None if known is None else bound_hit_rate(known, false_alarms=alarms)
+        ceiling = compute_hit_rate_ceiling(stated, delta, false_positive_rate=alarms)
+        found = None if known is None else bound_hit_rate(known, false_positive_rate=alarms)
         found = None if found is None else min(found, ceiling)
-        rates.append(Ceiling(given=alarms, ceiling=ceiling, mechanism=found))
+        rates.append(Ceiling(operating_point=alarms, ceiling=ceiling, mechanism=found))
     if others is not None:
         told, of_told = others
         bounds = _bound_right_guesses(
@@ -399,20 +404,25 @@ def compute_meaning(
         )
         with_all_others = min(bound for bound in bounds if bound is not None)
     return Meaning(
-        right_of_100_ceiling=right,
-        right_of_100_mechanism=by_mechanism,
-        posterior=tuple(Ceiling(given=prior, ceiling=bound_posterior(stated, prior=prior)) for prior in PRIORS),
+        correct_of_100_ceiling=right,
+        correct_of_100_mechanism=by_mechanism,
+        posterior=tuple(
+            Ceiling(operating_point=prior, ceiling=bound_posterior(stated, prior=prior)) for prior in PRIORS
+        ),
         hit_rates=tuple(rates),
         expected_failures=None if declared_size is None else delta * declared_size,
-        right_of_100_with_all_others=with_all_others,
-        right_of_100_for_2=for_several(members=2),
-        right_of_100_for_5=for_several(members=5),
+        correct_of_100_with_all_others=with_all_others,
+        correct_of_100_for_2=for_several(members=2),
+        correct_of_100_for_5=for_several(members=5),
     )
 
 
 def _bound_right_guesses(spent: Spent | None, epsilon: float, delta: float) -> tuple[float, float | None]:
     """Bound the correct guesses out of 100 from (epsilon, delta), and from the charges' curve if they are given."""
-    ceiling, found = bound_correct_guesses_per_100(epsilon, delta), None if spent is None else bound_right_of_100(spent)
+    ceiling, found = (
+        bound_correct_guesses_per_100(epsilon, delta),
+        None if spent is None else bound_correct_of_100(spent),
+    )
     # Both bounds hold for every attack; the curve's coarse grid may slightly exceed a ceiling from the fine grid.
     return ceiling, None if found is None else min(found, ceiling)
 

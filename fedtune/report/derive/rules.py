@@ -140,7 +140,7 @@ def _list_run_assumptions(facts: RunFacts, sites: Sequence[SiteReport]) -> Itera
         digest, others = facts.find_signed_adapter()
         signed: Status = "violated" if others or not digest else "verified"
         yield "adapter_signed", signed, ", ".join(others) or format_key_start(digest)
-    if kept := facts.kept:
+    if kept := facts.selected_round:
         yield (
             "chosen_by_the_leads_own_records",
             "assumed",
@@ -263,11 +263,11 @@ def _list_ledger_assumptions(facts: LedgerFacts, site: SiteReport) -> Iterator[_
     yield "cap_never_raised", "violated" if life.cap_raised else "verified", caps
     if len(life.runs) > 1:
         yield "runs_fixed_beforehand", "assumed", "PLD, RDP"
-    if early := [run for run in life.runs if 0 < run.rounds < run.most_rounds]:
-        parts = ", ".join(f"{run.run}: {run.rounds} / {run.most_rounds}" for run in early[:_MAX_NAMED])
+    if early := [run for run in life.runs if 0 < run.rounds < run.max_rounds]:
+        parts = ", ".join(f"{run.run}: {run.rounds} / {run.max_rounds}" for run in early[:_MAX_NAMED])
         yield "ends_independent_of_releases", "assumed", parts + (", …" if len(early) > _MAX_NAMED else "")
     if facts.policy_noted is not None:
         yield "policy_noted", "verified" if facts.policy_noted else "violated", facts.policy_digest
     if life.restored:
         entries = ", ".join(str(entry.entry) for entry in facts.charges if not entry.run)
-        yield "lost_events_made_up_for", "verified", entries
+        yield "lost_events_recharged", "verified", entries

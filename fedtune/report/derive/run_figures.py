@@ -39,7 +39,7 @@ def statement_agrees(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> b
     return said.same_plan and all(
         run.rounds >= compute_min_charged_rounds(facts, site)
         and run.seeded_noise == facts.seeded_noise
-        and run.most_rounds == facts.plan.most_rounds
+        and run.max_rounds == facts.plan.max_rounds
         for run in known
     )
 
@@ -48,7 +48,7 @@ def _derive_site_report(facts: RunFacts, site: SiteFacts) -> SiteReport:
     plan, statement, rounds = facts.plan, site.statement, facts.count_charged_rounds(site)
     source: Source = "not_released" if site.receipt is None else "charged_by_receipts"
     source = "signed_site_report" if statement else source
-    grid, whole = profile.choose_pld_interval(source), plan.most_rounds if rounds else 0
+    grid, whole = profile.choose_pld_interval(source), plan.max_rounds if rounds else 0
     charged, promised = profile.count_charged_events(plan, rounds), profile.count_charged_events(plan, whole)
     known = statement is not None and any(run.run == facts.run for run in statement.lifetime.runs)
     ran = facts.sampling if statement is None else "poisson" if known else None
@@ -95,9 +95,9 @@ def _derive_utility(facts: RunFacts, sites: Sequence[SiteReport]) -> Utility:
     price = Counter({GaussianDpEvent(facts.plan.metrics_noise_multiplier): releases}) if line else Counter()
     return Utility(
         epsilons=tuple(profile.find_largest_epsilon(epsilons[result.round]) for result in facts.rounds),
-        kept=facts.kept,
+        selected_round=facts.selected_round,
         held_out_epsilon=profile.epsilon_pld(price, facts.plan.delta) if line else None,
-        fall=detect_score_drop(line) if line and line[-1].run == facts.name else None,
+        score_drop=detect_score_drop(line) if line and line[-1].run == facts.name else None,
     )
 
 

@@ -77,7 +77,7 @@ def explain_missing_room(report: Report) -> Room | None:
         return "closed"
     if life.left is not None and life.left <= 0:
         return "used_up"
-    return "no_run_fits" if life.reference_runs_left == 0 else None
+    return "no_run_fits" if life.reference_remaining_runs == 0 else None
 
 
 def find_report_outcome(report: Report) -> str:
@@ -103,7 +103,7 @@ def iter_run_reasons(site: SiteFacts, facts: RunFacts, spent: Spent, *, sampling
         seeded_noise=facts.seeded_noise,
         above_target=exceeds_cap(spent.epsilon, facts.target_epsilon),
         not_finished=not facts.finished,
-        charged_less=spent.rounds < facts.plan.most_rounds,
+        charged_less=spent.rounds < facts.plan.max_rounds,
         site_silent=facts.is_upper_bound(site),
         sampling_not_recorded=sampling is None,
     )
@@ -196,7 +196,7 @@ def list_refuted_bounds(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple
         claim = min(spent.get(bound.site, math.inf), bound.claimed_epsilon)
         if claim >= _MAX_EPSILON:
             return 1.0
-        counts = bound.canaries, bound.guesses, bound.right
+        counts = bound.canaries, bound.guesses, bound.correct
         return audit_bound.compute_p_value(*counts, epsilon=claim, delta=audit.delta)
 
     return tuple(bound for bound, error in zip(audit.bounds, errors, strict=True) if chance(bound) < error)
@@ -222,13 +222,13 @@ def find_wrong_audit_bounds(audit: Audit) -> Iterator[Problem]:
     """Yield each bound of an audit that does not follow from its counts."""
     for number, bound in enumerate(audit.bounds):
         where = f"audit.bounds.{number}"
-        for key, right in (("lower_bound", bound.right), ("best_possible", bound.guesses)):
+        for key, right in (("lower_bound", bound.correct), ("best_possible", bound.guesses)):
             counts = bound.canaries, bound.guesses, right
             found = audit_bound.compute_epsilon_lower_bound(*counts, delta=audit.delta, confidence=audit.confidence)
             if not abs(getattr(bound, key) - found) <= _AUDIT_DIGITS * max(1.0, found):
                 yield Problem(f"{where}.{key}", getattr(bound, key), found)
         if bound.fdp_bound is not None:
-            counts = bound.canaries, bound.guesses, bound.right
+            counts = bound.canaries, bound.guesses, bound.correct
             found = compute_fdp_lower_bound(*counts, delta=audit.delta, confidence=audit.confidence)
             if not abs(bound.fdp_bound - found) <= _AUDIT_DIGITS * max(1.0, found):
                 yield Problem(f"{where}.fdp_bound", bound.fdp_bound, found)

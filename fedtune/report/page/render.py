@@ -39,7 +39,7 @@ from fedtune.spec import NOT_GIVEN, ConfigError
 FONTS = Path(__file__).parent / "fonts"
 _GROUPS = {"hipaa": "health", "ai_act": "documentation", "gpai": "documentation"}  # prefix of a field -> its group
 # facts whose value is a figure, or the code of a reason for its absence
-_OR_CODE = ("epsilon", "right_of_100_mechanism")
+_OR_CODE = ("epsilon", "correct_of_100_mechanism")
 _NARROW, _WIDE = "iljtfrI.,:;|!'()[] -/", "mwMWGOQ%@—"  # narrow and wide characters
 
 
@@ -216,8 +216,8 @@ def list_fields(words: Charts, group: str) -> list[Mapping[str, Any]]:
         cells: dict[str, list[dict[str, Any]]] = {"known": [], "open": []}
         for state, facts in states.items():
             # The page shows only the tighter of the two bounds, as on page 1.
-            by_method = isinstance(facts.get("right_of_100_mechanism"), float)
-            worse = "right_of_100_ceiling" if by_method else "right_of_100_mechanism"
+            by_method = isinstance(facts.get("correct_of_100_mechanism"), float)
+            worse = "correct_of_100_ceiling" if by_method else "correct_of_100_mechanism"
             row, shown = pointer("cells", code, state), []
             for key, value in facts.items():
                 said = Markup("") if value is None else format_fact(words, row, key, value)

@@ -326,7 +326,7 @@ class Charts(Words):
     def reliability(self) -> Table:
         """Build the reliability diagram: accuracy in each bin of model confidence."""
         detail = None if isinstance(self.facts, LedgerFacts) else self.facts.detail
-        found = [(one.confidence, one.right) for one in detail.reliability] if detail else []
+        found = [(one.confidence, one.accuracy) for one in detail.reliability] if detail else []
         lines = {"reliability_found": found, "reliability_perfect": [(0.0, 0.0), (1.0, 1.0)]}
         series = [
             Series(points=some, number=n, label=self._find_chart_text(key))

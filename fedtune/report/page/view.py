@@ -78,9 +78,9 @@ class Words:
     @property
     def findings(self) -> tuple[str, ...]:
         """The codes of all warnings about scores, including the sites' noised scores."""
-        fall = self.report.utility and self.report.utility.fall
+        drop = self.report.utility and self.report.utility.score_drop
         found = () if isinstance(self.facts, LedgerFacts) else self.facts.findings
-        return (*found, *((FELL,) if fall and fall.found else ()))
+        return (*found, *((FELL,) if drop and drop.significant else ()))
 
     @property
     def without_base(self) -> bool:
@@ -200,12 +200,12 @@ class Words:
         """Return which bound on membership guesses applies at a site: "mechanism" if it was computed, otherwise
         "ceiling".
         """
-        by_mechanism = f"{site}/meaning/right_of_100_mechanism"
+        by_mechanism = f"{site}/meaning/correct_of_100_mechanism"
         return "ceiling" if self.at(by_mechanism) is None else "mechanism"
 
     def has_no_useful_bound(self, site: str) -> bool:
         """Whether the bound on membership guesses at a site is too close to 100 to be informative."""
-        found: float = self.at(f"{site}/meaning/right_of_100_{self.right(site)}")
+        found: float = self.at(f"{site}/meaning/correct_of_100_{self.right(site)}")
         return found > (_SAYS_NOTHING if self.right(site) == "ceiling" else MAX_RIGHT)
 
     @property
@@ -215,7 +215,7 @@ class Words:
 
     def describe_protection(self) -> Markup:
         """Describe in words how well one record or person of the worst site is protected, and how well five are."""
-        means = f"{self.worst}/meaning/right_of_100_"
+        means = f"{self.worst}/meaning/correct_of_100_"
         found = (self.at(means + which) for which in (self.right(self.worst), "for_5"))
         one, five = (next(word for word, most in _HIDDEN.items() if right <= most) for right in found)
         return self.text("hidden.answer", one=self.text(f"hidden.{one}"), five=self.text(f"hidden.{five}"))

@@ -21,7 +21,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import to_canonical_json
 
 LARGEST, LENGTH = 1 << 20, 4
-ANY = partial(require_terms, least_sites=2, least_threshold=2)
+ANY = partial(require_terms, min_sites=2, min_threshold=2)
 
 
 def make_identity(site: str) -> SigningKey:

@@ -14,7 +14,7 @@ from fedtune.federation.secure.masks import MaskKey
 from fedtune.federation.secure.messages import read_announcement
 from fedtune.federation.secure.party import Party
 from fedtune.federation.secure.summation import build_session
-from fedtune.privacy.threshold import least_threshold
+from fedtune.privacy.threshold import min_threshold
 from fedtune.spec import ConfigError
 
 from .parties import ANY, Federation, change_message, expect_rejection, make_identity, make_terms
@@ -23,7 +23,7 @@ from .parties import ANY, Federation, change_message, expect_rejection, make_ide
 @given(st.integers(2, 20), st.data())
 def test_least_threshold_rules_out_two_confirmed_survivor_sets(num_sites: int, data: st.DataObject) -> None:
     colluders = data.draw(st.integers(0, num_sites - 1))
-    least = least_threshold(num_sites, colluders=colluders)
+    least = min_threshold(num_sites, colluders=colluders)
     honest = num_sites - colluders
     for threshold in range(least, num_sites + 1):  # of each set's t confirmations all but c are by honest sites
         assert 2 * (threshold - colluders) > honest
@@ -32,7 +32,7 @@ def test_least_threshold_rules_out_two_confirmed_survivor_sets(num_sites: int, d
 
 def test_least_threshold_requires_an_honest_site() -> None:
     with pytest.raises(ConfigError, match="fewer than the 3 sites"):
-        least_threshold(3, colluders=3)
+        min_threshold(3, colluders=3)
 
 
 @given(st.integers(2, 20), st.integers(1, 2**50))
@@ -73,8 +73,8 @@ def make_party(terms: Terms, *, demand: Demand = ANY, roster: dict[str, str] | N
         (3, 2, partial(ANY, colluders=1), Wrong.THRESHOLD_TOO_LOW),
         *((3, 3, partial(ANY, colluders=1), None), (3, 3, partial(ANY, colluders=3), Wrong.TOO_FEW_SITES)),
         (5, 3, partial(ANY, colluders=1), Wrong.THRESHOLD_TOO_LOW),
-        *((5, 4, partial(ANY, colluders=1), None), (5, 4, partial(ANY, least_sites=6), Wrong.TOO_FEW_SITES)),
-        (5, 4, partial(ANY, least_threshold=5), Wrong.THRESHOLD_TOO_LOW),
+        *((5, 4, partial(ANY, colluders=1), None), (5, 4, partial(ANY, min_sites=6), Wrong.TOO_FEW_SITES)),
+        (5, 4, partial(ANY, min_threshold=5), Wrong.THRESHOLD_TOO_LOW),
     ],
 )
 def test_site_joins_only_terms_within_its_limits(num_sites: int, threshold: int, demand: Demand, reason: Any) -> None:

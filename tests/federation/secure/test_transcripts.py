@@ -14,7 +14,7 @@ from fedtune.federation.secure.agreement import Announcement, KeyAgreement, Reje
 from fedtune.federation.secure.masks import MaskKey
 from fedtune.federation.secure.messages import ConfirmRequest, Upload, read_announcement
 from fedtune.federation.secure.shares import SHARE_BYTES
-from fedtune.privacy.threshold import least_threshold
+from fedtune.privacy.threshold import min_threshold
 
 from .knowledge import Knowledge, Sent, watch_seeds
 from .parties import ANY, Federation, change_message, make_identity, make_terms
@@ -30,7 +30,7 @@ class Transcript(RuleBasedStateMachine):
 
     @initialize(num_sites=st.integers(3, 5), colluders=st.integers(0, 1))
     def begin(self, num_sites: int, colluders: int) -> None:
-        threshold = least_threshold(num_sites, colluders=colluders)
+        threshold = min_threshold(num_sites, colluders=colluders)
         terms = make_terms(num_sites, threshold, length=2)
         self.federation = Federation(terms, demand=ANY)
         self.colluders = frozenset(terms.sites[num_sites - colluders :])

@@ -39,7 +39,7 @@ def test_picks_reach_the_direct_attack_and_stay_below_the_guarantee(noise: float
     direct = np.argmax(releases @ rows.T, axis=1)  # all gradients have one length
     low, high = estimate_share(int((direct == secrets).sum()), TRIALS, confidence=0.9999)[1:]
     assert low <= found / TRIALS <= high, "noise by its products is the noise of the release"
-    ceiling = profile.bound_hit_rate({GaussianDpEvent(noise): 1}, false_alarms=1 / CANDIDATES)
+    ceiling = profile.bound_hit_rate({GaussianDpEvent(noise): 1}, false_positive_rate=1 / CANDIDATES)
     assert ceiling is not None
     assert estimate_share(found, TRIALS, confidence=0.9999)[1] <= ceiling
     assert found / TRIALS > 0.5 * ceiling, "the ceiling is near the best attack"

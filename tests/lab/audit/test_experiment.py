@@ -69,7 +69,7 @@ def test_audit_detects_an_injected_fault(
     assert "site-1: epsilon is at least 3." in message
     assert found.exceeded
     of_sites = [bound for bound in found.bounds if bound.site]
-    assert all(bound.right == bound.guesses for bound in of_sites), "a canary in every step is told for certain"
+    assert all(bound.correct == bound.guesses for bound in of_sites), "a canary in every step is told for certain"
     assert all(bound.lower_bound == bound.best_possible > bound.claimed_epsilon for bound in of_sites)
     report = json.loads((folder / "report.json").read_text())
     assert report["verdict"] == {"state": "no_guarantee", "reasons": ["refuted_by_audit"]}
@@ -97,11 +97,11 @@ def test_record_canary_audit_reports_membership_scores(run_audit: Any) -> None:
     kinds = [(site, score) for site in ("site-1", "site-2", None) for score in ("loss", "reference_ratio")]
     assert [(one.site, one.score) for one in found.membership] == kinds
     everywhere = found.membership[-1]
-    assert everywhere.trained_on == sum(one.trained_on for one in found.membership[:4:2])
+    assert everywhere.members == sum(one.members for one in found.membership[:4:2])
     # Never used are those that the hash held out: about 30 %.
-    assert 0.2 < everywhere.never_used / (everywhere.never_used + everywhere.trained_on) < 0.4
+    assert 0.2 < everywhere.non_members / (everywhere.non_members + everywhere.members) < 0.4
     assert everywhere.auroc_low < 0.5 < everywhere.auroc_high or abs(everywhere.auroc - 0.5) < 0.1
-    assert everywhere.hit_rates[1].found is None, "too few records for one false alarm in a thousand"
+    assert everywhere.hit_rates[1].true_positive_rate is None, "too few records for one false alarm in a thousand"
     assert "few records" in outcome.out
     assert "trained on, or never used?" in outcome.out
     assert "artificial records" in (folder / "AUDIT.txt").read_text()
@@ -131,7 +131,7 @@ def test_audit_detects_a_memorizing_model(run_audit: Any, inject_fault: Break) -
         *("training.local_steps=25", "training.learning_rate=0.02", "model=random_bert"),
     )
     together = found.bounds[-1]
-    assert together.right / together.guesses > 0.75
+    assert together.correct / together.guesses > 0.75
     assert together.lower_bound > 0
     assert all(one.auroc_low > 0.5 for one in found.membership if one.site is None)
 

@@ -76,9 +76,11 @@ def test_auroc_interval_has_its_nominal_coverage() -> None:
 
 def test_hit_rate_has_a_clopper_pearson_interval() -> None:
     members, others = np.concatenate([np.full(30, 2000.0), np.zeros(70)]), np.arange(1000.0)
-    share, low, high = estimate_hit_rate(members, others, false_alarms=0.01, confidence=0.95) or (0, 0, 0)
+    share, low, high = estimate_hit_rate(members, others, false_positive_rate=0.01, confidence=0.95) or (0, 0, 0)
     assert share == 0.3
     assert low < 0.3 < high
-    same = estimate_hit_rate(others, others, false_alarms=0.01, confidence=0.95)
+    same = estimate_hit_rate(others, others, false_positive_rate=0.01, confidence=0.95)
     assert same == pytest.approx((0.01, 0.0048, 0.0183), abs=1e-3)
-    assert estimate_hit_rate(members, others, false_alarms=0.0001, confidence=0.95) is None, "no tenth of a false alarm"
+    assert estimate_hit_rate(members, others, false_positive_rate=0.0001, confidence=0.95) is None, (
+        "no tenth of a false alarm"
+    )

@@ -226,7 +226,7 @@ def test_search_is_refused_if_its_trials_exceed_the_budget(tmp_path: Path) -> No
 def test_policy_limits_and_prior_spending_count_before_the_first_trial(tmp_path: Path) -> None:
     words = write_roomy_policies(2, list_tiny_overrides(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
     refused = run_command("search", *words, "lora.rank=int(interval(4,64))", "--trials", "2", "--method", "tpe")
-    said = "refuses these trials; nothing was started (max_rank: asked 64, allowed at most 4)"
+    said = "refuses these trials; nothing was started (max_rank: requested 64, allowed at most 4)"
     assert refused.failed(3) == f"--trials = 2: site site-1 {said}"
     missing = run_command("search", *words, SPACE[0], f"runtime.sites_dir='{tmp_path / 'none'}'", "--trials", "2")
     assert "runtime.sites_dir" in missing.failed()
