@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import sys
 from datetime import date
 from functools import cache, partial
@@ -43,6 +44,9 @@ TENSORS: dict[str, dict[str, tuple[str, ...]]] = {
     "dora": {"adapter_model": (A, B, NORMS), "offsets": (OFFSET,)},
     "ia3": {"adapter_model": (IA3,), "offsets": (OFFSET,)},
 }
+PEFT = {"bias": "none", "inference_mode": True, "init_lora_weights": True, "init_ia3_weights": True}  # of any adapter
+PEFT |= {"megatron_core": "megatron.core", "qalora_group_size": 16}
+PRETRAINED = {"digest": "vaultgemma", "unit": "sequence of 1,024 tokens", "delta": 1.1e-10, "epsilon": 2.0}
 HEADS = dict.fromkeys(("causal_lm", "preference", "embedding"), False)  # task -> whether it has a head
 HEADS |= dict.fromkeys(("classification", "multi_label", "ordinal", "regression", "survival", "votes"), True)
 HEADS |= {"token_classification": True}
@@ -64,9 +68,16 @@ def require(right: bool, text: str) -> None:
 def read_json(path: Path) -> Json:
     """An object of a file; a pipe would be waited for."""
     require(path.is_file(), f"{path} is not a file")
-    found = json.loads(path.read_bytes())
+    found = json.loads(path.read_bytes(), object_pairs_hook=without_repeats)
     require(isinstance(found, dict), f"{path} is not an object")
     return dict(found)
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> Json:
+    """An object whose keys are different: a repeated one would change a file, and not what its signature covers."""
+    found = dict(pairs)
+    require(len(found) == len(pairs), f"a key is repeated among {sorted(found)[:9]}")
+    return found
 
 
 def is_signed(key: str, purpose: str, message: bytes, signature: str) -> bool:
@@ -300,7 +311,7 @@ def rounds_of(facts: Json, site: Json) -> int:
     return rounds
 
 
-def check_sent(facts: Json) -> None:
+def check_sent(facts: Json, keys: dict[str, str] | None) -> None:
     """Compare sites, records and model with the settings that the run's name is the digest of."""
     deployed, made = facts["settings"].get("runtime") == "deployment", facts["provenance"]
     digest = hashlib.sha256(facts["sent"].encode()).hexdigest() if deployed else made["config_sha256"]
@@ -320,6 +331,10 @@ def check_sent(facts: Json) -> None:
     require(made["model_sha256"] == sent["model"]["sha256"], "its base model is not the one that the sites were sent")
     require(made["dataset"] == sent["data"]["dataset"] and made["task"] == sent["task"], "its records are others")
     start, asked = made["start_adapter"] or {}, sent["model"]["adapter_sha256"]
+    signers = {*(sent["privacy"].get("start_keys") or ())}
+    counted = start.get("epsilon") is not None and not start.get("public") and not PRETRAINED.items() <= start.items()
+    proved = not counted or (keys is not None and signers and signers <= {*keys.values()})
+    require(proved, "the epsilon of the training before this run is the lead's word, or give a --roster with its sites")
     require(asked in (None, start.get("digest")), "it began in another adapter")
     require(start.get("public", False) == ("public" in sent), "the sites were sent another origin of its start")
     for key in ("epsilon", "delta", "unit") if asked else ():
@@ -356,7 +371,7 @@ def check_run(report: Json, keys: dict[str, str] | None, folder: Path) -> tuple[
         require(name in receipts and receipts[name]["ended"], f"{name} did not sign that the run is over")
         require((keys or {}).get(name) == receipts[name]["site_key"], f"the roster has another key of {name}")
     require(keys is None or deployed, "a simulation's keys are no real sites'")
-    check_sent(facts)
+    check_sent(facts, keys)
     check_statements(facts, folder / "site_reports")
     reported = {site["site"]: site for site in report["sites"]}
     require([*reported] == [site["site"] for site in facts["sites"]], "figures of other sites")
@@ -533,8 +548,10 @@ def head_names(sent: Json, found: set[str]) -> set[str]:
     return {"weight", *(["center"] if centered else []), *(["candidates"] if sent["task"] == "votes" else [])}
 
 
-def trained_digest(folder: Path, sent: Json) -> str:
-    """The digest of the tensors that a run trains, by the settings that its sites were sent: what each site signs."""
+def trained_digest(folder: Path, sent: Json) -> tuple[str, list[str]]:
+    """The digest of the tensors that a run trains, by the settings that its sites were sent, which each site signs, and
+    the adapted modules of the base.
+    """
     kind, frozen, trained = TENSORS[sent["lora"]["kind"]], sent["task"] == "votes", dict[str, Any]()
     files = [*kind, *(["head"] if HEADS.get(sent["task"], (folder / "head.safetensors").is_file()) else [])]
     names = {"fedtune.json", *(["adapter_config.json"] if kind else []), *(f"{file}.safetensors" for file in files)}
@@ -563,30 +580,57 @@ def trained_digest(folder: Path, sent: Json) -> str:
     digest = hashlib.sha256()
     for name, (shape, values) in sorted(trained.items()):
         digest.update(json.dumps([name, "float32", shape], separators=(",", ":")).encode() + b"\n" + values)
-    return digest.hexdigest()
+    return digest.hexdigest(), sorted(name.removeprefix("base_model.model.") for name in modules)
 
 
-def check_peft_settings(own: Json, lora: Json, path: str) -> None:
-    """Compare the settings by which PEFT scales an adapter with those that the sites were sent."""
-    scaled = lora["kind"] in ("lora", "dora")
-    asked = {"peft_type": "LORA" if scaled else "IA3"}
-    if scaled:
-        asked |= {"r": lora["rank"], "lora_alpha": lora["alpha"]}
-        asked |= {"use_rslora": lora["rslora"], "use_dora": lora["kind"] == "dora"}
-    require(all(own[key] == asked[key] for key in asked), f"{path} has another scale than the sites were sent")
-    patterns = ("rank_pattern", "alpha_pattern", "layer_replication", "modules_to_save", "target_parameters")
-    require(not any(own.get(key) for key in patterns), f"{path} has settings that no run of fedtune saves")
+def check_peft_settings(own: Json, sent: Json, model: Json, modules: list[str]) -> None:
+    """Compare adapter_config.json with what follows from the settings that the sites were sent and from the tensors'
+    modules: any other key must be empty, so that PEFT applies what was trained.
+    """
+    lora, usual = sent["lora"], {key: value for key, value in PEFT.items() if key in own}
+    task = "CAUSAL_LM" if sent["task"] in ("causal_lm", "preference") else "FEATURE_EXTRACTION"
+    usual |= {"task_type": task, "revision": model["revision"], "peft_type": "IA3", "target_modules": modules}
+    if lora["kind"] != "ia3":
+        places = [re.split(r"\.(\d+)\.", one, maxsplit=1) for one in modules]  # stack, layer, module
+        last = {name.rpartition(".")[2] for name in modules}
+        named = sorted(last if isinstance(lora["target_modules"], str) else lora["target_modules"])
+        usual |= {"peft_type": "LORA", "r": lora["rank"], "lora_alpha": lora["alpha"], "target_modules": named}
+        usual |= {"use_rslora": lora["rslora"], "use_dora": lora["kind"] == "dora"}
+        usual |= {"layers_to_transform": sorted({int(number) for _, number, _ in places})}
+        usual |= {"layers_pattern": places[0][0].rpartition(".")[2]}
+    free = ("base_model_name_or_path", "fan_in_fan_out", "peft_version")
+    odd = [key for key in {*own, *usual} - {*free} if (own.get(key) or None) != (usual.get(key) or None)]
+    require(not odd, f"adapter_config.json does not follow from the settings that the sites were sent: {sorted(odd)}")
+
+
+def value_names(features: list[Json]) -> list[str]:
+    """The names of the values of a record with features."""
+    found = list[str]()
+    for one in features:
+        low, high = map(float, one["range"] or (0, 0))
+        places = [""] if one["size"] is None else [f"[{place}]" for place in range(one["size"])]
+        for column in one["columns"]:
+            of_names = [*(f"{column} = {name}" for name in one["categories"]), f"{column}: other"]
+            found += of_names if one["categories"] else [f"{column}{at} in {low!r} to {high!r}" for at in places]
+            found += [f"{column}: missing"] * (one["missing"] == "indicator")
+    return found
 
 
 def check_signed_adapter(facts: Json, folder: Path) -> None:
     """Compare the adapter's trained tensors with those that each charged site signed in its last receipt."""
-    sent, own = json.loads(facts["sent"]), json.loads((folder / "fedtune.json").read_bytes())
-    asked = {key: sent[key] for key in ("task", "lora", "head", "seed")} | {"labels": sent["data"]["labels"]}
-    same = own["model"]["sha256"] == sent["model"]["sha256"] and all(own[key] == asked[key] for key in asked)
-    require(same, f"{folder} has other settings than the sites were sent")
+    sent, own = json.loads(facts["sent"]), read_json(folder / "fedtune.json")
+    digest, modules = trained_digest(folder, sent)
+    data, columns = sent["data"], sent["data"]["columns"]
+    texts = {"preference": 2, "embedding": 3 if "anchor" in columns else 2, "token_classification": data["windows"]}
+    asked = {key: sent[key] for key in ("task", "lora", "head", "seed", "task_settings")} | {"trained_sha256": digest}
+    asked |= {key: data[key] for key in ("labels", "target_range", "input")} | {"texts": texts.get(sent["task"], 1)}
+    asked |= {"values": value_names(data["features"]), "model": own["model"], "schema_version": own["schema_version"]}
+    base = {key: sent["model"][key] for key in ("sha256", "dtype", "gguf_file", "license")}
+    require(
+        own == asked and base.items() <= own["model"].items(), f"{folder} has other settings than the sites were sent"
+    )
     if (path := folder / "adapter_config.json").is_file():
-        check_peft_settings(json.loads(path.read_bytes()), sent["lora"], f"{path}")
-    digest = trained_digest(folder, sent)
+        check_peft_settings(read_json(path), sent, own["model"], modules)
     charged = {site["site"]: site["receipt"] for site in facts["sites"] if rounds_of(facts, site)}
     for name, receipt in charged.items():
         signed = receipt["ended"] and receipt["reply"] == digest
