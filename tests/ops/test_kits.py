@@ -116,7 +116,7 @@ def test_invalid_roster_is_refused(federation: Path, join_site: Any) -> None:
     for change, message in (
         (
             lambda fields: fields["sites"].append(fields["sites"][0]),
-            "site = 'north': has the name or connection key of another site",
+            "site = 'north': has the name or a key of another site",
         ),
         (_swap("site", "../north"), "site = '../north': must consist of"),
         (_swap("site", "south"), "certificate = 'south': must be a certificate for this site's name"),

@@ -17,7 +17,7 @@ from fedtune.ops.kits import federation_folder, members, provisioning
 from fedtune.ops.kits.certificates import read_connection_key
 from fedtune.ops.kits.federation_folder import CHANGE, FederationFolder
 from fedtune.ops.kits.kit_file import Kit, KitCertificate
-from fedtune.ops.kits.members import JoinRequest, Roster
+from fedtune.ops.kits.members import REQUEST, JoinRequest, Roster
 from fedtune.ops.services.lead_and_server import KitRoster
 from fedtune.ops.services.lead_and_server import find_members as members_of
 from fedtune.privacy.keys import SigningKey
@@ -134,6 +134,40 @@ def test_new_site_key_requires_explicit_agreement(desk: Desk, tmp_path: Path) ->
         "The site has a new site key and a new ledger, which does not count the spending of the old ledger."
         in done.changes
     )
+
+
+def test_site_key_names_one_site_for_ever(desk: Desk, tmp_path: Path) -> None:
+    """Two sites with one key could not be told apart, and a ledger that was given up would belong to another site."""
+    for site in ("north", "south"):
+        desk.join(site)
+    for site in ("west", "east"):
+        (tmp_path / site).mkdir()
+    shutil.copy(desk.folder / "lead" / "lead_key.pem", tmp_path / "east" / "site_key.pem")
+    shutil.move(tmp_path / "north" / "site_key.pem", tmp_path / "given_up.pem")
+    shutil.copy(tmp_path / "south" / "site_key.pem", tmp_path / "north")
+    taken, same = desk.request("north", kit="taken"), tmp_path / "same.json"
+    fields = json.loads(taken.read_text()) | {
+        "csr": json.loads((tmp_path / "north" / "kit" / REQUEST).read_text())["csr"]
+    }
+    fields["signature"] = SigningKey.load(tmp_path / "north" / "site_key.pem").sign(
+        members.PURPOSE, members.encode_for_signature({**fields, "signature": ""})
+    )
+    same.write_text(json.dumps(fields))  # with the connection key that the site has
+    with expect_unchanged(desk.folder):
+        for request in (taken, same):
+            with pytest.raises(ConfigError, match=r"site_key = .*belongs to site south"):
+                desk.renew("north", request, new_site_key=True)
+        with pytest.raises(ConfigError, match=r"site_key = .*is the lead's key"):
+            desk.add(desk.request("east"))
+    (tmp_path / "north" / "site_key.pem").unlink()
+    desk.renew("north", desk.request("north", kit="new"), new_site_key=True)
+    for site in ("north", "west"):
+        shutil.copy(tmp_path / "given_up.pem", tmp_path / site / "site_key.pem")
+    with expect_unchanged(desk.folder):
+        with pytest.raises(ConfigError, match=r"site_key = .*was replaced and can never be used again"):
+            desk.renew("north", desk.request("north", kit="back"), new_site_key=True)
+        with pytest.raises(ConfigError, match=r"site_key = .*was replaced and can never be used again"):
+            desk.add(desk.request("west"))
 
 
 def read_whole_folder(folder: Path) -> dict[str, bytes]:
@@ -262,7 +296,7 @@ def test_site_lists_only_the_current_members_of_its_roster(
         "east": "in [trust].members, but not in the federation: remove it",
     }
     assert "from the lead's roster number" in command("site", "members", str(file), *own).out
-    file.write_text(file.read_text().replace(keys["south"], keys["north"]))
+    file.write_text(file.read_text().replace(keys["south"], "ab" * 32))
     for copied in (own, (*own, "--json")):
         assert (
             "is not the signature of the federation's lead" in command("site", "members", str(file), *copied).failed()

@@ -25,7 +25,6 @@ from fedtune.ops.kits.certificates import (
     Certificate,
     check_common_name,
     check_days,
-    compute_key_fingerprint,
     encode_certificate_pem,
     list_certificate_host_names,
     read_certificate,
@@ -93,10 +92,10 @@ class FederationFile:
 
 @spec
 class _RetiredKeys:
-    """Content of retired_keys.json."""
+    """Content of retired_keys.json: fingerprints of connection keys, and site keys."""
 
     version: int
-    fingerprints: tuple[str, ...]
+    keys: tuple[str, ...]
 
 
 @spec
@@ -222,10 +221,12 @@ class FederationFolder:
         return own
 
     def read_retired_keys(self) -> frozenset[str]:
-        """Read the fingerprints of replaced connection keys, which Flower never accepts again."""
+        """Read the replaced site keys, and the fingerprints of replaced connection keys, which Flower never accepts
+        again.
+        """
         path = self.folder / _RETIRED
         try:
-            return frozenset(read_json(_RetiredKeys, read_regular_file(path), key="file").fingerprints)
+            return frozenset(read_json(_RetiredKeys, read_regular_file(path), key="file").keys)
         except FileNotFoundError:
             return frozenset()
         except OSError as error:
@@ -233,10 +234,10 @@ class FederationFolder:
         except ConfigError as error:
             raise error.in_file(path) from None
 
-    def retire_key(self, node_key: bytes) -> dict[str, bytes]:
-        """Return the file of retired connection keys with `node_key` added, as `files` for `apply_change`."""
-        fingerprints = tuple(sorted(self.read_retired_keys() | {compute_key_fingerprint(node_key)}))
-        return {_RETIRED: _to_json_bytes(_RetiredKeys(version=KIT_SCHEMA, fingerprints=fingerprints))}
+    def retire_keys(self, replaced: set[str]) -> dict[str, bytes]:
+        """Return the file of retired keys with `replaced` added, as `files` for `apply_change`."""
+        keys = tuple(sorted(self.read_retired_keys() | replaced))
+        return {_RETIRED: _to_json_bytes(_RetiredKeys(version=KIT_SCHEMA, keys=keys))}
 
     def list_kit_files(self, kind: Kind, certificate: x509.Certificate, *, site: str | None = None) -> dict[str, bytes]:
         """Build the public files of a kit, except the roster, as a mapping from file name to content."""

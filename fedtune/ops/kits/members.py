@@ -121,9 +121,9 @@ class Roster:
         names: set[str] = set()
         for member in self.sites:
             # Names must not differ only in case, because file systems and people may confuse them.
-            own = {member.site.casefold(), member.node_key.decode()}
+            own = {member.site.casefold(), member.node_key.decode(), member.site_key}
             if not names.isdisjoint(own):
-                raise ConfigError("site", member.site, "has the name or connection key of another site")
+                raise ConfigError("site", member.site, "has the name or a key of another site")
             names |= own
 
     @classmethod

@@ -122,7 +122,7 @@ def check_join_request(folder: Path, *, request: Path, days: int | None, now: da
                     if member.revoked:
                         bound = f"was revoked on {member.revoked}: add it again with {again}"
                     raise ConfigError("site", asked.site, bound)
-            _check_new_keys(federation, asked, federation.roster.sites)
+            _check_keys(federation, asked)
 
     return _check_request(folder, request, find_replaced, days=days, now=now)
 
@@ -151,8 +151,7 @@ def check_renewal_request(
                 raise ConfigError("site", asked.site, f"must be {old.site!r}, the name of the site to renew")
             if asked.node_key == old.node_key:
                 _check_not_revoked(old)
-            else:
-                _check_new_keys(federation, asked, [one for one in federation.roster.sites if one != old])
+            _check_keys(federation, asked, old)
             if asked.site_key != old.site_key and not new_site_key:
                 bound = (
                     f"differs from the site's current key, {old.site_key}. A new key means a new ledger, in which the "
@@ -215,8 +214,8 @@ def _admit(federation: FederationFolder, old: Member | None, member: Member) -> 
     files = {f"sites/{member.site}/{name}": data for name, data in kit.items()}
     archive = f"sites/{member.site}-kit.zip"
     files[archive] = make_zip(kit, moment=member.x509_certificate.not_valid_before_utc)
-    if old and member.node_key != old.node_key:
-        files |= federation.retire_key(old.node_key)
+    if old and (replaced := _list_keys(old) - _list_keys(member)):
+        files |= federation.retire_keys(replaced)
     federation.apply_change(members, files)
     changes = _list_changes(old, member) if old else ()
     return Admitted(member=member, archive=federation.folder / archive, changes=changes)
@@ -251,13 +250,24 @@ def _issue_site_certificate(
     return encode_certificate_pem(issued).decode()
 
 
-def _check_new_keys(federation: FederationFolder, asked: JoinRequest, others: Collection[Member]) -> None:
-    """Check that no site uses, or has used, the keys in the request; Flower rejects removed connection keys forever."""
+def _list_keys(member: Member | JoinRequest) -> set[str]:
+    """Return the fingerprint of a site's connection key, and its site key."""
+    return {compute_key_fingerprint(member.node_key), member.site_key}
+
+
+def _check_keys(federation: FederationFolder, asked: JoinRequest, old: Member | None = None) -> None:
+    """Check that nobody else uses, or has used, the keys in the request of a new site, or of the site `old`.
+
+    Flower rejects removed connection keys forever; a site key names one site and its ledger.
+    """
     fingerprint = compute_key_fingerprint(asked.node_key)
     again = "generate a new key with `fedtune site init --out NEW`"
-    if fingerprint in federation.read_retired_keys():
-        raise ConfigError("connection key", fingerprint, f"was replaced and can never be used again: {again}")
-    for member in others:
+    for retired in _list_keys(asked) & federation.read_retired_keys():
+        key = "site_key" if retired == asked.site_key else "connection key"
+        raise ConfigError(key, retired, f"was replaced and can never be used again: {again}")
+    if asked.site_key == federation.lead_key:
+        raise ConfigError("site_key", asked.site_key, f"is the lead's key: {again}")
+    for member in (one for one in federation.roster.sites if one != old):
         if member.node_key == asked.node_key:
             state = "was the key of the revoked" if member.revoked else "belongs to"
             raise ConfigError("connection key", fingerprint, f"{state} site {member.site}: {again}")
