@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Head
+from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.store import resolve_anchor
 from fedtune.privacy.ledger.verify import Verified, verify
@@ -83,10 +84,14 @@ class SiteFiles:
         return verify(self.ledger, anchor=Head.read(self.anchor) if self.anchor and self.anchor.is_file() else None)
 
 
+def read_histories(folder: Path) -> dict[str, History]:
+    """Verify the ledgers in a simulation folder; return site -> history, for each site that has one."""
+    files = [SiteFiles.from_site_toml(path) for path in sorted(folder.glob("*/site.toml"))]
+    verified = {one.policy.site: one.verify_ledger() for one in files}
+    return {site: one.history for site, one in verified.items() if one is not None}
+
+
 def find_max_charged_runs(folder: str | None) -> int:
     """Return the largest number of charged runs in any ledger of a simulation folder, or 0 without ledgers."""
-    verified = (
-        [SiteFiles.from_site_toml(path).verify_ledger() for path in Path(folder).glob("*/site.toml")] if folder else []
-    )
-    ledgers = [one.history for one in verified if one is not None]
+    ledgers = read_histories(Path(folder)).values() if folder else ()
     return max((sum(map(bool, map(one.charged_rounds, {*one.runs, *one.lost_runs}))) for one in ledgers), default=0)

@@ -36,7 +36,7 @@ from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refused
 from fedtune.privacy.run_plan import Plan
-from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_files import SiteFiles, read_histories
 from fedtune.privacy.site_policy import (
     DEFAULT_MIN_GRAD_NORM,
     SHARED_RANK_FACTOR,
@@ -82,10 +82,14 @@ class VirtualSites:
         if kept and os.path.lexists(kept) and not Path(kept).is_dir():
             raise ConfigError("runtime.sites_dir", kept, "must be a folder, or not exist yet")
         folder = RunFolder(run_folder).locate_sites(kept)
-        # New ledgers would not contain the charges of the previous runs.
-        if config.federation.renewal and not (folder / DEALT).is_file():
-            bound = f"must be the ledger folder of the renewed run: no {DEALT} in {folder.absolute()}"
-            raise ConfigError("runtime.sites_dir", kept, bound)
+        if config.federation.renewal:
+            before, ledgers = read_saved_config(Path(config.model.adapter or "")), read_histories(folder)
+            # Other ledgers would not contain the charges of the previous runs.
+            missing = sorted({*before.federation.active} - ledgers.keys())
+            if missing or not any(before.run_id() in {*one.runs, *one.lost_runs} for one in ledgers.values()):
+                lacks = f"no ledger of {missing[0]}" if missing else f"no ledger with the run {before.run_id()}"
+                bound = f"must be the ledger folder of the renewed run: {lacks} in {folder.absolute()}"
+                raise ConfigError("runtime.sites_dir", kept, bound)
         return cls(config, folder, plan)
 
     def check_partition(self) -> None:

@@ -44,7 +44,7 @@ from fedtune.sites.virtual_site import (
 )
 from fedtune.spec import ConfigError, RefusedError, RunError
 
-from ..conftest import list_tiny_overrides, read_files, run_command, simulate
+from ..conftest import list_tiny_overrides, read_files, run_command, simulate, write_config
 from ..privacy.builders import change_values, read_refusal_reason, stranger_key
 from .conftest import make_first_request
 
@@ -341,11 +341,29 @@ def test_invalid_or_missing_sites_folder_is_refused(config: Any, tmp_path: Path)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"runtime\.sites_dir = .*: must be a folder, or not exist yet"):
         make_virtual_sites(config(f"runtime.sites_dir={tmp_path}/file"), tmp_path)
-    for gone in ("null", "moved/sites"):
-        with pytest.raises(ConfigError, match=r"runtime\.sites_dir = .*must be the ledger folder of the renewed run"):
-            make_virtual_sites(config(f"runtime.sites_dir={gone}", "federation.renewal=1"), tmp_path)
-    make_virtual_sites(before := config(f"runtime.sites_dir={tmp_path}/kept"), tmp_path).check_partition()
-    assert make_virtual_sites(change_values(before, federation={"renewal": 1}), tmp_path).folder == tmp_path / "kept"
+
+
+def test_renewed_run_requires_the_ledgers_that_contain_its_charges(config: Any, tmp_path: Path) -> None:
+    kept, last = tmp_path / "kept", tmp_path / "last"
+    write_config(before := config(f"runtime.sites_dir={kept}"), last)
+    again = change_values(before, federation={"renewal": 1}, model={"adapter": str(last)})
+    match = r"runtime\.sites_dir = .*must be the ledger folder of the renewed run: no ledger"
+    for gone in (None, str(tmp_path / "moved" / "sites")):
+        with pytest.raises(ConfigError, match=match):
+            make_virtual_sites(change_values(again, runtime={"sites_dir": gone}), tmp_path)
+    sites = make_virtual_sites(before, tmp_path)
+    sites.check_partition()
+    with pytest.raises(ConfigError, match=f"{match} of site-1"):
+        make_virtual_sites(again, tmp_path)
+    ledgers = {site: sites.ledger(site) for site in before.federation.active}
+    with pytest.raises(ConfigError, match=f"{match} with the run {before.run_id()}"):
+        make_virtual_sites(again, tmp_path)
+    proposal = replace(before.proposal(lead=sites.lead_key().public, plan=sites.plan), run=before.run_id())
+    ledgers["site-2"].reserve(proposal, round=1, request="1")
+    assert make_virtual_sites(again, tmp_path).folder == kept
+    (kept / "site-1" / "ledger.db").unlink()
+    with pytest.raises(ConfigError, match=f"{match} of site-1"):
+        make_virtual_sites(again, tmp_path)
 
 
 # What one process shares between virtual sites, and what it keeps apart.
