@@ -120,20 +120,30 @@ class RunFolder:
         return Path(sites_dir) if sites_dir else self.sites
 
     def create(self, config: bytes) -> list[Path]:
-        """Create the folder with its configuration; return the newly created folders, innermost first.
+        """Create the folder with its configuration and an empty log; return the newly created folders, innermost first.
+
+        The folder appears complete, so that a killed process leaves one that `has_begun` recognizes.
 
         Raises:
             ConfigError: the folder exists already, or cannot be created.
         """
         new = [each for each in (self.path, *self.path.parents) if not each.exists()]
+        staged = RunFolder(self.path.with_name(f".{self.path.name}.partial"))
         try:
-            self.path.mkdir(parents=True)
-            if (owed := RunFolder(self.path.parent).selection).is_file():  # a trial inherits the cost of the search
-                write_durably(self.selection, read_regular_file(owed))
-            write_durably(self.config, config)
-        except FileExistsError:
-            raise ConfigError("name", self.path.name, f"is taken: {self.path} exists; choose another") from None
+            shutil.rmtree(staged.path, ignore_errors=True)
+            staged.path.mkdir(parents=True)
+            inherited = RunFolder(self.path.parent).selection
+            if inherited.is_file():  # a trial inherits the cost of the search
+                write_durably(staged.selection, read_regular_file(inherited))
+            write_durably(staged.config, config)
+            staged.log.touch()
+            if not new or self.path != new[0]:
+                raise FileExistsError
+            staged.path.rename(self.path)
         except OSError as error:
+            shutil.rmtree(staged.path, ignore_errors=True)
+            if os.path.lexists(self.path):
+                raise ConfigError("name", self.path.name, f"is taken: {self.path} exists; choose another") from None
             self.remove(new)
             bound = f"must be a folder to write {self.path.name} into ({error.strerror})"
             raise ConfigError("tracking.output_dir", str(self.path.parent), bound) from None
@@ -221,7 +231,8 @@ class RunFolder:
         """
         if self.saved_checkpoints or self.result.exists():
             return True
-        if self.config.is_file() and self.log.is_file():  # a run always has a log
+        others = (self.audit_mark, self.audit)
+        if self.config.is_file() and self.log.is_file() and not any(map(Path.exists, others)):  # a run always has a log
             with self.hold_lock():
                 shutil.rmtree(self.path)  # without a checkpoint, no site was charged
         return False

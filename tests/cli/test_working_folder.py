@@ -23,6 +23,7 @@ from fedtune.api.compose import compose_run
 from fedtune.cli.interruptible_run import show_run
 from fedtune.config import RunConfig, format_config_yaml, read_saved_config
 from fedtune.federation.run_folder import RunFolder, list_checkpoints
+from fedtune.lab.studies.trials import SearchTrial
 from fedtune.runs.run_paths import find_run_folder
 from fedtune.spec import ConfigError, RefusedError, RunError
 from tests.forked import REPOSITORY, Forked
@@ -45,12 +46,17 @@ def folder(config: RunConfig) -> Path:
 def test_folder_of_a_run_killed_before_its_start_is_removed(config: RunConfig, folder: Path) -> None:
     assert not RunFolder(folder).has_begun()
     RunFolder(folder).create(format_config_yaml(config))
-    (folder / "log.txt").touch()
     with RunFolder(folder).hold_lock(), pytest.raises(ConfigError, match="is running in another process"):
         RunFolder(folder).has_begun()
-    assert not RunFolder(folder).has_begun()
+    assert SearchTrial.from_config(config).state == "not begun", "nor does it end a search"
+    RunFolder(folder).create(format_config_yaml(config))
+    assert find_run_folder(config) == folder, "the same command starts again"
     assert not folder.exists()
     RunFolder(folder).create(format_config_yaml(config))
+    RunFolder(folder).audit_mark.touch()
+    assert not RunFolder(folder).has_begun()
+    assert folder.exists(), "an audit has no checkpoint"
+    RunFolder(folder).audit_mark.unlink()
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "round-0000.safetensors").touch()
     assert list_checkpoints(folder / "checkpoints")
@@ -71,7 +77,7 @@ def test_run_folder_is_locked_by_a_single_process(config: RunConfig, folder: Pat
     RunFolder(folder).create(format_config_yaml(config))
     assert not RunFolder(folder).is_running
     assert not RunFolder(folder / "nowhere").is_running
-    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "log.txt"]
     for _ in range(2):
         with RunFolder(folder).hold_lock():
             assert RunFolder(folder).is_running
@@ -89,6 +95,7 @@ def test_run_folder_is_created_with_its_configuration(config: RunConfig, folder:
     folder.parent.unlink()
     RunFolder(folder).create(format_config_yaml(config))
     assert read_saved_config(folder) == config
+    RunFolder(folder).result.touch()
     with pytest.raises(ConfigError, match=rf"name = 'one': is taken.*resume={folder}"):
         find_run_folder(config)
     with pytest.raises(ConfigError, match=r"name = 'one': is taken"):

@@ -245,8 +245,8 @@ class Search:
             "price": convert_to_jsonable(self.price),
         }
         try:
-            self._record_price(self.folder)  # before the first trial, which takes it along
             write_durably(self.folder / _FILE, to_json_text(about | more).encode())
+            self._record_price(self.folder)  # before the first trial, which inherits it
         except OSError as error:
             bound = f"must be a folder to write {self.asked.name} into ({error.strerror})"
             raise ConfigError("tracking.output_dir", self.asked.tracking.output_dir, bound) from None
