@@ -11,8 +11,8 @@ import torch
 
 from fedtune.data import Batch, Shapes
 from fedtune.federation.protocol import RoundRequest
-from fedtune.federation.secure.at_site import SumsAtSite
-from fedtune.federation.site_round import Prepared, Site, Trained
+from fedtune.federation.secure.at_site import SiteAggregator
+from fedtune.federation.site_round import PreparedRun, Site, TrainingResult
 from fedtune.model.adapter import Adapter
 from fedtune.model.spec import TaskModelSpec
 from fedtune.privacy.ledger.site_ledger import SiteLedger
@@ -37,7 +37,7 @@ def round_request(proposal: Proposal, **about: Any) -> RoundRequest:
     return RoundRequest(proposal=proposal, **fields | about)
 
 
-Train = Callable[[RoundRequest, Adapter, int], Trained]
+Train = Callable[[RoundRequest, Adapter, int], TrainingResult]
 
 
 class MadeSite(Site):
@@ -47,10 +47,10 @@ class MadeSite(Site):
         self,
         ledger: SiteLedger,
         *,
-        prepare: Callable[[Proposal], Prepared],
+        prepare: Callable[[Proposal], PreparedRun],
         train: Train,
         paused: bool = False,
-        sums: SumsAtSite | None = None,
+        sums: SiteAggregator | None = None,
     ) -> None:
         super().__init__(ledger, sums=sums)
         self._prepare, self._train, self._paused = prepare, train, paused
@@ -61,12 +61,12 @@ class MadeSite(Site):
     def paused(self) -> bool:
         return self._paused
 
-    def prepare(self, proposal: Proposal) -> Prepared:
+    def prepare(self, proposal: Proposal) -> PreparedRun:
         return self._prepare(proposal)
 
     def train(
         self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
-    ) -> Trained:
+    ) -> TrainingResult:
         return self._train(request, adapter, attempt)
 
     def read_adapter_shapes(self, run: str) -> Mapping[str, list[int]] | None:

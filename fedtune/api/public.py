@@ -328,13 +328,13 @@ def verify(file: str | Path, *, key: str | None = None) -> Checks:
     Raises:
         ValueError: there is no report.
     """
-    from fedtune.report.checks import Known, check_report
+    from fedtune.report.checks import TrustedValues, check_report
     from fedtune.report.signing import read_report
 
     if key is not None:
         check_public_key("key", key)
     path, report = read_report(str(file))
-    return Checks(check_report(path, report, Known(key=key)))
+    return Checks(check_report(path, report, TrustedValues(key=key)))
 
 
 def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: Work) -> RunResult:

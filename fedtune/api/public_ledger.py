@@ -23,7 +23,7 @@ from fedtune.extras import require_extra
 from fedtune.formatting import format_html_table
 from fedtune.privacy.accountant import check_noise, format_epsilon
 from fedtune.privacy.ledger.site_ledger import Reservation, SiteLedger
-from fedtune.privacy.ledger.verify import Verified, verify
+from fedtune.privacy.ledger.verify import VerifiedLedger, verify
 from fedtune.privacy.mechanism import Noise, Unit
 from fedtune.privacy.own_release import propose_release, release_sum
 from fedtune.privacy.policy_file import read_policy, write_policy
@@ -75,7 +75,7 @@ class Ledger:
         self.path = Path(path)
         if not self.path.is_file():
             raise ConfigError("ledger", str(path), "must be a ledger.db")
-        self._verified: Verified | None = verify(self.path, site_key=site_key)
+        self._verified: VerifiedLedger | None = verify(self.path, site_key=site_key)
         self._site_key = self._verified.site_key
         self._opened: SiteLedger | None = None
 
@@ -303,7 +303,7 @@ class Ledger:
         return self._site.sign_receipt(found[0])
 
     @property
-    def verified(self) -> Verified:
+    def verified(self) -> VerifiedLedger:
         """The ledger's verified events and their history, reread and verified again after every charge.
 
         Raises:

@@ -24,7 +24,7 @@ from fedtune.cli.command import Argument, AsJson, Option, command, group
 from fedtune.cli.plain_words import convert_spending_to_json, describe_event, explain_guarantee, render_page
 from fedtune.federation.run_folder import suggest_run_folders
 from fedtune.formatting import convert_none_to_infinite, pluralize
-from fedtune.ops.backup import MadeUp, charge_missing_events, find_anchors
+from fedtune.ops.backup import RestoreResult, charge_missing_events, find_anchors
 from fedtune.ops.files import act_as_owner
 from fedtune.ops.kits.kit_file import read_signing_key
 from fedtune.privacy import events, filter
@@ -34,7 +34,7 @@ from fedtune.privacy.ledger.chain import Event, Head
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.run_acceptance import compute_spent_fraction
 from fedtune.privacy.ledger.store import lock_anchor, resolve_anchor
-from fedtune.privacy.ledger.verify import Verified, verify
+from fedtune.privacy.ledger.verify import VerifiedLedger, verify
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report.page.translations import load_catalog
 from fedtune.show import budget_text
@@ -235,21 +235,23 @@ def _open_own_site(policy: Path) -> SiteFiles:
     return files
 
 
-def _verify_ledger(path: str, *, anchor: Path | None = None, site_key: str | None = None) -> tuple[Path, Verified]:
+def _verify_ledger(
+    path: str, *, anchor: Path | None = None, site_key: str | None = None
+) -> tuple[Path, VerifiedLedger]:
     if site_key is not None:
         check_public_key("--site-key", site_key)
     file = find_ledger(path)
     return file, verify(file, anchor=None if anchor is None else Head.read(anchor), site_key=site_key)
 
 
-def print_identity(path: Path, verified: Verified) -> None:
+def print_identity(path: Path, verified: VerifiedLedger) -> None:
     """Print a ledger's site, population, number of events and newest event."""
     opened, last = verified.history.opening, verified.events[-1]
     say(f"Ledger of site {to_printable(opened.site)}, population {to_printable(opened.population)}", style="bold")
     say(f"{path}: {pluralize(last.sequence, 'event')}, newest {format_event_time(last)}")
 
 
-def build_events_section(verified: Verified, chosen: Sequence[Event]) -> Section:
+def build_events_section(verified: VerifiedLedger, chosen: Sequence[Event]) -> Section:
     """Build the table of the selected events, one per row."""
     unit, runs = verified.history.opening.unit, verified.history.runs.items()
     own = {name: run.proposal.task for name, run in runs if not run.proposal.lead}
@@ -367,14 +369,14 @@ def _build_runs_section(runs: Sequence[LifetimeRun], history: History) -> Sectio
     return Section(title=title, headings=headings, rows=rows, words={0, 1}, notes=notes)
 
 
-def build_verification_sections(verified: Verified) -> Iterator[Section]:
+def build_verification_sections(verified: VerifiedLedger) -> Iterator[Section]:
     """Yield the tables of passed and of skipped checks."""
     said = render_page("ledger_check", verified=verified)
     for part, title in (("checked", "Checked and correct:"), ("unchecked", "Not checked:")):
         yield Section(title=title, notes=[f"- {text}" for text in said[part].split("\n")] if part in said else ())
 
 
-def print_restored_charge(made_up: MadeUp, *, path: Path, anchors: Sequence[Path]) -> None:
+def print_restored_charge(made_up: RestoreResult, *, path: Path, anchors: Sequence[Path]) -> None:
     """Print a restored ledger's missing events and the charge for them."""
     if made_up.last is None:
         say(f"{path} has every event that {' and '.join(map(str, anchors))} cover. Nothing was charged.")

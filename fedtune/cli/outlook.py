@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outlook:
+class PlanForecast:
     """Forecast of a run, computed without reading data."""
 
     config: RunConfig  # the run's settings; `price.plan` contains the solved value
@@ -139,7 +139,7 @@ class Outlook:
         return figures
 
 
-def show_outlook(console: Console, outlook: Outlook) -> None:
+def show_outlook(console: Console, outlook: PlanForecast) -> None:
     """Print a run's privacy cost, the decision of each site's policy, alternative plans, bytes and time."""
     say(f"fedtune plan {outlook.config.name}", style="bold", console=console)
     plan, style = outlook.plan, "bold" if outlook.guaranteed else "bold yellow"
@@ -163,7 +163,7 @@ def show_outlook(console: Console, outlook: Outlook) -> None:
     show(sections, console=console)
 
 
-def _render_plan_rows(outlook: Outlook) -> dict[str, str]:
+def _render_plan_rows(outlook: PlanForecast) -> dict[str, str]:
     plan, price, ratio = outlook.plan, outlook.price, outlook.signal_to_noise
     rate, head_rate = outlook.config.training.compute_peak_rates(clipped=plan.private)
     return render_page(
@@ -179,7 +179,7 @@ def _render_plan_rows(outlook: Outlook) -> dict[str, str]:
     )
 
 
-def _build_sites_section(outlook: Outlook) -> Section:
+def _build_sites_section(outlook: PlanForecast) -> Section:
     rows = []
     for name, site in outlook.price.sites.items():
         batch = f"{site.expected_batch:,.0f}" if site.expected_batch >= 100 else f"{site.expected_batch:.3g}"
@@ -189,7 +189,7 @@ def _build_sites_section(outlook: Outlook) -> Section:
     return Section(title="Sites", headings=headings, rows=rows, notes=list(_list_site_notes(outlook)))
 
 
-def _list_site_notes(outlook: Outlook) -> Iterator[str]:
+def _list_site_notes(outlook: PlanForecast) -> Iterator[str]:
     price, plan = outlook.price, outlook.plan
     if not plan.private:
         yield "Epsilon is unbounded at every site."
@@ -213,7 +213,7 @@ def _list_site_notes(outlook: Outlook) -> Iterator[str]:
     yield f"delta x size: {given_away}. Keep it far below 1."
 
 
-def _build_rounds_section(outlook: Outlook) -> Section:
+def _build_rounds_section(outlook: PlanForecast) -> Section:
     rounds, most, rows, notes = outlook.price.rounds, outlook.plan.max_rounds, [], []
     for one in rounds:
         epsilons = map(format_epsilon, (one.pld, one.rdp, one.filter))
@@ -226,7 +226,7 @@ def _build_rounds_section(outlook: Outlook) -> Section:
     return Section(title="Epsilon after each round", headings=headings, rows=rows, words=(), notes=notes)
 
 
-def _build_accountants_section(outlook: Outlook) -> Section:
+def _build_accountants_section(outlook: PlanForecast) -> Section:
     price = outlook.price
     if not outlook.plan.private:
         return Section()
@@ -243,7 +243,7 @@ def _build_accountants_section(outlook: Outlook) -> Section:
     return Section(title, headings, [(name, format_epsilon(found), what) for name, found, what in rows], words={0, 2})
 
 
-def _build_calendar_section(outlook: Outlook) -> Section:
+def _build_calendar_section(outlook: PlanForecast) -> Section:
     if not (runs := outlook.price.calendar):
         return Section()
     title, *notes = describe_calendar(outlook.plan)
@@ -251,7 +251,7 @@ def _build_calendar_section(outlook: Outlook) -> Section:
     return Section(title, headings, tuple(list_calendar_rows(outlook.plan, runs)), words={1}, notes=notes)
 
 
-def _build_alternatives_section(outlook: Outlook) -> Section:
+def _build_alternatives_section(outlook: PlanForecast) -> Section:
     if not outlook.changes:
         return Section()
     epsilon = format_epsilon(outlook.price.epsilon_of_all_runs)
@@ -267,7 +267,7 @@ def _build_alternatives_section(outlook: Outlook) -> Section:
     return Section(title, headings, rows, notes=[note])
 
 
-def _build_resources_section(outlook: Outlook) -> Section:
+def _build_resources_section(outlook: PlanForecast) -> Section:
     found, plan, num_sites = outlook.forecast, outlook.plan, len(outlook.price.sites)
     if found is None:
         return Section(title="Bytes and time", notes=("Not shown: no model was loaded. Add --time to load it.",))
@@ -292,7 +292,7 @@ def _build_resources_section(outlook: Outlook) -> Section:
     return Section("Bytes and time", ("item", "estimate"), rows, words={0, 1}, notes=notes)
 
 
-def _build_policy_section(verdict: DryRun, outlook: Outlook) -> Section:
+def _build_policy_section(verdict: DryRun, outlook: PlanForecast) -> Section:
     rows = []
     for one in verdict.violations:
         asked, allowed = to_printable(one.requested or "-", 40), to_printable(one.allowed or "-", 60)
@@ -321,7 +321,7 @@ def _build_policy_section(verdict: DryRun, outlook: Outlook) -> Section:
     return Section(title, headings, rows, words={0, 1, 2}, notes=notes)
 
 
-def _build_strictest_section(outlook: Outlook) -> Section:
+def _build_strictest_section(outlook: PlanForecast) -> Section:
     if (strictest := outlook.strictest) is None:
         return Section()
     if strictest.max_accepted_epsilon is None:
@@ -372,7 +372,7 @@ def print_outlook(
 
             sha256 = hash_model(config.model)
         ask = partial(policy_dry_run.dry_run, declared_sizes=sizes, find_most_epsilon=planned.private)
-        outlook = Outlook(
+        outlook = PlanForecast(
             config=config,
             price=planner.compute_cost(planned, sizes, before=config.federation.renewal),
             solved=target,

@@ -14,7 +14,7 @@ from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy import events as dp_events
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.ledger.chain import Event, Kind
-from fedtune.privacy.ledger.verify import Verified
+from fedtune.privacy.ledger.verify import VerifiedLedger
 from fedtune.privacy.own_release import CHARGED_ONLY
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
@@ -212,7 +212,7 @@ def _load_templates() -> Environment:
     return made
 
 
-def _print_ledger_summary(ledger: Path, verified: Verified | None, differences: Differences) -> None:
+def _print_ledger_summary(ledger: Path, verified: VerifiedLedger | None, differences: Differences) -> None:
     from fedtune.report.from_ledger import compute_lifetime_budget
 
     say("")
@@ -234,7 +234,7 @@ def _print_ledger_summary(ledger: Path, verified: Verified | None, differences: 
             say(f"  {key}: created for {to_printable(made_for)}, but the policy has {to_printable(asked)}")
 
 
-def convert_spending_to_json(verified: Verified) -> dict[str, Any]:
+def convert_spending_to_json(verified: VerifiedLedger) -> dict[str, Any]:
     """Convert a ledger's spending to JSON values with stable keys, including each run's noise and trust assumptions."""
     from fedtune.report.from_ledger import compute_lifetime_budget  # slow to import
 

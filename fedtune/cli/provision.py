@@ -25,7 +25,7 @@ from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.certificates import SOON_DAYS, Certificate, compute_key_fingerprint
 from fedtune.ops.kits.federation_folder import FederationFolder
 from fedtune.ops.kits.members import JoinRequest, Member
-from fedtune.ops.kits.provisioning import Admitted
+from fedtune.ops.kits.provisioning import JoinResult
 from fedtune.show.lines import to_printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, require_confirmation, say, show
 from fedtune.spec import NOT_GIVEN, ConfigError
@@ -216,7 +216,7 @@ def _require_key_comparison(folder: Path, request: JoinRequest, *, already: bool
         require_confirmation("Did the site read out the same keys?", otherwise=otherwise)
 
 
-def _show_admitted_site(folder: Path, done: Admitted, *, new_to_server: bool = True) -> None:
+def _show_admitted_site(folder: Path, done: JoinResult, *, new_to_server: bool = True) -> None:
     say(f"Its certificate is valid until {Certificate.from_x509(done.member.x509_certificate).not_after:%Y-%m-%d}.")
     roster = [_format_roster_instruction(folder)] if new_to_server else []
     _print_steps(f"Send {done.archive} to the site; it contains no secret.", *roster)

@@ -53,12 +53,12 @@ def gate(
     signer = None if sign is None else read_signing_key(sign)
     from fedtune.ops.kits.members import Roster
     from fedtune.report import gate_rules, gate_verdict, signing  # they import torch, which takes seconds
-    from fedtune.report.checks import Known
+    from fedtune.report.checks import TrustedValues
     from fedtune.report.model_card import render_adapter_card
     from fedtune.version import __version__
 
     limits, digest = gate_rules.read_rules(rules)
-    known = Known(key=key)
+    known = TrustedValues(key=key)
     if roster is not None:
         Roster.read(roster)
         with suppress(RunError, ConfigError):  # the rule `signed` reports an unsigned report

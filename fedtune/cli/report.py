@@ -30,7 +30,7 @@ from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import signing
-from fedtune.report.checks import Check, Known, check_report
+from fedtune.report.checks import Check, TrustedValues, check_report
 from fedtune.report.derive.verdicts import explain_missing_room, find_report_outcome
 from fedtune.report.facts import LedgerFacts, State
 from fedtune.report.model import Report, render_schema
@@ -181,7 +181,7 @@ def verify(
     path, report = signing.read_report(file)
     if model is not None and not model.is_dir():
         raise ConfigError("--model", str(model), "must be a folder")
-    known, of_roster = Known(key=key, config_sha256=config, model=model), list[Check]()
+    known, of_roster = TrustedValues(key=key, config_sha256=config, model=model), list[Check]()
     if roster:
         known, *of_roster = read_roster(report, roster, known)
     found = (*check_report(path, report, known), *of_roster)
@@ -211,7 +211,7 @@ def schema() -> None:
     sys.stdout.write(render_schema())
 
 
-def read_roster(report: Report, path: Path, known: Known) -> tuple[Known, Check]:
+def read_roster(report: Report, path: Path, known: TrustedValues) -> tuple[TrustedValues, Check]:
     """Read the keys that verify a report: the site's key for a ledger's report, or the lead's key for a run's report.
 
     Returns:

@@ -101,7 +101,8 @@ def iter_raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenie
             documents = read_json_array(path, lenient=lenient, opens=span_formats.DOCUMENTS)
             return parse_pieces(path, documents, partial(span_formats.parse_bioc, path))
         case suffix if suffix == _CLASSES:
-            return parse_pieces(path, enumerate(list_image_files(path), 1), partial(_build_image_row, path))
+            about = ((str(file.relative_to(path.parent)), file.parent.name) for file in list_image_files(path))
+            return ((number, {"image": name, "label": label}) for number, (name, label) in enumerate(about, 1))
         case suffix if suffix == _BRAT:
             return parse_pieces(path, enumerate(sorted(path.glob("*.ann")), 1), span_formats.read_brat)
         case suffix:
@@ -203,11 +204,6 @@ def list_image_files(folder: Path) -> list[Path]:
     if any(file.suffix.lower() in OF_RECORDS for file in folder.glob("*")):
         return []
     return sorted(file for file in folder.glob("*/*") if file.suffix.lower() in images.SUFFIXES)
-
-
-def _build_image_row(folder: Path, _: int, file: Path) -> Row:
-    """Build an image's row: the name of its folder as the label, and its path relative to the parent of `folder`."""
-    return {"image": str(file.relative_to(folder.parent)), "label": file.parent.name}
 
 
 def fingerprint_files(path: Path) -> list[object]:

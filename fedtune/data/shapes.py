@@ -22,7 +22,7 @@ _TOKENS_OF_A_CALL = 100  # fixed cost of a micro-batch, in tokens; tuned for the
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class MicroBatch:
     """A micro-batch: the indices of its records, and its shape."""
 
     places: npt.NDArray[np.int64]  # indices of at most `rows` records, in the order of the rows
@@ -90,7 +90,7 @@ class Shapes:
         """Return the number of rows that stay empty to provide padding."""
         return int(length == self.full and not self.fixed)
 
-    def cut(self, places: npt.NDArray[np.int64], num_tokens: npt.NDArray[np.integer]) -> Iterator[Part]:
+    def cut(self, places: npt.NDArray[np.int64], num_tokens: npt.NDArray[np.integer]) -> Iterator[MicroBatch]:
         """Cut a logical batch into micro-batches; every index is returned exactly once, in order within each length.
 
         Args:
@@ -102,15 +102,15 @@ class Shapes:
         for number, length in enumerate(self.lengths):
             yield from self._cut_length(places[bucket == number], length)
 
-    def _cut_length(self, places: npt.NDArray[np.int64], length: int) -> Iterator[Part]:
+    def _cut_length(self, places: npt.NDArray[np.int64], length: int) -> Iterator[MicroBatch]:
         most = self.rows(length)[0]
         room = self.capacity(length, most)
         while len(places) >= 2 * room:
-            yield Part(places[:room], most, length)
+            yield MicroBatch(places[:room], most, length)
             places = places[room:]
         for rows in _find_cheapest_rows(self, length, len(places)):
             room = self.capacity(length, rows)
-            yield Part(places[:room], rows, length)
+            yield MicroBatch(places[:room], rows, length)
             places = places[room:]
 
 

@@ -20,7 +20,7 @@ from fedtune.federation.invitation import invite
 from fedtune.federation.lead import Aggregation, AggregationResult, Lead, LeadState, RoundResult, Scores, merge_receipts
 from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.replies import RoundReplies
-from fedtune.federation.secure_rounds import SecureSums
+from fedtune.federation.secure_rounds import SecureAggregator
 from fedtune.federation.sent_round import pack_adapter
 from fedtune.federation.transport import Question, Transport
 from fedtune.federation.update_store import UpdateStore
@@ -56,7 +56,7 @@ def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
         # Invite first, so that no site is charged for a run that other sites refuse.
         answers, rounds = invite(transport, lead.asked), lead.plan.num_rounds
         answers.require_enough(lead.asked.federation, takes_part=lambda offer: offer.max_rounds >= rounds)
-    aggregation = lead.average if lead.plan.shared is None else SecureSums(transport, lead, state)
+    aggregation = lead.average if lead.plan.shared is None else SecureAggregator(transport, lead, state)
     state = aggregation.resume(state)
     transport.take_traffic()  # reset the counter: invitations belong to no round
     try:

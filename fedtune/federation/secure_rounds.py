@@ -21,7 +21,7 @@ from fedtune.federation.lead import AggregationResult, Arrays, Lead, LeadState, 
 from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, SumRequest, derive_terms, hash_parts
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, NOT_SUMMED, RoundReplies
 from fedtune.federation.secure.agreement import KeyAgreement, Rejected
-from fedtune.federation.secure.summation import Summation, Unreadable, build_session
+from fedtune.federation.secure.summation import Summation, UnmaskingError, build_session
 from fedtune.federation.transport import Question, Transport
 from fedtune.privacy.release import Reason, Refusal
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE, compute_adapter_bound
@@ -39,7 +39,7 @@ MAX_LOST_ROUNDS = 5
 cannot identify the site at fault."""
 
 
-class SecureSums:
+class SecureAggregator:
     """Aggregation rule of a run with secure aggregation.
 
     Args:
@@ -133,7 +133,7 @@ class SecureSums:
                 most=compute_adapter_bound(DEFAULT_MAX_ADAPTER_VALUE, lead.asked.proposal.lora_scale),
                 declared_size=sum(lead.declared_sizes[site] for site in sites),
             )
-        except Unreadable as error:
+        except UnmaskingError as error:
             lost = [result.round for result in state.rounds if not result.sites]
             if state.round in lost or len(lost) + 1 >= MAX_LOST_ROUNDS:
                 pairs = sorted(" and ".join(sorted(pair)) for pair in self._accused)
@@ -217,13 +217,13 @@ class SecureSums:
         """Compute the sum of a round's uploads, shape (values,), and return it with the included sites.
 
         Raises:
-            Unreadable: too few sites completed the protocol; the next round may succeed.
+            UnmaskingError: too few sites completed the protocol; the next round may succeed.
         """
         assert self._begun is not None, "prepare first"
         release = Summation(self._begun, release=round)
         _add_messages(uploads, release.add_upload)
         if (uploaded := len(release.survivors)) < (least := self._lead.asked.federation.required_sites):
-            raise Unreadable(round, f"{uploaded} sites uploaded, but {least} are required")
+            raise UnmaskingError(round, f"{uploaded} sites uploaded, but {least} are required")
         request = release.build_confirm_request()
         # Sites without an upload may also confirm and reveal shares.
         confirmed, _ = self._request_step(CONFIRM, self.session, dict.fromkeys(self._ready, (request,)))
@@ -233,7 +233,7 @@ class SecureSums:
         _add_messages(revealed, release.add_revealed)
         try:
             return release.compute_total(), tuple(release.survivors)
-        except Unreadable as error:
+        except UnmaskingError as error:
             self._exclude_suspect(error.site, release.wrong_shares)
             raise
         finally:

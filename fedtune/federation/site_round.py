@@ -32,8 +32,8 @@ from fedtune.federation.protocol import (
     derive_terms,
     hash_parts,
 )
-from fedtune.federation.secure.agreement import Rejected, Wrong
-from fedtune.federation.secure.at_site import SumsAtSite
+from fedtune.federation.secure.agreement import Rejected, RejectionReason
+from fedtune.federation.secure.at_site import SiteAggregator
 from fedtune.federation.secure.party import Party
 from fedtune.federation.sent_round import pack_initial, unpack_adapter
 from fedtune.model.adapter import Adapter
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trained:
+class TrainingResult:
     """Result of a round of training at a site."""
 
     adapter: Adapter | None = None  # after the plan's noisy steps; None with secure aggregation
@@ -67,7 +67,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prepared:
+class PreparedRun:
     """A run that the site's policy and budget allow, as the site derives it from the lead's configuration."""
 
     proposal: Proposal  # derived from the configuration; requests with another proposal are refused
@@ -86,7 +86,7 @@ class Site(ABC):
         sums: the site's state in secure aggregation; None without secure aggregation.
     """
 
-    def __init__(self, ledger: SiteLedger, *, sums: SumsAtSite | None = None) -> None:
+    def __init__(self, ledger: SiteLedger, *, sums: SiteAggregator | None = None) -> None:
         self.name, self.ledger, self.sums = ledger.policy.site, ledger, sums
 
     @property
@@ -102,7 +102,7 @@ class Site(ABC):
         """
 
     @abstractmethod
-    def prepare(self, proposal: Proposal) -> Prepared:
+    def prepare(self, proposal: Proposal) -> PreparedRun:
         """Load the model and derive the plan of a run that policy, budget and approver have allowed; may be slow.
 
         Reads no record, because a request that is refused later must not reveal anything about the records.
@@ -111,7 +111,7 @@ class Site(ABC):
             Refused: the site cannot take part in the run.
         """
 
-    def store_run(self, run: Prepared) -> None:  # noqa: B027
+    def store_run(self, run: PreparedRun) -> None:  # noqa: B027
         """Write the run's files before a round is charged, so that a failed write causes no charge."""
 
     def find_user_cohorts(self, request: RoundRequest) -> Mapping[str, int]:
@@ -121,7 +121,7 @@ class Site(ABC):
     @abstractmethod
     def train(
         self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
-    ) -> Trained:
+    ) -> TrainingResult:
         """Train the adapter in one round of a prepared run.
 
         Only this method and `find_user_cohorts` read records.
@@ -176,7 +176,7 @@ def answer_step(site: Site, signed: Signed, parts: Sequence[bytes]) -> bytes | R
 def _run_step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
     _check_asker(site, request)
     if request.parts_digest != hash_parts(parts):
-        raise Rejected(Wrong.REQUEST_CHANGED)
+        raise Rejected(RejectionReason.REQUEST_CHANGED)
     sums, proposal = _require_sums(site, request.proposal), request.proposal.digest()
     if request.step == ANNOUNCE:
         run = _prepare_run(site, request)
@@ -195,7 +195,7 @@ def _run_step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
         return sums.join(proposal, request.session, parts)
     party, (message, *others) = _get_current_party(site, request), parts or [b""]
     if others:
-        raise Rejected(Wrong.MALFORMED)
+        raise Rejected(RejectionReason.MALFORMED)
     return party.confirm(message) if request.step == CONFIRM else party.unmask(message)
 
 
@@ -203,7 +203,7 @@ def _get_current_party(site: Site, request: RoundRequest | SumRequest) -> Party:
     return _require_sums(site, request.proposal).party(request.proposal.digest(), request.session)
 
 
-def _require_sums(site: Site, proposal: Proposal) -> SumsAtSite:
+def _require_sums(site: Site, proposal: Proposal) -> SiteAggregator:
     if site.sums is None or proposal.plan.shared is None:
         raise Refused(Reason.SECURE_AGGREGATION)
     return site.sums
@@ -310,7 +310,7 @@ def _make_offer(site: Site, asked: Invitation) -> Offer:
     return replace(offer, nonce=asked.nonce, software=build())
 
 
-def _prepare_run(site: Site, request: Request) -> Prepared:
+def _prepare_run(site: Site, request: Request) -> PreparedRun:
     """Check and prepare a run without charging anything; raise Refused if the site may not take part."""
     _check_asker(site, request)
     if site.paused:
@@ -391,7 +391,7 @@ def _train_and_commit(site: Site, request: RoundRequest, adapter: Adapter) -> Up
 
 
 def _protect(
-    site: Site, request: RoundRequest, trained: Trained, *, sent: Adapter, dtype: str
+    site: Site, request: RoundRequest, trained: TrainingResult, *, sent: Adapter, dtype: str
 ) -> Tensors | Difference | Masked:
     """Encode the result of training for the lead.
 

@@ -9,7 +9,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from fedtune.federation.secure.agreement import MAX_SITES_OF_SUM
-from fedtune.privacy.distributed_noise import Together
+from fedtune.privacy.distributed_noise import SecureAggregationSpec
 from fedtune.privacy.release import Offer
 from fedtune.privacy.threshold import min_threshold
 from fedtune.spec import (
@@ -201,14 +201,14 @@ class FederationSpec:
         return self.min_sites if together is None else max(self.min_sites, together.threshold)
 
     @property
-    def together(self) -> Together | None:
+    def together(self) -> SecureAggregationSpec | None:
         """The joint noise parameters of secure aggregation; None if every site adds its own noise."""
         if self.aggregation == "plain":
             return None
         sites, threshold = len(self.active), self.threshold
         if threshold is None:
             threshold = min_threshold(sites, colluders=self.colluders)
-        return Together(num_sites=sites, threshold=threshold, colluders=self.colluders)
+        return SecureAggregationSpec(num_sites=sites, threshold=threshold, colluders=self.colluders)
 
     @property
     def uses_validation_scores(self) -> bool:

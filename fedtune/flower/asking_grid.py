@@ -4,7 +4,7 @@ A question is repeated if its site comes back online, if its answer was lost in 
 not approved the run yet.  Requests are idempotent: a site answers a repeated request with the same bytes and charges it
 once.
 
-`AskingGrid` implements the retries; its subclasses transport the messages.  `FlowerGrid` uses only Flower's public
+`RetryingGrid` implements the retries; its subclasses transport the messages.  `FlowerGrid` uses only Flower's public
 Grid, in a ServerApp that a SuperExec starts (`bundle.py`).  `fedtune.ops.wire.remote_grid` uses fedtune's own protocol.
 """
 
@@ -70,7 +70,7 @@ Pulled = tuple[str, Message | None, bool]
 """
 
 
-class AskingGrid(ABC):
+class RetryingGrid(ABC):
     """Base class of the lead's grids, which number the nodes 1, 2, ... in the order of `sites`, whether online or not.
 
     Args:
@@ -212,7 +212,7 @@ class _SuperLinkUnavailable(Exception):
     """The SuperLink is unreachable, or its answer is unreadable."""
 
 
-class FlowerGrid(AskingGrid):
+class FlowerGrid(RetryingGrid):
     """Grid of sites behind unmodified SuperNodes, over the public Grid that Flower passes to a ServerApp."""
 
     troubles = (_SuperLinkUnavailable,)

@@ -192,7 +192,7 @@ def back_up_site(target: Path, *, kit: Path, site_toml: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MadeUp:
+class RestoreResult:
     """Result of charging a restored ledger for the events that are only in its anchors."""
 
     ledger: SiteLedger
@@ -223,7 +223,7 @@ def find_anchors(site: SiteFiles, given: Path | None) -> list[Path]:
     return found
 
 
-def charge_missing_events(path: Path, site: SiteFiles, anchors: Sequence[Path]) -> MadeUp:
+def charge_missing_events(path: Path, site: SiteFiles, anchors: Sequence[Path]) -> RestoreResult:
     """Charge the ledger at `path` for the events that are in the anchors and missing from the ledger.
 
     Raises:
@@ -239,10 +239,14 @@ def charge_missing_events(path: Path, site: SiteFiles, anchors: Sequence[Path]) 
     for head in lacking:
         gap += ledger.charge_gap(head)
     since = next((head for head in lacking[:1] if head.policy not in ("", site.policy.digest())), None)
-    return MadeUp(ledger=ledger, gap=gap, last=max((head.sequence for head in lacking), default=None), since=since)
+    return RestoreResult(
+        ledger=ledger, gap=gap, last=max((head.sequence for head in lacking), default=None), since=since
+    )
 
 
-def restore_site(source: Path, *, kit: Path, site_toml: Path, anchor: Path | None) -> tuple[SiteFiles, MadeUp | None]:
+def restore_site(
+    source: Path, *, kit: Path, site_toml: Path, anchor: Path | None
+) -> tuple[SiteFiles, RestoreResult | None]:
     """Restore the missing files of a site from a backup.
 
     Before the ledger is restored, it is charged for the events that are in an anchor but missing from the backup.
@@ -268,7 +272,7 @@ def restore_site(source: Path, *, kit: Path, site_toml: Path, anchor: Path | Non
     return files, made_up
 
 
-def _restore_ledger(archive: zipfile.ZipFile, files: SiteFiles, anchor: Path | None) -> MadeUp | None:
+def _restore_ledger(archive: zipfile.ZipFile, files: SiteFiles, anchor: Path | None) -> RestoreResult | None:
     key = files.load_key()
     with tempfile.TemporaryDirectory(prefix=".restore.", dir=files.ledger.parent) as folder:
         copy = Path(folder) / "ledger.db"

@@ -20,7 +20,7 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
 from fedtune.federation.transport import Question, Transport
 from fedtune.flower import flower_records
-from fedtune.flower.asking_grid import AskingGrid, ClassifiedAnswer, FlowerGrid
+from fedtune.flower.asking_grid import ClassifiedAnswer, FlowerGrid, RetryingGrid
 from fedtune.flower.averaging import Average
 from fedtune.flower.grid_transport import GridTransport, Message
 from fedtune.ops.kits.kit_file import Kit, KitCertificate
@@ -145,7 +145,7 @@ class LeadService:
 
     def open_grid(
         self, listener: Listener | None = None, *, max_rounds: int = 0, patience_s: float = 0.0
-    ) -> AbstractContextManager[AskingGrid]:
+    ) -> AbstractContextManager[RetryingGrid]:
         """Open the connection to the sites.
 
         The lead's own connection reloads the kit's certificate when it is renewed, and waits up to `patience_s` seconds
@@ -169,7 +169,7 @@ class LeadService:
             patience_s=patience_s,
         )
 
-    def _make_transport(self, grid: AskingGrid) -> GridTransport:
+    def _make_transport(self, grid: RetryingGrid) -> GridTransport:
         return GridTransport(grid, {number: member.site for number, member in enumerate(self.sites, 1)})
 
     def _propose_run(self, config: RunConfig) -> ProposedRun:
@@ -218,7 +218,7 @@ class _RecordingListener:
 
 
 class _AnswerClassifier:
-    """Callback of `AskingGrid` that reports each answer to the listener and classifies it for the exchange.
+    """Callback of `RetryingGrid` that reports each answer to the listener and classifies it for the exchange.
 
     The server or another site may forge answers.  Only an answer with the site's signature counts, and only its charge
     is reported.

@@ -47,7 +47,7 @@ _TAIL = 16  # standard deviations; a value of a share exceeds them with probabil
 
 
 @spec
-class Together:
+class SecureAggregationSpec:
     """Parameters of secure aggregation: the number of sites, the threshold, and the tolerated number of colluders.
 
     Attributes:
@@ -84,14 +84,14 @@ class Together:
             share = round(share + 1e-4, 4)
         return share
 
-    def with_share(self, noise_multiplier: float, *, bound: int = USUAL_BOUND) -> SharedNoise:
-        """Create the `SharedNoise` with these parameters and the given noise share of each site.
+    def with_share(self, noise_multiplier: float, *, bound: int = USUAL_BOUND) -> DistributedNoise:
+        """Create the `DistributedNoise` with these parameters and the given noise share of each site.
 
         Args:
             noise_multiplier: standard deviation of one site's noise, divided by the clip norm.
             bound: largest absolute value in a site's sum, in clip norms.
         """
-        return SharedNoise(
+        return DistributedNoise(
             num_sites=self.num_sites,
             threshold=self.threshold,
             colluders=self.colluders,
@@ -102,7 +102,7 @@ class Together:
 
 
 @spec
-class SharedNoise(Together):
+class DistributedNoise(SecureAggregationSpec):
     """Parameters of distributed noise: secure aggregation in which each site adds an equal share of the noise.
 
     Attributes:
@@ -116,7 +116,7 @@ class SharedNoise(Together):
     bound: int
 
     def __post_init__(self) -> None:
-        Together.__post_init__(self)
+        SecureAggregationSpec.__post_init__(self)
         accountant.check_noise("noise_multiplier", self.noise_multiplier)
         _check_range("cell_bits", self.cell_bits, 0, GRID_BITS)
         _check_range("bound", self.bound, 1, MAX_BOUND)
@@ -184,7 +184,7 @@ def _compute_noise_in_cells(noise_multiplier: float, bits: int) -> float:
     return noise_multiplier * 2.0**bits
 
 
-def add_noise_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> dict[str, npt.NDArray[np.int64]]:
+def add_noise_share(sums: Sums, shared: DistributedNoise, stream: RandomStream) -> dict[str, npt.NDArray[np.int64]]:
     """Add a site's noise share to the site's own sum, and round the sum to the resolution of secure aggregation.
 
     Args:
@@ -253,7 +253,7 @@ class Epsilons:
 
 
 def compute_epsilons_by_adversary(
-    shared: SharedNoise,
+    shared: DistributedNoise,
     *,
     survivors: Mapping[int, int],
     sampling_rate: float,

@@ -9,9 +9,9 @@ from fedtune.privacy import accountant, events
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.distributed_noise import (
     USUAL_BOUND,
+    DistributedNoise,
     Epsilons,
-    SharedNoise,
-    Together,
+    SecureAggregationSpec,
     compute_epsilons_by_adversary,
 )
 from fedtune.privacy.dp_library import ComposedDpEvent, DpEvent, GaussianDpEvent, LaplaceDpEvent, SelfComposedDpEvent
@@ -59,7 +59,7 @@ class Plan:
     spare_rounds: int = 0
     metrics_noise_multiplier: float = 0.0
     records_per_user: int = 1
-    shared: SharedNoise | None = None
+    shared: DistributedNoise | None = None
     cohorts: Cohorts | None = None
     runs: int = 1
     noise: Noise = "gaussian"
@@ -100,7 +100,7 @@ class Plan:
         local_steps: int,
         num_rounds: int,
         spare_rounds: int = 0,
-        together: Together | None = None,
+        together: SecureAggregationSpec | None = None,
         bound: int = USUAL_BOUND,
     ) -> Plan:
         """Create the plan of a run, and calibrate a missing noise multiplier.
@@ -180,7 +180,7 @@ class Plan:
         return (self.accounted_noise, self.metrics_noise_multiplier)[: 1 + self.releases_metrics]
 
     @property
-    def secure_noise(self) -> SharedNoise:
+    def secure_noise(self) -> DistributedNoise:
         """Parameters of distributed noise. Must be read only if the plan uses secure aggregation."""
         assert self.shared is not None, "the plan does not use secure aggregation"
         return self.shared

@@ -9,7 +9,7 @@ from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.store import resolve_anchor
-from fedtune.privacy.ledger.verify import Verified, verify
+from fedtune.privacy.ledger.verify import VerifiedLedger, verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import name_file_in_errors
@@ -71,7 +71,7 @@ class SiteFiles:
         """Open the ledger for training, and create a missing ledger or key."""
         return SiteLedger(self.ledger, self.policy, self.load_key(make=True), anchor=self.anchor)
 
-    def verify_ledger(self) -> Verified | None:
+    def verify_ledger(self) -> VerifiedLedger | None:
         """Verify the ledger, and compare it with its anchor if the policy has one.
 
         None if the ledger does not exist yet.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 
-from fedtune.privacy.distributed_noise import SharedNoise
+from fedtune.privacy.distributed_noise import DistributedNoise
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.release import Reason
 from fedtune.spec import check_at_least, check_name, check_positive, spec
@@ -47,7 +47,7 @@ class Trust:
         """Minimum number of sites, threshold and number of colluders that a run's plan must have."""
         return {"min_sites": self.min_sites, "min_threshold": self.min_threshold, "colluders": self.colluders}
 
-    def iter_violated_rules(self, shared: SharedNoise) -> Iterator[Broken]:
+    def iter_violated_rules(self, shared: DistributedNoise) -> Iterator[Broken]:
         """Yield the trust rules that a plan with secure aggregation breaks."""
         if not self.secure:
             yield Reason.SECURE_AGGREGATION, "yes", "no"

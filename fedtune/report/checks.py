@@ -48,7 +48,7 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Known:
+class TrustedValues:
     """Trusted values from other sources, which the report must match; None: the caller has no such value.
 
     Attributes:
@@ -66,7 +66,7 @@ class Known:
     model: Path | None = None
 
 
-def check_report(path: Path, report: Report, known: Known) -> tuple[Check, ...]:
+def check_report(path: Path, report: Report, known: TrustedValues) -> tuple[Check, ...]:
     """Run all checks on a report that was read from `path`.
 
     Settings, model, model card, page and label are compared with the report if they are in the same folder.

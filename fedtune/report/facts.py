@@ -47,7 +47,7 @@ class BudgetVerdict:
 
 
 @spec
-class Approved:
+class ApprovedBudget:
     """The budget limits in a site's policy; a field is None if the policy sets no such limit."""
 
     max_epsilon: float | None
@@ -209,7 +209,7 @@ class SiteStatement:
     date: str | None  # date of the site's report
     same_plan: bool  # whether the ledger contains the run with the requested plan, or does not contain the run
     verdict: BudgetVerdict
-    approved: Approved
+    approved: ApprovedBudget
     lifetime: Lifetime
     charges: int  # number of charges in the ledger, counted as in `Cap.charges_before`
     verification: Verification | None
@@ -494,7 +494,7 @@ class LedgerFacts:
     delta: float
     order: float  # Renyi order of the privacy filter, fixed when the ledger was created
     declared_size: int
-    approved: Approved  # for each cap, the smaller of the ledger's and the current policy's value
+    approved: ApprovedBudget  # for each cap, the smaller of the ledger's and the current policy's value
     reference: ReferenceRun  # typical run for estimating the number of runs left
     caps: tuple[Cap, ...]
     runs: tuple[RunInLedger, ...]

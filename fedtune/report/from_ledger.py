@@ -18,7 +18,7 @@ from fedtune.privacy.events import Charge
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Event, Head, Kind
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.ledger.verify import Verified, verify
+from fedtune.privacy.ledger.verify import VerifiedLedger, verify
 from fedtune.privacy.policy_file import decode_policy_json
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.site_files import SiteFiles
@@ -26,7 +26,7 @@ from fedtune.privacy.site_policy import Budget, Policy
 from fedtune.report.derive import ledger_figures
 from fedtune.report.derive.dpia_fields import format_rank
 from fedtune.report.facts import (
-    Approved,
+    ApprovedBudget,
     Cap,
     ChargedRounds,
     LedgerFacts,
@@ -100,7 +100,7 @@ def _read_consistent_events(ledger: Path) -> tuple[tuple[Event, ...], History]:
     return tuple(events), history
 
 
-def collect_current_facts(verified: Verified) -> LedgerFacts:
+def collect_current_facts(verified: VerifiedLedger) -> LedgerFacts:
     """Collect a ledger's report data as of now, or as of its newest event if that is later, with one charge per run and
     month.
     """
@@ -108,7 +108,7 @@ def collect_current_facts(verified: Verified) -> LedgerFacts:
     return collect_ledger_facts(verified.events, history, verified=verified, most=0, now=history.now())
 
 
-def compute_lifetime_budget(verified: Verified) -> Lifetime:
+def compute_lifetime_budget(verified: VerifiedLedger) -> Lifetime:
     """Compute a ledger's current lifetime budget, over all runs."""
     return ledger_figures.compute_lifetime(collect_current_facts(verified))
 
@@ -117,7 +117,7 @@ def collect_ledger_facts(
     events: Sequence[Event],
     history: History,
     *,
-    verified: Verified | None,
+    verified: VerifiedLedger | None,
     problem: str = "",
     own: Policy | None = None,
     about: AboutSpec | None = None,
@@ -169,7 +169,7 @@ def collect_ledger_facts(
         delta=history.delta,
         order=history.order,
         declared_size=noted.population_size,
-        approved=Approved(
+        approved=ApprovedBudget(
             max_epsilon=cap,
             max_epsilon_per_run=budget.max_epsilon_per_run,
             max_epsilon_per_period=budget.max_epsilon_per_period,

@@ -22,7 +22,7 @@ from fedtune.model.spec import NO_BASE
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.selection import compute_released_epsilon
 from fedtune.report import signing
-from fedtune.report.checks import SIGNED_ADAPTER, START, Check, Known, check_report, check_start
+from fedtune.report.checks import SIGNED_ADAPTER, START, Check, TrustedValues, check_report, check_start
 from fedtune.report.derive import profile
 from fedtune.report.derive.verdicts import find_wrong_audit_bounds, list_refuted_bounds, read_audit
 from fedtune.report.facts import Audit, RunFacts
@@ -188,7 +188,7 @@ def read_rules(name: str) -> tuple[GateRules, str]:
     return rules, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def collect_evidence(folder: Path, known: Known, *, audit: Path | None, groups: Path | None) -> Evidence:
+def collect_evidence(folder: Path, known: TrustedValues, *, audit: Path | None, groups: Path | None) -> Evidence:
     """Read report.json, the run's folder, and the results of an audit and of a group comparison.
 
     Raises:

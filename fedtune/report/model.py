@@ -20,7 +20,7 @@ from pydantic_core.core_schema import DataclassSchema
 
 from fedtune.federation.drift import ScoreDrop
 from fedtune.federation.early_stopping import SelectedRound
-from fedtune.privacy.distributed_noise import Epsilons, SharedNoise
+from fedtune.privacy.distributed_noise import DistributedNoise, Epsilons
 from fedtune.privacy.events import Charge
 from fedtune.report.facts import BudgetVerdict, Facts, Lifetime, Release, Source, Value
 from fedtune.show.budget_text import ArrivalRange
@@ -89,7 +89,9 @@ class Mechanism:
     metrics_noise_multiplier: float
     charges: tuple[Charge, ...]
     records_per_user: int = 1  # largest number of one person's records in a step; 1 if the unit is a record
-    shared: SharedNoise | None = None  # noise shares under secure aggregation; None: the site added all of the noise
+    shared: DistributedNoise | None = (
+        None  # noise shares under secure aggregation; None: the site added all of the noise
+    )
 
 
 @spec

@@ -383,7 +383,9 @@ def _find_differences(where: str, said: Any, found: Any, *, under: float = _LAST
             place = f"{where}.{key}" if where else key
             numbers = isinstance(said[key], int | float) and isinstance(found[key], int | float)
             if numbers and (key == "left" or key.endswith("noise_multiplier")):
-                yield from () if _is_slightly_below(said[key], found[key]) else [Problem(place, said[key], found[key])]
+                difference = said[key] - found[key]  # rounded down, so that slightly less is accepted
+                if not -TOLERANCE * max(1.0, found[key]) <= difference <= _LAST_DIGITS * found[key]:
+                    yield Problem(place, said[key], found[key])
             else:
                 yield from _find_differences(
                     place, said[key], found[key], under=under if key == "epsilon_pld" else _LAST_DIGITS
@@ -402,13 +404,6 @@ def _find_differences(where: str, said: Any, found: Any, *, under: float = _LAST
             yield Problem(where, said, float(found))
     elif said != found:
         yield Problem(where, said, found)
-
-
-def _is_slightly_below(said: float, found: float) -> bool:
-    """Whether a reported remaining budget or noise multiplier equals the derived value, or is below it by a small
-    tolerance.
-    """
-    return -TOLERANCE * max(1.0, found) <= said - found <= _LAST_DIGITS * found
 
 
 def _is_within_limit(epsilon: float | None, most: float | None) -> bool:

@@ -18,7 +18,7 @@ from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.dp_library import DpEvent, GaussianDpEvent, LaplaceDpEvent, PoissonSampledDpEvent
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.run_acceptance import compute_remaining_divergence, count_remaining_runs
-from fedtune.privacy.ledger.verify import Verified
+from fedtune.privacy.ledger.verify import VerifiedLedger
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
@@ -165,7 +165,7 @@ def _list_file_cautions(policy: Policy, folder: Path) -> Iterator[Caution]:
         yield "anchor", "is on the ledger's own disk: both can be rolled back together"
 
 
-def compare_with_ledger(files: SiteFiles) -> tuple[Verified | None, Differences]:
+def compare_with_ledger(files: SiteFiles) -> tuple[VerifiedLedger | None, Differences]:
     """Compare the policy with its ledger.
 
     Returns:
@@ -195,7 +195,7 @@ def count_remaining_reference_runs(history: History) -> int | None:
     return count_remaining_runs(history, history.policy, history.policy.budget.reference.event, history.now())
 
 
-def convert_identity_to_json(path: Path, verified: Verified) -> dict[str, Any]:
+def convert_identity_to_json(path: Path, verified: VerifiedLedger) -> dict[str, Any]:
     """Convert the ledger's identity to JSON values with stable keys."""
     opened = verified.history.opening
     return {
@@ -212,7 +212,7 @@ def convert_identity_to_json(path: Path, verified: Verified) -> dict[str, Any]:
     }
 
 
-def convert_verification_to_json(verified: Verified) -> dict[str, Any]:
+def convert_verification_to_json(verified: VerifiedLedger) -> dict[str, Any]:
     """Convert a successful verification to JSON values.  A failed verification raises an error in `verify`."""
     return {
         "unchanged": True,

@@ -17,7 +17,7 @@ from fedtune.data.load import SiteRecords, read_own_records
 from fedtune.data.partition import count_units
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.secure.at_site import Parties
-from fedtune.federation.site_round import Prepared, Site
+from fedtune.federation.site_round import PreparedRun, Site
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
@@ -196,13 +196,13 @@ class RealSite(WorkingSite):
         policy, installed = self._files.policy, self._process.installed
         return localize_settings(sent, policy, self._machine, folder=folder, installed=installed)
 
-    def prepare(self, proposal: Proposal) -> Prepared:
+    def prepare(self, proposal: Proposal) -> PreparedRun:
         """Check the settings, then load and test the model unless this process has a suitable model."""
         config = self._localize_settings(self._read_matching_settings(proposal))
         Path(config.data.train_file).stat()  # a file that is missing reveals no record, so it need not cost a round
         require_reader(Path(config.data.train_file))
         self._shared = self._process.shared_model(config, self._files.policy)
-        return Prepared(
+        return PreparedRun(
             proposal=proposal,
             template=self._shared.initial_adapter,
             declared_size=config.declared_sizes()[self.name],
@@ -211,7 +211,7 @@ class RealSite(WorkingSite):
             algorithm=config.federation.bound_algorithm,
         )
 
-    def store_run(self, run: Prepared) -> None:
+    def store_run(self, run: PreparedRun) -> None:
         """Store a run's settings and adapter shapes, and delete those of runs that were never charged."""
         # Serialized again, because a lead may add any amount of whitespace.
         shortest = json.dumps(json.loads(self._settings), ensure_ascii=False, separators=(",", ":"))

@@ -24,7 +24,7 @@ from fedtune.config import RunConfig, read_saved_config
 from fedtune.federation.policy_dry_run import read_history
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.secure.at_site import Parties
-from fedtune.federation.site_round import Prepared, Site
+from fedtune.federation.site_round import PreparedRun, Site
 from fedtune.privacy import events, filter
 from fedtune.privacy.dp_library import ComposedDpEvent, DpEvent
 from fedtune.privacy.durable import lock_folder, write_durably
@@ -435,10 +435,10 @@ class VirtualSite(WorkingSite):
         members = files.policy.trust.members or everyone.identities
         super().__init__(files, ledger, everyone.parties[name], members=members)
 
-    def prepare(self, proposal: Proposal) -> Prepared:
+    def prepare(self, proposal: Proposal) -> PreparedRun:
         """Return the simulation's run. The proposal is not used, because lead and site have the same configuration."""
         everyone, config = self._everyone, self._everyone.config
-        return Prepared(
+        return PreparedRun(
             proposal=config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan),
             template=everyone.shared.initial_adapter,
             declared_size=self._work.declared_size,

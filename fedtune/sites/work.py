@@ -17,9 +17,9 @@ from fedtune.data.records import record_key
 from fedtune.evaluation.scoring import compute_unit_scores, compute_user_scores
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.secure.agreement import require_terms
-from fedtune.federation.secure.at_site import Parties, SumsAtSite, make_promise_writer
+from fedtune.federation.secure.at_site import Parties, SiteAggregator, make_promise_writer
 from fedtune.federation.sent_round import unpack_adapter
-from fedtune.federation.site_round import Site, Trained
+from fedtune.federation.site_round import Site, TrainingResult
 from fedtune.model.adapter import Adapter, AdapterError
 from fedtune.privacy.cohorts import compute_cohort_number
 from fedtune.privacy.ledger.site_ledger import SiteLedger
@@ -122,7 +122,7 @@ class SiteWork:
         fingerprint_key: bytes,
         admitted: Collection[str] | None = None,
         state: bytes = b"",
-    ) -> Trained:
+    ) -> TrainingResult:
         """Score the lead's adapter if the plan includes scores, and train the adapter for one round.
 
         Adapter values are clamped to the site's bound. With secure aggregation, the result is the site's share of the
@@ -153,10 +153,10 @@ class SiteWork:
         units, work = site._prepare_round(request, attempt, sent=sent, state=_read_state(state))
         if plan.shared is None:
             trained, kept = train_round(self.shared.model, adapter, units, work, randomness=randomness)
-            return Trained(adapter=trained, scores=scores, fingerprint=fingerprint, state=kept)
+            return TrainingResult(adapter=trained, scores=scores, fingerprint=fingerprint, state=kept)
         sums = compute_round_share(self.shared.model, adapter, units, work, randomness=randomness)
         share = np.concatenate([sums[name].ravel() for name in adapter.tensors])
-        return Trained(share=share, scores=scores, fingerprint=fingerprint)
+        return TrainingResult(share=share, scores=scores, fingerprint=fingerprint)
 
     def _prepare_round(
         self, request: RoundRequest, attempt: int, *, sent: Arrays, state: Arrays
@@ -223,7 +223,7 @@ class WorkingSite(Site):
 
     def train(
         self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
-    ) -> Trained:
+    ) -> TrainingResult:
         """Train on the site's records for a round that has already been charged."""
         key, state = self.ledger.fingerprint_key(), self.ledger.read_algorithm_state(request.run)
         work = self.work(request.run)
@@ -238,7 +238,7 @@ def _read_state(data: bytes) -> Arrays:
         return {}
 
 
-def make_sums_at_site(files: SiteFiles, parties: Parties, *, members: Mapping[str, str]) -> SumsAtSite:
+def make_sums_at_site(files: SiteFiles, parties: Parties, *, members: Mapping[str, str]) -> SiteAggregator:
     """Create the site's party in secure aggregation.
 
     Args:
@@ -247,7 +247,7 @@ def make_sums_at_site(files: SiteFiles, parties: Parties, *, members: Mapping[st
         members: site -> public key of the other sites that the policy trusts.
     """
     trust, identity = files.policy.trust, files.load_key(make=True)
-    return SumsAtSite(
+    return SiteAggregator(
         site=files.policy.site,
         identity=identity,
         parties=parties,

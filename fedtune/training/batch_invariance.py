@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedtune.data import Batch, Part, Shapes, TextDataset
+from fedtune.data import Batch, MicroBatch, Shapes, TextDataset
 from fedtune.data.batching import isolate_example
 from fedtune.model.adapter import Adapter
 from fedtune.model.hf_logging import get_first_line
@@ -158,7 +158,7 @@ def fit_to_memory(model: TaskModel, shapes: Shapes, *, most_bytes: int, keeps_st
         room = shapes.capacity(length, rows)
         made_up = _make_longest(model, shapes.compute_longest_record(length), draws).select_examples([0] * room)
         examples = SiteExamples(made_up, pad_id=pad_id, shapes=shapes, device=model.device)
-        part = Part(np.arange(room), rows, length)
+        part = MicroBatch(np.arange(room), rows, length)
         return measure_peak_bytes(lambda: _run_full_step(model, examples, part, keeps_states), model.device)
 
     with _convert_model_errors(model, shapes):
@@ -194,7 +194,7 @@ def _compute_max_rows(most_bytes: int, shapes: Shapes, length: int, needed: Call
     return rows
 
 
-def _run_full_step(model: TaskModel, examples: SiteExamples, part: Part, keeps_states: bool) -> None:
+def _run_full_step(model: TaskModel, examples: SiteExamples, part: MicroBatch, keeps_states: bool) -> None:
     """Run one step on a micro-batch along the code path with the highest memory use.
 
     On this path one example fails, so the others are computed one at a time, and another example's gradient is NaN. A
@@ -272,14 +272,14 @@ class _Trial:
         self._examples = self._prepare_examples(made_up, self._whole.values())
         self._again = self._prepare_examples(made_up, (part for parts in self._smaller.values() for part in parts))
 
-    def _make_full_part(self, places: npt.NDArray[np.int64], length: int) -> Part:
+    def _make_full_part(self, places: npt.NDArray[np.int64], length: int) -> MicroBatch:
         """Return a micro-batch with the maximum number of examples."""
-        return Part(places, self._shapes.rows(length)[0], length)
+        return MicroBatch(places, self._shapes.rows(length)[0], length)
 
     def _compute_max_room(self, length: int) -> int:
         return self._shapes.capacity(length, self._shapes.rows(length)[0])
 
-    def _prepare_examples(self, dataset: TextDataset, parts: Iterable[Part]) -> SiteExamples:
+    def _prepare_examples(self, dataset: TextDataset, parts: Iterable[MicroBatch]) -> SiteExamples:
         parts = tuple(parts)
         examples = SiteExamples(dataset, pad_id=self._pad_id, shapes=self._shapes, device=self._model.device)
         if self._keeps_states:
@@ -304,7 +304,7 @@ class _Trial:
         self.tried()
         return moved
 
-    def _iter_regrouped_parts(self, places: npt.NDArray[np.int64], length: int) -> Iterator[Part]:
+    def _iter_regrouped_parts(self, places: npt.NDArray[np.int64], length: int) -> Iterator[MicroBatch]:
         """Yield the same examples in other micro-batches.
 
         The longest example comes first in its own micro-batch. The other examples follow in reverse order, in
@@ -312,12 +312,12 @@ class _Trial:
         """
         most_rows, *fewer = self._shapes.rows(length)
         choices = fewer or [most_rows]
-        yield Part(places[:1], choices[-1], length)
+        yield MicroBatch(places[:1], choices[-1], length)
         places = places[:0:-1]
         while len(places):
             rows, *choices = choices if len(choices) > 1 else choices * 2
             room = self._shapes.capacity(length, rows)
-            yield Part(places[:room].copy(), rows, length)
+            yield MicroBatch(places[:room].copy(), rows, length)
             places = places[room:]
 
     def measure_row_influence(self, max_grad_norm: float) -> float:
@@ -414,7 +414,10 @@ def iter_dummy_batches(
                 half = -(-room // 2)
                 lengths = draws.integers(1, longest, size=room + half, endpoint=True).tolist()
                 made_up = _make_dummy_examples(model, draw_text_lengths(lengths, model.spec.texts, draws), draws)
-                parts = [Part(np.arange(room), rows, length), Part(np.arange(room, room + half), rows, length)]
+                parts = [
+                    MicroBatch(np.arange(room), rows, length),
+                    MicroBatch(np.arange(room, room + half), rows, length),
+                ]
                 examples = SiteExamples(made_up, pad_id=pad_id, shapes=shapes, device=model.device)
                 if keeps_states:
                     examples.cache_frozen_states(model, parts=parts, lenient=False)

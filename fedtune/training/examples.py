@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedtune.data import Batch, Part, Shapes, TextDataset, collate
+from fedtune.data import Batch, MicroBatch, Shapes, TextDataset, collate
 from fedtune.data.batching import compute_each_alone
 from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.randomness import RandomStream
@@ -104,7 +104,7 @@ class SiteExamples(Units):
         """Total number of tokens in all records."""
         return self._dataset.num_tokens
 
-    def parts(self, indices: npt.NDArray[np.int64]) -> Iterator[Part]:
+    def parts(self, indices: npt.NDArray[np.int64]) -> Iterator[MicroBatch]:
         """Group the selected records into micro-batches of fixed shapes.
 
         Records of the same padded length stay in order.
@@ -118,7 +118,7 @@ class SiteExamples(Units):
         """
         return map(self.batch, self.parts(indices))
 
-    def batch(self, part: Part) -> Batch:
+    def batch(self, part: MicroBatch) -> Batch:
         """Collate the records of `part` into one micro-batch, in order."""
         batch = collate(self._dataset, part.places, pad_id=self._pad_id, shape=(part.rows, part.length))
         if self._states is not None:
@@ -164,7 +164,7 @@ class SiteExamples(Units):
         model: TaskModel,
         *,
         folder: Path | None = None,
-        parts: Iterable[Part] | None = None,
+        parts: Iterable[MicroBatch] | None = None,
         lenient: bool = True,
         told: Told = ignore_progress,
     ) -> None:
@@ -214,7 +214,9 @@ class SiteExamples(Units):
             told(done, len(self))
         self._states = kept
 
-    def cache_reference(self, model: TaskModel, *, parts: Iterable[Part] | None = None, lenient: bool = True) -> None:
+    def cache_reference(
+        self, model: TaskModel, *, parts: Iterable[MicroBatch] | None = None, lenient: bool = True
+    ) -> None:
         """Cache the outputs of the base model without adapters for every record, if the task compares against them.
 
         A record's reference depends only on that record and the public base model. It is NaN if it cannot be computed:
@@ -241,10 +243,10 @@ class SiteExamples(Units):
             kept[part.places] = found[: len(part.places)].cpu()
         self._reference = kept
 
-    def _iter_all_parts(self) -> Iterator[Part]:
+    def _iter_all_parts(self) -> Iterator[MicroBatch]:
         return self.parts(np.arange(len(self), dtype=np.int64))
 
-    def _list_token_positions(self, part: Part, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _list_token_positions(self, part: MicroBatch, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return each token's row and column in the micro-batch, and its index in the cached states."""
         starts = torch.from_numpy(self._starts[part.places].ravel())
         rows, columns = batch.attention_mask[: len(starts)].cpu().nonzero(as_tuple=True)

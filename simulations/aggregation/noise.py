@@ -22,7 +22,7 @@ import study
 from fedtune.privacy import events
 from fedtune.privacy.accountant import calibrate_noise, epsilon_pld
 from fedtune.privacy.distributed_noise import (
-    Together,
+    SecureAggregationSpec,
     combine_noise_shares,
     compute_epsilons_by_adversary,
     compute_min_cell_bits,
@@ -50,7 +50,7 @@ def ideal_noise(epsilon: float) -> float:
 def row(runs: Path, *, target: float, threshold: int, colluders: int) -> study.Found:
     """One plan: `target` holds with so many colluders in each sum of at least `threshold` sites."""
     total = calibrate_noise(epsilon=target, delta=DELTA, sampling_rate=RATE, steps=RELEASES)
-    sites = Together(num_sites=SITES, threshold=threshold, colluders=colluders)
+    sites = SecureAggregationSpec(num_sites=SITES, threshold=threshold, colluders=colluders)
     share = sites.compute_share_for_total(total)
     bits = compute_min_cell_bits(share)
     shared = replace(sites.with_share(share), bound=BOUND)

@@ -63,7 +63,7 @@ def run_of(score: float, units: int, sites: int, noise: float, draws: np.random.
 def found(line: list[HeldOut | None]) -> bool:
     """Whether the report of the newest run tells of a fall; one without a mean tells of none."""
     fall = detect_score_drop([one for one in line if one]) if line[-1] else None
-    return fall is not None and bool(fall.found)
+    return fall is not None and bool(fall.significant)
 
 
 def counted(runs: Path, *, units: int, sites: int, epsilon: float) -> study.Found:

@@ -35,7 +35,7 @@ from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fedtune.api.compose import compose_run
-from fedtune.data import Batch, Part, Shapes
+from fedtune.data import Batch, MicroBatch, Shapes
 from fedtune.data.tokenization import UNSUPERVISED
 from fedtune.lab.audit import sensitivity
 from fedtune.lab.audit.spec import AuditSpec
@@ -130,7 +130,7 @@ def one_batch(model: TaskModel, *, rows: int, length: int, seed: int = 5) -> Bat
     shapes = Shapes.from_limits(max_length=length - 1, max_tokens=rows * length)
     dataset = sensitivity.generate_random_examples(model, lengths, draws)
     examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=model.device)
-    return examples.batch(Part(np.arange(rows), rows, shapes.lengths[-1]))
+    return examples.batch(MicroBatch(np.arange(rows), rows, shapes.lengths[-1]))
 
 
 def models(machine: Machine) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import register, store
 from fedtune.privacy.ledger.chain import Head, Kind
 from fedtune.privacy.ledger.history import AcceptedRun
-from fedtune.privacy.ledger.verify import Verified, verify
+from fedtune.privacy.ledger.verify import VerifiedLedger, verify
 from fedtune.privacy.release import Reason
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError, FedtuneError
@@ -34,7 +34,7 @@ def half_written(sites: Path) -> bool:
     return any(journal.read_bytes()[:8] == _HOT for journal in sites.glob("*/ledger.db-journal"))
 
 
-def verified(sites: Path, site: str) -> Verified | None:
+def verified(sites: Path, site: str) -> VerifiedLedger | None:
     """The verified ledger of a site; None where nothing was ever written into it.
 
     Raises:
@@ -63,7 +63,7 @@ def register_problems(sites: Path, site: str, seen: Seen, setting: Setting) -> I
         yield "the register has people of a cohort that no round was charged to"
 
 
-def site_problems(seen: Seen, state: Verified | None, setting: Setting) -> Iterator[str]:
+def site_problems(seen: Seen, state: VerifiedLedger | None, setting: Setting) -> Iterator[str]:
     """Whether the ledger accounts for everything that was seen of its site."""
     run = None if state is None else state.history.runs.get(setting.config.run_id())
     charged = run.charged_rounds if run else 0
@@ -88,7 +88,7 @@ def site_problems(seen: Seen, state: Verified | None, setting: Setting) -> Itera
         yield from _record_problems(seen, state, charged)
 
 
-def _spending_problems(seen: Seen, state: Verified, plan: Plan) -> Iterator[str]:
+def _spending_problems(seen: Seen, state: VerifiedLedger, plan: Plan) -> Iterator[str]:
     history, known = state.history, plan.event(rounds=seen.num_updates)
     spent = history.count_total_charges()
     if not history.divergence(spent) >= history.divergence([known]):
@@ -107,7 +107,7 @@ def _epsilon(spent: frozenset, delta: float) -> float:
     return accountant.epsilon_pld(dict(spent), delta, interval=accountant.COARSE) if spent else 0.0
 
 
-def _record_problems(seen: Seen, state: Verified, charged: int) -> Iterator[str]:
+def _record_problems(seen: Seen, state: VerifiedLedger, charged: int) -> Iterator[str]:
     refusals = sum(event.kind is Kind.REFUSAL for event in state.events)
     if refusals < seen.refusals.total():
         yield f"{seen.refusals.total()} refusals were given, {refusals} are recorded"
@@ -118,7 +118,7 @@ def _record_problems(seen: Seen, state: Verified, charged: int) -> Iterator[str]
             yield f"a receipt says {seen.receipt.charged_rounds} rounds, {charged} are charged"
 
 
-def lead_problems(folder: Path, states: Mapping[str, Verified | None], setting: Setting) -> Iterator[str]:
+def lead_problems(folder: Path, states: Mapping[str, VerifiedLedger | None], setting: Setting) -> Iterator[str]:
     """Whether the lead, from what it has on disk, would state at least what each site was charged."""
     run_id, plan = setting.config.run_id(), setting.everyone.plan
     try:
@@ -136,8 +136,8 @@ def lead_problems(folder: Path, states: Mapping[str, Verified | None], setting: 
 def again_problems(
     told: list[dict[str, Any]],
     asked: list[RoundRequest],
-    before: Verified | None,
-    after: Verified | None,
+    before: VerifiedLedger | None,
+    after: VerifiedLedger | None,
     earlier: Seen,
     plan: Plan,
 ) -> Iterator[str]:
@@ -168,7 +168,7 @@ def again_problems(
             yield f"asking again charged {charged[1] - charged[0]} rounds and not {fresh}"
 
 
-def _run(state: Verified | None, request: RoundRequest) -> AcceptedRun | None:
+def _run(state: VerifiedLedger | None, request: RoundRequest) -> AcceptedRun | None:
     return None if state is None else state.history.runs.get(request.run)
 
 
@@ -183,7 +183,7 @@ def _must_answer(run: AcceptedRun | None, request: RoundRequest, plan: Plan) -> 
 
 
 def result_problems(
-    folder: Path, states: Mapping[str, Verified | None], setting: Setting, *, refused: bool
+    folder: Path, states: Mapping[str, VerifiedLedger | None], setting: Setting, *, refused: bool
 ) -> Iterator[str]:
     """Whether the run came to its end, or to that of its sites' plans, and states what they charged."""
     plan, run_id = setting.everyone.plan, setting.config.run_id()
@@ -199,7 +199,7 @@ def result_problems(
             yield f"run.json states {spent['steps']} steps of {site}, which was charged {true}"
 
 
-def copy_problems(sites: Path, site: str, state: Verified, scratch: Path) -> Iterator[str]:
+def copy_problems(sites: Path, site: str, state: VerifiedLedger, scratch: Path) -> Iterator[str]:
     """Whether a copy of the ledger's file alone is a whole ledger once the site has come back."""
     if list((sites / site).glob("ledger.db-*")):
         yield "a journal was left behind"

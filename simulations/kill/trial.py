@@ -14,7 +14,7 @@ from points import Kill
 from process import End, live
 from world import Break, Setting, ask_again, run
 
-from fedtune.privacy.ledger.verify import Verified
+from fedtune.privacy.ledger.verify import VerifiedLedger
 from fedtune.spec import FedtuneError
 
 
@@ -121,10 +121,10 @@ class Trial:
     def _seen(self, site: str) -> Seen:
         return self.seen.setdefault(site, Seen())
 
-    def _site(self, name: str, state: Verified | None) -> Sequence[str]:
+    def _site(self, name: str, state: VerifiedLedger | None) -> Sequence[str]:
         return list(checks.site_problems(self._seen(name), state, self.setting))
 
-    def _states(self, sites: Path) -> tuple[dict[str, Verified | None], list[str]]:
+    def _states(self, sites: Path) -> tuple[dict[str, VerifiedLedger | None], list[str]]:
         """Each site's verified ledger, and why others do not verify."""
         states, problems = {}, []
         for name in self.setting.names:
@@ -135,7 +135,7 @@ class Trial:
                 problems.append(f"{name} does not verify: {error}")
         return states, problems
 
-    def _asked_again(self, twin: Path, before: dict[str, Verified | None]) -> list[str]:
+    def _asked_again(self, twin: Path, before: dict[str, VerifiedLedger | None]) -> list[str]:
         """In a copy of everything, ask each site every request again that it was ever sent."""
         end = live(ask_again(self.setting, twin, self.seen), kill=None, folder=twin)
         requests = [request for request, _ in kept_requests(twin / "requests")]

@@ -20,7 +20,7 @@ from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import Reply, RoundRequest, Signed
-from fedtune.federation.site_round import Site, Trained, answer
+from fedtune.federation.site_round import Site, TrainingResult, answer
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.site_policy import Policy
 from fedtune.sites.virtual_site import Participants
@@ -174,7 +174,7 @@ def _watch_training(everyone: Participants, doomed: Doomed, outside: Outside) ->
 
         def train(
             request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
-        ) -> Trained:
+        ) -> TrainingResult:
             outside.tell("begun", site=name, round=request.round, attempt=attempt, admitted=sorted(admitted or ()))
             with doomed.within("training"):
                 trained = train_unseen(request, adapter, attempt, admitted)

@@ -28,7 +28,7 @@ import torch
 
 import fedtune
 from fedtune.federation.replies import BEYOND_PLAN
-from fedtune.federation.site_round import Trained
+from fedtune.federation.site_round import TrainingResult
 from fedtune.model.adapter import Adapter
 from fedtune.sites.work import SiteWork
 
@@ -131,7 +131,7 @@ def scaled_updates(factor: float) -> Iterator[None]:
     """Inside, the attacker multiplies what it sends: its move from the adapter, or its share of a sum."""
     honest = SiteWork.run_round
 
-    def run_round(self: SiteWork, request: Any, adapter: Adapter, attempt: int, **more: Any) -> Trained:
+    def run_round(self: SiteWork, request: Any, adapter: Adapter, attempt: int, **more: Any) -> TrainingResult:
         trained = honest(self, request, adapter, attempt, **more)
         if self.site != ATTACKER:
             return trained

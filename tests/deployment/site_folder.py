@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.privacy.ledger.chain import Event
-from fedtune.privacy.ledger.verify import Verified, verify
+from fedtune.privacy.ledger.verify import VerifiedLedger, verify
 from fedtune.spec import RunError
 
 from ..books import Books
@@ -61,7 +61,7 @@ class SiteFolder(Books):
         self.wait_for(run, "reserve", round=1, lead=lead)
         return lead
 
-    def verified(self) -> Verified:
+    def verified(self) -> VerifiedLedger:
         """The ledger, verified from the first event to the last."""
         return verify(self.ledger, site_key=self.site_key or None)
 

@@ -12,7 +12,7 @@ from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from fedtune.config import read_saved_config
 from fedtune.privacy.filter import compute_epsilon_conversion_term, compute_total_divergence
 from fedtune.privacy.ledger.chain import Event, Kind
-from fedtune.privacy.ledger.verify import Verified, verify
+from fedtune.privacy.ledger.verify import VerifiedLedger, verify
 from fedtune.privacy.policy_file import read_policy, write_policy
 
 from ..cli import snapshots
@@ -48,7 +48,7 @@ def run(kept_sites: Path, tmp_path: Path) -> Callable[..., Any]:
     return start
 
 
-def verify_ledger(kept: Path, site: str) -> Verified:
+def verify_ledger(kept: Path, site: str) -> VerifiedLedger:
     return verify(kept / site / "ledger.db")
 
 

@@ -13,8 +13,8 @@ import fedtune.federation.secure.shares as shamir
 import fedtune.federation.secure_rounds as secure_rounds
 import fedtune.sites.work as site_work
 from fedtune.federation.protocol import UNMASK
-from fedtune.federation.secure.agreement import Rejected, Wrong
-from fedtune.federation.secure.at_site import Parties, SumsAtSite
+from fedtune.federation.secure.agreement import Rejected, RejectionReason
+from fedtune.federation.secure.at_site import Parties, SiteAggregator
 from fedtune.federation.secure.messages import Upload
 from fedtune.federation.secure.packing import unpack_residues
 from fedtune.federation.secure.party import Party
@@ -124,16 +124,16 @@ def test_spare_round_replaces_a_lost_aggregate(tmp_path: Path, steps: Any, monke
 def restart_site(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Restart site-2 once, after the request of the second session or round, so that it loses its keys."""
     times: list[str] = []
-    real = SumsAtSite.join
+    real = SiteAggregator.join
 
-    def forgets(self: SumsAtSite, proposal: str, session: str, announcements: Any) -> bytes:
+    def forgets(self: SiteAggregator, proposal: str, session: str, announcements: Any) -> bytes:
         if self.site == "site-2":
             times.append(session)
             if len(times) == 3:  # it joined, was asked before round 1, and is asked before round 2
                 self.parties.of_proposal.clear()
         return real(self, proposal, session, announcements)
 
-    monkeypatch.setattr(SumsAtSite, "join", forgets)
+    monkeypatch.setattr(SiteAggregator, "join", forgets)
     return times
 
 
@@ -151,11 +151,11 @@ def make_site_absent(monkeypatch: pytest.MonkeyPatch, name: str, site: str, numb
     """Make a site fail a protocol step from its n-th request on."""
     asked = Counter[str]()
 
-    def is_away(own: SumsAtSite, *_: Any) -> bool:
+    def is_away(own: SiteAggregator, *_: Any) -> bool:
         asked[own.site] += 1
         return own.site == site and asked[site] >= number
 
-    fail_where(monkeypatch, SumsAtSite, name, is_away, error)
+    fail_where(monkeypatch, SiteAggregator, name, is_away, error)
 
 
 @pytest.mark.nightly
@@ -174,7 +174,7 @@ def test_run_continues_without_a_site_that_lost_its_keys(
 @pytest.mark.nightly
 def test_site_that_never_joins_does_not_disrupt_the_session(tmp_path: Path, monkeypatch: Any) -> None:
     """The site loses its keys at every join request and announces new keys."""
-    make_site_absent(monkeypatch, "join", "site-2", 3, Rejected(Wrong.SESSION_DIFFERS))
+    make_site_absent(monkeypatch, "join", "site-2", 3, Rejected(RejectionReason.SESSION_DIFFERS))
     more = (*FOUR, "federation.num_rounds=5")
     rounds = read_result(simulate(*SECURE, *more, into=tmp_path))["rounds"]
     assert [len(entry["sites"]) for entry in rounds] == [4, 3, 3, 3, 3]
@@ -228,7 +228,7 @@ def test_shares_changed_by_the_server_blame_no_site(tmp_path: Path, monkeypatch:
     """Shares are signed by their site, so changed shares count as no answer; with another missing answer there is no
     sum.
     """
-    real, releases = secure_rounds.SecureSums._request_step, [0]
+    real, releases = secure_rounds.SecureAggregator._request_step, [0]
 
     def relay_changed(self: Any, step: str, session: str, parts: Any) -> Any:
         found, missing = real(self, step, session, parts)
@@ -240,7 +240,7 @@ def test_shares_changed_by_the_server_blame_no_site(tmp_path: Path, monkeypatch:
             del found["site-4"]
         return found, missing
 
-    monkeypatch.setattr(secure_rounds.SecureSums, "_request_step", relay_changed)
+    monkeypatch.setattr(secure_rounds.SecureAggregator, "_request_step", relay_changed)
     folder = simulate(*SECURE, *FOUR, into=tmp_path)
     assert [len(entry["sites"]) for entry in read_result(folder)["rounds"]] == [0, 4, 4]
     known = json.loads((folder / "checkpoints" / "session.json").read_bytes())
@@ -248,13 +248,13 @@ def test_shares_changed_by_the_server_blame_no_site(tmp_path: Path, monkeypatch:
 
 
 def test_site_with_an_invalid_key_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = SumsAtSite.announce
+    real = SiteAggregator.announce
 
-    def announce(self: SumsAtSite, *given: Any) -> bytes:
+    def announce(self: SiteAggregator, *given: Any) -> bytes:
         said = json.loads(real(self, *given))
         return to_canonical_json(said | {"signature": "0" * 128} if self.site == "site-2" else said)
 
-    monkeypatch.setattr(SumsAtSite, "announce", announce)
+    monkeypatch.setattr(SiteAggregator, "announce", announce)
     done = run_command("simulate", *list_tiny_overrides(*SECURE, *THREE, into=tmp_path))
     assert "(site-2: its key was rejected (wrong_signature))" in done.failed(1)
 
@@ -349,7 +349,11 @@ def kill_lead_in_round_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
     def begin(*settings: str) -> None:
         with monkeypatch.context() as patched:
             fail_where(
-                patched, secure_rounds.SecureSums, "compute_total", lambda _, round, __: round == 2, KeyboardInterrupt()
+                patched,
+                secure_rounds.SecureAggregator,
+                "compute_total",
+                lambda _, round, __: round == 2,
+                KeyboardInterrupt(),
             )
             assert run_command("simulate", *list_tiny_overrides(*SECURE, *settings, into=tmp_path)).code == 1
 
@@ -362,7 +366,7 @@ def keep_site_memory(monkeypatch: pytest.MonkeyPatch) -> dict[str, Parties]:
     remembered: dict[str, Parties] = {}
     real = site_work.make_sums_at_site
 
-    def remember_parties(files: SiteFiles, parties: Parties, **named: Any) -> SumsAtSite:
+    def remember_parties(files: SiteFiles, parties: Parties, **named: Any) -> SiteAggregator:
         return real(files, remembered.setdefault(files.policy.site, parties), **named)
 
     monkeypatch.setattr(site_work, "make_sums_at_site", remember_parties)

@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.federation.lead import RoundResult
 from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest, Signed
-from fedtune.federation.secure.at_site import SumsAtSite
-from fedtune.federation.site_round import Prepared, Site, Trained, answer, answer_invitation, end_run
+from fedtune.federation.secure.at_site import SiteAggregator
+from fedtune.federation.site_round import PreparedRun, Site, TrainingResult, answer, answer_invitation, end_run
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Event, Kind
@@ -91,17 +91,17 @@ class Station:
         return SigningKey.load_or_create(self.folder / self.policy.site_key)
 
     @property
-    def sums(self) -> SumsAtSite | None:
+    def sums(self) -> SiteAggregator | None:
         return None
 
     def ledger(self) -> SiteLedger:
         return SiteLedger(self.path, self.policy, self.key)
 
     def open(self, train: Train | None = None) -> Site:
-        def prepare(proposal: Proposal) -> Prepared:
+        def prepare(proposal: Proposal) -> PreparedRun:
             self.prepared.append(proposal.run)
             asked = self.propose(lead=proposal.lead)
-            return Prepared(proposal=asked, template=self.template, declared_size=self.declared_size, **self.ready)
+            return PreparedRun(proposal=asked, template=self.template, declared_size=self.declared_size, **self.ready)
 
         opened = MadeSite(
             self.ledger(), prepare=prepare, train=train or self._train, paused=self.paused, sums=self.sums
@@ -109,11 +109,11 @@ class Station:
         opened.kept, opened.awaited = self.kept, self.awaited
         return opened
 
-    def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+    def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> TrainingResult:
         self.trained.append((request.round, attempt))
         self.before_training.append(self.kinds())
         moved = Adapter({name: value + np.float32(1) for name, value in adapter.tensors.items()})
-        return Trained(adapter=moved, fingerprint="hmac of the records")
+        return TrainingResult(adapter=moved, fingerprint="hmac of the records")
 
     def request(self, round: int = 1, *, adapter: Any = None, about: Any = None, **changes: Any) -> RoundRequest:
         """Build a request of the lead; `changes` apply to the proposal, `about` to other fields."""

@@ -52,12 +52,12 @@ def test_reported_deviation_matches_simulated_runs() -> None:
 def test_newest_two_runs_are_compared_with_all_earlier_runs() -> None:
     assert detect_score_drop([]) is detect_score_drop(make_runs(0.8)) is None
     two, five = detect_score_drop(make_runs(0.8, 0.7)), detect_score_drop(make_runs(0.8, 0.8, 0.8, 0.8, 0.76))
-    assert (two.change, two.found) == (pytest.approx(-0.1), True)
+    assert (two.change, two.significant) == (pytest.approx(-0.1), True)
     # 0.02 is above 1.645 x 0.01 x root of 1/3 + 1/2
-    assert (five.change, five.found) == (pytest.approx(-0.02), True)
-    assert five.smallest == pytest.approx((1.6449 + 0.8416) * 0.01 * math.sqrt(1 / 3 + 1 / 2), rel=1e-3)
-    assert not detect_score_drop(make_runs(0.8, 0.8, 0.8, 0.79, 0.79)).found  # type: ignore[union-attr]
-    assert not detect_score_drop(make_runs(0.7, 0.8)).found  # type: ignore[union-attr]
+    assert (five.change, five.significant) == (pytest.approx(-0.02), True)
+    assert five.min_detectable == pytest.approx((1.6449 + 0.8416) * 0.01 * math.sqrt(1 / 3 + 1 / 2), rel=1e-3)
+    assert not detect_score_drop(make_runs(0.8, 0.8, 0.8, 0.79, 0.79)).significant  # type: ignore[union-attr]
+    assert not detect_score_drop(make_runs(0.7, 0.8)).significant  # type: ignore[union-attr]
     # A run that tells little weighs little.
     vague = HeldOut(run="v", date="", mean=0.1, deviation=1.0)
     found = detect_score_drop([*make_runs(0.8, 0.8), vague, *make_runs(0.8, 0.8)])
@@ -67,4 +67,4 @@ def test_newest_two_runs_are_compared_with_all_earlier_runs() -> None:
 def test_drift_test_has_a_false_alarm_rate_of_five_percent() -> None:
     draws = np.random.default_rng(7)
     found = [detect_score_drop(make_runs(*draws.normal(0.8, 0.01, 6))) for _ in range(4000)]
-    assert np.mean([one.found for one in found if one]) == pytest.approx(0.05, abs=0.012)
+    assert np.mean([one.significant for one in found if one]) == pytest.approx(0.05, abs=0.012)

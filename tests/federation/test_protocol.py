@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fedtune.federation.protocol import EndOfRun, Invitation, RoundRequest, Signed
-from fedtune.privacy.distributed_noise import Together
+from fedtune.privacy.distributed_noise import SecureAggregationSpec
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import WIRE_SCHEMA, ConfigError
 from fedtune.version import build
@@ -40,7 +40,9 @@ def test_request_digest_covers_every_requested_field(request_: RoundRequest) -> 
 
 
 def test_session_is_required_exactly_for_secure_aggregation(request_: RoundRequest) -> None:
-    shared = Together(num_sites=3, threshold=3, colluders=0).with_share(request_.proposal.plan.noise_multiplier)
+    shared = SecureAggregationSpec(num_sites=3, threshold=3, colluders=0).with_share(
+        request_.proposal.plan.noise_multiplier
+    )
     plan = replace(request_.proposal.plan, local_steps=1, shared=shared)
     secure = replace(request_, proposal=replace(request_.proposal, plan=plan, num_sites=3), session="ab" * 16)
     assert RoundRequest.from_signed(secure.sign_with(lead_key)) == secure

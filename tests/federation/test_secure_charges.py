@@ -17,8 +17,8 @@ from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, RoundRe
 from fedtune.federation.secure.agreement import KeyAgreement, Rejected
 from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.secure.messages import ConfirmRequest
-from fedtune.federation.secure.summation import Summation, Unreadable, build_session
-from fedtune.federation.site_round import Trained
+from fedtune.federation.secure.summation import Summation, UnmaskingError, build_session
+from fedtune.federation.site_round import TrainingResult
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Update
 
@@ -35,12 +35,12 @@ class WatchedSite(SecureSite):
     vectors: list[np.ndarray] = field(default_factory=list)
     fails: bool = False
 
-    def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+    def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> TrainingResult:
         self.vectors.append(VECTOR + np.int64(100 * NAMES.index(self.policy.site) + len(self.vectors)))
         if self.fails:
             self.fails = False
             raise RuntimeError("of records")
-        return Trained(share=self.vectors[-1].copy())
+        return TrainingResult(share=self.vectors[-1].copy())
 
 
 class Charges(RuleBasedStateMachine):
@@ -122,7 +122,7 @@ class Charges(RuleBasedStateMachine):
                 if isinstance(said := self.federation.step(site, UNMASK, made.build_unmask_request(site)), bytes):
                     made.add_revealed(site, said)
             total = made.compute_total()
-        except (Rejected, Unreadable):
+        except (Rejected, UnmaskingError):
             return
         np.testing.assert_array_equal(total, sum(self.left[site][data] for site, data in of_sum))
         assert len(of_sum) == len(NAMES), "of as many as the plan counts on"

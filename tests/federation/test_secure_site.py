@@ -18,13 +18,13 @@ from fedtune.federation import protocol
 from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, Reply, RoundRequest
 from fedtune.federation.secure import at_site
 from fedtune.federation.secure.agreement import KeyAgreement, require_terms
-from fedtune.federation.secure.at_site import Parties, SumsAtSite, make_promise_writer
+from fedtune.federation.secure.at_site import Parties, SiteAggregator, make_promise_writer
 from fedtune.federation.secure.messages import ConfirmRequest
 from fedtune.federation.secure.summation import Summation, build_session
-from fedtune.federation.site_round import Prepared, Trained, answer, answer_step
+from fedtune.federation.site_round import PreparedRun, TrainingResult, answer, answer_step
 from fedtune.model.adapter import Adapter
 from fedtune.privacy import durable
-from fedtune.privacy.distributed_noise import Together
+from fedtune.privacy.distributed_noise import SecureAggregationSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import to_canonical_json
 from fedtune.privacy.proposal import Proposal
@@ -54,17 +54,17 @@ class SecureSite(Station):
     def promises(self) -> Path:
         return self.folder / "promises.jsonl"
 
-    def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+    def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> TrainingResult:
         self.trained.append((request.round, attempt))
-        return Trained(share=VECTOR.copy())
+        return TrainingResult(share=VECTOR.copy())
 
     @property
-    def sums(self) -> SumsAtSite:
+    def sums(self) -> SiteAggregator:
         trust = self.policy.trust
         demand = partial(require_terms, min_sites=trust.min_sites, min_threshold=trust.min_threshold)
         roster = {**self.members, self.policy.site: self.key.public}
         about = {"demand": demand, "roster": roster, "keep": make_promise_writer(self.promises)}
-        return SumsAtSite(site=self.policy.site, identity=self.key, parties=self.parties, **about)
+        return SiteAggregator(site=self.policy.site, identity=self.key, parties=self.parties, **about)
 
 
 @dataclass
@@ -150,7 +150,7 @@ def read_reason(reply: Reply) -> tuple[Reason, object]:
 
 def make_federation(folder: Path, kind: type[SecureSite] = SecureSite, **of_plan: Any) -> Federation:
     """Create a federation in an empty folder, with sites of a class; keywords override its plan."""
-    shared = Together(num_sites=3, threshold=3, colluders=0).with_share(run_plan().noise_multiplier)
+    shared = SecureAggregationSpec(num_sites=3, threshold=3, colluders=0).with_share(run_plan().noise_multiplier)
     plan = replace(run_plan(), **{"local_steps": 1, "spare_rounds": 0, "shared": shared, **of_plan})
 
     def propose(**changes: Any) -> Proposal:
@@ -317,7 +317,7 @@ def test_settings_are_needed_only_for_the_first_step_of_a_session(federation: Fe
     session, name, announced = federation.begin_session()
     made = federation.make_summation(session)
 
-    def fail_to_read(proposal: Proposal) -> Prepared:
+    def fail_to_read(proposal: Proposal) -> PreparedRun:
         raise AssertionError("no settings came with this")
 
     monkeypatch.setattr(

@@ -14,7 +14,7 @@ import pytest
 import fedtune.federation.site_round as site_module
 from fedtune.federation.lead import LeadState, compute_site_charge
 from fedtune.federation.protocol import EndOfRun
-from fedtune.federation.site_round import Trained, end_run
+from fedtune.federation.site_round import TrainingResult, end_run
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Kind
@@ -67,11 +67,11 @@ def test_unstored_update_is_not_sent_but_stays_charged(
     site.ledger()
     with contextlib.closing(sqlite3.connect(site.path, isolation_level=None)) as file:
 
-        def block_store(*args: object) -> Trained:
+        def block_store(*args: object) -> TrainingResult:
             # Begins to read the ledger and does not end, as a backup that hangs: nobody can commit meanwhile.
             file.execute("BEGIN")
             file.execute("SELECT count(*) FROM events").fetchone()
-            return Trained(adapter=adapter)
+            return TrainingResult(adapter=adapter)
 
         reply = site.ask(train=block_store)
     assert read_reason(reply) is Reason.SITE_ERROR
@@ -104,11 +104,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_reply_time_is_rounded_up_to_the_interval(
     station: Any, clock: Any, adapter: Adapter, error: Exception | None, training_s: float, reply_s: float
 ) -> None:
-    def train(*args: object) -> Trained:
+    def train(*args: object) -> TrainingResult:
         clock.now += training_s
         if error:
             raise error
-        return Trained(adapter=adapter)
+        return TrainingResult(adapter=adapter)
 
     began, reply = clock.now, station(releases={"reply_after_s": 60.0}).ask(train=train)
     assert clock.now - began == pytest.approx(reply_s)

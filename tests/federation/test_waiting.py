@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from fedtune.federation.site_round import Trained, answer
+from fedtune.federation.site_round import TrainingResult, answer
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Refused, Update
 
@@ -167,9 +167,9 @@ def test_denied_run_in_progress_is_charged_no_further_rounds(site: Any) -> None:
 
 
 def test_run_denied_during_training_sends_nothing(site: Any) -> None:
-    def train(*asked: Any) -> Trained:
+    def train(*asked: Any) -> TrainingResult:
         site.ledger().deny(site.request().proposal, "stop")
-        return Trained(adapter=site.template)
+        return TrainingResult(adapter=site.template)
 
     reply = answer(site.open(train), site.request().sign_with(site.lead), site.template)
     assert read_reason(reply) is Reason.DENIED

@@ -16,7 +16,7 @@ from fedtune.federation.invitation import ProposedRun
 from fedtune.federation.lead import Checkpoints, Lead, LeadState
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.rounds import run_rounds
-from fedtune.federation.site_round import Prepared, Site, Trained
+from fedtune.federation.site_round import PreparedRun, Site, TrainingResult
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.averaging import Average
 from fedtune.flower.client import make_answering
@@ -113,15 +113,15 @@ class Federation:
         name = self._name(context)
         self.asked.append((name, settings))
         about = {"declared_size": self.sizes[name], "update_dtype": self.spec.update_dtype}
-        prepared = Prepared(proposal=self.proposal, template=self.adapter, **about)
+        prepared = PreparedRun(proposal=self.proposal, template=self.adapter, **about)
         made = MadeSite(self.ledger(name), prepare=lambda proposal: prepared, train=self._train)
         return set_methods(made, store_adapter=lambda run, adapter: self.kept.update({name: (run, adapter.digest())}))
 
-    def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+    def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> TrainingResult:
         self.trained.append(request.site)
         moved = {name: value + np.float32(STEPS[request.site]) for name, value in adapter.tensors.items()}
         scores = (STEPS[request.site], 0.5) if self.plan.releases_metrics else None
-        return Trained(adapter=Adapter(moved), scores=scores)
+        return TrainingResult(adapter=Adapter(moved), scores=scores)
 
     def events(self, site: str) -> tuple[Event, ...]:
         return verify(self.find_ledger_path(site)).events

@@ -32,7 +32,7 @@ from faults import Faulty  # noqa: E402
 from flwr.app import ConfigRecord, Message, RecordDict  # noqa: E402
 
 import fedtune.ops.wire.bounded_http as bounded_http  # noqa: E402
-from fedtune.ops.wire.fleet import Dropped, Fleet, Unauthorised, Unreachable  # noqa: E402
+from fedtune.ops.wire.fleet import Fleet, MessageGone, Unauthorised, Unreachable  # noqa: E402
 from fedtune.ops.wire.identity import Tls  # noqa: E402
 
 
@@ -92,14 +92,14 @@ class Polling:
             note("replied", number=self._number)
             if not self._faulty.waits:
                 self._take_next_fault()
-        except Dropped as error:
+        except MessageGone as error:
             note("dropped", text=str(error))
         return True
 
     def _tried(self, work: Callable[[], Any]) -> Any:
         try:
             return work()
-        except (Unreachable, Unauthorised, Dropped) as error:
+        except (Unreachable, Unauthorised, MessageGone) as error:
             note("trouble", kind=type(error).__name__, text=str(error))
             self._active = self._active and not isinstance(error, Unauthorised)
             return None

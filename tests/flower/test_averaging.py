@@ -10,7 +10,7 @@ import pytest
 from flwr.app import Message
 
 from fedtune.federation.protocol import RoundRequest
-from fedtune.federation.site_round import Trained
+from fedtune.federation.site_round import TrainingResult
 from fedtune.federation.spec import FederationSpec
 from fedtune.federation.update_store import UpdateStore
 from fedtune.flower.averaging import Average
@@ -132,7 +132,7 @@ def test_update_is_stored_on_disk_before_the_next_site_trains(federation: Any, m
     there: list[list[str]] = []
     train = made._train
 
-    def spy(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+    def spy(request: RoundRequest, adapter: Adapter, attempt: int) -> TrainingResult:
         there.append(sorted(path.name for path in made.lead.checkpoints.updates_folder.iterdir()))
         return train(request, adapter, attempt)
 

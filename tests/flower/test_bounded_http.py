@@ -16,8 +16,8 @@ import pytest
 from flwr.proto.fleet_pb2 import ActivateNodeResponse
 
 import fedtune.ops.wire.bounded_http as bounded_http
-from fedtune.ops.wire.bounded_http import OutOfBounds, bound_client
-from fedtune.ops.wire.fleet import Fleet, Foreign, Unreachable, ask_site_name
+from fedtune.ops.wire.bounded_http import ResponseLimitExceeded, bound_client
+from fedtune.ops.wire.fleet import Fleet, NotFedtuneServer, Unreachable, ask_site_name
 from fedtune.ops.wire.identity import Tls, explain_tls_refusal
 from fedtune.ops.wire.lead_session import LeadSession
 from fedtune.ops.wire.remote_grid import RemoteGrid
@@ -97,7 +97,7 @@ def test_compressed_response_is_not_read(serve: Any, tls: Tls, call: Called) -> 
     # 256 KB that stand for 256 MB.
     bomb = gzip.compress(bytes(16 * MIB), mtime=0) * 16
     server = serve(lambda to, path: to.sendall(build_response(bomb, headers="content-encoding: gzip\r\n")))
-    with limit_memory_growth(), pytest.raises((Unreachable, OutOfBounds), match="compressed"):
+    with limit_memory_growth(), pytest.raises((Unreachable, ResponseLimitExceeded), match="compressed"):
         call(server.address, tls)
 
 
@@ -111,7 +111,7 @@ def test_response_is_read_up_to_a_size_limit(serve: Any, tls: Tls, call: Called,
             to.sendall(bytes(MIB) if length_said else b"100000\r\n" + bytes(MIB) + b"\r\n")
 
     server = serve(send_flood)
-    with limit_memory_growth(), pytest.raises((Unreachable, OutOfBounds), match="bytes"):
+    with limit_memory_growth(), pytest.raises((Unreachable, ResponseLimitExceeded), match="bytes"):
         call(server.address, tls)
 
 
@@ -162,7 +162,7 @@ def test_redirects_are_not_followed(serve: Any, tls: Tls, status: int) -> None:
         server = serve(lambda to, path: to.sendall(answer))
         with pytest.raises(Unreachable, match=r"redirects .*never followed"):
             _open_fleet(server.address, tls)
-        with pytest.raises(Foreign):
+        with pytest.raises(NotFedtuneServer):
             ask_site_name(server.address, tls)
         keys = {"north": to_public_pem(tls)}
         grid = RemoteGrid(server.address, tls, sites=keys, key=lead_key, hear=Mock(), closing=Mock())
@@ -187,7 +187,7 @@ def test_client_requests_uncompressed_responses(serve: Any, client: httpx.Client
 def test_malformed_greeting_raises_only_the_wrong_server_error(serve: Any, tls: Tls, status: str, body: bytes) -> None:
     """Otherwise the operator of the server could end every site's process."""
     server = serve(lambda to, path: to.sendall(build_response(body, status=status)))
-    with pytest.raises(Foreign):
+    with pytest.raises(NotFedtuneServer):
         ask_site_name(server.address, tls)
 
 
@@ -217,7 +217,7 @@ def test_proxied_calls_have_the_same_limits(serve: Any, tls: Tls, monkeypatch: p
         monkeypatch.delenv("NO_PROXY", raising=False)
         monkeypatch.delenv("no_proxy", raising=False)
         for call in CALLS.values():
-            with pytest.raises((Unreachable, OutOfBounds), match="compressed"):
+            with pytest.raises((Unreachable, ResponseLimitExceeded), match="compressed"):
                 call(server.address, tls)
     assert {one.split(b"\r\n")[0].decode() for one in asked} == {f"CONNECT {server.address} HTTP/1.1"}
 

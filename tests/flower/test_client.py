@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, Re
 from flwr.common.serde import message_to_proto
 
 from fedtune.federation.protocol import EndOfRun, RoundRequest
-from fedtune.federation.site_round import Prepared, Site, Trained
+from fedtune.federation.site_round import PreparedRun, Site, TrainingResult
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
 from fedtune.flower.client import SiteApp
@@ -39,8 +39,8 @@ def server() -> None:
     set_sender_ids(run_id=7, node_id=0, task_id=0)
 
 
-def train_by_adding_one(request: RoundRequest, given: Adapter, attempt: int) -> Trained:
-    return Trained(adapter=Adapter({name: value + np.float32(1) for name, value in given.tensors.items()}))
+def train_by_adding_one(request: RoundRequest, given: Adapter, attempt: int) -> TrainingResult:
+    return TrainingResult(adapter=Adapter({name: value + np.float32(1) for name, value in given.tensors.items()}))
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def site(tmp_path: Path, adapter: Adapter) -> Callable[..., Site]:
     def make(train: Train = train_by_adding_one) -> Site:
         key = SigningKey.load_or_create(tmp_path / "site_key.pem")
         ledger = SiteLedger(tmp_path / "ledger.db", make_site_policy("a"), key)
-        prepared = Prepared(proposal=run_proposal(), template=adapter, declared_size=100, update_dtype="float32")
+        prepared = PreparedRun(proposal=run_proposal(), template=adapter, declared_size=100, update_dtype="float32")
         return MadeSite(ledger, prepare=lambda proposal: prepared, train=train)
 
     return make

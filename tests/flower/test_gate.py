@@ -34,7 +34,7 @@ from fedtune.ops.wire.identity import (
     SIGNATURE,
     TIME,
     TOLERANCE_S,
-    NotAllowed,
+    CallRefused,
     _build_signed_message,
     verify_body_hash,
 )
@@ -156,7 +156,7 @@ def test_request_body_is_limited_in_time_and_size(monkeypatch: pytest.MonkeyPatc
     nothing = AsyncMock(side_effect=AssertionError("not even read"))
     large = [(nothing, {"content-length": said}, 413) for said in ("1001", "9" * 5000, "-1")]
     for receive, headers, status in ((send_slowly, {}, 408), (pour, {}, 413), *large):
-        with pytest.raises(NotAllowed) as refused:
+        with pytest.raises(CallRefused) as refused:
             asyncio.run(gate.read_body(receive, headers, most_bytes=1000))
         assert refused.value.status == status
 
@@ -327,11 +327,11 @@ def test_signature_is_accepted_once_and_the_replay_cache_is_bounded() -> None:
     calls = [sign_lead_call("/p", b"b", moment=repr(NOW + number)) for number in range(4)]
     for call in calls[:3]:
         seen.use_signature(call, now=NOW)
-    with pytest.raises(NotAllowed) as used:
+    with pytest.raises(CallRefused) as used:
         seen.use_signature(calls[1], now=NOW + TOLERANCE_S)
     assert used.value.status == 401
     # A lead that calls too often is told to wait, as by a server that has no time; nothing is forgotten too early.
-    with pytest.raises(NotAllowed) as full:
+    with pytest.raises(CallRefused) as full:
         seen.use_signature(calls[3], now=NOW)
     assert full.value.status == 503
     seen.use_signature(calls[3], now=NOW + TOLERANCE_S + 1)

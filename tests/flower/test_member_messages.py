@@ -24,7 +24,7 @@ from fedtune.federation.replies import StoppingRule
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.internals import set_sender_ids
 from fedtune.ops.wire import bounded_http, gate, message_objects
-from fedtune.ops.wire.bounded_http import OutOfBounds
+from fedtune.ops.wire.bounded_http import ResponseLimitExceeded
 from fedtune.ops.wire.message_objects import pull_message
 from fedtune.ops.wire.remote_grid import RemoteGrid
 from fedtune.ops.wire.site_calls import SiteCalls
@@ -315,7 +315,7 @@ def test_shared_object_parts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> N
         lambda kind, data, below: read.append(data) or original(kind, data, below),
     )
     tree = ObjectTree(object_id=message, children=[ObjectTree(object_id=id) for id in objects if id != message])
-    with pytest.raises(OutOfBounds, match=r"the message has [0-9]+ bytes"):
+    with pytest.raises(ResponseLimitExceeded, match=r"the message has [0-9]+ bytes"):
         pull_message(tree, objects.__getitem__, lambda id: None, most_bytes=1 << 20)
     assert len(read) == len(set(read)) == 202
 
@@ -347,7 +347,7 @@ CHANGES: dict[str, Callable[[ObjectTree, Objects], Any]] = {
 def test_malformed_and_expanding_objects_are_refused(says: str) -> None:
     tree, objects = make_honest_reply(np.arange(100_000, dtype=np.float32))
     CHANGES[says](tree, objects)
-    with pytest.raises(OutOfBounds, match=says):
+    with pytest.raises(ResponseLimitExceeded, match=says):
         pull_tree(tree, objects)
 
 
@@ -355,5 +355,7 @@ def test_malformed_and_expanding_objects_are_refused(says: str) -> None:
 def test_oversized_or_slow_message_is_refused(monkeypatch: pytest.MonkeyPatch, bound: str, value: float) -> None:
     monkeypatch.setattr(message_objects, bound, value)
     tree, objects = make_honest_reply(np.arange(1000, dtype=np.float32))
-    with pytest.raises(OutOfBounds, match="more than 1000 bytes" if bound == "MAX_BYTES" else "took more than"):
+    with pytest.raises(
+        ResponseLimitExceeded, match="more than 1000 bytes" if bound == "MAX_BYTES" else "took more than"
+    ):
         pull_tree(tree, objects)

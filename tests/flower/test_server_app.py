@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Error, Message
 from fedtune.federation.lead import compute_site_charge
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.replies import BEYOND_PLAN
-from fedtune.federation.site_round import Trained
+from fedtune.federation.site_round import TrainingResult
 from fedtune.flower import flower_records
 from fedtune.flower.site_socket import record_from_bytes
 from fedtune.model.adapter import Adapter
@@ -133,13 +133,13 @@ def test_site_changing_frozen_tensors_is_excluded_from_the_average(federation: A
     made = federation(num_rounds=2, adapter=Adapter({"b.lora_A.weight": zeros, "b.lora_B.weight": zeros}))
     lora = LoraSpec(alternate=True)
 
-    def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+    def train(request: RoundRequest, adapter: Adapter, attempt: int) -> TrainingResult:
         rests = lora.get_frozen_name_part(request.round) or ""
         moved = {
             name: value + np.float32(0.25 * (rests not in name or request.site == "site-2"))
             for name, value in adapter.tensors.items()
         }
-        return Trained(adapter=Adapter(moved))
+        return TrainingResult(adapter=Adapter(moved))
 
     made._train = train
     state = made.run(lora=lora)

@@ -33,7 +33,7 @@ from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.report import from_ledger, from_run, signing
-from fedtune.report.checks import Known, check_report
+from fedtune.report.checks import TrustedValues, check_report
 from fedtune.report.from_run import read_run
 from fedtune.sites.virtual_site import DEALT, read_partition_settings
 from fedtune.spec import KIT_SCHEMA, ConfigError, DataError, FedtuneError, RunError
@@ -155,7 +155,7 @@ def _resign_body(data: bytes) -> None:
 
 def _parse_report(data: bytes) -> None:
     report = signing.parse_report(data)
-    check_report(Path("nowhere", "report.json"), report, Known())
+    check_report(Path("nowhere", "report.json"), report, TrustedValues())
 
 
 def _read_checkpoint(folder: Path) -> object:

@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import strategies as st
 
 from fedtune.federation.protocol import EndOfRun, RoundRequest, Signed
-from fedtune.federation.site_round import Prepared, Trained, answer
+from fedtune.federation.site_round import PreparedRun, TrainingResult, answer
 from fedtune.flower import flower_records
 from fedtune.flower.site_socket import record_from_bytes
 from fedtune.model.adapter import Adapter, AdapterError
@@ -54,12 +54,14 @@ def _parse_unsigned_request(data: bytes) -> object:
 def _answer_request(data: bytes) -> None:
     """A site answers whatever it is asked, and without the text of an exception."""
 
-    def refuse_settings(request: RoundRequest) -> Prepared:
+    def refuse_settings(request: RoundRequest) -> PreparedRun:
         raise Refused(Reason.BASE_MODEL_MISSING)
 
     signed = Signed(text=_decode_text(data), signature=seeds.key(1).sign(RoundRequest.purpose, data))
     ledger = SiteLedger(seeds.make_folder() / "answering.db", seeds.make_policy(), seeds.key(2))
-    site = MadeSite(ledger, prepare=refuse_settings, train=lambda request, adapter, attempt: Trained(adapter=adapter))
+    site = MadeSite(
+        ledger, prepare=refuse_settings, train=lambda request, adapter, attempt: TrainingResult(adapter=adapter)
+    )
     reply = answer(site, signed, seeds.make_adapter())
     assert isinstance(reply.body, Refusal)
     assert reply.body.reason is not Reason.SITE_ERROR, "an error of ours"

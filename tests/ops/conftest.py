@@ -19,7 +19,7 @@ import pytest
 from fedtune.ops.doctor.check import DoctorCheck
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.members import REQUEST, Member, Roster, initialize_site
-from fedtune.ops.kits.provisioning import Admitted
+from fedtune.ops.kits.provisioning import JoinResult
 from fedtune.ops.wire.fleet import HELLO
 from fedtune.privacy.policy_file import write_policy
 from tests.flower.hostile import Hostile, build_response
@@ -85,10 +85,12 @@ class Desk:
         unpack(self.add(request).archive, request.parent)
         return request.parent
 
-    def add(self, request: Path, *, days: int | None = None) -> Admitted:
+    def add(self, request: Path, *, days: int | None = None) -> JoinResult:
         return provisioning.check_join_request(self.folder, request=request, days=days, now=self.now)[1]()
 
-    def renew(self, name: str, request: Path | None = None, *, new_site_key: bool = False, later: int = 0) -> Admitted:
+    def renew(
+        self, name: str, request: Path | None = None, *, new_site_key: bool = False, later: int = 0
+    ) -> JoinResult:
         """Renew a site a number of days `later`."""
         now = self.now + timedelta(days=later)
         if request is None:

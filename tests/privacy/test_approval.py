@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.privacy.distributed_noise import SharedNoise
+from fedtune.privacy.distributed_noise import DistributedNoise
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
@@ -48,7 +48,7 @@ def test_unapproved_run_is_not_charged_and_starts_once_approved(open_manual: Any
         reserve(ledger, make_proposal(), round)  # it is approved as a whole
 
 
-SHARED = SharedNoise(num_sites=3, threshold=3, colluders=0, noise_multiplier=4.0, cell_bits=1, bound=9)
+SHARED = DistributedNoise(num_sites=3, threshold=3, colluders=0, noise_multiplier=4.0, cell_bits=1, bound=9)
 _PLAN: dict[str, Any] = {"sampling_rate": 0.2, "noise_multiplier": 1.0000001, "max_grad_norm": 0.25, "local_steps": 2}
 _PLAN |= {"num_rounds": 4, "spare_rounds": 1, "runs": 2, "metrics_noise_multiplier": 9.0}
 _CHANGES: dict[str, dict[str, Any]] = {

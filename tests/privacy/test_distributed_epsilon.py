@@ -15,8 +15,8 @@ from scipy import stats
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import FINE, calibrate_noise, compose_pld, epsilon_pld
 from fedtune.privacy.distributed_noise import (
-    SharedNoise,
-    Together,
+    DistributedNoise,
+    SecureAggregationSpec,
     add_noise_share,
     build_secure_aggregation_event,
     combine_noise_shares,
@@ -32,8 +32,10 @@ CLIP_NORM = 2**GRID_BITS
 DELTA = 1e-5
 
 
-def make_shared(noise: float, sites: int, *, threshold: int | None = None, colluders: int = 0) -> SharedNoise:
-    return Together(num_sites=sites, threshold=threshold or sites, colluders=colluders).with_share(noise, bound=1000)
+def make_shared(noise: float, sites: int, *, threshold: int | None = None, colluders: int = 0) -> DistributedNoise:
+    return SecureAggregationSpec(num_sites=sites, threshold=threshold or sites, colluders=colluders).with_share(
+        noise, bound=1000
+    )
 
 
 def compute_claimed_delta(event: DpEvent, epsilon: float, *, times: int = 1) -> float:
@@ -115,7 +117,7 @@ def test_noise_shares_smaller_than_a_cell_are_refused() -> None:
         once = [exact_sums.compute_site_outcomes(contribution, 1.0, most=30) for contribution in (0.0, 1.0)]
         assert exact_sums.compute_delta(1.0, *once) <= compute_claimed_delta(event, 1.0)
         with pytest.raises(ValueError, match="rounding removes the noise shares"):
-            SharedNoise(
+            DistributedNoise(
                 num_sites=sites, threshold=sites, colluders=0, noise_multiplier=deviation, cell_bits=0, bound=10
             )
 
@@ -144,7 +146,7 @@ def test_epsilons_for_four_sites_match_reference_values(
 ) -> None:
     """Rate 0.3, 50 releases, nobody drops: the server alone, and all others against one."""
     total = calibrate_noise(epsilon=target, delta=DELTA, sampling_rate=0.3, steps=50)
-    share = Together(num_sites=4, threshold=4, colluders=0).compute_share_for_total(total)
+    share = SecureAggregationSpec(num_sites=4, threshold=4, colluders=0).compute_share_for_total(total)
     found = compute_epsilons_by_adversary(make_shared(share, 4), survivors={4: 50}, sampling_rate=0.3, delta=DELTA)
     assert 0.998 * target < found.server_alone <= target
     assert found.with_colluders == found.server_alone, "with no colluders these are the same"

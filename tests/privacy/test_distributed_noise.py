@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedtune.privacy import distributed_noise
-from fedtune.privacy.distributed_noise import MIN_CELLS, SharedNoise, Together, add_noise_share
+from fedtune.privacy.distributed_noise import MIN_CELLS, DistributedNoise, SecureAggregationSpec, add_noise_share
 from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
 from fedtune.spec import ConfigError
@@ -25,7 +25,7 @@ Whole = npt.NDArray[np.int64]
 COUNT = 100_000
 CLIP_NORM = 2**GRID_BITS
 
-FOUR = SharedNoise(num_sites=4, threshold=4, colluders=0, noise_multiplier=0.5, cell_bits=4, bound=100)
+FOUR = DistributedNoise(num_sites=4, threshold=4, colluders=0, noise_multiplier=0.5, cell_bits=4, bound=100)
 """With the widest cells that are allowed: a share has a standard deviation of 8."""
 
 
@@ -33,7 +33,7 @@ def stream(*purpose: str | int) -> RandomStream:
     return SeededRandomness(17).stream("shares", *purpose)
 
 
-def share(shared: SharedNoise = FOUR, *purpose: str | int, sums: Whole | None = None) -> Whole:
+def share(shared: DistributedNoise = FOUR, *purpose: str | int, sums: Whole | None = None) -> Whole:
     """What one site sends of one tensor."""
     values = np.zeros(COUNT, dtype=np.int64) if sums is None else sums
     return add_noise_share({"a": values}, shared, stream(*purpose))["a"]
@@ -109,7 +109,7 @@ def test_threshold_allowing_two_unmasked_sums_is_refused(
     num_sites: int, threshold: int, colluders: int, least: int
 ) -> None:
     sites = {"num_sites": num_sites, "threshold": threshold, "colluders": colluders}
-    for make in (partial(Together, **sites), partial(dataclasses.replace, FOUR, **sites)):
+    for make in (partial(SecureAggregationSpec, **sites), partial(dataclasses.replace, FOUR, **sites)):
         with pytest.raises(
             ConfigError, match=f"from {least} to {num_sites}, the number of sites: .* two sums"
         ) as raised:
@@ -141,7 +141,9 @@ def test_combined_noise_never_exceeds_the_sum_of_variances(noise: float, shares:
 @given(st.floats(0.02, 1e3), st.integers(2, 1024), st.data())
 def test_noise_share_suffices_for_the_honest_sites_of_the_smallest_sum(total: float, threshold: int, data: Any) -> None:
     colluders = data.draw(st.integers(0, threshold - 1))
-    one = Together(num_sites=threshold, threshold=threshold, colluders=colluders).compute_share_for_total(total)
+    one = SecureAggregationSpec(num_sites=threshold, threshold=threshold, colluders=colluders).compute_share_for_total(
+        total
+    )
     honest = threshold - colluders
     assert Fraction(one) ** 2 * honest >= Fraction(total) ** 2 * (1 - Fraction(1, 2**50))
     assert distributed_noise.combine_noise_shares(one, honest) >= total

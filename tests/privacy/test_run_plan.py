@@ -11,7 +11,7 @@ from dp_accounting import GaussianDpEvent
 
 from fedtune.privacy import events
 from fedtune.privacy.accountant import epsilon_pld
-from fedtune.privacy.distributed_noise import SharedNoise
+from fedtune.privacy.distributed_noise import DistributedNoise
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError
@@ -42,7 +42,7 @@ def test_every_plan_field_is_in_its_json() -> None:
     laplace = plan(sampling_rate=1.0, noise="laplace")
     assert laplace.to_json()["noise"] == "laplace"
     assert Plan.from_json(laplace.to_json()) == laplace
-    shared = SharedNoise(num_sites=4, threshold=3, colluders=0, noise_multiplier=1.0, cell_bits=3, bound=9)
+    shared = DistributedNoise(num_sites=4, threshold=3, colluders=0, noise_multiplier=1.0, cell_bits=3, bound=9)
     of_sums = plan(local_steps=1, noise_multiplier=1.0, shared=shared)
     assert of_sums.to_json()["shared"] == dataclasses.asdict(shared)
     assert Plan.from_json(json.loads(json.dumps(of_sums.to_json()))) == of_sums

@@ -13,7 +13,7 @@ import pytest
 
 from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.cohorts import compute_period_number
-from fedtune.privacy.distributed_noise import SharedNoise
+from fedtune.privacy.distributed_noise import DistributedNoise
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import Dataset, Policy
@@ -193,7 +193,7 @@ def test_policy_digest_covers_every_key() -> None:
     assert len(digests | {make_policy().digest()}) == len(changes) + 1
 
 
-SHARED = SharedNoise(num_sites=4, threshold=3, colluders=1, noise_multiplier=4.0, cell_bits=1, bound=1024)
+SHARED = DistributedNoise(num_sites=4, threshold=3, colluders=1, noise_multiplier=4.0, cell_bits=1, bound=1024)
 SUMS: tuple[tuple[dict[str, Any], dict[str, Any], Reason], ...] = (
     ({"secure": False}, {}, Reason.SECURE_AGGREGATION),
     ({"min_sites": 5}, {"num_sites": 4}, Reason.MIN_SITES),

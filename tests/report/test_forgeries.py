@@ -30,7 +30,7 @@ from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy import accountant, events, keys
 from fedtune.privacy.keys import SigningKey
 from fedtune.report import checks, from_ledger, from_run, signing
-from fedtune.report.checks import Check, Known, check_report, check_start
+from fedtune.report.checks import Check, TrustedValues, check_report, check_start
 from fedtune.report.facts import RunFacts, SiteFacts, StartAdapter
 from fedtune.report.model import Report
 from fedtune.report.verify_report import derive_report, problems
@@ -86,7 +86,7 @@ class Deployed:
 
     def checks(self, **known: Any) -> tuple[Check, ...]:
         path, report = signing.read_report(str(self.folder))
-        return check_report(path, report, Known(**known))
+        return check_report(path, report, TrustedValues(**known))
 
     def holds(self) -> bool:
         """With all that there is to compare it with."""
@@ -714,7 +714,7 @@ def test_independent_verifier_accepts_valid_reports(name: str, tmp_path: Path, c
     (tmp_path / "report.json").write_text(signing.report_to_json(report))
     assert verify_report.main([str(tmp_path)]) == 0, capsys.readouterr().out
     assert capsys.readouterr().out.startswith(f"HOLDS {report.verdict.state}: epsilon ")
-    assert hold(check_report(tmp_path / "report.json", report, Known()))
+    assert hold(check_report(tmp_path / "report.json", report, TrustedValues()))
 
 
 def test_independent_verifier_checks_simulations_and_site_reports(folder: Path) -> None:

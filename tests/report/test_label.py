@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from fedtune.config import AboutSpec
-from fedtune.privacy.distributed_noise import SharedNoise
+from fedtune.privacy.distributed_noise import DistributedNoise
 from fedtune.report import registry_entry, signing
 from fedtune.report.model import Report
 from fedtune.report.page.render import FONTS, render_label, render_personalized_label
@@ -67,7 +67,7 @@ def test_label_shows_only_report_figures_and_names_uncovered_releases(report: Re
 def test_label_warns_of_reliance_on_other_sites(language: str) -> None:
     """In the label and in a registry's entry: where sites make their noise together."""
     found = build_reports()["within"]
-    together = SharedNoise(num_sites=3, threshold=3, colluders=1, noise_multiplier=1.0, cell_bits=20, bound=8)
+    together = DistributedNoise(num_sites=3, threshold=3, colluders=1, noise_multiplier=1.0, cell_bits=20, bound=8)
     shared = change_first_site(
         found, mechanisms=tuple(replace(row, shared=together) for row in found.sites[0].mechanisms)
     )

@@ -11,7 +11,7 @@ from fedtune.federation.lead import Checkpoints
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT
 from fedtune.report import from_ledger, from_run, signing
-from fedtune.report.checks import Check, Known, check_report
+from fedtune.report.checks import Check, TrustedValues, check_report
 from fedtune.report.model import Report
 from fedtune.report.page import render
 from fedtune.report.verify_report import derive_report
@@ -216,7 +216,7 @@ def test_verification_names_figures_taken_from_a_site_report(folder: Path) -> No
     path = folder / "second" / "report.json"
 
     def find_taken(report: Report) -> Check | None:
-        return next((one for one in check_report(path, report, Known()) if one.name == "taken"), None)
+        return next((one for one in check_report(path, report, TrustedValues()) if one.name == "taken"), None)
 
     found = find_taken(joined)
     assert found.state == "skipped"

@@ -19,7 +19,7 @@ from fedtune.evaluation.scoring import compute_unit_scores
 from fedtune.federation.calendar import describe_calendar
 from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.secure.party import SumConfirmation
-from fedtune.federation.site_round import Trained
+from fedtune.federation.site_round import TrainingResult
 from fedtune.privacy import filter
 from fedtune.privacy.accountant import epsilon_pld, format_epsilon
 from fedtune.privacy.filter import compute_epsilon_conversion_term, compute_total_divergence, find_smallest_cap
@@ -423,7 +423,7 @@ def test_ledgers_in_one_folder_keep_separate_confirmations(site_policy: Any, tmp
     assert kept == {"east.db.promises.jsonl": 1, "west.db.promises.jsonl": 0}
 
 
-def train(everyone: Participants, *, attempt: int = 1) -> Trained:
+def train(everyone: Participants, *, attempt: int = 1) -> TrainingResult:
     """What the first site makes of the initial adapter in round 1."""
     site = everyone.site(0)
     request = make_first_request(everyone.config, everyone.sites.lead_key(), site=site.name)

@@ -12,7 +12,7 @@ import pytest
 from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.load import SiteRecords
-from fedtune.federation.site_round import Trained
+from fedtune.federation.site_round import TrainingResult
 from fedtune.model.adapter import Adapter
 from fedtune.privacy import events
 from fedtune.privacy.keys import SigningKey
@@ -112,7 +112,7 @@ def shared_model() -> RunModel:
     return RunModel(LoadedModel(config), config)
 
 
-def train_at_north(shared: RunModel, lead: SigningKey, records: SiteRecords, *, key: bytes = b"k") -> Trained:
+def train_at_north(shared: RunModel, lead: SigningKey, records: SiteRecords, *, key: bytes = b"k") -> TrainingResult:
     """A round at the site north."""
     work = SiteWork("north", shared, records, declared_size=40, max_adapter_value=2.0)
     request = make_first_request(shared.config, lead)

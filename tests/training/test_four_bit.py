@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedtune.data import Batch, Part, Shapes, TextDataset
+from fedtune.data import Batch, MicroBatch, Shapes, TextDataset
 from fedtune.data.batching import isolate_example
 from fedtune.model.frozen_linear import FrozenLinear, RoundedLinear
 from fedtune.model.quantized import FourBit
@@ -47,7 +47,7 @@ def make_micro_batch(dataset: TextDataset) -> Batch:
     shapes = adapt_shapes_to_device(Shapes.from_limits(max_length=15, max_tokens=16 * len(dataset)))
     examples = make_examples(dataset, shapes)
     length = shapes.lengths[-1]
-    return examples.batch(Part(np.arange(len(dataset)), shapes.rows(length)[0], length))
+    return examples.batch(MicroBatch(np.arange(len(dataset)), shapes.rows(length)[0], length))
 
 
 @pytest.mark.by_day(

@@ -12,7 +12,7 @@ import torch
 from fedtune.data import Shapes, collate
 from fedtune.model.adapter import Adapter
 from fedtune.model.spec import LoraSpec
-from fedtune.privacy.distributed_noise import Together
+from fedtune.privacy.distributed_noise import SecureAggregationSpec
 from fedtune.privacy.mechanism import draw_poisson_sample
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.training import dp_step, optimizer
@@ -58,7 +58,7 @@ def share(records: int, plan: Any, **changes: Any) -> dict[str, np.ndarray]:
     return compute_round_share(model, Adapter.from_task_model(model), units, asked, randomness=SeededRandomness(5))
 
 
-TOGETHER = Together(num_sites=3, threshold=3, colluders=0).with_share(0.5)
+TOGETHER = SecureAggregationSpec(num_sites=3, threshold=3, colluders=0).with_share(0.5)
 
 
 @pytest.mark.parametrize("change", [{"site": "bank_b"}, {"round": 2}, {"attempt": 2}])

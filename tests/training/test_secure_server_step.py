@@ -10,7 +10,7 @@ import torch
 
 from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.distributed_noise import Together
+from fedtune.privacy.distributed_noise import SecureAggregationSpec
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.run_plan import Plan
 from fedtune.training.optimizer import compute_learning_rate_factor, make_optimizer, set_learning_rate
@@ -18,7 +18,7 @@ from fedtune.training.secure_server_step import limit_sum_length, take_secure_se
 from fedtune.training.spec import TrainingSpec
 
 SIZE = 60
-TOGETHER = Together(num_sites=3, threshold=3, colluders=0)
+TOGETHER = SecureAggregationSpec(num_sites=3, threshold=3, colluders=0)
 PLAN = Plan.from_privacy(PrivacySpec(noise_multiplier=1.0), local_steps=1, num_rounds=4, together=TOGETHER)
 CELL = PLAN.max_grad_norm * 2.0**-PLAN.shared.cell_bits
 

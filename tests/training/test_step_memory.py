@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.data import Part, Shapes, TextDataset
+from fedtune.data import MicroBatch, Shapes, TextDataset
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.spec import ConfigError
@@ -49,7 +49,7 @@ def make_dataset(model: TaskModel, length: int, count: int) -> TextDataset:
     return TextDataset(ids, targets, model.spec.texts)
 
 
-def measure_step(model: TaskModel, shapes: Shapes, dataset: TextDataset, part: Part) -> int:
+def measure_step(model: TaskModel, shapes: Shapes, dataset: TextDataset, part: MicroBatch) -> int:
     """Measure the bytes of a micro-batch in a step, from the first frozen layer to the sum."""
     examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
 
@@ -128,9 +128,9 @@ def test_every_micro_batch_stays_within_step_memory(path: str, task: str) -> Non
             assert measure_step(model, less, dataset, part) <= most / share, (share, length)
 
 
-def make_full_part(model: TaskModel, shapes: Shapes, length: int) -> tuple[TextDataset, Part]:
+def make_full_part(model: TaskModel, shapes: Shapes, length: int) -> tuple[TextDataset, MicroBatch]:
     rows = shapes.rows(length)[0]
-    return make_dataset(model, length, rows), Part(np.arange(rows), rows, length)
+    return make_dataset(model, length, rows), MicroBatch(np.arange(rows), rows, length)
 
 
 @kinds
@@ -173,7 +173,9 @@ def test_insufficient_step_memory_error_names_the_setting(monkeypatch: pytest.Mo
         ConfigError, match=r"step_mib = 0: must be at least \d+ MiB, the memory for a micro-batch of 1 x 12 tokens"
     ):
         fit_within(model, 1000)
-    least = fit_within(model, 1.5 * measure_step(model, SHAPES, make_dataset(model, 24, 1), Part(np.arange(1), 1, 24)))
+    least = fit_within(
+        model, 1.5 * measure_step(model, SHAPES, make_dataset(model, 24, 1), MicroBatch(np.arange(1), 1, 24))
+    )
     assert min(list_rows(least)) >= 1
     full = replace(SHAPES, full=SHAPES.lengths[-1])  # a length without padding keeps its empty row
     with_room = fit_to_memory(build_fresh(), full, most_bytes=MIB // 2, keeps_states=False)

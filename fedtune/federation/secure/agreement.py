@@ -28,7 +28,7 @@ KEY, CONFIRMATION, SHARES = "secure aggregation key", "secure aggregation surviv
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
-class Wrong(StrEnum):
+class RejectionReason(StrEnum):
     """Reason code for rejecting a message from another party.
 
     Only these codes leave the site, never the text of an exception.
@@ -54,14 +54,14 @@ class Wrong(StrEnum):
 
 
 class Rejected(RefusedError):
-    """Raised for an invalid message from another party; the error contains only a `Wrong` code and no other text.
+    """Raised for an invalid message from another party; the error contains only a `RejectionReason`, and no other text.
 
     Attributes:
         wrong: the reason.
         site: the sender of the message, if the lead checks the messages of all sites together; otherwise empty.
     """
 
-    def __init__(self, wrong: Wrong, *, site: str = "") -> None:
+    def __init__(self, wrong: RejectionReason, *, site: str = "") -> None:
         self.wrong, self.site = wrong, site
         super().__init__(f"secure aggregation: {wrong}")
 
@@ -140,11 +140,11 @@ class Terms:
             Rejected: the list violates one of these rules.
         """
         if not set(survivors) <= set(self.members):
-            raise Rejected(Wrong.NOT_A_MEMBER)
+            raise Rejected(RejectionReason.NOT_A_MEMBER)
         if list(survivors) != sorted(set(survivors)):
-            raise Rejected(Wrong.MALFORMED)
+            raise Rejected(RejectionReason.MALFORMED)
         if len(survivors) < self.threshold:
-            raise Rejected(Wrong.TOO_FEW_SURVIVORS)
+            raise Rejected(RejectionReason.TOO_FEW_SURVIVORS)
 
 
 Demand = Callable[[Terms], None]  # raises Rejected for terms that a site does not accept
@@ -166,9 +166,9 @@ def require_terms(terms: Terms, /, *, min_sites: int = 3, min_threshold: int = 3
         Rejected: the terms do not meet a requirement.
     """
     if len(terms.members) < max(min_sites, colluders + 1):
-        raise Rejected(Wrong.TOO_FEW_SITES)
+        raise Rejected(RejectionReason.TOO_FEW_SITES)
     if terms.threshold < max(min_threshold, safe_threshold(len(terms.members), colluders=colluders)):
-        raise Rejected(Wrong.THRESHOLD_TOO_LOW)
+        raise Rejected(RejectionReason.THRESHOLD_TOO_LOW)
 
 
 def require_pinned(terms: Terms, roster: Mapping[str, str]) -> None:
@@ -178,7 +178,7 @@ def require_pinned(terms: Terms, roster: Mapping[str, str]) -> None:
         Rejected: a member is missing from the roster or has another key there.
     """
     if not terms.members.items() <= dict(roster).items():
-        raise Rejected(Wrong.ROSTER_DIFFERS)
+        raise Rejected(RejectionReason.ROSTER_DIFFERS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,14 +207,14 @@ class Announcement:
             Rejected: one of the checks failed.
         """
         if self.site not in terms.members:
-            raise Rejected(Wrong.NOT_A_MEMBER)
+            raise Rejected(RejectionReason.NOT_A_MEMBER)
         if self.terms != terms.digest():
-            raise Rejected(Wrong.WRONG_TERMS)
+            raise Rejected(RejectionReason.WRONG_TERMS)
         if not is_mask_key(self.key):
-            raise Rejected(Wrong.WRONG_KEY)
+            raise Rejected(RejectionReason.WRONG_KEY)
         unsigned = replace(self, signature="")
         if not is_signed(terms.members[self.site], KEY, unsigned.to_bytes(), self.signature):
-            raise Rejected(Wrong.WRONG_SIGNATURE)
+            raise Rejected(RejectionReason.WRONG_SIGNATURE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,8 +238,8 @@ class KeyAgreement:
             one.require_genuine(terms)
         keys = {one.site: one.key for one in announcements}
         if len(keys) < len(announcements):
-            raise Rejected(Wrong.REPEATED)
+            raise Rejected(RejectionReason.REPEATED)
         if set(keys) != set(terms.members):
-            raise Rejected(Wrong.KEY_MISSING)
+            raise Rejected(RejectionReason.KEY_MISSING)
         digest = hashlib.sha256(to_canonical_json({"terms": terms.digest(), "keys": keys})).hexdigest()
         return cls(terms=terms, keys=keys, digest=digest)

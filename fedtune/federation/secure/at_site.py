@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedtune.codec import read_regular_file
-from fedtune.federation.secure.agreement import Demand, Rejected, Terms, Wrong, require_pinned
+from fedtune.federation.secure.agreement import Demand, Rejected, RejectionReason, Terms, require_pinned
 from fedtune.federation.secure.party import Keep, Party, SumConfirmation
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
@@ -67,7 +67,7 @@ class Parties:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SumsAtSite:
+class SiteAggregator:
     """A site's handler for the steps of secure aggregation."""
 
     site: str
@@ -90,7 +90,7 @@ class SumsAtSite:
             Rejected: a member is missing from the roster, or the terms do not meet the site's requirements.
         """
         if not set(members) <= set(self.roster):
-            raise Rejected(Wrong.ROSTER_DIFFERS)
+            raise Rejected(RejectionReason.ROSTER_DIFFERS)
         agreed = terms({site: self.roster[site] for site in members})
         party = self.parties.find(agreed.proposal, session)
         if party is None:
@@ -120,13 +120,13 @@ class SumsAtSite:
             Rejected: `session` is not the current session, or the site no longer accepts its members or terms.
         """
         if self.parties.joined.get(proposal) != session:
-            raise Rejected(Wrong.SESSION_DIFFERS)
+            raise Rejected(RejectionReason.SESSION_DIFFERS)
         return self._find_party(proposal, session)
 
     def _find_party(self, proposal: str, session: str) -> Party:
         found = self.parties.find(proposal, session)
         if found is None:
-            raise Rejected(Wrong.SESSION_DIFFERS)
+            raise Rejected(RejectionReason.SESSION_DIFFERS)
         require_pinned(found.terms, self.roster)  # the policy may have changed since
         self.demand(found.terms)
         return found

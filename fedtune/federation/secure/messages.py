@@ -17,7 +17,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
-from fedtune.federation.secure.agreement import CONFIRMATION, SHARES, Announcement, KeyAgreement, Rejected, Terms, Wrong
+from fedtune.federation.secure.agreement import (
+    CONFIRMATION,
+    SHARES,
+    Announcement,
+    KeyAgreement,
+    Rejected,
+    RejectionReason,
+    Terms,
+)
 from fedtune.federation.secure.masks import TAG_BYTES
 from fedtune.federation.secure.packing import compute_packed_size
 from fedtune.federation.secure.shares import SHARE_BYTES
@@ -60,9 +68,9 @@ class ConfirmRequest:
         message = cls(**_decode_fields(data, cls))
         _check_texts(message.survivors)
         if message.session != session.digest:
-            raise Rejected(Wrong.SESSION_DIFFERS)
+            raise Rejected(RejectionReason.SESSION_DIFFERS)
         if not 1 <= message.release < MAX_RELEASES:
-            raise Rejected(Wrong.MALFORMED)
+            raise Rejected(RejectionReason.MALFORMED)
         session.terms.check_survivors(message.survivors)
         message.check(session.terms)
         return message
@@ -83,9 +91,9 @@ class ConfirmRequest:
         """
         for site, signature in signatures.items():
             if site not in terms.members:
-                raise Rejected(Wrong.NOT_A_MEMBER)
+                raise Rejected(RejectionReason.NOT_A_MEMBER)
             if not is_signed(terms.members[site], CONFIRMATION, self.asked.to_bytes(), signature):
-                raise Rejected(Wrong.WRONG_SIGNATURE)
+                raise Rejected(RejectionReason.WRONG_SIGNATURE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,9 +128,9 @@ class UnmaskRequest(ConfirmRequest):
         _check_texts([*self.confirmations.values(), *self.sealed.values()])
         self.require_confirmed(self.confirmations, terms)
         if len(self.confirmations) < terms.threshold:
-            raise Rejected(Wrong.NOT_CONFIRMED)
+            raise Rejected(RejectionReason.NOT_CONFIRMED)
         if set(self.sealed) != set(self.survivors):
-            raise Rejected(Wrong.MALFORMED)
+            raise Rejected(RejectionReason.MALFORMED)
 
     def get_shares_sealed_by(self, survivor: str) -> bytes:
         """Decode a survivor's sealed shares from base64; empty if the text is invalid."""
@@ -156,16 +164,16 @@ class Revealed(ConfirmRequest):
     def check(self, terms: Terms) -> None:
         """Check that the shares are well-formed and signed by a member; raise Rejected otherwise."""
         if self.site not in terms.members:
-            raise Rejected(Wrong.NOT_A_MEMBER)
+            raise Rejected(RejectionReason.NOT_A_MEMBER)
         for shares in self.shares.values():
             if type(shares) is not dict:
-                raise Rejected(Wrong.MALFORMED)
+                raise Rejected(RejectionReason.MALFORMED)
             _check_texts(list(shares.values()))
             if not all(_SHARE.fullmatch(share) for share in shares.values()):
-                raise Rejected(Wrong.MALFORMED)
+                raise Rejected(RejectionReason.MALFORMED)
         unsigned = replace(self, signature="")
         if not is_signed(terms.members[self.site], SHARES, unsigned.to_bytes(), self.signature):
-            raise Rejected(Wrong.WRONG_SIGNATURE)
+            raise Rejected(RejectionReason.WRONG_SIGNATURE)
 
     def share(self, survivor: str, other: str) -> int | None:
         """Return the share of one seed as an integer; None if it is missing."""
@@ -208,12 +216,12 @@ class Upload:
         terms = session.terms
         size = compute_upload_size(len(terms.members), length=terms.length, bits=terms.bits)
         if len(data) != size or not data.startswith(_UPLOAD):
-            raise Rejected(Wrong.MALFORMED)
+            raise Rejected(RejectionReason.MALFORMED)
         digest, release, index = _HEAD.unpack_from(data, len(_UPLOAD))
         if digest.hex() != session.digest:
-            raise Rejected(Wrong.SESSION_DIFFERS)
+            raise Rejected(RejectionReason.SESSION_DIFFERS)
         if not (index < len(terms.sites) and 1 <= release < MAX_RELEASES):
-            raise Rejected(Wrong.MALFORMED)
+            raise Rejected(RejectionReason.MALFORMED)
         num_sites, start = len(terms.sites), len(_UPLOAD) + _HEAD.size
         digests, start = _split_pieces(data, start, num_sites * (num_sites + 1), _DIGEST_BYTES)
         sealed, start = _split_pieces(data, start, num_sites, compute_sealed_size(num_sites))
@@ -244,19 +252,19 @@ def _decode_fields(data: bytes, message: Any) -> dict[str, Any]:
     bytes.
     """
     if len(data) > MAX_JSON_BYTES:
-        raise Rejected(Wrong.MALFORMED)
+        raise Rejected(RejectionReason.MALFORMED)
     try:
         found = json.loads(data)
         if type(found) is not dict or to_canonical_json(found) != data:
             raise ValueError("the message is not in canonical form")
     except (ValueError, RecursionError):
-        raise Rejected(Wrong.MALFORMED) from None
+        raise Rejected(RejectionReason.MALFORMED) from None
     types = {field.name: str(field.type).partition("[")[0] for field in fields(message)}
     if {name: type(value).__name__ for name, value in found.items()} != types:
-        raise Rejected(Wrong.MALFORMED)
+        raise Rejected(RejectionReason.MALFORMED)
     return found
 
 
 def _check_texts(texts: list[Any]) -> None:
     if not all(type(text) is str for text in texts):
-        raise Rejected(Wrong.MALFORMED)
+        raise Rejected(RejectionReason.MALFORMED)

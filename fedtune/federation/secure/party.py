@@ -19,8 +19,8 @@ from fedtune.federation.secure.agreement import (
     Demand,
     KeyAgreement,
     Rejected,
+    RejectionReason,
     Terms,
-    Wrong,
     require_pinned,
 )
 from fedtune.federation.secure.masks import SEED_BYTES, MaskKey, PairSecrets, sum_masks
@@ -79,7 +79,7 @@ class Party:
     ) -> None:
         require_pinned(terms, roster)
         if terms.members.get(site) != identity.public:
-            raise Rejected(Wrong.NOT_A_MEMBER)
+            raise Rejected(RejectionReason.NOT_A_MEMBER)
         demand(terms)
         self._site, self._identity, self._terms, self._keep = site, identity, terms, keep
         self._key = MaskKey()
@@ -106,22 +106,22 @@ class Party:
             Rejected: a key is missing or not signed by its owner, or this site has already joined with other keys.
         """
         if len(announcements) > len(self._terms.members):
-            raise Rejected(Wrong.REPEATED)
+            raise Rejected(RejectionReason.REPEATED)
         session = KeyAgreement.from_announcements(self._terms, [read_announcement(data) for data in announcements])
         if session.keys[self._site] != self._key.public:
-            raise Rejected(Wrong.WRONG_KEY)
+            raise Rejected(RejectionReason.WRONG_KEY)
         if self._joined is None:
             self._joined = session, self._key.derive_secrets(session.digest, session.keys)
         if self._joined[0].digest != session.digest:
-            raise Rejected(Wrong.SESSION_DIFFERS)
+            raise Rejected(RejectionReason.SESSION_DIFFERS)
         return session.digest
 
     def require_open(self, release: int) -> None:
         """Check, before any budget is charged, that this release still accepts an upload; raise Rejected otherwise."""
         if self._joined is None:
-            raise Rejected(Wrong.SESSION_DIFFERS)
+            raise Rejected(RejectionReason.SESSION_DIFFERS)
         if not self._release < release < MAX_RELEASES:
-            raise Rejected(Wrong.RELEASE_OVER)
+            raise Rejected(RejectionReason.RELEASE_OVER)
 
     def upload(self, release: int, vector: npt.NDArray[np.int64]) -> bytes:
         """Mask a vector for a release and return the encoded upload; each release accepts one vector.
@@ -183,11 +183,11 @@ class Party:
         session, _ = self._require_joined()
         asked = ConfirmRequest.from_bytes(request, session)
         if asked.release < self._release:
-            raise Rejected(Wrong.RELEASE_OVER)
+            raise Rejected(RejectionReason.RELEASE_OVER)
         if asked.release > self._release:
             self._release, self._promised = asked.release, None
         if self._promised not in (None, asked):
-            raise Rejected(Wrong.SURVIVORS_CHANGED)
+            raise Rejected(RejectionReason.SURVIVORS_CHANGED)
         self._promised = asked  # before the write, so that a failed write cannot lead to a second promise
         self._record_promise(asked, confirmed=False)
         return Confirmation.create_signed(asked, self._site, identity=self._identity).to_bytes()
@@ -201,7 +201,7 @@ class Party:
         session, pairs = self._require_joined()
         asked = UnmaskRequest.from_bytes(request, session)
         if asked.asked != self._promised:
-            raise Rejected(Wrong.NOT_PROMISED)
+            raise Rejected(RejectionReason.NOT_PROMISED)
         self._record_promise(asked.asked, confirmed=True)
         given = {survivor: self._open_shares(survivor, asked, pairs) for survivor in asked.survivors}
         return Revealed.create_signed(asked.asked, self._site, shares=given, identity=self._identity).to_bytes()
@@ -227,5 +227,5 @@ class Party:
 
     def _require_joined(self) -> tuple[KeyAgreement, PairSecrets]:
         if self._joined is None:
-            raise Rejected(Wrong.SESSION_DIFFERS)
+            raise Rejected(RejectionReason.SESSION_DIFFERS)
         return self._joined

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.federation.secure import shares
-from fedtune.federation.secure.agreement import Announcement, KeyAgreement, Rejected, Terms, Wrong
+from fedtune.federation.secure.agreement import Announcement, KeyAgreement, Rejected, RejectionReason, Terms
 from fedtune.federation.secure.masks import SEED_BYTES, sum_masks
 from fedtune.federation.secure.messages import (
     Confirmation,
@@ -44,13 +44,13 @@ def _verify_announcement(terms: Terms, site: str, data: bytes) -> Announcement:
         announced = read_announcement(data)
         announced.require_genuine(terms)
         if announced.site != site:
-            raise Rejected(Wrong.WRONG_KEY)
+            raise Rejected(RejectionReason.WRONG_KEY)
     except Rejected as rejected:  # name the site, because one invalid announcement blocks the whole session
         raise Rejected(rejected.wrong, site=site) from None
     return announced
 
 
-class Unreadable(RunError):
+class UnmaskingError(RunError):
     """Raised if the sum of a release cannot be computed; a retry is a new release with fresh masks and fresh noise.
 
     Attributes:
@@ -97,24 +97,24 @@ class Summation:
         upload = Upload.from_bytes(data, self._session)
         self._check_sender(site, upload.site, upload.release)
         if self._closed:
-            raise Rejected(Wrong.RELEASE_OVER)
+            raise Rejected(RejectionReason.RELEASE_OVER)
         if site in self._uploads:
-            raise Rejected(Wrong.REPEATED)
+            raise Rejected(RejectionReason.REPEATED)
         try:
             self._masked += unpack_residues(upload.vector, self._terms.length, self._terms.bits)
         except ValueError:
-            raise Rejected(Wrong.MALFORMED) from None
+            raise Rejected(RejectionReason.MALFORMED) from None
         self._uploads[site] = upload
 
     def build_confirm_request(self) -> bytes:
         """Fix the survivors, and build the confirmation request for all members, including dropped sites.
 
         Raises:
-            Unreadable: there are fewer survivors than the threshold.
+            UnmaskingError: there are fewer survivors than the threshold.
         """
         self._closed = True
         if len(self._uploads) < self._terms.threshold:
-            raise Unreadable(self._release, f"{len(self._uploads)} sites uploaded{self._threshold_clause}")
+            raise UnmaskingError(self._release, f"{len(self._uploads)} sites uploaded{self._threshold_clause}")
         return self._asked.to_bytes()
 
     def add_confirmation(self, site: str, data: bytes) -> None:
@@ -122,17 +122,17 @@ class Summation:
         confirmation = Confirmation.from_bytes(data, self._session)
         self._check_sender(site, confirmation.site, confirmation.release)
         if confirmation.asked != self._asked:
-            raise Rejected(Wrong.SURVIVORS_CHANGED)
+            raise Rejected(RejectionReason.SURVIVORS_CHANGED)
         self._confirmed[site] = confirmation.signature
 
     def build_unmask_request(self, site: str) -> bytes:
         """Build the request that asks a member to reveal its shares.
 
         Raises:
-            Unreadable: fewer sites than the threshold confirmed the survivors.
+            UnmaskingError: fewer sites than the threshold confirmed the survivors.
         """
         if len(self._confirmed) < self._terms.threshold:
-            raise Unreadable(
+            raise UnmaskingError(
                 self._release, f"{len(self._confirmed)} sites confirmed the survivors{self._threshold_clause}"
             )
         place = self._terms.sites.index(site)
@@ -151,17 +151,17 @@ class Summation:
         revealed = Revealed.from_bytes(data, self._session)
         self._check_sender(site, revealed.site, revealed.release)
         if revealed.survivors != self.survivors:
-            raise Rejected(Wrong.SURVIVORS_CHANGED)
+            raise Rejected(RejectionReason.SURVIVORS_CHANGED)
         self._revealed[site] = revealed
 
     def compute_total(self) -> npt.NDArray[np.int64]:
         """Unmask and return the sum of the survivors' vectors; shape (terms.length,), int64.
 
         Raises:
-            Unreadable: too few sites revealed shares, or too few shares of a survivor's seed are correct.
+            UnmaskingError: too few sites revealed shares, or too few shares of a survivor's seed are correct.
         """
         if len(self._revealed) < self._terms.threshold:
-            raise Unreadable(self._release, f"{len(self._revealed)} sites sent shares{self._threshold_clause}")
+            raise UnmaskingError(self._release, f"{len(self._revealed)} sites sent shares{self._threshold_clause}")
         # Check all shares first, so that every wrong share is recorded before an error.
         right = {
             survivor: {
@@ -194,15 +194,15 @@ class Summation:
         return right
 
     def _reconstruct_seed(self, survivor: str, other: str, right: dict[int, int]) -> bytes:
-        """Reconstruct a survivor's seed from correct shares; raise Unreadable if there are too few."""
+        """Reconstruct a survivor's seed from correct shares; raise UnmaskingError if there are too few."""
         digests = self._uploads[survivor].digests[self._terms.sites.index(other)]
         about = (self._session.digest, self._release, survivor, other)
         if len(right) < self._terms.threshold:
             what = f"{len(right)} sites sent correct unmasking shares for {survivor}{self._threshold_clause}"
-            raise Unreadable(self._release, what)
+            raise UnmaskingError(self._release, what)
         seed = shares.combine_shares(dict(list(right.items())[: self._terms.threshold]))
         if shares.hash_share(seed, *about, 0) != digests[0] or seed >> 8 * SEED_BYTES:
-            raise Unreadable(self._release, f"{survivor} sent inconsistent shares of its secret", site=survivor)
+            raise UnmaskingError(self._release, f"{survivor} sent inconsistent shares of its secret", site=survivor)
         return seed.to_bytes(SEED_BYTES)
 
     @property
@@ -211,9 +211,9 @@ class Summation:
 
     def _check_sender(self, site: str, named: str, release: int) -> None:
         if named != site:
-            raise Rejected(Wrong.NOT_A_MEMBER)
+            raise Rejected(RejectionReason.NOT_A_MEMBER)
         if release != self._release:
-            raise Rejected(Wrong.RELEASE_OVER)
+            raise Rejected(RejectionReason.RELEASE_OVER)
 
     @property
     def _threshold_clause(self) -> str:

@@ -40,7 +40,7 @@ from fedtune.codec import read_regular_file
 from fedtune.data import Record
 from fedtune.data.batching import collate, cut_micro_batches
 from fedtune.evaluation.spec import WritingSpec
-from fedtune.lab.attack.target import TUNED, Scored, Target
+from fedtune.lab.attack.target import TUNED, ScoredRecords, Target
 from fedtune.lab.audit.guesses import Values
 from fedtune.lab.audit.record_attack import FALSE_ALARMS, estimate_auroc, estimate_hit_rate, estimate_share
 from fedtune.model.ranks import cut_to_rank
@@ -77,7 +77,7 @@ class Ranking:
     others: Values
 
 
-def rank_records(members: Scored, others: Scored, *, shadows: int, seed: int) -> list[Ranking]:
+def rank_records(members: ScoredRecords, others: ScoredRecords, *, shadows: int, seed: int) -> list[Ranking]:
     """Compute the membership scores of all attacks that the task supports, for members and non-members."""
     rankings = [
         Ranking("loss", -members.after, -others.after),
@@ -90,7 +90,7 @@ def rank_records(members: Scored, others: Scored, *, shadows: int, seed: int) ->
     return rankings
 
 
-def compute_lira_scores(members: Scored, others: Scored, *, shadows: int, seed: int) -> Values:
+def compute_lira_scores(members: ScoredRecords, others: ScoredRecords, *, shadows: int, seed: int) -> Values:
     """Compute the LiRA score of each record, members first.
 
     Every shadow model is fitted to a random half of all records, so that each record is in about half of the shadow
@@ -193,7 +193,7 @@ def _average_groups(gains: Values) -> list[float]:
     return [float(mean) for mean in gains[:whole].reshape(-1, GROUP).mean(axis=1)]
 
 
-def describe_attribute(members: Scored, others: Scored, *, confidence: float) -> AttackFinding:
+def describe_attribute(members: ScoredRecords, others: ScoredRecords, *, confidence: float) -> AttackFinding:
     """Describe attribute inference: the model's accuracy on the labels of members, compared with non-members.
 
     The attacker knows all other fields of the record. The accuracy on non-members reflects the population, and does not

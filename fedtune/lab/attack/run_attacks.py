@@ -23,7 +23,7 @@ from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import pluralize
 from fedtune.lab.attack import known_attacks
-from fedtune.lab.attack.target import Scored, Target, fit_to_minutes
+from fedtune.lab.attack.target import ScoredRecords, Target, fit_to_minutes
 from fedtune.model.adapter_files import compute_adapter_digest
 from fedtune.privacy.events import Spent
 from fedtune.privacy.run_plan import Plan
@@ -78,7 +78,8 @@ def attack_run(
     spent = profile.count_charged_events(plan, plan.max_rounds) if plan.private else None
     by_site = {site: target.score_records(records) for site, records in target.members.items() if records}
     outside = target.score_records(target.others)
-    inside = _join(list(by_site.values()))
+    columns = ([getattr(group, field.name) for group in by_site.values()] for field in fields(ScoredRecords))
+    inside = ScoredRecords(*map(np.concatenate, columns))
     tell("running membership and site inference, and reconstruction from one update")
     rankings = known_attacks.rank_records(inside, outside, shadows=shadows, seed=config.seed)
     protection = describe_site_protection(plan, min(len(one.after) for one in by_site.values()))
@@ -128,10 +129,6 @@ def _extract(target: Target, planted: list[known_attacks.PlantedSecret] | None) 
         not_possible = AttackFinding(attack="extraction", measure="written_answers", sentence=none, applies=False)
         findings.append(not_possible)
     return findings
-
-
-def _join(groups: list[Scored]) -> Scored:
-    return Scored(*(np.concatenate([getattr(one, field.name) for one in groups]) for field in fields(Scored)))
 
 
 def bound_membership_auroc(spent: Spent) -> float | None:

@@ -33,7 +33,7 @@ _LARGEST_LOSS = 1e30
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredRecords:
     """Losses and outputs of the model for a group of records, before and after training.
 
     Attributes:
@@ -107,7 +107,7 @@ class Target:
         self.members = {site: sample(records) for site, records in self.members.items()}
         self.others = sample(self.others)
 
-    def score_records(self, records: Sequence[Record]) -> Scored:
+    def score_records(self, records: Sequence[Record]) -> ScoredRecords:
         """Compute losses, embeddings and predictions of both models for at least one record."""
         saved, model, task = self.saved, self.saved.model, self.saved.model.task
         examples = task.tokenize(list(records), saved.tokenizer, data=self.config.data)
@@ -133,7 +133,7 @@ class Target:
                         classes[1, places] = task.score_embeddings(model, pooled).argmax(dim=1).cpu().numpy()
             # A diverged model gives NaN for some records; the attack treats them as the largest loss.
             found[name] = np.where(np.isfinite(losses), losses, _LARGEST_LOSS)
-        return Scored(found[BASE], found[TUNED], embeddings, classes[0], classes[1])
+        return ScoredRecords(found[BASE], found[TUNED], embeddings, classes[0], classes[1])
 
 
 def fit_to_minutes(target: Target, *, minutes: float, shadows: int, tell: Callable[[str], None]) -> None:

@@ -195,7 +195,7 @@ class Connection:
 
     def _check_authentication(self, answer: httpx.Response) -> DoctorCheck:
         from fedtune.ops.wire.fleet import parse_answer_field, parse_refusal_reason
-        from fedtune.ops.wire.line_errors import Foreign
+        from fedtune.ops.wire.line_errors import NotFedtuneServer
 
         site = self._kit.site or ""
         fix = f"Ask the lead whether `fedtune provision list` shows {site}, and whether the server uses that roster."
@@ -208,7 +208,7 @@ class Connection:
                     fix = "Turn on time synchronization on this machine, for instance with `timedatectl set-ntp true`."
                 return _failed(AUTHENTICATION, f"the server refused this site: {reason}", fix=fix)
             known = parse_answer_field(answer, "site", self._server)
-        except Foreign as error:
+        except NotFedtuneServer as error:
             fix = "Ask the lead whether a fedtune server of this version runs at this address."
             return _failed(AUTHENTICATION, str(error), fix=fix)
         if known != site:

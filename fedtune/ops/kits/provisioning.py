@@ -94,7 +94,7 @@ def _build_public_kit(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Admitted:
+class JoinResult:
     """Result of adding or renewing a site."""
 
     member: Member
@@ -102,7 +102,7 @@ class Admitted:
     changes: tuple[str, ...] = ()  # sentences that describe all changes except that of the certificate
 
 
-Asked = tuple[JoinRequest, Callable[[], Admitted]]
+Asked = tuple[JoinRequest, Callable[[], JoinResult]]
 """A valid request, and the function that repeats the checks and admits the site after people have compared the keys."""
 
 
@@ -184,7 +184,7 @@ def _check_request(
             revoked=None,
         )
 
-    def admit() -> Admitted:
+    def admit() -> JoinResult:
         with FederationFolder.open_locked(folder) as federation:
             return _admit(federation, *check_member(federation))
 
@@ -192,7 +192,7 @@ def _check_request(
     return asked, admit
 
 
-def renew_site(folder: Path, name: str, *, days: int | None, now: datetime) -> Admitted:
+def renew_site(folder: Path, name: str, *, days: int | None, now: datetime) -> JoinResult:
     """Issue a new certificate and kit for a site with its existing keys and data sets.
 
     Raises:
@@ -207,7 +207,7 @@ def renew_site(folder: Path, name: str, *, days: int | None, now: datetime) -> A
         return _admit(federation, old, member)
 
 
-def _admit(federation: FederationFolder, old: Member | None, member: Member) -> Admitted:
+def _admit(federation: FederationFolder, old: Member | None, member: Member) -> JoinResult:
     """Replace the roster entry `old` with `member`, or append `member`, and write the site's kit and its zip."""
     members = (*(member if one == old else one for one in federation.roster.sites), *([] if old else [member]))
     kit = federation.list_kit_files("site", member.x509_certificate, site=member.site)
@@ -218,7 +218,7 @@ def _admit(federation: FederationFolder, old: Member | None, member: Member) -> 
         files |= federation.retire_keys(replaced)
     federation.apply_change(members, files)
     changes = _list_changes(old, member) if old else ()
-    return Admitted(member=member, archive=federation.folder / archive, changes=changes)
+    return JoinResult(member=member, archive=federation.folder / archive, changes=changes)
 
 
 def revoke_site(folder: Path, name: str, *, now: datetime) -> Member:

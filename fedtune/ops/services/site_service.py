@@ -28,7 +28,7 @@ from fedtune.ops.health import Health, State
 from fedtune.ops.kits.certificates import check_private
 from fedtune.ops.kits.kit_file import Kit, KitCertificate, require_model_reader
 from fedtune.ops.services.site_state import SiteState, lock_ledger
-from fedtune.ops.wire.line_errors import Dropped, Expired, Unauthorised, Unreachable
+from fedtune.ops.wire.line_errors import Expired, MessageGone, Unauthorised, Unreachable
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refusal
 from fedtune.privacy.site_files import SiteFiles
@@ -243,7 +243,7 @@ class _Loop:
         except (Unreachable, Unauthorised) as error:
             self._handle_connection_error(error)
             return None
-        except Dropped as error:
+        except MessageGone as error:
             log.info("a message was removed at the server before it was fetched", extra={"reason": str(error)})
             return None
         self._wait_s = 1.0
@@ -284,7 +284,7 @@ class _Loop:
                 self.fleet.reply(reply)
                 self._sent = time.monotonic()
                 return
-            except Dropped as error:
+            except MessageGone as error:
                 log.info("the server no longer accepts this answer", extra={"reason": str(error)})
                 return
             except (Unreachable, Unauthorised) as error:

@@ -29,11 +29,11 @@ enough."""
 _WRITTEN_AT_ONCE = 1 << 14  # size of a TLS record; the deadline is checked after each
 
 
-class OutOfBounds(httpx.TransportError):
+class ResponseLimitExceeded(httpx.TransportError):
     """Raised for an answer that exceeds the limits on size or duration, or is compressed."""
 
 
-class HungUp(ConnectionError):
+class PeerClosed(ConnectionError):
     """Raised if the server closes a connection right after the handshake without sending a TLS alert."""
 
 
@@ -72,11 +72,11 @@ class _Bounded(httpx.BaseTransport):
         response = self._inner.handle_request(request)
         try:
             if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
-                raise OutOfBounds("it is compressed although the request did not allow compression")
+                raise ResponseLimitExceeded("it is compressed although the request did not allow compression")
             said = response.headers.get("content-length", "0")
             if said.isdigit() and int(said) > most_bytes:
-                raise OutOfBounds(f"it has {said} bytes, but at most {most_bytes} are allowed")
-        except OutOfBounds:
+                raise ResponseLimitExceeded(f"it has {said} bytes, but at most {most_bytes} are allowed")
+        except ResponseLimitExceeded:
             response.close()
             raise
         assert isinstance(response.stream, httpx.SyncByteStream)
@@ -96,7 +96,7 @@ class _Counted(httpx.SyncByteStream):
         for part in self._inner:
             received += len(part)
             if received > self._most_bytes:
-                raise OutOfBounds(f"it has more than the allowed {self._most_bytes} bytes")
+                raise ResponseLimitExceeded(f"it has more than the allowed {self._most_bytes} bytes")
             yield part
 
     def close(self) -> None:
@@ -181,7 +181,7 @@ def _raise_if_rejected(connection: object, *, within_s: float) -> None:
     """Wait up to `within_s` seconds for the server to reject our certificate, and raise an error if it does.
 
     Raises:
-        OSError: the `ssl` error with the server's alert, or `HungUp`.
+        OSError: the `ssl` error with the server's alert, or `PeerClosed`.
     """
     if not isinstance(connection, ssl.SSLSocket):  # TLS inside a proxy's TLS
         return
@@ -196,4 +196,4 @@ def _raise_if_rejected(connection: object, *, within_s: float) -> None:
         return  # the data was a session ticket
     except (ssl.SSLEOFError, ConnectionError):
         said = b""
-    raise ConnectionError("the server sent data before the first request") if said else HungUp
+    raise ConnectionError("the server sent data before the first request") if said else PeerClosed

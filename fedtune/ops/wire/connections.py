@@ -84,7 +84,7 @@ def compute_max_connections() -> int:
     return max(_MIN_CONNECTIONS, min(_MAX_CONNECTIONS, room - _RESERVED_FILES))
 
 
-class Door:
+class TlsListener:
     """Listener that accepts TLS connections within the limits on their number and duration.
 
     Args:
@@ -221,7 +221,7 @@ class Http(H11Protocol):
     """HTTP protocol over mutual TLS with a timeout for every phase of a connection."""
 
     def __init__(
-        self, config: Config, server_state: ServerState, app_state: dict[str, Any], *, door: Door, address: str
+        self, config: Config, server_state: ServerState, app_state: dict[str, Any], *, door: TlsListener, address: str
     ) -> None:
         super().__init__(config, server_state, app_state)
         self._door, self._address, self._key = door, address, b""

@@ -36,9 +36,9 @@ from fedtune.flower.internals import (
     set_sender_ids,
 )
 from fedtune.ops.kits.certificates import read_connection_key
-from fedtune.ops.wire.bounded_http import OutOfBounds, bound_client, replace_ssl_context
+from fedtune.ops.wire.bounded_http import ResponseLimitExceeded, bound_client, replace_ssl_context
 from fedtune.ops.wire.identity import Tls, describe_clock_difference, explain_tls_refusal, harden_client
-from fedtune.ops.wire.line_errors import Dropped, Foreign, Unauthorised, Unreachable
+from fedtune.ops.wire.line_errors import MessageGone, NotFedtuneServer, Unauthorised, Unreachable
 from fedtune.ops.wire.message_objects import pull_message
 
 HELLO = "/v1/fedtune/hello"  # fedtune's own call, which returns the name of the calling site in the roster
@@ -109,7 +109,7 @@ class Fleet:
         """Fetch the next message for this node; None if there is none.
 
         Raises:
-            Dropped: the server no longer has the message.
+            MessageGone: the server no longer has the message.
             Unauthorised, Unreachable: as for `activate`.
         """
         if self._may_have_lost_one:
@@ -147,7 +147,7 @@ class Fleet:
         """Send an answer; the call is idempotent, so that it can be repeated after an error.
 
         Raises:
-            Dropped: the Flower run has ended, or is missing in the server's database.
+            MessageGone: the Flower run has ended, or is missing in the server's database.
             Unauthorised, Unreachable: as for `activate`.
         """
         node, run_id, id = self._active_node, reply.metadata.run_id, reply.object_id
@@ -172,7 +172,7 @@ class Fleet:
                 )
         except Unauthorised as error:
             self.activate()  # succeeds if the server lost its database and has registered the node again
-            raise Dropped("the server has lost the question to this answer") from error
+            raise MessageGone("the server has lost the question to this answer") from error
         self._begun, self._may_have_lost_one = {}, in_doubt
 
     @staticmethod
@@ -228,7 +228,7 @@ def ask_site_name(server: str, tls: Tls) -> str:
 
     Raises:
         Unauthorised: the server does not know this site, or the site is revoked; the error contains the reason.
-        Foreign: the answer does not come from a fedtune server.
+        NotFedtuneServer: the answer does not come from a fedtune server.
         Unreachable: there is no connection.
     """
     headers = sign_headers(tls)
@@ -245,11 +245,11 @@ def parse_refusal_reason(answer: httpx.Response, server: str) -> str:
     """Parse the reason from a fedtune server's answer to a refused call.
 
     Raises:
-        Foreign: the answer does not come from a fedtune server.
+        NotFedtuneServer: the answer does not come from a fedtune server.
     """
     reason = parse_answer_field(answer, "reason", server)
     if not reason.isprintable() or len(reason) > _MAX_REASON:  # not a text for people
-        raise Foreign(f"the service at {server} is not a fedtune server ({answer.status_code})")
+        raise NotFedtuneServer(f"the service at {server} is not a fedtune server ({answer.status_code})")
     return reason
 
 
@@ -257,12 +257,12 @@ def parse_answer_field(answer: httpx.Response, field: str, server: str) -> str:
     """Parse a field of a fedtune server's JSON response.
 
     Raises:
-        Foreign: the answer does not come from a fedtune server.
+        NotFedtuneServer: the answer does not come from a fedtune server.
     """
     try:
         return str(answer.json()[field])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise Foreign(f"the service at {server} is not a fedtune server ({answer.status_code})") from error
+        raise NotFedtuneServer(f"the service at {server} is not a fedtune server ({answer.status_code})") from error
 
 
 def sign_headers(tls: Tls) -> dict[str, str]:
@@ -284,7 +284,7 @@ def _build_refusal_error(answer: httpx.Response, what: str) -> Unauthorised | Un
 
     If the clocks differ too much, the error is Unreachable, so that the site retries until the clocks are corrected.
     """
-    with contextlib.suppress(Foreign, httpx.StreamError):
+    with contextlib.suppress(NotFedtuneServer, httpx.StreamError):
         reason = parse_refusal_reason(answer, "")
         if "clock" in reason and (apart := describe_clock_difference(answer, most_s=_MAX_APART_S)):
             return Unreachable(apart)
@@ -306,11 +306,11 @@ def translate_line_errors() -> Iterator[None]:
                 error.response, f"the server does not accept this site's key ({status})"
             ) from error
         if status < httpx.codes.INTERNAL_SERVER_ERROR:
-            raise Dropped(f"the server no longer accepts this message ({status})") from error
+            raise MessageGone(f"the server no longer accepts this message ({status})") from error
         raise Unreachable(f"the server answered with status {status}") from error
     except (inflating.ObjectPullError, inflating.ObjectPushError) as error:
-        raise Dropped("the server no longer stores this message") from error
-    except OutOfBounds as error:
+        raise MessageGone("the server no longer stores this message") from error
+    except ResponseLimitExceeded as error:
         raise Unreachable(f"the server's answer is not accepted: {error}") from error
     except httpx.HTTPError as error:
         cut = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.WriteError)

@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl
 from fedtune.flower.internals import PROTOBUF_MEDIA_TYPE, asymmetric, constant, core, now
 from fedtune.ops.wire.audit_log import AuditLog, Event
 from fedtune.ops.wire.fleet import HELLO
-from fedtune.ops.wire.identity import NotAllowed, SeenCalls, verify_body_hash
+from fedtune.ops.wire.identity import CallRefused, SeenCalls, verify_body_hash
 from fedtune.ops.wire.waiting import WAIT, Questions
 
 if TYPE_CHECKING:  # SQLAlchemy takes time to import
@@ -166,8 +166,8 @@ class Gate:
                 site = self._authenticate_member(map_headers(scope), _read_peer(scope)).site
                 await send_json(send, 200, {"site": site, "time": time.time()})
             else:
-                raise NotAllowed(404, "no such call")
-        except NotAllowed as refusal:
+                raise CallRefused(404, "no such call")
+        except CallRefused as refusal:
             self._log_refusal(scope, refusal)
             await send_json(send, refusal.status, {"reason": refusal.reason})
 
@@ -180,9 +180,9 @@ class Gate:
         except ValueError:
             name, number = "", 0
         if name != "heard":
-            raise NotAllowed(400, "malformed")
+            raise CallRefused(400, "malformed")
         if (node := await asyncio.to_thread(self._rules.find_node, member.node_key)) is None:
-            raise NotAllowed(403, "unknown")
+            raise CallRefused(403, "unknown")
         self._traffic.waiting += 1
         try:
             count = await self._questions.wait_for_count(node, heard=number)
@@ -202,8 +202,8 @@ class Gate:
         headers, path = map_headers(scope), scope["path"]
         try:
             member = self._authenticate_member(headers, _read_peer(scope))
-        except NotAllowed as refusal:
-            raise NotAllowed(401, refusal.reason) from None
+        except CallRefused as refusal:
+            raise CallRefused(401, refusal.reason) from None
         check_call_format(scope, headers)
         body = await read_body(receive, headers, most_bytes=self._rules.get_max_body_bytes(path))
         await asyncio.to_thread(self._rules.check_call, path, member.node_key, body)
@@ -227,19 +227,19 @@ class Gate:
         """Read the body of a call and verify the lead's signature.
 
         Raises:
-            NotAllowed: the lead's signature is missing, covers another body or was used before, or the call came over a
-                site's connection.
+            CallRefused: the lead's signature is missing, covers another body or was used before, or the call came over
+                a site's connection.
         """
         headers, path, peer = map_headers(scope), scope["path"], _read_peer(scope)
         signed = verify_body_hash(headers, path=path, lead=self._lead, now=time.time())
         if signed is None:
-            raise NotAllowed(401, _UNSIGNED)
+            raise CallRefused(401, _UNSIGNED)
         if peer is not None and self._find_member_by_key(peer.key):
-            raise NotAllowed(401, f"{_UNSIGNED}; the connection belongs to a site")
+            raise CallRefused(401, f"{_UNSIGNED}; the connection belongs to a site")
         self._seen.check_unused(headers)  # before reading the body, which may be large
         body = await read_body(receive, headers, most_bytes=_LEAD_BYTES)
         if hashlib.sha256(body).hexdigest() != signed:
-            raise NotAllowed(401, _UNSIGNED)
+            raise CallRefused(401, _UNSIGNED)
         self._seen.use_signature(headers, now=time.time())
         return body
 
@@ -247,7 +247,7 @@ class Gate:
         """Authenticate the member that makes a call over its own connection.
 
         Raises:
-            NotAllowed: the caller is not a member, or was revoked.
+            CallRefused: the caller is not a member, or was revoked.
         """
         try:
             key = base64.b64decode(headers[core.FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
@@ -256,18 +256,18 @@ class Gate:
             age = (now() - datetime.datetime.fromisoformat(moment)).total_seconds()
             signed = asymmetric.verify_signature(asymmetric.bytes_to_public_key(key), moment.encode("ascii"), signature)
         except Exception:  # another type of key raises AttributeError, an unknown curve an error of cryptography
-            raise NotAllowed(401, "malformed") from None
+            raise CallRefused(401, "malformed") from None
         if not signed:
-            raise NotAllowed(401, "wrong signature")
+            raise CallRefused(401, "wrong signature")
         if not -constant.SYSTEM_TIME_TOLERANCE < age < constant.TIMESTAMP_TOLERANCE:
-            raise NotAllowed(403, f"its clock is {abs(age):.0f} s {'behind' if age > 0 else 'ahead'}")
+            raise CallRefused(403, f"its clock is {abs(age):.0f} s {'behind' if age > 0 else 'ahead'}")
         if (known := self._find_member_by_key(key)) is None:
-            raise NotAllowed(403, "unknown")
+            raise CallRefused(403, "unknown")
         if known.revoked:
-            raise NotAllowed(403, "revoked")
+            raise CallRefused(403, "revoked")
         if peer is None or peer.key != key:
             # A site signs only the time, so a party that has seen the signature must not be able to reuse it.
-            raise NotAllowed(401, "signed with a key other than that of the connection's certificate")
+            raise CallRefused(401, "signed with a key other than that of the connection's certificate")
         self._traffic.heard[known.site] = time.time()
         return known
 
@@ -280,7 +280,7 @@ class Gate:
         member = self._find_member_by_key(key)
         return member.site if member else ""
 
-    def _log_refusal(self, scope: Scope, refusal: NotAllowed) -> None:
+    def _log_refusal(self, scope: Scope, refusal: CallRefused) -> None:
         path, peer = scope.get("path", ""), _read_peer(scope)
         event: Event = "call refused"
         if path in _LEAD_CALLS:
@@ -309,14 +309,14 @@ def check_call_format(scope: Scope, headers: dict[str, str]) -> None:
     """Check that a call is an uncompressed POST in Flower's format.
 
     Raises:
-        NotAllowed: the method, content type or encoding is different.
+        CallRefused: the method, content type or encoding is different.
     """
     if scope.get("method") != "POST":
-        raise NotAllowed(405, "the method must be POST")
+        raise CallRefused(405, "the method must be POST")
     if headers.get("content-type", "").partition(";")[0].strip().lower() != PROTOBUF_MEDIA_TYPE:
-        raise NotAllowed(415, "the content type must be Flower's protobuf")
+        raise CallRefused(415, "the content type must be Flower's protobuf")
     if headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise NotAllowed(415, "the body must not be compressed")
+        raise CallRefused(415, "the body must not be compressed")
 
 
 def map_headers(scope: Scope) -> dict[str, str]:
@@ -341,27 +341,27 @@ async def read_body(receive: Receive, headers: dict[str, str], *, most_bytes: in
     """Read the whole body of a call within limits on time and size.
 
     Raises:
-        NotAllowed: the body is too slow or too large, or the caller hung up.
+        CallRefused: the body is too slow or too large, or the caller hung up.
     """
     announced = headers.get("content-length", "0")
     if not (announced.isascii() and announced.isdigit()) or int(announced[:20]) > most_bytes:
-        raise NotAllowed(413, "too large")
+        raise CallRefused(413, "too large")
     parts, size, began = [], 0, asyncio.get_running_loop().time()
     try:
         async with asyncio.timeout(_BODY_S) as limit:
             while True:
                 message = await receive()
                 if message["type"] != "http.request":
-                    raise NotAllowed(400, "hung up")
+                    raise CallRefused(400, "hung up")
                 parts.append(message.get("body", b""))
                 size += len(parts[-1])
                 if size > most_bytes:
-                    raise NotAllowed(413, "too large")
+                    raise CallRefused(413, "too large")
                 if not message.get("more_body"):
                     return b"".join(parts)
                 limit.reschedule(began + _BODY_S + size / _BODY_BYTES_A_SECOND)
     except TimeoutError:
-        raise NotAllowed(408, "too slow") from None
+        raise CallRefused(408, "too slow") from None
 
 
 def replay_body(body: bytes, receive: Receive) -> Receive:

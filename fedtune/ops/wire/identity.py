@@ -22,7 +22,7 @@ import httpx
 
 from fedtune.flower.asking_grid import CLOCKS_S
 from fedtune.flower.internals import add_headers, get_http_client, rpc
-from fedtune.ops.wire.bounded_http import HungUp, bound_client
+from fedtune.ops.wire.bounded_http import PeerClosed, bound_client
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.spec import iter_causes
 
@@ -79,7 +79,7 @@ def explain_tls_refusal(error: BaseException) -> str | None:
             if alert in _OF_CERTIFICATES:
                 return f"it does not accept this site's certificate: {said}"
             return f"it ended the encryption: {said}"
-        if isinstance(cause, HungUp):  # for example asyncio servers, which send no alert
+        if isinstance(cause, PeerClosed):  # for example asyncio servers, which send no alert
             return (
                 "it closed the connection right after the handshake; if this continues, it does not "
                 "accept this site's certificate"
@@ -92,7 +92,7 @@ TIME, BODY, SIGNATURE = "fedtune-time", "fedtune-body", "fedtune-signature"
 TOLERANCE_S = CLOCKS_S  # maximum age of a lead's signature, and maximum time that it may be in the future
 
 
-class NotAllowed(Exception):
+class CallRefused(Exception):
     """Raised for a call that the server refuses; contains the HTTP status and the reason for the answer."""
 
     def __init__(self, status: int, reason: str) -> None:
@@ -118,23 +118,23 @@ class SeenCalls:
         """Check that a signature is unused.
 
         Raises:
-            NotAllowed: the signature was used before.
+            CallRefused: the signature was used before.
         """
         if headers[SIGNATURE] in self._until:
-            raise NotAllowed(401, "the lead's signature was used before")
+            raise CallRefused(401, "the lead's signature was used before")
 
     def use_signature(self, headers: Mapping[str, str], *, now: float) -> None:
         """Mark the signature of a valid request as used, to prevent replays.
 
         Raises:
-            NotAllowed: the signature was used before, or too many signatures are stored.
+            CallRefused: the signature was used before, or too many signatures are stored.
         """
         signature = headers[SIGNATURE]
         self.check_unused(headers)
         if len(self._until) >= self._most:
             self._until = {one: until for one, until in self._until.items() if until >= now}
         if len(self._until) >= self._most:
-            raise NotAllowed(503, "too many calls from the lead within two minutes")
+            raise CallRefused(503, "too many calls from the lead within two minutes")
         self._until[signature] = float(headers[TIME]) + TOLERANCE_S
 
 

@@ -17,9 +17,9 @@ class Unreachable(RunError):
     """The server is unreachable or overloaded; a retry may succeed."""
 
 
-class Foreign(Unreachable):
+class NotFedtuneServer(Unreachable):
     """The answer comes from a server that is not a fedtune server."""
 
 
-class Dropped(RunError):
+class MessageGone(RunError):
     """The server no longer accepts an answer to this message; the lead will repeat the question."""

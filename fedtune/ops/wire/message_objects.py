@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from itertools import islice
 
 from fedtune.flower.internals import Message, core, inflating, message_pb2, objects
-from fedtune.ops.wire.bounded_http import OutOfBounds
+from fedtune.ops.wire.bounded_http import ResponseLimitExceeded
 
 MAX_OBJECTS = 4096
 MAX_BYTES = 1 << 30  # maximum size of a message: an adapter of 268 million float32 values
@@ -33,7 +33,7 @@ _PARTS = {
 """Type of object -> allowed types of its parts."""
 
 
-class InvalidMessageError(OutOfBounds):
+class InvalidMessageError(ResponseLimitExceeded):
     """Raised for a message that exceeds the limits or has an invalid structure, which is the fault of its sender."""
 
 

@@ -1,6 +1,6 @@
 """The lead's connection to the server: a Flower grid over mutual TLS that recovers from restarts of server and sites.
 
-`AskingGrid` decides when a question is repeated.  This grid also repeats a question if the server has lost the run.
+`RetryingGrid` decides when a question is repeated.  This grid also repeats a question if the server has lost the run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from fedtune.flower import asking_grid
-from fedtune.flower.asking_grid import AskingGrid, Pulled, Questions
+from fedtune.flower.asking_grid import Pulled, Questions, RetryingGrid
 from fedtune.flower.flower_records import count_payload_bytes
 from fedtune.flower.internals import Message, inflating
 from fedtune.ops.wire.identity import Tls, explain_tls_refusal
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _SLACK_BYTES = 1 << 20
 
 
-class RemoteGrid(AskingGrid):
+class RemoteGrid(RetryingGrid):
     """Connection of the lead to its sites.
 
     Args:
@@ -34,7 +34,7 @@ class RemoteGrid(AskingGrid):
         key: the lead's key, which signs its calls.
         has_new_certificate: returns whether the files of `tls` contain a new certificate; called during an exchange.
         patience_s: maximum time to wait for an unavailable server before the first connection.
-        rules: `hear` and `closing` of `AskingGrid`.
+        rules: `hear` and `closing` of `RetryingGrid`.
     """
 
     troubles = (httpx.HTTPError, inflating.ObjectPushError)

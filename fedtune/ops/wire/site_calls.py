@@ -26,7 +26,7 @@ from fedtune.flower.internals import (
     runtime_pb2,
     uint64_to_int64,
 )
-from fedtune.ops.wire.identity import NotAllowed
+from fedtune.ops.wire.identity import CallRefused
 
 if TYPE_CHECKING:
     from fedtune.flower.internals import SqlLinkState
@@ -95,12 +95,12 @@ class SiteCalls:
         """Check that the site with the connection key `key` may make this call.
 
         Raises:
-            NotAllowed: the site may not make the call.
+            CallRefused: the site may not make the call.
         """
         try:
             request: Any = PROTOBUF_REQUEST_TYPES["POST", path].FromString(body)
         except Exception:  # an error of protobuf, which has no type stubs
-            raise NotAllowed(400, "the body is not a request of this call") from None
+            raise CallRefused(400, "the body is not a request of this call") from None
         node = self.find_node(key)
         call = path.removeprefix(FLEET)
         if call == "activate-node":
@@ -108,7 +108,7 @@ class SiteCalls:
         else:
             own = node is not None and (request.node_id if call == "deactivate-node" else request.node.node_id) == node
         if not own:
-            raise NotAllowed(401, "the call names another node")
+            raise CallRefused(401, "the call names another node")
         if call == "push-messages":
             self._check_answer(request, node or 0)
         elif call == "push-object":
@@ -116,7 +116,7 @@ class SiteCalls:
         elif call == "pull-object":
             run, mine = uint64_to_int64(request.run_id), uint64_to_int64(node or 0)
             if not any(self._run_query(_IS_ASKED, object=request.object_id, node=mine, run=run)):
-                raise NotAllowed(409, "the object does not belong to a question to this node")
+                raise CallRefused(409, "the object does not belong to a question to this node")
         elif call == "confirm-message-received":
             self._check_confirmed(request, node or 0)
 
@@ -162,16 +162,16 @@ class SiteCalls:
 
     def _check_answer(self, request: fleet_pb2.PushMessagesRequest, node: int) -> None:
         if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
-            raise NotAllowed(403, "the call must contain exactly one message")
+            raise CallRefused(403, "the call must contain exactly one message")
         if any(request.clientapp_runtime_list):
-            raise NotAllowed(403, "the call must not contain a training time")
+            raise CallRefused(403, "the call must not contain a training time")
         (message,), (tree,) = request.messages_list, request.message_object_trees
         if message.HasField("error") or message.content.ByteSize():
-            raise NotAllowed(403, "the message must not contain inline content")
+            raise CallRefused(403, "the message must not contain inline content")
         about = message.metadata
         object_ids = self._list_object_ids(tree)
         if tree.object_id != about.message_id:
-            raise NotAllowed(403, "the object tree belongs to another message")
+            raise CallRefused(403, "the object tree belongs to another message")
         until = self._check_metadata(about, node)
         size = max(self._count_bytes(about.reply_to_message_id), self._sizes.get(about.reply_to_message_id, 0))
         most = 2 * size + _SLACK_BYTES if size else _UNKNOWN_BYTES
@@ -184,12 +184,12 @@ class SiteCalls:
     def _list_object_ids(self, tree: message_pb2.ObjectTree) -> frozenset[str]:
         parts = list(islice(_iter_objects(tree), _MAX_OBJECTS + 1))
         if len(parts) > _MAX_OBJECTS or not all(objects.is_valid_sha256_hash(part.object_id) for part in parts):
-            raise NotAllowed(403, "the message has too many objects or an invalid object id")
+            raise CallRefused(403, "the message has too many objects or an invalid object id")
         with self._lock:
             for part in parts:
                 made_of = frozenset(child.object_id for child in part.children)
                 if self._asked.get(part.object_id, made_of) != made_of:
-                    raise NotAllowed(403, "the lead's object with this id has other parts")
+                    raise CallRefused(403, "the lead's object with this id has other parts")
         return frozenset(part.object_id for part in parts)
 
     def _check_metadata(self, about: message_pb2.Metadata, node: int) -> float:
@@ -199,26 +199,26 @@ class SiteCalls:
             The Unix time at which the question expires.
 
         Raises:
-            NotAllowed: the message does not answer such a question.
+            CallRefused: the message does not answer such a question.
         """
         if about.src_node_id != node:
-            raise NotAllowed(403, "the message names another sender")
+            raise CallRefused(403, "the message names another sender")
         if about.dst_node_id != constant.SUPERLINK_NODE_ID:
-            raise NotAllowed(403, "the message is not addressed to the lead")
+            raise CallRefused(403, "the message is not addressed to the lead")
         found = list(self._run_query(_QUESTION, id=about.reply_to_message_id))
         if not about.reply_to_message_id:
-            raise NotAllowed(403, "the message answers no question")
+            raise CallRefused(403, "the message answers no question")
         if not found or found[0].until <= time.time():
-            raise NotAllowed(409, "the question is not open")
+            raise CallRefused(409, "the question is not open")
         (question,) = found
         if question.dst_node_id != uint64_to_int64(node) or question.src_node_id != constant.SUPERLINK_NODE_ID:
-            raise NotAllowed(403, "the question was sent to another node")
+            raise CallRefused(403, "the question was sent to another node")
         if question.run_id != uint64_to_int64(about.run_id):
-            raise NotAllowed(403, "the question belongs to another run")
+            raise CallRefused(403, "the question belongs to another run")
         if (about.message_type, about.group_id) != (question.message_type, question.group_id):
-            raise NotAllowed(403, "the message type differs from the question's")
+            raise CallRefused(403, "the message type differs from the question's")
         if question.answer not in (None, about.message_id):
-            raise NotAllowed(409, "the question was already answered")
+            raise CallRefused(409, "the question was already answered")
         return float(question.until)
 
     def _check_object(self, request: Any, node: int) -> None:
@@ -228,19 +228,19 @@ class SiteCalls:
             if announced is not None:
                 others = sum(announced.num_bytes.values()) - announced.num_bytes.get(id, 0)
                 if others + size > announced.most_bytes:
-                    raise NotAllowed(413, "the answer exceeds the size limit of its question")
+                    raise CallRefused(413, "the answer exceeds the size limit of its question")
                 announced.num_bytes[id] = size
                 return
         # Only its owner knows a session id, so a session from before the start of this process is accepted.
         run = uint64_to_int64(request.run_id)
         if not any(self._run_query(_IS_AWAITED, session=request.session_id, object=id, run=run)):
-            raise NotAllowed(409, "no receiver waits for this object")
+            raise CallRefused(409, "no receiver waits for this object")
 
     def _check_confirmed(self, request: message_pb2.ConfirmMessageReceivedRequest, node: int) -> None:
         id = request.message_object_id
         found = list(self._run_query(_QUESTION, id=id))
         if not found or found[0].dst_node_id != uint64_to_int64(node):
-            raise NotAllowed(409, "the message is not a question to this node")
+            raise CallRefused(409, "the message is not a question to this node")
         size = self._count_bytes(id)
         with self._lock:
             while len(self._sizes) >= _REMEMBERED:

@@ -29,7 +29,7 @@ from fedtune.flower.internals import constant, create_superlink_app
 from fedtune.ops.files import handle_signals
 from fedtune.ops.kits.members import Member
 from fedtune.ops.wire.audit_log import AuditLog
-from fedtune.ops.wire.connections import ConnectionLimits, Door, Http, create_server_context
+from fedtune.ops.wire.connections import ConnectionLimits, Http, TlsListener, create_server_context
 from fedtune.ops.wire.gate import Gate, Roster, Traffic
 from fedtune.ops.wire.identity import Tls
 from fedtune.ops.wire.site_calls import SiteCalls
@@ -90,7 +90,7 @@ def serve(
         audit=audit,
         traffic=settings.traffic,
     )
-    door = Door(
+    door = TlsListener(
         create_server_context(settings.tls),
         settings.limits,
         member=gate.find_member_name,
@@ -211,9 +211,11 @@ def _call_periodically(look: Callable[[], None]) -> Iterator[None]:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that accepts connections through a `Door`, and calls `ready` when it listens."""
+    """A uvicorn server that accepts connections through a `TlsListener`, and calls `ready` when it listens."""
 
-    def __init__(self, config: uvicorn.Config, door: Door, ready: Callable[[], None], ends: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, door: TlsListener, ready: Callable[[], None], ends: Callable[[], None]
+    ) -> None:
         super().__init__(config)
         self._door, self._ready, self._ends = door, ready, ends
 

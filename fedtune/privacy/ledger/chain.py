@@ -225,7 +225,7 @@ class Head:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Restored:
+class RestoreNote:
     """A restore note, written when a restored backup lacks events that an anchor covers.
 
     Attributes:
@@ -262,7 +262,7 @@ class Restored:
         return _drop_none(fields, "arrivals")
 
     @classmethod
-    def from_detail(cls, detail: dict[str, Any]) -> Restored:
+    def from_detail(cls, detail: dict[str, Any]) -> RestoreNote:
         """Parse the detail field of a restore note.
 
         Raises:

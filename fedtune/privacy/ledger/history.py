@@ -28,11 +28,11 @@ from fedtune.privacy.ledger.chain import (
     Event,
     Head,
     Kind,
-    Restored,
+    RestoreNote,
     iter_charges,
     list_charge_rows,
 )
-from fedtune.privacy.ledger.register import Opened, Row
+from fedtune.privacy.ledger.register import LedgerHeader, Row
 from fedtune.privacy.policy_file import build_never_accepted_mark, decode_policy_json, iter_permanent_marks
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
@@ -139,13 +139,13 @@ class History:
     """
 
     def __init__(self) -> None:
-        self._opened: Opened | None = None
+        self._opened: LedgerHeader | None = None
         self.policy: Policy | None = None
         self.users: set[tuple[str, str, str]] = set()
         self.delta = self.order = math.nan
         self.runs: dict[str, AcceptedRun] = {}
         self.doubts: frozenset[Doubt] = frozenset()
-        self.restored: list[Restored] = []
+        self.restored: list[RestoreNote] = []
         self.lost_runs: dict[str, int] = {}
         self.policies: list[tuple[str, float, int]] = []
         self.hashes: list[str] = []
@@ -242,7 +242,7 @@ class History:
             case "opened":
                 if self._opened is not None:
                     raise ValueError("the ledger has already been opened")
-                self._opened = Opened.from_detail(event.detail)
+                self._opened = LedgerHeader.from_detail(event.detail)
                 self.delta, self.order = self._opened.delta, self._opened.order
             case "policy":
                 before, self.policy = self.policy, decode_policy_json(event.detail["policy"])
@@ -269,7 +269,7 @@ class History:
             case "date_confirmed":
                 pass  # the note has no content except its time
             case "restored":
-                self._apply_restore(Restored.from_detail(event.detail), event.sequence, moment)
+                self._apply_restore(RestoreNote.from_detail(event.detail), event.sequence, moment)
             case "in_doubt":
                 shown = [event.detail["sequence"], event.detail["head"], event.run, event.detail["rounds"]]
                 self.doubts |= {decode_value("in_doubt", shown, Doubt)}
@@ -285,7 +285,7 @@ class History:
         self.decided[proposal.digest()].append({**said, "day": event.time[:10]})
         return proposal
 
-    def _apply_restore(self, restored: Restored, sequence: int, moment: datetime) -> None:
+    def _apply_restore(self, restored: RestoreNote, sequence: int, moment: datetime) -> None:
         self.restored.append(restored)
         self._charges += [
             (sequence, moment, event, count, Cohorts.from_text(said, self.opening.arrivals) if said else None)
@@ -307,7 +307,7 @@ class History:
             self.lost_runs[name] = rounds + self.lost_runs.get(name, 0)
 
     @property
-    def opening(self) -> Opened:
+    def opening(self) -> LedgerHeader:
         """The content of the ledger's first event."""
         assert self._opened is not None, "an empty history has no first event"
         return self._opened
@@ -502,7 +502,9 @@ class History:
             "confirm it with `fedtune ledger confirm-date --policy site.toml`"
         )
 
-    def covers_receipt(self, shown: Doubt, matches: Callable[[str], bool], *, besides: Restored | None = None) -> bool:
+    def covers_receipt(
+        self, shown: Doubt, matches: Callable[[str], bool], *, besides: RestoreNote | None = None
+    ) -> bool:
         """Whether the ledger contains a receipt's event, or has charged for the loss of that event.
 
         Args:

@@ -40,7 +40,7 @@ BEGIN SELECT RAISE(ABORT, 'the register is append-only'); END""",
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Opened:
+class LedgerHeader:
     """The immutable content of a ledger's first event.
 
     Attributes:
@@ -61,7 +61,7 @@ class Opened:
     arrivals: Literal[Calendar, ""] = ""
 
     @classmethod
-    def from_policy(cls, policy: Policy, *, ledger: str, site_key: str) -> Opened:
+    def from_policy(cls, policy: Policy, *, ledger: str, site_key: str) -> LedgerHeader:
         """Create the first event of a new ledger under `policy`."""
         budget = policy.budget
         return cls(
@@ -81,7 +81,7 @@ class Opened:
         return {name: value for name, value in asdict(self).items() if name != "arrivals" or value}
 
     @classmethod
-    def from_detail(cls, detail: dict[str, Any]) -> Opened:
+    def from_detail(cls, detail: dict[str, Any]) -> LedgerHeader:
         """Parse the detail field of a ledger's first event.
 
         Raises:

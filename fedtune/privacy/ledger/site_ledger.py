@@ -23,9 +23,9 @@ from fedtune.privacy import events
 from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import run_acceptance
-from fedtune.privacy.ledger.chain import Arrivals, Doubt, Head, Kind, Restored, iter_charges, list_charge_rows
+from fedtune.privacy.ledger.chain import Arrivals, Doubt, Head, Kind, RestoreNote, iter_charges, list_charge_rows
 from fedtune.privacy.ledger.history import AcceptedRun, History
-from fedtune.privacy.ledger.register import Opened
+from fedtune.privacy.ledger.register import LedgerHeader
 from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.policy_file import build_never_accepted_mark
 from fedtune.privacy.proposal import Proposal
@@ -81,7 +81,7 @@ class SiteLedger:
         self._key, self._store = key, EventStore(path, key, anchor)
         with self._store.transaction():
             if not self.history.length:
-                opened = Opened.from_policy(policy, ledger=secrets.token_hex(16), site_key=key.public)
+                opened = LedgerHeader.from_policy(policy, ledger=secrets.token_hex(16), site_key=key.public)
                 self._store.append_note("opened", **opened.to_json())
                 if opened.arrivals:
                     self._store.create_register()
@@ -345,7 +345,7 @@ class SiteLedger:
             there = iter_charges(anchor.charged, anchor.arrivals)
             gap = Counter({(event, said): count for event, count, said in there}) - self.history.charges(up_to=shared)
             lost = list_charge_rows(gap)
-            restored = Restored(
+            restored = RestoreNote(
                 shared=shared,
                 end=anchor.sequence,
                 path=frozenset(anchor.path + anchor.made_up),

@@ -27,7 +27,7 @@ from fedtune.privacy.ledger.chain import (
     Event,
     Head,
     Kind,
-    Restored,
+    RestoreNote,
     check_chain,
     check_ledger_schema,
     check_signature,
@@ -358,7 +358,7 @@ class EventStore:
         """Compute the hash of the newest lasting event, salted with a secret of the site."""
         return self._add_salt_to_hash(self.history.path[-1][1])
 
-    def covers_receipt(self, shown: Doubt, *, besides: Restored | None = None) -> bool:
+    def covers_receipt(self, shown: Doubt, *, besides: RestoreNote | None = None) -> bool:
         """Whether the ledger contains a receipt's event, or has charged for the loss of that event.
 
         Args:

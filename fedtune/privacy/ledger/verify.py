@@ -14,7 +14,7 @@ from fedtune.spec import RunError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verified:
+class VerifiedLedger:
     """A verified ledger, with the scope of its verification.
 
     Attributes:
@@ -34,7 +34,7 @@ class Verified:
         return self.history.opening.site_key
 
 
-def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = None) -> Verified:
+def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = None) -> VerifiedLedger:
     """Verify every event, signature and stored reply of a ledger.
 
     Guarantee: on success nobody without the site's key has changed, deleted, inserted or reordered an event, and with
@@ -83,7 +83,7 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
             )
         if not history.covers_head(anchor):
             raise RunError(f"event {anchor.sequence} does not match the anchor: the ledger has diverged")
-    return Verified(
+    return VerifiedLedger(
         events=tuple(events),
         history=history,
         key_expected=site_key is not None or anchor is not None,

@@ -21,7 +21,7 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import convert_none_to_infinite
 from fedtune.report.derive import profile
 from fedtune.report.facts import (
-    Approved,
+    ApprovedBudget,
     Audit,
     AuditBound,
     BudgetVerdict,
@@ -115,7 +115,7 @@ def iter_run_reasons(site: SiteFacts, facts: RunFacts, spent: Spent, *, sampling
 
 
 def iter_ledger_reasons(
-    life: Lifetime, approved: Approved, *, charges: int, verified: bool, limits_loosened: bool = False
+    life: Lifetime, approved: ApprovedBudget, *, charges: int, verified: bool, limits_loosened: bool = False
 ) -> Iterator[str]:
     """Yield the reasons for a ledger's verdict by comparing its spent epsilon with the current limits.
 

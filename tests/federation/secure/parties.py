@@ -13,7 +13,15 @@ import numpy.typing as npt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedtune.federation.secure.agreement import SHARES, Demand, KeyAgreement, Rejected, Terms, Wrong, require_terms
+from fedtune.federation.secure.agreement import (
+    SHARES,
+    Demand,
+    KeyAgreement,
+    Rejected,
+    RejectionReason,
+    Terms,
+    require_terms,
+)
 from fedtune.federation.secure.messages import CONFIRMATION, ConfirmRequest, UnmaskRequest
 from fedtune.federation.secure.party import Party, SumConfirmation
 from fedtune.federation.secure.summation import Summation, build_session
@@ -112,7 +120,7 @@ def resign_answer(answer: bytes, **fields: Any) -> bytes:
 
 
 @contextmanager
-def expect_rejection(reason: Wrong) -> Iterator[Any]:
+def expect_rejection(reason: RejectionReason) -> Iterator[Any]:
     with pytest.raises(Rejected) as error:
         yield error
     assert error.value.wrong is reason

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.federation.secure import agreement
-from fedtune.federation.secure.agreement import Demand, KeyAgreement, Terms, Wrong, compute_modulus_bits, require_terms
+from fedtune.federation.secure.agreement import (
+    Demand,
+    KeyAgreement,
+    RejectionReason,
+    Terms,
+    compute_modulus_bits,
+    require_terms,
+)
 from fedtune.federation.secure.masks import MaskKey
 from fedtune.federation.secure.messages import read_announcement
 from fedtune.federation.secure.party import Party
@@ -68,13 +75,13 @@ def make_party(terms: Terms, *, demand: Demand = ANY, roster: dict[str, str] | N
 @pytest.mark.parametrize(
     ("num_sites", "threshold", "demand", "reason"),
     [
-        *((2, 2, require_terms, Wrong.TOO_FEW_SITES), (2, 2, ANY, None), (3, 3, require_terms, None)),
-        *((3, 2, require_terms, Wrong.THRESHOLD_TOO_LOW), (3, 2, ANY, None)),
-        (3, 2, partial(ANY, colluders=1), Wrong.THRESHOLD_TOO_LOW),
-        *((3, 3, partial(ANY, colluders=1), None), (3, 3, partial(ANY, colluders=3), Wrong.TOO_FEW_SITES)),
-        (5, 3, partial(ANY, colluders=1), Wrong.THRESHOLD_TOO_LOW),
-        *((5, 4, partial(ANY, colluders=1), None), (5, 4, partial(ANY, min_sites=6), Wrong.TOO_FEW_SITES)),
-        (5, 4, partial(ANY, min_threshold=5), Wrong.THRESHOLD_TOO_LOW),
+        *((2, 2, require_terms, RejectionReason.TOO_FEW_SITES), (2, 2, ANY, None), (3, 3, require_terms, None)),
+        *((3, 2, require_terms, RejectionReason.THRESHOLD_TOO_LOW), (3, 2, ANY, None)),
+        (3, 2, partial(ANY, colluders=1), RejectionReason.THRESHOLD_TOO_LOW),
+        *((3, 3, partial(ANY, colluders=1), None), (3, 3, partial(ANY, colluders=3), RejectionReason.TOO_FEW_SITES)),
+        (5, 3, partial(ANY, colluders=1), RejectionReason.THRESHOLD_TOO_LOW),
+        *((5, 4, partial(ANY, colluders=1), None), (5, 4, partial(ANY, min_sites=6), RejectionReason.TOO_FEW_SITES)),
+        (5, 4, partial(ANY, min_threshold=5), RejectionReason.THRESHOLD_TOO_LOW),
     ],
 )
 def test_site_joins_only_terms_within_its_limits(num_sites: int, threshold: int, demand: Demand, reason: Any) -> None:
@@ -87,12 +94,12 @@ def test_site_joins_only_terms_within_its_limits(num_sites: int, threshold: int,
 
 def test_members_must_match_the_roster_of_the_joining_site() -> None:
     terms = make_terms(3, 3)
-    with expect_rejection(Wrong.NOT_A_MEMBER):
+    with expect_rejection(RejectionReason.NOT_A_MEMBER):
         make_party(terms, site="d")
     others = {**terms.members, "d": make_identity("d").public}
     make_party(terms, roster=others)
     for roster in ({**others, "b": make_identity("x").public}, {site: others[site] for site in "acd"}, {}):
-        with expect_rejection(Wrong.ROSTER_DIFFERS):
+        with expect_rejection(RejectionReason.ROSTER_DIFFERS):
             make_party(terms, roster=roster)
 
 
@@ -115,29 +122,29 @@ def test_equal_announced_keys_define_the_same_session() -> None:
 )
 def test_announced_key_is_bound_to_run_proposal_terms_and_protocol(other: dict[str, Any], monkeypatch: Any) -> None:
     terms = make_terms(3, 3)
-    with expect_rejection(Wrong.WRONG_TERMS):
+    with expect_rejection(RejectionReason.WRONG_TERMS):
         build_session(terms, announce_all(replace(terms, **other)))
     messages = announce_all(terms)
     monkeypatch.setattr(agreement, "WIRE_SCHEMA", 1)
-    with expect_rejection(Wrong.WRONG_TERMS):
+    with expect_rejection(RejectionReason.WRONG_TERMS):
         build_session(terms, messages)
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"key": MaskKey().public}, Wrong.WRONG_SIGNATURE),
-        ({"key": "0" * 64}, Wrong.WRONG_KEY),
-        ({"key": 1}, Wrong.MALFORMED),
-        ({"terms": "1" * 64}, Wrong.WRONG_TERMS),
-        ({"site": "a"}, Wrong.WRONG_SIGNATURE),
-        ({"site": "z"}, Wrong.NOT_A_MEMBER),
-        ({"signature": "0" * 128}, Wrong.WRONG_SIGNATURE),
-        ({"signature": None}, Wrong.MALFORMED),
-        ({"more": "x"}, Wrong.MALFORMED),
+        ({"key": MaskKey().public}, RejectionReason.WRONG_SIGNATURE),
+        ({"key": "0" * 64}, RejectionReason.WRONG_KEY),
+        ({"key": 1}, RejectionReason.MALFORMED),
+        ({"terms": "1" * 64}, RejectionReason.WRONG_TERMS),
+        ({"site": "a"}, RejectionReason.WRONG_SIGNATURE),
+        ({"site": "z"}, RejectionReason.NOT_A_MEMBER),
+        ({"signature": "0" * 128}, RejectionReason.WRONG_SIGNATURE),
+        ({"signature": None}, RejectionReason.MALFORMED),
+        ({"more": "x"}, RejectionReason.MALFORMED),
     ],
 )
-def test_tampered_announcement_is_rejected_and_attributed(change: dict[str, Any], reason: Wrong) -> None:
+def test_tampered_announcement_is_rejected_and_attributed(change: dict[str, Any], reason: RejectionReason) -> None:
     messages = announce_all(terms := make_terms(3, 3))
     shown = {**messages, "b": change_message(messages["b"], **change)}
     with expect_rejection(reason):
@@ -149,13 +156,13 @@ def test_tampered_announcement_is_rejected_and_attributed(change: dict[str, Any]
 
 def test_announcement_is_bound_to_its_site_and_signature_purpose() -> None:
     messages = announce_all(terms := make_terms(3, 3))
-    with expect_rejection(Wrong.WRONG_KEY) as error:
+    with expect_rejection(RejectionReason.WRONG_KEY) as error:
         build_session(terms, {**messages, "a": messages["b"], "b": messages["a"]})
     assert error.value.site == "a"
     one = read_announcement(messages["b"])
     for purpose in ("receipt", "secure aggregation survivors"):
         other = replace(one, signature=make_identity("b").sign(purpose, replace(one, signature="").to_bytes()))
-        with expect_rejection(Wrong.WRONG_SIGNATURE):
+        with expect_rejection(RejectionReason.WRONG_SIGNATURE):
             KeyAgreement.from_announcements(terms, [other])
 
 
@@ -164,16 +171,16 @@ def test_site_joins_once_with_exactly_one_key_per_member() -> None:
     a, messages, others = make_party(terms), announce_all(terms), announce_all(terms)
     own = {**messages, "a": a.announce()}
     cases = [
-        (list(messages.values()), Wrong.WRONG_KEY),  # of its former life
-        ([own["a"], own["b"]], Wrong.KEY_MISSING),
-        ([own["a"], own["b"], own["b"]], Wrong.REPEATED),
-        ([own["a"], own["b"], own["c"], others["c"]], Wrong.REPEATED),
+        (list(messages.values()), RejectionReason.WRONG_KEY),  # of its former life
+        ([own["a"], own["b"]], RejectionReason.KEY_MISSING),
+        ([own["a"], own["b"], own["b"]], RejectionReason.REPEATED),
+        ([own["a"], own["b"], own["c"], others["c"]], RejectionReason.REPEATED),
     ]
     for given_keys, reason in cases:
         with expect_rejection(reason):
             a.join(given_keys)
     assert a.join(list(own.values())) == a.join(list(own.values()))
-    with expect_rejection(Wrong.SESSION_DIFFERS):
+    with expect_rejection(RejectionReason.SESSION_DIFFERS):
         a.join([own["a"], own["b"], others["c"]])
 
 
@@ -185,5 +192,5 @@ def test_site_that_has_not_joined_rejects_every_request() -> None:
         lambda: party.upload(2, federation.make_vector("a")),
         lambda: party.confirm(summation.build_confirm_request()),
     ):
-        with expect_rejection(Wrong.SESSION_DIFFERS):
+        with expect_rejection(RejectionReason.SESSION_DIFFERS):
             ask()

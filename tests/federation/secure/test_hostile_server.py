@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.federation.secure.agreement import Rejected, Wrong
+from fedtune.federation.secure.agreement import Rejected, RejectionReason
 from fedtune.federation.secure.messages import Upload
 from fedtune.federation.secure.summation import Summation
 
@@ -57,7 +57,9 @@ class Adversary:
             request = self.request(release, survivors, signatures, site)
             self.knowledge.hear(self.federation.parties[site].unmask(request))
 
-    def find_refusal(self, release: int, survivors: Collection[str], signatures: dict[str, str], site: str) -> Wrong:
+    def find_refusal(
+        self, release: int, survivors: Collection[str], signatures: dict[str, str], site: str
+    ) -> RejectionReason:
         with pytest.raises(Rejected) as error:
             self.federation.parties[site].unmask(self.request(release, survivors, signatures, site))
         return error.value.wrong
@@ -73,7 +75,7 @@ def test_late_upload_of_a_dropped_site_stays_masked() -> None:
     known = server.knowledge.seeds()
     # All of d's masks but its own are known now: without its own, the vector would be readable.
     assert {other for other, seed in d.seeds.items() if seed in known} == {"a", "b", "c"}
-    assert server.find_refusal(1, "abcd", signatures, "a") is Wrong.WRONG_SIGNATURE
+    assert server.find_refusal(1, "abcd", signatures, "a") is RejectionReason.WRONG_SIGNATURE
 
 
 def test_site_confirms_only_one_survivor_set_per_release() -> None:
@@ -82,7 +84,7 @@ def test_site_confirms_only_one_survivor_set_per_release() -> None:
     signatures = server.confirm(1, "abcd", by="abcd")
     server.unmask(1, "abcd", signatures, by="abcd")
     for site in "abcd":
-        with expect_rejection(Wrong.SURVIVORS_CHANGED):
+        with expect_rejection(RejectionReason.SURVIVORS_CHANGED):
             server.federation.parties[site].confirm(server.federation.asked(1, "abc").to_bytes())
     assert server.confirm(1, "abcd", by="abcd") == signatures  # the same again is the same
     assert server.knowledge.find_readable_sums() == [{0: 1, 1: 1, 2: 1, 3: 1}]
@@ -92,16 +94,16 @@ def test_conflicting_survivor_sets_never_reach_the_threshold() -> None:
     server = Adversary(4, 3)
     server.upload(1, "abcd")
     by_others = server.confirm(1, "abcd", by="bcd")
-    assert server.find_refusal(1, "abcd", by_others, "a") is Wrong.NOT_PROMISED, (
+    assert server.find_refusal(1, "abcd", by_others, "a") is RejectionReason.NOT_PROMISED, (
         "a helps only with what it promised itself"
     )
     server = Adversary(4, 3)
     server.upload(1, "abcd")
     halves = server.confirm(1, "abcd", by="ab"), server.confirm(1, "abc", by="cd")
     assert [len(half) for half in halves] == [2, 2]
-    assert server.find_refusal(1, "abcd", halves[0], "a") is Wrong.NOT_CONFIRMED
-    assert server.find_refusal(1, "abcd", halves[0] | halves[1], "a") is Wrong.WRONG_SIGNATURE
-    assert server.find_refusal(1, "abc", halves[1], "c") is Wrong.NOT_CONFIRMED
+    assert server.find_refusal(1, "abcd", halves[0], "a") is RejectionReason.NOT_CONFIRMED
+    assert server.find_refusal(1, "abcd", halves[0] | halves[1], "a") is RejectionReason.WRONG_SIGNATURE
+    assert server.find_refusal(1, "abc", halves[1], "c") is RejectionReason.NOT_CONFIRMED
     assert server.knowledge.find_readable_sums() == []
 
 
@@ -117,7 +119,7 @@ def test_skipping_confirmation_would_let_a_server_unmask_two_sites() -> None:
     for site, survivors in told.items():
         together = server.confirm(1, survivors, by="abcde")
         assert len(together) < 3
-        assert server.find_refusal(1, survivors, genuine[site], site) is Wrong.NOT_CONFIRMED
+        assert server.find_refusal(1, survivors, genuine[site], site) is RejectionReason.NOT_CONFIRMED
     assert server.knowledge.find_readable_sums() == []
     for site, survivors in told.items():  # as if enough others had confirmed the set of each
         asked = server.federation.asked(1, survivors)
@@ -135,10 +137,10 @@ def test_unmasking_requires_threshold_many_valid_confirmations(threshold: int) -
     signatures = server.confirm(1, "abc", by="abc")
     enough = dict(list(signatures.items())[:threshold])
     fewer = dict(list(signatures.items())[: threshold - 1])
-    assert server.find_refusal(1, "abc", fewer, "a") is Wrong.NOT_CONFIRMED
-    assert server.find_refusal(1, "abc", {**fewer, "z": signatures["a"]}, "a") is Wrong.NOT_A_MEMBER
-    assert server.find_refusal(1, "abc", {**fewer, "c": signatures["a"]}, "a") is Wrong.WRONG_SIGNATURE
-    assert server.find_refusal(1, "abc", {**fewer, "c": ""}, "a") is Wrong.WRONG_SIGNATURE
+    assert server.find_refusal(1, "abc", fewer, "a") is RejectionReason.NOT_CONFIRMED
+    assert server.find_refusal(1, "abc", {**fewer, "z": signatures["a"]}, "a") is RejectionReason.NOT_A_MEMBER
+    assert server.find_refusal(1, "abc", {**fewer, "c": signatures["a"]}, "a") is RejectionReason.WRONG_SIGNATURE
+    assert server.find_refusal(1, "abc", {**fewer, "c": ""}, "a") is RejectionReason.WRONG_SIGNATURE
     server.unmask(1, "abc", enough, by="a")
 
 
@@ -148,14 +150,14 @@ def test_confirmations_are_not_valid_for_another_release_or_session() -> None:
     old = server.confirm(1, "abc", by="abc")
     server.upload(2, "abc")
     server.confirm(2, "abc", by="a")
-    assert server.find_refusal(2, "abc", old, "a") is Wrong.WRONG_SIGNATURE
-    assert server.find_refusal(1, "abc", old, "a") is Wrong.NOT_PROMISED  # release 1 is over
-    with expect_rejection(Wrong.RELEASE_OVER):
+    assert server.find_refusal(2, "abc", old, "a") is RejectionReason.WRONG_SIGNATURE
+    assert server.find_refusal(1, "abc", old, "a") is RejectionReason.NOT_PROMISED  # release 1 is over
+    with expect_rejection(RejectionReason.RELEASE_OVER):
         server.federation.parties["a"].confirm(server.federation.asked(1, "abc").to_bytes())
     for site in "abc":
         server.federation.restart(site)
     server.federation.set_up()
-    with expect_rejection(Wrong.SESSION_DIFFERS):
+    with expect_rejection(RejectionReason.SESSION_DIFFERS):
         server.federation.parties["a"].confirm(
             change_message(
                 server.federation.asked(1, "abc").to_bytes(), session=server.knowledge.sent[0].upload.session
@@ -163,20 +165,23 @@ def test_confirmations_are_not_valid_for_another_release_or_session() -> None:
         )
     server.upload(1, "abc")
     server.confirm(1, "abc", by="abc")
-    assert server.find_refusal(1, "abc", old, "a") is Wrong.WRONG_SIGNATURE
+    assert server.find_refusal(1, "abc", old, "a") is RejectionReason.WRONG_SIGNATURE
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        *(({"survivors": list(few)}, Wrong.TOO_FEW_SURVIVORS) for few in ("ab", "a", "")),
-        *(({"survivors": list(other)}, Wrong.MALFORMED) for other in ("aab", "bac", ("a", "b", 3), ("a", "b", ["c"]))),
-        *(({"survivors": other}, Wrong.MALFORMED) for other in ("abc", None)),
-        ({"survivors": ["a", "b", "z"]}, Wrong.NOT_A_MEMBER),
-        *(({"release": other}, Wrong.MALFORMED) for other in (0, -1, 1 << 31, True, 1.0, "1", None)),
+        *(({"survivors": list(few)}, RejectionReason.TOO_FEW_SURVIVORS) for few in ("ab", "a", "")),
+        *(
+            ({"survivors": list(other)}, RejectionReason.MALFORMED)
+            for other in ("aab", "bac", ("a", "b", 3), ("a", "b", ["c"]))
+        ),
+        *(({"survivors": other}, RejectionReason.MALFORMED) for other in ("abc", None)),
+        ({"survivors": ["a", "b", "z"]}, RejectionReason.NOT_A_MEMBER),
+        *(({"release": other}, RejectionReason.MALFORMED) for other in (0, -1, 1 << 31, True, 1.0, "1", None)),
     ],
 )
-def test_invalid_survivor_sets_are_rejected(change: dict[str, Any], reason: Wrong) -> None:
+def test_invalid_survivor_sets_are_rejected(change: dict[str, Any], reason: RejectionReason) -> None:
     federation = Federation(make_terms(4, 3))
     with expect_rejection(reason):
         federation.parties["a"].confirm(change_message(federation.asked(1, "abc").to_bytes(), **change))
@@ -216,14 +221,14 @@ def test_site_uploads_once_per_release_and_retries_as_a_new_release() -> None:
     server = Adversary(4, 3)
     server.upload(2, "abcd")
     for release in (2, 1, 0, -1, 1 << 31, 1 << 40):
-        with expect_rejection(Wrong.RELEASE_OVER):
+        with expect_rejection(RejectionReason.RELEASE_OVER):
             server.federation.parties["a"].upload(release, server.federation.make_vector("a"))
     server.upload(3, "abcd")
     first, retry = server.knowledge.sent[0], server.knowledge.sent[4]
     assert not set(first.seeds.values()) & set(retry.seeds.values())
     # Nor does who promised a release's set without an upload upload to it afterwards.
     server.confirm(4, "abc", by="d")
-    with expect_rejection(Wrong.RELEASE_OVER):
+    with expect_rejection(RejectionReason.RELEASE_OVER):
         server.federation.parties["d"].upload(4, server.federation.make_vector("d"))
 
 
@@ -278,12 +283,12 @@ def test_arbitrary_messages_are_accepted_or_rejected_with_a_known_reason(what: s
         deliver_message(federation, what, message)
     except Rejected as error:
         found = error
-    assert found is None or str(found) == f"secure aggregation: {Wrong(found.wrong)}"
+    assert found is None or str(found) == f"secure aggregation: {RejectionReason(found.wrong)}"
     assert found is not None or kind not in ("cut", "large")
 
 
 @pytest.mark.parametrize("what", ["join", "confirm", "unmask", "add_confirmation", "add_revealed"])
 @pytest.mark.parametrize("data", [b"[" * 100_000, b"1" * 5000, b"\xff\xfe{}", b'{"a":1,"a":1}', b"NaN", b"null", b""])
 def test_undecodable_messages_are_rejected_as_malformed(what: str, data: bytes) -> None:
-    with expect_rejection(Wrong.MALFORMED):
+    with expect_rejection(RejectionReason.MALFORMED):
         deliver_message(Federation(make_terms(3, 2)), what, data)

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.federation.secure.agreement import Rejected, Wrong
+from fedtune.federation.secure.agreement import Rejected, RejectionReason
 from fedtune.federation.secure.messages import MAX_JSON_BYTES, compute_upload_size
 from fedtune.federation.secure.party import Party, SumConfirmation
 from fedtune.federation.secure.shares import PRIME
-from fedtune.federation.secure.summation import Summation, Unreadable
+from fedtune.federation.secure.summation import Summation, UnmaskingError
 
 from .parties import LARGEST, Federation, change_message, expect_rejection, make_identity, make_terms, resign_answer
 
@@ -78,16 +78,16 @@ def test_out_of_range_values_are_not_clipped_before_summation() -> None:
 
 
 def test_too_few_messages_end_only_the_current_release() -> None:
-    with pytest.raises(Unreadable, match=r"release 1 .* 2 sites uploaded, but 3 are required"):
+    with pytest.raises(UnmaskingError, match=r"release 1 .* 2 sites uploaded, but 3 are required"):
         Federation(make_terms(4, 3)).start_release(1, "ab").build_confirm_request()
     federation = Federation(make_terms(4, 3))
     few = federation.add_confirmations(federation.start_release(1, "abcd"), by="ab")
-    with pytest.raises(Unreadable, match="2 sites confirmed the survivors, but 3 are required"):
+    with pytest.raises(UnmaskingError, match="2 sites confirmed the survivors, but 3 are required"):
         few.build_unmask_request("a")
     summation = federation.add_shares(
         federation.add_confirmations(federation.start_release(2, "abcd"), by="abc"), by="ab"
     )
-    with pytest.raises(Unreadable, match="2 sites sent shares, but 3 are required") as error:
+    with pytest.raises(UnmaskingError, match="2 sites sent shares, but 3 are required") as error:
         summation.compute_total()
     assert error.value.site is None
     # d helps, though it did not upload
@@ -138,7 +138,9 @@ def test_too_many_wrong_shares_end_the_release() -> None:
         summation.add_revealed(
             liar, resign_answer(answer, shares={**json.loads(answer)["shares"], "c": {"c": "0" * 66}})
         )
-    with pytest.raises(Unreadable, match="1 sites sent correct unmasking shares for c, but 2 are required") as error:
+    with pytest.raises(
+        UnmaskingError, match="1 sites sent correct unmasking shares for c, but 2 are required"
+    ) as error:
         summation.compute_total()
     assert error.value.site is None, "it may be c's doing, or that of the two"
     assert summation.wrong_shares == {("b", "c"), ("c", "c")}
@@ -156,7 +158,7 @@ def flip_upload_bit(number: int) -> tuple[Federation, Summation]:
 
 def test_dealer_of_inconsistent_shares_is_named() -> None:
     _, summation = flip_upload_bit(2 * 4)  # the digest of its own mask's seed
-    with pytest.raises(Unreadable, match="c sent inconsistent shares") as error:
+    with pytest.raises(UnmaskingError, match="c sent inconsistent shares") as error:
         summation.compute_total()
     assert error.value.site == "c"
     federation, summation = flip_upload_bit(3 * 4)  # what it sealed for a
@@ -172,30 +174,30 @@ def test_lead_accepts_each_message_once_from_its_own_site() -> None:
     summation.add_upload("a", first)
     upload = federation.parties["a"].upload(2, federation.make_vector("a"))
     for site, data, reason in [
-        ("a", first, Wrong.REPEATED),
-        ("b", upload, Wrong.NOT_A_MEMBER),
-        ("a", upload, Wrong.RELEASE_OVER),
-        ("a", upload[:-1], Wrong.MALFORMED),
-        ("a", b"", Wrong.MALFORMED),
-        ("a", bytes(len(upload)), Wrong.MALFORMED),
+        ("a", first, RejectionReason.REPEATED),
+        ("b", upload, RejectionReason.NOT_A_MEMBER),
+        ("a", upload, RejectionReason.RELEASE_OVER),
+        ("a", upload[:-1], RejectionReason.MALFORMED),
+        ("a", b"", RejectionReason.MALFORMED),
+        ("a", bytes(len(upload)), RejectionReason.MALFORMED),
     ]:
         with expect_rejection(reason):
             summation.add_upload(site, data)
     other = Federation(federation.terms)
-    with expect_rejection(Wrong.SESSION_DIFFERS):
+    with expect_rejection(RejectionReason.SESSION_DIFFERS):
         summation.add_upload("a", other.parties["a"].upload(1, other.make_vector("a")))
     federation.add_confirmations(summation, by="bc")
-    with expect_rejection(Wrong.RELEASE_OVER):
+    with expect_rejection(RejectionReason.RELEASE_OVER):
         summation.add_upload("d", late)
     own = federation.parties["d"].confirm(summation.build_confirm_request())
-    with expect_rejection(Wrong.NOT_A_MEMBER):
+    with expect_rejection(RejectionReason.NOT_A_MEMBER):
         summation.add_confirmation("a", own)
     summation.add_confirmation("d", own)
     answer = federation.parties["d"].unmask(summation.build_unmask_request("d"))
-    with expect_rejection(Wrong.NOT_A_MEMBER):
+    with expect_rejection(RejectionReason.NOT_A_MEMBER):
         summation.add_revealed("b", answer)
     for change in ({"shares": {"a": []}}, {"shares": {"a": {"a": "xx"}}}, {"shares": {"a": {"a": 1}}}):
-        with expect_rejection(Wrong.MALFORMED):
+        with expect_rejection(RejectionReason.MALFORMED):
             summation.add_revealed("d", change_message(answer, **change))
 
 
@@ -215,11 +217,11 @@ def test_shares_are_accepted_only_with_the_signature_of_their_site() -> None:
         *({"signature": made} for made in ("", signature.upper(), "0" * 128, other_s, confirmation)),
     ]
     for change in changes:
-        with expect_rejection(Wrong.WRONG_SIGNATURE):
+        with expect_rejection(RejectionReason.WRONG_SIGNATURE):
             summation.add_revealed("d", change_message(answer, **change))
     assert summation.compute_total().tolist() == federation.add_vectors("abcd").tolist()
     assert not summation.wrong_shares
-    with expect_rejection(Wrong.WRONG_SIGNATURE):  # of another release
+    with expect_rejection(RejectionReason.WRONG_SIGNATURE):  # of another release
         summation.add_revealed("d", change_message(answer, release=2))
 
 
@@ -270,7 +272,7 @@ def test_release_with_faulty_sites_is_correct_or_raises_unreadable(seed: int) ->
     error = None
     try:
         total = run.total()
-    except Unreadable as unreadable:
+    except UnmaskingError as unreadable:
         error = unreadable
     honest = set(run.sites) - set(run.faulty)
     if error is not None:
@@ -310,7 +312,7 @@ def test_confirmation_that_cannot_be_stored_is_not_sent() -> None:
     with pytest.raises(OSError, match="disk full"):
         federation.parties["a"].confirm(summation.build_confirm_request())
     federation.parties["a"]._keep = full.append
-    with expect_rejection(Wrong.SURVIVORS_CHANGED):
+    with expect_rejection(RejectionReason.SURVIVORS_CHANGED):
         federation.parties["a"].confirm(federation.asked(1, "abc").to_bytes())
     federation.add_confirmations(summation, by="a")
     assert len(full) == 1

@@ -10,13 +10,13 @@ from fedtune.lab.attack.known_attacks import (
     describe_site_inference,
     rank_records,
 )
-from fedtune.lab.attack.target import Scored
+from fedtune.lab.attack.target import ScoredRecords
 from fedtune.lab.audit.record_attack import estimate_auroc
 
 CLASSES, WIDTH = 4, 12
 
 
-def score_records(count: int, *, memorized: float, hardness: float = 2.0, seed: int) -> Scored:
+def score_records(count: int, *, memorized: float, hardness: float = 2.0, seed: int) -> ScoredRecords:
     """Return scores of records with very different difficulty; `memorized` is added to members' margins."""
     draws = np.random.default_rng(seed)
     classes = draws.integers(CLASSES, size=count)
@@ -27,7 +27,7 @@ def score_records(count: int, *, memorized: float, hardness: float = 2.0, seed: 
     losses = np.log1p(np.exp(-margins))
     predicted = np.where(margins > 0, classes, (classes + 1) % CLASSES)
     before = np.log1p(np.exp(-difficulty)) + 0.1
-    return Scored(before, losses, embeddings.astype(np.float32), classes, predicted)
+    return ScoredRecords(before, losses, embeddings.astype(np.float32), classes, predicted)
 
 
 def test_lira_beats_the_loss_attack_on_records_of_varying_difficulty() -> None:
@@ -58,7 +58,7 @@ def test_membership_attack_detects_full_memorization() -> None:
 
 def test_membership_attack_without_classes_uses_only_losses() -> None:
     plain = [
-        Scored(one.before, one.after, one.embeddings[:, :0], np.full(50, -1), np.full(50, -1))
+        ScoredRecords(one.before, one.after, one.embeddings[:, :0], np.full(50, -1), np.full(50, -1))
         for one in (score_records(50, memorized=0.0, seed=seed) for seed in (6, 7))
     ]
     assert [one.name for one in rank_records(*plain, shadows=4, seed=0)] == ["loss", "ratio to the base"]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.data import Part
+from fedtune.data import MicroBatch
 from fedtune.training import dp_step
 
 from .conftest import Break
@@ -69,7 +69,7 @@ def pad_by_company(self: Any, places: Any, num_tokens: Any) -> Any:
     ordered = places[np.argsort(num_tokens[places], kind="stable")]
     for first in range(0, len(ordered), 5):
         some = ordered[first : first + 5]
-        yield Part(some, len(some), int(num_tokens[some].max()))
+        yield MicroBatch(some, len(some), int(num_tokens[some].max()))
 
 
 @pytest.mark.by_day("no clipping-settings0-exceeded", "scale_by_company-settings3-others_moved")
