@@ -29,13 +29,13 @@ TENSOR_FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "ia3": {"adapter_model": (SCALE_OF_IA3,), "offsets": (OFFSET,)},
 }
 """Kind of adapter -> its safetensors files, without their suffix -> the name suffixes of the tensors that each adapted
-module has there.  The last of all is that of a trained tensor, so that the hash that sites sign covers the names of the
-modules.
+module has there.  The last suffix belongs to a trained tensor, so that the digest that sites sign covers the names of
+the modules.
 """
 
 
 def hash_adapter_files(folder: Path) -> dict[str, str]:
-    """Hash each file of an adapter's folder except card and label, which are drawn from the report later.
+    """Hash each file of an adapter's folder except card and label, which are generated from the report later.
 
     Returns:
         `adapter/` and the path of the file in the folder, whatever the folder's name -> SHA-256, in hex.

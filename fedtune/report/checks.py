@@ -27,7 +27,7 @@ from fedtune.version import __version__
 _CALIBRATED, _STEP = 1e-3, 1e-4
 """Relative tolerances for the noise multiplier that another fedtune version calibrated: below ours, and above ours."""
 SIGNED_ADAPTER = "signed adapter"  # the check that real sites signed the final adapter
-START = "start adapter"  # the check of whose word the epsilon of the start adapter is
+START = "start adapter"  # the check of who vouches for the epsilon of the start adapter
 
 
 State = Literal["passed", "failed", "missing", "skipped"]
@@ -204,20 +204,21 @@ def check_start(facts: RunFacts, keys: Mapping[str, str] | None) -> Iterator[Che
         signers = None
     word = "The epsilon of the training before this run is the lead's word"
     if not signers:
-        yield Check(START, "missing", f"{word}: not all of it follows from receipts of real sites.")
+        yield Check(START, "missing", f"{word}: receipts of real sites do not prove all of it.")
     elif keys is None:
         text = f"{word}, because the keys that signed for it were not compared with a roster: pass --roster."
         yield Check(START, "missing", text)
     elif strangers := sorted({*signers} - {*keys.values()}):
         found = tuple(Problem("sent.privacy.start_keys", key, "no such site") for key in strangers)
-        yield Check(START, "missing", f"{word}: keys that are not in the roster signed for it.", found)
+        yield Check(START, "missing", f"{word}: it was signed with keys that are not in the roster.", found)
     else:
         yield Check(START, "passed", "The epsilon of the training before this run was signed with keys in the roster.")
 
 
 def _check_model_files(facts: RunFacts, model: Path | None, own: Path, config: RunConfig | None) -> Iterator[Check]:
     """Compare the files in the model's folder with the report's file list, by name and SHA-256; an extra file is an
-    error.  An adapter must be what a run of these settings saves, and real sites must have signed its tensors.
+    error.  An adapter must have exactly the content that a run with these settings saves, and real sites must have
+    signed its tensors.
     """
     if not (folder := model or own).is_dir():
         if facts.files:
@@ -350,7 +351,7 @@ def find_settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Probl
         yield Problem("provenance.config_sha256", facts.provenance.config_sha256, config.digest())
         return
     plan, said, noise = config.plan(), facts.plan, facts.plan.noise_multiplier
-    # Noise that was searched for may differ by what two versions of the search find; one version finds no more.
+    # Calibrated noise may differ between versions of fedtune; within one version, it does not.
     more = _STEP * max(1.01, noise / 10) if facts.provenance.fedtune_version != __version__ else 0.0
     searched = config.privacy.noise_multiplier is None and noise > 0
     if searched and -_CALIBRATED * noise <= noise - plan.noise_multiplier <= more:

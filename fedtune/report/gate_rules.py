@@ -147,7 +147,7 @@ class Evidence(NamedTuple):
         contradiction: how report.json contradicts the run's folder; "" if they agree.
         audit: the results of an audit with the same plan and model.
         groups: the groups of a comparison, with the scores of the run's model.
-        start: the check of whose word the epsilon of the run's start is, if the run has one.
+        start: the check of who vouches for the epsilon of the run's start, if the run has one.
     """
 
     folder: Path
@@ -182,7 +182,9 @@ def read_rules(name: str) -> tuple[GateRules, str]:
         rules = decode(GateRules, read_toml(path, key="rules"))
         own = built_in.get(rules.name.strip().casefold(), path)  # a verdict is read by the name of its rules
         if own != path and rules != decode(GateRules, read_toml(own, key="rules")):
-            raise ConfigError("name", rules.name, "is the name of built-in rules, and these are others: choose another")
+            raise ConfigError(
+                "name", rules.name, "is the name of built-in rules that differ from these: choose another"
+            )
         if not rules.limits:
             raise ConfigError("rules", name, "has no rule: set at least one, such as consistent = true")
     return rules, hashlib.sha256(path.read_bytes()).hexdigest()
@@ -389,7 +391,7 @@ def _sum_losses(given: Evidence) -> tuple[float | None, float | None]:
 
 
 def _is_alone(given: Evidence) -> bool:
-    """Whether no search chose the run and no start counts, so that its own charges bound an attack on its model."""
+    """Whether the run has neither a search nor prior training that counts, so that its charges bound every attack."""
     start = given.facts.provenance.start_adapter
     return given.facts.selection is None and (start is None or not is_counted(dataclasses.asdict(start)))
 

@@ -162,7 +162,7 @@ def render_card(file: str, **values: object) -> str:
         "format_score_name": format_score_name,
         "score_text": _format_score,
         "figure": load_catalog("en").figure,
-        "owed": format_privacy_loss,
+        "privacy_loss": format_privacy_loss,
         "in_code": _quote_code,
     }
     return templates.get_template(file).render(**named, **values)

@@ -48,7 +48,7 @@ if TYPE_CHECKING:  # these import torch, which readers do not need
     from fedtune.tasks.saved import SavedAdapter
 
 Signers = frozenset[str] | None
-"""Public keys of the real sites whose receipts a privacy loss follows from; None: not all of it follows from any."""
+"""Public keys of the real sites whose receipts prove a privacy loss; None: it is not fully proved."""
 _NOTED = ("cryptography", "dp-accounting", "flwr", "numpy", "opacus", "peft", "safetensors", "torch", "transformers")
 
 

@@ -88,7 +88,7 @@ def test_bound_on_a_gaussian_mechanism_keeps_its_confidence(guesses: int) -> Non
     sigma = calibrate_noise(epsilon=epsilon, delta=DELTA, sampling_rate=1.0, steps=1)
     wrong = sum(shown > epsilon for shown in simulate_gaussian_bounds(sigma, trials, canaries, guesses))
     assert wrong <= max_failures(trials)
-    # And one that adds a tenth of the noise is found out.
+    # A mechanism with a tenth of the noise is refuted.
     assert min(simulate_gaussian_bounds(sigma / 10, 20, canaries, guesses)) > epsilon
 
 

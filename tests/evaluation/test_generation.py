@@ -202,7 +202,7 @@ def test_displayed_text_is_the_greedy_continuation(family: str, prompts: Prompts
     for prompt in prompts:
         expected = write_without_cache(model, prompt, 8)
         assert list(stream_tokens(model, prompt, end_ids=(), spec=WritingSpec(max_new_tokens=8))) == expected
-        # Any of several tokens ends it, and is no part of it.
+        # Any end token stops generation and is excluded.
         ends = {expected[3], expected[6]}
         first = min(expected.index(end) for end in ends)
         assert list(stream_tokens(model, prompt, end_ids=ends, spec=WritingSpec(max_new_tokens=8))) == expected[:first]

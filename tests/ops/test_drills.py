@@ -56,7 +56,7 @@ def test_connection_key_can_be_rotated_and_replaced_after_loss(desk: Desk, north
     assert member.x509_certificate.public_key() == read_certificate(kit / "site.pem").public_key()
     with FederationFolder.open_locked(desk.folder) as held:
         assert len(held.read_retired_keys()) == 1
-    # Key and kit are lost, and need no backup: a new key and a renewed kit, and the ledger goes on.
+    # Key and kit are lost, and need no backup: a new key and a renewed kit, and the ledger continues.
     before = open_ledger(north_folder).history.opening.ledger
     shutil.rmtree(kit)
     assert run_command("site", "init", "--site", str(north_folder / "site.toml")).code == 0

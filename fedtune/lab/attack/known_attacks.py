@@ -64,7 +64,7 @@ CANDIDATES = 100  # number of records of which one is in the attacked step
 TRIALS = 2000  # number of releases of that step
 _MAX_VALUES = 1 << 28  # of all gradients in memory at once: 1 GiB
 _MAX_TOKENS = 1024  # of records whose gradients are computed at once
-_SAME = 1e-6  # relative to the larger squared length; two gradients that are closer are those of equal records
+_SAME = 1e-6  # relative to the larger squared length; gradients that are closer count as equal
 _ALPHABETS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
 
 

@@ -293,7 +293,7 @@ class DataColumn:
         self.is_speaker = {"assistant"} < set(map(read.parse_speaker_role, self.labels))
         # Yes or no, or good or bad.
         self.is_flag = self.is_nearly_all("true or false") or (len(said) == 2 and said.issubset(NAMES["flags"]))
-        # Few values, each of which comes often.
+        # Few distinct values, each of them frequent.
         often = self.filled >= _RECORDS_A_LABEL * len(self.labels) and self.is_nearly_all("label")
         fraction = self.is_number and self.reads["whole"] < NEARLY * self.filled
         is_label = may_be_label and few and often and not (fraction or self.is_date or self.is_vector)

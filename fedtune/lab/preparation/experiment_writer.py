@@ -169,7 +169,7 @@ def plan_experiment(
         if count < _MIN_UNITS:
             bound = f"must have at least {_MIN_UNITS} records or people at each site; {place} has {count}"
             raise ConfigError("--site", found.roles["site"], bound)
-    # The most tokens are those of nearly all, rounded up, within reason; of images just theirs.
+    # max_length covers nearly all records, rounded up and within limits; for images it is exact.
     lengths = np.array(counts[:_MEASURED_ROWS], dtype=np.int64)
     longest, usual = (
         int(np.quantile(counts or [1], share, method="lower")) for share in (_USUALLY_COVERED, _MIN_COVERED)

@@ -189,7 +189,7 @@ def bound_posterior(epsilon: float, *, prior: float) -> float:
 def compute_hit_rate_ceiling(epsilon: float, delta: float, *, false_positive_rate: float) -> float:
     """Bound the true positive rate of any attack on membership, from (epsilon, delta) alone.
 
-    `false_positive_rate` is the attack's false positive rate: the share of unused records that it takes for used ones.
+    `false_positive_rate` is the share of non-members that the attack classifies as members.
     """
     other_way = 1 - (1 - delta - false_positive_rate) * _invert_exponential(epsilon)
     return max(
