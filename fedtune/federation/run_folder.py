@@ -227,12 +227,14 @@ class RunFolder:
     def has_begun(self) -> bool:
         """Return True if the folder contains a run with a checkpoint or a result.
 
-        Otherwise deletes a run folder that a killed process left without a checkpoint.
+        Otherwise deletes a run folder that a killed process left without a checkpoint, if it has no other file than a
+        run writes until then.
         """
         if self.saved_checkpoints or self.result.exists():
             return True
-        others = (self.audit_mark, self.audit)
-        if self.config.is_file() and self.log.is_file() and not any(map(Path.exists, others)):  # a run always has a log
+        both, others = {self.config, self.log}, {self.selection, self.environment, self.answers, self.sites}
+        others |= {self.checkpoints, self.path / "report.html"}
+        if self.path.is_dir() and both <= {*self.path.iterdir()} <= both | others:
             with self.hold_lock():
                 shutil.rmtree(self.path)  # without a checkpoint, no site was charged
         return False

@@ -53,10 +53,11 @@ def test_folder_of_a_run_killed_before_its_start_is_removed(config: RunConfig, f
     assert find_run_folder(config) == folder, "the same command starts again"
     assert not folder.exists()
     RunFolder(folder).create(format_config_yaml(config))
-    RunFolder(folder).audit_mark.touch()
-    assert not RunFolder(folder).has_begun()
-    assert folder.exists(), "an audit has no checkpoint"
-    RunFolder(folder).audit_mark.unlink()
+    for other in (RunFolder(folder).audit_mark, folder / "weights.bin"):
+        other.touch()
+        assert not RunFolder(folder).has_begun()
+        assert other.exists(), "neither an audit nor another program's results are rubbish"
+        other.unlink()
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "round-0000.safetensors").touch()
     assert list_checkpoints(folder / "checkpoints")
