@@ -3,10 +3,9 @@
 
     python verify_report.py runs/tickets --key HEX --roster roster.json
 
-It needs numpy, scipy and cryptography.  It reads the report's facts and the sites' signed receipts, computes the
-privacy loss by itself (the distribution of the loss, rounded up and composed by FFT; for a ledger the Renyi divergence
-at its order), and compares epsilon and verdict with what the report says.  Exit code 0: all of it holds; 1: something
-is wrong, or could not be compared.  Other figures it leaves to `fedtune report verify`, and ledgers to their sites.
+It needs numpy, scipy and cryptography.  From the report's facts and the sites' signed receipts, it computes the privacy
+loss by itself (its distribution, rounded up and composed by FFT; for a ledger the Renyi divergence), and compares
+epsilon and verdict.  Exit code 0: all holds; 1: not, or not comparable.  `fedtune report verify` checks other figures.
 """
 
 from __future__ import annotations
@@ -30,11 +29,9 @@ from scipy.special import expit, ndtr
 from scipy.stats import binom
 
 SCHEMA = 10
-SLACK = 1e-3  # this program's epsilon is an upper bound, in tests at most half as much above fedtune's
-LAST_DIGITS = 1e-9
+SLACK, LAST_DIGITS = 1e-3, 1e-9  # this program's epsilon is an upper bound, in tests at most SLACK / 2 above fedtune's
 MONTHS = {"month": 1, "quarter": 3, "year": 12}
-BOUND = 60.0  # no loss beyond it is told from another
-FAR = 14.0  # standard deviations, beyond which nothing is that a delta could see
+BOUND, FAR = 60.0, 14.0  # of losses, and in standard deviations, beyond which nothing is told apart
 BESIDE_MODEL = {"README.md", "label.svg"}  # the model's card, directly in its folder
 A, B, IA3, NORMS, OFFSET = ".lora_A.weight", ".lora_B.weight", ".ia3_l", ".lora_magnitude_vector", ".scales.offset"
 # Kind of adapter -> its files, and what the names of each module's tensors there end with; the last one is trained.
@@ -47,9 +44,8 @@ TENSORS: dict[str, dict[str, tuple[str, ...]]] = {
 PEFT = {"bias": "none", "inference_mode": True, "init_lora_weights": True, "init_ia3_weights": True}  # of any adapter
 PEFT |= {"megatron_core": "megatron.core", "qalora_group_size": 16}
 PRETRAINED = {"digest": "vaultgemma", "unit": "sequence of 1,024 tokens", "delta": 1.1e-10, "epsilon": 2.0}
-HEADS = dict.fromkeys(("causal_lm", "preference", "embedding"), False)  # task -> whether it has a head
-HEADS |= dict.fromkeys(("classification", "multi_label", "ordinal", "regression", "survival", "votes"), True)
-HEADS |= {"token_classification": True}
+WITH_HEAD = ("classification", "multi_label", "ordinal", "regression", "survival", "votes", "token_classification")
+HEADS = dict.fromkeys(("causal_lm", "preference", "embedding"), False) | dict.fromkeys(WITH_HEAD, True)  # of each task
 MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
 Json = dict[str, Any]
 LAPLACE = 0.0
@@ -68,16 +64,14 @@ def require(right: bool, text: str) -> None:
 def read_json(path: Path) -> Json:
     """An object of a file; a pipe would be waited for."""
     require(path.is_file(), f"{path} is not a file")
+
+    def without_repeats(pairs: list[tuple[str, Any]]) -> Json:  # whoever repeats a key changes no signed byte
+        require(len(dict(pairs)) == len(pairs), f"{path} repeats a key")
+        return dict(pairs)
+
     found = json.loads(path.read_bytes(), object_pairs_hook=without_repeats)
     require(isinstance(found, dict), f"{path} is not an object")
     return dict(found)
-
-
-def without_repeats(pairs: list[tuple[str, Any]]) -> Json:
-    """An object whose keys are different: a repeated one would change a file, and not what its signature covers."""
-    found = dict(pairs)
-    require(len(found) == len(pairs), f"a key is repeated among {sorted(found)[:9]}")
-    return found
 
 
 def is_signed(key: str, purpose: str, message: bytes, signature: str) -> bool:
@@ -110,27 +104,21 @@ def members(path: Path, signer: str) -> list[Json]:
 
 def plan_digest(plan: Json) -> str:
     """SHA-256 of a plan as a site signs it: without what is usual."""
-    fields = dict(plan)
-    if fields["unit"] == "record":
-        del fields["records_per_user"]
-    for key, usual in (("shared", None), ("cohorts", None), ("runs", 1), ("noise", "gaussian")):
-        if fields.get(key) == usual:
-            fields.pop(key, None)
+    usual = {"shared": None, "cohorts": None, "runs": 1, "noise": "gaussian"}
+    usual |= {"records_per_user": plan["records_per_user"]} if plan["unit"] == "record" else {}
+    fields = {key: value for key, value in plan.items() if key not in usual or value != usual[key]}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def events_of(plan: Json, rounds: int) -> dict[Event, int]:
-    """The mechanisms of so many rounds of a plan, counted; of secure aggregation the fewest honest shares are its
-    noise.
-    """
+    """The mechanisms of so many rounds of a plan, counted; secure aggregation counts the fewest honest shares."""
     noise, shared = float(plan["noise_multiplier"]), plan["shared"]
     if shared is not None:
         noise = shared["noise_multiplier"] * math.sqrt(max(1, shared["threshold"] - shared["colluders"]))
     rate = LAPLACE if plan.get("noise") == "laplace" else float(plan["sampling_rate"])
     found = {(rate, noise): plan["local_steps"] * rounds}
-    if plan["metrics_noise_multiplier"] > 0:
-        event = (1.0, float(plan["metrics_noise_multiplier"]))
-        found[event] = found.get(event, 0) + rounds
+    if (of_scores := float(plan["metrics_noise_multiplier"])) > 0:
+        found[1.0, of_scores] = found.get((1.0, of_scores), 0) + rounds
     return {event: count for event, count in found.items() if count}
 
 
@@ -162,11 +150,7 @@ def loss_distribution(event: Event, width: float, *, removed: bool) -> tuple[np.
     none = between(low / sigma, high / sigma)
     mixed = (1 - rate) * none + rate * between((low - 1) / sigma, (high - 1) / sigma)
     upper, other = (mixed, none) if removed else (none, mixed)
-    # p(low) + p(high) = upper; p(low) e^-low + p(high) e^-high = other
-    high_part = np.clip((upper - other * np.exp(grid[:-1])) / -np.expm1(-width), 0.0, upper)
-    chances = np.zeros(len(grid))
-    chances[1:] += high_part
-    chances[:-1] += upper - high_part
+    chances = split_over_ends(upper, other, grid, width)
     # All below the grid counts at its first point, all above as certain to give the record away.
     chances[0] += mass_of(x[0], rate, sigma, removed=removed, above=False)
     return chances, first, mass_of(x[-1], rate, sigma, removed=removed, above=True)
@@ -181,12 +165,15 @@ def laplace_distribution(scale: float, width: float) -> tuple[np.ndarray, int, f
     mixed = np.diff(np.exp((inside - 1) / scale / 2) / 2, prepend=0.0)
     none = np.diff(1 - np.exp(-(inside + 1) / scale / 2) / 2, prepend=0.0)
     mixed[-1], none[-1] = 1 - mixed[:-1].sum(), 1 - none[:-1].sum()
-    high_part = np.clip((mixed[1:] - none[1:] * np.exp(grid[:-1])) / -np.expm1(-width), 0.0, mixed[1:])
-    chances = np.zeros(len(grid))
-    chances[1:] += high_part
-    chances[:-1] += mixed[1:] - high_part
+    chances = split_over_ends(mixed[1:], none[1:], grid, width)
     chances[0] += mixed[0]
     return chances, -last, 0.0
+
+
+def split_over_ends(upper: np.ndarray, other: np.ndarray, grid: np.ndarray, width: float) -> np.ndarray:
+    """Solve p(low) + p(high) = upper and p(low) e^-low + p(high) e^-high = other for each cell, and sum by point."""
+    high_part = np.clip((upper - other * np.exp(grid[:-1])) / -np.expm1(-width), 0.0, upper)
+    return np.append(0.0, high_part) + np.append(upper - high_part, 0.0)
 
 
 def loss_at(x: np.ndarray, rate: float, sigma: float) -> np.ndarray:
@@ -287,8 +274,7 @@ def filter_epsilon(charged: dict[Event, int], order: float, delta: float) -> flo
 
 def rounds_of(facts: Json, site: Json) -> int:
     """Rounds that count as charged: what the site signed once the run had ended there, else all."""
-    plan, receipt = facts["plan"], site["receipt"]
-    most = max_rounds(plan)
+    plan, receipt, most = facts["plan"], site["receipt"], max_rounds(facts["plan"])
     if receipt is None:
         return most
     name, charged = site["site"], receipt["charged_rounds"]
@@ -300,10 +286,8 @@ def rounds_of(facts: Json, site: Json) -> int:
     require(of_plan, f"{name} signed another plan")
     require(0 <= charged <= most, f"{name} signed more rounds than the plan has")
     require(receipt["seeded_noise"] <= facts["seeded_noise"], f"{name} signed that its noise came from a seed")
-    updates = sum(
-        name in one["sites"] or one["failed_sites"].get(name) in ("invalid_update", "beyond_plan")
-        for one in facts["rounds"]
-    )
+    sent = ("invalid_update", "beyond_plan")
+    updates = sum(name in one["sites"] or one["failed_sites"].get(name) in sent for one in facts["rounds"])
     runs = site["statement"]["lifetime"]["runs"] if site["statement"] else []
     told = [one["rounds"] for one in runs if one["run"] == facts["run"]]
     rounds = max([int(charged if receipt["ended"] else most), *told])
@@ -328,12 +312,12 @@ def check_sent(facts: Json, keys: dict[str, str] | None) -> None:
     said = {site["site"]: site["declared_size"] for site in facts["sites"]}
     require(said == declared and len(facts["sites"]) == len(declared), "its sites are not those that were asked")
     require(facts["target_epsilon"] in (sent["privacy"]["epsilon"], None), "its target is not what the run was given")
-    require(made["model_sha256"] == sent["model"]["sha256"], "its base model is not the one that the sites were sent")
-    require(made["dataset"] == sent["data"]["dataset"] and made["task"] == sent["task"], "its records are others")
+    about = (sent["model"]["sha256"], sent["data"]["dataset"], sent["task"])
+    require((made["model_sha256"], made["dataset"], made["task"]) == about, "the sites were sent another base or data")
     start, asked = made["start_adapter"] or {}, sent["model"]["adapter_sha256"]
-    signers = {*(sent["privacy"].get("start_keys") or ())}
+    signers = set(sent["privacy"].get("start_keys") or ())
     counted = start.get("epsilon") is not None and not start.get("public") and not PRETRAINED.items() <= start.items()
-    proved = not counted or (keys is not None and signers and signers <= {*keys.values()})
+    proved = not counted or bool(keys and signers and signers <= {*keys.values()})
     require(proved, "the epsilon of the training before this run is the lead's word, or give a --roster with its sites")
     require(asked in (None, start.get("digest")), "it began in another adapter")
     require(start.get("public", False) == ("public" in sent), "the sites were sent another origin of its start")
@@ -390,31 +374,27 @@ def check_run(report: Json, keys: dict[str, str] | None, folder: Path) -> tuple[
 def state_at(facts: Json, site: Json, epsilon: float, rounds: int) -> str:
     """The verdict at one site of a run, by the epsilon that this program found."""
     target, made, audit = number(facts["target_epsilon"]), facts["provenance"], facts["audit"]
-    nothing = [
-        rounds > 0 and (math.isinf(epsilon) or facts["seeded_noise"]),
-        facts["config_file_sha256"] != made["config_sha256"],
-        audit is None and facts["canaries_planted"],
-        audit is not None and is_refuted(audit, site["site"], epsilon),
-    ]
+    nothing = rounds > 0 and (math.isinf(epsilon) or facts["seeded_noise"])
+    nothing |= facts["config_file_sha256"] != made["config_sha256"]
+    nothing |= facts["canaries_planted"] if audit is None else is_refuted(audit, site["site"], epsilon)
     statement = site["statement"]
     told = statement["verdict"]["state"] if statement else "within"
-    if any(nothing) or told == "no_guarantee" or (statement and not statement["same_plan"]):
+    if nothing or told == "no_guarantee" or (statement and not statement["same_plan"]):
         return "no_guarantee"
-    above = rounds > 0 and is_above(epsilon, target)
-    return "exceeded" if above or told == "exceeded" else "within"
+    return "exceeded" if (rounds > 0 and is_above(epsilon, target)) or told == "exceeded" else "within"
 
 
 def is_refuted(audit: Json, site: str, epsilon: float) -> bool:
     """Whether an attack's right guesses deny the epsilon (Steinke, Nasr and Jagielski 2023, Theorem 5.2)."""
+    refuted = bool(audit["exceeded"])
     for bound in audit["bounds"]:
         if bound["site"] in (site, None):
             guesses, right = bound["guesses"], bound["correct"]
             hits = binom.pmf(np.arange(guesses + 1), guesses, expit(min(epsilon, bound["claimed_epsilon"])))
             below = np.cumsum(hits[:right][::-1]) / np.arange(1, right + 1)
             chance = hits[right:].sum() + 2 * bound["canaries"] * audit["delta"] * below.max(initial=0.0)
-            if chance < (1 - audit["confidence"]) / len(audit["bounds"]):
-                return True
-    return bool(audit["exceeded"])
+            refuted |= bool(chance < (1 - audit["confidence"]) / len(audit["bounds"]))
+    return refuted
 
 
 def check_ledger(report: Json, keys: dict[str, str] | None, signer: str) -> tuple[str, float]:
@@ -425,14 +405,11 @@ def check_ledger(report: Json, keys: dict[str, str] | None, signer: str) -> tupl
     require(keys is None or keys.get(site) == signer, f"the roster has another key of {site}")
     epsilon_by_filter = partial(filter_epsilon, order=facts["order"], delta=delta)
     cohorts = [0, *(span_of(run["plan"])[0] for run in facts["runs"])]
-    spent, in_period = (
-        max((charged_to(facts, cohort, period=period) for cohort in cohorts), key=epsilon_by_filter)
-        for period in (False, True)
-    )
+    of_all = [[charged_to(facts, cohort, period=period) for cohort in cohorts] for period in (False, True)]
+    spent, in_period = (max(one, key=epsilon_by_filter) for one in of_all)
     epsilon, life = epsilon_by_filter(spent), report["sites"][0]["lifetime"]
     check_epsilon("epsilon of all runs", life["epsilon"], epsilon)
-    of_period = epsilon_by_filter(in_period)
-    check_epsilon("epsilon of the period", life["period_epsilon"], of_period)
+    check_epsilon("epsilon of the period", life["period_epsilon"], of_period := epsilon_by_filter(in_period))
     caps, something, approved = facts["caps"], bool(spent), facts["approved"]
     charges = sum(entry["rounds"] if entry["run"] else 1 for entry in facts["charges"])
     ends = zip(caps, [*(cap["charges_before"] for cap in caps[1:]), charges], strict=True)
@@ -442,10 +419,8 @@ def check_ledger(report: Json, keys: dict[str, str] | None, signer: str) -> tupl
     if found is None or facts["in_doubt"] or seeded or without_cap or math.isinf(epsilon):
         return "no_guarantee", epsilon
     planned = {run["run"]: number(run["planned_epsilon"]) for run in life["runs"]}
-    above = [
-        is_above(epsilon, number(approved["max_epsilon"])),
-        is_above(of_period, number(approved["max_epsilon_per_period"])),
-    ]
+    totals = ((epsilon, "max_epsilon"), (of_period, "max_epsilon_per_period"))
+    above = [is_above(total, number(approved[cap])) for total, cap in totals]
     for run in facts["runs"]:
         whole = epsilon_of(events_of(run["plan"], max_rounds(run["plan"])), delta)
         check_epsilon(f"the plan of {run['run']}", planned[run["run"]], whole)
@@ -535,9 +510,7 @@ def check_files(facts: Json, folder: Path) -> None:
 
 
 def head_names(sent: Json, found: set[str]) -> set[str]:
-    """The names of a head's tensors, by the settings that the sites were sent; if an own task trains it, all that are
-    `found` but center and candidates are signed.
-    """
+    """The names of a head's tensors by the sent settings; if another package's task trains it, all that are `found`."""
     if sent["task"] not in HEADS:
         return found if sent["head"]["train"] else set()
     if sent["data"]["input"] == "features":
@@ -549,9 +522,7 @@ def head_names(sent: Json, found: set[str]) -> set[str]:
 
 
 def trained_digest(folder: Path, sent: Json) -> tuple[str, list[str]]:
-    """The digest of the tensors that a run trains, by the settings that its sites were sent, which each site signs, and
-    the adapted modules of the base.
-    """
+    """The digest of the tensors that a run trains by the sent settings, which sites sign, and the adapted modules."""
     kind, frozen, trained = TENSORS[sent["lora"]["kind"]], sent["task"] == "votes", dict[str, Any]()
     files = [*kind, *(["head"] if HEADS.get(sent["task"], (folder / "head.safetensors").is_file()) else [])]
     names = {"fedtune.json", *(["adapter_config.json"] if kind else []), *(f"{file}.safetensors" for file in files)}
@@ -584,9 +555,7 @@ def trained_digest(folder: Path, sent: Json) -> tuple[str, list[str]]:
 
 
 def check_peft_settings(own: Json, sent: Json, model: Json, modules: list[str]) -> None:
-    """Compare adapter_config.json with what follows from the settings that the sites were sent and from the tensors'
-    modules: any other key must be empty, so that PEFT applies what was trained.
-    """
+    """Compare what PEFT reads with what follows from the sent settings and the signed modules; the rest is empty."""
     lora, usual = sent["lora"], {key: value for key, value in PEFT.items() if key in own}
     task = "CAUSAL_LM" if sent["task"] in ("causal_lm", "preference") else "FEATURE_EXTRACTION"
     usual |= {"task_type": task, "revision": model["revision"], "peft_type": "IA3", "target_modules": modules}
@@ -596,23 +565,22 @@ def check_peft_settings(own: Json, sent: Json, model: Json, modules: list[str]) 
         named = sorted(last if isinstance(lora["target_modules"], str) else lora["target_modules"])
         usual |= {"peft_type": "LORA", "r": lora["rank"], "lora_alpha": lora["alpha"], "target_modules": named}
         usual |= {"use_rslora": lora["rslora"], "use_dora": lora["kind"] == "dora"}
-        usual |= {"layers_to_transform": sorted({int(number) for _, number, _ in places})}
-        usual |= {"layers_pattern": places[0][0].rpartition(".")[2]}
-    free = ("base_model_name_or_path", "fan_in_fan_out", "peft_version")
-    odd = [key for key in {*own, *usual} - {*free} if (own.get(key) or None) != (usual.get(key) or None)]
-    require(not odd, f"adapter_config.json does not follow from the settings that the sites were sent: {sorted(odd)}")
+        usual["layers_to_transform"] = sorted({int(layer) for _, layer, _ in places})
+        usual["layers_pattern"] = places[0][0].rpartition(".")[2]
+    compared = {*own, *usual} - {"base_model_name_or_path", "fan_in_fan_out", "peft_version"}
+    odd = sorted(key for key in compared if (own.get(key) or None) != (usual.get(key) or None))
+    require(not odd, f"adapter_config.json does not follow from the settings that the sites were sent: {odd}")
 
 
 def value_names(features: list[Json]) -> list[str]:
-    """The names of the values of a record with features."""
     found = list[str]()
     for one in features:
         low, high = map(float, one["range"] or (0, 0))
-        places = [""] if one["size"] is None else [f"[{place}]" for place in range(one["size"])]
-        for column in one["columns"]:
-            of_names = [*(f"{column} = {name}" for name in one["categories"]), f"{column}: other"]
-            found += of_names if one["categories"] else [f"{column}{at} in {low!r} to {high!r}" for at in places]
-            found += [f"{column}: missing"] * (one["missing"] == "indicator")
+        at = [""] if one["size"] is None else [f"[{place}]" for place in range(one["size"])]
+        ends = [f" = {name}" for name in one["categories"]] + [": other"]
+        ends = ends if one["categories"] else [f"{place} in {low!r} to {high!r}" for place in at]
+        ends += [": missing"] * (one["missing"] == "indicator")
+        found += [column + end for column in one["columns"] for end in ends]
     return found
 
 
@@ -626,22 +594,19 @@ def check_signed_adapter(facts: Json, folder: Path) -> None:
     asked |= {key: data[key] for key in ("labels", "target_range", "input")} | {"texts": texts.get(sent["task"], 1)}
     asked |= {"values": value_names(data["features"]), "model": own["model"], "schema_version": own["schema_version"]}
     base = {key: sent["model"][key] for key in ("sha256", "dtype", "gguf_file", "license")}
-    require(
-        own == asked and base.items() <= own["model"].items(), f"{folder} has other settings than the sites were sent"
-    )
+    same = own == asked and base.items() <= own["model"].items()
+    require(same, f"{folder} has other settings than the sites were sent")
     if (path := folder / "adapter_config.json").is_file():
         check_peft_settings(read_json(path), sent, own["model"], modules)
     charged = {site["site"]: site["receipt"] for site in facts["sites"] if rounds_of(facts, site)}
-    for name, receipt in charged.items():
-        signed = receipt["ended"] and receipt["reply"] == digest
-        require(signed, f"{name} did not sign that {folder} holds the final adapter")
     require(bool(charged), "no site signed the final adapter")
+    for name, one in charged.items():
+        require(one["ended"] and one["reply"] == digest, f"{name} did not sign that {folder} holds the final adapter")
 
 
 def verified(path: Path, *, key: str | None, roster: Path | None, model: Path | None) -> str:
     """What holds, in a sentence; raises Wrong where anything does not."""
-    path = path / "report.json" if path.is_dir() else path
-    report = read_json(path)
+    report = read_json(path := path / "report.json" if path.is_dir() else path)
     require(report.get("schema_version") == SCHEMA, f"it is no report of schema version {SCHEMA}")
     facts = report["facts"]
     of_run, settings = facts["kind"] == "run", facts["settings"]
@@ -655,9 +620,9 @@ def verified(path: Path, *, key: str | None, roster: Path | None, model: Path | 
     said = report["verdict"]["state"]
     require(said == state, f"its verdict is {said}, found {state}")
     check_epsilon("epsilon", report["epsilon"], epsilon)
-    require(of_run or report["sites"][0]["spent"]["epsilon"] == report["epsilon"], "its site has another epsilon")
     if of_run:
         check_files(facts, model or path.parent / "adapter")
+    require(of_run or report["sites"][0]["spent"]["epsilon"] == report["epsilon"], "its site has another epsilon")
     whose = "a simulation: one machine held all keys" if simulated else f"signed by {signer}"
     own = {site["site"] for site in report["sites"]}
     left = [one for one in listed if one["site"] in own and one.get("revoked")]

@@ -134,7 +134,7 @@ def test_html_tables_are_short_and_escaped(run: fedtune.Run, tmp_path: Path) -> 
 def test_report_checks_print_names_and_states(run: fedtune.Run) -> None:
     checks = fedtune.verify(run.folder)
     assert len(repr(checks).splitlines()) == len(checks)
-    assert re.search(r"^figures +right +Each epsilon", str(checks), re.MULTILINE)
+    assert re.search(r"^figures +passed +Each epsilon", str(checks), re.MULTILINE)
 
 
 def test_peft_model_generates_text_with_transformers(writer: fedtune.Run) -> None:
