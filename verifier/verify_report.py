@@ -145,7 +145,7 @@ def loss_distribution(event: Event, width: float, *, removed: bool) -> tuple[np.
     first, last = math.floor(max(least, -BOUND / width)) - 1, math.ceil(min(most, BOUND / width)) + 1
     grid = np.arange(first, last + 1) * width
     # Where on the line each loss of the grid is; the loss rises with x if removed, else it falls.
-    x = find_label_index(grid if removed else -grid, rate, sigma)
+    x = invert_loss(grid if removed else -grid, rate, sigma)
     low, high = (x[:-1], x[1:]) if removed else (x[1:], x[:-1])
     none = between(low / sigma, high / sigma)
     mixed = (1 - rate) * none + rate * between((low - 1) / sigma, (high - 1) / sigma)
@@ -182,7 +182,7 @@ def loss_at(x: np.ndarray, rate: float, sigma: float) -> np.ndarray:
     return shifted if rate == 1 else np.logaddexp(math.log1p(-rate), math.log(rate) + shifted)
 
 
-def find_label_index(losses: np.ndarray, rate: float, sigma: float) -> np.ndarray:
+def invert_loss(losses: np.ndarray, rate: float, sigma: float) -> np.ndarray:
     """Where on the line a loss is reached; -inf below all of them."""
     if rate == 1:
         return losses * sigma**2 + 0.5
@@ -572,7 +572,7 @@ def check_peft_settings(own: Json, sent: Json, model: Json, modules: list[str]) 
     require(not odd, f"adapter_config.json does not follow from the settings that the sites were sent: {odd}")
 
 
-def value_names(features: list[Json]) -> list[str]:
+def value_names(features: list[Json]) -> list[str]:  # as fedtune.json names the values of a record
     found = list[str]()
     for one in features:
         low, high = map(float, one["range"] or (0, 0))

@@ -101,8 +101,9 @@ def iter_raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenie
             documents = read_json_array(path, lenient=lenient, opens=span_formats.DOCUMENTS)
             return parse_pieces(path, documents, partial(span_formats.parse_bioc, path))
         case suffix if suffix == _CLASSES:
-            about = ((str(file.relative_to(path.parent)), file.parent.name) for file in list_image_files(path))
-            return ((number, {"image": name, "label": label}) for number, (name, label) in enumerate(about, 1))
+            files = list_image_files(path)
+            rows = ({"image": str(file.relative_to(path.parent)), "label": file.parent.name} for file in files)
+            return enumerate(rows, 1)
         case suffix if suffix == _BRAT:
             return parse_pieces(path, enumerate(sorted(path.glob("*.ann")), 1), span_formats.read_brat)
         case suffix:

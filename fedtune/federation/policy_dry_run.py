@@ -76,12 +76,8 @@ class DryRun:
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values, with broken rules in their JSON form."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        limit = self.limit and self.limit.to_json()
-        return fields | {
-            "violations": [one.to_json() for one in self.violations],
-            "limit": limit,
-            "allowed": self.allowed,
-        }
+        violations, limit = [one.to_json() for one in self.violations], self.limit and self.limit.to_json()
+        return fields | {"violations": violations, "limit": limit, "allowed": self.allowed}
 
 
 def find_strictest_dry_run(verdicts: Sequence[DryRun]) -> DryRun:

@@ -127,6 +127,9 @@ class RunFolder:
         Raises:
             ConfigError: the folder exists already, or cannot be created.
         """
+        taken = ConfigError("name", self.path.name, f"is taken: {self.path} exists; choose another")
+        if os.path.lexists(self.path):
+            raise taken
         new = [each for each in (self.path, *self.path.parents) if not each.exists()]
         staged = RunFolder(self.path.with_name(f".{self.path.name}.partial"))
         try:
@@ -137,13 +140,11 @@ class RunFolder:
                 write_durably(staged.selection, read_regular_file(inherited))
             write_durably(staged.config, config)
             staged.log.touch()
-            if not new or self.path != new[0]:
-                raise FileExistsError
             staged.path.rename(self.path)
         except OSError as error:
             shutil.rmtree(staged.path, ignore_errors=True)
-            if os.path.lexists(self.path):
-                raise ConfigError("name", self.path.name, f"is taken: {self.path} exists; choose another") from None
+            if os.path.lexists(self.path):  # another process was faster
+                raise taken from None
             self.remove(new)
             bound = f"must be a folder to write {self.path.name} into ({error.strerror})"
             raise ConfigError("tracking.output_dir", str(self.path.parent), bound) from None

@@ -72,9 +72,9 @@ class GateVerdict:
         """What the verdict says about the model, as the end of a sentence."""
         if self.failed:
             return f"must not be released: these rules fail: {', '.join(self.failed)}"
-        return (
-            "must not be released: all rules hold, but the run is a simulation" if self.simulated else "may be released"
-        )
+        if self.simulated:
+            return "must not be released: all rules hold, but the run is a simulation"
+        return "may be released"
 
     def sign(self, key: SigningKey) -> GateVerdict:
         """Return a copy of the verdict that is signed with `key`."""

@@ -27,7 +27,7 @@ def find_run_folder(config: RunConfig) -> Path:
             bound = "is supported only by a single simulate or run: start other runs with model.adapter=NAME-public"
             raise ConfigError("public.train_file", config.public.train_file, bound)
         folder = Path(config.tracking.output_dir) / config.name
-        if folder.exists() and (RunFolder(folder).has_begun() or folder.exists()):
+        if RunFolder(folder).has_begun() or folder.exists():
             raise ConfigError("name", config.name, f"is taken: {folder} exists; choose another, or resume={folder}")
         return folder
     folder = Path(config.resume)

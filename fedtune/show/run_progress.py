@@ -241,9 +241,8 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
         scores = (f"{site} {values[0]:.3f}" for site, values in measured[-1].site_scores.items())
         say_here(f"{about}: {', '.join(scores)}")
     if final.selected_round is not None:
-        say_here(
-            _describe_kept_round(final.selected_round, result, planned=count_rounds(result.rounds, config.federation))
-        )
+        planned = count_rounds(result.rounds, config.federation)
+        say_here(_describe_selected_round(final.selected_round, result, planned=planned))
     if final.metrics:
         before = f" (before: {_format_scores(final.metrics_before)})" if final.metrics_before else ""
         say_here(f"test: {_format_scores(final.metrics)}{before}", style="bold")
@@ -258,7 +257,7 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
     say_here(took + memory)
 
 
-def _describe_kept_round(kept: SelectedRound, result: RunResult, *, planned: int) -> str:
+def _describe_selected_round(kept: SelectedRound, result: RunResult, *, planned: int) -> str:
     """Describe the round of the selected checkpoint, and the effect of early stopping on epsilon."""
     score = _format_scores({kept.primary_metric: kept.score})
     text = f"selected: the adapter of round {kept.round} of {len(result.rounds)} (validation {score})"

@@ -138,7 +138,7 @@ class SiteProcess:
         return RunModel(self._model, config)
 
     def untested_model(self, config: RunConfig, policy: Policy) -> TaskModel:
-        """Return the model of a run for saving an adapter; without the test, which takes minutes, it must not train."""
+        """Return the untested model of a run for saving an adapter; testing takes minutes, and training requires it."""
         size = policy.declared_size(config.data.dataset)
         if self._model is not None and self._model.is_reusable_for(config, declared_size=size, inexact_allowed=True):
             return self._model.model

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 _NO_WORD = (0, 0)
 SWITCH_COST = 0.75  # of entering or leaving an entity, in nats
 SPLIT_ODDS = 2.0  # log-odds of B to I above which a word starts another entity
-MAX_OUTSIDE = 0.92  # of a text's words, in the prior that prediction corrects
+MAX_OUTSIDE = 0.92  # largest prior of a text's words to be outside that prediction corrects
 _MAX_WORD_TARGET = 1 << 40
 """Limit on a token's encoded target.  Further entities of the same word are not counted: with a hundred labels, a word
 can have five entities in addition to its label, and with fewer labels more.
@@ -306,9 +306,9 @@ def predict_entities(logits: Floats) -> list[Entity]:
 
     - Words are inside or outside of an entity, by the likeliest sequence (Viterbi) of the two states, where B and I of
       all labels are summed.  A change of state costs `SWITCH_COST`, since a word mostly has its neighbor's state.
-    - Most words of a text are outside, which each word's logits contain although its neighbors tell it as well.  A
-      word's log-odds of being inside gain half of those of the text's mean probability of being outside, taken to be
-      between 0.5 and `MAX_OUTSIDE`.
+    - Most words are outside, and each word's logits reflect this prior, which the neighbors' states reflect as well.
+      To correct it, a word's log-odds of being inside gain half of the log-odds of the text's mean probability of being
+      outside, clipped to 0.5 to `MAX_OUTSIDE`.
     - A word inside starts another entity if its log-odds of B to I exceed `SPLIT_ODDS`.
 
     An entity's label has the largest mean probability over its words.  With the likeliest tag of each word instead,

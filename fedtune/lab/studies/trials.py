@@ -66,7 +66,7 @@ class SearchTrial:
             ConfigError: another run has the same name.
         """
         folder = Path(config.tracking.output_dir) / config.name
-        if config.resume is None and folder.exists() and RunFolder(folder).has_begun():
+        if config.resume is None and RunFolder(folder).has_begun():
             config = resume_config(config, folder, name=config.name)
         folder = find_run_folder(config)
         result = read_result(folder, finished=True)
