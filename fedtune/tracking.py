@@ -293,6 +293,6 @@ def iter_final_figures(result: RunResult) -> Iterator[tuple[str, float]]:
         "system/total_seconds": final.seconds,
         "system/peak_memory_bytes": final.peak_memory_bytes,
         "system/kwh": final.energy.kwh if final.energy else None,
-        "kept_round": final.selected_round.round if final.selected_round else None,
+        "selected_round": final.selected_round.round if final.selected_round else None,
     }
     return ((name, score) for name, value in figures.items() if (score := convert_infinite_to_none(value)) is not None)

@@ -321,7 +321,7 @@ class Ledger:
         return compute_lifetime_budget(self.verified)
 
     def _repr_html_(self) -> str:
-        spent, left = self.spending, self.spending.left
+        spent, left = self.spending, self.spending.remaining_epsilon
         rows = {"epsilon over its lifetime": format_epsilon(spent.epsilon), "runs": len(spent.runs)}
         rows |= {"left": "no limit" if left is None else f"{left:.3f}", "events": len(self.verified.events)}
         return format_html_table(f"Ledger {self.path}", rows.items())

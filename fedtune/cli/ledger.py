@@ -309,22 +309,22 @@ def _build_lifetime_section(history: History, figures: Lifetime) -> Section:
     assert history.policy is not None
     charged = history.count_total_charges()
     share = compute_spent_fraction(history, charged, cap=history.cap)
-    set_aside = compute_spent_fraction(history, history.count_charges_and_reservations(history.now()), cap=history.cap)
-    with_set_aside = "charged, plus the reserves of open runs"
+    reserved = compute_spent_fraction(history, history.count_charges_and_reservations(history.now()), cap=history.cap)
+    with_reserved = "charged, plus the reserves of open runs"
     period = f"charged this {figures.period} ({format_cap(history.policy.budget.max_epsilon_per_period)})"
     cap = "unbounded" if math.isinf(history.cap) else f"{history.cap:g}"
     fixed = format_epsilon(filter.compute_epsilon_conversion_term(history.order, history.delta))
     note = f"A fixed part of {fixed} is charged once, with the first noisy step."
     note += " Shares are relative to the rest of the cap."
-    left = "" if figures.frozen or set_aside is None else f"{math.floor(max(0.0, 1 - set_aside) * 100)} %"
+    left = "" if figures.frozen or reserved is None else f"{math.floor(max(0.0, 1 - reserved) * 100)} %"
     runs = figures.reference_remaining_runs
     fits = "" if runs is None else f": {pluralize(runs, 'run')} like the policy's reference"
     fits = ": nothing, because it is frozen" if history.is_frozen else fits
     rows = (
         ("charged so far", format_epsilon(figures.epsilon), _format_share(share)),
-        (with_set_aside, format_epsilon(figures.with_set_aside), _format_share(set_aside)),
+        (with_reserved, format_epsilon(figures.with_reserved), _format_share(reserved)),
         ("cap", cap, "100 %" if share is not None else ""),
-        (f"left for new runs{fits}", format_rounded_down(convert_none_to_infinite(figures.left)), left),
+        (f"left for new runs{fits}", format_rounded_down(convert_none_to_infinite(figures.remaining_epsilon)), left),
         (period, format_epsilon(figures.period_epsilon), ""),
     )
     title, headings = f"Lifetime budget of each {history.opening.unit}, by the filter", ("", "epsilon", "share of cap")
@@ -337,8 +337,8 @@ def _build_arrivals_section(figures: Lifetime) -> Section:
     for one in figures.cohorts or ():
         spent = (
             format_epsilon(one.epsilon),
-            format_epsilon(one.with_set_aside),
-            format_rounded_down(convert_none_to_infinite(one.left)),
+            format_epsilon(one.with_reserved),
+            format_rounded_down(convert_none_to_infinite(one.remaining_epsilon)),
         )
         rows.append((load_catalog("en").arrivals([one.people]).unescape(), *spent))
     headings = ("people", "charged", "with reserves\nof open runs", "left for new runs")

@@ -52,7 +52,7 @@ def search(
             found.run(tried, run_trial)
     finally:
         if as_json:
-            print_json(tried.to_json() | {"price": convert_to_jsonable(found.price)})
+            print_json(tried.to_json() | {"cost": convert_to_jsonable(found.price)})
         elif tried.rows:
             show_trials(console, tried, again=again)
     if (best := tried.best) is not None:

@@ -45,7 +45,7 @@ from fedtune.report.loading_code import (
     build_input_loading_code,
     build_prediction_expression,
 )
-from fedtune.report.model_card import Form, render_card_files
+from fedtune.report.model_card import CardFormat, render_card_files
 from fedtune.runs.environment import write_lineage_mark
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks.base import Readout, Task
@@ -456,16 +456,16 @@ print(model.similarity(embeddings, embeddings))
 """Usage snippet for a sentence-transformers export without a head."""
 
 
-def get_card_form(format: str, config: RunConfig) -> Form:
+def get_card_form(format: str, config: RunConfig) -> CardFormat:
     """Return the model card's texts and loading code for an export format."""
     if format == "safetensors" and config.lora.kind != NO_ADAPTER:
         loading = build_adapter_loading_code(config, base="folder", folder="folder")
-        return Form(what=_WHOLE, library="transformers", relation="finetune", loading=loading)
+        return CardFormat(what=_WHOLE, library="transformers", relation="finetune", loading=loading)
     if format in ("peft", "safetensors"):
-        return Form.for_adapter(config, folder="folder")
+        return CardFormat.for_adapter(config, folder="folder")
     if lines := build_input_loading_code(config.data, base="", folder="folder", graph=True):
         lines += f"print({build_prediction_expression(config.bound_task)})\n"
-        return Form(what="An ONNX graph", library="onnx", relation="finetune", loading=lines)
+        return CardFormat(what="An ONNX graph", library="onnx", relation="finetune", loading=lines)
     what, library = _WHAT[format]
     task = config.bound_task
     loading = (
@@ -477,4 +477,4 @@ def get_card_form(format: str, config: RunConfig) -> Form:
         what, loading = _WHOLE, _FINDING
     if format == "sentence-transformers" and not task.has_head:
         what, loading = _EMBEDS, _EMBEDDING
-    return Form(what=what, library=library, relation="finetune", loading=loading)
+    return CardFormat(what=what, library=library, relation="finetune", loading=loading)

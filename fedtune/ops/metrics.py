@@ -62,7 +62,9 @@ FIGURES = {
         "Lifetime epsilon of the population by the filter: charged, or including reservations of open runs.", "part"
     ),
     "fedtune_site_epsilon_cap": Figure("Lifetime cap of the policy; infinite without a cap."),
-    "fedtune_site_epsilon_left": Figure("Epsilon left under the lifetime cap for new runs; infinite without a cap."),
+    "fedtune_site_epsilon_remaining": Figure(
+        "Epsilon left under the lifetime cap for new runs; infinite without a cap."
+    ),
     "fedtune_site_remaining_runs": Figure(
         "Number of runs like the policy's reference under the lifetime cap; infinite without a cap."
     ),
@@ -204,11 +206,11 @@ class SiteMetrics:
 def _list_budget_values(history: History) -> Values:
     taken = {
         "charged": history.count_total_charges(),
-        "with_set_aside": history.count_charges_and_reservations(history.now()),
+        "with_reserved": history.count_charges_and_reservations(history.now()),
     }
     yield "fedtune_site_epsilon_spent", {name: history.epsilon(spent) for name, spent in taken.items()}
     yield "fedtune_site_epsilon_cap", history.cap
-    yield "fedtune_site_epsilon_left", compute_remaining_epsilon(history)
+    yield "fedtune_site_epsilon_remaining", compute_remaining_epsilon(history)
     runs = count_remaining_reference_runs(history)
     yield "fedtune_site_remaining_runs", math.inf if runs is None else runs
 

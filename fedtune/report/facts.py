@@ -87,8 +87,8 @@ class CohortFigures:
 
     people: ArrivalRange
     epsilon: float | None
-    with_set_aside: float | None
-    left: float | None
+    with_reserved: float | None
+    remaining_epsilon: float | None
 
 
 @spec
@@ -97,10 +97,10 @@ class Lifetime:
 
     order: float
     epsilon: float | None
-    with_set_aside: float | None
+    with_reserved: float | None
     epsilon_pld: float | None
     epsilon_rdp: float | None
-    left: float | None
+    remaining_epsilon: float | None
     period: str
     period_epsilon: float | None
     reference_remaining_runs: int | None

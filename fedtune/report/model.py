@@ -33,7 +33,7 @@ Status = Literal["violated", "assumed", "asserted", "ensured", "verified"]
 
 
 @spec
-class Spent:
+class SpentBudget:
     """The guaranteed privacy loss of a site, and the loss of the charged rounds by each accountant."""
 
     # The proved figure, which the verdict uses. For a run with any charge it is the epsilon of the whole plan, since
@@ -121,7 +121,7 @@ class SiteReport:
     site: str
     source: Source  # source of the figures
     verdict: BudgetVerdict
-    spent: Spent
+    spent: SpentBudget
     meaning: Meaning | None
     mechanisms: tuple[Mechanism, ...]
     curve: tuple[CurvePoint, ...]

@@ -35,7 +35,7 @@ from fedtune.report.signing import compute_report_digest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Form:
+class CardFormat:
     """The format of a saved model: its name on the card, the Hub's metadata, and the code that loads it."""
 
     what: str  # description of the format
@@ -47,7 +47,7 @@ class Form:
     is_judged: bool = True  # whether the run's `fedtune gate` verdict applies to this model
 
     @classmethod
-    def for_adapter(cls, config: RunConfig, *, folder: str) -> Form:
+    def for_adapter(cls, config: RunConfig, *, folder: str) -> CardFormat:
         """Describe an adapter that is loaded on top of its base model; `folder` is its path in the loading code."""
         base, needs_base = find_public_location(config.model), config.lora.kind != NO_ADAPTER
         loading = build_adapter_loading_code(config, base=base, folder=folder)
@@ -70,16 +70,16 @@ def write_report_and_card(run: Path, *, language: str) -> None:
 def render_adapter_card(run: Path, report: Report) -> Mapping[str, bytes]:
     """Return the model card and the privacy label of a run's adapter (file name -> content)."""
     record, adapter = read_run(run), RunFolder(run).adapter.name
-    files = render_card_files(record, report, Form.for_adapter(record.config, folder=adapter))
+    files = render_card_files(record, report, CardFormat.for_adapter(record.config, folder=adapter))
     return {f"{adapter}/{name}": data for name, data in files.items()}
 
 
-def render_card_files(record: RunRecord, report: Report, form: Form) -> Mapping[str, bytes]:
+def render_card_files(record: RunRecord, report: Report, form: CardFormat) -> Mapping[str, bytes]:
     """Return the model card of a finished run's model and its privacy label (file name -> content)."""
     return {CARD: render_card_text(record, report, form).encode(), LABEL: render_label(report, language="en").encode()}
 
 
-def render_card_text(record: RunRecord, report: Report, form: Form) -> str:
+def render_card_text(record: RunRecord, report: Report, form: CardFormat) -> str:
     """Return the model card of a finished run's model as Markdown; equal runs give equal cards."""
     model, made = record.config.model, record.result and record.result.provenance
     example = '[("a text", "another")]' if "text_pair" in record.config.data.columns else '["a text"]'
@@ -106,7 +106,7 @@ def render_card_text(record: RunRecord, report: Report, form: Form) -> str:
     return f"---\n{_build_front_matter(record, words, form).to_yaml()}\n---\n\n{body}"
 
 
-def _build_front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
+def _build_front_matter(record: RunRecord, words: Words, form: CardFormat) -> ModelCardData:
     config = record.config
     task, model, dataset = config.bound_task, config.model, config.data.dataset
     scores = {

@@ -382,7 +382,7 @@ def _find_differences(where: str, said: Any, found: Any, *, under: float = _LAST
         for key in said:
             place = f"{where}.{key}" if where else key
             numbers = isinstance(said[key], int | float) and isinstance(found[key], int | float)
-            if numbers and (key == "left" or key.endswith("noise_multiplier")):
+            if numbers and (key == "remaining_epsilon" or key.endswith("noise_multiplier")):
                 difference = said[key] - found[key]  # rounded down, so that slightly less is accepted
                 if not -TOLERANCE * max(1.0, found[key]) <= difference <= _LAST_DIGITS * found[key]:
                     yield Problem(place, said[key], found[key])

@@ -95,7 +95,14 @@ def test_noiseless_run_is_unbounded_in_text_and_null_in_json(site: Any) -> None:
     assert "NO GUARANTEE" in out
     assert "unbounded" in out
     figures = json.loads(run_command("ledger", "spent", str(site.ledger), "--json").out)
-    for key in ("epsilon", "epsilon_pld", "epsilon_rdp", "max_epsilon", "left", "reference_remaining_runs"):
+    for key in (
+        "epsilon",
+        "epsilon_pld",
+        "epsilon_rdp",
+        "max_epsilon",
+        "remaining_epsilon",
+        "reference_remaining_runs",
+    ):
         assert figures[key] is None, key
     assert figures["guarantee"] is False
     assert "WITHOUT NOISE" in run_command("ledger", "show", str(site.ledger)).out
@@ -120,7 +127,7 @@ def test_freeze_requires_a_reason_and_leaves_no_budget(site_with_history: Any) -
     assert "FROZEN" in spent.out
     assert "nothing, because it is frozen" in spent.out
     figures = json.loads(run_command("ledger", "spent", str(site_with_history.ledger), "--json").out)
-    assert (figures["frozen"], figures["left"], figures["reference_remaining_runs"]) == (True, 0, 0)
+    assert (figures["frozen"], figures["remaining_epsilon"], figures["reference_remaining_runs"]) == (True, 0, 0)
     site_with_history.ledger.unlink()
     assert run_command(*freeze, "x").code == 2
     assert not site_with_history.ledger.exists()

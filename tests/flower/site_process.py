@@ -32,7 +32,7 @@ from faults import Faulty  # noqa: E402
 from flwr.app import ConfigRecord, Message, RecordDict  # noqa: E402
 
 import fedtune.ops.wire.bounded_http as bounded_http  # noqa: E402
-from fedtune.ops.wire.fleet import Fleet, MessageGone, Unauthorised, Unreachable  # noqa: E402
+from fedtune.ops.wire.fleet import Fleet, MessageGone, Unauthorized, Unreachable  # noqa: E402
 from fedtune.ops.wire.identity import Tls  # noqa: E402
 
 
@@ -99,9 +99,9 @@ class Polling:
     def _tried(self, work: Callable[[], Any]) -> Any:
         try:
             return work()
-        except (Unreachable, Unauthorised, MessageGone) as error:
+        except (Unreachable, Unauthorized, MessageGone) as error:
             note("trouble", kind=type(error).__name__, text=str(error))
-            self._active = self._active and not isinstance(error, Unauthorised)
+            self._active = self._active and not isinstance(error, Unauthorized)
             return None
 
 

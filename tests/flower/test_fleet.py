@@ -19,7 +19,7 @@ from flwr.supercore.date import now
 import fedtune.ops.wire.fleet as fleet_module
 import fedtune.ops.wire.waiting as waiting
 from fedtune.ops.wire import identity
-from fedtune.ops.wire.fleet import Fleet, Unauthorised, Unreachable, ask_site_name
+from fedtune.ops.wire.fleet import Fleet, Unauthorized, Unreachable, ask_site_name
 from fedtune.ops.wire.identity import Tls
 from fedtune.ops.wire.waiting import WAIT, Bell, Questions
 
@@ -49,7 +49,7 @@ def list_status(network: Loopback, name: str) -> list[str]:
     return [status for (status,) in network.rows(f"SELECT status FROM node WHERE name = '{name}'")]
 
 
-def succeeds(work: Callable[[], Any], *, error: type[Exception] | tuple[type[Exception], ...] = Unauthorised) -> bool:
+def succeeds(work: Callable[[], Any], *, error: type[Exception] | tuple[type[Exception], ...] = Unauthorized) -> bool:
     try:
         work()
     except error:
@@ -61,9 +61,9 @@ def test_unregistered_member_with_a_valid_certificate_is_refused(network: Loopba
     # The lead's, for example, or that of a site whose kit was made and not yet copied to the server.
     for name in ("lead", "newcomer"):
         tls = network.authority.issue(name)
-        with pytest.raises(Unauthorised, match="the server refused this site: unknown"):
+        with pytest.raises(Unauthorized, match="the server refused this site: unknown"):
             ask_site_name(network.address, tls)
-        with pytest.raises(Unauthorised, match="unknown"):
+        with pytest.raises(Unauthorized, match="unknown"):
             join_network(tls).activate()
     assert network.rows("SELECT count(*) FROM node") == [(len(network.members),)], "nobody registers himself"
 
@@ -73,7 +73,7 @@ def test_wrong_site_clock_is_named_in_the_error(
     network: Loopback, monkeypatch: pytest.MonkeyPatch, seconds: int, says: str
 ) -> None:
     monkeypatch.setattr(fleet_module, "now", lambda: now() + datetime.timedelta(seconds=seconds))
-    with pytest.raises(Unauthorised, match=f"its clock is {says}"):
+    with pytest.raises(Unauthorized, match=f"its clock is {says}"):
         ask_site_name(network.address, network.tls["a"])
 
 
@@ -94,7 +94,7 @@ def test_site_is_added_and_revoked_while_the_server_runs(network: Loopback, join
     bystander.activate()
     tls = network.add_member("guest")
     fleet = join_network(tls)
-    wait_for(lambda: succeeds(fleet.activate, error=(Unauthorised, Unreachable)), what="the roster")
+    wait_for(lambda: succeeds(fleet.activate, error=(Unauthorized, Unreachable)), what="the roster")
     assert ask_site_name(network.address, tls) == "guest"
     assert fleet.receive() is None
 
@@ -105,7 +105,7 @@ def test_site_is_added_and_revoked_while_the_server_runs(network: Loopback, join
         nonlocal said
         try:
             fleet.receive()
-        except Unauthorised as error:
+        except Unauthorized as error:
             said = str(error)
         # A call that was under way when the roster changed is refused by Flower itself, which gives no reason.
         return bool(said) and not said.endswith("(401)")
@@ -113,7 +113,7 @@ def test_site_is_added_and_revoked_while_the_server_runs(network: Loopback, join
     wait_for(is_refused, what="the roster")
     assert said.endswith(": revoked")
     for call in (lambda: ask_site_name(network.address, tls), fleet.activate):
-        with pytest.raises(Unauthorised, match="the server refused this site: revoked"):
+        with pytest.raises(Unauthorized, match="the server refused this site: revoked"):
             call()
     assert bystander.receive() is None, "the others notice nothing"
     assert list_status(network, "guest") == ["unregistered"]

@@ -19,7 +19,7 @@ from flwr.superlink.config_loader import get_federation_manager, get_objectstore
 
 from fedtune.ops.wire import superlink
 from fedtune.ops.wire.audit_log import AuditLog
-from fedtune.ops.wire.fleet import HELLO, Unauthorised, ask_site_name
+from fedtune.ops.wire.fleet import HELLO, Unauthorized, ask_site_name
 from fedtune.ops.wire.superlink import apply_roster
 
 from . import loopback
@@ -99,7 +99,7 @@ def test_server_creates_its_database_and_logs_connections(own_network: Loopback)
     assert ask_site_name(own_network.address, own_network.tls["a"]) == "a"
     own_network.set_revoked("a")
     wait_for(lambda: "a was revoked" in own_network.output, seconds=15)
-    with pytest.raises(Unauthorised, match="revoked"):
+    with pytest.raises(Unauthorized, match="revoked"):
         ask_site_name(own_network.address, own_network.tls["a"])
     own_network.process.ask_to_end()
     assert own_network.process.end(seconds=15) == 0

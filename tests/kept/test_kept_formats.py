@@ -14,7 +14,7 @@ from ..conftest import run_command
 from .__main__ import measure_parameter_norms
 
 IDENTITIES = ("ledger", "site_key", "num_events")
-EPSILONS = ("epsilon", "epsilon_pld", "epsilon_rdp", "left")
+EPSILONS = ("epsilon", "epsilon_pld", "epsilon_rdp", "remaining_epsilon")
 ARCHIVES = sorted(Path(__file__).parent.glob("*.tar.xz"))
 
 

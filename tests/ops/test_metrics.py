@@ -99,21 +99,21 @@ def test_site_budget_metrics_match_the_ledger(north_folder: Path, run_proposal: 
     ledger, asked = SiteFiles.from_site_toml(north_folder / "site.toml").open_ledger(), run_proposal()
     assert list_values(scrape_figures(metrics.collect_values), "fedtune_site_epsilon_spent") == {
         "charged": 0.0,
-        "with_set_aside": 0.0,
+        "with_reserved": 0.0,
     }
     assert isinstance(ledger.reserve(asked, round=1, request="1"), Reservation)
     samples, told = (
         scrape_figures(metrics.collect_values),
         json.loads(command("ledger", "spent", str(north_folder), "--json").out),
     )
-    spent = {"charged": told["epsilon"], "with_set_aside": told["with_set_aside"]}
+    spent = {"charged": told["epsilon"], "with_reserved": told["with_reserved"]}
     assert list_values(samples, "fedtune_site_epsilon_spent") == pytest.approx(spent)
-    assert 0 < spent["charged"] < spent["with_set_aside"]
+    assert 0 < spent["charged"] < spent["with_reserved"]
     assert list_values(samples, "fedtune_site_epsilon_cap") == {"": told["max_epsilon"]}
     (left,), (runs,) = (
-        list_values(samples, f"fedtune_site_{name}").values() for name in ("epsilon_left", "remaining_runs")
+        list_values(samples, f"fedtune_site_{name}").values() for name in ("epsilon_remaining", "remaining_runs")
     )
-    assert (left, runs) == (told["left"], told["reference_remaining_runs"])
+    assert (left, runs) == (told["remaining_epsilon"], told["reference_remaining_runs"])
     assert 1 <= runs < math.inf
     assert list_values(samples, "fedtune_site_ledger_usable") == {"": 1.0}
 
@@ -128,7 +128,7 @@ def test_exhausted_ledger_reports_zero_runs_and_damaged_ledger_no_budget(north_f
     assert refused.value.reason is Reason.MAX_EPSILON
     samples = scrape_figures(metrics.collect_values)
     assert list_values(samples, "fedtune_site_remaining_runs") == {"": 0.0}
-    assert list_values(samples, "fedtune_site_epsilon_left")[""] > 0
+    assert list_values(samples, "fedtune_site_epsilon_remaining")[""] > 0
     ledger.freeze("consent withdrawn")
     assert list_values(scrape_figures(metrics.collect_values), "fedtune_site_ledger_usable") == {"": 0.0}
     data = bytearray((north_folder / "ledger.db").read_bytes())

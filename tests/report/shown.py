@@ -242,7 +242,7 @@ def add_drift(run: Report) -> Report:
 def use_up_room(ledger: Report, *, left: float) -> Report:
     """The same ledger after so much that no run like the policy's reference fits what is left."""
     (site,) = ledger.sites
-    lifetime = replace(site.lifetime, left=left, reference_remaining_runs=0, with_set_aside=6.0 - left)
+    lifetime = replace(site.lifetime, remaining_epsilon=left, reference_remaining_runs=0, with_reserved=6.0 - left)
     return change_first_site(ledger, lifetime=lifetime)
 
 
@@ -310,7 +310,7 @@ def build_wide_ledger(*, runs: int = 500) -> Report:
     ]
     limits = [(f"{2020 + n}-01-01T08:00:00+00:00", 4.0 + n, n) for n in range(3)]
     caps = tuple(Cap(time=time, max_epsilon=cap, charges_before=charges) for time, cap, charges in limits)
-    lifetime = replace(site.lifetime, runs=repeat_items(site.lifetime.runs), caps=caps, with_set_aside=2.5)
+    lifetime = replace(site.lifetime, runs=repeat_items(site.lifetime.runs), caps=caps, with_reserved=2.5)
     last = "2026-02-01T08:00:00+00:00"
     refusal = Release(kind="refusal", run=HOSTILE, reason="max_epsilon", count=12345, first=None, last=last)
     of_site = {"lifetime": lifetime, "mechanisms": repeat_items(site.mechanisms), "steps": tuple(steps)}

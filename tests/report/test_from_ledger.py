@@ -56,7 +56,7 @@ def test_report_figures_match_the_ledger(charged_ledger: Books) -> None:
     assert report.epsilon == site.spent.epsilon == site.lifetime.epsilon == expected
     assert (site.spent.rounds, site.spent.steps) == (3, 6)
     assert [(m.run, m.rounds, m.noise_multiplier) for m in site.mechanisms] == [("r", 2, 4.0), ("s", 1, 6.0)]
-    assert site.lifetime.with_set_aside > site.lifetime.epsilon, "both runs are open"
+    assert site.lifetime.with_reserved > site.lifetime.epsilon, "both runs are open"
     runs = [(run.run, run.state, run.rounds, run.max_rounds) for run in site.lifetime.runs]
     assert runs == [("r", "open", 2, 4), ("s", "open", 1, 4)]
     assert report.facts.date == history.last_time.date().isoformat()
@@ -79,13 +79,13 @@ def test_approvals_show_person_ticket_and_reason_but_denials_do_not(books: Any) 
 def test_lifetime_figures_account_for_expired_runs_and_the_current_period(charged_ledger: Books) -> None:
     verified = verify(charged_ledger.ledger)
     life = from_ledger.compute_lifetime_budget(verified)
-    assert ([run.state for run in life.runs], life.with_set_aside > life.epsilon) == (["open", "open"], True)
+    assert ([run.state for run in life.runs], life.with_reserved > life.epsilon) == (["open", "open"], True)
     assert life.period_epsilon == life.epsilon
     later = verified.history.last_time + timedelta(days=400)
     facts = from_ledger.collect_ledger_facts(verified.events, verified.history, verified=verified, most=0, now=later)
     after = ledger_figures.compute_lifetime(facts)
     assert [run.state for run in after.runs] == ["expired", "expired"]
-    assert (after.with_set_aside, after.epsilon, after.period_epsilon) == (life.epsilon, life.epsilon, 0.0)
+    assert (after.with_reserved, after.epsilon, after.period_epsilon) == (life.epsilon, life.epsilon, 0.0)
 
 
 def test_steps_list_rounds_and_switch_to_runs_for_long_histories(
@@ -166,7 +166,10 @@ def test_unrecorded_policy_change_is_reported_as_violated(charged_ledger: Books)
     assert read_status(report, "policy_noted") == "violated"
     assert report.assumptions[0].code == "policy_noted", "violated ones come first"
     assert report.facts.approved.max_epsilon == 4.0
-    assert report.sites[0].lifetime.left < from_ledger.build_ledger_report(charged_ledger.ledger).sites[0].lifetime.left
+    assert (
+        report.sites[0].lifetime.remaining_epsilon
+        < from_ledger.build_ledger_report(charged_ledger.ledger).sites[0].lifetime.remaining_epsilon
+    )
 
 
 @pytest.mark.parametrize("key", ["max_epsilon", "max_epsilon_per_period"])
@@ -237,8 +240,10 @@ def test_verdict_follows_the_caps_before_and_after_spending(
     assert report.facts.approved.max_epsilon_per_run == noted.get("max_epsilon_per_run")
     cap = noted["max_epsilon"]
     assert report.facts.approved.max_epsilon == (None if cap == ANY else cap) == site.lifetime.caps[-1].max_epsilon
-    assert (site.lifetime.left is None) == (cap == ANY)
-    assert site.lifetime.left != 0 or "above_lifetime_cap" in verdict[1] or "above_period_cap" in verdict[1]
+    assert (site.lifetime.remaining_epsilon is None) == (cap == ANY)
+    assert (
+        site.lifetime.remaining_epsilon != 0 or "above_lifetime_cap" in verdict[1] or "above_period_cap" in verdict[1]
+    )
 
 
 def test_old_anchor_excludes_rollback_only_up_to_its_event(books: Any, tmp_path: Path) -> None:

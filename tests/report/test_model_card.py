@@ -14,7 +14,7 @@ from fedtune.privacy.accountant import format_epsilon, format_factor
 from fedtune.report.facts import StartAdapter
 from fedtune.report.from_run import RunRecord, read_run
 from fedtune.report.model import Report
-from fedtune.report.model_card import Form, render_card_text
+from fedtune.report.model_card import CardFormat, render_card_text
 from fedtune.report.page.render import render_label
 from fedtune.report.synthetic_card import compose_losses
 from fedtune.report.verify_report import derive_report, problems
@@ -24,7 +24,7 @@ from ..conftest import simulate
 from .shown import change_facts, read_status
 
 STARTS = json.loads(Path(__file__).with_name("starts.json").read_text())
-FORM = Form(what="An adapter", library="peft", relation="adapter", loading="import peft", needs_base=True)
+FORM = CardFormat(what="An adapter", library="peft", relation="adapter", loading="import peft", needs_base=True)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_model_card_loads_in_hub_tools_and_matches_the_report(run_folder: Any, r
 @pytest.mark.parametrize(("kind", "words"), [("lora", "A LoRA"), ("dora", "A DoRA"), ("ia3", "An IA3")])
 def test_model_card_names_the_kind_of_adapter(record: RunRecord, run_report: Report, kind: str, words: str) -> None:
     of_kind = replace(record, config=replace(record.config, lora=replace(record.config.lora, kind=kind)))
-    text = render_card_text(of_kind, run_report, Form.for_adapter(of_kind.config, folder="adapter"))
+    text = render_card_text(of_kind, run_report, CardFormat.for_adapter(of_kind.config, folder="adapter"))
     assert kind in read_front_matter(text)["tags"]
     assert f"{words} adapter" in text
 

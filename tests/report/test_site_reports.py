@@ -127,12 +127,12 @@ def test_site_report_below_its_receipts_voids_the_guarantee(folder: Path) -> Non
 def test_self_contradicting_site_report_is_refused(folder: Path) -> None:
     (site,) = report_of(folder).sites
     (*earlier, newest) = site.mechanisms
-    figures = ("epsilon", "with_set_aside", "epsilon_pld", "epsilon_rdp")
+    figures = ("epsilon", "with_reserved", "epsilon_pld", "epsilon_rdp")
     for changes in (
         change_newest_run(site, rounds=0),
         change_newest_run(site, seeded_noise=True),
         {"mechanisms": (*earlier, replace(newest, noise_multiplier=9.0))},
-        change_lifetime(site, **dict.fromkeys(figures, 0.001), left=1.999),
+        change_lifetime(site, **dict.fromkeys(figures, 0.001), remaining_epsilon=1.999),
     ):
         forged = write_signed_report(folder, sites=(replace(site, **changes),))
         assert "is inconsistent" in read_refusal(folder, forged)
@@ -163,7 +163,7 @@ def test_date_of_a_site_report_is_shown_with_its_figures(folder: Path) -> None:
     assert "counts_of_events" in report.unprotected_figures, "the ledger's number of entries is among the figures"
 
 
-SPENT = ("epsilon", "with_set_aside", "period_epsilon")
+SPENT = ("epsilon", "with_reserved", "period_epsilon")
 
 
 def test_impossible_site_statement_is_detected(folder: Path) -> None:
@@ -180,7 +180,7 @@ def test_impossible_site_statement_is_detected(folder: Path) -> None:
         (change_newest_run(said, rounds=2), "lifetime.runs"),
         (change_newest_run(said, epsilon=0.01), "lifetime.runs.epsilon"),
         (change_newest_run(said, planned_epsilon=0.01), "lifetime.runs.planned_epsilon"),
-        (change_lifetime(said, **dict.fromkeys(SPENT, 0.001), left=1.999), "lifetime.epsilon"),
+        (change_lifetime(said, **dict.fromkeys(SPENT, 0.001), remaining_epsilon=1.999), "lifetime.epsilon"),
         (change_lifetime(said, caps=()), "caps"),
         (change_lifetime(said, order=1e300), "lifetime.order"),
         (change_lifetime(said, order=1.0), "lifetime.order"),

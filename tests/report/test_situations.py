@@ -243,7 +243,11 @@ def test_frozen_ledger_reports_no_remaining_budget(books: Books) -> None:
     books.refuse(Reason.FROZEN, run="r")
     report = check("frozen", from_ledger.build_ledger_report(books.site_toml))
     (site,) = report.sites
-    assert (site.lifetime.frozen, site.lifetime.left, site.lifetime.reference_remaining_runs) == (True, 0.0, 0)
+    assert (site.lifetime.frozen, site.lifetime.remaining_epsilon, site.lifetime.reference_remaining_runs) == (
+        True,
+        0.0,
+        0,
+    )
     assert explain_missing_room(report) == "closed"
     assert read_verdict(report) == ("within", ())
 

@@ -170,11 +170,13 @@ def test_tolerances_never_accept_understated_figures(a_report: Make, a_ledger_re
     # Nor is more left than the cap leaves.
     report = a_ledger_report()
     used_up = derive_from_facts(report, **change_approved(report.facts, max_epsilon=1.0))
-    assert (used_up.sites[0].lifetime.left, list_problem_places(used_up)) == (0.0, set())
+    assert (used_up.sites[0].lifetime.remaining_epsilon, list_problem_places(used_up)) == (0.0, set())
     for of, more, wrong in ((used_up, 1e-10, True), (report, 1e-6, True), (report, 0.1, True), (report, -1e-7, False)):
         life = of.sites[0].lifetime
-        found = list_problem_places(change_first_site(of, lifetime=replace(life, left=life.left + more)))
-        assert found == ({"sites.north-hospital.lifetime.left"} if wrong else set())
+        found = list_problem_places(
+            change_first_site(of, lifetime=replace(life, remaining_epsilon=life.remaining_epsilon + more))
+        )
+        assert found == ({"sites.north-hospital.lifetime.remaining_epsilon"} if wrong else set())
 
 
 def build_many_plans(report: Report, count: int) -> LedgerFacts:

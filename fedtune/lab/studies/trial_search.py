@@ -242,7 +242,7 @@ class Search:
         about = {
             "schema_version": SCHEMA_VERSION,
             "search": self._build_identity(),
-            "price": convert_to_jsonable(self.price),
+            "cost": convert_to_jsonable(self.price),
         }
         try:
             write_durably(self.folder / _FILE, to_json_text(about | more).encode())

@@ -28,7 +28,7 @@ from fedtune.ops.health import Health, State
 from fedtune.ops.kits.certificates import check_private
 from fedtune.ops.kits.kit_file import Kit, KitCertificate, require_model_reader
 from fedtune.ops.services.site_state import SiteState, lock_ledger
-from fedtune.ops.wire.line_errors import Expired, MessageGone, Unauthorised, Unreachable
+from fedtune.ops.wire.line_errors import Expired, MessageGone, Unauthorized, Unreachable
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refusal
 from fedtune.privacy.site_files import SiteFiles
@@ -240,7 +240,7 @@ class _Loop:
                 self._active = True
                 self._record_contact()  # the next call may take a long time
             message = self.fleet.receive()
-        except (Unreachable, Unauthorised) as error:
+        except (Unreachable, Unauthorized) as error:
             self._handle_connection_error(error)
             return None
         except MessageGone as error:
@@ -287,12 +287,12 @@ class _Loop:
             except MessageGone as error:
                 log.info("the server no longer accepts this answer", extra={"reason": str(error)})
                 return
-            except (Unreachable, Unauthorised) as error:
+            except (Unreachable, Unauthorized) as error:
                 self._handle_connection_error(error)
             if self.stop.is_set() or self.state.left_file.exists():
                 return  # the ledger stores the answer, and the lead will repeat the question
 
-    def _handle_connection_error(self, error: Unreachable | Unauthorised) -> None:
+    def _handle_connection_error(self, error: Unreachable | Unauthorized) -> None:
         expired = isinstance(error, Expired)
         self.health.update(state="expired" if expired else "disconnected")
         wait_s = self._wait_s if isinstance(error, Unreachable) else _UNAUTHORISED_S

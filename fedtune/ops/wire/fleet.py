@@ -38,7 +38,7 @@ from fedtune.flower.internals import (
 from fedtune.ops.kits.certificates import read_connection_key
 from fedtune.ops.wire.bounded_http import ResponseLimitExceeded, bound_client, replace_ssl_context
 from fedtune.ops.wire.identity import Tls, describe_clock_difference, explain_tls_refusal, harden_client
-from fedtune.ops.wire.line_errors import MessageGone, NotFedtuneServer, Unauthorised, Unreachable
+from fedtune.ops.wire.line_errors import MessageGone, NotFedtuneServer, Unauthorized, Unreachable
 from fedtune.ops.wire.message_objects import pull_message
 
 HELLO = "/v1/fedtune/hello"  # fedtune's own call, which returns the name of the calling site in the roster
@@ -85,7 +85,7 @@ class Fleet:
         """Register the node as online and start the heartbeats.
 
         Raises:
-            Unauthorised: the server does not know the key.
+            Unauthorized: the server does not know the key.
             Unreachable: there is no connection, or an earlier process of this node ended within the last twenty
                 seconds.
         """
@@ -95,7 +95,7 @@ class Fleet:
         try:
             with translate_line_errors():
                 self._node = node_pb2.Node(node_id=self._client.ActivateNode(request).node_id)
-        except Unauthorised as error:
+        except Unauthorized as error:
             ask_site_name(self._server, self._tls)  # raises the server's reason if it rejects the key
             raise Unreachable("an earlier connection of this site is still open, or the site was just added") from error
         self._may_have_lost_one = False
@@ -110,13 +110,13 @@ class Fleet:
 
         Raises:
             MessageGone: the server no longer has the message.
-            Unauthorised, Unreachable: as for `activate`.
+            Unauthorized, Unreachable: as for `activate`.
         """
         if self._may_have_lost_one:
             # Go offline and online again: the server delivers a message only once, and the lead repeats its question to
             # a site that comes back online.
             with (
-                contextlib.suppress(Unauthorised),
+                contextlib.suppress(Unauthorized),
                 translate_line_errors(),
             ):  # the server considers the node offline already
                 self._client.DeactivateNode(fleet_pb2.DeactivateNodeRequest(node_id=self._active_node.node_id))
@@ -148,7 +148,7 @@ class Fleet:
 
         Raises:
             MessageGone: the Flower run has ended, or is missing in the server's database.
-            Unauthorised, Unreachable: as for `activate`.
+            Unauthorized, Unreachable: as for `activate`.
         """
         node, run_id, id = self._active_node, reply.metadata.run_id, reply.object_id
         set_metadata(reply, message_id=id)
@@ -170,7 +170,7 @@ class Fleet:
                 inflating.push_objects(
                     objects.get_all_nested_objects(reply), push, object_ids_to_push={*self._begun[id].objects_to_push}
                 )
-        except Unauthorised as error:
+        except Unauthorized as error:
             self.activate()  # succeeds if the server lost its database and has registered the node again
             raise MessageGone("the server has lost the question to this answer") from error
         self._begun, self._may_have_lost_one = {}, in_doubt
@@ -227,7 +227,7 @@ def ask_site_name(server: str, tls: Tls) -> str:
     """Ask the server for this site's name in the roster; the call has no side effects.
 
     Raises:
-        Unauthorised: the server does not know this site, or the site is revoked; the error contains the reason.
+        Unauthorized: the server does not know this site, or the site is revoked; the error contains the reason.
         NotFedtuneServer: the answer does not come from a fedtune server.
         Unreachable: there is no connection.
     """
@@ -279,7 +279,7 @@ def sign_headers(tls: Tls) -> dict[str, str]:
     }
 
 
-def _build_refusal_error(answer: httpx.Response, what: str) -> Unauthorised | Unreachable:
+def _build_refusal_error(answer: httpx.Response, what: str) -> Unauthorized | Unreachable:
     """Build the error for a refused call, with the server's reason (such as "revoked") if the answer contains one.
 
     If the clocks differ too much, the error is Unreachable, so that the site retries until the clocks are corrected.
@@ -289,7 +289,7 @@ def _build_refusal_error(answer: httpx.Response, what: str) -> Unauthorised | Un
         if "clock" in reason and (apart := describe_clock_difference(answer, most_s=_MAX_APART_S)):
             return Unreachable(apart)
         what += f": {reason}"
-    return Unauthorised(what)
+    return Unauthorized(what)
 
 
 @contextmanager

@@ -5,11 +5,11 @@ from __future__ import annotations
 from fedtune.spec import RunError
 
 
-class Unauthorised(RunError):
+class Unauthorized(RunError):
     """The server rejects this node, because its key is unknown or revoked."""
 
 
-class Expired(Unauthorised):
+class Expired(Unauthorized):
     """The certificate of this node has expired."""
 
 

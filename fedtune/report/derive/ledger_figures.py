@@ -18,7 +18,7 @@ from fedtune.privacy.own_release import CHARGED_ONLY
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import profile, rules, verdicts
 from fedtune.report.facts import NOT_RECORDED, ChargedRounds, CohortFigures, LedgerFacts, Lifetime, LifetimeRun
-from fedtune.report.model import EpsilonStep, Mechanism, Report, SiteReport, Spent
+from fedtune.report.model import EpsilonStep, Mechanism, Report, SiteReport, SpentBudget
 from fedtune.show.budget_text import ArrivalRange
 
 
@@ -30,7 +30,7 @@ def derive_ledger_report(facts: LedgerFacts) -> Report:
         compute_lifetime(facts),
         facts.delta,
     )
-    spent = Spent(
+    spent = SpentBudget(
         epsilon=life.epsilon,
         epsilon_pld=life.epsilon_pld,
         epsilon_rdp=life.epsilon_rdp,
@@ -199,16 +199,16 @@ def compute_lifetime(facts: LedgerFacts) -> Lifetime:
     ]
     charged, most = _pick_largest_divergence(facts, spent), _pick_largest_divergence(facts, taken)
     left, each = (
-        _compute_divergence_left(facts, most),
+        _compute_remaining_divergence(facts, most),
         filter.compute_total_divergence([facts.reference.event], facts.order),
     )
     return Lifetime(
         order=facts.order,
         epsilon=_compute_epsilon_by_filter(facts, charged),
-        with_set_aside=_compute_epsilon_by_filter(facts, most),
+        with_reserved=_compute_epsilon_by_filter(facts, most),
         epsilon_pld=profile.epsilon_pld(charged, facts.delta),
         epsilon_rdp=profile.epsilon_rdp(charged, facts.delta),
-        left=left,
+        remaining_epsilon=left,
         period=facts.approved.period,
         period_epsilon=_compute_epsilon_by_filter(facts, find_largest_charges(facts, period=facts.approved.period)),
         reference_remaining_runs=None if left is None or each == 0 else math.floor(left / each),
@@ -237,15 +237,15 @@ def compute_lifetime(facts: LedgerFacts) -> Lifetime:
             CohortFigures(
                 people=ArrivalRange.from_cohort(cohort, after, facts.arrivals),
                 epsilon=_compute_epsilon_by_filter(facts, one),
-                with_set_aside=_compute_epsilon_by_filter(facts, with_held),
-                left=_compute_divergence_left(facts, with_held),
+                with_reserved=_compute_epsilon_by_filter(facts, with_held),
+                remaining_epsilon=_compute_remaining_divergence(facts, with_held),
             )
             for cohort, after, one, with_held in zip(begins, [*begins[1:], None], spent, taken, strict=True)
         ),
     )
 
 
-def _compute_divergence_left(facts: LedgerFacts, taken: Counter[DpEvent]) -> float | None:
+def _compute_remaining_divergence(facts: LedgerFacts, taken: Counter[DpEvent]) -> float | None:
     """Return the Renyi divergence left under the lifetime cap at the ledger's order; None: there is no cap."""
     if facts.frozen or facts.in_doubt:
         return 0.0

@@ -37,8 +37,7 @@ from fedtune.privacy.dp_library import (
 from fedtune.privacy.events import Charge, Spent
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.facts import NOT_RECORDED, Source
-from fedtune.report.model import Ceiling, CurvePoint, Meaning, Mechanism
-from fedtune.report.model import Spent as Figures
+from fedtune.report.model import Ceiling, CurvePoint, Meaning, Mechanism, SpentBudget
 from fedtune.spec import check_at_least
 
 DELTAS = tuple(10.0**-power for power in range(3, 11))  # deltas of the reports' curves, besides the report's own delta
@@ -300,7 +299,7 @@ def epsilon_rdp(spent: Spent, delta: float) -> float | None:
     return convert_infinite_to_none(accountant.compose_rdp(_sort_mechanisms(spent))(delta))
 
 
-def accountants_agree(figures: Figures, *, width: float) -> bool:
+def accountants_agree(figures: SpentBudget, *, width: float) -> bool:
     """Whether the PLD epsilon is at most the looser RDP epsilon, with a tolerance for the PLD bucket `width`.
 
     The PLD discretization error grows at most with `width` times about the square root of the number of mechanisms.

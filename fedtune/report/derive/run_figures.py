@@ -13,7 +13,7 @@ from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinit
 from fedtune.privacy.dp_library import GaussianDpEvent
 from fedtune.report.derive import profile, rules, verdicts
 from fedtune.report.facts import NOT_RECORDED, Release, RunFacts, SiteFacts, SiteStatement, Source
-from fedtune.report.model import EpsilonStep, Report, SiteReport, Spent, Utility
+from fedtune.report.model import EpsilonStep, Report, SiteReport, SpentBudget, Utility
 
 _MAX_FIGURES = 64  # round counts at which epsilon is computed; other counts use the next larger one
 
@@ -55,7 +55,7 @@ def _derive_site_report(facts: RunFacts, site: SiteFacts) -> SiteReport:
     row = profile.describe_mechanism(plan, run=facts.run, rounds=rounds, sampling=ran or NOT_RECORDED)
     rows, of_plan = ((row,), (replace(row, rounds=whole),)) if rounds else ((), ())
     by_pld = profile.epsilon_pld(charged, plan.delta, interval=grid)
-    spent = Spent(
+    spent = SpentBudget(
         epsilon=profile.epsilon_pld(promised, plan.delta, interval=grid),
         epsilon_pld=by_pld,
         epsilon_rdp=profile.epsilon_rdp(charged, plan.delta),

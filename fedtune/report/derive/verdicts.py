@@ -31,7 +31,7 @@ from fedtune.report.facts import (
     Source,
     State,
 )
-from fedtune.report.model import Problem, Report, SiteReport, Spent
+from fedtune.report.model import Problem, Report, SiteReport, SpentBudget
 from fedtune.spec import RUN_SCHEMA, RunError
 
 CODES: Mapping[str, Mapping[Any, Sequence[str]]] = tomllib.loads(
@@ -75,7 +75,7 @@ def explain_missing_room(report: Report) -> Room | None:
         return None
     if life.frozen:
         return "closed"
-    if life.left is not None and life.left <= 0:
+    if life.remaining_epsilon is not None and life.remaining_epsilon <= 0:
         return "used_up"
     return "no_run_fits" if life.reference_remaining_runs == 0 else None
 
@@ -87,13 +87,13 @@ def find_report_outcome(report: Report) -> str:
     )
 
 
-def judge_site(reasons: Iterable[str], spent: Spent, *, source: Source) -> BudgetVerdict:
+def judge_site(reasons: Iterable[str], spent: SpentBudget, *, source: Source) -> BudgetVerdict:
     """Derive a site's verdict from its `reasons`, and from whether its PLD and RDP figures contradict each other."""
     agree = profile.accountants_agree(spent, width=profile.choose_pld_interval(source))
     return derive_verdict([*reasons, *([] if agree else ["accountants_disagree"])])
 
 
-def iter_run_reasons(site: SiteFacts, facts: RunFacts, spent: Spent, *, sampling: str | None) -> Iterator[str]:
+def iter_run_reasons(site: SiteFacts, facts: RunFacts, spent: SpentBudget, *, sampling: str | None) -> Iterator[str]:
     """Yield the reasons for the verdict at one site of a run.
 
     The plan was fixed in advance, so the epsilon of the whole plan is proved no matter why the run ended.

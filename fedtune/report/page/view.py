@@ -237,7 +237,9 @@ class Words:
         if admitted := self.report.admits:
             return [(whom("/admits", self.catalog.arrivals([admitted])), f"{self.worst}/spent")]
         lines, told = [], enumerate(self.cohorts)
-        for places in group_by_key(((one.epsilon, one.with_set_aside, one.left), place) for place, one in told):
+        for places in group_by_key(
+            ((one.epsilon, one.with_reserved, one.remaining_epsilon), place) for place, one in told
+        ):
             at = f"/sites/0/lifetime/cohorts/{places[0]}"
             lines.append((whom(f"{at}/people", self.catalog.arrivals(self._merge_arrivals(places))), at))
         return lines[-MAX_LINES:]

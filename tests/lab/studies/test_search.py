@@ -67,7 +67,7 @@ def test_every_trial_is_charged_to_the_same_ledgers(outcome: Any, words: list[st
     plan = compose_run([*words[: -len(SHORT) - len(SPACE)], *SHORT]).plan()
     for spent in list_charges(folder / "s/sites"):
         assert spent == events.count_mechanisms([plan.full_event] * 3)
-    price = json.loads((folder / "s/search.json").read_text())["price"]
+    price = json.loads((folder / "s/search.json").read_text())["cost"]
     assert price["epsilon"] == accountant.epsilon_pld({plan.full_event: 3}, plan.delta)
     cap = read_policy(folder / "s/sites/site-1/site.toml").budget.max_epsilon
     assert price["epsilon_filter"] <= cap < price["epsilon_filter"] + 0.2, "the price, and little more"
@@ -97,7 +97,7 @@ def test_report_of_the_selected_run_includes_the_search_cost(outcome: Any, folde
     assert selection is not None
     assert (selection.search, selection.method, selection.primary_metric) == ("s", "random", "accuracy")
     assert selection.trials == 3
-    assert selection.epsilon == noted["price"]["epsilon"]
+    assert selection.epsilon == noted["cost"]["epsilon"]
     assert "out of" in (picked / "report.html").read_text().split("The run was selected by accuracy")[1][:100]
     card = (picked / "adapter/README.md").read_text()
     assert "The run was picked by accuracy on the lead's own validation file, out of 3 trials" in card
@@ -156,7 +156,7 @@ def test_repeated_search_charges_nothing(outcome: Any, words: list[str], folder:
     told = json.loads(again.out)
     assert [run["state"] for run in told["runs"]] == ["finished"] * 3
     assert told["best"].endswith(json.loads((folder / "s/search.json").read_text())["picked"])
-    assert told["price"]["trials"] == 3
+    assert told["cost"]["trials"] == 3
 
 
 def test_interrupted_selection_is_completed(outcome: Any, words: Any, folder: Path) -> None:
@@ -187,7 +187,7 @@ def test_interrupted_trial_is_not_charged_twice(tmp_path: Path) -> None:
     assert [(one["trials"], one["score"]) for one in told] == [(2, None)] * 2, "owed, and not picked yet"
     by_hand = tmp_path / "stopped" / "stopped-trial-2"
     assert run_command("simulate", f"resume={by_hand}").code == 0
-    price = json.loads((tmp_path / "stopped/search.json").read_text())["price"]
+    price = json.loads((tmp_path / "stopped/search.json").read_text())["cost"]
     assert describe_run(from_json((by_hand / "report.json").read_text()), "")["epsilon"] == price["epsilon"]
     again = run_command("search", *words, "--trials", "2")
     assert (again.code, again.err) == (0, "")
@@ -245,7 +245,7 @@ def test_search_on_public_data_costs_no_epsilon(tmp_path: Path) -> None:
     told = " ".join(outcome.out.split())
     assert "There is no privacy guarantee: use trials without noise only for public records." in told
     noted = json.loads((tmp_path / "g/search.json").read_text())
-    assert noted["price"]["epsilon"] is None
+    assert noted["cost"]["epsilon"] is None
     assert run_command("report", "verify", str(tmp_path / "g" / noted["picked"])).code == 0
 
 
