@@ -236,10 +236,8 @@ class Words:
         whom = Markup('<span data-at="{}">{}</span>').format
         if admitted := self.report.admits:
             return [(whom("/admits", self.catalog.arrivals([admitted])), f"{self.worst}/spent")]
-        lines, told = [], enumerate(self.cohorts)
-        for places in group_by_key(
-            ((one.epsilon, one.with_reserved, one.remaining_epsilon), place) for place, one in told
-        ):
+        figures, lines = [(one.epsilon, one.with_reserved, one.remaining_epsilon) for one in self.cohorts], []
+        for places in group_by_key(zip(figures, range(len(figures)), strict=True)):
             at = f"/sites/0/lifetime/cohorts/{places[0]}"
             lines.append((whom(f"{at}/people", self.catalog.arrivals(self._merge_arrivals(places))), at))
         return lines[-MAX_LINES:]
