@@ -735,6 +735,7 @@ def test_independent_verifier_checks_simulations_and_site_reports(folder: Path) 
 def test_independent_verifier_epsilon_is_a_tight_upper_bound() -> None:
     draws = random.Random(20_260_301)
     plans = [(0.2, 8.0, 3, 1e-5), (0.05, 8.0, 1000, 1e-5), (1.0, 5.0, 10, 1e-5)]  # where its grid is coarsest
+    plans += [(1.0, 0.12, 1, 1e-5), (0.1, 0.1, 10, 1e-5)]  # losses far above those of any useful guarantee
     plans += [(10 ** draws.uniform(-2, -0.5), draws.uniform(0.7, 4), draws.randrange(1, 300), 1e-6) for _ in range(4)]
     for rate, noise, steps, delta in plans:
         found = verify_report.epsilon_of({(rate, noise): steps}, delta)
