@@ -9,13 +9,14 @@ machine refuses the same templates as a fast machine.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from functools import wraps
 from threading import Lock
 from typing import Any
 
-from jinja2 import TemplateError, nodes
-from jinja2.runtime import Context
+from jinja2 import Environment, TemplateError, Undefined, nodes
+from jinja2.ext import Extension
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -36,6 +37,14 @@ _WITHHELD = ("format", "random", "sum", "striptags", "urlize", "wordwrap")
 """Excluded filters: format can produce a text of any length, random is not deterministic, sum copies a list for each
 item, and the others may take time quadratic in a text's length.
 """
+_PLAIN = (
+    *(str, bytes, int, float, type(None), list, tuple, dict, KeysView, ValuesView, ItemsView, range),
+    *(Undefined, Namespace, LoopContext, Macro),
+)
+"""Types whose text follows from their content. A method's or an iterator's text contains a memory address, and a set's
+order depends on the process: with them a record's tokens could depend on other records.
+"""
+_OF_JINJA = (Context, nodes.EvalContext, Environment)  # passed to filters and tests by Jinja itself
 
 
 class TooMuchWork(TemplateError):
@@ -114,6 +123,7 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
 
         Raises:
             TooMuchWork: the limit is exceeded.
+            TemplateError: the value is no plain data.
         """
         waiting, before = [value], self.work
         while True:
@@ -122,7 +132,8 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
                 raise TooMuchWork(self.most)
             if not waiting:
                 return self.work - before
-            held = waiting.pop()
+            if not isinstance(held := waiting.pop(), _PLAIN):
+                raise TemplateError(f"it handles a {type(held).__name__}, whose text may differ between two renderings")
             steps = 1 + _measure_size(held)
             if isinstance(held, Namespace):
                 held = held._Namespace__attrs
@@ -134,8 +145,9 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(__obj, "__name__", "") in ("format", "format_map"):
             raise TemplateError("string formatting has no limit on its output")
-        given = (getattr(__obj, "__self__", None), *args, *(one for name, one in kwargs.items() if name[:1] != "_"))
-        __self._check_call(given)
+        owner = getattr(__obj, "__self__", None)
+        given = (owner, *args, *(one for name, one in kwargs.items() if name[:1] != "_"))
+        __self._check_call(given[isinstance(owner, Extension) :])
         return __self._charge_result(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -162,8 +174,7 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
         self._check_call(given)
 
     def _charge_result(self, made: Any) -> Any:
-        # Generators, for example from map and select, are counted now, because lazy items would not be counted.
-        if isinstance(made, Iterator) and type(made).__name__ == "generator":
+        if isinstance(made, Iterator):  # as from map, select and reverse: lazy items would not be counted
             made = list(made)
         self.spend(made)
         return made
@@ -173,7 +184,7 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
     ) -> Callable[..., Any]:
         @wraps(function)
         def call_counted(*args: Any, **kwargs: Any) -> Any:
-            before(tuple(one for one in (*args, *kwargs.values()) if not isinstance(one, Context)))
+            before(tuple(one for one in (*args, *kwargs.values()) if not isinstance(one, _OF_JINJA)))
             return self._charge_result(function(*args, **kwargs))
 
         return call_counted

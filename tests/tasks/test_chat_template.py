@@ -67,6 +67,19 @@ REFUSED = {
         "does not render turns independently: a turn depends on its position or content",
     ),
     **{
+        f"the text of {name}": (
+            f"{{% set x = ({value}) | string %}}" + CHATML,
+            f"it handles a {kind}, whose text may differ",
+        )
+        for name, value, kind in (
+            ("a method", "messages[0]['content'].join", "builtin_function_or_method"),
+            ("a method in a list", "[messages[0]['content'].upper]", "builtin_function_or_method"),
+            ("a function", "raise_exception", "function"),
+            ("an object", "cycler('a')", "Cycler"),
+            ("a set", "messages[0].keys() - {}.keys()", "set"),
+        )
+    },
+    **{
         name: (start + CHATML, r"takes more than \d+ steps for a short conversation")
         for name, start in {
             "a loop in a loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
