@@ -121,10 +121,12 @@ def detect_format(path: Path) -> str:
 def require_reader(path: Path) -> None:
     """Require the optional dependency of a Parquet file or a saved set; other formats need none.
 
+    Sites call this before a round is charged, so the time must not depend on the records: no folder is listed.
+
     Raises:
         ConfigError: the package is not installed.
     """
-    if detect_format(path) in (".parquet", "folder"):
+    if path.suffix.lower() == ".parquet" or any((path / name).exists() for name in (_STATE, _SPLITS)):
         require_extra(str(path), NOT_GIVEN, "data", "pyarrow")
 
 

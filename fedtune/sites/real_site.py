@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,10 @@ from fedtune.config import RunConfig, format_config_yaml
 from fedtune.data.formats import fingerprint_files, require_reader
 from fedtune.data.load import SiteRecords, read_own_records
 from fedtune.data.partition import count_units
+from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.secure.at_site import Parties
-from fedtune.federation.site_round import PreparedRun, Site
+from fedtune.federation.site_round import PreparedRun, Site, TrainingResult
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
@@ -225,6 +227,20 @@ class RealSite(WorkingSite):
     def work(self, run: str) -> SiteWork:
         """Return the site's records for a prepared run, with the run's model."""
         return self._process.work(run, self._shared, self._files)
+
+    def train(
+        self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
+    ) -> TrainingResult:
+        """Train as any site, and keep the records from the garbage collector.
+
+        A lead can cause full collections without a charge, by large requests, and their time must not grow with the
+        records in memory.
+        """
+        try:
+            return super().train(request, adapter, attempt, admitted)
+        finally:
+            gc.collect()
+            gc.freeze()
 
     def _read_stored_settings(self, run: str) -> RunConfig:
         """Read the stored settings of an accepted run, since the notice of its end contains none."""

@@ -1,7 +1,10 @@
 """A lead chooses settings and model: whatever it chooses, an answer must not depend on whether some record fits."""
 
+import gc
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +12,13 @@ import pytest
 
 import fedtune.sites.real_site as real_site
 from fedtune.data import tokenization
+from fedtune.federation.protocol import Invitation
+from fedtune.federation.site_round import answer_invitation
 from fedtune.model.adapter import Adapter
 from fedtune.model.base_model import load_base, load_tokenizer
 from fedtune.model.manifest import build_manifest
 from fedtune.model.spec import HeadSpec, ModelSpec
-from fedtune.privacy.release import Reason
+from fedtune.privacy.release import Offer, Reason
 from fedtune.sites.shared_model import LoadedModel
 from fedtune.sites.shared_settings import select_settings_for_sites
 from fedtune.spec import ConfigError
@@ -91,6 +96,35 @@ def test_records_are_opened_only_for_charged_rounds(station: Any, monkeypatch: p
     site.update()
     assert len(charged_then) == 1
     assert charged_then[0] > 0
+
+
+def test_folder_of_records_is_not_listed_before_a_charge(station: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of an uncharged answer must not grow with the number of files."""
+    site, listed = station(), list[Path]()
+    (site.folder / "images/a").mkdir(parents=True)
+    site.edit(dataset={"path": "images"})
+
+    def note_listing(list_folder: Callable[[Any], Any], path: Any = ".") -> Any:
+        listed.append(Path(os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else path))
+        return list_folder(path)
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, partial(note_listing, getattr(os, name)))
+    request = site.request()
+    settings = json.dumps(select_settings_for_sites(site.config).to_json())
+    invitation = Invitation(proposal=request.proposal, site="north", expires=1e12, nonce="ab" * 16)
+    answer = answer_invitation(site.real.site(settings), invitation.sign_with(site.lead))
+    assert isinstance(answer.body, Offer)
+    assert site.refusal(adapter=Adapter({"another": next(iter(site.first.tensors.values()))})) is Reason.ADAPTER_SHAPE
+    assert [path for path in listed if (site.folder / "images") in (path, *path.parents)] == []
+
+
+def test_garbage_collector_does_not_scan_the_records(station: Any) -> None:
+    """The time of a full collection, which a lead can cause without a charge, must not grow with the records."""
+    site = station()
+    write_records(site.data, [(f"letter {row}", "praise") for row in range(3000)])
+    site.update()
+    assert len(gc.get_objects()) < 3000
 
 
 def test_removed_record_is_not_used_in_the_next_round(station: Any) -> None:
