@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from numbers import Real
 from types import NoneType
 from typing import Any, ClassVar, Final, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
@@ -171,19 +172,19 @@ def _list_literals(cls: type) -> tuple[tuple[str, tuple[object, ...]], ...]:
 
 def check_positive(key: str, value: float) -> None:
     """Check that a value is finite and greater than 0."""
-    if not 0 < value <= sys.float_info.max:
+    if not (isinstance(value, Real) and 0 < value <= sys.float_info.max):
         raise ConfigError(key, value, "must be a finite number greater than 0")
 
 
 def check_at_least(key: str, value: float, least: float) -> None:
     """Check that a value is finite and at least `least`."""
-    if not least <= value <= sys.float_info.max:
+    if not (isinstance(value, Real) and least <= value <= sys.float_info.max):
         raise ConfigError(key, value, f"must be a finite number of at least {least:g}")
 
 
 def check_at_most(key: str, value: float, most: float) -> None:
     """Check that a value is at most `most`."""
-    if not value <= most:
+    if not (isinstance(value, Real) and value <= most):
         raise ConfigError(key, value, f"must be at most {most:g}")
 
 
@@ -195,8 +196,7 @@ def check_whole(key: str, value: object) -> None:
 
 def check_fraction(key: str, value: float, *, zero: bool = False, one: bool = False) -> None:
     """Check that a value is in (0, 1), where `zero` and `one` include the endpoints."""
-    inside = (value >= 0 if zero else value > 0) and (value <= 1 if one else value < 1)
-    if not inside:
+    if not (isinstance(value, Real) and 0 <= value <= 1 and (zero or value > 0) and (one or value < 1)):
         raise ConfigError(key, value, f"must be in {'[' if zero else '('}0, 1{']' if one else ')'}")
 
 
@@ -236,7 +236,8 @@ def check_name(key: str, name: str, *, most: int = 100, marks: str = "-_.") -> N
         most: maximum length.
         marks: allowed characters besides ASCII letters and digits.
     """
-    if not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9{re.escape(marks)}]*", name) or len(name) > most:
+    is_text = isinstance(name, str) and len(name) <= most
+    if not (is_text and re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9{re.escape(marks)}]*", name)):
         allowed = f"letters, digits, {', '.join(map(repr, marks[:-1]))} and {marks[-1]!r}"
         raise ConfigError(key, name, f"must consist of at most {most} {allowed}, and begin with a letter or digit")
     if _NOT_ON_WINDOWS.fullmatch(name):

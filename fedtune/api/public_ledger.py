@@ -32,7 +32,16 @@ from fedtune.privacy.randomness import SystemRandomness
 from fedtune.privacy.release import Reason, Receipt, Refused
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Asserted, Budget, Dataset, ReferenceRun
-from fedtune.spec import NOT_GIVEN, ConfigError, RefusedError, check_at_least, check_name, check_positive, check_whole
+from fedtune.spec import (
+    NOT_GIVEN,
+    ConfigError,
+    RefusedError,
+    RunError,
+    check_at_least,
+    check_name,
+    check_positive,
+    check_whole,
+)
 from fedtune.version import find_config_folder
 
 if TYPE_CHECKING:
@@ -374,6 +383,8 @@ class Ledger:
         request = hashlib.sha256(repr((proposal.digest(), list(columns))).encode()).hexdigest()
         try:
             return proposal, self._site.reserve(proposal, round=1, request=request, own=True)
+        except OSError as error:
+            raise RunError(f"{error}; nothing was charged") from error
         except Refused as refused:
             if (bound := _NAME_IS_USED.get(refused.reason)) is not None:
                 raise ConfigError("name", name, bound) from refused

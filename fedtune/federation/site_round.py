@@ -38,7 +38,6 @@ from fedtune.federation.secure.party import Party
 from fedtune.federation.sent_round import pack_initial, unpack_adapter
 from fedtune.model.adapter import Adapter
 from fedtune.model.ranks import cut_to_rank
-from fedtune.privacy.durable import require_disk_space
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Difference, Masked, Offer, Reason, Receipt, Refusal, Refused, Tensors, Update
@@ -354,8 +353,6 @@ def _train_and_commit(site: Site, request: RoundRequest, adapter: Adapter) -> Up
             _get_current_party(site, request).require_open(request.round)
         # Not earlier, so that a request without a charge writes no files.
         site.store_run(run)
-        # Check the disk space now, because a round whose reply cannot be stored would be charged in vain.
-        require_disk_space(site.ledger.folder, (32 if run.algorithm.keeps_state else 16) * run.template.num_values)
 
     with ExitStack() as schedule:
 
@@ -371,6 +368,7 @@ def _train_and_commit(site: Site, request: RoundRequest, adapter: Adapter) -> Up
             round=request.round,
             request=request.digest(),
             before_charge=make_ready,
+            reply_bytes=(32 if run.algorithm.keeps_state else 16) * run.template.num_values,
             arrivals=find_arrivals,
         )
         if isinstance(granted, bytes):

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from decimal import ROUND_CEILING, Context, Decimal
 from functools import lru_cache
+from numbers import Real
 
 import numpy as np
 
@@ -63,7 +64,7 @@ def check_noise(key: str, value: float, *, none: bool = False) -> None:
     Raises:
         ConfigError: the noise multiplier is out of range.
     """
-    right = MIN_NOISE <= value <= MAX_NOISE or (none and value == 0)
+    right = isinstance(value, Real) and (MIN_NOISE <= value <= MAX_NOISE or (none and value == 0))
     require(key, value, right, f"must be in [{MIN_NOISE:g}, {MAX_NOISE:g}]{', or be 0' if none else ''}")
 
 

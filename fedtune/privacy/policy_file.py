@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -74,5 +75,11 @@ def build_never_accepted_mark(run: str, lead: str) -> tuple[str, str]:
 
 
 def write_policy(policy: Policy, path: Path, *, others: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Write a policy and the tables `others` to a `site.toml`. `read_policy` restores the policy exactly."""
-    write_durably(path, to_toml({**dataclasses.asdict(policy), **others}).encode())
+    """Write a policy and the tables `others` to a `site.toml`. `read_policy` restores the policy exactly.
+
+    Raises:
+        ConfigError: a value of the policy has the wrong type; nothing is written.
+    """
+    text = to_toml({**dataclasses.asdict(policy), **others})
+    decode(Policy, tomllib.loads(text), skipped=OTHER_TABLES)
+    write_durably(path, text.encode())

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from functools import lru_cache
+from numbers import Real
 from typing import Any, Literal
 
 from fedtune.codec import hash_json, require
@@ -141,7 +142,8 @@ class Budget:
 
     def __post_init__(self) -> None:
         check_fraction("delta", self.delta)
-        require("max_epsilon", self.max_epsilon, self.max_epsilon > 0, "must be greater than 0")
+        is_positive = isinstance(self.max_epsilon, Real) and self.max_epsilon > 0  # infinite: no cap
+        require("max_epsilon", self.max_epsilon, is_positive, "must be greater than 0")
         for key in ("max_epsilon_per_run", "max_epsilon_per_period"):
             if getattr(self, key) is not None:
                 check_positive(key, getattr(self, key))

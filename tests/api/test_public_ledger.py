@@ -3,12 +3,15 @@
 import inspect
 import json
 import re
+import shutil
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas
@@ -18,7 +21,7 @@ import fedtune
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.report.from_ledger import build_ledger_report
 from fedtune.report.verify_report import problems
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, RunError
 
 from ..conftest import run_command
 
@@ -71,6 +74,36 @@ def test_create_writes_a_private_key_and_refuses_an_existing_ledger(tmp_path: Pa
     with pytest.raises(ConfigError, match=r"budget\.delta"):
         create_ledger(tmp_path / "other", delta=1e-3)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"size": 1000.0}, "declared_size"),
+        ({"epsilon": "8"}, "max_epsilon"),
+        ({"delta": "1"}, "delta"),
+        ({"site": 5}, "site"),
+    ],
+    ids=str,
+)
+def test_value_of_the_wrong_type_is_refused_before_a_file_is_written(
+    values: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        create_ledger(tmp_path, **values)
+    assert raised.value.key.endswith(key)
+    assert not list(tmp_path.iterdir())
+
+
+def test_own_release_is_not_charged_if_the_disk_is_too_full_for_its_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = create_ledger(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+        with pytest.raises(RunError, match=r"No space left on device.*; nothing was charged"):
+            ledger.count("some", [True], noise_multiplier=5.0)
+    assert isinstance(ledger.count("some", [True], noise_multiplier=5.0), float)
 
 
 def test_repeated_release_returns_the_stored_answer(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from fedtune.privacy import events
 from fedtune.privacy.dp_library import DpEvent
+from fedtune.privacy.durable import require_disk_space
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import run_acceptance
 from fedtune.privacy.ledger.chain import Arrivals, Doubt, Head, Kind, RestoreNote, iter_charges, list_charge_rows
@@ -106,6 +107,7 @@ class SiteLedger:
         round: int,
         request: str,
         before_charge: Callable[[], None] = lambda: None,
+        reply_bytes: int = 0,
         arrivals: Callable[[], Mapping[str, int]] = dict,
         own: bool = False,
     ) -> Reservation | bytes:
@@ -120,6 +122,7 @@ class SiteLedger:
             round: number of the round.
             request: digest of the lead's request.
             before_charge: called after all checks have passed; if it raises, nothing is charged.
+            reply_bytes: size of the reply on disk, as far as it is above 1 MiB.
             arrivals: for populations with arrivals: called last before the charge, it returns each user's cohort
                 according to the user's records. Admitted users are added to the register of arrivals.
             own: charge the site's own release, without a lead, under the rules of `Policy.check_release`.
@@ -127,6 +130,7 @@ class SiteLedger:
         Raises:
             Refused: names the rule, the requested value and the allowed value; nothing is charged.
             RunError: the ledger is damaged or not writable.
+            OSError: the disk is too full for the reply, so that the round would be charged in vain.
         """
         if own is bool(proposal.lead):  # a lead can neither request a site's own release nor read its value
             raise Refused(Reason.LEADS, requested=proposal.lead)
@@ -144,6 +148,7 @@ class SiteLedger:
             else:
                 self._require_another_round(run, now)
             before_charge()
+            require_disk_space(self.folder, reply_bytes)
             attempt = run.attempts[round] + 1
             # The salt distinguishes the charges of two copies of a ledger for one request, even at equal times.
             detail = {"event": events.to_json(run.plan.event()), "salt": secrets.token_hex(16)}
