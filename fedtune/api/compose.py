@@ -156,7 +156,7 @@ def _compose_overrides(
         if len(named) > 1:  # the last would be all that counts
             raise ConfigError(key, named[1], f"conflicts with {key}={named[0]}: give only one of them")
     values = {one.key_or_group: _parse_single_value(one) for one in given if one not in options.values()}
-    if ours := [key for key in values if re.match("hydra[./]", key) and key != "hydra.searchpath"]:
+    if ours := [key for key in values if re.match("hydra([./]|$)", key) and key != "hydra.searchpath"]:
         bound = "has no effect here: use a Hydra application that calls fedtune.simulate(cfg) for Hydra's own settings"
         raise ConfigError(ours[0], values[ours[0]], bound)
     if (resumed := values.get("resume")) is not None:
@@ -270,7 +270,7 @@ def _complete_config(
 
 def _drop_claims_about_other_weights(settings: dict[str, Any], explicit: Set[str]) -> None:
     """Remove an option's license and public id if `model.path` names weights that the option's hash does not pin."""
-    model = settings["model"]
+    model = settings.get("model", {})  # missing if an override deletes the group
     if "model.path" in explicit and (model["sha256"] is None or "model.sha256" in explicit):
         model |= {key: None for key in ("license", "public_id") if f"model.{key}" not in explicit}
 
@@ -285,7 +285,10 @@ def _compose_by_hydra(words: Sequence[str], file: Path | None) -> dict[str, Any]
         raise build_unknown_option_error(
             group, option, key=None if is_typed else f"{file}: defaults, {group}"
         ) from None
-    except (HydraException, OmegaConfBaseException) as error:
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, TypeError, ValueError) as error:  # both leak plain errors
+        _require_whole_lists(words)
         told = " ".join(str(error).split())
         word = next(
             (word for word in words if f"'{parse_override_key(word)}'" in told or word in told), " ".join(words)
@@ -295,6 +298,18 @@ def _compose_by_hydra(words: Sequence[str], file: Path | None) -> dict[str, Any]
         of_file = file is not None and told.startswith("Multiple values")
         key, value = (f"{file}: defaults", NOT_GIVEN) if of_file else ("override", word)
         raise ConfigError(key, value, f"was rejected by Hydra: {told}") from None
+
+
+def _require_whole_lists(words: Sequence[str]) -> None:
+    """Refuse overrides that set a part of a list, or a list by a mapping."""
+    lists = [key for key, value in flatten(compose_default_settings()) if isinstance(value, list)]
+    for word in words:
+        key, _, value = word.partition("=")
+        path = parse_override_key(word)
+        if whole := next(
+            (one for one in lists if path.startswith(f"{one}.") or (path == one and value[:1] == "{")), ""
+        ):
+            raise ConfigError(key, value or NOT_GIVEN, f"must be written as a whole list: {whole}=[...]")
 
 
 def _resolve_interpolations(config: DictConfig) -> dict[str, Any]:

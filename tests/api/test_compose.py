@@ -322,3 +322,19 @@ def test_model_path_clears_the_license_and_public_id_of_other_weights(tmp_path: 
         assert (changed.model.license, changed.model.public_id) == (None, None), changed.model.path
     stated = compose_run([*other, "model.license=MIT", "model.public_id=owner/small"]).model
     assert (stated.license, stated.public_id) == ("MIT", "owner/small")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    {
+        "federation.ranks.site-1=2": r"federation.ranks.site-1 = .*: must be written as a whole list: federation.ranks=",
+        "federation.ranks={site-1: 2}": r"federation.ranks = .*: must be written as a whole list",
+        "data.labels.999=x": r"data.labels.999 = 'x': must be written as a whole list: data.labels=\[",
+        "~data.labels.0": r"~data.labels.0: must be written as a whole list",
+        "~model": r"^model: is required",
+        "hydra=null": r"^hydra = null: has no effect here",
+    }.items(),
+)
+def test_override_that_hydra_cannot_apply_is_refused_with_its_key(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose_run([override])
