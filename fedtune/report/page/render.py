@@ -26,6 +26,7 @@ from fedtune.extras import require_extra
 from fedtune.formatting import format_score_name, group_hex
 from fedtune.privacy.durable import write_durably
 from fedtune.report import signing
+from fedtune.report.attacks import FILE, PAGE, RunAttacks, findings_to_json, format_table_cells
 from fedtune.report.derive.dpia_fields import KINDS
 from fedtune.report.derive.profile import TIERS_SOURCE
 from fedtune.report.facts import RunFacts, Value
@@ -165,6 +166,12 @@ def write_all(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
             "--output", str(folder), f"is not writable ({error.strerror}): choose another folder"
         ) from None
     return [folder / name for name in files]
+
+
+def write_attacks(folder: Path, found: RunAttacks) -> list[Path]:
+    """Write `attack.json` and the self-contained page `attack.html` into a run folder; return their paths."""
+    html = create_template_environment().get_template("attacks.html.j2").render(found=found, cells=format_table_cells)
+    return write_all(folder, {FILE: findings_to_json(found), PAGE: html.encode()})
 
 
 def convert_to_pdf(html: str) -> bytes:
