@@ -100,17 +100,12 @@ def _read_consistent_events(ledger: Path) -> tuple[tuple[Event, ...], History]:
     return tuple(events), history
 
 
-def collect_current_facts(verified: VerifiedLedger) -> LedgerFacts:
-    """Collect a ledger's report data as of now, or as of its newest event if that is later, with one charge per run and
-    month.
-    """
-    history = verified.history
-    return collect_ledger_facts(verified.events, history, verified=verified, most=0, now=history.now())
-
-
 def compute_lifetime_budget(verified: VerifiedLedger) -> Lifetime:
-    """Compute a ledger's current lifetime budget, over all runs."""
-    return ledger_figures.compute_lifetime(collect_current_facts(verified))
+    """Compute a ledger's lifetime budget, over all runs, as of now, or as of its newest event if that is later."""
+    history = verified.history
+    # With one charge per run and month, because the budget does not need each round.
+    facts = collect_ledger_facts(verified.events, history, verified=verified, most=0, now=history.now())
+    return ledger_figures.compute_lifetime(facts)
 
 
 def collect_ledger_facts(

@@ -281,7 +281,15 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
         audit=audit,
         canaries_planted=RunFolder(folder).audit_mark.exists() or bool(audit and audit.bounds),
         held_out=_collect_held_out(record),
-        sites=tuple(_collect_site_facts(record, site, own.get(site)) for site in config.federation.active),
+        sites=tuple(
+            SiteFacts(
+                site=site,
+                declared_size=config.declared_sizes()[site],
+                receipt=record.receipts.get(site),
+                statement=extract_statement(own[site], run=record.run, plan=plan) if site in own else None,
+            )
+            for site in config.federation.active
+        ),
         files=files,
     )
     return replace(facts, attacks=read_findings(folder, facts.adapter_digest))
@@ -334,16 +342,6 @@ def hash_model_files(folder: Path) -> Mapping[str, str]:
         name: digest for name, digest in run.read_exports().items() if not name.startswith(f"{run.adapter.name}/")
     }
     return hash_adapter_files(run.adapter) | exports
-
-
-def _collect_site_facts(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
-    """Return the lead's data about a site, with the excerpt from the site's own report if it is available."""
-    return SiteFacts(
-        site=site,
-        declared_size=record.config.declared_sizes()[site],
-        receipt=record.receipts.get(site),
-        statement=None if report is None else extract_statement(report, run=record.run, plan=record.plan),
-    )
 
 
 def extract_statement(report: Report, *, run: str, plan: Plan) -> SiteStatement:

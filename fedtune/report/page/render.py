@@ -123,21 +123,19 @@ def create_template_environment() -> Environment:
     """Return the shared Jinja environment, which escapes all values and raises an error for undefined names."""
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    made.globals["font"] = lambda name: base64.b64encode((FONTS / f"{name}.woff2").read_bytes()).decode()
     made.globals |= {
+        "font": lambda name: base64.b64encode((FONTS / f"{name}.woff2").read_bytes()).decode(),
         "quote_css_string": quote_css_string,
         "pointer": pointer,
         "parts": load_page_layout(),
         "tiers_source": TIERS_SOURCE,
-    }
-    made.globals |= {
         "format_score_name": format_score_name,
         "plain": _to_printable_text,
         "short": shorten_middle,
         "wrapped": _wrap_label_text,
         "said_in": _extract_label_text,
+        "below": lambda size: round(1.3 * size),
     }
-    made.globals["below"] = lambda size: round(1.3 * size)
     return made
 
 
