@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,31 +34,9 @@ from fedtune.show.terminal_tables import Section, to_json_text
 
 _MAPS = Path(__file__).with_name("maps")
 _CANDIDATES = 1_000_000  # number of candidate values of a secret, such as a six-digit number
-_LABELS: Mapping[str, str] = {
-    "extraction": "Extraction of a secret",
-    "gate": "Verdict of fedtune gate",
-    "group_results": "Scores by group",
-    "ledger_check": "Ledgers of the sites",
-    "lifetime": "Epsilon over all runs, by site",
-    "model_files": "Files of the model",
-    "neighboring_relation": "Neighboring relation",
-    "report_sha256": "SHA-256 of report.json",
-    "report_signature": "Key that signed the report",
-}
-"""Display names of the facts that no cell of the report shows."""
-_BY_GATE: Mapping[str, tuple[str, ...]] = {
-    "attack_results": (
-        "max_audit_bound",
-        "min_audit_canaries",
-        "max_membership_auroc",
-        "max_reconstruction_advantage",
-        "max_extraction_advantage",
-        "max_attribute_advantage",
-    ),
-    "group_results": ("max_group_gap", "min_group_size"),
-    "ledger_check": ("ledgers",),
-}
-"""Fact from the verdict of `fedtune gate` -> the rules that provide it."""
+_DATA = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+LABELS: Mapping[str, str] = _DATA["labels"]  # fact that no cell shows -> its name
+_BY_GATE: Mapping[str, Sequence[str]] = _DATA["by_gate"]  # fact from a verdict -> the rules that provide it
 
 Answer = Mapping[str, str]
 """The `state` of an answer (a `CellState`), its subject (`about`) and its `text`, which is empty if it is missing."""
@@ -163,7 +141,7 @@ def label_answer(answer: Answer) -> str:
     about, catalog = answer["about"], load_catalog("en")
     if answer["state"] == "site" or not about:
         return about
-    return _LABELS[about] if about in _LABELS else catalog.code("fact", about).unescape()
+    return LABELS[about] if about in LABELS else catalog.code("fact", about).unescape()
 
 
 def build_map_section(mapped: Mapping[str, Any]) -> Section:

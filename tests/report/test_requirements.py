@@ -65,7 +65,7 @@ def test_requirement_maps_contain_numbers_texts_and_known_facts() -> None:
             assert asked.keys() <= KEYS, number
             assert asked["text"].endswith("."), number
             assert asked.keys() > {"text"}, f"{number} has no answer"
-            assert set(asked.get("facts", ())) <= cell_facts | requirements._LABELS.keys(), number
+            assert set(asked.get("facts", ())) <= cell_facts | requirements.LABELS.keys(), number
             assert set(asked.get("stated", ())) <= ABOUT.keys(), number
 
 
