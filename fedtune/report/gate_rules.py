@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 from fedtune.codec import decode, read_toml, require
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
-from fedtune.formatting import convert_none_to_infinite
+from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
 from fedtune.model.spec import NO_BASE
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.selection import compute_released_epsilon
@@ -181,12 +181,9 @@ def read_rules(name: str) -> tuple[GateRules, str]:
     with name_file_in_errors(path):
         rules = decode(GateRules, read_toml(path, key="rules"))
         own = built_in.get(rules.name.strip().casefold(), path)  # a verdict is read by the name of its rules
-        if own != path and rules != decode(GateRules, read_toml(own, key="rules")):
-            raise ConfigError(
-                "name", rules.name, "is the name of built-in rules that differ from these: choose another"
-            )
-        if not rules.limits:
-            raise ConfigError("rules", name, "has no rule: set at least one, such as consistent = true")
+        is_free = own == path or rules == decode(GateRules, read_toml(own, key="rules"))
+        require("name", rules.name, is_free, "is the name of built-in rules that differ from these: choose another")
+        require("rules", name, bool(rules.limits), "has no rule: set at least one, such as consistent = true")
     return rules, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -362,16 +359,17 @@ def _build_gain_judge(attack: str, what: str, is_possible: Callable[[Task], bool
     return judge
 
 
-def _sum_losses(given: Evidence) -> tuple[float | None, float | None]:
-    """Sum epsilon and delta over the run, or the search that chose it, and the starts before it; None has the meaning
-    given in `StartAdapter`.
+def _sum_losses(given: Evidence) -> tuple[float, float] | None:
+    """Sum epsilon (infinity: unbounded) and delta over the run, or the search that chose it, and the starts before it;
+    None if what a start spent is unknown.
     """
     facts, start = given.facts, given.facts.provenance.start_adapter
     if given.start is not None and given.start.state != "passed":
-        return None, None
+        return None
     epsilon, delta = compute_released_epsilon(given.report.epsilon, facts.delta, facts.selection)
     own = {"unit": facts.unit, "delta": delta, "epsilon": epsilon}
-    return sum_start_losses(own | {"start_adapter": start and dataclasses.asdict(start)})
+    total, total_delta = sum_start_losses(own | {"start_adapter": start and dataclasses.asdict(start)})
+    return None if total_delta is None else (convert_none_to_infinite(total), total_delta)
 
 
 def _is_alone(given: Evidence) -> bool:
@@ -381,13 +379,13 @@ def _is_alone(given: Evidence) -> bool:
 
 
 def _measure_epsilon(given: Evidence, _: GateRules) -> float | None:
-    epsilon, delta = _sum_losses(given)
-    return None if delta is None else convert_none_to_infinite(epsilon)
+    losses = _sum_losses(given)
+    return losses and losses[0]
 
 
 def _measure_failures(given: Evidence, _: GateRules) -> float | None:
-    sizes, delta = given.facts.declared_sizes.values(), _sum_losses(given)[1]
-    return None if None in sizes or delta is None else delta * max(size or 0 for size in sizes)
+    sizes, losses = given.facts.declared_sizes.values(), _sum_losses(given)
+    return None if None in sizes or losses is None else losses[1] * max(size or 0 for size in sizes)
 
 
 def _measure_sites(given: Evidence, _: GateRules) -> float:
@@ -402,10 +400,8 @@ def _measure_declared_size(given: Evidence, _: GateRules) -> float | None:
 
 def _measure_right_guesses(given: Evidence, _: GateRules) -> float | None:
     if not _is_alone(given):
-        epsilon, delta = _sum_losses(given)
-        return (
-            None if delta is None else profile.bound_correct_guesses_per_100(convert_none_to_infinite(epsilon), delta)
-        )
+        losses = _sum_losses(given)
+        return losses and profile.bound_correct_guesses_per_100(*losses)
     meanings = [site.meaning for site in given.report.sites]
     return max(100.0 if one is None else one.correct_of_100_mechanism or one.correct_of_100_ceiling for one in meanings)
 
@@ -418,9 +414,9 @@ def _measure_lifetime(given: Evidence, _: GateRules) -> float | None:
 
 
 def _measure_secret(given: Evidence, rules: GateRules) -> float | None:
-    plan, (epsilon, delta) = given.facts.plan, _sum_losses(given)
-    if delta is None:
+    if (losses := _sum_losses(given)) is None:
         return None
+    plan, epsilon, delta = given.facts.plan, convert_infinite_to_none(losses[0]), losses[1]
     spent = profile.count_charged_events(plan, plan.max_rounds) if plan.private and _is_alone(given) else None
     return profile.bound_secret_chance(spent, epsilon=epsilon, delta=delta, candidates=rules.secret_candidates)
 
