@@ -12,6 +12,7 @@ from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 
+from fedtune.codec import require
 from fedtune.config import AboutSpec
 from fedtune.formatting import convert_infinite_to_none
 from fedtune.privacy.events import Charge
@@ -57,8 +58,7 @@ def build_ledger_report(site_toml_or_ledger: Path, *, anchor: Path | None = None
     """
     files = SiteFiles.from_site_toml(site_toml_or_ledger) if site_toml_or_ledger.suffix == ".toml" else None
     ledger = files.ledger if files else site_toml_or_ledger
-    if not ledger.is_file():
-        raise ConfigError("ledger", str(ledger), "does not exist: pass the path of an existing ledger")
+    require("ledger", str(ledger), ledger.is_file(), "does not exist: pass the path of an existing ledger")
     if anchor is None and files and files.anchor and files.anchor.is_file():
         anchor = files.anchor
     head, own = Head.read(anchor) if anchor else None, files.policy if files else None

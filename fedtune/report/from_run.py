@@ -23,7 +23,6 @@ from pydantic import TypeAdapter, ValidationError
 from fedtune.codec import read_bounded_file, reject_duplicate_keys
 from fedtune.config import RunConfig, parse, read_saved_settings
 from fedtune.federation.drift import HeldOut, pool_held_out_scores
-from fedtune.federation.early_stopping import should_stop
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult, find_invalid_field
 from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import convert_infinite_to_none
@@ -63,11 +62,6 @@ class RunRecord:
     rounds: Sequence[RoundResult]  # finished rounds
     environments: tuple[Environment, ...]
     selection: Selection | None = None
-
-    @property
-    def finished(self) -> bool:
-        """Whether every round was aggregated, or early stopping ended the run."""
-        return should_stop(self.rounds, self.config.federation, primary_metric=self.config.primary_metric)
 
     @property
     def adapter_digest(self) -> str:
@@ -247,7 +241,6 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
     if audit is not None and audit.delta != plan.delta:
         raise RunError(f"{RunFolder(folder).audit} belongs to another run: its delta is {audit.delta:g}")
     final = record.result.final if record.result else FinalResult(metrics={})
-    files = hash_model_files(folder) if record.finished else {}
     times = [one.ended for one in record.rounds] + [one.since for one in record.environments]
     facts = RunFacts(
         kind="run",
@@ -290,8 +283,10 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
             )
             for site in config.federation.active
         ),
-        files=files,
+        files={},
     )
+    if facts.finished:
+        facts = replace(facts, files=hash_model_files(folder))
     return replace(facts, attacks=read_findings(folder, facts.adapter_digest))
 
 
