@@ -40,11 +40,7 @@ from fedtune.model.hf_logging import silence_transformers
 from fedtune.model.ia3_and_dora import merge_adapter
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import from_run
-from fedtune.report.loading_code import (
-    build_adapter_loading_code,
-    build_input_loading_code,
-    build_prediction_expression,
-)
+from fedtune.report.loading_code import build_loading_code, build_prediction_expression
 from fedtune.report.model_card import CardFormat, render_card_files
 from fedtune.runs.environment import write_lineage_mark
 from fedtune.spec import ConfigError, RunError
@@ -458,16 +454,16 @@ print(model.similarity(embeddings, embeddings))
 
 def get_card_form(format: str, config: RunConfig) -> CardFormat:
     """Return the model card's texts and loading code for an export format."""
+    task = config.bound_task
     if format == "safetensors" and config.lora.kind != NO_ADAPTER:
-        loading = build_adapter_loading_code(config, base="folder", folder="folder")
+        loading = build_loading_code(task, config.data, base="folder", folder="folder")
         return CardFormat(what=_WHOLE, library="transformers", relation="finetune", loading=loading)
     if format in ("peft", "safetensors"):
         return CardFormat.for_adapter(config, folder="folder")
-    if lines := build_input_loading_code(config.data, base="", folder="folder", graph=True):
-        lines += f"print({build_prediction_expression(config.bound_task)})\n"
-        return CardFormat(what="An ONNX graph", library="onnx", relation="finetune", loading=lines)
+    if config.data.input != "text":
+        loading = build_loading_code(task, config.data, base="", folder="folder", graph=True)
+        return CardFormat(what="An ONNX graph", library="onnx", relation="finetune", loading=loading)
     what, library = _WHAT[format]
-    task = config.bound_task
     loading = (
         _LOADING[format]
         .replace("LABELS", _LABELS if config.data.labels else "")

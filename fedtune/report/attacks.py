@@ -1,10 +1,7 @@
-"""Results of attacks on a finished run: attack strength, confidence interval and a one-sentence summary, as JSON and
-HTML.
-"""
+"""Results of attacks on a finished run: attack strength, confidence interval and a one-sentence summary."""
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,7 +11,6 @@ from typing import Final
 
 from fedtune.codec import decode, parse_json, require
 from fedtune.evaluation.audit_bound import MIN_CONFIDENCE
-from fedtune.privacy.durable import write_durably
 from fedtune.report.page.translations import load_catalog
 from fedtune.spec import ConfigError, RunError, check_one_of, check_schema, spec
 
@@ -117,12 +113,10 @@ def read_findings(folder: Path, adapter_digest: str) -> RunAttacks | None:
     return found if found.adapter_sha256 == adapter_digest else None
 
 
-def write_findings(found: RunAttacks, folder: Path) -> tuple[Path, Path]:
-    """Write `attack.json` and `attack.html` into a run folder, and return their paths."""
+def findings_to_json(found: RunAttacks) -> bytes:
+    """Serialize the findings as the content of attack.json; `read_findings` is the inverse."""
     fields = {**asdict(found), "schema_version": ATTACK_SCHEMA}
-    write_durably(folder / FILE, json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n")
-    write_durably(folder / PAGE, render_page(found).encode())
-    return folder / FILE, folder / PAGE
+    return json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n"
 
 
 def format_figure(value: float | None) -> str:
@@ -141,45 +135,3 @@ def format_table_cells(finding: AttackFinding) -> tuple[str, ...]:
         ends = f"{format_figure(finding.low)} to {format_figure(finding.high)}"
     guessing, strength, ceiling = map(format_figure, (finding.guessing, finding.strength, finding.ceiling))
     return *names, guessing, strength, ends, ceiling
-
-
-def render_page(found: RunAttacks) -> str:
-    """Render the attack results as one self-contained HTML page without scripts."""
-    rows = []
-    for one in found.findings:
-        name, *figures = map(html.escape, format_table_cells(one))
-        cells = "".join(f"<td>{figure}</td>" for figure in figures)
-        rows.append(f"<tr><th>{name}</th>{cells}</tr><tr><td colspan=6>{html.escape(one.sentence)}</td>")
-    epsilon = "unbounded" if found.epsilon is None else f"{found.epsilon:.3g}"
-    return _PAGE.format(
-        run=html.escape(found.run),
-        digest=found.adapter_sha256,
-        claim=f"epsilon {epsilon} at delta {found.delta:g}",
-        confidence=f"{found.confidence:.0%}",
-        rows="</tr>\n".join(rows) + "</tr>",
-    )
-
-
-_PAGE = """\
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Attacks on {run}</title>
-<style>
-:root {{ color-scheme: light dark }}
-body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 56rem; padding: 0 1rem }}
-table {{ border-collapse: collapse; width: 100% }}
-th, td {{ padding: .3rem .5rem; text-align: left; vertical-align: top }}
-tr:nth-child(2n+1) {{ border-top: 1px solid #8888 }}
-code {{ overflow-wrap: anywhere }}
-</style></head><body>
-<h1>Attacks on {run}</h1>
-<p>Model <code>{digest}</code>; guarantee of the whole run: {claim}.</p>
-<table><tr><th>Attack</th><th>Measure</th><th>Guessing</th><th>Result</th><th>{confidence} interval</th>
-<th>Guaranteed limit</th></tr>
-{rows}
-</table>
-<p>A failed attack proves nothing: another attack may be stronger, and only the guarantee bounds all attacks. These
-figures were computed from the records themselves, so no guarantee covers them: show them only to people who may see
-the records.</p>
-</body></html>
-"""

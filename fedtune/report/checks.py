@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -86,8 +86,7 @@ def check_report(path: Path, report: Report, known: TrustedValues) -> tuple[Chec
         found.append(_check_configuration(facts, known.config_sha256, config))
         found += _check_model_files(facts, known.model, RunFolder(folder).adapter, config)
     if all(check.state != "failed" for check in found):
-        found += _check_drawings(path, report)
-        found += _check_card_and_entry(folder, report, of_run=of_run)
+        found += _check_rendered_files(folder, report, of_run=of_run)
     return tuple(found)
 
 
@@ -296,47 +295,38 @@ def _check_signed_adapter(facts: RunFacts, trained_sha256: str) -> Check:
     return Check(SIGNED_ADAPTER, "failed" if wrong else "passed", wrong or right)
 
 
-def _check_card_and_entry(folder: Path, report: Report, *, of_run: bool) -> Iterator[Check]:
-    """Compare the model card and the registry entry with the files that fedtune generates from the report."""
+def _check_rendered_files(folder: Path, report: Report, *, of_run: bool) -> Iterator[Check]:
+    """Compare page, label, model card and registry entry beside a report with what fedtune renders from the report."""
+    from fedtune.report.page.render import render, render_label
+    from fedtune.report.page.translations import LANGUAGES
     from fedtune.report.registry_entry import REGISTRY, read_fields_by_people, registry_entry_to_json
 
-    written: dict[Path, bytes] = {}
+    for name, draw in (("report.html", render), (LABEL, render_label)):
+        drawn = (draw(report, language=language).encode() for language in LANGUAGES)
+        yield from _compare_rendered_file(name, drawn, folder, report)
     if (entry := folder / REGISTRY).is_file():
-        written[entry] = registry_entry_to_json(report, read_fields_by_people(entry.read_bytes())).encode()
+        written = registry_entry_to_json(report, read_fields_by_people(entry.read_bytes())).encode()
+        yield from _compare_rendered_file(REGISTRY, [written], folder, report)
     if of_run and any((RunFolder(folder).adapter / name).is_file() for name in (CARD, LABEL)):
         from fedtune.report.model_card import render_adapter_card
 
-        written |= {folder / name: data for name, data in render_adapter_card(folder, report).items()}
-    for path, right in written.items():
-        name = path.relative_to(folder).as_posix()
-        if not path.is_file() or path.read_bytes() == right:
-            yield Check(name, "passed", "The file matches the report.")
-        else:
-            yield _report_difference(name, folder, report)
+        for name, data in render_adapter_card(folder, report).items():
+            yield from _compare_rendered_file(name, [data], folder, report)
 
 
-def _report_difference(name: str, folder: Path, report: Report) -> Check:
-    if report.facts.provenance.fedtune_version == __version__:
+def _compare_rendered_file(name: str, rendered: Iterable[bytes], folder: Path, report: Report) -> Iterator[Check]:
+    """Compare a file, if it exists, with its possible contents: equal reports give equal bytes."""
+    if not (file := folder / name).is_file():
+        return
+    content = file.read_bytes() if file.stat().st_size <= MAX_BYTES else b""
+    if content in rendered:
+        yield Check(name, "passed", "The file matches the report byte for byte.")
+    elif report.facts.provenance.fedtune_version == __version__:
         text = f"The file differs from the one that fedtune renders: write it again with fedtune report {folder}."
-        return Check(name, "failed", text)
-    text = f"The file was not compared: check it with the report's fedtune version, since {__version__} may differ."
-    return Check(name, _choose_unchecked_state(report.facts), text)
-
-
-def _check_drawings(path: Path, report: Report) -> Iterator[Check]:
-    """Compare the HTML page and the label next to a report with newly rendered ones; equal reports give equal bytes."""
-    from fedtune.report.page.render import render, render_label
-    from fedtune.report.page.translations import LANGUAGES
-
-    for name, draw in (("report.html", render), (LABEL, render_label)):
-        file = path.with_name(name)
-        if not file.is_file():
-            continue
-        content = file.read_bytes() if file.stat().st_size <= MAX_BYTES else b""
-        if any(draw(report, language=language).encode() == content for language in LANGUAGES):
-            yield Check(name, "passed", "The file matches the report byte for byte.")
-        else:
-            yield _report_difference(name, path.parent, report)
+        yield Check(name, "failed", text)
+    else:
+        text = f"The file was not compared: check it with the report's fedtune version, since {__version__} may differ."
+        yield Check(name, _choose_unchecked_state(report.facts), text)
 
 
 def find_settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:

@@ -27,7 +27,7 @@ from fedtune.privacy.site_policy import ReferenceRun
 from fedtune.report.attacks import RunAttacks, check_confidence
 from fedtune.runs.cost import Energy
 from fedtune.show.budget_text import ArrivalRange
-from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least, spec
+from fedtune.spec import NOT_GIVEN, check_at_least, spec
 from fedtune.tasks.measures import Detail
 
 Value = str | int | float | tuple[str, ...] | Mapping[str, int | float | None] | None
@@ -234,11 +234,10 @@ class AuditBound:
 
     def __post_init__(self) -> None:
         check_at_least("claimed_epsilon", self.claimed_epsilon, 0)
-        if not 0 <= self.correct <= self.guesses <= self.canaries <= _MAX_CANARIES:
-            said = f"{self.correct} of {self.guesses} of {self.canaries}"
-            raise ConfigError(
-                "correct", said, "must not exceed the guesses, and the guesses must not exceed the canaries"
-            )
+        ordered = 0 <= self.correct <= self.guesses <= self.canaries <= _MAX_CANARIES
+        said = f"{self.correct} of {self.guesses} of {self.canaries}"
+        bound = "must not exceed the guesses, and the guesses must not exceed the canaries"
+        require("correct", said, ordered, bound)
 
 
 @spec
@@ -265,8 +264,7 @@ class AuditMembership:
     hit_rates: tuple[AuditHitRate, ...]
 
     def __post_init__(self) -> None:
-        if not self.hit_rates:
-            raise ConfigError("hit_rates", [], "must contain at least one rate")
+        require("hit_rates", [], bool(self.hit_rates), "must contain at least one rate")
 
 
 @spec
@@ -474,12 +472,9 @@ class RunInLedger:
 
     def __post_init__(self) -> None:
         check_at_least("lost_rounds", self.lost_rounds, 0)
-        if any({*one} != {"what", "day", "by", "ticket", "why"} for one in self.approvals):
-            raise ConfigError(
-                "approvals",
-                list(self.approvals),
-                'must each have exactly the keys "what", "day", "by", "ticket" and "why"',
-            )
+        right = all({*one} == {"what", "day", "by", "ticket", "why"} for one in self.approvals)
+        bound = 'must each have exactly the keys "what", "day", "by", "ticket" and "why"'
+        require("approvals", list(self.approvals), right, bound)
 
 
 @spec

@@ -12,6 +12,7 @@ from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 
+from fedtune.codec import require
 from fedtune.config import AboutSpec
 from fedtune.formatting import convert_infinite_to_none
 from fedtune.privacy.events import Charge
@@ -57,8 +58,7 @@ def build_ledger_report(site_toml_or_ledger: Path, *, anchor: Path | None = None
     """
     files = SiteFiles.from_site_toml(site_toml_or_ledger) if site_toml_or_ledger.suffix == ".toml" else None
     ledger = files.ledger if files else site_toml_or_ledger
-    if not ledger.is_file():
-        raise ConfigError("ledger", str(ledger), "does not exist: pass the path of an existing ledger")
+    require("ledger", str(ledger), ledger.is_file(), "does not exist: pass the path of an existing ledger")
     if anchor is None and files and files.anchor and files.anchor.is_file():
         anchor = files.anchor
     head, own = Head.read(anchor) if anchor else None, files.policy if files else None
@@ -100,17 +100,12 @@ def _read_consistent_events(ledger: Path) -> tuple[tuple[Event, ...], History]:
     return tuple(events), history
 
 
-def collect_current_facts(verified: VerifiedLedger) -> LedgerFacts:
-    """Collect a ledger's report data as of now, or as of its newest event if that is later, with one charge per run and
-    month.
-    """
-    history = verified.history
-    return collect_ledger_facts(verified.events, history, verified=verified, most=0, now=history.now())
-
-
 def compute_lifetime_budget(verified: VerifiedLedger) -> Lifetime:
-    """Compute a ledger's current lifetime budget, over all runs."""
-    return ledger_figures.compute_lifetime(collect_current_facts(verified))
+    """Compute a ledger's lifetime budget, over all runs, as of now, or as of its newest event if that is later."""
+    history = verified.history
+    # With one charge per run and month, because the budget does not need each round.
+    facts = collect_ledger_facts(verified.events, history, verified=verified, most=0, now=history.now())
+    return ledger_figures.compute_lifetime(facts)
 
 
 def collect_ledger_facts(

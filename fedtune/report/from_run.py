@@ -23,7 +23,6 @@ from pydantic import TypeAdapter, ValidationError
 from fedtune.codec import read_bounded_file, reject_duplicate_keys
 from fedtune.config import RunConfig, parse, read_saved_settings
 from fedtune.federation.drift import HeldOut, pool_held_out_scores
-from fedtune.federation.early_stopping import should_stop
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult, find_invalid_field
 from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import convert_infinite_to_none
@@ -63,11 +62,6 @@ class RunRecord:
     rounds: Sequence[RoundResult]  # finished rounds
     environments: tuple[Environment, ...]
     selection: Selection | None = None
-
-    @property
-    def finished(self) -> bool:
-        """Whether every round was aggregated, or early stopping ended the run."""
-        return should_stop(self.rounds, self.config.federation, primary_metric=self.config.primary_metric)
 
     @property
     def adapter_digest(self) -> str:
@@ -247,7 +241,6 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
     if audit is not None and audit.delta != plan.delta:
         raise RunError(f"{RunFolder(folder).audit} belongs to another run: its delta is {audit.delta:g}")
     final = record.result.final if record.result else FinalResult(metrics={})
-    files = hash_model_files(folder) if record.finished else {}
     times = [one.ended for one in record.rounds] + [one.since for one in record.environments]
     facts = RunFacts(
         kind="run",
@@ -281,9 +274,19 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
         audit=audit,
         canaries_planted=RunFolder(folder).audit_mark.exists() or bool(audit and audit.bounds),
         held_out=_collect_held_out(record),
-        sites=tuple(_collect_site_facts(record, site, own.get(site)) for site in config.federation.active),
-        files=files,
+        sites=tuple(
+            SiteFacts(
+                site=site,
+                declared_size=config.declared_sizes()[site],
+                receipt=record.receipts.get(site),
+                statement=extract_statement(own[site], run=record.run, plan=plan) if site in own else None,
+            )
+            for site in config.federation.active
+        ),
+        files={},
     )
+    if facts.finished:
+        facts = replace(facts, files=hash_model_files(folder))
     return replace(facts, attacks=read_findings(folder, facts.adapter_digest))
 
 
@@ -334,16 +337,6 @@ def hash_model_files(folder: Path) -> Mapping[str, str]:
         name: digest for name, digest in run.read_exports().items() if not name.startswith(f"{run.adapter.name}/")
     }
     return hash_adapter_files(run.adapter) | exports
-
-
-def _collect_site_facts(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
-    """Return the lead's data about a site, with the excerpt from the site's own report if it is available."""
-    return SiteFacts(
-        site=site,
-        declared_size=record.config.declared_sizes()[site],
-        receipt=record.receipts.get(site),
-        statement=None if report is None else extract_statement(report, run=record.run, plan=record.plan),
-    )
 
 
 def extract_statement(report: Report, *, run: str, plan: Plan) -> SiteStatement:

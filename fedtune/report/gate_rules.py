@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 from fedtune.codec import decode, read_toml, require
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
-from fedtune.formatting import convert_none_to_infinite
+from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
 from fedtune.model.spec import NO_BASE
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.selection import compute_released_epsilon
@@ -39,7 +39,7 @@ Found = tuple[bool | None, str]
 """Whether a rule holds, and a sentence with the reason; None: the evidence for the rule is missing."""
 _LAST_DIGITS = 1e-9  # relative tolerance for rounding
 _STATES: Mapping[bool | None, Any] = {True: "passed", False: "failed", None: "missing"}
-_SIGNATURES = ("signature", "site keys", "roster")  # checks of a report that the rule `signed` judges
+_SIGNATURES = ("signature", "site keys")  # checks of a report that the rule `signed` judges
 _BY_AUDIT = "run fedtune audit with this run's settings, and pass its folder with --audit"
 _BY_ATTACK = "run fedtune attack on this run, and then fedtune report"
 _BY_GROUP = "run fedtune compare RUN --by COLUMN --json > groups.json, and pass --groups groups.json"
@@ -181,12 +181,9 @@ def read_rules(name: str) -> tuple[GateRules, str]:
     with name_file_in_errors(path):
         rules = decode(GateRules, read_toml(path, key="rules"))
         own = built_in.get(rules.name.strip().casefold(), path)  # a verdict is read by the name of its rules
-        if own != path and rules != decode(GateRules, read_toml(own, key="rules")):
-            raise ConfigError(
-                "name", rules.name, "is the name of built-in rules that differ from these: choose another"
-            )
-        if not rules.limits:
-            raise ConfigError("rules", name, "has no rule: set at least one, such as consistent = true")
+        is_free = own == path or rules == decode(GateRules, read_toml(own, key="rules"))
+        require("name", rules.name, is_free, "is the name of built-in rules that differ from these: choose another")
+        require("rules", name, bool(rules.limits), "has no rule: set at least one, such as consistent = true")
     return rules, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -257,25 +254,25 @@ def _judge_consistency(_: bool, given: Evidence, __: GateRules) -> Found:
 
 
 def _judge_files(_: bool, given: Evidence, __: GateRules) -> Found:
-    if (check := given.checks.get("files")) is None:
-        return None, f"report.json lists no finished model: {_BY_REPORT}"
-    if given.contradiction:
-        return False, given.contradiction
-    return {"passed": True, "failed": False}.get(check.state), check.text
+    return _judge_checks(given, ["files"], absent=f"report.json lists no finished model: {_BY_REPORT}")
 
 
 def _judge_signatures(_: bool, given: Evidence, __: GateRules) -> Found:
+    names = ["signature"] if given.facts.simulated else _SIGNATURES  # one machine holds all keys of simulated sites
+    return _judge_checks(given, names, absent=f"there is no report.json: {_BY_REPORT} with --sign")
+
+
+def _judge_checks(given: Evidence, names: Sequence[str], *, absent: str) -> Found:
+    """Require that checks of report.json have passed; a failed one decides before one that could not be made."""
     if given.contradiction:
         return False, given.contradiction
-    if "signature" not in given.checks:
-        return None, f"there is no report.json: {_BY_REPORT} with --sign"
-    checks = [given.checks[name] for name in _SIGNATURES if name in given.checks]
-    if given.facts.simulated:
-        checks = [check for check in checks if check.name == "signature"]  # one machine holds all keys of sites
-    bad = sorted((check for check in checks if check.state != "passed"), key=lambda check: check.state != "failed")
-    if bad:
-        return {"failed": False}.get(bad[0].state), bad[0].text
-    return True, " ".join(check.text for check in checks)
+    checks = [given.checks[name] for name in names if name in given.checks]
+    if len(checks) < len(names):
+        return None, absent
+    worst = min(checks, key=lambda check: ("failed", "missing", "skipped", "passed").index(check.state))
+    if worst.state == "passed":
+        return True, " ".join(check.text for check in checks)
+    return {"failed": False}.get(worst.state), worst.text
 
 
 def _judge_ledgers(_: bool, given: Evidence, __: GateRules) -> Found:
@@ -311,15 +308,8 @@ def _judge_finished(_: bool, given: Evidence, __: GateRules) -> Found:
 def _judge_real_sites(_: bool, given: Evidence, __: GateRules) -> Found:
     if banners := ", ".join(given.report.banners):
         return False, f"the report has the warnings: {banners}"
-    if given.contradiction:
-        return False, given.contradiction
-    checks = [given.checks.get(name) for name in ("site keys", SIGNED_ADAPTER)]
-    for check in checks:
-        if check is None:
-            return None, f"report.json is missing, or differs from adapter/: {_BY_REPORT}"
-        if check.state != "passed":
-            return {"failed": False}.get(check.state), check.text
-    return True, " ".join(check.text for check in checks if check)
+    absent = f"report.json is missing, or differs from adapter/: {_BY_REPORT}"
+    return _judge_checks(given, ["site keys", SIGNED_ADAPTER], absent=absent)
 
 
 def _judge_guarantee(_: bool, given: Evidence, __: GateRules) -> Found:
@@ -333,25 +323,16 @@ def _judge_assumptions(_: bool, given: Evidence, __: GateRules) -> Found:
     return not violated, f"known violations of assumptions: {', '.join(violated) or 'none'}"
 
 
-def _build_upper_limit_judge(what: str, measure: Measure, remedy: str = "") -> Judge:
-    """Return a judge that requires a measured value to be at most the rule's limit."""
+def _build_limit_judge(what: str, measure: Measure, remedy: str = "", *, is_least: bool = False) -> Judge:
+    """Return a judge that requires a measured value to be at most the rule's limit, or at least it if `is_least`."""
 
     def judge(limit: float, given: Evidence, rules: GateRules) -> Found:
         if (value := measure(given, rules)) is None:
             return None, f"{what} is unknown: {remedy}"
+        if is_least:
+            return value >= limit, f"{what} is {value:,g} (limit: at least {limit:,})"
         said = "unbounded" if math.isinf(value) else f"{value:.4g}"
         return value <= limit * (1 + _LAST_DIGITS), f"{what} is {said} (limit: at most {limit:g})"
-
-    return judge
-
-
-def _build_lower_limit_judge(what: str, measure: Measure, remedy: str = "") -> Judge:
-    """Return a judge that requires a count to be at least the rule's limit."""
-
-    def judge(limit: int, given: Evidence, rules: GateRules) -> Found:
-        if (count := measure(given, rules)) is None:
-            return None, f"{what} is unknown: {remedy}"
-        return count >= limit, f"{what} is {count:,g} (limit: at least {limit:,})"
 
     return judge
 
@@ -378,16 +359,17 @@ def _build_gain_judge(attack: str, what: str, is_possible: Callable[[Task], bool
     return judge
 
 
-def _sum_losses(given: Evidence) -> tuple[float | None, float | None]:
-    """Sum epsilon and delta over the run, or the search that chose it, and the starts before it; None has the meaning
-    given in `StartAdapter`.
+def _sum_losses(given: Evidence) -> tuple[float, float] | None:
+    """Sum epsilon (infinity: unbounded) and delta over the run, or the search that chose it, and the starts before it;
+    None if what a start spent is unknown.
     """
     facts, start = given.facts, given.facts.provenance.start_adapter
     if given.start is not None and given.start.state != "passed":
-        return None, None
+        return None
     epsilon, delta = compute_released_epsilon(given.report.epsilon, facts.delta, facts.selection)
     own = {"unit": facts.unit, "delta": delta, "epsilon": epsilon}
-    return sum_start_losses(own | {"start_adapter": start and dataclasses.asdict(start)})
+    total, total_delta = sum_start_losses(own | {"start_adapter": start and dataclasses.asdict(start)})
+    return None if total_delta is None else (convert_none_to_infinite(total), total_delta)
 
 
 def _is_alone(given: Evidence) -> bool:
@@ -397,13 +379,13 @@ def _is_alone(given: Evidence) -> bool:
 
 
 def _measure_epsilon(given: Evidence, _: GateRules) -> float | None:
-    epsilon, delta = _sum_losses(given)
-    return None if delta is None else convert_none_to_infinite(epsilon)
+    losses = _sum_losses(given)
+    return losses and losses[0]
 
 
 def _measure_failures(given: Evidence, _: GateRules) -> float | None:
-    sizes, delta = given.facts.declared_sizes.values(), _sum_losses(given)[1]
-    return None if None in sizes or delta is None else delta * max(size or 0 for size in sizes)
+    sizes, losses = given.facts.declared_sizes.values(), _sum_losses(given)
+    return None if None in sizes or losses is None else losses[1] * max(size or 0 for size in sizes)
 
 
 def _measure_sites(given: Evidence, _: GateRules) -> float:
@@ -418,10 +400,8 @@ def _measure_declared_size(given: Evidence, _: GateRules) -> float | None:
 
 def _measure_right_guesses(given: Evidence, _: GateRules) -> float | None:
     if not _is_alone(given):
-        epsilon, delta = _sum_losses(given)
-        return (
-            None if delta is None else profile.bound_correct_guesses_per_100(convert_none_to_infinite(epsilon), delta)
-        )
+        losses = _sum_losses(given)
+        return losses and profile.bound_correct_guesses_per_100(*losses)
     meanings = [site.meaning for site in given.report.sites]
     return max(100.0 if one is None else one.correct_of_100_mechanism or one.correct_of_100_ceiling for one in meanings)
 
@@ -434,9 +414,9 @@ def _measure_lifetime(given: Evidence, _: GateRules) -> float | None:
 
 
 def _measure_secret(given: Evidence, rules: GateRules) -> float | None:
-    plan, (epsilon, delta) = given.facts.plan, _sum_losses(given)
-    if delta is None:
+    if (losses := _sum_losses(given)) is None:
         return None
+    plan, epsilon, delta = given.facts.plan, convert_infinite_to_none(losses[0]), losses[1]
     spent = profile.count_charged_events(plan, plan.max_rounds) if plan.private and _is_alone(given) else None
     return profile.bound_secret_chance(spent, epsilon=epsilon, delta=delta, candidates=rules.secret_candidates)
 
@@ -460,6 +440,10 @@ def _measure_membership(given: Evidence, _: GateRules) -> float | None:
 def _measure_gap(given: Evidence, _: GateRules) -> float | None:
     gaps = [one.gap for one in given.groups]
     return None if None in gaps else max((abs(gap or 0.0) for gap in gaps), default=None)
+
+
+def _measure_group_size(given: Evidence, _: GateRules) -> float | None:
+    return min((one.units for one in given.groups), default=None)
 
 
 def _judge_license(allowed: Sequence[str], given: Evidence, _: GateRules) -> Found:
@@ -493,26 +477,24 @@ _JUDGES: Mapping[str, Judge] = {
     "signed": _judge_signatures,
     "guarantee": _judge_guarantee,
     "assumptions": _judge_assumptions,
-    "max_epsilon": _build_upper_limit_judge("epsilon with all starts before this run", _measure_epsilon, _BY_FOLDER),
-    "max_expected_failures": _build_upper_limit_judge(
+    "max_epsilon": _build_limit_judge("epsilon with all starts before this run", _measure_epsilon, _BY_FOLDER),
+    "max_expected_failures": _build_limit_judge(
         "delta with all starts before this run, times the largest declared size,",
         _measure_failures,
         f"set data.declared_sizes, or {_BY_FOLDER}",
     ),
-    "max_correct_of_100": _build_upper_limit_judge(
+    "max_correct_of_100": _build_limit_judge(
         "the number of correct guesses out of 100", _measure_right_guesses, _BY_FOLDER
     ),
-    "max_lifetime_epsilon": _build_upper_limit_judge(
+    "max_lifetime_epsilon": _build_limit_judge(
         "the largest epsilon of a site over all its runs", _measure_lifetime, _BY_SITE
     ),
-    "max_secret_chance": _build_upper_limit_judge(
-        "the probability of reconstructing a secret", _measure_secret, _BY_FOLDER
+    "max_secret_chance": _build_limit_judge("the probability of reconstructing a secret", _measure_secret, _BY_FOLDER),
+    "max_audit_bound": _build_limit_judge("the audit's largest lower bound on epsilon", _measure_audit, _BY_AUDIT),
+    "min_audit_canaries": _build_limit_judge(
+        "the audit's number of canaries", _measure_canaries, _BY_AUDIT, is_least=True
     ),
-    "max_audit_bound": _build_upper_limit_judge(
-        "the audit's largest lower bound on epsilon", _measure_audit, _BY_AUDIT
-    ),
-    "min_audit_canaries": _build_lower_limit_judge("the audit's number of canaries", _measure_canaries, _BY_AUDIT),
-    "max_membership_auroc": _build_upper_limit_judge(
+    "max_membership_auroc": _build_limit_judge(
         "the AUROC of the membership attack", _measure_membership, f"{_BY_ATTACK}, or {_BY_AUDIT}"
     ),
     "max_reconstruction_advantage": _build_gain_judge("reconstruction", "reconstruction of a record from an update"),
@@ -520,19 +502,15 @@ _JUDGES: Mapping[str, Judge] = {
     "max_attribute_advantage": _build_gain_judge(
         "attribute", "attribute inference", lambda task: isinstance(task, Classification)
     ),
-    "max_group_gap": _build_upper_limit_judge(
+    "max_group_gap": _build_limit_judge(
         "the largest score gap between a group and all others", _measure_gap, _BY_GROUP
     ),
-    "min_group_size": _build_lower_limit_judge(
-        "the size of the smallest group",
-        lambda given, _: min((one.units for one in given.groups), default=None),
-        _BY_GROUP,
+    "min_group_size": _build_limit_judge(
+        "the size of the smallest group", _measure_group_size, _BY_GROUP, is_least=True
     ),
-    "min_sites": _build_lower_limit_judge("the number of sites whose updates were used", _measure_sites),
-    "min_declared_size": _build_lower_limit_judge(
-        "the smallest declared size of a site",
-        _measure_declared_size,
-        "set data.declared_sizes",
+    "min_sites": _build_limit_judge("the number of sites whose updates were used", _measure_sites, is_least=True),
+    "min_declared_size": _build_limit_judge(
+        "the smallest declared size of a site", _measure_declared_size, "set data.declared_sizes", is_least=True
     ),
     "licenses": _judge_license,
     "statements": _judge_statements,

@@ -26,7 +26,7 @@ from fedtune.model.spec import ADAPTERS, NO_ADAPTER, NO_BASE
 from fedtune.report.facts import RunFacts
 from fedtune.report.from_run import RunRecord, build_run_report, read_run
 from fedtune.report.gate_verdict import GATE, read_verdict
-from fedtune.report.loading_code import build_adapter_loading_code
+from fedtune.report.loading_code import build_loading_code
 from fedtune.report.model import Report
 from fedtune.report.page.render import create_template_environment, render_label, write_all, write_files
 from fedtune.report.page.translations import load_catalog
@@ -50,7 +50,7 @@ class CardFormat:
     def for_adapter(cls, config: RunConfig, *, folder: str) -> CardFormat:
         """Describe an adapter that is loaded on top of its base model; `folder` is its path in the loading code."""
         base, needs_base = find_public_location(config.model), config.lora.kind != NO_ADAPTER
-        loading = build_adapter_loading_code(config, base=base, folder=folder)
+        loading = build_loading_code(config.bound_task, config.data, base=base, folder=folder)
         what, library = ADAPTERS[config.lora.kind], "peft" if needs_base else "safetensors"
         return cls(what=what, library=library, relation="adapter", loading=loading, needs_base=needs_base)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ from markupsafe import Markup
 from fedtune.config import AboutSpec
 from fedtune.formatting import pluralize
 from fedtune.privacy.accountant import format_epsilon
-from fedtune.report import signing
 from fedtune.report.derive.dpia_fields import BY_DESIGN
 from fedtune.report.derive.profile import bound_secret_chance, count_charged_events
 from fedtune.report.facts import LedgerFacts, RunFacts
 from fedtune.report.gate_verdict import GateVerdict
-from fedtune.report.model import CellState, Report
+from fedtune.report.model import Report
 from fedtune.report.model_card import render_card
 from fedtune.report.page.render import create_template_environment, format_fact
 from fedtune.report.page.tables import Charts
@@ -35,34 +34,12 @@ from fedtune.show.terminal_tables import Section, to_json_text
 
 _MAPS = Path(__file__).with_name("maps")
 _CANDIDATES = 1_000_000  # number of candidate values of a secret, such as a six-digit number
-_LABELS: Mapping[str, str] = {
-    "extraction": "Extraction of a secret",
-    "gate": "Verdict of fedtune gate",
-    "group_results": "Scores by group",
-    "ledger_check": "Ledgers of the sites",
-    "lifetime": "Epsilon over all runs, by site",
-    "model_files": "Files of the model",
-    "neighboring_relation": "Neighboring relation",
-    "report_sha256": "SHA-256 of report.json",
-    "report_signature": "Key that signed the report",
-}
-"""Display names of the facts that no cell of the report shows."""
-_BY_GATE: Mapping[str, tuple[str, ...]] = {
-    "attack_results": (
-        "max_audit_bound",
-        "min_audit_canaries",
-        "max_membership_auroc",
-        "max_reconstruction_advantage",
-        "max_extraction_advantage",
-        "max_attribute_advantage",
-    ),
-    "group_results": ("max_group_gap", "min_group_size"),
-    "ledger_check": ("ledgers",),
-}
-"""Fact from the verdict of `fedtune gate` -> the rules that provide it."""
+_DATA = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+LABELS: Mapping[str, str] = _DATA["labels"]  # fact that no cell shows -> its name
+_BY_GATE: Mapping[str, Sequence[str]] = _DATA["by_gate"]  # fact from a verdict -> the rules that provide it
 
-Answer = tuple[CellState, str, str]
-"""The state of an answer, its subject, and its text; an empty text means that the answer is missing."""
+Answer = Mapping[str, str]
+"""The `state` of an answer (a `CellState`), its subject (`about`) and its `text`, which is empty if it is missing."""
 
 
 def read_map(name: str) -> Mapping[str, Any]:
@@ -79,14 +56,14 @@ def answer_requirement(
 ) -> Iterator[Answer]:
     """Yield the answers to one requirement from the `known` facts and from the report.about fields in `about`."""
     for fact in asked.get("facts", ()):
-        state: CellState = "missing" if fact not in known else "design" if fact in BY_DESIGN else "auto"
-        yield state, fact, known.get(fact, "")
+        state = "missing" if fact not in known else "design" if fact in BY_DESIGN else "auto"
+        yield {"state": state, "about": fact, "text": known.get(fact, "")}
     if "design" in asked:
-        yield "design", "", asked["design"]
+        yield {"state": "design", "about": "", "text": asked["design"]}
     for field in asked.get("stated", ()):
-        yield "site", f"report.about.{field}", about[field].strip()
+        yield {"state": "site", "about": f"report.about.{field}", "text": about[field].strip()}
     for what in asked.get("person", ()):
-        yield "site", what, ""
+        yield {"state": "site", "about": what, "text": ""}
 
 
 def collect_known_facts(report: Report, verdict: GateVerdict | None) -> Mapping[str, str]:
@@ -99,7 +76,7 @@ def collect_known_facts(report: Report, verdict: GateVerdict | None) -> Mapping[
         for fact, value in values.items()
         if value is not None
     }
-    known["report_sha256"] = signing.compute_report_digest(report)
+    known["report_sha256"] = compute_report_digest(report)
     known["neighboring_relation"] = words.code("relation", report.neighboring_relation).unescape()
     if isinstance(epsilon := report.known.get("epsilon"), float):
         plan = facts.plan if isinstance(facts, RunFacts) and facts.plan.private else None
@@ -141,10 +118,7 @@ def map_report(name: str, report: Report, about: AboutSpec, verdict: GateVerdict
         {
             "number": number,
             "text": requirement["text"],
-            "answers": [
-                {"state": state, "about": about, "text": text}
-                for state, about, text in answer_requirement(requirement, known, stated)
-            ],
+            "answers": list(answer_requirement(requirement, known, stated)),
         }
         for number, requirement in asked["requirement"].items()
     ]
@@ -162,12 +136,12 @@ def render_map(mapped: Mapping[str, Any], *, name: str) -> Mapping[str, bytes]:
     return {f"{stem}.{ending}": text.encode() for ending, text in texts.items()}
 
 
-def label_answer(answer: Mapping[str, str]) -> str:
+def label_answer(answer: Answer) -> str:
     """Return the label of an answer: the name of its fact, or what a person has to supply."""
     about, catalog = answer["about"], load_catalog("en")
     if answer["state"] == "site" or not about:
         return about
-    return _LABELS[about] if about in _LABELS else catalog.code("fact", about).unescape()
+    return LABELS[about] if about in LABELS else catalog.code("fact", about).unescape()
 
 
 def build_map_section(mapped: Mapping[str, Any]) -> Section:

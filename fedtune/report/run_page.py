@@ -66,10 +66,8 @@ class UnfinishedReport:
 
         record = from_run.read_run(self._folder, plan=self._plan)
         self._plan = record.plan
-        words, planned = (
-            load_catalog(self._config.report.language),
-            count_rounds(state.rounds, self._config.federation),
-        )
+        words = load_catalog(self._config.report.language)
+        planned = count_rounds(state.rounds, self._config.federation)
         # Site reports are only included in the run's final report.
         html = render_live(
             derive_report(from_run.collect_run_facts(self._folder, record, own={})),

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from fedtune.codec import decode, parse_json, read_bounded_file
+from fedtune.codec import decode, parse_json, read_bounded_file, require
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.formatting import total
 from fedtune.privacy.selection import compute_released_epsilon
@@ -66,8 +66,8 @@ class SyntheticRecords(WritingSpec):
         counts = {"rows": self.rows, "prompts": self.prompts, "missing": self.missing}
         for key, count in (*counts.items(), *self.left_out.items()):
             check_at_least(key, count, 0)
-        if any(one.keys() != {"column", "by"} for one in self.labels):
-            raise ConfigError("labels", list(self.labels), 'must each have exactly the keys "column" and "by"')
+        right = all(one.keys() == {"column", "by"} for one in self.labels)
+        require("labels", list(self.labels), right, 'must each have exactly the keys "column" and "by"')
 
 
 @spec

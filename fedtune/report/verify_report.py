@@ -55,11 +55,9 @@ def derive_report(facts: Facts) -> Report:
 
 def derive_figures(facts: Facts) -> Report:
     """Derive a report without its DPIA fields, and with unrounded attack bounds."""
-    return (
-        run_figures.derive_run_report(facts)
-        if isinstance(facts, RunFacts)
-        else ledger_figures.derive_ledger_report(facts)
-    )
+    if isinstance(facts, RunFacts):
+        return run_figures.derive_run_report(facts)
+    return ledger_figures.derive_ledger_report(facts)
 
 
 def problems(report: Report) -> list[Problem]:
@@ -78,18 +76,9 @@ def problems(report: Report) -> list[Problem]:
             return found
         again = derive_figures(facts)
         again = replace(again, cells=dpia_fields.build_report_cells(again), signature=report.signature)
-        differences = [*_find_differences("", to_json(report), to_json(again)), *find_audit_problems(again)]
-        return [*differences, *_find_attack_problems(facts)]
+        return [*_find_differences("", to_json(report), to_json(again)), *find_audit_problems(again)]
     except (ValueError, ArithmeticError, LookupError, RecursionError) as error:  # ValueError: a value out of its range
         return [Problem("facts", "figures", f"an error while computing them: {error}")]
-
-
-def _find_attack_problems(facts: Facts) -> Iterator[Problem]:
-    """Yield a problem if the attacks in a report are of another model."""
-    if isinstance(facts, RunFacts) and facts.attacks:
-        said, model = facts.attacks.adapter_sha256, facts.adapter_digest
-        if said != model:
-            yield Problem("attacks.adapter_sha256", said, model)
 
 
 def _check_cell_settings(facts: Facts) -> Iterator[Problem]:
@@ -189,6 +178,8 @@ def _check_run_facts(facts: RunFacts) -> Iterator[_Found]:
     yield from _check_sent_settings(facts)
     if facts.files and not facts.finished:
         yield "files", ", ".join(facts.files), "no files, because the run is not finished"
+    if facts.attacks and facts.attacks.adapter_sha256 != facts.adapter_digest:
+        yield "attacks.adapter_sha256", facts.attacks.adapter_sha256, facts.adapter_digest
     if facts.deployed and (facts.sampling, facts.randomness, facts.inexact_gradients) != (None, None, None):
         yield "settings.runtime", runtime, "a simulation, because real sites report no sampling or policies to the lead"
     if shared := plan.shared:
@@ -252,10 +243,8 @@ def _check_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> I
     if not 1 < life.order < _MAX_ORDER:
         yield "lifetime.order", life.order, f"a number above 1 and below {_MAX_ORDER:g}"
         return
-    mine, least = (
-        [run.rounds for run in life.runs if run.run == facts.run],
-        run_figures.compute_min_charged_rounds(facts, site),
-    )
+    mine = [run.rounds for run in life.runs if run.run == facts.run]
+    least = run_figures.compute_min_charged_rounds(facts, site)
     signed = site.receipt.site_key if site.receipt else None
     key = said.verification.site_key if said.verification else signed
     if signed is None or key != signed:

@@ -1,6 +1,7 @@
 """Requirements of documents beside a report: whole as data, and each answer goes when its fact goes."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def test_requirement_maps_contain_numbers_texts_and_known_facts() -> None:
             assert asked.keys() <= KEYS, number
             assert asked["text"].endswith("."), number
             assert asked.keys() > {"text"}, f"{number} has no answer"
-            assert set(asked.get("facts", ())) <= cell_facts | requirements._LABELS.keys(), number
+            assert set(asked.get("facts", ())) <= cell_facts | requirements.LABELS.keys(), number
             assert set(asked.get("stated", ())) <= ABOUT.keys(), number
 
 
@@ -74,21 +75,25 @@ def test_requirement_for_technical_controls_refers_to_the_gate() -> None:
     assert "gate" in asked["facts"]
 
 
+def list_answers(*given: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [(one["state"], one["about"], one["text"]) for one in answer_requirement(*given)]
+
+
 @pytest.mark.parametrize(("name", "number"), REQUIREMENTS)
 def test_removing_a_fact_changes_only_its_answer_to_missing(name: str, number: str) -> None:
     asked = read_map(name)["requirement"][number]
     known = {fact: f"the {fact}" for fact in asked.get("facts", ())}
-    whole = list(answer_requirement(asked, known, ABOUT))
+    whole = list_answers(asked, known, ABOUT)
     assert [answer for answer in whole if answer[0] == "missing"] == []
     for place, fact in enumerate(known):
         assert whole[place] == ("design" if fact in BY_DESIGN else "auto", fact, f"the {fact}")
-        without = list(answer_requirement(asked, {key: known[key] for key in known if key != fact}, ABOUT))
+        without = list_answers(asked, {key: known[key] for key in known if key != fact}, ABOUT)
         assert without[place] == ("missing", fact, "")
         assert [*without[:place], *without[place + 1 :]] == [*whole[:place], *whole[place + 1 :]]
     for field in asked.get("stated", ()):
         said = ("site", f"report.about.{field}", f"the {field}")
         assert said in whole
-        silent = list(answer_requirement(asked, known, ABOUT | {field: " "}))
+        silent = list_answers(asked, known, ABOUT | {field: " "})
         assert [one for one in silent if one not in whole] == [("site", f"report.about.{field}", "")]
 
 

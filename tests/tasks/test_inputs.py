@@ -9,8 +9,9 @@ import pytest
 
 from fedtune.data.features import FeatureSpec, encode_features
 from fedtune.data.records import parse_record
-from fedtune.report.loading_code import build_input_loading_code
+from fedtune.report.loading_code import build_loading_code
 from fedtune.spec import DataError
+from fedtune.tasks.classification import Classification
 
 from ..data.conftest import make_data_spec
 
@@ -35,8 +36,7 @@ VALUES: tuple[Any, ...] = (
 
 @pytest.fixture(scope="module")
 def exported_code() -> Callable[[dict[str, Any]], Any]:
-    lines = build_input_loading_code(DATA, base="", folder="folder")
-    assert lines is not None
+    lines = build_loading_code(Classification(), DATA, base="", folder="folder")
     reading, _, rest = lines.partition("row = ")
     scaling = rest[rest.index("vector = []") : rest.index("settings = ")]
     space: dict[str, Any] = {}

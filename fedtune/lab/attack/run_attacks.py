@@ -27,9 +27,10 @@ from fedtune.lab.attack.target import ScoredRecords, Target, fit_to_minutes
 from fedtune.model.adapter_files import compute_adapter_digest
 from fedtune.privacy.events import Spent
 from fedtune.privacy.run_plan import Plan
-from fedtune.report.attacks import AttackFinding, RunAttacks, write_findings
+from fedtune.report.attacks import AttackFinding, RunAttacks
 from fedtune.report.derive import profile
 from fedtune.report.from_run import read_run
+from fedtune.report.page.render import write_attacks
 
 CONFIDENCE = 0.95
 SHADOWS = 32
@@ -110,7 +111,7 @@ def attack_run(
         seconds=time.monotonic() - began,
         findings=tuple(findings),
     )
-    write_findings(found, folder)
+    write_attacks(folder, found)
     return found
 
 

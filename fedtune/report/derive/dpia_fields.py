@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ FIELDS: Mapping[str, Mapping[str, Sequence[str]]] = _DATA["field"]  # known `fac
 BY_DESIGN: Mapping[str, str] = _DATA["by_design"]
 KINDS: Mapping[str, str] = {fact: kind for kind, facts in _DATA["kinds"].items() for fact in facts}
 """Fact -> format of its value on a page, as in `TableColumn.kind`; other facts are shown as text."""
+_PLACES: Mapping[str, str] = _DATA["places"]  # fact that the report states elsewhere -> its attribute of `Report`
 OPTIONAL = frozenset(_DATA["optional"]["facts"])  # facts that a cell omits if they were not measured
 SETTINGS = frozenset(_DATA["settings"]["facts"])  # facts that come from the settings of a run or of a ledger's runs
 TRANSPORT = {"simulation": "in_process", "ray": "ray", "deployment": "mutual_tls"}
@@ -53,7 +55,7 @@ def build_report_cells(report: Report) -> Cells:
     """Build the cells from a report's figures; the report's existing cells are ignored."""
     facts, made = report.facts, report.facts.provenance
     # Each figure that differs between sites is that of the worst site, like the report's verdict and epsilon.
-    verdict, promised = report.verdict, report.verdict.state != "no_guarantee"
+    promised = report.verdict.state != "no_guarantee"
     epsilon = report.epsilon if promised else None
     meanings = [site.meaning for site in report.sites if site.meaning]
     by_mechanism = [one.correct_of_100_mechanism for one in meanings if one.correct_of_100_mechanism is not None]
@@ -68,23 +70,7 @@ def build_report_cells(report: Report) -> Cells:
     known: dict[str, Value] = {
         **BY_DESIGN,
         **facts.settings,
-        "unit": facts.unit,
-        "date": facts.date,
-        "declared_sizes": sizes,
-        "base_model": made.model,
-        "base_model_license": made.model_license,
-        "base_model_sha256": made.model_sha256,
-        "dataset": made.dataset,
-        "task": made.task,
-        "fedtune_version": made.fedtune_version,
-        "hardware": made.machine,
-        "channel": made.channel,
-        "acceptable_use": made.acceptable_use,
-        "delta": facts.delta,
-        "randomness": report.randomness,
-        "released": report.released,
-        "known_limits": report.not_protected,
-        "verdict": verdict.state,
+        **{name: attrgetter(place)(report) for name, place in _PLACES.items()},
         "epsilon": "unbounded" if epsilon is None else epsilon,
         "expected_failures": max(failures, default=None),
         "correct_of_100_ceiling": ceiling,
@@ -142,26 +128,28 @@ def estimate_training_flops(report: Report, facts: RunFacts) -> float | None:
 
 def derive_facts_from_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
     """Derive the fields of `RunFacts` that follow from a run's settings and plan."""
-    federation, epsilon = config.federation, config.privacy.epsilon if plan.private else None
-    known = {"name": config.name, "target_epsilon": epsilon, "settings": derive_cell_facts(config, plan)}
-    judged = {
+    return {
+        "name": config.name,
+        "target_epsilon": config.privacy.epsilon if plan.private else None,
+        "settings": derive_cell_facts(config, plan),
         "primary_metric": config.primary_metric,
-        "checkpoint_selection": federation.checkpoint_selection,
-        "early_stopping_patience": federation.early_stopping_patience,
+        "checkpoint_selection": config.federation.checkpoint_selection,
+        "early_stopping_patience": config.federation.early_stopping_patience,
     }
-    return known | judged
 
 
 def derive_provenance(config: RunConfig) -> dict[str, str | None]:
     """Derive the fields of `Provenance` that follow from a run's settings alone."""
-    model, data, about = config.model, config.data, config.report.about
-    base = {"model": model.public_path, "model_license": model.license}
-    stated = {
+    about = config.report.about
+    return {
+        "model": config.model.public_path,
+        "model_license": config.model.license,
+        "dataset": config.data.dataset,
+        "task": config.task,
         "purpose": about.purpose,
         "channel": about.channel or None,
         "acceptable_use": about.acceptable_use or None,
     }
-    return {**base, "dataset": data.dataset, "task": config.task, **stated}
 
 
 def compare_start(

@@ -24,12 +24,8 @@ from fedtune.show.budget_text import ArrivalRange
 
 def derive_ledger_report(facts: LedgerFacts) -> Report:
     """Derive the report of a ledger from its source data."""
-    ran, charged, life, delta = (
-        list_mechanisms(facts),
-        find_largest_charges(facts),
-        compute_lifetime(facts),
-        facts.delta,
-    )
+    ran, charged = list_mechanisms(facts), find_largest_charges(facts)
+    life, delta = compute_lifetime(facts), facts.delta
     spent = SpentBudget(
         epsilon=life.epsilon,
         epsilon_pld=life.epsilon_pld,
@@ -198,10 +194,8 @@ def compute_lifetime(facts: LedgerFacts) -> Lifetime:
         for cohort, one in zip(begins, spent, strict=True)
     ]
     charged, most = _pick_largest_divergence(facts, spent), _pick_largest_divergence(facts, taken)
-    left, each = (
-        _compute_remaining_divergence(facts, most),
-        filter.compute_total_divergence([facts.reference.event], facts.order),
-    )
+    left = _compute_remaining_divergence(facts, most)
+    each = filter.compute_total_divergence([facts.reference.event], facts.order)
     return Lifetime(
         order=facts.order,
         epsilon=_compute_epsilon_by_filter(facts, charged),
@@ -262,17 +256,12 @@ def compute_steps(facts: LedgerFacts, life: Lifetime) -> tuple[EpsilonStep, ...]
     The last value is as in `life`. Sums are added in another order than in the ledger, so the last digits may differ.
     """
     charges, order, delta = facts.charges, facts.order, facts.delta
-    totals, plans, owed = (
-        dict.fromkeys(_find_cohort_groups(facts), 0.0),
-        map_plans_by_run(facts),
-        _find_last_charge_with_lost_rows(facts),
-    )
+    totals = dict.fromkeys(_find_cohort_groups(facts), 0.0)
+    plans, owed = map_plans_by_run(facts), _find_last_charge_with_lost_rows(facts)
     last = {entry.run: number for number, entry in enumerate(charges)}
     of_cohorts = [one.epsilon for one in life.cohorts or ()]
-    each, made = (
-        {run: filter.compute_total_divergence([plan.event()], order) for run, plan in plans.items()},
-        list[EpsilonStep](),
-    )
+    each = {run: filter.compute_total_divergence([plan.event()], order) for run, plan in plans.items()}
+    made: list[EpsilonStep] = []
 
     def figure(total: float, at_last: float | None) -> float | None:
         if number == len(charges) - 1 or not total:

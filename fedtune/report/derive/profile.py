@@ -156,19 +156,6 @@ def compute_epsilons_by_observer(
     )
 
 
-def compute_charges_if_others_collude(
-    rows: Sequence[Mechanism], trust: Epsilons | None
-) -> tuple[Spent, float | None] | None:
-    """Return the charges and their epsilon if all other sites reveal their noise shares; None without secure
-    aggregation.
-    """
-    return (
-        None
-        if trust is None
-        else (compute_charges_against_colluders(rows, colluders=MAX_SITES_OF_SUM), trust.with_all_others)
-    )
-
-
 def find_largest_epsilon(epsilons: Iterable[float | None]) -> float | None:
     """Return the largest epsilon; None means unbounded, and is larger than any number."""
     values = list(epsilons)
@@ -383,8 +370,8 @@ def compute_meaning(
 ) -> Meaning:
     """Express `epsilon` (None: unbounded) at `delta`, and the charges in `spent`, as success rates of attacks.
 
-    The mechanism's trade-off curve only bounds attacks if all charges were `fixed` beforehand. `others` is the result
-    of `compute_charges_if_others_collude`.
+    The mechanism's trade-off curve only bounds attacks if all charges were `fixed` beforehand. `others` are the charges
+    and their epsilon if all other sites reveal their noise shares; None without secure aggregation.
     """
     stated, known = convert_none_to_infinite(epsilon), spent if fixed else None
     right, by_mechanism = _bound_right_guesses(known, stated, delta)
@@ -418,10 +405,8 @@ def compute_meaning(
 
 def _bound_right_guesses(spent: Spent | None, epsilon: float, delta: float) -> tuple[float, float | None]:
     """Bound the correct guesses out of 100 from (epsilon, delta), and from the charges' curve if they are given."""
-    ceiling, found = (
-        bound_correct_guesses_per_100(epsilon, delta),
-        None if spent is None else bound_correct_of_100(spent),
-    )
+    ceiling = bound_correct_guesses_per_100(epsilon, delta)
+    found = None if spent is None else bound_correct_of_100(spent)
     # Both bounds hold for every attack; the curve's coarse grid may slightly exceed a ceiling from the fine grid.
     return ceiling, None if found is None else min(found, ceiling)
 

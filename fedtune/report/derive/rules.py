@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import get_args
 
+from fedtune.federation.secure.agreement import MAX_SITES_OF_SUM
 from fedtune.formatting import format_key_start
 from fedtune.privacy.accountant import NEIGHBORING_RELATION
 from fedtune.privacy.events import Spent
@@ -102,9 +102,14 @@ def add_meaning(
     """
     if site.verdict.state == "no_guarantee" and site.verdict.reasons != ("no_noise",):
         return site
-    epsilon, others = site.spent.epsilon, profile.compute_charges_if_others_collude(rows, site.by_trust)
-    known = partial(profile.compute_meaning, charged, epsilon=epsilon, delta=delta, declared_size=declared_size)
-    return replace(site, meaning=known(fixed=fixed, others=others))
+    others = None
+    if site.by_trust is not None:
+        alone = profile.compute_charges_against_colluders(rows, colluders=MAX_SITES_OF_SUM)
+        others = alone, site.by_trust.with_all_others
+    meaning = profile.compute_meaning(
+        charged, epsilon=site.spent.epsilon, delta=delta, declared_size=declared_size, fixed=fixed, others=others
+    )
+    return replace(site, meaning=meaning)
 
 
 def list_assumptions(facts: Facts, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:

@@ -220,18 +220,18 @@ def _remove_guarantee(site: SiteReport, why: str) -> SiteReport:
 
 def find_wrong_audit_bounds(audit: Audit) -> Iterator[Problem]:
     """Yield each bound of an audit that does not follow from its counts."""
+    lower, by_fdp = audit_bound.compute_epsilon_lower_bound, compute_fdp_lower_bound
     for number, bound in enumerate(audit.bounds):
-        where = f"audit.bounds.{number}"
-        for key, right in (("lower_bound", bound.correct), ("best_possible", bound.guesses)):
-            counts = bound.canaries, bound.guesses, right
-            found = audit_bound.compute_epsilon_lower_bound(*counts, delta=audit.delta, confidence=audit.confidence)
-            if not abs(getattr(bound, key) - found) <= _AUDIT_DIGITS * max(1.0, found):
-                yield Problem(f"{where}.{key}", getattr(bound, key), found)
-        if bound.fdp_bound is not None:
-            counts = bound.canaries, bound.guesses, bound.correct
-            found = compute_fdp_lower_bound(*counts, delta=audit.delta, confidence=audit.confidence)
-            if not abs(bound.fdp_bound - found) <= _AUDIT_DIGITS * max(1.0, found):
-                yield Problem(f"{where}.fdp_bound", bound.fdp_bound, found)
+        for key, compute, right in (
+            ("lower_bound", lower, bound.correct),
+            ("best_possible", lower, bound.guesses),
+            ("fdp_bound", by_fdp, bound.correct),
+        ):
+            if (said := getattr(bound, key)) is None:  # an older audit has no `fdp_bound`
+                continue
+            found = compute(bound.canaries, bound.guesses, right, delta=audit.delta, confidence=audit.confidence)
+            if not abs(said - found) <= _AUDIT_DIGITS * max(1.0, found):
+                yield Problem(f"audit.bounds.{number}.{key}", said, found)
 
 
 def find_audit_problems(report: Report) -> Iterator[Problem]:

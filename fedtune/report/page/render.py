@@ -26,6 +26,7 @@ from fedtune.extras import require_extra
 from fedtune.formatting import format_score_name, group_hex
 from fedtune.privacy.durable import write_durably
 from fedtune.report import signing
+from fedtune.report.attacks import FILE, PAGE, RunAttacks, findings_to_json, format_table_cells
 from fedtune.report.derive.dpia_fields import KINDS
 from fedtune.report.derive.profile import TIERS_SOURCE
 from fedtune.report.facts import RunFacts, Value
@@ -122,21 +123,19 @@ def create_template_environment() -> Environment:
     """Return the shared Jinja environment, which escapes all values and raises an error for undefined names."""
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    made.globals["font"] = lambda name: base64.b64encode((FONTS / f"{name}.woff2").read_bytes()).decode()
     made.globals |= {
+        "font": lambda name: base64.b64encode((FONTS / f"{name}.woff2").read_bytes()).decode(),
         "quote_css_string": quote_css_string,
         "pointer": pointer,
         "parts": load_page_layout(),
         "tiers_source": TIERS_SOURCE,
-    }
-    made.globals |= {
         "format_score_name": format_score_name,
         "plain": _to_printable_text,
         "short": shorten_middle,
         "wrapped": _wrap_label_text,
         "said_in": _extract_label_text,
+        "below": lambda size: round(1.3 * size),
     }
-    made.globals["below"] = lambda size: round(1.3 * size)
     return made
 
 
@@ -165,6 +164,12 @@ def write_all(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
             "--output", str(folder), f"is not writable ({error.strerror}): choose another folder"
         ) from None
     return [folder / name for name in files]
+
+
+def write_attacks(folder: Path, found: RunAttacks) -> list[Path]:
+    """Write `attack.json` and the self-contained page `attack.html` into a run folder; return their paths."""
+    html = create_template_environment().get_template("attacks.html.j2").render(found=found, cells=format_table_cells)
+    return write_all(folder, {FILE: findings_to_json(found), PAGE: html.encode()})
 
 
 def convert_to_pdf(html: str) -> bytes:

@@ -16,7 +16,7 @@ from fedtune.report.facts import NOT_RECORDED, LedgerFacts
 from fedtune.report.page.translations import Catalog
 from fedtune.report.page.view import Words, format_row_count, get_pointer_name, group_by_key, load_page_layout, pointer
 from fedtune.show.budget_text import ArrivalRange
-from fedtune.show.drawing import BEFORE, LIMIT, MAX_LINES, Panel, Series, chart
+from fedtune.show.drawing import BEFORE, LIMIT, MAX_LINES, Panel, Points, Series, chart
 from fedtune.show.lines import shorten_middle
 
 MAX_ROWS = 12  # rows of a table that the page shows whole; report.json contains all rows
@@ -229,10 +229,10 @@ class Charts(Words):
         """
         lines = {site: points for site in self.sites if (points := self._list_line_points(site))}
         alike = group_by_key((tuple(points), site) for site, points in lines.items())
-        named = [(lines[sites[0]], self.together(sites, of=len(lines)).striptags()) for sites in alike[:MAX_LINES]]
+        named = [(self.together(sites, of=len(lines)).striptags(), lines[sites[0]]) for sites in alike[:MAX_LINES]]
         if drawn := self.drawn:
-            named = [(self._list_line_points("/sites/0", f"cohorts/{place}"), dates) for place, dates in drawn.items()]
-        series = [Series(points=some, number=n, label=label) for n, (some, label) in enumerate(named) if some]
+            named = [(dates, self._list_line_points("/sites/0", f"cohorts/{place}")) for place, dates in drawn.items()]
+        series = _build_series(named)
         levels, axis = [], "axis_round"
         if self.is_ledger:
             series += [limit for site in lines if (limit := self._build_limit_series(site)).points]
@@ -261,45 +261,32 @@ class Charts(Words):
 
     def profile(self) -> Table:
         """Build the chart of epsilon as a function of delta by both accountants, for the site that spent the most."""
-        series, at = list[Series](), self.at
-        rows = self.rows("worst/curve/* having epsilon_pld")
-        for number, key in enumerate(("pld", "rdp")):
-            points = [(at(f"{row}/delta"), at(f"{row}/epsilon_{key}")) for row in rows]
-            if points := [point for point in points if point[1] is not None]:
-                series.append(Series(points=points, number=number, label=self._find_chart_text(key)))
-        panel = Panel(
-            series=series,
-            x=self._find_chart_text("axis_delta"),
-            y=self._find_chart_text("axis_epsilon"),
-            scale="powers",
-        )
+        curve = [self.at(row) for row in self.rows("worst/curve/* having epsilon_pld")]
+        lines = {
+            self._find_chart_text(key): [
+                (one["delta"], spent) for one in curve if (spent := one[f"epsilon_{key}"]) is not None
+            ]
+            for key in ("pld", "rdp")
+        }
+        x, y = self._find_chart_text("axis_delta"), self._find_chart_text("axis_epsilon")
+        panel = Panel(series=_build_series(lines.items()), x=x, y=y, scale="powers")
         return self._add_chart("profile", self.named("curve"), panel)
 
     def utility(self) -> Table:
         """Build the chart of the first score that is not a loss, as a function of the cumulative epsilon."""
         names = self.score_names()
         name = next((name for name in names if "loss" not in name), names[0] if names else "")
-        rows = self.rows(_ROUNDS) if name else []
-        spent, score = self.at("/utility/epsilons"), pointer("metrics", name)
-        found = [(one, self.at(row + score), self.at(f"{row}/round")) for one, row in zip(spent, rows, strict=False)]
+        rows, score = self.rows(_ROUNDS) if name else [], pointer("metrics", name)
+        every = zip(self.at("/utility/epsilons"), map(self.at, rows), strict=False)
+        found = [(spent, one["metrics"][name], one["round"]) for spent, one in every]
         found = [one for one in found if None not in one[:2]]
-        before = self.at("/facts/before").get(name)
-        levels = [] if before is None else [(before, self.text("utility.before").unescape(), BEFORE)]
         round_, ends = self.text("page.round").unescape(), dict.fromkeys((found[0], found[-1])) if found else ()
-        panel = Panel(
-            series=[Series(points=[one[:2] for one in found], number=0, label=format_score_name(name))]
-            if found
-            else [],
-            levels=levels,
-            notes=[(x, y, f"{round_} {number}") for x, y, number in ends],
-            x=self._find_chart_text("axis_epsilon"),
-            y=shorten_middle(format_score_name(name), 30),
-            from_zero=False,
-        )
+        panel = self._build_score_panel(name, [one[:2] for one in found], axis="axis_epsilon")
+        panel = replace(panel, notes=[(x, y, f"{round_} {number}") for x, y, number in ends])
         scored, seen = [row + score for row in rows if self.at(row + score) is not None], None
         if found and len(scored) > 1:
             first, last = (self.figure(place, "score") for place in (scored[0], scored[-1]))
-            seen = self.text("chart.moved", name=shorten_middle(format_score_name(name), 30), first=first, last=last)
+            seen = self.text("chart.moved", name=panel.y, first=first, last=last)
         return self._add_chart("utility", self.by_round(), panel, seen=seen)
 
     def draw_learning(self, planned: int) -> Table:
@@ -310,28 +297,30 @@ class Charts(Words):
         names = self.score_names()
         name = self.facts.primary_metric if self.facts.primary_metric in names else names[0] if names else ""
         found = [(one.round, score) for one in self.facts.rounds if (score := one.metrics.get(name)) is not None]
-        before, y = self.facts.before.get(name), shorten_middle(format_score_name(name), 30)
-        panel = Panel(
-            series=[Series(points=found, number=0, label=y)] if found else [],
-            levels=[] if before is None else [(before, self.text("utility.before").unescape(), BEFORE)],
-            x=self._find_chart_text("axis_round"),
-            y=y,
-            scale="whole",
-            from_zero=False,
-            until=planned,
-        )
-        seen = self.text("chart.reached", name=y, score=self.catalog.figure(found[-1][1], "score")) if found else None
+        panel = replace(self._build_score_panel(name, found, axis="axis_round"), scale="whole", until=planned)
+        reached = self.catalog.figure(found[-1][1], "score") if found else ""
+        seen = self.text("chart.reached", name=panel.y, score=reached) if found else None
         return self._add_chart("learning", self.by_round(), panel, seen=seen)
+
+    def _build_score_panel(self, name: str, points: Points, *, axis: str) -> Panel:
+        """Build the panel of a score, with a line at the score before training."""
+        before, label = self.at("/facts/before").get(name), shorten_middle(format_score_name(name), 30)
+        return Panel(
+            series=_build_series([(label, points)]),
+            levels=[] if before is None else [(before, self.text("utility.before").unescape(), BEFORE)],
+            x=self._find_chart_text(axis),
+            y=label,
+            from_zero=False,
+        )
 
     def reliability(self) -> Table:
         """Build the reliability diagram: accuracy in each bin of model confidence."""
-        detail = None if isinstance(self.facts, LedgerFacts) else self.facts.detail
-        found = [(one.confidence, one.accuracy) for one in detail.reliability] if detail else []
-        lines = {"reliability_found": found, "reliability_perfect": [(0.0, 0.0), (1.0, 1.0)]}
-        series = [
-            Series(points=some, number=n, label=self._find_chart_text(key))
-            for n, (key, some) in enumerate(lines.items())
-        ]
+        bins = self.at("/facts/detail/reliability") or ()
+        lines = {
+            "reliability_found": [(one["confidence"], one["accuracy"]) for one in bins],
+            "reliability_perfect": [(0.0, 0.0), (1.0, 1.0)],
+        }
+        series = _build_series((self._find_chart_text(key), points) for key, points in lines.items())
         panel = Panel(series=series, x=self._find_chart_text("axis_probability"), y=self._find_chart_text("axis_right"))
         return self._add_chart("reliability", self.named("reliability"), panel)
 
@@ -376,3 +365,8 @@ class Charts(Words):
         figure = self.catalog.figure
         svg = chart(code, panel, named=named, number=lambda tick: figure(float(f"{tick:.12g}"), "number"))
         return replace(table, chart=code, seen=seen or self.text(f"chart.{code}"), svg=svg)
+
+
+def _build_series(lines: Iterable[tuple[str, Points]]) -> list[Series]:
+    """Build a series for each (label, points) with points; its place determines its color."""
+    return [Series(points=some, number=n, label=label) for n, (label, some) in enumerate(lines) if some]

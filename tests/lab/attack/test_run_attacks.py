@@ -33,7 +33,8 @@ from fedtune.lab.attack.run_attacks import (
 )
 from fedtune.lab.attack.target import TUNED
 from fedtune.model.base_model import build_tiny_tokenizer
-from fedtune.report.attacks import ATTACK_SCHEMA, AttackFinding, RunAttacks, render_page, write_findings
+from fedtune.report.attacks import ATTACK_SCHEMA, AttackFinding, RunAttacks
+from fedtune.report.page.render import write_attacks
 
 from ...conftest import run_plan
 
@@ -156,9 +157,9 @@ def test_answers_that_are_always_the_same_show_nothing(monkeypatch: pytest.Monke
 
 
 def test_attack_page_escapes_all_findings(tmp_path: Path) -> None:
-    file, page = write_findings(FOUND, tmp_path)
+    file, page = write_attacks(tmp_path, FOUND)
     fields = parse_json(file.read_bytes(), key="attack.json", bound="must be an object")
     assert fields.pop("schema_version") == ATTACK_SCHEMA
     assert decode(RunAttacks, fields) == FOUND
     assert "a &lt; b" in page.read_text()
-    assert "<one>" not in render_page(FOUND)
+    assert "<one>" not in page.read_text()
