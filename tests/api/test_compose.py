@@ -327,7 +327,7 @@ def test_model_path_clears_the_license_and_public_id_of_other_weights(tmp_path: 
 @pytest.mark.parametrize(
     ("override", "message"),
     {
-        "federation.ranks.site-1=2": r"federation.ranks.site-1 = .*: must be written as a whole list: federation.ranks=",
+        "federation.ranks.site-1=2": r"federation.ranks.site-1 = .*: must be written as a whole list",
         "federation.ranks={site-1: 2}": r"federation.ranks = .*: must be written as a whole list",
         "data.labels.999=x": r"data.labels.999 = 'x': must be written as a whole list: data.labels=\[",
         "~data.labels.0": r"~data.labels.0: must be written as a whole list",
