@@ -286,12 +286,20 @@ def _iter_columns(names: Sequence[str], columns: Sequence[Any], *, at: str) -> I
 def _convert_to_list(values: Any, *, at: str) -> list[Any]:
     if callable(dense := getattr(values, "toarray", None)):  # a sparse matrix
         values = dense()
-    methods = (getattr(values, name, None) for name in ("tolist", "to_list", "to_pylist"))
+    methods = (getattr(values, name, None) for name in ("to_list", "to_pylist"))
     values = next((convert() for convert in methods if callable(convert)), values)
+    values = _convert_from_numpy(values)
     try:
         return list(values)
     except TypeError:  # an array without dimensions
         raise DataError(at, type(values).__name__, "must be a list or an array of values") from None
+
+
+def _convert_from_numpy(value: Any) -> Any:
+    """Convert an array, or a number or date of numpy, to Python values; return any other value unchanged."""
+    if type(value).__module__ == "numpy" and value.dtype.kind == "M":
+        value = value.astype("datetime64[us]")  # tolist makes integers of dates in nanoseconds
+    return convert() if callable(convert := getattr(value, "tolist", None)) else value
 
 
 def convert_cell(value: Any, at: str, above: tuple[int, ...] = ()) -> Any:
@@ -319,8 +327,8 @@ def convert_cell(value: Any, at: str, above: tuple[int, ...] = ()) -> Any:
         return {str(key): inner(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [inner(one) for one in value]
-    if callable(convert := getattr(value, "tolist", None)):  # an array, or a number of numpy's
-        return inner(convert())
+    if (converted := _convert_from_numpy(value)) is not value:
+        return inner(converted)
     bound = "must be text, a number, a date, a list or a mapping; records with bytes or images need a file"
     raise DataError(at, type(value).__name__, bound)
 

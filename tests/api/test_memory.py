@@ -109,6 +109,9 @@ def test_recipe_with_in_memory_records_keeps_its_model(settings: dict[str, Any])
     assert (run.config.data.test_fraction, run.config.data.train_fraction) == (0.2, 1.0)
     assert run.config.data.declared_sizes == (40, 40)
     assert run.rounds[0].metrics["accuracy"] is not None
+    for own in ({"data.declared_sizes": {"a": 40}}, {"data.declared_sizes.a": 40}):
+        with pytest.raises(ConfigError, match=r"data\.declared_sizes"):
+            fedtune.simulate("debug", {**settings, **own, "name": "never"}, sites=sites)
     with pytest.raises(ConfigError, match=r"sites = .*must be omitted: the run reads data\.train_file"):
         fedtune.simulate(settings={"resume": _run_on_files(settings)}, sites=sites)
 
@@ -208,6 +211,7 @@ def test_write_rows_converts_cells_to_json() -> None:
         "none": pandas.NA,
         "nan": float("nan"),
         "when": pandas.Timestamp("2026-03-14"),
+        "of_numpy": np.datetime64("2026-03-14", "ns"),
         "day": datetime.date(2026, 3, 14),
         "never": pandas.NaT,
         "quiet": Decimal("NaN"),
@@ -220,7 +224,9 @@ def test_write_rows_converts_cells_to_json() -> None:
     assert row["turns"] == [{"role": "user", "content": "a"}]
     assert [row[name] for name in ("none", "nan", "never", "quiet", "signaling")] == [None] * 5
     assert [row[name] for name in ("price", "count", "zero")] == [1.5, 200, 3]
-    assert (row["when"], row["day"]) == ("2026-03-14T00:00:00", "2026-03-14")
+    assert (row["when"], row["of_numpy"], row["day"]) == ("2026-03-14T00:00:00", "2026-03-14T00:00:00", "2026-03-14")
+    columns = {"text": ["a"], "when": np.array(["2026-03-14"], "datetime64[ns]")}
+    assert read(columns) == [{"text": "a", "when": "2026-03-14T00:00:00"}]
     assert [row[name] for name in ("text", "number", "whole", "flag", "list")] == ["a", 0.5, 2, True, [1, 2]]
 
 
@@ -265,10 +271,8 @@ def make_nested() -> dict[str, Any]:
         ({"a": np.array(3)}, "data = 'int': must be a list or an array"),
         ((np.eye(2), np.array(3)), "data, y = 'int': must be a list or an array"),
         *(([{"a": cell}], "column 'a' = '.*': must be a finite number below 1e300") for cell in HUGE),
-        *(
-            ([{"a": cell}], "column 'a' = '.*': must not contain itself")
-            for cell in (make_cycle(), make_nested(), Own())
-        ),
+        ([{"a": Own()}], "column 'a' = 'Own': must be text, a number"),
+        *(([{"a": cell}], "column 'a' = '.*': must not contain itself") for cell in (make_cycle(), make_nested())),
     ],
 )
 def test_unsupported_data_is_refused_with_its_location(data: Any, message: str, private: Path) -> None:

@@ -432,14 +432,17 @@ class DataColumn:
         return next(why for what, why in WORDS[reasons].items() if getattr(self, what)).format(self)
 
 
+_DEFAULT_STEMS = ("#", "col#", "column#", "field#", "var#", "unnamed#")
+
+
 def group_numbered(every: Iterable[DataColumn]) -> Iterator[list[DataColumn]]:
     """Group columns with texts or chat turns whose names differ only by a number or a letter.
 
-    Columns in a group are sorted by this number or letter.
+    Columns in a group are sorted by this number or letter.  Default names, such as col_1 and 2, say nothing.
     """
     groups = defaultdict[str, list[DataColumn]](list)
     for one in sorted(every, key=lambda one: [word.zfill(9) for word in one.words]):
-        if "#" in one.stem and (one.is_text or one.is_chat):
+        if "#" in one.stem and one.stem not in _DEFAULT_STEMS and (one.is_text or one.is_chat):
             groups[one.stem].append(one)
     for some in groups.values():
         is_texts = (one.is_chat or one.is_mostly("words" if not one.is_label else "prose") for one in some)

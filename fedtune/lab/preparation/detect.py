@@ -119,7 +119,8 @@ def detect_columns(
         raise faults[0] if faults else build_no_records_error(path)
     for column in columns.values():
         column.classify(rows)
-    for some in group_numbered(columns.values()):  # as one of them is, so are the others
+    unnamed = (column for name, column in columns.items() if name not in chosen.values())
+    for some in group_numbered(unnamed):  # as one of them is, so are the others
         for column in some:
             column.classify(rows, may_be_label=False)
     if not chosen and kind_of_file in (".csv", ".tsv"):

@@ -116,7 +116,8 @@ def _complete_settings(
         named, said = suggest_experiment(folder, said, num_sites=len(sites))
     said = {"name": make_default_run_name(), **said, **own}
     said |= {"federation.num_sites": len(sites), "federation.site_names": sites}
-    measured = (is_detected or is_shipped) and "data.declared_sizes" not in dict(flatten(said))
+    states_sizes = any(f"{key}.".startswith("data.declared_sizes.") for key, _ in flatten(said))
+    measured = (is_detected or is_shipped) and not states_sizes
     config = compose_recipe(named, {**said, "data.declared_sizes": 2} if measured else said)
     if config.runtime.kind == "ray":
         raise ConfigError("runtime", "ray", "cannot be combined with records in memory: write them to files")

@@ -234,6 +234,16 @@ def test_single_outlier_does_not_change_detected_columns(
     assert value in (None, [], 0) or [count for _, count, _ in after.columns[column].strange] == [1], "it is shown"
 
 
+@pytest.mark.parametrize("names", [("col_1", "col_2"), ("0", "1"), ("a", "b"), ("note_1", "note_2")])
+def test_columns_with_default_names_or_named_by_the_user_may_be_labels(names: tuple[str, str], tmp_path: Path) -> None:
+    text, label = names
+    rows = make_rows({text: make_own_text, label: ("billing", "technical")})
+    chosen = detect_in_file(tmp_path, rows, text=text, label=label)
+    assert (chosen.roles["label"], set(chosen.labels)) == (label, {"billing", "technical"})
+    if names != ("note_1", "note_2"):  # without options, these are two notes of one record
+        assert summarize_found(detect_in_file(tmp_path, rows)) == summarize_found(chosen)
+
+
 # Whose a record is.
 
 
