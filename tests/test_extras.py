@@ -1,4 +1,4 @@
-"""Packages of extras: the command that installs them, and one sentence before any work where one is missing."""
+"""Packages of extras: the command that installs them, and a one-sentence error before any work if one is missing."""
 
 import re
 import sys
@@ -25,7 +25,7 @@ from .conftest import REPOSITORY, list_tiny_overrides, run_command
 
 @pytest.fixture
 def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
-    """Hide a module of an extra from imports; returns the end of the message about it."""
+    """Hide an extra's module from imports; returns the end of the error message about it."""
 
     def hide_extra(extra: str, module: str) -> str:
         monkeypatch.setitem(sys.modules, module, None)
@@ -50,11 +50,11 @@ def test_install_command_lists_the_packages_of_an_extra(monkeypatch: Any) -> Non
     asked = ['c>=1; extra == "data"', 'a[b]<2,>=1; extra == "text"', "b>=2 ; extra == 'text'", "d"]
     monkeypatch.setattr(metadata, "requires", lambda name: asked)
     assert extras.build_install_command("text") == "pip install 'a[b]<2,>=1' 'b>=2'"
-    # a checkout's that was installed before it
+    # the metadata of an older installation lacks this extra
     assert extras.build_install_command("new") == "pip install 'fedtune[new]'"
 
 
-# Each message, by the extra and its module that is missing.
+# Each message, with the extra and its missing module.
 
 WRITES = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "evaluation.generate=true", "data.declared_sizes=40")
 IMAGES = ("experiment=own_images", "model.path=.", "data.labels=[a, b]", "data.train_file=a.csv")
