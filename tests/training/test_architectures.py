@@ -66,6 +66,6 @@ def test_gradients_are_batch_invariant_for_every_architecture(name: str, dtype: 
     beside = [
         key for key, one in base.state_dict().items() if one.is_floating_point() and one.data_ptr() not in weights
     ]
-    assert beside == [], "the trial replaces every value of a weights file by a random one"
+    assert beside == [], "the trial must replace all values of a weights file"
     shapes = Shapes.from_limits(max_length=12, max_tokens=64, positions=60)
     assert max_batch_influence(model, shapes, keeps_states=False, max_grad_norm=1.0) == 0.0

@@ -63,7 +63,7 @@ def without_memory() -> Any:
 
 @pytest.mark.parametrize(("gain", "chosen"), [(1.06, "mixed"), (1.04, "float32"), (0.5, "float32")])
 def test_faster_number_format_is_chosen_above_a_five_percent_gain(set_seconds: Any, gain: float, chosen: str) -> None:
-    # Where bfloat16 is emulated, its product calls float32's, so that a second has to be long beside it.
+    # Emulated bfloat16 calls the float32 product, so the fake second must be much longer.
     set_seconds(float32=gain * 1e-3, mixed=1e-3)
     seconds = number_format.measure_products(SHAPES, tokens=16, onednn=True)
     emulated = not torch.ops.mkldnn._is_mkldnn_bf16_supported() and frozen_linear._HAS_ONEDNN
@@ -83,7 +83,7 @@ def test_measurement_ends_after_the_allowed_time(set_seconds: Any) -> None:
     assert clock.now == 9 * 2 / 64, "a tenth pass of two products would end after 0.3 s"
     clock = set_seconds(float32=1 / 4, mixed=0.0)
     number_format.measure_products(SHAPES, tokens=16, formats=("float32",))
-    assert clock.now == 2 / 4, "one pass is needed"
+    assert clock.now == 2 / 4, "at least one pass is needed"
 
 
 def test_large_products_get_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def test_large_products_get_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = frozen_linear.multiply_frozen
     monkeypatch.setattr(frozen_linear, "multiply_frozen", lambda *given: rows.append(len(given[0])) or plain(*given))
     monkeypatch.setattr(number_format, "_MAX_OPERATIONS", 8 * 64 * 30)
-    clock = iter(range(1000)).__next__  # each look is a second later: one pass
+    clock = iter(range(1000)).__next__  # each reading is a second later, which allows one pass
     measure_products({(8, 4): 1, (4, 8): 1}, tokens=512, formats=("float32",), clock=clock)
     measure_products({(800, 4): 1}, tokens=512, formats=("float32",), clock=clock)
     assert rows == [30, 30, 16]
