@@ -1,4 +1,4 @@
-"""Whether embeddings predict labels: compared with an explicit leave-one-out loop, and on labels drawn at random."""
+"""Whether embeddings predict labels: compared with an explicit leave-one-out loop, and tested on random labels."""
 
 import numpy as np
 import pytest
