@@ -76,10 +76,10 @@ class Station:
     declared_size: int = 100
     ready: dict[str, Any] = field(default_factory=lambda: {"update_dtype": "float32"})
     trained: list[tuple[int, int]] = field(default_factory=list)  # (round, attempt) of each training
-    before_training: list[list[Kind]] = field(default_factory=list)  # what the ledger held when each of them began
-    prepared: list[str] = field(default_factory=list)  # run of each time that the site was made ready
+    before_training: list[list[Kind]] = field(default_factory=list)  # ledger kinds before each training
+    prepared: list[str] = field(default_factory=list)  # the run of each preparation
     kept: list[tuple[str, str]] = field(default_factory=list)  # (run, digest) of each final adapter that it stored
-    awaited: list[Proposal] = field(default_factory=list)  # runs that it was told to put before a person
+    awaited: list[Proposal] = field(default_factory=list)  # runs submitted for approval
     paused: bool = False
 
     @property

@@ -25,9 +25,9 @@ def test_site_without_objections_offers_the_whole_plan(site: Any) -> None:
     assert reply.body == Offer(site="a", run="r", nonce=NONCE, software=build(), **whole)
     assert reply.is_signed()
     assert reply.receipt.charged_rounds == 0
-    assert site.kinds() == [], "nothing is charged, set aside or noted"
+    assert site.kinds() == [], "nothing may be charged, reserved or recorded"
     assert site.trained == []
-    assert site.prepared == ["r"], "what the run needs of the machine is tried"
+    assert site.prepared == ["r"], "the machine must be checked for the run"
 
 
 @pytest.mark.parametrize(

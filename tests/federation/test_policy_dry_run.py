@@ -48,8 +48,8 @@ def test_run_within_the_policy_passes_the_dry_run(ask: Ask, tmp_path: Path) -> N
     assert (said.site, said.ledger, said.committed_epsilon, said.note) == ("a", "new", 0.0, "")
     assert 0 < said.epsilon_after <= said.max_epsilon == 5.0
     assert (said.max_rounds, said.min_noise) == (3, 4.0)
-    assert not (tmp_path / "ledger.db").exists(), "asking makes no ledger"
-    assert not (tmp_path / "site_key.pem").exists(), "nor a key"
+    assert not (tmp_path / "ledger.db").exists(), "a dry run must not create a ledger"
+    assert not (tmp_path / "site_key.pem").exists(), "a dry run must not create a key"
     assert ask(make_site_policy(), {"b": 100}).note == "the run does not name site a"
     (other,) = (wrong := ask(make_site_policy(), {"a": 90}, most=True)).violations
     assert (other.reason, other.requested, other.allowed) == ("declared_size", "90", "100")
@@ -66,7 +66,7 @@ def test_every_broken_rule_is_reported(ask: Ask) -> None:
     assert (said.max_rounds, said.min_noise) == (0, None)
     said = ask(make_site_policy(), num_rounds=9)
     assert [one.reason for one in said.violations] == ["max_rounds"]
-    assert said.max_rounds == 3, "with the spare one, four"
+    assert said.max_rounds == 3, "four including the spare round"
     assert said.min_noise is None
 
 
@@ -111,7 +111,7 @@ def test_reported_largest_epsilon_is_the_limit_of_acceptance(
     site = make_site_policy(**policy)
     said = ask(site, noise_multiplier=planned, most=True)
     assert (said.limit.reason, said.limit.allowed) == limit
-    assert said.max_accepted_epsilon == 2.0 or limit[0] != "max_epsilon_per_run", "the cap itself"
+    assert said.max_accepted_epsilon == 2.0 or limit[0] != "max_epsilon_per_run", "it must be the cap itself"
     plan = run_proposal().plan
     for epsilon, accepted in ((said.max_accepted_epsilon, True), (1.01 * said.max_accepted_epsilon, False)):
         steps = plan.local_steps * plan.max_rounds
@@ -134,7 +134,7 @@ def test_largest_epsilon_is_unlimited_without_a_cap(ask: Ask) -> None:
     others = ask(make_site_policy(), rank=9, most=True)
     assert (others.max_accepted_epsilon, others.limit) == (None, None)
     assert policy_dry_run.find_strictest_dry_run([said, others]) is others
-    assert ask(make_site_policy()).max_accepted_epsilon is None, "nobody asked for it"
+    assert ask(make_site_policy()).max_accepted_epsilon is None, "it is computed only on request"
 
 
 def test_dry_run_predicts_the_decision_of_the_ledger(ask: Ask, open_ledger: Any) -> None:
@@ -148,7 +148,7 @@ def test_dry_run_predicts_the_decision_of_the_ledger(ask: Ask, open_ledger: Any)
         said = ask(tight, run=f"run-{len(left) + 1}")
         assert said.ledger == "read"
         left.append(said.remaining_runs)
-    assert left == list(range(len(left) - 1, -1, -1)), "each run takes one of the runs that were left"
+    assert left == list(range(len(left) - 1, -1, -1)), "each run must use one of the remaining runs"
     assert len(left) > 1
     with pytest.raises(Refused) as raised:
         ledger.reserve(run_proposal(run="last"), round=1, request="f" * 64)
@@ -182,7 +182,7 @@ def test_ledger_with_a_mismatched_policy_is_reported_as_in_doubt(
     before = read_files(tmp_path)
     assert ask(make_site_policy()).allowed
     asked = {"site.toml": (tmp_path / "site.toml").read_bytes()}
-    assert read_files(tmp_path) == before | asked, "asking changes nothing"
+    assert read_files(tmp_path) == before | asked, "a dry run must change nothing"
     said = ask(make_site_policy(**changes), delta=1e-5)
     assert said.ledger == "in doubt"
     assert not said.allowed

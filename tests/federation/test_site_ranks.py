@@ -99,7 +99,7 @@ def test_site_of_a_smaller_largest_rank_offers_it_on_request(station: Any) -> No
     offer = site.invite(about={"less": True}, **RANKS).body
     assert isinstance(offer, Offer)
     assert (offer.rank, offer.max_rounds) == (1, site.propose().plan.num_rounds)
-    assert read_reason(site.invite(about={"less": True}, rank=4)) is Reason.MAX_RANK, "the ranks may not differ"
+    assert read_reason(site.invite(about={"less": True}, rank=4)) is Reason.MAX_RANK, "ranks must not differ here"
 
 
 def compose(*overrides: str) -> Any:
@@ -112,7 +112,7 @@ def test_settings_name_each_sites_rank() -> None:
     assert config.proposal(lead="ab" * 32, plan=config.plan()).ranks == config.federation.site_ranks
     plain = compose("federation.num_sites=3")
     assert config.digest() != plain.digest()
-    assert "ranks" not in plain.decisive()["federation"], "a run without ranks keeps its name"
+    assert "ranks" not in plain.decisive()["federation"], "a run without ranks must keep its name"
 
 
 def test_lead_lowers_ranks_to_the_offers() -> None:
