@@ -61,13 +61,13 @@ def test_lead_split_depends_only_on_each_record_and_the_seed(whole_file: Path, t
     everything = list_sides(partition_spec(make_spec(whole_file)))
     assert everything[:2] == [[], []]
     lead = {*validation, *test}
-    assert [[text for text in site if text not in lead] for site in everything[2:]] == sites, "nobody else moves"
+    assert [[text for text in site if text not in lead] for site in everything[2:]] == sites, "no other record may move"
     smaller = list_sides(partition_spec(replace(given, train_fraction=0.5)))
-    assert smaller[:2] == [validation, test], "a smaller run is scored on the same records"
+    assert smaller[:2] == [validation, test], "a smaller run must be scored on the same records"
     gone, *rows = [json.loads(line) for line in whole_file.read_text().splitlines()]
     without = replace(given, train_file=str(write_jsonl(tmp_path / "less.jsonl", rows)))
     assert list_sides(partition_spec(without)) == [[text for text in side if text != gone["text"]] for side in found]
-    assert list_sides(partition_spec(given, seed=2)) != found, "and of the run's seed"
+    assert list_sides(partition_spec(given, seed=2)) != found, "the split must depend on the run's seed"
 
 
 def test_users_are_assigned_to_the_lead_as_a_whole(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_truncated_json_array_is_refused_except_at_real_sites(tmp_path: Path) ->
 def test_lead_rows_are_selected_by_their_hash() -> None:
     records = [Record({"text": text}) for text in TEXTS]
     some = sample_rows(records, 30)
-    assert some == [record for record in records if record in some], "in their order"
+    assert some == [record for record in records if record in some], "the order must be kept"
     assert len(some) == 30
     assert some != records[:30]
     assert sample_rows(records[500:] + records[:500], 30) != some

@@ -97,6 +97,6 @@ def test_malformed_table_row_error_gives_its_position(read_message: Any, tmp_pat
     outcome = read_message(file, content, *SIMULATE)
     assert outcome.failed().startswith(f"{tmp_path / file}:{place} = ")
     assert bound in outcome.message
-    checked = read_message(file, content, *CHECK, "--json")  # which looks at every row
+    checked = read_message(file, content, *CHECK, "--json")  # checks every row
     (about,) = json.loads(checked.printed)["checked"]["files"]
     assert any(f"{file}:{place}" in json.dumps(one, ensure_ascii=False) for one in about["errors"]), about
