@@ -94,7 +94,7 @@ def limit_memory_growth() -> Iterator[None]:
 
 @both
 def test_compressed_response_is_not_read(serve: Any, tls: Tls, call: Called) -> None:
-    # 256 KB that stand for 256 MB.
+    # 256 KB that expand to 256 MB.
     bomb = gzip.compress(bytes(16 * MIB), mtime=0) * 16
     server = serve(lambda to, path: to.sendall(build_response(bomb, headers="content-encoding: gzip\r\n")))
     with limit_memory_growth(), pytest.raises((Unreachable, ResponseLimitExceeded), match="compressed"):
@@ -202,7 +202,7 @@ def test_connection_is_renewed_after_its_maximum_age(
     assert server.connections == 1
     server.context = make_server_context(own_authority.issue("server", address=LOOPBACK, days=-1))
     fleet.activate()
-    assert server.connections == 1, "a young connection is kept"
+    assert server.connections == 1, "a recent connection must be reused"
     monkeypatch.setattr(bounded_http, "MAX_AGE_S", 0.0)
     with pytest.raises(Unreachable, match="its certificate is not accepted here: certificate has expired"):
         fleet.activate()
@@ -235,7 +235,7 @@ def test_client_accepts_only_the_server_of_its_federation(
     tls = {
         "of others": lambda: other_authority.issue("server", address=LOOPBACK),
         "elsewhere": lambda: own_authority.issue("server", address="127.0.0.2"),
-        "a site": lambda: own_authority.issue("b"),  # of the same authority, but for clients alone
+        "a site": lambda: own_authority.issue("b"),  # issued by the same authority, but for clients only
         "ended": lambda: own_authority.issue("server", address=LOOPBACK, days=-1),
     }.get(who, lambda: own_authority.issue("server", address=LOOPBACK))()
     newest = ssl.TLSVersion.TLSv1_2 if who == "with old TLS" else ssl.TLSVersion.TLSv1_3
@@ -286,7 +286,7 @@ def test_certificate_refusal_is_named_in_the_error(
     if who == "without":
         context = ssl.create_default_context(cafile=str(site.ca))
     server = serve(cut)
-    for _ in range(5):  # it does not depend on who is faster
+    for _ in range(5):  # repeated, because it is a race
         client = httpx.Client(verify=context)
         bound_client(client)
         with client, pytest.raises(httpx.ConnectError) as caught:

@@ -112,11 +112,11 @@ def test_update_without_a_matching_signed_receipt_is_rejected(line: Line, what: 
         reply = line.signed(line.update(round=2) if what == "another round" else line.update("south"))
     assert line.hear_reply(1, reply) == Answered(good=False)
     own = what in ("another round", "another site's")
-    assert line.heard[0][2]["charged_rounds"] == (2 if own else None), "no charge is told that the site did not sign"
+    assert line.heard[0][2]["charged_rounds"] == (2 if own else None), "an unsigned charge must not be reported"
 
 
 def test_implausible_charge_is_not_reported(line: Line) -> None:
-    # To compose so many rounds would take all of the lead's memory.
+    # Composing so many rounds would take all of the lead's memory.
     ears = _AnswerClassifier(line.sites, line.listener, max_rounds=1)
     ears(1, line.question("north"), Message(flower_records.from_reply(line.signed(line.update())), 1, "train"))
     assert line.heard[0][2]["charged_rounds"] is None
@@ -139,7 +139,7 @@ def test_waiting_site_is_asked_again_and_reported_once(line: Line, reason: Reaso
     assert line.hear_reply(1, line.signed(line.update())) == Answered(good=True)
     assert line.words[2:] == [("north", "update")]
     line.hear_reply(1, line.signed(make_refusal(reason)))
-    assert line.words[3:] == [("north", reason.value)], "paused again in a later round is news"
+    assert line.words[3:] == [("north", reason.value)], "a pause in a later round must be reported again"
 
 
 def test_polling_interval_grows_while_a_site_awaits_approval(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +154,7 @@ def test_polling_interval_grows_while_a_site_awaits_approval(line: Line, monkeyp
     assert now - asked[-2] == 60
     assert len(asked) < 100, "on stock Flower each question starts a process"
     line.hear_reply(1, line.signed(line.update()))
-    assert line.hear_reply(1, waiting).again_s == 5, "another wait begins anew"
+    assert line.hear_reply(1, waiting).again_s == 5, "a new wait must start with the shortest interval"
 
 
 @pytest.mark.parametrize(
@@ -195,10 +195,8 @@ def test_offer_is_accepted_only_for_an_invitation(line: Line) -> None:
     line.listener.note.assert_called_once_with(f"north runs fedtune 0.2.1+7c1f, and this lead runs {build()}")
     for other in (replace(offer, nonce="1b" * 16), replace(offer, run="s"), replace(offer, site="south")):
         assert line.hear_reply(1, line.signed(other), kind) == Answered(good=False)
-    assert line.hear_reply(1, line.signed(offer)) == Answered(good=False), "a round hopes for an update"
-    assert line.hear_reply(1, line.signed(line.update()), kind) == Answered(good=False), (
-        "and an invitation for an offer"
-    )
+    assert line.hear_reply(1, line.signed(offer)) == Answered(good=False), "a round needs an update"
+    assert line.hear_reply(1, line.signed(line.update()), kind) == Answered(good=False), "an invitation needs an offer"
 
 
 def test_lead_contacts_no_site_if_the_expected_signal_is_weak(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
