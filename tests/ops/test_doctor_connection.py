@@ -83,7 +83,7 @@ class World:
         assert list(checks) == [DNS, TCP, TLS, AUTHENTICATION]
         failures = [check for check in checks.values() if check.status == "failed"]
         assert all(check.fix.endswith(".") and check.exit_code == 1 for check in failures)
-        assert "cret" not in str(checks), "a proxy's password is nobody's business"
+        assert "cret" not in str(checks), "a proxy's password must not be shown"
         return checks
 
 
@@ -132,7 +132,7 @@ SITUATIONS: dict[str, Callable[[World], dict[str, DoctorCheck]]] = {
 def test_doctor_explains_each_connection_problem(world: World, situation: str) -> None:
     lines = [line for check in SITUATIONS[situation](world).values() for line in format_lines(check)]
     text = re.sub(r"(localhost|127\.0\.0\.1):\d{2,}", r"\1:PORT", "\n".join(lines))
-    text = re.sub(r"(does not resolve|TLS as expected) \(.+?\)", r"\1 (WHY)", text)  # in the system's words
+    text = re.sub(r"(does not resolve|TLS as expected) \(.+?\)", r"\1 (WHY)", text)  # the system's own wording
     check_snapshot(f"a connection: {situation}", re.sub(r"\d{4}-\d\d-\d\d", "DATE", text))
 
 
@@ -150,7 +150,7 @@ def test_doctor_measures_the_clock_of_a_healthy_server(world: World, ahead_s: fl
 
 
 def test_doctor_names_a_rejected_site_certificate(world: World) -> None:
-    # Under TLS 1.3 the client has done its part by then, and hears of it when it reads.
+    # With TLS 1.3 the client has finished the handshake by then, and learns of the refusal when it reads.
     server, address = world.serve_tls(clients=world.theirs)
     checks = world.run_checks(address)
     assert list_marks(checks) == "oofs"

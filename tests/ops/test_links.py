@@ -1,4 +1,4 @@
-"""Links in place of fedtune's files to records or passwords, whose content no error quotes."""
+"""Links from fedtune's file names to records or passwords, whose content no error may quote."""
 
 import json
 from collections.abc import Callable

@@ -94,7 +94,7 @@ def test_metrics_file_is_replaced_atomically_and_repeatedly(tmp_path: Path, monk
 def test_site_budget_metrics_match_the_ledger(north_folder: Path, run_proposal: Any, command: Any) -> None:
     metrics = make_site_metrics(north_folder)
     assert list_values(scrape_figures(metrics.collect_values), "fedtune_site_ledger_usable") == {"": 0.0}, (
-        "there is none yet"
+        "there is no ledger yet"
     )
     ledger, asked = SiteFiles.from_site_toml(north_folder / "site.toml").open_ledger(), run_proposal()
     assert list_values(scrape_figures(metrics.collect_values), "fedtune_site_epsilon_spent") == {
@@ -143,7 +143,7 @@ def test_exhausted_ledger_reports_zero_runs_and_damaged_ledger_no_budget(north_f
 def test_site_metrics_cover_contact_answers_and_certificate(north_folder: Path) -> None:
     health = Health()
     metrics = make_site_metrics(north_folder, health)
-    # From 0 on, since what first appears at 1 has not increased.
+    # Counters must start at 0: a value that first appears as 1 does not count as an increase.
     assert list_values(scrape_figures(metrics.collect_values), "fedtune_site_answers_total") == {
         "update": 0.0,
         "site_error": 0.0,
@@ -202,7 +202,7 @@ def test_alert_rules_and_dashboard_use_existing_metrics(north_folder: Path, fede
         make_server_metrics(federation).collect_values,
         lead.collect_values,
     )
-    assert {name for process in figures for name, _ in process()} == set(FIGURES), "together they have every figure"
+    assert {name for process in figures for name, _ in process()} == set(FIGURES), "together they must be complete"
     known, used = {f"{name}_total" if figure.grows else name for name, figure in FIGURES.items()}, set[str]()
     for rule in GROUP["rules"]:
         assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
