@@ -1,4 +1,4 @@
-"""What is said of a run's data before it begins, and what is not spoken of."""
+"""Warnings about a run's data before it starts, and what they do not mention."""
 
 import gzip
 from dataclasses import replace
@@ -45,7 +45,7 @@ def make_partition(*sizes: int, **more: Any) -> Partitioned:
 
 @pytest.fixture
 def simulated_config(tmp_path: Path) -> RunConfig:
-    """A simulation whose two sites declare 40 records each, with a test file of its own."""
+    """A simulation whose two sites declare 40 records each, with a separate test file."""
     for name in ("train", "test"):
         (tmp_path / f"{name}.csv").write_text(f"text,label\n{name},a\n")
     files = {f"{name}_file": str(tmp_path / f"{name}.csv") for name in ("train", "test")}
