@@ -125,7 +125,7 @@ def check_same(tokenizer: Any, turns: Sequence[dict[str, str]]) -> None:
     ids = LM.tokenize([Record(make_messages(turns))], tokenizer, data=data).input_ids[0].tolist()
     theirs = tokenizer.apply_chat_template(turns, tokenize=True)["input_ids"]
     assert ids == theirs[: len(ids)]
-    assert set("".join(tokenizer.convert_ids_to_tokens(theirs[len(ids) :]))) <= {*"\n▁Ċ"}, "the line behind the last"
+    assert set("".join(tokenizer.convert_ids_to_tokens(theirs[len(ids) :]))) <= {*"\n▁Ċ"}, "a final line break"
     asked = LM.encode_prompt(make_messages(turns[:-1]), tokenizer, data=data).tolist()
     expected = tokenizer.apply_chat_template(turns[:-1], tokenize=True, add_generation_prompt=True)["input_ids"]
     assert asked == expected

@@ -93,7 +93,7 @@ def test_fault_messages_quote_no_record_text(task: str, roles: tuple[str, ...], 
     first, second = (list_faults(task, roles, given, seed=seed) for seed in (0, 1))
     assert first
     assert second - first == set()
-    assert {task for task, *_ in FAULTY} == set(TASKS), "every task's"
+    assert {task for task, *_ in FAULTY} == set(TASKS), "every task must be covered"
 
 
 def test_language_model_columns_follow_from_the_layout() -> None:
@@ -138,6 +138,6 @@ def test_task_names_appear_only_in_the_tasks_package() -> None:
     for path in package.rglob("*.py"):
         if path.parent != package / "tasks":
             texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
-            # A column of people's files is called so, too.
+            # "preference" is also a column of users' files.
             columns = {"preference"} if path.name == "columns.py" else set()
             assert not texts & set(TASKS) - columns, path

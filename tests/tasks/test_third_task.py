@@ -52,7 +52,7 @@ class TextLength(tasks.Task):
     def logits(self, model: tasks.Model, batch: tasks.Batch) -> torch.Tensor:
         hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
         pooled = tasks.mean_pool(hidden, batch.attention_mask)
-        # As for classification: a product with few rows rounds otherwise.
+        # As in classification, because a product with few rows rounds differently.
         rows = torch.nn.functional.pad(pooled, (0, 0, 0, -len(pooled) % 32))
         assert isinstance(model.head, torch.nn.ModuleDict)
         return torch.cat([model.head[name](rows)[: len(pooled)] for name in HEADS], dim=1)

@@ -61,7 +61,7 @@ def test_tag_schemes_decode_to_the_same_entities(tags: tuple[str, ...], found: l
     words = [f"w{place}" for place in range(len(tags))]
     _, marked = make_entity_reader(make_data())(record(words, [*tags]))
     assert [(first // 3, (end + 1) // 3, label) for first, end, label in marked] == found
-    # A declared type may begin as a tag of a scheme.
+    # A declared label may start like a tag of a scheme.
     labels = ("S-protein", "M_protein", "U-boot", "drug")
     _, read = make_entity_reader(make_data(labels=labels))(
         record(TOKENS, ["S-protein", "S-protein", "M_protein", "S-drug", "U-boot"])
@@ -150,7 +150,7 @@ def test_first_token_of_a_word_carries_its_tag() -> None:
     ]
     assert [target for _, target in learned] == [0, 1, 2, 2, 0, 3]
     assert not any(token.startswith("##") for token, _ in learned)
-    assert len(ids) > len(learned) + 2, "some words have several tokens"
+    assert len(ids) > len(learned) + 2, "some words must have several tokens"
 
 
 def test_windows_cover_each_word_once(encoder_tokenizer: Any) -> None:
@@ -169,7 +169,7 @@ def test_windows_cover_each_word_once(encoder_tokenizer: Any) -> None:
             assert learned == [place % 2 for place in range(read)]
             for ids, targets in zip(dataset.input_ids, dataset.targets, strict=True):
                 assert (ids[0], ids[-1]) == (2, 3) or targets.tolist() == [UNSUPERVISED]
-    # What two windows share is learned where more stands around it.
+    # Text in two windows is learned where it has more context.
     dataset = tokenize_records(
         record(words[:10], ["O"] * 10), tokenizer=encoder_tokenizer, max_length=9, windows=2, stride=3
     )
@@ -203,12 +203,12 @@ def test_loss_is_the_mean_over_words_of_all_windows(encoder_tokenizer: Any) -> N
     torch.testing.assert_close(model.losses(batch), torch.stack(expected))
     hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
     scores = functional.linear(hidden, model.get_parameter("head.weight")) * 20 / hidden.shape[-1] ** 0.5
-    torch.testing.assert_close(model.logits(batch), scores)  # the head reads each token as it is
+    torch.testing.assert_close(model.logits(batch), scores)  # the head reads each token independently
     assert [int((batch.targets[2 * one : 2 * one + 2] != UNSUPERVISED).sum()) for one in (0, 1)] == [9, 1]
 
 
 COUNTED: list[tuple[Any, Any, Any, Any]] = [
-    # true, predicted, strict, true ones met, predicted ones that meet one
+    # true, predicted, strict counts, true entities matched, predicted entities that match
     ([(0, 2, 0)], [(0, 2, 0)], (1, 1, 1, 1, 1), (1, 1, 1, 1, 1)),
     ([(0, 2, 0)], [(0, 1, 0)], (1, 1, 0, 1, 1), (1, 1, 0, 1, 1)),
     ([(0, 2, 0)], [(0, 2, 1)], (1, 0, 0, 0, 0), (1, 1, 1, 1, 1)),
@@ -250,7 +250,7 @@ def test_entity_counts_match_manual_counts_in_linear_time() -> None:
     of_units = record("a\U0001f600" * 400_000, spans, SPANNED)
     began = time.process_time()
     assert make_entity_reader(make_data(SPANNED))(of_units)[1][-1] == (2 * 399_900, 2 * 399_900 + 2, 0)
-    assert time.process_time() - began < 3, "offsets in units, too"
+    assert time.process_time() - began < 3, "offsets in code units must be fast, too"
 
 
 def test_entity_scores_match_their_counts() -> None:
@@ -308,7 +308,7 @@ def test_words_of_different_labels_form_one_predicted_entity() -> None:
     logits = np.log([[0.1, 0.6, 0.1, 0.1, 0.1], [0.1, 0.1, 0.2, 0.2, 0.4], [0.1, 0.1, 0.3, 0.1, 0.4]])
     assert decode_entities(logits.argmax(axis=1).tolist()) == [(0, 1, 0), (1, 3, 1)]
     assert predict_entities(logits) == [(0, 3, 0)]
-    assert predict_entities(np.full((3, 5), np.nan)) == [], "nor does a diverged model end in an error"
+    assert predict_entities(np.full((3, 5), np.nan)) == [], "a diverged model must not raise an error"
 
 
 def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,7 +347,7 @@ def test_overlapping_entities_in_one_word_train_once_and_count_twice(encoder_tok
     assert (counted[1][:2], counted[1][-1]) == ([1, 2], 3)
     many = record("a" * 90, [[place, place + 1, second] for place in range(90)], SPANNED)
     targets = tokenize_records(many, tokenizer=encoder_tokenizer, **given).targets
-    assert max(int(row.max()) for row in targets) > 5 * 3**20, "and many are no more than a target holds"
+    assert max(int(row.max()) for row in targets) > 5 * 3**20, "many entities must fit into one target"
 
 
 def test_predicted_entity_ends_with_its_word_despite_truncation() -> None:
