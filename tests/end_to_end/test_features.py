@@ -134,7 +134,7 @@ def test_feature_task_scores_appear_in_run_report_and_evaluation(run: Any, tmp_p
     found, shown = json.loads(run_command(*asked, "--json").printed), run_command(*asked).out
     assert list(found["scores"]) == SCORES[task]
     for score in (JUDGED[task], "loss"):
-        assert found["beside_base"][score]["verdict"] == "better", "of loss, the lower, the better"
+        assert found["beside_base"][score]["verdict"] == "better", "a lower loss is better"
     detail, page = result["final"]["detail"], (folder / "report.html").read_text()
     assert report["facts"].get("detail") == detail
     for there in ("detail" in found, "Calibration of the tuned model" in shown, 'id="chart-reliability">' in page):
@@ -148,7 +148,7 @@ def test_feature_task_scores_appear_in_run_report_and_evaluation(run: Any, tmp_p
 
 def test_feature_run_is_evaluated_compared_and_generates(run: Any, tmp_path: Path) -> None:
     folder, other = run(*PLAIN), run(*PLAIN, "head.hidden=[8]")
-    assert read_result(other)["final"]["metrics"]["accuracy"] > 0.8, "a small network learns it, too"
+    assert read_result(other)["final"]["metrics"]["accuracy"] > 0.8, "a small network must learn it, too"
     shapes = {name: one.shape for name, one in load_file(other / "adapter" / "head.safetensors").items()}
     assert shapes == {"0.weight": (8, 9), "0.bias": (8,), "2.weight": (2, 8), "2.bias": (2,)}
     texts = run_command("export", str(folder), "--to", str(tmp_path / "folder"), "--format", "peft")

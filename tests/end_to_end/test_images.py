@@ -108,7 +108,7 @@ def test_data_init_detects_images_in_parquet_and_requires_a_model(tmp_path: Path
     settings = yaml.safe_load((tmp_path / "scans.yaml").read_text())
     assert settings["data"]["columns"] == {"image": "scan", "label": "label"}
     assert (settings["data"]["max_length"], settings["data"]["labels"]) == (5, ["a", "b"])
-    assert "lora" not in settings, "the recipe's, which leaves all layers but the last as they are"
+    assert "lora" not in settings, "the recipe must leave all layers except the last unchanged"
     assert run_command("data", "check", str(tmp_path / "scans.yaml")).code == 0
 
 

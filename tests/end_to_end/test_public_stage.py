@@ -54,7 +54,7 @@ def run(public_questions: Path, tmp_path_factory: pytest.TempPathFactory) -> fed
 
     with pytest.raises(Stop):
         fedtune.simulate("debug", asked, progress=stop_in_the_run)
-    assert [one.done for one in told if one.round] == [2, 1], "the stage's second round, and then the run's first"
+    assert [one.done for one in told if one.round] == [2, 1], "the stage's second round, then the run's first"
     with pytest.raises(ValueError, match="name = 'run': is taken"):
         fedtune.simulate("debug", asked)
     written = (folder / "run-public" / "run.json").stat().st_mtime_ns
@@ -71,7 +71,7 @@ def test_public_stage_is_a_lead_run_that_starts_the_main_run(run: fedtune.Run, p
     assert re.fullmatch("banking77-public-[0-9a-f]{12}", data.dataset)
     assert stage.config.training.compute_peak_rates(clipped=False) == (0.0033, 0.0033)
     assert run.config.training.compute_peak_rates(clipped=True) == (0.0033, 0.0033)
-    # The run begins in it, and every paper says what it was trained on.
+    # The run starts from it, and every report names its training data.
     start = run.result.provenance.start_adapter
     assert (start["from"], start["public"], start["epsilon"], start["head"]) == ("run-public", True, None, True)
     assert run.result.final.metrics_before == stage.metrics
@@ -133,21 +133,21 @@ def test_interrupted_public_stage_explains_how_to_resume(
     fail_where(monkeypatch, Display, "on_round_finished", lambda *_: True, KeyboardInterrupt())
     words = list_tiny_overrides(f"public.train_file={public_questions}", into=tmp_path, name="one")
     (tmp_path / "one").mkdir()
-    assert "is taken" in run_command("simulate", *words).message, "before the stage trains"
+    assert "is taken" in run_command("simulate", *words).message, "it must be refused before the stage trains"
     (tmp_path / "one").rmdir()
     outcome = run_command("simulate", *words)
     assert outcome.code == 1
     said = " ".join(outcome.out.split())
     assert "Public stage: the lead alone trains on" in said
     assert f"Continue with: fedtune simulate {words[0]}" in said
-    assert said.endswith("public.jsonl"), "a name that is given is not given again"
+    assert said.endswith("public.jsonl"), "the suggestion must not repeat the name"
     assert [path.name for path in tmp_path.iterdir()] == ["one-public"]
 
 
 @snapshots.parametrize_mistakes("mistakes-public")
 def test_invalid_public_stage_settings_are_refused(public_questions: Path, tmp_path: Path, typed: str) -> None:
     sites = REPOSITORY / "simulations" / "data" / "banking77" / "train.jsonl.gz"
-    copy = tmp_path / "copy.jsonl"  # not compressed, and in another order
+    copy = tmp_path / "copy.jsonl"  # uncompressed, and in another order
     copy.write_bytes(b"\n".join(reversed(gzip.decompress(sites.read_bytes()).splitlines())))
     (owing := tmp_path / "owing.jsonl").write_bytes(public_questions.read_bytes())
     owing.with_name("owing.jsonl.card.json").touch()

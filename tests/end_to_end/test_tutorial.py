@@ -67,7 +67,7 @@ BANKING = REPOSITORY / "simulations" / "data" / "banking77"
 FOUR_LABELS = ("card_arrival", "card_linking", "exchange_rate", "top_up_failed")
 SITES, RECORDS, TEST_ROWS = 2, 100, 80
 MAX_CHARACTERS, MAX_TOKENS = 50, 16
-# 80 rows of which nine in ten are right before training: two standard errors are 0.07.
+# With 80 rows, of which nine in ten are correct before training, two standard errors are 0.07.
 MARGIN = 0.07
 
 
@@ -106,6 +106,6 @@ def test_small_data_set_with_few_labels_is_learned(list_quick_start_commands: li
     majority = max(labels.values()) / TEST_ROWS
     assert after >= before - MARGIN
     assert after > majority + MARGIN
-    # Half of what a site's own policy allows, so that nothing is refused for the adapter that comes back.
+    # Half of a site's limit on adapter values, so that the site accepts the adapter in the next round.
     files = (tmp_path / "small" / "adapter").glob("*.safetensors")
     assert max(np.abs(tensor).max() for file in files for tensor in load_file(file).values()) < 2.5
