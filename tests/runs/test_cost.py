@@ -34,9 +34,9 @@ def test_energy_is_measured_without_network_access(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(f"CODECARBON_{key}", value)
     found, untold = burn_cpu(CostSpec(energy=True, country="DEU")), burn_cpu(CostSpec(energy=True))
     assert (untold.carbon_kg, untold.kwh > 0, found.kwh > 0) == (None, True, True)
-    assert 0.05 < found.carbon_kg / found.kwh < 1.0, "kilograms for a kWh in Germany"
+    assert 0.05 < found.carbon_kg / found.kwh < 1.0, "kg of CO2 per kWh in Germany"
     assert (nobody.called, list(tmp_path.iterdir())) == (False, [])
-    assert burn_cpu(CostSpec(), seconds=0.0) is None, "nothing is measured unasked"
+    assert burn_cpu(CostSpec(), seconds=0.0) is None, "energy must be measured only on request"
 
 
 def test_unknown_country_is_refused_before_the_run() -> None:

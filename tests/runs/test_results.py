@@ -30,7 +30,7 @@ def build(*, charged: dict[str, int], loss: float = 0.5, plan: Plan | None = Non
 def test_epsilon_of_a_run_is_its_largest_site_epsilon() -> None:
     privacy = build(charged={"a": 1, "b": 3, "c": 0})["privacy"]
     a, b = (privacy["sites"][name] for name in ("a", "b"))
-    # Three of four planned rounds: what is claimed is the whole plan, as guarantee.md proves it.
+    # Three of four planned rounds: the claim covers the whole plan, as proved in guarantee.md.
     assert privacy["epsilon"] == b["planned_epsilon"] > b["epsilon"] > a["epsilon"] > 0
     nothing = dict.fromkeys(("epsilon", "epsilon_rdp", "rounds", "steps", "metrics_noise_multiplier"), 0)
     nothing |= {"sampling_rate": 0.2, "noise_multiplier": 4.0, "upper_bound": False}
