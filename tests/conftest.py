@@ -387,14 +387,14 @@ def make_site_policy(site: str = "a", *, declared_size: int = 100, **changes: An
 
     Keywords override tables with dicts of their values, as in `limits={"max_rounds": 9}`, and other keys with values.
     """
-    asked = run_proposal()
-    plan = asked.plan
+    proposal = run_proposal()
+    plan = proposal.plan
     steps = plan.local_steps * plan.max_rounds
     reference = ReferenceRun(sampling_rate=plan.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=steps)
     allowed = make_policy(
         site=site,
         population={"name": f"{site}-patients"},
-        dataset=(Dataset(id=asked.dataset, declared_size=declared_size),),
+        dataset=(Dataset(id=proposal.dataset, declared_size=declared_size),),
         budget={"delta": plan.delta, "max_epsilon": 5.0, "reference": reference},
         limits={
             "min_noise_multiplier": plan.noise_multiplier,
@@ -405,10 +405,10 @@ def make_site_policy(site: str = "a", *, declared_size: int = 100, **changes: An
             "max_adapter_value": 5.0,  # the tests' random adapters have values up to this
         },
         allow={
-            "leads": (asked.lead,),
-            "base_models": (asked.base_model,),
-            "target_modules": asked.target_modules,
-            "max_rank": asked.rank,
+            "leads": (proposal.lead,),
+            "base_models": (proposal.base_model,),
+            "target_modules": proposal.target_modules,
+            "max_rank": proposal.rank,
         },
     )
     return change_values(allowed, **changes)

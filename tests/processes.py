@@ -36,10 +36,10 @@ def wait_for(
 
 
 def make_environment(**more: str) -> dict[str, str]:
-    given = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
     # The processes must not use a proxy of this machine.
     own = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    return {**own, **given, **more}
+    return {**own, **variables, **more}
 
 
 class Process:

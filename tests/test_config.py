@@ -121,9 +121,9 @@ def test_required_settings_are_enforced_and_configurations_immutable() -> None:
 
 def test_plan_uses_the_configured_values() -> None:
     # Fixed noise must suffice for all runs that share the epsilon.
-    given = {"privacy__noise_multiplier": 0.9, "privacy__epsilon": 8.0}
+    fixed = {"privacy__noise_multiplier": 0.9, "privacy__epsilon": 8.0}
     with pytest.raises(ConfigError, match=r"noise_multiplier = 0\.9: results in epsilon .* over 24 steps"):
-        parse(change_base(**given, privacy__planned_runs=6))
+        parse(change_base(**fixed, privacy__planned_runs=6))
     settings = change_base(privacy__noise_multiplier=4.0, federation__spare_rounds=2, training__local_steps=3)
     plan = parse(settings).plan()
     assert (plan.noise_multiplier, plan.local_steps, plan.num_rounds, plan.spare_rounds) == (4.0, 3, 2, 2)

@@ -77,9 +77,9 @@ def test_python_page_runs_from_first_to_last_block(tmp_path: Path, monkeypatch: 
     small |= {"training.ignore_weak_signal": True, "privacy.noise_multiplier": 4.0}
 
     def simulate_small(recipe: Any = None, settings: Any = None, **others: Any) -> Any:
-        given = settings or {}
-        own = {} if "resume" in given else small if "data.features" in given else small | model
-        return simulate(recipe, {**own, "name": f"run-{len([*tmp_path.glob('runs/*')])}", **given}, **others)
+        overrides = settings or {}
+        own = {} if "resume" in overrides else small if "data.features" in overrides else small | model
+        return simulate(recipe, {**own, "name": f"run-{len([*tmp_path.glob('runs/*')])}", **overrides}, **others)
 
     monkeypatch.setattr(in_memory, "simulate", simulate_small)
     for name in ("north", "south"):

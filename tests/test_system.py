@@ -39,14 +39,14 @@ assert fedtune.system.effective_user() == -1
 
 
 def test_platform_checks_are_confined_to_the_system_module() -> None:
-    asked = re.compile(
+    pattern = re.compile(
         r"^ *(import|from) (fcntl|grp|pwd|resource|msvcrt)\b|sys\.platform|os\.name\b|AF_UNIX|SO_PEERCRED", re.MULTILINE
     )
     for path in (REPOSITORY / "fedtune").rglob("*.py"):
         if path.name == "system.py":
             continue
         source = path.read_text()
-        assert not asked.search(source), path
+        assert not pattern.search(source), path
         used = {ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
         lacking = {name for name in NAMES if f"os.{name}" in used}
         assert lacking <= (OF_ROOT if path.name == "files.py" else set()), path

@@ -26,8 +26,8 @@ ROW = {"age": 25, "crp": 0.5, "ldh": None, "sex": "male", "states": [2, 0.5, -9]
 
 
 def make_data(*features: FeatureSpec, **changes: Any) -> DataSpec:
-    given = {"columns": {"label": "y"}, "max_length": 1, "input": "features", "features": features}
-    return make_data_spec(**given | changes)
+    fields = {"columns": {"label": "y"}, "max_length": 1, "input": "features", "features": features}
+    return make_data_spec(**fields | changes)
 
 
 def read_vector(tmp_path: Path, row: dict[str, Any], *features: FeatureSpec) -> list[float]:

@@ -169,7 +169,7 @@ def test_class_folders_yield_one_record_per_image(tmp_path: Path, monkeypatch: p
 
 def test_parquet_rows_contain_image_bytes_or_paths(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(encode_image(make_picture(seed=2)))
-    given = [
+    rows = [
         {
             "bytes": encode_image(make_picture(seed=1)),
             "path": "/somewhere/else.png",
@@ -178,7 +178,7 @@ def test_parquet_rows_contain_image_bytes_or_paths(tmp_path: Path) -> None:
         None,
         {"bytes": None, "path": None},
     ]
-    parquet.write_table(pyarrow.table({"picture": given, "y": ["a"] * 4}), tmp_path / "rows.parquet")
+    parquet.write_table(pyarrow.table({"picture": rows, "y": ["a"] * 4}), tmp_path / "rows.parquet")
     parquet.write_table(pyarrow.table({"picture": [WHOLE, b"x"], "y": ["a"] * 2}), tmp_path / "plain.parquet")
     found = list(iter_usable_records(tmp_path / "rows.parquet", COLUMNS))
     assert [list_pixels(decode_record_image(one)) for one in found] == [

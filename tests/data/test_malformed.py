@@ -167,10 +167,10 @@ def test_damaged_data_set_index_is_refused(tmp_path: Path, state: str) -> None:
     if state == "a selection":
         chosen["_indices_data_files"] = [{"filename": "indices.arrow"}]
     (tmp_path / "state.json").write_text(state if state in ("[", "{}") else json.dumps(chosen))
-    told = (
+    message = (
         "call flatten_indices" if state == "a selection" else r"state\.json = 'damaged': must list the files of the set"
     )
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         list(iter_records(tmp_path, COLUMNS))
 
 

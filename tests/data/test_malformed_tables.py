@@ -77,9 +77,9 @@ def read_message(tmp_path: Path) -> Callable[..., Any]:
 
     def run(file: str, content: bytes, *words: str) -> Any:
         (tmp_path / file).write_bytes(content)
-        given = (f"data.train_file='{tmp_path / file}'", "data.declared_sizes=1", "data.labels=[sick,well]")
+        overrides = (f"data.train_file='{tmp_path / file}'", "data.declared_sizes=1", "data.labels=[sick,well]")
         where = () if words[0] == "data" else (f"tracking.output_dir='{tmp_path}'", "runtime.device=cpu", "name=run")
-        outcome = run_command(*words, *given, f"data.features={FEATURES}", *where)
+        outcome = run_command(*words, *overrides, f"data.features={FEATURES}", *where)
         assert [one.name for one in tmp_path.iterdir()] == [file]
         assert "Traceback" not in outcome.err
         assert "zq" not in outcome.out + outcome.err

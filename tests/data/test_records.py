@@ -136,9 +136,9 @@ def test_unusable_record_is_skipped_alone(tmp_path: Path, name: str, number: int
     assert len(expected) == 2
     bad, why = UNUSABLE[name][number]
     blank = (BLANK[name],) if name in BLANK else ()
-    given = (*lines[:place], bad, *blank, *lines[place:])
-    assert list_usable(tmp_path, f"{name}.gz", *given) == expected
-    assert list_usable(tmp_path, name, *given) == expected
+    content = (*lines[:place], bad, *blank, *lines[place:])
+    assert list_usable(tmp_path, f"{name}.gz", *content) == expected
+    assert list_usable(tmp_path, name, *content) == expected
     with pytest.raises(DataError) as caught:  # the lead's own files are parsed strictly
         list(iter_records(tmp_path / name, COLUMNS))
     assert why in str(caught.value)

@@ -201,13 +201,13 @@ class StockFederation(Federation):
         return self.submit_app(self.folder / "app", f'run="{file}"')
 
     def submit_app(self, app: Path, run_config: str) -> str:
-        said = self.call("flwr", "run", str(app), "banks", "--run-config", run_config, "--format", "json")
-        return str(json.loads(said[said.index("{") :])["run-id"])
+        answer = self.call("flwr", "run", str(app), "banks", "--run-config", run_config, "--format", "json")
+        return str(json.loads(answer[answer.index("{") :])["run-id"])
 
     def status(self, run: str) -> str:
         """Return the status of a run from `flwr list`."""
-        said = self.call("flwr", "list", "banks", "--run-id", run, "--format", "json")
-        return str(json.loads(said[said.index("{") :])["runs"][0]["status"])
+        answer = self.call("flwr", "list", "banks", "--run-id", run, "--format", "json")
+        return str(json.loads(answer[answer.index("{") :])["runs"][0]["status"])
 
     def wait_until_over(self, run: str, *, seconds: float = 400.0) -> str:
         """Wait for the end of a run and return its final status."""

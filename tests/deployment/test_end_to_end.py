@@ -58,12 +58,12 @@ def test_three_real_sites_match_the_simulation_adapter(finished: Federation, run
 def test_run_is_sent_only_to_the_named_sites(finished: Federation) -> None:
     left_out = finished.sites["south"]
     assert left_out.answered("update", "one") == 2
-    before, said = left_out.verified().events, left_out.up.text
+    before, log = left_out.verified().events, left_out.up.text
     finished.finish("two", *DEBUG, "federation.num_rounds=1", "sites=[north,west]")
     check_books(finished, "two")
     assert finished.result("two")["rounds"][0]["sites"] == ["north", "west"]
     assert left_out.verified().events == before
-    assert left_out.up.text == said
+    assert left_out.up.text == log
     # The other two runs reuse the loaded model.
     assert len(finished.sites["west"].up.lines("the base model is loaded")) == 1
 
@@ -141,10 +141,10 @@ def test_real_sites_train_every_task_like_simulated_sites(
         for name, count in (("in", 120), ("out", 20))
     }
     model = [f"model.path='{write_vision_folder(tmp_path / 'model')}'"] if kind == "image" else []
-    given = [*KINDS[kind], *model, *SHARED, f"data.test_file='{files['out']}'"]
+    overrides = [*KINDS[kind], *model, *SHARED, f"data.test_file='{files['out']}'"]
     names = ("federation.num_sites=3", f"federation.site_names=[{','.join(NAMES)}]")
     simulated = [
-        *given,
+        *overrides,
         *names,
         f"data.train_file='{files['in']}'",
         f"name={kind}",
@@ -166,7 +166,7 @@ def test_real_sites_train_every_task_like_simulated_sites(
         dataset = (replace(own.dataset[0], path="own.jsonl", columns=columns),)
         site.edit(dataset=dataset, limits=own.limits, allow=own.allow)
 
-    banks.finish(kind, *given)
+    banks.finish(kind, *overrides)
 
     check_whole(banks, kind, rounds=ROUNDS)
     # The simulation's records do not include the broken ones.

@@ -66,9 +66,9 @@ def test_run_denied_by_a_site_ends(federation: Federation, careful_site: SiteFol
     assert denial.end() == 0, denial.text
     # The lead asks again automatically, receives the denial, and stops.
     assert lead.end() == 3, lead.text
-    said = " ".join(lead.text.split())
-    assert "north: denied" in said
-    assert "nothing was charged for this run" in said
+    output = " ".join(lead.text.split())
+    assert "north: denied" in output
+    assert "nothing was charged for this run" in output
     assert "board" not in lead.text + (federation.run_folder("denied") / "answers.json").read_text()
     assert careful_site.answered("denied", "denied") == 1
     assert careful_site.notes("denied") == ["denied"]

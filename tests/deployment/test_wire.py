@@ -180,11 +180,11 @@ def test_site_makes_only_known_calls_and_listens_on_no_port(wire: Wire) -> None:
     public = certificate.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
-    said = {name: {value for other, value in headers if other == name} for name in HEADERS}
-    assert said["flwr-public-key"] == {base64.b64encode(public).decode()}
-    assert said["content-type"] == {"application/protobuf"}
-    assert said["flwr-component-name"] == {"SuperNode"}
-    (agent,) = said["user-agent"]
+    sent = {name: {value for other, value in headers if other == name} for name in HEADERS}
+    assert sent["flwr-public-key"] == {base64.b64encode(public).decode()}
+    assert sent["content-type"] == {"application/protobuf"}
+    assert sent["flwr-component-name"] == {"SuperNode"}
+    (agent,) = sent["user-agent"]
     assert re.fullmatch(r"python-httpx/[\d.]+", agent)
     for call in wire.calls:
         assert call.request is not None  # parsed to the last byte
@@ -223,13 +223,13 @@ def check_answer(content: Any) -> tuple[int, str]:
     """Return (round, kind) of an answer, after checking that all its fields belong to one release type."""
     (config,) = content.config_records.values()
     assert list(config) == ["json"]
-    said = json.loads(config["json"])
+    fields = json.loads(config["json"])
     if flower_records.RECEIPT in content:
         assert set(content) == {flower_records.RECEIPT}
-        assert set(said) == list_field_names(Receipt)
-        assert said["run"].startswith(f"{RUN}-")
+        assert set(fields) == list_field_names(Receipt)
+        assert fields["run"].startswith(f"{RUN}-")
         return 0, "end"
-    assert set(said["receipt"]) == list_field_names(Receipt)
+    assert set(fields["receipt"]) == list_field_names(Receipt)
     reply = flower_records.to_reply(content)
     assert reply.receipt is not None
     assert reply.receipt.has_valid_signature()
@@ -238,15 +238,15 @@ def check_answer(content: Any) -> tuple[int, str]:
     assert reply.is_signed()
     if isinstance(body, Offer):
         assert set(content) == {flower_records.REPLY}
-        assert set(said) - {"kind", "receipt"} == list_field_names(Offer)
+        assert set(fields) - {"kind", "receipt"} == list_field_names(Offer)
         return 0, "offer"
     if isinstance(body, Update):
         assert set(content) == {flower_records.REPLY, flower_records.UPDATE}
-        assert set(said) == {"kind", "receipt"}
+        assert set(fields) == {"kind", "receipt"}
         assert body.scores is None
         return body.round, "update"
     assert set(content) == {flower_records.REPLY}
-    assert set(said) - {"kind", "receipt"} == list_field_names(Refusal)
+    assert set(fields) - {"kind", "receipt"} == list_field_names(Refusal)
     assert body.reason is Reason.MAX_LOCAL_STEPS or (body.requested, body.allowed) == (None, None)
     return body.round, body.reason.value
 

@@ -53,13 +53,13 @@ def extract_script(page: str) -> str:
 def test_step_summary_names_every_step_of_the_page() -> None:
     text = PAGE.read_text()
     summary = text.partition("\n## The steps of each role\n")[2].partition("\n## ")[0]
-    told = set[int]()
+    steps = set[int]()
     for numbers in re.findall(r"\((\d[^)]*)\)", summary):
         for first, last in re.findall(r"\b(\d+)(?: to (\d+))?", numbers):
-            told |= set(range(int(first), int(last or first) + 1))
+            steps |= set(range(int(first), int(last or first) + 1))
     headings = re.findall(r"^## (\d+)\. (?:Lead|Server|Site): ", text, re.MULTILINE)
     results = {12, 13}  # the last two steps show the results of the run
-    assert told == {*map(int, headings)} - results
+    assert steps == {*map(int, headings)} - results
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +69,9 @@ def pasted_page(tmp_path_factory: pytest.TempPathFactory) -> Any:
     bash = ["bash", "-c", extract_script(PAGE.read_text()).replace(PORT, str(find_free_port()))]
     with write_forked_commands(beside) as commands:
         way = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        given = {"HF_HUB_OFFLINE": "1", "COLUMNS": "120", "PATH": way}
+        environment = {"HF_HUB_OFFLINE": "1", "COLUMNS": "120", "PATH": way}
         # In its own process group, so that everything it started can be killed.
-        shell = Process("shell", bash, log=beside / "output.txt", cwd=folder, env=given)
+        shell = Process("shell", bash, log=beside / "output.txt", cwd=folder, env=environment)
         try:
             code = shell.end(seconds=MAX_S)
             logs = "".join(f"\n{log}:\n{log.read_text()}" for log in sorted(folder.rglob("*.log")))
@@ -133,9 +133,9 @@ def test_policy_differs_from_the_template_only_in_documented_lines(pasted_page: 
         dict(flatten_table(tomllib.loads((pasted_page.folder / name).read_text())))
         for name in ("south-hospital/site.toml", "template.toml")
     )
-    asked = {"asserted.no_person_at_another_site"}  # the template does not answer it
+    answered = {"asserted.no_person_at_another_site"}  # the template does not answer it
     later = {"about", "population.arrivals", "socket", "key_command"}  # omitted, as the page says
-    assert ours.keys() == template.keys() - later | asked
+    assert ours.keys() == template.keys() - later | answered
     listed = re.findall(r"^\| (`[^|]*) \|", PAGE.read_text(), re.MULTILINE)
     named = {key for cell in listed for key in re.findall(r"`([\w.]+)`", cell)}
     assert named == {key for key in ours if ours[key] != template.get(key)}

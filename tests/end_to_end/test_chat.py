@@ -21,9 +21,9 @@ ROWS = 60
 
 def build_conversation(number: int) -> str:
     first, second = (list(ANSWERS)[(number + step) % 3] for step in (0, 1))
-    said = [f"{first} {number}", ANSWERS[first], second, ANSWERS[second]]
+    turns = [f"{first} {number}", ANSWERS[first], second, ANSWERS[second]]
     roles = ("user", "assistant") * 2
-    return json.dumps([{"role": role, "content": text} for role, text in zip(roles, said, strict=True)])
+    return json.dumps([{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)])
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +99,9 @@ def make_pairs(form: str) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     for number in range(90):
-        asked, answers = f"say {number}", {"better": GOOD[number % 3], "worse": BAD[number // 3 % 3]}
-        whole = {name: [make_turn("user", asked), make_turn("assistant", text)] for name, text in answers.items()}
-        found.append(whole if form == "whole" else {"asked": asked, **answers})
+        prompt, answers = f"say {number}", {"better": GOOD[number % 3], "worse": BAD[number // 3 % 3]}
+        whole = {name: [make_turn("user", prompt), make_turn("assistant", text)] for name, text in answers.items()}
+        found.append(whole if form == "whole" else {"asked": prompt, **answers})
     return found
 
 

@@ -75,11 +75,11 @@ def test_report_and_card_state_the_selected_round_and_both_epsilons(stopped_run:
 
 def test_report_claiming_another_selected_round_is_detected(stopped_run: Path) -> None:
     report = from_run.build_run_report(stopped_run)
-    for told in (
+    for claims in (
         replace(report.utility.selected_round, stopped_early=False),
         replace(report.utility.selected_round, round=2, score=0.999),
     ):
-        assert problems(replace(report, utility=replace(report.utility, selected_round=told))) != []
+        assert problems(replace(report, utility=replace(report.utility, selected_round=claims))) != []
 
 
 def test_resuming_a_stopped_run_charges_nothing(stopped_run: Path, tmp_path: Path) -> None:

@@ -178,8 +178,8 @@ def test_changed_records_in_a_resumed_run_are_reported(tmp_path: Path) -> None:
     train.write_text("\n".join(["text,label", *rows]) + "\n")
     chosen = (f"data.train_file={train}", "data.labels=['0','1']", "data.train_fraction=1.0")
     files = ("data.validation_file=null", "data.test_file=null", "federation.num_rounds=1", "tracking.progress=true")
-    given = list_tiny_overrides(*chosen, *files, into=tmp_path)
-    assert run_command("simulate", *given).code == 0
+    overrides = list_tiny_overrides(*chosen, *files, into=tmp_path)
+    assert run_command("simulate", *overrides).code == 0
     folder = tmp_path / "run"
     train.write_text("\n".join(["text,label", *rows, "a question that was not there,1"]) + "\n")
     (folder / "run.json").unlink()  # as if the run had been killed before its end
@@ -199,14 +199,14 @@ def make_local_transport(everyone: Participants) -> Any:
 
     def answer_each(ask: Callable[..., Any]) -> Callable[..., Iterator[tuple[str, Any]]]:
         return lambda questions, **_: (
-            (asked.site, ask(everyone.site(numbers[asked.site]), asked)) for asked in questions
+            (question.site, ask(everyone.site(numbers[question.site]), question)) for question in questions
         )
 
     return SimpleNamespace(
         wait_for_sites=lambda sites, **_: numbers,
-        invite=answer_each(lambda site, asked: answer_invitation(site, asked.signed)),
-        train=answer_each(lambda site, asked: answer(site, asked.signed, asked.adapter)),
-        end=answer_each(lambda site, asked: end_run(site, asked.signed, asked.adapter)),
+        invite=answer_each(lambda site, question: answer_invitation(site, question.signed)),
+        train=answer_each(lambda site, question: answer(site, question.signed, question.adapter)),
+        end=answer_each(lambda site, question: end_run(site, question.signed, question.adapter)),
         take_traffic=lambda: (0, 0),
     )
 

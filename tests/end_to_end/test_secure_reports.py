@@ -50,8 +50,8 @@ def test_secure_report_has_three_epsilons_per_site(report: Report) -> None:
     assert len(report.sites) == 5
     for site in report.sites:
         assert site.by_trust.with_colluders == site.spent.epsilon
-        said = (site.by_trust.server_alone, site.by_trust.with_colluders, site.by_trust.with_all_others)
-        assert said == pytest.approx(BY_HAND, rel=2e-3)
+        figures = (site.by_trust.server_alone, site.by_trust.with_colluders, site.by_trust.with_all_others)
+        assert figures == pytest.approx(BY_HAND, rel=2e-3)
         (row,) = site.mechanisms
         assert row.noise_multiplier == pytest.approx(SHARE * math.sqrt(3), rel=1e-12)
         # Against all others together, only the site's own noise protects it.
@@ -137,8 +137,8 @@ def test_site_report_computes_three_epsilons_with_its_filter(secure_run: Path) -
 
 
 def test_plan_and_ledger_show_the_three_epsilons(secure_run: Path, tmp_path: Path) -> None:
-    said = json.loads(run_command("plan", "--json", *list_tiny_overrides(*SECURE, into=tmp_path)).printed)
-    assert list(said["by_trust"].values()) == pytest.approx(BY_HAND, rel=2e-3)
+    plan = json.loads(run_command("plan", "--json", *list_tiny_overrides(*SECURE, into=tmp_path)).printed)
+    assert list(plan["by_trust"].values()) == pytest.approx(BY_HAND, rel=2e-3)
     ledger = str(secure_run / "sites" / "site-1" / "ledger.db")
     spent = json.loads(run_command("ledger", "spent", ledger, "--json").out)
     (run,) = spent["runs"]

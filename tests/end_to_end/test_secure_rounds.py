@@ -149,11 +149,11 @@ def test_restarted_site_costs_no_secure_round(sites: int, restart_site: list[str
 
 def make_site_absent(monkeypatch: pytest.MonkeyPatch, name: str, site: str, number: int = 1, error: Any = None) -> None:
     """Make a site fail a protocol step from its n-th request on."""
-    asked = Counter[str]()
+    requests = Counter[str]()
 
     def is_away(own: SiteAggregator, *_: Any) -> bool:
-        asked[own.site] += 1
-        return own.site == site and asked[site] >= number
+        requests[own.site] += 1
+        return own.site == site and requests[site] >= number
 
     fail_where(monkeypatch, SiteAggregator, name, is_away, error)
 
@@ -234,9 +234,9 @@ def test_shares_changed_by_the_server_blame_no_site(tmp_path: Path, monkeypatch:
         found, missing = real(self, step, session, parts)
         releases[0] += step == UNMASK
         if step == UNMASK and releases[0] == 1:
-            said = json.loads(found["site-2"])
-            said["shares"] = {dealer: dict.fromkeys(given, "0" * 66) for dealer, given in said["shares"].items()}
-            found = {**found, "site-2": to_canonical_json(said)}
+            fields = json.loads(found["site-2"])
+            fields["shares"] = {dealer: dict.fromkeys(shares, "0" * 66) for dealer, shares in fields["shares"].items()}
+            found = {**found, "site-2": to_canonical_json(fields)}
             del found["site-4"]
         return found, missing
 
@@ -251,8 +251,8 @@ def test_site_with_an_invalid_key_is_named(tmp_path: Path, monkeypatch: pytest.M
     real = SiteAggregator.announce
 
     def announce(self: SiteAggregator, *given: Any) -> bytes:
-        said = json.loads(real(self, *given))
-        return to_canonical_json(said | {"signature": "0" * 128} if self.site == "site-2" else said)
+        fields = json.loads(real(self, *given))
+        return to_canonical_json(fields | {"signature": "0" * 128} if self.site == "site-2" else fields)
 
     monkeypatch.setattr(SiteAggregator, "announce", announce)
     done = run_command("simulate", *list_tiny_overrides(*SECURE, *THREE, into=tmp_path))
@@ -377,13 +377,13 @@ def test_restarted_lead_continues_its_session_without_all_sites(
     kill_lead_in_round_two: Any, keep_site_memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kill_lead_in_round_two(*FOUR, "federation.num_rounds=4")
-    begun = {session for known in keep_site_memory.values() for run in known.of_proposal.values() for session in run}
+    sessions = {session for known in keep_site_memory.values() for run in known.of_proposal.values() for session in run}
     make_site_absent(monkeypatch, "join", "site-4")
     make_site_absent(monkeypatch, "announce", "site-4")
     assert run_command("simulate", f"resume={tmp_path / 'run'}").code == 0
     result = read_result(tmp_path / "run")
     assert [len(entry["sites"]) for entry in result["rounds"]] == [4, 0, 3, 3]
-    assert {session for known in keep_site_memory.values() for session in known.joined.values()} == begun, (
+    assert {session for known in keep_site_memory.values() for session in known.joined.values()} == sessions, (
         "the first lead's session must continue"
     )
     assert list_charged_steps(result) == [4, 4, 4, 2]

@@ -64,12 +64,12 @@ def test_interrupted_run_with_ranks_resumes_to_the_same_adapter(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = list_tiny_overrides(*SITES, RANKS, BOTH, into=tmp_path)
-    asked = 0
+    calls = 0
 
     def is_second_round(*_: Any, **__: Any) -> bool:
-        nonlocal asked
-        asked += 1
-        return asked > 6  # an invitation and a round at each of three sites
+        nonlocal calls
+        calls += 1
+        return calls > 6  # an invitation and a round at each of three sites
 
     with monkeypatch.context() as interrupted:
         fail_where(interrupted, simulation.InProcessGrid, "deliver", is_second_round, KeyboardInterrupt())

@@ -46,20 +46,20 @@ FILES = tomllib.loads(Path(__file__).with_name("examples.toml").read_text())
 
 @pytest.mark.parametrize("file", [file.name for file in EXAMPLES.iterdir() if file.name != "README.md"])
 def test_every_tutorial_command_succeeds_as_printed(folder: Path, file: str) -> None:
-    told = {}
+    outcomes = {}
     for words in list_commands(file):
         outcome = run_command(*words)
         assert outcome.code == 0, (words, outcome.err)
-        told[" ".join(words[:2]) if words[0] == "data" else words[0]] = outcome
-    assert {"data init", "simulate", "evaluate"} <= set(told) <= ALL
+        outcomes[" ".join(words[:2]) if words[0] == "data" else words[0]] = outcome
+    assert {"data init", "simulate", "evaluate"} <= set(outcomes) <= ALL
     name, answer = file.partition(".")[0], FILES[file]["answer"]
     result = json.loads((folder / "runs" / name / "run.json").read_text())
     assert set(FILES[file]["scores"]) <= set(result["final"]["metrics"])
-    assert ("generate" in told) == (answer != "")
-    assert not answer or re.match(answer, told["generate"].out), told["generate"].out
+    assert ("generate" in outcomes) == (answer != "")
+    assert not answer or re.match(answer, outcomes["generate"].out), outcomes["generate"].out
     assert ("unit: user" in (folder / f"{name}.yaml").read_text()) == (name == "speeches")
     if file == "tickets.csv":
-        assert "trained on records of this file" in " ".join(told["evaluate"].out.split())
+        assert "trained on records of this file" in " ".join(outcomes["evaluate"].out.split())
         assert set((folder / "tickets-model" / "labels.txt").read_text().split()) == LABELS
 
 

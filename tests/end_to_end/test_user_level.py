@@ -145,11 +145,11 @@ def test_renewed_runs_spend_the_whole_budget_and_new_cohorts_continue(simulated:
 def test_user_level_comparison_resamples_whole_users(tmp_path: Path) -> None:
     short = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet", "data.test_rows=null")
     words = list_arguments(tmp_path, *short, name="chat")
-    told = json.loads(run_command("compare", *words, "--leave-out", "alone", "--generate", "3", "--json").printed)
-    assert told["unit"] == "user"
-    assert 10 < told["units"] < told["records"] / 2
-    base, federated, pooled = told["models"]
+    comparison = json.loads(run_command("compare", *words, "--leave-out", "alone", "--generate", "3", "--json").printed)
+    assert comparison["unit"] == "user"
+    assert 10 < comparison["units"] < comparison["records"] / 2
+    base, federated, pooled = comparison["models"]
     assert set(base["scores"]) == {"loss", "perplexity", "bleu", "rouge_l"}
     assert [model["name"] for model in (federated, pooled)] == ["federated", "pooled"]
     by_record = run_command("compare", federated["folder"], pooled["folder"], "--json")
-    assert json.loads(by_record.out)["units"] == told["units"], "existing runs must be compared by user, too"
+    assert json.loads(by_record.out)["units"] == comparison["units"], "existing runs must be compared by user, too"

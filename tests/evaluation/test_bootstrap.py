@@ -88,9 +88,9 @@ def test_bootstrap_resamples_whole_users() -> None:
 def test_model_is_compared_with_the_best_constant_prediction(
     score: str, constant: float, num_units: int, verdict: str
 ) -> None:
-    said = describe_against_constant("the run", Estimate(0.8, 0.7, 0.9), constant, score=score, num_units=num_units)
-    told = f"{score} 0.8000 (0.7000 to 0.9000) against {constant:.4f}."
-    assert said == f"The run {verdict} the best constant answer: {told}"
+    text = describe_against_constant("the run", Estimate(0.8, 0.7, 0.9), constant, score=score, num_units=num_units)
+    expected = f"{score} 0.8000 (0.7000 to 0.9000) against {constant:.4f}."
+    assert text == f"The run {verdict} the best constant answer: {expected}"
 
 
 def test_comparison_of_too_few_units_has_no_verdict() -> None:

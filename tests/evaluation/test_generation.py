@@ -100,9 +100,9 @@ def test_full_guidance_selects_tokens_least_likely_under_the_other_prompt(
     """Only tokens of the nucleus with total probability 0.9 compete."""
     prompts = prompts[:8]
     against = [*prompts[1:], prompts[0]]
-    begun = [prompt[: int(share * len(prompt))] for prompt in reversed(prompts)]
+    beginnings = [prompt[: int(share * len(prompt))] for prompt in reversed(prompts)]
     expected, ends = [], frozenset({END, *range(0, 999, 7)})
-    for prompt, other, beginning in zip(prompts, against, begun, strict=True):
+    for prompt, other, beginning in zip(prompts, against, beginnings, strict=True):
         text: list[int] = beginning.tolist()
         for _ in range(6):
             own, others = (compute_next_logits(language_model, [*start.tolist(), *text]) for start in (prompt, other))
@@ -114,7 +114,7 @@ def test_full_guidance_selects_tokens_least_likely_under_the_other_prompt(
         expected.append(tokenizer.decode(text[:-1], skip_special_tokens=True) if text[-1] in ends else None)
     spec = WritingSpec(max_new_tokens=6, temperature=1.0, top_p=0.9, guidance=1e9)
     settings = {"tokenizer": tokenizer, "end_ids": ends, "spec": spec, "first": 0, "max_tokens": 10_000}
-    settings |= {"begun": begun} if share else {}
+    settings |= {"begun": beginnings} if share else {}
     assert any(expected)
     assert dict(sample_completions(language_model, prompts, against=against, **settings)) == dict(enumerate(expected))
 

@@ -83,10 +83,10 @@ def test_exhausted_plan_ends_the_run_and_the_missing_round_is_explained() -> Non
     federation = FederationSpec(num_rounds=3, spare_rounds=1)
     last = round_of(3, sites=(), failed_sites={"a": "plan_exhausted", "b": "no_reply"}, metrics={"accuracy": 0.5})
     assert should_stop([*make_rounds(0.5, 0.5), last], federation, primary_metric="accuracy")
-    said = explain_exhausted_plan([*make_rounds(0.5, 0.5), last], federation)
-    assert "Round 3 of 4 is missing" in said
-    assert "which exhausted the plan of a." in said
-    assert "Set federation.spare_rounds=2 in the next run" in said
+    reason = explain_exhausted_plan([*make_rounds(0.5, 0.5), last], federation)
+    assert "Round 3 of 4 is missing" in reason
+    assert "which exhausted the plan of a." in reason
+    assert "Set federation.spare_rounds=2 in the next run" in reason
     for others in (
         make_rounds(0.5, 0.5),
         make_rounds(0.5, 0.5, 0.5, lost=(3,)),

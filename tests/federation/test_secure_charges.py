@@ -92,9 +92,9 @@ class Charges(RuleBasedStateMachine):
         if self.sessions:
             session = self.sessions[-1][1]
             survivors = sorted(chance.sample(NAMES, chance.choice([2, 3])))
-            asked = ConfirmRequest(session=session.digest, release=chance.randint(1, 9), survivors=survivors)
+            request = ConfirmRequest(session=session.digest, release=chance.randint(1, 9), survivors=survivors)
             for site in self._draw_sites(chance):
-                self.federation.step(site, CONFIRM, asked.to_bytes())
+                self.federation.step(site, CONFIRM, request.to_bytes())
 
     @rule(chance=CHANCE)
     def run_release(self, chance: random.Random) -> None:
@@ -116,11 +116,11 @@ class Charges(RuleBasedStateMachine):
                     of_sum.append((site, data))
             question = made.build_confirm_request()
             for site in NAMES:
-                if isinstance(said := self.federation.step(site, CONFIRM, question), bytes):
-                    made.add_confirmation(site, said)
+                if isinstance(answer := self.federation.step(site, CONFIRM, question), bytes):
+                    made.add_confirmation(site, answer)
             for site in NAMES:
-                if isinstance(said := self.federation.step(site, UNMASK, made.build_unmask_request(site)), bytes):
-                    made.add_revealed(site, said)
+                if isinstance(answer := self.federation.step(site, UNMASK, made.build_unmask_request(site)), bytes):
+                    made.add_revealed(site, answer)
             total = made.compute_total()
         except (Rejected, UnmaskingError):
             return
@@ -130,8 +130,8 @@ class Charges(RuleBasedStateMachine):
 
     def _begin_a_session(self, *joining: str) -> None:
         name, federation = secrets.token_hex(16), self.federation
-        said = {site: federation.step(site, ANNOUNCE, name=name) for site in NAMES}
-        announced = {site: one for site, one in said.items() if isinstance(one, bytes)}
+        answers = {site: federation.step(site, ANNOUNCE, name=name) for site in NAMES}
+        announced = {site: one for site, one in answers.items() if isinstance(one, bytes)}
         if len(announced) < len(NAMES):
             return
         keys = {site: one.key.public for site, one in federation.sites.items()}

@@ -87,14 +87,14 @@ class Federation:
         return answer_step(self.sites[site].open(), request.sign_with(key), list(parts))
 
     def ask_site(self, site: str, kind: str, *parts: bytes, **more: Any) -> bytes:
-        said = self.step(site, kind, *parts, **more)
-        assert isinstance(said, bytes), said
-        return said
+        answer = self.step(site, kind, *parts, **more)
+        assert isinstance(answer, bytes), answer
+        return answer
 
     def get_refusal(self, site: str, kind: str, *parts: bytes, **more: Any) -> tuple[Reason, object]:
-        said = self.step(site, kind, *parts, **more)
-        assert isinstance(said, Refusal), said
-        return said.reason, said.requested
+        answer = self.step(site, kind, *parts, **more)
+        assert isinstance(answer, Refusal), answer
+        return answer.reason, answer.requested
 
     def begin_session(self) -> tuple[KeyAgreement, str, list[bytes]]:
         """Begin a session of all sites; return its name and announcements."""

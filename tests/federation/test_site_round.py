@@ -156,8 +156,8 @@ def test_final_adapter_is_kept_and_its_digest_recorded(site: Any, final: Adapter
 
 def test_receipts_state_their_plan_and_whether_the_run_ended(site: Any) -> None:
     plan = site.propose().plan.digest()
-    said = [(one.ended, one.plan, one.simulated, one.seeded_noise) for one in (site.ask().receipt, site.end())]
-    assert said == [(False, plan, False, False), (True, plan, False, False)]
+    states = [(one.ended, one.plan, one.simulated, one.seeded_noise) for one in (site.ask().receipt, site.end())]
+    assert states == [(False, plan, False, False), (True, plan, False, False)]
 
 
 def test_refused_run_cannot_start_after_its_lead_ended_it(station: Any) -> None:

@@ -82,8 +82,8 @@ def test_only_acceptable_proposals_are_submitted_for_approval(manual_site: Any) 
 
 def test_denied_run_is_refused_and_the_reason_stays_at_the_site(manual_site: Any) -> None:
     manual_site.ask()
-    asked = manual_site.request().proposal
-    manual_site.ledger().deny(asked, "the ethics board said no")
+    proposal = manual_site.request().proposal
+    manual_site.ledger().deny(proposal, "the ethics board said no")
     for _ in range(2):
         reply = manual_site.ask()
         assert read_reason(reply) is Reason.DENIED
@@ -92,7 +92,7 @@ def test_denied_run_is_refused_and_the_reason_stays_at_the_site(manual_site: Any
     assert Reason.DENIED.is_final, "a denied lead must stop asking"
     assert len(manual_site.awaited) == 1, "a denied run must not be submitted again"
     # A later approval, or a policy without manual approval, does not revoke the denial.
-    manual_site.ledger().approve(asked)
+    manual_site.ledger().approve(proposal)
     assert read_reason(manual_site.ask()) is Reason.DENIED
     manual_site.policy = replace(manual_site.policy, approval="automatic")
     assert read_reason(manual_site.ask()) is Reason.DENIED
@@ -145,11 +145,11 @@ def test_denial_applies_to_one_plan_only(manual_site: Any) -> None:
 
 
 def test_denied_run_in_progress_is_charged_no_further_rounds(site: Any) -> None:
-    asked, other = site.request().proposal, replace(site.request().proposal, run="other")
+    proposal, other = site.request().proposal, replace(site.request().proposal, run="other")
     first = site.request(1).sign_with(site.lead)
     assert isinstance(site.send(first).body, Update)
     site.ledger().reserve(other, round=1, request="0" * 64)
-    site.ledger().deny(asked, "the board asks to stop", by="Anna Weber", ticket="DPO-7")
+    site.ledger().deny(proposal, "the board asks to stop", by="Anna Weber", ticket="DPO-7")
     for signed in (first, site.request(2).sign_with(site.lead)):  # also the reply stored in the ledger
         reply = site.send(signed)
         assert read_reason(reply) is Reason.DENIED

@@ -90,7 +90,7 @@ def serve_answer(answer: bytes, *, tunnel: bool = False) -> Iterator[tuple[str, 
 
     Yields its address and the requests.
     """
-    asked: list[bytes] = []
+    requests: list[bytes] = []
 
     def serve() -> None:
         with contextlib.suppress(OSError):
@@ -99,10 +99,10 @@ def serve_answer(answer: bytes, *, tunnel: bool = False) -> Iterator[tuple[str, 
 
     def answer_connection(connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
-            asked.append(connection.recv(1 << 16))
+            requests.append(connection.recv(1 << 16))
             connection.sendall(answer)
             if tunnel:
-                host, _, port = asked[-1].split()[1].decode().rpartition(":")
+                host, _, port = requests[-1].split()[1].decode().rpartition(":")
                 with socket.create_connection((host, int(port))) as onward:
                     back = threading.Thread(target=_pour, args=(onward, connection), daemon=True)
                     back.start()
@@ -112,7 +112,7 @@ def serve_answer(answer: bytes, *, tunnel: bool = False) -> Iterator[tuple[str, 
     with socket.create_server((LOOPBACK, 0)) as listening:
         thread = threading.Thread(target=serve)
         thread.start()
-        yield f"{LOOPBACK}:{listening.getsockname()[1]}", asked
+        yield f"{LOOPBACK}:{listening.getsockname()[1]}", requests
         listening.shutdown(socket.SHUT_RDWR)
         thread.join()
 

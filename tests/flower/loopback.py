@@ -79,8 +79,8 @@ class Loopback:
         self._numbers = itertools.count(1)
         self._write_roster()
         tls = self.authority.issue("server", address=LOOPBACK)
-        given = {"tls": _list_paths(tls), "lead": self.lead_key.public, "port": self.port, "upload_s": 8.0}
-        (folder / "settings.json").write_text(json.dumps(given | settings))
+        of_process = {"tls": _list_paths(tls), "lead": self.lead_key.public, "port": self.port, "upload_s": 8.0}
+        (folder / "settings.json").write_text(json.dumps(of_process | settings))
 
     @property
     def address(self) -> str:

@@ -108,10 +108,10 @@ class Polling:
 
 def main() -> None:
     bounded_http._ALERT_S = 0.05  # each connection waits this long for a refusal, which never comes here
-    given = json.loads((FOLDER / "settings.json").read_text())
-    fleet = Fleet(given["server"], Tls(**{key: Path(path) for key, path in given["tls"].items()}))
+    settings = json.loads((FOLDER / "settings.json").read_text())
+    fleet = Fleet(settings["server"], Tls(**{key: Path(path) for key, path in settings["tls"].items()}))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    polling = Polling(fleet, Behavior(**given["behavior"]), given["site"])
+    polling = Polling(fleet, Behavior(**settings["behavior"]), settings["site"])
     try:
         while True:
             polling.step()

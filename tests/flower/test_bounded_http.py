@@ -212,14 +212,14 @@ def test_connection_is_renewed_after_its_maximum_age(
 
 def test_proxied_calls_have_the_same_limits(serve: Any, tls: Tls, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve(lambda to, path: to.sendall(build_response(b"{}", headers="content-encoding: gzip\r\n")))
-    with serve_answer(b"HTTP/1.1 200 OK\r\n\r\n", tunnel=True) as (proxy, asked):
+    with serve_answer(b"HTTP/1.1 200 OK\r\n\r\n", tunnel=True) as (proxy, requests):
         monkeypatch.setenv("HTTPS_PROXY", f"http://{proxy}")
         monkeypatch.delenv("NO_PROXY", raising=False)
         monkeypatch.delenv("no_proxy", raising=False)
         for call in CALLS.values():
             with pytest.raises((Unreachable, ResponseLimitExceeded), match="compressed"):
                 call(server.address, tls)
-    assert {one.split(b"\r\n")[0].decode() for one in asked} == {f"CONNECT {server.address} HTTP/1.1"}
+    assert {one.split(b"\r\n")[0].decode() for one in requests} == {f"CONNECT {server.address} HTTP/1.1"}
 
 
 @pytest.fixture
@@ -245,8 +245,8 @@ def test_client_accepts_only_the_server_of_its_federation(
     if who == "of ours":
         assert ask_site_name(server.address, own_authority.issue("a")) == "a"
     else:
-        said = read_hello_error(server.address, own_authority.issue("a"))
-        assert ("protocol version" if who == "with old TLS" else "its certificate is not accepted here") in said
+        error = read_hello_error(server.address, own_authority.issue("a"))
+        assert ("protocol version" if who == "with old TLS" else "its certificate is not accepted here") in error
         assert server.asked == []
     server.close()
 

@@ -107,8 +107,8 @@ def test_round_reply_contains_the_bytes_stored_in_the_ledger(
 
 def test_ledger_receives_the_server_time_of_the_request(app: SiteApp, request_: RecordDict, monkeypatch: Any) -> None:
     """The server time opens a period of the site's budget; without it, no period begins."""
-    monkeypatch.setattr(SiteLedger, "set_server_time", told := Mock())
-    told.assert_called_once_with(ask_app(app, request_).message.metadata.created_at)
+    monkeypatch.setattr(SiteLedger, "set_server_time", set_time := Mock())
+    set_time.assert_called_once_with(ask_app(app, request_).message.metadata.created_at)
 
 
 def test_end_of_run_is_recorded_and_answered_only_for_its_lead(app: SiteApp, site: Any, request_: RecordDict) -> None:

@@ -181,8 +181,8 @@ def test_old_tls_versions_and_foreign_certificates_are_refused_and_logged(networ
             foreign.load_cert_chain(shown.certificate, shown.key)
         with wrap_tls(network, stranger, context=foreign) as line:
             assert hangs_up_within(line, 3)
-    said = {"unsupported protocol", "peer did not return a certificate"}
-    said.add("certificate: unable to get local issuer certificate")
-    wait_for(lambda: said <= list_reasons(network), seconds=5, what=f"the reasons among {list_reasons(network)}")
+    reasons = {"unsupported protocol", "peer did not return a certificate"}
+    reasons.add("certificate: unable to get local issuer certificate")
+    wait_for(lambda: reasons <= list_reasons(network), seconds=5, what=f"the reasons among {list_reasons(network)}")
     (line_,) = [line for line in network.audit() if line.get("reason") == "unsupported protocol"]
     assert line_["address"] == LOOPBACK

@@ -146,13 +146,13 @@ def test_polling_interval_grows_while_a_site_awaits_approval(line: Line, monkeyp
     now = 0.0
     monkeypatch.setattr("fedtune.ops.deployment.time.monotonic", lambda: now)
     waiting = line.signed(make_refusal(Reason.AWAITING_APPROVAL))
-    asked = []
+    times = []
     while now < 3_600:
         now += line.hear_reply(1, waiting).again_s or 0
-        asked.append(now)
-    assert asked[0] == 5
-    assert now - asked[-2] == 60
-    assert len(asked) < 100, "on stock Flower each question starts a process"
+        times.append(now)
+    assert times[0] == 5
+    assert now - times[-2] == 60
+    assert len(times) < 100, "on stock Flower each question starts a process"
     line.hear_reply(1, line.signed(line.update()))
     assert line.hear_reply(1, waiting).again_s == 5, "a new wait must start with the shortest interval"
 
@@ -204,8 +204,8 @@ def test_lead_contacts_no_site_if_the_expected_signal_is_weak(tiny: Any, tmp_pat
     config = compose_run(tiny(*weak, into=tmp_path))
     sites = [SimpleNamespace(site=name, node_key=b"", site_key="ab" * 32) for name in ("site-1", "site-2")]
     monkeypatch.setattr(LeadService, "open_grid", grid := MagicMock())
-    asked = grid.return_value.__enter__
-    asked.side_effect = RunError("no server")
+    entered = grid.return_value.__enter__
+    entered.side_effect = RunError("no server")
     monkeypatch.setattr(LeadService, "key", lead_key)
     monkeypatch.setattr("fedtune.ops.deployment.find_members", lambda kit, names: sites)
     (tmp_path / "run").mkdir()
@@ -216,7 +216,7 @@ def test_lead_contacts_no_site_if_the_expected_signal_is_weak(tiny: Any, tmp_pat
 
     with pytest.raises(ConfigError, match=r"training\.ignore_weak_signal = false"):
         run(config)
-    asked.assert_not_called()
+    entered.assert_not_called()
     with pytest.raises(RunError, match="no server"):
         run(replace(config, training=replace(config.training, ignore_weak_signal=True)))
-    asked.assert_called_once()
+    entered.assert_called_once()

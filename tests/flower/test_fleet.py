@@ -224,10 +224,10 @@ def test_site_is_notified_only_of_its_own_questions(network: Loopback, make_bell
     with ThreadPoolExecutor(1) as pool, network.grid(["a", "b"], round_timeout_s=3.0) as grid:
         began = time.monotonic()
         # The lead asks in the background; no answer is needed.
-        asked = pool.submit(lambda: list(grid.receive([Message(RecordDict(), 2, "query")], timeout=3)))
+        future = pool.submit(lambda: list(grid.receive([Message(RecordDict(), 2, "query")], timeout=3)))
         assert b.rung.wait(10)
         assert time.monotonic() - began < 5, "the call must not wait for its timeout"
-        asked.result()
+        future.result()
     assert not a.rung.is_set()
 
 

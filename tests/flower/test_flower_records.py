@@ -52,12 +52,12 @@ def test_reply_accepts_only_its_canonical_record_form(adapter: Adapter) -> None:
     assert set(flower_records.from_reply(Reply(body=refusal, receipt=None))) == {flower_records.REPLY}
     ((name, honest),) = content.array_records[flower_records.UPDATE].items()
     assert honest.data == update.to_bytes()
-    said: dict[str, Any] = {"dtype": honest.dtype, "shape": honest.shape, "stype": honest.stype, "data": honest.data}
+    fields: dict[str, Any] = {"dtype": honest.dtype, "shape": honest.shape, "stype": honest.stype, "data": honest.data}
     others = [
         {"patient-4711": honest},
         {name: honest, "beside": honest},
         {},
-        *({name: Array(**{**said, **other})} for other in ({"dtype": "int8"}, {"shape": (1,)}, {"stype": "numpy"})),
+        *({name: Array(**{**fields, **other})} for other in ({"dtype": "int8"}, {"shape": (1,)}, {"stype": "numpy"})),
     ]
     for other in others:
         content[flower_records.UPDATE] = ArrayRecord(other)

@@ -154,7 +154,7 @@ def test_request_body_is_limited_in_time_and_size(monkeypatch: pytest.MonkeyPatc
 
     pour = AsyncMock(return_value={"type": "http.request", "body": b"x" * 600, "more_body": True})
     nothing = AsyncMock(side_effect=AssertionError("the body must not be read"))
-    large = [(nothing, {"content-length": said}, 413) for said in ("1001", "9" * 5000, "-1")]
+    large = [(nothing, {"content-length": length}, 413) for length in ("1001", "9" * 5000, "-1")]
     for receive, headers, status in ((send_slowly, {}, 408), (pour, {}, 413), *large):
         with pytest.raises(CallRefused) as refused:
             asyncio.run(gate.read_body(receive, headers, most_bytes=1000))
@@ -203,7 +203,7 @@ def test_forged_host_header_does_not_change_the_route(network: Loopback, host: s
 @pytest.mark.parametrize("path", ["/docs", "/v1/fleet/pull-messages", "/v1/control/start-run"])
 def test_websocket_upgrade_is_refused(network: Loopback, path: str) -> None:
     context = network.tls["a"].create_client_context()
-    asked = (
+    request = (
         f"GET {path} HTTP/1.1\r\nHost: {network.address}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
     )
@@ -211,7 +211,7 @@ def test_websocket_upgrade_is_refused(network: Loopback, path: str) -> None:
         socket.create_connection((LOOPBACK, network.port), timeout=10) as plain,
         context.wrap_socket(plain, server_hostname=LOOPBACK) as line,
     ):
-        line.sendall(asked.encode())
+        line.sendall(request.encode())
         try:
             answer = line.recv(200)
         except (ssl.SSLError, ConnectionError):

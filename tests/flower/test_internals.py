@@ -56,15 +56,15 @@ def test_every_imported_flower_internal_exists() -> None:
         assert hasattr(importlib.import_module(module), name), f"Flower no longer has {module}.{name}"
     # Names are also read from modules that are exported as a whole.
     modules = {name: value for name, value in vars(internals).items() if inspect.ismodule(value)}
-    asked = [
+    uses = [
         (node.value.id, node.attr)
         for folder in (ROOM, ROOM.parent / "ops" / "wire")
         for path in folder.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules
     ]
-    assert len(asked) > 50
-    for module, name in asked:
+    assert len(uses) > 50
+    for module, name in uses:
         assert hasattr(modules[module], name), f"Flower no longer has {modules[module].__name__}.{name}"
 
 

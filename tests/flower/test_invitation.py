@@ -56,9 +56,9 @@ def test_only_a_different_protocol_version_ends_a_run(
     state, other = made.run_until(1), {"protocol": WIRE_SCHEMA + ahead, "software": "0.2.1+7c1f09a4e2b5"}
     before = [made.events(site) for site in SITES]
     monkeypatch.setattr(_RunMessage, "_to_json", lambda asked: to_json(asked) | other)
-    for begun in (None, state) if older else ():
+    for resumed in (None, state) if older else ():
         with pytest.raises(ConfigError, match=f"site-1 uses protocol .*: upgrade the {older}"):
-            made.run(begun)
+            made.run(resumed)
         assert [made.events(site) for site in SITES] == before, "nothing may be charged"
     if not older:
         assert len(made.run().rounds) == 2

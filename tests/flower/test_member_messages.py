@@ -177,11 +177,11 @@ def test_partially_uploaded_answer_is_not_passed_to_the_lead(network: Loopback, 
     # Flower would deliver it in parts and close the question: only complete answers may be delivered.
     state = SqlLinkState(str(network.folder / "state.db"), NoOpFederationManager(), InMemoryObjectStore())
     state.initialize()
-    asked = PullAppMessagesRequest(message_ids=[round_.question.metadata.message_id, "unknown"]).SerializeToString()
+    request = PullAppMessagesRequest(message_ids=[round_.question.metadata.message_id, "unknown"]).SerializeToString()
     for announced in (False, True):
         if announced:
             member.read_session(member.push(member.build_answer(round_.question, make_object(8))))
-        passed = PullAppMessagesRequest.FromString(SiteCalls(state).keep_complete_answers(asked))
+        passed = PullAppMessagesRequest.FromString(SiteCalls(state).keep_complete_answers(request))
         assert list(passed.message_ids) == ["unknown"], "Flower must report an unknown message"
 
 

@@ -89,13 +89,16 @@ def test_run_continues_with_a_renewed_lead_certificate(network: Loopback, monkey
     monkeypatch.setattr(bounded_http, "MAX_AGE_S", 0.0)  # each call opens a connection
     network.site("a")
     own, renewed = network.lead_tls, network.authority.issue("lead renewed")
-    kept, told = (own.certificate.read_bytes(), own.key.read_bytes()), itertools.chain([True], itertools.repeat(False))
+    kept, checks = (
+        (own.certificate.read_bytes(), own.key.read_bytes()),
+        itertools.chain([True], itertools.repeat(False)),
+    )
     with network.grid(["a"]) as grid:
         assert list_answering_sites(list(grid.receive(make_questions(1), timeout=30))) == {1: "a"}
         session = grid._session
         own.certificate.write_bytes(renewed.certificate.read_bytes())
         own.key.write_bytes(renewed.key.read_bytes())
-        monkeypatch.setattr(grid, "_has_new_certificate", lambda: next(told))
+        monkeypatch.setattr(grid, "_has_new_certificate", lambda: next(checks))
         try:
             assert list_answering_sites(list(grid.receive(make_questions(1), timeout=30))) == {1: "a"}
         finally:
@@ -198,13 +201,13 @@ def test_questions_are_resent_after_the_server_lost_its_database(network: Loopba
     site = network.site("a", works_s=1.0)
     online_until = "SELECT online_until FROM node WHERE name = 'a'"
     with network.grid(["a"]) as grid:
-        asked = ask_in_thread(grid, 1)
+        future = ask_in_thread(grid, 1)
         site.wait_for("received")
         network.process.kill()
         for path in network.folder.glob("state.db*"):
             path.unlink()
         network.start()
-        assert list_answering_sites(asked.result(timeout=60)) == {1: "a"}
+        assert list_answering_sites(future.result(timeout=60)) == {1: "a"}
         # The node has a new id, which its heartbeats must use.
         ((first,),) = network.rows(online_until)
         wait_for(lambda: network.rows(online_until)[0][0] > first, seconds=20, what="a heartbeat")
@@ -221,11 +224,11 @@ def test_lead_waits_for_a_server_that_is_not_up_yet(network: Loopback, caplog: A
     network.stop_sites()
     network.stop()
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(lambda: _ask_once(network))
+        future = pool.submit(lambda: _ask_once(network))
         wait_for(lambda: "cannot be reached (ConnectError); trying again" in caplog.text, what="the lead to wait")
         network.start()
         network.site("a")
-        assert asked.result(timeout=60) == {1: "a"}
+        assert future.result(timeout=60) == {1: "a"}
     assert caplog.text.count("trying again") == 1, "the retry must be reported once"
 
 
@@ -241,12 +244,12 @@ def test_clock_skew_is_reported_without_ending_the_run(
     apart = 0.0
     monkeypatch.setattr(identity, "time", Mock(time=lambda: time.time() + apart))
     with network.grid(["a"]) as grid:
-        asked = ask_in_thread(grid, 1)
+        future = ask_in_thread(grid, 1)
         apart = 3600.0
         wait_for(lambda: "the server's clock is" in caplog.text, what="the clock to be named")
         apart = 0.0
         network.site("a")
-        assert list_answering_sites(asked.result()) == {1: "a"}
+        assert list_answering_sites(future.result()) == {1: "a"}
     apart = 3600.0
     with pytest.raises(RunError, match=r"the server's clock is 3[56]\d\d s behind this machine's"), network.grid(["a"]):
         pass

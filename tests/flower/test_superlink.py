@@ -76,13 +76,13 @@ def test_unreadable_roster_leaves_registered_sites_unchanged(running_server: Loo
 
 
 def test_full_disk_is_reported_and_greetings_still_work(running_server: Loopback) -> None:
-    said, (soft, hard) = (
+    message, (soft, hard) = (
         running_server.folder / "works",
         resource.prlimit(running_server.process.pid, resource.RLIMIT_FSIZE),
     )
 
     def says(text: str) -> None:
-        wait_for(lambda: said.exists() and said.read_text() == text, seconds=15, what=text)
+        wait_for(lambda: message.exists() and message.read_text() == text, seconds=15, what=text)
 
     says("True")
     # No file may grow beyond 1 KiB, which a database sees as a full disk.
@@ -119,8 +119,8 @@ def test_server_creates_its_database_and_logs_connections(own_network: Loopback)
 def test_flower_telemetry_is_disabled() -> None:
     # Flower reads the variable on import, and would otherwise send telemetry at every start.
     code = "import fedtune.ops.wire.superlink, flwr.supercore.telemetry as t; print(t.FLWR_TELEMETRY_ENABLED)"
-    asked = {**os.environ, "FLWR_TELEMETRY_ENABLED": "1"}
-    done = subprocess.check_output([sys.executable, "-W", "ignore", "-c", code], env=asked, text=True, timeout=60)
+    environment = {**os.environ, "FLWR_TELEMETRY_ENABLED": "1"}
+    done = subprocess.check_output([sys.executable, "-W", "ignore", "-c", code], env=environment, text=True, timeout=60)
     assert done.strip() == "0"
 
 

@@ -22,11 +22,11 @@ class Target:
 
     def check(self, data: bytes) -> None:
         """Check the property: a result or one of the documented errors, in time."""
-        began, told = time.process_time(), ""
+        began, message = time.process_time(), ""
         try:
             self.parse(data)
         except self.errors as error:
-            told = str(error)
+            message = str(error)
         # Error messages must be short and printable for any input.
-        assert len(told.encode()) < 20_000
+        assert len(message.encode()) < 20_000
         assert time.process_time() - began < MAX_CPU_S

@@ -44,9 +44,9 @@ def test_nf4_levels_are_normal_quantiles() -> None:
     def compute_quantiles(steps: int) -> list[float]:
         return [NormalDist().inv_cdf(0.9677083 + (0.5 - 0.9677083) * step / steps) / most for step in range(steps)]
 
-    wanted = [*(-one for one in compute_quantiles(7)), 0.0, *reversed(compute_quantiles(8))]
+    expected = [*(-one for one in compute_quantiles(7)), 0.0, *reversed(compute_quantiles(8))]
     assert torch.tensor(LEVELS).tolist() == list(LEVELS), "levels must be float32 numbers"
-    assert pytest.approx(wanted, abs=2e-7) == LEVELS
+    assert pytest.approx(expected, abs=2e-7) == LEVELS
 
 
 def test_weights_are_quantized_to_the_nearest_level_of_their_block() -> None:
@@ -60,9 +60,9 @@ def test_weights_are_quantized_to_the_nearest_level_of_their_block() -> None:
     chosen = apart.gather(2, of_codes.long().unsqueeze(2)).squeeze(2)
     # A weight may be exactly between two levels, up to the last bit.
     assert (chosen <= apart.amin(dim=2) * (1 + 1e-6) + 1e-7 * scales.unsqueeze(1)).all()
-    wanted = (levels.float()[of_codes.long()] * scales.unsqueeze(1)).bfloat16()
-    assert torch.equal(dequantize_nf4(codes, scales).view(300, 64), wanted)
-    assert not wanted[7].any(), "a block of zeros must stay zero"
+    expected = (levels.float()[of_codes.long()] * scales.unsqueeze(1)).bfloat16()
+    assert torch.equal(dequantize_nf4(codes, scales).view(300, 64), expected)
+    assert not expected[7].any(), "a block of zeros must stay zero"
     weights = torch.tensor(LEVELS)[torch.randint(16, (50, 64), generator=torch.Generator().manual_seed(0))] * 2.0
     weights[:, 3] = 2.0
     assert torch.equal(dequantize_nf4(*quantize_nf4(weights)), weights.flatten().bfloat16()), "levels must not move"
@@ -89,8 +89,8 @@ def test_nf4_products_and_gradients_use_the_dequantized_weights(module: nn.Modul
         values = torch.randn(3, 5, 96, dtype=format)
         direction = torch.randn_like(layer(values))
         found = multiply_both_ways(layer, values, direction)
-        wanted = multiply_exactly(layer, values.bfloat16(), direction.bfloat16(), transposed=isinstance(module, Conv1D))
-        for one, other in zip(found, wanted, strict=True):
+        exact = multiply_exactly(layer, values.bfloat16(), direction.bfloat16(), transposed=isinstance(module, Conv1D))
+        for one, other in zip(found, exact, strict=True):
             assert one.dtype == format
             # Half a unit in bfloat16's last place, plus the float32 rounding of a sum of 96 terms of size 1.
             torch.testing.assert_close(one.double(), other, rtol=2**-8, atol=1e-5)
@@ -119,8 +119,8 @@ def test_nf4_layers_quantize_the_bfloat16_base() -> None:
     base, coarse = (load_base(ModelSpec(path="random:llama", dtype=dtype)) for dtype in ("nf4", "bfloat16"))  # type: ignore[arg-type]
     for name, module in base.named_modules():
         if isinstance(module, FourBit):
-            wanted = dequantize_nf4(*quantize_nf4(coarse.get_submodule(name).weight)).view(module.shape)
-            assert torch.equal(module.weight, wanted), name
+            expected = dequantize_nf4(*quantize_nf4(coarse.get_submodule(name).weight)).view(module.shape)
+            assert torch.equal(module.weight, expected), name
 
 
 def test_unsupported_nf4_models_are_refused() -> None:

@@ -44,8 +44,8 @@ def test_frozen_linear_matches_torch_up_to_rounding(module: nn.Module) -> None:
     base = freeze_module(nn.Sequential(deepcopy(module)))
     switch_to_onednn(base)
     assert isinstance(base[0], frozen_linear.FrozenLinear | frozen_linear.FrozenConv1D)
-    wanted = multiply_exactly(module, values, direction, transposed=isinstance(module, Conv1D))
-    for one, other in zip(multiply_both_ways(base, values, direction), wanted, strict=True):
+    expected = multiply_exactly(module, values, direction, transposed=isinstance(module, Conv1D))
+    for one, other in zip(multiply_both_ways(base, values, direction), expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-5)  # a float32 sum of 96 terms of size 1
 
 
@@ -96,8 +96,8 @@ def test_mixed_precision_products_are_rounded_once(
     assert {one.dtype for one in base.parameters()} == {torch.bfloat16}
     values = torch.randn(3, 5, 96)
     direction = torch.randn_like(module(values))
-    wanted = multiply_exactly(base[0], values.bfloat16(), direction.bfloat16(), transposed=isinstance(module, Conv1D))
-    for one, other in zip(multiply_both_ways(base, values, direction), wanted, strict=True):
+    expected = multiply_exactly(base[0], values.bfloat16(), direction.bfloat16(), transposed=isinstance(module, Conv1D))
+    for one, other in zip(multiply_both_ways(base, values, direction), expected, strict=True):
         assert one.dtype == torch.float32
         # Half a unit in bfloat16's last place, plus the float32 rounding of a sum of 96 terms of size 1.
         torch.testing.assert_close(one.double(), other, rtol=2**-8, atol=1e-5)

@@ -175,9 +175,9 @@ def test_restored_policy_reports_denied_runs_and_the_lifetime_cap(north_site: He
     # If only the policy is lost, its ledger has it.
     north_site.edit(noted=True, budget={"max_epsilon": 1.5})
     site_toml.unlink()
-    told = restore().out
-    assert "is intact and was not replaced" in told
-    assert "(lifetime cap: at most 1.5)" in told
+    output = restore().out
+    assert "is intact and was not replaced" in output
+    assert "(lifetime cap: at most 1.5)" in output
 
 
 @pytest.mark.parametrize("lost", [True, False])
@@ -207,8 +207,8 @@ def test_restore_keeps_an_intact_ledger(north_site: Here, what: str) -> None:
     if what != "older":
         north_site.tamper("PRAGMA user_version = 1")
     there = north_site.ledger.read_bytes()
-    says = "move it away" if what == "older" else "use the version of fedtune that wrote the ledger"
-    assert says in north_site.does("restore", file).failed()
+    remedy = "move it away" if what == "older" else "use the version of fedtune that wrote the ledger"
+    assert remedy in north_site.does("restore", file).failed()
     assert north_site.ledger.read_bytes() == there
 
 

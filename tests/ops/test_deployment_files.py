@@ -83,10 +83,10 @@ def test_site_unit_prevents_swap_core_dumps_and_policy_changes() -> None:
     assert (service["MemorySwapMax"], service["LimitCORE"]) == ("0", "0")
     assert (site["memswap_limit"], site["ulimits"]) == (site["mem_limit"], {"core": 0})
     assert f"\nReadOnlyPaths=-{service['WorkingDirectory']}/site.toml\n" in path.read_text()
-    told, volumes = parse_command(*site["command"]), {one["target"]: one for one in site["volumes"]}
-    bound = volumes[str(told["site"])]
+    options, volumes = parse_command(*site["command"]), {one["target"]: one for one in site["volumes"]}
+    bound = volumes[str(options["site"])]
     assert bound["read_only"] is True
-    assert bound["source"] == f"{volumes[str(told['site'].parent)]['source']}/site.toml"
+    assert bound["source"] == f"{volumes[str(options['site'].parent)]['source']}/site.toml"
     # The GPU must stay accessible.
     assert service["PrivateDevices"] == "no"
     assert not {"DevicePolicy", "MemoryDenyWriteExecute", "ProcSubset"} & service.keys()
@@ -331,6 +331,6 @@ def test_operations_page_matches_actual_logs_and_health_output() -> None:
     for line in lines:
         assert list(line)[:4] == ["time", "level", "logger", "event"]
         assert (ROOT / (line["logger"].replace(".", "/") + ".py")).is_file()
-    assert [set(told) for told in healths] == [set(Health().snapshot())]
+    assert [set(health) for health in healths] == [set(Health().snapshot())]
     states = dict(re.findall(r"^\| `(\w+)` \| .* \| (200|503) \|$", text, re.M))
     assert states == {state: "200" if state in READY else "503" for state in get_args(State)}

@@ -364,11 +364,11 @@ def test_doctor_names_missing_packages_and_install_commands(home: Home, monkeypa
     for module in ("gguf", "pyarrow"):
         monkeypatch.setitem(sys.modules, module, None)
     found = list_failures(checks := home.examine_site())
-    for name, extra, said in (
+    for name, extra, message in (
         (f"base model {digest[:12]}", "gguf", f"base model = {digest}: requires gguf"),
         ("data", "data", f"{home.folder / 'records.parquet'} requires pyarrow"),
     ):
-        assert found[name] == said
+        assert found[name] == message
         assert checks[name].fix == f"Run `{build_install_command(extra)}`."
     assert compute_exit_code(checks) == 2
 
@@ -437,10 +437,10 @@ def test_doctor_reports_used_and_exhausted_budgets(home: Home) -> None:
 
 def test_run_check_reports_the_budget_of_the_admitted_cohorts(home: Home) -> None:
     home.add_arrival_dates(50)
-    asked = home.asked(lead=home.lead, base_model=home.policy.allow.base_models[0])
-    plan = dataclasses.replace(asked.plan, unit="user", cohorts=Cohorts(period="year", first=None, last="2025"))
+    run = home.asked(lead=home.lead, base_model=home.policy.allow.base_models[0])
+    plan = dataclasses.replace(run.plan, unit="user", cohorts=Cohorts(period="year", first=None, last="2025"))
     ledger = home.open()
-    ledger.reserve(dataclasses.replace(asked, plan=plan), round=1, request="first", arrivals=dict)
+    ledger.reserve(dataclasses.replace(run, plan=plan), round=1, request="first", arrivals=dict)
     window = "privacy.cohorts={period:year,first:'%s',last:'2026'}"
     others, all_of_them = (
         home.examine_site(

@@ -47,15 +47,15 @@ def test_clock_check_allows_five_seconds_plus_uncertainty() -> None:
 
 
 def test_disk_check_warns_and_fails_by_free_space(tmp_path: Path) -> None:
-    asked: list[Path] = []
+    paths: list[Path] = []
 
     def check_disk(mib: int) -> DoctorCheck:
         free = {"ledger": tmp_path / "not" / "yet"}
-        (check,) = machine.check_disks(free, free_bytes=lambda path: asked.append(path) or mib * MIB)
+        (check,) = machine.check_disks(free, free_bytes=lambda path: paths.append(path) or mib * MIB)
         return check
 
     check_lines("a disk with so much room", {f"{mib} MiB": check_disk(mib) for mib in (2048, 2047, 200, 199)})
-    assert set(asked) == {tmp_path}, "a folder that does not exist is on its parent's disk"
+    assert set(paths) == {tmp_path}, "a folder that does not exist is on its parent's disk"
 
 
 def test_ledger_and_anchor_checks_detect_network_and_shared_disks(tmp_path: Path) -> None:
@@ -106,9 +106,9 @@ def test_memory_check_compares_model_size_with_available_memory(tmp_path: Path) 
 
 def test_gpu_check_compares_the_policy_with_device_and_driver(tmp_path: Path) -> None:
     def check_gpu(device: str, name: str, driver: str) -> DoctorCheck:
-        asked: list[str] = []
-        check = machine.check_gpu(device, ask=lambda: asked.append(name) or name, driver=tmp_path / driver)
-        assert bool(asked) == (device != "cpu"), "torch is slow to import, so it must be used only if needed"
+        calls: list[str] = []
+        check = machine.check_gpu(device, ask=lambda: calls.append(name) or name, driver=tmp_path / driver)
+        assert bool(calls) == (device != "cpu"), "torch is slow to import, so it must be used only if needed"
         return check
 
     (tmp_path / "driver").touch()

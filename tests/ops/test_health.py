@@ -43,10 +43,10 @@ def connect_to(address: str) -> socket.socket:
 def test_health_report_has_fixed_keys(address: str, health: Health) -> None:
     status, body = send_probe(address)
     assert status == 200
-    told = json.loads(body)
-    assert set(told) == KEYS
-    assert (told["state"], told["last_contact"], told["rounds_answered"]) == ("starting", None, 0)
-    assert told["version"] == build()
+    report = json.loads(body)
+    assert set(report) == KEYS
+    assert (report["state"], report["last_contact"], report["rounds_answered"]) == ("starting", None, 0)
+    assert report["version"] == build()
     with pytest.raises(TypeError):
         health.update(records=3)  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match="state"):
@@ -67,10 +67,10 @@ def test_health_since_is_the_time_of_the_last_state_change(health: Health, monke
     health.update(state="connected", last_contact=datetime(2026, 11, 20, 13, 0, tzinfo=timezone(timedelta(hours=1))))
     now += timedelta(hours=1)
     health.update(state="connected", rounds_answered=2)
-    told = health.snapshot()
-    assert told["since"] == "2026-11-20T12:00:00+00:00"
-    assert told["last_contact"] == "2026-11-20T12:00:00+00:00"
-    assert told["rounds_answered"] == 2
+    snapshot = health.snapshot()
+    assert snapshot["since"] == "2026-11-20T12:00:00+00:00"
+    assert snapshot["last_contact"] == "2026-11-20T12:00:00+00:00"
+    assert snapshot["rounds_answered"] == 2
 
 
 def test_only_health_and_ready_paths_are_served(address: str) -> None:
@@ -169,8 +169,8 @@ def test_container_probe_reflects_health_and_readiness(address: str, health: Hea
 def test_health_is_served_on_a_unix_socket(tmp_path: Path, health: Health) -> None:
     address = f"unix:{tmp_path / 'health.sock'}"
     for _ in range(2):  # a killed process leaves its socket behind
-        with serve_health(address, health) as told:
-            assert told == address
+        with serve_health(address, health) as served:
+            assert served == address
             assert stat.S_IMODE((tmp_path / "health.sock").stat().st_mode) == 0o660
             health.update(state="training")
             assert send_probe(address, "/ready")[0] == 200

@@ -223,9 +223,9 @@ def test_lead_job_resumes_runs_and_does_not_retry_permanent_failures() -> None:
     job = read_only_document(KUBERNETES / "lead/lead.yaml", "Job")
     pod = find_pod(KUBERNETES / "lead/lead.yaml")
     (container,) = pod["containers"]
-    told = parse_command(*container["args"])
-    assert (told["or_resume"], told["kit"]) == (True, Path("/lead/kit"))
-    assert told["words"] == ("name=first", "experiment=/experiment/experiment.yaml", "tracking.output_dir=/lead/runs")
+    args = parse_command(*container["args"])
+    assert (args["or_resume"], args["kit"]) == (True, Path("/lead/kit"))
+    assert args["words"] == ("name=first", "experiment=/experiment/experiment.yaml", "tracking.output_dir=/lead/runs")
     assert job["metadata"]["name"] == "fedtune-lead-first"
     assert pod["restartPolicy"] == "Never", "the policy on exit codes requires this"
     wrong, drained = job["spec"]["podFailurePolicy"]["rules"]

@@ -90,9 +90,9 @@ def test_run_folder_records_the_process_id_only_during_the_run(tmp_path: Path) -
     assert find_running_process(tmp_path) is None
     with lead_and_server.mark_running(tmp_path):
         assert find_running_process(tmp_path) == os.getpid()
-        told = json.loads((tmp_path / RUNNING).read_text())
-        assert told["pid"] == os.getpid()
-        (tmp_path / RUNNING).write_text(json.dumps(told | {"at": "another machine"}))
+        fields = json.loads((tmp_path / RUNNING).read_text())
+        assert fields["pid"] == os.getpid()
+        (tmp_path / RUNNING).write_text(json.dumps(fields | {"at": "another machine"}))
         assert find_running_process(tmp_path) is None, "on this machine the number belongs to another process"
     assert find_running_process(tmp_path) is None
     assert not (tmp_path / RUNNING).exists()

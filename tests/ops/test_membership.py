@@ -206,7 +206,7 @@ def test_interrupted_membership_change_is_complete_or_absent(desk: Desk, tmp_pat
             shutil.rmtree(desk.folder)
             shutil.copytree(kept, desk.folder)
             with pytest.MonkeyPatch.context() as patch:
-                begun = kill_at_step(step, patch)
+                steps = kill_at_step(step, patch)
                 try:
                     change()
                 except Killed:
@@ -220,7 +220,7 @@ def test_interrupted_membership_change_is_complete_or_absent(desk: Desk, tmp_pat
             if shown != {before["server/roster.json"]} or done:
                 assert after["server/roster.json"] != before["server/roster.json"], (name, step)
             if after["server/roster.json"] == before["server/roster.json"]:
-                assert after == before, (name, step, begun)
+                assert after == before, (name, step, steps)
             ends.add((name, after != before))
             step += 1
         assert step > 10, "each file must take several steps"

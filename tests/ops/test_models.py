@@ -237,13 +237,13 @@ def test_full_disk_leaves_no_partial_model(folder: Path, kit: Any, monkeypatch: 
         written.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for name, fake, said in (
+    for name, fake, message in (
         ("disk_usage", lambda _: usage(10**9, 10**9, 10**6), "nothing was installed"),
         ("copyfileobj", fail_on_full_disk, "No space left on device"),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(shutil, name, fake)
-            with pytest.raises(RunError, match=said):
+            with pytest.raises(RunError, match=message):
                 install_model(folder, site)
         assert list_names(site.folder / "models") == set()
     assert install_model(folder, site)[1]

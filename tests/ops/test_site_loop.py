@@ -131,18 +131,18 @@ def test_message_of_unknown_type_does_not_stop_a_site(tmp_path: Path, kind: str,
 
 
 def test_site_loop_wakes_up_on_server_notification(tmp_path: Path) -> None:
-    stop, bell, asked = threading.Event(), SimpleNamespace(rung=threading.Event(), works=True), []
+    stop, bell, times = threading.Event(), SimpleNamespace(rung=threading.Event(), works=True), []
 
     def receive() -> None:
-        asked.append(time.monotonic())
-        if len(asked) == 1:
+        times.append(time.monotonic())
+        if len(times) == 1:
             threading.Timer(0.5, bell.rung.set).start()
         else:
             stop.set()
 
     app = SiteApp(lambda settings: pytest.fail("no question is expected"), name="north")
     make_loop(SimpleNamespace(activate=lambda: None, receive=receive), tmp_path, stop, bell=bell, app=app).run()
-    assert 0.4 < asked[1] - asked[0] < 10, "it must ask on the signal, not on the timer"
+    assert 0.4 < times[1] - times[0] < 10, "it must ask on the signal, not on the timer"
 
 
 # Runs that wait for approval, as shown by the site's commands.
@@ -172,15 +172,15 @@ def test_pending_run_keeps_the_time_of_its_first_request(state: Any, monkeypatch
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "..", "x" * 267, "con: *?"])
 def test_pending_run_with_any_name_is_stored_inside_its_folder(tmp_path: Path, state: SiteState, name: str) -> None:
-    before, asked = read_files(tmp_path), propose_run(name, target_modules=("query",), spare_rounds=0)
-    state.queue_for_approval(asked, SETTINGS)
+    before, proposal = read_files(tmp_path), propose_run(name, target_modules=("query",), spare_rounds=0)
+    state.queue_for_approval(proposal, SETTINGS)
     (made,) = read_files(tmp_path).keys() - before.keys()
     assert Path(made).parent == Path("kit/state/pending")
     state.remove_pending(propose_run("another"))
     (pending,) = SiteState.in_kit(state.folder.parent).list_pending_runs()
-    assert (pending.proposal, pending.settings) == (asked, SETTINGS)
+    assert (pending.proposal, pending.settings) == (proposal, SETTINGS)
     for _ in range(2):
-        state.remove_pending(asked)
+        state.remove_pending(proposal)
         assert read_files(tmp_path) == before
 
 
@@ -241,8 +241,8 @@ def test_ledger_is_served_by_one_process_at_a_time(tmp_path: Path) -> None:
                 pytest.fail("two processes serve one ledger")
         finally:
             holder.kill()
-    said = f"ledger = {str(ledger)!r}: is already in use by process {holder.pid}; stop that process first"
-    assert str(caught.value) == said
+    message = f"ledger = {str(ledger)!r}: is already in use by process {holder.pid}; stop that process first"
+    assert str(caught.value) == message
     with lock_ledger(ledger):
         assert (tmp_path / "ledger.db.serving").read_text() == f"{os.getpid()}\n"
 
@@ -298,9 +298,9 @@ def test_site_with_an_unwritable_ledger_is_not_ready(
     tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(site_service, "_LEDGER_S", 0.0)
-    said = iter(["", "ledger.db is full", "ledger.db is full", ""])
+    problems = iter(["", "ledger.db is full", "ledger.db is full", ""])
     loop = make_loop(None, tmp_path, threading.Event())
-    loop.trouble = lambda: next(said)
+    loop.trouble = lambda: next(problems)
     states = [loop._standing.check_current_state() for _ in range(4)]
     assert states == ["connected", "failing", "failing", "connected"]
     assert "failing" not in READY

@@ -190,15 +190,15 @@ def test_greedy_adversary_approaches_the_cap_without_exceeding_it(path: Path) ->
     """The site does not win the game above by refusing everything: exact requests get nearly all of the budget."""
     game = Game(path, make_policy(releases={"metrics": "noised"}))
     for number, plan in enumerate(SETTINGS * 3):
-        wanted = make_proposal(run=f"run {number}", plan=plan | {"num_rounds": 20})
-        fits = run_acceptance.find_max_rounds(wanted, game.would_accept)
+        largest = make_proposal(run=f"run {number}", plan=plan | {"num_rounds": 20})
+        fits = run_acceptance.find_max_rounds(largest, game.would_accept)
         for rounds, accepted in ((fits + 1, False), (fits, True)):
             if not 1 <= rounds <= 20:
                 continue
-            asked = dataclasses.replace(wanted, plan=dataclasses.replace(wanted.plan, num_rounds=rounds))
-            assert (game.ask(asked, 1, request="1", reply=True) is None) is accepted
+            proposal = dataclasses.replace(largest, plan=dataclasses.replace(largest.plan, num_rounds=rounds))
+            assert (game.ask(proposal, 1, request="1", reply=True) is None) is accepted
             for round in range(2, rounds + 1) if accepted else ():
-                assert game.ask(asked, round, request=f"{round}", reply=True) is None
+                assert game.ask(proposal, round, request=f"{round}", reply=True) is None
     assert game.refused > 2
     assert 10.9 < game.spent <= 11.0
     history = game.ledger.history

@@ -73,21 +73,21 @@ def test_server_clock_cannot_open_past_periods_one_by_one(full_ledger: Any, cloc
     """With a correct clock in June, a single day could otherwise spend each month's budget since January."""
     clock.time = JANUARY + timedelta(days=150)
     for month in range(1, 6):
-        asked = make_proposal(run=f"month-{month}", plan=ONE_ROUND)
-        assert charge(full_ledger(server=JANUARY + timedelta(days=30 * month)), asked) is Reason.MAX_EPSILON_PER_PERIOD
+        run = make_proposal(run=f"month-{month}", plan=ONE_ROUND)
+        assert charge(full_ledger(server=JANUARY + timedelta(days=30 * month)), run) is Reason.MAX_EPSILON_PER_PERIOD
 
 
 def test_approvals_and_runs_expire_while_a_new_period_is_pending(open_ledger: Any, clock: Clock) -> None:
     budget = {"max_epsilon_per_period": 100.0, "period": "month"}
-    manual, begun = make_policy(budget=budget, approval="manual"), make_proposal(run="begun")
+    manual, started = make_policy(budget=budget, approval="manual"), make_proposal(run="begun")
     ledger = open_ledger(policy=manual, server=clock.time)
-    ledger.approve(begun)
-    assert charge(ledger, begun) is None
+    ledger.approve(started)
+    assert charge(ledger, started) is None
     ledger.approve(make_proposal(run="approved"))
     clock.time += timedelta(days=manual.limits.run_expires_after_days + 400)
     ledger = open_ledger(policy=manual, server=clock.time)
     assert charge(ledger, make_proposal(run="approved")) is Reason.AWAITING_APPROVAL
-    assert read_refusal_reason(ledger.reserve, begun, round=2, request="another") is Reason.RUN_ENDED
+    assert read_refusal_reason(ledger.reserve, started, round=2, request="another") is Reason.RUN_ENDED
 
 
 @pytest.mark.parametrize("nonsense", [float("nan"), float("inf"), -1e300, 1e18])
@@ -99,12 +99,12 @@ def test_invalid_server_time_opens_no_new_period(full_ledger: Any, clock: Clock,
 
 def test_confirming_the_date_opens_the_current_period(full_ledger: Any, clock: Clock, path: Path) -> None:
     clock.time, ledger = MARCH, full_ledger(server=JANUARY)
-    asked = make_proposal(run="next", plan=ONE_ROUND)
-    assert charge(ledger, asked) is Reason.MAX_EPSILON_PER_PERIOD
+    proposal = make_proposal(run="next", plan=ONE_ROUND)
+    assert charge(ledger, proposal) is Reason.MAX_EPSILON_PER_PERIOD
     for words in ("clock says 2030-03-13", "server's time is 2030-01-10", "month of 2030-01-10", "confirm-date"):
         assert words in ledger.explain_pending_period
     full_ledger(server=None).confirm_date()
-    assert charge(full_ledger(server=JANUARY), asked) is None
+    assert charge(full_ledger(server=JANUARY), proposal) is None
     assert full_ledger(server=JANUARY).explain_pending_period == ""
     assert verify(path).history.last_time == MARCH
     # Only the confirmed period opens: the clock may advance within it, but no further.

@@ -127,13 +127,13 @@ def test_arrivals_require_user_level_privacy_and_an_arrival_column(arrivals_poli
 
 
 def test_plan_must_use_the_arrival_calendar_of_the_policy(arrivals_policy: Policy) -> None:
-    asked = ask("r", None, "2026")
-    arrivals_policy.check(asked)
+    proposal = ask("r", None, "2026")
+    arrivals_policy.check(proposal)
     for other in (Cohorts(period="month", last="2026-01"), None):
-        plan = dataclasses.replace(asked.plan, cohorts=other)
-        (refused,) = arrivals_policy.find_broken_rules(dataclasses.replace(asked, plan=plan))
+        plan = dataclasses.replace(proposal.plan, cohorts=other)
+        (refused,) = arrivals_policy.find_broken_rules(dataclasses.replace(proposal, plan=plan))
         assert (refused.reason, refused.allowed) == (Reason.COHORTS, "year")
-    (refused,) = make_policy(population={"unit": "user"}, dataset=arrivals_policy.dataset).find_broken_rules(asked)
+    (refused,) = make_policy(population={"unit": "user"}, dataset=arrivals_policy.dataset).find_broken_rules(proposal)
     assert (refused.reason, refused.requested, refused.allowed) == (Reason.COHORTS, "year", "none")
 
 
@@ -223,25 +223,25 @@ def test_first_admission_of_a_person_fixes_the_cohort(ledger: Any) -> None:
 
 
 def test_retries_and_later_rounds_reread_the_arrival_register(ledger: Any) -> None:
-    made, asked = ledger(), ask("one", "2024", "2024")
-    assert charge_round(made, asked, {"ann": 2024}) == {"ann"}
-    assert charge_round(made, asked, {"ann": 2026, "ben": 2024}) == {"ann", "ben"}
-    assert charge_round(made, asked, {}, round=2) == set()
-    assert charge_round(made, asked, {"ann": 2026}, round=3) == {"ann"}
+    made, proposal = ledger(), ask("one", "2024", "2024")
+    assert charge_round(made, proposal, {"ann": 2024}) == {"ann"}
+    assert charge_round(made, proposal, {"ann": 2026, "ben": 2024}) == {"ann", "ben"}
+    assert charge_round(made, proposal, {}, round=2) == set()
+    assert charge_round(made, proposal, {"ann": 2026}, round=3) == {"ann"}
 
 
 def test_number_and_format_of_events_do_not_depend_on_records(ledger: Any, path: Path) -> None:
-    made, asked = ledger(), ask("one", "2024", "2024")
+    made, proposal = ledger(), ask("one", "2024", "2024")
     for round, own in ((1, {}), (2, {"ann": 2024}), (3, {"ann": 2024}), (4, {"ben": 2020})):
         before = made.history.length
-        charge_round(made, asked, own, round=round)
+        charge_round(made, proposal, own, round=round)
         assert made.history.length == before + 1 + (round == 1)
     charges = [event for event in verify(path).events if event.cohort]
     assert [event.cohort for event in charges] == ["2024..2024"] * 4
     assert [sorted(event.detail) for event in charges] == [["event", "register", "salt"]] * 4
-    said = [event.detail["register"] for event in charges]
-    assert said[0] == "0" * 64 != said[1]
-    assert said[1] == said[2] == said[3]
+    entries = [event.detail["register"] for event in charges]
+    assert entries[0] == "0" * 64 != entries[1]
+    assert entries[1] == entries[2] == entries[3]
 
 
 def test_ledger_file_contains_no_names_or_plain_name_hashes(ledger: Any, path: Path) -> None:

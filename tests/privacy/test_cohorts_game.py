@@ -81,12 +81,12 @@ class Site:
         if not self.runs:
             return
         place = self.chance.randrange(max(0, len(self.runs) - 3), len(self.runs))
-        asked, rounds = self.runs[place]
-        self.runs[place] = asked, rounds + 1
+        proposal, rounds = self.runs[place]
+        self.runs[place] = proposal, rounds + 1
         number = rounds + 1 if rounds < 2 else self.chance.randrange(1, rounds + 1)  # perhaps a retry
         own = arrivals or self.file.copy
         try:
-            granted = self.ledger.reserve(asked, round=number, request=f"{asked.run} {number}", arrivals=own)
+            granted = self.ledger.reserve(proposal, round=number, request=f"{proposal.run} {number}", arrivals=own)
         except Refused:
             return
         if isinstance(granted, bytes):
@@ -94,7 +94,7 @@ class Site:
         assert granted.admitted is not None
         assert granted.admitted <= self.file.keys()
         for person in granted.admitted:
-            self.lost.setdefault(person, Counter()).update(events.count_mechanisms([asked.plan.event()]))
+            self.lost.setdefault(person, Counter()).update(events.count_mechanisms([proposal.plan.event()]))
         if self.chance.random() < 0.7:
             self.ledger.commit(granted, b"reply")
 

@@ -112,8 +112,8 @@ def test_ledger_accepts_as_many_runs_as_its_policy_promises(reference: tuple[flo
     history, amount = History.empty(site), compute_amount(site)
     room = filter.compute_max_divergence(cap, order=history.order, delta=history.delta)
     for rate, noise, steps in _PLANS:
-        asked = events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)
-        assert 0 < history.divergence([asked]) < math.inf, (asked, history.order)
+        event = events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)
+        assert 0 < history.divergence([event]) < math.inf, (event, history.order)
     assert amount.runs_in_lifetime == amount.runs_in_period
     if (runs := amount.runs_in_lifetime) is not None:
         assert history.divergence({typical.event: runs}) <= room < history.divergence({typical.event: runs + 1})

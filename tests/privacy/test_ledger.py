@@ -366,20 +366,20 @@ def test_period_cap_reserves_what_open_runs_may_still_spend(open_ledger: Any, cl
     four = filter.epsilon_filter([make_proposal().plan.event()] * 4, order=open_ledger().history.order, delta=1e-5)
     monthly = make_policy(budget={"max_epsilon_per_period": four + 1e-9, "period": "month"})
     train(open_ledger(policy=monthly, server=clock.time), make_proposal(plan={"num_rounds": 3}), 1)
-    asked = make_proposal(run="2", plan={"num_rounds": 2})
-    assert read_refusal(open_ledger(policy=monthly, server=clock.time), asked).reason is Reason.MAX_EPSILON_PER_PERIOD
+    other = make_proposal(run="2", plan={"num_rounds": 2})
+    assert read_refusal(open_ledger(policy=monthly, server=clock.time), other).reason is Reason.MAX_EPSILON_PER_PERIOD
     clock.forward(days=25)  # February: one round fewer is reserved
-    train(open_ledger(policy=monthly, server=clock.time), asked, 1)
+    train(open_ledger(policy=monthly, server=clock.time), other, 1)
 
 
 def test_lowering_the_cap_stops_a_run_with_reserved_rounds(open_ledger: Any, path: Path) -> None:
-    train(open_ledger(), asked := make_proposal(plan={"num_rounds": 10}), 1)
-    three = filter.epsilon_filter([asked.plan.event()] * 3, order=open_ledger().history.order, delta=1e-5)
+    train(open_ledger(), proposal := make_proposal(plan={"num_rounds": 10}), 1)
+    three = filter.epsilon_filter([proposal.plan.event()] * 3, order=open_ledger().history.order, delta=1e-5)
     lower = make_policy(budget={"max_epsilon": three + 1e-9})
-    train(open_ledger(policy=lower), asked, 2, 3)
-    assert read_refusal(open_ledger(policy=lower), asked, 4).reason is Reason.MAX_EPSILON
-    assert open_ledger(policy=lower).reserve(asked, round=3, request="digest r 3") == b"reply"
-    train(open_ledger(), asked, 4)  # as the earlier cap allowed
+    train(open_ledger(policy=lower), proposal, 2, 3)
+    assert read_refusal(open_ledger(policy=lower), proposal, 4).reason is Reason.MAX_EPSILON
+    assert open_ledger(policy=lower).reserve(proposal, round=3, request="digest r 3") == b"reply"
+    train(open_ledger(), proposal, 4)  # as the earlier cap allowed
 
 
 @pytest.mark.parametrize(
@@ -444,8 +444,8 @@ def test_frozen_population_refuses_every_request(open_ledger: Any, path: Path) -
     open_ledger().freeze("two people asked to be left out")
     length = len(verify(path).events)
     assert verify(path).events[-1].detail["why"] == "two people asked to be left out"
-    for asked, round in ((make_proposal(), 1), (make_proposal(), 2), (make_proposal(run="2"), 1)):
-        assert read_refusal(open_ledger(), asked, round).reason is Reason.FROZEN
+    for proposal, round in ((make_proposal(), 1), (make_proposal(), 2), (make_proposal(run="2"), 1)):
+        assert read_refusal(open_ledger(), proposal, round).reason is Reason.FROZEN
     for call in (open_ledger().make_offer, open_ledger().approve):
         assert read_refusal_reason(call, make_proposal(run="2")) is Reason.FROZEN
     assert read_refusal_reason(open_ledger().commit, in_flight, b"reply that must not leave") is Reason.FROZEN
@@ -455,8 +455,8 @@ def test_frozen_population_refuses_every_request(open_ledger: Any, path: Path) -
 
 def test_offer_is_the_largest_acceptable_plan(open_ledger: Any, path: Path) -> None:
     train(open_ledger(), make_proposal(plan={"num_rounds": 6}), 1)
-    asked = make_proposal(run="2", plan={"num_rounds": 8})
-    offer = open_ledger().make_offer(asked)
+    proposal = make_proposal(run="2", plan={"num_rounds": 8})
+    offer = open_ledger().make_offer(proposal)
     assert offer == Offer(site="a", run="2", max_rounds=4, min_noise=offer.min_noise)
     fits, too_little = (
         make_proposal(run="2", plan={"num_rounds": 8, "noise_multiplier": noise})

@@ -271,19 +271,19 @@ def test_damaged_ledger_is_not_left_locked(open_ledger: Any, path: Path) -> None
 def test_last_round_is_granted_to_a_single_racing_process(open_ledger: Any, path: Path) -> None:
     """Two races: for the last of the budget, between different runs; then for the last round of one run."""
     processes, anchor = multiprocessing.get_context("fork"), path.with_name("anchor.json")
-    gate, told = processes.Barrier(8), processes.SimpleQueue()
+    gate, results = processes.Barrier(8), processes.SimpleQueue()
     shared = make_proposal(run="shared", plan={"num_rounds": 2})
     train(open_ledger(anchor=anchor), shared, 1)  # two of ten rounds are reserved, so one plan of five fits
 
     def race(number: int) -> None:
         ledger = open_ledger(anchor=anchor)
-        for asked, round in ((make_proposal(run=f"own {number}"), 1), (shared, 2)):
+        for proposal, round in ((make_proposal(run=f"own {number}"), 1), (shared, 2)):
             gate.wait(60)
             try:
-                reserve(ledger, asked, round)
-                told.put((asked.run.split()[0], "granted"))
+                reserve(ledger, proposal, round)
+                results.put((proposal.run.split()[0], "granted"))
             except Refused as refused:
-                told.put((asked.run.split()[0], refused.reason.value))
+                results.put((proposal.run.split()[0], refused.reason.value))
 
     racing = [processes.Process(target=race, args=(number,)) for number in range(1, 9)]
     for one in racing:
@@ -292,7 +292,7 @@ def test_last_round_is_granted_to_a_single_racing_process(open_ledger: Any, path
         one.join(60)
     assert [one.exitcode for one in racing] == [0] * 8
     refused = {("own", "max_epsilon"): 7, ("shared", "plan_exhausted"): 7}
-    assert Counter(told.get() for _ in range(16)) == refused | {("own", "granted"): 1, ("shared", "granted"): 1}
+    assert Counter(results.get() for _ in range(16)) == refused | {("own", "granted"): 1, ("shared", "granted"): 1}
     verified = verify(path, anchor=Head.read(anchor))
     assert verified.anchor_sequence == len(verified.events)
     assert [event.kind for event in verified.events].count(Kind.RESERVE) == 3

@@ -51,20 +51,20 @@ def make_zero_noise(shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
 def test_noise_has_exactly_the_configured_standard_deviation(
     monkeypatch: pytest.MonkeyPatch, sensitivity: float | None
 ) -> None:
-    given = {} if sensitivity is None else {"sensitivity": sensitivity}  # the default is one clip norm
-    zeros, asked = {name: make_zero_noise(shape) for name, shape in SHAPES.items()}, list[tuple[int, Fraction]]()
+    options = {} if sensitivity is None else {"sensitivity": sensitivity}  # the default is one clip norm
+    zeros, draws = {name: make_zero_noise(shape) for name, shape in SHAPES.items()}, list[tuple[int, Fraction]]()
 
     def record_deviation(self: RandomStream, count: int, deviation: float) -> npt.NDArray[np.int64]:
-        asked.append((count, Fraction(deviation)))
+        draws.append((count, Fraction(deviation)))
         return make_zero_noise((count,))
 
     monkeypatch.setattr(RandomStream, "draw_rounded_normal", record_deviation)
     for noise_multiplier in (0.3, 1.0, 1.3, 17.1):
-        noisy = add_gaussian_noise(zeros, noise_multiplier=noise_multiplier, stream=stream("exactly"), **given)
+        noisy = add_gaussian_noise(zeros, noise_multiplier=noise_multiplier, stream=stream("exactly"), **options)
         assert {name: value.shape for name, value in noisy.items()} == SHAPES
         exact = Fraction(noise_multiplier) * Fraction(sensitivity or 1) * C_IN_CELLS
-        assert asked[-3:] == [(60, exact)] * 3, "each tensor must have separate noise"
-    assert len(asked) == 3 * 4
+        assert draws[-3:] == [(60, exact)] * 3, "each tensor must have separate noise"
+    assert len(draws) == 3 * 4
 
 
 def test_grid_has_two_to_the_24_cells_per_clip_norm() -> None:
@@ -118,14 +118,16 @@ def test_scores_are_rounded_down_to_the_grid() -> None:
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(noise_multiplier=st.floats(1e-6, 1e9))
 def test_score_and_count_receive_independent_noise_of_the_stated_size(noise_multiplier: float) -> None:
-    asked, noise = list[float](), np.array([5, 7]) * C_IN_CELLS
+    scales, noise = list[float](), np.array([5, 7]) * C_IN_CELLS
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RandomStream, "draw_rounded_normal", lambda _, count, deviation: asked.append(deviation) or noise)
+        patch.setattr(
+            RandomStream, "draw_rounded_normal", lambda _, count, deviation: scales.append(deviation) or noise
+        )
         found = release_scores(
             np.ones(2), declared_size=3.0, noise_multiplier=noise_multiplier, stream=stream("stated")
         )
     assert found == pytest.approx(((2 + 5) / 3, (2 + 7) / 3))
-    (deviation,) = asked
+    (deviation,) = scales
     stated = 2 * (Fraction(noise_multiplier) * C_IN_CELLS) ** 2  # squared, to stay exact
     assert stated <= Fraction(deviation) ** 2 <= stated * (1 + Fraction(1, 2**50))
 

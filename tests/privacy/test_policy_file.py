@@ -138,12 +138,12 @@ def test_policy_file_keys_match_the_policy_fields(site_toml: Path) -> None:
 )
 def test_real_sites_must_state_whether_anyone_is_at_another_site(site_toml: Path, left_out: str) -> None:
     true = "true (no person of this population has records at another site)"
-    said = f"asserted.no_person_at_another_site: must be {true} or false (otherwise, or if unknown)"
+    message = f"asserted.no_person_at_another_site: must be {true} or false (otherwise, or if unknown)"
     site_toml.write_text(site_toml.read_text().replace(left_out, ""))
     for path in (site_toml, TEMPLATE):  # an unedited template does not count as an answer
         with pytest.raises(ConfigError) as caught:
             SiteFiles.from_site_toml(path)
-        assert str(caught.value) == f"{path}: {said}"
+        assert str(caught.value) == f"{path}: {message}"
         assert SiteFiles.from_site_toml(path, may_be_unanswered=True).policy == read_policy(path), "reading must work"
     # A simulation has nobody who could answer.
     made_up = dataclasses.replace(make_policy(), simulated=True, asserted=Asserted())
@@ -177,7 +177,7 @@ def test_template_policy_accepts_a_typical_run(tmp_path: Path, filled_template: 
     plan = {"delta": template.budget.delta, "sampling_rate": usual.sampling_rate, "local_steps": 10}
     plan |= {"noise_multiplier": usual.noise_multiplier, "num_rounds": usual.steps // 10}
     model = {"base_model": allow.base_models[0], "target_modules": allow.target_modules}
-    asked = make_proposal(dataset=template.dataset[0].id, task=allow.tasks[0], plan=plan, **model)
-    reserve(SiteLedger(tmp_path / "ledger.db", replace(waits, approval="automatic"), site_key), asked)
+    proposal = make_proposal(dataset=template.dataset[0].id, task=allow.tasks[0], plan=plan, **model)
+    reserve(SiteLedger(tmp_path / "ledger.db", replace(waits, approval="automatic"), site_key), proposal)
     for strict, reason in ((template, Reason.LEADS), (waits, Reason.AWAITING_APPROVAL)):
-        assert read_refusal_reason(reserve, SiteLedger(tmp_path / f"{reason}.db", strict, site_key), asked) is reason
+        assert read_refusal_reason(reserve, SiteLedger(tmp_path / f"{reason}.db", strict, site_key), proposal) is reason

@@ -86,15 +86,15 @@ def test_remaining_budget_matches_accepted_runs(open_ledger: Any) -> None:
 
 @pytest.mark.parametrize("fits", [0, 1, 2, 6, 19, 20, 21])
 def test_max_rounds_is_the_largest_accepted_number(fits: int) -> None:
-    tried, asked = list[int](), make_proposal(plan={"num_rounds": 20, "spare_rounds": 2})
+    tried, proposal = list[int](), make_proposal(plan={"num_rounds": 20, "spare_rounds": 2})
 
     def accepts(each: Proposal) -> bool:
         rounds = each.plan.num_rounds
         tried.append(rounds)
-        assert each == replace(asked, plan=replace(asked.plan, num_rounds=rounds))
+        assert each == replace(proposal, plan=replace(proposal.plan, num_rounds=rounds))
         return rounds <= fits
 
-    assert run_acceptance.find_max_rounds(asked, accepts) == min(fits, 20)
+    assert run_acceptance.find_max_rounds(proposal, accepts) == min(fits, 20)
     assert len(tried) <= 5
 
 

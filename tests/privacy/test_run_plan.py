@@ -31,8 +31,8 @@ def test_plan_and_proposal_digests_match_golden_values() -> None:
 )
 def test_plan_digest_is_independent_of_number_notation(name: str, written: float) -> None:
     """A proposal denied as 1.0 must be denied as 1, too."""
-    asked = plan(**{name: abs(float(written))})
-    assert Plan.from_json(asked.to_json() | {name: written}).digest() == asked.digest()
+    expected = plan(**{name: abs(float(written))})
+    assert Plan.from_json(expected.to_json() | {name: written}).digest() == expected.digest()
 
 
 def test_every_plan_field_is_in_its_json() -> None:

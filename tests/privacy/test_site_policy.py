@@ -65,9 +65,9 @@ def test_policy_switch_permits_its_own_rule(site: Any, change: Any) -> None:
 
 
 def test_released_scores_also_require_the_minimum_noise() -> None:
-    asked = make_proposal(plan={"metrics_noise_multiplier": 0.5})
+    proposal = make_proposal(plan={"metrics_noise_multiplier": 0.5})
     noised = make_policy(releases={"metrics": "noised"})
-    assert list_broken_rules(noised, asked) == [(Reason.MIN_NOISE_MULTIPLIER, "0.5", "at least 0.6")]
+    assert list_broken_rules(noised, proposal) == [(Reason.MIN_NOISE_MULTIPLIER, "0.5", "at least 0.6")]
 
 
 BY_USER = ("notes", "notes.csv", "patient")
@@ -120,18 +120,18 @@ def test_cap_per_run_includes_spare_rounds() -> None:
     epsilon = epsilon_pld([make_proposal(plan=whole).plan.event(rounds=5)], 1e-5)
     make_policy(budget={"max_epsilon_per_run": epsilon + 0.01}).check(make_proposal(plan=whole))
     tight = make_policy(budget={"max_epsilon_per_run": epsilon - 0.01})
-    ((reason, asked, allowed),) = list_broken_rules(tight, make_proposal(plan=whole))
+    ((reason, requested, allowed),) = list_broken_rules(tight, make_proposal(plan=whole))
     assert (reason, allowed) == (Reason.MAX_EPSILON_PER_RUN, f"at most {epsilon - 0.01:g}")
-    assert float(asked or 0) == pytest.approx(epsilon, abs=2e-3)
+    assert float(requested or 0) == pytest.approx(epsilon, abs=2e-3)
     tight.check(make_proposal(plan={"num_rounds": 3, "spare_rounds": 1}))
 
 
 def test_plan_beyond_other_limits_is_not_accounted(monkeypatch: pytest.MonkeyPatch) -> None:
     # Its epsilon could take minutes to compute; a requester must not be able to make a site do so.
     monkeypatch.setattr("fedtune.privacy.accountant.epsilon_pld", Mock(side_effect=ZeroDivisionError))
-    asked = make_proposal(plan={"noise_multiplier": 0.01})
+    proposal = make_proposal(plan={"noise_multiplier": 0.01})
     capped = make_policy(budget={"max_epsilon_per_run": 1.2345})  # requested only here, because answers are cached
-    assert [reason for reason, _, _ in list_broken_rules(capped, asked)] == [Reason.MIN_NOISE_MULTIPLIER]
+    assert [reason for reason, _, _ in list_broken_rules(capped, proposal)] == [Reason.MIN_NOISE_MULTIPLIER]
     with pytest.raises(ZeroDivisionError):
         capped.check(make_proposal())
 
@@ -216,13 +216,13 @@ def test_secure_aggregation_must_meet_the_trust_limits_of_the_site(trust: Any, s
 
 
 def test_epsilon_if_all_others_collude_has_a_separate_cap() -> None:
-    asked = propose_secure()
-    alone = epsilon_pld([asked.plan.with_own_noise_only.full_event], asked.plan.delta)
-    assert alone > epsilon_pld([asked.plan.full_event], asked.plan.delta)
+    proposal = propose_secure()
+    alone = epsilon_pld([proposal.plan.with_own_noise_only.full_event], proposal.plan.delta)
+    assert alone > epsilon_pld([proposal.plan.full_event], proposal.plan.delta)
     trust = {"secure": True, "colluders": 1}
-    make_policy(trust=Trust(**trust, max_epsilon_if_all_collude=alone + 0.01)).check(asked)
+    make_policy(trust=Trust(**trust, max_epsilon_if_all_collude=alone + 0.01)).check(proposal)
     tight = make_policy(trust=Trust(**trust, max_epsilon_if_all_collude=alone - 0.01))
-    ((reason, _, _),) = list_broken_rules(tight, asked)
+    ((reason, _, _),) = list_broken_rules(tight, proposal)
     assert reason is Reason.MAX_EPSILON_IF_ALL_COLLUDE
 
 

@@ -242,9 +242,10 @@ def test_truncated_ledger_is_detected_only_with_an_anchor(
     replace_rows(victim_ledger, read_rows(complete_ledger)[:-3])
     assert verify(victim_ledger).anchor_sequence is None
     length = len(read_rows(complete_ledger))
-    told = f"it ends at event {length - 3}, but the anchor covers event {length}"
+    message = f"it ends at event {length - 3}, but the anchor covers event {length}"
     assert (
-        read_verify_error(victim_ledger, anchor=newest_head) == f"the ledger was rolled back to an older copy: {told}"
+        read_verify_error(victim_ledger, anchor=newest_head)
+        == f"the ledger was rolled back to an older copy: {message}"
     )
 
 

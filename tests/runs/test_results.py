@@ -87,7 +87,7 @@ def test_worse_scores_and_diverged_rounds_are_reported_as_findings() -> None:
         *(("loss", 2.0, 2.1, (WORSE,)), ("loss", 2.0, 1.9, ())),
         *(("spearman", 0.1, -0.2, (WORSE,)), ("spearman", -0.3, -0.2, ())),
     ):
-        said = find_problems((), {score: before}, {score: after}, primary_metric=score, guess=None, rows=100)
-        assert said == found
+        problems = find_problems((), {score: before}, {score: after}, primary_metric=score, guess=None, rows=100)
+        assert problems == found
     rounds = [round_of(1, metrics=GOOD, diverged=True), round_of(2, metrics=GOOD)]
     assert find_problems(rounds, START, GOOD, primary_metric="accuracy", guess=0.5, rows=100) == (DIVERGED,)

@@ -183,9 +183,9 @@ def test_table_is_trained_with_the_column_names_of_the_site(site: Any) -> None:
     sent = select_settings_for_sites(site.config)
     assert sent.model.sha256 == hash_model(ModelSpec(path="none"))
     # As the policy allows.
-    asked = sent.proposal(lead="x", plan=sent.plan())
-    assert (asked.adapter, asked.base_model, asked.target_modules) == ("none", sent.model.sha256, ())
-    assert asked.train_head
+    proposal = sent.proposal(lead="x", plan=sent.plan())
+    assert (proposal.adapter, proposal.base_model, proposal.target_modules) == ("none", sent.model.sha256, ())
+    assert proposal.train_head
 
 
 def test_data_check_reads_the_file_as_training_does(site: Any) -> None:

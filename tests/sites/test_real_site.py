@@ -501,6 +501,6 @@ def test_unusable_row_counts_stay_in_the_site_log(site: Any, caplog: pytest.LogC
     with site.data.open("a", encoding="utf-8") as stream:
         stream.write(" ,invoice\n" * 10)
     site.update()
-    (told,) = [one for one in caplog.records if "a large share" in one.getMessage()]
-    assert (told.name, told.levelname) == ("fedtune.sites.real_site", "WARNING")
-    assert (told.__dict__["rows"], told.__dict__["left_out"], told.__dict__["share"]) == (50, 10, 0.2)
+    (warning,) = [one for one in caplog.records if "a large share" in one.getMessage()]
+    assert (warning.name, warning.levelname) == ("fedtune.sites.real_site", "WARNING")
+    assert (warning.__dict__["rows"], warning.__dict__["left_out"], warning.__dict__["share"]) == (50, 10, 0.2)

@@ -198,15 +198,15 @@ def test_only_the_command_line_starts_extra_processes(
     monkeypatch: pytest.MonkeyPatch, main: str | None, counts: bool
 ) -> None:
     # Each process runs the main program's file again, so a script would start its runs again.
-    asked: list[float] = []
-    monkeypatch.setattr(shared_model, "choose_num_processes", lambda _, *, gradients: asked.append(gradients) or 1)
+    calls: list[float] = []
+    monkeypatch.setattr(shared_model, "choose_num_processes", lambda _, *, gradients: calls.append(gradients) or 1)
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__file__=main))
     config = make_letters()
     LoadedModel(config)
     LoadedModel(config, alone=True)
     steps = config.federation.num_rounds * config.training.local_steps
     expected = steps * config.privacy.sampling_rate * sum(config.declared_sizes().values())
-    assert asked == [pytest.approx(expected) if counts else 0.0, 0.0]
+    assert calls == [pytest.approx(expected) if counts else 0.0, 0.0]
 
 
 def test_unencodable_records_are_ignored_if_bad_records_are_skipped() -> None:

@@ -78,9 +78,9 @@ def test_generated_cap_fits_exactly_the_planned_runs(config: Any, runs: int) -> 
     assert filter.compute_max_repeats(plan.full_event, room, order=budget.order()) == runs
     assert epsilon_pld({plan.full_event: runs}, plan.delta) <= 8.0
     if runs > 1:
-        title, said, *_ = describe_calendar(plan)
+        title, text, *_ = describe_calendar(plan)
         assert f"epsilon {format_epsilon(epsilon_pld({plan.full_event: runs}, plan.delta))} in all" in title
-        cap = float(re.findall(r"\(max_epsilon\) of ([\d.]+),", said)[0])
+        cap = float(re.findall(r"\(max_epsilon\) of ([\d.]+),", text)[0])
         order = filter.find_best_order(plan.full_event, epsilon=cap, delta=plan.delta)
         room = filter.compute_max_divergence(cap, order=order, delta=plan.delta)
         assert filter.compute_max_repeats(plan.full_event, room, order=order) == runs
@@ -239,14 +239,14 @@ def test_run_over_budget_is_fitted_to_the_strictest_site(kept_sites_config: Any,
 @pytest.fixture
 def formats_measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the formats measured; the measurement prefers mixed."""
-    said = list[str]()
+    formats = list[str]()
 
     def choose(model: Any, runtime: Any, *, allowed: Any, told: Any) -> str:
-        said.append("mixed" if "mixed" in allowed else "float32")
-        return said[-1]
+        formats.append("mixed" if "mixed" in allowed else "float32")
+        return formats[-1]
 
     monkeypatch.setattr("fedtune.sites.virtual_site.choose_number_format", choose)
-    return said
+    return formats
 
 
 def test_number_format_is_chosen_among_formats_of_existing_policies(
@@ -474,11 +474,11 @@ def test_data_is_checked_before_the_model_is_loaded(
 
 def test_slow_steps_are_reported_as_progress(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_model, "_measured", {})
-    told: list[str] = []
+    reported: list[str] = []
     settings = config("lora=last_layer", "federation.site_names=[a,b]")
-    everyone = Participants(settings, tmp_path / "run", progress=lambda what, done, total: told.append(what))
+    everyone = Participants(settings, tmp_path / "run", progress=lambda what, done, total: reported.append(what))
     work, adapter = everyone.work["a"], everyone.shared.initial_adapter
-    assert list(dict.fromkeys(told)) == ["loading the model", "checking the model on this machine"]
+    assert list(dict.fromkeys(reported)) == ["loading the model", "checking the model on this machine"]
     request = make_first_request(everyone.config, everyone.sites.lead_key(), site="a")
     work.run_round(request, adapter, attempt=1, fingerprint_key=bytes(32))
-    assert told[-1] == "a: running the frozen layers over the records"
+    assert reported[-1] == "a: running the frozen layers over the records"

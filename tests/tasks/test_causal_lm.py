@@ -148,9 +148,9 @@ def test_system_column_becomes_the_first_turn(leading_tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("fields", [{"prompt": "P", "completion": "A"}, make_chat("P", "A"), {"text": "A"}])
 def test_record_text_is_bounded_before_encoding(fields: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    given, tokenizer = {"chat_template": "plain"} if "messages" in fields else {}, make_tokenizer(post=None)
+    options, tokenizer = {"chat_template": "plain"} if "messages" in fields else {}, make_tokenizer(post=None)
     short = {role: text.replace("P", "my name").replace("A", "lost") for role, text in fields.items()}
-    found = [tokenize_one(short, tokenizer, make_settings(*fields, max_length=most, **given)) for most in (20, 500)]
+    found = [tokenize_one(short, tokenizer, make_settings(*fields, max_length=most, **options)) for most in (20, 500)]
     assert found[0] == found[1], "an example that fits must not depend on the maximum"
     encoded = Mock(wraps=tokenization._encode_each)
     monkeypatch.setattr(tokenization, "_encode_each", encoded)
@@ -158,7 +158,7 @@ def test_record_text_is_bounded_before_encoding(fields: dict[str, str], monkeypa
         role: text.replace("name", "my " * 100_000 + "name").replace("lost", "lost " * 100_000)
         for role, text in short.items()
     }
-    (ids, targets) = tokenize_one(long, tokenizer, make_settings(*fields, max_length=5, **given))
+    (ids, targets) = tokenize_one(long, tokenizer, make_settings(*fields, max_length=5, **options))
     assert sum(len(text) for call in encoded.call_args_list for text in call.args[0]) <= 3 * 64 * 5
     assert len(ids) == 5
     assert targets[-1] == LOST
@@ -251,8 +251,8 @@ def test_invalid_messages_have_no_targets_and_affect_no_other_record(leading_tok
 def test_hostile_content_produces_at_most_one_bounded_example(roles: tuple[str, ...], text: str) -> None:
     tokenizer = build_tiny_tokenizer("random:llama")
     fields = make_chat(text, text) if roles == ("messages",) else dict.fromkeys(roles, text)
-    given = {"chat_template": "plain"} if roles == ("messages",) else {}
-    data = make_settings(*roles, max_length=40, **given)
+    options = {"chat_template": "plain"} if roles == ("messages",) else {}
+    data = make_settings(*roles, max_length=40, **options)
     dataset = LM.tokenize([Record(fields)], tokenizer, data=data, lenient_within=258)
     assert len(dataset) == 1
     assert 1 <= dataset.lengths[0] <= 40

@@ -145,10 +145,10 @@ def test_examples_contain_the_text_rendered_by_the_template(template: str, turns
     written_too = whole.removesuffix("</s>") if ends_by_line else whole
     assert expected.startswith(written_too)
     assert len(expected) - len(written_too) <= 1, "only the line break after the end may differ"
-    for said, turn in zip(learned, [turn for turn in turns if turn["role"] == "assistant"], strict=True):  # all answers
-        assert turn["content"].strip() in said
-        if not ends_by_line or said == learned[-1]:
-            assert said.endswith(("<|im_end|>", "<|end|>", "</s>")), "its end must be a target, too"
+    for text, turn in zip(learned, [turn for turn in turns if turn["role"] == "assistant"], strict=True):  # all answers
+        assert turn["content"].strip() in text
+        if not ends_by_line or text == learned[-1]:
+            assert text.endswith(("<|im_end|>", "<|end|>", "</s>")), "its end must be a target, too"
 
 
 @pytest.mark.parametrize("template", [CHATML, DATED, WITHOUT_SYSTEM])
@@ -276,11 +276,11 @@ def test_prompt_and_completion_are_encoded_as_two_turns(kind: str) -> None:
     fields = {"prompt": "Add.", "input": "1 2", "completion": "3", "system": "Count."}
     (whole,) = LM.tokenize([Record(fields)], tokenizer, data=data).input_ids
     turns = Record(make_messages(build_chat("Add.\n\n1 2", "3", system="Count.")))
-    (said,) = LM.tokenize([turns], tokenizer, data=make_settings(kind)).input_ids
-    assert whole.tolist() == said.tolist()
+    (ids,) = LM.tokenize([turns], tokenizer, data=make_settings(kind)).input_ids
+    assert whole.tolist() == ids.tolist()
     for blank in ({**fields, "system": " "}, {"prompt": "Add.", "input": "1 2", "completion": "3"}):
         (whole,) = LM.tokenize([Record(blank)], tokenizer, data=data).input_ids
-        (said,) = LM.tokenize(
+        (ids,) = LM.tokenize(
             [Record(make_messages(build_chat("Add.\n\n1 2", "3")))], tokenizer, data=make_settings(kind)
         ).input_ids
-        assert whole.tolist() == said.tolist(), "a blank system turn must be omitted"
+        assert whole.tolist() == ids.tolist(), "a blank system turn must be omitted"

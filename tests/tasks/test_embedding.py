@@ -227,12 +227,12 @@ def test_embedding_run_reports_its_metrics_and_can_start_another_run(
     assert not any(one["failed_sites"] for one in result["rounds"])
     assert not (folder / "adapter" / "head.safetensors").exists()
     assert run_command("report", str(folder)).code == 0
-    told = run_command("evaluate", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json").printed
-    assert names <= set(told.replace('"', " ").split())
-    told = run_command("compare", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json").printed
-    assert json.loads(told)["primary_metric"] == ("spearman" if layout == "scored" else "ndcg_at_10")
-    said = "task = 'embedding': has no output for a prompt: use fedtune evaluate for its scores"
-    assert run_command("generate", str(folder), "--prompt", "where").failed() == said
+    output = run_command("evaluate", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json").printed
+    assert names <= set(output.replace('"', " ").split())
+    output = run_command("compare", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json").printed
+    assert json.loads(output)["primary_metric"] == ("spearman" if layout == "scored" else "ndcg_at_10")
+    message = "task = 'embedding': has no output for a prompt: use fedtune evaluate for its scores"
+    assert run_command("generate", str(folder), "--prompt", "where").failed() == message
     assert run_command("plan", *simulate_pairs(tmp_path, layout, "name=p")).printed
     refused = run_command("simulate", *simulate_pairs(tmp_path, "listed", "task_settings.negatives=batch", "name=x"))
     assert refused.failed().startswith("task_settings.negatives = 'batch': couples records")

@@ -57,15 +57,17 @@ def test_quadratic_kappa_matches_scikit_learn(some: list[tuple[int, int]]) -> No
 def test_per_label_scores_match_scikit_learn(reference: Any) -> None:
     chances, marks = draw_answers(4)
     marks[:, 3] = False
-    said = chances > 0.5
-    said[:, 2] = False
-    found = measures.compute_class_scores(marks, said, labels="abcd")
-    expected = reference.precision_recall_fscore_support(marks, said, zero_division=0)
+    predicted = chances > 0.5
+    predicted[:, 2] = False
+    found = measures.compute_class_scores(marks, predicted, labels="abcd")
+    expected = reference.precision_recall_fscore_support(marks, predicted, zero_division=0)
     for name, column in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         assert [getattr(one, name) for one in found] == pytest.approx(column.tolist())
     assert [one.label for one in found] == list("abcd")
-    averages = [reference.f1_score(marks, said, average=by, zero_division=0) for by in ("micro", "macro")]
-    assert [measures.micro_f1(marks, said), measures.multilabel_macro_f1(marks, said)] == pytest.approx(averages)
+    averages = [reference.f1_score(marks, predicted, average=by, zero_division=0) for by in ("micro", "macro")]
+    assert [measures.micro_f1(marks, predicted), measures.multilabel_macro_f1(marks, predicted)] == pytest.approx(
+        averages
+    )
     none = np.zeros((3, 2), dtype=bool)
     assert (measures.micro_f1(none, none), measures.multilabel_macro_f1(none, none)) == (0, 0), "no division by 0"
 

@@ -188,10 +188,10 @@ def test_long_pairs_are_truncated_one_at_a_time(leading_tokenizer: Any) -> None:
 
 def test_generation_prompt_matches_the_training_prompt(leading_tokenizer: Any) -> None:
     data, records = make_settings(prompt_template="is {prompt}"), [make_pair("where", "lost", "card")]
-    asked = PAIRS.encode_prompt({"prompt": "where"}, leading_tokenizer, data=data).tolist()
+    prompt = PAIRS.encode_prompt({"prompt": "where"}, leading_tokenizer, data=data).tolist()
     chosen, _ = list_rows(PAIRS.tokenize(records, leading_tokenizer, data=data))
     prompts, references = PAIRS.prompts_and_references(records, leading_tokenizer, data=data)
-    assert chosen[0][: len(asked)] == prompts[0].tolist() == asked
+    assert chosen[0][: len(prompt)] == prompts[0].tolist() == prompt
     assert references == ["lost"]
 
 

@@ -116,8 +116,8 @@ def test_multi_label_and_ordinal_losses_match_their_definitions() -> None:
 
 def test_ordinal_probabilities_sum_to_one_and_the_median_is_predicted() -> None:
     logits = torch.randn(200, 5, generator=torch.Generator().manual_seed(3)) * 3  # in random order
-    said = TASKS["ordinal"].predictions(logits, spec=make_spec("ordinal", labels=tuple("abcdef")))  # type: ignore[attr-defined]
-    chances, predicted = said["probabilities"], said["predicted"]
+    predictions = TASKS["ordinal"].predictions(logits, spec=make_spec("ordinal", labels=tuple("abcdef")))  # type: ignore[attr-defined]
+    chances, predicted = predictions["probabilities"], predictions["predicted"]
     assert (chances >= 0).all()
     torch.testing.assert_close(chances.sum(dim=1), torch.ones(200))
     below = torch.cat([torch.zeros(200, 1), chances.cumsum(dim=1)], dim=1)
@@ -190,8 +190,8 @@ def test_final_scores_and_details_match_manual_calculations() -> None:
     assert {name: scores[name] for name in expected} == pytest.approx(expected), "in the target's own unit"
     assert TASKS["regression"].detail(of_number, spec=make_spec("regression")) is None
     task, spec = TASKS["ordinal"], make_spec("ordinal")
-    said = task.predictions(LOGITS[:, :2], spec=spec)  # type: ignore[attr-defined]
-    figures = {name: one.numpy().astype(np.float64) for name, one in said.items()}
+    predictions = task.predictions(LOGITS[:, :2], spec=spec)  # type: ignore[attr-defined]
+    figures = {name: one.numpy().astype(np.float64) for name, one in predictions.items()}
     figures |= {"truth": np.array([1.0, 0, 1]), "loss": np.array([0.1, 0.2, 0.3])}
     scores = task.compute_final_scores(figures, spec=spec)
     assert list(scores) == ["quadratic_kappa", "accuracy", "mae", "auroc", "ece", "loss"]
@@ -200,7 +200,7 @@ def test_final_scores_and_details_match_manual_calculations() -> None:
     assert detail is not None
     assert [(one.label, one.support) for one in detail.classes] == [("low", 1), ("mid", 2), ("high", 0)]
     assert sum(one.count for one in detail.reliability) == 3
-    first = min(float(said["probabilities"][row, int(said["predicted"][row])]) for row in range(3))
+    first = min(float(predictions["probabilities"][row, int(predictions["predicted"][row])]) for row in range(3))
     assert detail.reliability[0].confidence == pytest.approx(first), "not of the likeliest class"
 
 

@@ -111,8 +111,8 @@ def test_language_model_columns_follow_from_the_layout() -> None:
 
 
 def check_labels(task: str, *labels: str, texts: tuple[str, ...] = ()) -> None:
-    given: Any = {"task": task, "labels": labels, "head": HeadSpec(label_texts=texts)}
-    get_task(task).check_spec(TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), **given))
+    settings: Any = {"task": task, "labels": labels, "head": HeadSpec(label_texts=texts)}
+    get_task(task).check_spec(TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), **settings))
 
 
 def test_too_few_or_duplicate_labels_are_refused() -> None:

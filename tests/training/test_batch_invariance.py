@@ -295,8 +295,8 @@ def test_record_dependent_failure_is_a_configuration_error(error: type[Exception
 
     handle = embedding.register_forward_pre_hook(fail_on_last)
     kept = {name: sorted(vars(module)) for name, module in model.named_modules()}
-    said = r"model\.path .*cannot be trained on examples of 24 tokens on this machine: .*no such id"
-    require_refused(model, said, keeps=keeps)
+    message = r"model\.path .*cannot be trained on examples of 24 tokens on this machine: .*no such id"
+    require_refused(model, message, keeps=keeps)
     assert {name: sorted(vars(module)) for name, module in model.named_modules()} == kept
     handle.remove()
     assert check(model, keeps=keeps) == 0.0
@@ -317,11 +317,11 @@ def test_frozen_layers_failing_on_an_example_are_refused() -> None:
 def test_length_without_positions_is_refused_before_training() -> None:
     model = build_fresh()
     too_long = model.base.config.max_position_embeddings + 8
-    said, shapes = (
+    message, shapes = (
         r"model\.path .*cannot be trained on examples of \d+ tokens on this machine",
         Shapes((8, too_long), max_tokens=64),
     )
-    require_refused(model, said, shapes=shapes)
+    require_refused(model, message, shapes=shapes)
     # Non-finite gradients must not count as equal, either.
     require_refused(change_layer(build_last_layer(), lambda hidden: hidden * torch.nan, number=-1), r"model\.path")
 
@@ -365,13 +365,13 @@ def test_trial_covers_every_token_position_in_every_row(path: str, task: str) ->
 
 @pytest.mark.parametrize("chosen", [True, False])
 def test_trial_examples_are_redrawn_and_progress_is_reported(chosen: bool) -> None:
-    model, seen, told = build_last_layer(), list[torch.Tensor](), list[tuple[int, int]]()
+    model, seen, reported = build_last_layer(), list[torch.Tensor](), list[tuple[int, int]]()
     embeddings = model.base.get_base_model().get_input_embeddings()
     embeddings.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
     total = (3 if chosen else 2) * len(SHAPES.lengths)
     for _ in range(2):
-        check(model, weights_chosen=chosen, told=lambda *so_far: told.append(so_far))
-    assert told == 2 * [(done, total) for done in range(1, total + 1)]
+        check(model, weights_chosen=chosen, told=lambda *so_far: reported.append(so_far))
+    assert reported == 2 * [(done, total) for done in range(1, total + 1)]
     first = len(seen) // 2
     same = sum(torch.equal(one, other) for one, other in zip(seen[:first], seen[first:], strict=True))
     assert same <= first // 10, "at most a few one-token examples may be drawn twice"

@@ -116,8 +116,8 @@ def run_round(
     if room.model.has_frozen_prefix:
         units.cache_frozen_states(room.model)
     units.cache_reference(room.model)
-    asked = make_work(round=number, plan=planned, declared_size=30, rank=rank)
-    return release_round(room.model, units, asked, adapter=start or FIRST[room.model.spec])
+    work = make_work(round=number, plan=planned, declared_size=30, rank=rank)
+    return release_round(room.model, units, work, adapter=start or FIRST[room.model.spec])
 
 
 FIRST = {spec: Adapter.from_task_model(build_task_model(spec)) for spec in KINDS.values()}

@@ -44,9 +44,9 @@ def compute_plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Te
     if model.task.name == "preference":
         targets = [torch.from_numpy(dataset.targets[text]) for text in dataset.find_text_indices([index])]
         with model.base.disable_adapter(), torch.no_grad():
-            base = [log_probability(model, ids, wanted) for ids, wanted in zip(texts, targets, strict=True)]
-        chosen, rejected = (log_probability(model, ids, wanted) for ids, wanted in zip(texts, targets, strict=True))
-        lengths = [max(1, int((wanted[1:] != -100).sum())) if model.task.own.per_token else 1 for wanted in targets]
+            base = [log_probability(model, ids, row) for ids, row in zip(texts, targets, strict=True)]
+        chosen, rejected = (log_probability(model, ids, row) for ids, row in zip(texts, targets, strict=True))
+        lengths = [max(1, int((row[1:] != -100).sum())) if model.task.own.per_token else 1 for row in targets]
         margin = model.task.own.beta * ((chosen - base[0]) / lengths[0] - (rejected - base[1]) / lengths[1])
         return torch.log1p(torch.exp(-margin))
     output = model.base(input_ids=texts[0])

@@ -77,11 +77,11 @@ def test_states_cached_on_disk_match_memory_without_a_file_name(
 
 def test_padding_contains_no_states_and_progress_is_reported() -> None:
     model, dataset = build_fresh(lora=LAST), make_dummy_examples("classification")
-    told: list[tuple[int, int]] = []
-    make_examples(dataset).cache_frozen_states(model, told=lambda *so_far: told.append(so_far))
-    assert len(told) > 1
-    assert [done for done, _ in told] == sorted({done for done, _ in told})
-    assert {total for _, total in told} == {len(dataset)} == {told[-1][0]}
+    reported: list[tuple[int, int]] = []
+    make_examples(dataset).cache_frozen_states(model, told=lambda *so_far: reported.append(so_far))
+    assert len(reported) > 1
+    assert [done for done, _ in reported] == sorted({done for done, _ in reported})
+    assert {total for _, total in reported} == {len(dataset)} == {reported[-1][0]}
     keeping = make_examples(dataset, max_tokens=10_000)
     keeping.cache_frozen_states(model)
     for batch in keeping.cut(np.arange(len(dataset))):

@@ -76,8 +76,8 @@ def test_nf4_gradients_match_autograd_on_the_dequantized_weights(
         parameters = one.trainable()
         for row in range(8):
             losses = one.losses(isolate_example(batch, row))
-            wanted = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
-            for name, gradient in zip(parameters, wanted, strict=True):
+            expected = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
+            for name, gradient in zip(parameters, expected, strict=True):
                 assert gradient is not None, name
                 assert (found[name][row] - gradient).norm() <= 1e-5 * gradient.norm(), name
 

@@ -54,8 +54,8 @@ def test_only_trainable_tensors_change_in_a_round(path: str, task: str) -> None:
 def share(records: int, plan: Any, **changes: Any) -> dict[str, np.ndarray]:
     """Return a site's share of secure aggregation over this number of records."""
     model, units = build_fresh(), make_examples(make_dummy_examples("classification", records))
-    asked = make_work(plan=plan, **changes)
-    return compute_round_share(model, Adapter.from_task_model(model), units, asked, randomness=SeededRandomness(5))
+    work = make_work(plan=plan, **changes)
+    return compute_round_share(model, Adapter.from_task_model(model), units, work, randomness=SeededRandomness(5))
 
 
 TOGETHER = SecureAggregationSpec(num_sites=3, threshold=3, colluders=0).with_share(0.5)
@@ -109,8 +109,8 @@ def test_learning_rate_schedule_continues_across_rounds(
     # The charged plan determines the schedule, not the training settings.
     planned = make_plan(local_steps=steps, num_rounds=4, noise_multiplier=noise, sampling_rate=0.5)
     release_round(build_fresh(), make_dummy_examples("classification"), make_work(plan=planned, round=2))
-    asked = [call.kwargs for call in factor.call_args_list]
-    assert asked == [{"step": steps + number, "total_steps": 4 * steps} for number in range(steps)]
+    calls = [call.kwargs for call in factor.call_args_list]
+    assert calls == [{"step": steps + number, "total_steps": 4 * steps} for number in range(steps)]
 
 
 def test_round_keeps_no_optimizer_state_from_the_previous_round() -> None:

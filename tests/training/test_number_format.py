@@ -98,9 +98,9 @@ def test_large_products_get_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_number_format_is_measured_once_and_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+    calls: list[Any] = []
     seconds = {"float32": 1.06, "mixed": 1.0}
-    monkeypatch.setattr(number_format, "measure_products", lambda shapes, **how: asked.append((shapes, how)) or seconds)
+    monkeypatch.setattr(number_format, "measure_products", lambda shapes, **how: calls.append((shapes, how)) or seconds)
     model, runtime, texts = (
         ModelSpec(path="random:bert", dtype="auto"),
         RuntimeSpec(num_threads=3, device="cpu"),
@@ -109,7 +109,7 @@ def test_number_format_is_measured_once_and_explained(monkeypatch: pytest.Monkey
     before = torch.get_num_threads()
     for _ in range(2):
         assert choose_number_format(model, runtime, told=texts.append) == "mixed"
-    assert asked == [(count_frozen_products(model), {"tokens": 3 * 512, "onednn": True})]
+    assert calls == [(count_frozen_products(model), {"tokens": 3 * 512, "onednn": True})]
     assert texts == 2 * ["Number format: mixed (model.dtype=auto; mixed precision is 1.06 times as fast as float32)"]
     assert torch.get_num_threads() == before
 

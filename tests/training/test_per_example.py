@@ -164,8 +164,8 @@ def test_failed_example_has_zero_gradient_and_affects_no_other_example(
                 assert gradient.shape == expected[name].shape == (8, *model.trainable()[name].shape)
                 for row in range(8):
                     zero = row in without or row >= 5
-                    wanted = torch.zeros_like(gradient[row]) if zero else expected[name][row]
-                    assert torch.equal(gradient[row], wanted), (name, row)
+                    reference = torch.zeros_like(gradient[row]) if zero else expected[name][row]
+                    assert torch.equal(gradient[row], reference), (name, row)
         after = gradients.compute_gradients(collate(insert_token(dataset), range(5), pad_id=0, shape=shape))
         assert all(torch.equal(after[name], expected[name]) for name in expected)
     assert shapes == {batch.input_ids.shape}, "retries of single examples must keep the shape and so the kernels"

@@ -24,8 +24,8 @@ def release(rank: int | None, *, lora: LoraSpec = BOTH, units: Any = None, **cha
     """Return the adapter that a site received and the adapter that it releases."""
     model = build_trained(lora=lora)
     start = Adapter.from_task_model(model)
-    given = make_dummy_examples("classification") if units is None else units
-    return start, release_round(model, given, make_work(rank=rank, **changes))
+    examples = make_dummy_examples("classification") if units is None else units
+    return start, release_round(model, examples, make_work(rank=rank, **changes))
 
 
 @pytest.mark.parametrize("noise", [0.5, 0.0], ids=["private", "plain"])

@@ -42,8 +42,8 @@ def draw_gradients(count: int, *, size: float = 1.0, seed: int = 3) -> Gradients
 
 
 def test_contributions_are_truncated_toward_zero() -> None:
-    wanted = torch.tensor([0.6, -0.6, 0.99, -0.99, 1.6, -1.6, 3.0, -3.0, 0.0])
-    assert compute_clipped_contributions({"a": (wanted / CELLS)[None]}, 1.0)["a"].tolist() == [
+    expected = torch.tensor([0.6, -0.6, 0.99, -0.99, 1.6, -1.6, 3.0, -3.0, 0.0])
+    assert compute_clipped_contributions({"a": (expected / CELLS)[None]}, 1.0)["a"].tolist() == [
         [0, 0, 0, 0, 1, -1, 3, -3, 0]
     ]
 

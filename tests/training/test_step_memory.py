@@ -181,9 +181,9 @@ def test_insufficient_step_memory_error_names_the_setting(monkeypatch: pytest.Mo
     with_room = fit_to_memory(build_fresh(), full, most_bytes=MIB // 2, keeps_states=False)
     assert with_room.rows(full.full)[-1] == 2
     assert with_room.capacity(full.full, 2) == 1
-    for error, said in ((RuntimeError, r"model\.path .* 24 tokens"), (torch.OutOfMemoryError, "micro_batch_tokens = ")):
+    for error, text in ((RuntimeError, r"model\.path .* 24 tokens"), (torch.OutOfMemoryError, "micro_batch_tokens = ")):
         monkeypatch.setattr(TaskModel, "losses", Mock(side_effect=error("no such")))
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=text):
             fit_within(model, 1e9)
 
 
@@ -193,7 +193,7 @@ def test_step_memory_does_not_change_the_round_result(path: str, task: str, unit
     model, dataset = build_trained(path, task), make_dummy_examples(task, 40)
     start = Adapter.from_task_model(model)
     planned = make_plan(unit=unit, sampling_rate=0.7, noise_multiplier=0.5)
-    asked = make_work(plan=planned, training=TrainingSpec(), declared_size=30)
+    work = make_work(plan=planned, training=TrainingSpec(), declared_size=30)
     rows, released = set(), set()
     for num_bytes, most_users in ((1e12, 40), (MIB, 3), (MIB // 2, 1)):
         shapes = fit_within(model, num_bytes)
@@ -203,6 +203,6 @@ def test_step_memory_does_not_change_the_round_result(path: str, task: str, unit
                 units, [np.arange(u, 40, 11) for u in range(11)], most_records=2, most_users=most_users
             )
         rows.add(tuple(list_rows(shapes)))
-        released.add(train_round(model, start, units, asked, randomness=SeededRandomness(5))[0].digest())
+        released.add(train_round(model, start, units, work, randomness=SeededRandomness(5))[0].digest())
     assert len(rows) == 3
     assert len(released) == 1

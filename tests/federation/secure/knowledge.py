@@ -52,10 +52,10 @@ class Knowledge:
     revealed: dict[tuple[str, int, str, str], dict[int, int]] = field(default_factory=dict)
 
     def hear(self, answer: bytes) -> None:
-        said: dict[str, Any] = json.loads(answer)
-        for dealer, given in said["shares"].items():
-            for other, value in given.items():
-                self.learn(said["session"], said["release"], dealer, other, {said["site"]: int(value, 16)})
+        fields: dict[str, Any] = json.loads(answer)
+        for dealer, by_site in fields["shares"].items():
+            for other, value in by_site.items():
+                self.learn(fields["session"], fields["release"], dealer, other, {fields["site"]: int(value, 16)})
 
     def learn(self, session: str, release: int, dealer: str, other: str, values: Mapping[str, int]) -> None:
         known = self.revealed.setdefault((session, release, dealer, other), {})

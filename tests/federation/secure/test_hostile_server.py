@@ -112,19 +112,19 @@ def test_skipping_confirmation_would_let_a_server_unmask_two_sites() -> None:
 
     At least three sets exclude c, d or e each, so three sites reveal its masks with a and with b.
     """
-    told = dict(zip("abcde", ("abc", "abc", "abd", "abd", "abe"), strict=True))
+    sets = dict(zip("abcde", ("abc", "abc", "abd", "abd", "abe"), strict=True))
     server = Adversary(5, 3)
     server.upload(1, "abcde")
-    genuine = {site: server.confirm(1, survivors, by=site) for site, survivors in told.items()}
-    for site, survivors in told.items():
+    genuine = {site: server.confirm(1, survivors, by=site) for site, survivors in sets.items()}
+    for site, survivors in sets.items():
         together = server.confirm(1, survivors, by="abcde")
         assert len(together) < 3
         assert server.find_refusal(1, survivors, genuine[site], site) is RejectionReason.NOT_CONFIRMED
     assert server.knowledge.find_readable_sums() == []
-    for site, survivors in told.items():  # as if enough other sites had confirmed each one's set
-        asked = server.federation.asked(1, survivors)
+    for site, survivors in sets.items():  # as if enough other sites had confirmed each one's set
+        request = server.federation.asked(1, survivors)
         forged = {
-            other: make_identity(other).sign("secure aggregation survivors", asked.to_bytes()) for other in "abcde"
+            other: make_identity(other).sign("secure aggregation survivors", request.to_bytes()) for other in "abcde"
         }
         server.unmask(1, survivors, forged, by=site)
     assert server.knowledge.find_readable_sums() == [{0: 1, 1: 1}]

@@ -96,8 +96,8 @@ class Transcript(RuleBasedStateMachine):
             self._unmask(first, self._draw_sites(chance), stuffed=chance.random() < 0.3)
         self._upload(self.release, self._draw_sites(chance), chance)
         self._confirm(second, self._draw_sites(chance))
-        for asked in (second, first):
-            self._unmask(asked, self._draw_sites(chance), stuffed=chance.random() < 0.3)
+        for survivors in (second, first):
+            self._unmask(survivors, self._draw_sites(chance), stuffed=chance.random() < 0.3)
 
     @rule(chance=CHANCE)
     def ask_for_uploads(self, chance: random.Random) -> None:
@@ -182,9 +182,9 @@ class Transcript(RuleBasedStateMachine):
         except Rejected:
             return
         if what == "confirm":
-            said = json.loads(answer)
-            about = ConfirmRequest(**{key: said[key] for key in ("session", "release", "survivors")}).to_bytes()
-            self.signatures.setdefault(about, {})[site] = said["signature"]
+            fields = json.loads(answer)
+            about = ConfirmRequest(**{key: fields[key] for key in ("session", "release", "survivors")}).to_bytes()
+            self.signatures.setdefault(about, {})[site] = fields["signature"]
         else:
             self.knowledge.hear(answer)
 
