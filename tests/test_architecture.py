@@ -143,7 +143,7 @@ def test_commands_do_not_use_argparse() -> None:
         # Training code is loaded with the first message, so that a site starts fast and waits in a third of the memory.
         ("ops.services.site_service ops.metrics cli.site", "torch transformers peft opacus"),
     ],
-    ids=["the privacy core", "tasks", "a ledger's report", "help", "a probe", "a site that waits"],
+    ids=["the privacy core", "tasks", "a ledger's report", "help", "health probe", "waiting site"],
 )
 def test_modules_import_without_heavy_frameworks(modules: str, libraries: str) -> None:
     imported = ", ".join(f"fedtune.{module}" for module in modules.split())

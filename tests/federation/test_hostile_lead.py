@@ -114,7 +114,7 @@ def test_adapter_of_another_shape_or_with_nan_is_refused(site: Any, adapter: Ada
         ({"expires": 1.6e9}, Reason.REQUEST_EXPIRED),
         ({"adapter_digest": "00" * 32}, Reason.ADAPTER_DIFFERS),
     ],
-    ids=["for another site", "expired", "of another adapter"],
+    ids=["another site", "expired", "another adapter"],
 )
 def test_misaddressed_expired_or_mismatched_request_is_refused(site: Any, about: dict[str, Any], rule: Reason) -> None:
     with expect_only_refusal(site, rule):

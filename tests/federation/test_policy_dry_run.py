@@ -102,7 +102,7 @@ NO_CAP = {"max_epsilon": float("inf")}
         (FREE, ("max_epsilon", "at most 5, of which 0.0000 is spent")),
         ({"limits": {"min_noise_multiplier": 1.5}, "budget": NO_CAP}, ("min_noise_multiplier", "at least 1.5")),
     ],
-    ids=["a run's cap", "the lifetime cap", "the least noise"],
+    ids=["cap per run", "lifetime cap", "minimum noise"],
 )
 @pytest.mark.parametrize("planned", [4.0, 0.6], ids=["accepted as planned", "refused as planned"])
 def test_reported_largest_epsilon_is_the_limit_of_acceptance(

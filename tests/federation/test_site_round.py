@@ -186,7 +186,7 @@ def test_lead_cannot_end_an_equally_named_run_of_another_lead(station: Any) -> N
     assert read_refusal_reason(site.end, key=stranger_key) is Reason.LEADS
 
 
-@pytest.mark.parametrize("declines", [True, False], ids=["declined", "none came"])
+@pytest.mark.parametrize("declines", [True, False], ids=["declined", "not sent"])
 def test_end_of_run_is_recorded_without_an_adapter(station: Any, final: Adapter, declines: bool) -> None:
     site = station(final_adapter="decline") if declines else station()
     site.ask()

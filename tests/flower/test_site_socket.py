@@ -56,7 +56,7 @@ def test_contents_round_trip_through_the_socket_format(name: str, adapter: Adapt
         RecordDict({"c": ConfigRecord({"a": 1.0})}),
         RecordDict({"c": ConfigRecord({"a": ["x"]})}),
     ],
-    ids=["metrics", "an array of numbers", "a number", "a list"],
+    ids=["metrics", "numeric array", "a number", "a list"],
 )
 def test_unsupported_record_contents_are_refused(content: RecordDict) -> None:
     with pytest.raises(ValueError, match=r"^(metric records are|the record is not|a value is neither) "):

@@ -83,7 +83,7 @@ def test_trainable_layers_and_other_dtypes_use_torch() -> None:
 
 
 @pytest.mark.parametrize("module", [nn.Linear(96, 80), nn.Linear(96, 96, bias=False), Conv1D(80, 96)])
-@pytest.mark.parametrize("instructions", [True, False], ids=["own", "without instructions"])
+@pytest.mark.parametrize("instructions", [True, False], ids=["native", "no instructions"])
 def test_mixed_precision_products_are_rounded_once(
     module: nn.Module, instructions: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,11 +28,11 @@ LETTERS = [(f"letter {n} of {n % 7}", ("invoice", "complaint", "praise")[n % 3])
 """The records of a station, in file order."""
 
 
-@pytest.mark.by_day("given noise")
+@pytest.mark.by_day("fixed noise")
 @pytest.mark.parametrize(
     "groups",
     [{}, {"privacy": {"noise_multiplier": None, "max_grad_norm": 0.3}}, {"runtime": {"kept_states_mib": 0}, "seed": 3}],
-    ids=["given noise", "calibrated noise", "nothing kept"],
+    ids=["fixed noise", "calibrated noise", "no cached states"],
 )
 def test_real_and_simulated_sites_train_identically(station: Any, tmp_path: Path, groups: Any) -> None:
     site = station(**groups)

@@ -51,11 +51,11 @@ def make_micro_batch(dataset: TextDataset) -> Batch:
 
 
 @pytest.mark.by_day(
-    "random:bert-classification-lora-own",
-    "random:llama-causal_lm-dora-without instructions",
-    "random:bert-classification-ia3-own",
+    "random:bert-classification-lora-native",
+    "random:llama-causal_lm-dora-no instructions",
+    "random:bert-classification-ia3-native",
 )
-@pytest.mark.parametrize("instructions", [True, False], ids=["own", "without instructions"])
+@pytest.mark.parametrize("instructions", [True, False], ids=["native", "no instructions"])
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
 @kinds
 def test_nf4_gradients_match_autograd_on_the_dequantized_weights(
