@@ -1,4 +1,4 @@
-"""Names in fedtune/ that no code of fedtune uses, and who uses them instead."""
+"""Names in fedtune/ that no code in fedtune uses, with their users outside the package."""
 
 ALLOWED_UNUSED: dict[str, set[str]] = {
     "Click calls the functions of commands by their decorators, or by a module's name": {

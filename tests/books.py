@@ -1,4 +1,4 @@
-"""A site's folder with policy, key and ledger, written by the ledger itself, and what a stranger signs for one."""
+"""A site's folder with a policy, a key and a ledger that records real charges, and forged signatures for tests."""
 
 import sqlite3
 from contextlib import closing
@@ -19,7 +19,7 @@ from .privacy import builders
 
 
 def resign_receipt(receipt: Receipt, **changes: Any) -> Receipt:
-    """The receipt with changes, and signed again with a key of its own."""
+    """Return the receipt with changes, signed by a different key."""
     key = builders.make_key(9)
     other = replace(receipt, site_key=key.public, **changes)
     return replace(other, signature=key.sign(RECEIPT, other.encode_signed_bytes()))
@@ -53,14 +53,14 @@ class Books:
         return SiteFiles.from_site_toml(self.site_toml).open_ledger()
 
     def edit(self, *, noted: bool = False, **changes: Any) -> None:
-        """Change the policy as its owner would, tables by dicts of their values; an open ledger notes it."""
+        """Change the policy file as its owner would (tables as dicts); with `noted`, the ledger records the change."""
         others = {key: value for key, value in read_toml(self.site_toml, key="").items() if key in OTHER_TABLES}
         write_policy(builders.change_values(read_policy(self.site_toml), **changes), self.site_toml, others=others)
         if noted:
             self.open()
 
     def charge(self, proposal: Proposal, *rounds: int, committed: bool = True) -> None:
-        """Train these rounds of a run; without `committed`, each dies before its reply is stored."""
+        """Charge these rounds of a run; unless `committed`, each process dies before it stores its reply."""
         for round in rounds:
             ledger = self.open()
             granted = builders.reserve(ledger, proposal, round)
@@ -71,12 +71,12 @@ class Books:
         self.open().record_refusal(Refused(reason, requested="more", allowed="less"), run=run, round=1, request="q")
 
     def copy_ledger(self, name: str) -> Path:
-        """What `sqlite3 ledger.db ".backup NAME"` writes beside it, also while the site serves."""
+        """Copy the ledger as `sqlite3 ledger.db ".backup NAME"` does, which also works while the site serves."""
         copy = self.folder / name
         with closing(sqlite3.connect(self.ledger)) as source, closing(sqlite3.connect(copy)) as target:
             source.backup(target)
         return copy
 
     def tamper(self, statement: str) -> None:
-        """Run SQL on the file past its triggers, which are put back."""
+        """Run SQL on the file with its triggers removed, and restore them afterwards."""
         builders.tamper(self.ledger, statement)

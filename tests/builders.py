@@ -1,4 +1,4 @@
-"""What tests of several layers build alike."""
+"""Builders that tests of several layers share."""
 
 import copy
 import dataclasses
@@ -23,7 +23,7 @@ from fedtune.training.per_example import record_gradients
 
 
 def run_result(**fields: Any) -> RunResult:
-    """The content of a run.json: `rounds`, `final` and `privacy` are given, the rest may be."""
+    """Build the content of a run.json; `rounds`, `final` and `privacy` are required."""
     made = RunProvenance(
         dataset="letters", declared_sizes={}, base_model=BaseModel(path="random:bert", sha256="00" * 32)
     )
@@ -32,7 +32,7 @@ def run_result(**fields: Any) -> RunResult:
 
 
 def round_request(proposal: Proposal, **about: Any) -> RoundRequest:
-    """A request for the first round of a run at the site `a`, of whatever adapter; keywords override."""
+    """Build a request for the first round of a run at site `a`, with an arbitrary adapter; keywords override fields."""
     fields = {"round": 1, "site": "a", "adapter_digest": "ab" * 32, "receipt": None, "expires": 1e12}
     return RoundRequest(proposal=proposal, **fields | about)
 
@@ -41,7 +41,7 @@ Train = Callable[[RoundRequest, Adapter, int], TrainingResult]
 
 
 class MadeSite(Site):
-    """A site that is made ready and trains as a test says, and notes what it is to keep and whom it is to ask."""
+    """A site whose preparation and training are callables; records stored adapters and runs that await approval."""
 
     def __init__(
         self,
@@ -86,22 +86,22 @@ def set_methods(site: Site, **methods: Callable[..., Any]) -> Site:
 
 
 DEVICE = torch.device(os.environ.get("FEDTUNE_TEST_DEVICE", "cpu"))
-"""Of models and examples in tests of training; simulations/gpu/run.py has the tests run on an accelerator."""
+"""The device of models and examples in training tests; simulations/gpu/run.py sets it to an accelerator."""
 
 
 def adapt_shapes_to_device(shapes: Shapes) -> Shapes:
-    """As a run's trial leaves them on DEVICE: a GPU's kernels go by the number of rows, so each length has one."""
+    """Return the shapes that a preflight leaves on DEVICE: GPU kernels depend on row counts, so one per length."""
     return shapes if DEVICE.type == "cpu" else dataclasses.replace(shapes, row_shares=(1,))
 
 
 def pad_length(shapes: Shapes, num_tokens: int) -> int:
-    """What a record is padded to, said a second time: the package cuts many records at once."""
+    """Return the padded length of a record, computed separately from the package, which pads many records at once."""
     return next(length for length in shapes.lengths if num_tokens <= shapes.compute_longest_record(length))
 
 
 def build_copy(spec: TaskModelSpec) -> TaskModel:
-    """A copy of the tiny model of this spec, which is built once in a process."""
-    # The processor's instructions decide what four-bit layers are.
+    """Return a copy of the tiny model for this spec; each model is built once per process."""
+    # The weights of 4-bit layers depend on the CPU's instruction set.
     return copy.deepcopy(_build_once(spec, torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
@@ -116,7 +116,7 @@ def record_example_gradients(model: TaskModel, batch: Batch) -> dict[str, torch.
 
 
 def set_random_values(model: TaskModel, size: float, *, seed: int = 11) -> TaskModel:
-    """The model with random trainable tensors of a given size, as after some training (B starts at zero)."""
+    """Set the trainable tensors to random values of a given size, as after some training (B is initialized to zero)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.trainable().values():

@@ -1,4 +1,4 @@
-"""Tables of cases that lie beside the tests of a room, in its `cases.yaml`."""
+"""Tables of test cases, stored in the `cases.yaml` of each room."""
 
 from pathlib import Path
 from typing import Any
@@ -7,5 +7,5 @@ import yaml
 
 
 def read_cases(test_file: str, name: str) -> Any:
-    """The table of this name beside a test's file."""
+    """Read the table of this name from the `cases.yaml` in the test file's folder."""
     return yaml.safe_load(Path(test_file).with_name("cases.yaml").read_text(encoding="utf-8"))[name]

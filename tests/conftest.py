@@ -1,4 +1,4 @@
-"""What tests of several layers share: the command line, the smallest run, and a run's plan, proposal and policy."""
+"""Fixtures and helpers for several layers: the command line, the smallest run, and its plan, proposal and policy."""
 
 import contextlib
 import copy
@@ -43,29 +43,29 @@ from .privacy.builders import change_values, lead_key, make_policy, make_proposa
 
 REPOSITORY = Path(__file__).parents[1]
 _BEGAN = time.monotonic()
-# Ledgers and run folders are synced at every step, and a disk takes longer for that than the tests take otherwise.  No
-# test cuts the power, so their folders are in memory where there is room.
+# Ledgers and run folders are synced to disk at every step, which takes longer than the rest of the tests. No test cuts
+# the power, so their folders are in memory if there is enough space.
 _MEMORY, _ROOM = Path("/dev/shm"), 8 << 30
 if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > _ROOM:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
-# Phrases are looked for in what commands print: no line is broken but where a test says how wide its terminal is.
+# Tests search for phrases in printed output, so lines do not wrap unless a test sets the terminal width.
 os.environ["COLUMNS"] = "250"
-# Hypothesis keeps what failed beside the tests, not in the working folder, where no test leaves anything.
+# Hypothesis stores failing examples in the repository, because no test may write to the working folder.
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(REPOSITORY / ".hypothesis"))
-# Flower's command line imports typer, which imports names that click 8.4 announces to remove.
+# Flower's command line imports typer, which uses names that click 8.4 deprecates.
 _CLICK = r"'click\."
 warnings.filterwarnings("ignore", _CLICK, DeprecationWarning)  # while the other conftest files are imported
-# What is imported and collected stays for good: searching it for garbage takes half as long again as importing it.
+# Imported modules and collected tests stay in memory; collecting garbage while importing them takes 50 % longer.
 gc.disable()
 
 
-# What runs of many tests have in common is read once in this process: conf/, overrides, and the records of the
-# repository's own data files.
+# Data that many tests read is cached once per process: conf/, overrides, and the records of the repository's own data
+# files.
 _plain_yaml = experiment_file.read_plain_yaml
 _of_conf = cache(_plain_yaml)
 _judged, _record_key = records.validate_rows, records.record_key
 _keys: dict[int, bytes] = {}
-"""By the identity of a record that `_read` keeps for good."""
+"""Record keys by the identity of a record; `_read` keeps these records alive."""
 
 
 @cache
@@ -90,7 +90,7 @@ def _cache_validated_records(
         yield line, (fault(found) or found) if isinstance(found, Record) else found
 
 
-# Composing the same words again takes Hydra a third of a second.
+# Hydra takes a third of a second to compose the same words again.
 _compose_settings = compose.compose_settings
 _OF_A_TEST = re.compile(r"[^'\"=\[,]*/pytest-of-[^/]+/pytest-\d+/[^/'\",\]]+")
 _BYPASSED = re.compile(r"^[+~]*(experiment=.*[/.]|.*hydra)|--|pkg:")
@@ -98,9 +98,9 @@ _composed: dict[object, Any] = {}
 
 
 def _cache_composed_settings(words: Sequence[str] = (), **options: Any) -> DictConfig:
-    """Compose each list of words once in this process; a test's own folder is put in afterwards.
+    """Compose each list of words once per process; the test's own folder is substituted afterwards.
 
-    Composed anew are those that read a file of the test's own, or say something about Hydra itself.
+    Words that read a test's own file or contain Hydra settings are not cached.
     """
     if any(_BYPASSED.search(word) for word in words):
         return _compose_settings(words, **options)
@@ -131,7 +131,7 @@ partition.record_key = lambda record: _keys.get(id(record)) or _record_key(recor
 
 
 def share_tiny_models() -> None:
-    """Build each tiny random model once in this process; each run gets a copy, and tries it as every run does."""
+    """Build each tiny random model once per process; each run gets a copy, and tests it as usual."""
     from fedtune.sites import shared_model
 
     build = shared_model.build_task_model
@@ -168,19 +168,19 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let through what libraries say about each other; everything else stays an error."""
+    """Ignore deprecation warnings that libraries cause in each other; every other warning stays an error."""
     config.addinivalue_line("filterwarnings", f"ignore:{_CLICK}:DeprecationWarning")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Of a test with `by_day(...)` leave the cases that it does not name to the night."""
+    """Mark the cases that `by_day(...)` does not list as nightly."""
     if (by_day := item.get_closest_marker("by_day")) and item.callspec.id not in by_day.args:  # type: ignore[attr-defined]
         item.add_marker("nightly")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Refuse a name in `by_day(...)` that no case has, where whole files were collected."""
+    """Refuse an id in `by_day(...)` that no case has, if whole files were collected."""
     if any("::" in argument for argument in config.args):
         return
     named: dict[str, set[str]] = {}
@@ -193,7 +193,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """From here on search for garbage, but only in what the tests make."""
+    """Enable garbage collection, but exclude everything that was imported or collected."""
     gc.freeze()
     gc.enable()
     if "fedtune.sites.shared_model" in sys.modules:
@@ -202,7 +202,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An empty folder is where all tests run, so that none sees a clone's runs/, ledgers or site.toml."""
+    """Run all tests in an empty folder, so that none reads a checkout's runs/, ledgers or site.toml."""
     folder, before = tmp_path_factory.mktemp("empty"), Path.cwd()
     os.chdir(folder)
     yield folder
@@ -211,11 +211,11 @@ def _empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def _check_empty_folder(_empty_folder: Path) -> Iterator[None]:
-    """No test hands the next one anything in the folder where both run."""
+    """Check that a test leaves no files in the shared working folder."""
     yield
     assert Path.cwd() == _empty_folder
     left = sorted(path.name for path in _empty_folder.iterdir())
-    for name in left:  # the next test shall not fail for it
+    for name in left:  # so that the next test does not fail
         shutil.rmtree(name) if (_empty_folder / name).is_dir() else (_empty_folder / name).unlink()
     assert left == []
 
@@ -228,7 +228,7 @@ class Outcome:
 
     @property
     def message(self) -> str:
-        """The one line that a person is told; anything more, or a traceback, fails the test."""
+        """The one-line message to the user; further lines or a traceback fail the test."""
         lines = self.err.splitlines()
         assert len(lines) == 1, self.err
         assert lines[0].startswith("fedtune: ")
@@ -236,12 +236,12 @@ class Outcome:
 
     @property
     def printed(self) -> str:
-        """What a command printed, which must have succeeded."""
+        """The output of a command that must have succeeded."""
         assert self.code == 0, f"exit code {self.code}\n{self.out}{self.err}"
         return self.out
 
     def failed(self, code: int = 2) -> str:
-        """The message of a command, which must have failed with this exit code."""
+        """The message of a command that must have failed with this exit code."""
         assert self.code == code, f"exit code {self.code}\n{self.out}{self.err}"
         return self.message
 
@@ -251,10 +251,10 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 
 def parse_command(*arguments: str) -> dict[str, Any]:
-    """What the command line makes of the arguments, as the command's function would get it; nothing runs.
+    """Parse the arguments as the command line would, without running the command.
 
     Raises:
-        click.UsageError: it can make nothing of them.
+        click.UsageError: the arguments are invalid.
     """
     found: list[dict[str, Any]] = []
     with (
@@ -273,7 +273,7 @@ def run_command(*arguments: str) -> Outcome:
 
 
 def run_python(*words: str | Path, **how: Any) -> str:
-    """What Python prints in a process of its own, which must end well."""
+    """Run Python in a separate process, which must succeed, and return its output."""
     run = {"capture_output": True, "text": True, "timeout": 600, "check": False}
     done = subprocess.run([sys.executable, *words], **run | how)
     assert done.returncode == 0, done.stderr
@@ -282,7 +282,7 @@ def run_python(*words: str | Path, **how: Any) -> str:
 
 @contextlib.contextmanager
 def restore_logging() -> Iterator[None]:
-    """Afterwards the process logs as it did before, whatever took its logging over in the block."""
+    """Restore the logging configuration and hooks of the process after the block."""
     loggers = [logging.root, *(one for one in logging.root.manager.loggerDict.values() if type(one) is logging.Logger)]
     before = [(logger, logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
     factory = logging.getLogRecordFactory()
@@ -298,9 +298,9 @@ def restore_logging() -> Iterator[None]:
 
 
 def list_tiny_overrides(*overrides: str, into: Path, name: str = "run") -> list[str]:
-    """Overrides of a run that takes well under a second: given noise saves the search for it.
+    """Return overrides for a run that takes well under a second; fixed noise avoids the calibration.
 
-    The keyword `into` is the folder for run folders.  Positional overrides come last, and so win.
+    The keyword `into` is the folder for run folders. Positional overrides are last, so they take precedence.
     """
     own = any(override.startswith("experiment=") for override in overrides)
     return [
@@ -319,12 +319,12 @@ def simulate(*overrides: str, into: Path, name: str = "run") -> Path:
 
 
 def write_config(config: RunConfig, folder: Path) -> None:
-    """The config.yaml of a run folder, which is made where there is none."""
+    """Write the config.yaml of a run folder, and create the folder if it does not exist."""
     write_durably(RunFolder(folder).config, format_config_yaml(config))
 
 
 def check_planned_bytes(folder: Path) -> None:
-    """Check that the rounds of a simulation moved what `fedtune plan` says; its sites have their settings already."""
+    """Check that a simulation transfers what `fedtune plan` estimates, without settings, which its sites have."""
     from fedtune.ops.round_bytes import estimate_round_bytes
     from fedtune.sites.shared_settings import select_settings_for_sites, serialize_for_sites
     from fedtune.tasks.task_model import build_task_model
@@ -332,7 +332,7 @@ def check_planned_bytes(folder: Path) -> None:
     config, rounds = read_saved_config(folder), read_result(folder)["rounds"]
     down, up = estimate_round_bytes(config, config.plan(), build_task_model(config.task_model()))
     down -= len(serialize_for_sites(select_settings_for_sites(config)).encode())
-    for entry in rounds[1:]:  # in the first one a session of secure aggregation begins
+    for entry in rounds[1:]:  # the first round also sets up secure aggregation
         sites = len(entry["sites"])
         assert (entry["bytes_down"], entry["bytes_up"]) == pytest.approx((sites * down, sites * up), rel=0.02)
 
@@ -356,7 +356,7 @@ def read_adapter_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "adapter").glob("*.safetensors"))}
 
 
-# The same, for tests that take them as fixtures.
+# The same helpers as fixtures.
 _command = pytest.fixture(scope="session", name="command")(lambda: run_command)
 _tiny = pytest.fixture(scope="session", name="tiny")(lambda: list_tiny_overrides)
 _simulate = pytest.fixture(scope="session", name="simulate")(lambda: simulate)
@@ -370,7 +370,7 @@ def run_plan() -> Plan:
 
 
 def run_proposal(**changes: Any) -> Proposal:
-    """What the lead proposes for the run `r`; keywords override fields of the proposal or of its plan."""
+    """Build the lead's proposal for the run `r`; keywords override fields of the proposal or of its plan."""
     of_plan = {field.name for field in fields(Plan)}
     plan = replace(run_plan(), **{key: value for key, value in changes.items() if key in of_plan})
     of_run = {"dataset": "patients", "base_model": "ab" * 32, "target_modules": ("query", "value"), "plan": plan}
@@ -378,23 +378,23 @@ def run_proposal(**changes: Any) -> Proposal:
 
 
 def name_run(run: str, settings: str) -> str:
-    """A run's name as a lead makes it of the run's settings."""
+    """Return the run name that a lead derives from the run's settings."""
     return f"{run}-{hashlib.sha256(settings.encode()).hexdigest()[:32]}"
 
 
 def make_site_policy(site: str = "a", *, declared_size: int = 100, **changes: Any) -> Policy:
-    """A site's policy that allows the run `r` and no more, with room for several such runs.
+    """Build a site's policy that allows only the run `r`, with a budget for several such runs.
 
-    Keywords override tables by dicts of their values, as in `limits={"max_rounds": 9}`, and other keys by values.
+    Keywords override tables with dicts of their values, as in `limits={"max_rounds": 9}`, and other keys with values.
     """
-    asked = run_proposal()
-    plan = asked.plan
+    proposal = run_proposal()
+    plan = proposal.plan
     steps = plan.local_steps * plan.max_rounds
     reference = ReferenceRun(sampling_rate=plan.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=steps)
     allowed = make_policy(
         site=site,
         population={"name": f"{site}-patients"},
-        dataset=(Dataset(id=asked.dataset, declared_size=declared_size),),
+        dataset=(Dataset(id=proposal.dataset, declared_size=declared_size),),
         budget={"delta": plan.delta, "max_epsilon": 5.0, "reference": reference},
         limits={
             "min_noise_multiplier": plan.noise_multiplier,
@@ -402,13 +402,13 @@ def make_site_policy(site: str = "a", *, declared_size: int = 100, **changes: An
             "max_grad_norm": plan.max_grad_norm,
             "max_local_steps": plan.local_steps,
             "max_rounds": plan.max_rounds,
-            "max_adapter_value": 5.0,  # the made-up adapters of the tests go up to it
+            "max_adapter_value": 5.0,  # the tests' random adapters have values up to this
         },
         allow={
-            "leads": (asked.lead,),
-            "base_models": (asked.base_model,),
-            "target_modules": asked.target_modules,
-            "max_rank": asked.rank,
+            "leads": (proposal.lead,),
+            "base_models": (proposal.base_model,),
+            "target_modules": proposal.target_modules,
+            "max_rank": proposal.rank,
         },
     )
     return change_values(allowed, **changes)
@@ -417,7 +417,7 @@ def make_site_policy(site: str = "a", *, declared_size: int = 100, **changes: An
 def has_scale(values: Any, scale: float) -> bool:
     """Whether values look like independent N(0, scale^2), by a two-sided chi-square test of their variance.
 
-    It rejects a right scale once in a million; with 5,000 values it misses one that is 10 % off less often than that.
+    The test rejects a correct scale once in a million; with 5,000 values it misses a 10 % error even less often.
     """
     from scipy import stats
 
@@ -434,8 +434,8 @@ _has_scale = pytest.fixture(scope="session", name="has_scale")(lambda: has_scale
 
 @pytest.fixture
 def sent_bytes(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """Every byte of every message that a site hands to Flower, as it would be put on the wire."""
-    from flwr.common.serde import message_to_proto  # here, for the sake of tests that need no Flower
+    """Return the bytes of every message that a site passes to Flower, as serialized for the network."""
+    from flwr.common.serde import message_to_proto  # imported here because some tests run without Flower
 
     from fedtune.flower.simulation import InProcessGrid
 
@@ -454,7 +454,7 @@ def sent_bytes(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 def fail_where(
     patched: pytest.MonkeyPatch, owner: Any, name: str, when: Callable[..., bool], error: BaseException | None = None
 ) -> None:
-    """The function or method raises an error where `when` is true of its arguments."""
+    """Make the function or method raise an error for arguments where `when` is true."""
     real = getattr(owner, name)
 
     def fail_or_call(*given: Any, **named: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Python processes that begin with the large libraries in memory: `Forked` in the place of `subprocess.Popen`.
+"""Python processes with the large libraries already loaded: `Forked` replaces `subprocess.Popen`.
 
-Importing torch, transformers, peft and Flower takes a process longer than most of what tests have it do.  A server
-(this file as a program) imports them once and forks.  What it forks is a process like any other: it has its own pid
-and exit code, takes signals, ends as Python ends, and is a child of the process that asked for it.
+Importing torch, transformers, peft and Flower takes longer than most of the work that tests give a process. A server
+(this file as a program) imports them once and forks. A forked process behaves like any other: it has its own pid
+and exit code, handles signals, exits as Python does, and is a child of the process that requested it.
 FEDTUNE_TEST_FORK=no starts each process the ordinary way.
 """
 
@@ -61,16 +61,16 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
 sys.exit(code if code >= 0 else 128 - code)
 """
 _SET_BY_IMPORTS: dict[str, str] = {}
-"""Environment variables that importing sets where nobody else has."""
+"""Environment variables that the imports set if they were unset."""
 
 
 class Forked(subprocess.Popen[Any]):
-    """`subprocess.Popen` for `[sys.executable, ...]`, also within `ip netns exec NAME`; other commands run as ever.
+    """`subprocess.Popen` for `[sys.executable, ...]`, also within `ip netns exec NAME`; other commands run as usual.
 
-    The process takes Ctrl-C, even where a shell that started pytest in the background has its children ignore it.
+    The process handles Ctrl-C even if the shell that started pytest in the background ignores it for its children.
     """
 
-    def _execute_child(self, *given: Any) -> None:  # the one hook that leaves all else of Popen as it is
+    def _execute_child(self, *given: Any) -> None:  # the only hook that leaves the rest of Popen unchanged
         named = inspect.signature(super()._execute_child).bind(*given).arguments  # type: ignore[misc]
         request = None if os.environ.get("FEDTUNE_TEST_FORK") == "no" else _request(named)
         if request is None:
@@ -85,7 +85,7 @@ class Forked(subprocess.Popen[Any]):
 
 
 def run_forked(words: Sequence[str], *, timeout_s: float, **options: Any) -> subprocess.CompletedProcess[str]:
-    """`subprocess.run` of a `Forked`: what it says is captured as text, and it is killed when time is up."""
+    """`subprocess.run` with `Forked`: captures the output as text, and kills the process at the timeout."""
     with Forked(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
         try:
             out, err = process.communicate(timeout=timeout_s)
@@ -97,9 +97,9 @@ def run_forked(words: Sequence[str], *, timeout_s: float, **options: Any) -> sub
 
 @contextlib.contextmanager
 def write_forked_commands(folder: Path) -> Iterator[Path]:
-    """A folder, made in `folder`, to put first in the PATH of a shell: its `fedtune` and `python` are `Forked`.
+    """Write `fedtune` and `python` commands that use `Forked` into a folder, which a shell can put first in its PATH.
 
-    What still runs at the end is killed.
+    Commands that still run at the end are killed.
     """
     commands, address = folder / "commands", str(folder / "commands.socket")
     commands.mkdir()
@@ -120,7 +120,7 @@ def write_forked_commands(folder: Path) -> Iterator[Path]:
 
 
 def _accept_connections(door: socket.socket, begun: list[Forked]) -> None:
-    """Fork for each command that a shell starts, until the door is shut."""
+    """Fork for each command that a shell starts, until the socket is closed."""
     with contextlib.suppress(OSError):
         while True:
             channel, _ = door.accept()
@@ -128,7 +128,7 @@ def _accept_connections(door: socket.socket, begun: list[Forked]) -> None:
 
 
 def _impersonate_account(channel: socket.socket, begun: list[Forked]) -> None:
-    """Start what one command stands for, and tell it the pid and then the exit code."""
+    """Start the process of one command, and send it the pid and then the exit code."""
     with channel:
         message, streams, _, _ = socket.recv_fds(channel, _MAX_BYTES, 3)
         asked = json.loads(message)
@@ -143,7 +143,7 @@ def _impersonate_account(channel: socket.socket, begun: list[Forked]) -> None:
 
 
 def _request(named: dict[str, Any]) -> dict[str, Any] | None:
-    """What the server is asked for; None for a command that is not Python's."""
+    """Build the request for the fork server; None for a command other than Python."""
     words, network = [os.fspath(word) for word in named["args"]], None
     if tuple(words[:3]) == _IN_NETWORK:
         network, words = words[3], words[4:]
@@ -162,7 +162,7 @@ def _request(named: dict[str, Any]) -> dict[str, Any] | None:
 
 @cache
 def _open_server_channel() -> socket.socket:
-    """The channel to a process that forks, one for this process; it ends when its channel does."""
+    """Return this process's channel to a fork server, which exits when the channel closes."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     words = [sys.executable, __file__, str(theirs.fileno())]
@@ -173,11 +173,11 @@ def _open_server_channel() -> socket.socket:
 
 
 def _ask_for_fork(request: dict[str, Any], descriptors: Sequence[int]) -> int:
-    """Have the server fork; the pid of the new process, which is a child of this one."""
+    """Ask the server to fork, and return the pid of the new process, which is a child of this one."""
     server, given = _open_server_channel(), array.array("i", descriptors).tobytes()
     control = ctypes.CDLL(None, use_errno=True).prctl
     assert control(_SUBREAPER, 1, 0, 0, 0) == 0, os.strerror(ctypes.get_errno())
-    try:  # meanwhile, descendants whose parents end become children of this process
+    try:  # meanwhile, orphaned descendants also become children of this process
         server.sendmsg([json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, given)])
         answer = server.recv(_MAX_BYTES)
     finally:
@@ -187,7 +187,7 @@ def _ask_for_fork(request: dict[str, Any], descriptors: Sequence[int]) -> int:
 
 
 def _serve(channel: socket.socket) -> dict[str, Any] | None:
-    """Fork for each request; returns a request in the process that is to become what it asks for, else None."""
+    """Fork for each request. Returns the request in each new process, and None in the server at the end."""
     while True:
         message, descriptors, _, _ = socket.recv_fds(channel, _MAX_BYTES, 3)
         if not message:
@@ -205,7 +205,7 @@ def _serve(channel: socket.socket) -> dict[str, Any] | None:
                 channel.detach()
                 return {**json.loads(message), "descriptors": descriptors}
             os.write(write, str(child).encode())
-            os._exit(0)  # the child becomes that of the process that asked
+            os._exit(0)  # the requesting process becomes the parent of the child
         os.waitpid(between, 0)
         channel.send(os.read(read, 20))
         for descriptor in (read, write, *descriptors):
@@ -213,7 +213,7 @@ def _serve(channel: socket.socket) -> dict[str, Any] | None:
 
 
 def _apply_process_state(request: dict[str, Any]) -> None:
-    """Take on the state of a new process: session, network, folder, environment, streams, arguments, randomness."""
+    """Apply the state of a new process: session, network, folder, environment, streams, arguments, randomness."""
     if request["own_session"]:
         os.setsid()
     if request["network"]:
@@ -226,7 +226,7 @@ def _apply_process_state(request: dict[str, Any]) -> None:
     for target, source in enumerate(request["descriptors"]):
         os.dup2(source, target)
         os.close(source)
-    # Those of the server remember whether its own files could be sought.
+    # The server's stream objects remember whether its own files were seekable.
     sys.stdin = open(0, closefd=False, encoding="utf-8")  # noqa: SIM115 - they live as long as the process
     sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
@@ -250,7 +250,7 @@ def _run(kind: str, *rest: str) -> None:
 
 
 def _end(code: int) -> None:
-    """End as Python does, but take nothing apart: that touches, and so copies, all that is shared with the server."""
+    """Exit as Python does, but without freeing objects, which would touch and so copy memory shared with the server."""
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -260,15 +260,15 @@ def _end(code: int) -> None:
 
 def _run_server() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends pytest, and with it this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends pytest, and then this server
     before = set(os.environ)
     for name in _IMPORTED:
         importlib.import_module(name)
-    logging.root.handlers.clear()  # a library's import makes one, which would keep a process from making its own
+    logging.root.handlers.clear()  # a library adds a handler, which would keep a process from adding its own
     _SET_BY_IMPORTS.update((name, value) for name, value in os.environ.items() if name not in before)
-    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
+    assert len(os.listdir("/proc/self/task")) == 1, "a process with several threads cannot fork safely"
     gc.collect()
-    gc.freeze()  # so that no collection in a child touches, and copies, what it shares with its siblings
+    gc.freeze()  # so that garbage collection in a child does not touch, and so copy, shared memory
     request = _serve(channel)
     if request is not None:
         _apply_process_state(request)
@@ -279,7 +279,7 @@ def _run_server() -> None:
             code = asked.code
         if code is None or isinstance(code, int):
             _end(code or 0)
-        sys.exit(code)  # a text, which Python prints
+        sys.exit(code)  # Python prints a string
 
 
 if __name__ == "__main__":

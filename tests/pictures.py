@@ -1,4 +1,4 @@
-"""Images and tiny vision models with random weights, as tests of several layers need them."""
+"""Images and tiny vision models with random weights, for tests of several layers."""
 
 import csv
 import io
@@ -31,10 +31,10 @@ _EXACT = {"size": {"height": SIDE, "width": SIDE}}
 _CUT = {"size": {"height": 10, "width": 10}, "crop_size": {"height": SIDE, "width": SIDE}}
 _CUT_EDGE = {"size": {"shortest_edge": 10}, "crop_size": {"height": SIDE, "width": SIDE}}
 _SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4, "image_size": SIDE}
-# In so narrow a model the input would otherwise hardly reach the output.
+# In such a narrow model the input would otherwise hardly affect the output.
 _PLAIN = {**_SMALL, "intermediate_size": 32, "initializer_range": 0.2}
 _SIGLIP = SiglipVisionConfig(**_SMALL, intermediate_size=32)
-# Of larger images than its processor makes, as the published ones are.
+# The position grid is for larger images than the processor produces, as in the published models.
 _DINOV2 = Dinov2Config(**{**_SMALL, "image_size": 20, "mlp_ratio": 2, "initializer_range": 0.2})
 MODELS: dict[str, tuple[Any, Any, int]] = {
     "vit": (partial(ViTModel, ViTConfig(**_PLAIN), add_pooling_layer=False), ViTImageProcessorPil(**_EXACT), 5),
@@ -42,11 +42,11 @@ MODELS: dict[str, tuple[Any, Any, int]] = {
     "dinov2": (partial(Dinov2Model, _DINOV2), BitImageProcessorPil(**_CUT_EDGE), 5),
     "siglip": (partial(SiglipVisionModel, _SIGLIP), SiglipImageProcessorPil(**_EXACT), 4),
 }
-"""By name: the model, its image processor, and how many places an image has in it."""
+"""Each model by name: its configuration, its image processor, and the number of positions per image."""
 
 
 def write_vision_folder(folder: Path, kind: str = "vit") -> Path:
-    """A folder of transformers with a model and its image processor; the same weights in every call."""
+    """Write a transformers folder with a model and its image processor; every call writes the same weights."""
     make, processor, _ = MODELS[kind]
     with silence_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
@@ -56,7 +56,7 @@ def write_vision_folder(folder: Path, kind: str = "vit") -> Path:
 
 
 def make_picture(*, seed: int = 0, size: tuple[int, int] = (12, 10), tint: int | None = None) -> Image.Image:
-    """Noise; `tint`: with one of the three colors brighter."""
+    """Draw noise; with `tint`, one of the three colors is brighter."""
     pixels = np.random.default_rng(seed).integers(0, 130, size=(size[1], size[0], 3))
     if tint is not None:
         pixels[..., tint] += 120
@@ -73,7 +73,7 @@ COLORS = ("red", "green", "blue")
 
 
 def write_pictures(folder: Path, name: str, count: int, *, seed: int) -> Path:
-    """A table of paths below `images/` with the brighter color of each as its label, and a number."""
+    """Write a table of image paths below `images/`, each with its brighter color as the label, and a number."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     draws = np.random.default_rng(seed)
     with (folder / name).open("w", newline="") as stream:

@@ -1,4 +1,4 @@
-"""Processes of a federation: real ones, logged to a file, waited for with a limit, ended by their own pid."""
+"""Processes of a federation: real processes with a log file, waits with a timeout, and termination by pid."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .forked import Forked
 FEDTUNE = (sys.executable, "-m", "fedtune")
 REPOSITORY = Path(__file__).parents[1]
 START_S, RUN_S = 150.0, 240.0
-"""How long starting, and finishing a run, may take on a slow machine."""
+"""Timeouts in seconds for starting, and for finishing a run, on a slow machine."""
 
 
 def wait_for(
     condition: Callable[[], Any], *, seconds: float = 60.0, what: str = "what it needs", needs: Process | None = None
 ) -> None:
-    """Wait until `condition` holds; fail when it does not within `seconds`, or once the process `needs` has ended."""
+    """Wait until `condition` holds; fail after `seconds`, or once the process `needs` has exited."""
     deadline = time.monotonic() + seconds
     while True:
         ended = needs is not None and needs.code is not None
@@ -36,14 +36,14 @@ def wait_for(
 
 
 def make_environment(**more: str) -> dict[str, str]:
-    given = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
-    # A proxy of this machine's is none of theirs.
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
+    # The processes must not use a proxy of this machine.
     own = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    return {**own, **given, **more}
+    return {**own, **variables, **more}
 
 
 class Process:
-    """One process in a folder, by its command line, with what it says on stdout and stderr added to `log`."""
+    """A command-line process in a folder; its stdout and stderr are appended to `log`."""
 
     def __init__(
         self, name: str, words: Sequence[str], *, log: Path, cwd: Path, env: Mapping[str, str] | None = None
@@ -71,7 +71,7 @@ class Process:
 
     @property
     def text(self) -> str:
-        """What it has said so far; not what an earlier process wrote into the same file."""
+        """The output so far, without that of earlier processes in the same file."""
         return self.log.read_bytes()[self._from :].decode(errors="replace")
 
     def lines(self, event: str) -> list[dict[str, Any]]:
@@ -79,7 +79,7 @@ class Process:
         return [line for line in map(json.loads, whole) if line["event"] == event]
 
     def wait_for_text(self, text: str, *, count: int = 1, seconds: float = START_S) -> None:
-        """Wait until it has said `text` so many times."""
+        """Wait until the output contains `text` at least this many times."""
         wait_for(
             lambda: self.text.count(text) >= count, seconds=seconds, what=f"{self.name} to say {text!r}", needs=self
         )
@@ -94,13 +94,13 @@ class Process:
             raise AssertionError(f"{self.name} has not ended within {seconds:g} s") from None
 
     def kill(self) -> None:
-        """End it as a power cut would."""
+        """Kill the process without warning, as a power cut would."""
         assert self.code is None, f"{self.name} had ended by itself with {self.code}"
         self._process.kill()
         assert self.end(seconds=30) == -signal.SIGKILL
 
     def ask_to_end(self) -> None:
-        """Send SIGTERM, also to one that is stopped."""
+        """Send SIGTERM, also to a stopped process."""
         if self.code is None:
             self._process.send_signal(signal.SIGCONT)
             self._process.terminate()

@@ -1,4 +1,4 @@
-"""The rules of the house that a program can check; that imports point down is `lint-imports`, run by `make test`."""
+"""House rules that a program can check; `lint-imports`, run by `make test`, checks the layers."""
 
 import ast
 import graphlib
@@ -20,19 +20,19 @@ PACKAGE = REPOSITORY / "fedtune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MAX_CODE_LINES_OF_A_FILE = 400
 LONG_FILES = {"lab/preparation/detect.py": 411}
-"""Files that are longer yet; none is added, and none grows."""
+"""Files that still exceed the limit; the list and its files must not grow."""
 OWN_READERS = {
     "codec.py",
     *("extras.py", "version.py"),  # installed source code
     *("ops/doctor/machine_checks.py", "training/machine.py"),  # /proc and /sys
-    *("model/base_model.py", "model/manifest.py", "tasks/saved.py", "lab/studies/in_memory.py"),  # own copies
-    "flower/internals.py",  # a kit's certificates, which `KitCertificate` read before
-    # A run's report checks `is_file()` first; the page's fonts and the maps are installed.
+    *("model/base_model.py", "model/manifest.py", "tasks/saved.py", "lab/studies/in_memory.py"),  # this process's files
+    "flower/internals.py",  # a kit's certificates, which `KitCertificate` has already checked
+    # A run's report checks `is_file()` first; the page's fonts and the maps are part of the installation.
     *("report/attacks.py", "report/checks.py", "report/from_run.py", "report/gate_rules.py", "report/gate_verdict.py"),
     *("report/derive/verdicts.py", "report/page/render.py", "report/requirements.py"),
 }
 INSTALLED = ("__file__", "_TEMPLATES", "find_config_folder()", "find_shipped_folders()")
-"""Expressions for files of the installation."""
+"""Expressions for installed files."""
 
 
 def get_relative_name(path: Path) -> str:
@@ -55,7 +55,7 @@ def test_no_module_has_a_meaningless_name() -> None:
 
 @cache
 def list_imports() -> dict[str, set[str]]:
-    """What each module imports from this package: at once, within a function, or for types alone."""
+    """List each module's imports from this package: at import time, within functions, and for types only."""
     graph = grimp.build_graph("fedtune", cache_dir=None)
     return {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
 
@@ -68,7 +68,7 @@ def test_modules_have_no_circular_imports() -> None:
 
 
 def test_short_modules_with_one_user_are_merged() -> None:
-    """A short module that only one module beside it needs is a part of that module; tasks and algorithms have files."""
+    """A short module that only one neighbor imports belongs in that neighbor, except tasks and algorithms."""
     registries = {"fedtune.tasks.registry", "fedtune.training.algorithms.algorithm_registry"}
     shreds = []
     for path in MODULES:
@@ -95,8 +95,8 @@ def test_package_contains_no_unused_code() -> None:
     tool.scavenge([str(PACKAGE)])
     found = {item.name for item in tool.get_unused_code()}
     allowed = {name for names in ALLOWED_UNUSED.values() for name in names}
-    assert found - allowed == set(), "nothing in fedtune/ uses these: delete them, or say in allowed_unused.py who does"
-    assert allowed - found == set(), "these are gone or in use: take them out of allowed_unused.py"
+    assert found - allowed == set(), "unused in fedtune/: delete these, or name their users in allowed_unused.py"
+    assert allowed - found == set(), "these no longer exist or are now used: remove them from allowed_unused.py"
 
 
 def test_files_stay_below_the_line_limit() -> None:
@@ -105,13 +105,13 @@ def test_files_stay_below_the_line_limit() -> None:
 
 
 def test_spec_modules_contain_no_assert_statements() -> None:
-    # An assert is gone under `python -O`; a person's mistake must stay one.
+    # `python -O` removes assert statements; invalid settings must still be refused.
     for path in PACKAGE.rglob("spec.py"):
         assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)], path
 
 
 def test_files_from_outside_are_read_as_regular_files() -> None:
-    """A pipe in a run folder, a kit or a site's state would block its reader forever, and a device has no end."""
+    """A pipe in a run folder, a kit or a site's state would block its reader forever; a device has no end."""
     found = set()
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -119,11 +119,11 @@ def test_files_from_outside_are_read_as_regular_files() -> None:
             if is_reader and not any(one in ast.unparse(node) for one in INSTALLED):
                 found.add(get_relative_name(path))
     assert found - OWN_READERS == set(), "read with codec.read_bounded_file or codec.read_regular_file"
-    assert OWN_READERS - found == set(), "take these out of OWN_READERS"
+    assert OWN_READERS - found == set(), "remove these from OWN_READERS"
 
 
 def test_commands_do_not_use_argparse() -> None:
-    # A Namespace of argparse is Any to mypy: a misspelt option would be found by who types it.
+    # Namespace attributes have type Any, so mypy could not find a misspelled option.
     assert [get_relative_name(path) for path in MODULES if "argparse" in path.read_text()] == []
 
 
@@ -136,14 +136,14 @@ def test_commands_do_not_use_argparse() -> None:
             "report.from_ledger report.page.render report.model_card cli.report cli.ledger cli.outlook",
             "torch transformers flwr scipy.stats scipy.signal scipy.optimize",
         ),
-        # Their --help answers at once.
+        # Their --help must be fast.
         ("cli.simulate cli.plan cli.run cli.audit", "torch hydra omegaconf pydantic numpy rich"),
-        # A container's probe, which runs every few seconds.
+        # A container's health probe runs every few seconds.
         ("ops.health", "torch flwr cryptography pydantic numpy"),
-        # What trains comes with the first message: a site starts at once, and waits in a third of the memory.
+        # Training code is loaded with the first message, so that a site starts fast and waits in a third of the memory.
         ("ops.services.site_service ops.metrics cli.site", "torch transformers peft opacus"),
     ],
-    ids=["the privacy core", "tasks", "a ledger's report", "help", "a probe", "a site that waits"],
+    ids=["the privacy core", "tasks", "a ledger's report", "help", "health probe", "waiting site"],
 )
 def test_modules_import_without_heavy_frameworks(modules: str, libraries: str) -> None:
     imported = ", ".join(f"fedtune.{module}" for module in modules.split())

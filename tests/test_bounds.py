@@ -1,4 +1,4 @@
-"""Values out of bounds, as bounds.toml lists them: each is refused by its key, and its bound is told."""
+"""Out-of-bounds values from bounds.toml: each error names the key and the bound."""
 
 import tomllib
 from collections.abc import Callable
@@ -38,7 +38,7 @@ WITH: dict[str, Callable[..., object]] = {
     "sum_terms": lambda **value: replace(make_terms(3, 2), **value),
     "held_out": lambda **value: HeldOut(**{"run": "r", "date": "", "mean": 0.5, "deviation": 0.1, **value}),
 }
-"""Something that has a value, beside others that are right; a table of a policy is of the shared one."""
+"""Builders of an object with the given value and valid defaults; policy tables are built by `make_policy`."""
 
 
 @pytest.mark.parametrize(

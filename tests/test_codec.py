@@ -1,4 +1,4 @@
-"""The one reader of records: what the types of a class allow, to the letter, and else one error that names the key."""
+"""The record reader: accepts exactly the declared types, and names the key in every error."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def test_record_is_decoded_according_to_its_types() -> None:
     assert whole == Whole(Color.RED, ((1, "a"),), frozenset({(2, "b")}), {"r": 3}, 4.0)
     assert type(whole.cap) is float
     assert [decode(Whole, JSON | {"layers": given}).layers for given in ([1], "all")] == [(1,), "all"]
-    assert decode(Whole, JSON | {"part": {}}).part == Part(2.0), "a table leaves out what its default has"
+    assert decode(Whole, JSON | {"part": {}}).part == Part(2.0), "a table leaves out values equal to their defaults"
 
 
 @snapshots.parametrize_mistakes("mistakes-records")

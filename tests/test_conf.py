@@ -1,4 +1,4 @@
-"""conf/: plain data that composes in every combination a user can name, with no key too many or too few."""
+"""conf/: plain data, and every combination that a user can select composes with exactly the expected keys."""
 
 import dataclasses
 import typing
@@ -19,7 +19,8 @@ from .conftest import write_config
 CONF = find_config_folder()
 FILES = sorted(CONF.rglob("*.yaml"))
 OPTIONS = [(path.parent.name, path.stem) for path in FILES if path.parent != CONF and path.stem[0] != "_"]
-# The experiment in which an option makes a whole run, if not in the default; `own_text` and the like have their own.
+# The experiment in which an option makes a complete run, if not in the default; `own_text` and similar ones have their
+# own.
 _WITHIN = {
     ("data", "medical_abstracts"): "hospitals_abstracts",
     ("data", "e2e_nlg"): "smollm2_e2e",
@@ -78,11 +79,11 @@ def test_every_configuration_file_is_plain_data() -> None:
         settings = load(path)
         assert isinstance(settings, dict), path
         if path.parent.name in {"experiment", "data", "model", "lora", "privacy"}:
-            assert "# " in "".join(path.read_text().splitlines()[:2]), f"{path} says what it is for"
-        assert not settings.get("seeded_noise"), "nothing is seeded unless asked"
+            assert "# " in "".join(path.read_text().splitlines()[:2]), f"{path} must start with a comment"
+        assert not settings.get("seeded_noise"), "noise must be seeded only on request"
         for key, value in walk(settings):
-            assert not (isinstance(key, str) and key.startswith("_") and key.endswith("_")), f"{path}: {key} names code"
-            # PyYAML reads 1e-5 as a text; only 1.0e-5 is a number.
+            assert not (isinstance(key, str) and key.startswith("_") and key.endswith("_")), f"{path}: {key} is code"
+            # PyYAML reads 1e-5 as a string; only 1.0e-5 is a number.
             if isinstance(value, str):
                 with pytest.raises(ValueError, match="could not convert"):
                     float(value)
@@ -91,9 +92,9 @@ def test_every_configuration_file_is_plain_data() -> None:
 @pytest.mark.parametrize("group", sorted({group for group, _ in OPTIONS if group != "experiment"}))
 def test_options_of_a_group_set_the_same_keys(group: str) -> None:
     assert {key for path in FILES for key in list_keys(path)} == list_spec_keys(), (
-        "the keys of all files are the settings"
+        "the keys in conf/ must be exactly the settings"
     )
-    # Else an option would silently keep a value of whatever was chosen before it.
+    # Otherwise an option would silently keep a value from the previously selected one.
     sets = {option: list_leaf_keys(read_option(group, option), f"{group}.") for of, option in OPTIONS if of == group}
     assert all(keys == next(iter(sets.values())) for keys in sets.values()), sets
 
@@ -122,7 +123,7 @@ def test_every_option_composes_and_round_trips(group: str, option: str, tmp_path
     write_config(config, tmp_path / "x")
     assert read_saved_config(tmp_path / "x") == config
     assert read_saved_config(tmp_path / "x").digest() == config.digest()
-    if group == "experiment":  # it runs in another runtime and without privacy, too
+    if group == "experiment":  # experiments must also run with Ray and without privacy
         other = compose_run([*overrides, "privacy=none", "runtime=ray"])
         assert (other.runtime.kind, other.privacy.private) == ("ray", False)
         return

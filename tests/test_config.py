@@ -1,4 +1,4 @@
-"""`RunConfig`: what it accepts, how it is written down, and what its digest depends on."""
+"""`RunConfig`: accepted values, serialization, and what its digest depends on."""
 
 import json
 import shlex
@@ -23,7 +23,7 @@ BASE: dict[str, Any] = compose_run(["experiment=debug", "name=x"]).to_json()
 
 
 def change_base(**changes: Any) -> dict[str, Any]:
-    """The base settings with `group__key` (or `key`) changed."""
+    """Return the base settings with `group__key` (or `key`) changed."""
     made: dict[str, Any] = json.loads(json.dumps(BASE))
     for name, value in changes.items():
         group, _, key = name.rpartition("__")
@@ -55,7 +55,7 @@ _settings = st.fixed_dictionaries(
         "federation__algorithm": st.sampled_from(["fedavg", "fedprox", "fedadam", "fedavgm", "fedmedian"]),
         "runtime__num_threads": st.none() | st.integers(1, 64),
         "runtime__seeded_noise": st.booleans(),
-        # A home of nobody (~0) is refused: tests of mistakes have it.
+        # The home of a nonexistent user (~0) is refused; tests of invalid settings cover it.
         "tracking__output_dir": st.text(st.characters(exclude_categories=["Cs"], exclude_characters="~")).filter(
             str.strip
         ),
@@ -81,7 +81,7 @@ def test_configuration_round_trips_through_json(changes: dict[str, Any]) -> None
 
 
 _NO_RESULT_CHANGES = [
-    {"privacy__records_per_user": 3},  # of no effect where a record is the unit
+    {"privacy__records_per_user": 3},  # has no effect with record-level privacy
     *({"name": "other"}, {"resume": "runs/x"}, {"runtime__kind": "ray"}, {"runtime__device": "cpu"}),
     *({"runtime__num_devices": 2}, {"runtime__num_threads": 3}, {"runtime__micro_batch_tokens": 77}),
     *({"runtime__step_mib": 77}, {"runtime__gradient_checkpointing": True}, {"runtime__sites_dir": "sites"}),
@@ -115,15 +115,15 @@ def test_required_settings_are_enforced_and_configurations_immutable() -> None:
     with pytest.raises(AttributeError):
         parse(BASE).seed = 2  # type: ignore[misc]
     ids = {parse(change_base(**changes)).run_id() for changes in ({}, {"name": "y"}, {"seed": 1})}
-    assert len(ids) == 3, "runs of another name or configuration are other runs at a site"
+    assert len(ids) == 3, "a change of name or configuration must change the run id"
     assert parse(change_base(runtime__num_threads=2)).run_id() in ids
 
 
 def test_plan_uses_the_configured_values() -> None:
-    # A given noise must do for all runs that share the epsilon.
-    given = {"privacy__noise_multiplier": 0.9, "privacy__epsilon": 8.0}
+    # Fixed noise must suffice for all runs that share the epsilon.
+    fixed = {"privacy__noise_multiplier": 0.9, "privacy__epsilon": 8.0}
     with pytest.raises(ConfigError, match=r"noise_multiplier = 0\.9: results in epsilon .* over 24 steps"):
-        parse(change_base(**given, privacy__planned_runs=6))
+        parse(change_base(**fixed, privacy__planned_runs=6))
     settings = change_base(privacy__noise_multiplier=4.0, federation__spare_rounds=2, training__local_steps=3)
     plan = parse(settings).plan()
     assert (plan.noise_multiplier, plan.local_steps, plan.num_rounds, plan.spare_rounds) == (4.0, 3, 2, 2)
@@ -152,7 +152,7 @@ def test_calibrated_noise_accounts_for_released_scores() -> None:
     accountant.compose(dp_event.PoissonSampledDpEvent(0.2, dp_event.GaussianDpEvent(plan.noise_multiplier)), 4)
     accountant.compose(dp_event.GaussianDpEvent(3.0), 2)
     assert 7.9 < accountant.get_epsilon(1e-5) <= 8.0
-    # Given noise has to pay for them, too.
+    # Fixed noise must cover released scores, too.
     assert parse(change_base(privacy__noise_multiplier=0.7)).privacy.noise_multiplier == 0.7
     with pytest.raises(ConfigError, match=r"privacy\.noise_multiplier = 0\.7: results in epsilon .*, above privacy"):
         parse(change_base(privacy__noise_multiplier=0.7, **NOISED, privacy__metrics_noise_multiplier=1.0))
@@ -195,9 +195,9 @@ def test_automatic_dtype_is_kept_only_for_simulations() -> None:
     base = ["experiment=debug", "model.dtype=auto"]
     assert compose_run(base).model.dtype == "auto"
     assert compose_run(base, for_real_sites=True).model.dtype == "float32"
-    assert compose_run([*base, "runtime=deployment"]).model.dtype == "float32", "each site has a machine of its own"
-    assert compose_run([*base, "runtime=ray"]).model.dtype == "float32", "so has each node"
-    assert compose_run([*base, "runtime.seeded_noise=true"]).model.dtype == "float32", "it is repeated anywhere"
+    assert compose_run([*base, "runtime=deployment"]).model.dtype == "float32", "each site has its own machine"
+    assert compose_run([*base, "runtime=ray"]).model.dtype == "float32", "each node may be a different machine"
+    assert compose_run([*base, "runtime.seeded_noise=true"]).model.dtype == "float32", "seeded runs must be portable"
 
 
 def test_number_format_replaces_only_auto() -> None:

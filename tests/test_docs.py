@@ -1,4 +1,4 @@
-"""What the pages say is run, and what they name exists."""
+"""Commands and code on documentation pages run, and the names on them exist."""
 
 import ast
 import json
@@ -39,13 +39,13 @@ TINY = ["model=random_bert", "lora=all_linear", "federation.num_rounds=1", "trai
 
 
 def read_section(page: str, heading: str) -> str:
-    """Read a page of docs/ from a heading of the second level to the next one."""
+    """Read a section of a page in docs/: from a second-level heading to the next."""
     text = (ROOT / "docs" / page).read_text()
     return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
 def list_commands(text: str) -> list[list[str]]:
-    """The words of each command in the blocks of a text, without fedtune."""
+    """List the words of each command in the code blocks of a text, without the leading `fedtune`."""
     blocks = re.findall(r"```\n(fedtune .*?)\n```", text, re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [shlex.split(line.partition(" #")[0])[1:] for line in lines]
@@ -57,7 +57,7 @@ def test_own_data_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name in ("tickets.csv", "tickets_test.csv", "more.csv"):
         (tmp_path / name).write_text("\n".join(["body,team", *rows]) + "\n")
     monkeypatch.chdir(tmp_path)
-    # A tiny model instead of MiniLM; everything else is as the page says.
+    # A tiny model replaces MiniLM; everything else follows the page.
     words = next(
         words
         for words in list_commands((ROOT / "docs/own_data.md").read_text())
@@ -77,9 +77,9 @@ def test_python_page_runs_from_first_to_last_block(tmp_path: Path, monkeypatch: 
     small |= {"training.ignore_weak_signal": True, "privacy.noise_multiplier": 4.0}
 
     def simulate_small(recipe: Any = None, settings: Any = None, **others: Any) -> Any:
-        given = settings or {}
-        own = {} if "resume" in given else small if "data.features" in given else small | model
-        return simulate(recipe, {**own, "name": f"run-{len([*tmp_path.glob('runs/*')])}", **given}, **others)
+        overrides = settings or {}
+        own = {} if "resume" in overrides else small if "data.features" in overrides else small | model
+        return simulate(recipe, {**own, "name": f"run-{len([*tmp_path.glob('runs/*')])}", **overrides}, **others)
 
     monkeypatch.setattr(in_memory, "simulate", simulate_small)
     for name in ("north", "south"):
@@ -88,7 +88,7 @@ def test_python_page_runs_from_first_to_last_block(tmp_path: Path, monkeypatch: 
     blocks = re.findall(r"```python\n(.*?)\n```", (ROOT / "docs" / "python_api.md").read_text(), re.S)
     assert len(blocks[0].splitlines()) <= 10
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # so few test records may have one label
+        warnings.simplefilter("ignore", UserWarning)  # labels may be missing in so few test records
         exec("\n".join(blocks), {})
     assert ElementTree.parse("scores.svg").getroot().tag.endswith("svg")
     assert Path("tickets-adapter/adapter_config.json").is_file()
@@ -132,12 +132,12 @@ def test_table_tutorial_commands_run_as_documented(tmp_path: Path, monkeypatch: 
         outcome = run_command(*words, *(SMALL if words[0] == "simulate" else []))
         assert outcome.code == 0, (words, outcome.err)
         if words[:2] == ["data", "init"]:
-            assert run_command("data", "check", "labs.yaml").code == 2, "nobody typed what is known yet"
+            assert run_command("data", "check", "labs.yaml").code == 2, "placeholders must be filled in first"
             text = Path("labs.yaml").read_text()
-            for column, said in known.items():
-                text = re.sub(rf'(\["{column}"\]), \w+: "\?\?\?"', rf"\1, {said}", text)
+            for column, choice in known.items():
+                text = re.sub(rf'(\["{column}"\]), \w+: "\?\?\?"', rf"\1, {choice}", text)
             Path("labs.yaml").write_text(text)
-    assert outcome.out.count("none") + outcome.out.count("sepsis") >= 5, "each new row has an answer"
+    assert outcome.out.count("none") + outcome.out.count("sepsis") >= 5, "each new row must have a prediction"
 
 
 @pytest.mark.nightly
@@ -187,7 +187,7 @@ def test_decision_records_are_indexed_and_have_four_sections() -> None:
         commands = re.findall(r"```\n(.*?)```", evidence, re.S)
         assert commands, f"{record.name} has no command"
         for name in re.findall(r"(?:tests|simulations|verifier)/[\w/.-]+", commands[0]):
-            assert (ROOT / name).exists(), f"{record.name} names {name}"
+            assert (ROOT / name).exists(), f"{record.name} names {name}, which does not exist"
 
 
 def test_documentation_links_and_named_files_exist() -> None:
@@ -195,12 +195,12 @@ def test_documentation_links_and_named_files_exist() -> None:
         for target, place in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
             if not target.startswith(("http://", "https://")):
                 linked = page.parent / target if target else page
-                assert linked.exists(), f"{page.name} links to {target}"
+                assert linked.exists(), f"{page.name} links to {target}, which does not exist"
                 headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE) if place else []
                 places = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
-                assert not place or place in places, f"{page.name} links to {target}#{place}"
+                assert not place or place in places, f"{page.name} links to {target}#{place}, which does not exist"
         for name in re.findall(r"`((?:fedtune|conf|tests|docs|simulations)/[\w/.-]+)`", page.read_text()):
-            assert (ROOT / name).exists(), f"{page.name} names {name}"
+            assert (ROOT / name).exists(), f"{page.name} names {name}, which does not exist"
     named = set(re.findall(r"tests/[\w/]+(?:\.py)?", (ROOT / "docs/threat_model.md").read_text()))
     assert len(named) > 8
     assert [name for name in named if not (ROOT / name).exists()] == []
@@ -217,7 +217,7 @@ _TOO_MUCH = re.compile(
     r"but for a probability|except with a small (probability|chance)|(promise|guarantee)s? (may )?fails?\b"
     r"|Zusage[^.]{0,40} nicht gilt"
 )
-"""The chance that e to the power of epsilon is exceeded can be many times delta."""
+"""The probability that the loss exceeds epsilon can be many times delta."""
 
 
 def test_no_text_equates_delta_with_a_failure_probability() -> None:
@@ -248,11 +248,11 @@ def test_every_command_is_documented() -> None:
     for name in fedtune.list_commands(context):
         found = fedtune.get_command(context, name)
         for inner in found.commands if isinstance(found, click.Group) else [""]:
-            # "fedtune site pause | resume" and "`fedtune ledger show` and `spent`" name two each.
+            # "fedtune site pause | resume" and "`fedtune ledger show` and `spent`" each name two commands.
             if not re.search(rf"fedtune {name}\b[^\n]*\b{inner}\b", pages):
                 lacking.append(f"fedtune {name} {inner}")
     assert lacking == ["fedtune synthesize generate", "fedtune report build"], (
-        "which `fedtune synthesize` and `fedtune report` do where nothing else is asked for"
+        "`fedtune synthesize` and `fedtune report` run these by default, so they need no entry"
     )
 
 
@@ -264,7 +264,7 @@ MAX_FILES = {
     "A release": 7,
     "A section of the report": 5,
 }
-"""How many files a change of each kind touches at most.  These numbers only fall."""
+"""The most files that each kind of change may touch. These numbers may only fall."""
 
 
 def test_documented_extension_points_list_few_files() -> None:

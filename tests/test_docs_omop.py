@@ -1,4 +1,4 @@
-"""The page simulations/omop/README.md runs from made-up tables to survival, and its SQL keeps to the page's dates."""
+"""simulations/omop/README.md runs from synthetic tables to survival, and its SQL respects the page's index dates."""
 
 import re
 import shlex
@@ -28,7 +28,7 @@ UPPER_BOUND = "AND i.index_date\n"
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with simulations/omop, in which the tables of 60 people at each hospital are made."""
+    """A folder with simulations/omop and synthetic tables of 60 people at each hospital."""
     folder = tmp_path_factory.mktemp("omop")
     shutil.copytree(ROOT / "simulations/omop", folder / "simulations/omop", ignore=shutil.ignore_patterns("files"))
     run_python("simulations/omop/make_tables.py", "--people", "60", cwd=folder)
@@ -46,7 +46,7 @@ def loaded(workplace: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def database(loaded: Any) -> Iterator[Any]:
-    """The tables of one hospital, whose changes by a test are taken back."""
+    """The database of one hospital; changes are rolled back after each test."""
     loaded.begin()
     yield loaded
     loaded.rollback()
@@ -66,7 +66,7 @@ def select_outcomes(database: Any) -> dict[int, tuple[Any, ...]]:
 
 
 def add_later_records(database: Any) -> None:
-    """Add a record of each kind after every index date, which a query that looks ahead would read."""
+    """Add a record of each kind after every index date, which a query with leakage from the future would read."""
     database.execute(f"CREATE TABLE cohort AS SELECT person_id AS person, index_date + 5 AS day FROM ({QUERY})")
     added = {
         "visit_occurrence": "visit_concept_id: 9201, visit_start_date: day, visit_end_date: day + 2",
@@ -101,10 +101,10 @@ def test_omop_page_runs_from_tables_to_survival(workplace: Path, monkeypatch: py
     lines = [shlex.split(line) for line in commands if line.startswith("fedtune ")]
     assert [words[1] for words in lines] == ["data", "plan", "simulate", "simulate", "run", "data"]
     for _, *words in lines:
-        if words[0] != "run":  # for which compose_for_sites adds what is below
+        if words[0] != "run":  # compose_for_sites below adds the remaining settings
             outcome = run_command(*words, *(SMALL if words[0] == "simulate" else ()))
             assert outcome.code == 0, (words, outcome.err)
-    assert f"{SITE}.parquet" in outcome.out, "the site checks its own file, by its policy"
+    assert f"{SITE}.parquet" in outcome.out, "the site must check its own file against its policy"
     assert Path("runs/readmission/run.json").is_file()
     assert "concordance" in Path("runs/survival/run.json").read_text()
     words = [word for word in lines[4] if word.startswith(("experiment=", "data."))]
@@ -132,7 +132,7 @@ def test_records_after_the_index_date_change_no_feature(database: Any) -> None:
     assert len(starts) == 4, "visits, conditions, drugs and measurements"
     for end in starts:
         looking_ahead = f"{QUERY[: end - len(UPPER_BOUND)]}AND i.index_date + 30\n{QUERY[end:]}"
-        assert select_features(database, looking_ahead) != before, "records of this kind would show a leak"
+        assert select_features(database, looking_ahead) != before, "records of this kind would not reveal a leak"
 
 
 def test_deleting_the_future_changes_no_feature(database: Any) -> None:
@@ -160,7 +160,7 @@ INSERT INTO visit_occurrence VALUES (1, 1, 9201, DATE '2020-06-01', DATE '2020-0
 INSERT INTO condition_occurrence VALUES (1, 1, 316139, DATE '2020-06-01', 0, 1),
     (2, 1, 316139, DATE '2020-08-01', 0, 2);
 """
-"""One person, observed for 300 days after the first of two stays for heart failure."""
+"""One person, observed for 300 days after the first of two hospital stays for heart failure."""
 
 
 @pytest.fixture

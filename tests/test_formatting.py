@@ -1,4 +1,4 @@
-"""Figures as every layer writes them."""
+"""Number formats that every layer uses."""
 
 import math
 
@@ -41,6 +41,6 @@ def test_numbers_are_formatted_consistently(found: str, text: str) -> None:
         *[None] * 4,
     ]
     assert [convert_none_to_infinite(value) for value in (1.5, None)] == [1.5, math.inf], (
-        "what nothing bounds is infinity again"
+        "a missing bound must be read back as infinity"
     )
     assert convert_to_jsonable({"a": [math.inf, (1, "x", None)]}) == {"a": [None, [1, "x", None]]}

@@ -1,4 +1,4 @@
-"""The script for a GPU, on the CPU with tiny models: that it runs when there is a GPU at last."""
+"""The GPU script, on the CPU with tiny models, so that it is known to work once a GPU is available."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_gpu_script_runs_every_step_on_the_cpu(tmp_path: Path) -> None:
 
 def test_failed_step_is_recorded_and_the_next_one_runs(tmp_path: Path) -> None:
     into = tmp_path / "results.json"
-    # Told in place of the script itself: on the CPU every step succeeds.
+    # Passed instead of the script itself, because on the CPU every step succeeds.
     code = (
         "import sys; sys.path.insert(0, 'simulations/gpu'); import run\n"
         "def fails(machine): raise RuntimeError('no kernel')\n"

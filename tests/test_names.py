@@ -1,4 +1,4 @@
-"""Names in the field's terms, each for one thing."""
+"""Names from the field's vocabulary, each with a single meaning."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_retired_names_do_not_reappear() -> None:
     assert all(word.search(f"config.{name}") for name in old)
     assert not word.search("straggler_grace_s")
     paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in TEXTS]
-    # German texts have "Organisation" in capitals, which is no word of the table.
+    # German texts contain the capitalized "Organisation", which the table does not retire.
     found = {
         f"{path.relative_to(ROOT)}: {match.group()}"
         for path in paths

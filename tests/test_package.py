@@ -1,4 +1,4 @@
-"""The files of a package and of its project: each fits its format, and the version is the same in all."""
+"""Package and project files are valid in their formats and agree on the version."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""The study of poisoning members runs on few records, continues after an interruption, and tells its rules apart."""
+"""The poisoning study runs on few records, resumes after an interruption, and distinguishes its aggregation rules."""
 
 import json
 import runpy
@@ -16,7 +16,7 @@ SIZES = ("--each", "80", "--tested", "40", "--steps", "2")
 
 @pytest.fixture
 def study(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The script's names; texts are counted by letters in place of a model."""
+    """The script's namespace; it counts letters instead of running a model on texts."""
     monkeypatch.setattr("sys.path", [*__import__("sys").path])
     names = runpy.run_path(str(REPOSITORY / "simulations" / "poisoning" / "run.py"))
 

@@ -1,4 +1,4 @@
-"""Each format has one number: a reader refuses every other one, with one sentence that says what to do."""
+"""Each format has a schema number: a reader refuses any other number and says what to do."""
 
 import json
 import re
@@ -62,7 +62,7 @@ def test_ledger_or_anchor_with_another_schema_is_refused(tmp_path: Path) -> None
 def test_report_with_another_schema_is_refused() -> None:
     whole = json.loads(A_REPORT.read_text())
     for number in list_wrong_numbers(REPORT_SCHEMA):
-        changed = {**whole, "schema_version": number, "verdict": None}  # another version's may have other fields
+        changed = {**whole, "schema_version": number, "verdict": None}  # other versions may have other fields
         with pytest.raises(ConfigError, match=build_refusal_pattern("schema_version", REPORT_SCHEMA, of="report")):
             signing.parse_report(json.dumps(changed).encode())
 

@@ -1,4 +1,4 @@
-"""The documentation site: every page is in its navigation, old addresses lead on, and it is short enough to read."""
+"""The documentation site: its navigation lists every page, old addresses redirect, and it stays short."""
 
 import ast
 import importlib.util
@@ -19,18 +19,18 @@ from .conftest import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
 MAX_WORDS = 60_000
-"""Of all pages for users together, tables and code included; pages that the build generates are not counted."""
+"""For all user pages together, including tables and code, without generated pages."""
 
 
 def list_toctrees(page: Path) -> list[list[str]]:
-    """The pages of each toctree of a page, without options and titles."""
+    """List the pages of each toctree of a page, without options and titles."""
     blocks = re.findall(r"```\{toctree\}\n(.*?)```", page.read_text(), re.S)
     lists = [[line for line in block.splitlines() if line and not line.startswith(":")] for block in blocks]
     return [[re.sub(r".*<(.+)>", r"\1", entry) for entry in entries] for entries in lists]
 
 
 def list_anchors(page: Path) -> list[str]:
-    """The anchors of a page's headings, as GitHub and MyST name them."""
+    """List the anchors of a page's headings, as GitHub and MyST generate them."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
     headings = re.findall(r"^#+ (.+)$", text, re.M)
     return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
@@ -65,7 +65,7 @@ def test_navigation_lists_every_page_once_in_four_sections() -> None:
     listed = [*pages, *maintainers]
     (notebooks,) = list_toctrees(DOCS / "notebooks.md")
     assert sorted(notebooks) == sorted(f"notebooks/{path.stem}" for path in DOCS.glob("notebooks/*.ipynb"))
-    assert sorted(listed) == sorted(DOCS.glob("**/*.md")), "a page is missing in a toctree, or is listed twice"
+    assert sorted(listed) == sorted(DOCS.glob("**/*.md")), "a page is missing from the toctrees or listed twice"
     assert len(pages) <= 33
 
 
@@ -160,11 +160,11 @@ def test_comparison_cells_of_other_projects_have_sources() -> None:
 
 
 CONTRAST = 4.5
-"""Of WCAG 2.2, for text of any size."""
+"""The minimum contrast of WCAG 2.2 for text of any size."""
 
 
 def compute_contrast(one: str, other: str) -> float:
-    """The contrast ratio of two colors, each written as #rrggbb."""
+    """Compute the contrast ratio of two colors, each written as #rrggbb."""
 
     def compute_luminance(color: str) -> float:
         parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
@@ -191,7 +191,7 @@ def test_page_images_exist_and_are_small() -> None:
     for page in [REPOSITORY / "README.md", *DOCS.glob("*.md")]:
         for name in re.findall(r"(?:\]\(|src=\")([\w/.]+\.(?:svg|png))\b", page.read_text()):
             path = page.parent / name
-            assert path.is_file(), f"{page.name} shows {name}"
+            assert path.is_file(), f"{page.name} shows {name}, which does not exist"
             assert path.stat().st_size < 300_000, name
 
 

@@ -1,4 +1,4 @@
-"""fedtune on systems that lack what Linux has, as far as Linux can play them."""
+"""fedtune on systems without Linux features, as far as they can be simulated on Linux."""
 
 import ast
 import os
@@ -19,7 +19,7 @@ NAMES = (
     *("setgroups", "setregid", "setreuid"),
 )
 OF_ROOT = {"getgrouplist", "setgroups", "setregid", "setreuid", "getuid"}
-"""What `fedtune/ops/files.py` calls where it acts as another account, which only root can."""
+"""What `fedtune/ops/files.py` uses to act as another account, which requires root."""
 
 WINDOWS = f"""
 import asyncio, fcntl, os, socket, subprocess, sys, tempfile, types
@@ -35,18 +35,18 @@ import fedtune.system
 sys.platform = known
 assert fedtune.system.effective_user() == -1
 """
-"""The start of a program that sees what Python has on Windows; other libraries are told that it is Linux."""
+"""The start of a program that simulates Python on Windows; other libraries still see Linux."""
 
 
 def test_platform_checks_are_confined_to_the_system_module() -> None:
-    asked = re.compile(
+    pattern = re.compile(
         r"^ *(import|from) (fcntl|grp|pwd|resource|msvcrt)\b|sys\.platform|os\.name\b|AF_UNIX|SO_PEERCRED", re.MULTILINE
     )
     for path in (REPOSITORY / "fedtune").rglob("*.py"):
         if path.name == "system.py":
             continue
         source = path.read_text()
-        assert not asked.search(source), path
+        assert not pattern.search(source), path
         used = {ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
         lacking = {name for name in NAMES if f"os.{name}" in used}
         assert lacking <= (OF_ROOT if path.name == "files.py" else set()), path
@@ -100,7 +100,7 @@ print(get_account_name(7))
 
 @pytest.mark.nightly
 def test_run_finishes_without_linux_modules(tmp_path: Path) -> None:
-    # torch and transformers need them where Linux runs below; fedtune.system has made its choice.
+    # torch and transformers need the removed functions on Linux; fedtune.system has already read them.
     code = f"""{WINDOWS}
 for name, value in kept.items():
     setattr(os, name, value)

@@ -1,4 +1,4 @@
-"""A run in MLflow, TensorBoard and wandb, read back with each library: what is there, and what is not."""
+"""A run in MLflow, TensorBoard and wandb, read back with each library: what it contains and what it must not."""
 
 import getpass
 import importlib.util
@@ -21,14 +21,14 @@ from fedtune.federation.lead import compute_charged_epsilons
 from .conftest import list_tiny_overrides, read_result, run_command, simulate
 from .processes import wait_for
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # what these libraries say of each other
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings that these libraries cause in each other
 
 FILES = {"report.html", "report.json", "run.json", "README.md"}
 
 
 @pytest.fixture(scope="module")
 def tracked_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a run that the tracker of this name follows; made once."""
+    """The folder of a run with this tracker; each is run once."""
 
     @cache
     def run(name: str) -> Path:
@@ -40,7 +40,7 @@ def tracked_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 @pytest.fixture(scope="module", autouse=True)
 def go_offline() -> Iterator[None]:
-    """What a person's own environment says sends nothing anywhere; wandb's process ends with this file."""
+    """Override the user's environment, so that nothing is sent anywhere, and end wandb's process after this file."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("WANDB_MODE", "online")
         patched.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
@@ -52,7 +52,7 @@ def go_offline() -> Iterator[None]:
 
 
 def list_expected(folder: Path) -> dict[str, list[float]]:
-    """By name, the figures of each round, from run.json alone."""
+    """Compute the expected figures of each round, by name, from run.json alone."""
     rounds, plan = read_result(folder)["rounds"], read_saved_config(folder).plan()
     return {
         "validation/accuracy": [one["metrics"]["accuracy"] for one in rounds],
@@ -95,14 +95,14 @@ def test_mlflow_receives_settings_metrics_and_report(tracked_run: Callable[[str]
     folder = tracked_run("mlflow")
     client, run = load_mlflow_run(folder)
     assert (run.info.status, run.info.run_name, run.info.user_id) == ("FINISHED", "one", "unknown")
-    assert set(run.data.tags) == {"fedtune.run", "mlflow.runName"}, "no user, source or commit"
+    assert set(run.data.tags) == {"fedtune.run", "mlflow.runName"}, "user, source and commit must not be sent"
     assert run.data.params["training.local_steps"] == "2"
-    assert run.data.params["data.train_file"] == "train.jsonl.gz", "without the folders of this machine"
+    assert run.data.params["data.train_file"] == "train.jsonl.gz", "local folder names must not be sent"
     for name, values in list_expected(folder).items():
         require_rounds([(one.step, one.value) for one in client.get_metric_history(run.info.run_id, name)], values)
     assert {name: run.data.metrics[name] for name in list_final(folder)} == pytest.approx(list_final(folder))
     assert {one.path for one in client.list_artifacts(run.info.run_id)} == FILES
-    # The same command again goes on with the same run, and tells no round twice.
+    # The same command resumes the same tracked run without logging a round twice.
     assert run_command("simulate", f"resume={folder}").code == 0
     client, again = load_mlflow_run(folder)
     assert again.info.run_id == run.info.run_id
@@ -113,8 +113,8 @@ def test_tensorboard_receives_settings_metrics_and_report(tracked_run: Callable[
     folder = tracked_run("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (folder / "run.json").unlink()  # as if it had been killed before its end
-    assert run_command("simulate", f"resume={folder}").code == 0  # writes all rounds again, into another file
+    (folder / "run.json").unlink()  # as if the run had been killed before its end
+    assert run_command("simulate", f"resume={folder}").code == 0  # writes all rounds again, into another event file
     events: Any = EventAccumulator(str(folder.parent / "tensorboard" / "one")).Reload()
     files = sorted((folder.parent / "tensorboard" / "one").iterdir())
     assert len(files) == 2
@@ -129,7 +129,7 @@ def test_tensorboard_receives_settings_metrics_and_report(tracked_run: Callable[
 
 
 def read_wandb_records(path: Path) -> list[Any]:
-    """The records of an offline run: LevelDB's log format, in blocks of 32 KiB, behind seven bytes of wandb's own."""
+    """Read the records of an offline run: LevelDB's log format in 32 KiB blocks after wandb's seven-byte header."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, place, part, found = path.read_bytes(), 7, b"", []
@@ -140,7 +140,7 @@ def read_wandb_records(path: Path) -> list[Any]:
         size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
         part += data[place + 7 : place + 7 + size]
         place += 7 + size
-        if kind in (1, 4):  # whole, or the last of several
+        if kind in (1, 4):  # a full record, or its last fragment
             found.append(Record.FromString(part))
             part = b""
     return found
@@ -163,13 +163,13 @@ def test_wandb_receives_settings_metrics_and_report(tracked_run: Callable[[str],
     assert [one["_step"] for one in history] == [1, 2]
     configured = index_items(item for one in records for item in one.run.config.update)
     assert configured["training.local_steps"] == "2"
-    told = index_items(item for one in records for item in one.summary.update)
-    assert {name: json.loads(told[name]) for name in list_final(folder)} == pytest.approx(list_final(folder))
+    logged = index_items(item for one in records for item in one.summary.update)
+    assert {name: json.loads(logged[name]) for name in list_final(folder)} == pytest.approx(list_final(folder))
     held = path.read_bytes()
     assert all(name.encode() in held for name in FILES)
     (of_run,) = (one.run for one in records if one.WhichOneof("record_type") == "run")
     assert (of_run.host, of_run.settings.username if hasattr(of_run.settings, "username") else "") == ("", "")
-    assert not any(one.WhichOneof("record_type") == "stats" for one in records), "of the machine only the run's figures"
+    assert not any(one.WhichOneof("record_type") == "stats" for one in records), "no machine statistics may be sent"
     assert getpass.getuser() not in set(configured.values())
     assert not list(path.parent.glob("files/*requirements*")) + list(path.parent.glob("files/*metadata*"))
 
@@ -186,7 +186,7 @@ def test_failing_tracker_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.
     assert "the disk is full" in (tmp_path / "run" / "log.txt").read_text()
     assert (tmp_path / "run" / "report.html").exists()
     simulate(into=tmp_path / "alone")
-    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["run"], "without a tracker there is the run alone"
+    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["run"], "a run without a tracker adds nothing"
 
 
 def test_tracker_that_cannot_start_ends_the_run_uncharged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Code lines of each room beside its budget: `python -m tests.weights` prints the table.
+"""Code lines of each room and its budget: `python -m tests.weights` prints the table.
 
 A code line is a line with a token of code. Docstrings, comments and blank lines are not counted, so that explaining
 code is free.
@@ -24,7 +24,7 @@ _RECORD = re.compile(r"dataclass|\bspec\b|BaseModel|NamedTuple|TypedDict")
 
 
 class Weight(NamedTuple):
-    """Lines (or record classes) that a room has, and the most that its budget allows."""
+    """The lines (or record classes) of a room, and its budget."""
 
     room: str
     lines: int
@@ -32,7 +32,7 @@ class Weight(NamedTuple):
 
 
 def compute_weights() -> list[Weight]:
-    """The weight of every room with a budget, then the sums."""
+    """Compute the weight of every room with a budget, then the sums."""
     rooms: dict[str, int] = {}
     for path in _list_files("fedtune", ".py"):
         parts = path.relative_to(REPOSITORY / "fedtune").parts
@@ -54,7 +54,7 @@ def compute_weights() -> list[Weight]:
 
 
 def _read_budgets() -> dict[str, int]:
-    """The most lines by room and sum, with what the entries of `landed` add."""
+    """Read the budgets of rooms and sums, including the additions of the entries in `landed`."""
     most = {**BUDGETS["rooms"], **BUDGETS["sums"]}
     for entry in BUDGETS["landed"]:
         for room, lines in BUDGETS["added"][entry].items():
@@ -74,7 +74,7 @@ def _list_tracked() -> list[Path]:
 
 
 def _list_files(folder: str, *suffixes: str) -> list[Path]:
-    """Tracked files below a folder of the repository, by suffix if any is given."""
+    """List tracked files below a folder of the repository, optionally by suffix."""
     root = REPOSITORY / folder
     return [p for p in _list_tracked() if root in p.parents and (not suffixes or p.suffix in suffixes)]
 
@@ -90,7 +90,7 @@ def count_code_lines(path: Path) -> int:
                 docstrings |= set(range(statement.lineno, (statement.end_lineno or 0) + 1))
                 count += 1
     if source.count('"""') == 2 * count and "'''" not in source:
-        # Only docstrings span several lines, so that lines need no tokens, which take ten times as long.
+        # Only docstrings span several lines, so the file need not be tokenized, which is ten times slower.
         lines = enumerate(map(str.strip, source.split("\n")), 1)
         return len({at for at, line in lines if line and not line.startswith("#")} - docstrings)
     return len(_list_token_lines(source) - docstrings)
@@ -105,13 +105,13 @@ def _list_token_lines(source: str) -> set[int]:
 
 
 def _record_classes(path: Path) -> int:
-    """Dataclasses, specs, NamedTuples and TypedDicts that a file defines."""
+    """List the dataclasses, specs, NamedTuples and TypedDicts that a file defines."""
     classes = [node for node in _iter_statements(path) if isinstance(node, ast.ClassDef)]
     return sum(bool(_RECORD.search(" ".join(map(ast.unparse, [*c.decorator_list, *c.bases])))) for c in classes)
 
 
 def _iter_statements(path: Path) -> Iterator[ast.stmt]:
-    """Yield every statement of a file; expressions, which have most of the nodes, are not visited."""
+    """Yield every statement of a file; expressions, which are most of the nodes, are not visited."""
     blocks: list[ast.AST] = [ast.parse(path.read_text())]
     while blocks:
         block = blocks.pop()

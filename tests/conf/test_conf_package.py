@@ -1,4 +1,4 @@
-"""`pkg://fedtune.conf` and `fedtune_schema` in a Hydra application of one's own."""
+"""`pkg://fedtune.conf` and `fedtune_schema` in a user's own Hydra application."""
 
 from importlib import import_module
 from pathlib import Path

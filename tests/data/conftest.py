@@ -22,7 +22,7 @@ from fedtune.data.spec import DataSpec
 WORDS = ["card", "lost", "my", "is", "where", "name", "there", "a", "place", *string.ascii_lowercase[1:]]
 
 CLS, SEP, CARD, LOST, MY, IS, WHERE, NAME, THERE = range(2, 11)
-"""Their ids."""
+"""The ids of its words."""
 
 
 def make_data_spec(*roles: str, **given: Any) -> DataSpec:

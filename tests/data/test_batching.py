@@ -53,7 +53,7 @@ def test_collate_pads_on_the_right() -> None:
     assert batch.targets.tolist() == [2, 0]
     assert len(batch) == 2
     batch.targets.zero_()
-    assert CLASSES.targets.tolist() == [0, 2, 1], "it does not share memory with the dataset"
+    assert CLASSES.targets.tolist() == [0, 2, 1], "the batch must not share memory with the data set"
     batch = collate(TOKENS, [2, 1], pad_id=0)
     assert batch.targets.tolist() == [[8, 9, UNSUPERVISED, UNSUPERVISED], [7] + [UNSUPERVISED] * 3]
     assert batch.input_ids.tolist() == [[8, 9, 4, PAD], [7, PAD, 0, 0]]
@@ -116,4 +116,4 @@ def test_isolated_example_keeps_its_shape_without_other_records(dataset: TextDat
     rest = one.attention_mask[taken * dataset.texts :]
     assert rest[:, 0].eq(1).all()
     assert rest.sum(dim=1).eq(1).all()
-    assert torch.equal(batch.prefix, prefix), "the batch itself stays as it was"
+    assert torch.equal(batch.prefix, prefix), "the batch must not be changed"

@@ -1,4 +1,4 @@
-"""Feature vectors of table rows, from declared ranges and categories alone and row by row."""
+"""Feature vectors of table rows, computed row by row from the declared ranges and categories."""
 
 import json
 import math
@@ -26,8 +26,8 @@ ROW = {"age": 25, "crp": 0.5, "ldh": None, "sex": "male", "states": [2, 0.5, -9]
 
 
 def make_data(*features: FeatureSpec, **changes: Any) -> DataSpec:
-    given = {"columns": {"label": "y"}, "max_length": 1, "input": "features", "features": features}
-    return make_data_spec(**given | changes)
+    fields = {"columns": {"label": "y"}, "max_length": 1, "input": "features", "features": features}
+    return make_data_spec(**fields | changes)
 
 
 def read_vector(tmp_path: Path, row: dict[str, Any], *features: FeatureSpec) -> list[float]:
@@ -49,12 +49,12 @@ def test_feature_values_follow_declared_order_and_scale(tmp_path: Path) -> None:
     ]
     assert sum(one.width for one in ALL) == len(values) == 12
     assert read_vector(tmp_path, ROW | {"states": "[2, 0.5, -9]"}, *ALL) == read_vector(tmp_path, ROW, *ALL), (
-        "a list may be text"
+        "a list in text form must be accepted"
     )
     assert read_vector(tmp_path, ROW, *ALL) == [-0.5, 0.5, 0, 0, 1, 0, 1, 0, 0, 1, 0.25, -1]
 
 
-# What is no number, no category and no list: test_malformed_tables.py.
+# Invalid numbers, categories and lists: test_malformed_tables.py.
 @pytest.mark.parametrize(("value", "found"), [(0, -1), (100, 1), ("50", 0), (" 1e2 ", 1), (-5, -1), (1e300, 1)])
 def test_numbers_are_clipped_to_their_range(tmp_path: Path, value: Any, found: float) -> None:
     assert read_vector(tmp_path, {"age": value}, AGE) == [found]
@@ -72,7 +72,7 @@ def test_missing_values_are_errors_or_set_the_indicator(tmp_path: Path, value: A
 def test_undeclared_categories_are_encoded_as_other(tmp_path: Path, value: str, found: list[float]) -> None:
     assert read_vector(tmp_path, {"sex": value}, SEX) == found
     declared = FeatureSpec(columns=("sex",), categories=("1", "?"))
-    assert read_vector(tmp_path, {"sex": "?"}, declared) == [0, 1, 0], "and so no mark of nothing"
+    assert read_vector(tmp_path, {"sex": "?"}, declared) == [0, 1, 0], "and no indicator of a missing value"
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_columns_are_declared_once_and_vector_size_is_limited() -> None:
             make_data(AGE, LAB, columns=columns)
     named = {"label": "y", "feature:age": "AGE"}
     assert make_data(AGE, columns=named).map_required_columns({"label"}) == named, (
-        "a column of another name, by its role"
+        "a renamed column must be found by its role"
     )
     wide = FeatureSpec(columns=("a", "b"), range=(0.0, 1.0), size=40_000)
     with pytest.raises(ConfigError, match="features = 80000: must be at most 65536"):

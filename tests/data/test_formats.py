@@ -22,7 +22,7 @@ from fedtune.spec import ConfigError, DataError
 from ..cases import read_cases
 from .conftest import encode_parquet
 
-SAVED = Path(__file__).parent / "fixtures" / "saved_set"  # by save_to_disk of datasets 5.2
+SAVED = Path(__file__).parent / "fixtures" / "saved_set"  # written by save_to_disk of datasets 5.2
 ROWS = [
     {"text": 'two\nlines, "quoted"\t', "label": "b", "id": 1},
     {"text": "] } [ { \\ \x00\x0b\x1c\x85\u2028\ufeff é", "label": "a", "id": 2},
@@ -77,7 +77,7 @@ def test_all_formats_are_parsed_to_the_same_records(tmp_path: Path, name: str) -
 
 
 def test_hugging_face_data_set_is_read() -> None:
-    # Its labels are numbers there, whose names the set has beside them.
+    # Labels are integers in this data set, which also stores their names.
     columns = {"text": "text", "label": "label", "messages": "messages"}
     records = list(iter_records(SAVED, columns))
     assert [record.fields["label"] for record in records] == ["billing", "travel", "billing"]
@@ -173,7 +173,7 @@ def test_missing_pyarrow_is_named_in_the_error(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("name", list(WRITERS))
 def test_conversation_has_one_text_form_in_every_format(tmp_path: Path, name: str) -> None:
     chats: list[Any] = [json.dumps(TURNS) if name.endswith("sv") else TURNS]
-    if name == "a.parquet":  # of which a struct has the fields of both forms, so that each is null under the other's
+    if name == "a.parquet":  # a struct has the fields of both forms; those of the other form are null
         turns = [{"from": who, "value": turn["content"]} for who, turn in zip(("human", "gpt"), TURNS, strict=True)]
         chats.append(turns)
     (tmp_path / name).write_bytes(WRITERS[name]([{"chat": chat} for chat in chats]))
@@ -192,7 +192,7 @@ def test_input_and_system_columns_may_be_absent_or_blank(tmp_path: Path, row: di
     with pytest.raises(DataError, match=r"column 'in' = 'number': must be text \(role input\)"):
         list(iter_records(path, columns))
     (tmp_path / "a.csv").write_text("instruction,output\na,b\n")
-    with pytest.raises(DataError, match=r"column 'in' = 'absent'"):  # of a table, that is a mistake in the settings
+    with pytest.raises(DataError, match=r"column 'in' = 'absent'"):  # in a table, a mistake in the settings
         list(iter_records(tmp_path / "a.csv", columns))
 
 

@@ -50,18 +50,18 @@ def test_supported_image_formats_are_decoded(format: str) -> None:
 
 def test_images_are_rotated_by_exif_and_converted_to_rgb() -> None:
     image, exif = make_picture(size=(4, 2)), Image.Exif()
-    exif[274] = 6  # to be turned by a quarter
+    exif[274] = 6  # rotate by 90 degrees
     assert list_pixels(decode(encode_image(image, exif=exif))) == list_pixels(image.rotate(-90, expand=True))
     image = make_picture()
     few, clear = image.quantize(8), image.copy()
-    clear.putalpha(0)  # what lies below is seen, as transformers has it
+    clear.putalpha(0)  # the colors below stay visible, as in transformers
     for one in (image.convert("L"), few, clear, image.convert("1")):
         assert list_pixels(decode(encode_image(one))) == list_pixels(one.convert("RGB"))
     assert list_pixels(decode(encode_image(few, transparency=bytes(range(8))))) == list_pixels(few.convert("RGB"))
     assert decode(encode_image(image.convert("CMYK"), "JPEG")).size == image.size
     deep = np.array([[0, 255, 256], [0x1234, 0xFF00, 0xFFFF]], dtype=np.uint16)
     found = list_pixels(decode(encode_image(Image.fromarray(deep))))
-    assert found == [[[upper] * 3 for upper in row] for row in ([0, 0, 1], [0x12, 0xFF, 0xFF])], "the upper eight"
+    assert found == [[[upper] * 3 for upper in row] for row in ([0, 0, 1], [0x12, 0xFF, 0xFF])], "the upper 8 bits"
 
 
 WHOLE, JPEG = encode_image(make_picture()), encode_image(make_picture(size=(90, 90)), "JPEG")
@@ -89,7 +89,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_unusable_image_raises_one_error_without_content(name: str, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # another library's leave to cut does not count
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # must not allow truncated images here
     content, found = BROKEN[name]
     (tmp_path / "secret.png").write_bytes(content)
     (tmp_path / "good.png").write_bytes(WHOLE)
@@ -164,21 +164,21 @@ def test_class_folders_yield_one_record_per_image(tmp_path: Path, monkeypatch: p
         assert [decode_record_image(record).size for record in found] == [make_picture().size] * 3
         assert [file.name for file in list_data_files(folder)] == ["a.PNG", "b.png", "c.png"]
     (tmp_path / "scans" / "labels.csv").write_text("image,label\n")
-    assert detect_format(tmp_path / "scans") == "brat", "beside a table they are no records of their own"
+    assert detect_format(tmp_path / "scans") == "brat", "next to a table, images must not be separate records"
 
 
 def test_parquet_rows_contain_image_bytes_or_paths(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(encode_image(make_picture(seed=2)))
-    given = [
+    rows = [
         {
             "bytes": encode_image(make_picture(seed=1)),
             "path": "/somewhere/else.png",
-        },  # as Hugging Face datasets writes it
+        },  # the format of Hugging Face datasets
         {"bytes": None, "path": "b.png"},
         None,
         {"bytes": None, "path": None},
     ]
-    parquet.write_table(pyarrow.table({"picture": given, "y": ["a"] * 4}), tmp_path / "rows.parquet")
+    parquet.write_table(pyarrow.table({"picture": rows, "y": ["a"] * 4}), tmp_path / "rows.parquet")
     parquet.write_table(pyarrow.table({"picture": [WHOLE, b"x"], "y": ["a"] * 2}), tmp_path / "plain.parquet")
     found = list(iter_usable_records(tmp_path / "rows.parquet", COLUMNS))
     assert [list_pixels(decode_record_image(one)) for one in found] == [

@@ -52,8 +52,8 @@ def whole_file(tmp_path: Path) -> Path:
 
 
 def test_lead_split_depends_only_on_each_record_and_the_seed(whole_file: Path, tmp_path: Path) -> None:
-    given = make_spec(whole_file, validation_fraction=0.1, test_fraction=0.3)
-    found = list_sides(partition_spec(given))
+    spec = make_spec(whole_file, validation_fraction=0.1, test_fraction=0.3)
+    found = list_sides(partition_spec(spec))
     validation, test, *sites = found
     assert sorted([*validation, *test, *sites[0], *sites[1]]) == sorted(TEXTS)
     assert 60 < len(validation) < 140
@@ -61,13 +61,13 @@ def test_lead_split_depends_only_on_each_record_and_the_seed(whole_file: Path, t
     everything = list_sides(partition_spec(make_spec(whole_file)))
     assert everything[:2] == [[], []]
     lead = {*validation, *test}
-    assert [[text for text in site if text not in lead] for site in everything[2:]] == sites, "nobody else moves"
-    smaller = list_sides(partition_spec(replace(given, train_fraction=0.5)))
-    assert smaller[:2] == [validation, test], "a smaller run is scored on the same records"
+    assert [[text for text in site if text not in lead] for site in everything[2:]] == sites, "no other record may move"
+    smaller = list_sides(partition_spec(replace(spec, train_fraction=0.5)))
+    assert smaller[:2] == [validation, test], "a smaller run must be scored on the same records"
     gone, *rows = [json.loads(line) for line in whole_file.read_text().splitlines()]
-    without = replace(given, train_file=str(write_jsonl(tmp_path / "less.jsonl", rows)))
+    without = replace(spec, train_file=str(write_jsonl(tmp_path / "less.jsonl", rows)))
     assert list_sides(partition_spec(without)) == [[text for text in side if text != gone["text"]] for side in found]
-    assert list_sides(partition_spec(given, seed=2)) != found, "and of the run's seed"
+    assert list_sides(partition_spec(spec, seed=2)) != found, "the split must depend on the run's seed"
 
 
 def test_users_are_assigned_to_the_lead_as_a_whole(tmp_path: Path) -> None:
@@ -87,20 +87,20 @@ def test_site_files_keep_equal_ids_as_separate_users(tmp_path: Path) -> None:
     for name, users in names.items():
         write_jsonl(tmp_path / f"{name}.jsonl", [{"text": user, "kind": "a", "who": user} for user in users.split()])
     columns = COLUMNS | {"user": "who"}
-    given = make_spec(tmp_path / "{site}.jsonl", columns=columns, partition=PartitionSpec(kind="file"))
-    by_user = partition_spec(given, unit="user")
+    spec = make_spec(tmp_path / "{site}.jsonl", columns=columns, partition=PartitionSpec(kind="file"))
+    by_user = partition_spec(spec, unit="user")
     assert (
-        list_sides(partition_spec(given))
+        list_sides(partition_spec(spec))
         == list_sides(by_user)
         == [[], [], *(users.split() for users in names.values())]
     )
     assert by_user.shared_users == 2
     (tmp_path / "south.jsonl").unlink()
     with pytest.raises(DataError, match=r"data\.train_file = .*south\.jsonl': no such file"):
-        partition_spec(given)
+        partition_spec(spec)
     (tmp_path / "south.jsonl").write_text("")
     with pytest.raises(DataError, match=r"south\.jsonl = 'an empty file': must contain at least one record"):
-        partition_spec(given)
+        partition_spec(spec)
 
 
 def test_unusable_records_stop_loading_or_are_skipped(tmp_path: Path) -> None:
@@ -113,20 +113,20 @@ def test_unusable_records_stop_loading_or_are_skipped(tmp_path: Path) -> None:
     found = partition_spec(make_spec(path, on_bad_record="skip"), fault=find_undeclared_label)
     assert sorted(text for side in list_sides(found) for text in side) == sorted(TEXTS[:40])
     assert found.left_out == left_out
-    given: Any = {"columns": COLUMNS, "key": "data.test_file", "fault": find_undeclared_label}
-    records, of_lead = read_lead_records(str(path), **given, leave_out=True)
+    options: Any = {"columns": COLUMNS, "key": "data.test_file", "fault": find_undeclared_label}
+    records, of_lead = read_lead_records(str(path), **options, leave_out=True)
     assert (len(records), of_lead) == (40, left_out)
     with pytest.raises(DataError, match="'blank'"):
-        read_lead_records(str(path), **given)
+        read_lead_records(str(path), **options)
 
 
 def test_faults_are_counted_over_the_whole_file(tmp_path: Path) -> None:
     rows = [{"text": text, "kind": "a" if number % 4 else "c"} for number, text in enumerate(TEXTS[:40])]
     path = write_jsonl(tmp_path / "all.jsonl", rows)
-    told = r"all\.jsonl:1, label = 'not declared': must be a \(10 rows cannot be used, in lines 1, 5, 9, 13, 17, \."
-    with pytest.raises(DataError, match=told):
+    message = r"all\.jsonl:1, label = 'not declared': must be a \(10 rows cannot be used, in lines 1, 5, 9, 13, 17, \."
+    with pytest.raises(DataError, match=message):
         partition_spec(make_spec(path, validation_fraction=0.2), fault=find_undeclared_label)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         read_lead_records(str(path), columns=COLUMNS, key="data.test_file", fault=find_undeclared_label)
     write_jsonl(path, [{"subject": "a", "kind": "a"}] * 3)
     with pytest.raises(DataError, match=r"column 'text' = 'absent': is missing.* \(3 rows cannot be used"):
@@ -147,7 +147,7 @@ def test_truncated_json_array_is_refused_except_at_real_sites(tmp_path: Path) ->
 def test_lead_rows_are_selected_by_their_hash() -> None:
     records = [Record({"text": text}) for text in TEXTS]
     some = sample_rows(records, 30)
-    assert some == [record for record in records if record in some], "in their order"
+    assert some == [record for record in records if record in some], "the order must be kept"
     assert len(some) == 30
     assert some != records[:30]
     assert sample_rows(records[500:] + records[:500], 30) != some

@@ -23,13 +23,13 @@ COLUMNS = {"text": "question", "label": "intent"}
 SAVED = Path(__file__).parent / "fixtures" / "saved_set"
 GOOD = b'{"question": "where is my card", "intent": "arrival"}'
 SECRET = "caf"
-"""Part of a text in these files that no message may quote."""
+"""A part of the texts in these files, which no message may quote."""
 
 
 WHOLE = encode_parquet(pyarrow.table({"question": ["where is my card"] * 9, "intent": ["arrival"] * 9}))
 HEAD = b"question,intent\n"
 OTHERS = "set data.columns.text to one of 'body', 'intent'"
-# By the file's name its content, the place that the message points to, and what it says.
+# File contents by file name, with the position and the text of the expected message.
 FILES: dict[str, list[tuple[bytes, str, str]]] = {
     "a.jsonl": [
         (b"", "", "'an empty file': must contain at least one record"),
@@ -106,7 +106,7 @@ def test_malformed_file_error_gives_position_and_rule(tmp_path: Path, name: str,
     assert message.startswith(f"{path}{where}")
     assert why in message
     assert "\n" not in message
-    assert SECRET not in message.removeprefix(str(path)), "no text of a record is quoted"
+    assert SECRET not in message.removeprefix(str(path)), "no record text may be quoted"
 
 
 def test_faults_are_counted_by_kind(tmp_path: Path) -> None:
@@ -148,14 +148,14 @@ PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("case", PLACES)
 def test_unsuitable_path_errors_describe_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     make, why = PLACES[case]
-    monkeypatch.chdir(tmp_path)  # a socket's name is short
+    monkeypatch.chdir(tmp_path)  # so that the socket's name is short
     path = Path("a.jsonl")
     make(path)
     with pytest.raises(DataError, match=r"^data\.test_file = 'a\.jsonl': ") as error:
         resolve_file("a.jsonl", key="data.test_file")
     assert why.format(path=tmp_path / path) in str(error.value)
     if case == "a folder":
-        assert list(iter_records(path, COLUMNS)) == [], "at a site it is brat's: whether it holds a text tells nothing"
+        assert list(iter_records(path, COLUMNS)) == [], "a site must not reveal whether a folder has texts"
         return
     with pytest.raises(DataError, match=r"^a\.jsonl = '"):
         list(iter_records(path, COLUMNS))
@@ -167,10 +167,10 @@ def test_damaged_data_set_index_is_refused(tmp_path: Path, state: str) -> None:
     if state == "a selection":
         chosen["_indices_data_files"] = [{"filename": "indices.arrow"}]
     (tmp_path / "state.json").write_text(state if state in ("[", "{}") else json.dumps(chosen))
-    told = (
+    message = (
         "call flatten_indices" if state == "a selection" else r"state\.json = 'damaged': must list the files of the set"
     )
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         list(iter_records(tmp_path, COLUMNS))
 
 
@@ -182,7 +182,7 @@ def test_truncated_or_corrupted_arrow_file_is_refused(tmp_path: Path) -> None:
         arrow.write_bytes(whole[:kept])
         with pytest.raises(DataError, match="must be a complete Arrow file"):
             list(iter_usable_records(copy, {"text": "text"}))
-    for place in range(len(whole) - 600, len(whole)):  # a reader that believes them ends the process
+    for place in range(len(whole) - 600, len(whole)):  # a reader that trusts these bytes crashes
         arrow.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         with contextlib.suppress(DataError):
             list(iter_usable_records(copy, {"text": "text", "label": "label", "messages": "messages"}))

@@ -77,9 +77,9 @@ def read_message(tmp_path: Path) -> Callable[..., Any]:
 
     def run(file: str, content: bytes, *words: str) -> Any:
         (tmp_path / file).write_bytes(content)
-        given = (f"data.train_file='{tmp_path / file}'", "data.declared_sizes=1", "data.labels=[sick,well]")
+        overrides = (f"data.train_file='{tmp_path / file}'", "data.declared_sizes=1", "data.labels=[sick,well]")
         where = () if words[0] == "data" else (f"tracking.output_dir='{tmp_path}'", "runtime.device=cpu", "name=run")
-        outcome = run_command(*words, *given, f"data.features={FEATURES}", *where)
+        outcome = run_command(*words, *overrides, f"data.features={FEATURES}", *where)
         assert [one.name for one in tmp_path.iterdir()] == [file]
         assert "Traceback" not in outcome.err
         assert "zq" not in outcome.out + outcome.err
@@ -97,6 +97,6 @@ def test_malformed_table_row_error_gives_its_position(read_message: Any, tmp_pat
     outcome = read_message(file, content, *SIMULATE)
     assert outcome.failed().startswith(f"{tmp_path / file}:{place} = ")
     assert bound in outcome.message
-    checked = read_message(file, content, *CHECK, "--json")  # which looks at every row
+    checked = read_message(file, content, *CHECK, "--json")  # checks every row
     (about,) = json.loads(checked.printed)["checked"]["files"]
     assert any(f"{file}:{place}" in json.dumps(one, ensure_ascii=False) for one in about["errors"]), about

@@ -133,7 +133,7 @@ PIECES = (
     *(b"1|t|", b"1|a|", b"1\t0\t1\ta\tx\n", b"1\t" + b"9" * 5000 + b"\t1\ta\tx", b"\xd9\xa1", b"\xef\xbb\xbf"),
     *(b"T1\tx 0 1\ta\n", b"T1\tx 0 1;2 3\ta\n", b"T1\tx 0 " + b"9" * 5000 + b"\ta\n", b"R1\t", b"\n\xc2\xa0\n"),
 )
-"""Of documents that are wrong."""
+"""Messages for invalid documents."""
 
 
 def write_brat(folder: Path, text: str = TEXT, marked: str | None = None, *, name: str = "a") -> Path:
@@ -175,7 +175,7 @@ def list_sentence_tokens(path: Path, text: str) -> list[tuple[int, Any]]:
 
 def test_conll_sentences_are_separated_only_by_blank_lines(tmp_path: Path) -> None:
     found = list_sentence_tokens(tmp_path / "a.conll", "a O\n\n\n b B-x\nc O\n \nd O\n# O\n")
-    assert found == [(1, ["a"]), (4, ["b", "c"]), (7, ["d", "#"])], "they begin on their lines"
+    assert found == [(1, ["a"]), (4, ["b", "c"]), (7, ["d", "#"])], "tokens must start on their own lines"
     sentences = {
         "#5 B-drug\nb O\n": ["#5", "b"],
         "# newdoc\n# text = a b\na O\nb O\n": ["a", "b"],
@@ -207,7 +207,7 @@ def test_unreadable_document_yields_one_error_among_valid_documents(tmp_path: Pa
     assert [type(row) for _, row in iter_raw_rows(tmp_path / "a.bioc")] == [dict, *[DataError] * 4, dict]
     (tmp_path / "b.bioc").write_text(make_bioc_collection(first, first)[:-80])
     found = [type(row) for _, row in iter_raw_rows(tmp_path / "b.bioc", lenient=True)]
-    assert found == [dict, DataError], "at a real site, what is whole stays"
+    assert found == [dict, DataError], "a real site must keep valid documents"
 
 
 @pytest.mark.parametrize("suffix", ["conll", "pubtator", "brat"])
@@ -249,7 +249,7 @@ WHOLE, MOVED = (
     make_bioc_collection(make_bioc_document(*PLACES)),
     make_bioc_collection(make_bioc_document((1, 8, "drug"))).replace("101", "102"),
 )
-# What is wrong with a record's own tags or spans is in tests/tasks/test_token_classification.py.
+# Invalid tags and spans of a record: tests/tasks/test_token_classification.py.
 WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
     "numbers for tags": ("a.jsonl", '{"tokens": ["my"], "tags": [3]}', TAGGED, "must be tag names"),
     "no tags": ("a.jsonl", '{"tokens": ["my"]}', TAGGED, "is missing (role tags)"),

@@ -41,12 +41,12 @@ def test_jsonl_and_csv_files_of_other_programs_are_read(tmp_path: Path, name: st
 
 
 def test_open_quote_swallows_rows_up_to_the_next_quote(tmp_path: Path) -> None:
-    # No writer that doubles quotes makes such a row, whatever a record's text.
+    # No writer that doubles quotes produces such a row, whatever the text of a record.
     rows = [b"a,b", b'"open,b', b"taken,b", b'"with it",b', b"c,d", b'"e",f']
     assert list_usable(tmp_path, "a.csv", *rows) == [("a", "b"), ("c", "d"), ("e", "f")]
     assert list_usable(tmp_path, "a.csv", *rows[:3]) == [("a", "b")]
     stream = iter_records(tmp_path / "a.csv", COLUMNS)
-    assert next(stream).line == 2, "the whole records before the fault"
+    assert next(stream).line == 2, "complete records before the error must be read"
     with pytest.raises(DataError):
         next(stream)
 
@@ -69,7 +69,7 @@ def test_record_key_is_canonical_json() -> None:
     assert record_key(Record({"label": "a", "text": "é"}, file="f", line=3)) == b'{"label":"a","text":"\\u00e9"}'
 
 
-# What cannot be used is left out by itself at a site, and named with its place in a lead's own files.
+# A site skips unusable records one by one; in the lead's own files they are errors with their position.
 
 LINES = [b'{"question": "first", "intent": "a"}', b'{"question": "last", "intent": "b"}']
 ROWS = [b"first,a", b'"la""st,\r\nin two lines",b']
@@ -118,7 +118,7 @@ AROUND = {
     "a.csv": (b"question,intent\n", b"\n", b"\n"),
     "a.tsv": (b"question\tintent\n", b"\n", b"\n"),
 }
-"""What stands before, between and behind the rows of each format."""
+"""Text before, between and after the rows of each format."""
 NAMED = [(name, number) for name, cases in UNUSABLE.items() for number in range(len(cases))]
 
 
@@ -136,15 +136,15 @@ def test_unusable_record_is_skipped_alone(tmp_path: Path, name: str, number: int
     assert len(expected) == 2
     bad, why = UNUSABLE[name][number]
     blank = (BLANK[name],) if name in BLANK else ()
-    given = (*lines[:place], bad, *blank, *lines[place:])
-    assert list_usable(tmp_path, f"{name}.gz", *given) == expected
-    assert list_usable(tmp_path, name, *given) == expected
-    with pytest.raises(DataError) as caught:  # the lead's own files are read strictly
+    content = (*lines[:place], bad, *blank, *lines[place:])
+    assert list_usable(tmp_path, f"{name}.gz", *content) == expected
+    assert list_usable(tmp_path, name, *content) == expected
+    with pytest.raises(DataError) as caught:  # the lead's own files are parsed strictly
         list(iter_records(tmp_path / name, COLUMNS))
     assert why in str(caught.value)
     at = f"{tmp_path / name}:{1 + name.endswith('sv')}"
     assert str(caught.value).startswith(at) or place
-    assert "caf" not in str(caught.value), "no text of a record is quoted"
+    assert "caf" not in str(caught.value), "no record text may be quoted"
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
@@ -156,7 +156,7 @@ def test_very_long_text_is_one_record(tmp_path: Path, name: str) -> None:
         assert found == [(text, "b")] * len(lines[name])
         csv.field_size_limit(1 << 30)
         list_usable(tmp_path, name)
-        assert csv.field_size_limit() == 1 << 30, "nobody else's bound is lowered"
+        assert csv.field_size_limit() == 1 << 30, "the process-wide limit must not be lowered"
     finally:
         csv.field_size_limit(before)
 
@@ -179,7 +179,7 @@ def test_quoted_csv_row_does_not_affect_other_rows(
         return [(text, label.strip()) for text, label in rows if text.strip() and label.strip()]
 
     with pytest.MonkeyPatch.context() as patch:
-        # A line is cut anywhere: within a doubled quote, for instance.
+        # Blocks may end anywhere, for instance within a doubled quote.
         patch.setattr(text_rows, "_BLOCK_BYTES", piece)
         assert read(rows) == filter_rows(rows)
         assert read([*rows[:place], more, *rows[place:]]) == filter_rows([*rows[:place], more, *rows[place:]])
@@ -208,4 +208,4 @@ def test_repr_shows_no_record_contents() -> None:
     )
     for holder in (record, [record], SiteRecords([record], [record]), comparison):
         assert "canary" not in f"{holder!r}{holder}"
-    assert "a.csv" in repr(record), "where it was read stays"
+    assert "a.csv" in repr(record), "the file name must be shown"

@@ -49,12 +49,12 @@ def test_each_record_is_batched_exactly_once_in_its_length_bucket(run: Any, data
         assert part.rows in shapes.rows(part.length)
         assert 1 <= len(part.places) <= shapes.capacity(part.length, part.rows)
         batch = collate(dataset, part.places, pad_id=0, shape=(part.rows, part.length))
-        assert (batch.attention_mask.sum(dim=1) >= 1).all(), "each row attends to something"
-        # Attention takes another path where there is no padding, and a record would be computed differently.
+        assert (batch.attention_mask.sum(dim=1) >= 1).all(), "each row must attend to at least one token"
+        # Without padding, attention uses another code path, which would compute a record differently.
         for one in (batch, *(isolate_example(batch, row) for row in (None, 0, len(batch) - 1))):
             assert one.input_ids.shape == (part.rows, part.length)
             assert (one.attention_mask == 0).any()
-    for length in shapes.lengths:  # those of one length keep the order in which they came
+    for length in shapes.lengths:  # records of one length keep their order
         together = [int(place) for part in parts if part.length == length for place in part.places]
         assert together == [place for place in chosen if pad_length(shapes, int(lengths[place])) == length]
 
@@ -67,7 +67,7 @@ def test_row_counts_stay_within_the_token_budget(run: tuple[Shapes, int]) -> Non
         fewest = 2 if length == shapes.full else 1
         numbers = shapes.rows(length)
         assert list(numbers) == sorted(set(numbers), reverse=True)
-        assert len(numbers) <= 4, "few shapes, so that all of them can be tried"
+        assert len(numbers) <= 4, "there must be few shapes, so that a trial can cover all"
         assert all(rows * length <= shapes.max_tokens or rows == fewest for rows in numbers)
         assert all(shapes.capacity(length, rows) >= 1 for rows in numbers)
 
@@ -84,7 +84,7 @@ def test_bucket_lengths_cover_every_record_with_little_padding(longest: int, ext
         length = pad_length(shapes, tokens)
         assert tokens < length or (tokens == length == shapes.full)
         if length != shapes.lengths[-1] and length > 12:
-            assert length < 1.6 * tokens + 4, "little padding"
+            assert length < 1.6 * tokens + 4, "there must be little padding"
 
 
 def test_shapes_follow_from_public_settings() -> None:
@@ -104,7 +104,7 @@ def test_shapes_follow_from_public_settings() -> None:
     few = dataclasses.replace(tight, most_rows=(1, 1, 1, 1, 1))
     assert [few.rows(length) for length in (12, 40)] == [(1,), (2,)]
     assert [pad_length(Shapes.from_limits(max_length=longest, max_tokens=9), longest) for longest in (1, 7)] == [8, 8]
-    with pytest.raises(AssertionError):  # a record longer than the longest is not lost
+    with pytest.raises(AssertionError):  # a record longer than the maximum must not be dropped silently
         list(Shapes.from_limits(max_length=9, max_tokens=99).cut(np.array([0, 1]), np.array([3, 99])))
 
 
@@ -125,7 +125,7 @@ def test_shape_cutting_minimizes_work(run: tuple[Shapes, int], count: int, data:
     full, left = divmod(count, shapes.capacity(length, most))
     for rows in shapes.rows(length):
         room = shapes.capacity(length, rows)
-        assert compute_work(found) <= compute_work([rows] * -(-count // room)), "all of one number"
+        assert compute_work(found) <= compute_work([rows] * -(-count // room)), "a single row count must not be cheaper"
         assert compute_work(found) <= compute_work([most] * full + [rows] * -(-left // room)), (
-            "and one number for what is left over"
+            "a single row count for the rest must not be cheaper"
         )

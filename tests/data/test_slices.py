@@ -22,14 +22,14 @@ SLICES = {
     "users_ubuntu_irc": ((7301, 605, 1319), {"completion": "text", "user": "user"}),
     "users_shakespeare": ((5020, 1275, 800), {"completion": "text", "user": "user"}),
 }
-"""Of each its rows to train, to validate and to test on, and its columns."""
+"""For each data set: the number of rows for training, validation and test, and the columns."""
 
 
 @pytest.fixture(scope="module")
 def make_slices() -> ModuleType:
     spec = importlib.util.spec_from_file_location("make_slices", FOLDER / "make_slices.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
+    sys.modules[spec.name] = module  # dataclasses look up their module here
     spec.loader.exec_module(module)
     return module
 

@@ -55,7 +55,7 @@ def test_user_assignment_depends_only_on_the_hashed_id() -> None:
     rows = [Record({"user": user}) for user in ("b", "a", "b", "c", "a", "b")]
     assert [places.tolist() for places in group_by_user(rows)] == [[0, 2, 5], [1, 4], [3]]
     assert group_by_user([]) == []
-    # A keyed hash of the id alone: what else the record holds makes no difference, another key does.
+    # A keyed hash of the id alone: it changes with the key but not with other fields of the record.
     hashes = [
         hash_unit(Record(fields), purpose="site", key=key, unit="user")
         for fields, key in (
@@ -65,7 +65,7 @@ def test_user_assignment_depends_only_on_the_hashed_id() -> None:
     ]
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 3
-    # Part of what a run can be repeated from: it may not move.
+    # Reproducing a run depends on this hash, so it must not change.
     digest = hmac.new(KEY, b'site\0{"user":"ann"}', "sha256").digest()
     assert hashes[0] == (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
@@ -79,14 +79,14 @@ def test_user_at_two_sites_is_refused_and_counted() -> None:
     assert "2 users would be split" in str(error.value)
     assert "data.partition.kind=file" in str(error.value)
     sites = partition_records(rows, SPECS[2], num_sites=3, key=KEY)
-    assert [len(site) for site in sites] == [3, 0, 2], "by record that is nothing special"
+    assert [len(site) for site in sites] == [3, 0, 2], "for record-level privacy this is allowed"
 
 
 ROLES = ("prompt", "completion")
 
 
 def test_real_site_skips_records_without_exactly_one_user(tmp_path: Path) -> None:
-    # What a lead asks for must not make the answer depend on whether some record fits it; the doctor says it before.
+    # A lead's settings must not make the site's answer depend on its records; the doctor reports such records before.
     rows = [{"text": f"text {n}", "who": who} for n, who in enumerate(("ann", ["ann", "bob"], "bob", None, "ann"))]
     columns = {"prompt": "text", "completion": "text", "user": "who"}
     data = make_data_spec(train_file=str(write_jsonl(tmp_path / "all.jsonl", rows)), columns=columns)
@@ -95,7 +95,7 @@ def test_real_site_skips_records_without_exactly_one_user(tmp_path: Path) -> Non
     assert [record.fields["user"] for record in records.training] == ["ann", "bob", "ann"]
     by_record = read_own_records(data, columns=data.map_required_columns(ROLES), fault=lambda _: None, key=KEY)
     assert len(by_record.training) == 5
-    assert "user" not in by_record.training[0].fields, "what a run has no use for is not read"
+    assert "user" not in by_record.training[0].fields, "unneeded columns must not be read"
 
 
 def test_user_level_privacy_requires_a_user_column() -> None:

@@ -27,7 +27,7 @@ NAN, DEEP = float("nan"), "[" * 100_000
 PRINTED = str([ASKED, TURN_ROLES])
 LISTED = '["late","lost"]'
 SECRET = "secret"
-"""Part of values that no message may quote."""
+"""A part of the values, which no message may quote."""
 
 
 def build_answer(content: Any, **more: Any) -> list[Any]:
@@ -37,7 +37,7 @@ def build_answer(content: Any, **more: Any) -> list[Any]:
 READ: dict[str, list[tuple[object, str]]] = {
     "text": [(" a ", " a ")],
     "label": [(True, "true"), (False, "false"), (2.0, "2"), (-3.0, "-3"), (7, "7"), (" a ", "a")],
-    # Of each person one id: in one form, without what cannot be seen.
+    # One id per person, in one Unicode form and without invisible characters.
     "user": [
         *((name, "Jos\u00e9") for name in ("Jose\u0301", " Jos\u00e9\u200b", "\ufeffJos\u00e9", "Jo\u00adse\u0301")),
         *((name, "Ann Lee") for name in ("Ann\u00a0Lee", "Ann  Lee", "Ann Lee")),
@@ -58,7 +58,7 @@ READ: dict[str, list[tuple[object, str]]] = {
             [{"role": "developer", "content": "be brief"}, ASKED],
             '[{"role":"system","content":"be brief"},{"role":"user","content":"where?"}]',
         ),
-        # Marks of other programs for an answer that is not to be learned.
+        # Marks of other programs for answers that are not to be learned.
         *((build_answer("here", **mark), NOT_LEARNED) for mark in ({"weight": 0}, {"weight": 0.0}, {"train": False})),
         *(
             (build_answer("here", **mark), NOT_LEARNED)
@@ -87,7 +87,7 @@ READ: dict[str, list[tuple[object, str]]] = {
         *((empty, "[]") for empty in ([], "", "[]", "()", "{}", "set()")),
         *((text, text.strip()) for text in (" late; lost", "[urgent];late", "(late)", "[late, lost]", "['a\\x41']")),
         *((text, text) for text in ("['late'lost']", "['late']['lost']", "[" * 300 + "late" + "]" * 300)),
-        # As Python, numpy and pandas print lists.
+        # Lists as printed by Python, numpy and pandas.
         *((text, LISTED) for text in ("['late', 'lost']", "['late' 'lost']", "['late'\n 'lost']", "('late', 'lost')")),
         *((text, LISTED) for text in ("{'late', 'lost'}", "array(['late', 'lost'])")),
         ("array(['late', 'lost'], dtype=object)", LISTED),
@@ -162,7 +162,7 @@ NOT_READ: dict[str, list[tuple[object, str]]] = {
     "target": [
         (None, "must not be null"),
         *((value, "must be a finite number") for value in (True, "", "3,5", "1_000", "nan", "1e999", 10**400, SECRET)),
-        # The last one is judged in no more than a look at each character: else this test does not end.
+        # The last value must be refused after one look at each character, or this test does not end.
         *((value, "must be a finite number") for value in ("1" + "0" * 400, float("inf"), [1], "1" * 2_000_000 + "x")),
     ],
 }
@@ -177,7 +177,7 @@ def test_values_in_alternative_formats_are_normalized(role: str) -> None:
     for value, text in READ[role]:
         assert read(value, role).fields == {role: text}, f"{value!r:.200}"
         if role != "target":
-            assert read(text, role).fields == {role: text}, "what was read is read the same again"
+            assert read(text, role).fields == {role: text}, "reading must be idempotent"
 
 
 @pytest.mark.parametrize("role", NOT_READ)
@@ -188,7 +188,7 @@ def test_unreadable_value_error_explains_without_quoting(role: str) -> None:
         message = str(caught.value)
         assert why in message, f"{value!r:.200}"
         assert message.startswith("a.jsonl:3, column 'c'")
-        assert SECRET not in message, "it may be a record's"
+        assert SECRET not in message, "a record's content must not be quoted"
 
 
 def test_texts_and_answers_are_separated_by_role() -> None:
@@ -209,7 +209,7 @@ def test_unicode_variants_of_an_id_are_one_user(tmp_path: Path) -> None:
     others = [Record({}, str(path), line) for line in (1, 2)]
     assert len(set(read_column_values(others, "who", key="x", role="user"))) == 1
     for text in ("Jose\u0301\u200b", "\u1e9b\u0323", "a\u034f\u0301"):
-        assert normalize_name(normalize_name(text)) == normalize_name(text), "a name in one form stays as it is"
+        assert normalize_name(normalize_name(text)) == normalize_name(text), "normalization must be idempotent"
         assert unicodedata.is_normalized("NFC", normalize_name(text))
 
 
@@ -242,7 +242,7 @@ def test_plain_text_answer_is_not_parsed_as_turns(monkeypatch: pytest.MonkeyPatc
         assert read_continuation(text, "chosen") == text
         assert parse_continuation(text) is None
     assert parse_continuation(' [{"role": "assistant", "content": "lost"}]') is None, (
-        "turns that were read are written anew"
+        "parsed turns must be serialized again"
     )
 
 

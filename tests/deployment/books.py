@@ -59,7 +59,7 @@ def check_whole(federation: Any, run: str, *, rounds: int = 2, charged: Any = No
 def _check_average(federation: Federation, run: str) -> None:
     """Check that the run's adapter is the mean of the last round's updates.
 
-    The updates are those that the sites' ledgers keep; all sites have the same declared size, and so weight.
+    The updates are read from the sites' ledgers; all sites have the same declared size, and so the same weight.
     """
     sites = federation.result(run)["rounds"][-1]["sites"]
     updates = [_read_last_update(federation.sites[name], run) for name in sites]

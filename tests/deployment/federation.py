@@ -30,7 +30,7 @@ LEAD, NAMES = "lead", ("north", "south", "west")
 DECLARED = 230
 MINILM = "69dbedbf1fe8d9d0599e7b8c2a45c5b6c70d9ffc4fa6d0e72f04e2c8fa51c194"
 Command = Callable[..., Any]
-"""`fedtune` in the test's own process."""
+"""Runs `fedtune` in the test's own process."""
 
 
 def list_settings(*overrides: str) -> list[str]:
@@ -57,7 +57,7 @@ def partition_records(names: tuple[str, ...]) -> dict[str, list[Record]]:
 
 
 ONE_THREAD = {"machine": {"num_threads": 1}}
-"""Of each site's site.toml, since all sites share this machine."""
+"""Additions to each site's site.toml, because all sites share this machine."""
 
 
 @cache
@@ -98,11 +98,11 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
 class Federation:
     """A newly provisioned federation in an empty folder, on the best network of this machine.
 
-    `command` is `fedtune` in this process, for what needs no process.
+    `command` runs `fedtune` in this process, for commands that need no separate one.
     """
 
     active: ClassVar[list[Federation]] = []
-    """Those whose processes may be running, for the logs that a failure shows."""
+    """Members whose processes may be running; a failed test shows their logs."""
 
     def __init__(
         self, folder: Path, command: Any, *, names: Any = NAMES, network: Any = None, made: Any = None

@@ -1,7 +1,7 @@
 """The `fedtune` command with training that a test can pause or make fail: `python held_site.py FOLDER ARGUMENTS`.
 
-A trained round does not come back while FOLDER/hold is there.  With FOLDER/fail, it raises that file's text.  A site
-that lost its server looks for it every two seconds, where a real one waits for up to fifteen.
+A trained round does not return while FOLDER/hold exists. If FOLDER/fail exists, training raises its text. A site that
+lost its server retries every two seconds, where a real one waits for up to fifteen.
 """
 
 import sys

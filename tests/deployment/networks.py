@@ -21,7 +21,7 @@ class Network:
     """All members on loopback; `address` is the server's address for the others."""
 
     isolated = False
-    """Whether the members can reach the server, which is one of them, and nothing else."""
+    """Whether the members can reach only the server, which is one of them."""
     address = "127.0.0.1"
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class Namespaces(Network):
             if member == SERVER:
                 continue
             port = f"port{number}"
-            # Made with its two ends inside two namespaces, so that the machine's own never sees them.
+            # Created with its two ends in two namespaces, so that it never appears in the machine's own.
             _run_ip("link", "add", "out", "netns", name, "type", "veth", "peer", "name", port, "netns", server)
             _run_ip("-n", server, "link", "set", port, "master", "hub", "up")
             _run_ip("-n", name, "address", "add", f"10.203.0.{number}/24", "dev", "out")
@@ -85,12 +85,12 @@ class Namespaces(Network):
     def hand_over(self, member: str) -> None:
         _run_ip("-n", self._names[SERVER], "address", "delete", f"{self.address}/24", "dev", "hub")
         _run_ip("-n", self._names[member], "address", "add", f"{self.address}/24", "dev", "out")
-        for name in self._names.values():  # as the machine that takes an address over announces it
+        for name in self._names.values():  # the announcement of a machine that takes over an address
             _run_ip("-n", name, "neighbor", "flush", "all")
 
     def close(self) -> None:
         for name in self._names.values():
-            with contextlib.suppress(subprocess.CalledProcessError):  # an earlier failure left it out
+            with contextlib.suppress(subprocess.CalledProcessError):  # not created, because of an earlier failure
                 _run_ip("netns", "delete", name)
 
 

@@ -23,7 +23,7 @@ CALLS: dict[str, type[Proto]] = {
     "/v1/fleet/push-object": message_pb2.PushObjectRequest,
     "/v1/fleet/confirm-message-received": message_pb2.ConfirmMessageReceivedRequest,
 }
-"""All that a site may call, and what each call carries."""
+"""All calls that a site may make, and their message types."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +38,7 @@ class Call:
         """Decode the protobuf message of the call, without unknown or trailing bytes."""
         found = CALLS[self.path].FromString(self.body)
         assert found.SerializeToString(deterministic=True) is not None
-        # Fields that this version of Flower does not know would be kept aside, and come back with the rest.
+        # Protobuf keeps fields that this version of Flower does not know, and serializes them again.
         known = CALLS[self.path]()
         known.CopyFrom(found)
         known.DiscardUnknownFields()

@@ -1,7 +1,7 @@
 """TLS-terminating proxy between a site and its server that records every request: `python recording_proxy.py FILE`.
 
-FILE is JSON: `listen` and `server` (host:port), `own` and `site` (PEM files of this end towards the site, and of the
-site towards the server), and `records`, a file that gets one JSON line for each request before it is passed on.
+FILE is JSON: `listen` and `server` (host:port), `own` and `site` (PEM files of the proxy towards the site, and of the
+site towards the server), and `records`, a file that gets one JSON line for each request before it is forwarded.
 """
 
 import base64
@@ -69,7 +69,7 @@ def _record(**about: Any) -> None:
 context = make_server_context(Tls(**_SETTINGS["own"]))
 host, _, port = _SETTINGS["listen"].rpartition(":")
 server = ThreadingHTTPServer((host, int(port)), _Handler)
-# The handshake belongs to the connection's own thread, or one that hangs would stop them all.
+# Each connection's own thread does the handshake, so that a hanging one does not block the others.
 server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
 print("the proxy listens", flush=True)
 server.serve_forever()

@@ -27,7 +27,7 @@ class SiteFolder(Books):
     federation: Federation = field(repr=False)
     site_key: str = ""
     up: Any = None
-    """Its process, once it was started."""
+    """The site's process, once it was started."""
     _events: tuple[Event, ...] = ()
     _written: list[tuple[int, int]] = field(default_factory=list)
 
@@ -68,7 +68,7 @@ class SiteFolder(Books):
     def events(self, run: str, kind: str = "") -> list[Event]:
         """List the events of the run `run`, or those of one kind, also while the site writes."""
         written = [_stat_file(self.folder / name) for name in ("ledger.db", "ledger.db-journal")]
-        if written != self._written:  # to verify a ledger takes long, and a test that waits asks again and again
+        if written != self._written:  # verification is slow, and a waiting test polls it
             with suppress(RunError):  # it has no ledger yet
                 self._events = self.verified().events
                 self._written = written

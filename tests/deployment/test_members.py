@@ -22,7 +22,7 @@ pytestmark = pytest.mark.nightly
 
 LONG_AGO = datetime.now(UTC).replace(microsecond=0) - timedelta(days=3)
 LEFT_S = 30.0
-"""That the certificates which are renewed here still have."""
+"""Remaining validity, in seconds, of the certificates that the test renews."""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_certificates_are_renewed_during_a_run(members: Federation) -> None:
             process.wait_for_text("the certificate was replaced", count=count)
             assert process.lines("the certificate was replaced")[-1]["certificate_until"] == end.isoformat()
         assert read_server_certificate(members).not_after == end
-    assert datetime.now(UTC) < ends, "a renewal takes seconds"
+    assert datetime.now(UTC) < ends, "the certificates expired before the renewal"
 
     time.sleep(max(0.0, (ends - datetime.now(UTC)).total_seconds() + 1))
     lead = members.lead("past-the-end", *list_settings("federation.num_rounds=4"))
@@ -74,7 +74,7 @@ def test_certificates_are_renewed_during_a_run(members: Federation) -> None:
     provisioning.renew_own_certificate(members.home, "lead", days=None, now=datetime.now(UTC))
     assert lead.end(seconds=RUN_S) == 0, lead.text
     assert [len(one["sites"]) for one in members.result("past-the-end")["rounds"]] == [2, 2, 2, 2]
-    assert "the certificate was replaced" in folder.log.read_text(), "by the lead, in the middle of its run"
+    assert "the certificate was replaced" in folder.log.read_text(), "the lead must replace it during its run"
     assert (north.up.pid, server.pid) == pids
     assert north.up.code is None
     assert "no contact" not in north.up.text

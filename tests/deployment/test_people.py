@@ -43,7 +43,7 @@ def test_run_waits_for_approval_and_then_continues(federation: Federation, caref
     lead = federation.lead("asked", *list_settings("federation.num_rounds=1", "data.max_length=17"))
     site.up.wait_for_text("a run waits for approval")
     wait_for(lambda: "south: would_take_part" in lead.text, seconds=RUN_S, what="south's offer", needs=lead)
-    # Before everybody has said yes, nothing was done for it here, and nothing charged anywhere.
+    # Before all sites have approved the run, this site has done nothing, and no site was charged.
     assert not [each for each in federation.sites.values() if each.events("asked", "plan")]
     assert len(site.up.lines("the base model is loaded")) == loaded
     (waiting,) = (event.run for event in site.events("asked", "refusal"))
@@ -64,11 +64,11 @@ def test_run_denied_by_a_site_ends(federation: Federation, careful_site: SiteFol
     words = [*FEDTUNE, "site", "deny", waiting, "--reason", "no quorum of the board", *careful_site.own]
     denial = federation.run("denial", "north", words)
     assert denial.end() == 0, denial.text
-    # The lead asks again by itself, is told, and asks no more.
+    # The lead asks again automatically, receives the denial, and stops.
     assert lead.end() == 3, lead.text
-    said = " ".join(lead.text.split())
-    assert "north: denied" in said
-    assert "nothing was charged for this run" in said
+    output = " ".join(lead.text.split())
+    assert "north: denied" in output
+    assert "nothing was charged for this run" in output
     assert "board" not in lead.text + (federation.run_folder("denied") / "answers.json").read_text()
     assert careful_site.answered("denied", "denied") == 1
     assert careful_site.notes("denied") == ["denied"]
@@ -91,10 +91,10 @@ def test_site_withdraws_from_an_accepted_run_and_the_other_site_continues(federa
     assert "north: denied" in " ".join(lead.text.split())
     order = [event.detail.get("what", event.kind.value) for event in site.events("ended")]
     assert order[:3] == ["plan", "reserve", "denied"]
-    assert set(order[3:]) == {"refusal"}, "nothing else of it: no reply, and no further round"
+    assert set(order[3:]) == {"refusal"}, "no reply and no further round may follow"
     history = site.verified().history
     assert history.runs[run].charged_rounds == 1
-    assert not history.count_remaining_charges(history.clock), "what its plan had set aside is free"
+    assert not history.count_remaining_charges(history.clock), "the reserve must be released"
     (denied,) = history.decided[history.runs[run].proposal.digest()]
     assert (denied["what"], denied["by"], denied["ticket"]) == ("denied", "Anna Weber", "DPO-7")
     assert other.verified().history.runs[run].charged_rounds == 2
@@ -108,7 +108,7 @@ def test_run_is_inspected_stopped_and_resumed(federation: Federation) -> None:
     assert find_running_process(folder) == lead.pid
     before = print_status(federation, run)
     assert (before["running"], before["finished"], before["round"], before["num_rounds"]) == (True, False, 0, 2)
-    # Asked and not yet answered: counted as charged, for now.
+    # A request without an answer counts as charged for now.
     assert before["sites"]["south"]["upper_bound"]
     assert before["sites"]["south"]["rounds_charged"] == 1
     assert f"{run} is stopped" in federation.do("run", "stop", str(folder)).out
@@ -123,7 +123,7 @@ def test_run_is_inspected_stopped_and_resumed(federation: Federation) -> None:
     after = print_status(federation, run)
     assert (after["running"], after["finished"], after["round"]) == (False, True, 2)
     assert {name: about["last_answer"] for name, about in after["sites"].items()} == dict.fromkeys(SITES, "update")
-    # What had been answered for the lead that stopped was not trained, or charged, again.
+    # Rounds that had been answered before the stop are neither trained nor charged again.
     assert {name: about["rounds_charged"] for name, about in after["sites"].items()} == dict.fromkeys(SITES, 2)
     check_books(federation, run)
 
@@ -170,7 +170,7 @@ def test_site_that_leaves_shuts_down_cleanly(federation: Federation) -> None:
     site.hold(False)
     assert site.up.end(seconds=60) == 0
     assert site.up.lines("the site has stopped")
-    # What it had begun is charged, and nothing stays set aside.
+    # The round that it had started is charged, and nothing stays reserved.
     history = site.verified().history
     assert history.charged_rounds(next(name for name in history.runs if name.startswith("left-"))) == 1
     assert not history.count_remaining_charges(history.now())

@@ -51,7 +51,7 @@ def test_stock_supernodes_match_the_simulation_adapter_next_to_a_stock_app(
     assert f"Permission denied: '{stock.public / STRICT / 'apps'}" in stock.call(
         "flwr", "log", other, "banks", "--show"
     )
-    assert check_control_api(stock.address, timeout_s=10.0).status == "failed", "it must never be exposed like this"
+    assert check_control_api(stock.address, timeout_s=10.0).status == "failed", "this setup is for tests only"
     if stock.front != stock.address:
         assert check_control_api(stock.front, timeout_s=10.0).status == "ok"
 
@@ -81,7 +81,7 @@ def test_killed_flower_processes_cause_no_loss_or_double_charge(
 def test_killed_site_is_asked_again_and_charged_for_started_rounds(stock: StockFederation) -> None:
     north = stock.sites["north"]
     north.hold(True)
-    run = stock.submit("three", [*DEBUG, "federation.spare_rounds=1"])  # for what the killed round cost
+    run = stock.submit("three", [*DEBUG, "federation.spare_rounds=1"])  # for the charge of the killed round
     north.wait_for("three", "reserve", round=1)
     north.up.kill()
     north.hold(False)

@@ -1,7 +1,7 @@
 """Byte-level checks of everything that leaves a site, and of the parts of a lead's message that a site ignores.
 
-Between one site and the server stands a proxy that ends TLS and writes down every request of the site: over an update,
-a round that fails with a record's text in the exception, a refusal, a pause, a broken file, and the end of a run.
+A proxy between one site and the server terminates TLS and records every request of the site: during an update, a round
+that fails with a record's text in the exception, a refusal, a pause, a broken file, and the end of a run.
 """
 
 import base64
@@ -55,7 +55,7 @@ ANSWERS = [
     *((0, "offer"), (1, "update"), (2, "site_error"), (3, "max_local_steps"), (4, "paused"), (4, "site_error")),
     (0, "end"),
 ]
-"""North's, by rounds."""
+"""The expected answers of north, by round."""
 
 
 @dataclass
@@ -64,8 +64,8 @@ class Wire:
 
     federation: Federation
     north: SiteFolder
-    calls: list[outbound.Call]  # Flower's
-    waits: list[outbound.Call]  # fedtune's own, in which the site waits for a question
+    calls: list[outbound.Call]  # Flower's calls
+    waits: list[outbound.Call]  # fedtune's own calls, in which the site waits for a question
     listening: dict[str, list[int]]  # ports of the server and south while they ran; north's proxy is in its network
 
 
@@ -95,7 +95,7 @@ def list_listening_ports(pid: int, *, whole_network: bool) -> list[int]:
     """List the TCP ports on which the process `pid`, or any process in its network namespace, listens, from /proc."""
     inodes, found = set(), []
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):  # closed meanwhile
+        with contextlib.suppress(OSError):  # closed in the meantime
             inodes.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
@@ -131,7 +131,7 @@ def _run(federation: Federation) -> None:
     release_next_round(2)
     wait_for_answer("max_local_steps")
     write_policy(policy, north.site_toml, others=ONE_THREAD)
-    # In the header: a record that cannot be read is left out, and ends nothing.
+    # The header is broken, because an unreadable record is skipped and would not end the round.
     questions = north.folder / "questions.csv"
     questions.write_bytes(PLANTED.encode() + b"\xff," + questions.read_bytes())
     federation.do("site", "pause", "--kit", str(north.kit))
@@ -180,14 +180,14 @@ def test_site_makes_only_known_calls_and_listens_on_no_port(wire: Wire) -> None:
     public = certificate.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
-    said = {name: {value for other, value in headers if other == name} for name in HEADERS}
-    assert said["flwr-public-key"] == {base64.b64encode(public).decode()}
-    assert said["content-type"] == {"application/protobuf"}
-    assert said["flwr-component-name"] == {"SuperNode"}
-    (agent,) = said["user-agent"]
+    sent = {name: {value for other, value in headers if other == name} for name in HEADERS}
+    assert sent["flwr-public-key"] == {base64.b64encode(public).decode()}
+    assert sent["content-type"] == {"application/protobuf"}
+    assert sent["flwr-component-name"] == {"SuperNode"}
+    (agent,) = sent["user-agent"]
     assert re.fullmatch(r"python-httpx/[\d.]+", agent)
     for call in wire.calls:
-        assert call.request is not None  # it is parsed to the last byte
+        assert call.request is not None  # parsed to the last byte
 
 
 def test_wait_request_contains_only_the_question_count(wire: Wire) -> None:
@@ -198,7 +198,7 @@ def test_wait_request_contains_only_the_question_count(wire: Wire) -> None:
         assert {name for name, _ in call.headers} <= HEADERS
         (number,) = re.fullmatch(r"/v1/fedtune/wait\?heard=(-1|\d+)", call.path).groups()  # type: ignore[union-attr]
         numbers.append(int(number))
-    # They are the server's, which counts its lead's questions.
+    # The numbers come from the server, which counts its lead's questions.
     assert numbers[0] == -1
     assert max(numbers) <= len(outbound.collect_messages(wire.calls))
 
@@ -209,12 +209,12 @@ def test_site_answers_use_only_fedtune_types(wire: Wire) -> None:
         assert list(request.clientapp_runtime_list) == [0.0]
         assert list(content.metric_records) == []
         found.append(check_answer(content))
-    # A site that waits says so again and again.
+    # A waiting site repeats its answer.
     assert [one for at, one in enumerate(found) if at == 0 or one != found[at - 1]] == ANSWERS
     objects = outbound.collect_objects(wire.calls)
     kinds = sorted(map(outbound.read_object_kind, objects.values()))
     assert set(kinds) == {"Message", "RecordDict", "ConfigRecord", "ArrayRecord", "Array", "ArrayChunk"}
-    # No object came that is part of no answer, and the one array is the update's.
+    # Every pushed object is part of an answer, and the only array is the update's.
     assert set(objects) == outbound.list_announced_ids(wire.calls)
     assert [kind for kind in kinds if "Array" in kind] == ["Array", "ArrayChunk", "ArrayRecord"]
 
@@ -223,13 +223,13 @@ def check_answer(content: Any) -> tuple[int, str]:
     """Return (round, kind) of an answer, after checking that all its fields belong to one release type."""
     (config,) = content.config_records.values()
     assert list(config) == ["json"]
-    said = json.loads(config["json"])
+    fields = json.loads(config["json"])
     if flower_records.RECEIPT in content:
         assert set(content) == {flower_records.RECEIPT}
-        assert set(said) == list_field_names(Receipt)
-        assert said["run"].startswith(f"{RUN}-")
+        assert set(fields) == list_field_names(Receipt)
+        assert fields["run"].startswith(f"{RUN}-")
         return 0, "end"
-    assert set(said["receipt"]) == list_field_names(Receipt)
+    assert set(fields["receipt"]) == list_field_names(Receipt)
     reply = flower_records.to_reply(content)
     assert reply.receipt is not None
     assert reply.receipt.has_valid_signature()
@@ -238,15 +238,15 @@ def check_answer(content: Any) -> tuple[int, str]:
     assert reply.is_signed()
     if isinstance(body, Offer):
         assert set(content) == {flower_records.REPLY}
-        assert set(said) - {"kind", "receipt"} == list_field_names(Offer)
+        assert set(fields) - {"kind", "receipt"} == list_field_names(Offer)
         return 0, "offer"
     if isinstance(body, Update):
         assert set(content) == {flower_records.REPLY, flower_records.UPDATE}
-        assert set(said) == {"kind", "receipt"}
+        assert set(fields) == {"kind", "receipt"}
         assert body.scores is None
         return body.round, "update"
     assert set(content) == {flower_records.REPLY}
-    assert set(said) - {"kind", "receipt"} == list_field_names(Refusal)
+    assert set(fields) - {"kind", "receipt"} == list_field_names(Refusal)
     assert body.reason is Reason.MAX_LOCAL_STEPS or (body.requested, body.allowed) == (None, None)
     return body.round, body.reason.value
 
@@ -263,10 +263,10 @@ def test_no_record_path_name_or_exception_leaves_the_site(wire: Wire) -> None:
     everything = [call.path.encode() + json.dumps(call.headers).encode() + call.body for call in wire.calls]
     texts = [text.encode() for text in list_all_texts(wire)]
     for secret in list_secrets(wire):
-        # A short name would be found in numbers and signatures too, by chance.
+        # Short names would also occur by chance in numbers and signatures.
         pattern = re.compile(rb"(?<![a-z0-9])" + re.escape(secret.lower().encode()) + rb"(?![a-z0-9])")
         assert not any(pattern.search(each.lower()) for each in (everything if len(secret) > 7 else texts)), secret
-    assert any(b"max_local_steps" in each for each in everything)  # what is there would be found
+    assert any(b"max_local_steps" in each for each in everything)  # the search would find a match
     assert any(b"max_local_steps" in each for each in texts)
 
 
@@ -275,7 +275,7 @@ def test_true_record_count_does_not_leave_the_site(wire: Wire) -> None:
     assert all(number != COUNT for _, number in list_all_numbers(wire))
     assert {"flwr.proto.Node.node_id", "json", "shape"} < {name for name, _ in list_all_numbers(wire)}
     for text in list_all_texts(wire):
-        # Not inside of longer numbers, hashes and signatures.
+        # Not within longer numbers, hashes and signatures.
         assert not re.search(rf"(?<![\w.+/=]){COUNT}(?![\w.+/=])", text), text
 
 
@@ -302,7 +302,7 @@ def list_all_numbers(wire: Wire) -> Iterator[tuple[str, float]]:
 def list_all_texts(wire: Wire) -> Iterator[str]:
     """List every text in headers, Flower's messages and fedtune's JSON, except keys, signatures and times."""
     for call in wire.calls:
-        # Its length is the body's, whatever it comes to.
+        # It must be the length of the body.
         assert ("content-length", str(len(call.body))) in call.headers
         assert {name for name, _ in call.headers} <= HEADERS
         yield from (value for name, value in call.headers if name not in NOT_WORDS)
@@ -313,7 +313,7 @@ def list_all_texts(wire: Wire) -> Iterator[str]:
 
 def test_logs_and_files_outside_the_sites_contain_no_records(wire: Wire) -> None:
     federation = wire.federation
-    assert "ValueError" in wire.north.up.text  # what went wrong is there, for the site's own people
+    assert "ValueError" in wire.north.up.text  # the site's own log contains the error
     assert "DataError" in wire.north.up.text
     elsewhere = [path for name in ("banks", "runs") for path in (federation.folder / name).rglob("*")]
     for path in [*federation.logs(), *elsewhere]:
@@ -328,5 +328,5 @@ def test_failed_rounds_are_charged_in_the_ledgers(wire: Wire) -> None:
     result = wire.federation.result(RUN)
     failed = [round["failed_sites"].get("north", "update") for round in result["rounds"]]
     assert failed == ["update", "site_error", "max_local_steps", "site_error"]
-    # The rounds that failed had begun, and are charged: before a record is read.
+    # Failed rounds were started, and a round is charged before a record is read.
     assert result["privacy"]["sites"]["north"]["rounds"] == 3

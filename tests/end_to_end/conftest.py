@@ -24,8 +24,8 @@ def folder(finished: Path, tmp_path: Path) -> Path:
 
 def find_run_folder(given: list[str]) -> Path:
     """Return the folder of the finished run with these overrides."""
-    said = dict(one.partition("=")[::2] for one in given)
-    return Path(said["tracking.output_dir"].strip("'"), said["name"])
+    overrides = dict(one.partition("=")[::2] for one in given)
+    return Path(overrides["tracking.output_dir"].strip("'"), overrides["name"])
 
 
 @pytest.fixture(scope="module")

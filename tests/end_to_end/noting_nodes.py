@@ -1,7 +1,7 @@
 """The `fedtune` command with a Flower bundle whose app also records where each simulated site answered.
 
-Each answer is an empty file in the folder `noted` beside that of all runs.  Its name is what was asked, the site's
-number, and of the actor that answered its Ray node, process and GPUs.
+Each answer is an empty file in the folder `noted` next to the runs' folder. Its name contains the request, the site's
+number, and the Ray node, process and GPUs of the actor that answered.
 """
 
 import os

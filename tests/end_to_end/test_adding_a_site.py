@@ -30,7 +30,7 @@ pytestmark = pytest.mark.nightly
 PAGE = REPOSITORY / "docs" / "adding_a_site.md"
 PORT = "9092"
 SITES = ("north-hospital", "south-hospital")
-MAX_S = 600.0  # little more than a minute on a quiet machine
+MAX_S = 600.0  # takes about a minute on an idle machine
 BLOCKS = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 """Language and content of each fenced block."""
 
@@ -41,25 +41,25 @@ def extract_script(page: str) -> str:
     for language, content in BLOCKS.findall(page):
         if language == "toml":
             name = content.splitlines()[0].removeprefix("# ")
-            assert re.fullmatch(r"[\w./-]+\.toml", name), f"a file's first line is its name: {name}"
+            assert re.fullmatch(r"[\w./-]+\.toml", name), f"a file's first line must be its name: {name}"
             parts.append(f"cat > {name} <<'WHOLE FILE'\n{content}WHOLE FILE")
         elif language == "sh":
             parts.append(content)
         else:
-            assert language == "text", f"is this to be done or to be read: {content}"
+            assert language == "text", f"a block must be a file, a command or output: {content}"
     return "\n".join(parts)
 
 
 def test_step_summary_names_every_step_of_the_page() -> None:
     text = PAGE.read_text()
     summary = text.partition("\n## The steps of each role\n")[2].partition("\n## ")[0]
-    told = set[int]()
+    steps = set[int]()
     for numbers in re.findall(r"\((\d[^)]*)\)", summary):
         for first, last in re.findall(r"\b(\d+)(?: to (\d+))?", numbers):
-            told |= set(range(int(first), int(last or first) + 1))
+            steps |= set(range(int(first), int(last or first) + 1))
     headings = re.findall(r"^## (\d+)\. (?:Lead|Server|Site): ", text, re.MULTILINE)
-    results = {12, 13}  # the last two show what the run came to
-    assert told == {*map(int, headings)} - results
+    results = {12, 13}  # the last two steps show the results of the run
+    assert steps == {*map(int, headings)} - results
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +69,14 @@ def pasted_page(tmp_path_factory: pytest.TempPathFactory) -> Any:
     bash = ["bash", "-c", extract_script(PAGE.read_text()).replace(PORT, str(find_free_port()))]
     with write_forked_commands(beside) as commands:
         way = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        given = {"HF_HUB_OFFLINE": "1", "COLUMNS": "120", "PATH": way}
-        # In a group of its own, so that what it started can be ended.
-        shell = Process("shell", bash, log=beside / "output.txt", cwd=folder, env=given)
+        environment = {"HF_HUB_OFFLINE": "1", "COLUMNS": "120", "PATH": way}
+        # In its own process group, so that everything it started can be killed.
+        shell = Process("shell", bash, log=beside / "output.txt", cwd=folder, env=environment)
         try:
             code = shell.end(seconds=MAX_S)
             logs = "".join(f"\n{log}:\n{log.read_text()}" for log in sorted(folder.rglob("*.log")))
             assert code == 0, shell.text + logs
-            with pytest.raises(ProcessLookupError):  # the page itself has stopped what it started
+            with pytest.raises(ProcessLookupError):  # the page itself stops what it started
                 os.killpg(shell.pid, 0)
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -104,16 +104,16 @@ def test_every_site_takes_part_in_every_round_within_its_budget(pasted_page: Any
 
 def test_tutorial_output_matches_the_actual_output(pasted_page: Any) -> None:
     def mask_varying(text: str) -> str:
-        """Without what differs from run to run: words with digits in them, and how text was broken into lines.
+        """Mask what varies between runs: words with digits, and line breaks in the text.
 
-        A fingerprint is groups of four digits to base 16, and one group in fifty has letters alone.
+        A fingerprint consists of groups of four hexadecimal digits, and one group in fifty has only letters.
         """
         return " ".join("#" if re.search(r"\d|^[a-f]{4}$", word) else word for word in text.split())
 
     printed = mask_varying(pasted_page.printed)
     for language, content in BLOCKS.findall(PAGE.read_text()):
         for line in content.splitlines() if language == "text" else ():
-            # How long the rest takes is said only while there is a rest.
+            # The remaining time is printed only while there is some.
             line = re.sub(r" \| about .* left$", "", line)
             assert mask_varying(line) in printed, line
 
@@ -133,9 +133,9 @@ def test_policy_differs_from_the_template_only_in_documented_lines(pasted_page: 
         dict(flatten_table(tomllib.loads((pasted_page.folder / name).read_text())))
         for name in ("south-hospital/site.toml", "template.toml")
     )
-    asked = {"asserted.no_person_at_another_site"}  # the template has no answer
+    answered = {"asserted.no_person_at_another_site"}  # the template does not answer it
     later = {"about", "population.arrivals", "socket", "key_command"}  # omitted, as the page says
-    assert ours.keys() == template.keys() - later | asked
+    assert ours.keys() == template.keys() - later | answered
     listed = re.findall(r"^\| (`[^|]*) \|", PAGE.read_text(), re.MULTILINE)
     named = {key for cell in listed for key in re.findall(r"`([\w.]+)`", cell)}
     assert named == {key for key in ours if ours[key] != template.get(key)}
@@ -150,7 +150,7 @@ def list_typed_commands(text: str) -> Iterator[str]:
         joined = re.sub(r"\\\n\s*", "", content)
         for found in re.findall(r"^(?:\S*\w=\$\()?(?:\S*/)?(fedtune \S.*)$", joined, re.MULTILINE):
             words = re.split(r"   +|\s+#|\s+[12]?>|\s+[&|;)]", found)[0]
-            # `show|spent PATH` stands for two commands.
+            # `show|spent PATH` means two commands.
             several = re.search(r"\w+(\|\w+)+", words)
             yield from [words.replace(several[0], one) for one in several[0].split("|")] if several else [words]
 
@@ -166,7 +166,7 @@ def find_mistake(command: str) -> str:
         parse_command(*shlex.split(command)[1:])
     except click.UsageError as error:
         return error.format_message()
-    except click.exceptions.Exit:  # of --help
+    except click.exceptions.Exit:  # raised by --help
         pass
     return ""
 

@@ -83,7 +83,7 @@ def test_second_run_is_reduced_and_third_refused_by_the_budget(run: Any, kept_si
         assert (spent["rounds"], spent["steps"]) == (2, 4)
         history = verify_ledger(kept_sites, site).history
         step = PoissonSampledDpEvent(0.2, GaussianDpEvent(4.0))
-        assert history.count_total_charges() == {step: 2 * ROUNDS + 2 * 2}, "both runs, in one ledger"
+        assert history.count_total_charges() == {step: 2 * ROUNDS + 2 * 2}, "both runs must be in one ledger"
         assert history.cap > history.policies[0][1]
     before = read_events(kept_sites)
     third = run("third", "federation.if_over_budget=fewer_rounds")

@@ -21,9 +21,9 @@ ROWS = 60
 
 def build_conversation(number: int) -> str:
     first, second = (list(ANSWERS)[(number + step) % 3] for step in (0, 1))
-    said = [f"{first} {number}", ANSWERS[first], second, ANSWERS[second]]
+    turns = [f"{first} {number}", ANSWERS[first], second, ANSWERS[second]]
     roles = ("user", "assistant") * 2
-    return json.dumps([{"role": role, "content": text} for role, text in zip(roles, said, strict=True)])
+    return json.dumps([{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)])
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +72,17 @@ def test_chat_and_text_runs_train_and_report_scores(tune_model: Any, layout: tup
     assert set(scores) == ({"loss", "perplexity", "bleu", "rouge_l"} if layout == CHAT else {"loss", "perplexity"})
     assert (result["privacy"]["epsilon"] is None) != private
     if not private:
-        assert scores["loss"] < before["loss"] - 0.3, "it learns"
+        assert scores["loss"] < before["loss"] - 0.3, "the run must learn"
     for one in result["rounds"]:
         assert not one["failed_sites"]
-        assert set(one["metrics"]) == {"loss", "perplexity"}, "writing text each time would take longer than training"
+        assert set(one["metrics"]) == {"loss", "perplexity"}, "generation in each round is too slow"
         assert set(one["site_scores"]) == ({"site-1", "site-2"} if private else set())
         assert np.isfinite([*one["site_scores"].values()]).all()
     template = result["provenance"]["template"]
     assert template["sha256"] == hashlib.sha256(template["prompt"].encode()).hexdigest()
 
 
-# Preferences, from files of each form to a model that is scored and used, private and not.
+# Preferences, from files in each format to a scored and usable model, with and without privacy.
 
 
 GOOD, BAD = ("red", "green", "blue"), ("one", "two", "three four")
@@ -99,9 +99,9 @@ def make_pairs(form: str) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     for number in range(90):
-        asked, answers = f"say {number}", {"better": GOOD[number % 3], "worse": BAD[number // 3 % 3]}
-        whole = {name: [make_turn("user", asked), make_turn("assistant", text)] for name, text in answers.items()}
-        found.append(whole if form == "whole" else {"asked": asked, **answers})
+        prompt, answers = f"say {number}", {"better": GOOD[number % 3], "worse": BAD[number // 3 % 3]}
+        whole = {name: [make_turn("user", prompt), make_turn("assistant", text)] for name, text in answers.items()}
+        found.append(whole if form == "whole" else {"asked": prompt, **answers})
     return found
 
 
@@ -155,14 +155,14 @@ def test_private_preference_run_is_scored_charged_and_reported(private_run: Path
 def test_preference_run_without_privacy_learns(list_pair_overrides: Any, tmp_path: Path) -> None:
     learns = ("privacy=none", "privacy.noise_multiplier=null", "training.learning_rate=0.5", "training.local_steps=6")
     beta = ("task_settings.beta=0.5", "lora.layers=[-1]", "evaluation.generate=true", "evaluation.max_new_tokens=4")
-    # Who is sampled decides how much is learned in so few steps: of fresh samples some run learns too little.
+    # Sampling decides how much a run learns in so few steps: with fresh samples some runs learn too little.
     plain = simulate(
         *list_pair_overrides("whole", *learns, *beta, "runtime.seeded_noise=true"), into=tmp_path, name="plain"
     )
     final = read_result(plain)["final"]
     assert list(final["metrics"]) == [*SCORES, "bleu", "rouge_l"]
     for score in ("accuracy", "accuracy_length_controlled"):
-        assert final["metrics"][score] > final["metrics_before"][score] + 0.3, "of answers of any length"
+        assert final["metrics"][score] > final["metrics_before"][score] + 0.3, "on answers of any length"
     assert final["metrics"]["margin"] > 0.2
     assert final["metrics"]["loss"] < final["metrics_before"]["loss"] - 0.1
 

@@ -45,7 +45,7 @@ def test_run_folder_contains_the_documented_files(folder: Path) -> None:
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
     snapshots.check_text("run-folder.txt", "\n".join(found) + "\n")
     for key in folder.rglob("*.pem"):
-        assert key.stat().st_mode & 0o077 == 0, "a private key is for its owner alone"
+        assert key.stat().st_mode & 0o077 == 0, "only the owner may read a private key"
 
 
 def mask_varying(value: Any) -> Any:
@@ -82,12 +82,12 @@ def test_epsilon_stays_below_target_and_matches_an_independent_accountant(result
             accountant.compose(step, site["steps"])
             assert site[key] == pytest.approx(accountant.get_epsilon(privacy["delta"]), abs=1e-3)
         assert site["epsilon"] <= 8.0
-        assert site["epsilon"] > 7.9, "the budget should be used"
-        # Its steps are those in the site's ledger.
+        assert site["epsilon"] > 7.9, "the budget must be used almost entirely"
+        # Its steps match the events in the site's ledger.
         verified = verify(folder / "sites" / name / "ledger.db")
         assert verified.history.count_total_charges() == {step: site["steps"]}
         (run,) = verified.history.runs.values()
-        assert run.expires is None, "at the end nothing stays set aside"
+        assert run.expires is None, "nothing may stay reserved at the end"
         kinds = [event.kind for event in verified.events]
         assert kinds == ["note", "note", "plan", *["reserve", "commit"] * 3, "note"]
         assert len({event.detail["fingerprint"] for event in verified.events if event.kind == "commit"}) == 1
@@ -113,11 +113,11 @@ def test_terminal_shows_rounds_epsilon_and_paths_without_warnings(printed_run: t
         assert "2/2 sites" in line
         assert re.search(r"loss \d\.\d{3}", line)
         assert re.search(r"epsilon \d\.\d{3}", line)
-        assert ("left" in line) == (round == 2), "the first one has work that is done once"
+        assert ("left" in line) == (round == 2), "the first round includes one-time work"
     shown = float(re.findall(r"^epsilon ([\d.]+) at delta 1e-05", out, re.MULTILINE)[0])
     assert shown == math.ceil(result["privacy"]["epsilon"] * 1000) / 1000
     assert f"run folder: {folder}" in out
-    # A site's own loss or counts must not reach the lead's log: only Flower's notes and our warnings belong there.
+    # A site's loss or counts must not reach the lead's log, which has only Flower's messages and our warnings.
     assert "loss" not in (folder / "log.txt").read_text()
     for line in out.splitlines():
         assert not re.search("warn|deprecat|error", line, re.IGNORECASE), line

@@ -63,7 +63,7 @@ def test_report_and_card_state_the_selected_round_and_both_epsilons(stopped_run:
     for site in report.sites:
         assert site.spent.epsilon_pld < report.epsilon == site.spent.epsilon == site.spent.planned_epsilon
         whole = profile.bound_correct_of_100(profile.count_charged_events(report.facts.plan, 5))
-        assert site.meaning.correct_of_100_mechanism == pytest.approx(whole), "of the rounds it had it bounds nothing"
+        assert site.meaning.correct_of_100_mechanism == pytest.approx(whole), "it must bound the whole plan"
     (chosen,) = [one for one in report.assumptions if one.code == "chosen_by_the_leads_own_records"]
     assert (chosen.status, chosen.evidence) == ("assumed", "accuracy, round 1; 3 / 5")
     page = (stopped_run / "report.html").read_text()
@@ -75,18 +75,18 @@ def test_report_and_card_state_the_selected_round_and_both_epsilons(stopped_run:
 
 def test_report_claiming_another_selected_round_is_detected(stopped_run: Path) -> None:
     report = from_run.build_run_report(stopped_run)
-    for told in (
+    for claims in (
         replace(report.utility.selected_round, stopped_early=False),
         replace(report.utility.selected_round, round=2, score=0.999),
     ):
-        assert problems(replace(report, utility=replace(report.utility, selected_round=told))) != []
+        assert problems(replace(report, utility=replace(report.utility, selected_round=claims))) != []
 
 
 def test_resuming_a_stopped_run_charges_nothing(stopped_run: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(stopped_run, tmp_path / "run"))
     ledger, before = folder / "sites/site-1/ledger.db", read_result(folder)
     events = len(verify(ledger).events)
-    (folder / "run.json").unlink()  # as if it had been killed before its end
+    (folder / "run.json").unlink()  # as if the run had been killed before its end
     assert "the run had ended after round 3" in run_command("simulate", f"resume={folder}").printed
     after = read_result(folder)
     assert len(verify(ledger).events) == events

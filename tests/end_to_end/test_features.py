@@ -103,8 +103,8 @@ def test_feature_run_without_privacy_learns(run: Any, task: str) -> None:
 
 
 def test_private_feature_run_is_planned_scored_charged_and_reported(run: Any, settings: Any) -> None:
-    told = run_command("plan", *settings(), "--time")
-    assert "the head 20 trained parameters" in (words := " ".join(told.printed.split()))
+    outcome = run_command("plan", *settings(), "--time")
+    assert "the head 20 trained parameters" in (words := " ".join(outcome.printed.split()))
     assert "with every example of this size" in words
     folder = run(*NOISED)
     result = read_result(folder)
@@ -134,7 +134,7 @@ def test_feature_task_scores_appear_in_run_report_and_evaluation(run: Any, tmp_p
     found, shown = json.loads(run_command(*asked, "--json").printed), run_command(*asked).out
     assert list(found["scores"]) == SCORES[task]
     for score in (JUDGED[task], "loss"):
-        assert found["beside_base"][score]["verdict"] == "better", "of loss, the lower, the better"
+        assert found["beside_base"][score]["verdict"] == "better", "a lower loss is better"
     detail, page = result["final"]["detail"], (folder / "report.html").read_text()
     assert report["facts"].get("detail") == detail
     for there in ("detail" in found, "Calibration of the tuned model" in shown, 'id="chart-reliability">' in page):
@@ -148,7 +148,7 @@ def test_feature_task_scores_appear_in_run_report_and_evaluation(run: Any, tmp_p
 
 def test_feature_run_is_evaluated_compared_and_generates(run: Any, tmp_path: Path) -> None:
     folder, other = run(*PLAIN), run(*PLAIN, "head.hidden=[8]")
-    assert read_result(other)["final"]["metrics"]["accuracy"] > 0.8, "a small network learns it, too"
+    assert read_result(other)["final"]["metrics"]["accuracy"] > 0.8, "a small network must learn it, too"
     shapes = {name: one.shape for name, one in load_file(other / "adapter" / "head.safetensors").items()}
     assert shapes == {"0.weight": (8, 9), "0.bias": (8,), "2.weight": (2, 8), "2.bias": (2,)}
     texts = run_command("export", str(folder), "--to", str(tmp_path / "folder"), "--format", "peft")
@@ -156,11 +156,11 @@ def test_feature_run_is_evaluated_compared_and_generates(run: Any, tmp_path: Pat
     assert not (tmp_path / "folder").exists()
     new = write(tmp_path / "new.csv", make_patients(120, seed=7))
     assert run_command("compare", str(folder), str(other), "--data", str(new), "--json").code == 0
-    asked = [{key: one[key] for key in ("age", "crp", "ward", "states")} for one in make_patients(120, seed=7)]
-    told = run_command("generate", str(folder), "--file", str(write(tmp_path / "asked.csv", asked)), "--json")
-    said = [next(iter(json.loads(line)["answers"].values()))[0]["label"] for line in told.printed.splitlines()]
+    patients = [{key: one[key] for key in ("age", "crp", "ward", "states")} for one in make_patients(120, seed=7)]
+    outcome = run_command("generate", str(folder), "--file", str(write(tmp_path / "asked.csv", patients)), "--json")
+    labels = [next(iter(json.loads(line)["answers"].values()))[0]["label"] for line in outcome.printed.splitlines()]
     truth = [one["classification"] for one in make_patients(120, seed=7)]
-    assert np.mean([one == other for one, other in zip(said, truth, strict=True)]) > 0.8
+    assert np.mean([one == other for one, other in zip(labels, truth, strict=True)]) > 0.8
 
 
 @pytest.mark.nightly
@@ -181,9 +181,9 @@ def test_feature_record_changes_a_step_by_at_most_the_clipping_norm(settings: An
 
 @snapshots.parametrize_mistakes("mistakes-features")
 def test_invalid_feature_settings_raise_a_one_line_error(settings: Any, typed: str) -> None:
-    given = settings(*shlex.split(typed), name="wrong")
-    snapshots.check_message("mistakes-features", typed, run_command("simulate", *given).failed())
-    assert not find_run_folder(given).exists()
+    words = settings(*shlex.split(typed), name="wrong")
+    snapshots.check_message("mistakes-features", typed, run_command("simulate", *words).failed())
+    assert not find_run_folder(words).exists()
 
 
 @pytest.mark.nightly
@@ -196,23 +196,23 @@ def test_exported_feature_model_makes_the_same_predictions(
     folder = run(*PLAIN, *(() if hidden == "[]" else (f"head.hidden={hidden}",)), task=task)
     assert run_command("export", str(folder), "--to", str(tmp_path / "folder"), "--format", format).code == 0
     assert (tmp_path / "folder" / "features.json").is_file()
-    asked = [{key: one[key] for key in ("age", "crp", "ward", "states")} for one in make_patients(12, seed=9)]
-    write(tmp_path / "asked.csv", asked)
-    told = run_command("generate", str(folder), "--file", str(tmp_path / "asked.csv"), "--json")
-    said = [next(iter(json.loads(line)["answers"].values())) for line in told.out.splitlines()]
+    patients = [{key: one[key] for key in ("age", "crp", "ward", "states")} for one in make_patients(12, seed=9)]
+    write(tmp_path / "asked.csv", patients)
+    outcome = run_command("generate", str(folder), "--file", str(tmp_path / "asked.csv"), "--json")
+    answers = [next(iter(json.loads(line)["answers"].values())) for line in outcome.out.splitlines()]
 
     card = (tmp_path / "folder" / "README.md").read_text()
     (lines,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     before, row, behind = re.fullmatch(r"(.*\n)(row = .*?\n)(.*)", lines, flags=re.DOTALL).groups()  # type: ignore[union-attr]
     assert row.startswith("row = {")
     read = [
-        one | {"crp": None if one["crp"] == "" else one["crp"], "states": json.loads(one["states"])} for one in asked
+        one | {"crp": None if one["crp"] == "" else one["crp"], "states": json.loads(one["states"])} for one in patients
     ]
     loop = "".join(f"    {line}\n" for line in behind.splitlines())
     before = f"import sys; sys.modules.update(dict.fromkeys(('fedtune', 'torch', 'transformers')))\n{before}"
     printed = run_elsewhere("-W", "error", "-c", f"{before}for row in {read!r}:\n{loop}", cwd=tmp_path).split()
     if task == "regression":
-        numbers = [one["number"] for one in said]
+        numbers = [one["number"] for one in answers]
         np.testing.assert_allclose(np.clip([float(one) for one in printed], -2, 3), numbers, atol=1e-4)
     else:
-        assert printed == [one[0]["label"] for one in said]
+        assert printed == [one[0]["label"] for one in answers]

@@ -69,9 +69,9 @@ def test_private_image_run_is_scored_charged_and_reported(run: Any) -> None:
 
 @snapshots.parametrize_mistakes("mistakes-images")
 def test_invalid_image_settings_raise_a_one_line_error(settings: Any, typed: str) -> None:
-    given = settings(*shlex.split(typed), name="wrong")
-    snapshots.check_message("mistakes-images", typed, run_command("simulate", *given).failed())
-    assert not find_run_folder(given).exists()
+    words = settings(*shlex.split(typed), name="wrong")
+    snapshots.check_message("mistakes-images", typed, run_command("simulate", *words).failed())
+    assert not find_run_folder(words).exists()
 
 
 @pytest.mark.nightly
@@ -83,15 +83,15 @@ def test_exported_image_model_works_without_fedtune(run: Any, tmp_path: Path, fo
     assert (tmp_path / "folder" / "model.safetensors").is_file() == (format == "safetensors")
     image = make_picture(seed=3, size=(14, 9), tint=1)
     (tmp_path / "image.png").write_bytes(encode_image(image))
-    told = run_command("generate", str(folder), "--prompt", str(tmp_path / "image.png"), "--json")
-    said = {one["label"]: one["probability"] for one in next(iter(json.loads(told.out)["answers"].values()))}
+    outcome = run_command("generate", str(folder), "--prompt", str(tmp_path / "image.png"), "--json")
+    answers = {one["label"]: one["probability"] for one in next(iter(json.loads(outcome.out)["answers"].values()))}
     (lines,) = re.findall(r"```python\n(.*?)```", (tmp_path / "folder" / "README.md").read_text(), re.DOTALL)
     blocked = "import sys; sys.modules['fedtune'] = None"
     printed = run_elsewhere("-c", f"{blocked}\n{lines}print(torch.softmax(scores, 0).tolist())", cwd=tmp_path)
     best, chances = printed.splitlines()
     assert COLORS[1] in best
     found = dict(zip(COLORS, json.loads(chances), strict=True))
-    assert {name: round(one, 3) for name, one in found.items()} == {name: round(said[name], 3) for name in COLORS}
+    assert {name: round(one, 3) for name, one in found.items()} == {name: round(answers[name], 3) for name in COLORS}
 
 
 def test_data_init_detects_images_in_parquet_and_requires_a_model(tmp_path: Path) -> None:
@@ -101,22 +101,22 @@ def test_data_init_detects_images_in_parquet_and_requires_a_model(tmp_path: Path
         "label": ["a", "b", "b"] * 10,
     }
     parquet.write_table(pyarrow.table(rows), tmp_path / "scans.parquet")
-    given = ("data", "init", str(tmp_path / "scans.parquet"), "--out", str(tmp_path / "scans.yaml"))
+    words = ("data", "init", str(tmp_path / "scans.parquet"), "--out", str(tmp_path / "scans.yaml"))
     bound = "must be a folder with a vision transformer (see docs/other_tasks.md)"
-    assert run_command(*given).message == f"--model = '': {bound}"
-    assert run_command(*given, "--model", str(model)).code == 0
+    assert run_command(*words).message == f"--model = '': {bound}"
+    assert run_command(*words, "--model", str(model)).code == 0
     settings = yaml.safe_load((tmp_path / "scans.yaml").read_text())
     assert settings["data"]["columns"] == {"image": "scan", "label": "label"}
     assert (settings["data"]["max_length"], settings["data"]["labels"]) == (5, ["a", "b"])
-    assert "lora" not in settings, "the recipe's, which leaves all layers but the last as they are"
+    assert "lora" not in settings, "the recipe must leave all layers except the last unchanged"
     assert run_command("data", "check", str(tmp_path / "scans.yaml")).code == 0
 
 
 @pytest.mark.nightly
 def test_image_record_changes_a_step_by_at_most_the_clipping_norm(settings: Any) -> None:
-    told = run_command(
+    outcome = run_command(
         "audit", *settings("tracking=quiet", "audit.kind=sensitivity", "audit.tries=20", name="s"), "--json"
     )
-    found = json.loads(told.printed)["result"]
+    found = json.loads(outcome.printed)["result"]
     assert (found["tries"], found["exceeded"], found["others_moved"]) == (20, 0, 0)
     assert 0.9 < found["moved"] <= 1.0

@@ -18,9 +18,9 @@ KILLS = 20
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The results of twenty kills, and of ledgers that write in a wrong order.
+    """The results of twenty kills, and of ledgers with a wrong write order.
 
-    A process of its own forks the ones that die: this one has threads, and no place for wrapped functions.
+    A separate process forks those that are killed, because this one has threads and unwrapped functions.
     """
     folder = tmp_path_factory.mktemp("kill")
     command = [sys.executable, "simulations/kill/run.py", "--kills", str(KILLS), "--into", str(folder)]
@@ -43,11 +43,11 @@ def test_kill_points_cover_every_write_training_and_send_phase(sample: Any) -> N
         *("open", "reserve", "commit", "refusal", "end of run", "anchor", "site files", "journal", "checkpoint"),
         *("answer", "training", "step", "reply", "lead"),
     }
-    # The sample would show nothing if it were over before anything had left.
+    # The sample would prove nothing if every kill came before anything had left a site.
     assert sum(sum(hit["observed"].values()) for hit in sample["hits"]) >= KILLS
-    assert any(hit["half_written"] for hit in sample["hits"]), "no transaction was cut in two"
+    assert any(hit["half_written"] for hit in sample["hits"]), "no kill was within a transaction"
     assert {hit["start"] for hit in sample["hits"]} >= {1, 2}, "no resumed process was killed"
-    assert any(hit["setting"] == "arrivals" and any(hit["begun"].values()) for hit in sample["hits"]), "nobody arrived"
+    assert any(hit["setting"] == "arrivals" and any(hit["begun"].values()) for hit in sample["hits"]), "no arrivals"
 
 
 ORDERS = tomllib.loads(Path(__file__).with_name("wrong_orders.toml").read_text())

@@ -41,22 +41,22 @@ def stop_after_a_round(told: fedtune.Progress) -> None:
 def run(public_questions: Path, tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
     """A run whose public stage was interrupted, and which was itself interrupted later."""
     folder = tmp_path_factory.mktemp("runs")
-    asked = settings_of(folder, **{"public.train_file": public_questions, "training.ignore_weak_signal": True})
+    overrides = settings_of(folder, **{"public.train_file": public_questions, "training.ignore_weak_signal": True})
     with pytest.raises(Stop):
-        fedtune.simulate("debug", asked, progress=stop_after_a_round)
+        fedtune.simulate("debug", overrides, progress=stop_after_a_round)
     assert [path.name for path in folder.iterdir()] == ["run-public"]
-    told = list[fedtune.Progress]()
+    progress = list[fedtune.Progress]()
 
     def stop_in_the_run(one: fedtune.Progress) -> None:
-        told.append(one)
+        progress.append(one)
         if (folder / "run").exists():
             stop_after_a_round(one)
 
     with pytest.raises(Stop):
-        fedtune.simulate("debug", asked, progress=stop_in_the_run)
-    assert [one.done for one in told if one.round] == [2, 1], "the stage's second round, and then the run's first"
+        fedtune.simulate("debug", overrides, progress=stop_in_the_run)
+    assert [one.done for one in progress if one.round] == [2, 1], "the stage's second round, then the run's first"
     with pytest.raises(ValueError, match="name = 'run': is taken"):
-        fedtune.simulate("debug", asked)
+        fedtune.simulate("debug", overrides)
     written = (folder / "run-public" / "run.json").stat().st_mtime_ns
     finished = fedtune.simulate(settings={"resume": folder / "run"})
     assert (folder / "run-public" / "run.json").stat().st_mtime_ns == written
@@ -71,14 +71,14 @@ def test_public_stage_is_a_lead_run_that_starts_the_main_run(run: fedtune.Run, p
     assert re.fullmatch("banking77-public-[0-9a-f]{12}", data.dataset)
     assert stage.config.training.compute_peak_rates(clipped=False) == (0.0033, 0.0033)
     assert run.config.training.compute_peak_rates(clipped=True) == (0.0033, 0.0033)
-    # The run begins in it, and every paper says what it was trained on.
+    # The run starts from it, and every report names its training data.
     start = run.result.provenance.start_adapter
     assert (start["from"], start["public"], start["epsilon"], start["head"]) == ("run-public", True, None, True)
     assert run.result.final.metrics_before == stage.metrics
     report = json.loads((run.folder / "report.json").read_text())
     assert {one["code"]: one["status"] for one in report["assumptions"]}["start_adapter_public"] == "assumed"
-    said = "without privacy on records that the lead declares to be public"
-    assert said in (run.folder / "adapter" / "README.md").read_text()
+    statement = "without privacy on records that the lead declares to be public"
+    assert statement in (run.folder / "adapter" / "README.md").read_text()
     page = " ".join((run.folder / "report.html").read_text().split())
     assert page.count("without privacy protection, on records that the lead declares to be public") == 1
     assert run_command("report", "verify", str(run.folder)).code == 0
@@ -104,15 +104,15 @@ def test_public_stage_survives_lost_checkpoints_but_not_changed_records(
     file = Path(shutil.copy(public_questions, tmp_path / "public.jsonl"))
     model = replace(run.config.model, adapter=None, adapter_sha256=None)
     privacy = replace(run.config.privacy, **dict.fromkeys(run.config.privacy.start))
-    asked = replace(run.config, resume=None, model=model, privacy=privacy)
-    asked = replace(asked, tracking=replace(asked.tracking, output_dir=str(tmp_path)))
-    begun = run_public_stage(asked, lambda stage, folder: pytest.fail("the stage is finished"))
-    assert begun.model.adapter == str(stage)
+    config = replace(run.config, resume=None, model=model, privacy=privacy)
+    config = replace(config, tracking=replace(config.tracking, output_dir=str(tmp_path)))
+    resumed = run_public_stage(config, lambda stage, folder: pytest.fail("the stage is finished"))
+    assert resumed.model.adapter == str(stage)
     assert (stage / "run.json").stat().st_mtime_ns == written
     file.write_text(public_questions.read_text().replace("Question 1?", "Question A?"))
-    asked = replace(asked, public=replace(asked.public, train_file=str(file)))
+    config = replace(config, public=replace(config.public, train_file=str(file)))
     with pytest.raises(ConfigError, match=r"run-public has a different configuration .*data.dataset was"):
-        run_public_stage(asked, lambda stage, folder: None)
+        run_public_stage(config, lambda stage, folder: None)
 
 
 def test_only_the_configured_stage_counts_as_a_public_start(run: fedtune.Run, public_questions: Path) -> None:
@@ -133,21 +133,21 @@ def test_interrupted_public_stage_explains_how_to_resume(
     fail_where(monkeypatch, Display, "on_round_finished", lambda *_: True, KeyboardInterrupt())
     words = list_tiny_overrides(f"public.train_file={public_questions}", into=tmp_path, name="one")
     (tmp_path / "one").mkdir()
-    assert "is taken" in run_command("simulate", *words).message, "before the stage trains"
+    assert "is taken" in run_command("simulate", *words).message, "it must be refused before the stage trains"
     (tmp_path / "one").rmdir()
     outcome = run_command("simulate", *words)
     assert outcome.code == 1
-    said = " ".join(outcome.out.split())
-    assert "Public stage: the lead alone trains on" in said
-    assert f"Continue with: fedtune simulate {words[0]}" in said
-    assert said.endswith("public.jsonl"), "a name that is given is not given again"
+    output = " ".join(outcome.out.split())
+    assert "Public stage: the lead alone trains on" in output
+    assert f"Continue with: fedtune simulate {words[0]}" in output
+    assert output.endswith("public.jsonl"), "the suggestion must not repeat the name"
     assert [path.name for path in tmp_path.iterdir()] == ["one-public"]
 
 
 @snapshots.parametrize_mistakes("mistakes-public")
 def test_invalid_public_stage_settings_are_refused(public_questions: Path, tmp_path: Path, typed: str) -> None:
     sites = REPOSITORY / "simulations" / "data" / "banking77" / "train.jsonl.gz"
-    copy = tmp_path / "copy.jsonl"  # not compressed, and in another order
+    copy = tmp_path / "copy.jsonl"  # uncompressed, and in another order
     copy.write_bytes(b"\n".join(reversed(gzip.decompress(sites.read_bytes()).splitlines())))
     (owing := tmp_path / "owing.jsonl").write_bytes(public_questions.read_bytes())
     owing.with_name("owing.jsonl.card.json").touch()

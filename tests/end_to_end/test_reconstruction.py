@@ -33,7 +33,7 @@ def test_update_without_privacy_reveals_the_record_text(outcomes: Any) -> None:
         assert outcome["records"] == 1
         assert outcome["guess"] == outcome["true"]
         assert outcome["tokens"] == outcome["labels"] == outcome["auroc"] == outcome["best_guesses"] == 1
-        # Nobody has to be told how many tokens there are: the true ones stand apart by orders of magnitude.
+        # The attacker need not know the number of tokens: the true ones stand out by orders of magnitude.
         assert outcome["farthest_taken"] < 1e-5
         assert outcome["nearest_left"] > 1e-3
 
@@ -43,7 +43,7 @@ def test_reconstruction_attack_fails_with_privacy(outcomes: Any, epsilon: str) -
     assert len(outcomes[epsilon]) == 2
     for outcome in outcomes[epsilon]:
         assert outcome["records"] == 0
-        # One guess in 30,522 a token: a single token right by luck would be one run in a thousand.
+        # With one guess in 30,522 per token, a single lucky token would occur in one run in a thousand.
         assert outcome["tokens"] <= outcome["tokens_chance"] + 0.1
         assert outcome["farthest_taken"] > 0.1
         assert outcome["guess"] != outcome["true"]

@@ -59,7 +59,7 @@ def test_resumed_run_keeps_its_number_format(tmp_path: Path, monkeypatch: pytest
         fail_where(interrupted, simulation.InProcessGrid, "deliver", lambda *_: True, KeyboardInterrupt())
         assert run_command("simulate", *words).code != 0
     assert read_saved_config(tmp_path / "run").model.dtype == "mixed"
-    outcome = run_command("simulate", *words, f"resume={tmp_path / 'run'}")  # measured again, it would be an error
+    outcome = run_command("simulate", *words, f"resume={tmp_path / 'run'}")  # measuring again would raise an error
     assert outcome.code == 0, outcome.err
     assert read_saved_config(tmp_path / "run").model.dtype == "mixed"
 
@@ -96,7 +96,7 @@ def test_run_resumed_at_any_round_produces_identical_bytes(tmp_path: Path, algor
         write_config(compose_run(list_tiny_overrides(*chosen, into=tmp_path, name=folder.name)), folder)
     run_simulation(read_saved_config(whole), whole, make_listener(None))
     for number in range(1, _ROUNDS + 1):
-        # A new start every time: only what lies in the folder can carry the run on.
+        # A new process every time: only the folder's files can continue the run.
         resume = [] if number == 1 else [f"resume={parts}"]
         listener = make_listener(number)
         with pytest.raises(Stop):
@@ -128,7 +128,7 @@ def test_interrupted_round_stays_charged_and_is_retried(tmp_path: Path, monkeypa
     assert f"Interrupted. Continue with: fedtune simulate resume={folder}\n" in outcome.out
     before = verify(folder / "sites" / "site-1" / "ledger.db").events
     assert run_command("simulate", f"resume={folder}").code == 0
-    # What site-1 had committed is sent again as it was stored: only that the run is over is new in its ledger.
+    # site-1's committed replies are resent as stored: only the end of the run is new in its ledger.
     (*after, end) = verify(folder / "sites" / "site-1" / "ledger.db").events
     assert (tuple(after), end.detail["what"]) == (before, "run_ended")
     tried = [event for event in verify(folder / "sites" / "site-2" / "ledger.db").events if event.round == 2]
@@ -140,13 +140,13 @@ def test_interrupted_round_stays_charged_and_is_retried(tmp_path: Path, monkeypa
 
 
 def test_moved_run_folder_keeps_its_budget(folder: Path, tmp_path: Path) -> None:
-    # Ledgers know a run by the name it began with; a new one would let every site start from zero.
+    # Ledgers know a run by its original name; a new name would let every site start from zero.
     (folder / "checkpoints" / "round-0002.safetensors").unlink()
     before = [verify(folder / "sites" / site / "ledger.db").events for site in ("site-1", "site-2")]
     moved = folder.rename(tmp_path / "elsewhere")
     assert run_command("simulate", f"resume={moved}").code == 0
     after = [verify(moved / "sites" / site / "ledger.db").events for site in ("site-1", "site-2")]
-    assert after == before, "the second round was already charged and its reply is stored"
+    assert after == before, "the second round is already charged, and its reply stored"
     assert read_result(moved)["privacy"]["sites"]["site-1"]["steps"] == 4
 
 
@@ -164,7 +164,7 @@ def test_damaged_checkpoint_ends_the_resumed_run(folder: Path) -> None:
     outcome = run_command("simulate", f"resume={folder}")
     assert "round-0002.safetensors is damaged" in outcome.failed(1)
     assert "move it away, and resume the run from round-0001.safetensors" in outcome.message
-    assert "Continue with" not in outcome.out, "that would fail in the same way"
+    assert "Continue with" not in outcome.out, "resuming would fail in the same way"
     newest.unlink()
     assert run_command("simulate", f"resume={folder}").code == 0
     newest.write_bytes(b"")
@@ -178,11 +178,11 @@ def test_changed_records_in_a_resumed_run_are_reported(tmp_path: Path) -> None:
     train.write_text("\n".join(["text,label", *rows]) + "\n")
     chosen = (f"data.train_file={train}", "data.labels=['0','1']", "data.train_fraction=1.0")
     files = ("data.validation_file=null", "data.test_file=null", "federation.num_rounds=1", "tracking.progress=true")
-    given = list_tiny_overrides(*chosen, *files, into=tmp_path)
-    assert run_command("simulate", *given).code == 0
+    overrides = list_tiny_overrides(*chosen, *files, into=tmp_path)
+    assert run_command("simulate", *overrides).code == 0
     folder = tmp_path / "run"
     train.write_text("\n".join(["text,label", *rows, "a question that was not there,1"]) + "\n")
-    (folder / "run.json").unlink()  # as if it had been killed before its end
+    (folder / "run.json").unlink()  # as if the run had been killed before its end
     resumed = run_command("simulate", f"resume={folder}")
     assert "have changed since the run started" in resumed.printed
     assert "A training file changed between two starts of this run." in resumed.out
@@ -190,7 +190,7 @@ def test_changed_records_in_a_resumed_run_are_reported(tmp_path: Path) -> None:
     assert json.loads((folder / "report.json").read_text())["facts"]["findings"] == ["data_changed"]
 
 
-# Updates travel in bfloat16 by default: the same adapter over Flower and without it, by half the bytes.
+# By default updates are sent in bfloat16: the same adapter with and without Flower, with half the bytes.
 
 
 def make_local_transport(everyone: Participants) -> Any:
@@ -199,14 +199,14 @@ def make_local_transport(everyone: Participants) -> Any:
 
     def answer_each(ask: Callable[..., Any]) -> Callable[..., Iterator[tuple[str, Any]]]:
         return lambda questions, **_: (
-            (asked.site, ask(everyone.site(numbers[asked.site]), asked)) for asked in questions
+            (question.site, ask(everyone.site(numbers[question.site]), question)) for question in questions
         )
 
     return SimpleNamespace(
         wait_for_sites=lambda sites, **_: numbers,
-        invite=answer_each(lambda site, asked: answer_invitation(site, asked.signed)),
-        train=answer_each(lambda site, asked: answer(site, asked.signed, asked.adapter)),
-        end=answer_each(lambda site, asked: end_run(site, asked.signed, asked.adapter)),
+        invite=answer_each(lambda site, question: answer_invitation(site, question.signed)),
+        train=answer_each(lambda site, question: answer(site, question.signed, question.adapter)),
+        end=answer_each(lambda site, question: end_run(site, question.signed, question.adapter)),
         take_traffic=lambda: (0, 0),
     )
 
@@ -235,7 +235,7 @@ def test_bfloat16_updates_halve_traffic_with_and_without_flower(
     with store.open_for_reading(next((flower / "sites").glob("*/ledger.db"))) as file:
         kept = [Update.from_bytes(reply) for _, _, reply in store.read_replies(file)]
     assert kept
-    assert all(isinstance(update.tensors, Difference) for update in kept), "a site keeps what the lead has"
+    assert all(isinstance(update.tensors, Difference) for update in kept), "sites must store differences"
 
 
 def test_finished_run_is_not_changed_by_resuming_it(folder: Path) -> None:

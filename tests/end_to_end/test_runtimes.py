@@ -30,7 +30,7 @@ def run_fedtune(*arguments: str) -> subprocess.CompletedProcess[str]:
     return run_forked([sys.executable, "-m", "fedtune", *arguments], cwd=REPOSITORY, env=environment, timeout_s=300)
 
 
-# With room for more actors, of which but one may have the sites' keys.
+# There are enough CPUs for several actors, but only one may have the sites' keys.
 SECURE = ("federation.num_sites=3", "federation.aggregation=secure", "training.local_steps=1")
 
 
@@ -64,7 +64,7 @@ def test_thirty_two_sites_need_little_more_memory_than_two(tmp_path: Path) -> No
 
 HEAD, SECOND = "127.0.0.2", "127.0.0.3"
 NUM_SITES = 8
-# Of GPUs Ray is told: it counts them, and looks at none.
+# Ray only counts the GPUs that it is told of, and does not access them.
 NODE = ("--num-cpus=2", "--num-gpus=1", "--object-store-memory=80000000", "--disable-usage-stats", "--block")
 
 
@@ -83,7 +83,7 @@ def start_node(log: Path, *options: str) -> Iterator[None]:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=5)
-            # The processes of a node are in its group, and nobody else's are.
+            # The node's processes are in its process group, and no others are.
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=10)
 
@@ -91,7 +91,7 @@ def start_node(log: Path, *options: str) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def cluster_address() -> Iterator[str]:
     """The address of a cluster of two nodes with two CPUs and a GPU each."""
-    # The names of Ray's sockets have to be short.
+    # The names of Ray's sockets must be short.
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
     try:
         port, clients = find_free_port(), find_free_port()
@@ -131,7 +131,7 @@ def simulate_on_cluster(tmp_path: Path, cluster_address: str) -> Callable[..., s
 def test_two_node_cluster_matches_one_process_bit_for_bit(simulate_on_cluster: Any, tmp_path: Path) -> None:
     settings = (f"federation.num_sites={NUM_SITES}", "federation.num_rounds=2", "data.train_fraction=0.1")
     settings += ("runtime.seeded_noise=true", "runtime.device=auto")
-    # A node has CPUs for two actors, and its GPU is for one.
+    # A node has CPUs for two actors, but a GPU for only one.
     done = simulate_on_cluster(*settings, "runtime.sites_per_gpu=1")
     assert done.returncode == 0, done.stderr + done.stdout
     noted = [file.name.split(",") for file in (tmp_path / "noted").iterdir()]
@@ -140,7 +140,7 @@ def test_two_node_cluster_matches_one_process_bit_for_bit(simulate_on_cluster: A
     of_nodes = {node for _, node, _, _ in trained}
     assert len(of_nodes) == 2
     actors = {(node, process) for _, node, process, _ in trained}
-    assert Counter(node for node, _ in actors) == dict.fromkeys(of_nodes, 1), "one for each GPU"
+    assert Counter(node for node, _ in actors) == dict.fromkeys(of_nodes, 1), "one actor per GPU"
     assert {gpus for *_, gpus in trained} == {"0"}
     one, other = simulate(*settings, into=tmp_path, name="one"), tmp_path / "there" / "ray"
     assert read_adapter_files(one) == read_adapter_files(other)

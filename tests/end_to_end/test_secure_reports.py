@@ -50,15 +50,15 @@ def test_secure_report_has_three_epsilons_per_site(report: Report) -> None:
     assert len(report.sites) == 5
     for site in report.sites:
         assert site.by_trust.with_colluders == site.spent.epsilon
-        said = (site.by_trust.server_alone, site.by_trust.with_colluders, site.by_trust.with_all_others)
-        assert said == pytest.approx(BY_HAND, rel=2e-3)
+        figures = (site.by_trust.server_alone, site.by_trust.with_colluders, site.by_trust.with_all_others)
+        assert figures == pytest.approx(BY_HAND, rel=2e-3)
         (row,) = site.mechanisms
         assert row.noise_multiplier == pytest.approx(SHARE * math.sqrt(3), rel=1e-12)
-        # What all others together could guess is that of the site's own noise.
+        # Against all others together, only the site's own noise protects it.
         right = site.meaning.correct_of_100_with_all_others
         assert right == pytest.approx(50 * (1 + account_rounds(1).get_delta(0.0)), rel=1e-3)
         assert site.meaning.correct_of_100_mechanism < right
-    # Of lost runs nobody knows what all others together see.
+    # For lost runs it is unknown what all others together can see.
     found = profile.compute_epsilons_by_observer(
         [row, replace(row, run="", shared=None)], lambda charged: epsilon_pld(charged, DELTA)
     )
@@ -123,7 +123,7 @@ def test_first_page_names_reliance_on_other_sites(secure_run: Path, report: Repo
     (relied,) = [one for one in report.assumptions if one.code == "enough_sites_keep_their_noise"]
     assert (relied.status, relied.evidence) == ("assumed", "3 of 5")
     for number in BY_HAND:
-        assert f"{math.floor(number * 100) / 100:.2f}" in page, "to the digits that two grids agree in"
+        assert f"{math.floor(number * 100) / 100:.2f}" in page, "as many digits as both grids agree on"
 
 
 def test_site_report_computes_three_epsilons_with_its_filter(secure_run: Path) -> None:
@@ -137,8 +137,8 @@ def test_site_report_computes_three_epsilons_with_its_filter(secure_run: Path) -
 
 
 def test_plan_and_ledger_show_the_three_epsilons(secure_run: Path, tmp_path: Path) -> None:
-    said = json.loads(run_command("plan", "--json", *list_tiny_overrides(*SECURE, into=tmp_path)).printed)
-    assert list(said["by_trust"].values()) == pytest.approx(BY_HAND, rel=2e-3)
+    plan = json.loads(run_command("plan", "--json", *list_tiny_overrides(*SECURE, into=tmp_path)).printed)
+    assert list(plan["by_trust"].values()) == pytest.approx(BY_HAND, rel=2e-3)
     ledger = str(secure_run / "sites" / "site-1" / "ledger.db")
     spent = json.loads(run_command("ledger", "spent", ledger, "--json").out)
     (run,) = spent["runs"]

@@ -55,7 +55,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Adapter, np.ndarray, Ad
 def test_lead_receives_the_exact_sum_and_no_share(
     steps: Any, sent_bytes: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shares: list[dict[str, np.ndarray]] = []  # what each site put into the sums, in the order in which they did
+    shares: list[dict[str, np.ndarray]] = []  # each site's contributions, in order
     real_share, real_upload = site_work.compute_round_share, Upload.from_bytes
 
     def share(*arguments: Any, **named: Any) -> Any:
@@ -80,7 +80,7 @@ def test_lead_receives_the_exact_sum_and_no_share(
         assert after.digest() != adapter.digest()
     sent = b"".join(sent_bytes)
     assert b'"tensors": "masked"' in sent
-    assert b'"tensors": [' not in sent, "no update in clear"
+    assert b'"tensors": [' not in sent, "no update may be sent unmasked"
     for share_ in shares:
         values = np.concatenate([value.ravel() for value in share_.values()])
         for kind in ("<i4", "<i8", "<f4"):
@@ -112,10 +112,10 @@ def test_spare_round_replaces_a_lost_aggregate(tmp_path: Path, steps: Any, monke
     more = ("federation.spare_rounds=2", "federation.num_rounds=2", "training.schedule=linear")
     folder = simulate(*SECURE, *THREE, *more, into=tmp_path)
     result = read_result(folder)
-    assert [len(entry["sites"]) for entry in result["rounds"]] == [3, 0, 3], "and the other spare round is not needed"
+    assert [len(entry["sites"]) for entry in result["rounds"]] == [3, 0, 3], "the second spare round must stay unused"
     assert set(result["rounds"][1]["failed_sites"].values()) == {"not_summed"}
     assert [after.digest() != before.digest() for before, _, after in steps] == [True, True]
-    assert steps[0][2].digest() == steps[1][0].digest(), "the adapter stayed"
+    assert steps[0][2].digest() == steps[1][0].digest(), "the adapter must not change"
     assert list_charged_steps(result) == [3, 3, 3]
     assert run_command("report", "verify", str(folder / "report.json")).code == 0
 
@@ -129,7 +129,7 @@ def restart_site(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def forgets(self: SiteAggregator, proposal: str, session: str, announcements: Any) -> bytes:
         if self.site == "site-2":
             times.append(session)
-            if len(times) == 3:  # it joined, was asked before round 1, and is asked before round 2
+            if len(times) == 3:  # the calls are to join, before round 1, and before round 2
                 self.parties.of_proposal.clear()
         return real(self, proposal, session, announcements)
 
@@ -142,25 +142,25 @@ def restart_site(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_restarted_site_costs_no_secure_round(sites: int, restart_site: list[str], tmp_path: Path) -> None:
     """Covers runs that need all sites: the restart is detected before a round is requested."""
     result = read_result(simulate(*SECURE, f"federation.num_sites={sites}", "federation.threshold=3", into=tmp_path))
-    assert len(set(restart_site)) == 2, "two sessions"
+    assert len(set(restart_site)) == 2, "there must be two sessions"
     assert [entry["failed_sites"] for entry in result["rounds"]] == [{}, {}, {}]
     assert list_charged_steps(result) == [3] * sites
 
 
 def make_site_absent(monkeypatch: pytest.MonkeyPatch, name: str, site: str, number: int = 1, error: Any = None) -> None:
     """Make a site fail a protocol step from its n-th request on."""
-    asked = Counter[str]()
+    requests = Counter[str]()
 
     def is_away(own: SiteAggregator, *_: Any) -> bool:
-        asked[own.site] += 1
-        return own.site == site and asked[site] >= number
+        requests[own.site] += 1
+        return own.site == site and requests[site] >= number
 
     fail_where(monkeypatch, SiteAggregator, name, is_away, error)
 
 
 @pytest.mark.nightly
-@pytest.mark.by_day("it does not come back")
-@pytest.mark.parametrize("away", ["site-4", "site-2"], ids=["another is away", "it does not come back"])
+@pytest.mark.by_day("it does not return")
+@pytest.mark.parametrize("away", ["site-4", "site-2"], ids=["another site is away", "it does not return"])
 def test_run_continues_without_a_site_that_lost_its_keys(
     away: str, restart_site: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,7 +207,7 @@ def test_site_dealing_wrong_shares_is_excluded(tmp_path: Path) -> None:
     assert (
         "no longer asked, because its shares in secure aggregation were wrong" in (folder / "report.html").read_text()
     )
-    assert result["privacy"]["sites"]["site-2"]["steps"] == 1, "it is asked no more"
+    assert result["privacy"]["sites"]["site-2"]["steps"] == 1, "it must receive no further request"
 
 
 @pytest.mark.nightly
@@ -220,8 +220,8 @@ def test_site_dealing_wrong_shares_stays_excluded_after_lead_restart(
     result = read_result(tmp_path / "run")
     assert [entry["sites"] for entry in result["rounds"]] == [[], [], *[["site-1", "site-3", "site-4"]] * 2]
     assert [entry["failed_sites"]["site-2"] for entry in result["rounds"]] == ["not_summed", *["left_out"] * 3]
-    assert (done.printed + done.err).count("site-2: left_out") == 2, "of the rounds that this lead began"
-    assert result["privacy"]["sites"]["site-2"]["steps"] == 1, "it is asked no more"
+    assert (done.printed + done.err).count("site-2: left_out") == 2, "of the rounds that this lead started"
+    assert result["privacy"]["sites"]["site-2"]["steps"] == 1, "it must receive no further request"
 
 
 def test_shares_changed_by_the_server_blame_no_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,9 +234,9 @@ def test_shares_changed_by_the_server_blame_no_site(tmp_path: Path, monkeypatch:
         found, missing = real(self, step, session, parts)
         releases[0] += step == UNMASK
         if step == UNMASK and releases[0] == 1:
-            said = json.loads(found["site-2"])
-            said["shares"] = {dealer: dict.fromkeys(given, "0" * 66) for dealer, given in said["shares"].items()}
-            found = {**found, "site-2": to_canonical_json(said)}
+            fields = json.loads(found["site-2"])
+            fields["shares"] = {dealer: dict.fromkeys(shares, "0" * 66) for dealer, shares in fields["shares"].items()}
+            found = {**found, "site-2": to_canonical_json(fields)}
             del found["site-4"]
         return found, missing
 
@@ -251,8 +251,8 @@ def test_site_with_an_invalid_key_is_named(tmp_path: Path, monkeypatch: pytest.M
     real = SiteAggregator.announce
 
     def announce(self: SiteAggregator, *given: Any) -> bytes:
-        said = json.loads(real(self, *given))
-        return to_canonical_json(said | {"signature": "0" * 128} if self.site == "site-2" else said)
+        fields = json.loads(real(self, *given))
+        return to_canonical_json(fields | {"signature": "0" * 128} if self.site == "site-2" else fields)
 
     monkeypatch.setattr(SiteAggregator, "announce", announce)
     done = run_command("simulate", *list_tiny_overrides(*SECURE, *THREE, into=tmp_path))
@@ -275,7 +275,7 @@ def test_run_without_any_sum_releases_the_reserved_budgets(tmp_path: Path, monke
     assert outcome.code == 1
     assert "produced an update; nothing was trained" in outcome.err
     for ledger in tmp_path.glob("run/sites/*/ledger.db"):
-        assert verify(ledger).events[-1].detail["what"] == "run_ended", "its budget is free again"
+        assert verify(ledger).events[-1].detail["what"] == "run_ended", "its budget must be released"
 
 
 @pytest.mark.nightly
@@ -377,14 +377,14 @@ def test_restarted_lead_continues_its_session_without_all_sites(
     kill_lead_in_round_two: Any, keep_site_memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kill_lead_in_round_two(*FOUR, "federation.num_rounds=4")
-    begun = {session for known in keep_site_memory.values() for run in known.of_proposal.values() for session in run}
+    sessions = {session for known in keep_site_memory.values() for run in known.of_proposal.values() for session in run}
     make_site_absent(monkeypatch, "join", "site-4")
     make_site_absent(monkeypatch, "announce", "site-4")
     assert run_command("simulate", f"resume={tmp_path / 'run'}").code == 0
     result = read_result(tmp_path / "run")
     assert [len(entry["sites"]) for entry in result["rounds"]] == [4, 0, 3, 3]
-    assert {session for known in keep_site_memory.values() for session in known.joined.values()} == begun, (
-        "the session that the first lead began"
+    assert {session for known in keep_site_memory.values() for session in known.joined.values()} == sessions, (
+        "the first lead's session must continue"
     )
     assert list_charged_steps(result) == [4, 4, 4, 2]
 
@@ -406,5 +406,5 @@ def test_restarted_lead_without_a_valid_session_starts_a_new_session(
     result = read_result(tmp_path / "run")
     assert [len(entry["sites"]) for entry in result["rounds"]] == [3, 0, 3]
     assert set(result["rounds"][1]["failed_sites"].values()) == {"not_summed"}
-    assert result["rounds"][1]["bytes_up"] == 0, "it is not asked again: a site might pay for what no session can sum"
+    assert result["rounds"][1]["bytes_up"] == 0, "without a session no site may be charged"
     assert result["privacy"]["sites"]["site-1"]["steps"] == 3

@@ -47,12 +47,12 @@ def test_ranks_by_site_change_the_adapter_and_the_bytes(mixed: Path, tmp_path: P
 def test_lead_averages_products_where_both_factors_train(mixed: Path) -> None:
     saved = load_file(mixed / "adapter" / "adapter_model.safetensors")
     for name in [name for name in saved if ".lora_A." in name]:
-        of_rows = saved[name] @ saved[name].T  # the lead's decomposition has orthogonal rows, and training has not
+        of_rows = saved[name] @ saved[name].T  # the lead's decomposition has orthogonal rows; trained factors do not
         assert np.abs(of_rows - np.diag(np.diag(of_rows))).max() < 1e-5 * of_rows.max()
 
 
 def test_equal_ranks_with_a_frozen_a_give_the_plain_average(tmp_path: Path) -> None:
-    """Where the average of factors is exact, ranks that are all the shared one change nothing."""
+    """If the average of factors is exact, ranks that all equal the shared one change nothing."""
     one, other = (
         simulate(*SITES, f"federation.ranks={ranks}", B_ALONE, into=tmp_path, name=name)
         for name, ranks in (("plain", "[]"), ("ranked", "[8]"))
@@ -64,12 +64,12 @@ def test_interrupted_run_with_ranks_resumes_to_the_same_adapter(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = list_tiny_overrides(*SITES, RANKS, BOTH, into=tmp_path)
-    asked = 0
+    calls = 0
 
     def is_second_round(*_: Any, **__: Any) -> bool:
-        nonlocal asked
-        asked += 1
-        return asked > 6  # an invitation and a round at three sites
+        nonlocal calls
+        calls += 1
+        return calls > 6  # an invitation and a round at each of three sites
 
     with monkeypatch.context() as interrupted:
         fail_where(interrupted, simulation.InProcessGrid, "deliver", is_second_round, KeyboardInterrupt())

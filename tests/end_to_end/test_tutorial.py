@@ -46,20 +46,20 @@ FILES = tomllib.loads(Path(__file__).with_name("examples.toml").read_text())
 
 @pytest.mark.parametrize("file", [file.name for file in EXAMPLES.iterdir() if file.name != "README.md"])
 def test_every_tutorial_command_succeeds_as_printed(folder: Path, file: str) -> None:
-    told = {}
+    outcomes = {}
     for words in list_commands(file):
         outcome = run_command(*words)
         assert outcome.code == 0, (words, outcome.err)
-        told[" ".join(words[:2]) if words[0] == "data" else words[0]] = outcome
-    assert {"data init", "simulate", "evaluate"} <= set(told) <= ALL
+        outcomes[" ".join(words[:2]) if words[0] == "data" else words[0]] = outcome
+    assert {"data init", "simulate", "evaluate"} <= set(outcomes) <= ALL
     name, answer = file.partition(".")[0], FILES[file]["answer"]
     result = json.loads((folder / "runs" / name / "run.json").read_text())
     assert set(FILES[file]["scores"]) <= set(result["final"]["metrics"])
-    assert ("generate" in told) == (answer != "")
-    assert not answer or re.match(answer, told["generate"].out), told["generate"].out
+    assert ("generate" in outcomes) == (answer != "")
+    assert not answer or re.match(answer, outcomes["generate"].out), outcomes["generate"].out
     assert ("unit: user" in (folder / f"{name}.yaml").read_text()) == (name == "speeches")
     if file == "tickets.csv":
-        assert "trained on records of this file" in " ".join(told["evaluate"].out.split())
+        assert "trained on records of this file" in " ".join(outcomes["evaluate"].out.split())
         assert set((folder / "tickets-model" / "labels.txt").read_text().split()) == LABELS
 
 
@@ -67,7 +67,7 @@ BANKING = REPOSITORY / "simulations" / "data" / "banking77"
 FOUR_LABELS = ("card_arrival", "card_linking", "exchange_rate", "top_up_failed")
 SITES, RECORDS, TEST_ROWS = 2, 100, 80
 MAX_CHARACTERS, MAX_TOKENS = 50, 16
-# 80 rows of which nine in ten are right before training: two standard errors are 0.07.
+# With 80 rows, of which nine in ten are correct before training, two standard errors are 0.07.
 MARGIN = 0.07
 
 
@@ -106,6 +106,6 @@ def test_small_data_set_with_few_labels_is_learned(list_quick_start_commands: li
     majority = max(labels.values()) / TEST_ROWS
     assert after >= before - MARGIN
     assert after > majority + MARGIN
-    # Half of what a site's own policy allows, so that nothing is refused for the adapter that comes back.
+    # Half of a site's limit on adapter values, so that the site accepts the adapter in the next round.
     files = (tmp_path / "small" / "adapter").glob("*.safetensors")
     assert max(np.abs(tensor).max() for file in files for tensor in load_file(file).values()) < 2.5

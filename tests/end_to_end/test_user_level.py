@@ -61,7 +61,7 @@ def test_user_level_run_states_its_unit_everywhere(tmp_path: Path) -> None:
     assert "Lifetime budget of each user" in spent.out
 
 
-# Three years, over which sites keep their ledgers: new people go on where one budget would have ended.
+# Three years in which the sites keep their ledgers: new people take part after a single budget would be spent.
 
 
 YEARS = (2024, 2025, 2026)
@@ -103,7 +103,7 @@ def test_every_arrival_cohort_has_a_separate_budget(simulated: Any, tmp_path: Pa
     assert not history.count_total_charges(2027)
     with store.open_for_reading(ledger) as file:
         assert {row.cohort for row in register.read_rows(file)} == set(YEARS)
-    # One line a cohort, of which the ledger's figure is the largest; the report says the same.
+    # One line per cohort, and the ledger's figure is the largest of them; the report agrees.
     spent = run_command("ledger", "spent", str(ledger))
     shown = spent.out
     assert spent.code == 0, spent.err
@@ -130,11 +130,11 @@ def test_renewed_runs_spend_the_whole_budget_and_new_cohorts_continue(simulated:
     assert start["digest"] == SavedAdapter.read(tmp_path / "two" / "adapter").digest
     ledger, plan = tmp_path / "kept" / "site-1" / "ledger.db", read_saved_config(tmp_path / "three").plan()
     charged = verify(ledger).history.count_total_charges(2024)
-    # What was charged, recomputed: all runs together come to epsilon, and one more would pass it.
+    # Recomputed charges: all runs together reach epsilon, and one more would exceed it.
     assert 2.98 < epsilon_pld(charged, plan.delta) <= 3.0 < epsilon_pld([plan.full_event] * 4, plan.delta)
     refused = simulated("four", first, after="three")
     assert (refused.code, "max_epsilon" in refused.err) == (3, True)
-    # By itself the window moves on, but has one cohort yet whose budget is spent; the window after that runs.
+    # By default the window moves on, but still contains a cohort whose budget is spent; the next window is accepted.
     assert simulated("moved", after="three").code == 3
     assert simulated("new", "{period:year,first:'2026',last:'2027'}", after="three").code == 0
     history = verify(ledger).history
@@ -145,11 +145,11 @@ def test_renewed_runs_spend_the_whole_budget_and_new_cohorts_continue(simulated:
 def test_user_level_comparison_resamples_whole_users(tmp_path: Path) -> None:
     short = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet", "data.test_rows=null")
     words = list_arguments(tmp_path, *short, name="chat")
-    told = json.loads(run_command("compare", *words, "--leave-out", "alone", "--generate", "3", "--json").printed)
-    assert told["unit"] == "user"
-    assert 10 < told["units"] < told["records"] / 2
-    base, federated, pooled = told["models"]
+    comparison = json.loads(run_command("compare", *words, "--leave-out", "alone", "--generate", "3", "--json").printed)
+    assert comparison["unit"] == "user"
+    assert 10 < comparison["units"] < comparison["records"] / 2
+    base, federated, pooled = comparison["models"]
     assert set(base["scores"]) == {"loss", "perplexity", "bleu", "rouge_l"}
     assert [model["name"] for model in (federated, pooled)] == ["federated", "pooled"]
     by_record = run_command("compare", federated["folder"], pooled["folder"], "--json")
-    assert json.loads(by_record.out)["units"] == told["units"], "also of runs that are there"
+    assert json.loads(by_record.out)["units"] == comparison["units"], "existing runs must be compared by user, too"

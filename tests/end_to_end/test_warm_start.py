@@ -41,12 +41,12 @@ def read_digest(folder: Path) -> str:
 
 
 def test_warm_start_keeps_final_scores_and_states_its_lineage(first_run: Path, second_run: Any) -> None:
-    begun = read_result(second_run[0])
-    assert begun["final"]["metrics_before"] == read_result(first_run)["final"]["metrics"]
-    assert begun["final"]["metrics"] != begun["final"]["metrics_before"]
+    result = read_result(second_run[0])
+    assert result["final"]["metrics_before"] == read_result(first_run)["final"]["metrics"]
+    assert result["final"]["metrics"] != result["final"]["metrics_before"]
     spent = {key: read_result(first_run)["privacy"][key] for key in ("unit", "delta", "epsilon")}
     about = {"digest": read_digest(first_run), "head": True, "from": "first", "dataset": "banking77"} | spent
-    assert begun["provenance"]["start_adapter"] == about
+    assert result["provenance"]["start_adapter"] == about
     assert f"starts from the adapter {read_digest(first_run)[:12]} of first" in second_run[1]
     assert "its head is reused" in second_run[1]
     assert read_result(first_run)["provenance"]["start_adapter"] is None
@@ -123,9 +123,9 @@ def test_gate_adds_the_starts_of_a_chain_and_ignores_edits_of_their_entry(
     own, *others = (read_result(run)["privacy"]["epsilon"] for run in (third, first_run, second_run[0]))
     before = sum(others)
     assert read_saved_config(third).privacy.start_epsilon == pytest.approx(before)
-    said = " ".join(run_command("gate", str(third), str(rules)).out.split())
-    assert f"epsilon with all starts before this run is {own + before:.4g} (" in said
-    failures = re.search(r"times the largest declared size, is \S+", said)
+    output = " ".join(run_command("gate", str(third), str(rules)).out.split())
+    assert f"epsilon with all starts before this run is {own + before:.4g} (" in output
+    failures = re.search(r"times the largest declared size, is \S+", output)
     lowered = {"epsilon": 0.0, "delta": 1e-300, "unit": "user", "from": "imagenet"}
     entry = read_result(third)["provenance"]["start_adapter"] | lowered
     edit_json(third / "run.json", provenance=read_result(third)["provenance"] | {"start_adapter": entry})

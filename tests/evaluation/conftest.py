@@ -32,7 +32,7 @@ SIZES |= {"vocab_size": VOCABULARY}
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Words w3, w4, ... named by their ids; padding and end of text share an id, as in many chat models."""
+    """A tokenizer of words w3, w4, ... named by their ids. Padding and end of text share an id, as in many models."""
     words = {"<unk>": 0, "<bos>": 1, "<end>": END} | {f"w{i}": i for i in range(3, VOCABULARY)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -61,7 +61,7 @@ language_model = pytest.fixture(name="language_model")(lambda: build_llama(LoraS
 
 
 def build_llama(lora: LoraSpec) -> TaskModel:
-    # A large range, so that the likeliest token wins by far and texts vary.
+    # A large range, so that the likeliest token clearly wins and texts vary.
     more = {"num_key_value_heads": 1, "max_position_embeddings": 32, "initializer_range": 0.5}
     config = transformers.LlamaConfig(**SIZES, **more, eos_token_id=END, pad_token_id=END)
     return build_tiny_model(transformers.LlamaForCausalLM, config, lora)

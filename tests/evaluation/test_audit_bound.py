@@ -14,7 +14,7 @@ from fedtune.privacy.accountant import calibrate_noise
 
 DELTA = 1e-5
 CHANCE = 1e-4
-"""Of a right auditor failing one of the tests below."""
+"""Probability that a correct auditor fails a test below."""
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ CHANCE = 1e-4
         (100, 100, 75, 0.0, 0.702),  # appendix D
         (100, 100, 75, 1e-4, 0.699),
         (1000, 100, 75, 1e-4, 0.673),
-        (100_000, 1510, 1439, 1e-5, 2.675),  # section 7, which cuts off the next digit
+        (100_000, 1510, 1439, 1e-5, 2.675),  # section 7, which truncates the last digit
     ],
 )
 def test_lower_bounds_match_the_published_figures(
@@ -78,7 +78,7 @@ def test_bound_on_randomized_response_fails_five_percent_of_the_time() -> None:
     right = generator.binomial(canaries, 1 / (1 + np.exp(-1.0)), size=trials)
     wrong = sum(bound_epsilon(canaries, canaries, int(count), 0.0) > 1.0 for count in right)
     assert wrong <= max_failures(trials)
-    # Nothing is given away either: the mechanism is the worst that epsilon = 1 allows, so the bound is nearly exact.
+    # The test is not too loose, either: the mechanism is the worst with epsilon = 1, so the bound is nearly exact.
     assert wrong >= 0.025 * trials
 
 
@@ -113,7 +113,7 @@ def test_bounds_match_jax_privacy_golden_values(shift: int, golden: float) -> No
     precision = {place: found[place] / max(1, found[place] + false_positive_rate[place]) for place in corners}
     for place in sorted(corners, key=lambda place: -precision[place]):
         if precision[place] <= 1 / (1 + np.exp(-best)):
-            break  # no later one can show more
+            break  # no later threshold can refute more
         right, guesses = int(found[place]), int(found[place] + false_positive_rate[place])
         if compute_p_value(20_000, guesses, right, epsilon=best, delta=1e-6) < error:
             best = compute_epsilon_lower_bound(20_000, guesses, right, delta=1e-6, confidence=1 - error)
@@ -128,5 +128,5 @@ def test_simultaneous_bounds_share_the_allowed_error(sites: list[str | None]) ->
     assert all(0 < error <= 0.05 + 1e-12 for error in errors)
     of_site, _ = audit_bound.split_error_probability(0.95, ["a", None])
     assert compute_p_value(15_000, 15_000, 15_000, epsilon=8.0, delta=1e-5) < of_site, (
-        "a claim of 8 can still be refuted"
+        "a claim of 8 must still be refutable"
     )

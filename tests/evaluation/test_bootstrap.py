@@ -51,8 +51,8 @@ def test_bootstrap_is_paired_across_models() -> None:
     assert found.tuned.high - found.tuned.low > 1.0
     assert (
         found == compare_by_scores(make_figures(common), make_figures(common + 1.0), scores=compute_mean)["accuracy"]
-    ), "and the same every time"
-    # Several models share the draws, too, and their mean is one more.
+    ), "draws must repeat"
+    # Several models share the draws, and so does their mean.
     several = score_draws({"one": make_figures(common), "other": make_figures(common + 2.0)}, scores=compute_mean)
     several = several.with_mean("both", ["one", "other"])
     assert several.values["both"]["accuracy"] == pytest.approx(common.mean() + 1.0)
@@ -88,9 +88,9 @@ def test_bootstrap_resamples_whole_users() -> None:
 def test_model_is_compared_with_the_best_constant_prediction(
     score: str, constant: float, num_units: int, verdict: str
 ) -> None:
-    said = describe_against_constant("the run", Estimate(0.8, 0.7, 0.9), constant, score=score, num_units=num_units)
-    told = f"{score} 0.8000 (0.7000 to 0.9000) against {constant:.4f}."
-    assert said == f"The run {verdict} the best constant answer: {told}"
+    text = describe_against_constant("the run", Estimate(0.8, 0.7, 0.9), constant, score=score, num_units=num_units)
+    expected = f"{score} 0.8000 (0.7000 to 0.9000) against {constant:.4f}."
+    assert text == f"The run {verdict} the best constant answer: {expected}"
 
 
 def test_comparison_of_too_few_units_has_no_verdict() -> None:
@@ -102,7 +102,7 @@ def test_comparison_of_too_few_units_has_no_verdict() -> None:
     models = {name: make_figures(np.full(59, value)) for name, value in (("x", 0.0), ("y", 1.0))}
     found = score_groups(models, groups, score="accuracy", scores=compute_mean, pairs=[("x", "y")])
     assert found.changes["a"]["x", "y"].verdict == "better"
-    assert found.changes["b"]["x", "y"].verdict == "cannot be told apart", "9 are too few"
+    assert found.changes["b"]["x", "y"].verdict == "cannot be told apart", "9 units are too few"
 
 
 def test_diverged_model_is_worse_and_unscorable_resamples_are_skipped() -> None:
@@ -146,9 +146,9 @@ def test_intervals_are_corrected_for_bootstrap_bias() -> None:
         plain += low <= 0.7 <= high
         assert of_draws.mean() < estimate.value
         assert low < estimate.low <= estimate.value <= estimate.high
-    assert plain < 0.9 * 200, "the draws' own quantiles hold it less often than 95 times in 100"
+    assert plain < 0.9 * 200, "plain quantiles must cover less than 95 % here"
     assert held > 0.9 * 200
-    # Other scores' intervals are the draws' own.
+    # Intervals of other scores are plain quantiles of the draws.
     found = score_draws({"base": make_figures(draws.random(60))}, scores=compute_mean)
     estimate, of_draws = found.estimate("base", "accuracy"), found.draws["base"]["accuracy"]
     assert of_draws.mean() != estimate.value
@@ -202,7 +202,7 @@ def test_equivalent_models_rarely_get_a_verdict(number: int) -> None:
         for one in (found.base, found.tuned):
             assert one.low <= one.value <= one.high <= 1
             assert one.high - one.low > 0.01
-    assert different < 20, "of 100, at a level of 95 %"
+    assert different < 20, "at most 20 of 100 may differ"
 
 
 MANY = [*["ward a"] * 60, *["ward b"] * 30, *["c"] * 12, *["d"] * 9, *["e"] * 4]
@@ -215,17 +215,17 @@ def test_small_groups_are_merged_up_to_the_minimum_size() -> None:
     joined = merge_values([*["a"] * 60, *["b"] * 30, *["c"] * 12, "d"], smallest=20)
     assert (joined.names, joined.sizes, joined.merged) == (("a", OTHERS), (60, 43), ("b", "c", "d"))
     assert found.smallest == OTHERS
-    # The sizes alone decide.
+    # Only the sizes count.
     assert merge_values([value[::-1] for value in MANY], smallest=20).sizes == found.sizes
     assert merge_values(["a", "b"], smallest=20).names == (OTHERS,)
-    assert merge_values([*["a"] * 20, *[OTHERS] * 25], smallest=20).names == ("a", OTHERS), "whatever a value is called"
-    # Users count once in a group.
+    assert merge_values([*["a"] * 20, *[OTHERS] * 25], smallest=20).names == ("a", OTHERS), "a value may have any name"
+    # A user counts once per group.
     units = [np.arange(first, first + 10) for first in range(0, 400, 10)]
     values = ["north" if place < 350 else "south" for place in range(400)]
     by_user = merge_values(values, smallest=10, units=units)
-    assert by_user.names == (OTHERS,), "five users are too few, whatever they wrote, and the others join them"
+    assert by_user.names == (OTHERS,), "five users are too few, so the others join them"
     values[0] = "south"
-    assert merge_values(values, smallest=6, units=units).sizes == (35, 6), "a user with records in both counts in both"
+    assert merge_values(values, smallest=6, units=units).sizes == (35, 6), "a user of both must count in both"
 
 
 def test_group_scores_and_changes_use_only_their_records() -> None:
@@ -242,4 +242,4 @@ def test_group_scores_and_changes_use_only_their_records() -> None:
     pair = ("base", "tuned")
     assert found.changes["b"][pair].verdict == "better"
     assert found.changes["a"][pair].verdict == "cannot be told apart"
-    assert found.changes["a"][pair].difference.high == 0.0, "paired: in the group nothing changed"
+    assert found.changes["a"][pair].difference.high == 0.0, "within the group nothing changed"

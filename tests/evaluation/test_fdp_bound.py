@@ -73,7 +73,7 @@ def test_true_gaussian_claim_is_refuted_within_the_error_rate(guesses: int) -> N
     right = np.array([count[2] for count in counts])
     wrong = int(refutes_gaussian(400, guesses, right, mu, error=0.05).sum())
     assert wrong <= stats.binom(trials, 0.05).isf(1e-4)
-    # A mechanism with a third of the noise is found out, if it is asked often enough.
+    # A mechanism with a third of the noise is refuted, given enough guesses.
     (_, _, found) = count_gaussian_guesses(3 * mu, canaries=400, guesses=400, seed=0)
     assert refutes_gaussian(400, 400, found, mu, error=0.05)
 

@@ -60,7 +60,7 @@ def test_generated_rows_end_at_their_own_end_token(language_model: TaskModel, pr
     texts = [list(takewhile(lambda token: token not in ends, row)) for row in written]
     assert texts == [row[: row.index(end)] if end in row else row for row in whole]
     assert len(texts[0]) <= 3
-    assert min(map(len, written)) < 8, "a text that has ended leaves its batch"
+    assert min(map(len, written)) < 8, "finished texts must leave their batch"
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -85,7 +85,7 @@ def test_sampled_texts_use_independent_random_streams(
     later = draw_texts(10_000, first=5)
     assert [later[place] for place in range(7)] == [texts[place] for place in range(5, 12)]
     assert texts != draw_texts(10_000, seed=2)
-    assert None in draw_texts(10_000, most=1).values(), "a text that does not end is none"
+    assert None in draw_texts(10_000, most=1).values(), "an unfinished text must be None"
 
 
 def compute_next_logits(model: TaskModel, token_ids: list[int]) -> torch.Tensor:
@@ -100,9 +100,9 @@ def test_full_guidance_selects_tokens_least_likely_under_the_other_prompt(
     """Only tokens of the nucleus with total probability 0.9 compete."""
     prompts = prompts[:8]
     against = [*prompts[1:], prompts[0]]
-    begun = [prompt[: int(share * len(prompt))] for prompt in reversed(prompts)]
+    beginnings = [prompt[: int(share * len(prompt))] for prompt in reversed(prompts)]
     expected, ends = [], frozenset({END, *range(0, 999, 7)})
-    for prompt, other, beginning in zip(prompts, against, begun, strict=True):
+    for prompt, other, beginning in zip(prompts, against, beginnings, strict=True):
         text: list[int] = beginning.tolist()
         for _ in range(6):
             own, others = (compute_next_logits(language_model, [*start.tolist(), *text]) for start in (prompt, other))
@@ -114,7 +114,7 @@ def test_full_guidance_selects_tokens_least_likely_under_the_other_prompt(
         expected.append(tokenizer.decode(text[:-1], skip_special_tokens=True) if text[-1] in ends else None)
     spec = WritingSpec(max_new_tokens=6, temperature=1.0, top_p=0.9, guidance=1e9)
     settings = {"tokenizer": tokenizer, "end_ids": ends, "spec": spec, "first": 0, "max_tokens": 10_000}
-    settings |= {"begun": begun} if share else {}
+    settings |= {"begun": beginnings} if share else {}
     assert any(expected)
     assert dict(sample_completions(language_model, prompts, against=against, **settings)) == dict(enumerate(expected))
 
@@ -142,7 +142,7 @@ def test_guidance_scales_probabilities_by_their_ratio(
     ended = sum(text is not None for _, text in drawn) / number
     deviation = (compute_expected(1.0) * (1 - compute_expected(1.0)) / number) ** 0.5
     assert abs(ended - compute_expected(1.0)) < 4 * deviation
-    assert compute_expected(1.0) - compute_expected(0.0) > 8 * deviation, "another rule would be found out"
+    assert compute_expected(1.0) - compute_expected(0.0) > 8 * deviation, "another rule must be detectable"
 
 
 @pytest.mark.parametrize("family", ["language_model", "language_model_without_positions"])
@@ -167,9 +167,10 @@ def test_bleu_and_rouge_match_manual_calculations() -> None:
 
     hypotheses = ["the cat is on the mat", "a b c d e"]
     references = [["the cat sat on the mat"], ["z z z z z z z", "a b c d e"]]
-    # Matched n-grams of order 1 to 4: 5 of 6, 3 of 5, 1 of 4, 0 of 3 and 5 of 5, 4 of 4, 3 of 3, 2 of 2.
+    # Matched n-grams of order 1 to 4: 5 of 6, 3 of 5, 1 of 4, 0 of 3 for the first pair; 5 of 5, 4 of 4, 3 of 3, 2 of 2
+    # for the second.
     bleu = 100 * (10 / 11 * 7 / 9 * 4 / 7 * 2 / 5) ** 0.25
-    # Longest common subsequences: 5 of 6 words in both directions, and all.
+    # Longest common subsequences: 5 of 6 words in both directions, and all words.
     assert score_hypotheses(hypotheses, references) == pytest.approx({"bleu": bleu, "rouge_l": (5 / 6 + 1) / 2})
     assert score_hypotheses(hypotheses[::-1], references[::-1]) == pytest.approx({"bleu": bleu, "rouge_l": 11 / 12})
     assert score_hypotheses(["a b c d e"], references[1:]) == pytest.approx({"bleu": 100.0, "rouge_l": 1.0})
@@ -240,7 +241,7 @@ def test_sampled_tokens_repeat_by_seed_and_follow_model_probabilities(language_m
         return np.array([next(stream_tokens(language_model, prompt, end_ids=(), spec=spec)) for spec in specs])
 
     assert (draw_tokens(10, temperature=1.0) == draw_tokens(10, temperature=1.0)).all()
-    assert set(draw_tokens(10, temperature=1e-300)) == {int(logits.argmax())}, "cold is greedy"
+    assert set(draw_tokens(10, temperature=1e-300)) == {int(logits.argmax())}, "a temperature near 0 must be greedy"
 
     def compute_expected(temperature: float) -> float:
         return float(torch.softmax(logits / temperature, dim=-1) @ logits)
@@ -248,7 +249,7 @@ def test_sampled_tokens_repeat_by_seed_and_follow_model_probabilities(language_m
     mean = float(logits.numpy()[draw_tokens(200, temperature=2.0)].mean())
     assert abs(mean - compute_expected(2.0)) < 4 * float(logits.std()) / 200**0.5
     assert compute_expected(1.0) - compute_expected(2.0) > 8 * float(logits.std()) / 200**0.5, (
-        "a cold model would be found out"
+        "a wrong temperature must be detectable"
     )
     chances = torch.softmax(logits, dim=-1).numpy()
     order = np.argsort(-chances, kind="stable")
@@ -261,13 +262,13 @@ def test_sampled_tokens_repeat_by_seed_and_follow_model_probabilities(language_m
     "text", ["plain", "  spaces  around  ", "Grüße, 你好 \N{RAINBOW}!", "a\nb\n\n", "\N{RAINBOW}" * 3, ""]
 )
 def test_streamed_text_parts_are_whole_characters(text: str) -> None:
-    tokenizer = build_tiny_tokenizer("random:llama")  # one token a byte
+    tokenizer = build_tiny_tokenizer("random:llama")  # one token per byte
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     parts = list(decode_stream([*ids, tokenizer.eos_token_id], tokenizer))
     assert "".join(parts) == text.strip()
     assert not any("\N{REPLACEMENT CHARACTER}" in part for part in parts)
     assert len(parts) == len(text.strip()) - sum(letter.isspace() for letter in text.strip())
-    ids = tokenizer("ab\N{RAINBOW}", add_special_tokens=False)["input_ids"]  # no character in the end
+    ids = tokenizer("ab\N{RAINBOW}", add_special_tokens=False)["input_ids"]  # the last character is incomplete
     assert list(decode_stream(ids[:-1], tokenizer)) == ["a", "b", "\N{REPLACEMENT CHARACTER}"]
     assert "".join(decode_stream([*ids[:-1], ids[0]], tokenizer)) == "ab\N{REPLACEMENT CHARACTER}a"
 

@@ -1,4 +1,4 @@
-"""Whether embeddings predict labels: compared with an explicit leave-one-out loop, and on labels drawn at random."""
+"""Whether embeddings predict labels: compared with an explicit leave-one-out loop, and tested on random labels."""
 
 import numpy as np
 import pytest
@@ -15,14 +15,14 @@ def make(count: int = 150, classes: int = 3, *, distance: float, seed: int = 0) 
 
 def test_accuracy_equals_an_explicit_leave_one_out_loop() -> None:
     rows, labels = make(60, distance=2.0)
-    given = np.concatenate([rows - rows.mean(axis=0), np.ones((60, 1))], axis=1)
+    design = np.concatenate([rows - rows.mean(axis=0), np.ones((60, 1))], axis=1)
     penalty = np.diag([1.0] * 24 + [1e-9])
     right = 0
     for place in range(60):
         others = np.arange(60) != place
-        x, y = given[others], np.eye(3)[labels[others]]
+        x, y = design[others], np.eye(3)[labels[others]]
         weights = np.linalg.solve(x.T @ x + penalty, x.T @ y)
-        right += int((given[place] @ weights).argmax() == labels[place])
+        right += int((design[place] @ weights).argmax() == labels[place])
     assert measure_label_signal(rows, labels).accuracy == pytest.approx(right / 60)
 
 

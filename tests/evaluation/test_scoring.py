@@ -34,7 +34,7 @@ def list_training_flags(model: torch.nn.Module) -> dict[str, bool]:
 @pytest.mark.parametrize("fails", [False, True])
 def test_scoring_restores_every_training_flag(classifier: TaskModel, fails: bool) -> None:
     before = list_training_flags(classifier)
-    assert set(before.values()) == {True, False}, "the model has to be of both kinds for this test to mean anything"
+    assert set(before.values()) == {True, False}, "the model must have modules in both modes, or nothing is tested"
     with suppress(ZeroDivisionError), enter_evaluation_mode(classifier):
         assert not any(list_training_flags(classifier).values())
         assert not torch.is_grad_enabled()
@@ -101,7 +101,7 @@ def test_no_module_scores_with_gradients_or_in_training_mode(classifier: TaskMod
     kept: dict[int, Batch] = {}
     assert score_model(classifier, labeled_texts, pad_id=END, max_tokens=4096, kept=kept) == scores
     assert [(batch.prefix, batch.reference) for batch in kept.values()] == [(None, None)] * len(kept)
-    assert kept, "of a model without frozen layers there is nothing to keep but batches"
+    assert kept, "without frozen layers there are only batches to cache"
 
 
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
@@ -127,10 +127,10 @@ def test_cached_frozen_layers_run_once_with_equal_scores(request: pytest.Fixture
             parameter.mul_(2.0)
     again = score_model(model, data, pad_id=END, max_tokens=64, kept=kept)
     assert again == pytest.approx(score_model(model, data, pad_id=END, max_tokens=64), rel=1e-6)
-    assert again != pytest.approx(expected, rel=1e-6), "what trains is scored anew"
+    assert again != pytest.approx(expected, rel=1e-6), "trained layers must be computed anew"
 
 
-@settings(deadline=None)  # importing scikit-learn takes the first example long
+@settings(deadline=None)  # the first example is slow because it imports scikit-learn
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30))
 def test_macro_f1_matches_scikit_learn(pairs: list[tuple[int, int]]) -> None:
     metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the reference here")
@@ -156,7 +156,7 @@ def test_batched_scores_match_single_examples(
     assert scores["macro_f1"] == macro_f1(truth, np.array(predicted), num_labels=4)
     assert scores["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
     assert compute_unit_scores(classifier, labeled_texts, pad_id=END).tolist() == (truth == predicted).tolist(), (
-        "right or wrong"
+        "a record's score must be 1 or 0"
     )
 
 
@@ -178,12 +178,12 @@ def test_loss_averages_examples_and_perplexity_averages_tokens(
 ) -> None:
     scores = score_model(language_model, completion_texts, pad_id=2, max_tokens=max_tokens)
     losses = compute_token_losses(language_model, completion_texts)
-    assert len(losses[-1]) == 0, "one example without supervised tokens belongs to this test"
+    assert len(losses[-1]) == 0, "the test needs an example without supervised tokens"
     per_example = [row.mean() if len(row) else 0.0 for row in losses]
     assert list(scores) == ["loss", "perplexity"]
     assert scores["loss"] == pytest.approx(np.mean(per_example), rel=1e-5)
     assert scores["perplexity"] == pytest.approx(np.exp(np.concatenate(losses).mean()), rel=1e-4)
-    # A text scores by its mean loss; without a supervised token nothing is known.
+    # The score of a text follows its mean loss; without supervised tokens it is 0.
     expected = [np.exp(-loss) if len(row) else 0.0 for loss, row in zip(per_example, losses, strict=True)]
     assert compute_unit_scores(language_model, completion_texts, pad_id=END) == pytest.approx(expected, rel=1e-5)
 
@@ -209,7 +209,7 @@ def test_unit_scores_are_bounded_and_batch_invariant(names: tuple[str, str], req
     whole = score(dataset)
     assert (whole.shape, whole.dtype) == ((len(dataset),), np.float64)
     assert ((whole >= 0) & (whole <= 1)).all()
-    assert len(set(whole.tolist())) > 1, "a constant would show nothing"
+    assert len(set(whole.tolist())) > 1, "scores must vary, or nothing is tested"
     for left_out in (0, 7, len(dataset) - 1):
         others = [index for index in range(len(dataset)) if index != left_out]
         assert score(dataset.select_examples(others)).tobytes() == whole[others].tobytes()
@@ -222,7 +222,7 @@ def test_user_score_is_the_bounded_mean_of_record_scores() -> None:
     users = [np.array([0, 3]), np.array([1]), np.array([2, 4, 5])]
     assert compute_user_scores(np.array([1.0, 0.25, 0.0, 0.5, 1.0, 0.5]), users).tolist() == [0.75, 0.25, 0.5]
     assert compute_user_scores(np.zeros(0), []).shape == (0,)
-    # However many they are and whatever came out: noised_scores adds (score, 1) for one unit.
+    # For any number of records and any values: noised_scores adds (score, 1) per unit.
     wild = np.array([np.nan, np.inf, -5.0, 7.0, 1.0])
     users = [np.array([0]), np.array([1, 2, 3, 4])]
     assert compute_user_scores(wild, users).tolist() == [0.0, 0.5]

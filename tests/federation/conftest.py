@@ -58,9 +58,9 @@ def make_site_key(site: str) -> SigningKey:
 def make_receipt(site: str = "a", *, charged: int = 1, run: str = "r", key: Any = None, **more: Any) -> Receipt:
     """Build a receipt signed by its site; `key` replaces the site's key."""
     key = key or make_site_key(site)
-    said: dict[str, Any] = {"charged_rounds": charged, "sequence": 3 * charged}
-    said |= {"ended": False, "plan": "", "seeded_noise": False, "simulated": False} | more
-    unsigned = Receipt(site=site, run=run, head="00" * 32, site_key=key.public, signature="", **said)
+    fields: dict[str, Any] = {"charged_rounds": charged, "sequence": 3 * charged}
+    fields |= {"ended": False, "plan": "", "seeded_noise": False, "simulated": False} | more
+    unsigned = Receipt(site=site, run=run, head="00" * 32, site_key=key.public, signature="", **fields)
     return replace(unsigned, signature=key.sign(RECEIPT, unsigned.encode_signed_bytes()))
 
 
@@ -76,10 +76,10 @@ class Station:
     declared_size: int = 100
     ready: dict[str, Any] = field(default_factory=lambda: {"update_dtype": "float32"})
     trained: list[tuple[int, int]] = field(default_factory=list)  # (round, attempt) of each training
-    before_training: list[list[Kind]] = field(default_factory=list)  # what the ledger held when each of them began
-    prepared: list[str] = field(default_factory=list)  # run of each time that the site was made ready
+    before_training: list[list[Kind]] = field(default_factory=list)  # ledger kinds before each training
+    prepared: list[str] = field(default_factory=list)  # the run of each preparation
     kept: list[tuple[str, str]] = field(default_factory=list)  # (run, digest) of each final adapter that it stored
-    awaited: list[Proposal] = field(default_factory=list)  # runs that it was told to put before a person
+    awaited: list[Proposal] = field(default_factory=list)  # runs submitted for approval
     paused: bool = False
 
     @property
@@ -100,8 +100,8 @@ class Station:
     def open(self, train: Train | None = None) -> Site:
         def prepare(proposal: Proposal) -> PreparedRun:
             self.prepared.append(proposal.run)
-            asked = self.propose(lead=proposal.lead)
-            return PreparedRun(proposal=asked, template=self.template, declared_size=self.declared_size, **self.ready)
+            same = self.propose(lead=proposal.lead)
+            return PreparedRun(proposal=same, template=self.template, declared_size=self.declared_size, **self.ready)
 
         opened = MadeSite(
             self.ledger(), prepare=prepare, train=train or self._train, paused=self.paused, sums=self.sums

@@ -57,11 +57,11 @@ def test_checkpoint_round_trips_through_its_file(checkpoints: Checkpoints) -> No
     loaded = checkpoints.load()
     assert to_plain(loaded) == to_plain(state(2))
     assert loaded.strategy["m/head"].dtype == np.float64, "a moment rounded to float32 would change the next round"
-    assert loaded.receipts["a"].has_valid_signature(), "the site gets its receipt back, and checks its own signature"
+    assert loaded.receipts["a"].has_valid_signature(), "the site must be able to verify its own receipt"
 
 
 def test_newest_checkpoint_is_loaded_and_its_predecessor_kept(checkpoints: Checkpoints, folder: Path) -> None:
-    # The newest has the largest number, not the last name.
+    # The newest checkpoint has the largest number, which is not the last name.
     for round in (9998, 9999, 10_000, 10_001):
         checkpoints.save(replace(state(1), round=round))
     assert checkpoints.load().round == 10_001
@@ -106,7 +106,7 @@ def test_missing_or_mismatched_checkpoint_is_refused(checkpoints: Checkpoints, f
     with pytest.raises(ConfigError, match="has a checkpoint of a different configuration"):
         Checkpoints(folder, "other").load()
     (folder / "round-0002.safetensors.partial").write_bytes(b"half")
-    assert checkpoints.load().round == 1, "a half-written one does not count"
+    assert checkpoints.load().round == 1, "a partially written checkpoint must not count"
 
 
 @pytest.mark.parametrize("left", [0, 4, 200, -1])
@@ -121,7 +121,7 @@ def test_truncated_checkpoint_is_reported_as_damaged(checkpoints: Checkpoints, f
 def test_truncated_journal_line_is_dropped_by_the_next_request(checkpoints: Checkpoints, folder: Path) -> None:
     checkpoints.save(state(1))
     (folder / "asked.jsonl").write_bytes(b'[2, ["a"]]\n[2, ["b')
-    assert checkpoints.load().unanswered == {"a": 1, "b": 1}, "what a crash cut short was never sent"
+    assert checkpoints.load().unanswered == {"a": 1, "b": 1}, "a request truncated by a crash was never sent"
     checkpoints.record_request(2, ["a", "b"])
     assert checkpoints.load().unanswered == {"a": 2, "b": 2}
     for line in (b"not JSON\n", b"[2, 5]\n", b"[2.5, []]\n"):
@@ -130,7 +130,7 @@ def test_truncated_journal_line_is_dropped_by_the_next_request(checkpoints: Chec
             checkpoints.load()
 
 
-# The layout of a run folder, and what is said where none is.
+# The layout of a run folder, and the message if there is none.
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from fedtune.spec import ConfigError
 
 from ..cli import snapshots
 
-# What happens in a round of four sites, one line each time that a lead looks: the seconds since, good updates, sites at
-# work, others, and whether the round is over.
+# A round of four sites, one line per check of the lead: seconds elapsed, good updates, sites at work, other sites, and
+# whether the round is over.
 STORIES: dict[str, list[tuple[float, int, int, int, bool]]] = {
     "every site at work is waited for": [(1000, 3, 1, 0, False)] * 10,
     "enough updates are waited for": [(1000, 1, 0, 3, False)] * 10,
@@ -42,7 +42,7 @@ def test_participants_keep_the_order_of_site_names() -> None:
     assert FederationSpec(num_sites=2).names == FederationSpec(num_sites=2).active == ("site-1", "site-2")
     named = FederationSpec(num_sites=3, site_names=("a", "b", "c"), participants=("c", "a"))
     assert named.names == ("a", "b", "c")
-    assert named.active == ("a", "c"), "in the order of the names, which the sum of updates keeps"
+    assert named.active == ("a", "c"), "the order of names determines the sum of updates"
 
 
 @snapshots.parametrize_mistakes("mistakes-closing")

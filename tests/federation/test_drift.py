@@ -1,4 +1,4 @@
-"""Held-out scores over runs: pooled mean and deviation, by hand and by simulation, and detected drops."""
+"""Held-out scores over runs: pooled mean and deviation, computed by hand and by simulation, and detected drops."""
 
 import math
 
@@ -26,12 +26,12 @@ def test_held_out_scores_are_pooled_over_sites_and_rounds() -> None:
         make_scored_round(3),
     ]
     found = pool_held_out_scores(rounds, {"a": 100.0, "b": 50.0}, noise=2.0, run="r")
-    # 50 + 45 + 70 right of 100 + 55 + 90; three releases, each of both sums with noise of 2 root 2 units.
+    # 50 + 45 + 70 correct of 100 + 55 + 90; three releases, each with noise of 2 root 2 units on both sums.
     units, mean, noise = 245.0, 165 / 245, 2.0 * math.sqrt(6)
     deviation = math.sqrt((1 + mean**2) * (noise / units) ** 2 + mean * (1 - mean) / (units / 2))
     assert found == HeldOut(run="r", date="2026-01-03", mean=mean, deviation=deviation)
     assert pool_held_out_scores(rounds, {"a": 100.0, "b": 50.0}, noise=21.0, run="r") is None, (
-        "too much noise for so few units"
+        "the noise is too large for so few units"
     )
     assert pool_held_out_scores([make_scored_round(1)], {"a": 100.0}, noise=1.0, run="r") is None
 
@@ -58,7 +58,7 @@ def test_newest_two_runs_are_compared_with_all_earlier_runs() -> None:
     assert five.min_detectable == pytest.approx((1.6449 + 0.8416) * 0.01 * math.sqrt(1 / 3 + 1 / 2), rel=1e-3)
     assert not detect_score_drop(make_runs(0.8, 0.8, 0.8, 0.79, 0.79)).significant  # type: ignore[union-attr]
     assert not detect_score_drop(make_runs(0.7, 0.8)).significant  # type: ignore[union-attr]
-    # A run that tells little weighs little.
+    # A run with little information has little weight.
     vague = HeldOut(run="v", date="", mean=0.1, deviation=1.0)
     found = detect_score_drop([*make_runs(0.8, 0.8), vague, *make_runs(0.8, 0.8)])
     assert abs(found.change) < 1e-3

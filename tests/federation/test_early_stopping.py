@@ -30,7 +30,7 @@ def find_kept(*scores: float | None, name: str = "accuracy", **settings: Any) ->
     [
         ((0.5, 0.75, 0.25), "accuracy", 2),
         ((0.5, 0.75, 0.25), "loss", 3),
-        ((0.25, 0.5, 0.5), "accuracy", 2),  # a later one that is no better brings nothing
+        ((0.25, 0.5, 0.5), "accuracy", 2),  # a later round that is no better changes nothing
         ((None, float("nan"), 0.125, float("inf")), "accuracy", 3),
         ((None, None), "accuracy", 1),
     ],
@@ -43,7 +43,7 @@ def test_best_round_is_the_first_with_the_best_score(scores: Sequence[float | No
 def test_no_checkpoint_is_selected_without_the_settings() -> None:
     assert find_kept(0.5, 0.25, checkpoint_selection="last") is None
     assert find_kept() is None
-    # The last planned round ends nothing early.
+    # After the last planned round nothing is stopped early.
     found = find_kept(0.5, 0.25, 0.25, early_stopping_patience=2, num_rounds=3)
     assert found == SelectedRound(round=1, primary_metric="accuracy", score=0.5, stopped_early=False)
 
@@ -54,7 +54,7 @@ def test_early_stopping_ends_after_rounds_without_improvement() -> None:
         for scores in ((0.5, 0.25), (0.5, 0.25, 0.5), (0.5, 0.25, 0.75))
     }
     assert [found.stopped_early for found in ended.values() if found] == [False, True, False]
-    # What ends a run says nothing of which round it keeps.
+    # Early stopping does not determine which round is kept.
     last = find_kept(0.5, 0.25, 0.375, early_stopping_patience=2, checkpoint_selection="last")
     assert last == SelectedRound(round=3, primary_metric="accuracy", score=0.375, stopped_early=True)
 
@@ -83,10 +83,10 @@ def test_exhausted_plan_ends_the_run_and_the_missing_round_is_explained() -> Non
     federation = FederationSpec(num_rounds=3, spare_rounds=1)
     last = round_of(3, sites=(), failed_sites={"a": "plan_exhausted", "b": "no_reply"}, metrics={"accuracy": 0.5})
     assert should_stop([*make_rounds(0.5, 0.5), last], federation, primary_metric="accuracy")
-    said = explain_exhausted_plan([*make_rounds(0.5, 0.5), last], federation)
-    assert "Round 3 of 4 is missing" in said
-    assert "which exhausted the plan of a." in said
-    assert "Set federation.spare_rounds=2 in the next run" in said
+    reason = explain_exhausted_plan([*make_rounds(0.5, 0.5), last], federation)
+    assert "Round 3 of 4 is missing" in reason
+    assert "which exhausted the plan of a." in reason
+    assert "Set federation.spare_rounds=2 in the next run" in reason
     for others in (
         make_rounds(0.5, 0.5),
         make_rounds(0.5, 0.5, 0.5, lost=(3,)),

@@ -39,12 +39,10 @@ def test_forecast_traffic_covers_all_sites_and_rounds() -> None:
     model = make_tiny_spec()
     found = forecast_plan(model)
     assert found.values == sum(array.size for array in Adapter.from_task_model(model).tensors.values())
-    assert found.site_values == dict.fromkeys(SIZES, found.values), "every site trains the whole adapter"
+    assert found.site_values == dict.fromkeys(SIZES, found.values), "every site must train the whole adapter"
     smaller = forecast_plan(model, ranks=dict.fromkeys(SIZES, 1)).site_values
     assert all(0 < value < found.values for value in smaller.values())
-    assert found.bytes_total == (found.bytes_down + found.bytes_up) * 2 * 3, (
-        "two sites, three rounds without spare ones"
-    )
+    assert found.bytes_total == (found.bytes_down + found.bytes_up) * 2 * 3, "two sites, three rounds, no spare rounds"
 
 
 def test_forecast_model_memory_follows_the_dtype() -> None:
@@ -98,5 +96,5 @@ def test_forecast_runs_cached_frozen_layers_once_per_record(tmp_path: Path) -> N
     assert again.first_seconds == 0
     on_disk = replace(without, kept_states_folder=str(tmp_path))
     assert forecast_plan(model, runtime=on_disk).frozen_states_kept
-    assert Adapter.from_task_model(model).digest() == before, "a pass leaves the model as it was"
+    assert Adapter.from_task_model(model).digest() == before, "a timing pass must not change the model"
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -17,14 +17,14 @@ from fedtune.privacy.release import Reason, Receipt, Update
 from ..privacy.builders import stranger_key
 from .conftest import make_receipt, read_reason
 
-# What is asked for, the rule that it breaks, and what the refusal says about it: a few of all rules of a policy, which
-# tests/privacy/test_site_policy.py tries.
+# The request, the rule that it breaks, and the requested and allowed values in the refusal;
+# tests/privacy/test_site_policy.py covers all rules of a policy.
 _TOO_MUCH: list[tuple[dict[str, Any], Reason, str | None, str | None]] = [
     ({"noise_multiplier": 3.9999}, Reason.MIN_NOISE_MULTIPLIER, "3.9999", "at least 4"),
     ({"spare_rounds": 2}, Reason.MAX_ROUNDS, "5", "at most 4"),
     ({"dataset": "letters"}, Reason.DATASET, "letters", "patients"),
     ({"seeded_noise": True}, Reason.SEEDED_NOISE, "yes", "no"),
-    # Within the policy, but not what the site makes of the run's configuration.
+    # Within the policy, but not the plan that the site derives from the run's configuration.
     ({"noise_multiplier": 5.0}, Reason.PLAN_CHANGED, None, None),
     ({"num_sites": 99}, Reason.PLAN_CHANGED, None, None),
     ({"run": "another"}, Reason.WRONG_RUN, "another", "r"),
@@ -56,10 +56,10 @@ def test_excessive_requests_are_refused_with_the_broken_rule(
     assert read_reason(reply) is rule
     if asked is not None:
         assert (reply.body.requested, reply.body.allowed) == (asked, allowed)
-    # Of a run that the ledger has, it says what was accepted without more ado.
+    # For a run in its ledger, the site can state the accepted plan without preparation.
     made_ready = (Reason.WRONG_RUN,) if rounds_before else (Reason.PLAN_CHANGED, Reason.WRONG_RUN)
     assert len(site.prepared) == rounds_before + (rule in made_ready)
-    # A receipt is of the run that was asked for; of one that the site does not know, it says that nothing was charged.
+    # A receipt covers the requested run; for an unknown run it states that nothing was charged.
     asked_for = changes.get("run", "r")
     assert (reply.receipt.run, reply.receipt.charged_rounds) == (asked_for, rounds_before if asked_for == "r" else 0)
     assert reply.body.run == asked_for
@@ -77,14 +77,14 @@ def test_unknown_lead_receives_only_a_refusal(site: Any, about: dict[str, Any]) 
 
 
 def test_unsigned_request_is_refused_without_a_ledger_entry(site: Any) -> None:
-    # Anybody can send such a message; nobody may fill the ledger with them.
+    # Anybody can send such a message, so it must not be recorded in the ledger.
     site.ledger()
     before, signed = site.events(), site.request().sign_with(stranger_key)
     for wrong, rule in ((signed, Reason.WRONG_SIGNATURE), (replace(signed, text="{"), Reason.MALFORMED_REQUEST)):
         reply = site.send(wrong)
         assert read_reason(reply) is rule
         assert reply.receipt is None
-    assert (reply.body.run, reply.body.round) == ("", 0), "nobody knows of which"
+    assert (reply.body.run, reply.body.round) == ("", 0), "an unsigned request must not set run and round"
     assert site.events() == before
     assert site.trained == []
 
@@ -114,7 +114,7 @@ def test_adapter_of_another_shape_or_with_nan_is_refused(site: Any, adapter: Ada
         ({"expires": 1.6e9}, Reason.REQUEST_EXPIRED),
         ({"adapter_digest": "00" * 32}, Reason.ADAPTER_DIFFERS),
     ],
-    ids=["for another site", "expired", "of another adapter"],
+    ids=["another site", "expired", "another adapter"],
 )
 def test_misaddressed_expired_or_mismatched_request_is_refused(site: Any, about: dict[str, Any], rule: Reason) -> None:
     with expect_only_refusal(site, rule):
@@ -129,7 +129,7 @@ def test_replayed_request_returns_the_stored_reply_until_the_next_round(site: An
     again = site.send(overheard)
     assert isinstance(first.body, Update)
     assert again.body.to_bytes() == first.body.to_bytes()
-    assert site.events() == before, "free, since it says nothing new"
+    assert site.events() == before, "a stored reply must be free"
     site.ask(2)
     with expect_only_refusal(site, Reason.REPLY_NO_LONGER_STORED):
         assert read_reason(site.send(overheard)) is Reason.REPLY_NO_LONGER_STORED
@@ -147,7 +147,7 @@ def require_in_doubt(site: Any, before: tuple[Any, ...], receipt: Receipt, reply
     assert (refused.kind, refused.detail["reason"]) == (Kind.REFUSAL, Reason.LEDGER_BEHIND_RECEIPT.value)
     trained = list(site.trained)
     for round in (3, 4):
-        assert read_reason(site.ask(round)) is Reason.LEDGER_BEHIND_RECEIPT, "also without the receipt"
+        assert read_reason(site.ask(round)) is Reason.LEDGER_BEHIND_RECEIPT, "doubt must remain without the receipt"
     assert site.trained == trained
 
 
@@ -172,7 +172,7 @@ def test_receipt_not_issued_by_the_ledger_is_refused(site: Any, tmp_path: Any) -
     for other in (forged, make_receipt("a")):
         with expect_only_refusal(site, Reason.WRONG_SIGNATURE):
             assert read_reason(site.ask(2, about={"receipt": other})) is Reason.WRONG_SIGNATURE
-    # With the site's own key, but of a ledger that was begun anew: the same number of events, and another history.
+    # Signed by the site's own key, but for a new ledger: the same number of events, and another history.
     other = replace(site, folder=tmp_path / "new", propose=partial(site.propose), trained=[])
     other.folder.mkdir()
     (other.folder / site.policy.site_key).write_bytes((site.folder / site.policy.site_key).read_bytes())

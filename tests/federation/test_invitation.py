@@ -25,9 +25,9 @@ def test_site_without_objections_offers_the_whole_plan(site: Any) -> None:
     assert reply.body == Offer(site="a", run="r", nonce=NONCE, software=build(), **whole)
     assert reply.is_signed()
     assert reply.receipt.charged_rounds == 0
-    assert site.kinds() == [], "nothing is charged, set aside or noted"
+    assert site.kinds() == [], "nothing may be charged, reserved or recorded"
     assert site.trained == []
-    assert site.prepared == ["r"], "what the run needs of the machine is tried"
+    assert site.prepared == ["r"], "the machine must be checked for the run"
 
 
 @pytest.mark.parametrize(
@@ -86,13 +86,13 @@ def test_failure_during_preparation_is_a_site_error_without_charge(site: Any, mo
 
 
 def test_invitations_and_round_requests_are_not_interchangeable(site: Any) -> None:
-    asked = Invitation(proposal=site.propose(), site="a", expires=1e12, nonce=NONCE)
-    assert Invitation.from_signed(asked.sign_with(lead_key)) == asked
+    invitation = Invitation(proposal=site.propose(), site="a", expires=1e12, nonce=NONCE)
+    assert Invitation.from_signed(invitation.sign_with(lead_key)) == invitation
     for change in ({"less": 1}, {"site": "../b"}, {"expires": float("nan")}, {"nonce": "x"}, {"more": 1}):
-        text = json.dumps(json.loads(asked.sign_with(lead_key).text) | change)
+        text = json.dumps(json.loads(invitation.sign_with(lead_key).text) | change)
         with pytest.raises(ConfigError, match="invitation"):
             Invitation.from_signed(Signed(text=text, signature=lead_key.sign(Invitation.purpose, text.encode())))
     with pytest.raises(ConfigError):
         Invitation.from_signed(site.request().sign_with(lead_key))
-    assert read_reason(site.send(asked.sign_with(lead_key))) is Reason.MALFORMED_REQUEST
-    assert replace(asked, expires=1.0).digest() == asked.digest()
+    assert read_reason(site.send(invitation.sign_with(lead_key))) is Reason.MALFORMED_REQUEST
+    assert replace(invitation, expires=1.0).digest() == invitation.digest()

@@ -63,7 +63,7 @@ def test_silent_site_is_charged_for_every_requested_round(state: LeadState) -> N
     assert (
         compute_site_charge(state, "a", run_plan()).epsilon == compute_site_charge(state, "b", run_plan()).epsilon > 0
     )
-    # It never counts for more than the plan lets a ledger charge.
+    # It never counts more than the plan lets a ledger charge.
     state = add_answers(state.with_requests_to(["a"]), answer(make_receipt(charged=3)))
     for _ in range(5):
         state = state.with_requests_to(["a"])
@@ -86,7 +86,7 @@ def test_receipt_under_a_changed_site_key_is_ignored(state: LeadState) -> None:
 
 @pytest.mark.parametrize("came", [{"sites": ("a",)}, {"sites": (), "failed_sites": {"a": "beyond_plan"}}])
 def test_receipt_counting_fewer_rounds_than_updates_is_rejected(state: LeadState, came: Any) -> None:
-    # A server may put an old genuine receipt beside each new update; the charges would seem to stand still.
+    # A server could send an old genuine receipt with each new update, and hide the charges.
     old = make_receipt(charged=1)
     state = add_answers(state.with_requests_to(["a"]), {"a": Reply(body=make_update(), receipt=old)})
     state = replace(state, rounds=(round_of(1, **came),))
@@ -101,7 +101,7 @@ def test_receipt_counting_fewer_rounds_than_updates_is_rejected(state: LeadState
 
 
 def test_receipt_counting_more_rounds_than_the_plan_is_rejected(state: LeadState) -> None:
-    # Signed or not: to compose so many events would take hours and all of the memory.
+    # With or without a signature: composing so many events would take hours and all memory.
     for charged in (5, 10**18):
         replies = answer(make_receipt(charged=charged))
         after = add_answers(state.with_requests_to(["a"]), replies)
@@ -122,10 +122,10 @@ def test_remaining_time_is_estimated_from_rounds_without_one_time_work() -> None
         return LeadState(round=done, adapter=Adapter({}), rounds=results, seconds=seconds)
 
     assert make_state(0).seconds_per_round is None
-    assert make_state(1).seconds_per_round is None, "a first round of 60 s would say three times the truth"
+    assert make_state(1).seconds_per_round is None, "one slow first round would triple the estimate"
     for done in range(2, 10):
         assert make_state(done).seconds_per_round == 20.0
-    assert make_state(6, gap_s=3600.0).seconds_per_round == 20.0, "the run was interrupted for an hour"
+    assert make_state(6, gap_s=3600.0).seconds_per_round == 20.0, "an interruption of an hour must not count"
     quick = replace(
         make_state(3),
         rounds=[replace(one, seconds=0.4, ended=make_state(1).rounds[0].ended) for one in make_state(3).rounds],
@@ -169,7 +169,7 @@ def test_damaged_receipt_file_is_reported_and_not_overwritten(receipts_file: Pat
     receipts_file.parent.mkdir()
     receipts_file.write_bytes(text.encode("utf-8", "surrogateescape"))
     before = receipts_file.read_bytes()
-    # Taken for empty, it would let a ledger that was put back pass.
+    # If the file were taken as empty, a restored ledger would pass.
     for use in (partial(read_receipts, receipts_file), lambda: save_receipts(receipts_file, {"a": make_receipt("a")})):
         with pytest.raises(RunError, match=r"receipts\.json is damaged"):
             use()

@@ -25,7 +25,7 @@ SIZES = {"a": 1200, "b": 560, "c": 320}
 golden = partial(
     builders.plan, sampling_rate=0.02, noise_multiplier=1.0, max_grad_norm=1.0, local_steps=100, num_rounds=20
 )
-"""The plan whose epsilon is 1.43 for one round and 5.62 for all of them."""
+"""A plan with an epsilon of 1.43 for one round and 5.62 for all rounds."""
 
 
 def test_privacy_cost_covers_one_round_and_all_rounds() -> None:
@@ -47,9 +47,9 @@ def test_round_costs_increase_to_the_cost_of_the_whole_plan() -> None:
         assert list(figures) == sorted(figures)
     last = price.rounds[-1]
     assert last.pld == pytest.approx(price.epsilon, abs=1e-3)
-    assert last.pld >= price.epsilon, "the coarse grid is the more pessimistic one"
+    assert last.pld >= price.epsilon, "the coarse grid must be the more pessimistic one"
     assert (last.rdp, last.filter) == pytest.approx((price.epsilon_rdp, price.epsilon_filter))
-    # What a site adds depends on its declared size.
+    # A site's noise depends on its declared size.
     largest = price.sites["a"]
     assert largest.expected_batch == pytest.approx(0.2 * 1200)
     assert largest.weight == pytest.approx(1200 / 2080)
@@ -85,7 +85,7 @@ def test_alternatives_stay_within_epsilon() -> None:
         assert change.same_noise_epsilon == planner.compute_target_epsilon(change.plan)
     assert changes["5 rounds"].plan.num_rounds == 5
     assert changes["delta 1e-06"].plan.delta == pytest.approx(1e-6)
-    # What a larger batch does to the mean gradient.
+    # The effect of a larger batch on the mean gradient.
     doubled = changes["batches x 2 (rate 0.2)"]
     assert doubled.step_noise == pytest.approx(doubled.noise_needed / 0.2 / (2.0 / 0.1))
     assert doubled.noise_needed / 2.0 > 1 > doubled.noise_needed / 4.0, "more noise on the sum, less on the mean"
@@ -143,7 +143,7 @@ def test_run_with_a_weak_signal_is_refused() -> None:
         planner.check_signal(just_enough, SIZES, values=1010)
 
 
-# Solving for noise, rounds and rate: within the target, and no further from it than the last digit.
+# Solving for noise, rounds or rate: within the target, and closer to it than one unit in the last digit.
 
 
 def compute_epsilon(plan: Plan) -> float:
@@ -183,28 +183,28 @@ def test_solved_rounds_are_the_maximum_within_epsilon(plan: Plan) -> None:
     assert compute_epsilon(solved) <= 5.0 < compute_epsilon(replace(solved, num_rounds=solved.num_rounds + 1))
     assert replace(solved, num_rounds=plan.num_rounds) == plan
     spared = planner.solve_rounds(replace(plan, spare_rounds=2), epsilon=5.0)
-    assert spared.num_rounds == solved.num_rounds - 2, "spare rounds are paid for first"
+    assert spared.num_rounds == solved.num_rounds - 2, "spare rounds must be paid for first"
     with pytest.raises(
         ConfigError, match=r"privacy\.noise_multiplier = 1\.5: exceeds privacy\.epsilon = 0\.1 with one"
     ):
         planner.solve_rounds(plan, epsilon=0.1)
     endless = replace(plan, noise_multiplier=9000.0, sampling_rate=1e-4, local_steps=1)
-    assert planner.solve_rounds(endless, epsilon=8.0).num_rounds > planner.MAX_ROUNDS / 2, "which end somewhere"
+    assert planner.solve_rounds(endless, epsilon=8.0).num_rounds > planner.MAX_ROUNDS / 2, "only MAX_ROUNDS limits it"
 
 
 def test_solved_sampling_rate_is_the_largest_within_epsilon(plan: Plan) -> None:
     solved = planner.solve_sampling_rate(plan, epsilon=3.0, least=0.001)
     rate = solved.sampling_rate
-    assert rate == float(f"{rate:.4g}"), "four digits"
+    assert rate == float(f"{rate:.4g}"), "the rate must have four digits"
     assert compute_epsilon(solved) <= 3.0 < compute_epsilon(replace(plan, sampling_rate=rate * 1.001))
-    # Much noise allows every rate, and little none.
+    # High noise allows every rate, and low noise none.
     loud, quiet = (replace(plan, noise_multiplier=noise) for noise in (50.0, 0.5))
     assert planner.solve_sampling_rate(loud, epsilon=3.0, least=0.001).sampling_rate == 1.0
     with pytest.raises(ConfigError, match=r"exceeds privacy\.epsilon = 0\.1 at every sampling rate down to 0\.01"):
         planner.solve_sampling_rate(quiet, epsilon=0.1, least=0.01)
 
 
-# A calendar of runs: windows that move on, and what the people in them will have spent.
+# A calendar of runs: moving windows, and what their people will have spent.
 
 
 def make_plan(*, runs: int, first: str | None = "2025", **changes: Any) -> Plan:
@@ -229,7 +229,7 @@ def test_calendar_charges_oldest_and_newest_cohorts_per_run() -> None:
     assert [str(row.cohorts) for row in rows] == ["2025..2027", "2026..2028", "2027..2029", "2028..2030"]
     assert [row.oldest for row in rows] == list_spent(plan, 1, 2, 3, 3)
     assert [row.newest for row in rows] == list_spent(plan, 1, 1, 1, 1)
-    # After two renewals those who came first have been in two runs already.
+    # After two renewals the oldest people have already been in two runs.
     later = planner.compute_cost(plan, {"a": 100}, before=2).calendar
     assert [(row.number, row.oldest) for row in later] == list(
         zip((3, 4, 5, 6), list_spent(plan, 3, 3, 3, 3), strict=True)
@@ -240,7 +240,7 @@ def test_calendar_without_window_ends_with_the_last_planned_run() -> None:
     plan = make_plan(runs=4, cohorts=None)
     assert [row.oldest for row in list_calendar_runs(plan)] == list_spent(plan, 1, 2, 3, 4)
     assert [row.newest for row in list_calendar_runs(plan, before=3)] == list_spent(plan, 4)
-    # A window without a beginning goes no further, either; one with it may come after more runs than share an epsilon.
+    # A window without a start does not move, either; one with a start may follow more runs than share an epsilon.
     assert [row.number for row in list_calendar_runs(make_plan(runs=4, first=None), before=2)] == [3, 4]
     long = make_plan(runs=2, first="1800")
     assert [row.oldest for row in list_calendar_runs(long, before=150)] == list_spent(long, 151, 152)

@@ -43,13 +43,13 @@ def open_ledger(tmp_path: Path) -> Callable[[Policy], SiteLedger]:
 
 
 def test_run_within_the_policy_passes_the_dry_run(ask: Ask, tmp_path: Path) -> None:
-    said = ask(make_site_policy())
-    assert said.allowed
-    assert (said.site, said.ledger, said.committed_epsilon, said.note) == ("a", "new", 0.0, "")
-    assert 0 < said.epsilon_after <= said.max_epsilon == 5.0
-    assert (said.max_rounds, said.min_noise) == (3, 4.0)
-    assert not (tmp_path / "ledger.db").exists(), "asking makes no ledger"
-    assert not (tmp_path / "site_key.pem").exists(), "nor a key"
+    result = ask(make_site_policy())
+    assert result.allowed
+    assert (result.site, result.ledger, result.committed_epsilon, result.note) == ("a", "new", 0.0, "")
+    assert 0 < result.epsilon_after <= result.max_epsilon == 5.0
+    assert (result.max_rounds, result.min_noise) == (3, 4.0)
+    assert not (tmp_path / "ledger.db").exists(), "a dry run must not create a ledger"
+    assert not (tmp_path / "site_key.pem").exists(), "a dry run must not create a key"
     assert ask(make_site_policy(), {"b": 100}).note == "the run does not name site a"
     (other,) = (wrong := ask(make_site_policy(), {"a": 90}, most=True)).violations
     assert (other.reason, other.requested, other.allowed) == ("declared_size", "90", "100")
@@ -57,17 +57,17 @@ def test_run_within_the_policy_passes_the_dry_run(ask: Ask, tmp_path: Path) -> N
 
 
 def test_every_broken_rule_is_reported(ask: Ask) -> None:
-    said = ask(make_site_policy(), rank=9, sampling_rate=0.5, lead="0" * 64)
-    assert [(one.reason, one.requested, one.allowed) for one in said.violations[1:]] == [
+    result = ask(make_site_policy(), rank=9, sampling_rate=0.5, lead="0" * 64)
+    assert [(one.reason, one.requested, one.allowed) for one in result.violations[1:]] == [
         ("max_rank", "9", "at most 4"),
         ("max_sampling_rate", "0.5", "at most 0.2"),
     ]
-    assert said.violations[0].reason == "leads"
-    assert (said.max_rounds, said.min_noise) == (0, None)
-    said = ask(make_site_policy(), num_rounds=9)
-    assert [one.reason for one in said.violations] == ["max_rounds"]
-    assert said.max_rounds == 3, "with the spare one, four"
-    assert said.min_noise is None
+    assert result.violations[0].reason == "leads"
+    assert (result.max_rounds, result.min_noise) == (0, None)
+    result = ask(make_site_policy(), num_rounds=9)
+    assert [one.reason for one in result.violations] == ["max_rounds"]
+    assert result.max_rounds == 3, "four including the spare round"
+    assert result.min_noise is None
 
 
 def test_rank_above_the_policy_is_lowered_if_ranks_differ_by_site(ask: Ask) -> None:
@@ -83,12 +83,12 @@ def compute_total_epsilon(proposal: Proposal) -> float:
 
 def test_dry_run_suggests_fewer_rounds_or_more_noise(ask: Ask) -> None:
     cap = 0.9 * compute_total_epsilon(run_proposal())
-    said = ask(make_site_policy(budget={"max_epsilon_per_run": cap}))
-    assert [one.reason for one in said.violations] == ["max_epsilon_per_run"]
-    assert 0 < said.max_rounds < 3
-    for changes in ({"num_rounds": said.max_rounds}, {"noise_multiplier": said.min_noise}):
+    result = ask(make_site_policy(budget={"max_epsilon_per_run": cap}))
+    assert [one.reason for one in result.violations] == ["max_epsilon_per_run"]
+    assert 0 < result.max_rounds < 3
+    for changes in ({"num_rounds": result.max_rounds}, {"noise_multiplier": result.min_noise}):
         assert compute_total_epsilon(run_proposal(**changes)) <= cap
-    assert compute_total_epsilon(run_proposal(num_rounds=said.max_rounds + 1)) > cap
+    assert compute_total_epsilon(run_proposal(num_rounds=result.max_rounds + 1)) > cap
 
 
 FREE = {"limits": {"min_noise_multiplier": 0.5}}
@@ -102,18 +102,18 @@ NO_CAP = {"max_epsilon": float("inf")}
         (FREE, ("max_epsilon", "at most 5, of which 0.0000 is spent")),
         ({"limits": {"min_noise_multiplier": 1.5}, "budget": NO_CAP}, ("min_noise_multiplier", "at least 1.5")),
     ],
-    ids=["a run's cap", "the lifetime cap", "the least noise"],
+    ids=["cap per run", "lifetime cap", "minimum noise"],
 )
 @pytest.mark.parametrize("planned", [4.0, 0.6], ids=["accepted as planned", "refused as planned"])
 def test_reported_largest_epsilon_is_the_limit_of_acceptance(
     policy: dict[str, Any], limit: tuple[str, str], planned: float, ask: Ask
 ) -> None:
     site = make_site_policy(**policy)
-    said = ask(site, noise_multiplier=planned, most=True)
-    assert (said.limit.reason, said.limit.allowed) == limit
-    assert said.max_accepted_epsilon == 2.0 or limit[0] != "max_epsilon_per_run", "the cap itself"
+    result = ask(site, noise_multiplier=planned, most=True)
+    assert (result.limit.reason, result.limit.allowed) == limit
+    assert result.max_accepted_epsilon == 2.0 or limit[0] != "max_epsilon_per_run", "it must be the cap itself"
     plan = run_proposal().plan
-    for epsilon, accepted in ((said.max_accepted_epsilon, True), (1.01 * said.max_accepted_epsilon, False)):
+    for epsilon, accepted in ((result.max_accepted_epsilon, True), (1.01 * result.max_accepted_epsilon, False)):
         steps = plan.local_steps * plan.max_rounds
         noise = calibrate_noise(epsilon=epsilon, delta=plan.delta, sampling_rate=plan.sampling_rate, steps=steps)
         again = ask(site, noise_multiplier=noise)
@@ -122,38 +122,38 @@ def test_reported_largest_epsilon_is_the_limit_of_acceptance(
 
 def test_largest_epsilon_is_zero_if_delta_covers_the_loss(ask: Ask) -> None:
     site = make_site_policy(limits={"min_noise_multiplier": 1.5}, budget=NO_CAP)
-    said = ask(site, sampling_rate=1e-6, most=True)
-    assert said.max_accepted_epsilon == 0
-    assert said.limit is not None
-    assert said.limit.reason == "min_noise_multiplier"
+    result = ask(site, sampling_rate=1e-6, most=True)
+    assert result.max_accepted_epsilon == 0
+    assert result.limit is not None
+    assert result.limit.reason == "min_noise_multiplier"
 
 
 def test_largest_epsilon_is_unlimited_without_a_cap(ask: Ask) -> None:
-    said = ask(make_site_policy(limits={"min_noise_multiplier": 0.0}, budget=NO_CAP), most=True)
-    assert (said.max_accepted_epsilon, said.limit) == (100.0, None)
+    result = ask(make_site_policy(limits={"min_noise_multiplier": 0.0}, budget=NO_CAP), most=True)
+    assert (result.max_accepted_epsilon, result.limit) == (100.0, None)
     others = ask(make_site_policy(), rank=9, most=True)
     assert (others.max_accepted_epsilon, others.limit) == (None, None)
-    assert policy_dry_run.find_strictest_dry_run([said, others]) is others
-    assert ask(make_site_policy()).max_accepted_epsilon is None, "nobody asked for it"
+    assert policy_dry_run.find_strictest_dry_run([result, others]) is others
+    assert ask(make_site_policy()).max_accepted_epsilon is None, "it is computed only on request"
 
 
 def test_dry_run_predicts_the_decision_of_the_ledger(ask: Ask, open_ledger: Any) -> None:
     whole = ask(make_site_policy())
     tight = make_site_policy(budget={"max_epsilon": 1.3 * whole.epsilon_after})
     ledger = open_ledger(tight)
-    said = ask(tight, run="run-0")
-    left = [said.remaining_runs]
-    while said.allowed:
+    result = ask(tight, run="run-0")
+    left = [result.remaining_runs]
+    while result.allowed:
         ledger.reserve(run_proposal(run=f"run-{len(left)}"), round=1, request=f"{len(left):064x}")
-        said = ask(tight, run=f"run-{len(left) + 1}")
-        assert said.ledger == "read"
-        left.append(said.remaining_runs)
-    assert left == list(range(len(left) - 1, -1, -1)), "each run takes one of the runs that were left"
+        result = ask(tight, run=f"run-{len(left) + 1}")
+        assert result.ledger == "read"
+        left.append(result.remaining_runs)
+    assert left == list(range(len(left) - 1, -1, -1)), "each run must use one of the remaining runs"
     assert len(left) > 1
     with pytest.raises(Refused) as raised:
         ledger.reserve(run_proposal(run="last"), round=1, request="f" * 64)
     refused = raised.value
-    assert [(one.reason, one.requested, one.allowed) for one in said.violations] == [
+    assert [(one.reason, one.requested, one.allowed) for one in result.violations] == [
         (refused.reason.value, refused.requested, refused.allowed)
     ]
 
@@ -163,12 +163,12 @@ def test_nearly_spent_budget_allows_only_a_smaller_plan(ask: Ask, open_ledger: A
     once = filter.find_smallest_cap(plan.event(rounds=plan.max_rounds), delta=plan.delta)[0]
     tight = make_site_policy(budget={"max_epsilon": 1.001 * once})
     open_ledger(tight).reserve(run_proposal(run="earlier", num_rounds=1, spare_rounds=0), round=1, request="0" * 64)
-    said = ask(tight, run="later")
-    assert [one.reason for one in said.violations] == ["max_epsilon"]
-    assert said.committed_epsilon > 0
+    result = ask(tight, run="later")
+    assert [one.reason for one in result.violations] == ["max_epsilon"]
+    assert result.committed_epsilon > 0
     offer = open_ledger(tight).make_offer(run_proposal(run="later"))
-    assert (said.max_rounds, said.min_noise) == (offer.max_rounds, offer.min_noise)
-    assert 0 < said.max_rounds < 3
+    assert (result.max_rounds, result.min_noise) == (offer.max_rounds, offer.min_noise)
+    assert 0 < result.max_rounds < 3
 
 
 @pytest.mark.parametrize(
@@ -181,25 +181,25 @@ def test_ledger_with_a_mismatched_policy_is_reported_as_in_doubt(
     ledger = open_ledger(make_site_policy())
     before = read_files(tmp_path)
     assert ask(make_site_policy()).allowed
-    asked = {"site.toml": (tmp_path / "site.toml").read_bytes()}
-    assert read_files(tmp_path) == before | asked, "asking changes nothing"
-    said = ask(make_site_policy(**changes), delta=1e-5)
-    assert said.ledger == "in doubt"
-    assert not said.allowed
-    assert why in said.note
+    policy_file = {"site.toml": (tmp_path / "site.toml").read_bytes()}
+    assert read_files(tmp_path) == before | policy_file, "a dry run must change nothing"
+    result = ask(make_site_policy(**changes), delta=1e-5)
+    assert result.ledger == "in doubt"
+    assert not result.allowed
+    assert why in result.note
     ledger.freeze("asked to")
-    said = ask(make_site_policy())
-    assert [one.reason for one in said.violations] == ["frozen"]
-    assert said.max_rounds == 0
+    result = ask(make_site_policy())
+    assert [one.reason for one in result.violations] == ["frozen"]
+    assert result.max_rounds == 0
 
 
 def test_any_number_of_runs_fits_without_a_cap(ask: Ask) -> None:
-    said = ask(make_site_policy(budget={"max_epsilon": float("inf")}))
-    assert (said.allowed, said.remaining_runs) == (True, None)
-    said = ask(make_site_policy(), noise_multiplier=0.0)
-    assert [one.reason for one in said.violations] == ["min_noise_multiplier", "max_epsilon"]
-    assert said.remaining_runs == 0
-    assert said.min_noise == pytest.approx(4.0, rel=1e-3)
+    result = ask(make_site_policy(budget={"max_epsilon": float("inf")}))
+    assert (result.allowed, result.remaining_runs) == (True, None)
+    result = ask(make_site_policy(), noise_multiplier=0.0)
+    assert [one.reason for one in result.violations] == ["min_noise_multiplier", "max_epsilon"]
+    assert result.remaining_runs == 0
+    assert result.min_noise == pytest.approx(4.0, rel=1e-3)
 
 
 def test_missing_policy_file_raises_a_config_error(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_request_digest_covers_every_requested_field(request_: RoundRequest) -> 
     assert len(digests | {request_.digest()}) == 6
     assert RoundRequest.from_signed(request_.sign_with(lead_key)).digest() == request_.digest()
     again = replace(request_, receipt=None, expires=2e9, software="0.2.1+7c1f09a4e2b5")
-    assert again.digest() == request_.digest(), "the lead may ask for the same thing again"
+    assert again.digest() == request_.digest(), "a lead must be able to repeat a request"
 
 
 def test_session_is_required_exactly_for_secure_aggregation(request_: RoundRequest) -> None:
@@ -91,7 +91,7 @@ def test_round_request_must_be_signed_by_its_named_lead(request_: RoundRequest) 
         request_.sign_with(stranger_key),
         replace(signed, signature=""),
         replace(signed, signature="not hex"),
-        replace(signed, signature=signed.signature[:-2] + "ff"),  # no signature ends in it
+        replace(signed, signature=signed.signature[:-2] + "ff"),  # never a valid signature ending
         replace(signed, text=signed.text.replace('"round": 2', '"round": 3')),
         replace(signed, signature=notice.signature),
         replace(signed, signature=lead_key.sign(EndOfRun.purpose, signed.text.encode())),

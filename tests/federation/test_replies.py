@@ -33,7 +33,7 @@ def sign_body(body: Update | Refusal) -> Reply:
     """Build a reply with this body, signed by its site."""
     try:
         digest = compute_answer_digest(body)
-    except ValueError:  # no site could sign it
+    except ValueError:  # a body that no site could sign
         digest = "00" * 32
     return Reply(body=body, receipt=make_receipt(body.site, reply=digest))
 
@@ -70,11 +70,11 @@ def test_matching_update_is_accepted(adapter: Adapter, sort: Sort) -> None:
 def test_released_scores_are_kept_with_their_update(sort: Sort) -> None:
     assert sort(make_update()).scores == {}
     assert sort(make_update(scores=(0.5, -0.25)), noise=3.0).scores == {"a": (0.5, -0.25)}
-    assert sort(make_update(scores=(0.5, -0.25), round=2), noise=3.0).scores == {}, "an invalid update has none either"
+    assert sort(make_update(scores=(0.5, -0.25), round=2), noise=3.0).scores == {}, "scores must be dropped, too"
     assert sort(make_update(scores=(0.5, 1e6)), noise=3.0).failures == {}
-    for value in (1e10, -1e10, 1e200, 1.7e308):  # with which nobody can reckon
+    for value in (1e10, -1e10, 1e200, 1.7e308):  # values too large to compute with
         assert sort(make_update(scores=(0.5, value)), noise=3.0).failures == {"a": INVALID_UPDATE}
-    # They come where the plan releases them and nowhere else.
+    # Scores are accepted exactly if the plan releases them.
     assert sort(make_update(scores=(0.5, 0.5)), noise=0.0).failures == {"a": INVALID_UPDATE}
     assert sort(make_update(scores=None), noise=3.0).failures == {"a": INVALID_UPDATE}
 
@@ -110,7 +110,7 @@ _FAULTS: dict[str, Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]] = {
 @pytest.mark.parametrize("fault", list(_FAULTS))
 def test_update_with_invalid_tensors_is_dropped(adapter: Adapter, sort: Sort, fault: str) -> None:
     sorted_out = sort(make_update(tensors=_FAULTS[fault](dict(adapter.tensors))))
-    # Texts have no canonical bytes, so that nobody can have signed them.
+    # Strings have no canonical bytes, so nobody can have signed them.
     reason = UNSIGNED_REPLY if fault == "texts" else INVALID_UPDATE
     assert (sorted_out.sites, sorted_out.failures) == ((), {"a": reason})
 
@@ -174,7 +174,7 @@ def test_update_in_another_format_is_dropped(adapter: Adapter, sort: Sort, fault
 
 
 def test_update_bound_allows_only_bfloat16_rounding(adapter: Adapter, sort: Sort) -> None:
-    # Honest training moved each value by 0.5 + 2**-9, which is rounded up by the most that it can be.
+    # Honest training changed each value by 0.5 + 2**-9, the value with the largest rounding error.
     trained = {name: value + np.float32(0.5 + 2.0**-9) for name, value in adapter.tensors.items()}
     ends = round_difference(trained, adapter.tensors)
     most = 0.5 + 2.0**-9
@@ -185,7 +185,7 @@ def test_update_bound_allows_only_bfloat16_rounding(adapter: Adapter, sort: Sort
         (move_update(adapter, 0.5 + 2.0**-7), {"a": BEYOND_PLAN}),
     ):
         assert sort(make_update(tensors=moved), honest, update_dtype="bfloat16").failures == failures
-    # Where a value comes towards 0, which is free, rounding may take it past 0.
+    # Moving a value toward 0 is always allowed, and rounding may take it past 0.
     still = UpdateBound(value=dict.fromkeys(adapter.tensors, 0.0), norm=0.0)
     large = Adapter({name: np.full_like(value, 1001.7) for name, value in adapter.tensors.items()})
     to_zero = round_difference({name: np.zeros_like(value) for name, value in large.tensors.items()}, large.tensors)
@@ -219,12 +219,12 @@ def round_trip_values(values: np.ndarray) -> np.ndarray:
 
 def test_bfloat16_rounding_matches_torch() -> None:
     bits = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint32)
-    # Beside each of 256 exponents and signs: ends of a binade, ties and their neighbors.
+    # Around each of 256 exponents with both signs: ends of a binade, ties and their neighbors.
     near = (np.arange(512, dtype=np.uint32)[:, None] << 23) + np.array([0, 0x7FFF, 0x8000, 0x8001, 0x18000, 0x7FFFFF])
     values = np.concatenate([bits, near.ravel().astype(np.uint32)]).view(np.float32)
     values = values[~np.isnan(values)]
     expected = torch.from_numpy(values).bfloat16().float().numpy()
-    assert (round_trip_values(values) + 0.0).tobytes() == (expected + 0.0).tobytes()  # adding makes 0 of -0
+    assert (round_trip_values(values) + 0.0).tobytes() == (expected + 0.0).tobytes()  # adding 0.0 turns -0 into 0
     assert np.isnan(round_trip_values(np.array([0x7FC00001, 0x7FFFFFFF, 0xFFC00000], np.uint32).view(np.float32))).all()
 
 
@@ -239,7 +239,7 @@ def test_received_adapter_equals_the_sent_adapter_plus_the_rounded_difference() 
         moved = np.abs(value.astype(np.float64) - sent[name])
         assert (np.abs(value - trained[name]) <= MAX_ROUNDING * moved + 2.0**-23 * np.abs(value)).all()
     still = add_difference(sent, round_difference(sent, sent))
-    assert all((still[name] == sent[name]).all() for name in sent), "a tensor that rests stays as it is"
+    assert all((still[name] == sent[name]).all() for name in sent), "a frozen tensor must stay unchanged"
 
 
 def test_stored_updates_are_read_back_in_pieces(tmp_path: Path, adapter: Adapter) -> None:
@@ -255,7 +255,7 @@ def test_stored_updates_are_read_back_in_pieces(tmp_path: Path, adapter: Adapter
 
 def test_update_folder_is_private_and_removed_after_the_round(tmp_path: Path, adapter: Adapter) -> None:
     folder = tmp_path / "checkpoints" / "arrived"
-    UpdateStore(folder, adapter).__enter__().put("a", adapter.tensors)  # of a lead that was killed
+    UpdateStore(folder, adapter).__enter__().put("a", adapter.tensors)  # left behind by a lead that was killed
     with contextlib.suppress(KeyError), UpdateStore(folder, adapter) as arrived:
         assert list(folder.iterdir()) == []
         arrived.put("a", adapter.tensors)

@@ -25,7 +25,7 @@ from fedtune.privacy.release import Update
 from .test_secure_site import NAMES, VECTOR, Federation, SecureSite, make_federation
 
 CHANCE = st.randoms(use_true_random=True)
-"""Plain draws of hypothesis would seldom get as far as a sum."""
+"""Random choice of sites; hypothesis's own draws would rarely get as far as a sum."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Charges(RuleBasedStateMachine):
         self._begin_a_session()
         self._play(1, chance)
 
-    # What can happen.
+    # Actions.
 
     @rule(chance=CHANCE)
     def begin_another_session(self, chance: random.Random) -> None:
@@ -92,9 +92,9 @@ class Charges(RuleBasedStateMachine):
         if self.sessions:
             session = self.sessions[-1][1]
             survivors = sorted(chance.sample(NAMES, chance.choice([2, 3])))
-            asked = ConfirmRequest(session=session.digest, release=chance.randint(1, 9), survivors=survivors)
+            request = ConfirmRequest(session=session.digest, release=chance.randint(1, 9), survivors=survivors)
             for site in self._draw_sites(chance):
-                self.federation.step(site, CONFIRM, asked.to_bytes())
+                self.federation.step(site, CONFIRM, request.to_bytes())
 
     @rule(chance=CHANCE)
     def run_release(self, chance: random.Random) -> None:
@@ -116,22 +116,22 @@ class Charges(RuleBasedStateMachine):
                     of_sum.append((site, data))
             question = made.build_confirm_request()
             for site in NAMES:
-                if isinstance(said := self.federation.step(site, CONFIRM, question), bytes):
-                    made.add_confirmation(site, said)
+                if isinstance(answer := self.federation.step(site, CONFIRM, question), bytes):
+                    made.add_confirmation(site, answer)
             for site in NAMES:
-                if isinstance(said := self.federation.step(site, UNMASK, made.build_unmask_request(site)), bytes):
-                    made.add_revealed(site, said)
+                if isinstance(answer := self.federation.step(site, UNMASK, made.build_unmask_request(site)), bytes):
+                    made.add_revealed(site, answer)
             total = made.compute_total()
         except (Rejected, UnmaskingError):
             return
         np.testing.assert_array_equal(total, sum(self.left[site][data] for site, data in of_sum))
-        assert len(of_sum) == len(NAMES), "of as many as the plan counts on"
+        assert len(of_sum) == len(NAMES), "a sum must have as many sites as the plan assumes"
         type(self).sums_read += 1
 
     def _begin_a_session(self, *joining: str) -> None:
         name, federation = secrets.token_hex(16), self.federation
-        said = {site: federation.step(site, ANNOUNCE, name=name) for site in NAMES}
-        announced = {site: one for site, one in said.items() if isinstance(one, bytes)}
+        answers = {site: federation.step(site, ANNOUNCE, name=name) for site in NAMES}
+        announced = {site: one for site, one in answers.items() if isinstance(one, bytes)}
         if len(announced) < len(NAMES):
             return
         keys = {site: one.key.public for site, one in federation.sites.items()}
@@ -154,7 +154,7 @@ class Charges(RuleBasedStateMachine):
     def _draw_sites(self, chance: random.Random) -> tuple[str, ...]:
         return NAMES if chance.random() < 0.5 else tuple(site for site in NAMES if chance.random() < 0.7)
 
-    # What must hold, always.
+    # Invariants.
 
     @invariant()
     def check_all_is_charged(self) -> None:
@@ -163,7 +163,7 @@ class Charges(RuleBasedStateMachine):
         for name, site in self.federation.sites.items():
             charged = self.federation.count_charged_rounds(name)
             assert len(site.vectors) <= charged <= self.federation.asked().plan.max_rounds
-            assert len(self.left[name]) <= len(site.vectors), "a vector left under two masks"
+            assert len(self.left[name]) <= len(site.vectors), "one vector was released under two masks"
             assert len({vector.tobytes() for vector in self.left[name].values()}) == len(self.left[name])
 
 
@@ -182,4 +182,4 @@ def test_random_secure_histories_release_only_charged_updates(histories: int, tm
         max_examples=histories, stateful_step_count=15, deadline=None, database=None, phases=[Phase.generate]
     )
     run_state_machine_as_test(Histories, settings=few)
-    assert Histories.sums_read >= histories // 2, "histories that come to no sum show nothing of one"
+    assert Histories.sums_read >= histories // 2, "too few histories reached a sum"

@@ -39,7 +39,7 @@ from .conftest import Station
 NAMES = ("east", "north", "south")
 VECTOR = np.arange(10, dtype=np.int64) - 5
 DIFFERS = (Reason.SECURE_STEP, "session_differs")
-"""What a site says of a session that it is not in."""
+"""A site's answer about a session that it is not in."""
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Federation:
     other_lead: SigningKey
     adapter: Adapter
     name: str = "0" * 32
-    """Of the session that the lead is in."""
+    """The lead's current session."""
 
     def step(self, site: str, kind: str, *parts: bytes, name: str = "", lead: Any = None, of: Any = None) -> Any:
         """Return a site's answer to these parts; `of` are the parts that the lead signed, if a relay changed them."""
@@ -87,14 +87,14 @@ class Federation:
         return answer_step(self.sites[site].open(), request.sign_with(key), list(parts))
 
     def ask_site(self, site: str, kind: str, *parts: bytes, **more: Any) -> bytes:
-        said = self.step(site, kind, *parts, **more)
-        assert isinstance(said, bytes), said
-        return said
+        answer = self.step(site, kind, *parts, **more)
+        assert isinstance(answer, bytes), answer
+        return answer
 
     def get_refusal(self, site: str, kind: str, *parts: bytes, **more: Any) -> tuple[Reason, object]:
-        said = self.step(site, kind, *parts, **more)
-        assert isinstance(said, Refusal), said
-        return said.reason, said.requested
+        answer = self.step(site, kind, *parts, **more)
+        assert isinstance(answer, Refusal), answer
+        return answer.reason, answer.requested
 
     def begin_session(self) -> tuple[KeyAgreement, str, list[bytes]]:
         """Begin a session of all sites; return its name and announcements."""
@@ -192,7 +192,7 @@ def test_unapproved_lead_cannot_take_over_a_run(federation: Federation) -> None:
 def test_incomplete_new_session_keeps_the_previous_one(federation: Federation) -> None:
     session, name, announced = federation.begin_session()
     new = secrets.token_hex(16)
-    own = {site: federation.ask_site(site, ANNOUNCE, name=new) for site in ("north", "south")}  # and east is away
+    own = {site: federation.ask_site(site, ANNOUNCE, name=new) for site in ("north", "south")}  # east does not answer
     assert len(set(own.values())) == 2
     made = federation.make_summation(session)
     np.testing.assert_array_equal(federation.read(made), 3 * VECTOR)
@@ -215,7 +215,7 @@ def test_sites_can_return_to_an_earlier_session(federation: Federation) -> None:
 def test_round_in_another_session_is_not_charged(federation: Federation) -> None:
     _, earlier, _ = federation.begin_session()
     session, name, _ = federation.begin_session()
-    # A party is its lead's alone, also while the ledger knows of no run.
+    # A party belongs to its lead alone, even before the ledger knows the run.
     assert federation.get_refusal("north", CONFIRM, b"x", lead=federation.other_lead) == DIFFERS
     for other in (earlier, "f" * 32):
         federation.name = other
@@ -268,7 +268,7 @@ def test_tampered_request_is_not_answered(federation: Federation) -> None:
     for parts in (announced[:2], announced[::-1], [b"".join(announced)]):
         assert federation.get_refusal("north", JOIN, *parts, of=tuple(announced)) == changed
     assert federation.get_refusal("north", ANNOUNCE, b"", of=(), name=name) == changed
-    assert not federation.sites["north"].promises.exists(), "nothing is promised for it either"
+    assert not federation.sites["north"].promises.exists(), "no confirmation may be stored for it"
     asked = federation.confirm_release(made).build_unmask_request("north")
     fields = json.loads(asked)
     fields["sealed"]["east"] = fields["sealed"]["south"]
@@ -318,7 +318,7 @@ def test_settings_are_needed_only_for_the_first_step_of_a_session(federation: Fe
     made = federation.make_summation(session)
 
     def fail_to_read(proposal: Proposal) -> PreparedRun:
-        raise AssertionError("no settings came with this")
+        raise AssertionError("this request has no settings")
 
     monkeypatch.setattr(
         SecureSite, "open", lambda site, real=SecureSite.open: set_methods(real(site), prepare=fail_to_read)

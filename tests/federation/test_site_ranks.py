@@ -36,8 +36,8 @@ RANKS = {"rank": 4, "ranks": {"a": 2, "b": 4}}
 def receive(folder: Path, tensors: Any, *, dtype: str) -> tuple[dict[str, str], Any]:
     """Return the lead's failures and, if there are none, the adapter that it keeps of site a."""
     with UpdateStore(folder / "arrived", SENT) as arrived:
-        asked = {"round": 1, "sent": SENT, "reaches": {"a": ANYWHERE}, "update_dtype": dtype}
-        replies = RoundReplies(proposal=run_proposal(**RANKS), arrived=arrived, **asked)
+        fields = {"round": 1, "sent": SENT, "reaches": {"a": ANYWHERE}, "update_dtype": dtype}
+        replies = RoundReplies(proposal=run_proposal(**RANKS), arrived=arrived, **fields)
         replies.add_reply("a", sign_body(make_update(tensors=tensors)))
         if replies.failures:
             return replies.failures, None
@@ -64,11 +64,11 @@ def test_update_of_another_rank_is_invalid(tmp_path: Path, rank: int | None) -> 
 
 
 def test_proposal_names_ranks_only_if_they_differ() -> None:
-    asked, same = run_proposal(**RANKS), run_proposal()
+    ranked, same = run_proposal(**RANKS), run_proposal()
     assert "ranks" not in same.to_json()
-    assert decode(Proposal, json.loads(json.dumps(asked.to_json()))) == asked
-    assert asked.digest() != run_proposal(rank=4).digest()
-    assert (asked.find_rank("a"), asked.find_rank("c"), same.find_rank("a")) == (2, None, None)
+    assert decode(Proposal, json.loads(json.dumps(ranked.to_json()))) == ranked
+    assert ranked.digest() != run_proposal(rank=4).digest()
+    assert (ranked.find_rank("a"), ranked.find_rank("c"), same.find_rank("a")) == (2, None, None)
     for rank in (0, 5):
         with pytest.raises(ConfigError, match="ranks"):
             run_proposal(rank=4, ranks={"a": rank})
@@ -76,13 +76,13 @@ def test_proposal_names_ranks_only_if_they_differ() -> None:
 
 def test_policy_limits_the_rank_of_its_own_site() -> None:
     of_a, of_b, of_c = (make_site_policy(site, allow={"max_rank": 2}) for site in "abc")
-    asked = run_proposal(**RANKS)
-    of_a.check(asked)
+    proposal = run_proposal(**RANKS)
+    of_a.check(proposal)
     for policy in (of_b, of_c):  # c has no rank in the run, so it would train the whole adapter
-        (refused,) = policy.find_broken_rules(asked)
+        (refused,) = policy.find_broken_rules(proposal)
         assert (refused.reason, refused.requested, refused.allowed) == (Reason.MAX_RANK, "4", "at most 2")
-    assert of_b.lower_rank(asked).ranks == {"a": 2, "b": 2}
-    assert of_c.lower_rank(asked) == asked
+    assert of_b.lower_rank(proposal).ranks == {"a": 2, "b": 2}
+    assert of_c.lower_rank(proposal) == proposal
 
 
 def test_policy_limits_the_shared_rank_by_the_rank_of_its_own_site() -> None:
@@ -99,7 +99,7 @@ def test_site_of_a_smaller_largest_rank_offers_it_on_request(station: Any) -> No
     offer = site.invite(about={"less": True}, **RANKS).body
     assert isinstance(offer, Offer)
     assert (offer.rank, offer.max_rounds) == (1, site.propose().plan.num_rounds)
-    assert read_reason(site.invite(about={"less": True}, rank=4)) is Reason.MAX_RANK, "the ranks may not differ"
+    assert read_reason(site.invite(about={"less": True}, rank=4)) is Reason.MAX_RANK, "ranks must not differ here"
 
 
 def compose(*overrides: str) -> Any:
@@ -112,7 +112,7 @@ def test_settings_name_each_sites_rank() -> None:
     assert config.proposal(lead="ab" * 32, plan=config.plan()).ranks == config.federation.site_ranks
     plain = compose("federation.num_sites=3")
     assert config.digest() != plain.digest()
-    assert "ranks" not in plain.decisive()["federation"], "a run without ranks keeps its name"
+    assert "ranks" not in plain.decisive()["federation"], "a run without ranks must keep its name"
 
 
 def test_lead_lowers_ranks_to_the_offers() -> None:

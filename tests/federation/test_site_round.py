@@ -57,7 +57,7 @@ def test_exception_text_does_not_leave_the_site(site: Any, caplog: pytest.LogCap
     assert "canary" not in repr(reply)
     assert "canary-17 in row 3" in caplog.text
     assert (reply.body.requested, reply.body.allowed) == (None, None)
-    assert reply.receipt.charged_rounds == 1, "what failed had begun, and was charged"
+    assert reply.receipt.charged_rounds == 1, "the failed training must stay charged"
 
 
 def test_unstored_update_is_not_sent_but_stays_charged(
@@ -68,7 +68,7 @@ def test_unstored_update_is_not_sent_but_stays_charged(
     with contextlib.closing(sqlite3.connect(site.path, isolation_level=None)) as file:
 
         def block_store(*args: object) -> TrainingResult:
-            # Begins to read the ledger and does not end, as a backup that hangs: nobody can commit meanwhile.
+            # Starts to read the ledger and never finishes, like a hanging backup: meanwhile nobody can commit.
             file.execute("BEGIN")
             file.execute("SELECT count(*) FROM events").fetchone()
             return TrainingResult(adapter=adapter)
@@ -76,7 +76,7 @@ def test_unstored_update_is_not_sent_but_stays_charged(
         reply = site.ask(train=block_store)
     assert read_reason(reply) is Reason.SITE_ERROR
     assert site.kinds() == [Kind.PLAN, Kind.RESERVE]
-    # A receipt of nothing charged would be a lie: without one the lead counts the round.
+    # A receipt without the charge would be false; without a receipt the lead counts the round.
     assert reply.receipt is None
     state = LeadState(round=0, adapter=adapter).with_requests_to(["a"])
     assert state.with_receipt("a", reply.receipt, run="r", plan=run_plan()) is None
@@ -90,7 +90,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     clock = SimpleNamespace(now=17.25, sleeps=[])
 
     def sleep(seconds: float) -> None:
-        assert seconds >= 0, "time.sleep raises ValueError otherwise"
+        assert seconds >= 0, "time.sleep would raise ValueError"
         clock.sleeps.append(seconds)
         clock.now += seconds
 
@@ -119,7 +119,7 @@ def test_reply_time_is_rounded_up_to_the_interval(
 
 
 def test_unknown_leads_are_answered_without_delay(station: Any, clock: Any) -> None:
-    # Nothing that they are told depends on a record, and each would hold a worker.
+    # Such an answer does not depend on a record, and waiting would occupy a worker.
     site = station(releases={"reply_after_s": 60.0})
     assert read_reason(site.ask(key=stranger_key, lead=stranger_key.public)) is Reason.LEADS
     assert read_reason(site.ask(key=stranger_key)) is Reason.WRONG_SIGNATURE
@@ -127,7 +127,7 @@ def test_unknown_leads_are_answered_without_delay(station: Any, clock: Any) -> N
 
 
 def test_scheduled_reply_time_is_never_in_the_past(clock: Any) -> None:
-    # Dividing by 0.1 and multiplying again may round to a little less than what has passed.
+    # Dividing by 0.1 and multiplying again may round to slightly less than the elapsed time.
     for number in range(1, 2000):
         clock.now = 0.0
         with site_module._pad_duration(0.1):
@@ -151,24 +151,24 @@ def test_final_adapter_is_kept_and_its_digest_recorded(site: Any, final: Adapter
     assert (receipt.run, receipt.charged_rounds, receipt.reply) == ("r", 1, final.digest())
     assert receipt.has_valid_signature()
     assert receipt.site_key == site.key.public
-    assert receipt.sequence == len(site.events()), "it covers the note of the end"
+    assert receipt.sequence == len(site.events()), "the receipt must cover the recorded end"
 
 
 def test_receipts_state_their_plan_and_whether_the_run_ended(site: Any) -> None:
     plan = site.propose().plan.digest()
-    said = [(one.ended, one.plan, one.simulated, one.seeded_noise) for one in (site.ask().receipt, site.end())]
-    assert said == [(False, plan, False, False), (True, plan, False, False)]
+    states = [(one.ended, one.plan, one.simulated, one.seeded_noise) for one in (site.ask().receipt, site.end())]
+    assert states == [(False, plan, False, False), (True, plan, False, False)]
 
 
 def test_refused_run_cannot_start_after_its_lead_ended_it(station: Any) -> None:
     site = station(approval="manual")
-    assert site.end() is None, "it was never asked"
+    assert site.end() is None, "a site without the run must not sign its end"
     assert read_reason(site.ask()) is Reason.AWAITING_APPROVAL
     receipt = site.end()
     assert (receipt.charged_rounds, receipt.ended, receipt.plan) == (0, True, "")
     assert receipt.has_valid_signature()
     site.ledger().approve(site.propose())
-    assert read_reason(site.ask()) is Reason.RUN_ENDED, "the receipt said that it is charged nothing"
+    assert read_reason(site.ask()) is Reason.RUN_ENDED, "the receipt stated that nothing is charged"
     again = site.end()
     assert (again.ended, again.charged_rounds) == (True, 0)
     assert len(list_end_notes(site)) == 1
@@ -177,7 +177,7 @@ def test_refused_run_cannot_start_after_its_lead_ended_it(station: Any) -> None:
 def test_lead_cannot_end_an_equally_named_run_of_another_lead(station: Any) -> None:
     site = station(allow={"leads": (stranger_key.public, lead_key.public)})
     assert read_reason(site.ask(key=stranger_key, lead=stranger_key.public, rank=64)) is Reason.MAX_RANK
-    assert site.end() is None, "its own lead was never here"
+    assert site.end() is None, "this lead has no run here"
     assert site.end(key=stranger_key).ended
     assert read_reason(site.ask(key=stranger_key, lead=stranger_key.public)) is Reason.RUN_ENDED
     reply = site.ask()
@@ -186,7 +186,7 @@ def test_lead_cannot_end_an_equally_named_run_of_another_lead(station: Any) -> N
     assert read_refusal_reason(site.end, key=stranger_key) is Reason.LEADS
 
 
-@pytest.mark.parametrize("declines", [True, False], ids=["declined", "none came"])
+@pytest.mark.parametrize("declines", [True, False], ids=["declined", "not sent"])
 def test_end_of_run_is_recorded_without_an_adapter(station: Any, final: Adapter, declines: bool) -> None:
     site = station(final_adapter="decline") if declines else station()
     site.ask()
@@ -210,18 +210,18 @@ def test_invalid_final_adapter_ends_the_run_unsigned(site: Any, final: Adapter, 
     )
     assert (receipt.ended, receipt.reply) == (True, "")
     assert list_end_notes(site) == [{"what": "run_ended", "adapter_sha256": ""}]
-    assert site.ledger().history.runs["r"].expires is None, "the reservation is released"
+    assert site.ledger().history.runs["r"].expires is None, "the reserve must be released"
     assert site.kept == []
 
 
 def test_second_end_notice_is_ignored(site: Any, final: Adapter) -> None:
-    # The lead may not have heard the first answer.  Of another adapter the ledger would not know.
+    # The lead may not have received the first answer. The ledger does not have the digest of another adapter.
     site.ask()
     first = site.end(adapter=final, digest=final.digest())
     before = site.events()
     assert site.end(adapter=final, digest=final.digest()) == first
     other = Adapter({name: value + 1 for name, value in final.tensors.items()})
-    assert site.end(adapter=other, digest=other.digest()) == first, "it signs the adapter in its ledger"
+    assert site.end(adapter=other, digest=other.digest()) == first, "the site must sign the adapter in its ledger"
     assert site.events() == before
     assert set(site.kept) == {("r", final.digest())}
 
@@ -244,6 +244,6 @@ def test_adapter_storage_failure_allows_a_retry(site: Any, final: Adapter) -> No
     notice = EndOfRun(run="r", lead=site.lead.public, adapter_digest=final.digest()).sign_with(site.lead)
     with pytest.raises(OSError, match="no space left"):
         end_run(set_methods(site.open(), store_adapter=full), notice, final)
-    assert site.ledger().history.runs["r"].expires is None, "what was set aside is free all the same"
+    assert site.ledger().history.runs["r"].expires is None, "the reserve must be released anyway"
     end_run(site.open(), notice, final)
     assert site.kept == [("r", final.digest())]

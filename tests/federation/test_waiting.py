@@ -17,7 +17,7 @@ from .conftest import read_reason
 
 @pytest.fixture
 def manual_site(station: Any) -> Any:
-    """A site where a person approves each run."""
+    """A site with manual approval of runs."""
     return station(approval="manual")
 
 
@@ -25,12 +25,12 @@ def test_paused_site_refuses_without_charge(station: Any) -> None:
     site = station(approval="manual", budget={"max_epsilon": 0.4})
     site.paused = True
     reply = site.ask(rank=64)
-    assert read_reason(reply) is Reason.PAUSED, "what is asked for is not even looked at"
+    assert read_reason(reply) is Reason.PAUSED, "a paused site must not check the proposal"
     assert (reply.body.requested, reply.body.allowed) == (None, None)
     assert site.prepared == site.trained == []
     assert site.kinds() == [Kind.REFUSAL]
     assert reply.receipt.charged_rounds == 0
-    assert read_reason(site.ask(key=stranger_key, lead=stranger_key.public)) is Reason.LEADS, "nor told of"
+    assert read_reason(site.ask(key=stranger_key, lead=stranger_key.public)) is Reason.LEADS, "the pause must be hidden"
 
 
 def test_run_continues_unchanged_after_a_pause(site: Any) -> None:
@@ -43,9 +43,9 @@ def test_run_continues_unchanged_after_a_pause(site: Any) -> None:
     reply = site.send(signed)
     assert isinstance(reply.body, Update)
     assert reply.receipt.charged_rounds == 2
-    assert site.trained == [(1, 1), (2, 1)], "a pause is no interrupted round"
+    assert site.trained == [(1, 1), (2, 1)], "a pause must not count as an interrupted round"
     assert site.kinds().count(Kind.REFUSAL) == 1
-    # A paused site still hears that the run is over.
+    # A paused site still receives the end of a run.
     site.paused = True
     assert site.end().charged_rounds == 2
     assert site.ledger().history.runs["r"].expires is None
@@ -56,15 +56,15 @@ def test_repeated_request_is_answered_after_approval(manual_site: Any) -> None:
     waiting = [manual_site.send(signed) for _ in range(3)]
     assert [read_reason(reply) for reply in waiting] == [Reason.AWAITING_APPROVAL] * 3
     assert waiting[-1].receipt.charged_rounds == 0
-    assert manual_site.kinds() == [Kind.REFUSAL], "said three times, written once"
+    assert manual_site.kinds() == [Kind.REFUSAL], "three refusals must be recorded once"
     manual_site.ledger().approve(manual_site.request().proposal)
     reply = manual_site.send(signed)
     assert isinstance(reply.body, Update)
     assert manual_site.trained == [(1, 1)]
     assert manual_site.kinds() == [Kind.REFUSAL, Kind.NOTE, Kind.PLAN, Kind.RESERVE, Kind.COMMIT]
     again = manual_site.send(signed)
-    assert again.body.to_bytes() == reply.body.to_bytes(), "the same digest: the stored bytes, for free"
-    assert isinstance(manual_site.ask(2).body, Update), "further rounds ask nobody"
+    assert again.body.to_bytes() == reply.body.to_bytes(), "the stored reply must be resent without a charge"
+    assert isinstance(manual_site.ask(2).body, Update), "later rounds must not need another approval"
 
 
 def test_only_acceptable_proposals_are_submitted_for_approval(manual_site: Any) -> None:
@@ -73,7 +73,7 @@ def test_only_acceptable_proposals_are_submitted_for_approval(manual_site: Any) 
     assert read_reason(manual_site.ask(rank=64)) is Reason.MAX_RANK
     manual_site.paused = True
     manual_site.ask()
-    assert len(manual_site.awaited) == 1, "nobody is asked about what is refused anyway"
+    assert len(manual_site.awaited) == 1, "a run that is refused anyway must not be submitted"
     manual_site.paused = False
     manual_site.ledger().approve(manual_site.request().proposal)
     assert isinstance(manual_site.ask().body, Update)
@@ -82,17 +82,17 @@ def test_only_acceptable_proposals_are_submitted_for_approval(manual_site: Any) 
 
 def test_denied_run_is_refused_and_the_reason_stays_at_the_site(manual_site: Any) -> None:
     manual_site.ask()
-    asked = manual_site.request().proposal
-    manual_site.ledger().deny(asked, "the ethics board said no")
+    proposal = manual_site.request().proposal
+    manual_site.ledger().deny(proposal, "the ethics board said no")
     for _ in range(2):
         reply = manual_site.ask()
         assert read_reason(reply) is Reason.DENIED
         assert (reply.body.requested, reply.body.allowed, reply.receipt.charged_rounds) == (None, None, 0)
         assert b"ethics" not in reply.body.to_bytes()
-    assert Reason.DENIED.is_final, "a lead that is told so asks no more"
-    assert len(manual_site.awaited) == 1, "nobody is asked about it again"
-    # An approval that comes beside it, or a policy that asks nobody, does not take the word back.
-    manual_site.ledger().approve(asked)
+    assert Reason.DENIED.is_final, "a denied lead must stop asking"
+    assert len(manual_site.awaited) == 1, "a denied run must not be submitted again"
+    # A later approval, or a policy without manual approval, does not revoke the denial.
+    manual_site.ledger().approve(proposal)
     assert read_reason(manual_site.ask()) is Reason.DENIED
     manual_site.policy = replace(manual_site.policy, approval="automatic")
     assert read_reason(manual_site.ask()) is Reason.DENIED
@@ -101,7 +101,7 @@ def test_denied_run_is_refused_and_the_reason_stays_at_the_site(manual_site: Any
 
 @pytest.fixture
 def reading_times(monkeypatch: pytest.MonkeyPatch) -> Mock:
-    """The number of times that the site read a run's settings."""
+    """Count how often the site reads a run's settings."""
     monkeypatch.setattr(MadeSite, "check_settings", made := Mock())
     return made
 
@@ -145,22 +145,22 @@ def test_denial_applies_to_one_plan_only(manual_site: Any) -> None:
 
 
 def test_denied_run_in_progress_is_charged_no_further_rounds(site: Any) -> None:
-    asked, other = site.request().proposal, replace(site.request().proposal, run="other")
+    proposal, other = site.request().proposal, replace(site.request().proposal, run="other")
     first = site.request(1).sign_with(site.lead)
     assert isinstance(site.send(first).body, Update)
     site.ledger().reserve(other, round=1, request="0" * 64)
-    site.ledger().deny(asked, "the board asks to stop", by="Anna Weber", ticket="DPO-7")
-    for signed in (first, site.request(2).sign_with(site.lead)):  # also the reply that the ledger has stored
+    site.ledger().deny(proposal, "the board asks to stop", by="Anna Weber", ticket="DPO-7")
+    for signed in (first, site.request(2).sign_with(site.lead)):  # also the reply stored in the ledger
         reply = site.send(signed)
         assert read_reason(reply) is Reason.DENIED
         assert reply.receipt.charged_rounds == 1
         assert b"board" not in reply.body.to_bytes()
     history = site.ledger().history
-    assert not history.runs["r"].count_remaining_charges(history.clock), "what its plan had set aside is free"
+    assert not history.runs["r"].count_remaining_charges(history.clock), "the reserve of its plan must be released"
     ((denied,),) = history.decided.values()
     assert (denied["what"], denied["by"], denied["ticket"]) == ("denied", "Anna Weber", "DPO-7")
-    assert site.end().charged_rounds == 1, "the lead still gets its receipt"
-    assert history.runs["other"].is_open(history.clock), "other runs go on"
+    assert site.end().charged_rounds == 1, "the lead must still get its receipt"
+    assert history.runs["other"].is_open(history.clock), "other runs must stay open"
     site.ledger().reserve(other, round=2, request="1" * 64)
     site.ledger().deny(replace(other, lead=stranger_key.public), "another lead's run of this name")
     assert site.ledger().history.runs["other"].is_open(history.clock)

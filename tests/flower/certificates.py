@@ -14,7 +14,7 @@ from fedtune.ops.wire.identity import Tls
 
 LOOPBACK = "127.0.0.1"
 _AGE_DAYS = 10.0
-"""Of every certificate."""
+"""The issuer name of every certificate."""
 
 
 class Authority:
@@ -28,8 +28,8 @@ class Authority:
     def issue(self, name: str, *, address: str | None = None, days: float = 5, age_days: float = _AGE_DAYS) -> Tls:
         """Issue the files of a member of this authority.
 
-        Without an `address` it is a client; with `days` below 0 the certificate has ended, and with `age_days` below 0
-        it is yet to begin.
+        Without an `address` the member is a client. With `days` below 0 the certificate has expired; with `age_days`
+        below 0 it is not yet valid.
         """
         key, about = generate_connection_key(), {"name": name, "days": age_days + days, "now": _begin(age_days)}
         about |= {"kind": "server", "hosts": [address]} if address else {"kind": "site"}

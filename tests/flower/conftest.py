@@ -39,7 +39,7 @@ from .certificates import LOOPBACK, Authority
 from .loopback import Loopback, run_server
 
 STEPS = {"site-1": 1.0, "site-2": -2.0, "site-3": 0.125}
-"""What each site adds to every value of the adapter in a round."""
+"""The number that each site adds to every adapter value in a round."""
 
 
 @pytest.fixture
@@ -60,9 +60,9 @@ class Federation:
         self.folder, self.proposal, self.policies, self.plan = folder, proposal, policies, proposal.plan
         self.adapter, self.spec = adapter, spec
         self.sizes = {site: policy.dataset[0].declared_size for site, policy in policies.items()}
-        self.asked: list[tuple[str, str]] = []  # sites as they were asked anything, with the settings that came
-        self.trained: list[str] = []  # sites as they trained
-        self.kept: dict[str, tuple[str, str]] = {}  # of a site, the run and the digest of the adapter that it got
+        self.asked: list[tuple[str, str]] = []  # each question's site and settings
+        self.trained: list[str] = []  # the site of each training
+        self.kept: dict[str, tuple[str, str]] = {}  # run and adapter digest that each site stored
         app = make_client_app(
             lambda context, *asked: make_answering(partial(self._site, context), name=self._name(context))(*asked)
         )

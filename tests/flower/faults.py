@@ -6,14 +6,14 @@ import httpx
 
 
 class Faulty(httpx.BaseTransport):
-    """A transport that cuts off the first call whose path ends in `call`, once `break_at` was asked for.
+    """A transport that breaks the first call whose path ends in `call`, once `break_at` was called.
 
-    Before: the server never gets the call.  After: it has answered, and the answer is lost.  Garbled: somebody else
-    has answered, with a page of his own.
+    "before": the server never receives the call. "after": the server has answered, and the answer is lost. "garbled":
+    a third party answers with its own page.
     """
 
     def __init__(self, client: Any) -> None:
-        # Flower's clients keep an httpx client, which keeps its transport.
+        # Flower's clients have an httpx client, which has the transport.
         self._inner = client._client._transport
         client._client._transport = self
         self._call, self._when = "", ""

@@ -11,7 +11,7 @@ from fedtune.ops.wire.identity import Tls
 from .certificates import LOOPBACK
 
 Answer = Callable[[ssl.SSLSocket, str], None]
-"""Given a connection and the path of a request that was read from it."""
+"""A function that answers a request, given the connection and the path."""
 
 
 def make_server_context(files: Tls, *, newest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
@@ -28,8 +28,8 @@ class Hostile:
     """A server on loopback that answers each request with `answer`.
 
     Attributes:
-        asked: paths of requests, as they came.
-        connections: how many were accepted, also those without a handshake.
+        asked: paths of requests, in order.
+        connections: number of accepted connections, including those without a handshake.
     """
 
     def __init__(self, context: ssl.SSLContext, answer: Answer) -> None:
@@ -86,11 +86,11 @@ def build_response(body: bytes, *, headers: str = "", status: str = "200 OK") ->
 
 @contextlib.contextmanager
 def serve_answer(answer: bytes, *, tunnel: bool = False) -> Iterator[tuple[str, list[bytes]]]:
-    """A plain TCP server that reads once, writes `answer` and hangs up, or as a proxy goes on to where it was asked.
+    """Start a plain TCP server that reads once, writes `answer` and closes, or forwards to the destination as a proxy.
 
-    Its address, and what it was asked.
+    Yields its address and the requests.
     """
-    asked: list[bytes] = []
+    requests: list[bytes] = []
 
     def serve() -> None:
         with contextlib.suppress(OSError):
@@ -99,10 +99,10 @@ def serve_answer(answer: bytes, *, tunnel: bool = False) -> Iterator[tuple[str, 
 
     def answer_connection(connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
-            asked.append(connection.recv(1 << 16))
+            requests.append(connection.recv(1 << 16))
             connection.sendall(answer)
             if tunnel:
-                host, _, port = asked[-1].split()[1].decode().rpartition(":")
+                host, _, port = requests[-1].split()[1].decode().rpartition(":")
                 with socket.create_connection((host, int(port))) as onward:
                     back = threading.Thread(target=_pour, args=(onward, connection), daemon=True)
                     back.start()
@@ -112,7 +112,7 @@ def serve_answer(answer: bytes, *, tunnel: bool = False) -> Iterator[tuple[str, 
     with socket.create_server((LOOPBACK, 0)) as listening:
         thread = threading.Thread(target=serve)
         thread.start()
-        yield f"{LOOPBACK}:{listening.getsockname()[1]}", asked
+        yield f"{LOOPBACK}:{listening.getsockname()[1]}", requests
         listening.shutdown(socket.SHUT_RDWR)
         thread.join()
 

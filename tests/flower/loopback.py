@@ -47,7 +47,7 @@ class Program(Process):
 def _create_empty_database() -> bytes:
     """Create a server's database with all of Flower's migrations, once for all servers, because they take a second."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of the migrations'
+        warnings.simplefilter("ignore", DeprecationWarning)  # from the migrations
         path = Path(folder) / "state.db"
         engine = create_engine(f"sqlite:///{path}")
         run_migrations(engine)
@@ -59,11 +59,11 @@ class Loopback:
     """A federation's server on a free port of this machine, with its authority, lead and sites.
 
     Args:
-        settings: further ones of the server's process.
+        settings: additional settings of the server's process.
 
     Attributes:
         members: the roster: name -> (PEM of its connection key, whether it was revoked).
-        migrates: whether the server makes its database itself, as a real one does, in place of finding an empty one.
+        migrates: whether the server creates its database, as a real one does, instead of receiving an empty one.
     """
 
     def __init__(self, folder: Path, **settings: Any) -> None:
@@ -79,8 +79,8 @@ class Loopback:
         self._numbers = itertools.count(1)
         self._write_roster()
         tls = self.authority.issue("server", address=LOOPBACK)
-        given = {"tls": _list_paths(tls), "lead": self.lead_key.public, "port": self.port, "upload_s": 8.0}
-        (folder / "settings.json").write_text(json.dumps(given | settings))
+        of_process = {"tls": _list_paths(tls), "lead": self.lead_key.public, "port": self.port, "upload_s": 8.0}
+        (folder / "settings.json").write_text(json.dumps(of_process | settings))
 
     @property
     def address(self) -> str:

@@ -1,7 +1,7 @@
 """A server in a separate process: `python server_process.py FOLDER`, with `settings.json` in the folder.
 
-`roster.json` is read anew each time.  Every connection that the process itself opens is noted in `outbound.log`.
-Flower waits for three minutes for the rest of an answer that arrived in part; here it waits for `upload_s` seconds.
+`roster.json` is reread each time. Every connection that the process opens is recorded in `outbound.log`. Flower waits
+three minutes for the rest of a partial answer; here it waits for `upload_s` seconds.
 """
 
 import json

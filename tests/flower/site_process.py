@@ -1,6 +1,6 @@
 """A site in a separate process: `python site_process.py FOLDER`, with `settings.json` in the folder.
 
-It answers every message with the arrays that came, and says who it is.  It prints what happens to it, in JSON.
+It answers every message with the received arrays and its name, and prints its events as JSON.
 """
 
 import json
@@ -38,9 +38,10 @@ from fedtune.ops.wire.identity import Tls  # noqa: E402
 
 @dataclass(frozen=True, kw_only=True)
 class Behavior:
-    works_s: float = 0.0  # how long it takes to answer
-    replies: int = 1  # how often it sends each answer
-    # (end of a path, "before" or "after"): each breaks one call, and the next one only after an answer was sent
+    works_s: float = 0.0  # duration of each answer
+    replies: int = 1  # number of times that it sends each answer
+    # (end of a path, "before" or "after"): each fault breaks one call, and the next fault applies once an answer was
+    # sent
     faults: tuple[tuple[str, str], ...] = ()
 
 
@@ -106,11 +107,11 @@ class Polling:
 
 
 def main() -> None:
-    bounded_http._ALERT_S = 0.05  # nobody is refused here, which is what it waits for at each connection
-    given = json.loads((FOLDER / "settings.json").read_text())
-    fleet = Fleet(given["server"], Tls(**{key: Path(path) for key, path in given["tls"].items()}))
+    bounded_http._ALERT_S = 0.05  # each connection waits this long for a refusal, which never comes here
+    settings = json.loads((FOLDER / "settings.json").read_text())
+    fleet = Fleet(settings["server"], Tls(**{key: Path(path) for key, path in settings["tls"].items()}))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    polling = Polling(fleet, Behavior(**given["behavior"]), given["site"])
+    polling = Polling(fleet, Behavior(**settings["behavior"]), settings["site"])
     try:
         while True:
             polling.step()

@@ -104,7 +104,7 @@ def test_sites_are_numbered_by_the_roster() -> None:
     grid = make_grid(fake)
     assert (list(grid.get_node_ids()), grid.list_online_nodes()) == ([1, 2], [1, 2])
     assert receive_words(grid, 1, 2) == {1: "701", 2: "700"}
-    assert sorted(fake.asked) == [(700, "train"), (701, "train")], "a stranger's node is asked nothing"
+    assert sorted(fake.asked) == [(700, "train"), (701, "train")], "an unlisted node must receive no question"
 
 
 def test_reconnected_site_is_asked_again_and_answers_once() -> None:
@@ -190,7 +190,7 @@ def test_lost_question_and_lost_answer_are_sent_again(lost: Exception, caplog: A
     fake = FakeGrid(lambda message, number: lost if number == 1 else says(message, "yes"), north="1")
     fake.fails = [RuntimeError("away"), RuntimeError("away")]
     assert receive_words(make_grid(fake), 1) == {1: "yes"}
-    assert len(fake.asked) == 2, "the answer was lost on its way, and Flower gives it once"
+    assert len(fake.asked) == 2, "Flower delivers an answer once, and this one was lost"
     assert caplog.text.count("cannot be reached (RuntimeError); trying again") == 2
     assert f"({type(lost).__name__})" in caplog.text
 

@@ -27,9 +27,9 @@ _SETTINGS: dict[str, dict[str, float] | None] = {
     "fedavgm": {"server_learning_rate": 0.5, "server_momentum": 0.9},
     "fedmedian": None,
 }
-# What each algorithm makes of a mean step d in the first round, in float64 by hand.
+# The effect of each algorithm on a mean step d in the first round, computed by hand in float64.
 _EXPECTED: dict[str, Callable[[float], float]] = {
-    "fedmedian": lambda d: 0.125,  # it has no weights
+    "fedmedian": lambda d: 0.125,  # ignores weights
     "fedavg": lambda d: d,
     "fedavgm": lambda d: 0.5 * d,
     # m = (1 - .5) d, v = (1 - .9) d^2, bias correction for round 1 with Flower's exponent t + 1 = 2.

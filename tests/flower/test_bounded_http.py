@@ -94,7 +94,7 @@ def limit_memory_growth() -> Iterator[None]:
 
 @both
 def test_compressed_response_is_not_read(serve: Any, tls: Tls, call: Called) -> None:
-    # 256 KB that stand for 256 MB.
+    # 256 KB that expand to 256 MB.
     bomb = gzip.compress(bytes(16 * MIB), mtime=0) * 16
     server = serve(lambda to, path: to.sendall(build_response(bomb, headers="content-encoding: gzip\r\n")))
     with limit_memory_growth(), pytest.raises((Unreachable, ResponseLimitExceeded), match="compressed"):
@@ -202,7 +202,7 @@ def test_connection_is_renewed_after_its_maximum_age(
     assert server.connections == 1
     server.context = make_server_context(own_authority.issue("server", address=LOOPBACK, days=-1))
     fleet.activate()
-    assert server.connections == 1, "a young connection is kept"
+    assert server.connections == 1, "a recent connection must be reused"
     monkeypatch.setattr(bounded_http, "MAX_AGE_S", 0.0)
     with pytest.raises(Unreachable, match="its certificate is not accepted here: certificate has expired"):
         fleet.activate()
@@ -212,14 +212,14 @@ def test_connection_is_renewed_after_its_maximum_age(
 
 def test_proxied_calls_have_the_same_limits(serve: Any, tls: Tls, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve(lambda to, path: to.sendall(build_response(b"{}", headers="content-encoding: gzip\r\n")))
-    with serve_answer(b"HTTP/1.1 200 OK\r\n\r\n", tunnel=True) as (proxy, asked):
+    with serve_answer(b"HTTP/1.1 200 OK\r\n\r\n", tunnel=True) as (proxy, requests):
         monkeypatch.setenv("HTTPS_PROXY", f"http://{proxy}")
         monkeypatch.delenv("NO_PROXY", raising=False)
         monkeypatch.delenv("no_proxy", raising=False)
         for call in CALLS.values():
             with pytest.raises((Unreachable, ResponseLimitExceeded), match="compressed"):
                 call(server.address, tls)
-    assert {one.split(b"\r\n")[0].decode() for one in asked} == {f"CONNECT {server.address} HTTP/1.1"}
+    assert {one.split(b"\r\n")[0].decode() for one in requests} == {f"CONNECT {server.address} HTTP/1.1"}
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def test_client_accepts_only_the_server_of_its_federation(
     tls = {
         "of others": lambda: other_authority.issue("server", address=LOOPBACK),
         "elsewhere": lambda: own_authority.issue("server", address="127.0.0.2"),
-        "a site": lambda: own_authority.issue("b"),  # of the same authority, but for clients alone
+        "a site": lambda: own_authority.issue("b"),  # issued by the same authority, but for clients only
         "ended": lambda: own_authority.issue("server", address=LOOPBACK, days=-1),
     }.get(who, lambda: own_authority.issue("server", address=LOOPBACK))()
     newest = ssl.TLSVersion.TLSv1_2 if who == "with old TLS" else ssl.TLSVersion.TLSv1_3
@@ -245,8 +245,8 @@ def test_client_accepts_only_the_server_of_its_federation(
     if who == "of ours":
         assert ask_site_name(server.address, own_authority.issue("a")) == "a"
     else:
-        said = read_hello_error(server.address, own_authority.issue("a"))
-        assert ("protocol version" if who == "with old TLS" else "its certificate is not accepted here") in said
+        error = read_hello_error(server.address, own_authority.issue("a"))
+        assert ("protocol version" if who == "with old TLS" else "its certificate is not accepted here") in error
         assert server.asked == []
     server.close()
 
@@ -286,7 +286,7 @@ def test_certificate_refusal_is_named_in_the_error(
     if who == "without":
         context = ssl.create_default_context(cafile=str(site.ca))
     server = serve(cut)
-    for _ in range(5):  # it does not depend on who is faster
+    for _ in range(5):  # repeated, because it is a race
         client = httpx.Client(verify=context)
         bound_client(client)
         with client, pytest.raises(httpx.ConnectError) as caught:

@@ -34,7 +34,7 @@ def test_flower_builds_the_bundle_without_any_code(tmp_path: Path) -> None:
         assert {name for name in archive.namelist() if not name.startswith(".info")} == {"pyproject.toml"}
     bundle.unlink()
     file.write_text(file.read_text().replace("site_app:app", "site_apps:app"))
-    assert build_bundle(file.parent, tmp_path / "home").returncode != 0, "it looks for what the bundle names"
+    assert build_bundle(file.parent, tmp_path / "home").returncode != 0, "the build must resolve the named app"
     assert list(tmp_path.glob("*.fab")) == []
 
 
@@ -120,7 +120,7 @@ SITE = "import fedtune.cli.site, fedtune.ops.services.site_service, fedtune.site
 @pytest.mark.parametrize("code", ["import fedtune.flower.site_app", LEAD, SITE], ids=["app", "lead", "site"])
 def test_only_public_flower_names_are_imported(code: str) -> None:
     found = list_imports(code)
-    assert {name for _, _, name, _ in found} >= {"RecordDict"}, "the recorder records"
+    assert {name for _, _, name, _ in found} >= {"RecordDict"}, "the recorder must record imports"
     assert [one for one in found if not one[3]] == []
 
 

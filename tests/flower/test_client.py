@@ -102,20 +102,20 @@ def test_round_reply_contains_the_bytes_stored_in_the_ledger(
     assert RoundRequest.from_signed(flower_records.to_signed(exchange.message.content)).round == 1
     about = exchange.reply.metadata
     assert (about.reply_to_message_id, about.src_node_id, about.dst_node_id, about.run_id) == ("m-1", 5, 0, 7)
-    assert ask_app(app, request_).reply.content.object_id == exchange.reply.content.object_id, "the same bytes"
+    assert ask_app(app, request_).reply.content.object_id == exchange.reply.content.object_id, "the bytes must be equal"
 
 
 def test_ledger_receives_the_server_time_of_the_request(app: SiteApp, request_: RecordDict, monkeypatch: Any) -> None:
     """The server time opens a period of the site's budget; without it, no period begins."""
-    monkeypatch.setattr(SiteLedger, "set_server_time", told := Mock())
-    told.assert_called_once_with(ask_app(app, request_).message.metadata.created_at)
+    monkeypatch.setattr(SiteLedger, "set_server_time", set_time := Mock())
+    set_time.assert_called_once_with(ask_app(app, request_).message.metadata.created_at)
 
 
 def test_end_of_run_is_recorded_and_answered_only_for_its_lead(app: SiteApp, site: Any, request_: RecordDict) -> None:
     notice = EndOfRun(run="r", lead=lead_key.public).sign_with(lead_key)
     before = ask_app(app, flower_records.from_question(Question(site="", signed=notice), None), END)
     assert before.answered is None
-    assert flower_records.to_receipt(before.reply.content) is None, "it took no part in this run"
+    assert flower_records.to_receipt(before.reply.content) is None, "the site did not take part in this run"
     ask_app(app, request_)
     for key, ended in ((stranger_key, False), (lead_key, True)):
         notice = EndOfRun(run="r", lead=key.public).sign_with(key)
@@ -140,12 +140,12 @@ ODD_CONTENTS: dict[str, RecordDict | Error] = {
     "settings that are none": RecordDict({flower_records.SETTINGS: ConfigRecord({"json": [1.0]})}),
 }
 KINDS = ["train", "evaluate", "query", END, "train.canary", "query.canary", "system", "get_properties", "reconnect"]
-"""Of messages that Flower lets through."""
+"""Contents of messages that Flower lets through."""
 
 
 @pytest.mark.parametrize("odd", ODD_CONTENTS)
 def test_malformed_content_is_answered_without_echoing_it(odd: str, caplog: pytest.LogCaptureFixture) -> None:
-    app = SiteApp(Mock(side_effect=AssertionError("not even opened")), name="a")
+    app = SiteApp(Mock(side_effect=AssertionError("the site must not be opened")), name="a")
     for kind in KINDS:
         exchange = ask_app(app, ODD_CONTENTS[odd], kind)
         reply = exchange.reply
@@ -235,7 +235,7 @@ def test_file_names_of_a_site_never_leave_it(federation: Any, sent_bytes: list[b
     made = federation(policies={"site-2": names})
     assert made.run().rounds[0].failed_sites == {}
     require_silence(sent_bytes)
-    # Now with a ledger that cannot be read: the error names its path.
+    # A ledger that cannot be read: the error message names its path.
     made.find_ledger_path("site-2").write_bytes(b"no database" * 500)
     again = federation(policies={"site-2": names}, asks={"run": "s"})
     state = again.run()
@@ -245,10 +245,10 @@ def test_file_names_of_a_site_never_leave_it(federation: Any, sent_bytes: list[b
 
 
 def test_leak_search_covers_every_message_and_detects_a_canary(federation: Any, sent_bytes: Any) -> None:
-    # Else all of the above would pass over nothing.
+    # Otherwise the test above would prove nothing.
     federation(num_rounds=2, asks={"run": CANARY}).run()
     introductions, offers, replies, ends = 3, 3, 2 * 3, 3
     assert len(sent_bytes) == introductions + offers + replies + ends
-    assert sum(b"site_key" in sent for sent in sent_bytes) == offers + replies + ends, "a receipt is in each"
+    assert sum(b"site_key" in sent for sent in sent_bytes) == offers + replies + ends, "each must contain a receipt"
     with pytest.raises(AssertionError, match="hepatitis"):
         require_silence(sent_bytes)

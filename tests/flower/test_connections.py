@@ -28,7 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
     """A server with 256 file descriptors and short timeouts."""
     with run_server(tmp_path_factory.mktemp("network"), limits=LIMITS, files=256) as made:
         yield made
-        wait_for(lambda: read_status(made) == 200, seconds=10, what="an answer")  # it still serves
+        wait_for(lambda: read_status(made) == 200, seconds=10, what="an answer")  # it must still serve
         assert "Traceback" not in made.output
 
 
@@ -74,7 +74,7 @@ def list_reasons(network: Loopback) -> set[str]:
 
 def test_idle_sockets_do_not_block_other_clients(network: Loopback) -> None:
     with contextlib.ExitStack() as stack:
-        for number in range(300):  # from five addresses, each up to its bound
+        for number in range(300):  # from five addresses, up to the limit of each
             plain = stack.enter_context(socket.socket())
             plain.bind((f"127.0.0.{2 + number % 5}", 0))
             plain.connect((LOOPBACK, network.port))
@@ -101,7 +101,7 @@ def test_connection_bursts_release_all_their_slots(network: Loopback) -> None:
                 stack.enter_context(socket.create_connection((LOOPBACK, network.port)))
     wait_for(lambda: read_status(network) == 200, seconds=10, what="an answer")
     with contextlib.ExitStack() as stack:
-        # Whoever was counted and never uncounted would have the first of these give way: 64 have room.
+        # A connection that stayed counted would displace the first of these 64, for which there is room.
         lines = [stack.enter_context(socket.create_connection((LOOPBACK, network.port))) for _ in range(60)]
         assert not select.select(lines, [], [], 0.4)[0]
 
@@ -125,10 +125,10 @@ def test_slow_or_oversized_headers_end_the_connection(network: Loopback) -> None
     with wrap_tls(network, network.tls["a"]) as line:
         line.sendall(build_greeting(network.tls["a"]))
         assert b"200 OK" in line.recv(1 << 16)
-        assert hangs_up_within(line, 5, send=build_greeting(network.tls["a"])), "also those of the second request"
+        assert hangs_up_within(line, 5, send=build_greeting(network.tls["a"])), "also for a second request"
     with wrap_tls(network, network.tls["a"]) as line:
         line.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 40_000)
-        assert b" 400 " in line.recv(1 << 16), "they have a size, too"
+        assert b" 400 " in line.recv(1 << 16), "their size must be limited, too"
 
 
 def test_silent_connection_is_closed(network: Loopback) -> None:
@@ -153,7 +153,7 @@ def test_connection_has_a_maximum_lifetime_and_no_tls_session_ticket(network: Lo
 
 
 def test_connection_ends_when_its_certificate_expires(network: Loopback) -> None:
-    tls = network.add_member("short", days=6 / 86400)  # valid for six seconds; starting with ten days ago
+    tls = network.add_member("short", days=6 / 86400)  # issued ten days ago, valid for another six seconds
     wait_for(lambda: "short is registered" in network.output, seconds=10)
     assert ask_site_name(network.address, tls) == "short"
 
@@ -181,8 +181,8 @@ def test_old_tls_versions_and_foreign_certificates_are_refused_and_logged(networ
             foreign.load_cert_chain(shown.certificate, shown.key)
         with wrap_tls(network, stranger, context=foreign) as line:
             assert hangs_up_within(line, 3)
-    said = {"unsupported protocol", "peer did not return a certificate"}
-    said.add("certificate: unable to get local issuer certificate")
-    wait_for(lambda: said <= list_reasons(network), seconds=5, what=f"the reasons among {list_reasons(network)}")
+    reasons = {"unsupported protocol", "peer did not return a certificate"}
+    reasons.add("certificate: unable to get local issuer certificate")
+    wait_for(lambda: reasons <= list_reasons(network), seconds=5, what=f"the reasons among {list_reasons(network)}")
     (line_,) = [line for line in network.audit() if line.get("reason") == "unsupported protocol"]
     assert line_["address"] == LOOPBACK

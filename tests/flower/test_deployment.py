@@ -112,11 +112,11 @@ def test_update_without_a_matching_signed_receipt_is_rejected(line: Line, what: 
         reply = line.signed(line.update(round=2) if what == "another round" else line.update("south"))
     assert line.hear_reply(1, reply) == Answered(good=False)
     own = what in ("another round", "another site's")
-    assert line.heard[0][2]["charged_rounds"] == (2 if own else None), "no charge is told that the site did not sign"
+    assert line.heard[0][2]["charged_rounds"] == (2 if own else None), "an unsigned charge must not be reported"
 
 
 def test_implausible_charge_is_not_reported(line: Line) -> None:
-    # To compose so many rounds would take all of the lead's memory.
+    # Composing so many rounds would take all of the lead's memory.
     ears = _AnswerClassifier(line.sites, line.listener, max_rounds=1)
     ears(1, line.question("north"), Message(flower_records.from_reply(line.signed(line.update())), 1, "train"))
     assert line.heard[0][2]["charged_rounds"] is None
@@ -139,22 +139,22 @@ def test_waiting_site_is_asked_again_and_reported_once(line: Line, reason: Reaso
     assert line.hear_reply(1, line.signed(line.update())) == Answered(good=True)
     assert line.words[2:] == [("north", "update")]
     line.hear_reply(1, line.signed(make_refusal(reason)))
-    assert line.words[3:] == [("north", reason.value)], "paused again in a later round is news"
+    assert line.words[3:] == [("north", reason.value)], "a pause in a later round must be reported again"
 
 
 def test_polling_interval_grows_while_a_site_awaits_approval(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("fedtune.ops.deployment.time.monotonic", lambda: now)
     waiting = line.signed(make_refusal(Reason.AWAITING_APPROVAL))
-    asked = []
+    times = []
     while now < 3_600:
         now += line.hear_reply(1, waiting).again_s or 0
-        asked.append(now)
-    assert asked[0] == 5
-    assert now - asked[-2] == 60
-    assert len(asked) < 100, "on stock Flower each question starts a process"
+        times.append(now)
+    assert times[0] == 5
+    assert now - times[-2] == 60
+    assert len(times) < 100, "on stock Flower each question starts a process"
     line.hear_reply(1, line.signed(line.update()))
-    assert line.hear_reply(1, waiting).again_s == 5, "another wait begins anew"
+    assert line.hear_reply(1, waiting).again_s == 5, "a new wait must start with the shortest interval"
 
 
 @pytest.mark.parametrize(
@@ -195,10 +195,8 @@ def test_offer_is_accepted_only_for_an_invitation(line: Line) -> None:
     line.listener.note.assert_called_once_with(f"north runs fedtune 0.2.1+7c1f, and this lead runs {build()}")
     for other in (replace(offer, nonce="1b" * 16), replace(offer, run="s"), replace(offer, site="south")):
         assert line.hear_reply(1, line.signed(other), kind) == Answered(good=False)
-    assert line.hear_reply(1, line.signed(offer)) == Answered(good=False), "a round hopes for an update"
-    assert line.hear_reply(1, line.signed(line.update()), kind) == Answered(good=False), (
-        "and an invitation for an offer"
-    )
+    assert line.hear_reply(1, line.signed(offer)) == Answered(good=False), "a round needs an update"
+    assert line.hear_reply(1, line.signed(line.update()), kind) == Answered(good=False), "an invitation needs an offer"
 
 
 def test_lead_contacts_no_site_if_the_expected_signal_is_weak(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -206,8 +204,8 @@ def test_lead_contacts_no_site_if_the_expected_signal_is_weak(tiny: Any, tmp_pat
     config = compose_run(tiny(*weak, into=tmp_path))
     sites = [SimpleNamespace(site=name, node_key=b"", site_key="ab" * 32) for name in ("site-1", "site-2")]
     monkeypatch.setattr(LeadService, "open_grid", grid := MagicMock())
-    asked = grid.return_value.__enter__
-    asked.side_effect = RunError("no server")
+    entered = grid.return_value.__enter__
+    entered.side_effect = RunError("no server")
     monkeypatch.setattr(LeadService, "key", lead_key)
     monkeypatch.setattr("fedtune.ops.deployment.find_members", lambda kit, names: sites)
     (tmp_path / "run").mkdir()
@@ -218,7 +216,7 @@ def test_lead_contacts_no_site_if_the_expected_signal_is_weak(tiny: Any, tmp_pat
 
     with pytest.raises(ConfigError, match=r"training\.ignore_weak_signal = false"):
         run(config)
-    asked.assert_not_called()
+    entered.assert_not_called()
     with pytest.raises(RunError, match="no server"):
         run(replace(config, training=replace(config.training, ignore_weak_signal=True)))
-    asked.assert_called_once()
+    entered.assert_called_once()

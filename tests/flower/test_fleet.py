@@ -58,14 +58,14 @@ def succeeds(work: Callable[[], Any], *, error: type[Exception] | tuple[type[Exc
 
 
 def test_unregistered_member_with_a_valid_certificate_is_refused(network: Loopback, join_network: Any) -> None:
-    # The lead's, for example, or that of a site whose kit was made and not yet copied to the server.
+    # For example the lead, or a site whose kit is not yet copied to the server.
     for name in ("lead", "newcomer"):
         tls = network.authority.issue(name)
         with pytest.raises(Unauthorized, match="the server refused this site: unknown"):
             ask_site_name(network.address, tls)
         with pytest.raises(Unauthorized, match="unknown"):
             join_network(tls).activate()
-    assert network.rows("SELECT count(*) FROM node") == [(len(network.members),)], "nobody registers himself"
+    assert network.rows("SELECT count(*) FROM node") == [(len(network.members),)], "no member may register itself"
 
 
 @pytest.mark.parametrize(("seconds", "says"), [(-600, "60[0-9] s behind"), (60, "(60|5[0-9]) s ahead")])
@@ -107,7 +107,7 @@ def test_site_is_added_and_revoked_while_the_server_runs(network: Loopback, join
             fleet.receive()
         except Unauthorized as error:
             said = str(error)
-        # A call that was under way when the roster changed is refused by Flower itself, which gives no reason.
+        # Flower itself refuses a call that was in progress when the roster changed, without a reason.
         return bool(said) and not said.endswith("(401)")
 
     wait_for(is_refused, what="the roster")
@@ -115,7 +115,7 @@ def test_site_is_added_and_revoked_while_the_server_runs(network: Loopback, join
     for call in (lambda: ask_site_name(network.address, tls), fleet.activate):
         with pytest.raises(Unauthorized, match="the server refused this site: revoked"):
             call()
-    assert bystander.receive() is None, "the others notice nothing"
+    assert bystander.receive() is None, "other sites must stay connected"
     assert list_status(network, "guest") == ["unregistered"]
 
 
@@ -142,7 +142,7 @@ def test_garbled_proxy_response_raises_unreachable(network: Loopback, join_netwo
     faulty.break_at("pull-messages", "garbled")
     with pytest.raises(Unreachable, match="cannot be read"):
         fleet.receive()
-    assert fleet.receive() is None, "and it goes on"
+    assert fleet.receive() is None, "the site must continue"
 
 
 def test_missing_server_is_reported_by_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,7 @@ def test_missing_server_is_reported_by_every_call(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(waiting, "_AGAIN_S", 0.1)
     with contextlib.closing(Bell(address, tls, threading.Event())) as bell:
         time.sleep(0.5)
-        assert (bell.works, bell.rung.is_set()) == (False, False), "a bell does not work and is quiet"
+        assert (bell.works, bell.rung.is_set()) == (False, False), "the bell must stay silent"
 
 
 def run_with_timeout(call: Coroutine[Any, Any, Any]) -> Any:
@@ -173,7 +173,7 @@ def test_missed_questions_are_reported_immediately() -> None:
         questions.count_questions([1, 1, 2])
         return [first, await questions.wait_for_count(1, heard=0), await questions.wait_for_count(1, heard=5)]
 
-    assert run_with_timeout(run()) == [0, 2, 2], "also where the server started again meanwhile"
+    assert run_with_timeout(run()) == [0, 2, 2], "also if the server was restarted meanwhile"
 
 
 def test_call_is_held_until_its_node_is_asked() -> None:
@@ -223,11 +223,11 @@ def test_site_is_notified_only_of_its_own_questions(network: Loopback, make_bell
         bell.rung.clear()
     with ThreadPoolExecutor(1) as pool, network.grid(["a", "b"], round_timeout_s=3.0) as grid:
         began = time.monotonic()
-        # The lead asks something in the background; nobody need answer.
-        asked = pool.submit(lambda: list(grid.receive([Message(RecordDict(), 2, "query")], timeout=3)))
+        # The lead asks in the background; no answer is needed.
+        future = pool.submit(lambda: list(grid.receive([Message(RecordDict(), 2, "query")], timeout=3)))
         assert b.rung.wait(10)
-        assert time.monotonic() - began < 5, "it was not the call's end"
-        asked.result()
+        assert time.monotonic() - began < 5, "the call must not wait for its timeout"
+        future.result()
     assert not a.rung.is_set()
 
 
@@ -242,7 +242,7 @@ def test_waiting_requires_membership_and_a_valid_counter(network: Loopback) -> N
     assert read_status("a", "?heard=-1") == 200
     for query in ("", "?heard", "?heard=", "?heard=x", "?heard=1&heard=2", "?other=1", "?heard=1.5", "?%ff=1"):
         assert read_status("a", query) == 400, query
-    assert read_status("a", "?heard=" + "9" * 4000) == 200, "not parsed for seconds"
+    assert read_status("a", "?heard=" + "9" * 4000) == 200, "a long counter must be rejected quickly"
     assert read_status("a", "?heard=-1", tls=network.tls["b"]) == 401
     assert read_status("b", "?heard=-1") == 200
     network.set_revoked("b")
@@ -252,7 +252,7 @@ def test_waiting_requires_membership_and_a_valid_counter(network: Loopback) -> N
 def test_server_shutdown_releases_held_calls(network: Loopback, make_bell: Any) -> None:
     bell = make_bell(network.tls["a"])
     wait_for(lambda: bell.works and bell.rung.is_set(), what="the first answer")
-    time.sleep(0.5)  # so that the next call is held
+    time.sleep(0.5)  # so that the next call is being held
     began = time.monotonic()
     network.stop_sites()
     network.stop()

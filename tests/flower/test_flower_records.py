@@ -32,7 +32,7 @@ def test_update_round_trips_through_flower_records(adapter: Adapter, receipt: Re
     assert reply.receipt == receipt
     assert isinstance(reply.body, Update)
     assert reply.body.to_bytes() == sent.to_bytes()
-    assert list(reply.body.tensors) == list(sent.tensors), "the order is part of what is checked"
+    assert list(reply.body.tensors) == list(sent.tensors), "the order of tensors must be kept"
 
 
 def test_refusal_round_trips_through_flower_records() -> None:
@@ -47,17 +47,17 @@ def test_reply_accepts_only_its_canonical_record_form(adapter: Adapter) -> None:
     update = Update(site="a", run="r", round=1, tensors=adapter.tensors)
     content = flower_records.from_reply(Reply(body=update, receipt=RECEIPT))
     assert set(content) == {flower_records.UPDATE, flower_records.REPLY}
-    assert not content.metric_records, "Flower's num-examples would tell a site's exact size"
+    assert not content.metric_records, "Flower's num-examples would reveal a site's exact size"
     refusal = Refusal(site="a", run="r", round=1, reason=Reason.SITE_ERROR)
     assert set(flower_records.from_reply(Reply(body=refusal, receipt=None))) == {flower_records.REPLY}
     ((name, honest),) = content.array_records[flower_records.UPDATE].items()
     assert honest.data == update.to_bytes()
-    said: dict[str, Any] = {"dtype": honest.dtype, "shape": honest.shape, "stype": honest.stype, "data": honest.data}
+    fields: dict[str, Any] = {"dtype": honest.dtype, "shape": honest.shape, "stype": honest.stype, "data": honest.data}
     others = [
         {"patient-4711": honest},
         {name: honest, "beside": honest},
         {},
-        *({name: Array(**{**said, **other})} for other in ({"dtype": "int8"}, {"shape": (1,)}, {"stype": "numpy"})),
+        *({name: Array(**{**fields, **other})} for other in ({"dtype": "int8"}, {"shape": (1,)}, {"stype": "numpy"})),
     ]
     for other in others:
         content[flower_records.UPDATE] = ArrayRecord(other)
@@ -117,7 +117,7 @@ def test_answers_of_known_nodes_are_read_one_by_one_and_their_bytes_counted() ->
     transport = GridTransport(grid, {1: "a", 2: "b", 3: "c"})
     signed = Signed(text="{}", signature="")
     answers = transport.end([Question(site=site, signed=signed) for site in "bca"], timeout_s=1)
-    assert (next(answers), taken) == (("b", None), [2]), "the next answer waits until it is asked for"
+    assert (next(answers), taken) == (("b", None), [2]), "the next answer must not be fetched early"
     assert list(answers) == [("c", None), ("a", None)]
     assert (min(transport.take_traffic()) > 0, transport.take_traffic()) == (True, (0, 0))
     grid.get_node_ids.assert_not_called()

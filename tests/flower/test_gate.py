@@ -72,7 +72,7 @@ def test_all_other_flower_routes_are_closed(network: Loopback, list_flower_route
         *("/v1/fleet/get-fab", "/v1/fleet/get-run", "/v1/control/list-runs", "/v1/control/register-node"),
         *("/v1/control/list-nodes", "/v1/control/pull-artifacts", "/v1/runtime/create-task"),
     ):
-        assert any(path == other for _, other in closed), f"{path} was meant to be among them"
+        assert any(path == other for _, other in closed), f"{path} is not a closed route"
     assert len(closed) > 50
     site, lead = call_gate(network.tls["a"]), call_gate(network.lead_tls)
     for method, path in sorted(closed):
@@ -82,7 +82,7 @@ def test_all_other_flower_routes_are_closed(network: Loopback, list_flower_route
         ):
             answer = client.request(method, path, headers=headers)
             assert answer.status_code == 404, (method, path)
-            assert method == "HEAD" or answer.json() == CLOSED, "the gate's own word, not Flower's"
+            assert method == "HEAD" or answer.json() == CLOSED, "the gate must answer, not Flower"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_lead_calls_require_the_signature_of_the_lead(network: Loopback, call_ga
 
 
 def test_lead_call_is_accepted_once_and_not_over_a_site_connection(network: Loopback, call_gate: Any) -> None:
-    # Who has seen one, such as a proxy that opens TLS, could make it again for two minutes.
+    # An observer, such as a proxy that terminates TLS, could otherwise replay it for two minutes.
     lead, site = call_gate(network.lead_tls), call_gate(network.tls["a"])
     runs = network.rows("SELECT count(*) FROM run")[0][0]
     headers = sign_lead_headers(network.lead_key, START, RUN)
@@ -128,14 +128,14 @@ def test_lead_call_is_accepted_once_and_not_over_a_site_connection(network: Loop
         assert client.post(START, content=RUN, headers=headers).status_code == 401
     assert network.rows("SELECT count(*) FROM run") == [(runs + 1,)]
     again = lead.post(START, content=RUN, headers=sign_lead_headers(network.lead_key, START, RUN))
-    assert again.status_code == 200, "a retry is signed anew"
+    assert again.status_code == 200, "a retry must be signed again"
     noted = {(line["event"], line.get("reason"), line.get("member")) for line in network.audit()}
     assert ("lead's call refused", "the lead's signature was used before", None) in noted
     assert ("lead's call refused", f"{gate._UNSIGNED}; the connection belongs to a site", "a") in noted
 
 
 def test_site_signature_is_valid_only_on_its_own_connection(network: Loopback, call_gate: Any) -> None:
-    # It is over the time alone: seen once, it would do for any call within a minute.
+    # The signature covers only the time: an observer could use it for any call within a minute.
     stolen = sign_headers(network.tls["a"])
     answer = call_gate(network.tls["b"]).get(HELLO, headers=stolen)
     assert (answer.status_code, answer.json()["reason"]) == (
@@ -153,8 +153,8 @@ def test_request_body_is_limited_in_time_and_size(monkeypatch: pytest.MonkeyPatc
         return {"type": "http.request", "body": b"x", "more_body": True}
 
     pour = AsyncMock(return_value={"type": "http.request", "body": b"x" * 600, "more_body": True})
-    nothing = AsyncMock(side_effect=AssertionError("not even read"))
-    large = [(nothing, {"content-length": said}, 413) for said in ("1001", "9" * 5000, "-1")]
+    nothing = AsyncMock(side_effect=AssertionError("the body must not be read"))
+    large = [(nothing, {"content-length": length}, 413) for length in ("1001", "9" * 5000, "-1")]
     for receive, headers, status in ((send_slowly, {}, 408), (pour, {}, 413), *large):
         with pytest.raises(CallRefused) as refused:
             asyncio.run(gate.read_body(receive, headers, most_bytes=1000))
@@ -174,7 +174,7 @@ def test_site_calls_require_the_signature_of_the_site(network: Loopback, call_ga
         ):
             answer = client.post(path, content=PULL, headers=headers)
             assert answer.status_code in (400, 401, 412), (path, why, answer.text)
-        # Flower itself checks a signature only where it understands the call.
+        # Flower checks a signature only for calls that it can parse.
         right = sign_headers(network.tls["a"])
         assert client.post(path, content=PULL, headers=right | {"content-type": "text/plain"}).status_code == 415
         assert client.get(path, headers=right).status_code == 405
@@ -182,7 +182,7 @@ def test_site_calls_require_the_signature_of_the_site(network: Loopback, call_ga
 
 @pytest.mark.parametrize("host", ["x/v1/runtime/pull-object?", "x/v1/runtime/pull-object#", "x/nowhere?", "a@b:1"])
 def test_forged_host_header_does_not_bypass_the_signature(network: Loopback, call_gate: Any, host: str) -> None:
-    # Flower decides by the request's URL, which contains what the caller says that the host's name is.
+    # Flower uses the request's URL, which contains the host name that the caller sends.
     headers = {"content-type": PROTOBUF_MEDIA_TYPE, "host": host}
     answer = call_gate(network.tls["b"]).post("/v1/fleet/pull-object", content=PULL, headers=headers)
     assert answer.status_code in (400, 401)
@@ -190,7 +190,7 @@ def test_forged_host_header_does_not_bypass_the_signature(network: Loopback, cal
 
 @pytest.mark.parametrize("host", ["x/v1/runtime/push-messages?", "x/v1/runtime/get-nodes#", "x/nowhere?"])
 def test_forged_host_header_does_not_change_the_route(network: Loopback, host: str) -> None:
-    # Under a member's own signature an older Starlette would take the bytes for a message of another kind, unchecked.
+    # With a member's own signature, an older Starlette would accept the bytes as another, unchecked kind of message.
     member = Member(network, "a")
     member.activate()
     try:
@@ -203,7 +203,7 @@ def test_forged_host_header_does_not_change_the_route(network: Loopback, host: s
 @pytest.mark.parametrize("path", ["/docs", "/v1/fleet/pull-messages", "/v1/control/start-run"])
 def test_websocket_upgrade_is_refused(network: Loopback, path: str) -> None:
     context = network.tls["a"].create_client_context()
-    asked = (
+    request = (
         f"GET {path} HTTP/1.1\r\nHost: {network.address}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
     )
@@ -211,7 +211,7 @@ def test_websocket_upgrade_is_refused(network: Loopback, path: str) -> None:
         socket.create_connection((LOOPBACK, network.port), timeout=10) as plain,
         context.wrap_socket(plain, server_hostname=LOOPBACK) as line,
     ):
-        line.sendall(asked.encode())
+        line.sendall(request.encode())
         try:
             answer = line.recv(200)
         except (ssl.SSLError, ConnectionError):
@@ -287,7 +287,7 @@ def test_changed_body_path_time_or_key_invalidates_the_signature(path: str, body
     assert not accepts_headers(right | {TIME: repr(NOW + 1)}, path=path, body=body)
     assert not accepts_headers(sign_lead_call(path, body, key=OTHER), path=path, body=body)
     assert not accepts_headers(right, path=path, body=body, lead=OTHER.public)
-    # Who swaps the digest with the body does not hold the key.
+    # Replacing the digest with the body does not help without the key.
     assert not accepts_headers(right | {BODY: hashlib.sha256(b"x" + body).hexdigest()}, path=path, body=b"x" + body)
 
 
@@ -308,18 +308,18 @@ def test_missing_headers_are_refused() -> None:
     for name in (TIME, BODY, SIGNATURE):
         assert not accepts_headers({key: value for key, value in right.items() if key != name})
     assert not accepts_headers({})
-    assert not accepts_headers(right | {SIGNATURE: right[SIGNATURE].upper()}), "a signature has one spelling"
+    assert not accepts_headers(right | {SIGNATURE: right[SIGNATURE].upper()}), "a signature must have one spelling"
     spelt = right | {BODY: right[BODY].upper()}
-    assert verify_body_hash(spelt, path="/p", lead=KEY.public, now=NOW) is None, "and so has a digest"
+    assert verify_body_hash(spelt, path="/p", lead=KEY.public, now=NOW) is None, "a digest must have one spelling"
 
 
 def test_signature_for_another_purpose_is_refused() -> None:
-    # What a lead signed for a site must not start a run at the server.
+    # A lead's signature for a site must not start a run at the server.
     assert accepts_headers(sign_lead_call("/p", b"b", purpose="call"))
     for purpose in ("round request", "end of run", ""):
         assert not accepts_headers(sign_lead_call("/p", b"b", purpose=purpose))
     moved = sign_lead_call(f"/p\n{NOW!r}", b"b", moment=repr(NOW))
-    assert not accepts_headers(moved, path="/p"), "lines cannot be moved between path and time"
+    assert not accepts_headers(moved, path="/p"), "path and time must be separated"
 
 
 def test_signature_is_accepted_once_and_the_replay_cache_is_bounded() -> None:
@@ -330,7 +330,7 @@ def test_signature_is_accepted_once_and_the_replay_cache_is_bounded() -> None:
     with pytest.raises(CallRefused) as used:
         seen.use_signature(calls[1], now=NOW + TOLERANCE_S)
     assert used.value.status == 401
-    # A lead that calls too often is told to wait, as by a server that has no time; nothing is forgotten too early.
+    # A lead that calls too often must wait, as with a busy server; no call is forgotten too early.
     with pytest.raises(CallRefused) as full:
         seen.use_signature(calls[3], now=NOW)
     assert full.value.status == 503
@@ -356,10 +356,10 @@ def test_body_of_a_refused_call_is_not_read(network: Loopback, call_gate: Any) -
         (
             "/v1/fleet/push-object",
             sign_headers(network.tls["b"]),
-        ),  # signed with a key other than that of the connection's certificate
+        ),  # not signed with the key of the connection's certificate
     ):
         sent = 0
-        with contextlib.suppress(httpx.TransportError):  # it is cut, or answered first
+        with contextlib.suppress(httpx.TransportError):  # the upload is cut off, or answered early
             answer = call_gate(network.tls["a"]).post(path, content=iter_body(), headers=headers)
             assert answer.status_code == 401
         assert sent < 128, path

@@ -1,7 +1,7 @@
-"""Flower's private names, calls, tables, routes and messages on which fedtune relies.
+"""Flower's private names, calls, tables, routes and messages that fedtune relies on.
 
-Only `fedtune/flower/internals.py` takes it.  Where this file passes with a new release of Flower, so should all else:
-run it first, and mend what it names.
+Only `fedtune/flower/internals.py` imports them. If this file passes with a new release of Flower, everything else
+should, too: run it first, and fix what it names.
 """
 
 import ast
@@ -53,19 +53,19 @@ def test_every_imported_flower_internal_exists() -> None:
     found = list(list_imports(ROOM / "internals.py"))
     assert len(found) > 20
     for module, name in found:
-        assert hasattr(importlib.import_module(module), name), f"Flower has no {module}.{name} any more"
-    # A module that is handed on whole is asked for names elsewhere.
+        assert hasattr(importlib.import_module(module), name), f"Flower no longer has {module}.{name}"
+    # Names are also read from modules that are exported as a whole.
     modules = {name: value for name, value in vars(internals).items() if inspect.ismodule(value)}
-    asked = [
+    uses = [
         (node.value.id, node.attr)
         for folder in (ROOM, ROOM.parent / "ops" / "wire")
         for path in folder.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules
     ]
-    assert len(asked) > 50
-    for module, name in asked:
-        assert hasattr(modules[module], name), f"Flower has no {modules[module].__name__}.{name} any more"
+    assert len(uses) > 50
+    for module, name in uses:
+        assert hasattr(modules[module], name), f"Flower no longer has {modules[module].__name__}.{name}"
 
 
 CALLS: list[tuple[Callable[..., Any], int, tuple[str, ...]]] = [
@@ -92,7 +92,7 @@ CALLS: list[tuple[Callable[..., Any], int, tuple[str, ...]]] = [
     (internals.inflating.inflate_object_from_contents, 2, ()),
     (internals.objects.get_object_head_values_from_object_content, 1, ()),
 ]
-"""How many arguments each is given by position, and which by name."""
+"""For each call: the number of positional arguments, and the names of keyword arguments."""
 
 
 def test_flower_internals_accept_the_expected_calls() -> None:
@@ -121,7 +121,7 @@ def test_every_permitted_call_is_a_flower_route(list_flower_routes: set[tuple[st
     for path in gate._SITE_CALLS | gate._LEAD_CALLS:
         assert ("POST", path) in list_flower_routes, f"Flower's protocol changed: {path}"
         assert ("POST", path) in PROTOBUF_REQUEST_TYPES
-    # What a site calls is authenticated by Flower, which looks at the beginning of the path.
+    # Flower authenticates a site's calls by the beginning of the path.
     assert all(path.startswith("/v1/fleet/") for path in gate._SITE_CALLS)
     assert not any(path.startswith("/v1/fleet/") for path in gate._LEAD_CALLS)
 
@@ -135,6 +135,6 @@ def test_message_metadata_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 7, raising=False)
     about = Message(RecordDict(), 5, "train").metadata
-    assert (about.run_id, about.src_node_id) == (7, 7), "it asks TaskIdentity who sends it"
+    assert (about.run_id, about.src_node_id) == (7, 7), "TaskIdentity must supply the sender"
     about.__dict__.update(_message_id="ab", _src_node_id=3)
     assert (about.message_id, about.src_node_id) == ("ab", 3)

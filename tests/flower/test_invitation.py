@@ -30,7 +30,7 @@ def list_charged_sites(made: Any) -> list[str]:
 
 def test_nothing_is_charged_when_too_few_sites_accept(federation: Any) -> None:
     made = federation(min_sites=3, policies={"site-2": {"budget": {"max_epsilon": 0.01}}})
-    for _ in range(2):  # before, each try cost the others a round
+    for _ in range(2):  # previously each attempt cost the others a round
         with pytest.raises(
             RefusedError, match=r"2 of 3 sites accepted the invitation.*site-2: max_epsilon, requested .*nothing was"
         ):
@@ -56,13 +56,13 @@ def test_only_a_different_protocol_version_ends_a_run(
     state, other = made.run_until(1), {"protocol": WIRE_SCHEMA + ahead, "software": "0.2.1+7c1f09a4e2b5"}
     before = [made.events(site) for site in SITES]
     monkeypatch.setattr(_RunMessage, "_to_json", lambda asked: to_json(asked) | other)
-    for begun in (None, state) if older else ():
+    for resumed in (None, state) if older else ():
         with pytest.raises(ConfigError, match=f"site-1 uses protocol .*: upgrade the {older}"):
-            made.run(begun)
-        assert [made.events(site) for site in SITES] == before, "nothing was charged"
+            made.run(resumed)
+        assert [made.events(site) for site in SITES] == before, "nothing may be charged"
     if not older:
         assert len(made.run().rounds) == 2
-        assert sorted(made.trained) == sorted([*SITES, *SITES]), "round 1 was answered from the ledgers"
+        assert sorted(made.trained) == sorted([*SITES, *SITES]), "round 1 must be answered from the ledgers"
 
 
 def test_run_with_too_few_approvals_fails_without_a_final_refusal(federation: Any) -> None:
@@ -91,7 +91,7 @@ def test_unsigned_offer_does_not_count(federation: Any, tamper: Any, what: str) 
 
     made = federation(min_sites=3)
     tamper(change, ("query.invite",))
-    if what == "to another question":  # the first time it is the answer; then the site is frozen, and the server knows
+    if what == "to another question":  # the first run gets the real reply; the second gets a replay of it
         made.run()
         made.ledger("site-2").freeze("consent withdrawn")
         spent = len(made.events("site-1"))
@@ -123,7 +123,7 @@ def test_diverged_round_is_rolled_back_and_the_run_continues(
     assert [result.diverged for result in state.rounds] == [False, True, False]
     assert [result.metrics for result in state.rounds] == [{"loss": 1.0}, {"loss": 1.0}, {"loss": 0.5}]
     assert "round 2 diverged (loss nan); restoring the adapter of the previous round" in caplog.text
-    # Two good rounds, also for the server optimizer: as far as a run of two rounds comes.
+    # Two good rounds, also for the server optimizer: the state of a run of two rounds.
     two = plain.run_until(2)
     for name, value in two.adapter.tensors.items():
         np.testing.assert_array_equal(state.adapter.tensors[name], value)
@@ -139,7 +139,7 @@ def test_two_consecutive_diverged_rounds_end_the_run(federation: Any) -> None:
     with pytest.raises(StuckError, match=message + r".* start a new run with training\.learning_rate=\S+$"):
         made.run(evaluate=lambda adapter: next(scores))
     saved = made.lead.checkpoints.load()
-    assert made.events("site-1")[-1].detail["what"] == "run_ended", "its budget is free again"
+    assert made.events("site-1")[-1].detail["what"] == "run_ended", "the reserve must be released"
     assert (saved.round, saved.rounds[-1].diverged) == (2, True)
     first: LeadState = federation(num_rounds=3, folder="b").run_until(1)
     assert saved.adapter.digest() == first.adapter.digest()
@@ -163,7 +163,7 @@ def test_early_stopping_keeps_the_best_round_and_releases_the_reserve(federation
     assert (state.round, len(adapters)) == (3, 3)
     assert made.trained == [*made.spec.names] * 3
     assert state.kept_adapter.digest() == adapters[1].digest() != state.adapter.digest()
-    # A checkpoint holds it, too.
+    # A checkpoint contains the best round, too.
     loaded = made.lead.checkpoints.load()
     assert (loaded.kept_adapter.digest(), loaded.adapter.digest()) == (adapters[1].digest(), adapters[2].digest())
     for site in made.spec.names:

@@ -80,7 +80,7 @@ def round_(network: Loopback, member: Member) -> Iterator[Round]:
         def is_over(self, **counts: int) -> bool:
             return over.is_set() or super().is_over(**counts)
 
-    # The honest answer suffices: nobody waits for another one of the member's.
+    # The honest answer suffices, so nobody waits for another answer of the member.
     spec = FederationSpec(num_sites=2, enough_sites=1, straggler_grace_s=0.4)
     with network.grid(["a", "b"], closing=lambda: Closed(spec)) as grid, ThreadPoolExecutor(1) as pool:
         made = Round(network, member, pool, grid)
@@ -91,7 +91,7 @@ def round_(network: Loopback, member: Member) -> Iterator[Round]:
 
 def test_only_an_answer_to_a_members_own_question_is_accepted(network: Loopback, member: Member, round_: Round) -> None:
     question, sent = round_.question, set()
-    # Flower hands the lead whatever says that it is from the lead and to the lead: the lead's run once died of that.
+    # Flower passes on whatever claims to be from the lead to the lead, which once ended the lead's run.
     to_lead = {"src_node_id": SUPERLINK_NODE_ID, "dst_node_id": SUPERLINK_NODE_ID}
     ((a,),) = network.rows("SELECT node_id FROM node WHERE name = 'a'")
     other = (a % (1 << 64)) if a < 0 else a
@@ -121,8 +121,8 @@ def test_only_an_answer_to_a_members_own_question_is_accepted(network: Loopback,
 
 
 def test_objects_of_the_lead_cannot_be_redefined(member: Member, round_: Round) -> None:
-    # Flower believes who names an object first: the lead's settings are one in every round, and with other parts
-    # announced for it the lead could ask nobody any more.
+    # Flower trusts the first sender that names an object: the lead's settings are one object in every round, and if
+    # other parts were announced for it, the lead could no longer send questions.
     for id in round_.question.object_ids:
         request = member.build_answer(round_.question)
         request.message_object_trees[0].children.add(object_id=id).children.add(object_id="ab" * 32)
@@ -158,31 +158,31 @@ def test_only_announced_objects_within_the_size_limit_are_accepted(
     question, stored = round_.question, "SELECT coalesce(sum(length(content)), 0) FROM objects"
     before = network.rows(stored)[0][0]
     junk, large = make_object(1 << 16), make_object(1 << 21)
-    assert member.push_object(question, "", junk).status_code == 409, "not announced"
+    assert member.push_object(question, "", junk).status_code == 409, "an unannounced object must be refused"
     announced = member.build_answer(question, large)
     session = member.read_session(member.push(announced))
     second = member.push(member.build_answer(question))
     assert (second.status_code, second.json()["reason"]) == (409, "the question was already answered")
-    assert member.push(announced).status_code == 200, "the same again, as after a call that was cut off"
-    assert member.push_object(question, session, junk).status_code == 409, "of no announced answer"
-    assert member.push_object(question, session, large).status_code == 413, "the question was a few hundred bytes"
+    assert member.push(announced).status_code == 200, "a repeated announcement must be accepted"
+    assert member.push_object(question, session, junk).status_code == 409, "this answer has no such object"
+    assert member.push_object(question, session, large).status_code == 413, "small questions have small answers"
     assert member.push_object(question, session, b"x" * (40 << 20)).status_code == 413
-    assert network.rows(stored)[0][0] < before + (1 << 14), "the lead's question to the other site came meanwhile"
-    # The lead is not kept waiting for the rest of it, as Flower would do for minutes.
+    assert network.rows(stored)[0][0] < before + (1 << 14), "only the lead's question to the other site may be stored"
+    # The lead does not wait for the rest, as it would for minutes with stock Flower.
     assert round_.ends() == {1: "a"}
 
 
-@pytest.mark.filterwarnings("ignore:No path_separator:DeprecationWarning")  # of Flower's own migrations
+@pytest.mark.filterwarnings("ignore:No path_separator:DeprecationWarning")  # from Flower's migrations
 def test_partially_uploaded_answer_is_not_passed_to_the_lead(network: Loopback, member: Member, round_: Round) -> None:
-    # Flower would give it out in parts, and the question would be closed: only what is whole may be asked for.
+    # Flower would deliver it in parts and close the question: only complete answers may be delivered.
     state = SqlLinkState(str(network.folder / "state.db"), NoOpFederationManager(), InMemoryObjectStore())
     state.initialize()
-    asked = PullAppMessagesRequest(message_ids=[round_.question.metadata.message_id, "unknown"]).SerializeToString()
+    request = PullAppMessagesRequest(message_ids=[round_.question.metadata.message_id, "unknown"]).SerializeToString()
     for announced in (False, True):
         if announced:
             member.read_session(member.push(member.build_answer(round_.question, make_object(8))))
-        passed = PullAppMessagesRequest.FromString(SiteCalls(state).keep_complete_answers(asked))
-        assert list(passed.message_ids) == ["unknown"], "which Flower answers for"
+        passed = PullAppMessagesRequest.FromString(SiteCalls(state).keep_complete_answers(request))
+        assert list(passed.message_ids) == ["unknown"], "Flower must report an unknown message"
 
 
 @pytest.mark.parametrize("kind", ["no message", "nonsense", "an error", "more than any", "in order"])
@@ -193,10 +193,10 @@ def test_unreadable_answer_is_discarded(member: Member, round_: Round, kind: str
         question.metadata.__dict__["_message_id"] = "ab" * 32
         member.reply(round_.question, Message(Error(code=1, reason="x"), reply_to=question))
     elif kind == "in order":
-        # What a message says of itself does not count: neither whose question it answers, nor who sends it.
+        # A message's own fields do not count: neither the question that it answers nor its sender.
         member.reply(round_.question, Message(content, SUPERLINK_NODE_ID, "train"))
     elif kind == "more than any":
-        # A part may be named many times: what comes is small, and what it stands for is not.
+        # A part may be referenced many times: a small message can expand to a large one.
         monkeypatch.setattr(message_objects, "MAX_BYTES", 1 << 16)
         zeros = ArrayRecord({"head": Array(np.zeros(1 << 16, np.float32))})
         member.reply(round_.question, Message(RecordDict({"arrays": zeros}), SUPERLINK_NODE_ID, "train"))
@@ -218,7 +218,7 @@ def test_site_fetches_and_confirms_only_its_own_questions(member: Member, round_
     assert member.post("confirm-message-received", confirm).status_code == 409
     for own in theirs.object_ids:
         pull = message_pb2.PullObjectRequest(node=round_.honest.node, run_id=run, object_id=own)
-        assert round_.honest.post("pull-object", pull).status_code == 200, "theirs is untouched"
+        assert round_.honest.post("pull-object", pull).status_code == 200, "the other site is unaffected"
 
 
 def test_compressed_body_is_not_read(member: Member) -> None:
@@ -244,17 +244,17 @@ def test_upload_started_before_a_server_restart_can_finish(
     assert member.push_object(question, session, part).status_code == 200
     network.process.kill()
     network.start()
-    assert member.push_object(question, "ab" * 18, other).status_code == 409, "nobody else's"
+    assert member.push_object(question, "ab" * 18, other).status_code == 409, "another site's object must be refused"
     assert member.push_object(question, session, other).status_code == 200
     stored = f"SELECT is_available FROM objects WHERE object_id IN ('{get_object_id(part)}', '{get_object_id(other)}')"
     assert network.rows(stored) == [(1,), (1,)]
 
 
-# A message whose few bytes stand for many is refused before it is put together.
+# A small message that expands to a large one is refused before it is assembled.
 
 
 Objects = dict[str, bytes]
-set_sender_ids(run_id=0, node_id=0, task_id=0)  # Flower's messages ask who sends them
+set_sender_ids(run_id=0, node_id=0, task_id=0)  # Flower's messages need a sender
 
 
 def make_honest_reply(values: np.ndarray) -> tuple[ObjectTree, Objects]:
@@ -283,7 +283,7 @@ def rewrite(objects: Objects, kind: str, change: Callable[[dict[str, object]], N
 
 
 def test_honest_message_is_reassembled() -> None:
-    # Zeros are sent as one chunk that is named several times.
+    # Zeros are sent as one chunk that is referenced several times.
     values = np.zeros(6_000_000, np.float32)
     tree, objects = make_honest_reply(values)
     assert sum(map(len, objects.values())) < values.nbytes
@@ -333,7 +333,7 @@ CHANGES: dict[str, Callable[[ObjectTree, Objects], Any]] = {
     "the message has [0-9]+ bytes": lambda tree, objects: rewrite(
         objects, "Array", lambda fields: fields.update(arraychunk_ids=[0] * 100_000)
     ),
-    # A record in itself, and a long request.
+    # A record that contains itself, and a long request.
     "an object of the wrong type": lambda tree, objects: objects.update(
         {(id := find_by_kind(objects, "ArrayRecord")): f"ArrayRecord {id} 2".encode() + b"\x00{}"}
     ),

@@ -1,6 +1,6 @@
 """The lead's grid against a real server and real sites in separate processes, which may die.
 
-When a question is asked again, and what an answer is worth until then: test_asking_grid.py.
+Retries and provisional answers: test_asking_grid.py.
 """
 
 import itertools
@@ -71,7 +71,7 @@ def test_arrays_round_trip_and_nodes_are_numbered_by_the_roster(network: Loopbac
         answers = list(grid.receive(make_questions(1, 2), timeout=30))
         assert list_answering_sites(answers) == {1: "b", 2: "a"}
         assert list_answering_sites(list(grid.receive(make_questions(2), timeout=30))) == {2: "a"}, (
-            "only who is asked answers"
+            "only the site that was asked may answer"
         )
         assert grid.list_online_nodes() == [1, 2]
     for answer in answers:
@@ -80,28 +80,31 @@ def test_arrays_round_trip_and_nodes_are_numbered_by_the_roster(network: Loopbac
         for name, value in VALUES.items():
             np.testing.assert_array_equal(arrays[name].numpy(), value)
             assert arrays[name].numpy().dtype == np.float32
-    # How long a site trained would tell how many records it has.
+    # A site's training time would reveal the number of its records.
     assert network.rows("SELECT DISTINCT clientapp_runtime FROM run") == [(0.0,)]
 
 
 @pytest.mark.nightly
 def test_run_continues_with_a_renewed_lead_certificate(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded_http, "MAX_AGE_S", 0.0)  # each call makes a connection
+    monkeypatch.setattr(bounded_http, "MAX_AGE_S", 0.0)  # each call opens a connection
     network.site("a")
     own, renewed = network.lead_tls, network.authority.issue("lead renewed")
-    kept, told = (own.certificate.read_bytes(), own.key.read_bytes()), itertools.chain([True], itertools.repeat(False))
+    kept, checks = (
+        (own.certificate.read_bytes(), own.key.read_bytes()),
+        itertools.chain([True], itertools.repeat(False)),
+    )
     with network.grid(["a"]) as grid:
         assert list_answering_sites(list(grid.receive(make_questions(1), timeout=30))) == {1: "a"}
         session = grid._session
         own.certificate.write_bytes(renewed.certificate.read_bytes())
         own.key.write_bytes(renewed.key.read_bytes())
-        monkeypatch.setattr(grid, "_has_new_certificate", lambda: next(told))
+        monkeypatch.setattr(grid, "_has_new_certificate", lambda: next(checks))
         try:
             assert list_answering_sites(list(grid.receive(make_questions(1), timeout=30))) == {1: "a"}
         finally:
             own.certificate.write_bytes(kept[0])
             own.key.write_bytes(kept[1])
-        assert grid._session is session, "the run is the same"
+        assert grid._session is session, "the run must continue"
 
     def was_renewed() -> bool:
         return any(one.get("certificate") == "lead renewed" for one in network.audit() if one["event"] == "connected")
@@ -145,7 +148,7 @@ def test_lead_and_sites_connect_only_to_the_server(network: Loopback, monkeypatc
     assert called == {(LOOPBACK, network.port)}, "the lead"
     site.stop()
     assert {tuple(event["address"]) for event in site.lines("outbound")} == {(LOOPBACK, network.port)}, "the site"
-    assert not (network.folder / "outbound.log").exists(), "the server calls nobody at all"
+    assert not (network.folder / "outbound.log").exists(), "the server must open no connection"
 
 
 @pytest.mark.nightly
@@ -154,8 +157,8 @@ def test_duplicate_answer_is_ignored(network: Loopback) -> None:
     with network.grid(["a"]) as grid:
         answers = [list(grid.receive(make_questions(1), timeout=30)) for _ in range(3)]
     numbers = [read_about(answer)["number"] for (answer,) in answers]
-    # A server that is slow to answer makes the lead ask again, so a number may be left out, but none comes twice.
-    assert numbers == sorted(set(numbers)), "an answer to an earlier question was taken for one to a later"
+    # If the server is slow, the lead asks again, so a number may be skipped, but none may occur twice.
+    assert numbers == sorted(set(numbers)), "an answer was used for a later question"
     assert site.code is None
 
 
@@ -164,17 +167,17 @@ _LEADS_CALLS = ("get-nodes", "push-messages", "push-object", "pull-messages", "p
 
 @pytest.mark.nightly
 def test_interrupted_lead_calls_lose_no_answers(network: Loopback) -> None:
-    # "after": the server has done it, and its answer does not arrive.  It gives each message and each reply once.
+    # "after": the server has processed the call, but its answer is lost. It delivers each message and each reply once.
     sites = [network.site("a"), network.site("b", works_s=0.3)]
     with network.grid(["a", "b"]) as grid:
         list(grid.receive(make_questions(1, 2), timeout=30))
         faulty = Faulty(grid._session._client)  # type: ignore[union-attr]
         for call, when in itertools.product(_LEADS_CALLS, ("before", "after")):
             faulty.break_at(call, when)
-            time.sleep(1.0 if call == "get-nodes" else 0.0)  # that one is called once a second
+            time.sleep(1.0 if call == "get-nodes" else 0.0)  # called once a second
             answers = list(grid.receive(make_questions(1, 2), timeout=30))
             assert list_answering_sites(answers) == {1: "a", 2: "b"}, (call, when)
-            assert not faulty.waits, f"{call} is not called any more: Flower's protocol changed"
+            assert not faulty.waits, f"{call} is no longer called: Flower's protocol changed"
     assert all(site.code is None for site in sites)
 
 
@@ -198,14 +201,14 @@ def test_questions_are_resent_after_the_server_lost_its_database(network: Loopba
     site = network.site("a", works_s=1.0)
     online_until = "SELECT online_until FROM node WHERE name = 'a'"
     with network.grid(["a"]) as grid:
-        asked = ask_in_thread(grid, 1)
+        future = ask_in_thread(grid, 1)
         site.wait_for("received")
         network.process.kill()
         for path in network.folder.glob("state.db*"):
             path.unlink()
         network.start()
-        assert list_answering_sites(asked.result(timeout=60)) == {1: "a"}
-        # The node has a new number, under which its heartbeats must go on.
+        assert list_answering_sites(future.result(timeout=60)) == {1: "a"}
+        # The node has a new id, which its heartbeats must use.
         ((first,),) = network.rows(online_until)
         wait_for(lambda: network.rows(online_until)[0][0] > first, seconds=20, what="a heartbeat")
 
@@ -221,12 +224,12 @@ def test_lead_waits_for_a_server_that_is_not_up_yet(network: Loopback, caplog: A
     network.stop_sites()
     network.stop()
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(lambda: _ask_once(network))
+        future = pool.submit(lambda: _ask_once(network))
         wait_for(lambda: "cannot be reached (ConnectError); trying again" in caplog.text, what="the lead to wait")
         network.start()
         network.site("a")
-        assert asked.result(timeout=60) == {1: "a"}
-    assert caplog.text.count("trying again") == 1, "it says so once"
+        assert future.result(timeout=60) == {1: "a"}
+    assert caplog.text.count("trying again") == 1, "the retry must be reported once"
 
 
 def _ask_once(network: Loopback) -> dict[int, str]:
@@ -241,12 +244,12 @@ def test_clock_skew_is_reported_without_ending_the_run(
     apart = 0.0
     monkeypatch.setattr(identity, "time", Mock(time=lambda: time.time() + apart))
     with network.grid(["a"]) as grid:
-        asked = ask_in_thread(grid, 1)
+        future = ask_in_thread(grid, 1)
         apart = 3600.0
         wait_for(lambda: "the server's clock is" in caplog.text, what="the clock to be named")
         apart = 0.0
         network.site("a")
-        assert list_answering_sites(asked.result()) == {1: "a"}
+        assert list_answering_sites(future.result()) == {1: "a"}
     apart = 3600.0
     with pytest.raises(RunError, match=r"the server's clock is 3[56]\d\d s behind this machine's"), network.grid(["a"]):
         pass

@@ -37,7 +37,7 @@ def test_completed_rounds_are_recorded(federation: Any) -> None:
     made = federation(num_rounds=2)
     state = made.run()
     assert [result.round for result in state.rounds] == [1, 2]
-    # After the last round every site says once more what it was charged; nothing else changes.
+    # After the last round every site sends a final receipt; nothing else changes.
     assert replace(state, receipts=made.finished[-1].receipts) == made.finished[-1]
     for result in state.rounds:
         assert result.sites == ("site-1", "site-2", "site-3")
@@ -107,7 +107,7 @@ def test_invalid_reply_is_dropped_and_the_round_continues(
     assert state.rounds[0].sites == ("site-1", "site-3")
     assert state.rounds[0].failed_sites == {"site-2": reason}
     assert all(np.isfinite(value).all() for value in state.adapter.tensors.values())
-    # The round is taken as charged, until the site's last word: its receipt may be that of another answer.
+    # The round counts as charged until the site's final receipt; an earlier receipt may be for another answer.
     assert [list_charges(made, one)["site-2"] for one in (made.finished[-1], state)] == [(1, True), (1, False)]
 
 
@@ -125,7 +125,7 @@ def test_exhausted_plan_ends_the_run_with_its_completed_rounds(federation: Any) 
     assert len(rounds) == run_plan().max_rounds
     assert all(one.sites for one in rounds)
     assert (last.sites, set(last.failed_sites.values())) == ((), {"plan_exhausted"})
-    assert state.adapter.digest() == many.finished[-2].adapter.digest(), "the rounds that it has are the run"
+    assert state.adapter.digest() == many.finished[-2].adapter.digest(), "the run must end with its completed rounds"
 
 
 def test_site_changing_frozen_tensors_is_excluded_from_the_average(federation: Any) -> None:
@@ -178,7 +178,7 @@ def test_receipt_under_another_key_is_rejected(federation: Any, caplog: pytest.L
     made = federation(num_rounds=2)
     keys = list_known_keys(made) | {"site-2": stranger_key.public}
     state = made.run(asked=replace(made.lead.asked, site_keys=keys))
-    # Nobody knows whose update it is, nor what was charged, in the rounds and at the end.
+    # The origin of these updates and their charges are unknown, in the rounds and at the end.
     assert [result.sites for result in state.rounds] == [("site-1", "site-3")] * 2
     assert state.rounds[0].failed_sites == {"site-2": "unsigned_reply"}
     assert list_charges(made, state) == {"site-1": (2, False), "site-2": (2, True), "site-3": (2, False)}
@@ -187,14 +187,14 @@ def test_receipt_under_another_key_is_rejected(federation: Any, caplog: pytest.L
 
 
 def test_final_receipt_of_a_silent_site_corrects_its_charge(federation: Any, tamper: Any) -> None:
-    # Its answers were lost on the way, and the last question was not.
+    # Its answers were lost, but not the one to the last question.
     made = federation(num_rounds=2)
     tamper(drop_node(2))
     state = made.run()
     assert list_charges(made, made.finished[-1])["site-2"] == (2, True)
     assert list_charges(made, state) == dict.fromkeys(SITES, (2, False))
     saved = made.lead.checkpoints.load()
-    assert list_charges(made, saved) == dict.fromkeys(SITES, (2, False)), "and it is kept"
+    assert list_charges(made, saved) == dict.fromkeys(SITES, (2, False)), "the final receipt must be stored"
     assert saved.round == 2
 
 
@@ -218,7 +218,7 @@ def test_invalid_final_receipt_changes_nothing(federation: Any, tamper: Any, wha
     tamper(spoil, ("query.end",))
     state = made.run()
     assert list_charges(made, state) == {"site-1": (1, False), "site-2": (1, True), "site-3": (1, False)}
-    assert state.round == 1, "the run is over all the same"
+    assert state.round == 1, "the run must end anyway"
 
 
 def test_settings_are_sent_to_each_site_in_each_round(federation: Any) -> None:
@@ -227,7 +227,7 @@ def test_settings_are_sent_to_each_site_in_each_round(federation: Any) -> None:
     made.run(asked=replace(made.lead.asked, settings=settings))
     asked, ends = made.asked[:9], made.asked[9:]
     assert asked == [(name, settings) for name in SITES] * 3, "before the run, and in each of two rounds"
-    assert ends == [(name, "") for name in SITES], "the end of a run needs none"
+    assert ends == [(name, "") for name in SITES], "the end of a run needs no settings"
 
 
 @pytest.mark.parametrize("gives", [True, False], ids=["real sites", "a simulation"])
@@ -259,19 +259,19 @@ def test_refused_run_leaves_no_adapter_and_releases_reserves(federation: Any) ->
     for site in ("site-1", "site-3"):
         history = made.ledger(site).history
         assert history.count_total_charges() == count_mechanisms([run_plan().event(rounds=2)]), (
-            "the rounds that were trained"
+            "the completed rounds must stay charged"
         )
         assert not history.count_remaining_charges(history.now())
 
 
-# A site whose ledger is not in order trains nothing and says only that; the others do not wait for it.  In which ways
-# it may be broken: tests/privacy/test_ledger_file.py, test_verify.py and test_rollback.py.
+# A site with a damaged ledger trains nothing and reports only that; the others do not wait for it. Kinds of damage:
+# tests/privacy/test_ledger_file.py, test_verify.py and test_rollback.py.
 
 
 def test_read_only_ledger_stops_training_but_still_issues_receipts(
     federation: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As on a disk that was mounted read-only.  File modes would not stop a test that root runs.
+    # As on a disk that was mounted read-only; file modes would not stop a test that runs as root.
     made = federation(num_rounds=2)
     state = made.run_until(1)
     connect = sqlite3.connect
@@ -286,7 +286,7 @@ def test_read_only_ledger_stops_training_but_still_issues_receipts(
     assert after.rounds[-1].failed_sites == {"site-2": "site_error"}
     assert made.trained[-2:] == ["site-1", "site-3"]
     assert "attempt to write a readonly database" in caplog.text
-    assert list_charges(made, after)["site-2"] == (1, False), "its receipt can be read"
+    assert list_charges(made, after)["site-2"] == (1, False), "its receipt must still be available"
     monkeypatch.undo()
     assert [event.kind for event in made.events("site-2")][2:] == ["plan", "reserve", "commit"]
 
@@ -302,5 +302,5 @@ def test_restored_ledger_is_detected_by_the_receipt_of_the_lead(federation: Any)
     after = made.run(state)
     assert after.rounds[-1].failed_sites == {"site-2": "ledger_behind_receipt"}
     assert made.trained[-2:] == ["site-1", "site-3"]
-    assert after.receipts["site-2"] == state.receipts["site-2"], "what the site says now is not believed"
+    assert after.receipts["site-2"] == state.receipts["site-2"], "a receipt of the restored ledger must not be accepted"
     assert list_charges(made, after)["site-2"] == (3, True)

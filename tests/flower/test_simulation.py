@@ -38,12 +38,12 @@ from .test_asking_grid import FakeGrid
 
 def test_every_message_reaches_its_node_and_is_answered() -> None:
     app = ClientApp()
-    asked: list[int] = []
+    calls: list[int] = []
     replied: list[int] = []
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        asked.append(int(context.node_config["partition-id"]))
+        calls.append(int(context.node_config["partition-id"]))
         return Message(RecordDict(), reply_to=message)
 
     @app.query()
@@ -53,12 +53,12 @@ def test_every_message_reaches_its_node_and_is_answered() -> None:
     grid = InProcessGrid(app, 3, replied=replied.append)
     assert list(grid.get_node_ids()) == [1, 2, 3]
     list(grid.receive([Message(RecordDict(), 1, "query")]))
-    assert replied == [], "an introduction is no progress of a round"
+    assert replied == [], "an introduction must not count as progress"
     messages = [Message(RecordDict(), node, "train") for node in (3, 1)]
     answers = list(grid.receive(messages))
     assert [answer.metadata.src_node_id for answer in answers] == [3, 1]
     assert [answer.metadata.reply_to_message_id for answer in answers] == [m.metadata.message_id for m in messages]
-    assert (asked, replied) == ([2, 0], [1, 2])
+    assert (calls, replied) == ([2, 0], [1, 2])
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_run_is_submitted_with_flwr_run_and_relayed_by_the_server_app(
         assert [answer.metadata.src_node_id for answer in answers] == [702, 700, 701]
         assert [answer.has_error() for answer in answers] == [False, True, False]
         assert answers[0].content.config_records["site"]["name"] == "site-1"
-        assert not engine.grid.replies, "each was fetched once"
+        assert not engine.grid.replies, "each reply must be fetched once"
         engine.grid.answer = lambda *_: None
         assert list(grid.receive([Message(RecordDict(), 700, "train")], timeout=0.05)) == []
         engine.grid.answer = engine.answer
@@ -136,17 +136,17 @@ def test_run_is_submitted_with_flwr_run_and_relayed_by_the_server_app(
         local_engine.run_on_flower(run_lead, compose_ray("runtime.device=auto"), tmp_path, tmp_path / "sites") is STATE
     )
     assert engine.grid.asked == [(701, "query"), (702, "query")]
-    (path, said), (superlink, run) = sealed[0], engine.started
+    (path, content), (superlink, run) = sealed[0], engine.started
     assert not path.exists()
-    assert (said["folder"], said["started_in"]) == (str(tmp_path), os.getcwd())
-    assert said["config"]["runtime"]["sites_per_gpu"] == 2, "sites know how many share a GPU's memory"
+    assert (content["folder"], content["started_in"]) == (str(tmp_path), os.getcwd())
+    assert content["config"]["runtime"]["sites_per_gpu"] == 2, "sites must know how many share a GPU's memory"
     assert run[0][:2] == ("flwr", "run")
     assert run[0][3:6] == ("local", "--stream", "--run-config")
     assert (run[0][6], superlink[0][0]) == (f'run="{path}"', "flower-superlink")
     assert run[1]["NO_PROXY"] == run[1]["no_proxy"] == "hub.example.org,127.0.0.1"
     assert run[1]["RAY_ADDRESS"] == "local"
     assert Path(run[1]["FLWR_HOME"]).parent == tmp_path
-    assert not Path(run[1]["FLWR_HOME"]).exists(), "nothing of Flower's stays but its log"
+    assert not Path(run[1]["FLWR_HOME"]).exists(), "only Flower's log may remain"
     assert run[1]["FLWR_TELEMETRY_ENABLED"] == "0"
 
 
@@ -155,7 +155,7 @@ def test_run_error_keeps_its_type(compose_ray: Any, engine: Engine, error: Any, 
     with pytest.raises(type(error)) as raised:
         local_engine.run_on_flower(Mock(side_effect=error), compose_ray(), tmp_path, tmp_path / "sites")
     assert raised.value is error
-    assert not engine.thread.is_alive(), "the ServerApp ends when the lead does"
+    assert not engine.thread.is_alive(), "the ServerApp must end with the lead"
 
 
 @pytest.mark.parametrize("fails", ["flower-superlink", "flwr", "in the run"])
@@ -194,15 +194,15 @@ def test_gpu_share_lets_all_sites_train_in_parallel(
 
 def test_federation_config_sets_nodes_and_actor_resources(compose_ray: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(local_engine, "count_usable_cores", lambda: 4)
-    told = partial(local_engine.format_federation_config, share=0.5)
+    describe = partial(local_engine.format_federation_config, share=0.5)
     here = "num-supernodes=2 client-resources-num-gpus=0.5 init-args-num-cpus={} client-resources-num-cpus={}"
-    assert told(compose_ray()) == here.format(4, 2)
-    assert told(compose_ray("runtime.num_threads=9")) == here.format(9, 9), "one actor has room"
+    assert describe(compose_ray()) == here.format(4, 2)
+    assert describe(compose_ray("runtime.num_threads=9")) == here.format(9, 9), "only one actor has enough cores"
     secure = ("federation.participants=[]", "federation.aggregation=secure", "training.local_steps=1")
-    assert told(compose_ray(*secure)) == here.format(4, 4).replace("supernodes=2", "supernodes=3"), (
-        "one actor has all keys"
+    assert describe(compose_ray(*secure)) == here.format(4, 4).replace("supernodes=2", "supernodes=3"), (
+        "one actor must have all keys"
     )
-    cluster = told(compose_ray("runtime.ray_address=10.1.2.3:6379"))
+    cluster = describe(compose_ray("runtime.ray_address=10.1.2.3:6379"))
     assert cluster == "num-supernodes=2 client-resources-num-gpus=0.5 client-resources-num-cpus=2"
 
 
@@ -212,7 +212,7 @@ def test_actor_answers_only_for_its_own_run(compose_ray: Any, tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
     sys.modules["ray"].is_initialized = lambda: True  # type: ignore[attr-defined]
     file = tmp_path / "simulation.json"
-    asked = {"config": compose_ray().to_json(), "folder": str(tmp_path), "started_in": "/", "fedtune": __version__}
+    content = {"config": compose_ray().to_json(), "folder": str(tmp_path), "started_in": "/", "fedtune": __version__}
 
     def name() -> str:
         context = Context(1, 7, {"partition-id": 1}, state=RecordDict(), run_config={"run": str(file)})
@@ -224,13 +224,13 @@ def test_actor_answers_only_for_its_own_run(compose_ray: Any, tmp_path: Path, mo
         ({"started_in": "/nowhere"}, r"cannot read /nowhere \(No such file"),
         ({"fedtune": "0.0.1"}, rf"has fedtune {__version__}, but the lead has 0\.0\.1"),
     ):
-        file.write_text(json.dumps(asked | change))
+        file.write_text(json.dumps(content | change))
         with pytest.raises(RunError, match=message):
             name()
-    file.write_text(json.dumps(asked))
+    file.write_text(json.dumps(content))
     assert (name(), os.getcwd()) == ("site-3", "/")
     sys.modules["ray"].is_initialized = lambda: False  # type: ignore[attr-defined]
-    with pytest.raises(SiteUnavailable):  # a SuperNode has the socket alone, whatever its configuration and the run say
+    with pytest.raises(SiteUnavailable):  # a SuperNode has only the socket, whatever the run contains
         name()
 
 

@@ -56,7 +56,7 @@ def test_contents_round_trip_through_the_socket_format(name: str, adapter: Adapt
         RecordDict({"c": ConfigRecord({"a": 1.0})}),
         RecordDict({"c": ConfigRecord({"a": ["x"]})}),
     ],
-    ids=["metrics", "an array of numbers", "a number", "a list"],
+    ids=["metrics", "numeric array", "a number", "a list"],
 )
 def test_unsupported_record_contents_are_refused(content: RecordDict) -> None:
     with pytest.raises(ValueError, match=r"^(metric records are|the record is not|a value is neither) "):
@@ -112,7 +112,7 @@ def test_message_is_answered_over_a_socket_open_to_user_and_group(site: Site) ->
     assert site.is_answering()
     assert stat.S_IMODE(site.path.stat().st_mode) == 0o660
     large = RecordDict({"a": record_from_bytes(os.urandom(5 << 20))})
-    assert ask_site(str(site.path), "query.end", 1.0, large) == large, "more than a socket holds at once"
+    assert ask_site(str(site.path), "query.end", 1.0, large) == large, "it must exceed the socket's buffer"
     assert site.asked == ["train", "query.end"]
 
 
@@ -158,9 +158,9 @@ def test_malformed_bytes_close_one_connection_with_one_log_line(
         line.settimeout(10)
         line.sendall(HOSTILE[name])
         line.shutdown(socket.SHUT_WR)
-        with suppress(ConnectionResetError):  # some of it was not even read
-            assert line.recv(1) == b"", "it is closed without an answer"
-    assert site.is_answering(), "the next one is answered"
+        with suppress(ConnectionResetError):  # part of the input was not read
+            assert line.recv(1) == b"", "the connection must close without an answer"
+    assert site.is_answering(), "the next connection must be answered"
     assert site.asked == ["train"]
     (record,) = caplog.records
     assert record.getMessage().startswith("a connection to the socket was closed (")
@@ -225,9 +225,9 @@ def test_unprivileged_user_is_accepted_only_with_the_group(caplog: pytest.LogCap
         return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
 
     with TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)  # another user reaches the socket
+        Path(folder).chmod(0o755)  # so that another user can reach the socket
         with Site(Path(folder) / "site.sock") as site:
-            assert "PermissionError" in ask_as_nobody(site, 4321), "the file's mode alone keeps others out"
+            assert "PermissionError" in ask_as_nobody(site, 4321), "the file mode alone must keep other users out"
             os.chmod(site.path, 0o666)
             os.chown(site.path, -1, 4321)
             assert (ask_as_nobody(site, 4321), site.asked) == ("1", ["train"])

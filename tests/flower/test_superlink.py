@@ -26,7 +26,7 @@ from . import loopback
 from .certificates import Authority, to_public_pem
 from .loopback import Loopback, Program, wait_for
 
-pytestmark = pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # in Flower's database
+pytestmark = pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # from Flower's database
 
 AUDIT = AuditLog(None)
 
@@ -41,20 +41,20 @@ def own_network(tmp_path: Path) -> Iterator[Loopback]:
 
 @pytest.fixture(scope="module")
 def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
-    """A running server that the tests leave running."""
+    """A server shared by tests that do not stop it."""
     with loopback.run_server(tmp_path_factory.mktemp("running"), add_member=["a"]) as network:
         yield network
 
 
 def test_keyboard_interrupt_ends_the_server_with_exit_code_0(own_network: Loopback) -> None:
-    # SIGTERM is tried below.
+    # SIGTERM is tested below.
     own_network.start()
     site = own_network.site("a")
     site.wait_for("activated")
     own_network.process.signal(signal.SIGINT)
     assert own_network.process.end(seconds=15) == 0
     site.wait_for("trouble")
-    assert site.code is None, "a site outlives its server"
+    assert site.code is None, "a site must outlive its server"
     assert "Traceback" not in own_network.output
 
 
@@ -76,16 +76,16 @@ def test_unreadable_roster_leaves_registered_sites_unchanged(running_server: Loo
 
 
 def test_full_disk_is_reported_and_greetings_still_work(running_server: Loopback) -> None:
-    said, (soft, hard) = (
+    message, (soft, hard) = (
         running_server.folder / "works",
         resource.prlimit(running_server.process.pid, resource.RLIMIT_FSIZE),
     )
 
     def says(text: str) -> None:
-        wait_for(lambda: said.exists() and said.read_text() == text, seconds=15, what=text)
+        wait_for(lambda: message.exists() and message.read_text() == text, seconds=15, what=text)
 
     says("True")
-    # No file may grow beyond 1 KiB, which is how a full disk looks to a database.
+    # No file may grow beyond 1 KiB, which a database sees as a full disk.
     resource.prlimit(running_server.process.pid, resource.RLIMIT_FSIZE, (1024, hard))
     says("False")
     assert ask_site_name(running_server.address, running_server.tls["a"]) == "a"
@@ -117,15 +117,15 @@ def test_server_creates_its_database_and_logs_connections(own_network: Loopback)
 
 @pytest.mark.nightly
 def test_flower_telemetry_is_disabled() -> None:
-    # Flower reads the variable when it is imported, and would call home at every start.
+    # Flower reads the variable on import, and would otherwise send telemetry at every start.
     code = "import fedtune.ops.wire.superlink, flwr.supercore.telemetry as t; print(t.FLWR_TELEMETRY_ENABLED)"
-    asked = {**os.environ, "FLWR_TELEMETRY_ENABLED": "1"}
-    done = subprocess.check_output([sys.executable, "-W", "ignore", "-c", code], env=asked, text=True, timeout=60)
+    environment = {**os.environ, "FLWR_TELEMETRY_ENABLED": "1"}
+    done = subprocess.check_output([sys.executable, "-W", "ignore", "-c", code], env=environment, text=True, timeout=60)
     assert done.strip() == "0"
 
 
 def read_state(folder: Path) -> LinkState:
-    """Read a server's state at its start."""
+    """Read a server's state as at its start."""
     _, factory = get_objectstore_linkstate_factories(str(folder / "state.db"), get_federation_manager(False))
     return factory.state()
 
@@ -156,7 +156,8 @@ def test_only_the_revoked_site_is_removed(state: LinkState, roster: list[Any], t
     apply_roster(state, [change_member(a, revoked=True), b], AUDIT)
     assert list_registered(state) == {"b": first["b"]}
     assert state.get_node_id_by_public_key(a.node_key) is None
-    # An old roster that was copied by mistake burns no key: Flower never takes one back, nor does the next server.
+    # An old roster copied by mistake revokes no key: Flower never accepts a revoked key again, nor does the next
+    # server.
     state = read_state(tmp_path)
     apply_roster(state, [], AUDIT)
     assert list_registered(state) == {"b": first["b"]}
@@ -213,7 +214,7 @@ def test_audit_event_is_one_line_readable_only_by_its_owner(path: Path, audit: A
     assert line == {"event": "call refused", "address": "10.0.0.7", "member": "north", "reason": "revoked"}
     assert path.stat().st_mode & 0o777 == 0o600
     audit.log_event("connected", certificate="x" * 100_000)
-    assert path.stat().st_size < 1000, "a long name is cut"
+    assert path.stat().st_size < 1000, "a long name must be truncated"
 
 
 def test_repeated_audit_events_are_counted(path: Path, audit: AuditLog, clock: Mock) -> None:
@@ -226,7 +227,7 @@ def test_repeated_audit_events_are_counted(path: Path, audit: AuditLog, clock: M
     counted = [("10.0.0.7", None), ("10.0.0.8", None), ("10.0.0.7", 4999)]
     assert [(line["address"], line.get("again")) for line in read_lines(path)] == counted
     audit.log_event("call refused", address="10.0.0.7", reason="revoked")
-    assert len(read_lines(path)) == 4, "it is news again"
+    assert len(read_lines(path)) == 4, "after the interval it must be logged again"
 
 
 def test_audit_log_is_limited_for_many_addresses(path: Path, audit: AuditLog, clock: Mock) -> None:

@@ -1,4 +1,4 @@
-"""Small inputs that stand for much: each is parsed in this process, which reports what memory that took.
+"""Small inputs that expand to large ones: each is parsed in this process, which reports the memory used.
 
 python -m tests.fuzz.bombs
 """
@@ -18,12 +18,12 @@ from .targets import TARGETS
 
 MIB = 1 << 20
 MAX_MIB = 100
-"""By so much may a process grow."""
+"""The most MiB by which a process may grow."""
 
 
 def main() -> None:
-    """Print one JSON line for each bomb: its name, its size in bytes, and by how many MiB the process grew."""
-    # A way out, should one of them go off: far above what the imports take, far below what the bombs stand for.
+    """Print one JSON line for each bomb: its name, its size in bytes, and the growth of the process in MiB."""
+    # A safety limit, far above what the imports need, and far below what the bombs expand to.
     resource.setrlimit(resource.RLIMIT_AS, (24 << 30, 24 << 30))
     seeds.run_folder()
     for name, target, data in list_bombs():
@@ -34,8 +34,8 @@ def main() -> None:
 
 
 def list_bombs() -> Iterator[tuple[str, Target, bytes]]:
-    """Name, target and input of each."""
-    # Twice what a process may grow by: more would show no more, and takes its time to unpack.
+    """List the name, target and input of each bomb."""
+    # Twice the allowed growth: more would show no more, and takes time to unpack.
     member, members = gzip.compress(b"a" * (16 * MIB), mtime=0), 2 * MAX_MIB // 16
     quoted = gzip.compress(b'body,kind\n"', mtime=0)
     for name, data in (

@@ -51,7 +51,7 @@ _OURS, _OF_ALL = (ConfigError, RunError), (FedtuneError,)
 
 
 def _build_manifest(index: Path) -> object:
-    """The manifest of a folder that this index of shards lies in."""
+    """Build the manifest of a folder that contains this index of shards."""
     with TemporaryDirectory() as scratch:
         for name in ("config.json", "a.safetensors", "b.safetensors"):
             Path(scratch, name).write_text("{}")
@@ -60,7 +60,7 @@ def _build_manifest(index: Path) -> object:
 
 
 def _parse_as_file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
-    """Parse bytes as the content of a file of its own."""
+    """Parse bytes as the content of a separate file."""
 
     def parse(data: bytes) -> object:
         path = seeds.make_folder() / "files" / name
@@ -100,7 +100,7 @@ def _read_run_file(name: str) -> bytes:
 
 
 def _read_ledger(path: Path) -> None:
-    """Read by its owner, which opens it for training, and by others, who verify it."""
+    """Read a ledger as its owner does, who opens it for training, and as others do, who verify it."""
     problems = []
     for read in (
         lambda: verify(path).history.count_total_charges(),
@@ -115,14 +115,14 @@ def _read_ledger(path: Path) -> None:
 
 
 def _list_valid_events() -> Any:
-    """Those of the valid ledger, as plain data."""
+    """List the events of the valid ledger as plain data."""
     seeds.make_ledger()
     events = verify(seeds.make_folder() / "seed" / "ledger.db").events
     return json.loads(json.dumps([asdict(event) for event in events]))
 
 
 def _resign_body(data: bytes) -> None:
-    """A ledger whose owner writes into it what it likes, and signs that: whoever verifies it must not fall over."""
+    """Make a ledger into which its owner wrote and signed arbitrary content: verification must not crash."""
     rows, before = list[list[object]](), START
     try:
         for fields in json.loads(data):
@@ -132,7 +132,7 @@ def _resign_body(data: bytes) -> None:
             values["signature"] = seeds.key(2).sign(EVENT, before.encode())
             rows.append([*values.values()])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return  # nothing that the file could hold
+        return  # the file cannot contain this value
     path = seeds.make_folder() / "signed_anew.db"
     path.unlink(missing_ok=True)
     file = sqlite3.connect(path, isolation_level=None)
@@ -182,7 +182,7 @@ def _parse_in_saved_set(name: str) -> Callable[[bytes], object]:
 
 
 def _show_waiting(data: bytes) -> object:
-    """What a person is shown who is to approve a run."""
+    """List the pending runs as shown to the person who approves them."""
     state = SiteState(seeds.make_folder() / "state")
     (state.folder / "pending").mkdir(parents=True, exist_ok=True)
     (state.folder / "pending" / "run.json").write_bytes(data)
@@ -227,7 +227,7 @@ _RECEIPTS = {
 
 
 def _feed_yaml(valid: Callable[[], bytes]) -> Callable[[], st.SearchStrategy[bytes]]:
-    """JSON is YAML, but for numbers that only one of them knows."""
+    """Yield mutated JSON as YAML, except for numbers that only one of the formats has."""
     return lambda: mutate_json(yaml.safe_load(valid())) | mutate_bytes(valid()) | st.binary(max_size=64)
 
 
@@ -238,7 +238,7 @@ def _feed_run_file(name: str) -> Callable[[], Any]:
 def _feed_json(
     name: str, valid: Any, parse: Callable[[bytes], object], errors: Any = _OURS, *, cost: int = 1
 ) -> Target:
-    """`valid` is such JSON, or makes it."""
+    """Yield mutated JSON; `valid` is such JSON, or a function that makes it."""
     return Target(name, mutate_json_like(valid if callable(valid) else lambda: valid), parse, errors, cost)
 
 

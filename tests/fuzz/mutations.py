@@ -1,4 +1,4 @@
-"""Broken versions of what is valid: bytes with edits, JSON and TOML with other values in some places."""
+"""Mutations of valid inputs: bytes with edits, and JSON and TOML with changed values."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 _DEEP, _DIGITS = "@deep@", "@digits@"
 _RAW = {f'"{_DEEP}"': "[" * 50_000, f'"{_DIGITS}"': "9" * 5_000}
-"""What no JSON writer writes: nesting without end, and an integer of thousands of digits."""
+"""Values that no JSON writer produces: extremely deep nesting, and an integer of thousands of digits."""
 ODD_VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 1 << 31, 1 << 53, 1 << 63, 10**30, 10**400),
     *(0.5, -0.0, 1e-320, 1e308, math.inf, math.nan),
@@ -27,7 +27,7 @@ ODD_TOML = (
 
 @st.composite
 def mutate_json(draw: st.DrawFn, valid: Any) -> bytes:
-    """JSON like `valid` with one to three places changed, removed, added or exchanged."""
+    """Mutate JSON: one to three places are changed, removed, added or exchanged."""
     holder = [copy.deepcopy(valid)]
     for _ in range(draw(st.integers(1, 3))):
         places = list(_list_places(holder))
@@ -50,7 +50,7 @@ def mutate_json(draw: st.DrawFn, valid: Any) -> bytes:
 
 @st.composite
 def mutate_bytes(draw: st.DrawFn, valid: bytes) -> bytes:
-    """Bytes like `valid` with one to four edits."""
+    """Mutate bytes with one to four edits."""
     data = bytearray(valid)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(0, min(len(data), draw(st.sampled_from((64, 1 << 30)))) - 1)))
@@ -61,7 +61,7 @@ def mutate_bytes(draw: st.DrawFn, valid: bytes) -> bytes:
                 del data[at:]
             case "insert":
                 data[at:at] = draw(st.binary(min_size=1, max_size=16))
-            case "number":  # a length or a count, in the sizes and orders that formats use
+            case "number":  # a length or a count, in the sizes and byte orders of the formats
                 form = draw(st.sampled_from(("<I", "<Q", ">I", ">H")))
                 most = (1 << 8 * struct.calcsize(form)) - 1
                 number = draw(st.sampled_from((0, 1, most, most >> 1, 1 << 14, most - 7)))
@@ -75,7 +75,7 @@ def mutate_bytes(draw: st.DrawFn, valid: bytes) -> bytes:
 
 @st.composite
 def mutate_toml(draw: st.DrawFn, valid: str) -> bytes:
-    """TOML like `valid` with one to three lines changed, removed or repeated."""
+    """Mutate TOML: one to three lines are changed, removed or repeated."""
     lines = valid.splitlines()
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(lines) - 1))
@@ -95,7 +95,7 @@ def mutate_toml(draw: st.DrawFn, valid: str) -> bytes:
 
 
 def _list_places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every (container, key) inside `value`, outermost first."""
+    """List every (container, key) inside `value`, outermost first."""
     keys = list(value) if isinstance(value, dict) else range(len(value))
     for key in keys:
         yield value, key
@@ -110,15 +110,15 @@ def _draw_small_value() -> st.SearchStrategy[Any]:
 
 
 def mutate_json_like(valid: Callable[[], Any]) -> Callable[[], st.SearchStrategy[bytes]]:
-    """Broken versions of JSON, which is made when it is asked for."""
+    """Yield mutations of JSON, which is built on first use."""
     return lambda: mutate_json(valid()) | mutate_bytes(json.dumps(valid()).encode()) | st.binary(max_size=64)
 
 
 def mutate_bytes_like(valid: Callable[[], bytes]) -> Callable[[], st.SearchStrategy[bytes]]:
-    """The same of bytes."""
+    """Yield mutations of bytes, which are built on first use."""
     return lambda: mutate_bytes(valid()) | st.binary(max_size=64)
 
 
 def mutate_toml_like(valid: Callable[[], str]) -> Callable[[], st.SearchStrategy[bytes]]:
-    """The same of TOML."""
+    """Yield mutations of TOML, which is built on first use."""
     return lambda: mutate_toml(valid()) | st.binary(max_size=64)

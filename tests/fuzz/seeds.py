@@ -1,4 +1,4 @@
-"""Something valid of every kind that is parsed, made once."""
+"""A valid input of each kind that is parsed, each built once."""
 
 import json
 import tempfile
@@ -26,29 +26,29 @@ from ..sites.conftest import make_letters
 
 @cache
 def make_folder() -> Path:
-    """Where files of this process lie."""
+    """Make the folder for files of this process."""
     return Path(tempfile.mkdtemp(prefix="fedtune-fuzz-"))
 
 
 key = make_key
-"""1 is the lead's, 2 the site's."""
+"""Key 1 is the lead's, key 2 the site's."""
 
 
 @cache
 def make_config() -> RunConfig:
-    """A run over two sites, as the lead has it."""
+    """Make the lead's configuration of a run over two sites."""
     return make_letters(runtime={"seeded_noise": False})
 
 
 @cache
 def make_settings() -> dict[str, Any]:
-    """What of it the sites are sent."""
+    """Make the settings that the sites receive."""
     sent: dict[str, Any] = json.loads(json.dumps(select_settings_for_sites(make_config()).to_json()))
     return sent
 
 
 def list_decisive_settings() -> str:
-    """What of that its digest, which the run's name holds, is made of."""
+    """List the settings covered by their digest, which is a part of the run's name."""
     return json.dumps(select_settings_for_sites(make_config()).decisive(), sort_keys=True)
 
 
@@ -102,7 +102,7 @@ def reply() -> Reply:
 
 @cache
 def make_ledger() -> bytes:
-    """The file of a ledger with two charged rounds; its anchor lies beside it as ledger.anchor."""
+    """Make the file of a ledger with two charged rounds; its anchor is next to it as ledger.anchor."""
     path = make_folder() / "seed" / "ledger.db"
     path.parent.mkdir()
     opened = SiteLedger(path, make_policy(), key(2), anchor=path.with_suffix(".anchor"))
@@ -112,7 +112,7 @@ def make_ledger() -> bytes:
 
 @cache
 def anchor() -> dict[str, Any]:
-    """The anchor of `ledger`."""
+    """Make the anchor of `ledger`."""
     make_ledger()
     fields: dict[str, Any] = json.loads((make_folder() / "seed" / "ledger.anchor").read_bytes())
     return fields
@@ -120,7 +120,7 @@ def anchor() -> dict[str, Any]:
 
 @cache
 def run_folder() -> Path:
-    """A finished run of the smallest kind, with a report."""
+    """Make a finished run of the smallest kind, with a report."""
     import fedtune
     from fedtune.report import from_run, signing
 

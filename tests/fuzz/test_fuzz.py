@@ -1,4 +1,4 @@
-"""Whatever comes from outside is understood or refused in our own words: never another exception, never a hang."""
+"""External input is accepted, or refused with our own error message: never another exception, never a hang."""
 
 import json
 import os
@@ -17,11 +17,11 @@ from .target import Target
 from .targets import TARGETS
 
 EXAMPLES, EXAMPLES_AT_NIGHT = 30, 3_000
-"""Of each target.  The same ones every time by day; others each night."""
+"""Inputs per target: the same every time by day, and different ones each night."""
 
 
 def fuzz_target(target: Target, *, examples: int, always_the_same: bool) -> int:
-    """Give the target's parser so many broken inputs; a failure names the smallest one found.  Returns their number."""
+    """Pass mutated inputs to the target's parser, and return their number; a failure names the smallest one found."""
     seen: list[int] = []
 
     def check(data: bytes) -> None:
@@ -56,7 +56,7 @@ FOUND = (
     *(("config.yaml", b"[" * 5_000), ("config.yaml", b"x: 2024-99-99"), ("answers.json", b"[1]")),
     *(("how records were dealt out", b"[]"), ("how records were dealt out", b"{}")),
 )
-"""What was found once, and is mended."""
+"""Earlier findings, which are fixed."""
 
 
 @pytest.mark.parametrize(("name", "data"), FOUND, ids=lambda value: value if isinstance(value, str) else "")
@@ -89,7 +89,7 @@ def test_fuzzing_detects_an_undeclared_error() -> None:
 
 @pytest.mark.nightly
 def test_expanding_inputs_use_bounded_memory() -> None:
-    """Inputs of a few kilobytes that stand for gigabytes take no more memory than they are worth."""
+    """Inputs of a few kilobytes that would expand to gigabytes use only bounded memory."""
     done = run_forked(
         [sys.executable, "-m", "tests.fuzz.bombs"],
         cwd=Path(__file__).parents[2],

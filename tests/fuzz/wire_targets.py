@@ -1,4 +1,4 @@
-"""What arrives over the network: a server's requests at a site, sites' answers at the server, calls at its gate."""
+"""Network input: a server's requests at a site, sites' answers at the server, and calls at its gate."""
 
 import asyncio
 import hashlib
@@ -36,12 +36,12 @@ from .target import Target
 
 
 def _decode_text(data: bytes) -> str:
-    """As a text of Flower's arrives; halves of surrogate pairs too, which a caller in this process could give."""
+    """Decode a text as Flower does, including lone surrogates, which a caller in this process could send."""
     return data.decode("utf-8", "surrogateescape")
 
 
 def _parse_signed(kind: type[RoundRequest | EndOfRun]) -> Callable[[bytes], object]:
-    """Parse bytes as such a word of the lead, which signed them."""
+    """Parse bytes as a message of this kind, signed by the lead."""
     return lambda data: kind.from_signed(
         Signed(text=_decode_text(data), signature=seeds.key(1).sign(kind.purpose, data))
     )
@@ -52,7 +52,7 @@ def _parse_unsigned_request(data: bytes) -> object:
 
 
 def _answer_request(data: bytes) -> None:
-    """A site answers whatever it is asked, and without the text of an exception."""
+    """Check that a site answers any request, without the text of an exception."""
 
     def refuse_settings(request: RoundRequest) -> PreparedRun:
         raise Refused(Reason.BASE_MODEL_MISSING)
@@ -64,7 +64,7 @@ def _answer_request(data: bytes) -> None:
     )
     reply = answer(site, signed, seeds.make_adapter())
     assert isinstance(reply.body, Refusal)
-    assert reply.body.reason is not Reason.SITE_ERROR, "an error of ours"
+    assert reply.body.reason is not Reason.SITE_ERROR, "fedtune itself failed"
 
 
 def _read_settings(data: bytes) -> object:
@@ -72,7 +72,7 @@ def _read_settings(data: bytes) -> object:
 
 
 def _read_adapter(data: bytes) -> object:
-    """Bytes in the place of an adapter, as they travel."""
+    """Parse bytes as an adapter in its transfer format."""
     return flower_records.to_adapter(RecordDict({flower_records.ADAPTER: record_from_bytes(data)}))
 
 
@@ -91,7 +91,7 @@ def _read_receipt(data: bytes) -> object:
 
 
 def _read_records(data: bytes) -> None:
-    """A message with other records than the keys promise; each reader says so, or reads."""
+    """Read a message whose records do not match its keys; each reader must refuse or read it."""
     kinds = (
         ConfigRecord({"json": _decode_text(data)}),
         ConfigRecord({"x": 1}),
@@ -112,7 +112,7 @@ def _read_records(data: bytes) -> None:
 
 
 def _call_gate(data: bytes) -> None:
-    """One call: a first byte chooses the path, headers follow line by line, the rest is the body."""
+    """Make one call: the first byte selects the path, headers follow line by line, and the rest is the body."""
     lines = data.split(b"\n")
     paths = (HELLO, "/v1/fleet/pull-messages", "/v1/control/start-run", "/v1/runtime/get-nodes", "/", "/docs")
     path = paths[data[0] % len(paths)] if data else ""
@@ -120,7 +120,7 @@ def _call_gate(data: bytes) -> None:
     sent: list[MutableMapping[str, Any]] = []
 
     async def fail_on_call(scope: Any, receive: Any, send: Any) -> None:
-        raise AssertionError("a broken call came through")
+        raise AssertionError("a broken call was accepted")
 
     async def receive() -> MutableMapping[str, Any]:
         return {"type": "http.request", "body": lines[-1], "more_body": False}
@@ -129,7 +129,7 @@ def _call_gate(data: bytes) -> None:
         sent.append(message)
 
     member = SimpleNamespace(site="north", node_key=b"unknown", revoked=False)
-    rules: Any = None  # no call gets there
+    rules: Any = None  # no call gets this far
     gate = Gate(fail_on_call, lead=seeds.key(3).public, roster=lambda: [member], rules=rules, audit=AuditLog(None))
     asyncio.run(gate({"type": "http", "path": path, "headers": headers}, receive, send))
     assert sent[0]["status"] in (401, 403, 404)
@@ -145,7 +145,7 @@ def _make_gate_seed() -> bytes:
 
 
 def _parse_join_request(data: bytes) -> object:
-    """Signed again by the site after the change, as somebody who means harm would do."""
+    """Parse a join request that the site signed again after the change, as an attacker would."""
     try:
         fields = json.loads(data)
         unsigned = {key: value for key, value in fields.items() if key != "signature"}
@@ -153,12 +153,12 @@ def _parse_join_request(data: bytes) -> object:
         signature = seeds.key(2).sign(PURPOSE, canonical)
         data = json.dumps({**fields, "signature": signature}).encode()
     except (ValueError, RecursionError, TypeError, AttributeError):
-        pass  # no JSON object: as it is
+        pass  # not a JSON object: left unchanged
     return JoinRequest.parse_request(data)
 
 
 def join_request() -> Path:
-    """The file of a site that wants to join."""
+    """Make the join request file of a site."""
     path = seeds.make_folder() / "joining" / "site.toml"
     if not path.exists():
         path.parent.mkdir()
@@ -168,7 +168,7 @@ def join_request() -> Path:
 
 
 def _update_headers() -> st.SearchStrategy[bytes]:
-    """Updates with other headers."""
+    """Yield updates with mutated headers."""
     body = b"".join(value.tobytes() for value in seeds.make_adapter().tensors.values())
     headers = mutate_json(json.loads(seeds.update()._encode_parts()[0]))
     return headers.map(lambda header: b"fedtune-update-2\n" + struct.pack("<Q", len(header)) + header + body)

@@ -1,7 +1,7 @@
 """Write `tests/kept/VERSION.tar.xz`, the files of the installed version: a run folder with its ledgers, reports and
 adapter, and a federation's kits.
 
-Run `python -m tests.kept` only while that version is not released: later versions must read the archive as it is.
+Run `python -m tests.kept` only while that version is unreleased: later versions must read the archive unchanged.
 """
 
 import json
@@ -20,7 +20,7 @@ from ..ops.conftest import Desk
 
 ARCHIVE = Path(__file__).with_name(f"{__version__}.tar.xz")
 RENDERED = (".html", ".svg", "README.md")
-"""Files that are drawn from a report: their words may change within a version, and no later version reads them."""
+"""Files rendered from a report: their wording may change within a version, and no later version reads them."""
 
 
 def write_run(folder: Path) -> None:
@@ -48,7 +48,7 @@ def write_kits(folder: Path) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # so that the run's settings name no folder of this machine
+        os.chdir(folder)  # so that the run's settings contain no local folder
         write_run(Path())
         write_kits(Path())
         with tarfile.open(ARCHIVE, "w:xz") as archive:

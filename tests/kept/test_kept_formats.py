@@ -1,4 +1,4 @@
-"""What a released version wrote is read by this one, and gives the figures that it gave then."""
+"""Files written by released versions can be read, and give the figures that they gave then."""
 
 import json
 import tarfile
@@ -20,7 +20,7 @@ ARCHIVES = sorted(Path(__file__).parent.glob("*.tar.xz"))
 
 @pytest.fixture(scope="module", params=ARCHIVES, ids=lambda path: path.name.removesuffix(".tar.xz"))
 def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of one version, which tests of this module may read but not change."""
+    """The files of one version, which tests of this module may read but must not change."""
     folder = tmp_path_factory.mktemp("kept")
     with tarfile.open(request.param) as archive:
         archive.extractall(folder, filter="data")

@@ -19,12 +19,12 @@ from fedtune.tasks.task_model import TaskModel
 
 from ..builders import build_copy, set_random_values
 
-# More threads than one only get in each other's way in models this small.
+# In models this small, several threads only slow each other down.
 torch.set_num_threads(1)
 
 LABELS = ("card_arrival", "exchange_rate", "lost_card")
 TEXTS = {"pairs": 2, "triplets": 3}
-"""What stands for task embedding with so many texts a record."""
+"""Test names of the embedding task, by the number of texts per record."""
 
 
 def declare_labels(task: str) -> dict[str, Any]:

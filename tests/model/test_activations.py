@@ -47,9 +47,9 @@ def test_row_by_row_activation_is_bitwise_batch_invariant(name: str, threads: No
 
 
 def test_some_plain_activations_depend_on_the_batch() -> None:
-    # Where no CPU of this kind shows the fault any more, nothing is lost, and this may go.
+    # This test can be deleted once no CPU of this kind shows the fault.
     found = [name for name in NAMES if any(has_moved(ACT2FN[name], shape) for shape in WIDTHS)]
-    assert found, "torch rounds all elements of a tensor alike"
+    assert found, "torch now rounds all elements of a tensor alike"
 
 
 def test_every_activation_of_a_loaded_model_is_row_by_row() -> None:

@@ -40,7 +40,7 @@ def test_tiny_tokenizer_round_trips_any_text(spec: ModelSpec) -> None:
     text = "Grüße_an 7 €\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True).strip() == text.strip()
     assert max(tokenizer(text)["input_ids"]) < load_base(spec).config.vocab_size
-    assert spec == BERT or tokenizer.pad_token_id == tokenizer.eos_token_id, "as chat models do"
+    assert spec == BERT or tokenizer.pad_token_id == tokenizer.eos_token_id, "chat models share this id"
 
 
 def test_local_folder_loads_the_same_frozen_model_silently(folder: Path, capfd: Any) -> None:
@@ -152,7 +152,7 @@ def test_expanded_gguf_weights_produce_bitwise_equal_logits(
     sha256 = hashlib.sha256(quantized_model.read_bytes()).hexdigest()
     spec = ModelSpec(path=str(quantized_model.parent), gguf_file=quantized_model.name, sha256=sha256)
     original = base_model.load_gguf(quantized_model)
-    capfd.readouterr()  # a progress bar of the library, which `load_base` hides
+    capfd.readouterr()  # a library's progress bar, which `load_base` hides
     monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "cache"))
     expanded = load_base(spec, predicts_tokens=True)
     monkeypatch.setattr("fedtune.model.base_model.load_gguf", lambda _: pytest.fail("the cache was not used"))
@@ -164,7 +164,7 @@ def test_expanded_gguf_weights_produce_bitwise_equal_logits(
         again = load_base(spec, predicts_tokens=True)
         assert torch.equal(logits, again(token_ids).logits)
         unquantized = build_tiny_base("random:llama", predicts_tokens=True)(token_ids).logits
-        assert not torch.allclose(logits[..., :-1], unquantized), "four bits a weight are fewer"
+        assert not torch.allclose(logits[..., :-1], unquantized), "quantization must change the logits"
     assert expanded.get_output_embeddings().weight is expanded.get_input_embeddings().weight
     assert capfd.readouterr() == ("", "")
     assert [path.name[:8] for path in (tmp_path / "cache" / "gguf").iterdir()] == [sha256[:8]]
@@ -177,7 +177,7 @@ def test_invalid_gguf_file_raises_a_one_line_error_without_cache_entry(tmp_path:
         expand_gguf(file, sha256="ab", cache=tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "cache" / "gguf").iterdir()) == []
-    with pytest.raises(ConfigError, match=r"model\.cache_dir"):  # a file where the folder should be
+    with pytest.raises(ConfigError, match=r"model\.cache_dir"):  # a file instead of a folder
         expand_gguf(tmp_path / "x.gguf", sha256="ab", cache=file)
 
 

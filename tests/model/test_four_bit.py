@@ -37,15 +37,16 @@ def quantize_module(module: nn.Module) -> FourBit:
 
 
 def test_nf4_levels_are_normal_quantiles() -> None:
-    # Appendix E of arXiv 2305.14314: from 0.9677 to a half in 8 steps below zero and in 7 above it, beside the largest.
+    # Appendix E of arXiv 2305.14314: from 0.9677 to 0.5 in 8 steps below zero and 7 steps above it, plus the largest
+    # value.
     most = NormalDist().inv_cdf(0.9677083)
 
     def compute_quantiles(steps: int) -> list[float]:
         return [NormalDist().inv_cdf(0.9677083 + (0.5 - 0.9677083) * step / steps) / most for step in range(steps)]
 
-    wanted = [*(-one for one in compute_quantiles(7)), 0.0, *reversed(compute_quantiles(8))]
-    assert torch.tensor(LEVELS).tolist() == list(LEVELS), "float32 numbers"
-    assert pytest.approx(wanted, abs=2e-7) == LEVELS
+    expected = [*(-one for one in compute_quantiles(7)), 0.0, *reversed(compute_quantiles(8))]
+    assert torch.tensor(LEVELS).tolist() == list(LEVELS), "levels must be float32 numbers"
+    assert pytest.approx(expected, abs=2e-7) == LEVELS
 
 
 def test_weights_are_quantized_to_the_nearest_level_of_their_block() -> None:
@@ -57,19 +58,19 @@ def test_weights_are_quantized_to_the_nearest_level_of_their_block() -> None:
     apart = (weights.double().unsqueeze(2) - levels * scales.double().view(-1, 1, 1)).abs()
     of_codes = torch.stack([codes >> 4, codes & 15], dim=1).view(300, 64)
     chosen = apart.gather(2, of_codes.long().unsqueeze(2)).squeeze(2)
-    # A weight may lie between two levels to the last bit.
+    # A weight may be exactly between two levels, up to the last bit.
     assert (chosen <= apart.amin(dim=2) * (1 + 1e-6) + 1e-7 * scales.unsqueeze(1)).all()
-    wanted = (levels.float()[of_codes.long()] * scales.unsqueeze(1)).bfloat16()
-    assert torch.equal(dequantize_nf4(codes, scales).view(300, 64), wanted)
-    assert not wanted[7].any(), "a block of zeros stays one"
+    expected = (levels.float()[of_codes.long()] * scales.unsqueeze(1)).bfloat16()
+    assert torch.equal(dequantize_nf4(codes, scales).view(300, 64), expected)
+    assert not expected[7].any(), "a block of zeros must stay zero"
     weights = torch.tensor(LEVELS)[torch.randint(16, (50, 64), generator=torch.Generator().manual_seed(0))] * 2.0
     weights[:, 3] = 2.0
-    assert torch.equal(dequantize_nf4(*quantize_nf4(weights)), weights.flatten().bfloat16()), "levels stay as they are"
+    assert torch.equal(dequantize_nf4(*quantize_nf4(weights)), weights.flatten().bfloat16()), "levels must not move"
 
 
 def test_nf4_codes_and_scales_match_bitsandbytes() -> None:
-    # Made once by bitsandbytes 0.50.2 on a CPU: quantize_4bit(some_weights(), blocksize=64, quant_type="nf4"), and
-    # dequantize_4bit of it in float32, rounded.
+    # Computed once by bitsandbytes 0.50.2 on a CPU: quantize_4bit(some_weights(), blocksize=64, quant_type="nf4"), then
+    # dequantize_4bit in float32, rounded.
     codes, scales = quantize_nf4(make_weights())
     digests = [hashlib.sha256(one.numpy().tobytes()).hexdigest() for one in (codes, scales)]
     digests.append(hashlib.sha256(dequantize_nf4(codes, scales).view(torch.int16).numpy().tobytes()).hexdigest())
@@ -88,10 +89,10 @@ def test_nf4_products_and_gradients_use_the_dequantized_weights(module: nn.Modul
         values = torch.randn(3, 5, 96, dtype=format)
         direction = torch.randn_like(layer(values))
         found = multiply_both_ways(layer, values, direction)
-        wanted = multiply_exactly(layer, values.bfloat16(), direction.bfloat16(), transposed=isinstance(module, Conv1D))
-        for one, other in zip(found, wanted, strict=True):
+        exact = multiply_exactly(layer, values.bfloat16(), direction.bfloat16(), transposed=isinstance(module, Conv1D))
+        for one, other in zip(found, exact, strict=True):
             assert one.dtype == format
-            # Half of bfloat16's last place, and what adding up 96 terms of size 1 in float32 rounds.
+            # Half a unit in bfloat16's last place, plus the float32 rounding of a sum of 96 terms of size 1.
             torch.testing.assert_close(one.double(), other, rtol=2**-8, atol=1e-5)
 
 
@@ -105,7 +106,7 @@ def test_nf4_layer_keeps_no_dequantized_weights_between_passes() -> None:
     assert [name for name, _ in layer.named_parameters()] == ["bias"]
 
 
-@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="AMX's kernels go by rows: tests/sites/test_amx.py")
+@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="AMX kernels vary by row: tests/sites/test_amx.py")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(384, 1536), (1536, 384), (576, 192), (64, 32)])
 def test_nf4_row_product_is_independent_of_the_row_count(shape: tuple[int, int], threads: int) -> None:
@@ -118,8 +119,8 @@ def test_nf4_layers_quantize_the_bfloat16_base() -> None:
     base, coarse = (load_base(ModelSpec(path="random:llama", dtype=dtype)) for dtype in ("nf4", "bfloat16"))  # type: ignore[arg-type]
     for name, module in base.named_modules():
         if isinstance(module, FourBit):
-            wanted = dequantize_nf4(*quantize_nf4(coarse.get_submodule(name).weight)).view(module.shape)
-            assert torch.equal(module.weight, wanted), name
+            expected = dequantize_nf4(*quantize_nf4(coarse.get_submodule(name).weight)).view(module.shape)
+            assert torch.equal(module.weight, expected), name
 
 
 def test_unsupported_nf4_models_are_refused() -> None:

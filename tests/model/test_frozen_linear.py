@@ -27,7 +27,7 @@ from .conftest import is_same_beside_others, multiply_both_ways, multiply_exactl
 
 needs_onednn = pytest.mark.skipif(
     not torch._C._has_mkldnn or platform.machine().lower() not in ("x86_64", "amd64"),
-    reason="oneDNN multiplies on x86 alone",
+    reason="oneDNN products exist only on x86",
 )
 
 
@@ -44,16 +44,16 @@ def test_frozen_linear_matches_torch_up_to_rounding(module: nn.Module) -> None:
     base = freeze_module(nn.Sequential(deepcopy(module)))
     switch_to_onednn(base)
     assert isinstance(base[0], frozen_linear.FrozenLinear | frozen_linear.FrozenConv1D)
-    wanted = multiply_exactly(module, values, direction, transposed=isinstance(module, Conv1D))
-    for one, other in zip(multiply_both_ways(base, values, direction), wanted, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-5)  # of 96 terms of size 1 in float32
+    expected = multiply_exactly(module, values, direction, transposed=isinstance(module, Conv1D))
+    for one, other in zip(multiply_both_ways(base, values, direction), expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-5)  # a float32 sum of 96 terms of size 1
 
 
 @needs_onednn
 def test_trained_weights_use_torch_and_second_derivatives_are_refused() -> None:
     weight, values = torch.randn(4, 6), torch.randn(5, 6)
     assert not multiply_frozen(values, weight, None).requires_grad
-    for bias in (torch.arange(8.0)[::2], torch.ones(1).expand(4)):  # it is read as it lies
+    for bias in (torch.arange(8.0)[::2], torch.ones(1).expand(4)):  # non-contiguous tensors
         torch.testing.assert_close(multiply_frozen(values, weight, bias), nn.functional.linear(values, weight, bias))
     multiply_frozen(values, weight.requires_grad_(), None).sum().backward()
     torch.testing.assert_close(weight.grad, values.sum(dim=0).expand(4, 6))
@@ -83,7 +83,7 @@ def test_trainable_layers_and_other_dtypes_use_torch() -> None:
 
 
 @pytest.mark.parametrize("module", [nn.Linear(96, 80), nn.Linear(96, 96, bias=False), Conv1D(80, 96)])
-@pytest.mark.parametrize("instructions", [True, False], ids=["own", "without instructions"])
+@pytest.mark.parametrize("instructions", [True, False], ids=["native", "no instructions"])
 def test_mixed_precision_products_are_rounded_once(
     module: nn.Module, instructions: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,10 +96,10 @@ def test_mixed_precision_products_are_rounded_once(
     assert {one.dtype for one in base.parameters()} == {torch.bfloat16}
     values = torch.randn(3, 5, 96)
     direction = torch.randn_like(module(values))
-    wanted = multiply_exactly(base[0], values.bfloat16(), direction.bfloat16(), transposed=isinstance(module, Conv1D))
-    for one, other in zip(multiply_both_ways(base, values, direction), wanted, strict=True):
+    expected = multiply_exactly(base[0], values.bfloat16(), direction.bfloat16(), transposed=isinstance(module, Conv1D))
+    for one, other in zip(multiply_both_ways(base, values, direction), expected, strict=True):
         assert one.dtype == torch.float32
-        # Half of bfloat16's last place, and what adding up 96 terms of size 1 in float32 rounds.
+        # Half a unit in bfloat16's last place, plus the float32 rounding of a sum of 96 terms of size 1.
         torch.testing.assert_close(one.double(), other, rtol=2**-8, atol=1e-5)
         assert torch.equal(one, one.bfloat16().float())
 
@@ -109,7 +109,7 @@ def test_mixed_precision_products_are_rounded_once(
 def test_reduced_precision_applies_only_to_layer_weights(
     path: str, predicts_tokens: bool, dtype: Any, kind: Any
 ) -> None:
-    between: Any = "bfloat16" if dtype == "nf4" else "float32"  # the states between layers
+    between: Any = "bfloat16" if dtype == "nf4" else "float32"  # dtype of hidden states
     spec = ModelSpec(path=path, dtype=dtype)
     base, plain = (
         load_base(one, predicts_tokens=predicts_tokens) for one in (spec, ModelSpec(path=path, dtype=between))
@@ -123,10 +123,10 @@ def test_reduced_precision_applies_only_to_layer_weights(
         expected = plain.get_parameter(name)
         assert torch.equal(parameter, expected.bfloat16() if id(parameter) in rounded else expected), name
     assert base.dtype == getattr(torch, between)
-    assert hash_model(spec) == hash_model(ModelSpec(path=path)), "the hash is that of the weights in the files"
+    assert hash_model(spec) == hash_model(ModelSpec(path=path)), "the hash must cover the weights as in the files"
 
 
-@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="AMX's kernels go by rows: tests/sites/test_amx.py")
+@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="AMX kernels vary by row: tests/sites/test_amx.py")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(384, 1536), (1536, 384), (576, 192), (64, 32)])
 def test_mixed_precision_row_product_is_independent_of_the_row_count(shape: tuple[int, int], threads: int) -> None:

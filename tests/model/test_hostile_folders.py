@@ -63,7 +63,7 @@ def prepare(folder: Path, case: dict[str, Any]) -> None:
 
 
 OF_WEIGHTS = ("cannot be loaded", "describes a model of")
-"""What is found when weights are made, which a tokenizer needs none of."""
+"""Problems found while the weights are built, which a tokenizer does not need."""
 
 
 @pytest.mark.parametrize("attack", CASES)
@@ -92,7 +92,7 @@ FILES = {
 def test_files_outside_the_manifest_are_ignored(clean: Path, folder: Path) -> None:
     prepare(folder, FILES)
     zeros = {key: torch.zeros_like(tensor) for key, tensor in load_file(folder / "model.safetensors").items()}
-    # A paper's name, an adapter's weights, a variant, and shards beside the single file.
+    # A paper's name, an adapter's weights, a variant, and shards next to the single file.
     for name in ("README", "adapter_model", "model.fp16", "a"):
         save_file(zeros, folder / f"{name}.safetensors", metadata={"format": "pt"})
     set_json_fields(folder, "model.safetensors.index.json", weight_map=dict.fromkeys(zeros, "a.safetensors"))
@@ -165,7 +165,7 @@ def make_tiny_base(kind: type[PreTrainedModel], settings: Any, **changes: Any) -
 
 @pytest.mark.parametrize("padding", [0, 1, 5])
 def test_usable_positions_exclude_the_padding_offset(padding: int, clean: Path) -> None:
-    assert get_max_positions(load_base(ModelSpec(path=str(clean)))) == 512, "of other models all"
+    assert get_max_positions(load_base(ModelSpec(path=str(clean)))) == 512, "other models use all positions"
     assert get_max_positions(make_tiny_base(LlamaModel, LlamaConfig, max_position_embeddings=20)) == 20
     base = make_tiny_base(RobertaModel, RobertaConfig, max_position_embeddings=20, pad_token_id=padding)
     most = get_max_positions(base)

@@ -41,7 +41,7 @@ def test_trainable_tensors_match_the_adapter_kind(path: str) -> None:
         assert all(one.dtype == torch.float32 for one in model.trainable().values())
         assert list(model.collect_adapter_parameters()) == list(model.trainable()) or "train_a" in changes
         assert any("lora_A" in name for name in model.collect_adapter_parameters()) == (kind != "ia3"), (
-            "also a frozen one"
+            "frozen factors must be collected, too"
         )
         return [name for name in model.trainable() if not name.startswith("head.")]
 
@@ -81,7 +81,7 @@ def test_ia3_offset_scales_the_module_output() -> None:
     inputs, (name,) = torch.randn(2, 3, 32), list_offsets(model)
     plain = layer(inputs)
     with torch.no_grad():
-        model.trainable()[name].copy_(torch.linspace(-2, 2, 32))  # a site's bound: factors from -1 to 3
+        model.trainable()[name].copy_(torch.linspace(-2, 2, 32))  # within a site's bound: factors from -1 to 3
     assert torch.allclose(layer(inputs), plain * torch.linspace(-1, 3, 32))
 
 

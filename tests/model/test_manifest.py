@@ -41,7 +41,7 @@ def test_any_changed_model_file_changes_the_digest(folder: Path, name: str, chan
     file = folder / name
     if changes is None:
         file.unlink()
-    elif isinstance(changes, bytes):  # a remembered hash is of an unchanged file
+    elif isinstance(changes, bytes):  # the hash is cached only for an unchanged file
         file.write_bytes(file.read_bytes()[:-1] + changes)
     else:
         file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | changes))
@@ -58,10 +58,10 @@ def test_model_digest_is_the_hash_of_a_sha256sum_manifest(folder: Path) -> None:
     assert hash_model(ModelSpec(path=str(folder))) == hash_content(expected.encode())
     (folder / "a.gguf").write_bytes(b"GGUF")
     manifest = build_manifest(folder, gguf_file="a.gguf")
-    assert manifest.sha256 == hash_content(b"GGUF"), "a GGUF file keeps its plain hash"
+    assert manifest.sha256 == hash_content(b"GGUF"), "a GGUF file must keep its plain hash"
     assert manifest.text == f"{hash_content(b'GGUF')}  a.gguf\n"
     assert Manifest(files=(("model.safetensors", hash_content(b"GGUF")),)).sha256 != manifest.sha256, (
-        "no GGUF file's hash"
+        "a manifest must not have a GGUF file's hash"
     )
 
 
@@ -73,7 +73,7 @@ def test_digest_of_a_sharded_model_covers_index_and_shards(folder: Path) -> None
     assert len(shards) > 1
     assert {"model.safetensors.index.json", *shards} < dict(manifest.files).keys()
     lines = "".join(f"{hash_content((folder / name).read_bytes())}  {name}\n" for name in shards)
-    assert manifest.sha256 != hash_content(lines.encode()), "no list of shards is a manifest"
+    assert manifest.sha256 != hash_content(lines.encode()), "a manifest must not equal a list of shards"
     spec = ModelSpec(path=str(folder), sha256=manifest.sha256)
     before = load_base(BERT).state_dict()
     assert all(torch.equal(one, before[name]) for name, one in load_base(spec).named_parameters())
@@ -87,7 +87,7 @@ def test_staged_folder_contains_the_manifest_files_and_is_removed(folder: Path) 
     with stage_files(folder, with_weights=False) as (place, manifest):
         assert "model.safetensors" not in os.listdir(place)
         assert manifest == build_manifest(folder)
-    with stage_files(folder) as (place, manifest):  # what is loaded is what was hashed
+    with stage_files(folder) as (place, manifest):  # the hashed files are the loaded files
         before = (place / "config.json").read_bytes()
         (folder / "config.json").write_text("{}")
         assert (place / "config.json").read_bytes() == before
@@ -153,7 +153,7 @@ def test_gguf_metadata_is_subject_to_the_config_rules(tmp_path: Path, monkeypatc
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     config = Mock(return_value=LlamaConfig(rope_parameters=rope))
     monkeypatch.setattr("fedtune.model.base_model.AutoConfig.from_pretrained", config)
-    monkeypatch.setattr("fedtune.model.base_model.load_gguf", lambda _: pytest.fail("nothing is made of it"))
+    monkeypatch.setattr("fedtune.model.base_model.load_gguf", lambda _: pytest.fail("it must be refused"))
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(ConfigError, match="its metadata has rope type dynamic") as caught:
         expand_gguf(tmp_path / "a.gguf", sha256="ab", cache=tmp_path / "cache")

@@ -58,7 +58,7 @@ def test_output_layer_is_skipped_only_while_capturing_inputs() -> None:
     with pytest.raises(ZeroDivisionError):
         output.compute_inputs(lambda: 1 / 0)
     model(input_ids=IDS)
-    assert rows == [12], "a pass that failed leaves nothing behind"
+    assert rows == [12], "a failed pass must leave no state"
 
 
 @pytest.mark.parametrize("learned", [0, 1, 3, 6])

@@ -66,20 +66,20 @@ def test_projection_is_the_closest_matrix_of_the_rank() -> None:
     exact = sum(w * left.astype(np.float64) @ right.astype(np.float64) for w, left, right in products)
     u, values, v = np.linalg.svd(exact)
     best = u[:, :RANK] * values[:RANK] @ v[:RANK]
-    assert values[RANK] > 0.1, "the average has a greater rank"
+    assert values[RANK] > 0.1, "the average must have a greater rank"
     np.testing.assert_allclose(b @ a, best, atol=1e-5)
     size = np.square(sent).sum() / RANK
     np.testing.assert_allclose(a @ a.T, size * np.eye(RANK), atol=1e-5)
     strengths = np.linalg.norm(b, axis=0)
-    assert list(strengths) == sorted(strengths, reverse=True), "sites of smaller ranks train the first directions"
+    assert list(strengths) == sorted(strengths, reverse=True), "the strongest directions must be first"
 
 
 def test_projection_keeps_equal_products_and_idle_directions() -> None:
     sent = draw(RANK, INPUTS)
     b, a = project_average([(0.5, np.zeros((OUTPUTS, RANK), np.float32), sent)] * 2, sent)
-    assert not b.any(), "before training B is zero"
+    assert not b.any(), "B must be zero before training"
     np.testing.assert_allclose(a @ a.T, np.square(sent).sum() / RANK * np.eye(RANK), atol=1e-5)
-    narrow = draw(2, RANK)  # a layer with two outputs: the other two rows of A stay as they were sent
+    narrow = draw(2, RANK)  # a layer with two outputs: the other two rows of A must stay as sent
     b, a = project_average([(1.0, narrow, sent)], sent)
     np.testing.assert_allclose(b @ a, narrow @ sent, atol=1e-5)
     np.testing.assert_array_equal(a[2:], sent[2:])

@@ -20,7 +20,7 @@ from fedtune.spec import ConfigError
 PUBLISHED_ONES: dict[str, dict[str, Any]] = json.loads(
     Path(__file__).with_name("published_tokenizers.json").read_text(encoding="utf-8")
 )
-"""The rules of published tokenizers as their tokenizer.json has them, of vocabularies that hardly have any piece."""
+"""The rules of published tokenizers, as in their tokenizer.json, with almost empty vocabularies."""
 BERT, GPT2, XLM_R = (PUBLISHED_ONES[name] for name in ("BERT", "GPT-2", "XLM-R"))
 TEMPLATE = BERT["post_processor"]
 
@@ -105,7 +105,7 @@ REFUSED |= {
 def test_published_tokenizers_are_accepted(name: str) -> None:
     fields = PUBLISHED_ONES[name]
     assert explain_tokenizer_refusal(fields) is None
-    assert parse_tokenizer(Tokenizer.from_str(json.dumps(fields))) == fields, "as the library writes it"
+    assert parse_tokenizer(Tokenizer.from_str(json.dumps(fields))) == fields, "the library must keep the rules"
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -157,14 +157,14 @@ def test_rules_of_older_tokenizer_files_are_checked(folder: Path, monkeypatch: p
     with pytest.raises(ConfigError, match="its tokenizer has BertNormalizer"):
         load_tokenizer(ModelSpec(path=str(folder)))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "CanineTokenizer"}')
-    with pytest.raises(ConfigError, match="must be from the tokenizers library"):  # one in Python
+    with pytest.raises(ConfigError, match="must be from the tokenizers library"):  # a tokenizer implemented in Python
         load_tokenizer(ModelSpec(path=str(folder)))
 
 
 def test_tokenizer_panic_on_public_text_is_a_refusal() -> None:
     class Broken(PreTrainedTokenizerFast):
         def __call__(self, *args: Any, **options: Any) -> Any:
-            # The library's own panic, as one of its steps with a length of zero has it.
+            # The library panics in one of its own steps with a length of zero.
             pre_tokenizers.FixedLength(length=0).pre_tokenize_str("a")
 
     backend = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))

@@ -129,7 +129,7 @@ class Killed(BaseException):
 
 
 def kill_at_step(step: int, patch: pytest.MonkeyPatch) -> list[Any]:
-    """Kill the code in the block before disk step number `step`, from 0; yield the steps that were begun."""
+    """Kill the code in the block before disk step number `step`, counted from 0; yield the steps that were started."""
     begun: list[Any] = []
 
     def is_due(*arguments: Any, **options: Any) -> bool:

@@ -20,7 +20,7 @@ PROCESSES = {
     KUBERNETES / "server-backup/backup.yaml": "CronJob",
     KUBERNETES / "site-backup/backup.yaml": "CronJob",
 }
-"""Each manifest that has pods, and the kind of what makes them."""
+"""Each manifest with pods, and the kind of its workload."""
 
 
 def find_tool(name: str) -> str:

@@ -130,7 +130,7 @@ def test_certificate_validity_tolerates_slow_clocks_and_ends_with_the_authority(
     assert issue_certificate(later, 2).not_before == later - timedelta(minutes=5)
     assert issue_certificate(later, 2).not_after == later + timedelta(days=2)
     assert issue_certificate(later, 365).not_after == start + timedelta(days=10)
-    assert issue_certificate(start, 1).not_before == start - timedelta(minutes=5)  # the authority's own beginning
+    assert issue_certificate(start, 1).not_before == start - timedelta(minutes=5)  # not before the authority is valid
     with pytest.raises(ConfigError, match="provision the federation again"):
         issue_certificate(start + timedelta(days=11), 1)
 

@@ -76,7 +76,7 @@ def test_backups_of_a_running_site_are_consistent(north_site: Here) -> None:
                 assert "site_key.pem" not in " ".join(archive.namelist())
             found.append(len(verify(copy).events))
         working.join()
-    assert len(set(found)) > 1, "some were made while events came"
+    assert len(set(found)) > 1, "some backups must be made between events"
     assert found == sorted(found)
     assert (north_site.folder / "backup-0.zip").stat().st_mode & 0o777 == 0o600
 
@@ -97,11 +97,11 @@ def test_restore_charges_rounds_trained_after_the_backup(north_site: Here) -> No
     assert ledger.history.epsilon() == pytest.approx(spent)
     assert ledger.history.charged_rounds("r") == 3
     assert kept.read_bytes() == b"kept"
-    assert state.paused_file.exists(), "a site that was paused stays so"
+    assert state.paused_file.exists(), "a paused site must stay paused"
     with pytest.raises(Refused, match="run_ended"):
         north_site.train(4)
     north_site.train(1, run="another")
-    # Again it changes nothing: the ledger is whole, and knows what the backup does.
+    # A second restore changes nothing: the ledger is intact and contains everything in the backup.
     before = north_site.ledger.read_bytes()
     assert "is intact and was not replaced" in north_site.does("restore", file).printed
     assert north_site.ledger.read_bytes() == before
@@ -170,19 +170,19 @@ def test_restored_policy_reports_denied_runs_and_the_lifetime_cap(north_site: He
     with pytest.raises(Refused, match="denied"):
         north_site.train(1, run="denied")
     spent = run_command("ledger", "spent", str(north_site.folder)).out
-    assert "then at most 2.5" in spent, "a cap that is higher again is never unseen"
-    assert "site.toml is not the policy" not in restore().out, "by now it is"
-    # Where the policy alone is lost, its ledger knows.
+    assert "then at most 2.5" in spent, "the ledger must remember that the cap was lower"
+    assert "site.toml is not the policy" not in restore().out, "the policy must now match"
+    # If only the policy is lost, its ledger has it.
     north_site.edit(noted=True, budget={"max_epsilon": 1.5})
     site_toml.unlink()
-    told = restore().out
-    assert "is intact and was not replaced" in told
-    assert "(lifetime cap: at most 1.5)" in told
+    output = restore().out
+    assert "is intact and was not replaced" in output
+    assert "(lifetime cap: at most 1.5)" in output
 
 
 @pytest.mark.parametrize("lost", [True, False])
 def test_restore_moves_a_damaged_ledger_and_its_journal_aside(north_site: Here, file: Path, lost: bool) -> None:
-    if lost:  # SQLite would apply the journal to whatever ledger takes the place
+    if lost:  # SQLite would apply the journal to a new ledger of this name
         north_site.ledger.unlink()
         (north_site.folder / "ledger.db-journal").write_bytes(b"of the lost one")
     else:
@@ -207,8 +207,8 @@ def test_restore_keeps_an_intact_ledger(north_site: Here, what: str) -> None:
     if what != "older":
         north_site.tamper("PRAGMA user_version = 1")
     there = north_site.ledger.read_bytes()
-    says = "move it away" if what == "older" else "use the version of fedtune that wrote the ledger"
-    assert says in north_site.does("restore", file).failed()
+    remedy = "move it away" if what == "older" else "use the version of fedtune that wrote the ledger"
+    assert remedy in north_site.does("restore", file).failed()
     assert north_site.ledger.read_bytes() == there
 
 
@@ -269,10 +269,10 @@ def list_modes(folder: Path) -> dict[str, int]:
 def test_federation_folder_round_trips_through_a_backup(federation: Path, north_folder: Path, tmp_path: Path) -> None:
     file, new = tmp_path / "lead.zip", tmp_path / "new"
     assert run_command("provision", "backup", str(file), "--federation", str(federation)).code == 0
-    assert file.stat().st_mode & 0o777 == 0o600, "it holds the authority's key"
+    assert file.stat().st_mode & 0o777 == 0o600, "the backup contains the authority's key"
     assert run_command("provision", "restore", str(file), "--out", str(new)).code == 0
     assert read_files(new) == read_files(federation)
-    assert list_modes(new) == list_modes(federation), "a server's account reads what it read, and nobody a key"
+    assert list_modes(new) == list_modes(federation), "the server's account must keep its access, but no key"
     Kit.read(new / "lead", kind="lead")
     assert run_command("provision", "renew-site", "north", "--federation", str(new)).code == 0
     assert "already exists" in run_command("provision", "restore", str(file), "--out", str(new)).failed()

@@ -57,7 +57,7 @@ def test_systemd_units_are_valid_and_hardened(path: Path, tmp_path: Path) -> Non
     text = path.read_text()
     assert verify(text, tmp_path / path.name) == ""
     assert "RestartSecs" in verify(text.replace("RestartSec=", "RestartSecs="), tmp_path / path.name)
-    threshold = "25"  # in tenths; a service without any setting has 96
+    threshold = "25"  # in tenths; a service without any hardening has 96
     shutil.copy(path, tmp_path)
     command = (find_tool("systemd-analyze"), "security", "--offline=true", f"--threshold={threshold}", "--no-pager")
     run_tool(*command, tmp_path / path.name)
@@ -83,11 +83,11 @@ def test_site_unit_prevents_swap_core_dumps_and_policy_changes() -> None:
     assert (service["MemorySwapMax"], service["LimitCORE"]) == ("0", "0")
     assert (site["memswap_limit"], site["ulimits"]) == (site["mem_limit"], {"core": 0})
     assert f"\nReadOnlyPaths=-{service['WorkingDirectory']}/site.toml\n" in path.read_text()
-    told, volumes = parse_command(*site["command"]), {one["target"]: one for one in site["volumes"]}
-    bound = volumes[str(told["site"])]
+    options, volumes = parse_command(*site["command"]), {one["target"]: one for one in site["volumes"]}
+    bound = volumes[str(options["site"])]
     assert bound["read_only"] is True
-    assert bound["source"] == f"{volumes[str(told['site'].parent)]['source']}/site.toml"
-    # It lets the GPU through.
+    assert bound["source"] == f"{volumes[str(options['site'].parent)]['source']}/site.toml"
+    # The GPU must stay accessible.
     assert service["PrivateDevices"] == "no"
     assert not {"DevicePolicy", "MemoryDenyWriteExecute", "ProcSubset"} & service.keys()
 
@@ -141,12 +141,12 @@ def test_image_runs_unprivileged_and_has_a_health_check() -> None:
     assert re.search(r"^ARG FEDTUNE_UID=[1-9]\d{3,}$", final, re.M)
     assert "HEALTHCHECK" in final
     assert "fedtune.ops.health" in final
-    # Sites read GGUF models, leads score texts, all have metrics: nobody can install an extra into the container.
-    assert text.count("fedtune[gguf,metrics,text]") == 2, "from the wheel, and from a wheelhouse"
+    # Sites read GGUF models, leads score texts, and all have metrics: extras cannot be installed in a container.
+    assert text.count("fedtune[gguf,metrics,text]") == 2, "the image is built from the wheel and from a wheelhouse"
     assert "install --constraint constraints.txt" in text
-    # torch in exactly the version that the tests ran with, from constraints.txt, as the Makefile reads it
+    # Exactly the tested version of torch, from constraints.txt, as the Makefile reads it.
     assert "s/^torch==//p" in text
-    # The build sees only what the image is made of.
+    # The build context must contain only the files of the image.
     lines = (DEPLOYMENT / "docker/Dockerfile.dockerignore").read_text().splitlines()
     patterns = [line for line in lines if line and not line.startswith("#")]
     assert patterns[0] == "*"
@@ -161,7 +161,7 @@ def test_image_runs_unprivileged_and_has_a_health_check() -> None:
         assert patterns.index(secret) > last_let_in
 
 
-# a release
+# Releases
 
 
 def list_pins(text: str) -> dict[str, str]:
@@ -307,7 +307,7 @@ def test_batch_job_that_ends_early_is_not_requeued(code: str, batch: Any, tmp_pa
     assert not (tmp_path / "requeued").exists()
 
 
-# All of them
+# All deployment files
 
 
 def test_deployment_files_use_only_existing_command_line_options() -> None:
@@ -331,6 +331,6 @@ def test_operations_page_matches_actual_logs_and_health_output() -> None:
     for line in lines:
         assert list(line)[:4] == ["time", "level", "logger", "event"]
         assert (ROOT / (line["logger"].replace(".", "/") + ".py")).is_file()
-    assert [set(told) for told in healths] == [set(Health().snapshot())]
+    assert [set(health) for health in healths] == [set(Health().snapshot())]
     states = dict(re.findall(r"^\| `(\w+)` \| .* \| (200|503) \|$", text, re.M))
     assert states == {state: "200" if state in READY else "503" for state in get_args(State)}

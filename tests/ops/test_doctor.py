@@ -53,7 +53,7 @@ from .conftest import Mailbox, check_snapshot, format_lines, unpack
 pytestmark = pytest.mark.usefixtures("remove_proxies")
 
 CANARY = "Xylander-7391"
-"""Stands in the records, and must stand in nothing that is printed."""
+"""A value in the records, which must not appear in any output."""
 TOLD: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("doctor.yaml").read_text())
 
 
@@ -166,7 +166,7 @@ def mailbox() -> Iterator[Mailbox]:
 @pytest.fixture
 def home(whole_site: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     """A separate, complete site and a server that answers it."""
-    monkeypatch.setattr(bounded_http, "_ALERT_S", 0.02)  # this server refuses nobody
+    monkeypatch.setattr(bounded_http, "_ALERT_S", 0.02)  # the wait for a refusal, which never comes from this server
     shutil.copytree(whole_site.folder.parent, tmp_path, dirs_exist_ok=True)
     return dataclasses.replace(whole_site, folder=tmp_path / "north", model=tmp_path / "tiny")
 
@@ -225,7 +225,7 @@ def test_doctor_passes_for_a_complete_site(home: Home) -> None:
     assert [name for name, check in checks.items() if check.status is Status.WARNING] == ["anchor's place"]
     assert checks["base model tiny"].found == "installed and unchanged; license CC0-1.0 (LICENSE)"
     assert checks["ledger"].found.startswith("no ledger yet")
-    assert not (home.folder / "ledger.db").exists(), "nothing is made"
+    assert not (home.folder / "ledger.db").exists(), "the doctor must not create files"
     assert not (home.kit / "state").exists()
     assert checks["run"].found.startswith("would be accepted; epsilon 0.")
     assert "lifetime budget 0 % spent before" in checks["run"].found
@@ -247,7 +247,7 @@ def test_doctor_skips_dependent_checks_without_kit_and_policy(tmp_path: Path) ->
     assert checks["run"].found == "skipped: no experiment was given"
 
 
-# One thing that is wrong, and the lines that are not well because of it, with what to do: in snapshots/doctor.txt.
+# One fault, and the lines that report it with a remedy: in snapshots/doctor.txt.
 
 OF_THE_MACHINE = {
     *("disk of the kit", "disk of the ledger", "disk of the anchor", "anchor's place", "file system", "memory", "GPU"),
@@ -345,12 +345,12 @@ def test_doctor_reports_each_fault_without_showing_records(home: Home, fault: st
 
 
 def test_doctor_quotes_records_only_in_its_private_log(home: Home) -> None:
-    # Its first record stands where the error names the columns that there are.
+    # Its first record becomes the header, which the error would quote as column names.
     home.records.write_text(home.records.read_text().partition("\n")[2])
     home.examine_site()
     log = home.kit / "state" / "doctor.log"
     assert log.stat().st_mode & 0o777 == 0o600
-    assert CANARY in log.read_text(), "whoever may read the records can see what is wrong"
+    assert CANARY in log.read_text(), "the private log must name the problem"
 
 
 def test_doctor_names_missing_packages_and_install_commands(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,11 +364,11 @@ def test_doctor_names_missing_packages_and_install_commands(home: Home, monkeypa
     for module in ("gguf", "pyarrow"):
         monkeypatch.setitem(sys.modules, module, None)
     found = list_failures(checks := home.examine_site())
-    for name, extra, said in (
+    for name, extra, message in (
         (f"base model {digest[:12]}", "gguf", f"base model = {digest}: requires gguf"),
         ("data", "data", f"{home.folder / 'records.parquet'} requires pyarrow"),
     ):
-        assert found[name] == said
+        assert found[name] == message
         assert checks[name].fix == f"Run `{build_install_command(extra)}`."
     assert compute_exit_code(checks) == 2
 
@@ -414,7 +414,7 @@ def test_doctor_warns_of_a_certificate_expiring_within_30_days(home: Home, tmp_p
         assert f"{now + timedelta(days=days):%Y-%m-%d}" in check.found
 
 
-# The ledger and its budget, base models, and the process that serves.
+# The ledger and its budget, base models, and the running process.
 
 
 def test_doctor_reports_used_and_exhausted_budgets(home: Home) -> None:
@@ -437,10 +437,10 @@ def test_doctor_reports_used_and_exhausted_budgets(home: Home) -> None:
 
 def test_run_check_reports_the_budget_of_the_admitted_cohorts(home: Home) -> None:
     home.add_arrival_dates(50)
-    asked = home.asked(lead=home.lead, base_model=home.policy.allow.base_models[0])
-    plan = dataclasses.replace(asked.plan, unit="user", cohorts=Cohorts(period="year", first=None, last="2025"))
+    run = home.asked(lead=home.lead, base_model=home.policy.allow.base_models[0])
+    plan = dataclasses.replace(run.plan, unit="user", cohorts=Cohorts(period="year", first=None, last="2025"))
     ledger = home.open()
-    ledger.reserve(dataclasses.replace(asked, plan=plan), round=1, request="first", arrivals=dict)
+    ledger.reserve(dataclasses.replace(run, plan=plan), round=1, request="first", arrivals=dict)
     window = "privacy.cohorts={period:year,first:'%s',last:'2026'}"
     others, all_of_them = (
         home.examine_site(
@@ -473,7 +473,7 @@ def test_random_model_needs_no_installed_files(home: Home) -> None:
     assert "tiny random model" in home.examine_site()["base model tiny"].found
 
 
-# What goes wrong in the doctor itself, and what the lines come to.
+# Errors in the doctor itself, and the overall result.
 
 
 @pytest.mark.parametrize("error", [RuntimeError(f"cannot handle {CANARY}"), DataError("records.csv:3", CANARY, "x")])

@@ -83,7 +83,7 @@ class World:
         assert list(checks) == [DNS, TCP, TLS, AUTHENTICATION]
         failures = [check for check in checks.values() if check.status == "failed"]
         assert all(check.fix.endswith(".") and check.exit_code == 1 for check in failures)
-        assert "cret" not in str(checks), "a proxy's password is nobody's business"
+        assert "cret" not in str(checks), "a proxy's password must not be shown"
         return checks
 
 
@@ -132,7 +132,7 @@ SITUATIONS: dict[str, Callable[[World], dict[str, DoctorCheck]]] = {
 def test_doctor_explains_each_connection_problem(world: World, situation: str) -> None:
     lines = [line for check in SITUATIONS[situation](world).values() for line in format_lines(check)]
     text = re.sub(r"(localhost|127\.0\.0\.1):\d{2,}", r"\1:PORT", "\n".join(lines))
-    text = re.sub(r"(does not resolve|TLS as expected) \(.+?\)", r"\1 (WHY)", text)  # in the system's words
+    text = re.sub(r"(does not resolve|TLS as expected) \(.+?\)", r"\1 (WHY)", text)  # the system's own wording
     check_snapshot(f"a connection: {situation}", re.sub(r"\d{4}-\d\d-\d\d", "DATE", text))
 
 
@@ -150,7 +150,7 @@ def test_doctor_measures_the_clock_of_a_healthy_server(world: World, ahead_s: fl
 
 
 def test_doctor_names_a_rejected_site_certificate(world: World) -> None:
-    # Under TLS 1.3 the client has done its part by then, and hears of it when it reads.
+    # With TLS 1.3 the client has finished the handshake by then, and learns of the refusal when it reads.
     server, address = world.serve_tls(clients=world.theirs)
     checks = world.run_checks(address)
     assert list_marks(checks) == "oofs"
@@ -175,13 +175,13 @@ def test_slowly_dribbling_server_times_out(world: World) -> None:
 
 
 def test_doctor_uses_the_proxy_and_respects_its_exemptions(world: World) -> None:
-    proxy, asked = world.stack.enter_context(serve_answer(b"HTTP/1.1 200 Connection established\r\n\r\n", tunnel=True))
+    proxy, calls = world.stack.enter_context(serve_answer(b"HTTP/1.1 200 Connection established\r\n\r\n", tunnel=True))
     _, address = world.serve_tls()
     checks = world.check_by_proxy(f"{PROXY}{proxy}", address)
     assert list_marks(checks) == "oooo"
     assert f"through the proxy {proxy}" in checks[TCP].found
-    assert asked[0].startswith(f"CONNECT {address} HTTP/1.1\r\n".encode())
-    assert b"Proxy-Authorization: Basic c29tZW9uZTpzIGNyZXQ=\r\n" in asked[0]
+    assert calls[0].startswith(f"CONNECT {address} HTTP/1.1\r\n".encode())
+    assert b"Proxy-Authorization: Basic c29tZW9uZTpzIGNyZXQ=\r\n" in calls[0]
     world.patch.setenv("NO_PROXY", "localhost")
     checks = world.check_by_proxy("http://proxy.nowhere.invalid:3128", address)
     assert list_marks(checks) == "oooo"
@@ -192,15 +192,15 @@ def test_doctor_uses_the_proxy_and_respects_its_exemptions(world: World) -> None
 def test_doctor_fails_if_control_calls_are_reachable_from_outside(
     answered: int, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    calls: list[str] = []
 
     def post(address: str, **_: Any) -> httpx.Response:
-        asked.append(address)
+        calls.append(address)
         return httpx.Response(answered)
 
     monkeypatch.setattr(httpx, "post", post)
     check = check_control_api("fl.example.org:443", timeout_s=1.0)
-    assert asked == ["https://fl.example.org:443/v1/control/list-nodes"]
+    assert calls == ["https://fl.example.org:443/v1/control/list-nodes"]
     assert check.status == status
     assert ("ANYONE WHO CAN REACH IT CAN RUN CODE" in check.found) == (status == "failed")
     assert check.exit_code == 2

@@ -35,7 +35,7 @@ def test_clock_check_allows_five_seconds_plus_uncertainty() -> None:
         "a clock that is so far ahead",
         {f"{ahead} +- {off} s": machine.check_clock((ahead, off)) for ahead, off in cases},
     )
-    # Where this machine's clock is kept, the server's is the wrong one.
+    # If this machine's clock is synchronized, the server's clock is wrong.
     assert [machine.check_clock(case, kept=True).status for case in cases] == [
         machine.check_clock(case).status for case in cases
     ]
@@ -47,15 +47,15 @@ def test_clock_check_allows_five_seconds_plus_uncertainty() -> None:
 
 
 def test_disk_check_warns_and_fails_by_free_space(tmp_path: Path) -> None:
-    asked: list[Path] = []
+    paths: list[Path] = []
 
     def check_disk(mib: int) -> DoctorCheck:
         free = {"ledger": tmp_path / "not" / "yet"}
-        (check,) = machine.check_disks(free, free_bytes=lambda path: asked.append(path) or mib * MIB)
+        (check,) = machine.check_disks(free, free_bytes=lambda path: paths.append(path) or mib * MIB)
         return check
 
     check_lines("a disk with so much room", {f"{mib} MiB": check_disk(mib) for mib in (2048, 2047, 200, 199)})
-    assert set(asked) == {tmp_path}, "the disk of a folder that is yet to be made is its parent's"
+    assert set(paths) == {tmp_path}, "a folder that does not exist is on its parent's disk"
 
 
 def test_ledger_and_anchor_checks_detect_network_and_shared_disks(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_memory_check_compares_model_size_with_available_memory(tmp_path: Path) 
 
     def list_lines() -> dict[object, DoctorCheck]:
         sizes = {None: None, "1 GiB": GIB, "1.01 GiB": int(1.01 * GIB)}
-        in_four_bits = {"3 GiB in four bits": 3 * GIB, "3.01 GiB in four bits": int(3.01 * GIB)}  # its files once
+        in_four_bits = {"3 GiB in four bits": 3 * GIB, "3.01 GiB in four bits": int(3.01 * GIB)}  # of its files
         return {
             name: machine.check_memory(size, in_four_bits=name in in_four_bits, system=tmp_path)
             for name, size in (sizes | in_four_bits).items()
@@ -106,9 +106,9 @@ def test_memory_check_compares_model_size_with_available_memory(tmp_path: Path) 
 
 def test_gpu_check_compares_the_policy_with_device_and_driver(tmp_path: Path) -> None:
     def check_gpu(device: str, name: str, driver: str) -> DoctorCheck:
-        asked: list[str] = []
-        check = machine.check_gpu(device, ask=lambda: asked.append(name) or name, driver=tmp_path / driver)
-        assert bool(asked) == (device != "cpu"), "torch, which takes a second to import, is asked only where it must be"
+        calls: list[str] = []
+        check = machine.check_gpu(device, ask=lambda: calls.append(name) or name, driver=tmp_path / driver)
+        assert bool(calls) == (device != "cpu"), "torch is slow to import, so it must be used only if needed"
         return check
 
     (tmp_path / "driver").touch()
@@ -125,9 +125,9 @@ def test_machine_checks_work_on_the_current_machine(tmp_path: Path) -> None:
     assert check.found.endswith(" GiB free")
 
 
-# Whose the keys, the policy and the ledger are.
+# The owner of keys, policy and ledger.
 
-AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can change the owner of a file")
 STRANGER = 54321
 PLACES = {
     "kit": "kit",
@@ -160,7 +160,7 @@ def test_world_writable_files_are_reported_with_a_working_fix(site: Path, what: 
     (check,) = check_owners(site)
     assert (check.name, check.status) == (f"files: {what}", Status.FAILED)
     assert check.found == f"{path} can be changed by every account"
-    # What it says to do is enough.
+    # The suggested command must suffice.
     command = check.fix.removeprefix("Run `").removesuffix("`.").replace(str(path), f"'{path}'")
     subprocess.run(command, shell=True, check=True)
     (check,) = check_owners(site)

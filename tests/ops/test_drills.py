@@ -56,7 +56,7 @@ def test_connection_key_can_be_rotated_and_replaced_after_loss(desk: Desk, north
     assert member.x509_certificate.public_key() == read_certificate(kit / "site.pem").public_key()
     with FederationFolder.open_locked(desk.folder) as held:
         assert len(held.read_retired_keys()) == 1
-    # Key and kit are lost, and need no backup: a new key and a renewed kit, and the ledger continues.
+    # Key and kit are lost and have no backup: with a new key and a renewed kit, the ledger continues.
     before = open_ledger(north_folder).history.opening.ledger
     shutil.rmtree(kit)
     assert run_command("site", "init", "--site", str(north_folder / "site.toml")).code == 0
@@ -69,13 +69,13 @@ def test_site_can_be_moved_to_another_machine(north_folder: Path, tmp_path: Path
     open_ledger(north_folder, 1)
     moved = tmp_path / "another machine"
     with lock_ledger(north_folder / "ledger.db"):
-        pass  # nobody serves the old one
+        pass  # no process serves the old one
     shutil.copytree(north_folder, moved)
     (moved / "site.toml").write_text((moved / "site.toml").read_text().replace(str(north_folder), str(moved)))
     Kit.read(moved / "kit", kind="site").check_certificate(datetime.now(UTC))
     there = open_ledger(moved, 2)
     assert there.history.charged_rounds("r") == 2
-    # Started again by mistake, the old one is found as soon as a lead shows it the new one's receipt.
+    # If the old site is started by mistake, a lead's receipt from the new site reveals it.
     with pytest.raises(Refused, match="ledger_behind_receipt"):
         open_ledger(north_folder).require_receipt(there.sign_receipt("r"))
 

@@ -43,10 +43,10 @@ def connect_to(address: str) -> socket.socket:
 def test_health_report_has_fixed_keys(address: str, health: Health) -> None:
     status, body = send_probe(address)
     assert status == 200
-    told = json.loads(body)
-    assert set(told) == KEYS
-    assert (told["state"], told["last_contact"], told["rounds_answered"]) == ("starting", None, 0)
-    assert told["version"] == build()
+    report = json.loads(body)
+    assert set(report) == KEYS
+    assert (report["state"], report["last_contact"], report["rounds_answered"]) == ("starting", None, 0)
+    assert report["version"] == build()
     with pytest.raises(TypeError):
         health.update(records=3)  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match="state"):
@@ -67,10 +67,10 @@ def test_health_since_is_the_time_of_the_last_state_change(health: Health, monke
     health.update(state="connected", last_contact=datetime(2026, 11, 20, 13, 0, tzinfo=timezone(timedelta(hours=1))))
     now += timedelta(hours=1)
     health.update(state="connected", rounds_answered=2)
-    told = health.snapshot()
-    assert told["since"] == "2026-11-20T12:00:00+00:00"
-    assert told["last_contact"] == "2026-11-20T12:00:00+00:00"
-    assert told["rounds_answered"] == 2
+    snapshot = health.snapshot()
+    assert snapshot["since"] == "2026-11-20T12:00:00+00:00"
+    assert snapshot["last_contact"] == "2026-11-20T12:00:00+00:00"
+    assert snapshot["rounds_answered"] == 2
 
 
 def test_only_health_and_ready_paths_are_served(address: str) -> None:
@@ -79,7 +79,7 @@ def test_only_health_and_ready_paths_are_served(address: str) -> None:
         (b"GET /health/../etc HTTP/1.1\r\nHost: x\r\n\r\n", b"404"),
         (b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", b"405"),
         (b"nonsense\r\n\r\n", b"400"),
-        (b"GET /health HTTP/1.1\r\nConnection: keep-alive\r\n\r\n" * 2, b"200"),  # one answer to the two
+        (b"GET /health HTTP/1.1\r\nConnection: keep-alive\r\n\r\n" * 2, b"200"),  # one answer to both
     ):
         answer = b""
         with connect_to(address) as connection:
@@ -99,10 +99,10 @@ def test_endless_request_is_cut_off(address: str) -> None:
             for _ in range(100):
                 connection.sendall(b"x" * 100)
             received = connection.recv(100)
-        except ConnectionError:  # what was still on its way when the other side closed
+        except ConnectionError:  # data was still in transit when the server closed
             received = b""
     assert received == b"" or received.split()[1] == b"400"
-    assert time.monotonic() - began < 1.5  # by its length, before its time is over
+    assert time.monotonic() - began < 1.5  # limited by size, before the time limit
     assert send_probe(address)[0] == 200
 
 
@@ -117,7 +117,7 @@ def test_slow_clients_do_not_block_health_probes(address: str) -> None:
         for connection in slow:
             with contextlib.suppress(ConnectionError):
                 assert connection.recv(1) == b""
-        assert time.monotonic() - began < 8, "and each is cut off after two seconds"
+        assert time.monotonic() - began < 8, "each must be cut off after two seconds"
 
 
 def test_health_server_stops_with_its_context(health: Health) -> None:
@@ -125,7 +125,7 @@ def test_health_server_stops_with_its_context(health: Health) -> None:
         assert send_probe(bound)[0] == 200
     with pytest.raises(ConnectionRefusedError):
         send_probe(bound)
-    with serve_health(bound, health) as again:  # and leaves its port free
+    with serve_health(bound, health) as again:  # and its port must be free
         assert again == bound
 
 
@@ -168,9 +168,9 @@ def test_container_probe_reflects_health_and_readiness(address: str, health: Hea
 
 def test_health_is_served_on_a_unix_socket(tmp_path: Path, health: Health) -> None:
     address = f"unix:{tmp_path / 'health.sock'}"
-    for _ in range(2):  # a killed process leaves its socket
-        with serve_health(address, health) as told:
-            assert told == address
+    for _ in range(2):  # a killed process leaves its socket behind
+        with serve_health(address, health) as served:
+            assert served == address
             assert stat.S_IMODE((tmp_path / "health.sock").stat().st_mode) == 0o660
             health.update(state="training")
             assert send_probe(address, "/ready")[0] == 200

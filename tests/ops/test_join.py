@@ -33,7 +33,7 @@ def test_join_request_matches_the_policy(request_of: Any) -> None:
 
 
 def test_private_keys_are_readable_only_by_their_owner(tmp_path: Path, now: datetime) -> None:
-    # Without a federation, which would refuse to read its own keys before.
+    # Without a federation, which would refuse to read exposed keys first.
     folder = Desk(tmp_path / "federation", now).request("north").parent
     for key in (folder / "connection_key.pem", folder.parent / "site_key.pem"):
         assert stat.S_IMODE(key.stat().st_mode) == 0o600
@@ -81,7 +81,7 @@ def test_site_with_a_key_command_has_no_key_file(tmp_path: Path, site_policy: An
     kit = initialize_site(site_toml, out=None)
     assert JoinRequest.read(kit / "join_request.json").site_key == read_signing_key(site_toml).public == public
     assert SiteFiles.from_site_toml(site_toml).open_ledger().history.opening.site_key == public
-    assert SiteFiles.from_site_toml(site_toml).public_key is None, "to look at a policy runs nothing"
+    assert SiteFiles.from_site_toml(site_toml).public_key is None, "reading a policy must not run the command"
     secret = {path.name for path in tmp_path.rglob("*") if path.is_file() and b"PRIVATE" in path.read_bytes()}
     assert secret == {"kept.pem", "connection_key.pem"}
 

@@ -137,7 +137,7 @@ def test_roster_certificate_with_an_unreadable_key_is_refused(federation: Path, 
     der = read_certificate(join_site("north") / "site.pem").public_bytes(serialization.Encoding.DER)
     path = federation / "server" / "roster.json"
     fields = json.loads(path.read_text())
-    # The point of the public key in a form that there is none of, and a kind of key that there is none of.
+    # An invalid encoding of the public key's point, and an unknown type of key.
     for right, wrong in (("03620004", "03620008"), ("06072a8648ce3d0201", "06071a8648ce3d0201")):
         assert der.count(bytes.fromhex(right)) == 1
         damaged = x509.load_der_x509_certificate(der.replace(bytes.fromhex(right), bytes.fromhex(wrong)))

@@ -100,12 +100,12 @@ def test_pods_meet_the_restricted_standard_and_only_the_server_is_reachable(path
         (container,) = pod["containers"]
         assert {"startupProbe", "livenessProbe", "readinessProbe"} <= container.keys()
         spec = read_only_document(path, "StatefulSet")["spec"]
-        assert spec["replicas"] == 1, "a ledger and a database have one pod"
+        assert spec["replicas"] == 1, "a ledger or a database must have one pod"
         for claim in spec["volumeClaimTemplates"]:
             assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
         assert set(spec["persistentVolumeClaimRetentionPolicy"].values()) == {"Retain"}
         assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
-    # Who reaches whom.
+    # Network reachability.
     labels = find_pod_template(read_only_document(path, PROCESSES[path]))["metadata"]["labels"]
     policies = [read_only_document(file, "NetworkPolicy")["spec"] for file in POLICIES]
     (policy,) = (one for one in policies if one["podSelector"]["matchLabels"].items() <= labels.items())
@@ -123,7 +123,7 @@ def test_site_pod_is_unreachable_and_cannot_write_policy_or_records() -> None:
     assert "ports" not in service
     (container,) = find_pod(SITE)["containers"]
     assert "ports" not in container
-    # A round's length tells of the number of records, and so the endpoint stays inside the pod.
+    # The duration of a round depends on the number of records, so the endpoint must stay inside the pod.
     assert not [argument for argument in container["args"] if "anywhere" in argument]
     mounts = list_mounts(container)
     assert "--site=/site/site.toml" in container["args"]
@@ -132,7 +132,7 @@ def test_site_pod_is_unreachable_and_cannot_write_policy_or_records() -> None:
     assert mounts["/records"]["readOnly"] is True
 
 
-# What the pods' scripts do, with folders of these tests for those of the pods.
+# The pods' scripts, with test folders instead of the pods' folders.
 
 
 def read_script(container: dict[str, Any], **folders: Path) -> str:
@@ -166,7 +166,7 @@ def test_site_init_container_copies_keys_privately_and_keeps_the_ledger_key(tmp_
         run_tool("sh", "-euc", script)
         for name in (*own, *(f"kit/{name}" for name in of_kit)):
             assert (site / name).stat().st_mode & 0o777 == 0o600, name
-        (site / "site_key.pem").chmod(0o660)  # what a volume's fsGroup does to a restored one
+        (site / "site_key.pem").chmod(0o660)  # the effect of a volume's fsGroup on a restored key
     new_certificate = secret / "kit/site.pem"
     new_certificate.chmod(0o640)
     new_certificate.write_text("renewed")
@@ -195,7 +195,7 @@ def test_server_init_container_links_roster_and_certificate(desk: Desk, tmp_path
     provisioning.renew_own_certificate(desk.folder, "server", days=400, now=desk.now)
     assert [one.site for one in roster.read_newest().sites] == ["north"]
     assert certificate.is_new()
-    # The server may write nothing of its kit.
+    # The server must not be able to write to its kit.
     (container,) = find_pod(KUBERNETES / "server/server.yaml")["containers"]
     assert {path for path, mount in list_mounts(container).items() if not mount.get("readOnly")} == {"/data", "/tmp"}
 
@@ -223,11 +223,11 @@ def test_lead_job_resumes_runs_and_does_not_retry_permanent_failures() -> None:
     job = read_only_document(KUBERNETES / "lead/lead.yaml", "Job")
     pod = find_pod(KUBERNETES / "lead/lead.yaml")
     (container,) = pod["containers"]
-    told = parse_command(*container["args"])
-    assert (told["or_resume"], told["kit"]) == (True, Path("/lead/kit"))
-    assert told["words"] == ("name=first", "experiment=/experiment/experiment.yaml", "tracking.output_dir=/lead/runs")
+    args = parse_command(*container["args"])
+    assert (args["or_resume"], args["kit"]) == (True, Path("/lead/kit"))
+    assert args["words"] == ("name=first", "experiment=/experiment/experiment.yaml", "tracking.output_dir=/lead/runs")
     assert job["metadata"]["name"] == "fedtune-lead-first"
-    assert pod["restartPolicy"] == "Never", "so that the policy on exit codes counts"
+    assert pod["restartPolicy"] == "Never", "the policy on exit codes requires this"
     wrong, drained = job["spec"]["podFailurePolicy"]["rules"]
     assert wrong["action"] == "FailJob"
     assert wrong["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2, 3]}
@@ -244,7 +244,7 @@ def test_backup_job_runs_next_to_its_process_and_keeps_recent_files(role: str, t
     path, process = KUBERNETES / f"{role}-backup/backup.yaml", KUBERNETES / role / f"{role}.yaml"
     pod, made = find_pod(path), read_only_document(process, "StatefulSet")
     labels = find_pod_template(read_only_document(path, "CronJob"))["metadata"]["labels"]
-    assert not made["spec"]["selector"]["matchLabels"].items() <= labels.items(), "it is not taken for the process"
+    assert not made["spec"]["selector"]["matchLabels"].items() <= labels.items(), "the selector must not match"
     (near,) = pod["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
     assert near["topologyKey"] == "kubernetes.io/hostname"
     assert near["labelSelector"]["matchLabels"].items() <= made["spec"]["template"]["metadata"]["labels"].items()
@@ -257,7 +257,7 @@ def test_backup_job_runs_next_to_its_process_and_keeps_recent_files(role: str, t
     for folder in ours.keys() - {"/tmp", "/backup"}:
         assert ours[folder]["name"] == theirs[folder]["name"]
     assert read_only_document(path, "CronJob")["spec"]["concurrencyPolicy"] == "Forbid"
-    # It writes a new file, and only then removes what is too old.
+    # It writes a new file, and only then removes old ones.
     (keep,) = container["env"]
     command = container["command"][2].splitlines()[0]
     assert str(parse_command(*shlex.split(command)[1:])["file"]).startswith(f"/backup/{role}-")
@@ -273,7 +273,7 @@ def test_backup_job_runs_next_to_its_process_and_keeps_recent_files(role: str, t
         path.touch()
         os.utime(path, (time.time() - days * 86400,) * 2)
     for ends, left in ((1, {old, young, other}), (0, {young, other})):
-        # What the command says it was asked for, and a file as it writes one.
+        # The fake command records its arguments and writes a file.
         fedtune.write_text(f'#!/bin/sh\n[ {ends} = 0 ] || exit {ends}\necho "$@" > "{tmp_path}/asked"\n: > "$3"\n')
         fedtune.chmod(0o755)
         assert run("sh", "-euc", script, env=environment).returncode == ends
@@ -294,7 +294,7 @@ assert not lint(chart, values)["errors"]
 for text in Chart.load(chart).render(values, name="release", namespace=namespace).values():
     print("---", text, sep="\\n")
 """
-"""Helm 4's own, as a package of Python has it; in a process of its own, since it brings Go's runtime."""
+"""Runs Helm 4 from a Python package, in a separate process, because it contains the Go runtime."""
 VALUES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("chart_values.yaml").read_text())
 OF_ROLE = VALUES["of_role"]
 
@@ -331,7 +331,7 @@ def test_chart_values_match_the_schema_and_the_plain_manifests(tmp_path: Path) -
         (("storage: {}", "storage: {site: {sizes: 50Gi}}"),),
         (("maxUnavailable: 0", "maxUnavailable: 2"),),
         (("claims: {}", 'claims: {records: ""}'),),
-        # What this role does not have.
+        # Values that this role does not have.
         (("storage: {}", "storage: {data: {size: 50Gi}}"),),
         (named,),
         (server, ("gpus: 0", "gpus: 1")),
@@ -341,7 +341,7 @@ def test_chart_values_match_the_schema_and_the_plain_manifests(tmp_path: Path) -
         (lead, named, ("settings: []", "settings: [name=other]")),
     ):
         assert change_values(*wrong) == 1, wrong
-    # It has no manifests of its own.
+    # The chart has no manifests of its own.
     manifests = CHART / "manifests"
     assert manifests.is_symlink()
     assert manifests.resolve() == KUBERNETES
@@ -373,7 +373,7 @@ def test_every_chart_value_changes_valid_manifests(role: str, tmp_path: Path) ->
     made = render_chart(tmp_path, role, VALUES["changed"] | OF_ROLE[role])
     run_tool(find_tool("kubernetes-validate"), *VALIDATE, made)
     text = made.read_text()
-    assert "registry.example.org" not in text, "every container has the other image"
+    assert "registry.example.org" not in text, "every container must have the other image"
     new = "\n".join(line for line in text.splitlines() if line not in plain)
     for value in set(list_leaves(VALUES["changed"] | OF_ROLE[role])) - {"True"}:
         assert re.search(rf"(?<![\w.]){re.escape(value)}(?![\w.])", new), value

@@ -31,7 +31,7 @@ from fedtune.spec import ConfigError
 
 from .conftest import Desk
 
-# Which sites; those that a lead names: tests/cli/test_run.py.
+# The sites of a run; tests/cli/test_run.py covers sites named by the lead.
 
 
 def test_lead_without_active_sites_cannot_start_a_run(join_site: Any, federation: Path, now: datetime) -> None:
@@ -43,7 +43,7 @@ def test_lead_without_active_sites_cannot_start_a_run(join_site: Any, federation
             find_members(Kit.read(federation / "lead", kind="lead"), ())
 
 
-# What a run needs of the kit.
+# What a run needs from the kit.
 
 
 @pytest.fixture
@@ -83,17 +83,17 @@ def test_expired_lead_certificate_prevents_a_run(
     assert list(folder.iterdir()) == []
 
 
-# Who runs a folder.
+# The process of a run folder.
 
 
 def test_run_folder_records_the_process_id_only_during_the_run(tmp_path: Path) -> None:
     assert find_running_process(tmp_path) is None
     with lead_and_server.mark_running(tmp_path):
         assert find_running_process(tmp_path) == os.getpid()
-        told = json.loads((tmp_path / RUNNING).read_text())
-        assert told["pid"] == os.getpid()
-        (tmp_path / RUNNING).write_text(json.dumps(told | {"at": "another machine"}))
-        assert find_running_process(tmp_path) is None, "its number is another process's here"
+        fields = json.loads((tmp_path / RUNNING).read_text())
+        assert fields["pid"] == os.getpid()
+        (tmp_path / RUNNING).write_text(json.dumps(fields | {"at": "another machine"}))
+        assert find_running_process(tmp_path) is None, "on this machine the number belongs to another process"
     assert find_running_process(tmp_path) is None
     assert not (tmp_path / RUNNING).exists()
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
@@ -102,7 +102,7 @@ def test_run_folder_records_the_process_id_only_during_the_run(tmp_path: Path) -
         other.kill()
     assert found == other.pid
     assert find_running_process(tmp_path) is None
-    # 0 and -1 would stand for this very group of processes, and for all of them.
+    # As arguments of kill, 0 and -1 mean this process group and all processes.
     for pid in ("null", '"x"', "0", "-1", "1e30"):
         (tmp_path / RUNNING).write_text(f'{{"pid": {pid}}}')
         assert find_running_process(tmp_path) is None, pid
@@ -111,7 +111,7 @@ def test_run_folder_records_the_process_id_only_during_the_run(tmp_path: Path) -
         assert find_running_process(tmp_path) is None, text
 
 
-# What its sites said.
+# Answers of the sites.
 
 
 def test_latest_site_answers_are_stored_and_displayed(tmp_path: Path, now: datetime) -> None:
@@ -131,17 +131,17 @@ def test_latest_site_answers_are_stored_and_displayed(tmp_path: Path, now: datet
     for name, arguments, options in told:
         getattr(noted, name)(*arguments, **options)
     assert shown.mock_calls == told
-    assert update.mock_calls == [call(state), call(state)], "a tracker gets each state of the run, and nothing else"
+    assert update.mock_calls == [call(state), call(state)], "a tracker must receive each state once"
     answers = read_latest_answers(tmp_path)
     assert {site: answer["what"] for site, answer in answers.items()} == {"north": "update", "south": "update"}
     assert all(datetime.fromisoformat(answer["time"]) >= now for answer in answers.values())
     _RecordingListener(shown, tmp_path, Mock()).on_site_answered("south", "stop", num_bytes=1, charged_rounds=1)
     assert [answer["what"] for answer in read_latest_answers(tmp_path).values()] == ["update", "stop"], (
-        "also when resumed"
+        "also after the run is resumed"
     )
 
 
-# What serves.
+# The server.
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Links in place of fedtune's files to records or passwords, whose content no error quotes."""
+"""Links from fedtune's file names to records or passwords, whose content no error may quote."""
 
 import json
 from collections.abc import Callable
@@ -65,9 +65,9 @@ def test_error_about_a_linked_file_quotes_no_contents(
     link.symlink_to(elsewhere)
     with pytest.raises(FedtuneError) as caught:
         read(link)
-    said = str(caught.value)
+    message = str(caught.value)
     for quoted in (CANARY, CANARY[:4], "Monday", 'password"', "came", "77777"):
-        assert quoted not in said, said
+        assert quoted not in message, message
     assert elsewhere.read_bytes() == contents
 
 

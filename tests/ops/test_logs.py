@@ -240,7 +240,7 @@ def test_log_text_is_discarded_if_the_disk_is_full(capsys: pytest.CaptureFixture
 def test_handlers_added_by_libraries_are_bypassed(capsys: pytest.CaptureFixture[str]) -> None:
     logger, elsewhere = logging.getLogger("transformers.test_logs"), io.StringIO()
     with capture_log() as lines:
-        # As transformers and flwr do when they are imported.
+        # As transformers and flwr do on import.
         logger.addHandler(logging.StreamHandler(elsewhere))
         logger.propagate = False
         logging.getLogger().addHandler(logging.StreamHandler(elsewhere))

@@ -90,7 +90,7 @@ def test_revoked_connection_key_can_never_be_reused(desk: Desk, monkeypatch: pyt
     key = read_connection_key(first.with_name("connection_key.pem"))
     desk.revoke("north")
     with monkeypatch.context() as patch, expect_unchanged(desk.folder):
-        patch.setattr(members, "generate_connection_key", lambda: key)  # under another name
+        patch.setattr(members, "generate_connection_key", lambda: key)  # the same key under another name
         with pytest.raises(
             ConfigError, match=r"join_request\.json: connection key = .*was the key of the revoked site north"
         ):
@@ -136,8 +136,8 @@ def test_new_site_key_requires_explicit_agreement(desk: Desk, tmp_path: Path) ->
     )
 
 
-def test_site_key_names_one_site_for_ever(desk: Desk, tmp_path: Path) -> None:
-    """Two sites with one key could not be told apart, and a ledger that was given up would belong to another site."""
+def test_site_key_stays_bound_to_one_site(desk: Desk, tmp_path: Path) -> None:
+    """Two sites with one key could not be distinguished, and an abandoned ledger would belong to another site."""
     for site in ("north", "south"):
         desk.join(site)
     for site in ("west", "east"):
@@ -152,7 +152,7 @@ def test_site_key_names_one_site_for_ever(desk: Desk, tmp_path: Path) -> None:
     fields["signature"] = SigningKey.load(tmp_path / "north" / "site_key.pem").sign(
         members.PURPOSE, members.encode_for_signature({**fields, "signature": ""})
     )
-    same.write_text(json.dumps(fields))  # with the connection key that the site has
+    same.write_text(json.dumps(fields))  # with the site's current connection key
     with expect_unchanged(desk.folder):
         for request in (taken, same):
             with pytest.raises(ConfigError, match=r"site_key = .*belongs to site south"):
@@ -206,7 +206,7 @@ def test_interrupted_membership_change_is_complete_or_absent(desk: Desk, tmp_pat
             shutil.rmtree(desk.folder)
             shutil.copytree(kept, desk.folder)
             with pytest.MonkeyPatch.context() as patch:
-                begun = kill_at_step(step, patch)
+                steps = kill_at_step(step, patch)
                 try:
                     change()
                 except Killed:
@@ -216,14 +216,14 @@ def test_interrupted_membership_change_is_complete_or_absent(desk: Desk, tmp_pat
             shown = {(desk.folder / kind / "roster.json").read_bytes() for kind in ("server", "lead")}
             after = read_whole_folder(desk.folder)
             assert shown <= {before["server/roster.json"], after["server/roster.json"]}, (name, step)
-            # What a process that runs from this folder has shown the server is what counts.
+            # What counts is what a running process has shown the server.
             if shown != {before["server/roster.json"]} or done:
                 assert after["server/roster.json"] != before["server/roster.json"], (name, step)
             if after["server/roster.json"] == before["server/roster.json"]:
-                assert after == before, (name, step, begun)
+                assert after == before, (name, step, steps)
             ends.add((name, after != before))
             step += 1
-        assert step > 10, "each file takes some steps"
+        assert step > 10, "each file must take several steps"
     assert all({(name, False), (name, True)} <= ends for name in changes)
 
 
@@ -234,7 +234,7 @@ def test_change_on_a_full_disk_is_undone_or_completed_later(desk: Desk, monkeypa
         fail_where(patch, federation_folder, "write_durably", lambda path, data: path.name == CHANGE, full)
         with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
             desk.add(request)
-    assert read_whole_folder(desk.folder) == before, "without room for it, it is not made"
+    assert read_whole_folder(desk.folder) == before, "without disk space nothing may change"
     with monkeypatch.context() as patch:
         fail_where(patch, federation_folder, "write_durably", lambda path, data: path == kit, full)
         for again in (desk.add, lambda _: desk.revoke("north"), lambda _: FederationFolder.open(desk.folder)):
@@ -303,7 +303,7 @@ def test_site_lists_only_the_current_members_of_its_roster(
         )
 
 
-# What a process that runs takes from its kit.
+# What a running process reads from its kit.
 
 
 def read_roster(desk: Desk) -> Roster:
@@ -328,7 +328,7 @@ def test_every_membership_change_produces_a_newer_signed_roster(desk: Desk, monk
         newer.check_lead_signature(load_lead_key(desk).public)
         assert newer.number > before
         before = newer.number
-    # A folder from a backup uses no number again.
+    # A folder restored from a backup does not reuse a number.
     (desk.folder / "server/roster.json").write_bytes(kept)
     monkeypatch.setattr("fedtune.ops.kits.federation_folder.time.time", lambda: before + 60.0)
     desk.join("south")
@@ -357,7 +357,7 @@ def test_server_accepts_only_newer_rosters_signed_by_the_lead(desk: Desk, kit: K
             with pytest.raises(ConfigError, match=why):
                 served.read_newest()
     kit.roster.write_text("{")
-    with pytest.raises(ConfigError, match="must be one complete JSON object"):  # in the middle of being copied
+    with pytest.raises(ConfigError, match="must be one complete JSON object"):  # while it is being copied
         served.read_newest()
     kit.roster.unlink()
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -380,7 +380,7 @@ def test_revoked_key_stays_revoked_while_the_server_runs(desk: Desk, kit: Kit) -
         kit.roster.write_bytes(returned.to_bytes())
         with pytest.raises(ConfigError, match=r"roster\.sites = \['north'\]: must stay revoked"):
             served.read_newest()
-    # With a new key the site may come back.
+    # With a new key the site may return.
     desk.renew("north", desk.request("north", kit="another"))
     back = replace(read_roster(desk), number=revoked.number + 3).sign_roster(load_lead_key(desk))
     kit.roster.write_bytes(back.to_bytes())
@@ -408,7 +408,7 @@ def test_replaced_kit_certificate_is_used_once_complete(desk: Desk, caplog: pyte
         assert not certificate.is_new()
         assert not certificate.is_new()
         assert certificate.certificate == before
-    assert caplog.text.count("the kit's new certificate is ignored") == 2, "each reason is said once"
+    assert caplog.text.count("the kit's new certificate is ignored") == 2, "each reason must be logged once"
     kit.certificate.unlink()
     assert not certificate.is_new()
     kit.certificate.write_text(done.member.certificate)

@@ -62,8 +62,8 @@ def test_metrics_server_answers_only_get_on_one_path() -> None:
 
 
 def test_metrics_require_a_loopback_address_and_prometheus_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    for given in ("0.0.0.0:0", "192.0.2.1:9464"):
-        with pytest.raises(ConfigError, match=r"^--metrics = .*use a loopback address"), serve_metrics(given, list):
+    for address in ("0.0.0.0:0", "192.0.2.1:9464"):
+        with pytest.raises(ConfigError, match=r"^--metrics = .*use a loopback address"), serve_metrics(address, list):
             pass
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with (
@@ -82,8 +82,8 @@ def test_metrics_file_is_replaced_atomically_and_repeatedly(tmp_path: Path, monk
     monkeypatch.setattr(metrics, "_FILE_S", 0.02)
     file, rounds = tmp_path / "fedtune.prom", iter(range(10_000))
     figures: Callable[[], Values] = lambda: [("fedtune_lead_round_seconds", float(next(rounds)))]  # noqa: E731
-    with serve_metrics(str(file), figures) as told:
-        assert told == str(file)
+    with serve_metrics(str(file), figures) as served:
+        assert served == str(file)
         assert file.stat().st_mode & 0o777 == 0o644
         wait_for(lambda: float(file.read_text().split()[-1]) >= 2, what="the third writing")
     assert list(tmp_path.iterdir()) == []
@@ -94,14 +94,14 @@ def test_metrics_file_is_replaced_atomically_and_repeatedly(tmp_path: Path, monk
 def test_site_budget_metrics_match_the_ledger(north_folder: Path, run_proposal: Any, command: Any) -> None:
     metrics = make_site_metrics(north_folder)
     assert list_values(scrape_figures(metrics.collect_values), "fedtune_site_ledger_usable") == {"": 0.0}, (
-        "there is none yet"
+        "there is no ledger yet"
     )
-    ledger, asked = SiteFiles.from_site_toml(north_folder / "site.toml").open_ledger(), run_proposal()
+    ledger, proposal = SiteFiles.from_site_toml(north_folder / "site.toml").open_ledger(), run_proposal()
     assert list_values(scrape_figures(metrics.collect_values), "fedtune_site_epsilon_spent") == {
         "charged": 0.0,
         "with_reserved": 0.0,
     }
-    assert isinstance(ledger.reserve(asked, round=1, request="1"), Reservation)
+    assert isinstance(ledger.reserve(proposal, round=1, request="1"), Reservation)
     samples, told = (
         scrape_figures(metrics.collect_values),
         json.loads(command("ledger", "spent", str(north_folder), "--json").out),
@@ -143,7 +143,7 @@ def test_exhausted_ledger_reports_zero_runs_and_damaged_ledger_no_budget(north_f
 def test_site_metrics_cover_contact_answers_and_certificate(north_folder: Path) -> None:
     health = Health()
     metrics = make_site_metrics(north_folder, health)
-    # From 0 on, since what first appears at 1 has not increased.
+    # Counters must start at 0: a value that first appears as 1 does not count as an increase.
     assert list_values(scrape_figures(metrics.collect_values), "fedtune_site_answers_total") == {
         "update": 0.0,
         "site_error": 0.0,
@@ -202,7 +202,7 @@ def test_alert_rules_and_dashboard_use_existing_metrics(north_folder: Path, fede
         make_server_metrics(federation).collect_values,
         lead.collect_values,
     )
-    assert {name for process in figures for name, _ in process()} == set(FIGURES), "together they have every figure"
+    assert {name for process in figures for name, _ in process()} == set(FIGURES), "together they must be complete"
     known, used = {f"{name}_total" if figure.grows else name for name, figure in FIGURES.items()}, set[str]()
     for rule in GROUP["rules"]:
         assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
@@ -221,9 +221,9 @@ def test_alert_rules_and_dashboard_use_existing_metrics(north_folder: Path, fede
 
 def test_alerts_fire_only_when_expected_and_pass_promtool(tmp_path: Path) -> None:
     file = Path(__file__).with_name("alerts_test.yaml")
-    told = [one for case in yaml.safe_load(file.read_text())["tests"] for one in case["alert_rule_test"]]
+    alerts = [one for case in yaml.safe_load(file.read_text())["tests"] for one in case["alert_rule_test"]]
     both = sorted((rule["alert"], fires) for rule in GROUP["rules"] for fires in (False, True))
-    assert sorted((one["alertname"], bool(one["exp_alerts"])) for one in told) == both
+    assert sorted((one["alertname"], bool(one["exp_alerts"])) for one in alerts) == both
     promtool = find_tool("promtool")
     run_tool(promtool, "test", "rules", file)
     for what, name in (("rules", "alerts.yaml"), ("config", "prometheus.yaml")):
@@ -237,6 +237,6 @@ def test_operations_page_explains_every_alert() -> None:
     page = (MONITORING.parents[1] / "docs/operations.md").read_text()
     (table,) = re.findall(r"^\| alert \| what to do \|\n\|.*\n((?:\|.*\n)+)", page, re.MULTILINE)
     rows = [re.fullmatch(r"\| (.*?) \| (.+) \|", line) for line in table.splitlines()]
-    told = [name for row in rows if row for name in re.findall(r"`(\w+)`", row[1])]
-    assert sorted(told) == sorted(rule["alert"] for rule in GROUP["rules"])
+    alerts = [name for row in rows if row for name in re.findall(r"`(\w+)`", row[1])]
+    assert sorted(alerts) == sorted(rule["alert"] for rule in GROUP["rules"])
     assert len(rows) == len([row for row in rows if row])

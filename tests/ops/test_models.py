@@ -85,7 +85,7 @@ def read_refusal(path: Path, kit: Kit, *, because: str) -> ConfigError:
         install_model(path, kit)
     assert caught.value.key == "--import-model"
     left = list_names(kit.folder / "models") if (kit.folder / "models").exists() else set()
-    assert not left, "nothing is left behind"
+    assert not left, "no files may be left behind"
     return caught.value
 
 
@@ -97,14 +97,14 @@ def install_to_store(path: Path, kit: Kit) -> Path:
 def test_model_folder_is_installed_under_its_digest(folder: Path, kit: Any) -> None:
     digest = hash_folder(folder)
     site = kit("0" * 64, digest)
-    left = site.folder / "models" / f".{digest}.partial"  # by a crash, and cleared away
+    left = site.folder / "models" / f".{digest}.partial"  # left by a crash, and removed by the import
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half of it")
     model, is_new = install_model(folder, site)
     assert (model.name, is_new) == ("m2", True)
     installed = find_installed_model(site.folder, digest)
     assert installed == site.folder / "models" / digest
-    assert list_names(installed) == WANTED, "what the hash does not cover, and code, stays outside"
+    assert list_names(installed) == WANTED, "code and unhashed files must not be installed"
     assert hash_model(ModelSpec(path=str(installed), sha256=digest)) == digest
     assert list_license_files(site.folder, digest) == ["LICENSE"]
     verify_model(site.folder, digest)
@@ -186,13 +186,13 @@ def test_unlisted_models_pickles_and_outside_links_are_refused(tmp_path: Path, f
 
 
 def test_special_files_in_a_model_folder_are_ignored(folder: Path, kit: Any) -> None:
-    os.mkfifo(folder / "pipe.json")  # reading it would wait for ever
+    os.mkfifo(folder / "pipe.json")  # reading it would block forever
     assert list_names(install_to_store(folder, kit(hash_folder(folder)))) == WANTED
 
 
 def test_folder_without_a_complete_model_is_refused(tmp_path: Path, kit: Any) -> None:
     (tmp_path / "empty").mkdir()
-    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")  # without its folder there is no tokenizer
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")  # its folder has no tokenizer
     for made in ("nothing", "empty", "model.safetensors"):
         read_refusal(tmp_path / made, kit("0" * 64), because="safetensors")
 
@@ -237,13 +237,13 @@ def test_full_disk_leaves_no_partial_model(folder: Path, kit: Any, monkeypatch: 
         written.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for name, fake, said in (
+    for name, fake, message in (
         ("disk_usage", lambda _: usage(10**9, 10**9, 10**6), "nothing was installed"),
         ("copyfileobj", fail_on_full_disk, "No space left on device"),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(shutil, name, fake)
-            with pytest.raises(RunError, match=said):
+            with pytest.raises(RunError, match=message):
                 install_model(folder, site)
         assert list_names(site.folder / "models") == set()
     assert install_model(folder, site)[1]

@@ -111,8 +111,8 @@ def test_renewal_keeps_keys_and_other_files(federation: Path, kind: Literal["ser
     later = now + timedelta(days=300)
     provisioning.renew_own_certificate(federation, kind, days=None, now=later)
     changed = {name for name, data in read_files(federation).items() if data != before[name]}
-    rosters = {"server/roster.json", "lead/roster.json"}  # which bring it to whoever asked for it
-    assert changed == {f"{kind}/{kind}.pem", f"{kind}/README.md", *rosters}  # the README names the new date
+    rosters = {"server/roster.json", "lead/roster.json"}  # which carry the new certificate to their readers
+    assert changed == {f"{kind}/{kind}.pem", f"{kind}/README.md", *rosters}  # the README contains the new date
     assert read_certificate(federation / kind / f"{kind}.pem").public_key() == key
     found = Kit.read(federation / kind, kind=kind).check_certificate(later)
     assert found.not_after == later + timedelta(days=365)

@@ -74,7 +74,7 @@ def test_site_with_an_expired_certificate_reports_it(tmp_path: Path, caplog: Any
     assert f"this site's certificate expired at {ended:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit" in caplog.text
     assert "trying again" not in caplog.text
     caplog.clear()
-    # The server is away, and when it comes back it would not take the site: the answer waits for a new certificate.
+    # The server is away, and would refuse the site when it returns: the reply waits for a new certificate.
     health = Told(stop := threading.Event(), "expired")
     loop = make_loop(None, tmp_path, stop, health=health, ends=ended)
     monkeypatch.setattr(Fleet, "is_past_deadline", lambda *_, **__: False)
@@ -124,28 +124,28 @@ def test_message_of_unknown_type_does_not_stop_a_site(tmp_path: Path, kind: str,
             stop.set()
         return waiting.pop(0)
 
-    app = SiteApp(lambda settings: pytest.fail("nothing is asked"), name="north")
+    app = SiteApp(lambda settings: pytest.fail("no question is expected"), name="north")
     make_loop(SimpleNamespace(activate=lambda: None, receive=receive), tmp_path, stop, app=app).run()
-    assert not waiting, "it went on"
+    assert not waiting, "the site must continue"
     assert "a message of an unknown type was dropped" in caplog.text
 
 
 def test_site_loop_wakes_up_on_server_notification(tmp_path: Path) -> None:
-    stop, bell, asked = threading.Event(), SimpleNamespace(rung=threading.Event(), works=True), []
+    stop, bell, times = threading.Event(), SimpleNamespace(rung=threading.Event(), works=True), []
 
     def receive() -> None:
-        asked.append(time.monotonic())
-        if len(asked) == 1:
+        times.append(time.monotonic())
+        if len(times) == 1:
             threading.Timer(0.5, bell.rung.set).start()
         else:
             stop.set()
 
-    app = SiteApp(lambda settings: pytest.fail("nothing is asked"), name="north")
+    app = SiteApp(lambda settings: pytest.fail("no question is expected"), name="north")
     make_loop(SimpleNamespace(activate=lambda: None, receive=receive), tmp_path, stop, bell=bell, app=app).run()
-    assert 0.4 < asked[1] - asked[0] < 10, "neither before it rang nor after half a minute"
+    assert 0.4 < times[1] - times[0] < 10, "it must ask on the signal, not on the timer"
 
 
-# What its commands tell it: runs that wait for approval.
+# Runs that wait for approval, as shown by the site's commands.
 
 SETTINGS = '{"seed": 3}'
 
@@ -172,15 +172,15 @@ def test_pending_run_keeps_the_time_of_its_first_request(state: Any, monkeypatch
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "..", "x" * 267, "con: *?"])
 def test_pending_run_with_any_name_is_stored_inside_its_folder(tmp_path: Path, state: SiteState, name: str) -> None:
-    before, asked = read_files(tmp_path), propose_run(name, target_modules=("query",), spare_rounds=0)
-    state.queue_for_approval(asked, SETTINGS)
+    before, proposal = read_files(tmp_path), propose_run(name, target_modules=("query",), spare_rounds=0)
+    state.queue_for_approval(proposal, SETTINGS)
     (made,) = read_files(tmp_path).keys() - before.keys()
     assert Path(made).parent == Path("kit/state/pending")
     state.remove_pending(propose_run("another"))
     (pending,) = SiteState.in_kit(state.folder.parent).list_pending_runs()
-    assert (pending.proposal, pending.settings) == (asked, SETTINGS)
+    assert (pending.proposal, pending.settings) == (proposal, SETTINGS)
     for _ in range(2):
-        state.remove_pending(asked)
+        state.remove_pending(proposal)
         assert read_files(tmp_path) == before
 
 
@@ -189,7 +189,7 @@ def test_pending_run_with_any_name_is_stored_inside_its_folder(tmp_path: Path, s
     [
         *("", "{", "[]", '{"since": "x"}', '{"proposal": null, "since": "x"}'),
         *({"settings": "no JSON"}, {"settings": "\ud800"}, {"settings": None}),
-        {"settings": '{"seed": 4}'},  # readable, and not what the run was named after
+        {"settings": '{"seed": 4}'},  # readable, but the run's name is the hash of other settings
     ],
 )
 def test_damaged_pending_file_hides_no_other_run_and_is_rewritten(state: SiteState, damage: Any, caplog: Any) -> None:
@@ -199,7 +199,7 @@ def test_damaged_pending_file_hides_no_other_run_and_is_rewritten(state: SiteSta
     state.queue_for_approval(propose_run("other"), SETTINGS)
     assert [pending.proposal for pending in state.list_pending_runs()] == [propose_run("other")]
     assert f"{path} is damaged; remove it" in caplog.text
-    assert state.queue_for_approval(propose_run(), SETTINGS) is True, "the lead asks again every few seconds"
+    assert state.queue_for_approval(propose_run(), SETTINGS) is True, "the lead repeats its request every few seconds"
     assert {pending.proposal for pending in state.list_pending_runs()} == {propose_run(), propose_run("other")}
 
 
@@ -214,12 +214,12 @@ def test_number_of_pending_runs_is_limited(state: SiteState) -> None:
         state.queue_for_approval(propose_run(f"run-{number}"), SETTINGS)
     with pytest.raises(RunError, match="100 runs already await approval"):
         state.queue_for_approval(propose_run("one more"), SETTINGS)
-    assert state.queue_for_approval(propose_run("run-0"), SETTINGS) is False, "one of them may ask again"
+    assert state.queue_for_approval(propose_run("run-0"), SETTINGS) is False, "a listed run may be requested again"
     state.remove_pending(propose_run("run-7"))
     assert state.queue_for_approval(propose_run("one more"), SETTINGS) is True
 
 
-# Who serves a ledger.
+# The process that serves a ledger.
 
 _HOLD = """
 import sys, time
@@ -241,15 +241,15 @@ def test_ledger_is_served_by_one_process_at_a_time(tmp_path: Path) -> None:
                 pytest.fail("two processes serve one ledger")
         finally:
             holder.kill()
-    said = f"ledger = {str(ledger)!r}: is already in use by process {holder.pid}; stop that process first"
-    assert str(caught.value) == said
+    message = f"ledger = {str(ledger)!r}: is already in use by process {holder.pid}; stop that process first"
+    assert str(caught.value) == message
     with lock_ledger(ledger):
         assert (tmp_path / "ledger.db.serving").read_text() == f"{os.getpid()}\n"
 
 
 def test_serving_lock_is_released_but_its_file_remains(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.db"
-    (tmp_path / "ledger.db.serving").write_text("123456789012345\n")  # a longer number is overwritten whole
+    (tmp_path / "ledger.db.serving").write_text("123456789012345\n")  # a longer number must be overwritten completely
     with pytest.raises(RuntimeError, match="failed"), lock_ledger(ledger):
         raise RuntimeError("failed")
     file = tmp_path / "ledger.db.serving"
@@ -260,8 +260,8 @@ def test_serving_lock_is_released_but_its_file_remains(tmp_path: Path) -> None:
         pytest.raises(ConfigError, match=f"already in use by process {os.getpid()};"),
         lock_ledger(ledger),
     ):
-        pytest.fail("nor does one process serve it twice")
-    # Were it removed, two processes could hold two files of one name.
+        pytest.fail("one process serves the ledger twice")
+    # If it were removed, two processes could hold two files of the same name.
     assert file.stat().st_ino == inode
     assert not ledger.exists()
 
@@ -298,9 +298,9 @@ def test_site_with_an_unwritable_ledger_is_not_ready(
     tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(site_service, "_LEDGER_S", 0.0)
-    said = iter(["", "ledger.db is full", "ledger.db is full", ""])
+    problems = iter(["", "ledger.db is full", "ledger.db is full", ""])
     loop = make_loop(None, tmp_path, threading.Event())
-    loop.trouble = lambda: next(said)
+    loop.trouble = lambda: next(problems)
     states = [loop._standing.check_current_state() for _ in range(4)]
     assert states == ["connected", "failing", "failing", "connected"]
     assert "failing" not in READY

@@ -1,4 +1,4 @@
-"""What tests of the privacy core are made of: keys, a plan, a proposal, a policy, and what ledgers do with them."""
+"""Builders for tests of the privacy core: keys, a plan, a proposal, a policy, and requests to a ledger."""
 
 import contextlib
 import sqlite3
@@ -25,12 +25,12 @@ from fedtune.privacy.site_policy import Dataset, Policy
 
 
 def make_key(number: int) -> SigningKey:
-    """A key for each number, the same in every session."""
+    """Return the key with this number; it is the same in every session."""
     return SigningKey(Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32))
 
 
 site_key, lead_key, stranger_key = make_key(1), make_key(5), make_key(6)
-"""Of the site, of the lead whom it knows, and of somebody whom no site knows."""
+"""Keys of the site, of the lead that it trusts, and of a stranger."""
 _PLAN: dict[str, Any] = {"unit": "record", "delta": 1e-5, "sampling_rate": 0.25, "noise_multiplier": 1.0}
 _PLAN |= {"max_grad_norm": 0.5, "local_steps": 3, "num_rounds": 2}
 _PROPOSAL: dict[str, Any] = {"run": "r", "lead": lead_key.public, "dataset": "notes", "task": "classification"}
@@ -39,18 +39,18 @@ _PROPOSAL |= {"seeded_noise": False, "dtype": "float32", "lora_scale": 1.0, "hea
 OTHER: dict[str, Any] = {"run": "s", "dataset": "letters", "target_modules": ("v_proj",), "rank": 3, "num_sites": 2}
 OTHER |= {"train_head": False, "seeded_noise": True, "lora_scale": 2.0, "head_scale": 1.0, "start_adapter": "d" * 64}
 OTHER |= {"algorithm": "fedprox", "ranks": {"a": 1}}
-"""Of each field of a proposal that has several values within the policy, another one."""
+"""A second valid value for each proposal field for which the policy allows several."""
 
 
 def change_values(whole: Any, **changes: Any) -> Any:
-    """A configuration or policy with other values: of a group or table by a dict, of a key by its value."""
+    """Return a configuration or policy with other values: a dict changes a group or table, other values a key."""
     groups = {key: replace(getattr(whole, key), **one) for key, one in changes.items() if isinstance(one, dict)}
     return replace(whole, **changes | groups)
 
 
 @cache
 def _make_policy() -> Policy:
-    # Not while it is imported: a faulty policy is to fail a test.
+    # Built lazily: an invalid policy must fail a test, not the import.
     return Policy(
         site="a",
         population=site_policy.Population(name="patients"),
@@ -80,45 +80,45 @@ def _make_policy() -> Policy:
 
 
 def plan(**changes: Any) -> Plan:
-    """A small private plan; keywords override."""
+    """Build a small private plan; keywords override its fields."""
     return Plan(**(_PLAN | changes))
 
 
 def make_proposal(**changes: Any) -> Proposal:
-    """What the policy allows; keywords override, those of a plan in the dict `plan`."""
+    """Build a proposal within the policy; keywords override its fields, and the dict `plan` those of its plan."""
     return Proposal(**_PROPOSAL | changes | {"plan": plan(**{"num_rounds": 5, **changes.get("plan", {})})})
 
 
 def make_policy(**changes: Any) -> Policy:
-    """A policy that allows `proposal()` twice; keywords override a key, or with a dict some keys of a table.
+    """Build a policy that allows `proposal()` twice; a keyword overrides a key, or with a dict some keys of a table.
 
-    The lifetime cap has room for ten rounds of `plan()` and not for eleven.
+    The lifetime cap is large enough for ten rounds of `plan()` but not for eleven.
     """
     return change_values(_make_policy(), **changes)
 
 
 def make_user_policy(*named: tuple[str, str, str], **changes: Any) -> Policy:
-    """A policy whose unit is the user; of each data set id, file, and the column that says whose a record is."""
+    """Build a user-level policy; each data set has an id, a file, and the column with the user of a record."""
     columns = {"text": "body", "label": "code"}
     data = (Dataset(id=id, declared_size=2000, path=at, columns=columns | {"user": who}) for id, at, who in named)
     return make_policy(population={"unit": "user"}, dataset=tuple(data), **changes)
 
 
 def reserve(ledger: SiteLedger, proposal: Proposal, round: int = 1, request: str = "") -> Reservation:
-    """Have a round charged."""
+    """Charge a round."""
     granted = ledger.reserve(proposal, round=round, request=request or f"digest {proposal.run} {round}")
     assert isinstance(granted, Reservation)
     return granted
 
 
 def train(ledger: SiteLedger, proposal: Proposal, *rounds: int, reply: bytes = b"reply") -> None:
-    """Have rounds charged, one after the other, and commit a reply to each."""
+    """Charge rounds one after the other, and commit a reply to each."""
     for round in rounds:
         ledger.commit(reserve(ledger, proposal, round), reply)
 
 
 def advance_head(ledger: SiteLedger, refusals: int = 170) -> Head:
-    """The ledger's head after so many more events that cost nothing."""
+    """Return the ledger's head as it would be after this many further events without cost."""
     for number in range(refusals):
         ledger.record_refusal(Refused(Reason.TASKS, requested=str(number)), run="x", round=1, request="q")
     return ledger.head()
@@ -128,12 +128,12 @@ OPENED = [(Kind.NOTE, "opened"), (Kind.NOTE, "policy")]
 
 
 def list_kinds(path: Path) -> list[tuple[Kind, str]]:
-    """A ledger's events, in short."""
+    """List a ledger's events in a short form."""
     return [(event.kind, event.detail.get("what", "")) for event in verify(path).events]
 
 
 def tamper(path: Path, *statements: str, values: tuple[object, ...] = ()) -> None:
-    """Run SQL on a ledger file as somebody would who can write it: past the triggers, and leaving them in place."""
+    """Run SQL on a ledger file as somebody with write access could: drop the triggers, and restore them afterwards."""
     with contextlib.closing(sqlite3.connect(path)) as file:
         file.executescript("PRAGMA synchronous = OFF; PRAGMA journal_mode = MEMORY")
         for (name,) in file.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
@@ -146,7 +146,7 @@ def tamper(path: Path, *statements: str, values: tuple[object, ...] = ()) -> Non
 
 
 def draw_json() -> st.SearchStrategy[Any]:
-    """Any small value, numbers that no float holds among them."""
+    """Draw any small value, including numbers that a float cannot represent."""
     return st.recursive(
         st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -155,7 +155,7 @@ def draw_json() -> st.SearchStrategy[Any]:
 
 
 def read_refusal_reason(work: Callable[..., object], *arguments: object, **rest: object) -> Reason:
-    """Why a call is refused."""
+    """Return the reason for which a call is refused."""
     with pytest.raises(Refused) as caught:
         work(*arguments, **rest)
     return caught.value.reason

@@ -1,4 +1,4 @@
-"""What the tests of the privacy core share: a site's ledger, its copies, and the time that it sees."""
+"""Fixtures for tests of the privacy core: a site's ledger, its backups, and its clock."""
 
 import shutil
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def open_ledger(path: Path) -> Callable[..., SiteLedger]:
-    """Open the ledger as a fresh process would; keywords change its policy, key, path, anchor or server's time."""
+    """Open the ledger as a new process would; keywords change its policy, key, path, anchor or the server's time."""
 
     def make(**changes: Any) -> SiteLedger:
         values = {"path": path, "policy": make_policy(), "key": site_key, "anchor": None, "server": None} | changes
@@ -37,7 +37,7 @@ def open_ledger(path: Path) -> Callable[..., SiteLedger]:
 
 
 class Clock:
-    """The time that ledgers see; it moves only when a test moves it."""
+    """The clock of the ledgers; only a test advances it."""
 
     fromisoformat = staticmethod(datetime.fromisoformat)
 
@@ -54,14 +54,14 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """A clock at the beginning of a year."""
+    """A clock that starts at the beginning of a year."""
     clock = Clock(datetime(2030, 1, 10, tzinfo=UTC))
     monkeypatch.setattr(history, "datetime", clock)
     return clock
 
 
 class Backups:
-    """A ledger that is copied, goes on, and is put back."""
+    """A ledger that is backed up, used further, and restored."""
 
     def __init__(self, opened: Callable[..., SiteLedger], path: Path) -> None:
         self.open, self.path, self.kept = opened, path, path.with_name("backup.db")
@@ -70,7 +70,7 @@ class Backups:
         shutil.copy(self.path, self.kept)
 
     def put_back(self, *, anchor: Head | None = None) -> SiteLedger:
-        """The ledger as it was, or made up for with an anchor of what was lost."""
+        """Restore the backup, and charge the gap to an anchor if one is given."""
         shutil.copy(self.kept, self.path)
         ledger = self.open()
         if anchor is not None:
@@ -78,7 +78,7 @@ class Backups:
         return ledger
 
     def branch(self, asked: Proposal, *rounds: int) -> tuple[Head, Receipt]:
-        """Put it back, and train on it as if nothing had happened; the next one that is put back has lost that."""
+        """Restore the backup without charging the gap and train on it; the next restore loses that branch."""
         ledger = self.put_back()
         train(ledger, asked, *rounds)
         return ledger.head(), ledger.sign_receipt(asked.run)
@@ -86,7 +86,7 @@ class Backups:
 
 @pytest.fixture
 def backups(open_ledger: Callable[..., SiteLedger], path: Path) -> Backups:
-    """A ledger with one round of run r, which was backed up."""
+    """A ledger that was backed up after one round of run r."""
     train(open_ledger(), make_proposal(), 1)
     backups = Backups(open_ledger, path)
     backups.back_up()

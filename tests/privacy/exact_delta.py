@@ -1,11 +1,11 @@
-"""Delta of many sampled Gaussian mechanisms without a grid: what fedtune's upper bounds are compared with.
+"""Delta of many sampled Gaussian mechanisms without a grid, to compare fedtune's upper bounds with.
 
 With M(z) the mean of e^(z x loss) of one step, the delta of `steps` of them at epsilon is an integral along the line
 Re z = tilt, for any tilt above 0 (Alghamdi et al. 2023, arXiv 2208.09595, "The saddle-point method"):
 
     delta = 1 / (2 pi i) x integral of M(z)^steps e^(-z epsilon) / (z (1 + z)) dz
 
-Both integrals are sums at even distances, which for such functions are exact but for e^(-1 / distance).
+Both integrals are sums over evenly spaced points, which for such functions have an error of only e^(-1 / spacing).
 
     python tests/privacy/exact_delta.py        writes exact_deltas.json with 50 digits in each step; about two minutes
 """
@@ -29,18 +29,18 @@ DELTAS = (1e-5, 1e-6, 1e-9, 1e-11, 1e-13, 1e-14, 1e-15)
 
 
 class TooFewStepsError(ValueError):
-    """So few records take part in all steps together that the integral has no end."""
+    """So few records take part in all steps together that the integral does not converge."""
 
 
 def _list_noise_points(noise: float, tilt: float, *, adding: bool) -> np.ndarray:
-    """Values of the noise that count at this tilt, at even distances."""
+    """List evenly spaced noise values that contribute at this tilt."""
     distance = min(noise, noise**2) / 12
     low, high = (-tilt - 14 * noise, 14 * noise) if adding else (-14 * noise, tilt + 2 + 14 * noise)
     return np.arange(math.floor(low / distance), math.ceil(high / distance) + 1) * distance
 
 
 def _log_means(rate: float, noise: float, orders: np.ndarray, tilt: float, *, adding: bool) -> np.ndarray:
-    """log M at each complex order whose real part is `tilt`."""
+    """Compute log M at each complex order with real part `tilt`."""
     x = _list_noise_points(noise, tilt, adding=adding)
     loss = np.log(1 - rate + rate * np.exp((2 * x - 1) / (2 * noise**2)))
     powers = -orders if adding else orders + 1
@@ -51,7 +51,7 @@ def _log_means(rate: float, noise: float, orders: np.ndarray, tilt: float, *, ad
 
 
 def log_moment(rate: float, noise: float, order: float) -> mpmath.mpf:
-    """(order - 1) times the Renyi divergence of one sampled Gaussian mechanism; call it with 60 digits or so."""
+    """Compute (order - 1) times the Renyi divergence of one sampled Gaussian mechanism; needs about 60 digits."""
     q, sigma, a = mpmath.mpf(rate), mpmath.mpf(noise), mpmath.mpf(order)
     if float(order).is_integer():
         parts = range(int(order) + 1)
@@ -70,7 +70,7 @@ def log_moment(rate: float, noise: float, order: float) -> mpmath.mpf:
 
 
 def find_best_tilt(rate: float, noise: float, steps: int, epsilon: float, *, adding: bool) -> float:
-    """Where Chernoff's bound at `epsilon` is least."""
+    """Find the tilt that minimizes Chernoff's bound at `epsilon`."""
 
     def compute_bound(log_tilt: float) -> float:
         tilt = math.exp(log_tilt)
@@ -81,10 +81,10 @@ def find_best_tilt(rate: float, noise: float, steps: int, epsilon: float, *, add
 
 
 def _choose_line(rate: float, noise: float, steps: int, tilt: float, *, adding: bool) -> tuple[float, int]:
-    """The distance of the points on the line above the real axis, and how many there are.
+    """Choose the spacing and the number of points on the line above the real axis.
 
     Raises:
-        TooFewStepsError: M^steps does not fall off along the line.
+        TooFewStepsError: M^steps does not decay along the line.
     """
     near = _log_means(rate, noise, tilt + np.array([0, 1e-3j * tilt]), tilt, adding=adding).real
     deviation = math.sqrt(max(2 * steps * float(near[0] - near[1]), 1e-12)) / (1e-3 * tilt)
@@ -98,7 +98,7 @@ def _choose_line(rate: float, noise: float, steps: int, tilt: float, *, adding: 
 
 
 def compute_delta(rate: float, noise: float, steps: int, epsilon: float) -> float:
-    """Delta at `epsilon`, to eight digits."""
+    """Compute delta at `epsilon` to eight digits."""
 
     def compute_one_order(adding: bool) -> float:
         tilt = find_best_tilt(rate, noise, steps, epsilon, adding=adding)
@@ -112,7 +112,7 @@ def compute_delta(rate: float, noise: float, steps: int, epsilon: float) -> floa
 
 
 def compute_precise_delta(rate: float, noise: float, steps: int, epsilon: float) -> mpmath.mpf:
-    """The same sums with 50 digits."""
+    """Compute the same sums with 50 digits."""
 
     def compute_one_order(adding: bool) -> mpmath.mpf:
         tilt = find_best_tilt(rate, noise, steps, epsilon, adding=adding)
@@ -123,7 +123,7 @@ def compute_precise_delta(rate: float, noise: float, steps: int, epsilon: float)
         points = [mpmath.mpf(round(float(place / apart))) * apart for place in places]
         normal = [mpmath.exp(-(x**2) / (2 * sigma**2)) * apart / sigma / mpmath.sqrt(2 * mpmath.pi) for x in points]
         losses = [mpmath.log(1 - q + q * mpmath.exp((2 * x - 1) / (2 * sigma**2))) for x in points]
-        # From one point of the line to the next each term is multiplied by the same number.
+        # Each term is multiplied by the same factor from one point on the line to the next.
         sign, h, t = (-1 if adding else 1), mpmath.mpf(distance), mpmath.mpf(tilt)
         terms = [w * mpmath.exp((-t if adding else t + 1) * loss) for w, loss in zip(normal, losses, strict=True)]
         turns = [mpmath.expj(sign * h * loss) for loss in losses]

@@ -1,6 +1,6 @@
-"""Sums of whole-number noise worked out from their distributions, without accountant, sampler or theorem.
+"""Sums of integer noise, computed from their distributions without accountant, sampler or theorem.
 
-All is in cells as sent.  Nothing here uses what `fedtune.privacy.distributed_noise` proves.
+All values are in cells as transmitted. Nothing here uses what `fedtune.privacy.distributed_noise` proves.
 """
 
 import math
@@ -19,21 +19,21 @@ HALF_UP = 0.5
 def compute_site_outcomes(value: float, deviation: float, *, most: int, shift: float = HALF_UP) -> Values:
     """Probabilities of floor(value + Z + shift) = -most, ..., most, with Z normal."""
     ends = (np.arange(-most, most + 2) - shift - value) / deviation
-    # From the side on which both ends are small, so that tails keep their digits.
+    # Differences are taken in the tail where both values are small, which keeps the digits of tail probabilities.
     below, above = stats.norm.cdf(ends), stats.norm.sf(ends)
     probabilities: Values = np.where(ends[:-1] > 0, above[:-1] - above[1:], below[1:] - below[:-1])
     return probabilities
 
 
 def compute_sum_outcomes(values: Sequence[float], deviation: float, *, most: int, shift: float = HALF_UP) -> Values:
-    """Probabilities of a sum, over sites, of what each sends: from -most to most for each site."""
+    """Compute the probabilities of the sum of all sites' values, which are from -most to most each."""
     return reduce(np.convolve, [compute_site_outcomes(value, deviation, most=most, shift=shift) for value in values])
 
 
 def compute_rounded_outcomes(mean: float, deviation: float, count: int, *, most: int, shift: float = HALF_UP) -> Values:
-    """Probabilities of floor(Y + count shift - U_1 - ... - U_(count-1)), Y normal with `count` shares' variance.
+    """Compute probabilities of floor(Y + count shift - U_1 - ... - U_(count-1)); Y normal with variance `count` shares.
 
-    That is the density at whole numbers of Y plus `count` uniform values, by the inverse of its Fourier transform.
+    That is the density at integers of Y plus `count` uniform values, by the inverse of its Fourier transform.
     """
     frequencies, width = np.linspace(0, 16 / deviation, 20_000, retstep=True)
     places = np.arange(-most * count, most * count + 1) - (mean + count * (shift - 0.5))
@@ -44,29 +44,29 @@ def compute_rounded_outcomes(mean: float, deviation: float, count: int, *, most:
 
 
 def sample_outcomes(with_unit: Values, without: Values, rate: float) -> Values:
-    """Outcomes where the unit takes part with probability `rate`."""
+    """Mix the outcomes with and without a unit that participates with probability `rate`."""
     return rate * with_unit + (1 - rate) * without
 
 
 def compute_delta(epsilon: float, left: Values, right: Values) -> float:
-    """The least delta at `epsilon` for both orders of two distributions: exact, by their hockey-stick divergence."""
+    """Compute the smallest delta at `epsilon` in both directions, exactly, from the hockey-stick divergence."""
     return max(
         float(np.maximum(one - np.exp(epsilon) * other, 0).sum()) for one, other in ((left, right), (right, left))
     )
 
 
 def join_outcomes(*parts: Values) -> Values:
-    """Joint probabilities of independent parts: tensor values, or releases."""
+    """Compute joint probabilities of independent parts: tensor values or releases."""
     return reduce(lambda one, other: np.outer(one, other).ravel(), parts)
 
 
 def compute_total_variation(left: Values, right: Values) -> float:
-    """Half the sum of the absolute differences."""
+    """Compute half the sum of the absolute differences."""
     return float(np.abs(left - right).sum() / 2)
 
 
 def fits(values: npt.NDArray[np.int64], deviation: float) -> bool:
-    """Pearson's chi-square at one in a million, by the exact probability of each cell that is expected 20 times."""
+    """Whether Pearson's chi-square test at one in a million passes, over cells with at least 20 expected values."""
     most = math.ceil(20 * deviation)
     exact = compute_site_outcomes(0.0, deviation, most=most)
     often = np.flatnonzero(exact * values.size >= 20)

@@ -1,4 +1,4 @@
-"""Golden epsilons, the two accountants against each other, and calibration."""
+"""Golden epsilons, a comparison of the two accountants, and calibration."""
 
 import logging
 import math
@@ -15,7 +15,7 @@ from fedtune.spec import ConfigError
 
 from . import exact_delta
 
-# sampling rate, noise multiplier, steps, delta, epsilon; checked outside fedtune.
+# sampling rate, noise multiplier, steps, delta, epsilon; verified outside fedtune.
 GOLDEN_PLD = [
     (0.1, 3.0, 512, 1e-6, 3.77),
     (0.04, 1.5, 2250, 1e-5, 6.769),
@@ -23,7 +23,7 @@ GOLDEN_PLD = [
     (0.01, 0.8, 3000, 1e-5, 5.24),
     (0.01, 1.0, 3000, 1e-5, 3.19),
     (0.2, 0.949, 25, 1e-5, 8.00),
-    (0.001, 0.6, 500, 1e-5, 1.21),  # the GDP accountant says 0.29 here
+    (0.001, 0.6, 500, 1e-5, 1.21),  # the GDP accountant underestimates this as 0.29
 ]
 
 
@@ -33,7 +33,7 @@ def test_pld_epsilon_matches_golden_values(rate: float, sigma: float, steps: int
     fine, coarse = epsilon_pld([event], delta), epsilon_pld([event], delta, interval=1e-3)
     half_a_digit = 0.51 * 10.0 ** -len(str(golden).partition(".")[2])
     assert fine == pytest.approx(golden, abs=max(half_a_digit, 0.005))
-    assert fine <= coarse + 1e-4, "a coarser grid reported less"
+    assert fine <= coarse + 1e-4, "the fine grid must not report more than the coarse one"
     assert coarse <= 1.01 * fine + 1e-3
     assert fine <= epsilon_rdp([event], delta)
 
@@ -42,7 +42,7 @@ def test_pld_epsilon_matches_golden_values(rate: float, sigma: float, steps: int
     ("rate", "sigma", "count"), [(0.3, 1.5, 50), (0.01, 0.6, 3000), (0.999, 0.7, 3), (1e-4, 20.0, 7), (1.0, 2.0, 4)]
 )
 def test_epsilons_match_dp_accounting_at_usual_deltas(rate: float, sigma: float, count: int) -> None:
-    """Also together with a mechanism that is not sampled."""
+    """Covers compositions with an unsampled mechanism, too."""
     step, score = PoissonSampledDpEvent(rate, GaussianDpEvent(sigma)), GaussianDpEvent(9.0)
     pld, rdp = PLDAccountant(accountant.NEIGHBORING_RELATION, value_discretization_interval=COARSE), RdpAccountant()
     for event, times in ((step, count), (score, 2)):
@@ -53,7 +53,7 @@ def test_epsilons_match_dp_accounting_at_usual_deltas(rate: float, sigma: float,
         assert ours.epsilon(delta) == pytest.approx(pld.get_epsilon(delta), rel=2e-7)
     for epsilon in (0.0, 0.1, 1.0):
         assert ours.delta(epsilon) == pytest.approx(pld.get_delta(epsilon), abs=2e-9)
-    for _ in range(2):  # divergences of steps are kept
+    for _ in range(2):  # the second pass uses cached divergences of steps
         found, theirs = accountant.compose_rdp(((step, count), (score, 2)))(1e-5), rdp.get_epsilon(1e-5)
         assert theirs <= found == pytest.approx(theirs, rel=1e-9)
 
@@ -64,7 +64,7 @@ _NOISES = (0.1, 0.5, 1.0, 4.0, 30.0, 1e3, 1e4)
 @pytest.mark.by_day("1e-09", "0.001", "0.5", "1.0")
 @pytest.mark.parametrize("rate", [1e-9, 1e-5, 0.001, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999, 1.0])
 def test_renyi_divergence_is_a_tight_upper_bound(rate: float) -> None:
-    """Also where dp-accounting's own is mostly rounding; measured, a quarter of what is added for it is enough."""
+    """Includes orders where dp-accounting's value is mostly rounding error; a quarter of the margin suffices there."""
     with mpmath.workdps(60):
         for noise in _NOISES:
             event = PoissonSampledDpEvent(rate, GaussianDpEvent(noise))
@@ -92,7 +92,7 @@ def test_divergence_is_bounded_when_the_series_does_not_converge(rate: float, no
     event = PoissonSampledDpEvent(rate, GaussianDpEvent(noise))
     rdp = RdpAccountant(orders=[order])
     rdp.compose(event)
-    assert rdp.rdp[0] == math.inf, "dp-accounting converges here now: name an order at which it does not"
+    assert rdp.rdp[0] == math.inf, "dp-accounting converges at this order: choose another order"
     with mpmath.workdps(40):
         exact = float(exact_delta.log_moment(rate, noise, order) / (mpmath.mpf(order) - 1))
     found = accountant.compute_renyi_divergence(event, order)
@@ -102,7 +102,7 @@ def test_divergence_is_bounded_when_the_series_does_not_converge(rate: float, no
 
 
 def test_adjacency_is_add_or_remove_one_record() -> None:
-    # For one Gaussian other relations may give the same numbers, but they promise something else.
+    # For a single Gaussian other adjacency relations may give the same numbers, but their guarantee differs.
     assert accountant.NEIGHBORING_RELATION is NeighboringRelation.ADD_OR_REMOVE_ONE
 
 
@@ -121,13 +121,13 @@ def test_epsilon_above_returns_none_within_the_limit() -> None:
     assert fine < coarse
     assert compute_epsilon_above_limit([event], 1e-5, limit=coarse) is None
     assert compute_epsilon_above_limit([event], 1e-5, limit=(fine + coarse) / 2) is None, (
-        "a close call is decided on the fine grid"
+        "a close call must be decided on the fine grid"
     )
     assert compute_epsilon_above_limit([event], 1e-5, limit=0.999 * fine) == fine
     assert compute_epsilon_above_limit([event], 1e-5, limit=0.5 * fine) == coarse
 
 
-# Of these two digits would be too little.
+# Two digits of these would be below the exact value.
 @pytest.mark.parametrize(
     ("epsilon", "delta", "rate", "steps"), [(8.0, 1e-5, 0.3, 50), (1.0, 1e-5, 0.3, 50), (3.0, 1e-6, 0.01, 100)]
 )

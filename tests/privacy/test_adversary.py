@@ -1,4 +1,4 @@
-"""No sequence of requests passes a cap, also when each is chosen after seeing what was spent."""
+"""No sequence of requests exceeds a cap, even if each is chosen after seeing the spending so far."""
 
 import dataclasses
 import math
@@ -36,7 +36,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 def compute_divergence(charged: Counter[DpEvent], order: float) -> float:
-    """By dp-accounting alone, one event at a time."""
+    """Compute the divergence with dp-accounting alone, one event at a time."""
     accountant = RdpAccountant(orders=[order])
     for event, count in charged.items():
         accountant.compose(event, count)
@@ -44,9 +44,9 @@ def compute_divergence(charged: Counter[DpEvent], order: float) -> float:
 
 
 class Game:
-    """A site, and somebody who reads the ledger's own figures before each move and asks for as much as they can get.
+    """A site and an adversary, who reads the ledger's figures before each move and requests as much as possible.
 
-    What was really charged is counted apart from the ledger, from the reservations that it gave.
+    The real charges are counted separately from the ledger, from the reservations that it granted.
     """
 
     def __init__(self, path: Path, policy: Policy) -> None:
@@ -58,12 +58,12 @@ class Game:
         self.charged: list[tuple[datetime, str, DpEvent]] = []
         self.started: list[Proposal] = []
         self.expires: dict[str, datetime] = {}
-        """Until when each run that has not ended holds its plan."""
+        """Expiry of each open run's reserve."""
         self.spent = 0.0
         self.accepted = self.refused = 0
 
     def would_accept(self, proposal: Proposal) -> bool:
-        """What the adversary computes from the site's own figures; nothing is asked of the site."""
+        """Predict the site's decision from its published figures, without asking the site."""
         self.receive_server_time()
         now = self.ledger.history.now(server=self.server or self.ledger.history.last_time)
         try:
@@ -74,7 +74,7 @@ class Game:
         return True
 
     def ask(self, proposal: Proposal, round: int, *, request: str, reply: bool) -> Reason | None:
-        """One request; returns why it was refused."""
+        """Send one request; returns the reason of a refusal."""
         new = proposal.run not in self.ledger.history.runs
         before = self.ledger.history.count_total_charges()
         self.receive_server_time()
@@ -97,7 +97,7 @@ class Game:
         return None
 
     def receive_server_time(self) -> None:
-        """What the server says of the time comes with each request."""
+        """The server's time arrives with each request."""
         self.ledger.set_server_time(self.server.timestamp() if self.server else math.nan)
 
     def end(self, proposal: Proposal) -> None:
@@ -106,7 +106,7 @@ class Game:
         self.check()
 
     def sum_reservations(self, now: datetime) -> Counter[DpEvent]:
-        """What open runs may still spend."""
+        """Sum what open runs may still spend."""
         rounds = Counter(run for _, run, _ in self.charged)
         open_runs = [proposal for proposal in self.started if now < self.expires.get(proposal.run, now)]
         return events.count_mechanisms(
@@ -121,9 +121,9 @@ class Game:
         held = self.sum_reservations(history.now(server=self.server or history.last_time))
         surcharge = filter.compute_epsilon_conversion_term(self.order, budget.delta)
         both = compute_divergence(charged + held, self.order) + surcharge
-        assert both <= budget.max_epsilon + 1e-9, "charged and set aside"
+        assert both <= budget.max_epsilon + 1e-9, "charges and reserves together exceed the cap"
         now = filter.epsilon_filter(charged, order=self.order, delta=budget.delta)
-        assert now >= self.spent, "monotone"
+        assert now >= self.spent, "spending must not decrease"
         self.spent = now
         if budget.max_epsilon_per_period is not None:
             sums: dict[int, Counter[DpEvent]] = {}
@@ -138,7 +138,7 @@ class Game:
 
 
 def move(game: Game, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
-    """One move of the adversary, chosen from what the ledger says of itself."""
+    """Make one move of the adversary, based on the ledger's own figures."""
     name = f"run {len(game.started)}"
     action = draw(st.sampled_from(["exact", "exact", "more", "any", "next", "next", "retry", "end", "time", "reopen"]))
     if action in ("exact", "more", "any"):
@@ -179,7 +179,7 @@ def test_adaptive_requests_never_exceed_a_cap(tmp_path_factory: Any, monthly: bo
         patched.setattr(history, "datetime", game.clock)
         for _ in range(data.draw(st.integers(1, 20))):
             move(game, data.draw)
-    # The same events in any other order cost the same.
+    # The cost does not depend on the order of events.
     shuffled = [event for _, _, event in game.charged]
     random.Random(0).shuffle(shuffled)
     assert filter.epsilon_filter(shuffled, order=game.order, delta=1e-5) == game.spent
@@ -187,18 +187,18 @@ def test_adaptive_requests_never_exceed_a_cap(tmp_path_factory: Any, monthly: bo
 
 
 def test_greedy_adversary_approaches_the_cap_without_exceeding_it(path: Path) -> None:
-    """The game above is not won by refusing everything: whoever asks for exactly what fits gets nearly all there is."""
+    """The site does not win the game above by refusing everything: exact requests get nearly all of the budget."""
     game = Game(path, make_policy(releases={"metrics": "noised"}))
     for number, plan in enumerate(SETTINGS * 3):
-        wanted = make_proposal(run=f"run {number}", plan=plan | {"num_rounds": 20})
-        fits = run_acceptance.find_max_rounds(wanted, game.would_accept)
+        largest = make_proposal(run=f"run {number}", plan=plan | {"num_rounds": 20})
+        fits = run_acceptance.find_max_rounds(largest, game.would_accept)
         for rounds, accepted in ((fits + 1, False), (fits, True)):
             if not 1 <= rounds <= 20:
                 continue
-            asked = dataclasses.replace(wanted, plan=dataclasses.replace(wanted.plan, num_rounds=rounds))
-            assert (game.ask(asked, 1, request="1", reply=True) is None) is accepted
+            proposal = dataclasses.replace(largest, plan=dataclasses.replace(largest.plan, num_rounds=rounds))
+            assert (game.ask(proposal, 1, request="1", reply=True) is None) is accepted
             for round in range(2, rounds + 1) if accepted else ():
-                assert game.ask(asked, round, request=f"{round}", reply=True) is None
+                assert game.ask(proposal, round, request=f"{round}", reply=True) is None
     assert game.refused > 2
     assert 10.9 < game.spent <= 11.0
     history = game.ledger.history

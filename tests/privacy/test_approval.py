@@ -1,4 +1,4 @@
-"""A person at the site approves each run: for that proposal to the letter, and never beyond policy and budget."""
+"""Site-side approval of runs: each approval covers one exact proposal, and never overrides policy or budget."""
 
 import dataclasses
 from pathlib import Path
@@ -30,29 +30,29 @@ from .builders import (
 
 @pytest.fixture
 def open_manual(open_ledger: Any) -> Any:
-    """Open the ledger of a site that approves each run; keywords change its policy further."""
+    """Open the ledger of a site with manual approval; keywords change its policy further."""
     return lambda **changes: open_ledger(policy=make_policy(approval="manual", trust=Trust(secure=True), **changes))
 
 
 def test_unapproved_run_is_not_charged_and_starts_once_approved(open_manual: Any, path: Path) -> None:
     ledger = open_manual()
     assert read_refusal_reason(reserve, ledger, make_proposal()) is Reason.AWAITING_APPROVAL
-    assert list_kinds(path) == OPENED, "not even its plan is noted: nothing is set aside for it"
+    assert list_kinds(path) == OPENED, "a run without approval must reserve nothing, so not even its plan is recorded"
     assert ledger.sign_receipt("r").charged_rounds == 0
     ledger.approve(make_proposal())
     reserve(ledger, make_proposal())
     assert list_kinds(path) == [*OPENED, (Kind.NOTE, "approved"), (Kind.PLAN, ""), (Kind.RESERVE, "")]
     noted = next(event for event in verify(path).events if event.detail.get("what") == "approved")
-    assert noted.detail["proposal"] == make_proposal().to_json(), "in full: an auditor sees what was agreed to"
+    assert noted.detail["proposal"] == make_proposal().to_json(), "the full proposal must be recorded for auditors"
     for round in (2, 3):
-        reserve(ledger, make_proposal(), round)  # it is approved as a whole
+        reserve(ledger, make_proposal(), round)  # an approval covers all rounds of the run
 
 
 SHARED = DistributedNoise(num_sites=3, threshold=3, colluders=0, noise_multiplier=4.0, cell_bits=1, bound=9)
 _PLAN: dict[str, Any] = {"sampling_rate": 0.2, "noise_multiplier": 1.0000001, "max_grad_norm": 0.25, "local_steps": 2}
 _PLAN |= {"num_rounds": 4, "spare_rounds": 1, "runs": 2, "metrics_noise_multiplier": 9.0}
 _CHANGES: dict[str, dict[str, Any]] = {
-    **{name: {name: value} for name, value in OTHER.items()},  # so that nothing but the approval can stand against it
+    **{name: {name: value} for name, value in OTHER.items()},  # all within the policy
     **{name: {"plan": {name: value}} for name, value in _PLAN.items()},
     "shared": {"plan": {"local_steps": 1, "noise_multiplier": 4.0, "shared": SHARED}},
 }
@@ -60,8 +60,9 @@ _REFUSED_ANYWAY = {
     *("lead", "task", "base_model", "dtype", "adapter", "unit", "delta", "noise"),
     *("records_per_user", "cohorts"),
 }
-"""Fields of which this policy allows one value alone; of the last two there is one wherever the unit is a record, and
-no lead's run has other noise than Gaussian."""
+"""Fields for which this policy allows a single value; for the last two, any record-level policy does, and lead runs
+always have Gaussian noise.
+"""
 
 
 def test_changing_any_field_of_a_proposal_invalidates_its_approval(open_manual: Any) -> None:
@@ -92,9 +93,9 @@ def test_proposals_refused_by_policy_or_budget_cannot_be_approved(
 ) -> None:
     ledger = open_manual()
     assert read_refusal_reason(ledger.approve, make_proposal(**changes)) is reason
-    assert list_kinds(path) == OPENED, "a note would say that it was approved"
+    assert list_kinds(path) == OPENED, "a rejected approval must not be recorded"
     assert read_refusal_reason(reserve, ledger, make_proposal(**changes)) is reason, (
-        "the lead is told the rule, not to wait"
+        "the lead must receive the broken rule, not the advice to wait"
     )
 
 
@@ -103,7 +104,7 @@ def test_approved_run_is_refused_once_the_budget_is_spent(open_manual: Any) -> N
     for each in (one, two, late):
         ledger.approve(each)
     for each in (one, two):
-        reserve(ledger, each)  # the newest approval does not undo the others
+        reserve(ledger, each)  # the newest approval does not replace earlier ones
     assert read_refusal_reason(reserve, ledger, late) is Reason.MAX_EPSILON
 
 
@@ -122,7 +123,7 @@ def test_approving_a_proposal_twice_has_no_further_effect(open_manual: Any) -> N
     ledger.approve(make_proposal())
     ledger.approve(make_proposal())
     reserve(ledger, make_proposal())
-    ledger.approve(make_proposal())  # also when it has begun
+    ledger.approve(make_proposal())  # also after the run has started
     assert ledger.history.approved.keys() == {make_proposal().digest()}
     reserve(ledger, make_proposal(), 2)
 
@@ -135,9 +136,9 @@ def test_unused_approval_expires_after_thirty_days(open_manual: Any, clock: Any)
     clock.forward(seconds=1)
     assert read_refusal_reason(reserve, ledger, make_proposal()) is Reason.AWAITING_APPROVAL
     ledger.approve(make_proposal())
-    reserve(ledger, make_proposal())  # approved anew
+    reserve(ledger, make_proposal())  # after a second approval
     clock.forward(days=29)
-    reserve(ledger, make_proposal(), 2)  # who has begun needs no other
+    reserve(ledger, make_proposal(), 2)  # a run that has started needs no further approval
 
 
 def test_policy_and_budget_can_be_checked_before_approval(open_manual: Any) -> None:
@@ -152,7 +153,7 @@ def test_approval_survives_a_policy_change(open_manual: Any) -> None:
     reserve(open_manual(limits={"max_rounds": 19}), make_proposal())
     refusing = open_manual(allow={"max_rank": 1})
     assert read_refusal_reason(reserve, refusing, make_proposal(), 2) is Reason.MAX_RANK, (
-        "no longer than the rule that allowed it"
+        "an approval must not outlast the rule that allowed the run"
     )
 
 
@@ -162,7 +163,7 @@ def test_switching_to_manual_approval_does_not_stop_an_accepted_run(open_ledger:
     ledger.require_startable(make_proposal())
     reserve(ledger, make_proposal(), 2)
     assert read_refusal_reason(reserve, ledger, make_proposal(run="s")) is Reason.AWAITING_APPROVAL
-    reserve(open_ledger(), make_proposal(run="s"))  # and back again
+    reserve(open_ledger(), make_proposal(run="s"))  # and after switching back
 
 
 def test_approving_under_an_outdated_policy_raises_an_error(open_ledger: Any, open_manual: Any) -> None:
@@ -181,13 +182,13 @@ def test_waiting_runs_are_recorded_once_per_day_and_reason(open_manual: Any, pat
     refuse(Reason.PAUSED, "r", "r", "s", "s")
     open_manual().approve(make_proposal())
     refuse(Reason.PAUSED, "s")
-    told = [(event.run, event.detail["reason"]) for event in verify(path).events if event.kind is Kind.REFUSAL]
-    assert told == [("r", "awaiting_approval"), ("r", "paused"), ("s", "paused")], "once a day for each run and reason"
+    seen = [(event.run, event.detail["reason"]) for event in verify(path).events if event.kind is Kind.REFUSAL]
+    assert seen == [("r", "awaiting_approval"), ("r", "paused"), ("s", "paused")], "each must be recorded once a day"
 
 
 def test_only_pending_approval_and_pause_count_as_waiting() -> None:
     assert {reason for reason in Reason if reason.is_waiting} == {Reason.AWAITING_APPROVAL, Reason.PAUSED}
-    assert not any(reason.is_final for reason in Reason if reason.is_waiting), "asking again can help"
+    assert not any(reason.is_final for reason in Reason if reason.is_waiting), "a reason to wait must not be final"
 
 
 def test_end_of_a_run_records_the_digest_of_the_first_adapter(open_ledger: Any, path: Path) -> None:
@@ -195,6 +196,6 @@ def test_end_of_a_run_records_the_digest_of_the_first_adapter(open_ledger: Any, 
     open_ledger().end_run("r", adapter_sha256="ab" * 32)
     open_ledger().end_run("r", adapter_sha256="cd" * 32)
     ended = [event.detail for event in verify(path).events if event.detail.get("what") == "run_ended"]
-    assert ended == [{"what": "run_ended", "adapter_sha256": "ab" * 32}], "the first word counts"
+    assert ended == [{"what": "run_ended", "adapter_sha256": "ab" * 32}], "the first recorded end must stay"
     assert open_ledger().history.runs["r"].adapter == "ab" * 32
     assert not open_ledger().history.runs["r"].is_open(open_ledger().history.now())

@@ -13,7 +13,7 @@ from fedtune.privacy.ledger.chain import Event, Head, Kind
 
 from .builders import site_key
 
-# Of each field a value, and another one.
+# Two different values for each field.
 EVENT: dict[str, tuple[Any, Any]] = {
     "sequence": (1, 2),
     "kind": (Kind.NOTE, Kind.COMMIT),
@@ -51,7 +51,7 @@ def make_event(**changes: Any) -> Event:
 
 
 def test_event_hash_matches_the_golden_value() -> None:
-    # It lies in ledgers: a change of it is a change of format.
+    # Ledgers contain this hash, so changing it changes the file format.
     assert (
         make_event().compute_hash_after(chain.START)
         == "2ebf57e37ffcde6b2bda9df1b9f42ca10c63cd8c3aa8446943fe3dd89d2d2f22"

@@ -1,4 +1,4 @@
-"""What opens a period of the budget: the clock here and the server's time together, or a person; never one alone."""
+"""A new budget period opens when local clock and server time agree, or on confirmation, never by one clock alone."""
 
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -27,7 +27,7 @@ FEBRUARY, MARCH = JANUARY + timedelta(days=31), JANUARY + timedelta(days=62)
 
 @pytest.fixture
 def full_ledger(open_ledger: Any, clock: Clock) -> Any:
-    """A ledger whose one round of January is spent, opened anew for a request at which the server says its time."""
+    """Open a ledger whose one round of January is spent, as for a request with the server's time."""
     order = open_ledger().history.order
     cap = filter.epsilon_filter([make_proposal().plan.event()], order=order, delta=1e-5) + 1e-9
     monthly = make_policy(budget={"max_epsilon_per_period": cap, "period": "month"})
@@ -36,7 +36,7 @@ def full_ledger(open_ledger: Any, clock: Clock) -> Any:
 
 
 def charge(ledger: SiteLedger, proposal: Any) -> Reason | None:
-    """Charge a round, or say why not."""
+    """Charge a round, or return the reason of the refusal."""
     try:
         train(ledger, proposal, 1)
     except Refused as refused:
@@ -49,13 +49,13 @@ def charge(ledger: SiteLedger, proposal: Any) -> Reason | None:
     ("here", "server", "opens"),
     [
         (FEBRUARY, FEBRUARY, True),
-        (FEBRUARY, MARCH, False),  # a clock that lags by a period
-        (FEBRUARY, JANUARY, False),  # a clock set forward alone
-        (JANUARY, FEBRUARY, False),  # the server's alone
+        (FEBRUARY, MARCH, False),  # the local clock lags by a period
+        (FEBRUARY, JANUARY, False),  # only the local clock was set forward
+        (JANUARY, FEBRUARY, False),  # only the server's time moved
         (JANUARY, MARCH, False),
-        (FEBRUARY, None, False),  # a person's command, at which no server says anything
-        (MARCH, FEBRUARY, False),  # nor into the period that the server alone is in
-        (MARCH, MARCH, False),  # further than to the next period
+        (FEBRUARY, None, False),  # a local command, without a server's time
+        (MARCH, FEBRUARY, False),  # the local clock is a period ahead of the server
+        (MARCH, MARCH, False),  # skips a period
         (datetime(2999, 1, 1, tzinfo=UTC), datetime(2999, 1, 1, tzinfo=UTC), False),
     ],
 )
@@ -70,24 +70,24 @@ def test_new_period_starts_only_when_both_clocks_have_reached_it(
 
 
 def test_server_clock_cannot_open_past_periods_one_by_one(full_ledger: Any, clock: Clock) -> None:
-    """Under a right clock in June, each month's budget since January would have been spent on one day."""
+    """With a correct clock in June, a single day could otherwise spend each month's budget since January."""
     clock.time = JANUARY + timedelta(days=150)
     for month in range(1, 6):
-        asked = make_proposal(run=f"month-{month}", plan=ONE_ROUND)
-        assert charge(full_ledger(server=JANUARY + timedelta(days=30 * month)), asked) is Reason.MAX_EPSILON_PER_PERIOD
+        run = make_proposal(run=f"month-{month}", plan=ONE_ROUND)
+        assert charge(full_ledger(server=JANUARY + timedelta(days=30 * month)), run) is Reason.MAX_EPSILON_PER_PERIOD
 
 
 def test_approvals_and_runs_expire_while_a_new_period_is_pending(open_ledger: Any, clock: Clock) -> None:
     budget = {"max_epsilon_per_period": 100.0, "period": "month"}
-    manual, begun = make_policy(budget=budget, approval="manual"), make_proposal(run="begun")
+    manual, started = make_policy(budget=budget, approval="manual"), make_proposal(run="begun")
     ledger = open_ledger(policy=manual, server=clock.time)
-    ledger.approve(begun)
-    assert charge(ledger, begun) is None
+    ledger.approve(started)
+    assert charge(ledger, started) is None
     ledger.approve(make_proposal(run="approved"))
     clock.time += timedelta(days=manual.limits.run_expires_after_days + 400)
     ledger = open_ledger(policy=manual, server=clock.time)
     assert charge(ledger, make_proposal(run="approved")) is Reason.AWAITING_APPROVAL
-    assert read_refusal_reason(ledger.reserve, begun, round=2, request="another") is Reason.RUN_ENDED
+    assert read_refusal_reason(ledger.reserve, started, round=2, request="another") is Reason.RUN_ENDED
 
 
 @pytest.mark.parametrize("nonsense", [float("nan"), float("inf"), -1e300, 1e18])
@@ -99,15 +99,15 @@ def test_invalid_server_time_opens_no_new_period(full_ledger: Any, clock: Clock,
 
 def test_confirming_the_date_opens_the_current_period(full_ledger: Any, clock: Clock, path: Path) -> None:
     clock.time, ledger = MARCH, full_ledger(server=JANUARY)
-    asked = make_proposal(run="next", plan=ONE_ROUND)
-    assert charge(ledger, asked) is Reason.MAX_EPSILON_PER_PERIOD
+    proposal = make_proposal(run="next", plan=ONE_ROUND)
+    assert charge(ledger, proposal) is Reason.MAX_EPSILON_PER_PERIOD
     for words in ("clock says 2030-03-13", "server's time is 2030-01-10", "month of 2030-01-10", "confirm-date"):
         assert words in ledger.explain_pending_period
     full_ledger(server=None).confirm_date()
-    assert charge(full_ledger(server=JANUARY), asked) is None
+    assert charge(full_ledger(server=JANUARY), proposal) is None
     assert full_ledger(server=JANUARY).explain_pending_period == ""
     assert verify(path).history.last_time == MARCH
-    # Only the period that was confirmed: the clock may go on in it, and no further.
+    # Only the confirmed period opens: the clock may advance within it, but no further.
     clock.forward(days=31)
     assert charge(full_ledger(server=MARCH), make_proposal(run="more", plan=ONE_ROUND)) is Reason.MAX_EPSILON_PER_PERIOD
 
@@ -126,7 +126,7 @@ def test_restored_charges_count_in_the_period_of_the_anchor(full_ledger: Any, cl
     assert charge(full_ledger(server=FEBRUARY), make_proposal(run="february", plan=ONE_ROUND)) is None
     anchor = full_ledger(server=None).head()
     path.write_bytes(backup)
-    full_ledger(server=None).charge_gap(anchor)  # by a person, whom no server tells the time
+    full_ledger(server=None).charge_gap(anchor)  # by a local command, without a server's time
     assert full_ledger(server=None).history.last_time == FEBRUARY
     assert (
         charge(full_ledger(server=FEBRUARY), make_proposal(run="late", plan=ONE_ROUND)) is Reason.MAX_EPSILON_PER_PERIOD
@@ -156,7 +156,7 @@ def test_single_clock_never_opens_a_period(tmp_path_factory: Any, period: Any, m
             else:
                 ledger.record_refusal(Refused(Reason.SITE_ERROR), run=move, round=1, request="x")
             after = ledger.history.last_time
-            assert before <= after <= max(before, here), "the server's time is never the ledger's future"
+            assert before <= after <= max(before, here), "the server's time must not move the ledger past both clocks"
             old, new = compute_period_number(before, period), compute_period_number(after, period)
             if move != "confirm" and new > old:
                 assert server is not None

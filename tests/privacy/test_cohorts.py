@@ -1,4 +1,4 @@
-"""Arrival cohorts: who is charged for a run, and the register that keeps a corrected date from being a new budget."""
+"""Arrival cohorts: who is charged for a run, and the register that prevents a corrected date from adding budget."""
 
 import dataclasses
 import hashlib
@@ -35,7 +35,7 @@ def make_years(first: str | None, last: str) -> Cohorts:
 
 @pytest.fixture
 def arrivals_policy() -> Policy:
-    """A policy of people who arrive by the year, with room for ten rounds of a run for each cohort."""
+    """Build a policy with yearly cohorts, each with a budget for ten rounds of a run."""
     return make_policy(
         population={"unit": "user", "arrivals": "year"}, dataset=(Dataset(id="notes", declared_size=2000),)
     )
@@ -47,16 +47,16 @@ def ledger(open_ledger: Any, arrivals_policy: Policy) -> Any:
 
 
 def ask(run: str, first: str | None, last: str, **about: Any) -> Proposal:
-    """A run that admits these years."""
+    """Build a proposal that admits these years."""
     return make_proposal(run=run, plan={"unit": "user", "cohorts": make_years(first, last), **about})
 
 
 ONCE = ask("r", None, "2024").plan.event()
-"""What one round costs whom it admits."""
+"""The cost of one round for each admitted person."""
 
 
 def charge_round(ledger: SiteLedger, asked: Proposal, own: Mapping[str, int], *, round: int = 1) -> set[str]:
-    """Charge a round; whom the sampler may draw."""
+    """Charge a round, and return the people whom the sampler may draw."""
     granted = ledger.reserve(asked, round=round, request=f"{asked.run} {round}", arrivals=lambda: own)
     assert isinstance(granted, Reservation)
     assert granted.admitted is not None
@@ -127,13 +127,13 @@ def test_arrivals_require_user_level_privacy_and_an_arrival_column(arrivals_poli
 
 
 def test_plan_must_use_the_arrival_calendar_of_the_policy(arrivals_policy: Policy) -> None:
-    asked = ask("r", None, "2026")
-    arrivals_policy.check(asked)
+    proposal = ask("r", None, "2026")
+    arrivals_policy.check(proposal)
     for other in (Cohorts(period="month", last="2026-01"), None):
-        plan = dataclasses.replace(asked.plan, cohorts=other)
-        (refused,) = arrivals_policy.find_broken_rules(dataclasses.replace(asked, plan=plan))
+        plan = dataclasses.replace(proposal.plan, cohorts=other)
+        (refused,) = arrivals_policy.find_broken_rules(dataclasses.replace(proposal, plan=plan))
         assert (refused.reason, refused.allowed) == (Reason.COHORTS, "year")
-    (refused,) = make_policy(population={"unit": "user"}, dataset=arrivals_policy.dataset).find_broken_rules(asked)
+    (refused,) = make_policy(population={"unit": "user"}, dataset=arrivals_policy.dataset).find_broken_rules(proposal)
     assert (refused.reason, refused.requested, refused.allowed) == (Reason.COHORTS, "year", "none")
 
 
@@ -162,7 +162,7 @@ def test_every_cohort_has_the_full_budget_and_spending_is_their_maximum(ledger: 
     assert not history.count_total_charges(2026)
     assert history.count_total_charges() == history.count_total_charges(2024)
     assert history.epsilon() == history.epsilon(history.count_total_charges(2024))
-    # Whoever admits 2024 is refused, as nothing is left for its people, whether there are any or not.
+    # A run that admits 2024 is refused, because that cohort's budget is spent, whether or not it has people.
     for first, last in ((None, "2026"), ("2024", "2024"), ("2024", "2026")):
         assert read_refusal_reason(train, made, ask("more", first, last), 1) is Reason.MAX_EPSILON
     train(made, ask("new", "2025", "2030"), 1, 2, 3, 4, 5)
@@ -198,7 +198,7 @@ def test_ledger_without_arrivals_keeps_its_file_format(path: Path, open_ledger: 
     head = made.head().to_bytes().decode()
     for word in ("arrivals", "register", "cohorts"):
         assert word not in written + head
-    # Of the policy and the plan above, without what decides nothing about privacy.
+    # Golden digests of the policy and proposal above; `leads` and `lead` do not affect privacy.
     assert (
         make_policy(allow={"leads": ()}).digest() == "7c6c13d8acb333ed1239780473095210f56afed912cc05ec4f2194446088255b"
     )
@@ -213,35 +213,35 @@ def test_first_admission_of_a_person_fixes_the_cohort(ledger: Any) -> None:
     made = ledger()
     own = {"ann": 2024, "ben": 2025, "cy": 0}
     assert charge_round(made, ask("one", "2024", "2024"), own) == {"ann"}
-    # Her date is corrected, later and earlier: what she lost was charged to 2024.
+    # Her date is corrected to a later and an earlier one; her loss was charged to 2024.
     assert charge_round(made, ask("two", "2025", "2025"), own | {"ann": 2025}) == {"ben"}
     assert charge_round(made, ask("three", None, "2023"), own | {"ann": 2020, "ben": 0}) == {"cy"}
     assert charge_round(ledger(), ask("four", "2024", "2025"), {"ann": 0, "ben": 2031, "cy": 2024}) == {"ann", "ben"}
-    # Nobody is bound before the first admission.
+    # A date may change freely before the first admission.
     assert charge_round(made, ask("five", "2026", "2026"), {"dora": 2027}) == set()
     assert charge_round(made, ask("five", "2026", "2026"), {"dora": 2026}, round=2) == {"dora"}
 
 
 def test_retries_and_later_rounds_reread_the_arrival_register(ledger: Any) -> None:
-    made, asked = ledger(), ask("one", "2024", "2024")
-    assert charge_round(made, asked, {"ann": 2024}) == {"ann"}
-    assert charge_round(made, asked, {"ann": 2026, "ben": 2024}) == {"ann", "ben"}
-    assert charge_round(made, asked, {}, round=2) == set()
-    assert charge_round(made, asked, {"ann": 2026}, round=3) == {"ann"}
+    made, proposal = ledger(), ask("one", "2024", "2024")
+    assert charge_round(made, proposal, {"ann": 2024}) == {"ann"}
+    assert charge_round(made, proposal, {"ann": 2026, "ben": 2024}) == {"ann", "ben"}
+    assert charge_round(made, proposal, {}, round=2) == set()
+    assert charge_round(made, proposal, {"ann": 2026}, round=3) == {"ann"}
 
 
 def test_number_and_format_of_events_do_not_depend_on_records(ledger: Any, path: Path) -> None:
-    made, asked = ledger(), ask("one", "2024", "2024")
+    made, proposal = ledger(), ask("one", "2024", "2024")
     for round, own in ((1, {}), (2, {"ann": 2024}), (3, {"ann": 2024}), (4, {"ben": 2020})):
         before = made.history.length
-        charge_round(made, asked, own, round=round)
+        charge_round(made, proposal, own, round=round)
         assert made.history.length == before + 1 + (round == 1)
     charges = [event for event in verify(path).events if event.cohort]
     assert [event.cohort for event in charges] == ["2024..2024"] * 4
     assert [sorted(event.detail) for event in charges] == [["event", "register", "salt"]] * 4
-    said = [event.detail["register"] for event in charges]
-    assert said[0] == "0" * 64 != said[1]
-    assert said[1] == said[2] == said[3]
+    entries = [event.detail["register"] for event in charges]
+    assert entries[0] == "0" * 64 != entries[1]
+    assert entries[1] == entries[2] == entries[3]
 
 
 def test_ledger_file_contains_no_names_or_plain_name_hashes(ledger: Any, path: Path) -> None:
@@ -258,7 +258,7 @@ def test_refused_and_rolled_back_rounds_register_nobody(ledger: Any, path: Path)
     assert read_refusal_reason(made.reserve, again, round=1, request="q", arrivals=date) is Reason.MAX_EPSILON
     stored = {"round": 10, "request": "digest first 10", "arrivals": date}
     assert made.reserve(ask("first", "2024", "2024", num_rounds=10), **stored) == b"reply"
-    assert not date.called, "neither a refusal nor a stored reply reads a date"
+    assert not date.called, "neither a refusal nor a stored reply may read a date"
     with pytest.raises(ZeroDivisionError):
         made.reserve(ask("new", "2026", "2026"), round=1, request="q", arrivals=date)
     assert not ledger().history.runs.keys() & {"again", "new"}
@@ -294,12 +294,12 @@ def test_arrival_register_is_append_only_and_tampering_is_detected(ledger: Any, 
             read()
 
 
-# Putting a backup back.
+# Restoring a backup.
 
 
 @pytest.fixture
 def backups(ledger: Any, path: Path) -> Backups:
-    """A ledger without a run, which was backed up."""
+    """A ledger that was backed up before its first run."""
     backups = Backups(ledger, path)
     backups.open()
     backups.back_up()
@@ -318,7 +318,7 @@ def test_cohorts_survive_a_restore_without_lost_charges(backups: Backups) -> Non
 
 @pytest.mark.parametrize("lost", [("2024", "2024"), ("2026", "2026")])
 def test_charges_after_a_restore_do_not_depend_on_records(backups: Backups, lost: tuple[str, str]) -> None:
-    """Whether anybody was new in the lost rounds is told by no figure, and decides about nobody else."""
+    """No figure reveals whether the lost rounds had new people, and nobody else's admission depends on it."""
     made = backups.open()
     charge_round(made, ask("one", "2024", "2024"), {"ann": 2024})
     backups.back_up()
@@ -336,7 +336,7 @@ def test_charges_after_a_restore_do_not_depend_on_records(backups: Backups, lost
 
 
 def test_people_trained_on_an_unanchored_branch_are_not_new_arrivals(backups: Backups) -> None:
-    """A branch whose rounds another branch's anchor stands for wrote rows that this anchor's branch never had."""
+    """The lost branch charged the same rounds as the anchor's branch, but registered people whom the latter lacks."""
     made = backups.open()
     charge_round(made, ask("run", "2024", "2024"), {})
     anchor = made.head()
@@ -353,10 +353,10 @@ def test_unknown_people_join_the_oldest_cohort_after_lost_rows(backups: Backups)
     back = backups.put_back(anchor=made.head())
     history = back.history
     assert history.count_total_charges(0) == events.count_mechanisms([ONCE] * 2), (
-        "ben may be anybody who is unknown here"
+        "ben may be anybody unknown to the restored register"
     )
     assert history.count_total_charges(2024) == history.count_total_charges(2025) == events.count_mechanisms([ONCE])
-    # His date says 2026 now; nor is it known that cy is new.
+    # His date is now 2026; whether cy is new is unknown, too.
     own = {"ann": 2026, "ben": 2026, "cy": 2026}
     assert charge_round(back, ask("three", "2024", "2026"), own) == {"ann"}
     assert charge_round(back, ask("four", None, "2023"), own) == {"ben", "cy"}
@@ -368,7 +368,7 @@ def test_people_registered_on_both_branches_join_the_oldest_cohort(backups: Back
     charge_round(made, ask("two", "2025", "2025"), {"ben": 2025})
     anchor = made.head()
     back = backups.put_back()
-    # trained on before it was made up for
+    # trained on before the gap is charged
     assert charge_round(back, ask("here", "2026", "2026"), {"ben": 2026}) == {"ben"}
     back.charge_gap(anchor)
     assert charge_round(back, ask("three", "2025", "2026"), {"ben": 2026}) == set()
@@ -380,13 +380,13 @@ def test_second_restore_remembers_that_rows_were_lost(backups: Backups) -> None:
     made = backups.open()
     charge_round(made, ask("two", "2025", "2025"), {"ben": 2025})
     back = backups.put_back(anchor=made.head())
-    again = backups.put_back(anchor=back.head())  # no row was written since the backup
+    again = backups.put_back(anchor=back.head())  # no entry was written since the backup
     assert again.history.lost_rows
     assert charge_round(again, ask("three", "2026", "2026"), {"ben": 2026}) == set()
 
 
 def restore_beside_lost_ledger(backups: Backups, *, there: str, here: str) -> tuple[SiteLedger, Head]:
-    """A ledger and its backup, and the head of one that parted from it; each admitted somebody since."""
+    """Restore a ledger from its backup next to the head of a lost branch; each has admitted somebody since."""
     made = backups.open()
     charge_round(made, ask("lost", "2025", "2025"), {there: 2025})
     lost = made.head()
@@ -397,7 +397,7 @@ def restore_beside_lost_ledger(backups: Backups, *, there: str, here: str) -> tu
 
 
 def test_doubts_of_a_lost_ledger_survive_a_second_restore(backups: Backups) -> None:
-    """Its rows were of no worth behind an event that the newer backup has, too."""
+    """Entries after an event are in doubt; the newer backup contains that event, too."""
     back, lost = restore_beside_lost_ledger(backups, there="ben", here="ben")
     back.charge_gap(lost)
     again = backups.put_back(anchor=back.head())
@@ -405,7 +405,7 @@ def test_doubts_of_a_lost_ledger_survive_a_second_restore(backups: Backups) -> N
 
 
 def test_local_doubts_cover_charges_of_another_branch(backups: Backups) -> None:
-    """A row that is doubted here counts as the oldest cohort, though another branch never doubted it."""
+    """A register entry in doubt here counts for the oldest cohort even if another branch never doubted it."""
     back, lost = restore_beside_lost_ledger(backups, there="ann", here="ben")
     doubting = backups.path.with_name("doubting.db")
     back.charge_gap(lost)
@@ -417,5 +417,5 @@ def test_local_doubts_cover_charges_of_another_branch(backups: Backups) -> None:
     here.charge_gap(other.head())
     assert charge_round(here, ask("last", "2026", "2026"), {"ben": 2026}) == set()
     assert here.history.count_total_charges(0) == events.count_mechanisms([ONCE] * 3), (
-        "both that ben was in, and the lost one"
+        "both of ben's rounds and the lost one must count"
     )

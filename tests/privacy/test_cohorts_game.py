@@ -1,4 +1,4 @@
-"""Nobody's releases cost more than the figure of their cohort, whatever happens to dates, ledger and backups."""
+"""No person's releases cost more than the figure of their cohort, whatever happens to dates, ledger and backups."""
 
 import random
 import shutil
@@ -28,11 +28,11 @@ PLANS: list[dict[str, Any]] = [{"num_rounds": 2}, {"num_rounds": 3, "noise_multi
 
 
 class PowerCutError(Exception):
-    """The machine stops in the middle of a transaction."""
+    """The machine stops during a transaction."""
 
 
 class Site:
-    """A site's ledger, the people in its file with their dates, and what each really lost: on lost branches, too."""
+    """A site's ledger, the people in its file with their dates, and each person's real loss, also on lost branches."""
 
     def __init__(self, folder: Path, policy: Policy, chance: random.Random) -> None:
         self.path, self.anchor, self.backup = folder / "ledger.db", folder / "anchor.json", folder / "backup.db"
@@ -59,7 +59,7 @@ class Site:
 
     def arrive(self) -> None:
         for _ in range(4):
-            self.file[f"person {self.chance.randrange(30)}"] = self.date()  # maybe one who returns, with another date
+            self.file[f"person {self.chance.randrange(30)}"] = self.date()  # perhaps a known person with another date
 
     def correct(self) -> None:
         for person in self.chance.sample(sorted(self.file), len(self.file) // 2):
@@ -81,12 +81,12 @@ class Site:
         if not self.runs:
             return
         place = self.chance.randrange(max(0, len(self.runs) - 3), len(self.runs))
-        asked, rounds = self.runs[place]
-        self.runs[place] = asked, rounds + 1
-        number = rounds + 1 if rounds < 2 else self.chance.randrange(1, rounds + 1)  # maybe a retry
+        proposal, rounds = self.runs[place]
+        self.runs[place] = proposal, rounds + 1
+        number = rounds + 1 if rounds < 2 else self.chance.randrange(1, rounds + 1)  # perhaps a retry
         own = arrivals or self.file.copy
         try:
-            granted = self.ledger.reserve(asked, round=number, request=f"{asked.run} {number}", arrivals=own)
+            granted = self.ledger.reserve(proposal, round=number, request=f"{proposal.run} {number}", arrivals=own)
         except Refused:
             return
         if isinstance(granted, bytes):
@@ -94,7 +94,7 @@ class Site:
         assert granted.admitted is not None
         assert granted.admitted <= self.file.keys()
         for person in granted.admitted:
-            self.lost.setdefault(person, Counter()).update(events.count_mechanisms([asked.plan.event()]))
+            self.lost.setdefault(person, Counter()).update(events.count_mechanisms([proposal.plan.event()]))
         if self.chance.random() < 0.7:
             self.ledger.commit(granted, b"reply")
 
@@ -122,7 +122,7 @@ class Site:
         anchor = Head.read(self.anchor)
         shutil.copy(self.backup, self.path)
         if self.chance.random() < 0.5:
-            self.ledger = self.open(anchored=False)  # somebody trains on before the anchor is shown
+            self.ledger = self.open(anchored=False)  # the site trains before the anchor is checked
             for _ in range(7):
                 self.chance.choice([self.run, self.run, self.correct, self.arrive])()
         try:
@@ -148,7 +148,7 @@ class Site:
             assert lost <= figures[cohort], (person, cohort, self.done)
             assert history.divergence(lost) <= history.divergence(figures[cohort]) * (1 + 1e-12)
             assert history.divergence(lost) <= history.divergence(history.count_total_charges()) * (1 + 1e-12), (
-                "spent: the largest"
+                "total spending must be the largest figure"
             )
 
 

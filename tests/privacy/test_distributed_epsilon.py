@@ -1,4 +1,4 @@
-"""What a sum with shared noise costs a record, beside exact distributions; wrong credits, beside attacks on them."""
+"""The privacy cost of a sum with shared noise against exact distributions; invalid credits against attacks on them."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ def make_shared(noise: float, sites: int, *, threshold: int | None = None, collu
 
 
 def compute_claimed_delta(event: DpEvent, epsilon: float, *, times: int = 1) -> float:
-    """What the accountant says of `event`, `times` times."""
+    """Compute the accountant's delta for `times` compositions of `event`."""
     return compose_times(event, times).delta(epsilon)
 
 
@@ -48,14 +48,14 @@ def compose_times(event: DpEvent, times: int) -> Composition:
     return compose_pld(tuple(events.count_mechanisms({event: times}).items()), FINE)
 
 
-# Exact distributions of what is really released, in one and in two dimensions, beside what is charged.
+# Exact distributions of the released values, in one and two dimensions, compared with the charge.
 
 CELLS = 8.0
-"""Standard deviation of a share: the widest cells that are allowed."""
+"""Standard deviation of a noise share, in the widest cells that are allowed."""
 
 
 def compute_value_outcomes(contribution: float, others: list[float]) -> exact_sums.Values:
-    """Probabilities of one value of a sum: of a site with this contribution, and of others with anything."""
+    """Compute probabilities of one value of a sum, for a site's contribution and arbitrary contributions of others."""
     return exact_sums.compute_sum_outcomes([contribution, *others], CELLS, most=110)
 
 
@@ -64,7 +64,7 @@ def compute_value_outcomes(contribution: float, others: list[float]) -> exact_su
 def test_charge_of_one_release_tightly_bounds_the_exact_delta(rate: float, honest: int, clip_norm: float) -> None:
     event = build_secure_aggregation_event(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
     others = [0.0, 3.0, -7.0, 2.0][: honest - 1]
-    # Rounding happens after the noise, so no sum need be a whole number.
+    # Rounding follows the noise, so a sum before it need not be an integer.
     without, with_unit = (compute_value_outcomes(contribution, others) for contribution in (0.4, 0.4 + clip_norm))
     taking_part = exact_sums.sample_outcomes(with_unit, without, rate)
     for epsilon in (0.0, 0.1, 0.5, 1.0, 2.0):
@@ -72,7 +72,7 @@ def test_charge_of_one_release_tightly_bounds_the_exact_delta(rate: float, hones
         claimed = compute_claimed_delta(event, epsilon)
         assert exact <= claimed + 1e-12
         # Rounding adds 1/768 to each share's variance.
-        assert exact >= 0.97 * claimed - 1e-9, "the charge is no more than it must be"
+        assert exact >= 0.97 * claimed - 1e-9, "the charge must be tight"
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.3])
@@ -104,7 +104,7 @@ def test_two_releases_are_charged_as_a_composition() -> None:
 
 
 def test_noise_shares_smaller_than_a_cell_are_refused() -> None:
-    """Continuous noise that each site rounds: a share of a fifth of a cell is lost, however many sites add theirs."""
+    """With continuous noise that each site rounds, a share of a fifth of a cell is lost, however many sites add one."""
     for sites, deviation in ((25, 0.2), (100, 0.1)):
         assert deviation * math.sqrt(sites) == pytest.approx(1.0)
         without, with_unit = (
@@ -113,7 +113,7 @@ def test_noise_shares_smaller_than_a_cell_are_refused() -> None:
         )
         event = build_secure_aggregation_event(sampling_rate=1.0, noise_multiplier=deviation, honest=sites)
         assert exact_sums.compute_delta(1.0, with_unit, without) > 2.5 * compute_claimed_delta(event, 1.0)
-        # The server alone, which rounds the whole noise once, would keep the claim.
+        # The claim would hold only for noise that the server rounds once.
         once = [exact_sums.compute_site_outcomes(contribution, 1.0, most=30) for contribution in (0.0, 1.0)]
         assert exact_sums.compute_delta(1.0, *once) <= compute_claimed_delta(event, 1.0)
         with pytest.raises(ValueError, match="rounding removes the noise shares"):
@@ -128,11 +128,11 @@ def test_noise_shares_smaller_than_a_cell_are_refused() -> None:
         (0.6, {1: 7.43, 2: 2.68, 4: 1.30, 8: 0.77, 16: 0.50}),
         (0.8, {1: 3.14, 2: 1.44, 4: 0.84, 8: 0.53, 16: 0.35}),
         (1.0, {1: 1.83, 2: 1.00, 4: 0.62, 8: 0.41, 16: 0.28}),
-        (1 / math.sqrt(5), {1: 19.2, 2: 6.30, 3: 3.44, 4: 2.35, 5: 1.83}),  # five sites, of which some dropped
+        (1 / math.sqrt(5), {1: 19.2, 2: 6.30, 3: 3.44, 4: 2.35, 5: 1.83}),  # five sites, some of which drop out
     ],
 )
 def test_epsilon_for_honest_sites_matches_reference_values(share: float, by_honest: dict[int, float]) -> None:
-    """Rate 0.01, 1000 releases, delta 1e-5."""
+    """Sampling rate 0.01, 1000 releases, delta 1e-5."""
     for honest, epsilon in by_honest.items():
         event = build_secure_aggregation_event(sampling_rate=0.01, noise_multiplier=share, honest=honest)
         assert epsilon_pld({event: 1000}, DELTA) == pytest.approx(epsilon, abs=0.011 if epsilon < 10 else 0.06)
@@ -144,19 +144,19 @@ def test_epsilon_for_honest_sites_matches_reference_values(share: float, by_hone
 def test_epsilons_for_four_sites_match_reference_values(
     target: float, local_noise_costs: float, all_others: float
 ) -> None:
-    """Rate 0.3, 50 releases, nobody drops: the server alone, and all others against one."""
+    """Sampling rate 0.3, 50 releases, no dropouts; the server alone, and all other sites against one."""
     total = calibrate_noise(epsilon=target, delta=DELTA, sampling_rate=0.3, steps=50)
     share = SecureAggregationSpec(num_sites=4, threshold=4, colluders=0).compute_share_for_total(total)
     found = compute_epsilons_by_adversary(make_shared(share, 4), survivors={4: 50}, sampling_rate=0.3, delta=DELTA)
     assert 0.998 * target < found.server_alone <= target
-    assert found.with_colluders == found.server_alone, "with no colluders these are the same"
+    assert found.with_colluders == found.server_alone, "without colluders these must be equal"
     assert found.with_all_others == pytest.approx(all_others, abs=0.06)
-    # The noise that each bank adds alone today, at each of four.
+    # The noise that each of four banks adds without secure aggregation.
     today = build_secure_aggregation_event(sampling_rate=0.3, noise_multiplier=total, honest=4)
     assert epsilon_pld({today: 50}, DELTA) == pytest.approx(local_noise_costs, abs=0.006)
 
 
-# The three figures, and what a release is charged.
+# The three figures, and the charge for a release.
 
 
 def compute_figures(survivors: dict[int, int], also: Sequence[DpEvent] = ()) -> Any:
@@ -165,7 +165,7 @@ def compute_figures(survivors: dict[int, int], also: Sequence[DpEvent] = ()) -> 
 
 
 def cache_epsilons(*honest: int) -> float:
-    """Of one release for each number of honest shares, worked out anew."""
+    """Compute the epsilon of one release for each number of honest shares."""
     each = [PoissonSampledDpEvent(0.2, GaussianDpEvent(math.sqrt(0.7**2 * number))) for number in honest]
     return epsilon_pld(each, DELTA, interval=accountant.COARSE)
 
@@ -180,8 +180,8 @@ def test_each_epsilon_counts_only_the_noise_of_honest_sites() -> None:
 def test_releases_with_fewer_survivors_are_charged_more() -> None:
     spent = [compute_figures({number: 6}).with_colluders for number in (6, 5, 4, 3, 2, 1)]
     assert spent[:5] == sorted(set(spent[:5]))
-    assert spent[4] == spent[5], "below two, a site's own share is left"
-    # The plan's figure is that of the threshold, and holds for any survivors of at least as many.
+    assert spent[4] == spent[5], "a site's own share always counts"
+    # The plan's figure is that of the threshold, and holds for any larger number of survivors.
     assert compute_figures({6: 1, 5: 3, 4: 2}).with_colluders < compute_figures({4: 6}).with_colluders
 
 
@@ -192,14 +192,14 @@ def test_local_score_releases_raise_every_epsilon() -> None:
         assert getattr(with_scores, field.name) > getattr(without, field.name) + 0.1
 
 
-# Credits that would be wrong.
+# Invalid credits.
 
 
 def attack_two_steps(sites: int, trials: int, *, unit: bool, threshold: float) -> float:
-    """How often a sum of two local steps each shows the unit: its site's second step shouts what the first became.
+    """Return how often a sum of two local steps reveals the unit: the second step amplifies the result of the first.
 
     The unit adds one clip norm to its site's first sum; the site's other records add a hundred to the second, up or
-    down, by which side of a half the site's hidden state came to lie on.
+    down, depending on which side of one half the site's hidden state is.
     """
     plan = dataclasses.replace(make_shared(1 / math.sqrt(sites), sites), cell_bits=GRID_BITS)
     randomness = SeededRandomness(3)
@@ -234,15 +234,15 @@ def test_multiple_local_steps_get_no_credit_for_noise_of_other_sites(sites: int,
         sampling_rate=1.0, noise_multiplier=combine_noise_shares(share, sites), steps=2
     )
     assert events.count_mechanisms([credited, credited]) == events.count_mechanisms([two_credited])
-    assert is_refuted(two_credited), "two releases of a step each would be as private, and two local steps are not"
-    # Two Gaussian mechanisms of noise 1 allow this much at the attack's rate of false alarms.
+    assert is_refuted(two_credited), "the attack must refute a credit for two local steps"
+    # Two Gaussian mechanisms of noise 1 allow at most this much at the attack's false positive rate.
     assert stats.norm.cdf(math.sqrt(2) + stats.norm.ppf(1 - hit)) == pytest.approx(most, abs=0.002)
     own_shares = events.build_dp_sgd_event(sampling_rate=1.0, noise_multiplier=share, steps=2)
-    assert not is_refuted(own_shares), "so a plan of secure aggregation has one step a round"
+    assert not is_refuted(own_shares), "without the credit the claim must hold"
 
 
 def test_clipping_a_whole_site_sum_halves_the_noise_per_record() -> None:
-    """Silo-level clipping to R: one record turns a site's sum from one end to the other, which are 2 R apart."""
+    """Silo-level clipping to R: one record can move a site's sum between opposite ends, at distance 2 R."""
     records = np.full((9, 2), [0.02, 0.0])
     joining = np.array([[-1.0, 0.0]])
 
@@ -252,10 +252,10 @@ def test_clipping_a_whole_site_sum_halves_the_noise_per_record() -> None:
 
     apart = np.linalg.norm(clip_whole_sum(np.concatenate([records, joining])) - clip_whole_sum(records)) / CLIP_NORM
     assert apart == pytest.approx(2.0, abs=1e-6)
-    # An attacker who looks on which side of the middle the sum lies: noise of 1.5 R, four sites.
+    # The attacker looks at the sign of the sum; noise of 1.5 R, four sites.
     noise = 1.5
     found, false_alarm = stats.norm.cdf(apart / 2 / noise), stats.norm.cdf(-apart / 2 / noise)
     event = build_secure_aggregation_event(sampling_rate=1.0, noise_multiplier=noise / 2, honest=4)
     half = build_secure_aggregation_event(sampling_rate=1.0, noise_multiplier=noise / 4, honest=4)
-    assert found - false_alarm > compute_claimed_delta(event, 0.0) + 0.1, "what the noise over R claims does not hold"
-    assert found - false_alarm <= compute_claimed_delta(half, 0.0) + 1e-9, "and half of it does"
+    assert found - false_alarm > compute_claimed_delta(event, 0.0) + 0.1, "the full claim must be refuted"
+    assert found - false_alarm <= compute_claimed_delta(half, 0.0) + 1e-9, "the claim for half of it must hold"

@@ -1,4 +1,4 @@
-"""The shares of noise that a site adds: the theorem behind them in exact numbers, and the sampler against it."""
+"""A site's noise shares: the theorem behind them in exact numbers, and tests of the sampler against it."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ COUNT = 100_000
 CLIP_NORM = 2**GRID_BITS
 
 FOUR = DistributedNoise(num_sites=4, threshold=4, colluders=0, noise_multiplier=0.5, cell_bits=4, bound=100)
-"""With the widest cells that are allowed: a share has a standard deviation of 8."""
+"""In the widest cells that are allowed: a share has a standard deviation of 8."""
 
 
 def stream(*purpose: str | int) -> RandomStream:
@@ -34,7 +34,7 @@ def stream(*purpose: str | int) -> RandomStream:
 
 
 def share(shared: DistributedNoise = FOUR, *purpose: str | int, sums: Whole | None = None) -> Whole:
-    """What one site sends of one tensor."""
+    """Draw what one site sends for one tensor."""
     values = np.zeros(COUNT, dtype=np.int64) if sums is None else sums
     return add_noise_share({"a": values}, shared, stream(*purpose))["a"]
 
@@ -42,7 +42,7 @@ def share(shared: DistributedNoise = FOUR, *purpose: str | int, sums: Whole | No
 @pytest.mark.parametrize("deviation", [0.45, 0.6, 0.8, 1.0])
 @pytest.mark.parametrize("values", [(0.0, 0.0), (0.3, -1.7), (0.1, 0.25, 7.5), (0.5, 0.5, 0.0, 0.9, -3.1)])
 def test_sum_of_rounded_shares_matches_the_rounded_sum_within_the_gap(values: Any, deviation: float) -> None:
-    """At deviations so small that there is a gap, and for sums that are no whole numbers."""
+    """Covers deviations small enough for a visible gap, and sums that are not integers."""
     most = 30
     for shift in (HALF_UP, 0.5 + 1 / 16):
         exact = compute_sum_outcomes(values, deviation, most=most, shift=shift)
@@ -62,7 +62,7 @@ def test_rounding_gap_is_negligible_at_the_coarsest_cell_size() -> None:
 
 @pytest.mark.parametrize("sites", [2, 4, 20])
 def test_total_noise_matches_the_accounted_distribution(sites: int) -> None:
-    """Against the Gaussian mechanism's own distribution, rounding included."""
+    """The reference is the Gaussian mechanism's own distribution, including rounding."""
     total = sum((share(FOUR, "site", site) for site in range(sites)), start=np.zeros(COUNT, dtype=np.int64))
     deviation = 8 * math.sqrt(sites)
     with_rounding = math.sqrt(sites * (64 + 1 / 12))
@@ -78,9 +78,9 @@ def test_total_noise_matches_the_accounted_distribution(sites: int) -> None:
     st.lists(st.integers(-(2**31), 2**31), min_size=1, max_size=40),
 )
 def test_noised_sum_is_rounded_once_to_the_nearest_cell(bits: int, noise: float, sums: list[int]) -> None:
-    """A sum is cut off at the bound before its noise, and never rounded before it.
+    """A sum is clipped before noise is added, and never rounded before it.
 
-    Rounded first, sums one clip norm apart could become 256 clip norms apart: of a million values each moves by a cell.
+    With rounding first, sums one clip norm apart could end 256 clip norms apart: a million values move by a cell each.
     """
     shared, width = dataclasses.replace(FOUR, noise_multiplier=noise, cell_bits=bits, bound=64), 2 ** (GRID_BITS - bits)
     values = {"a": np.array([sums], dtype=np.int64), "b": np.array([-5], dtype=np.int64)}
@@ -97,7 +97,7 @@ def test_shared_values_never_exceed_the_largest_value() -> None:
     shared = dataclasses.replace(FOUR, bound=3)
     values = share(shared, "largest", sums=np.full(COUNT, 9 * CLIP_NORM, dtype=np.int64))
     assert np.abs(values).max() <= shared.largest_value == 3 * 16 + 16 * 8 + 1
-    assert values.max() > shared.largest_value - 12 * 8, "the bound is there for some reason"
+    assert values.max() > shared.largest_value - 12 * 8, "some values must come close to the bound"
     assert stats.norm.sf(16) < 1e-56
 
 
@@ -148,7 +148,7 @@ def test_noise_share_suffices_for_the_honest_sites_of_the_smallest_sum(total: fl
     assert Fraction(one) ** 2 * honest >= Fraction(total) ** 2 * (1 - Fraction(1, 2**50))
     assert distributed_noise.combine_noise_shares(one, honest) >= total
     assert distributed_noise.combine_noise_shares(round(one - 2e-4, 4), honest) < total, (
-        "and not more than that, to four digits"
+        "the noise must be minimal to four digits"
     )
 
 

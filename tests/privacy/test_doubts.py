@@ -1,4 +1,4 @@
-"""What a restore must not forget: lost events that receipts show, branches that went their own ways, denials, caps."""
+"""What a restore must preserve: lost events known from receipts, diverged branches, denials, and caps."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +19,7 @@ from .conftest import Backups, Clock
 
 
 def require_missing_events(ledger: SiteLedger, *receipts: Receipt) -> None:
-    """Each is genuine, and the ledger lacks it."""
+    """Check that each receipt is genuine and that the ledger lacks its event."""
     for receipt in receipts:
         assert read_refusal_reason(ledger.require_receipt, receipt) is Reason.LEDGER_BEHIND_RECEIPT
 
@@ -61,7 +61,7 @@ def test_anchor_clears_only_doubts_about_its_own_events(backups: Backups, order:
     behind = backups.put_back()
     for _ in range(3):
         require_missing_events(behind, *(receipts[number] for number in order))
-    assert len(behind.history.doubts) == 2, "each is noted once"
+    assert len(behind.history.doubts) == 2, "each doubt must be recorded once"
     behind.charge_gap(older)
     assert {doubt.run for doubt in behind.history.doubts} == {"other"}
     require_in_doubt(behind, make_proposal(run="new"))
@@ -85,7 +85,7 @@ def test_no_doubt_is_cleared_after_the_list_of_doubts_overflowed(backups: Backup
 @pytest.mark.parametrize("doubted", [True, False], ids=["shown before", "shown afterwards"])
 @pytest.mark.parametrize("rounds", [2, 3])
 def test_rounds_of_an_unanchored_branch_do_not_count_for_another(backups: Backups, rounds: int, doubted: bool) -> None:
-    """Two copies of a backup are charged as many rounds of a run; one of them goes on for long, the other is lost."""
+    """Two copies of a backup charge the same number of rounds of a run; one continues, and the other is lost."""
     unseen, receipt = backups.branch(make_proposal(), *range(2, rounds + 1))
     train(backups.put_back(), make_proposal(), *range(2, rounds + 1))
     lost = advance_head(backups.open())
@@ -93,7 +93,7 @@ def test_rounds_of_an_unanchored_branch_do_not_count_for_another(backups: Backup
     if doubted:
         require_missing_events(restored, receipt)
     restored.charge_gap(lost)
-    assert restored.history.charged_rounds("r") == rounds, "what the anchor knows, and the first round once"
+    assert restored.history.charged_rounds("r") == rounds, "each round must be charged once"
     require_missing_events(restored, receipt)
     require_in_doubt(restored, make_proposal(run="new"))
     restored.charge_gap(unseen)
@@ -125,7 +125,7 @@ def test_receipts_of_anchored_events_are_accepted_after_a_restore(backups: Backu
 
 @pytest.mark.parametrize("order", [(0,), (0, 1), (1, 0)], ids=["doubting", "doubting then lost", "lost then doubting"])
 def test_doubt_in_an_anchor_survives_a_restore(backups: Backups, order: tuple[int, ...]) -> None:
-    """It has all of its events, and so knows that it lacks this one."""
+    """The anchor has all of its branch's events, and records that this one is missing."""
     lost, receipt = backups.branch(make_proposal(), 2)
     doubting = backups.put_back()
     train(doubting, make_proposal(), 2)
@@ -154,7 +154,7 @@ def test_restore_keeps_denials_and_caps(backups: Backups) -> None:
     assert (lost.policy, lost.caps) == (low.digest(), (11.0, 12.0, 9.0))
     backups.put_back(anchor=lost)
     assert read_refusal_reason(backups.open().reserve, denied, round=1, request="q") is Reason.DENIED
-    assert backups.open().head().denied == lost.denied == (denied.digest(),), "and the next restore does not, either"
+    assert backups.open().head().denied == lost.denied == (denied.digest(),), "a further restore must keep them"
     assert [cap for _, cap, _ in backups.open().history.policies] == [11.0, 12.0, 9.0, 11.0]
     assert backups.open().history.cap == 11.0
 
@@ -171,18 +171,18 @@ def test_restore_keeps_the_user_columns(open_ledger: Any, path: Path) -> None:
         *(("dataset", "notes", "patient"), ("dataset", "old", "who")),
         *(("file", "notes.csv", "patient"), ("file", "old.csv", "who")),
     )
-    # The policy that is there when the ledger is put back, and one that comes later.
+    # One policy is valid during the restore, another one afterwards.
     path.write_bytes(backup)
     with pytest.raises(RunError, match=r"created for dataset notes columns\.user = patient, but the policy says visit"):
         open_ledger(policy=make_user_policy(first, visits[0])).charge_gap(anchor)
-    assert not verify(path).history.restored, "nothing of it was written"
+    assert not verify(path).history.restored, "a refused restore must not be recorded"
     path.write_bytes(backup)
     restored = open_ledger(policy=make_user_policy(first))
     restored.charge_gap(anchor)
     for visit in visits:
         with pytest.raises(RunError, match=r"columns\.user = patient, but the policy says visit"):
             open_ledger(policy=make_user_policy(first, visit))
-    assert restored.head().users == anchor.users, "and the next restore does not, either"
+    assert restored.head().users == anchor.users, "a further restore must keep them"
     open_ledger(policy=make_user_policy(first, notes))
 
 
@@ -191,7 +191,7 @@ def test_record_level_anchor_has_no_user_columns(open_ledger: Any, path: Path) -
     assert open_ledger(policy=make_policy(dataset=(named,))).head().users == ()
 
 
-# Backups put back more than once, and copies that went their own ways: each branch counts, and nobody is stuck.
+# Backups restored several times, and copies that diverged: every branch is charged, and no ledger becomes unusable.
 
 
 def count_charged_rounds(ledger: SiteLedger) -> float:
@@ -205,12 +205,12 @@ def test_two_branches_of_one_backup_are_both_charged(backups: Backups, order: tu
     lost = [backups.branch(make_proposal(run="long"), 1, 2, 3, 4), backups.branch(make_proposal(run="short"), 1, 2)]
     ledger = backups.put_back()
     for number in order:
-        assert ledger.charge_gap(lost[number][0]), "beyond the backup, each has charges of its own"
+        assert ledger.charge_gap(lost[number][0]), "each branch must have charges beyond the backup"
     assert count_charged_rounds(ledger) == 1 + 4 + 2
     for head, receipt in lost:
         ledger.require_receipt(receipt)
         assert verify(backups.path, anchor=head).anchor_sequence is not None
-        assert not ledger.charge_gap(head), "nothing is charged twice"
+        assert not ledger.charge_gap(head), "no event may be charged twice"
 
 
 def test_restoring_the_same_backup_twice_charges_all_lost_rounds(backups: Backups) -> None:
@@ -226,7 +226,7 @@ def test_restoring_the_same_backup_twice_charges_all_lost_rounds(backups: Backup
 
 
 def test_same_request_charged_on_two_branches_counts_twice(clock: Clock, backups: Backups) -> None:
-    """A clock that is behind the newest event, as where a machine was put back with its ledger, gives both one time."""
+    """If the clock is behind the newest event, as after restoring a whole machine, both events have the same time."""
     clock.time -= timedelta(days=1)
     lost, receipt = backups.branch(make_proposal(), 2)
     ledger = backups.put_back()
@@ -241,7 +241,7 @@ WRONG = [*(("gap", count) for count in (-1, 0, True, 1.0)), *(("shared", count) 
 
 @pytest.mark.parametrize(("key", "value"), [*WRONG, ("end", 1.5), ("runs", -1)])
 def test_forged_restore_entries_cannot_lower_the_charges(backups: Backups, key: str, value: Any) -> None:
-    """Whoever has the site's key may write an entry that breaks no hash and no earlier receipt."""
+    """A holder of the site's key may write an entry that breaks neither a hash nor an earlier receipt."""
     ledger = backups.open()
     ((one, _),) = ledger.history.count_total_charges().items()
     detail = {"shared": 1, "end": 1, "path": [], "gap": [[events.to_json(one), 1]], "runs": {"s": 1}}
@@ -249,7 +249,7 @@ def test_forged_restore_entries_cannot_lower_the_charges(backups: Backups, key: 
     forged = {"gap": [[events.to_json(one), value]], "runs": {"s": value}}.get(key, value)
     with ledger._store.transaction():
         ledger._store.append_note("restored", **detail)
-    assert verify(backups.path).history.count_total_charges().total() > 0, "an entry of this form is read"
+    assert verify(backups.path).history.count_total_charges().total() > 0, "the forged entry must be well formed"
     with pytest.raises(RunError), ledger._store.transaction():
         ledger._store.append_note("restored", **detail | {key: forged})
 

@@ -1,4 +1,4 @@
-"""Events as JSON: what cannot be written or read exactly is refused, never approximated."""
+"""Events as JSON: values without an exact representation are refused, never approximated."""
 
 import json
 from collections import Counter
@@ -43,7 +43,7 @@ def test_dp_sgd_composes_poisson_sampled_gaussian_steps() -> None:
 
 
 def group_recursively(event: DpEvent) -> Counter[DpEvent]:
-    """The mechanisms of an event, by doing what it says: each part again and again."""
+    """Count the mechanisms of an event recursively: each part as often as it is repeated."""
     match event:
         case ComposedDpEvent():
             return sum((group_recursively(part) for part in event.events), Counter())
@@ -77,7 +77,7 @@ def test_grouping_counts_every_occurrence_of_a_mechanism(history: list[DpEvent])
 def test_grouping_flattens_compositions_but_not_sampled_events() -> None:
     one = Gaussian(1.0)
     assert events.count_mechanisms({SelfComposed(one, 4): 3, ComposedDpEvent((one, one)): 5, one: 1}) == {one: 23}
-    # Sampling does not commute with composing: two mechanisms on one sample are not two samples.
+    # Sampling does not commute with composition: two mechanisms on one sample are not two samples.
     event = PoissonSampledDpEvent(0.1, SelfComposed(Gaussian(1.0), 2))
     assert events.count_mechanisms([event, event]) == {event: 2}
 

@@ -1,4 +1,4 @@
-"""The Renyi filter: golden costs, the order that is chosen, and sums that do not depend on how a history is told."""
+"""The Renyi filter: golden costs, the chosen order, and sums that do not depend on the grouping of events."""
 
 import math
 from collections import Counter
@@ -18,7 +18,7 @@ from fedtune.spec import ConfigError
 from .builders import make_policy
 
 DELTA = 1e-5
-# PITFALLS: what a plan of PLD epsilon 8 costs by Renyi divergence.
+# PITFALLS: the Renyi cost of a plan with a PLD epsilon of 8.
 GOLDEN = events.build_dp_sgd_event(sampling_rate=0.2, noise_multiplier=0.949, steps=25)
 
 
@@ -36,7 +36,7 @@ def test_filter_epsilon_at_the_best_order_matches_the_golden_value() -> None:
 def test_divergence_and_conversion_term_match_their_formulas(order: float) -> None:
     # Mironov 2017, corollary 3: a Gaussian of noise multiplier s has divergence a / (2 s^2) at order a.
     assert filter.compute_total_divergence([GaussianDpEvent(2.0)], order) == pytest.approx(order / 8, rel=1e-12)
-    # Canonne, Kamath and Steinke 2020, proposition 12, term by term as there.
+    # Canonne, Kamath and Steinke 2020, proposition 12, in the paper's terms.
     written = math.log(1 / DELTA) / (order - 1) + math.log(1 - 1 / order) - math.log(order) / (order - 1)
     assert filter.compute_epsilon_conversion_term(order, DELTA) == pytest.approx(written, rel=1e-12)
 
@@ -54,7 +54,7 @@ def test_filter_epsilon_is_zero_without_events_and_infinite_without_noise() -> N
     assert filter.epsilon_filter([NonPrivateDpEvent()], order=3.0, delta=DELTA) == math.inf
 
 
-# Reference events of very different size, each with a cap that it fits into several times.
+# Reference events of very different sizes, each with a cap that is several times its cost.
 REFERENCES = [
     (GOLDEN, 9.1),
     (GOLDEN, 30.0),
@@ -104,7 +104,7 @@ _PLANS = [
 @pytest.mark.parametrize("cap", _CAPS)
 @pytest.mark.parametrize("reference", _REFERENCES, ids=str)
 def test_ledger_accepts_as_many_runs_as_its_policy_promises(reference: tuple[float, float, int], cap: float) -> None:
-    """Before: at caps of 50 and more the order could be one at which a plan of epsilon 2 asked for infinity."""
+    """Regression: at caps of 50 and above, the chosen order could make a plan of epsilon 2 cost infinity."""
     rate, noise, steps = reference
     typical = ReferenceRun(sampling_rate=rate, noise_multiplier=noise, steps=steps)
     caps = {"max_epsilon": cap, "max_epsilon_per_period": cap if math.isfinite(cap) else None}
@@ -112,14 +112,14 @@ def test_ledger_accepts_as_many_runs_as_its_policy_promises(reference: tuple[flo
     history, amount = History.empty(site), compute_amount(site)
     room = filter.compute_max_divergence(cap, order=history.order, delta=history.delta)
     for rate, noise, steps in _PLANS:
-        asked = events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)
-        assert 0 < history.divergence([asked]) < math.inf, (asked, history.order)
+        event = events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)
+        assert 0 < history.divergence([event]) < math.inf, (event, history.order)
     assert amount.runs_in_lifetime == amount.runs_in_period
     if (runs := amount.runs_in_lifetime) is not None:
         assert history.divergence({typical.event: runs}) <= room < history.divergence({typical.event: runs + 1})
 
 
-# Rates and noises from useful to absurd; few of each, so that divergences are computed once.
+# Rates and noise multipliers from typical to extreme; few of each, so that divergences are computed once.
 mechanisms = st.builds(
     lambda rate, noise: events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=1),
     st.sampled_from([1e-9, 0.01, 0.2, 1.0]),
@@ -151,14 +151,14 @@ def test_filter_epsilon_never_decreases_with_further_events(history: list[tuple[
 
 @pytest.mark.parametrize("order", [1.1, 2.85, 64.0])
 def test_event_divergence_stays_positive_despite_rounding(order: float) -> None:
-    # dp-accounting's own sums come out a little below 0 for events of next to no cost.
+    # For events of almost no cost, dp-accounting's own sums are slightly below 0.
     for rate in (1e-300, 1e-9, 0.1, 0.9):
         for noise in (1e3, 1e10, 1e150):
             event = events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=1)
             assert filter.compute_total_divergence([event], order) > 0
 
 
-# A few settings and counts, so that slow loss distributions are few.
+# Few settings and counts, because loss distributions are slow to compute.
 steps = [events.build_dp_sgd_event(sampling_rate=q, noise_multiplier=z, steps=1) for q, z in ((0.2, 1.0), (0.05, 0.8))]
 counts = st.fixed_dictionaries({**dict.fromkeys(steps, st.integers(0, 40)), GaussianDpEvent(20.0): st.integers(0, 5)})
 
@@ -180,7 +180,7 @@ def test_pld_and_rdp_epsilons_are_monotone_and_order_independent(spent: Any, mor
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(spent=counts)
 def test_filter_epsilon_is_never_below_pld_epsilon(spent: dict[DpEvent, int]) -> None:
-    # A coarser grid moves a PLD figure by about 1e-3.
+    # A coarser grid changes a PLD figure by about 1e-3.
     pld = accountant.epsilon_pld(spent, DELTA, interval=accountant.COARSE)
     for order in (2.0, 2.85, 8.0):
         assert filter.epsilon_filter(spent, order=order, delta=DELTA) >= pld - 2e-3

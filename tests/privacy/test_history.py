@@ -1,4 +1,4 @@
-"""A ledger's events: each must follow from those before it."""
+"""A ledger's events: each must be consistent with those before it."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -39,7 +39,7 @@ def change_detail(event: Event, /, **detail: Any) -> Event:
 
 
 def repeat_later(event: Event, **others: Any) -> Event:
-    """An event again, after all others."""
+    """Append an earlier event at the end."""
     return replace(event, time="2031-01-01T00:00:00+00:00", **others)
 
 

@@ -1,4 +1,4 @@
-"""Keys: made once, kept private, and every signature good for one key, one purpose and one message."""
+"""Keys: generated once, kept private, and each signature valid for one key, one purpose and one message."""
 
 import stat
 import traceback
@@ -20,15 +20,15 @@ def test_signing_key_is_created_once_and_then_loaded(tmp_path: Path) -> None:
     path = tmp_path / "new" / "key.pem"
     first = SigningKey.load_or_create(path)
     assert SigningKey.load_or_create(path).public == SigningKey.load(path).public == first.public
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600, "only its owner can read it"
-    assert [each.name for each in path.parent.iterdir()] == ["key.pem"], "nothing is left beside it"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600, "only the owner may read the key"
+    assert [each.name for each in path.parent.iterdir()] == ["key.pem"], "no other file may be left in the folder"
     assert SigningKey.load_or_create(tmp_path / "other.pem").public != first.public
 
 
 def test_key_created_first_by_another_process_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "key.pem"
     first = SigningKey.load_or_create(path)
-    seen = iter([False])  # the other process made it just after this one looked
+    seen = iter([False])  # the other process creates it just after the check
     monkeypatch.setattr(Path, "exists", lambda self: next(seen))
     assert SigningKey.load_or_create(path).public == first.public
 
@@ -48,7 +48,7 @@ def test_invalid_key_files_raise_a_config_error(tmp_path: Path, content: object)
 
 @pytest.fixture
 def encrypted_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A key that was made with the passphrase in the file beside it."""
+    """A key encrypted with the passphrase in the file next to it."""
     (tmp_path / "passphrase").write_text("correct horse battery\nnothing\n")
     (tmp_path / "passphrase").chmod(0o600)
     monkeypatch.setenv(keys.PASSPHRASE_FILE, str(tmp_path / "passphrase"))
@@ -87,7 +87,7 @@ def test_wrong_passphrase_is_refused_and_never_shown(encrypted_key: Path, passph
 
 @pytest.fixture
 def command_file(tmp_path: Path) -> Path:
-    """The file that names a command, of mode 600."""
+    """A file of mode 600 that names a command."""
     (tmp_path / "site.toml").touch(mode=0o600)
     return tmp_path / "site.toml"
 
@@ -98,7 +98,7 @@ def test_key_from_a_command_is_never_written_to_disk(tmp_path: Path, command_fil
     assert SigningKey.load_or_create(tmp_path / "key.pem", command=command, named_in=command_file).public == public
     kept.unlink()
     again = SigningKey.load(tmp_path / "key.pem", command=command, named_in=command_file)
-    assert again.public == public, "it runs once in a process"
+    assert again.public == public, "the command must run once per process"
     assert {*tmp_path.rglob("*")} == {kept.parent, command_file}
 
 
@@ -142,11 +142,11 @@ def test_signature_is_valid_only_for_its_key_purpose_and_message() -> None:
     assert not is_signed(key.public, "ledger head", b"message", signature)
     assert not is_signed(key.public, "receipt", b"massage", signature)
     assert not is_signed(key.public, "receipt", b"message", other.sign("receipt", b"message"))
-    assert not is_signed(key.public, "receipts", b"ent", key.sign("receipt", b"sent")), "it is not cut elsewhere"
+    assert not is_signed(key.public, "receipts", b"ent", key.sign("receipt", b"sent")), "the split must be signed"
 
 
 def test_signature_and_public_key_encodings_are_unique() -> None:
-    # Or a stored signature could be changed without being found.
+    # Otherwise a stored signature could be changed without detection.
     def list_alternative_encodings(text: str) -> tuple[str, ...]:
         return text.upper(), " " + text, text[:2] + " " + text[2:], text[:-2], text + "00", "", "x" * len(text)
 

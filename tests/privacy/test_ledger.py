@@ -1,4 +1,4 @@
-"""A round at a ledger: charged before it is trained, answered once, and never beyond its plan, its run and its caps."""
+"""Rounds at a ledger: charged before training, answered once, and never beyond the plan, the run and the caps."""
 
 import dataclasses
 import math
@@ -37,11 +37,11 @@ from .builders import (
 
 
 def read_refusal(ledger: SiteLedger, proposal: Proposal, round: int = 1, request: str | None = None) -> Refused:
-    """Why a request is refused; nothing is charged for it, also as a fresh process sees it."""
+    """Return the reason of a refusal, after checking that nothing was charged, also as seen by a new process."""
     before = ledger.history.count_total_charges()
     with pytest.raises(Refused) as caught:
         ledger.reserve(proposal, round=round, request=request or f"digest {proposal.run} {round}")
-    ledger.end_run("no such run")  # looks at the file again
+    ledger.end_run("no such run")  # rereads the file
     assert ledger.history.count_total_charges() == before
     return caught.value
 
@@ -54,7 +54,7 @@ def test_round_is_charged_before_training_and_committed_afterwards(path: Path, o
     charged = events.from_json(verify(path).events[-1].detail["event"])
     assert charged == make_proposal().plan.event()
     assert open_ledger().history.count_total_charges() == events.count_mechanisms([charged]), (
-        "a killed process is charged for what it began"
+        "a killed process must stay charged for the round that it started"
     )
     ledger.commit(granted, b"reply 1", fingerprint="f")
     assert [kind for kind, _ in list_kinds(path)[2:]] == [Kind.PLAN, Kind.RESERVE, Kind.COMMIT]
@@ -67,7 +67,7 @@ def test_different_request_for_the_same_round_is_refused(open_ledger: Any) -> No
     refused = read_refusal(open_ledger(), make_proposal(), 1, "another digest")
     assert refused.reason is Reason.ROUND_REQUESTED_DIFFERENTLY
     assert (refused.requested, refused.allowed) == ("another digest", "digest r 1")
-    reserve(open_ledger(), make_proposal(), 2)  # interrupted, and retried by the same request alone
+    reserve(open_ledger(), make_proposal(), 2)  # interrupted, and only the same request may retry it
     assert read_refusal(open_ledger(), make_proposal(), 2, "another").reason is Reason.ROUND_REQUESTED_DIFFERENTLY
     assert reserve(open_ledger(), make_proposal(), 2).attempt == 2
 
@@ -111,7 +111,7 @@ def test_only_the_newest_attempt_can_be_committed(open_ledger: Any, path: Path) 
 
 
 def test_algorithm_state_belongs_to_the_newest_reply_of_its_run(open_ledger: Any) -> None:
-    assert open_ledger().read_algorithm_state("r") == b"", "lost state is none"
+    assert open_ledger().read_algorithm_state("r") == b"", "a lost state must read as empty"
     open_ledger().commit(reserve(open_ledger(), make_proposal(), 1), b"reply 1", state=b"after round 1")
     assert open_ledger().read_algorithm_state("r") == b"after round 1"
     assert open_ledger().read_algorithm_state("another") == b""
@@ -120,7 +120,7 @@ def test_algorithm_state_belongs_to_the_newest_reply_of_its_run(open_ledger: Any
     again = reserve(open_ledger(), make_proposal(), 2)
     with pytest.raises(RuntimeError), patch.object(EventStore, "append_event", side_effect=RuntimeError):
         open_ledger().commit(again, b"reply 2", state=b"after round 2")
-    assert open_ledger().read_algorithm_state("r") == b"after round 1", "one transaction holds reply, state and event"
+    assert open_ledger().read_algorithm_state("r") == b"after round 1", "reply and state must be one transaction"
     open_ledger().commit(again, b"reply 2", state=b"after round 2")
     assert open_ledger().read_algorithm_state("r") == b"after round 2"
 
@@ -159,7 +159,7 @@ def test_newest_reply_is_stored_and_resent_without_charge(open_ledger: Any, path
 @pytest.mark.parametrize("kept_back", [1, 2], ids=["interrupted", "never asked"])
 def test_delayed_request_for_an_earlier_round_is_not_charged(open_ledger: Any, kept_back: int) -> None:
     reserve(open_ledger(), make_proposal(), 1)
-    # an interrupted round is charged again, before any later one
+    # an interrupted round is retried before any later one
     train(open_ledger(), make_proposal(), 1 if kept_back == 2 else 2)
     train(open_ledger(), make_proposal(), 3)
     before = open_ledger().history.charged_rounds("r")
@@ -176,7 +176,7 @@ def test_tampered_reply_is_not_sent(open_ledger: Any, path: Path, sql: str) -> N
         read_refusal_reason(open_ledger().reserve, make_proposal(), round=1, request="digest r 1")
         is Reason.REPLY_NO_LONGER_STORED
     )
-    assert open_ledger().sign_receipt("r").charged_rounds == 1, "an old round is not trained again"
+    assert open_ledger().sign_receipt("r").charged_rounds == 1, "an earlier round must not be trained again"
 
 
 # Receipts and records.
@@ -195,11 +195,11 @@ def test_receipt_counts_rounds_without_a_reply(open_ledger: Any) -> None:
 
 
 def test_receipt_hides_the_chain_head(open_ledger: Any, path: Path) -> None:
-    # Whoever knows the hash could test a guess of what the ledger holds.
+    # Anyone who knows the hash could test guesses of the ledger's content.
     reserve(open_ledger(), make_proposal(), 1)
     receipt = open_ledger().sign_receipt("r")
     assert receipt.head not in {event.hash for event in verify(path).events}
-    assert open_ledger().sign_receipt("r") == receipt, "the same state has the same receipt"
+    assert open_ledger().sign_receipt("r") == receipt, "the same state must give the same receipt"
 
 
 def test_refusal_is_recorded_and_costs_nothing(open_ledger: Any, path: Path) -> None:
@@ -227,11 +227,11 @@ def test_recorded_refusals_are_limited_per_day_and_in_length(
     assert all(len(str(event.detail)) < 1000 for event in refusals)
 
 
-# Who is asked for: one budget for one population.
+# Data sets: one budget for one population.
 
 
 def test_all_data_sets_share_the_budget_of_the_population(open_ledger: Any) -> None:
-    # Ten rounds fit: another run, data set, path of the data or declared size starts no new ones.
+    # Ten rounds fit: another run, data set, data path or declared size adds none.
     train(open_ledger(), make_proposal(plan={"num_rounds": 4}), 1)
     moved = (Dataset(id="notes", declared_size=9000, path="moved.csv"), Dataset(id="new", declared_size=10))
     changed = make_policy(dataset=moved)
@@ -264,7 +264,7 @@ def test_population_unit_site_and_delta_of_a_ledger_are_fixed(open_ledger: Any, 
 
 def test_user_column_of_a_data_set_cannot_change(open_ledger: Any, path: Path) -> None:
     open_ledger(policy=make_user_policy(FIRST))
-    open_ledger(policy=make_user_policy(("other", "other.csv", "who")))  # a detour
+    open_ledger(policy=make_user_policy(("other", "other.csv", "who")))  # an intermediate policy
     for refused, by in (
         *(([("notes", file, "visit")], "dataset notes") for file in ("notes.csv", "moved.csv")),
         ([("notes2", "notes.csv", "visit")], r"file notes\.csv"),
@@ -278,7 +278,7 @@ def test_user_column_of_a_data_set_cannot_change(open_ledger: Any, path: Path) -
     other_text = dataclasses.replace(data, columns=data.columns | {"text": "note"})
     open_ledger(policy=dataclasses.replace(make_user_policy(FIRST), dataset=(other_text,)))
     open_ledger(path=path.with_name("records.db"), policy=make_policy(dataset=make_user_policy(FIRST).dataset))
-    open_ledger(path=path.with_name("records.db"))  # there a user is nobody's unit
+    open_ledger(path=path.with_name("records.db"))  # a ledger without user-level privacy
 
 
 # Caps.
@@ -288,13 +288,13 @@ def test_whole_plan_is_reserved_when_its_first_round_is_accepted(open_ledger: An
     train(open_ledger(), make_proposal(plan={"num_rounds": 6}), 1)
     refused = read_refusal(open_ledger(), make_proposal(run="2"))
     assert (refused.reason, refused.requested) == (Reason.MAX_EPSILON, "11.4859")
-    assert "at most 11, of which 8.8675 is spent" in refused.allowed, "six rounds are taken, one of them spent"
+    assert "at most 11, of which 8.8675 is spent" in refused.allowed, "six rounds must be reserved, one of them spent"
     train(open_ledger(), make_proposal(run="2", plan={"num_rounds": 4}), 1)
     assert read_refusal(open_ledger(), make_proposal(run="3", plan={"num_rounds": 1})).reason is Reason.MAX_EPSILON
 
 
 def test_spare_rounds_are_reserved_with_the_planned_rounds(open_ledger: Any) -> None:
-    # Ten rounds fit the cap: three and three spare ones are held, until the run ends or has used them.
+    # Ten rounds fit the cap: three and three spare ones are reserved until the run has used them or ends.
     with_spare = make_proposal(plan={"num_rounds": 3, "spare_rounds": 3})
     train(open_ledger(), with_spare, 1)
     assert open_ledger().history.count_remaining_charges(datetime.now(UTC)) == events.count_mechanisms(
@@ -305,7 +305,7 @@ def test_spare_rounds_are_reserved_with_the_planned_rounds(open_ledger: Any) -> 
     for round in (2, 3, 4, 5, 6):
         train(open_ledger(), with_spare, round)
     assert open_ledger().history.count_total_charges() == events.count_mechanisms([with_spare.plan.event()] * 7), (
-        "one of them of the other run"
+        "one of the rounds must belong to the other run"
     )
 
 
@@ -366,20 +366,20 @@ def test_period_cap_reserves_what_open_runs_may_still_spend(open_ledger: Any, cl
     four = filter.epsilon_filter([make_proposal().plan.event()] * 4, order=open_ledger().history.order, delta=1e-5)
     monthly = make_policy(budget={"max_epsilon_per_period": four + 1e-9, "period": "month"})
     train(open_ledger(policy=monthly, server=clock.time), make_proposal(plan={"num_rounds": 3}), 1)
-    asked = make_proposal(run="2", plan={"num_rounds": 2})
-    assert read_refusal(open_ledger(policy=monthly, server=clock.time), asked).reason is Reason.MAX_EPSILON_PER_PERIOD
-    clock.forward(days=25)  # February: one round less is held
-    train(open_ledger(policy=monthly, server=clock.time), asked, 1)
+    other = make_proposal(run="2", plan={"num_rounds": 2})
+    assert read_refusal(open_ledger(policy=monthly, server=clock.time), other).reason is Reason.MAX_EPSILON_PER_PERIOD
+    clock.forward(days=25)  # February: one round fewer is reserved
+    train(open_ledger(policy=monthly, server=clock.time), other, 1)
 
 
 def test_lowering_the_cap_stops_a_run_with_reserved_rounds(open_ledger: Any, path: Path) -> None:
-    train(open_ledger(), asked := make_proposal(plan={"num_rounds": 10}), 1)
-    three = filter.epsilon_filter([asked.plan.event()] * 3, order=open_ledger().history.order, delta=1e-5)
+    train(open_ledger(), proposal := make_proposal(plan={"num_rounds": 10}), 1)
+    three = filter.epsilon_filter([proposal.plan.event()] * 3, order=open_ledger().history.order, delta=1e-5)
     lower = make_policy(budget={"max_epsilon": three + 1e-9})
-    train(open_ledger(policy=lower), asked, 2, 3)
-    assert read_refusal(open_ledger(policy=lower), asked, 4).reason is Reason.MAX_EPSILON
-    assert open_ledger(policy=lower).reserve(asked, round=3, request="digest r 3") == b"reply"
-    train(open_ledger(), asked, 4)  # as the site allowed before
+    train(open_ledger(policy=lower), proposal, 2, 3)
+    assert read_refusal(open_ledger(policy=lower), proposal, 4).reason is Reason.MAX_EPSILON
+    assert open_ledger(policy=lower).reserve(proposal, round=3, request="digest r 3") == b"reply"
+    train(open_ledger(), proposal, 4)  # as the earlier cap allowed
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ def test_policy_changes_are_recorded_with_their_digests(open_ledger: Any, path: 
         other,
         other,
         make_policy(),
-    ):  # the way of messages is no other policy
+    ):  # transport settings do not change the policy
         open_ledger(policy=each)
     notes = [event.detail for event in verify(path).events if event.detail.get("what") == "policy"]
     assert [note["sha256"] for note in notes] == [make_policy().digest(), other.digest(), make_policy().digest()]
@@ -417,7 +417,7 @@ def test_changing_the_reference_keeps_the_order_of_the_filter(open_ledger: Any) 
     reference = dataclasses.replace(make_policy().budget.reference, noise_multiplier=30.0)
     assert open_ledger(policy=make_policy(budget={"reference": reference})).history.order == order
     other = make_policy(budget={"reference": reference}).budget.reference.event
-    assert filter.find_best_order(other, epsilon=11.0, delta=1e-5) != order, "a new ledger would have another"
+    assert filter.find_best_order(other, epsilon=11.0, delta=1e-5) != order, "a new ledger would choose another order"
 
 
 def test_run_without_privacy_is_accepted_only_without_a_cap(open_ledger: Any, path: Path) -> None:
@@ -444,8 +444,8 @@ def test_frozen_population_refuses_every_request(open_ledger: Any, path: Path) -
     open_ledger().freeze("two people asked to be left out")
     length = len(verify(path).events)
     assert verify(path).events[-1].detail["why"] == "two people asked to be left out"
-    for asked, round in ((make_proposal(), 1), (make_proposal(), 2), (make_proposal(run="2"), 1)):
-        assert read_refusal(open_ledger(), asked, round).reason is Reason.FROZEN
+    for proposal, round in ((make_proposal(), 1), (make_proposal(), 2), (make_proposal(run="2"), 1)):
+        assert read_refusal(open_ledger(), proposal, round).reason is Reason.FROZEN
     for call in (open_ledger().make_offer, open_ledger().approve):
         assert read_refusal_reason(call, make_proposal(run="2")) is Reason.FROZEN
     assert read_refusal_reason(open_ledger().commit, in_flight, b"reply that must not leave") is Reason.FROZEN
@@ -455,8 +455,8 @@ def test_frozen_population_refuses_every_request(open_ledger: Any, path: Path) -
 
 def test_offer_is_the_largest_acceptable_plan(open_ledger: Any, path: Path) -> None:
     train(open_ledger(), make_proposal(plan={"num_rounds": 6}), 1)
-    asked = make_proposal(run="2", plan={"num_rounds": 8})
-    offer = open_ledger().make_offer(asked)
+    proposal = make_proposal(run="2", plan={"num_rounds": 8})
+    offer = open_ledger().make_offer(proposal)
     assert offer == Offer(site="a", run="2", max_rounds=4, min_noise=offer.min_noise)
     fits, too_little = (
         make_proposal(run="2", plan={"num_rounds": 8, "noise_multiplier": noise})
@@ -468,7 +468,7 @@ def test_offer_is_the_largest_acceptable_plan(open_ledger: Any, path: Path) -> N
 
 def test_offer_is_recorded_without_charging_or_reserving_budget(open_ledger: Any, path: Path) -> None:
     assert read_refusal_reason(open_ledger().make_offer, make_proposal(rank=9)) is Reason.MAX_RANK, (
-        "no rounds and no noise would mend that"
+        "fewer rounds or more noise would not help"
     )
     open_ledger().make_offer(make_proposal(plan={"num_rounds": 20}))
     last = verify(path).events[-1]

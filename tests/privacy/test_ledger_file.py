@@ -1,4 +1,4 @@
-"""The ledger's file: durable, whole whenever it is copied, held by one writer at a time, and never half written."""
+"""The ledger file: durable, consistent in every copy, locked by one writer at a time, and never partially written."""
 
 import contextlib
 import errno
@@ -31,14 +31,14 @@ from .builders import list_kinds, make_proposal, read_refusal_reason, reserve, t
 
 
 class PowerCut(Exception):
-    """What a test raises where a crash would strike."""
+    """Raised by a test at the point of a crash."""
 
 
 def test_rollback_journal_and_full_synchronization_are_enabled(path: Path) -> None:
     path.parent.mkdir()
     with store.open_for_writing(path) as file:
         assert file.execute("PRAGMA journal_mode").fetchone() == ("delete",)
-        assert file.execute("PRAGMA synchronous").fetchone() == (3,), "EXTRA"
+        assert file.execute("PRAGMA synchronous").fetchone() == (3,), "synchronous must be EXTRA"
         assert file.in_transaction
         file.execute("INSERT INTO replies VALUES ('r', 'q', x'00', x'')")
         assert sorted(p.name for p in path.parent.iterdir()) == ["ledger.db", "ledger.db-journal"]
@@ -49,7 +49,7 @@ def test_ledger_leaves_no_extra_files_and_is_readable_only_by_owner(open_ledger:
     train(open_ledger(anchor=anchor), make_proposal(), 1)
     verify(path)
     with contextlib.closing(sqlite3.connect(path)) as file:
-        assert file.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",), "a write-ahead log does not stay"
+        assert file.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",), "opening must reset WAL mode"
     train(open_ledger(anchor=anchor), make_proposal(), 2)
     with contextlib.closing(sqlite3.connect(path)) as file:
         assert file.execute("PRAGMA journal_mode").fetchone() == ("delete",)
@@ -98,11 +98,11 @@ def test_crash_within_a_transaction_rolls_it_back(open_ledger: Any, path: Path, 
     assert list_kinds(path) == before
     for each in (ledger, open_ledger()):
         each.end_run("unknown")
-        assert each.sign_receipt("r").charged_rounds == 2, "the interrupted round stays charged"
+        assert each.sign_receipt("r").charged_rounds == 2, "the interrupted round must stay charged"
         assert each.sign_receipt("2").charged_rounds == 0
     assert ledger.reserve(make_proposal(), round=1, request="digest r 1") == b"reply 1"
     again = reserve(ledger, make_proposal(), 2)
-    assert again.attempt == 2, "the reply that was not committed must not be sent, and its noise not used again"
+    assert again.attempt == 2, "an uncommitted reply must not be sent, nor its noise reused"
     ledger.commit(again, b"reply 2, second attempt")
     assert open_ledger().reserve(make_proposal(), round=2, request="digest r 2") == b"reply 2, second attempt"
     verify(path)
@@ -127,7 +127,7 @@ def test_ledger_is_unchanged_after_its_writer_is_killed(open_ledger: Any, path: 
     killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], capture_output=True, timeout=60, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert killed.stdout == b"written\n"
-    assert path.read_bytes() != before, "the file was being written"
+    assert path.read_bytes() != before, "the writer must have changed the file"
     assert Path(f"{path}-journal").exists()
     if first == "verify":
         assert [kind for kind, _ in list_kinds(path)][2:] == [Kind.PLAN, Kind.RESERVE]
@@ -136,7 +136,7 @@ def test_ledger_is_unchanged_after_its_writer_is_killed(open_ledger: Any, path: 
     assert [kind for kind, _ in list_kinds(path)] == ["note", "note", "plan", "reserve", "reserve"]
 
 
-# What cannot be written, or is no ledger.
+# Unwritable files, and files that are not a ledger.
 
 
 def test_full_disk_leaves_no_charge_in_memory(open_ledger: Any, path: Path, monkeypatch: Any) -> None:
@@ -168,7 +168,7 @@ def test_full_disk_leaves_no_charge_in_memory(open_ledger: Any, path: Path, monk
             == on_disk.count_total_charges()
             == events.count_mechanisms([make_proposal().plan.event()])
         )
-    ledger.commit(granted, bytes(100_000))  # the disk has room again
+    ledger.commit(granted, bytes(100_000))  # the disk has space again
     assert open_ledger().reserve(make_proposal(), round=1, request="digest r 1") == bytes(100_000)
 
 
@@ -188,7 +188,7 @@ def test_ledger_that_cannot_be_created_raises_a_run_error(open_ledger: Any, path
 
 
 def test_transaction_locks_the_ledger_before_reading(open_ledger: Any, path: Path) -> None:
-    # Or two could both see room, and one of them would fail when it writes.
+    # Otherwise two processes could both find budget left, and one would fail when it writes.
     open_ledger()
     with (
         store.open_for_writing(path),
@@ -265,25 +265,25 @@ def test_damaged_ledger_is_not_left_locked(open_ledger: Any, path: Path) -> None
         verify(path)
     with contextlib.closing(sqlite3.connect(path, timeout=0)) as file:
         file.execute("BEGIN EXCLUSIVE")
-    del of_opening, of_verifying  # until here they held their frames, and all that these hold
+    del of_opening, of_verifying  # their tracebacks hold frames, and with them open database connections
 
 
 def test_last_round_is_granted_to_a_single_racing_process(open_ledger: Any, path: Path) -> None:
-    """Twice: for the last room under the cap, each with a run of its own; then for the last round of one run."""
+    """Two races: for the last of the budget, between different runs; then for the last round of one run."""
     processes, anchor = multiprocessing.get_context("fork"), path.with_name("anchor.json")
-    gate, told = processes.Barrier(8), processes.SimpleQueue()
+    gate, results = processes.Barrier(8), processes.SimpleQueue()
     shared = make_proposal(run="shared", plan={"num_rounds": 2})
-    train(open_ledger(anchor=anchor), shared, 1)  # of ten rounds two are held: one plan of five fits
+    train(open_ledger(anchor=anchor), shared, 1)  # two of ten rounds are reserved, so one plan of five fits
 
     def race(number: int) -> None:
         ledger = open_ledger(anchor=anchor)
-        for asked, round in ((make_proposal(run=f"own {number}"), 1), (shared, 2)):
+        for proposal, round in ((make_proposal(run=f"own {number}"), 1), (shared, 2)):
             gate.wait(60)
             try:
-                reserve(ledger, asked, round)
-                told.put((asked.run.split()[0], "granted"))
+                reserve(ledger, proposal, round)
+                results.put((proposal.run.split()[0], "granted"))
             except Refused as refused:
-                told.put((asked.run.split()[0], refused.reason.value))
+                results.put((proposal.run.split()[0], refused.reason.value))
 
     racing = [processes.Process(target=race, args=(number,)) for number in range(1, 9)]
     for one in racing:
@@ -292,7 +292,7 @@ def test_last_round_is_granted_to_a_single_racing_process(open_ledger: Any, path
         one.join(60)
     assert [one.exitcode for one in racing] == [0] * 8
     refused = {("own", "max_epsilon"): 7, ("shared", "plan_exhausted"): 7}
-    assert Counter(told.get() for _ in range(16)) == refused | {("own", "granted"): 1, ("shared", "granted"): 1}
+    assert Counter(results.get() for _ in range(16)) == refused | {("own", "granted"): 1, ("shared", "granted"): 1}
     verified = verify(path, anchor=Head.read(anchor))
     assert verified.anchor_sequence == len(verified.events)
     assert [event.kind for event in verified.events].count(Kind.RESERVE) == 3
@@ -317,7 +317,7 @@ def test_concurrent_charge_between_transactions_cannot_exceed_the_plan(open_ledg
     assert open_ledger().history.charged_rounds("r") == 2
 
 
-# Writing a file whole.
+# Writing a file atomically.
 
 
 def test_full_disk_error_names_the_file_and_leaves_no_partial_write(tmp_path: Path, monkeypatch: Any) -> None:

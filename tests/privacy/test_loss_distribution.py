@@ -1,4 +1,4 @@
-"""Epsilon by PLD is an upper bound at any delta, rounding included: against the same deltas without a grid."""
+"""PLD epsilon is an upper bound at any delta, including rounding: compared with deltas computed without a grid."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def test_epsilon_of_random_plans_is_never_below_the_exact_value(plans: int, most
 
 
 def test_rounding_does_not_hide_spending_at_tiny_deltas() -> None:
-    """Before: 9.32 of 10.83 on one grid, and a cap of 10.75 let it in."""
+    """Regression: one grid reported 9.32 instead of 10.83, so a cap of 10.75 accepted it."""
     event = [events.build_dp_sgd_event(sampling_rate=0.01, noise_multiplier=1.0, steps=10_000)]
     assert compute_epsilon_above_limit(event, 1e-13, limit=10.75) == pytest.approx(10.8331, abs=2e-4)
     assert compute_epsilon_above_limit(event, 1e-13, limit=10.84) is None
@@ -71,7 +71,7 @@ def test_rounding_does_not_hide_spending_at_tiny_deltas() -> None:
 @pytest.mark.parametrize("adding", [False, True])
 @pytest.mark.parametrize(("rate", "noise"), [(0.01, 1.0), (0.3, 0.5), (1.0, 4.0), (1e-5, 30.0), (0.999, 0.2)])
 def test_rounding_error_of_one_step_stays_within_its_bound(rate: float, noise: float, adding: bool) -> None:
-    """Measured: the proof takes it that scipy's tails and numpy's exponents keep to a few units in the last place."""
+    """An empirical check: the proof assumes that scipy's tails and numpy's exponentials are accurate to a few ulps."""
     width = 1e-3
     step = discretize_sampled_gaussian(rate, noise, width, adding=adding)
     epsilons = step.losses(width)[:: max(1, step.log_probabilities.size // 60)]
@@ -88,12 +88,12 @@ def test_rounding_error_of_one_step_stays_within_its_bound(rate: float, noise: f
             first, second = mpmath.ncdf(-u), mpmath.ncdf(-u - 1 / sigma)
             exact = share * (first - ratio * second)
             larger = first if adding else (1 - q) * second + q * first  # probability of a larger loss
-            assert abs(found - exact) <= step.rounding / 4 * larger + 1e-60  # less counts as an infinite loss anyway
+            assert abs(found - exact) <= step.rounding / 4 * larger + 1e-60  # losses below this count as infinite
 
 
 @pytest.mark.parametrize("tilt", [0.0, 2.0, 16.0])
 def test_rounding_error_of_composition_stays_within_its_bound(tilt: float) -> None:
-    """Against direct sums, whose terms are all positive, so that each digit is right but for the last few."""
+    """The reference is direct sums of positive terms, which are accurate except for the last few digits."""
     width, count = 0.05, 128
     for order in Composition([(0.2, 1.0, count)], width)._orders:
         exact = np.exp(order._steps[0][0].log_probabilities)
@@ -129,7 +129,7 @@ def test_deltas_below_numerical_precision_are_refused() -> None:
 def test_epsilon_is_the_smaller_value_of_both_grids(
     rate: float, noise: float, steps: int, delta: float, coarse_is_less: bool
 ) -> None:
-    """Rounding can outweigh the finer grid; before, the larger figure was shown, and a cap between both refused."""
+    """Rounding can outweigh the finer grid. Regression: the larger figure was used, so a cap between both refused."""
     spent = [events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)]
     coarse, fine = (Composition([(rate, noise, steps)], width).epsilon(delta) for width in (COARSE, FINE))
     assert (coarse < fine) == coarse_is_less

@@ -40,7 +40,7 @@ def test_poisson_sample_is_sorted_and_stable_when_a_record_is_added() -> None:
 
 SHAPES = {"lora_A": (4, 15), "lora_B": (60,), "head.weight": (3, 5, 4)}
 C_IN_CELLS = 2**24
-"""A clip norm, in cells of the grid."""
+"""A clip norm in grid cells."""
 
 
 def make_zero_noise(shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
@@ -51,30 +51,30 @@ def make_zero_noise(shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
 def test_noise_has_exactly_the_configured_standard_deviation(
     monkeypatch: pytest.MonkeyPatch, sensitivity: float | None
 ) -> None:
-    given = {} if sensitivity is None else {"sensitivity": sensitivity}  # a clip norm unless it is told otherwise
-    zeros, asked = {name: make_zero_noise(shape) for name, shape in SHAPES.items()}, list[tuple[int, Fraction]]()
+    options = {} if sensitivity is None else {"sensitivity": sensitivity}  # the default is one clip norm
+    zeros, draws = {name: make_zero_noise(shape) for name, shape in SHAPES.items()}, list[tuple[int, Fraction]]()
 
     def record_deviation(self: RandomStream, count: int, deviation: float) -> npt.NDArray[np.int64]:
-        asked.append((count, Fraction(deviation)))
+        draws.append((count, Fraction(deviation)))
         return make_zero_noise((count,))
 
     monkeypatch.setattr(RandomStream, "draw_rounded_normal", record_deviation)
     for noise_multiplier in (0.3, 1.0, 1.3, 17.1):
-        noisy = add_gaussian_noise(zeros, noise_multiplier=noise_multiplier, stream=stream("exactly"), **given)
+        noisy = add_gaussian_noise(zeros, noise_multiplier=noise_multiplier, stream=stream("exactly"), **options)
         assert {name: value.shape for name, value in noisy.items()} == SHAPES
         exact = Fraction(noise_multiplier) * Fraction(sensitivity or 1) * C_IN_CELLS
-        assert asked[-3:] == [(60, exact)] * 3, "each tensor has noise of its own"
-    assert len(asked) == 3 * 4
+        assert draws[-3:] == [(60, exact)] * 3, "each tensor must have separate noise"
+    assert len(draws) == 3 * 4
 
 
 def test_grid_has_two_to_the_24_cells_per_clip_norm() -> None:
     assert GRID_BITS == 24
     for clip in (1.0, 0.1, 3e-5, 1e4):
-        assert Fraction(compute_cell_width(clip)) * C_IN_CELLS == Fraction(clip), "exact: a power of two"
+        assert Fraction(compute_cell_width(clip)) * C_IN_CELLS == Fraction(clip), "it must be an exact power of 2"
 
 
 def test_noise_is_added_without_modifying_the_input_sum() -> None:
-    # Beyond what float64 tells apart: the sum is never made a float.
+    # Larger than float64 can distinguish: the sum must never be converted to a float.
     sums = {"a": 2**55 + 1 - np.arange(6).reshape(2, 3) * 2**54}
     kept = sums["a"].copy()
     silent = add_gaussian_noise(sums, noise_multiplier=0.0, stream=stream("sum"))
@@ -94,7 +94,7 @@ compute_unit_scores = st.floats(0, 1) | st.floats() | st.sampled_from([np.nan, n
 
 
 def capture_cells(scores: list[float]) -> tuple[int, int]:
-    """The two whole numbers that noise is added to."""
+    """Capture the two integers to which noise is added."""
     pair = release_without_noise(np.array(scores)) * C_IN_CELLS
     assert (pair == np.rint(pair)).all()
     return int(pair[0]), int(pair[1])
@@ -107,7 +107,7 @@ def test_one_unit_changes_score_and_count_by_at_most_root_two(others: list[float
     moved = more[0] - fewer[0], more[1] - fewer[1]
     assert moved[1] == C_IN_CELLS
     assert 0 <= moved[0] <= C_IN_CELLS
-    assert moved[0] ** 2 + moved[1] ** 2 <= 2 * C_IN_CELLS**2, "in whole numbers"
+    assert moved[0] ** 2 + moved[1] ** 2 <= 2 * C_IN_CELLS**2, "the change must be bounded in integers, too"
 
 
 def test_scores_are_rounded_down_to_the_grid() -> None:
@@ -118,15 +118,17 @@ def test_scores_are_rounded_down_to_the_grid() -> None:
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(noise_multiplier=st.floats(1e-6, 1e9))
 def test_score_and_count_receive_independent_noise_of_the_stated_size(noise_multiplier: float) -> None:
-    asked, noise = list[float](), np.array([5, 7]) * C_IN_CELLS
+    scales, noise = list[float](), np.array([5, 7]) * C_IN_CELLS
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RandomStream, "draw_rounded_normal", lambda _, count, deviation: asked.append(deviation) or noise)
+        patch.setattr(
+            RandomStream, "draw_rounded_normal", lambda _, count, deviation: scales.append(deviation) or noise
+        )
         found = release_scores(
             np.ones(2), declared_size=3.0, noise_multiplier=noise_multiplier, stream=stream("stated")
         )
     assert found == pytest.approx(((2 + 5) / 3, (2 + 7) / 3))
-    (deviation,) = asked
-    stated = 2 * (Fraction(noise_multiplier) * C_IN_CELLS) ** 2  # squared, so that it is exact
+    (deviation,) = scales
+    stated = 2 * (Fraction(noise_multiplier) * C_IN_CELLS) ** 2  # squared, to stay exact
     assert stated <= Fraction(deviation) ** 2 <= stated * (1 + Fraction(1, 2**50))
 
 
@@ -134,7 +136,7 @@ def test_scores_are_clamped_and_non_finite_values_count_as_zero() -> None:
     scores = np.array([0.25, 3.0, -2.0, np.nan, np.inf, -np.inf])
     np.testing.assert_allclose(release_without_noise(scores), [1.25, 6.0])
     np.testing.assert_allclose(release_without_noise(scores, declared_size=8.0), [1.25 / 8, 6.0 / 8])
-    assert np.isnan(scores[3]), "the caller's array is left alone"
+    assert np.isnan(scores[3]), "the caller's array must not be modified"
 
 
 def test_scores_are_released_only_with_noise_and_on_request() -> None:

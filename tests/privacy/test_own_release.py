@@ -1,4 +1,4 @@
-"""A release of a site's own: exact noise, exact sensitivity, its price, and who may ask for it."""
+"""A release of the site's own data: exact noise, exact sensitivity, its cost, and who may request it."""
 
 import math
 from collections import Counter
@@ -44,7 +44,7 @@ def test_rounded_laplace_has_the_probabilities_of_a_rounded_real_value() -> None
     expected = count * np.diff(cumulative, prepend=0.0)
     found = [(np.clip(drawn, -6, 6) == value).sum() for value in values]
     assert stats.chisquare(found, expected).pvalue > 1e-6
-    geometric = count * stats.dlaplace(1 / scale).pmf(values[1:-1])  # what a discrete Laplace value would give
+    geometric = count * stats.dlaplace(1 / scale).pmf(values[1:-1])  # what a discrete Laplace distribution would give
     assert stats.chisquare(found[1:-1], geometric * sum(found[1:-1]) / geometric.sum()).pvalue < 1e-6
 
 
@@ -60,7 +60,7 @@ def test_clipped_row_never_exceeds_its_integer_bound(row: list[float], bound: fl
     assert size <= 4**24
     norm = math.hypot(*row) if noise == "gaussian" else sum(map(abs, row))
     if norm <= bound:
-        assert cells == [int(value * (2.0**24 / bound)) for value in row], "what is within the bound is not scaled"
+        assert cells == [int(value * (2.0**24 / bound)) for value in row], "a row within the bound must not be scaled"
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "laplace"])
@@ -68,7 +68,7 @@ def test_released_sum_has_the_planned_noise_around_the_true_sum(noise: str) -> N
     about = plan(**QUERY | {"max_grad_norm": 4.0}, num_rounds=1, noise=noise, noise_multiplier=2.0)
     stream = SeededRandomness(3).stream(noise)
     found = np.array(release_sum([[3.0] * 4000, [4.0] + [0.0] * 3999], about, width=4000, stream=stream))
-    share = 3 * 4 / (3 * 4000**0.5) if noise == "gaussian" else 4 / 4000  # of a row that is scaled to the bound
+    share = 3 * 4 / (3 * 4000**0.5) if noise == "gaussian" else 4 / 4000  # the share of a row scaled to the bound
     around = found[1:] - share
     size = np.sqrt(np.mean(around**2)) if noise == "gaussian" else np.mean(np.abs(around))
     assert size == pytest.approx(8.0, rel=0.05)
@@ -111,7 +111,7 @@ def test_own_release_is_charged_once_before_its_answer(path: Path, open_ledger: 
     charged = open_ledger(anchor=path.with_name("anchor.json")).history.count_total_charges()  # as after a crash
     assert charged == Counter({PoissonSampledDpEvent(1.0, GaussianDpEvent(20.0)): 1})
     assert read_refusal_reason(ask, ledger, propose_own_release("a")) is Reason.PLAN_EXHAUSTED, (
-        "its answer is lost, and no other one is drawn"
+        "a lost answer must not be drawn again"
     )
     ledger.commit(granted, b"[1.0]")
     ledger.end_run(granted.run)
@@ -128,7 +128,7 @@ def test_leads_cannot_request_own_releases_or_their_answers(open_ledger: Callabl
     assert read_refusal_reason(ask, ledger, propose_own_release("a"), itself=False) is Reason.LEADS
     assert read_refusal_reason(ledger.make_offer, propose_own_release("b")) is Reason.LEADS
     assert read_refusal_reason(ask, ledger, make_proposal()) is Reason.LEADS, (
-        "nor can a lead's run pass without the limits for leads"
+        "a lead's run must still respect the limits for leads"
     )
     with pytest.raises(ConfigError, match=r"plan\.noise = 'laplace': must be gaussian in a lead's run"):
         make_proposal(plan={"noise": "laplace", "sampling_rate": 1.0})
@@ -151,7 +151,7 @@ def test_own_releases_and_runs_share_the_caps(open_ledger: Callable[..., Any]) -
             charged += 1
         except Refused as error:
             refused[error.reason] += 1
-            assert ledger.history.count_total_charges() == before, "what is refused is not charged"
+            assert ledger.history.count_total_charges() == before, "a refused release must not be charged"
         held = ledger.history.count_charges_and_reservations(ledger.history.clock)
         assert ledger.history.epsilon(held) <= 11.0
     assert charged > 3

@@ -1,4 +1,4 @@
-"""site.toml: read strictly, written so that it reads back, and a template that explains every key."""
+"""site.toml: strict parsing, serialization that reads back, and a template that explains every key."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def site_toml(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def filled_template(tmp_path: Path) -> Path:
-    """The template after its one question was answered."""
+    """The template with its one question answered."""
     text, count = re.subn(r"^# (no_person_at_another_site) = \?$", r"\1 = false", TEMPLATE.read_text(), flags=re.M)
     assert count == 1
     (tmp_path / "filled_in.toml").write_text(text)
@@ -43,7 +43,7 @@ def filled_template(tmp_path: Path) -> Path:
 
 
 def read_error(path: Path, *edits: tuple[str, str]) -> str:
-    """What reading says after each edit replaced its one place in the text."""
+    """Return the error after replacing text that occurs once in the file."""
     text = path.read_text()
     for old, new in edits:
         assert text.count(old) == 1, (old, text)
@@ -115,20 +115,20 @@ def test_invalid_toml_raises_a_config_error(tmp_path: Path, content: bytes) -> N
     for path, why in ((tmp_path / "none.toml", r" \(No such file"), (tmp_path, "")):
         with pytest.raises(ConfigError, match=rf"policy = '{path}': must be a readable file{why}"):
             read_policy(path)
-    for fields in (None, [], "site", 3):  # in a ledger
+    for fields in (None, [], "site", 3):  # as stored in a ledger
         with pytest.raises(ConfigError, match="must be a table"):
             decode_policy_json(fields)
 
 
 def test_errors_in_other_tables_are_reported_by_their_reader(site_toml: Path) -> None:
     write_policy(make_policy(), site_toml, others={"machine": {"num_threads": -1}, "about": {"curator": "north"}})
-    assert read_policy(site_toml) == make_policy(), "neither decides on anything"
+    assert read_policy(site_toml) == make_policy(), "other tables must not change the policy"
     with pytest.raises(ConfigError, match=r"site.toml: machine.num_threads = -1: must be a whole number of at least"):
         read_site_settings(site_toml)
 
 
 def test_policy_file_keys_match_the_policy_fields(site_toml: Path) -> None:
-    # Each table of the file has exactly the fields of its class.
+    # Each table of the file must have exactly the fields of its class.
     table = tomllib.loads(site_toml.read_text())
     assert set(table) == {field.name for field in dataclasses.fields(Policy)}
 
@@ -138,14 +138,14 @@ def test_policy_file_keys_match_the_policy_fields(site_toml: Path) -> None:
 )
 def test_real_sites_must_state_whether_anyone_is_at_another_site(site_toml: Path, left_out: str) -> None:
     true = "true (no person of this population has records at another site)"
-    said = f"asserted.no_person_at_another_site: must be {true} or false (otherwise, or if unknown)"
+    message = f"asserted.no_person_at_another_site: must be {true} or false (otherwise, or if unknown)"
     site_toml.write_text(site_toml.read_text().replace(left_out, ""))
-    for path in (site_toml, TEMPLATE):  # nobody states it by leaving the template as it is
+    for path in (site_toml, TEMPLATE):  # an unedited template does not count as an answer
         with pytest.raises(ConfigError) as caught:
             SiteFiles.from_site_toml(path)
-        assert str(caught.value) == f"{path}: {said}"
-        assert SiteFiles.from_site_toml(path, may_be_unanswered=True).policy == read_policy(path), "it can be looked at"
-    # A simulation has nobody to ask.
+        assert str(caught.value) == f"{path}: {message}"
+        assert SiteFiles.from_site_toml(path, may_be_unanswered=True).policy == read_policy(path), "reading must work"
+    # A simulation has nobody who could answer.
     made_up = dataclasses.replace(make_policy(), simulated=True, asserted=Asserted())
     write_policy(made_up, site_toml)
     assert read_policy(site_toml) == made_up == decode_policy_json(made_up.to_json())
@@ -177,7 +177,7 @@ def test_template_policy_accepts_a_typical_run(tmp_path: Path, filled_template: 
     plan = {"delta": template.budget.delta, "sampling_rate": usual.sampling_rate, "local_steps": 10}
     plan |= {"noise_multiplier": usual.noise_multiplier, "num_rounds": usual.steps // 10}
     model = {"base_model": allow.base_models[0], "target_modules": allow.target_modules}
-    asked = make_proposal(dataset=template.dataset[0].id, task=allow.tasks[0], plan=plan, **model)
-    reserve(SiteLedger(tmp_path / "ledger.db", replace(waits, approval="automatic"), site_key), asked)
+    proposal = make_proposal(dataset=template.dataset[0].id, task=allow.tasks[0], plan=plan, **model)
+    reserve(SiteLedger(tmp_path / "ledger.db", replace(waits, approval="automatic"), site_key), proposal)
     for strict, reason in ((template, Reason.LEADS), (waits, Reason.AWAITING_APPROVAL)):
-        assert read_refusal_reason(reserve, SiteLedger(tmp_path / f"{reason}.db", strict, site_key), asked) is reason
+        assert read_refusal_reason(reserve, SiteLedger(tmp_path / f"{reason}.db", strict, site_key), proposal) is reason

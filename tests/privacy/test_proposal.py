@@ -1,4 +1,4 @@
-"""A proposal comes from a server: its form is checked before anything else."""
+"""A proposal arrives from a server: its format is checked before anything else."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def test_every_proposal_field_is_in_its_json_and_digest() -> None:
     changes |= {"plan": {"spare_rounds": 1}, "adapter": "dora"}
     fields = {field.name for field in dataclasses.fields(Proposal)}
     assert set(changes) == set(make_proposal(**changes).to_json()) == fields
-    # absent while they have their defaults
+    # omitted when equal to their defaults
     assert set(make_proposal().to_json()) == fields - {"start_adapter", "adapter", "algorithm", "ranks"}
     digests = {make_proposal(**{name: value}).digest() for name, value in changes.items()}
     assert len(digests | {make_proposal().digest()}) == len(fields) + 1
@@ -37,8 +37,8 @@ def test_every_proposal_field_is_in_its_json_and_digest() -> None:
 @pytest.mark.parametrize("name", ["run", "lead", "dataset", "task", "base_model", "dtype"])
 @pytest.mark.parametrize("value", ["", "x" * 301, "\ud800", "a\nb", "a\0b"])
 def test_unprintable_or_overlong_text_is_refused(name: str, value: object) -> None:
-    # A lone surrogate cannot be written to a ledger; a line break would forge a line of a log.
-    if (name, value) == ("lead", ""):  # a release of the site's own, which `SiteLedger.reserve` tells from a lead's run
+    # A lone surrogate cannot be stored in a ledger; a line break would forge a line in a log.
+    if (name, value) == ("lead", ""):  # a site's own release, which `SiteLedger.reserve` distinguishes from a run
         return
     with pytest.raises(ConfigError, match=rf"^{name} = .*must be printable text of 1 to 300 characters"):
         make_proposal(**{name: value})
@@ -57,4 +57,4 @@ def test_changed_json_is_refused_or_read_as_another_proposal(data: st.DataObject
         read = decode(Proposal, changed)
     except ConfigError:
         return
-    assert read.to_json() == changed, "what was read says something else than what came"
+    assert read.to_json() == changed, "an accepted change must not be read as another value"

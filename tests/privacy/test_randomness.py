@@ -1,4 +1,4 @@
-"""The stream's distributions; each test also rejects a plausible mistake, and decides the same way each time."""
+"""The stream's distributions; each deterministic test also rejects a plausible mistake."""
 
 import ast
 import itertools
@@ -67,11 +67,11 @@ def test_rounded_normal_is_zero_without_deviation() -> None:
 
 
 class Fed(RandomStream):
-    """Hands out the given words, then those of a keystream, and remembers all.
+    """Returns the given words, then those of a keystream, and records them all.
 
     Attributes:
         drawn: every word.
-        further: for each pair of words that was in doubt, those that were drawn for it later.
+        further: the words drawn later for each pair that was in doubt.
     """
 
     def __init__(self, words: Sequence[int], then: RandomStream) -> None:
@@ -97,7 +97,7 @@ def make_fixed_stream(*words: int) -> Fed:
 
 
 def transform_pair(radius: Fraction, angle: Fraction, *, precision: int) -> tuple[mpmath.mpf, mpmath.mpf]:
-    """The Box-Muller transform of two exact numbers, written down once more."""
+    """The Box-Muller transform of two exact numbers, implemented independently of the package."""
     with mpmath.workprec(precision):
         length = mpmath.sqrt(-2 * mpmath.log(mpmath.mpf(radius.numerator) / radius.denominator))
         turn = 2 * mpmath.pi * angle.numerator / angle.denominator
@@ -105,12 +105,12 @@ def transform_pair(radius: Fraction, angle: Fraction, *, precision: int) -> tupl
 
 
 def round_pair(drawn: Sequence[int], deviation: float) -> tuple[int, int]:
-    """What a pair rounds to by all the words that were drawn for it: the first two, and two and two of each later."""
+    """Round a pair, using all words drawn for it: two at first, and two more each time it was in doubt."""
     radius, angle = drawn[0], drawn[1]
     for first in range(2, len(drawn), 4):
         radius = radius << 128 | drawn[first] << 64 | drawn[first + 1]
         angle = angle << 128 | drawn[first + 2] << 64 | drawn[first + 3]
-    denominator = 2 ** (64 + 128 * ((len(drawn) - 2) // 4) + 1)  # the middle of what is left open
+    denominator = 2 ** (64 + 128 * ((len(drawn) - 2) // 4) + 1)  # midpoint of the remaining interval
     pair = transform_pair(Fraction(2 * radius + 1, denominator), Fraction(2 * angle + 1, denominator), precision=1200)
     with mpmath.workprec(1200):
         cosine, sine = (int(mpmath.floor(deviation * one + mpmath.mpf(1) / 2)) for one in pair)
@@ -123,23 +123,23 @@ def test_rounded_normal_matches_exact_arithmetic_on_the_same_bits(deviation: flo
     found = one.draw_rounded_normal(400, deviation).reshape(2, 200)
     for place, pair in enumerate(zip(one.drawn[:200], one.drawn[200:400], strict=True)):
         assert tuple(found[:, place]) == round_pair([*pair, *one.further.get(pair, [])], deviation)
-    assert len(one.further) < 2 or deviation > 1e9, "more bits are asked for hardly ever"
+    assert len(one.further) < 2 or deviation > 1e9, "further bits must hardly ever be needed"
 
 
 def test_near_ties_in_rounding_are_resolved_by_further_bits() -> None:
     words = stream("ties").uniform64(2 * 600).tolist()
     rounded_in_float = 0
     for number, (radius, angle) in enumerate(zip(words[::2], words[1::2], strict=True)):
-        # At this deviation the cosine or sine of these words lies at a whole number and a half, but for rounding.
+        # At this deviation the cosine or sine of these words is half an integer, up to rounding error.
         pair = transform_pair(Fraction(2 * radius + 1, 2**65), Fraction(2 * angle + 1, 2**65), precision=200)
         deviation = float(((0, 1, 37, 2**20, 2**27)[number % 5] + 0.5) / abs(pair[number % 2]))
         one = make_fixed_stream(radius, angle)
         found = one.draw_rounded_normal(2, deviation).tolist()
-        assert len(one.drawn) >= 6, "such a value is in doubt"
+        assert len(one.drawn) >= 6, "a half-integer must be in doubt"
         assert tuple(found) == round_pair(one.drawn, deviation)
         naive = np.rint(_apply_box_muller(*np.array([[radius], [angle]], dtype=np.uint64), deviation)[0]).ravel()
         rounded_in_float += naive.astype(np.int64).tolist() != found
-    assert rounded_in_float > 50, "floats alone are wrong here, so this test sees it"
+    assert rounded_in_float > 50, "floats alone must fail here, or the test proves nothing"
 
 
 _LOW = [0, 1, 2, 3, 2**10, 2**11 + 1, 2**32 - 1, 2**53 - 1, 2**53 + 1, 2**62, 2**62 + 2**9, 2**63 - 1]
@@ -149,7 +149,7 @@ EXTREME = [*_LOW, *_HIGH]
 
 @pytest.mark.parametrize("deviation", [1e-3, 0.3, 1.0, 1.7 * 2.0**24, 1e12])
 def test_box_muller_float_error_stays_within_its_bound(deviation: float) -> None:
-    """The bound by which a value counts as decided, at 500 random and 529 extreme pairs of words each."""
+    """Tests the error bound that decides when a value needs further bits, with 500 random and 529 extreme pairs."""
     draws = stream("error", str(deviation)).uniform64(1000).tolist()
     pairs = [*zip(draws[::2], draws[1::2], strict=True), *itertools.product(EXTREME, EXTREME)]
     values, error = _apply_box_muller(
@@ -159,16 +159,16 @@ def test_box_muller_float_error_stays_within_its_bound(deviation: float) -> None
     with mpmath.workprec(200):
         for place, (one, other) in enumerate(pairs):
             if not np.isfinite(error[place]):
-                assert one == 0 or float(one) == 2.0**64, "in doubt whatever the value"
+                assert one == 0 or float(one) == 2.0**64, "only the extreme words may always be in doubt"
                 assert not error[place] < 0
                 continue
-            for radius, angle in itertools.product((one, one + 1), (other, other + 1)):  # corners of what is left open
+            for radius, angle in itertools.product((one, one + 1), (other, other + 1)):  # corners of the uncertainty
                 corner = transform_pair(Fraction(radius, 2**64), Fraction(angle, 2**64), precision=200)
                 for value, exact in zip(values[:, place], corner, strict=True):
                     away = abs(mpmath.mpf(float(value)) - deviation * exact)
                     assert away <= float(error[place]), (one, other)
                     spare = min(spare, float(error[place]) / max(float(away), 1e-300))
-    assert spare < 100, "the bound is not so wide that it says nothing"
+    assert spare < 100, "the error bound must not be uselessly wide"
 
 
 @pytest.mark.parametrize("radius", [0, 2**64 - 1])
@@ -181,7 +181,7 @@ def test_extreme_uniform_words_are_resolved_by_further_bits(radius: int) -> None
 
 
 def test_radius_near_zero_is_not_rounded_to_zero() -> None:
-    """Bits that become 1.0 in float64, whose logarithm is zero: their radius is up to 1e-8 for all that."""
+    """Words that round to 1.0 in float64, where the logarithm is zero, although their radius is up to 1e-8."""
     for radius in (2**64 - 1024, 2**64 - 512, 2**64 - 2):
         one = make_fixed_stream(radius, 0)
         found = tuple(one.draw_rounded_normal(2, 1e12).tolist())
@@ -201,8 +201,8 @@ def test_rounded_normal_uses_one_word_per_value_and_more_for_ties() -> None:
     for count in (1, 2, 9, 1000):
         one = make_fixed_stream()
         one.draw_rounded_normal(count, 2.0**24)
-        assert len(one.drawn) == count + count % 2, "none of these is in doubt"
-    in_doubt = make_fixed_stream(0, 7, 1, 8)  # of two pairs the first
+        assert len(one.drawn) == count + count % 2, "none of these values may be in doubt"
+    in_doubt = make_fixed_stream(0, 7, 1, 8)  # the first of two pairs
     in_doubt.draw_rounded_normal(4, 1e3)
     assert len(in_doubt.drawn) in (8, 12)
 
@@ -217,7 +217,7 @@ def test_system_streams_differ_even_for_the_same_purpose() -> None:
 def test_system_stream_keys_come_from_the_operating_system() -> None:
     with patch("fedtune.privacy.randomness.os.urandom", side_effect=lambda size: bytes(range(size))) as urandom:
         drawn = SystemRandomness().stream("noise").uniform64(4)
-    urandom.assert_called_once_with(32)  # 256 bits for each stream
+    urandom.assert_called_once_with(32)  # 256 bits per stream
     np.testing.assert_array_equal(drawn, RandomStream(bytes(range(32))).uniform64(4))
 
 
@@ -230,16 +230,16 @@ OTHERS: list[tuple[str | int, ...]] = [
 
 def test_seeded_streams_repeat_and_differ_by_seed_and_purpose() -> None:
     source: Randomness = SeededRandomness(7)
-    assert source.seeded, "the run must be marked"
+    assert source.seeded, "a seeded source must be marked"
     one = source.stream(*PURPOSE)
-    # torch's CPU generator gives the same draws for the two seeds.
+    # torch's CPU generator draws the same values for these two seeds.
     streams = [one, SeededRandomness(2**40 + 7).stream(*PURPOSE), *(source.stream(*other) for other in OTHERS)]
     draws = [each.uniform64(9).tolist() for each in streams]
-    assert len({*map(tuple, draws), tuple(one.uniform64(9).tolist())}) == len(streams) + 1, "and a stream moves on"
+    assert len({*map(tuple, draws), tuple(one.uniform64(9).tolist())}) == len(streams) + 1, "streams must move on"
     assert source.stream(*PURPOSE).uniform64(9).tolist() == draws[0]
 
 
-# Any of these in the source would mean a generator that is no CSPRNG.
+# Each of these in the source would be a generator that is not a CSPRNG.
 GENERATORS = {
     *("random", "default_rng", "RandomState", "Generator", "PCG64", "manual_seed", "randn", "rand", "randint"),
     *("normal_", "bernoulli_", "uniform_", "randn_like", "rand_like", "randperm", "multinomial", "fork_rng"),
@@ -247,7 +247,7 @@ GENERATORS = {
 
 
 def list_generators(source: str) -> set[str]:
-    """Names of generators that a module imports, or reaches as an attribute."""
+    """List the generators that a module imports or accesses as attributes."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -265,16 +265,16 @@ SOURCES = [path for package in PACKAGES for path in sorted(package.rglob("*.py")
 
 @pytest.mark.parametrize("path", SOURCES, ids=[f"{path.parent.name}/{path.name}" for path in SOURCES])
 def test_privacy_code_uses_no_torch_or_numpy_generators(path: Path) -> None:
-    # One draws the examples that a model is tried with, before any record is read, and the adapter and the weights that
-    # it is tried at: none is secret, and nothing of it is released.
+    # One draws the dummy examples, the adapter and the weights for a preflight, before any record is read: these values
+    # are not secret, and nothing derived from them is released.
     assert bool(list_generators(path.read_text())) is (path.name == "batch_invariance.py")
 
 
 def test_dummy_example_generators_are_unused_in_private_steps() -> None:
-    """`training.batch_invariance` is imported by what readies a model and by nothing that trains.
+    """Only code that prepares a model imports `training.batch_invariance`; training code does not.
 
-    And by the audit of sums over made-up records, of which no site knows; and by the devices of a site, which are tried
-    as the first one is, and know nothing else of it.
+    The exceptions are the audit of sums, which runs on synthetic records outside any site, and a site's devices, which
+    it checks as it checks the first one.
     """
     package = Path(str(fedtune.privacy.__file__)).parents[1]
     users = {

@@ -1,4 +1,4 @@
-"""What may leave a site: exactly these fields, in exactly one encoding."""
+"""What may leave a site: exactly these fields, in one canonical encoding."""
 
 import dataclasses
 import json
@@ -52,11 +52,11 @@ def test_update_round_trips_through_its_bytes(update: Update) -> None:
     again = Update.from_bytes(data)
     assert (again.site, again.run, again.round) == (update.site, update.run, update.round)
     assert again.scores == update.scores
-    assert list(again.tensors) == list(update.tensors), "the order of the tensors is part of an update"
+    assert list(again.tensors) == list(update.tensors), "the order of the tensors must be kept"
     for name, value in update.tensors.items():
         assert again.tensors[name].dtype == np.float32
         assert again.tensors[name].shape == value.shape
-        assert again.tensors[name].tobytes() == value.tobytes()  # NaN's bits too
+        assert again.tensors[name].tobytes() == value.tobytes()  # bitwise, because of NaN
     assert again.to_bytes() == data
 
 
@@ -93,7 +93,7 @@ def test_flipped_bits_raise_a_config_error_or_give_another_valid_update() -> Non
             other = Update.from_bytes(bytes(flipped))
         except ConfigError:
             refused += 1
-        else:  # a letter of a name, or a digit of the round: nothing may be read as what it is not
+        else:  # a letter in a name or a digit of the round changed: the result must be encoded exactly as read
             assert other.to_bytes() == bytes(flipped)
             assert (other.site, other.run, other.round, list(other.tensors)) != (
                 "a",
@@ -116,16 +116,16 @@ FIELDS = {"site": "a", "run": "r", "round": 1, "tensors": [], "scores": None}
         b"fedtune-update-1\n" + make_small_update().to_bytes()[len(MAGIC) :],
         MAGIC + struct.pack("<Q", 1 << 63) + b"{}",
         MAGIC + struct.pack("<Q", 100) + b"{}",
-        encode_update(b"[" * 100_000),  # deeper than Python parses
+        encode_update(b"[" * 100_000),  # deeper than Python's parser allows
         encode_update(b"\xff\xfe"),
         encode_update([]),
         encode_update(None),
         encode_update({name: value for name, value in FIELDS.items() if name != "run"}),
-        encode_update(FIELDS | {"train_loss": 3.1}),  # a field beside the update
-        encode_update(json.dumps(FIELDS).replace(" ", "").encode()),  # spaces carry a message too
+        encode_update(FIELDS | {"train_loss": 3.1}),  # an additional field
+        encode_update(json.dumps(FIELDS).replace(" ", "").encode()),  # whitespace could carry a message
         encode_update(json.dumps(FIELDS | {"round": -1}).replace("-1", "1e999").encode()),
         *(encode_update(FIELDS | fields) for fields in ({"round": "1"}, {"round": 1.0}, {"site": 5})),
-        encode_update(FIELDS | {"scores": [1, 2]}),  # an exact count
+        encode_update(FIELDS | {"scores": [1, 2]}),  # exact counts
         *(encode_update(FIELDS | {"scores": scores}) for scores in ([], {}, [1.0], [0.5, 2.0, 0.1], [0.5] * 4)),
         *(encode_update(FIELDS | {"scores": [one, 2.0]}) for one in (True, "0.5", float("nan"), float("inf"))),
         encode_update({name: value for name, value in FIELDS.items() if name != "scores"}),
@@ -148,15 +148,15 @@ def test_malformed_update_bytes_raise_a_config_error(data: bytes) -> None:
 
 
 def test_released_types_and_refusal_reasons_match_a_fixed_list() -> None:
-    # Whoever adds a field has shown that it is noised, or comes from request, plan and ledger alone; a new reason tells
-    # the server something about a site.  What is masked or rounded leaves in an update.
+    # A new field must be noised, or derive only from request, plan and ledger; a new reason tells the server something
+    # about a site. Masked or rounded values are part of an update.
     listed = json.loads(Path(__file__).with_name("released.json").read_text())
     here = [value for value in vars(release).values() if isinstance(value, type) and dataclasses.is_dataclass(value)]
     own = [one for one in here if one.__module__ == release.__name__ and one is not Difference]
     types = {one.__name__: one for one in own}
     fields = {name: [field.name for field in dataclasses.fields(one) if field.init] for name, one in types.items()}
     assert fields == listed["fields"]
-    assert all("__slots__" in vars(one) for one in types.values()), "and no other attribute"
+    assert all("__slots__" in vars(one) for one in types.values()), "released types must have no other attributes"
     assert sorted(each for group in listed["reasons"].values() for each in group) == sorted(map(str, Reason))
     with pytest.raises(ValueError, match="is not a valid Reason"):
         Reason("23 records were skipped")
@@ -175,7 +175,7 @@ def test_refusal_carries_reason_and_requested_and_allowed_values() -> None:
     assert refused.exit_code == 3
     assert (refused.reason, refused.requested, refused.allowed) == (Reason.PLAN_EXHAUSTED, "6", "5")
     assert Refused(Reason.SITE_ERROR).requested is None
-    # What is not known is not shown as a value.
+    # An unknown value must not be shown as a value.
     assert str(refused) == "plan_exhausted: requested 6, allowed 5"
     assert str(Refused(Reason.PLAN_EXHAUSTED, requested=6)) == "plan_exhausted: requested 6"
     assert str(Refused(Reason.SITE_ERROR)) == "site_error"
@@ -188,7 +188,7 @@ def test_refusal_carries_reason_and_requested_and_allowed_values() -> None:
         "requested": long.requested,
         "allowed": long.allowed,
     }
-    assert release.Refusal.from_json(fields).allowed == long.allowed, "it is cut to what a lead reads"
+    assert release.Refusal.from_json(fields).allowed == long.allowed, "a lead must accept the cut text"
 
 
 def make_signed_receipt(key: SigningKey, **changes: object) -> Receipt:

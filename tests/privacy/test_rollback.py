@@ -1,4 +1,4 @@
-"""A ledger that was put back to an older state: found by its anchor or a receipt, and made up for by `charge_gap`."""
+"""A ledger restored to an older state: detected with its anchor or a receipt, and charged by `charge_gap`."""
 
 import dataclasses
 import errno
@@ -77,7 +77,7 @@ def test_branch_other_than_the_anchored_one_raises_a_run_error(
     path.write_bytes(backup)
     with pytest.raises(RunError, match=r"is older than its anchor .* \(event 5 of at least 7\)"):
         open_anchored()
-    train(open_ledger(), make_proposal(), 2, 3, 4)  # without the anchor it goes on, and gets longer
+    train(open_ledger(), make_proposal(), 2, 3, 4)  # without the anchor the ledger continues and grows
     with pytest.raises(RunError, match="or has diverged from it"):
         open_anchored()
     with pytest.raises(RunError, match="has diverged"):
@@ -146,7 +146,7 @@ def test_ledger_recovers_after_a_crash_before_the_anchor_is_written(open_anchore
     with patch.object(store, "write_durably", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         ledger.reserve(make_proposal(), round=1, request="q")
     assert anchor.read_bytes() == behind
-    assert ledger.history.charged_rounds("r") == 0, "until it looks again"
+    assert ledger.history.charged_rounds("r") == 0, "the count must stay until a reread"
     assert open_anchored().sign_receipt("r").charged_rounds == 1
     train(ledger, make_proposal(), 2)
     assert Head.read(anchor).sequence == ledger.history.length == 6
@@ -166,7 +166,7 @@ def test_unwritable_anchor_raises_a_run_error(open_anchored: Any, anchor: Path) 
     anchor.write_bytes(behind)
     ledger.end_run("r")
     assert Head.read(anchor).sequence == ledger.history.length
-    assert ledger.sign_receipt("r").charged_rounds == 0, "refused before the charge"
+    assert ledger.sign_receipt("r").charged_rounds == 0, "the request must be refused before it is charged"
 
 
 def test_anchor_is_locked_from_the_commit_until_it_has_the_newest_head(
@@ -200,7 +200,7 @@ def test_anchor_that_a_clone_moved_during_a_transaction_refuses_the_commit(
         clone.reserve(make_proposal(run="other"), round=1, request="b", before_charge=charge)
     charge.assert_called_once()
     assert Head.read(anchor) == first.head()
-    assert copied.read_bytes() == before, "nothing was charged, so nothing is released"
+    assert copied.read_bytes() == before, "a refused request must not be charged"
     train(first, make_proposal(), rounds + 2)
     assert Head.read(anchor) == open_anchored().head()
 
@@ -247,17 +247,17 @@ def test_ledger_swapped_while_open_raises_a_run_error(backups: Backups) -> None:
     ):
         with pytest.raises(RunError, match="was changed or rolled back while it was open; training is not possible"):
             act()
-    backups.branch(make_proposal(run="2"), 1)  # no shorter than what it knows
+    backups.branch(make_proposal(run="2"), 1)  # at least as long as the anchor's branch
     assert backups.open().history.length >= ledger.history.length
     with pytest.raises(RunError, match="was changed or rolled back while it was open"):
         ledger.reserve(make_proposal(), round=2, request="q")
 
 
-# Putting a backup back.
+# Restoring a backup.
 
 
 class Lost:
-    """What a ledger of three rounds knew when it was put back to its first: two heads, a receipt and what it lost."""
+    """What a ledger of three rounds had before it was restored to its first: two heads, a receipt and lost events."""
 
     def __init__(self, backups: Backups) -> None:
         ledger, self.path = backups.open(), backups.path
@@ -327,7 +327,7 @@ def test_lost_branch_with_many_events_is_charged_in_full(backups: Backups, befor
     ledger = backups.open()
     since = ledger.history.count_total_charges()
     gap = ledger.charge_gap(newest)
-    assert gap == events.count_mechanisms([make_proposal().plan.event()]), "and nothing again that both know"
+    assert gap == events.count_mechanisms([make_proposal().plan.event()]), "events on both must not count again"
     assert backups.open().history.count_total_charges() == since + gap >= whole
     assert verify(backups.path, anchor=newest).anchor_sequence is not None
 
@@ -346,7 +346,7 @@ def test_restore_releases_the_reserves_of_ended_runs(backups: Backups) -> None:
 def test_backup_restored_after_a_restore_is_detected(
     lost_ledger: Lost, backups: Backups, open_anchored: Any, anchor: Path, newer: bool
 ) -> None:
-    # The new branch has not yet reached the number of events that the lost one had.
+    # The new branch has fewer events than the lost one.
     ledger = backups.put_back(anchor=lost_ledger.newest)
     if newer:
         backups.back_up()

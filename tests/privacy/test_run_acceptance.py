@@ -1,4 +1,4 @@
-"""What is spent, what is left, and the largest run that still fits: figures that follow from the events alone."""
+"""Spending, remaining budget, and the largest acceptable run, all derived from the events."""
 
 import math
 from dataclasses import replace
@@ -43,7 +43,7 @@ def test_spent_fraction_is_measured_in_divergence(open_ledger: Any) -> None:
         one / room
     )
     assert run_acceptance.compute_spent_fraction(history, history.count_total_charges(), cap=math.inf) is None
-    # At a small order turning divergence into epsilon costs more than such a cap is.
+    # At a small order, converting divergence to epsilon costs more than such a cap.
     assert filter.compute_max_divergence(3.0, order=history.order, delta=DELTA) < 0
     assert run_acceptance.compute_spent_fraction(history, history.count_total_charges(), cap=3.0) == 1
 
@@ -60,11 +60,11 @@ def test_remaining_budget_matches_accepted_runs(open_ledger: Any) -> None:
     now = datetime.now(UTC)
     assert run_acceptance.count_remaining_runs(ledger.history, make_policy(), five, now) == 2
     assert run_acceptance.count_remaining_runs(History.empty(make_policy()), make_policy(), five, now) == 2, (
-        "also before there is a ledger"
+        "a new site without a ledger must get the same figure"
     )
     train(ledger, make_proposal(), 1)
     assert run_acceptance.count_remaining_runs(ledger.history, make_policy(), five, now) == 1, (
-        "the first holds its whole plan"
+        "the first run must reserve its whole plan"
     )
     train(ledger, make_proposal(run="2"), 1)
     assert run_acceptance.count_remaining_runs(ledger.history, make_policy(), five, now) == 0
@@ -86,22 +86,22 @@ def test_remaining_budget_matches_accepted_runs(open_ledger: Any) -> None:
 
 @pytest.mark.parametrize("fits", [0, 1, 2, 6, 19, 20, 21])
 def test_max_rounds_is_the_largest_accepted_number(fits: int) -> None:
-    tried, asked = list[int](), make_proposal(plan={"num_rounds": 20, "spare_rounds": 2})
+    tried, proposal = list[int](), make_proposal(plan={"num_rounds": 20, "spare_rounds": 2})
 
     def accepts(each: Proposal) -> bool:
         rounds = each.plan.num_rounds
         tried.append(rounds)
-        assert each == replace(asked, plan=replace(asked.plan, num_rounds=rounds))
+        assert each == replace(proposal, plan=replace(proposal.plan, num_rounds=rounds))
         return rounds <= fits
 
-    assert run_acceptance.find_max_rounds(asked, accepts) == min(fits, 20)
+    assert run_acceptance.find_max_rounds(proposal, accepts) == min(fits, 20)
     assert len(tried) <= 5
 
 
 @pytest.mark.parametrize("bound", [0.0, 1.0, 1.00005, 1.23456, 7.0, 8000.0])
 def test_min_noise_is_accepted_and_nearly_minimal(bound: float) -> None:
     found = run_acceptance.find_min_noise(make_proposal(), lambda each: each.plan.noise_multiplier >= bound)
-    assert found >= max(bound, 1.0), "never less than was asked for"
+    assert found >= max(bound, 1.0), "the noise must not be below the requested minimum"
     assert found <= max(bound, 1.0) * 1.0002 + 1e-4
     assert found == round(found, 4)
 

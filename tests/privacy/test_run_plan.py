@@ -1,4 +1,4 @@
-"""The plan: calibrated once for everything a site may be charged, and hashed."""
+"""The plan: calibrated once for everything that a site may be charged for, and hashed."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from .builders import make_proposal, plan
 
 
 def test_plan_and_proposal_digests_match_golden_values() -> None:
-    # They travel in requests and lie in ledgers and refusals: a change of one is a change of format.
+    # Requests, ledgers and refusals contain these digests, so changing one changes a format.
     assert plan().digest() == "a261a1fd7452c273457760a02c814571cada399f305eb9012b3eefeebabebd26"
     assert make_proposal(lead="1" * 64).digest() == "9fe65ef37203d6d13194fbdf13d39e9ec9a6a5a7bfc720d482e8c9b10ece0fd8"
 
@@ -30,14 +30,14 @@ def test_plan_and_proposal_digests_match_golden_values() -> None:
     [("max_grad_norm", 1), ("noise_multiplier", 2), ("sampling_rate", 1), ("metrics_noise_multiplier", -0.0)],
 )
 def test_plan_digest_is_independent_of_number_notation(name: str, written: float) -> None:
-    """What was denied as 1.0 is denied as 1, too."""
-    asked = plan(**{name: abs(float(written))})
-    assert Plan.from_json(asked.to_json() | {name: written}).digest() == asked.digest()
+    """A proposal denied as 1.0 must be denied as 1, too."""
+    expected = plan(**{name: abs(float(written))})
+    assert Plan.from_json(expected.to_json() | {name: written}).digest() == expected.digest()
 
 
 def test_every_plan_field_is_in_its_json() -> None:
     by_user = plan(unit="user", records_per_user=8, metrics_noise_multiplier=20.0)
-    only_with = {"shared", "cohorts", "runs", "noise"}  # each has its own case
+    only_with = {"shared", "cohorts", "runs", "noise"}  # tested separately
     assert set(by_user.to_json()) == {field.name for field in dataclasses.fields(Plan)} - only_with
     laplace = plan(sampling_rate=1.0, noise="laplace")
     assert laplace.to_json()["noise"] == "laplace"
@@ -56,9 +56,9 @@ def test_every_plan_field_is_in_its_json() -> None:
     for each in (plan(), by_user):
         assert Plan.from_json(each.to_json()) == each
     assert len({plan(unit="user", records_per_user=most).digest() for most in (1, 8)} | {plan().digest()}) == 3
-    assert "records_per_user" not in plan().to_json(), "a plan of records says nothing of users"
+    assert "records_per_user" not in plan().to_json(), "a record-level plan must not have user fields"
     assert Plan.from_json({**plan().to_json(), "records_per_user": 1}) == plan()
-    assert "runs" not in plan().to_json(), "a single run is not said, and several are"
+    assert "runs" not in plan().to_json(), "only more than one run is serialized"
     assert Plan.from_json(plan(runs=3).to_json()) == plan(runs=3)
 
 
@@ -75,7 +75,7 @@ def test_planned_runs_compose_to_the_target_epsilon(metrics: Any) -> None:
 
 
 def test_user_level_event_equals_the_record_level_event() -> None:
-    # The unit says who is protected.  Both are sampled by Poisson and clipped once, so the mechanism is the same.
+    # The unit is whom the guarantee protects. Both are Poisson-sampled and clipped once, so the mechanism is the same.
     for most in (1, 8):
         assert plan(unit="user", records_per_user=most).event(rounds=2) == plan().event(rounds=2)
 
@@ -91,11 +91,11 @@ def test_plan_copies_every_privacy_setting() -> None:
     changes = {"delta": 1e-6, "noise_multiplier": 2.5, "max_grad_norm": 0.3, "sampling_rate": 0.15}
     rounds = {"local_steps": 4, "num_rounds": 6, "spare_rounds": 1}
     privacy = PrivacySpec(**changes, records_per_user=5)
-    assert Plan.from_privacy(privacy, **rounds) == plan(**changes, **rounds), "a record contributes itself"
+    assert Plan.from_privacy(privacy, **rounds) == plan(**changes, **rounds), "records have no such limit"
     by_user = Plan.from_privacy(dataclasses.replace(privacy, unit="user"), **rounds)
     assert by_user == plan(**changes, **rounds, unit="user", records_per_user=5)
     silent = Plan.from_privacy(dataclasses.replace(privacy, mechanism="none"), **rounds)
-    assert (silent.noise_multiplier, silent.private) == (0, False), "even if noise is asked for"
+    assert (silent.noise_multiplier, silent.private) == (0, False), "noise must be ignored"
     assert epsilon_pld([silent.event()], 1e-5) == math.inf
 
 
@@ -103,7 +103,7 @@ def test_released_scores_are_accounted_as_separate_events() -> None:
     with_scores = plan(metrics_noise_multiplier=20.0)
     assert (plan().releases_metrics, with_scores.releases_metrics) == (False, True)
     for rounds in (1, 4):
-        # Held-out records are charged like those trained on: both parts, one after the other.
+        # Held-out records are charged like training records: both parts, one after the other.
         expected = events.count_mechanisms([plan().event(rounds=rounds)]) + Counter({GaussianDpEvent(20.0): rounds})
         assert events.count_mechanisms([with_scores.event(rounds=rounds)]) == expected
     assert events.from_json(events.to_json(with_scores.event(rounds=4))) == with_scores.event(rounds=4)

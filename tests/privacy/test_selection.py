@@ -1,4 +1,4 @@
-"""What a search costs: against other formulas, and where no bound is claimed."""
+"""The privacy cost of a search: compared with other formulas, and with cases that claim no bound."""
 
 import math
 from dataclasses import replace
@@ -18,7 +18,10 @@ ORDERS = range(2, 65)
 
 
 def compute_step_rdp(order: int, *, rate: float, noise: float) -> float:
-    """Mironov, Talwar, Zhang 2019 (arXiv 1908.10530), equation 30: a sampled Gaussian at a whole order."""
+    """Compute the Renyi divergence of a sampled Gaussian at an integer order.
+
+    Mironov, Talwar, Zhang 2019 (arXiv 1908.10530), equation 30.
+    """
     k = np.arange(order + 1)
     logs = (order - k) * math.log1p(-rate) + k * math.log(rate) + (k * k - k) / (2 * noise**2)
     return float(special.logsumexp(logs, b=special.comb(order, k))) / (order - 1)

@@ -1,4 +1,4 @@
-"""Every rule of a site's policy: broken alone, it is named, with what was asked and what is allowed."""
+"""Rules of a site's policy: each violated rule is reported with the requested and the allowed value."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from fedtune.spec import ConfigError
 from .builders import make_key, make_policy, make_proposal, make_user_policy, read_refusal_reason
 
 RULES = tomllib.loads(Path(__file__).with_name("rules.toml").read_text())
-"""Proposals that break one rule of the shared policy, by the rule."""
+"""Proposals that break a single rule of the shared policy, by rule."""
 
 
 def list_broken_rules(policy: Policy, proposal: Any) -> list[tuple[Reason, str | None, str | None]]:
@@ -55,7 +55,7 @@ def test_broken_rule_is_reported_alone(rule: str, one: Any) -> None:
     [
         ({"allow": {"seeded_noise": True}}, {"seeded_noise": True}),
         ({"allow": {"train_head": False}}, {"train_head": False}),
-        ({"allow": {"inexact_gradients": True}}, {}),  # what a machine does is no rule of a proposal
+        ({"allow": {"inexact_gradients": True}}, {}),  # a property of the machine, not of the proposal
         ({"releases": {"metrics": "noised"}}, {"plan": {"metrics_noise_multiplier": 20.0}}),
         ({"releases": {"metrics": "noised"}}, {}),
     ],
@@ -65,16 +65,16 @@ def test_policy_switch_permits_its_own_rule(site: Any, change: Any) -> None:
 
 
 def test_released_scores_also_require_the_minimum_noise() -> None:
-    asked = make_proposal(plan={"metrics_noise_multiplier": 0.5})
+    proposal = make_proposal(plan={"metrics_noise_multiplier": 0.5})
     noised = make_policy(releases={"metrics": "noised"})
-    assert list_broken_rules(noised, asked) == [(Reason.MIN_NOISE_MULTIPLIER, "0.5", "at least 0.6")]
+    assert list_broken_rules(noised, proposal) == [(Reason.MIN_NOISE_MULTIPLIER, "0.5", "at least 0.6")]
 
 
 BY_USER = ("notes", "notes.csv", "patient")
 
 
 def test_proposal_unit_must_match_the_population() -> None:
-    # Neither is turned into the other: of a record's promise no factor makes a person's, and the reverse was not asked.
+    # Neither unit is converted: no factor turns a record's guarantee into a person's, and nobody requested the reverse.
     users = make_proposal(plan={"unit": "user", "records_per_user": 8})
     assert list_broken_rules(make_user_policy(BY_USER), users) == []
     assert list_broken_rules(make_user_policy(BY_USER), make_proposal()) == [(Reason.UNIT, "record", "user")]
@@ -90,17 +90,17 @@ def test_site_limits_the_records_per_user() -> None:
 @pytest.mark.parametrize("scale", [0.25, 1.0, 2.0, 16.0, 1e4])
 def test_adapter_bound_keeps_the_scaled_product_independent_of_scale(scale: float) -> None:
     bound = make_policy(limits={"max_adapter_value": 50.0}).compute_adapter_bound(scale)
-    assert bound <= 50.0, "never above what the site says"
-    # What the model sees is scale * B A: the same at most for every scale, and not needlessly less.
+    assert bound <= 50.0, "the bound must not exceed the site's limit"
+    # The model sees scale * B A: its maximum is the same for every scale, and no smaller than necessary.
     assert scale * bound**2 == pytest.approx(min(1.0, scale) * 50.0**2)
 
 
 def test_policy_may_list_the_algorithms_that_it_accepts() -> None:
     scaffold, chosen = make_proposal(algorithm="scaffold"), make_policy(allow={"algorithms": ("fedavg", "fedprox")})
-    assert list_broken_rules(make_policy(), scaffold) == [], "none changes the guarantee"
+    assert list_broken_rules(make_policy(), scaffold) == [], "no algorithm changes the guarantee"
     assert list_broken_rules(chosen, scaffold) == [(Reason.ALGORITHMS, "scaffold", "fedavg, fedprox")]
     assert list_broken_rules(chosen, make_proposal()) == []
-    assert "algorithms" not in make_policy().to_json()["allow"], "other policies keep their digests"
+    assert "algorithms" not in make_policy().to_json()["allow"], "policies without the key must keep their digests"
     assert scaffold.digest() != make_proposal().digest()
     assert "algorithm" not in make_proposal().to_json()
 
@@ -109,7 +109,7 @@ def test_every_proposal_rule_has_a_test_case() -> None:
     shown = set(map(Reason, RULES))
     shown |= {Reason.TRAIN_HEAD, Reason.UPDATES, Reason.MAX_RECORDS_PER_USER, Reason.COHORTS, Reason.ALGORITHMS}
     in_the_ledger = {Reason.MAX_EPSILON, Reason.MAX_EPSILON_PER_PERIOD, Reason.MAX_EPSILON_PER_RUN}
-    of_the_adapter = {Reason.MAX_ADAPTER_VALUE, Reason.DECLARED_SIZE}  # what comes with a request beside its proposal
+    of_the_adapter = {Reason.MAX_ADAPTER_VALUE, Reason.DECLARED_SIZE}  # not in the proposal, but in each request
     rules = [reason for reason in Reason if list(Reason).index(reason) < list(Reason).index(Reason.FROZEN)]
     of_secure_aggregation = {reason for _, _, reason in SUMS} | {Reason.MAX_EPSILON_IF_ALL_COLLUDE}
     assert set(rules) == shown | in_the_ledger | of_the_adapter | of_secure_aggregation
@@ -120,18 +120,18 @@ def test_cap_per_run_includes_spare_rounds() -> None:
     epsilon = epsilon_pld([make_proposal(plan=whole).plan.event(rounds=5)], 1e-5)
     make_policy(budget={"max_epsilon_per_run": epsilon + 0.01}).check(make_proposal(plan=whole))
     tight = make_policy(budget={"max_epsilon_per_run": epsilon - 0.01})
-    ((reason, asked, allowed),) = list_broken_rules(tight, make_proposal(plan=whole))
+    ((reason, requested, allowed),) = list_broken_rules(tight, make_proposal(plan=whole))
     assert (reason, allowed) == (Reason.MAX_EPSILON_PER_RUN, f"at most {epsilon - 0.01:g}")
-    assert float(asked or 0) == pytest.approx(epsilon, abs=2e-3)
+    assert float(requested or 0) == pytest.approx(epsilon, abs=2e-3)
     tight.check(make_proposal(plan={"num_rounds": 3, "spare_rounds": 1}))
 
 
 def test_plan_beyond_other_limits_is_not_accounted(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Its epsilon could take minutes; whoever asks must not have a site compute it.
+    # Its epsilon could take minutes to compute; a requester must not be able to make a site do so.
     monkeypatch.setattr("fedtune.privacy.accountant.epsilon_pld", Mock(side_effect=ZeroDivisionError))
-    asked = make_proposal(plan={"noise_multiplier": 0.01})
-    capped = make_policy(budget={"max_epsilon_per_run": 1.2345})  # asked for nowhere else: answers are kept
-    assert [reason for reason, _, _ in list_broken_rules(capped, asked)] == [Reason.MIN_NOISE_MULTIPLIER]
+    proposal = make_proposal(plan={"noise_multiplier": 0.01})
+    capped = make_policy(budget={"max_epsilon_per_run": 1.2345})  # requested only here, because answers are cached
+    assert [reason for reason, _, _ in list_broken_rules(capped, proposal)] == [Reason.MIN_NOISE_MULTIPLIER]
     with pytest.raises(ZeroDivisionError):
         capped.check(make_proposal())
 
@@ -158,7 +158,7 @@ def test_declared_size_must_reach_min_units() -> None:
         Dataset(id="d", declared_size=80, min_units=-1)
     least = make_policy(dataset=(Dataset(id="d", declared_size=80, min_units=80),))
     assert least.to_json()["dataset"][0]["min_units"] == 80
-    assert "min_units" not in make_policy().to_json()["dataset"][0], "other policies keep their digests"
+    assert "min_units" not in make_policy().to_json()["dataset"][0], "policies without the key must keep their digests"
 
 
 def test_delta_must_be_below_one_over_the_population_size() -> None:
@@ -167,7 +167,7 @@ def test_delta_must_be_below_one_over_the_population_size() -> None:
     with pytest.raises(ConfigError, match=message):
         make_policy(dataset=two)
     make_policy(dataset=(two[0], replace(two[1], declared_size=39_999)))
-    make_policy(dataset=two, budget={"max_epsilon": math.inf})  # promises nothing
+    make_policy(dataset=two, budget={"max_epsilon": math.inf})  # promises no bound
 
 
 def test_infinite_cap_is_null_in_json() -> None:
@@ -187,7 +187,7 @@ def test_policy_digest_covers_every_key() -> None:
     changes |= {"trust": Trust(secure=True)}
     assert set(changes) == {field.name for field in fields(Policy)} - {"socket", "key_command"}
     of_this_machine = make_policy(socket="site.sock", key_command=("/usr/bin/pass", "show", "site_key"))
-    assert of_this_machine == make_policy(), "the way that messages take, or where the key is, decides on nothing"
+    assert of_this_machine == make_policy(), "transport settings and the key's location must not change the policy"
     assert of_this_machine.to_json() == make_policy().to_json()
     digests = {make_policy(**{key: value}).digest() for key, value in changes.items()}
     assert len(digests | {make_policy().digest()}) == len(changes) + 1
@@ -216,13 +216,13 @@ def test_secure_aggregation_must_meet_the_trust_limits_of_the_site(trust: Any, s
 
 
 def test_epsilon_if_all_others_collude_has_a_separate_cap() -> None:
-    asked = propose_secure()
-    alone = epsilon_pld([asked.plan.with_own_noise_only.full_event], asked.plan.delta)
-    assert alone > epsilon_pld([asked.plan.full_event], asked.plan.delta)
+    proposal = propose_secure()
+    alone = epsilon_pld([proposal.plan.with_own_noise_only.full_event], proposal.plan.delta)
+    assert alone > epsilon_pld([proposal.plan.full_event], proposal.plan.delta)
     trust = {"secure": True, "colluders": 1}
-    make_policy(trust=Trust(**trust, max_epsilon_if_all_collude=alone + 0.01)).check(asked)
+    make_policy(trust=Trust(**trust, max_epsilon_if_all_collude=alone + 0.01)).check(proposal)
     tight = make_policy(trust=Trust(**trust, max_epsilon_if_all_collude=alone - 0.01))
-    ((reason, _, _),) = list_broken_rules(tight, asked)
+    ((reason, _, _),) = list_broken_rules(tight, proposal)
     assert reason is Reason.MAX_EPSILON_IF_ALL_COLLUDE
 
 

@@ -1,4 +1,4 @@
-"""Which change of a ledger would go unseen?  None that somebody without the site's key can make."""
+"""Verification detects every change to a ledger that somebody without the site's key can make."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ LATER = {"limits": {"max_rounds": 19}}
 
 @pytest.fixture(scope="module")
 def complete_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ledger with every kind of event and note that nobody may change; beside it a head of before its last five."""
+    """A ledger with every kind of event and permanent note, and a head from before its last five events."""
     path = tmp_path_factory.mktemp("whole") / "ledger.db"
     ledger = SiteLedger(path, make_policy(), site_key)
 
@@ -76,7 +76,7 @@ def read_verify_error(path: Path, **expected: Any) -> str:
 
 
 def rehash_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a forger without the key can do: sequences and hashes that fit, signatures as they were."""
+    """Rewrite sequences and hashes as a forger without the key can; signatures stay unchanged."""
     before, made = chain.START, []
     for number, row in enumerate(rows, 1):
         values = row | {"sequence": number, "kind": Kind(row["kind"]), "detail": json.loads(row["detail"])}
@@ -112,7 +112,7 @@ def test_untouched_ledger_passes_verification(complete_ledger: Path, newest_head
 
 
 def test_verification_changes_nothing_and_accepts_rewritten_rows(victim_ledger: Path) -> None:
-    # The triggers that the tests below drop and make again are not what is found.
+    # The tests below drop and recreate the triggers; that alone must not be detected.
     replace_rows(victim_ledger, read_rows(victim_ledger))
     before = victim_ledger.read_bytes()
     victim_ledger.chmod(0o400)
@@ -149,7 +149,7 @@ def test_tampered_value_is_detected_in_every_column_and_event_kind(
                     victim_ledger, f"UPDATE events SET {column} = ? WHERE sequence = {row['sequence']}", values=(other,)
                 )
             except sqlite3.IntegrityError:
-                continue  # a sequence that another row has
+                continue  # another row has this sequence
             tried += 1
             read_verify_error(victim_ledger)
     assert tried >= len(read_rows(complete_ledger))
@@ -179,13 +179,13 @@ def test_invalid_sequence_numbers_and_non_text_events_are_detected(complete_ledg
     assert "Could not decode to UTF-8" in read_verify_error(victim_ledger)
 
 
-# A forger who recomputes every hash, but has no key.
+# A forger who recomputes every hash but has no key.
 
 
 def test_forged_deletion_reordering_or_insertion_is_detected(complete_ledger: Path, victim_ledger: Path) -> None:
     rows = read_rows(complete_ledger)
     for forged in (
-        [row for row in rows if row["kind"] != "refusal"],  # what looks bad
+        [row for row in rows if row["kind"] != "refusal"],  # hides the refusals
         [*rows[:-1], rows[-2], rows[-1]],
         [*rows[:-2], rows[-1]],
         [rows[0], rows[1], *rows[2:-2], rows[-1], rows[-2]],
@@ -204,7 +204,7 @@ def test_invalid_json_in_an_event_raises_a_run_error(victim_ledger: Path, text: 
     assert read_verify_error(victim_ledger) == "event 2 was changed: its format is invalid"
 
 
-# A forger with a key of their own.
+# A forger with a different key.
 
 
 def test_ledger_resigned_by_another_key_is_detected(
@@ -217,7 +217,7 @@ def test_ledger_resigned_by_another_key_is_detected(
         victim_ledger, [row | {"signature": forger.sign(chain.EVENT, row["hash"].encode())} for row in fitting]
     )
     alone = verify(victim_ledger)
-    assert (alone.site_key, alone.key_expected) == (forger.public, False), "a ledger alone cannot show whose it is"
+    assert (alone.site_key, alone.key_expected) == (forger.public, False), "a ledger alone cannot prove its owner"
     assert read_verify_error(victim_ledger, site_key=site_key.public).endswith(
         f"names site key {forger.public}, not {site_key.public}"
     )
@@ -242,9 +242,10 @@ def test_truncated_ledger_is_detected_only_with_an_anchor(
     replace_rows(victim_ledger, read_rows(complete_ledger)[:-3])
     assert verify(victim_ledger).anchor_sequence is None
     length = len(read_rows(complete_ledger))
-    told = f"it ends at event {length - 3}, but the anchor covers event {length}"
+    message = f"it ends at event {length - 3}, but the anchor covers event {length}"
     assert (
-        read_verify_error(victim_ledger, anchor=newest_head) == f"the ledger was rolled back to an older copy: {told}"
+        read_verify_error(victim_ledger, anchor=newest_head)
+        == f"the ledger was rolled back to an older copy: {message}"
     )
 
 
@@ -272,7 +273,7 @@ def test_opening_a_ledger_for_training_detects_tampering(complete_ledger: Path, 
 
 
 def test_invalid_event_leaves_the_history_unchanged(open_ledger: Any, path: Path) -> None:
-    """An event of the right key that makes no sense, as a faulty version might write; then the file is put right."""
+    """An invalid event signed with the correct key, as a faulty version might write; then the file is repaired."""
     ledger = open_ledger()
     ledger.reserve(make_proposal(), round=1, request="q")
     good, before = path.read_bytes(), ledger.history.count_total_charges()

@@ -29,14 +29,14 @@ def test_energy_is_measured_without_network_access(monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     for key in ("CO2_SIGNAL_API_TOKEN", "ELECTRICITYMAPS_API_TOKEN"):
         monkeypatch.setenv(f"CODECARBON_{key}", "token")
-    told = {"EMISSIONS_ENDPOINT": "http://192.0.2.1/told", "OUTPUT_METHODS": "api,csv", "SAVE_TO_API": "true"}
-    for key, value in told.items():
+    environment = {"EMISSIONS_ENDPOINT": "http://192.0.2.1/told", "OUTPUT_METHODS": "api,csv", "SAVE_TO_API": "true"}
+    for key, value in environment.items():
         monkeypatch.setenv(f"CODECARBON_{key}", value)
     found, untold = burn_cpu(CostSpec(energy=True, country="DEU")), burn_cpu(CostSpec(energy=True))
     assert (untold.carbon_kg, untold.kwh > 0, found.kwh > 0) == (None, True, True)
-    assert 0.05 < found.carbon_kg / found.kwh < 1.0, "kilograms for a kWh in Germany"
+    assert 0.05 < found.carbon_kg / found.kwh < 1.0, "kg of CO2 per kWh in Germany"
     assert (nobody.called, list(tmp_path.iterdir())) == (False, [])
-    assert burn_cpu(CostSpec(), seconds=0.0) is None, "nothing is measured unasked"
+    assert burn_cpu(CostSpec(), seconds=0.0) is None, "energy must be measured only on request"
 
 
 def test_unknown_country_is_refused_before_the_run() -> None:
@@ -54,9 +54,9 @@ def test_unknown_country_is_refused_before_the_run() -> None:
 
 def test_cost_settings_do_not_change_the_run_id_and_are_not_sent() -> None:
     plain = compose_run(["experiment=debug", "name=x", "privacy.noise_multiplier=4"])
-    told = compose_run(["experiment=debug", "name=x", "privacy.noise_multiplier=4", "cost.energy=true"])
-    assert told.run_id() == plain.run_id()
-    assert select_settings_for_sites(told).cost == CostSpec()
+    config = compose_run(["experiment=debug", "name=x", "privacy.noise_multiplier=4", "cost.energy=true"])
+    assert config.run_id() == plain.run_id()
+    assert select_settings_for_sites(config).cost == CostSpec()
 
 
 def test_measured_energy_is_in_run_json_and_the_report(tiny: Any, command: Any, result_of: Any, tmp_path: Path) -> None:

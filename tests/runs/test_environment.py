@@ -21,8 +21,8 @@ MODEL = hash_model(ModelSpec(path="random:bert"))
 
 
 def note(folder: Path, *overrides: str) -> tuple[Environment, ...]:
-    """All that is noted once a run with these settings has begun there."""
-    # As much of a loaded model as an environment looks at.
+    """Return the recorded environments after a run with these settings was started here."""
+    # The parts of a loaded model that an environment records.
     shared: Any = SimpleNamespace(
         config=compose_run(list_tiny_overrides(*overrides, into=folder)),
         device=torch.device("cpu"),
@@ -40,20 +40,20 @@ def test_recorded_environment_describes_the_current_process(tmp_path: Path) -> N
     assert noted.machine.startswith(platform.machine())
     assert (noted.model_sha256, noted.total_parameters) == (MODEL, 8)
     text = (tmp_path / "environment.json").read_text()
-    assert platform.node() not in text, "whose machine it is is nobody's business"
+    assert platform.node() not in text, "the machine's name must not be recorded"
     assert json.loads(text).keys() == {"schema_version", "environments"}
     assert json.loads(text)["schema_version"] == RUN_SCHEMA
 
 
 def test_only_new_environments_are_recorded_with_their_randomness(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("fedtune.model.base_model.hash_model", None)  # a pinned model is not hashed again
+    monkeypatch.setattr("fedtune.model.base_model.hash_model", None)  # the hash of a pinned model is not computed again
     pinned = f"model.sha256={MODEL}"
     (noted,) = note(tmp_path, pinned)
     assert (noted.model_sha256, noted.sampling, noted.randomness) == (MODEL, "poisson", "operating_system")
     assert note(tmp_path, pinned) == (noted,)
     *_, seeded = note(tmp_path, pinned, "runtime.seeded_noise=true")
     assert (seeded.sampling, seeded.randomness) == ("poisson", "seeded")
-    *_, of_real_sites = note(tmp_path, pinned, "runtime=deployment")  # of them the lead notes nothing
+    *_, of_real_sites = note(tmp_path, pinned, "runtime=deployment")  # the lead records nothing about them
     assert (of_real_sites.sampling, of_real_sites.randomness) == (None, None)
     monkeypatch.setattr(environment.platform, "python_version", lambda: "4.0.0")
     assert [one.python for one in note(tmp_path, pinned)] == [noted.python] * 3 + ["4.0.0"]

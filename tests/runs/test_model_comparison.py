@@ -24,7 +24,7 @@ SHORT = ("federation.num_rounds=1", "training.local_steps=1", "data.test_rows=20
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Two runs of one model whose adapters have different ranks, and a third that reads less of each record."""
+    """Two runs of one model with adapters of different ranks, and a third that reads less of each record."""
     into, found = tmp_path_factory.mktemp("runs"), {}
     for name, setting in (("four", "lora.rank=4"), ("two", "lora.rank=2"), ("short", "data.max_length=6")):
         folder = simulate(*SHORT, setting, into=into, name=name)
@@ -61,7 +61,7 @@ def test_incomparable_scores_are_refused(runs: Runs) -> None:
         compare_runs({"four": (without, adapter)})
     data = replace(one.data, labels=(), columns={"text": "text", "target": "n"}, target_range=(0.0, 5.0))
     config = replace(one, task="regression", head=HeadSpec(center=False, init="zero"), data=data)
-    wider = replace(config, data=replace(data, target_range=(0.0, 10.0)))  # of another range numbers say nothing either
+    wider = replace(config, data=replace(data, target_range=(0.0, 10.0)))  # another scale is not comparable, either
     with pytest.raises(ConfigError, match=r"must have the first run's data\.target_range"):
         compare_runs({"four": (config, adapter), "other": (wider, adapter)})
 
@@ -72,7 +72,7 @@ def test_records_are_assigned_to_the_sites_of_the_partition(runs: Runs, tmp_path
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     records = [Record({"text": row["text"], "label": "x"}, str(path), line) for line, row in enumerate(rows, start=1)]
     config, _ = runs["four"]
-    assert assign_sites(config, records) is None, "dealt out by hash alone, all sites are alike"
+    assert assign_sites(config, records) is None, "assigned by hash alone, all sites are alike"
     partition = replace(config.data.partition, kind="column", sites={"n": 0, "s": 1})
     data = replace(config.data, partition=partition, columns={**config.data.columns, "site": "ward"})
     assert assign_sites(replace(config, data=data), records) == ["site-1", "site-2", NO_VALUE] * 3
@@ -96,7 +96,7 @@ def test_too_many_groups_are_refused(runs: Runs) -> None:
 
 
 def test_runs_tested_on_different_records_are_not_compared(tmp_path: Path) -> None:
-    """Their settings deal out other test records, some of which the other run may have trained on."""
+    """Their settings select other test records, some of which the other run may have trained on."""
     of_file = ("data.test_file=null", "data.test_fraction=0.3", "data.test_rows=null", *SHORT[:2])
     one = load_finished_run(simulate(*of_file, into=tmp_path, name="one"))
     other = load_finished_run(

@@ -1,4 +1,4 @@
-"""What a renewed run takes over from the last one, and which run has no next."""
+"""What a renewed run inherits from the last run, and runs that cannot be renewed."""
 
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ from ..sites.conftest import make_letters
 
 @pytest.fixture
 def make_last_run(tmp_path: Path) -> Any:
-    """The folder of a run of three that share a budget, with these settings."""
+    """Make the folder of one of three runs that share a budget, with these settings."""
 
     def write_last_run(**groups: Any) -> Path:
         write_config(
@@ -53,7 +53,7 @@ def test_renewed_run_keeps_settings_and_starts_from_the_last_adapter(make_last_r
     model = replace(before.model, adapter=str(folder), adapter_sha256=None)
     expected = replace(before, name="next", model=model, federation=replace(before.federation, renewal=1))
     assert renew_config(folder, {"name": "next"}) == expected
-    # A simulation's sites go on with their ledgers.
+    # A simulation's sites keep their ledgers.
     assert renew_config(make_last_run(runtime={"kind": "simulation"}), {}).runtime.sites_dir == str(folder / "sites")
     assert (
         renew_config(make_last_run(runtime={"kind": "simulation", "sites_dir": "kept"}), {}).runtime.sites_dir == "kept"
@@ -100,10 +100,10 @@ def test_future_cohort_at_real_sites_must_be_set_explicitly(
     wanted = {"privacy.cohorts.last": "2027"} | ({"privacy.cohorts.first": "2026"} if first else {})
     assert str(renew_config(folder, wanted).privacy.cohorts) == f"{'2026' if first else ''}..2027"
     simulated = make_last_run(**make_cohort_settings(first, "2026"), runtime={"kind": "simulation"})
-    assert renew_config(simulated, {}).privacy.cohorts is not None, "its people are made up"
+    assert renew_config(simulated, {}).privacy.cohorts is not None, "a simulation's people are synthetic"
 
 
-@pytest.mark.parametrize("groups", [{}, make_cohort_settings(None)], ids=["everybody", "no beginning"])
+@pytest.mark.parametrize("groups", [{}, make_cohort_settings(None)], ids=["no window", "window without a start"])
 def test_renewal_without_a_window_ends_at_the_planned_runs(make_last_run: Any, groups: dict[str, Any]) -> None:
     assert renew_config(make_last_run(**groups, federation={"renewal": 1}), {}).federation.renewal == 2
     with pytest.raises(ConfigError, match=r"renew = .*was the last of privacy\.planned_runs = 3.*Nothing was charged"):
@@ -111,7 +111,7 @@ def test_renewal_without_a_window_ends_at_the_planned_runs(make_last_run: Any, g
     for key, value in {"planned_runs": 4, "epsilon": 7.0, "delta": 1e-6}.items():
         with pytest.raises(ConfigError, match=rf"privacy\.{key} = .*: must be .*, as in the previous runs"):
             renew_config(make_last_run(**groups), {f"privacy.{key}": value})
-    # Of a window that moves on the sites' ledgers know; and without privacy nothing is spent.
+    # The sites' ledgers track a moving window, and without privacy nothing is spent.
     assert (
         renew_config(
             make_last_run(**make_cohort_settings("2024"), federation={"renewal": 9}), {"privacy.planned_runs": 4}
@@ -122,7 +122,7 @@ def test_renewal_without_a_window_ends_at_the_planned_runs(make_last_run: Any, g
 
 
 def test_ledgers_count_runs_across_parallel_renewals(make_last_run: Any) -> None:
-    """Before, the chain of renewals counted: two runs that renewed the same one were one run."""
+    """Regression: only the chain of renewals was counted, so two renewals of the same run counted once."""
     folder = make_last_run(runtime={"kind": "simulation"})
     config = read_saved_config(folder)
     plan = config.plan()
@@ -143,7 +143,7 @@ def test_renewal_of_unfinished_runs_and_changed_groups_is_refused(make_last_run:
         with pytest.raises(ConfigError, match=r"must contain a config\.yaml"):
             renew_config(nothing, {})
     folder = make_last_run()
-    # A whole group would bring defaults, such as other sites, and another count would begin the budget anew.
+    # A whole group would reset values such as the sites to defaults, and another count would restart the budget.
     words = ("experiment", "privacyy.epsilon", "privacy.epsilonn", "privacy.epsilon.x", "federation.renewal", "runtime")
     for key in words:
         with pytest.raises(ConfigError, match=rf"{key} = 'debug': must be a setting of the renewed run"):

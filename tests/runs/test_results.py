@@ -30,7 +30,7 @@ def build(*, charged: dict[str, int], loss: float = 0.5, plan: Plan | None = Non
 def test_epsilon_of_a_run_is_its_largest_site_epsilon() -> None:
     privacy = build(charged={"a": 1, "b": 3, "c": 0})["privacy"]
     a, b = (privacy["sites"][name] for name in ("a", "b"))
-    # Three of four planned rounds: what is claimed is the whole plan, as guarantee.md proves it.
+    # Three of four planned rounds: the claim covers the whole plan, as proved in guarantee.md.
     assert privacy["epsilon"] == b["planned_epsilon"] > b["epsilon"] > a["epsilon"] > 0
     nothing = dict.fromkeys(("epsilon", "epsilon_rdp", "rounds", "steps", "metrics_noise_multiplier"), 0)
     nothing |= {"sampling_rate": 0.2, "noise_multiplier": 4.0, "upper_bound": False}
@@ -87,7 +87,7 @@ def test_worse_scores_and_diverged_rounds_are_reported_as_findings() -> None:
         *(("loss", 2.0, 2.1, (WORSE,)), ("loss", 2.0, 1.9, ())),
         *(("spearman", 0.1, -0.2, (WORSE,)), ("spearman", -0.3, -0.2, ())),
     ):
-        said = find_problems((), {score: before}, {score: after}, primary_metric=score, guess=None, rows=100)
-        assert said == found
+        problems = find_problems((), {score: before}, {score: after}, primary_metric=score, guess=None, rows=100)
+        assert problems == found
     rounds = [round_of(1, metrics=GOOD, diverged=True), round_of(2, metrics=GOOD)]
     assert find_problems(rounds, START, GOOD, primary_metric="accuracy", guess=0.5, rows=100) == (DIVERGED,)

@@ -27,14 +27,14 @@ def build_folder() -> Path:
     """Return the folder for PYTHONPATH that provides the device; skip the test without a compiler."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if sys.platform != "linux" or compiler is None:
-        pytest.skip("there is no C++ compiler to build the simulated accelerator with")
+        pytest.skip("no C++ compiler to build the simulated accelerator")
     sources = [HERE / "sim.cpp", HERE / "torch_sim.py"]
     version = hashlib.sha256(b"".join([torch.__version__.encode(), *(path.read_bytes() for path in sources)]))
     cached = Path(tempfile.gettempdir()) / f"fedtune-tests-{os.getuid()}"
     cached.mkdir(mode=0o700, exist_ok=True)
-    assert cached.stat().st_uid == os.getuid(), f"{cached} is somebody else's"
+    assert cached.stat().st_uid == os.getuid(), f"{cached} belongs to another user"
     made = cached / version.hexdigest()[:16]
-    with (cached / "lock").open("w") as lock:  # several processes of pytest may want it at a time
+    with (cached / "lock").open("w") as lock:  # several processes of pytest may build it at once
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.exists():
             _build(compiler, made)

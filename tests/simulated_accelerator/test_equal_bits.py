@@ -89,7 +89,7 @@ def require_same_bits(
         commands = [["simulate", *run] for run in runs]
         then = "print('replays in steps:', torch.sim.replays)"
         printed = run_commands_on_device(*commands, then=then, SIM_DEVICES=devices)
-        # Users and runs without privacy have no graphs.
+        # Graphs are used neither for users nor without privacy.
         replayed = not {"privacy=none", "privacy.unit=user"} & {*overrides}
         assert printed.rstrip().endswith("replays in steps: 0") is not replayed
         cpu, sim = tmp_path / "cpu", tmp_path / "auto"

@@ -17,7 +17,7 @@ def test_trial_clips_on_the_device_as_training_steps_do() -> None:
 
 def test_norms_are_batch_invariant_unlike_the_native_reduction() -> None:
     found = [list(map(int, line.split())) for line in run_tried("print_norm_differences")]
-    assert sum(by_cuda for _, by_cuda, _ in found) > 4, "the reduction that stands for CUDA's goes by the rows"
+    assert sum(by_cuda for _, by_cuda, _ in found) > 4, "the stand-in for CUDA's reduction must depend on the rows"
     assert [ours for _, _, ours in found] == [0] * 4
 
 

@@ -1,12 +1,12 @@
-"""The device "sim" of torch, see sim.cpp: torch loads this module by itself, by its entry point `torch.backends`.
+"""The torch device "sim", see sim.cpp; torch loads this module through its entry point `torch.backends`.
 
-Settings of its environment:
-    SIM_DEVICES        how many there are (1)
-    SIM_MEMORY_MIB     of each (16384)
-    SIM_SDPA           attention: "fused" is the CPU's fused kernel; "by_rows" goes by the number of rows; "parted" has
-                       other bits each time from 512 tokens on, unless torch is set to be deterministic
-    SIM_NO_FLOAT64=1   no float64, as Apple's
-    SIM_POISON=0       new memory is not filled with 0xCB
+Environment variables:
+    SIM_DEVICES        number of devices (1)
+    SIM_MEMORY_MIB     memory of each (16384)
+    SIM_SDPA           attention: "fused" is the CPU's fused kernel; "by_rows" depends on the number of rows; "parted"
+                       gives different bits each time from 512 tokens on, unless torch is set to be deterministic
+    SIM_NO_FLOAT64=1   no float64, as on Apple's devices
+    SIM_POISON=0       do not fill new memory with 0xCB
     SIM_GRAPHS         graphs of kernels: "refused" captures nothing, "other_bits" replays products with other bits
 """
 
@@ -84,7 +84,7 @@ class Graph:
 
 
 class _Sim(types.ModuleType):
-    replays = 0  # of all graphs
+    replays = 0  # for all graphs
     capturing = False
 
     def device_count(self) -> int:
@@ -137,7 +137,7 @@ def load() -> None:
     torch._register_device_module("sim", _Sim("torch.sim"))
     torch.utils.generate_methods_for_privateuse1_backend()
     torch.accelerator.Graph = Graph  # type: ignore[misc, assignment]
-    torch.cuda.is_current_stream_capturing = lambda: _Sim.capturing  # transformers asks
+    torch.cuda.is_current_stream_capturing = lambda: _Sim.capturing  # queried by transformers
     of_this_thread = torch.set_num_threads
 
     def set_num_threads(number: int) -> None:

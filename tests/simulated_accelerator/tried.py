@@ -19,10 +19,10 @@ from fedtune.training.machine import resolve_device
 from fedtune.training.per_example import record_gradients
 from fedtune.training.users import UserExamples
 
-# The order in which CUDA adds up rows of float64 for a norm (Reduce.cuh of torch): it goes by how many there are.
+# The order in which CUDA sums rows of float64 for a norm (Reduce.cuh of torch), which depends on their number.
 
 Values = npt.NDArray[np.float64]
-_MAX_THREADS, _WARP = 512, 32  # of a block
+_MAX_THREADS, _WARP = 512, 32  # per block
 
 
 def compute_norms(rows: Values) -> Values:
@@ -38,7 +38,7 @@ def _sum_of_squares(row: Values, count: int) -> float:
     width = min(across, _MAX_THREADS // height)
     if -(-len(row) // width) < min(height * 16, 256):
         height = 1
-    each = np.zeros((width * height, 4))  # a thread reads four values at a time
+    each = np.zeros((width * height, 4))  # a thread reads four values at once
     for first in range(0, len(row), each.size):
         part = row[first : first + each.size].reshape(-1, 4)
         each[: len(part)] += part * part

@@ -1,4 +1,4 @@
-"""A run of a tiny model, and a real site in a folder with records of its own that answers the run's lead."""
+"""A run of a tiny model, and a real site with its own records that answers the run's lead."""
 
 import csv
 import json
@@ -46,7 +46,7 @@ from ..privacy.builders import change_values
 
 LABELS = ("invoice", "complaint", "praise")
 COLUMNS = {"text": "body", "label": "kind"}
-"""Of the sites' files; the lead's have other names."""
+"""Columns of the sites' files; the lead's columns have other names."""
 TABLE: dict[str, Any] = {
     "model": {"path": "none", "sha256": None},
     "lora": {"kind": "none"},
@@ -60,7 +60,7 @@ TABLE: dict[str, Any] = {
         ),
     },
 }
-"""A configuration's groups where records are of a table."""
+"""Groups of settings for records of a table."""
 
 
 @cache
@@ -80,30 +80,30 @@ def _make_letters() -> RunConfig:
         lora=LoraSpec(rank=2, alpha=4.0),
         privacy=PrivacySpec(noise_multiplier=4.0, sampling_rate=0.5),
         training=TrainingSpec(local_steps=2),
-        # In float32 an update is the trained adapter itself, which tests read and compare to the bit.
+        # In float32 an update is the trained adapter itself, which tests read and compare bit for bit.
         federation=FederationSpec(num_rounds=3, num_sites=2, site_names=("north", "south"), update_dtype="float32"),
         runtime=RuntimeSpec(kind="deployment", device="cpu", num_threads=1, seeded_noise=True),
     )
 
 
 def make_letters(**groups: Any) -> RunConfig:
-    """A lead's configuration of a run over the sites north and south; keywords change groups of it."""
+    """Make the lead's configuration of a run over the sites north and south; keywords change its groups."""
     return change_values(_make_letters(), **groups)
 
 
 def make_first_request(config: RunConfig, lead: SigningKey, **about: Any) -> RoundRequest:
-    """A request for the first round of a run at the site north, of whatever adapter."""
+    """Make a request for the first round of a run at the site north, with an arbitrary adapter."""
     return round_request(config.proposal(lead=lead.public, plan=config.plan()), **{"site": "north"} | about)
 
 
 def write_records(path: Path, rows: Iterable[Sequence[str]], *, header: Iterable[str] = COLUMNS.values()) -> None:
-    """A site's data file."""
+    """Write a site's data file."""
     with path.open("w", newline="", encoding="utf-8", errors="surrogatepass") as file:
         csv.writer(file).writerows([header, *rows])
 
 
 def simulate_same_run(config: RunConfig, folder: Path, rows: Iterable[Sequence[str]]) -> Participants:
-    """The same run in a simulation, over records of text, label and site."""
+    """Simulate the same run over records of text, label and site."""
     columns, file = {role: role for role in ("text", "label", "site")}, folder / "all.csv"
     write_records(file, rows, header=columns)
     partition = PartitionSpec(kind="column", sites={"north": 0, "south": 1})
@@ -114,11 +114,11 @@ def simulate_same_run(config: RunConfig, folder: Path, rows: Iterable[Sequence[s
 
 @dataclass
 class Station:
-    """A site in a folder, and the lead who asks it.
+    """A site in a folder, and its lead.
 
     Attributes:
-        real: what the site's process holds in memory; `restart` makes it anew.
-        waits: told of runs that a person is yet to approve.
+        real: the state in the memory of the site's process; `restart` recreates it.
+        waits: called with runs that await approval.
         first: the lead's initial adapter.
     """
 
@@ -135,7 +135,7 @@ class Station:
         self.restart()
 
     def restart(self) -> None:
-        """The site's process ends, and another begins in the same folder."""
+        """End the site's process, and start another one in the same folder."""
         self.real = SiteProcess(
             site_toml=self.site_toml,
             installed=self.installed,
@@ -149,7 +149,7 @@ class Station:
         raise ConfigError("base model", sha256, "is not installed")
 
     def edit(self, *, machine: Any = MappingProxyType({}), **changes: Any) -> None:
-        """Write another policy or machine: tables are changed by dicts, the one data set by `dataset`."""
+        """Rewrite policy or machine settings: dicts change tables, and `dataset` changes the only data set."""
         policy, there = read_policy(self.site_toml), read_site_settings(self.site_toml).machine
         dataset = replace(policy.dataset[0], **changes.pop("dataset", {}))
         others = {"machine": asdict(replace(there, **machine))}
@@ -159,7 +159,7 @@ class Station:
         return SiteFiles.from_site_toml(self.site_toml).open_ledger()
 
     def request(self, config: RunConfig | None = None, *, round: int = 1, **about: Any) -> RoundRequest:
-        """What the lead asks for; `about` are fields of the request, or of its proposal."""
+        """Build the lead's request; `about` are fields of the request or of its proposal."""
         sent = select_settings_for_sites(config or self.config)
         proposal = sent.proposal(lead=self.lead.public, plan=sent.plan())
         of_proposal = {key: value for key, value in about.items() if hasattr(proposal, key)}
@@ -168,9 +168,9 @@ class Station:
         return round_request(replace(proposal, **of_proposal), **fields)
 
     def ask(self, config: RunConfig | None = None, *, settings: str | None = None, **about: Any) -> Reply:
-        """The answer to a round's request, with an adapter and signed by a key.
+        """Return the answer to a request for a round, with an adapter and a signature.
 
-        `settings` travel with it in place of the configuration's own.
+        `settings` are sent instead of the configuration's own.
         """
         adapter, key = about.pop("adapter", self.first), about.pop("key", self.lead)
         request = self.request(config, adapter_digest=adapter.digest(), **about)
@@ -178,19 +178,19 @@ class Station:
         return answer(self.real.site(text), request.sign_with(key), adapter)
 
     def update(self, config: RunConfig | None = None, **about: Any) -> Update:
-        """The update that must be the answer."""
+        """Return the update, which must be the answer."""
         reply = self.ask(config, **about)
         assert isinstance(reply.body, Update), reply.body
         return reply.body
 
     def refusal(self, config: RunConfig | None = None, **about: Any) -> Reason:
-        """The reason why there must be none."""
+        """Return the reason of the refusal, which must be the answer."""
         reply = self.ask(config, **about)
         assert isinstance(reply.body, Refusal)
         return reply.body.reason
 
     def end(self, adapter: Adapter, config: RunConfig | None = None) -> Receipt | None:
-        """Tell the site that the run is over, with its final adapter."""
+        """Send the site the end-of-run notice, with its final adapter."""
         run = select_settings_for_sites(config or self.config).run_id()
         notice = EndOfRun(run=run, lead=self.lead.public, adapter_digest=adapter.digest())
         return end_run(self.real.site(""), notice.sign_with(self.lead), adapter)
@@ -198,13 +198,13 @@ class Station:
 
 @pytest.fixture(scope="session")
 def first_adapter() -> Adapter:
-    """What every run of the tiny model begins with."""
+    """The initial adapter of every run of the tiny model."""
     return LoadedModel(make_letters()).initial_adapter
 
 
 @pytest.fixture
 def station(tmp_path: Path, lead_key: SigningKey, first_adapter: Adapter) -> Any:
-    """A site that allows several runs like its configuration's; keywords change that configuration."""
+    """A site that allows several runs like that of its configuration; keywords change the configuration."""
 
     def make(name: str = "north", **groups: Any) -> Station:
         config = make_letters(**groups)

@@ -1,4 +1,4 @@
-"""A CPU whose products in bfloat16 (AMX) are parted by how many rows they have: what a run does there."""
+"""A CPU whose bfloat16 products (AMX) depend on the number of rows, and the consequences for a run."""
 
 import importlib.util
 
@@ -16,12 +16,12 @@ needs_minilm = pytest.mark.skipif(
 
 
 def test_amx_product_of_a_row_depends_on_the_number_of_rows() -> None:
-    """The reason for what follows; should it pass one day, the tests of every number of rows are for AMX, too."""
+    """The reason for the tests below; if this ever passes, tests of arbitrary row counts can include AMX."""
     weight, values = torch.randn(384, 1536).bfloat16(), torch.randn(512, 1536)
     whole = multiply_bfloat16(values, weight, None)
     assert any(not torch.equal(multiply_bfloat16(values[:rows], weight, None), whole[:rows]) for rows in range(2, 512))
     again = multiply_bfloat16(values.clone(), weight, None)
-    assert torch.equal(again, whole), "of so many rows it is always the same"
+    assert torch.equal(again, whole), "the result for one row count must be repeatable"
 
 
 @needs_minilm
@@ -35,6 +35,6 @@ def test_each_length_has_a_fixed_row_count_and_one_trial(dtype: str, monkeypatch
     )
     settings = ["experiment=banks_intents", "privacy.noise_multiplier=4", f"model.dtype={dtype}"]
     shared = LoadedModel(compose_run([*settings, "runtime.num_threads=1", "runtime.num_devices=1"]))
-    assert shared.moved == 0.0, "in no number of rows that a run has"
+    assert shared.moved == 0.0, "no row count of the run may change the result"
     assert (shared.shapes.row_shares == (1,)) == (dtype in ("mixed", "nf4"))
     assert len(tries) == 1

@@ -1,4 +1,4 @@
-"""What a site puts in the place of a lead's settings: its own files, columns, machine and models, and nobody else's."""
+"""A site replaces a lead's settings with its own files, columns, machine and models, and with no one else's."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ STORE = Path("/srv/site/kit/models")
 
 @pytest.fixture
 def policy(lead_key: SigningKey) -> Policy:
-    """A policy with places and columns of its own, and a second data set."""
+    """A policy with its own paths and columns, and a second data set."""
     sent = select_settings_for_sites(make_letters())
     made = generate_policy(sent, sent.plan(), "north", lead=lead_key.public)
     letters_of_north = Dataset(id="letters", declared_size=40, path="private/mail.csv", columns=COLUMNS)
@@ -42,13 +42,13 @@ def policy(lead_key: SigningKey) -> Policy:
 
 
 def localize_at_site(sent: RunConfig, policy: Policy, machine: Machine = Machine(), **about: Any) -> RunConfig:  # noqa: B008
-    """At a site where no model is installed, unless a keyword says so."""
+    """Localize settings at a site without installed models, unless a keyword changes that."""
     nothing = Mock(side_effect=ConfigError("base model", "ab", "is not installed"))
     return localize_settings(sent, policy, machine, folder=FOLDER, **{"installed": nothing, **about})
 
 
 def test_files_columns_and_machine_settings_come_from_the_site(policy: Policy) -> None:
-    # Such settings come from no fedtune: a lead that writes its own may say anything.
+    # fedtune sends no such settings, but a lead that writes its own can send anything.
     hostile = make_letters(
         data={"train_file": "/etc/passwd", "columns": {"text": "password", "label": "name"}},
         runtime=dict.fromkeys(("kept_states_folder", "sites_dir"), "/etc")
@@ -68,8 +68,8 @@ def test_files_columns_and_machine_settings_come_from_the_site(policy: Policy) -
     assert runtime.onednn
     assert not localize_at_site(hostile, policy, replace(machine, onednn=False)).runtime.onednn
     assert (runtime.kept_states_mib, runtime.gradient_checkpointing, runtime.sites_dir) == (5, True, None)
-    assert localize_at_site(make_letters(), policy).runtime.num_threads is None, "every core"
-    assert runtime.seeded_noise is hostile.runtime.seeded_noise, "as the policy allowed it"
+    assert localize_at_site(make_letters(), policy).runtime.num_threads is None, "the site must use all cores"
+    assert runtime.seeded_noise is hostile.runtime.seeded_noise, "the policy allows it"
 
 
 def test_only_columns_required_by_the_layout_are_read(policy: Policy) -> None:
@@ -89,7 +89,7 @@ def test_only_columns_required_by_the_layout_are_read(policy: Policy) -> None:
     assert read("prompt", "completion") == {"prompt": "question", "completion": "answer"}
     prompted = make_letters(task="causal_lm", data={"columns": {"prompt": "p", "completion": "c"}, "labels": ()})
     assert read_refusal_reason(localize_at_site, select_settings_for_sites(prompted), policy) is Reason.SETTINGS, (
-        "a role that the site's data has not got"
+        "the site's data has no column for a role"
     )
 
 
@@ -97,7 +97,7 @@ def test_site_without_the_second_text_column_is_refused(policy: Policy) -> None:
     columns = {"text": "t", "text_pair": "other", "label": "l"}
     sent = select_settings_for_sites(make_letters(data={"columns": columns}))
     assert read_refusal_reason(localize_at_site, sent, policy) is Reason.SETTINGS, (
-        "its single texts would be learned in silence"
+        "single texts must not be trained on silently"
     )
     both = replace(policy, dataset=(policy.dataset[0], replace(policy.dataset[1], columns=columns)))
     assert dict(localize_at_site(sent, both).data.columns) == columns
@@ -156,14 +156,14 @@ def test_package_and_random_models_need_no_installation(policy: Policy) -> None:
     assert localize_at_site(make_letters(), policy).model.path == "random:bert"
 
 
-# A table: the site's own names of the columns, its policy, and rows that cannot be used.
+# A table: the site's own column names, its policy, and unusable rows.
 
 GOOD = [(f"{20 + number}", "ab"[number % 2], LABELS[number % 3]) for number in range(40)]
 
 
 @pytest.fixture
 def site(station: Any) -> Any:
-    """The site north, whose file calls age otherwise."""
+    """The site north, whose file has another name for the column age."""
     made = station(**TABLE)
     made.first = LoadedModel(make_letters(**TABLE)).initial_adapter
     made.edit(dataset={"columns": {"label": "KIND", "feature:age": "AGE_YEARS"}})
@@ -182,10 +182,10 @@ def test_table_is_trained_with_the_column_names_of_the_site(site: Any) -> None:
     assert shapes == {"head.weight": (len(LABELS), 5), "head.bias": (len(LABELS),)}
     sent = select_settings_for_sites(site.config)
     assert sent.model.sha256 == hash_model(ModelSpec(path="none"))
-    # As a policy allows it.
-    asked = sent.proposal(lead="x", plan=sent.plan())
-    assert (asked.adapter, asked.base_model, asked.target_modules) == ("none", sent.model.sha256, ())
-    assert asked.train_head
+    # As the policy allows.
+    proposal = sent.proposal(lead="x", plan=sent.plan())
+    assert (proposal.adapter, proposal.base_model, proposal.target_modules) == ("none", sent.model.sha256, ())
+    assert proposal.train_head
 
 
 def test_data_check_reads_the_file_as_training_does(site: Any) -> None:

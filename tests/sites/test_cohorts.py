@@ -1,4 +1,4 @@
-"""Sites of users: a round trains on users, and where they arrive over time, on whom the register admits to its run."""
+"""User-level sites: each round trains on users, and with arrival dates only on users admitted to the run."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ from .conftest import LABELS, make_letters, write_records
 from .test_work import train_at_north
 
 COLUMNS = {"text": "text", "label": "label", "user": "id", "arrival": "since"}
-"""Of the lead's files."""
+"""Columns of the lead's files."""
 PEOPLE = read_cases(__file__, "people")
 
 
@@ -42,7 +42,7 @@ def make_cohort_settings(first: str | None, last: str, **privacy: Any) -> dict[s
 
 
 def write(site: Any, people: dict[str, list[str]]) -> None:
-    """The site's file: a record of each person for each date."""
+    """Write the site's file: one record per person and date."""
     rows = [(f"a letter of {person}", LABELS[0], person, date) for person, dates in people.items() for date in dates]
     write_records(site.data, rows, header=("body", "kind", "who", "came"))
 
@@ -56,7 +56,7 @@ def site(station: Any) -> Any:
 
 @pytest.fixture
 def sampled_users(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
-    """The users whom each round trained on."""
+    """The users that each round trained on."""
     seen: list[set[str]] = []
     limited = site_work.SiteWork._prepare_round
 
@@ -122,7 +122,7 @@ def test_excluded_people_are_skipped_silently(site: Any, caplog: pytest.LogCaptu
     site.restart()
     other = site.ask(round=2)
     assert len(one.body.to_bytes()) == len(other.body.to_bytes())
-    assert one.receipt.sequence + 2 == other.receipt.sequence, "a charge and a commit, whoever is there"
+    assert one.receipt.sequence + 2 == other.receipt.sequence, "the events must be the same with or without people"
     assert not any(word in caplog.text for word in ("eve", "2026", "admitted", "cohort"))
 
 
@@ -134,7 +134,7 @@ def test_arrival_dates_are_read_on_schedule_after_acceptance(site: Any, monkeypa
     site.update()
     assert order == ["schedule", "records", "records"]
     site.update()
-    assert len(order) == 3, "a stored reply reads nothing"
+    assert len(order) == 3, "resending a stored reply must not read the file"
     site.edit(limits={"max_local_steps": 1})
     assert site.refusal(round=2) is Reason.MAX_LOCAL_STEPS
     assert len(order) == 3
@@ -142,15 +142,15 @@ def test_arrival_dates_are_read_on_schedule_after_acceptance(site: Any, monkeypa
 
 def test_unreadable_file_causes_no_charge(site: Any) -> None:
     site.data.write_bytes(b"\xff\xfe not a table")
-    site.real.work = None  # whatever a reader raises
+    site.real.work = None  # an arbitrary error of the reader
     assert site.refusal() is Reason.SITE_ERROR
     assert site.ledger().history.runs == {}
 
 
 def test_cohort_settings_must_match_the_policy(site: Any) -> None:
     sent = select_settings_for_sites(site.config)
-    assert sent.data.columns == {role: role for role in COLUMNS}, "that there is one travels, and not its name"
-    assert "cohorts" not in make_letters().decisive()["privacy"], "a run of everybody has the name that it had"
+    assert sent.data.columns == {role: role for role in COLUMNS}, "the column's name must not be sent"
+    assert "cohorts" not in make_letters().decisive()["privacy"], "a run without cohorts must keep its name"
     with pytest.raises(ConfigError, match="has no column for role 'arrival', which privacy"):
         make_letters(
             **make_cohort_settings(None, "2026") | {"data": {"columns": {"text": "t", "label": "l", "user": "u"}}}
@@ -179,7 +179,7 @@ def test_arrival_dates_are_parsed_to_months(value: object, month: str) -> None:
     assert read_value(value, "arrival", at="") == month
 
 
-# A site whose population is protected by user: it trains on users, and scores each once.
+# A site with a user-level population: it trains on users, and scores each user once.
 
 BY_USER: dict[str, Any] = {
     "data": {"columns": {"text": "text", "label": "label", "user": "who"}},
@@ -190,7 +190,7 @@ BY_USER: dict[str, Any] = {
 def test_user_level_site_trains_on_its_users(
     station: Any, first_adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Whose column "kind" also says whose a record is: three users with 13 records or more.
+    # The column "kind" also serves as the user: three users with at least 13 records each.
     seen, site = list[Any](), station(**BY_USER)
     train = site_work.train_round
     monkeypatch.setattr(site_work, "train_round", lambda *of, **rest: seen.append(of[2]) or train(*of, **rest))
@@ -202,7 +202,7 @@ def test_user_level_site_trains_on_its_users(
 
 
 def test_user_level_site_refuses_record_level_runs_and_excess_records(station: Any) -> None:
-    assert station("south").refusal(make_letters(**BY_USER)) is Reason.UNIT, "as a site of records does runs by user"
+    assert station("south").refusal(make_letters(**BY_USER)) is Reason.UNIT, "and vice versa"
     site = station(**BY_USER)
     assert site.refusal(make_letters()) is Reason.UNIT
     site.edit(limits={"max_records_per_user": 4})
@@ -212,7 +212,7 @@ def test_user_level_site_refuses_record_level_runs_and_excess_records(station: A
 
 def test_record_with_several_users_is_skipped(station: Any) -> None:
     site = station(**BY_USER)
-    # Left out by itself: what a lead asks for must not make the answer depend on whether some record fits it.
+    # Skipped individually: a lead's settings must not make the answer depend on whether some record fits.
     write_records(site.data, [("letter", LABELS[0]), ("ours", f"{LABELS[0]},{LABELS[1]}")])
     site.update()
     write_records(site.data, [("ours", f"{LABELS[0]},{LABELS[1]}")])
@@ -221,7 +221,7 @@ def test_record_with_several_users_is_skipped(station: Any) -> None:
 
 
 def make_records(users: dict[str, int]) -> list[Record]:
-    """So many of each user."""
+    """Make this many records of each user."""
     each = [(n, user) for user, count in users.items() for n in range(count)]
     return [Record({"text": f"letter {n} of {user}", "label": LABELS[n % 2 * 2], "user": user}) for n, user in each]
 
@@ -235,7 +235,7 @@ def test_user_adds_one_score_regardless_of_record_count(lead_key: SigningKey, ex
         assert train_at_north(shared, lead_key, own).scores is not None
         assert exact_scores[-1].shape == (len(users),)
         assert ((exact_scores[-1] >= 0) & (exact_scores[-1] <= 1)).all()
-    assert exact_scores[0][0] == exact_scores[1][0], "nor does one user move another's score"
+    assert exact_scores[0][0] == exact_scores[1][0], "one user must not affect another's score"
 
 
 def test_dropping_the_model_keeps_the_records_of_a_cohort() -> None:

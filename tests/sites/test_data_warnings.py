@@ -1,4 +1,4 @@
-"""What is said of a run's data before it begins, and what is not spoken of."""
+"""Warnings about a run's data before it starts, and what they do not mention."""
 
 import gzip
 from dataclasses import replace
@@ -45,7 +45,7 @@ def make_partition(*sizes: int, **more: Any) -> Partitioned:
 
 @pytest.fixture
 def simulated_config(tmp_path: Path) -> RunConfig:
-    """A simulation whose two sites declare 40 records each, with a test file of its own."""
+    """A simulation whose two sites declare 40 records each, with a separate test file."""
     for name in ("train", "test"):
         (tmp_path / f"{name}.csv").write_text(f"text,label\n{name},a\n")
     files = {f"{name}_file": str(tmp_path / f"{name}.csv") for name in ("train", "test")}
@@ -100,21 +100,21 @@ def test_file_containing_training_data_is_refused(simulated_config: RunConfig, t
     test.unlink()
     rows = [f"{word},{LABELS[0]}\n" for word in ("one", "two", "three")]
     train.write_text("".join(["text,label\n", *rows]))
-    given = str(train)
+    path = str(train)
     if how == "a link":
         test.symlink_to(train)
     elif how == "packed":
         test = tmp_path / "test.csv.gz"
         test.write_bytes(gzip.compress(train.read_bytes()))
     elif how == "a site's own":
-        given = str(tmp_path / "{site}.csv")
+        path = str(tmp_path / "{site}.csv")
         (tmp_path / "north.csv").write_text(f"text,label\none,{LABELS[0]}\n")
         train.rename(test := tmp_path / "south.csv")
     else:
         test.write_text("".join(["text,label\n", *(rows[1:] if how == "a part" else rows)]))
     file = train if how == "the same path" else test
-    kind = replace(simulated_config.data.partition, kind="file" if "{site}" in given else "iid")
-    config = change_values(simulated_config, data={"train_file": given, "partition": kind, "test_file": str(file)})
+    kind = replace(simulated_config.data.partition, kind="file" if "{site}" in path else "iid")
+    config = change_values(simulated_config, data={"train_file": path, "partition": kind, "test_file": str(file)})
     (note,) = list_lead_data_warnings(config, validation=None, test=make_lead_data("a", "b"))
     assert note == "data.test_file has the same records as data.train_file: its scores do not measure generalization"
     with pytest.raises(ConfigError, match=r"data\.validation_file = .*: has the same records as data\.train_file"):

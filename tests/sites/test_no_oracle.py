@@ -1,4 +1,4 @@
-"""A lead chooses settings and model: whatever it chooses, an answer must not depend on whether some record fits."""
+"""Whatever settings and model a lead chooses, an answer must not depend on whether some record fits them."""
 
 import gc
 import json
@@ -36,7 +36,7 @@ def test_no_run_setting_makes_a_record_fail(asked: dict[str, Any], station: Any)
     write_records(site.data, [("one letter", "praise"), ("", "praise"), ("two letters", ""), ("three", "unheard of")])
     site.update(adapter=first)
     write_records(site.data, [])
-    site.update(round=2, adapter=first)  # nor does it tell whether there is any
+    site.update(round=2, adapter=first)  # nor does the next answer reveal such a record
 
 
 WELL_FORMED = {
@@ -92,7 +92,7 @@ def test_records_are_opened_only_for_charged_rounds(station: Any, monkeypatch: p
     useless = Adapter({"another": next(iter(site.first.tensors.values()))})
     assert site.refusal(adapter=useless) is Reason.ADAPTER_SHAPE
     assert charged_then == []
-    assert not list((site.folder / "runs").glob("*")), "nor is anything written for it"
+    assert not list((site.folder / "runs").glob("*")), "nothing may be written for it"
     site.update()
     assert len(charged_then) == 1
     assert charged_then[0] > 0
@@ -146,7 +146,7 @@ def test_record_without_tokens_does_not_end_a_round(station: Any, monkeypatch: p
     site = station()
     write_records(site.data, [("one letter", "praise"), ("\u200b", "praise"), ("another", "invoice")])
     site.update()
-    assert list(map(len, site.real._warm[1].examples._dataset.input_ids)).count(1) == 1, "the text had none"
+    assert list(map(len, site.real._warm[1].examples._dataset.input_ids)).count(1) == 1, "the text must have no tokens"
 
 
 SPANNED, TAGGED = {"text": "text", "spans": "spans"}, {"tokens": "tokens", "tags": "tags"}
@@ -178,7 +178,7 @@ def test_annotated_text_cannot_end_a_round(case: str, station: Any, tmp_path: Pa
     site.update(adapter=LoadedModel(make_letters(**run)).initial_adapter)
 
 
-# A model in a site's store that is not the one the run names, or that a record could break, costs nothing.
+# A stored model that is not the run's, or that a record could crash, must not cost any budget.
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def site_with_model(folder: Path, station: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A site whose store holds `folder`, for a run that names it by the hash that it has now."""
+    """Make a site whose store holds `folder`, for a run that names it by its current hash."""
 
     def make() -> Any:
         made = station(model={"path": str(folder), "sha256": build_manifest(folder).sha256})
@@ -219,7 +219,7 @@ def test_changed_model_file_is_refused_before_the_charge(site_with_model: Any, f
 
 @pytest.mark.parametrize("text", ["nothing of it", "a metastasis"])
 def test_token_beyond_the_embedding_reveals_nothing(site_with_model: Any, folder: Path, text: str) -> None:
-    """Before, the site failed where a record held the token, and answered where none did."""
+    """Regression: the site failed if a record contained the token, and answered otherwise."""
     tokens = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
     change_json(folder / "tokenizer.json", added_tokens=[*tokens, {"id": 400, "content": "metastasis", **flags}])
@@ -242,10 +242,10 @@ GROWS = {"type": "Replace", "pattern": {"String": "JANE ROE"}, "content": "X" * 
 def test_crashing_tokenizer_reveals_nothing(
     site_with_model: Any, folder: Path, part: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before, the site's process ended where a record held the word, and answered where none did."""
+    """Regression: the site's process ended if a record contained the word, and answered otherwise."""
     change_json(folder / "tokenizer.json", **part)
     with monkeypatch.context() as lax:
-        # A lead may name such a folder's hash, whatever its own fedtune says of it.
+        # A lead may name the hash of such a folder, even if its own fedtune refuses it.
         lax.setattr("fedtune.model.manifest.check_content", lambda *args, **options: None)
         site = site_with_model()
     site.data.write_text(f"body,kind\n{text},praise\n" * 20)
@@ -254,7 +254,7 @@ def test_crashing_tokenizer_reveals_nothing(
 
 
 def test_tokenizer_without_an_end_token_is_refused_at_loading(tmp_path: Path) -> None:
-    """Before, each round was charged before its records could not be tokenized."""
+    """Regression: each round was charged before its records could not be tokenized."""
     llama = ModelSpec(path="random:llama")
     load_base(llama, predicts_tokens=True).save_pretrained(tmp_path)
     load_tokenizer(llama).save_pretrained(tmp_path)

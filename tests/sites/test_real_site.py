@@ -1,4 +1,4 @@
-"""A real site: whose settings, records and models it takes, what it refuses before it opens anything, what it keeps."""
+"""A real site: the settings, records and models that it uses, its checks before it reads data, and what it stores."""
 
 import gc
 import json
@@ -45,7 +45,7 @@ def site(station: Any) -> Any:
 
 
 def change_sent_text(config: RunConfig, **groups: dict[str, Any]) -> str:
-    """The settings that sites are sent, with values changed by somebody on the way."""
+    """Return the settings that are sent to sites, with values changed in transit."""
     fields = select_settings_for_sites(config).to_json()
     for group, values in groups.items():
         fields[group] |= values
@@ -79,7 +79,7 @@ def test_bfloat16_update_is_the_rounded_difference(site: Any, first_adapter: Ada
     assert isinstance(reply.body.tensors, Difference)
     for name, half in expected.halves.items():
         np.testing.assert_array_equal(reply.body.tensors.halves[name], half)
-    assert reply.is_signed(), "the receipt is for what leaves"
+    assert reply.is_signed(), "the receipt must cover the rounded update"
 
 
 @pytest.mark.parametrize("length", [1, 160, 200, 201, 266])
@@ -92,7 +92,7 @@ def test_overlong_run_name_is_refused_without_a_charge(station: Any, length: int
         return
     with pytest.raises(ConfigError, match="of at most 200 letters"):
         make_letters(name=named)
-    # A lead that does not look is refused before anything is charged.
+    # A site refuses it before any charge, even if the lead does not check.
     digest = select_settings_for_sites(plain).digest()[:32]
     text = json.dumps(select_settings_for_sites(plain).to_json() | {"name": named})
     for _ in range(2):
@@ -108,7 +108,7 @@ def test_fewer_records_than_min_units_are_logged_and_change_no_answer(
         write_records(site.data, [(f"letter {n} of {n % 7}", LABELS[n % 3]) for n in range(count)])
         caplog.clear()
         assert site.refusal(settings="{}") is Reason.SETTINGS
-        assert "fewer units" not in caplog.text, "records are counted in charged rounds only"
+        assert "fewer units" not in caplog.text, "records may be counted only in charged rounds"
         reply = site.ask(round=1 + is_small)
         assert isinstance(reply.body, Update)
         assert ("fewer units than min_units" in caplog.text) == is_small
@@ -132,7 +132,7 @@ def test_site_trains_an_allowed_and_installed_plugin_task(station: Any, monkeypa
     monkeypatch.setitem(TASKS, Ours.name, Ours())
     site, other = station(task=Ours.name), station("south")
     site.update()
-    assert other.refusal(site.config) is Reason.TASKS, "its policy names classification alone"
+    assert other.refusal(site.config) is Reason.TASKS, "its policy allows only classification"
     sent, request = json.dumps(select_settings_for_sites(site.config).to_json()), site.request(round=2)
     monkeypatch.delitem(TASKS, Ours.name)
     read_settings.cache_clear()
@@ -142,18 +142,18 @@ def test_site_trains_an_allowed_and_installed_plugin_task(station: Any, monkeypa
 
 def test_settings_from_a_lead_never_import_a_package(station: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     site = station()
-    monkeypatch.setattr(registry, "load_entry_point", Mock(side_effect=AssertionError("imported")))
+    monkeypatch.setattr(registry, "load_entry_point", Mock(side_effect=AssertionError("a package was imported")))
     sent = json.dumps(select_settings_for_sites(site.config).to_json() | {"task": Ours.name})
     assert site.refusal(settings=sent) is Reason.SETTINGS
     assert not registry.load_entry_point.called
 
 
-# What a lead can make a site keep.
+# What a lead can make a site store.
 
 
 @pytest.fixture
 def summing_site(station: Any, tmp_path: Path) -> Any:
-    """The site north, which may take part in sums with two others."""
+    """The site north, which may take part in secure aggregation with two others."""
     names = ("north", "south", "east")
     secure = {"aggregation": "secure", "num_sites": 3, "site_names": names}
     site = station(federation=secure, training={"local_steps": 1})
@@ -163,7 +163,7 @@ def summing_site(station: Any, tmp_path: Path) -> Any:
 
 
 def test_refused_request_leaves_no_files(summing_site: Any) -> None:
-    """An allowed lead asked for rounds of sums in sessions that never began, each of a run of its own."""
+    """Regression: an allowed lead requested rounds in sessions that never began, each of a different run."""
     site = summing_site
     for number in range(3):
         config = replace(site.config, seed=1000 + number)
@@ -179,7 +179,7 @@ def test_stored_settings_omit_padding(site: Any) -> None:
     assert kept.stat().st_size <= len(text.encode())
     assert json.loads(kept.read_bytes()) == json.loads(text)
     site.end(site.first)
-    assert len(list((site.folder / "adapters").iterdir())) == 1, "they are read again at the end"
+    assert len(list((site.folder / "adapters").iterdir())) == 1, "they are read again at the end of the run"
 
 
 def test_settings_of_uncharged_runs_are_removed(site: Any) -> None:
@@ -206,12 +206,12 @@ def test_settings_without_this_site_or_with_another_size_are_refused(site: Any) 
     assert site.refusal() is Reason.DECLARED_SIZE
 
 
-# What is not even opened.
+# Refused without reading data.
 
 
 @pytest.fixture
 def touched_data(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Where a model or a record is reached for, it is noted, and fails."""
+    """Record each access to a model or to records, and make it fail."""
     reached: list[str] = []
     for name in ("LoadedModel", "read_own_records"):
         monkeypatch.setattr(real_site, name, lambda *_, name=name, **__: reached.append(name) or 1 / 0)
@@ -228,7 +228,7 @@ def touched_data(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ({"approval": "manual"}, {}, Reason.AWAITING_APPROVAL),
         ({}, {}, Reason.PAUSED),
         ({}, {"expires": 1.0}, Reason.REQUEST_EXPIRED),
-        # Signed by an allowed lead, allowed by the policy in every number, and not what the settings come to.
+        # Signed by an allowed lead, within the policy, but different from the plan that the settings give.
         ({}, {"rank": 1}, Reason.PLAN_CHANGED),
         ({}, {"start_adapter": "cd" * 32}, Reason.PLAN_CHANGED),
     ],
@@ -241,7 +241,7 @@ def test_refused_request_loads_no_model_or_records(
         site.paused.touch()
     assert site.refusal(**about) is reason
     assert touched_data == []
-    assert not list((site.folder / "runs").glob("*")), "nor are its settings kept"
+    assert not list((site.folder / "runs").glob("*")), "its settings must not be stored"
     assert site.ledger().history.runs == {}
 
 
@@ -253,14 +253,14 @@ def test_pending_run_is_stored_with_its_settings(site: Any, caplog: pytest.LogCa
     (put_up,) = state.list_pending_runs()
     assert put_up.proposal == site.request().proposal
     assert json.loads(put_up.settings) == json.loads(json.dumps(select_settings_for_sites(site.config).decisive()))
-    # What nobody can approve is not put up: a run that is refused, or whose settings are not what was signed.
+    # Runs that nobody could approve are not listed: refused ones, and those whose settings differ from the signed ones.
     assert site.refusal(settings=change_sent_text(site.config, training={"learning_rate": 1.0})) is Reason.WRONG_RUN
     site.paused.touch()
     assert site.refusal() is Reason.PAUSED
     assert state.list_pending_runs() == [put_up]
     site.paused.unlink()
     site.waits = Mock(side_effect=OSError("no space left"))
-    assert site.refusal() is Reason.AWAITING_APPROVAL, "also where it cannot be put up"
+    assert site.refusal() is Reason.AWAITING_APPROVAL, "also if it cannot be listed"
     assert "no space left" in caplog.text
 
 
@@ -296,7 +296,7 @@ def test_unreadable_data_file_is_answered_with_an_error_without_details(
     assert isinstance(reply.body, Refusal)
     assert reply.body.reason is Reason.SITE_ERROR
     assert (reply.body.requested, reply.body.allowed) == (None, None)
-    # No record is opened before its round is charged, or a lead could ask of the file for nothing.
+    # No record is read before its round is charged, or a lead could probe the file for free.
     assert read_charged_rounds(reply) == (fault is not None)
     assert "mail.csv" not in repr(reply)
     assert "mail.csv" in caplog.text
@@ -308,7 +308,7 @@ def test_unreadable_data_file_is_answered_with_an_error_without_details(
 
 @pytest.fixture
 def loaded_data(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every model that is loaded, and every data file that is read."""
+    """Record every model that is loaded and every data file that is read."""
     seen: list[str] = []
     load, read = real_site.LoadedModel, real_site.read_own_records
     monkeypatch.setattr(real_site, "LoadedModel", lambda *of, **rest: seen.append("model") or load(*of, **rest))
@@ -322,19 +322,19 @@ def test_model_and_records_are_cached_between_rounds(site: Any, loaded_data: lis
     assert loaded_data == ["model", "records"]
     site.update(make_letters(name="second"))
     site.update(round=3)
-    assert loaded_data == ["model", "records", "records", "records"], "the newest run's alone are kept"
+    assert loaded_data == ["model", "records", "records", "records"], "only the newest run may stay in memory"
     other = make_letters(name="third", seed=5)
     site.update(other, adapter=LoadedModel(select_settings_for_sites(other)).initial_adapter)
     assert loaded_data[4:] == ["model", "records"]
 
 
 def test_uncharged_request_frees_no_cached_records(site: Any) -> None:
-    """How long that takes tells how many there are, and no schedule holds such an answer back."""
+    """The time to free records reveals their number, and no schedule delays such an answer."""
     site.update()
     work = site.real._warm[1]
     model, examples = weakref.ref(work.shared.model), weakref.ref(work.examples)
     del work
-    shapeless = Adapter({"other": np.zeros(1, np.float32)})  # so that all is made ready for a round that is not charged
+    shapeless = Adapter({"other": np.zeros(1, np.float32)})  # so that a round is prepared but not charged
     assert site.refusal(make_letters(seed=5), adapter=shapeless) is Reason.ADAPTER_SHAPE
     gc.collect()
     assert model() is None, "two models would fill the memory"
@@ -359,7 +359,7 @@ def test_policy_change_applies_to_the_next_request(site: Any) -> None:
     site.edit(limits={"max_rounds": 1})
     assert site.refusal(round=2) is Reason.MAX_ROUNDS
     site.edit(limits={"max_rounds": 3}, dataset={"columns": {"text": "kind", "label": "kind"}})
-    # The label column as text: other records, another update.
+    # The label column becomes the text: other records, another update.
     other = site.update(round=2)
     site.edit(dataset={"columns": {"text": "body", "label": "kind"}})
     assert Adapter(site.update(round=3).tensors).digest() != Adapter(other.tensors).digest()
@@ -395,18 +395,18 @@ def test_start_adapter_is_projected_into_the_value_bound(station: Any) -> None:
     site = station(model={"adapter_sha256": "cd" * 32}, training={"learning_rate": 1e-6})
     tuned = Adapter({name: np.full_like(value, 7.0) for name, value in site.first.tensors.items()})
     site.edit(limits={"max_adapter_value": 0.25})
-    assert 0.17 < find_largest_value(site.update(adapter=tuned)) <= 0.25, "or it was not the start that was trained"
+    assert 0.17 < find_largest_value(site.update(adapter=tuned)) <= 0.25, "it must start from the given adapter"
     (run,) = site.ledger().history.runs.values()
     assert run.proposal.start_adapter == "cd" * 32
 
 
-# What is held out.
+# Held-out records.
 
 HELD_OUT = {"data": {"heldout_fraction": 0.5}}
 
 
 def list_held_out_texts(site: Any, config: RunConfig, *, round: int = 1) -> set[str]:
-    """Texts of the records that the site keeps from training in a round."""
+    """List the texts of the records that the site excludes from training in a round."""
     site.update(config, round=round, adapter=LoadedModel(select_settings_for_sites(config)).initial_adapter)
     _, work = site.real._warm
     assert isinstance(work, SiteWork)
@@ -426,9 +426,9 @@ def test_held_out_split_uses_a_secret_key_per_site(station: Any) -> None:
         records = site.real._warm[1].records
         key = SigningKey.load(site.folder / "site_key.pem").derive_secret("held-out split")
         by_key = split_heldout([*records.training, *records.heldout], fraction=0.5, key=key)[1]
-        assert kept == {record.fields["text"] for record in by_key}, "by the secret of its key file"
+        assert kept == {record.fields["text"] for record in by_key}, "the secret in its key file must decide"
     assert list_held_out_texts(north, make_letters(name="second", seed=7, **HELD_OUT)) == by_north, (
-        "the lead's seed has no say"
+        "the lead's seed must not matter"
     )
     north.restart()
     assert list_held_out_texts(north, north.config, round=2) == by_north
@@ -462,7 +462,7 @@ def test_unfit_final_adapter_ends_the_run_unsigned(site: Any, policy: str, value
     receipt = site.end(strange)
     assert (receipt.ended, receipt.reply) == (True, "")
     assert not site.adapters.exists()
-    assert site.end(final).reply == "", "only the first notice counts"
+    assert site.end(final).reply == "", "only the first notice may count"
 
 
 @pytest.mark.parametrize("lost", ["model", "data", "shapes"])
@@ -478,7 +478,7 @@ def test_end_of_a_run_needs_neither_model_nor_records(site: Any, monkeypatch: py
     if lost == "shapes":
         (site.folder / "runs" / f"{run}.shapes").unlink()
     assert site.end(final).reply == ("" if lost == "shapes" else final.digest())
-    assert site.ledger().history.runs[run].expires is None, "the reservation is released"
+    assert site.ledger().history.runs[run].expires is None, "the reserve must be released"
 
 
 def test_final_adapter_is_stored_without_the_batch_invariance_test(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -501,6 +501,6 @@ def test_unusable_row_counts_stay_in_the_site_log(site: Any, caplog: pytest.LogC
     with site.data.open("a", encoding="utf-8") as stream:
         stream.write(" ,invoice\n" * 10)
     site.update()
-    (told,) = [one for one in caplog.records if "a large share" in one.getMessage()]
-    assert (told.name, told.levelname) == ("fedtune.sites.real_site", "WARNING")
-    assert (told.__dict__["rows"], told.__dict__["left_out"], told.__dict__["share"]) == (50, 10, 0.2)
+    (warning,) = [one for one in caplog.records if "a large share" in one.getMessage()]
+    assert (warning.name, warning.levelname) == ("fedtune.sites.real_site", "WARNING")
+    assert (warning.__dict__["rows"], warning.__dict__["left_out"], warning.__dict__["share"]) == (50, 10, 0.2)

@@ -1,4 +1,4 @@
-"""What a simulated run leaves to the next one: only what that would compute itself, and only where it is asked to."""
+"""A simulated run passes on only what the next run would recompute identically, and only on request."""
 
 import gc
 import weakref
@@ -18,11 +18,11 @@ from ..conftest import list_tiny_overrides, read_adapter_files, read_result
 
 pytestmark = pytest.mark.filterwarnings("ignore:data.declared_sizes differs greatly from")
 SEEDED = ("runtime.seeded_noise=true", "lora.layers=[1]", "lora.rank=2")
-"""Of two layers the first is frozen, and what it makes of records is kept."""
+"""The first of two layers is frozen, and its outputs for records are cached."""
 
 
 def simulate(*overrides: str, into: Path, name: str, cache: RunCache | None = None) -> Path:
-    """Run the tiny federation to its end, with a cache or without one, and return its folder."""
+    """Run the tiny federation to its end, with or without a cache, and return its folder."""
     return fedtune.simulate(
         compose_run(list_tiny_overrides(*SEEDED, *overrides, into=into, name=name)), cache=cache
     ).folder
@@ -30,7 +30,7 @@ def simulate(*overrides: str, into: Path, name: str, cache: RunCache | None = No
 
 @pytest.fixture
 def work_counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often a model was built and tried, the frozen layer ran over records, and data was scored."""
+    """Count how often a model is built and tried, the frozen layer runs over records, and data is scored."""
     counts = dict.fromkeys(("built", "tried", "states", "scored"), 0)
     for name, function in {
         "built": "build_task_model",
@@ -71,7 +71,7 @@ def test_sweep_runs_sharing_a_session_match_separate_runs(tmp_path: Path, work_c
     shared_model._measured.clear()
     with RunCache() as cache:
         together = simulate_runs(tmp_path / "together", *variants, cache=cache)
-    # One model, tried once; two sites' records; before training once, and of each run its rounds and its end.
+    # One model, tried once; records of two sites; scores before training, and per run after each round and at the end.
     assert work_counts == {"built": 1, "tried": 1, "states": 2, "scored": 1 + (2 + 1) * 3 + (1 + 1)}
     for one, other in zip(alone, together, strict=True):
         assert read_adapter_files(one) == read_adapter_files(other)
@@ -89,7 +89,7 @@ def test_sweep_runs_sharing_a_session_match_separate_runs(tmp_path: Path, work_c
         # Another model or other shapes,
         *((other, 1, None) for other in ("lora.rank=3", "seed=1", "data.max_length=12", "privacy.max_grad_norm=0.5")),
         ("runtime.micro_batch_tokens=64", 1, None),
-        # and other records, with how often states are kept and scores computed.
+        # and other records, with how often states are cached and scores computed.
         *(
             ("data.train_fraction=0.03", 0, (2, 3)),
             ("data.test_rows=9", 0, (0, 4)),
@@ -117,14 +117,14 @@ def list_kept_examples(cache: RunCache) -> list[Any]:
 
 @pytest.mark.nightly
 def test_session_cache_is_limited_by_memory(tmp_path: Path, work_counts: dict[str, int]) -> None:
-    """Sites declare 90 records of 16 tokens and 32 numbers: 0.35 MiB for both.  Twice as many do not fit 0.4."""
+    """Sites declare 90 records of 16 tokens and 32 values: 0.35 MiB in total. Twice as many exceed 0.4 MiB."""
     room = "runtime.kept_states_mib=1"
     with RunCache() as cache:
         simulate_runs(tmp_path, (room,), cache=cache)
         assert len(list_kept_examples(cache)) == 2
         cache._num_tokens = 2**20 // (32 * 4)  # as after many other records
         simulate(room, "data.train_fraction=0.03", into=tmp_path, name="other", cache=cache)
-        assert len(list_kept_examples(cache)) == 2, "the earlier ones went"
+        assert len(list_kept_examples(cache)) == 2, "earlier entries must be evicted"
     assert work_counts["states"] == 4
 
 

@@ -1,4 +1,4 @@
-"""A model is tried before a private run may train on it, and what came of it is judged each time."""
+"""A model is tried before a private run may train on it, and each run checks the result."""
 
 import sys
 from pathlib import Path
@@ -24,7 +24,7 @@ LLAMA = {"path": "random:llama", "sha256": None}
 
 
 class Tries(list[Shapes]):
-    """The shapes of each try, and what the next one comes to: how far an example moves, or an error."""
+    """A stub for the trial that records its shapes; the next result is a given influence or an error."""
 
     moved: float | Exception = 0.0
 
@@ -37,7 +37,7 @@ class Tries(list[Shapes]):
 
 @pytest.fixture
 def trial_calls(monkeypatch: pytest.MonkeyPatch) -> Tries:
-    """Where nothing was tried before."""
+    """A stub instead of the trial, and no cached results."""
     tries = Tries()
     monkeypatch.setattr(shared_model, "max_batch_influence", tries.try_model)
     monkeypatch.setattr(shared_model, "_measured", {})
@@ -50,7 +50,7 @@ def test_model_trial_runs_once_per_clip_norm_for_private_runs(trial_calls: Tries
     for _ in range(2):
         assert LoadedModel(make_letters()).moved == 0
     assert len(trial_calls) == 1
-    # The clip norm is what a move is measured in, and smaller ones bring other gradients below the bound.
+    # The influence is measured in clip norms, and a smaller one brings other gradients below the bound.
     LoadedModel(make_letters(privacy={"max_grad_norm": 0.25}))
     assert len(trial_calls) == 2
 
@@ -67,7 +67,7 @@ def test_weak_signal_is_refused_before_the_model_trial(trial_calls: Tries) -> No
 
 @pytest.mark.parametrize("other", [{"lora": {"rank": 3}}, {"privacy": {"max_grad_norm": 0.25}}], ids=["rank", "clip"])
 def test_each_new_setting_undergoes_the_batch_invariance_trial(other: Any, monkeypatch: Any) -> None:
-    """Nothing here answers in its place: where the second setting alone mixes records, it is refused."""
+    """Without a stub: a second setting that mixes records must be refused although the first one passed."""
     assert shared_model.max_batch_influence is batch_invariance.max_batch_influence
     assert shared_model.fit_to_memory is batch_invariance.fit_to_memory
     LoadedModel(make_letters())
@@ -102,7 +102,7 @@ def test_repeated_requests_do_not_repeat_the_trial(trial_calls: Tries, moved: fl
     for _ in range(3):
         with pytest.raises(ConfigError, match=message):
             LoadedModel(make_letters())
-        assert len(trial_calls) == 2, "once, and once more with plainer shapes"
+        assert len(trial_calls) == 2, "one trial, and one more with simpler shapes"
         trial_calls.moved = 0.0
 
 
@@ -114,7 +114,7 @@ def test_inexact_gradients_are_accepted_only_with_permission(trial_calls: Tries)
     assert LoadedModel(make_letters(), inexact_allowed=True).moved == 1e-7
     with pytest.raises(ConfigError, match="gradient differently depending on the other examples"):
         LoadedModel(make_letters())
-    assert {shapes.row_shares for shapes in trial_calls} == {(1, 2, 4, 8), (1,)}, "plainer shapes are tried too"
+    assert {shapes.row_shares for shapes in trial_calls} == {(1, 2, 4, 8), (1,)}, "simpler shapes must be tried, too"
 
 
 def test_changed_chat_template_requires_a_checked_model() -> None:
@@ -140,7 +140,7 @@ def test_run_starts_only_from_the_adapter_of_its_proposal(trial_calls: Tries, tm
 
     assert begin_run(digest).first_adapter().digest() == shared.initial_adapter.digest()
     with pytest.raises(ConfigError, match=rf"model\.adapter_sha256 = .*must be {digest}, the digest of model.adapter"):
-        begin_run("ab" * 32).first_adapter()  # of the one that lay in the folder before
+        begin_run("ab" * 32).first_adapter()  # of the adapter that was in the folder before
 
 
 def test_runs_of_one_loaded_model_share_neither_settings_nor_records(trial_calls: Tries) -> None:
@@ -150,7 +150,7 @@ def test_runs_of_one_loaded_model_share_neither_settings_nor_records(trial_calls
 
 
 def test_site_refuses_requests_without_charge_if_the_trial_fails(station: Any, trial_calls: Tries) -> None:
-    site = station()  # made with a model that passes
+    site = station()  # created with a model that passes
     trial_calls.moved = ConfigError("model.path", "tiny", "mixes the examples of a batch")
     shared_model._measured.clear()
     before = len(trial_calls)
@@ -174,7 +174,7 @@ def test_model_trial_runs_when_a_private_run_follows_a_plain_run(station: Any, t
 
 
 def test_unusable_optional_devices_fall_back_to_one_process(monkeypatch: Any, caplog: Any) -> None:
-    others = Mock()  # the processes of other devices, which turn out to be of no use
+    others = Mock()  # processes of other devices, which turn out to be unusable
     others.prepare_workers.side_effect = ConfigError(
         "runtime.num_devices",
         2,
@@ -197,16 +197,16 @@ def test_unusable_optional_devices_fall_back_to_one_process(monkeypatch: Any, ca
 def test_only_the_command_line_starts_extra_processes(
     monkeypatch: pytest.MonkeyPatch, main: str | None, counts: bool
 ) -> None:
-    # Each runs the main program's file again, and a script would begin its runs once more.
-    asked: list[float] = []
-    monkeypatch.setattr(shared_model, "choose_num_processes", lambda _, *, gradients: asked.append(gradients) or 1)
+    # Each process runs the main program's file again, so a script would start its runs again.
+    calls: list[float] = []
+    monkeypatch.setattr(shared_model, "choose_num_processes", lambda _, *, gradients: calls.append(gradients) or 1)
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__file__=main))
     config = make_letters()
     LoadedModel(config)
     LoadedModel(config, alone=True)
     steps = config.federation.num_rounds * config.training.local_steps
     expected = steps * config.privacy.sampling_rate * sum(config.declared_sizes().values())
-    assert asked == [pytest.approx(expected) if counts else 0.0, 0.0]
+    assert calls == [pytest.approx(expected) if counts else 0.0, 0.0]
 
 
 def test_unencodable_records_are_ignored_if_bad_records_are_skipped() -> None:

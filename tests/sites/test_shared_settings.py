@@ -1,4 +1,4 @@
-"""What a lead's settings become on their way to a site, and that nobody's settings make a site do anything else."""
+"""A lead's settings as they are sent to a site, and settings that must not make a site do anything else."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -39,7 +39,7 @@ def change_key(key: str, value: object) -> RunConfig:
 
 
 def change_sent_text(sent: RunConfig, **leaf: object) -> str:
-    """What travels, with the values of some settings changed on the way."""
+    """Return the settings as sent, with some values changed in transit."""
     fields = sent.to_json()
     for path, value in leaf.items():
         *outer, last = path.split(".")
@@ -56,7 +56,7 @@ def iter_leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def test_every_setting_is_classified_as_decisive_or_neutral() -> None:
-    listed = [*DECISIVE, *NEUTRAL, "federation.num_sites", "name"]  # which is part of the identifier itself
+    listed = [*DECISIVE, *NEUTRAL, "federation.num_sites", "name"]  # the name is a part of the identifier itself
     assert sorted(listed) == sorted(iter_leaves(make_letters().to_json()))
 
 
@@ -93,7 +93,7 @@ def test_local_model_path_of_the_lead_is_not_sent() -> None:
     assert "canary" not in text
     assert HASH in text
     packaged = make_letters(model={"path": "package:some_weights/model", "sha256": HASH})
-    assert select_settings_for_sites(packaged).model.path == "package:some_weights/model", "the same on every machine"
+    assert select_settings_for_sites(packaged).model.path == "package:some_weights/model", "no local path"
 
 
 def test_model_is_sent_with_the_digest_of_its_weights() -> None:
@@ -136,12 +136,12 @@ def test_secure_vote_settings_keep_the_bound_of_their_plan() -> None:
     assert read_settings(change_sent_text(larger), plan=larger.plan(), task=larger.task) == larger
 
 
-# What a site reads.
+# What a site accepts.
 
 
 @pytest.fixture(scope="module")
 def sent_settings() -> RunConfig:
-    """What the run's sites are sent."""
+    """The settings that the run's sites receive."""
     return select_settings_for_sites(make_letters())
 
 
@@ -188,7 +188,7 @@ def test_settings_refusal_names_the_mismatched_keys(sent_settings: RunConfig) ->
 
 
 def test_cost_of_an_unsigned_plan_is_never_computed(sent_settings: RunConfig, monkeypatch: Any) -> None:
-    # Some of these would take all of a machine's memory; so many steps are no plan.
+    # Some of these would need all of a machine's memory; a plan may not have so many steps.
     plan, steps = sent_settings.plan(), {"training.local_steps": 10**9, "federation.num_rounds": 10**12}
     others = {"noise_multiplier": 0.01, "delta": 1e-7, "metrics": "noised", "unit": "user"}
     monkeypatch.setattr(accountant, "compute_epsilon_above_limit", None)

@@ -1,4 +1,4 @@
-"""Simulated sites: policies that allow exactly their run, what of a later one still fits, what one process shares."""
+"""Simulated sites: policies that allow exactly their run, room for later runs, and what one process shares."""
 
 import dataclasses
 import math
@@ -56,7 +56,7 @@ MUCH_SCORED = (
     "privacy.sampling_rate=0.05",
     "privacy.epsilon=20",
 )
-"""The scores cost more than the training, so that another order than the training's would suit the whole."""
+"""Scores that cost more than the training, so that another Renyi order is best for the sum of both."""
 
 
 def make_policy_and_proposal(config: RunConfig) -> tuple[Policy, Proposal]:
@@ -65,22 +65,22 @@ def make_policy_and_proposal(config: RunConfig) -> tuple[Policy, Proposal]:
 
 
 def change_plan(proposal: Proposal, **changes: Any) -> Proposal:
-    """The same with other numbers in its plan."""
+    """Return the proposal with other values in its plan."""
     return replace(proposal, plan=replace(proposal.plan, **changes))
 
 
 @pytest.mark.parametrize("runs", [1, 12, 120])
 def test_generated_cap_fits_exactly_the_planned_runs(config: Any, runs: int) -> None:
-    """Before, the cap was in tenths, and 121 of 120 runs were let in: epsilon 8.039 for 8."""
+    """Regression: the cap had one decimal, and 121 instead of 120 rounds were accepted: epsilon 8.039 for 8."""
     plan = config(f"privacy.planned_runs={runs}", "privacy.epsilon=8").plan()
     budget = build_covering_budget([plan] * plan.runs)
     room = filter.compute_max_divergence(budget.max_epsilon, order=budget.order(), delta=plan.delta)
     assert filter.compute_max_repeats(plan.full_event, room, order=budget.order()) == runs
     assert epsilon_pld({plan.full_event: runs}, plan.delta) <= 8.0
     if runs > 1:
-        title, said, *_ = describe_calendar(plan)
+        title, text, *_ = describe_calendar(plan)
         assert f"epsilon {format_epsilon(epsilon_pld({plan.full_event: runs}, plan.delta))} in all" in title
-        cap = float(re.findall(r"\(max_epsilon\) of ([\d.]+),", said)[0])
+        cap = float(re.findall(r"\(max_epsilon\) of ([\d.]+),", text)[0])
         order = filter.find_best_order(plan.full_event, epsilon=cap, delta=plan.delta)
         room = filter.compute_max_divergence(cap, order=order, delta=plan.delta)
         assert filter.compute_max_repeats(plan.full_event, room, order=order) == runs
@@ -96,11 +96,11 @@ def test_generated_policy_allows_exactly_its_run(config: Any, tmp_path: Path, ov
     policy.check(proposal)
     cost, _ = find_smallest_cap(proposal.plan.full_event, delta=proposal.plan.delta)  # infinite without privacy
     assert cost <= policy.budget.max_epsilon
-    assert policy.budget.max_epsilon <= cost + 0.1 or overrides == MUCH_SCORED  # whose order suits the training alone
+    assert policy.budget.max_epsilon <= cost + 0.1 or overrides == MUCH_SCORED  # its order suits the training alone
     ledger = SiteLedger(tmp_path / "ledger.db", policy, SigningKey.load_or_create(tmp_path / "key.pem"))
     for round in range(1, proposal.plan.max_rounds + 1):
         ledger.reserve(proposal, round=round, request=f"{round}")
-        if math.isfinite(cost):  # at the order that the ledger settles on, too
+        if math.isfinite(cost):  # also at the order that the ledger uses
             assert (
                 read_refusal_reason(ledger.reserve, replace(proposal, run="s"), round=1, request="s")
                 is Reason.MAX_EPSILON
@@ -108,7 +108,7 @@ def test_generated_policy_allows_exactly_its_run(config: Any, tmp_path: Path, ov
     assert read_refusal_reason(ledger.reserve, proposal, round=99, request="99") is Reason.PLAN_EXHAUSTED
 
 
-# Each number of a plan a little beyond what was planned, and the rule that names it.
+# Each value of a plan slightly beyond the planned one, and the rule that names it.
 _BEYOND: dict[str, tuple[Callable[[Any], Any], Reason]] = {
     "unit": (lambda unit: "user", Reason.UNIT),
     "delta": (lambda delta: 2 * delta, Reason.DELTA),
@@ -128,8 +128,8 @@ _BEYOND: dict[str, tuple[Callable[[Any], Any], Reason]] = {
     "noise": (
         lambda noise: noise,
         Reason.LEADS,
-    ),  # no proposal of a lead has another: see tests/privacy/test_own_release.py
-    "runs": (lambda runs: runs, Reason.MAX_EPSILON),  # what a run is charged follows from its noise
+    ),  # no lead's proposal has another value: see tests/privacy/test_own_release.py
+    "runs": (lambda runs: runs, Reason.MAX_EPSILON),  # the charge for a run follows from its noise
 }
 
 
@@ -147,7 +147,7 @@ def test_generated_policy_bounds_every_plan_value(config: Any, overrides: tuple[
     policy.check(change_plan(proposal, **less, max_grad_norm=floor))
     assert read_refusal_reason(policy.check, change_plan(proposal, max_grad_norm=0.9 * floor)) is Reason.MIN_GRAD_NORM
     assert policy.releases.reply_after_s == 0
-    assert Releases().reply_after_s == 600, "a real site that leaves the key out does not answer at once"
+    assert Releases().reply_after_s == 600, "a real site must delay its answers by default"
 
 
 def test_generated_policy_bounds_the_metrics_noise(config: Any) -> None:
@@ -180,7 +180,7 @@ def test_generated_policy_allows_a_shared_rank_far_above_the_sites_own(config: A
 
 @pytest.fixture
 def kept_sites_config(config: Any, tmp_path: Path) -> Any:
-    """A run of up to four rounds whose sites are kept."""
+    """A run of up to four rounds with persistent sites."""
     return lambda *overrides: config(f"runtime.sites_dir={tmp_path}/kept", "federation.num_rounds=4", *overrides)
 
 
@@ -201,7 +201,7 @@ def test_existing_policy_is_kept_unless_it_belongs_to_another_site(kept_sites_co
 
 
 def allow_rounds(sites: VirtualSites, site: str, count: float) -> None:
-    """Edit the site's cap so that `count` rounds of the run fit, and hardly more."""
+    """Edit the site's cap so that `count` rounds of the run fit, with hardly any margin."""
     sites.check_partition()
     policy, file = sites.files(site).policy, sites.folder / site / "site.toml"
     write_policy(change_values(policy, budget={"max_epsilon": 1000.0}), file)
@@ -233,27 +233,27 @@ def test_run_over_budget_is_fitted_to_the_strictest_site(kept_sites_config: Any,
     for site in ("site-1", "site-2"):
         assert sites.ledger(site).make_offer(proposal).max_rounds == 4
     less = change_plan(proposal, noise_multiplier=noise * 0.999)
-    assert sites.ledger("site-2").make_offer(less).max_rounds < 4, "the least noise that does"
+    assert sites.ledger("site-2").make_offer(less).max_rounds < 4, "the noise must be minimal"
 
 
 @pytest.fixture
 def formats_measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What measurements said; they say mixed."""
-    said = list[str]()
+    """Record the formats measured; the measurement prefers mixed."""
+    formats = list[str]()
 
     def choose(model: Any, runtime: Any, *, allowed: Any, told: Any) -> str:
-        said.append("mixed" if "mixed" in allowed else "float32")
-        return said[-1]
+        formats.append("mixed" if "mixed" in allowed else "float32")
+        return formats[-1]
 
     monkeypatch.setattr("fedtune.sites.virtual_site.choose_number_format", choose)
-    return said
+    return formats
 
 
 def test_number_format_is_chosen_among_formats_of_existing_policies(
     kept_sites_config: Any, tmp_path: Path, formats_measured: list[str]
 ) -> None:
     config = kept_sites_config("model.dtype=auto")
-    assert fix_number_format(config, tmp_path / "run").model.dtype == "mixed", "new sites allow what is asked"
+    assert fix_number_format(config, tmp_path / "run").model.dtype == "mixed", "new sites must allow it"
     sites = make_virtual_sites(config.with_number_format("float32"), tmp_path)
     for site in config.federation.active:
         sites.files(site)
@@ -366,7 +366,7 @@ def test_renewed_run_requires_the_ledgers_that_contain_its_charges(config: Any, 
         make_virtual_sites(again, tmp_path)
 
 
-# What one process shares between virtual sites, and what it keeps apart.
+# What virtual sites in one process share, and what is separate.
 
 
 def test_simulated_sites_share_one_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,7 +383,7 @@ def test_partition_assigns_every_record_to_one_site(config: Any, tmp_path: Path)
         return [(len(work.examples), work.examples.num_tokens) for work in everyone.work.values()]
 
     parts, (whole,) = list_sizes(4), list_sizes(1)
-    assert list_sizes(4, "federation.participants=[site-3]") == parts[2:3], "whoever else takes part"
+    assert list_sizes(4, "federation.participants=[site-3]") == parts[2:3], "other participants must not matter"
     assert len(parts) == 4
     assert min(parts) > (10, 0)
     assert tuple(map(sum, zip(*parts, strict=True))) == whole
@@ -397,9 +397,9 @@ def test_simulated_site_has_a_separate_policy_key_and_ledger(config: Any, tmp_pa
     receipts = [site.ledger.sign_receipt("r") for site in sites]
     assert len({receipt.site_key for receipt in receipts}) == 2
     assert [site.ledger.policy.site for site in sites] == ["site-1", "site-2"]
-    assert everyone.site(0).ledger.sign_receipt("r") == receipts[0], "opening it again writes nothing"
+    assert everyone.site(0).ledger.sign_receipt("r") == receipts[0], "reopening must write nothing"
     (tmp_path / "sites" / "site-1" / "ledger.db").write_bytes(b"no database" * 500)
-    assert everyone.list_changed_sites() == [], "a ledger that is not in order answers for itself"
+    assert everyone.list_changed_sites() == [], "a damaged ledger must only affect its own site"
     with pytest.raises(RunError, match="cannot be read or written"):
         everyone.site(0)
 
@@ -424,7 +424,7 @@ def test_ledgers_in_one_folder_keep_separate_confirmations(site_policy: Any, tmp
 
 
 def train(everyone: Participants, *, attempt: int = 1) -> TrainingResult:
-    """What the first site makes of the initial adapter in round 1."""
+    """Train the first site on the initial adapter in round 1."""
     site = everyone.site(0)
     request = make_first_request(everyone.config, everyone.sites.lead_key(), site=site.name)
     assert site.prepare(request).proposal == request.proposal
@@ -444,7 +444,7 @@ def test_round_scores_the_received_adapter_with_planned_noise(config: Any, tmp_p
     assert trained.scores == expected
     assert trained.adapter.digest() != shared.initial_adapter.digest()
     again = train(everyone, attempt=2)
-    assert again.scores != expected, "a retry draws fresh noise"
+    assert again.scores != expected, "a retry must draw fresh noise"
     assert again.adapter.digest() != trained.adapter.digest()
 
 
@@ -460,8 +460,8 @@ def test_nothing_is_scored_without_noised_metrics_or_test_files(config: Any, tmp
 def test_fingerprint_depends_on_records_and_site_key(config: Any, tmp_path: Path) -> None:
     one = train(Participants(config(), tmp_path / "a")).fingerprint
     assert train(Participants(config(), tmp_path / "a")).fingerprint == one
-    assert train(Participants(config(), tmp_path / "b")).fingerprint != one, "nobody without the key can test a guess"
-    assert train(Participants(config("seed=1"), tmp_path / "a")).fingerprint != one, "another split, other records"
+    assert train(Participants(config(), tmp_path / "b")).fingerprint != one, "nobody without the key may test a guess"
+    assert train(Participants(config("seed=1"), tmp_path / "a")).fingerprint != one, "another split has other records"
 
 
 @pytest.mark.parametrize("wrong", ["data.columns.text=nope", "data.test_file=gone.csv"])
@@ -474,11 +474,11 @@ def test_data_is_checked_before_the_model_is_loaded(
 
 def test_slow_steps_are_reported_as_progress(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_model, "_measured", {})
-    told: list[str] = []
+    reported: list[str] = []
     settings = config("lora=last_layer", "federation.site_names=[a,b]")
-    everyone = Participants(settings, tmp_path / "run", progress=lambda what, done, total: told.append(what))
+    everyone = Participants(settings, tmp_path / "run", progress=lambda what, done, total: reported.append(what))
     work, adapter = everyone.work["a"], everyone.shared.initial_adapter
-    assert list(dict.fromkeys(told)) == ["loading the model", "checking the model on this machine"]
+    assert list(dict.fromkeys(reported)) == ["loading the model", "checking the model on this machine"]
     request = make_first_request(everyone.config, everyone.sites.lead_key(), site="a")
     work.run_round(request, adapter, attempt=1, fingerprint_key=bytes(32))
-    assert told[-1] == "a: running the frozen layers over the records"
+    assert reported[-1] == "a: running the frozen layers over the records"

@@ -1,4 +1,4 @@
-"""A site's work in a round: what it makes of its records, and that a real site makes what a simulated one does."""
+"""A site's work in a round, which must be the same at a real and at a simulated site."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,14 +25,14 @@ from fedtune.training.devices import _Device
 from .conftest import make_first_request, make_letters, simulate_same_run, write_records
 
 LETTERS = [(f"letter {n} of {n % 7}", ("invoice", "complaint", "praise")[n % 3]) for n in range(40)]
-"""The records of a station, in the order of its file."""
+"""The records of a station, in file order."""
 
 
-@pytest.mark.by_day("given noise")
+@pytest.mark.by_day("fixed noise")
 @pytest.mark.parametrize(
     "groups",
     [{}, {"privacy": {"noise_multiplier": None, "max_grad_norm": 0.3}}, {"runtime": {"kept_states_mib": 0}, "seed": 3}],
-    ids=["given noise", "calibrated noise", "nothing kept"],
+    ids=["fixed noise", "calibrated noise", "no cached states"],
 )
 def test_real_and_simulated_sites_train_identically(station: Any, tmp_path: Path, groups: Any) -> None:
     site = station(**groups)
@@ -51,7 +51,7 @@ def test_real_and_simulated_sites_train_identically(station: Any, tmp_path: Path
 def test_update_is_independent_of_the_number_of_devices(station: Any, tmp_path: Path) -> None:
     site = station()
     first = Adapter(site.update().tensors)
-    # A new ledger knows of no answer, so that the same round is trained again.
+    # A new ledger has no stored reply, so the same round is trained again.
     site.edit(ledger="another.db", machine={"num_devices": 2})
     assert Adapter(site.update().tensors).digest() == first.digest()
     crew = site.real._model.devices._workers
@@ -65,10 +65,10 @@ def test_update_is_independent_of_the_number_of_devices(station: Any, tmp_path: 
         ask(rank, what, *about)
 
     crew.ask = kill_device
-    assert site.refusal() is Reason.SITE_ERROR, "nothing is released of a round in which a device failed"
+    assert site.refusal() is Reason.SITE_ERROR, "a round with a failed device must release nothing"
     (run,) = site.ledger().history.runs.values()
-    assert run.charged_rounds == 1, "it was charged before it was trained"
-    # The next round finds its devices at work again, also where one ended meanwhile.
+    assert run.charged_rounds == 1, "it must be charged before training"
+    # The next round uses its devices again, even if one ended meanwhile.
     second = Adapter(site.update(round=2).tensors).digest()
     ((again, _),) = site.real._model.devices._workers._members
     again.kill()
@@ -78,7 +78,7 @@ def test_update_is_independent_of_the_number_of_devices(station: Any, tmp_path: 
 
 
 def measure_noise(update: Update, sent: Adapter, config: RunConfig) -> npt.NDArray[np.float64]:
-    """The sum of a step, in clip norms: of one record it is noise but for a norm of one among thousands of values."""
+    """Measure a step's noise in clip norms; one record adds a norm of at most one, spread over thousands of values."""
     steps = [(sent.tensors[name] - value).ravel().astype(np.float64) for name, value in update.tensors.items()]
     return np.concatenate(steps) / config.training.learning_rate * config.privacy.sampling_rate * 40
 
@@ -99,7 +99,7 @@ def test_real_site_adds_exactly_the_charged_noise(station: Any, has_scale: Any) 
 def test_noise_repeats_only_with_a_seed(station: Any, seeded: bool) -> None:
     site = station(runtime={"seeded_noise": seeded})
     first = Adapter(site.update().tensors)
-    # A new ledger knows of no answer, so that the same round is trained again.
+    # A new ledger has no stored reply, so the same round is trained again.
     site.edit(ledger="another.db")
     assert (Adapter(site.update().tensors).digest() == first.digest()) is seeded
     assert isinstance(make_randomness(seeded, 7), SeededRandomness if seeded else SystemRandomness)
@@ -113,7 +113,7 @@ def shared_model() -> RunModel:
 
 
 def train_at_north(shared: RunModel, lead: SigningKey, records: SiteRecords, *, key: bytes = b"k") -> TrainingResult:
-    """A round at the site north."""
+    """Train a round at the site north."""
     work = SiteWork("north", shared, records, declared_size=40, max_adapter_value=2.0)
     request = make_first_request(shared.config, lead)
     return work.run_round(request, shared.initial_adapter, 1, fingerprint_key=key)
@@ -142,6 +142,6 @@ def test_fingerprint_covers_training_records_under_its_key(shared_model: RunMode
     one = train_at_north(shared_model, lead_key, RECORDS).fingerprint
     without = train_at_north(shared_model, lead_key, replace(RECORDS, heldout=[]))
     assert without.fingerprint == one
-    assert all(without.scores), "noise is released all the same"
+    assert all(without.scores), "noise must be released anyway"
     assert train_at_north(shared_model, lead_key, replace(RECORDS, training=RECORDS.training[1:])).fingerprint != one
     assert train_at_north(shared_model, lead_key, RECORDS, key=b"another").fingerprint != one

@@ -58,9 +58,9 @@ def test_plain_text_is_learned_completely_with_its_end_token(decoder_tokenizer: 
         [HIDDEN, WHERE, IS, MY, CARD, SEP],
     )
     ids, targets = tokenize_one(fields, decoder_tokenizer, data)
-    assert (ids, targets) == ([WHERE, IS, MY, CARD, SEP], [HIDDEN, IS, MY, CARD, SEP]), "nothing predicts the first"
+    assert (ids, targets) == ([WHERE, IS, MY, CARD, SEP], [HIDDEN, IS, MY, CARD, SEP]), "the first token is no target"
     cut = tokenize_one(fields, leading_tokenizer, make_settings("text", max_length=4))
-    assert cut == ([CLS, WHERE, IS, MY], [HIDDEN, WHERE, IS, MY]), "what is cut at its end has not ended"
+    assert cut == ([CLS, WHERE, IS, MY], [HIDDEN, WHERE, IS, MY]), "a truncated text must not have an end token"
 
 
 @pytest.mark.parametrize(
@@ -77,18 +77,18 @@ def test_long_prompt_is_truncated_in_the_middle(
     ids, targets = tokenize_one(record, leading_tokenizer, make_settings(max_length=max_length))
     assert ids == expected
     assert targets == [HIDDEN] * (len(expected) - 2) + [LOST, SEP]
-    # One token of a prompt stays where no other leads.
+    # A prompt keeps one token if no special token precedes it.
     record = {"prompt": "where is my card", "completion": "lost there"}
     assert tokenize_one(record, decoder_tokenizer, make_settings(max_length=4))[0] == [CARD, LOST, THERE, SEP]
     found = tokenize_one(record, decoder_tokenizer, make_settings(max_length=3))
-    assert found == ([CARD, LOST, THERE], [HIDDEN, LOST, THERE]), "an answer alone too long has not ended"
+    assert found == ([CARD, LOST, THERE], [HIDDEN, LOST, THERE]), "a truncated answer must not have an end token"
 
 
 def test_long_chat_is_truncated_before_its_last_answer(leading_tokenizer: Any) -> None:
     data = make_settings("messages", chat_template="plain", max_length=100)
     fields = make_chat("where", "lost", "is", "there", "and this is never answered")
     whole, targets = tokenize_one(fields, leading_tokenizer, data)
-    # "User:" and "Assistant:" are unknown words of this tokenizer.
+    # This tokenizer does not know the words "User:" and "Assistant:".
     unknown = 1
     assert whole == [CLS, unknown, WHERE, unknown, LOST, SEP, unknown, IS, unknown, THERE, SEP]
     assert [target for target in targets if target != HIDDEN] == [LOST, SEP, THERE, SEP]
@@ -97,7 +97,7 @@ def test_long_chat_is_truncated_before_its_last_answer(leading_tokenizer: Any) -
             fields, leading_tokenizer, make_settings("messages", chat_template="plain", max_length=length)
         )
         assert cut == [CLS, *whole[len(whole) - length + 1 :]]
-        assert learned == [HIDDEN, *targets[len(whole) - length + 1 :]], "what is kept of an earlier answer is learned"
+        assert learned == [HIDDEN, *targets[len(whole) - length + 1 :]], "its rest must stay a target"
 
 
 @pytest.mark.parametrize("contents", [(), ("where",)])
@@ -111,7 +111,7 @@ def test_chat_without_an_answer_is_unusable(leading_tokenizer: Any, contents: tu
 
 
 def test_masked_assistant_turns_are_context_but_not_targets(leading_tokenizer: Any) -> None:
-    """The marks are `weight: 0` and `train: false` of other programs; turns after the last answer are dropped."""
+    """The marks are `weight: 0` and `train: false`, as in other programs; turns after the last answer are dropped."""
     data = make_settings("messages", chat_template="plain")
     turns = turns_of("where", "lost", "is", "there")
 
@@ -125,7 +125,7 @@ def test_masked_assistant_turns_are_context_but_not_targets(leading_tokenizer: A
         -2:
     ]
     assert len(mark_turns(1)) == len(ids)
-    assert mark_turns(3) == later[1], "nothing is learned behind the last answer that is"
+    assert mark_turns(3) == later[1], "text after the last supervised answer must be dropped"
     assert (
         LM.record_validator(data)(Record({"messages": json.dumps([turn | {"train": False} for turn in turns])}))
         is not None
@@ -140,7 +140,7 @@ def test_system_column_becomes_the_first_turn(leading_tokenizer: Any) -> None:
     expected = tokenize_one({"messages": json.dumps(led)}, leading_tokenizer, data)
     assert tokenize_one({"messages": json.dumps(turns), "system": "is"}, leading_tokenizer, data) == expected
     assert tokenize_one({"messages": json.dumps(led), "system": "my"}, leading_tokenizer, data) == expected, (
-        "its own counts"
+        "a record's own system turn must take precedence"
     )
     without = tokenize_one({"messages": json.dumps(turns)}, leading_tokenizer, data)
     assert tokenize_one({"messages": json.dumps(turns), "system": " "}, leading_tokenizer, data) == without
@@ -148,17 +148,17 @@ def test_system_column_becomes_the_first_turn(leading_tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("fields", [{"prompt": "P", "completion": "A"}, make_chat("P", "A"), {"text": "A"}])
 def test_record_text_is_bounded_before_encoding(fields: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    given, tokenizer = {"chat_template": "plain"} if "messages" in fields else {}, make_tokenizer(post=None)
+    options, tokenizer = {"chat_template": "plain"} if "messages" in fields else {}, make_tokenizer(post=None)
     short = {role: text.replace("P", "my name").replace("A", "lost") for role, text in fields.items()}
-    found = [tokenize_one(short, tokenizer, make_settings(*fields, max_length=most, **given)) for most in (20, 500)]
-    assert found[0] == found[1], "an example that fits is the same whatever the longest is"
+    found = [tokenize_one(short, tokenizer, make_settings(*fields, max_length=most, **options)) for most in (20, 500)]
+    assert found[0] == found[1], "an example that fits must not depend on the maximum"
     encoded = Mock(wraps=tokenization._encode_each)
     monkeypatch.setattr(tokenization, "_encode_each", encoded)
     long = {
         role: text.replace("name", "my " * 100_000 + "name").replace("lost", "lost " * 100_000)
         for role, text in short.items()
     }
-    (ids, targets) = tokenize_one(long, tokenizer, make_settings(*fields, max_length=5, **given))
+    (ids, targets) = tokenize_one(long, tokenizer, make_settings(*fields, max_length=5, **options))
     assert sum(len(text) for call in encoded.call_args_list for text in call.args[0]) <= 3 * 64 * 5
     assert len(ids) == 5
     assert targets[-1] == LOST
@@ -237,11 +237,11 @@ def test_invalid_messages_have_no_targets_and_affect_no_other_record(leading_tok
     )
     alone = LM.tokenize(others, leading_tokenizer, data=data, lenient_within=99)
     assert [list_rows(with_it)[place] for place in (0, 2)] == list_rows(alone)
-    if text != HOSTILE["half a pair"]:  # this tokenizer has no such word, whatever it is
+    if text != HOSTILE["half a pair"]:  # this tokenizer has no such word in any form
         assert list_rows(with_it)[1] == ([SEP], [HIDDEN])
         with pytest.raises(DataError, match=r"^a\.jsonl:3, messages = .*must alternate user and assistant") as error:
             LM.tokenize([Record({"messages": text}, file="a.jsonl", line=3)], leading_tokenizer, data=data)
-        assert "content" not in str(error.value), "no text of a record"
+        assert "content" not in str(error.value), "record text must not be quoted"
 
 
 @pytest.mark.parametrize("roles", [("messages",), ("text",), ("prompt", "completion")])
@@ -251,8 +251,8 @@ def test_invalid_messages_have_no_targets_and_affect_no_other_record(leading_tok
 def test_hostile_content_produces_at_most_one_bounded_example(roles: tuple[str, ...], text: str) -> None:
     tokenizer = build_tiny_tokenizer("random:llama")
     fields = make_chat(text, text) if roles == ("messages",) else dict.fromkeys(roles, text)
-    given = {"chat_template": "plain"} if roles == ("messages",) else {}
-    data = make_settings(*roles, max_length=40, **given)
+    options = {"chat_template": "plain"} if roles == ("messages",) else {}
+    data = make_settings(*roles, max_length=40, **options)
     dataset = LM.tokenize([Record(fields)], tokenizer, data=data, lenient_within=258)
     assert len(dataset) == 1
     assert 1 <= dataset.lengths[0] <= 40
@@ -269,7 +269,7 @@ def test_prompts_and_references_come_from_the_last_answer(leading_tokenizer: Any
     assert asked is not None
     prompts, answers = asked
     assert answers == ["there"]
-    assert prompts[0].tolist() == [CLS, LOST, SEP, 1, IS, 1], "as many tokens as an example has, whatever the answer"
+    assert prompts[0].tolist() == [CLS, LOST, SEP, 1, IS, 1], "the prompt's length must not depend on the answer"
     assert LM.prompts_and_references([Record({"text": "lost"})], leading_tokenizer, data=make_settings("text")) is None
     asked = LM.prompts_and_references(
         [make_prompt_record("where is", "lost")], leading_tokenizer, data=make_settings(max_length=3)
@@ -284,7 +284,9 @@ def test_generation_prompts_end_before_the_answer(leading_tokenizer: Any) -> Non
     def tokenize_prompt(fields: dict[str, str], *roles: str, **given: Any) -> list[int]:
         return LM.encode_prompt(fields, leading_tokenizer, data=make_settings(*roles, **given)).tolist()
 
-    assert tokenize_prompt({"prompt": "where is my card is my card is my card"})[-2:] == [MY, CARD], "none are cut off"
+    assert tokenize_prompt({"prompt": "where is my card is my card is my card"})[-2:] == [MY, CARD], (
+        "no truncation here"
+    )
     assert tokenize_prompt({"text": "where is"}, "text") == [CLS, WHERE, IS]
     assert tokenize_prompt({"prompt": "where"}, prompt_template="my {prompt}") == [CLS, MY, WHERE]
     assert tokenize_prompt(make_chat("where"), chat_template="plain") == tokenize_prompt(

@@ -154,14 +154,14 @@ def test_examples_contain_the_text_rendered_by_the_template(template: str, turns
     stretches = groupby(dataset.targets[0].tolist(), lambda target: target >= 0)
     learned = [tokenizer.decode(list(ids)) for is_learned, ids in stretches if is_learned]
     whole = tokenizer.decode(dataset.input_ids[0])
-    ends_by_line = template == IGNORES_SYSTEM  # it ends a turn by nothing but a line
+    ends_by_line = template == IGNORES_SYSTEM  # it ends a turn with only a line break
     written_too = whole.removesuffix("</s>") if ends_by_line else whole
     assert expected.startswith(written_too)
-    assert len(expected) - len(written_too) <= 1, "but for the line behind the end"
-    for said, turn in zip(learned, [turn for turn in turns if turn["role"] == "assistant"], strict=True):  # all answers
-        assert turn["content"].strip() in said
-        if not ends_by_line or said == learned[-1]:
-            assert said.endswith(("<|im_end|>", "<|end|>", "</s>")), "and that it ends"
+    assert len(expected) - len(written_too) <= 1, "only the line break after the end may differ"
+    for text, turn in zip(learned, [turn for turn in turns if turn["role"] == "assistant"], strict=True):  # all answers
+        assert turn["content"].strip() in text
+        if not ends_by_line or text == learned[-1]:
+            assert text.endswith(("<|im_end|>", "<|end|>", "</s>")), "its end must be a target, too"
 
 
 @pytest.mark.parametrize("template", [CHATML, DATED, WITHOUT_SYSTEM])
@@ -203,7 +203,7 @@ def test_special_tokens_in_records_are_encoded_as_text(kind: str, special: bool)
     (plain,) = LM.tokenize([Record(make_messages(build_chat("a", "a")))], tokenizer, data=make_settings(kind)).input_ids
     marks = {*tokenizer.added_tokens_decoder}
     assert [number for number in ids if number in marks] == [number for number in plain if number in marks]
-    assert tokenizer.decode(ids).count(hostile) == 2, "and no letter of it is lost"
+    assert tokenizer.decode(ids).count(hostile) == 2, "no character may be lost"
 
 
 CHANGES_SOME = {
@@ -256,7 +256,7 @@ def test_chat_altered_by_the_template_is_skipped_alone(template: str, turns: lis
     pairs = get_task("preference").tokenize([Record(pair)], tokenizer, data=data, lenient_within=10**6)
     assert all((target == UNSUPERVISED).all() for target in pairs.targets)
     LM.tokenize([changed], tokenizer, data=make_settings("plain"))
-    if template == CHANGES_SOME["lines of Windows"][0]:  # a prompt that the template changes is not answered
+    if template == CHANGES_SOME["lines of Windows"][0]:  # a prompt that the template changes gets no answer
         with pytest.raises(DataError, match="template changes"):
             LM.encode_prompt(make_messages(turns[:1]), tokenizer, data=make_settings())
 
@@ -275,7 +275,7 @@ def test_template_is_rendered_once_per_record(monkeypatch: pytest.MonkeyPatch) -
 def test_template_renderings_share_one_step_limit() -> None:
     quoted = "{% set x = '' %}" + "".join(f"{{% set x = 'word {n}' %}}" for n in range(1000))
     *_, tried = _derive_format(_compile_template(quoted + CHATML), {})
-    assert len(tried) < 100, "however many texts it quotes"
+    assert len(tried) < 100, "the limit must not depend on the number of quoted texts"
     many_steps = "{% for m in messages %}{% set x = 'a' * 120000 %}{% endfor %}" + CHATML
     with pytest.raises(ConfigError, match=r"takes more than 16777216 steps for all trial conversations"):
         LM.check_tokenizer(build_tokenizer(many_steps), data=make_settings())
@@ -289,11 +289,11 @@ def test_prompt_and_completion_are_encoded_as_two_turns(kind: str) -> None:
     fields = {"prompt": "Add.", "input": "1 2", "completion": "3", "system": "Count."}
     (whole,) = LM.tokenize([Record(fields)], tokenizer, data=data).input_ids
     turns = Record(make_messages(build_chat("Add.\n\n1 2", "3", system="Count.")))
-    (said,) = LM.tokenize([turns], tokenizer, data=make_settings(kind)).input_ids
-    assert whole.tolist() == said.tolist()
+    (ids,) = LM.tokenize([turns], tokenizer, data=make_settings(kind)).input_ids
+    assert whole.tolist() == ids.tolist()
     for blank in ({**fields, "system": " "}, {"prompt": "Add.", "input": "1 2", "completion": "3"}):
         (whole,) = LM.tokenize([Record(blank)], tokenizer, data=data).input_ids
-        (said,) = LM.tokenize(
+        (ids,) = LM.tokenize(
             [Record(make_messages(build_chat("Add.\n\n1 2", "3")))], tokenizer, data=make_settings(kind)
         ).input_ids
-        assert whole.tolist() == said.tolist(), "a blank system turn is none"
+        assert whole.tolist() == ids.tolist(), "a blank system turn must be omitted"

@@ -125,13 +125,13 @@ def check_same(tokenizer: Any, turns: Sequence[dict[str, str]]) -> None:
     ids = LM.tokenize([Record(make_messages(turns))], tokenizer, data=data).input_ids[0].tolist()
     theirs = tokenizer.apply_chat_template(turns, tokenize=True)["input_ids"]
     assert ids == theirs[: len(ids)]
-    assert set("".join(tokenizer.convert_ids_to_tokens(theirs[len(ids) :]))) <= {*"\n▁Ċ"}, "the line behind the last"
-    asked = LM.encode_prompt(make_messages(turns[:-1]), tokenizer, data=data).tolist()
+    assert set("".join(tokenizer.convert_ids_to_tokens(theirs[len(ids) :]))) <= {*"\n▁Ċ"}, "a final line break"
+    prompt = LM.encode_prompt(make_messages(turns[:-1]), tokenizer, data=data).tolist()
     expected = tokenizer.apply_chat_template(turns[:-1], tokenize=True, add_generation_prompt=True)["input_ids"]
-    assert asked == expected
+    assert prompt == expected
     written = LM.prompts_and_references([Record(make_messages(turns))], tokenizer, data=data)
     assert written is not None
-    assert written[0][0].tolist() == asked
+    assert written[0][0].tolist() == prompt
     both = [*turns[:-1], {"role": "assistant", "content": "No."}]
     pair = {"chosen": encode_turns(turns), "rejected": encode_turns(both)}
     pairs_data = layout(max_length=5000, columns={role: role for role in pair})
@@ -209,5 +209,5 @@ def test_only_assistant_answers_are_learned() -> None:
         [Record(make_messages(build_chat("Where?", "In box 3.", "So?", "Sorry.")))], tokenizer, data=layout()
     )
     tokens = zip(tokenizer.convert_ids_to_tokens(dataset.input_ids[0].tolist()), dataset.targets[0], strict=True)
-    said = "".join(token if target >= 0 else " " for token, target in tokens)
-    assert said.replace("▁", " ").split() == ["In", "box", "3.</s>", "Sorry.</s>"]
+    learned = "".join(token if target >= 0 else " " for token, target in tokens)
+    assert learned.replace("▁", " ").split() == ["In", "box", "3.</s>", "Sorry.</s>"]

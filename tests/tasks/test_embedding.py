@@ -76,7 +76,7 @@ def test_scores_are_scaled_to_cosines_and_out_of_range_records_skipped(encoder_t
     data = make_settings(SCORED, bounds=(1.0, 5.0))
     dataset = TASK.tokenize(make_scored_records("1.0", "3.0", "5.0"), encoder_tokenizer, data=data)
     assert (len(dataset), dataset.texts, dataset.targets.tolist()) == (3, 2, [0.0, 0.5, 1.0])
-    assert [ids.tolist()[0] for ids in dataset.input_ids] == [2] * 6, "each text begins anew"
+    assert [ids.tolist()[0] for ids in dataset.input_ids] == [2] * 6, "each text must start with its own first token"
     assert dataset.lengths.tolist() == [5, 5, 5]
     assert dataset.num_tokens == 3 * (5 + 4)
     for score in ("0.9", "5.1", "-3.0"):
@@ -90,7 +90,7 @@ def test_scores_are_scaled_to_cosines_and_out_of_range_records_skipped(encoder_t
         assert score not in str(caught.value)
     records = [*make_scored_records("0.5", "0.5"), Record({"text": "my", "other": "\ud800", "target": "0.5"})]
     dataset = TASK.tokenize(records, encoder_tokenizer, data=make_settings(SCORED), lenient_within=99)
-    assert np.isnan(dataset.targets).tolist() == [False, False, True], "of a text that cannot be encoded there is none"
+    assert np.isnan(dataset.targets).tolist() == [False, False, True], "an unencodable text must have no target"
     assert [len(ids) for ids in dataset.input_ids[-2:]] == [3, 1]
 
 
@@ -159,7 +159,7 @@ def test_triplet_scores_rank_each_positive_among_all() -> None:
 def test_identical_embeddings_rank_in_the_middle() -> None:
     same = np.full((101, 4), 0.5)
     assert rank_own_positives(same, same).tolist() == [51.0] * 101
-    apart = np.eye(300)  # more than are ranked at a time
+    apart = np.eye(300)  # more than one ranking block
     assert rank_own_positives(apart, apart).tolist() == [1.0] * 300
     broken = apart.copy()
     broken[0] = np.nan
@@ -227,16 +227,16 @@ def test_embedding_run_reports_its_metrics_and_can_start_another_run(
     assert not any(one["failed_sites"] for one in result["rounds"])
     assert not (folder / "adapter" / "head.safetensors").exists()
     assert run_command("report", str(folder)).code == 0
-    told = run_command("evaluate", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json").printed
-    assert names <= set(told.replace('"', " ").split())
-    told = run_command("compare", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json").printed
-    assert json.loads(told)["primary_metric"] == ("spearman" if layout == "scored" else "ndcg_at_10")
-    said = "task = 'embedding': has no output for a prompt: use fedtune evaluate for its scores"
-    assert run_command("generate", str(folder), "--prompt", "where").failed() == said
+    output = run_command("evaluate", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json").printed
+    assert names <= set(output.replace('"', " ").split())
+    output = run_command("compare", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json").printed
+    assert json.loads(output)["primary_metric"] == ("spearman" if layout == "scored" else "ndcg_at_10")
+    message = "task = 'embedding': has no output for a prompt: use fedtune evaluate for its scores"
+    assert run_command("generate", str(folder), "--prompt", "where").failed() == message
     assert run_command("plan", *simulate_pairs(tmp_path, layout, "name=p")).printed
     refused = run_command("simulate", *simulate_pairs(tmp_path, "listed", "task_settings.negatives=batch", "name=x"))
     assert refused.failed().startswith("task_settings.negatives = 'batch': couples records")
-    if layout == "scored" and not more:  # another layout may go on with its adapter
+    if layout == "scored" and not more:  # another layout may start from its adapter
         assert json.loads((folder / "adapter" / "fedtune.json").read_text())["texts"] == 2
         again = simulate(
             *simulate_pairs(tmp_path, "triplets", f"model.adapter='{folder}'"), into=tmp_path, name="again"

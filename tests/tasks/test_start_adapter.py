@@ -71,14 +71,14 @@ def test_run_starts_only_from_an_adapter_of_the_same_kind(tmp_path: Path, spec: 
     save_task_model(model, tmp_path)
     assert begin_adapter(tmp_path, spec).digest() == Adapter.from_task_model(model).digest()
     if spec.task == "causal_lm":
-        assert not SavedAdapter.read_initial(str(tmp_path)).can_reuse_head(spec), "a language model has none"
+        assert not SavedAdapter.read_initial(str(tmp_path)).can_reuse_head(spec), "a language model has no head"
         return
     with pytest.raises(ConfigError, match=rf"its lora\.kind is '{spec.lora.kind}', not 'lora'"):
         begin_adapter(tmp_path)
 
 
 def test_head_is_reinitialized_for_other_labels(tuned_adapter: Path) -> None:
-    other = replace(SPEC, labels=("billing", "technical", "praise"))  # one is gone
+    other = replace(SPEC, labels=("billing", "technical", "praise"))  # one label is missing
     before, taken = Adapter.from_task_model(build_task_model(other)), begin_adapter(tuned_adapter, other)
     assert taken.has_same_shapes(before)
     for name, value in taken.tensors.items():
@@ -107,7 +107,7 @@ def test_matching_labels_keep_head_rows_and_new_labels_are_initialized(
         old = Adapter.from_task_model(saved).tensors[last][before.index(name)] if name in before else fresh[last][place]
         assert np.array_equal(taken[last][place], old), name
     assert all(np.array_equal(taken[name], Adapter.from_task_model(saved).tensors[name]) for name in layers)
-    ordinal = replace(was, task="ordinal")  # its rows are steps between labels
+    ordinal = replace(was, task="ordinal")  # its rows are thresholds between labels
     assert not SavedAdapter(tmp_path, ordinal, "").can_reuse_head(replace(ordinal, labels=labels))
 
 
@@ -147,13 +147,13 @@ def test_damaged_or_non_finite_start_adapter_is_refused(
     tensors = {name: array.copy() for name, array in load_file(copied / "adapter_model.safetensors").items()}
     next(iter(tensors.values()))[0, 0] = value
     save_file(tensors, copied / "adapter_model.safetensors", metadata={"format": "pt"})
-    if message == "non-finite":  # as a lead would send it that means it
+    if message == "non-finite":  # as an attacker could send it
         settings = json.loads((copied / "fedtune.json").read_text())
         trained = tensors | {"head.weight": load_file(copied / "head.safetensors")["weight"]}
         (copied / "fedtune.json").write_text(json.dumps(settings | {"trained_sha256": Adapter(trained).digest()}))
     with pytest.raises(ConfigError, match=rf"model\.adapter = .*{message}"):
         begin_adapter(copied)
-    settings = json.loads((tuned_adapter / "fedtune.json").read_text())  # nor is another base taken, by its hash
+    settings = json.loads((tuned_adapter / "fedtune.json").read_text())  # nor may its hash name another base
     other_base = settings | {"model": settings["model"] | {"sha256": "ab" * 32}}
     (copied / "fedtune.json").write_text(json.dumps(other_base))
     with pytest.raises(ConfigError, match=r"model\.adapter.*was tuned for base model abab.*, but the run uses"):
@@ -166,11 +166,11 @@ def test_frozen_lora_a_must_match_the_start_adapter(tuned_adapter: Path, tmp_pat
     assert begin_adapter(tmp_path / "frozen", frozen).digest() == Adapter.from_task_model(build_moved(frozen)).digest()
     with pytest.raises(ConfigError, match=r"does not train .*lora_A.*the adapter has seed 0"):
         begin_adapter(tmp_path / "frozen", replace(frozen, seed=1))
-    # A run that trains A, too, sends it, and so may begin in any.
+    # A run that also trains A sends it, and so may start from any adapter.
     both = begin_adapter(tmp_path / "frozen", replace(SPEC, seed=1))
     expected = build_moved(frozen).collect_adapter_parameters()
     assert all(np.array_equal(value, expected[name].detach().numpy()) for name, value in both.tensors.items())
-    with pytest.raises(ConfigError, match=r"does not train .*lora_A"):  # it was trained, and the run freezes it
+    with pytest.raises(ConfigError, match=r"does not train .*lora_A"):  # A was trained, and the run freezes it
         begin_adapter(tuned_adapter, frozen)
 
 

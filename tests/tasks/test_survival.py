@@ -36,7 +36,7 @@ def test_survival_targets_follow_from_time_and_event(time: str, event: str, know
     assert list(SURVIVAL.target(DATA)(record)) == known  # type: ignore[attr-defined]
     for wrong in ({"time": "-1"}, {"event": "maybe"}, {"event": "2"}):
         assert SURVIVAL.record_validator(DATA)(Record({**record.fields, **wrong})) is not None, (
-            "what says nothing is a fault"
+            "a record without information must be refused"
         )
 
 
@@ -60,7 +60,7 @@ def test_survival_loss_uses_only_known_intervals() -> None:
     by_hand = -(torch.log(1 - chance[0]) + torch.log(chance[1])) / 3
     found = SURVIVAL.loss(logits, targets, spec=SPEC)  # type: ignore[attr-defined]
     torch.testing.assert_close(found, torch.stack([by_hand, torch.tensor(0.0)]))
-    # Targets tell how long each was followed.
+    # The targets contain how long each person was followed.
     followed, event = count_observed_intervals(
         np.array([[1, -100], [0, 1], [0, -100], [0, 0], [-100, -100]], dtype=float)
     )
@@ -68,9 +68,9 @@ def test_survival_loss_uses_only_known_intervals() -> None:
 
 
 def test_concordance_counts_every_comparable_pair() -> None:
-    # Events in intervals 1 and 2; one lost after interval 1, one followed to the end.
+    # Events in intervals 1 and 2; one person lost after interval 1, one followed to the end.
     followed, event = np.array([0, 1, 1, 3]), np.array([True, True, False, False])
-    # Pairs: the first before all three; the second before the last (the lost one left in the second's interval).
+    # Pairs: the first with all three others; the second with the last (the lost person left in the second's interval).
     assert concordance(np.array([4.0, 3.0, 2.0, 1.0]), followed, event) == 1.0
     assert concordance(np.array([1.0, 3.0, 2.0, 0.0]), followed, event) == 2 / 4
     assert concordance(np.array([2.0, 3.0, 2.0, 2.0]), followed, event) == (0.0 + 0.5 + 0.5 + 1.0) / 4
@@ -89,19 +89,19 @@ def test_concordance_counts_every_comparable_pair() -> None:
 def test_integrated_brier_score_matches_a_manual_calculation() -> None:
     survival = np.array([[0.8, 0.4], [0.9, 0.5], [0.6, 0.2], [0.7, 0.6]])
     followed, event = np.array([0, 1, 1, 2]), np.array([True, False, True, False])
-    # One of the two at risk of being lost in interval 2 (events come first) is lost: half stay.
+    # Of the two who can be lost in interval 2 (events come first), one is: half remain.
     first = (0.8**2 + 0.1**2 + 0.4**2 + 0.3**2) / 4
     second = (0.4**2 / 1.0 + 0.2**2 / 1.0 + 0.4**2 / 0.5) / 4
     assert integrated_brier(survival, followed, event) == pytest.approx((first + second) / 2)
     nobody_lost = np.array([True, True, True, False])
     other = (0.4**2 + 0.5**2 + 0.2**2 + 0.4**2) / 4
     assert integrated_brier(survival, followed, nobody_lost) == pytest.approx((first + other) / 2)
-    # An interval through which nobody stayed has none.
+    # An interval that nobody completed has no score.
     survival = np.array([[0.8, 0.4], [0.9, 0.5], [0.6, 0.2]])
     followed, event = np.array([0, 1, 1]), np.array([True, False, False])
     first = (0.8**2 + 0.1**2 + 0.4**2) / 3
     assert integrated_brier(survival, followed, event) == pytest.approx(first)
-    assert integrated_brier(1 - survival, np.zeros(3, int), np.ones(3, bool)) > 0, "all had it, and are known"
+    assert integrated_brier(1 - survival, np.zeros(3, int), np.ones(3, bool)) > 0, "every event is observed here"
     with pytest.raises(DataError, match="no interval with a known state at its end"):
         integrated_brier(survival, np.zeros(3, int), np.zeros(3, bool))
 

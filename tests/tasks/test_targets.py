@@ -54,7 +54,7 @@ def test_multi_label_records_have_any_number_of_declared_labels(encoder_tokenize
     )
     most = tuple(f"label {number}" for number in range(1_000))
     dataset = tokenize_answers("multi_label", ["label 7", "label 9"], encoder_tokenizer, labels=most)
-    assert np.asarray(dataset.targets).nbytes == 2 * 1_000, "a byte for each"
+    assert np.asarray(dataset.targets).nbytes == 2 * 1_000, "labels must be stored as one byte each"
     with pytest.raises(ConfigError, match=r"labels = 1001: must be at most 1000 for task multi_label"):
         get_task("multi_label").check_data(make_data("multi_label", labels=(*most, "one more")))
 
@@ -81,7 +81,7 @@ def test_records_with_undeclared_labels_are_skipped_and_not_quoted(
     role = next(iter(get_task(task).answers))
     assert fault(Record({"text": "a", role: answer})) is not None
     assert fault(Record({"text": "a", role: "2.5" if task == "regression" else "mid"})) is None
-    # Were a mistake of ours to end the answer of a site, the answer would tell of the record.
+    # If an error of fedtune itself ended a site's answer, the answer would reveal the record.
     error = make_validator(lambda record: record.fields["nothing"])(Record({"text": "secret"}, "a.csv", 3))
     assert str(error) == "a.csv:3, record = 'KeyError': must be a readable record"
 
@@ -105,7 +105,7 @@ def test_multi_label_and_ordinal_losses_match_their_definitions() -> None:
     expected = functional.binary_cross_entropy_with_logits(LOGITS, targets, reduction="none").mean(dim=1)
     torch.testing.assert_close(TASKS["multi_label"].loss(LOGITS, targets, spec=make_spec("multi_label")), expected)  # type: ignore[attr-defined]
     spec = make_spec("ordinal", labels=("a", "b", "c", "d"))
-    logits = torch.tensor([[4.0, -4.0, -4.0]] * 4)  # says b
+    logits = torch.tensor([[4.0, -4.0, -4.0]] * 4)  # predicts b
     losses = TASKS["ordinal"].loss(logits, torch.arange(4), spec=spec)  # type: ignore[attr-defined]
     above = torch.tensor([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]])
     expected = functional.binary_cross_entropy_with_logits(logits, above, reduction="none").mean(dim=1)
@@ -115,9 +115,9 @@ def test_multi_label_and_ordinal_losses_match_their_definitions() -> None:
 
 
 def test_ordinal_probabilities_sum_to_one_and_the_median_is_predicted() -> None:
-    logits = torch.randn(200, 5, generator=torch.Generator().manual_seed(3)) * 3  # in no order at all
-    said = TASKS["ordinal"].predictions(logits, spec=make_spec("ordinal", labels=tuple("abcdef")))  # type: ignore[attr-defined]
-    chances, predicted = said["probabilities"], said["predicted"]
+    logits = torch.randn(200, 5, generator=torch.Generator().manual_seed(3)) * 3  # in random order
+    predictions = TASKS["ordinal"].predictions(logits, spec=make_spec("ordinal", labels=tuple("abcdef")))  # type: ignore[attr-defined]
+    chances, predicted = predictions["probabilities"], predictions["predicted"]
     assert (chances >= 0).all()
     torch.testing.assert_close(chances.sum(dim=1), torch.ones(200))
     below = torch.cat([torch.zeros(200, 1), chances.cumsum(dim=1)], dim=1)
@@ -127,8 +127,8 @@ def test_ordinal_probabilities_sum_to_one_and_the_median_is_predicted() -> None:
     start = TASKS["ordinal"].compute_initial_head_rows(torch.eye(3))  # type: ignore[attr-defined]
     assert start.shape == (2, 3)
     torch.testing.assert_close(start.norm(dim=1), torch.ones(2))
-    assert (start[:, 0] < 0).all(), "the lowest label is above none"
-    assert (start[:, 2] > 0).all(), "and the highest above all"
+    assert (start[:, 0] < 0).all(), "the lowest label must be below all thresholds"
+    assert (start[:, 2] > 0).all(), "the highest label must be above all thresholds"
 
 
 def test_regression_targets_are_scaled_to_their_range(encoder_tokenizer: Any) -> None:
@@ -137,7 +137,7 @@ def test_regression_targets_are_scaled_to_their_range(encoder_tokenizer: Any) ->
     assert targets.tolist() == [-1, 0, 1]
     logits = torch.tensor([[0.0], [0.5], [7.0]])
     assert task.loss(logits, targets, spec=spec).tolist() == [1, 0.25, 36]  # type: ignore[attr-defined]
-    assert task.predictions(logits, spec=spec)["predicted"].tolist() == [3, 4, 5], "no target lies beyond the range"  # type: ignore[attr-defined]
+    assert task.predictions(logits, spec=spec)["predicted"].tolist() == [3, 4, 5], "clamped to the range"  # type: ignore[attr-defined]
     assert task.compute_exported_output(logits, spec=spec).flatten().tolist() == [3, 4, 17]
     assert task.true_values(targets, spec=spec).tolist() == [1, 3, 5]  # type: ignore[attr-defined]
     assert task.answer(torch.tensor([0.25]), spec=spec) == ("3.5", {"number": 3.5})
@@ -187,11 +187,11 @@ def test_final_scores_and_details_match_manual_calculations() -> None:
     of_number = {"truth": np.array([1.0, 2, 5]), "predicted": np.array([1.0, 4, 5]), "loss": np.array([0.0, 1, 0])}
     scores = TASKS["regression"].compute_final_scores(of_number, spec=make_spec("regression"))
     expected = {"mae": 2 / 3, "rmse": np.sqrt(4 / 3), "spearman": 1.0}
-    assert {name: scores[name] for name in expected} == pytest.approx(expected), "in its own unit"
+    assert {name: scores[name] for name in expected} == pytest.approx(expected), "in the target's own unit"
     assert TASKS["regression"].detail(of_number, spec=make_spec("regression")) is None
     task, spec = TASKS["ordinal"], make_spec("ordinal")
-    said = task.predictions(LOGITS[:, :2], spec=spec)  # type: ignore[attr-defined]
-    figures = {name: one.numpy().astype(np.float64) for name, one in said.items()}
+    predictions = task.predictions(LOGITS[:, :2], spec=spec)  # type: ignore[attr-defined]
+    figures = {name: one.numpy().astype(np.float64) for name, one in predictions.items()}
     figures |= {"truth": np.array([1.0, 0, 1]), "loss": np.array([0.1, 0.2, 0.3])}
     scores = task.compute_final_scores(figures, spec=spec)
     assert list(scores) == ["quadratic_kappa", "accuracy", "mae", "auroc", "ece", "loss"]
@@ -200,8 +200,8 @@ def test_final_scores_and_details_match_manual_calculations() -> None:
     assert detail is not None
     assert [(one.label, one.support) for one in detail.classes] == [("low", 1), ("mid", 2), ("high", 0)]
     assert sum(one.count for one in detail.reliability) == 3
-    first = min(float(said["probabilities"][row, int(said["predicted"][row])]) for row in range(3))
-    assert detail.reliability[0].confidence == pytest.approx(first), "of the answer, which is not the likeliest class"
+    first = min(float(predictions["probabilities"][row, int(predictions["predicted"][row])]) for row in range(3))
+    assert detail.reliability[0].confidence == pytest.approx(first), "not of the likeliest class"
 
 
 @pytest.mark.parametrize("task", ["regression", "survival", "token_classification"])

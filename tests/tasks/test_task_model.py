@@ -60,7 +60,7 @@ def test_gradient_checkpointing_changes_no_loss_or_gradient(path: str, task: str
     again = record_example_gradients(model, batch)
     assert list(again) == list(gradients)
     first, second = (torch.cat([rows.flatten(1) for rows in each.values()], dim=1) for each in (again, gradients))
-    assert ((first - second).norm(dim=1) <= 1e-5 * second.norm(dim=1)).all(), "each example's, of its norm"
+    assert ((first - second).norm(dim=1) <= 1e-5 * second.norm(dim=1)).all(), "of each example's norm"
     with torch.no_grad():
         torch.testing.assert_close(model.losses(batch), losses, rtol=0, atol=0)
 
@@ -101,7 +101,7 @@ def test_bfloat16_base_keeps_adapter_head_and_losses_in_float32(path: str, task:
     empty = type(batch)(*(tensor[:0] for tensor in (batch.input_ids, batch.attention_mask, batch.targets)))
     losses = model.losses(empty)
     losses.sum().backward()
-    assert (losses.shape, losses.dtype) == ((0,), torch.float32), "an empty batch has none"
+    assert (losses.shape, losses.dtype) == ((0,), torch.float32), "an empty batch must have no losses"
 
 
 def test_padding_is_masked_by_position_and_tied_embeddings_stay_frozen() -> None:
@@ -109,7 +109,7 @@ def test_padding_is_masked_by_position_and_tied_embeddings_stay_frozen() -> None
     other = type(batch)(torch.where(batch.attention_mask == 1, batch.input_ids, 9), batch.attention_mask, batch.targets)
     torch.testing.assert_close(model.losses(batch), model.losses(other), rtol=1e-6, atol=1e-6)
     ended = batch.input_ids.clone()
-    ended[0, 3] = 1  # a real end-of-turn token has the padding token's id
+    ended[0, 3] = 1  # a real end-of-turn token with the padding token's id
     assert model.losses(type(batch)(ended, batch.attention_mask, batch.targets))[0] != model.losses(batch)[0]
     base = model.base.get_base_model()
     assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
@@ -121,7 +121,7 @@ def test_head_starts_at_zero_or_from_label_names(path: str) -> None:
     assert not build_task_model(make_spec(path)).logits(make_batch("classification")).any()
     model = build_task_model(make_spec(path, head=HeadSpec(init="label_names", scale=5.0, train=False)))
     assert "head.weight" in model.collect_adapter_parameters().keys() - model.trainable().keys(), (
-        "a frozen head does not train"
+        "a frozen head must not be trained"
     )
     tokenizer = load_tokenizer(model.spec.model)
     token_ids = torch.tensor([tokenizer("exchange rate")["input_ids"]])

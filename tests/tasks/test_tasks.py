@@ -93,7 +93,7 @@ def test_fault_messages_quote_no_record_text(task: str, roles: tuple[str, ...], 
     first, second = (list_faults(task, roles, given, seed=seed) for seed in (0, 1))
     assert first
     assert second - first == set()
-    assert {task for task, *_ in FAULTY} == set(TASKS), "every task's"
+    assert {task for task, *_ in FAULTY} == set(TASKS), "every task must be covered"
 
 
 def test_language_model_columns_follow_from_the_layout() -> None:
@@ -111,8 +111,8 @@ def test_language_model_columns_follow_from_the_layout() -> None:
 
 
 def check_labels(task: str, *labels: str, texts: tuple[str, ...] = ()) -> None:
-    given: Any = {"task": task, "labels": labels, "head": HeadSpec(label_texts=texts)}
-    get_task(task).check_spec(TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), **given))
+    settings: Any = {"task": task, "labels": labels, "head": HeadSpec(label_texts=texts)}
+    get_task(task).check_spec(TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), **settings))
 
 
 def test_too_few_or_duplicate_labels_are_refused() -> None:
@@ -138,6 +138,6 @@ def test_task_names_appear_only_in_the_tasks_package() -> None:
     for path in package.rglob("*.py"):
         if path.parent != package / "tasks":
             texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
-            # A column of people's files is called so, too.
+            # "preference" is also a column of users' files.
             columns = {"preference"} if path.name == "columns.py" else set()
             assert not texts & set(TASKS) - columns, path

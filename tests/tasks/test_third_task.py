@@ -52,7 +52,7 @@ class TextLength(tasks.Task):
     def logits(self, model: tasks.Model, batch: tasks.Batch) -> torch.Tensor:
         hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
         pooled = tasks.mean_pool(hidden, batch.attention_mask)
-        # As for classification: a product with few rows rounds otherwise.
+        # As in classification, because a product with few rows rounds differently.
         rows = torch.nn.functional.pad(pooled, (0, 0, 0, -len(pooled) % 32))
         assert isinstance(model.head, torch.nn.ModuleDict)
         return torch.cat([model.head[name](rows)[: len(pooled)] for name in HEADS], dim=1)
@@ -115,16 +115,16 @@ def test_custom_task_setting_is_sent_to_sites_and_validated(folder: Path) -> Non
     )
     assert json.loads((folder / "adapter" / "fedtune.json").read_text())["task_settings"] == {"longest": 20}
     recipe = folder.parent / "lengths.yaml"
-    for given, message in (
+    for value, message in (
         ("longest: 0", "longest = 0: must be a finite number of at least 1"),
         ("longest: long", "longest = 'long': must be a whole number"),
         ("shortest: 3", "shortest = 3: is not a setting of task text_length; its own settings: longest"),
     ):
-        recipe.write_text(f"task: {TextLength.name}\ntask_settings: {{{given}}}\ndata: {{labels: []}}\n")
-        typed = (f"task={TextLength.name}", f"task_settings.{given.replace(': ', '=')}", "data.labels=[]")
-        told = [run_command("plan", *words) for words in (typed, (f"experiment={recipe}",))]
-        assert [one.code for one in told] == [2, 2]
-        assert [one.message for one in told] == [f"task_settings.{message}", f"{recipe}: task_settings.{message}"]
+        recipe.write_text(f"task: {TextLength.name}\ntask_settings: {{{value}}}\ndata: {{labels: []}}\n")
+        typed = (f"task={TextLength.name}", f"task_settings.{value.replace(': ', '=')}", "data.labels=[]")
+        outcomes = [run_command("plan", *words) for words in (typed, (f"experiment={recipe}",))]
+        assert [one.code for one in outcomes] == [2, 2]
+        assert [one.message for one in outcomes] == [f"task_settings.{message}", f"{recipe}: task_settings.{message}"]
 
 
 def test_third_party_task_is_evaluated_planned_and_exported(folder: Path, tmp_path: Path) -> None:

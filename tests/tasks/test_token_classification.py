@@ -61,7 +61,7 @@ def test_tag_schemes_decode_to_the_same_entities(tags: tuple[str, ...], found: l
     words = [f"w{place}" for place in range(len(tags))]
     _, marked = make_entity_reader(make_data())(record(words, [*tags]))
     assert [(first // 3, (end + 1) // 3, label) for first, end, label in marked] == found
-    # A declared type may begin as a tag of a scheme.
+    # A declared label may start like a tag of a scheme.
     labels = ("S-protein", "M_protein", "U-boot", "drug")
     _, read = make_entity_reader(make_data(labels=labels))(
         record(TOKENS, ["S-protein", "S-protein", "M_protein", "S-drug", "U-boot"])
@@ -75,9 +75,9 @@ def test_tokens_are_joined_into_a_text_with_marked_spans() -> None:
         [(0, 6, 0)],
     )
     spans = [{"start": 4, "end": 6, "label": "dose"}, {"start": 0, "end": 3, "label": "drug"}]
-    given = make_data(SPANNED)
-    assert make_entity_reader(given)(record("a b cd ", spans, SPANNED))[1] == [(0, 3, 0), (4, 6, 1)]
-    assert make_entity_reader(given)(record("a b", "[]", SPANNED))[1] == []
+    data = make_data(SPANNED)
+    assert make_entity_reader(data)(record("a b cd ", spans, SPANNED))[1] == [(0, 3, 0), (4, 6, 1)]
+    assert make_entity_reader(data)(record("a b", "[]", SPANNED))[1] == []
 
 
 @pytest.mark.parametrize(
@@ -138,10 +138,10 @@ def tokenize_records(*records: Record, tokenizer: Any, within: int | None = None
 
 def test_first_token_of_a_word_carries_its_tag() -> None:
     tokenizer = load_tokenizer(ModelSpec(path="random:bert"))
-    given = {"columns": SPANNED, "max_length": 40}
+    options = {"columns": SPANNED, "max_length": 40}
     text = "unbelievably sore-throat, aspirin"
     spans = [[13, 24, "drug"], [26, 33, "dose"]]
-    dataset = tokenize_records(record(text, spans, SPANNED), tokenizer=tokenizer, **given)
+    dataset = tokenize_records(record(text, spans, SPANNED), tokenizer=tokenizer, **options)
     (targets,), (ids,) = dataset.targets, dataset.input_ids
     learned = [
         (str(tokenizer.convert_ids_to_tokens(int(one))), int(target))
@@ -150,7 +150,7 @@ def test_first_token_of_a_word_carries_its_tag() -> None:
     ]
     assert [target for _, target in learned] == [0, 1, 2, 2, 0, 3]
     assert not any(token.startswith("##") for token, _ in learned)
-    assert len(ids) > len(learned) + 2, "some words have several tokens"
+    assert len(ids) > len(learned) + 2, "some words must have several tokens"
 
 
 def test_windows_cover_each_word_once(encoder_tokenizer: Any) -> None:
@@ -159,8 +159,8 @@ def test_windows_cover_each_word_once(encoder_tokenizer: Any) -> None:
         tags = ["B-drug" if place % 2 else "O" for place in range(count)]
         one = record(words[:count], tags)
         for max_length, windows, stride in ((8, 3, 2), (8, 2, 3), (12, 4, 0), (5, 8, 1), (3, 4, 0), (40, 1, 9)):
-            given = {"max_length": max_length, "windows": windows, "stride": stride}
-            dataset = tokenize_records(one, tokenizer=encoder_tokenizer, **given)
+            options = {"max_length": max_length, "windows": windows, "stride": stride}
+            dataset = tokenize_records(one, tokenizer=encoder_tokenizer, **options)
             assert (len(dataset), dataset.texts, len(dataset.input_ids)) == (1, windows, windows)
             assert dataset.lengths[0] <= max_length
             step = max_length - 2 - stride
@@ -169,7 +169,7 @@ def test_windows_cover_each_word_once(encoder_tokenizer: Any) -> None:
             assert learned == [place % 2 for place in range(read)]
             for ids, targets in zip(dataset.input_ids, dataset.targets, strict=True):
                 assert (ids[0], ids[-1]) == (2, 3) or targets.tolist() == [UNSUPERVISED]
-    # What two windows share is learned where more stands around it.
+    # Text in two windows is learned where it has more context.
     dataset = tokenize_records(
         record(words[:10], ["O"] * 10), tokenizer=encoder_tokenizer, max_length=9, windows=2, stride=3
     )
@@ -181,19 +181,19 @@ def test_windows_cover_each_word_once(encoder_tokenizer: Any) -> None:
 def test_unencodable_text_adds_no_targets_at_a_real_site(encoder_tokenizer: Any) -> None:
     odd, plain = Record({"text": "\ud800", "spans": "[]"}), Record({"text": "my card", "spans": "[]"})
     blank = Record({"text": "\u00a0", "spans": "[]"})
-    given = {"columns": SPANNED, "windows": 2}
-    dataset = tokenize_records(odd, plain, blank, tokenizer=encoder_tokenizer, within=258, **given)
+    options = {"columns": SPANNED, "windows": 2}
+    dataset = tokenize_records(odd, plain, blank, tokenizer=encoder_tokenizer, within=258, **options)
     assert [int((one != UNSUPERVISED).sum()) for one in dataset.targets] == [0, 0, 2, 0, 0, 0]
     with pytest.raises(DataError, match="must contain a token of the tokenizer"):
-        tokenize_records(blank, tokenizer=encoder_tokenizer, **given)
+        tokenize_records(blank, tokenizer=encoder_tokenizer, **options)
 
 
 def test_loss_is_the_mean_over_words_of_all_windows(encoder_tokenizer: Any) -> None:
     model = make_trained("random:bert", TASK.name, texts=2)
-    given = {"max_length": 8, "windows": 2, "stride": 2, "labels": model.spec.labels}
+    options = {"max_length": 8, "windows": 2, "stride": 2, "labels": model.spec.labels}
     tags = [f"B-{model.spec.labels[0]}", *["O"] * 8]
     records = [record([f"w{place}" for place in range(9)], tags), record(["w1"], tags[:1])]
-    dataset = tokenize_records(*records, tokenizer=encoder_tokenizer, **given)
+    dataset = tokenize_records(*records, tokenizer=encoder_tokenizer, **options)
     batch = collate(dataset, [0, 1], pad_id=0)
     logits = model.logits(batch).log_softmax(dim=-1)
     expected = []
@@ -203,12 +203,12 @@ def test_loss_is_the_mean_over_words_of_all_windows(encoder_tokenizer: Any) -> N
     torch.testing.assert_close(model.losses(batch), torch.stack(expected))
     hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
     scores = functional.linear(hidden, model.get_parameter("head.weight")) * 20 / hidden.shape[-1] ** 0.5
-    torch.testing.assert_close(model.logits(batch), scores)  # the head reads each token as it is
+    torch.testing.assert_close(model.logits(batch), scores)  # the head reads each token independently
     assert [int((batch.targets[2 * one : 2 * one + 2] != UNSUPERVISED).sum()) for one in (0, 1)] == [9, 1]
 
 
 COUNTED: list[tuple[Any, Any, Any, Any]] = [
-    # true, predicted, strict, true ones met, predicted ones that meet one
+    # true, predicted, strict counts, true entities matched, predicted entities that match
     ([(0, 2, 0)], [(0, 2, 0)], (1, 1, 1, 1, 1), (1, 1, 1, 1, 1)),
     ([(0, 2, 0)], [(0, 1, 0)], (1, 1, 0, 1, 1), (1, 1, 0, 1, 1)),
     ([(0, 2, 0)], [(0, 2, 1)], (1, 0, 0, 0, 0), (1, 1, 1, 1, 1)),
@@ -220,8 +220,8 @@ COUNTED: list[tuple[Any, Any, Any, Any]] = [
 
 
 def test_entity_counts_match_manual_counts_in_linear_time() -> None:
-    for truth, said, of_label, every in COUNTED:
-        counts = count_entities(truth, said, num_labels=2)
+    for truth, predicted, of_label, every in COUNTED:
+        counts = count_entities(truth, predicted, num_labels=2)
         assert counts.shape == (3, 5)
         assert (tuple(counts[0]), tuple(counts[2])) == (of_label, every)
     draws = np.random.default_rng(0)
@@ -230,18 +230,18 @@ def test_entity_counts_match_manual_counts_in_linear_time() -> None:
         firsts = draws.integers(0, 30, size=draws.integers(0, 9)).tolist()
         return [(first, first + int(draws.integers(1, 5)), int(draws.integers(2))) for first in firsts]
 
-    for truth, said in ((draw_spans(), draw_spans()) for _ in range(300)):
-        compute_all_gradients = count_entities(truth, said, num_labels=2)[2]
+    for truth, predicted in ((draw_spans(), draw_spans()) for _ in range(300)):
+        compute_all_gradients = count_entities(truth, predicted, num_labels=2)[2]
         met, right = (
             sum(any(one[0] < other[1] and other[0] < one[1] for other in others) for one in each)
-            for each, others in ((truth, said), (said, truth))
+            for each, others in ((truth, predicted), (predicted, truth))
         )
         assert (
             compute_all_gradients[0],
             compute_all_gradients[1],
             compute_all_gradients[3],
             compute_all_gradients[4],
-        ) == (len(truth), len(said), met, right)
+        ) == (len(truth), len(predicted), met, right)
     began = time.process_time()
     many = [(place, place + 1, place % 2) for place in range(20_000)]
     assert count_entities(many, many[::2], num_labels=2)[2].tolist() == [20_000, 10_000, 10_000, 10_000, 10_000]
@@ -250,7 +250,7 @@ def test_entity_counts_match_manual_counts_in_linear_time() -> None:
     of_units = record("a\U0001f600" * 400_000, spans, SPANNED)
     began = time.process_time()
     assert make_entity_reader(make_data(SPANNED))(of_units)[1][-1] == (2 * 399_900, 2 * 399_900 + 2, 0)
-    assert time.process_time() - began < 3, "offsets in units, too"
+    assert time.process_time() - began < 3, "offsets in code units must be fast, too"
 
 
 def test_entity_scores_match_their_counts() -> None:
@@ -308,7 +308,7 @@ def test_words_of_different_labels_form_one_predicted_entity() -> None:
     logits = np.log([[0.1, 0.6, 0.1, 0.1, 0.1], [0.1, 0.1, 0.2, 0.2, 0.4], [0.1, 0.1, 0.3, 0.1, 0.4]])
     assert decode_entities(logits.argmax(axis=1).tolist()) == [(0, 1, 0), (1, 3, 1)]
     assert predict_entities(logits) == [(0, 3, 0)]
-    assert predict_entities(np.full((3, 5), np.nan)) == [], "nor does a diverged model end in an error"
+    assert predict_entities(np.full((3, 5), np.nan)) == [], "a diverged model must not raise an error"
 
 
 def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,15 +318,17 @@ def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any, mo
     with torch.no_grad():
         model.get_parameter("head.weight").zero_()
     tags = [f"B-{labels[0]}", *[f"I-{labels[0]}"] * 7]
-    given = {"max_length": 8, "windows": 2, "stride": 2, "labels": labels}
-    dataset = tokenize_records(record([f"w{place}" for place in range(8)], tags), tokenizer=encoder_tokenizer, **given)
+    options = {"max_length": 8, "windows": 2, "stride": 2, "labels": labels}
+    dataset = tokenize_records(
+        record([f"w{place}" for place in range(8)], tags), tokenizer=encoder_tokenizer, **options
+    )
     figures = evaluate_examples(model, dataset, pad_id=0, max_tokens=64)
     assert figures["entities"][0].tolist() == [[1] * 5, *[[0] * 5] * (len(labels) - 1), [1] * 5]
     assert compute_unit_scores(model, dataset, pad_id=0).tolist() == [1.0]
     assert TASK.majority_baseline(dataset) == 0.0
     outside = torch.nn.functional.one_hot(torch.zeros(2, 8, dtype=torch.int64), 1 + 2 * len(labels)).double()
     monkeypatch.setattr(model, "logits", lambda batch: 9 * outside[:, : batch.input_ids.shape[1]])
-    nothing = tokenize_records(record(["w1"], ["O"]), tokenizer=encoder_tokenizer, **given)
+    nothing = tokenize_records(record(["w1"], ["O"]), tokenizer=encoder_tokenizer, **options)
     assert compute_unit_scores(model, nothing, pad_id=0).tolist() == [1.0]
 
 
@@ -334,11 +336,11 @@ def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any, mo
 def test_overlapping_entities_in_one_word_train_once_and_count_twice(encoder_tokenizer: Any, windows: int) -> None:
     model = make_trained("random:bert", TASK.name, texts=windows)
     first, second, *_ = labels = model.spec.labels
-    given = {"columns": SPANNED, "labels": labels, "windows": windows, "max_length": 8, "stride": 2}
+    options = {"columns": SPANNED, "labels": labels, "windows": windows, "max_length": 8, "stride": 2}
     text, spans = "w1 w2 w3 w4 w5 w6 w7", [[3, 4, second], [4, 5, first], [6, 7, first], [7, 11, second]]
-    both = tokenize_records(record(text, spans, SPANNED), tokenizer=encoder_tokenizer, **given)
-    alone = tokenize_records(record(text, [spans[0], *spans[2:]], SPANNED), tokenizer=encoder_tokenizer, **given)
-    assert [TASK.find_ignored_annotations(one, data=make_data(**given)) for one in (both, alone)] == [[True], [False]]
+    both = tokenize_records(record(text, spans, SPANNED), tokenizer=encoder_tokenizer, **options)
+    alone = tokenize_records(record(text, [spans[0], *spans[2:]], SPANNED), tokenizer=encoder_tokenizer, **options)
+    assert [TASK.find_ignored_annotations(one, data=make_data(**options)) for one in (both, alone)] == [[True], [False]]
     batches = [collate(one, [0], pad_id=0) for one in (both, alone)]
     losses = [model.losses(batch) for batch in batches]
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
@@ -346,19 +348,19 @@ def test_overlapping_entities_in_one_word_train_once_and_count_twice(encoder_tok
     assert (counted[0][:2], counted[0][-1]) == ([2, 2], 4)
     assert (counted[1][:2], counted[1][-1]) == ([1, 2], 3)
     many = record("a" * 90, [[place, place + 1, second] for place in range(90)], SPANNED)
-    targets = tokenize_records(many, tokenizer=encoder_tokenizer, **given).targets
-    assert max(int(row.max()) for row in targets) > 5 * 3**20, "and many are no more than a target holds"
+    targets = tokenize_records(many, tokenizer=encoder_tokenizer, **options).targets
+    assert max(int(row.max()) for row in targets) > 5 * 3**20, "many entities must fit into one target"
 
 
 def test_predicted_entity_ends_with_its_word_despite_truncation() -> None:
     tokenizer = load_tokenizer(ModelSpec(path="random:bert"))
     text, model = "unbelievably sore aspirin", make_trained("random:bert", TASK.name)
     for max_length in range(4, 12):
-        given = make_data(SPANNED, max_length=max_length, labels=model.spec.labels)
-        asked = TASK.without_answer(Record({"text": text}), given)
-        (row,) = TASK.tokenize([asked], tokenizer, data=given).targets
+        data = make_data(SPANNED, max_length=max_length, labels=model.spec.labels)
+        asked = TASK.without_answer(Record({"text": text}), data)
+        (row,) = TASK.tokenize([asked], tokenizer, data=data).targets
         logits = functional.one_hot(torch.ones(1, len(row), dtype=torch.long), 1 + 2 * len(model.spec.labels)).float()
-        _, found = TASK.answer_record(asked, logits, tokenizer, data=given, spec=model.spec)
+        _, found = TASK.answer_record(asked, logits, tokenizer, data=data, spec=model.spec)
         words = text.split()[: len(found)]  # type: ignore[arg-type]
         assert [one["text"] for one in found] == words, max_length  # type: ignore[attr-defined]
 

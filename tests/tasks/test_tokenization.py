@@ -43,7 +43,7 @@ def test_classification_records_are_tokenized_and_truncated(encoder_tokenizer: A
     assert dataset.lengths.tolist() == [5, 4]
     assert (dataset.input_ids[0].dtype, dataset.targets.dtype, dataset.lengths.dtype) == (np.int32, np.int64, np.int32)
     tokenizer = make_tokenizer(post="[CLS] [CLS] $A [SEP] [SEP]")
-    for within in (None, 99):  # no longer than asked, whatever the tokenizer puts around it
+    for within in (None, 99):  # within the limit, whatever special tokens are added
         dataset = tokenize_classification(rows, tokenizer, labels=("a", "b"), max_length=3, within=within)
         assert dataset.lengths.max() <= 3
 
@@ -56,7 +56,7 @@ PAIRED = {"columns": {"text": "text", "text_pair": "other", "label": "label"}, "
 )
 def test_text_pairs_are_encoded_and_truncated_separately(encoder_tokenizer: Any, length: int, ids: list[int]) -> None:
     records = [Record({"text": "where is my", "text_pair": "lost card", "label": "b"}) for _ in range(3)]
-    records[1] = Record({"text": "x" * 9, "text_pair": "\ud800", "label": "a"})  # what no tokenizer takes
+    records[1] = Record({"text": "x" * 9, "text_pair": "\ud800", "label": "a"})  # cannot be encoded by any tokenizer
     found = tokenize_classification(records, encoder_tokenizer, max_length=length, within=99, **PAIRED)
     assert [one.tolist() for one in found.input_ids] == [ids, [0], ids]
     assert found.targets.tolist() == [1, UNSUPERVISED, 1]  # type: ignore[union-attr]
@@ -99,11 +99,11 @@ def test_out_of_vocabulary_texts_have_no_targets_in_lenient_mode(decoder_tokeniz
     causal = tokenize_causal_lm(prompted, decoder_tokenizer, prompt_template="{prompt}", max_length=5, within=within)
     assert causal.input_ids[0].tolist() == ([WHERE, LOST, SEP] if within == 11 else [SEP])
     supervised = [LOST, SEP] if within == 11 else []
-    assert [target for target in causal.targets[0] if target != UNSUPERVISED] == supervised, "half a record is another"
+    assert [target for target in causal.targets[0] if target != UNSUPERVISED] == supervised, "keep all or nothing"
     empty = [Record({"prompt": "", "completion": "lost"})]
     causal = tokenize_causal_lm(empty, decoder_tokenizer, prompt_template="{prompt}", max_length=5, within=within)
-    assert causal.input_ids[0].tolist() == [LOST, SEP], "an empty prompt is whole"
-    assert causal.targets[0].tolist() == [UNSUPERVISED, SEP], "and nothing can be predicted from nothing"
+    assert causal.input_ids[0].tolist() == [LOST, SEP], "an empty prompt must be valid"
+    assert causal.targets[0].tolist() == [UNSUPERVISED, SEP], "a first token must not be a target"
 
 
 def test_texts_without_tokens_and_missing_end_tokens_are_errors(decoder_tokenizer: Any) -> None:
@@ -121,7 +121,7 @@ def test_empty_data_and_braces_in_records_are_tokenized(encoder_tokenizer: Any, 
     assert tokenize_causal_lm([], encoder_tokenizer, prompt_template="{prompt}", max_length=5).targets == ()
     rows = [Record({"prompt": "{completion}", "completion": "lost"})]
     dataset = tokenize_causal_lm(rows, decoder_tokenizer, prompt_template="{prompt} {{", max_length=9)
-    assert dataset.input_ids[0].tolist() == [1, 1, LOST, SEP], "it is text"
+    assert dataset.input_ids[0].tolist() == [1, 1, LOST, SEP], "braces must be plain text"
 
 
 def test_tokenization_does_not_depend_on_chunking(encoder_tokenizer: Any) -> None:
@@ -164,7 +164,7 @@ def test_unencodable_text_does_not_affect_other_records(encoder_tokenizer: Any, 
     if fail is not raise_panic:
         with pytest.raises(ValueError, match="bad"):  # in a lead's own files
             tokenize_classification(FAILING, tokenizer, labels="ab", max_length=5)
-    for stop in (KeyboardInterrupt, SystemExit):  # a person can stop it
+    for stop in (KeyboardInterrupt, SystemExit):  # a user must be able to stop it
         stopped = Failing(encoder_tokenizer, Mock(side_effect=stop))
         with pytest.raises(stop):
             tokenize_classification(FAILING, stopped, labels="ab", max_length=5, within=99)
@@ -179,9 +179,7 @@ def test_long_text_is_truncated_before_encoding(encoder_tokenizer: Any) -> None:
     rows = make_labeled_records((long, "a"), ("card " * 20, "a"))
     dataset = tokenize_classification(rows, encoder_tokenizer, labels="a", max_length=20)
     filled = [CLS, *[CARD] * 18, SEP]
-    assert dataset.input_ids[0].tolist() == dataset.input_ids[1].tolist() == filled, (
-        "and fills its example all the same"
-    )
+    assert dataset.input_ids[0].tolist() == dataset.input_ids[1].tolist() == filled, "it must still fill its example"
 
 
 def test_tokenizer_chunks_are_bounded_in_characters(encoder_tokenizer: Any) -> None:
@@ -209,6 +207,6 @@ def test_text_expanded_by_normalization_is_skipped_alone(to: str, left_out: bool
     assert [dataset.input_ids[place].tolist() for place in (0, 2)] == [ids.tolist() for ids in plain.input_ids]
     assert (dataset.lengths[1] == 1) == left_out
     tokenizer.backend_tokenizer.normalizer = normalizers.NFKD()
-    rows = make_labeled_records(("한국어 텍스트 " * 300, "a"), ("\ufdfa", "b"))  # what Unicode itself makes longer
+    rows = make_labeled_records(("한국어 텍스트 " * 300, "a"), ("\ufdfa", "b"))  # expanded by Unicode normalization
     dataset = tokenize_classification(rows, tokenizer, labels="ab", max_length=9, within=99)
     assert dataset.targets.tolist() == [0, 1]

@@ -45,7 +45,7 @@ def list_overrides(shares: Path) -> tuple[str, ...]:
 def test_vote_gradient_selects_the_nearest_candidate() -> None:
     model, batch = build_copy(make_spec(task="votes")), make_batch("votes")
     batch.targets[1] = -100  # a record that could not be encoded
-    assert list(model.trainable()) == ["head.weight"], "a base that moved would move what is nearest"
+    assert list(model.trainable()) == ["head.weight"], "training the base would change which candidate is nearest"
     with torch.no_grad():
         rows = model.task.embed(model, batch.input_ids, batch.attention_mask)
     nearest = (rows @ model.get_buffer("candidates").T).argmax(dim=1)

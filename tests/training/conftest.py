@@ -32,9 +32,9 @@ KINDS = [
     ("random:llama", "preference"),
 ]
 LAST = LoraSpec(rank=2, alpha=4.0, layers=(-1,))
-"""The last layer alone trains, so that what the others make of a record can be kept."""
+"""Only the last layer trains, so the outputs of the frozen layers can be cached."""
 CELLS = 2**24
-"""A clip norm."""
+"""A clip norm for steps that clip some examples."""
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def build_trained(*given: Any, size: float = 0.2, **changes: Any) -> TaskModel:
 
 
 class Table:
-    """Dummy gradients, looked up by a record's first token, in place of `PerExampleGradients`."""
+    """Dummy gradients, looked up by a record's first token; replaces `PerExampleGradients`."""
 
     def __init__(self, gradients: dict[str, torch.Tensor]) -> None:
         self._gradients = gradients
@@ -90,7 +90,7 @@ def make_dummy_examples(task: str, count: int = 9, *, seed: int = 5) -> TextData
 
 
 BAD = 199
-"""A token of a record that a model is made to fail on."""
+"""A token on which tests make a model fail."""
 
 
 def insert_token(dataset: TextDataset, *texts: int) -> TextDataset:

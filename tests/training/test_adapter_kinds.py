@@ -23,7 +23,7 @@ pytestmark = pytest.mark.nightly
 
 tasks = pytest.mark.parametrize(("path", "task"), KINDS)
 kinds = pytest.mark.parametrize("kind", ["dora", "ia3"])
-keeping = pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
+keeping = pytest.mark.parametrize("keeps", [False, True], ids=["uncached", "cached states"])
 SHAPES = adapt_shapes_to_device(Shapes.from_limits(max_length=15, max_tokens=40))
 
 
@@ -43,7 +43,7 @@ def test_per_example_gradients_match_a_loop(path: str, task: str, kind: str, kee
             found = gradients.compute_all_gradients(batch)
             assert list(found) == list(model.trainable())
         for place, each in enumerate(looped):
-            alone = gradients.compute_all_gradients(collate(dataset, [place], pad_id=0))  # no longer than its texts
+            alone = gradients.compute_all_gradients(collate(dataset, [place], pad_id=0))  # no padding
             padded = gradients.compute_all_gradients(next(iter(site.cut(np.array([place])))))
             for name, expected in each.items():
                 for one in (alone, padded):
@@ -55,7 +55,7 @@ def test_per_example_gradients_match_a_loop(path: str, task: str, kind: str, kee
 
 @pytest.mark.parametrize("path", ["random:bert", "random:llama"])
 def test_dora_gradients_match_peft(path: str) -> None:
-    # PEFT's forward pass as it stands, on parameters that mean the same.
+    # PEFT's unmodified forward pass, on equivalent parameters.
     model, dataset = build_trained(path, lora=make_lora("dora")), make_dummy_examples("classification")
     ours = [compute_loop_gradient(model, dataset, place) for place in range(3)]
     layers = [(name, layer) for name, layer in model.named_modules() if hasattr(layer, "scales")]
@@ -73,7 +73,8 @@ def test_dora_gradients_match_peft(path: str) -> None:
         for name, gradient in zip(matrices, found, strict=False):
             assert np.allclose(gradient.numpy(), ours[place][name], rtol=1e-3, atol=1e-5), name
         for (name, layer), gradient in zip(layers, found[len(matrices) :], strict=True):
-            # An offset is a share of the start: by the chain rule, the start times the gradient of the length.
+            # The parameter is relative to the initial length: by the chain rule, the gradient is that length times the
+            # other one.
             start = lengths[0].new_tensor(1.0) * layer.lora_magnitude_vector["default"].weight
             start = start / (1 + layer.scales.offset)
             public = name.removeprefix("base.") + ".scales.offset"
@@ -86,7 +87,7 @@ def test_dora_and_ia3_pass_the_batch_invariance_trial(kind: str, keeps: bool) ->
     model = build_fresh("random:llama", "causal_lm", lora=make_lora(kind, keeps=keeps))
     before = {name: one.clone() for name, one in model.state_dict().items()}
     assert max_batch_influence(model, SHAPES, keeps_states=keeps, max_grad_norm=0.5) == 0.0
-    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items()), "all is put back"
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items()), "values must be restored"
 
 
 def test_base_mixing_examples_is_refused_for_ia3(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +98,7 @@ def test_base_mixing_examples_is_refused_for_ia3(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(ia3_and_dora, "_run_ia3_forward", run_flattened)
     with pytest.raises(ConfigError, match=r"lora\.target_modules = .*scales': mixes tokens of several examples"):
-        build_fresh(lora=make_lora("ia3"), seed=97)  # a model that no test has built yet, and so one that is tried
+        build_fresh(lora=make_lora("ia3"), seed=97)  # not cached from another test, so the trial runs
 
 
 def test_token_summation_order_depends_only_on_length() -> None:

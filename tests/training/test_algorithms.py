@@ -62,7 +62,7 @@ def run_federation(
                 algorithm=algorithm,
                 arrays=sent,
             )
-            assert bound.allows(updates[site].tensors, sent=adapter), "the lead takes what an honest site sends"
+            assert bound.allows(updates[site].tensors, sent=adapter), "the lead must accept honest updates"
         average = Adapter(
             {
                 key: np.average([updates[site].tensors[key] for site in SIZES], axis=0, weights=list(SIZES.values()))
@@ -77,7 +77,7 @@ def run_federation(
 
 
 GOLDEN_MOVES = {"fedavg": 1.172852, "fedprox": 0.931928, "scaffold": 1.173011, "aslora": 0.814795}
-"""How far three rounds move the adapter, as an L2 norm."""
+"""The L2 norm by which three rounds change the adapter."""
 
 
 def test_algorithms_produce_different_adapters_under_seeded_noise() -> None:
@@ -91,7 +91,7 @@ def test_algorithms_produce_different_adapters_under_seeded_noise() -> None:
     assert moves == pytest.approx(GOLDEN_MOVES, rel=1e-3)
     digests = {name: made.digest() for name, made in adapters.items()}
     assert len(set(digests.values())) == len(settings)
-    assert digests["scaffold"] == run_federation("scaffold")[0].digest(), "the same seed, the same bits"
+    assert digests["scaffold"] == run_federation("scaffold")[0].digest(), "the same seed must give the same bits"
     assert digests["fedprox"] != run_federation("fedprox", mu=0.25)[0].digest()
 
 
@@ -224,7 +224,7 @@ FACTORS = {
 def test_aslora_trains_each_factor_once_then_follows_the_score() -> None:
     aslora = get_algorithm("aslora", {"retry_after": 3})
     arrays, chosen = aslora.initial_arrays(FACTORS), []
-    # Mean gradient of each factor: in the layer q that of A is larger, in v that of B.
+    # Mean gradient of each factor: A's is larger in layer q, and B's in layer v.
     slopes = {"x.q.lora_A.weight": 3.0, "x.q.lora_B.weight": 1.0, "x.v.lora_A.weight": 0.1, "x.v.lora_B.weight": 1.0}
     for _ in range(6):
         frozen = aslora.select_frozen_tensors(FACTORS, aslora.select_sent_arrays(arrays))
@@ -236,9 +236,7 @@ def test_aslora_trains_each_factor_once_then_follows_the_score() -> None:
         outcome = RoundOutcome(adapter=FACTORS, average=average, step_sizes=trained, share=1.0, noise=0.01)
         arrays = aslora.compute_next_arrays(arrays, outcome)
         assert "head.weight" in trained
-    assert chosen == ["BB", "AA", "AB", "AB", "BB", "AA"], (
-        "q retries B after three rounds of A, and v A after three of B"
-    )
+    assert chosen == ["BB", "AA", "AB", "AB", "BB", "AA"], "each layer must retry its other factor after three rounds"
 
 
 def test_aslora_score_subtracts_the_expected_noise() -> None:

@@ -48,9 +48,9 @@ def test_gradients_are_batch_invariant_for_every_architecture(name: str, dtype: 
     encoder = name in ENCODERS
     shape = SHAPE.get(name) or (TINY if encoder else {**TINY, "num_key_value_heads": 1, "head_dim": 16})
     kind = CONFIG_MAPPING[name]
-    wanted = {**shape, "max_position_embeddings": 64, "pad_token_id": 0, "initializer_range": 0.2}
+    settings = {**shape, "max_position_embeddings": 64, "pad_token_id": 0, "initializer_range": 0.2}
     known = {field.name for field in dataclasses.fields(kind)} | {*kind.attribute_map, "global_head_dim"}
-    config = kind(**{key: value for key, value in wanted.items() if key in known})
+    config = kind(**{key: value for key, value in settings.items() if key in known})
     torch.manual_seed(0)
     (AutoModel if encoder else AutoModelForCausalLM).from_config(config).save_pretrained(tmp_path)
     build_tiny_tokenizer("random:bert" if encoder else "random:llama").save_pretrained(tmp_path)
@@ -66,6 +66,6 @@ def test_gradients_are_batch_invariant_for_every_architecture(name: str, dtype: 
     beside = [
         key for key, one in base.state_dict().items() if one.is_floating_point() and one.data_ptr() not in weights
     ]
-    assert beside == [], "the trial replaces every value of a weights file by a random one"
+    assert beside == [], "the trial must replace all values of a weights file"
     shapes = Shapes.from_limits(max_length=12, max_tokens=64, positions=60)
     assert max_batch_influence(model, shapes, keeps_states=False, max_grad_norm=1.0) == 0.0

@@ -41,7 +41,7 @@ def require_refused(model: TaskModel, said: str, **settings: Any) -> None:
     before = Adapter.from_task_model(model).digest()
     with pytest.raises(ConfigError, match=said):
         check(model, **settings)
-    assert Adapter.from_task_model(model).digest() == before, "values are put back also then"
+    assert Adapter.from_task_model(model).digest() == before, "values must be restored after a refusal, too"
 
 
 def list_layers(model: TaskModel) -> Any:
@@ -90,12 +90,12 @@ def test_training_uses_only_matrix_shapes_covered_by_the_trial(onednn: bool) -> 
 
 
 @pytest.mark.by_day(
-    "random:bert-classification-False-whole",
-    "random:llama-causal_lm-True-kept states",
-    "random:llama-preference-False-kept states",
-    "random:bert-triplets-True-whole",
+    "random:bert-classification-False-uncached",
+    "random:llama-causal_lm-True-cached states",
+    "random:llama-preference-False-cached states",
+    "random:bert-triplets-True-uncached",
 )
-@pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
+@pytest.mark.parametrize("keeps", [False, True], ids=["uncached", "cached states"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @kinds
 def test_ordinary_models_pass_the_batch_invariance_trial(
@@ -106,9 +106,9 @@ def test_ordinary_models_pass_the_batch_invariance_trial(
     if checkpointing:
         model.enable_gradient_checkpointing()
     assert check(model, keeps=keeps) == 0.0
-    assert Adapter.from_task_model(model).digest() == before, "the adapter's values are put back"
+    assert Adapter.from_task_model(model).digest() == before, "the adapter's values must be restored"
     expected = build_last_layer(path, task).state_dict()
-    assert all(torch.equal(one, expected[name]) for name, one in model.state_dict().items()), "and the model's weights"
+    assert all(torch.equal(one, expected[name]) for name, one in model.state_dict().items()), "weights must be restored"
 
 
 OTHERS = {
@@ -139,8 +139,8 @@ def mix_from_six_rows(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def change_single_record(hidden: torch.Tensor) -> torch.Tensor:
-    # No multiple of it, which the normalization behind the last layer would take out.
-    return hidden + hidden.roll(1, dims=-1) if len(hidden) <= 2 else hidden  # of a pair, two rows
+    # Not a multiple of the hidden state, which the normalization after the last layer would cancel.
+    return hidden + hidden.roll(1, dims=-1) if len(hidden) <= 2 else hidden  # in batches of at most two rows
 
 
 def mix_previous_row(hidden: torch.Tensor) -> torch.Tensor:
@@ -163,7 +163,7 @@ def mix_previous_row(hidden: torch.Tensor) -> torch.Tensor:
 )
 def test_layer_mixing_examples_is_refused(path: str, task: str, change: Change, number: int) -> None:
     model = change_layer(build_last_layer(path, task), change, number=number)
-    require_refused(model, r"model\.path .*mixes the examples", inexact_allowed=True)  # also where rounding is accepted
+    require_refused(model, r"model\.path .*mixes the examples", inexact_allowed=True)  # even if rounding is accepted
 
 
 def test_layer_depending_on_the_longest_row_is_refused() -> None:
@@ -177,7 +177,7 @@ def test_layer_depending_on_the_longest_row_is_refused() -> None:
 
 def test_last_bit_dependence_is_refused_or_measured() -> None:
     def change_last_bit(hidden: torch.Tensor) -> torch.Tensor:
-        # Of every value of the first row, and only beside many others.
+        # Changes every value of the first row, but only in large batches.
         if len(hidden) < 6:
             return hidden
         other = hidden.clone()
@@ -232,7 +232,8 @@ def test_last_bit_change_in_one_gradient_value_is_detected(monkeypatch: pytest.M
     def nudge_gradient(self: PerExampleGradients, batch: Any) -> dict[str, torch.Tensor]:
         found = original(self, batch)
         if len(batch.input_ids) == SHAPES.rows(batch.input_ids.shape[1])[0]:
-            # The smallest value: clipping rounds it to no cell of the grid, so that the bit alone can tell.
+            # Change the smallest value: clipping then rounds to the same grid cell, so only the bit comparison can
+            # detect it.
             values = found["head.weight"][-1 - batch.empty_rows].flatten()
             value = values[values.abs().masked_fill(values == 0, torch.inf).argmin()]
             value.copy_(torch.nextafter(value, torch.tensor(torch.inf)))
@@ -264,7 +265,7 @@ def test_preference_reference_is_checked_in_varied_batches(monkeypatch: Any, how
     require_refused(model, r"mixes the examples|gradient differently depending", max_grad_norm=10.0)
 
 
-# Every number of rows of the longest, and the fewest of each other length.
+# Every row count at the longest length, and the smallest row count at every other length.
 @pytest.mark.parametrize(
     ("length", "rows"),
     [(SHAPES.lengths[-1], rows) for rows in SHAPES.rows(SHAPES.lengths[-1])]
@@ -294,18 +295,18 @@ def test_record_dependent_failure_is_a_configuration_error(error: type[Exception
 
     handle = embedding.register_forward_pre_hook(fail_on_last)
     kept = {name: sorted(vars(module)) for name, module in model.named_modules()}
-    said = r"model\.path .*cannot be trained on examples of 24 tokens on this machine: .*no such id"
-    require_refused(model, said, keeps=keeps)
+    message = r"model\.path .*cannot be trained on examples of 24 tokens on this machine: .*no such id"
+    require_refused(model, message, keeps=keeps)
     assert {name: sorted(vars(module)) for name, module in model.named_modules()} == kept
     handle.remove()
     assert check(model, keeps=keeps) == 0.0
 
 
 def test_frozen_layers_failing_on_an_example_are_refused() -> None:
-    """At a site such an example counts as zero; in the trial it would make all other examples look exact."""
+    """At a site such an example counts as zero; in the trial it would hide differences in all other examples."""
 
     def fail_on_example(_: Any, inputs: Any, hidden: tuple[torch.Tensor, ...]) -> None:
-        if not torch.equal(hidden[0][0, 0], hidden[0][-1, 0]):  # rows of no example are all alike
+        if not torch.equal(hidden[0][0, 0], hidden[0][-1, 0]):  # all rows without an example are equal
             raise RuntimeError("not this one")
 
     model = build_last_layer()
@@ -316,34 +317,34 @@ def test_frozen_layers_failing_on_an_example_are_refused() -> None:
 def test_length_without_positions_is_refused_before_training() -> None:
     model = build_fresh()
     too_long = model.base.config.max_position_embeddings + 8
-    said, shapes = (
+    message, shapes = (
         r"model\.path .*cannot be trained on examples of \d+ tokens on this machine",
         Shapes((8, too_long), max_tokens=64),
     )
-    require_refused(model, said, shapes=shapes)
-    # Nor are gradients that are not finite taken for exact.
+    require_refused(model, message, shapes=shapes)
+    # Non-finite gradients must not count as equal, either.
     require_refused(change_layer(build_last_layer(), lambda hidden: hidden * torch.nan, number=-1), r"model\.path")
 
 
 def test_model_weights_cannot_hide_kernel_rounding() -> None:
-    """In an external review, a model subtracted the output of most tokens, and amplified the last bit of the rest."""
+    """In an external review, a model cancelled the output of most tokens and amplified the last bit of the others."""
 
     def enlarge_row(module: Any, inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
-        # As the last numbers of a tensor, which the last row holds, are rounded otherwise.
+        # Like the last values of a tensor, which are in the last row and are rounded differently.
         place = torch.arange(len(hidden), device=hidden.device) == len(hidden) - 1
         return hidden + 1e-6 * place[:, None, None] * module.scale
 
     model = build_last_layer()
     layer = list_layers(model)[-1]
-    layer.scale = nn.Parameter(torch.zeros(32), requires_grad=False)  # so that made-up examples see nothing
+    layer.scale = nn.Parameter(torch.zeros(32), requires_grad=False)  # so that dummy examples show no difference
     layer.register_forward_hook(enlarge_row)
     require_refused(model, r"model\.path .*gradient differently depending")
-    assert not layer.scale.any(), "its own weights are put back"
+    assert not layer.scale.any(), "the model's own weights must be restored"
 
 
 @kinds
 def test_trial_covers_every_token_position_in_every_row(path: str, task: str) -> None:
-    """In a trial that is mostly padding, a kernel that rounds the end of a thread's share differently could pass."""
+    """In a trial with mostly padding, a kernel that rounds the end of a thread's share differently could pass."""
     model = build_last_layer(path, task)
 
     def round_one_token(row: int, token: int, _: Any, inputs: Any) -> Any:
@@ -364,13 +365,13 @@ def test_trial_covers_every_token_position_in_every_row(path: str, task: str) ->
 
 @pytest.mark.parametrize("chosen", [True, False])
 def test_trial_examples_are_redrawn_and_progress_is_reported(chosen: bool) -> None:
-    model, seen, told = build_last_layer(), list[torch.Tensor](), list[tuple[int, int]]()
+    model, seen, reported = build_last_layer(), list[torch.Tensor](), list[tuple[int, int]]()
     embeddings = model.base.get_base_model().get_input_embeddings()
     embeddings.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
     total = (3 if chosen else 2) * len(SHAPES.lengths)
     for _ in range(2):
-        check(model, weights_chosen=chosen, told=lambda *so_far: told.append(so_far))
-    assert told == 2 * [(done, total) for done in range(1, total + 1)]
+        check(model, weights_chosen=chosen, told=lambda *so_far: reported.append(so_far))
+    assert reported == 2 * [(done, total) for done in range(1, total + 1)]
     first = len(seen) // 2
     same = sum(torch.equal(one, other) for one, other in zip(seen[:first], seen[first:], strict=True))
-    assert same <= first // 10, "an example of one token may be drawn twice"
+    assert same <= first // 10, "at most a few one-token examples may be drawn twice"

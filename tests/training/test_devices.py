@@ -41,7 +41,7 @@ REPOSITORY = Path(__file__).parents[2]
 SHAPES = Shapes.from_limits(max_length=15, max_tokens=40)
 MAX_GRAD_NORM = 0.5
 KINDS = {
-    "kept states": make_spec(lora=replace(LAST, alternate=True)),
+    "cached states": make_spec(lora=replace(LAST, alternate=True)),
     "a reference": make_spec("random:llama", "preference", texts=2),
 }
 
@@ -84,7 +84,7 @@ def fork_from_one_import() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def rooms() -> Iterator[dict[str, Room]]:
     """Rooms with two and three devices, shared by the tests."""
-    made = {kind: start_devices(KINDS[kind], count) for kind, count in (("kept states", 3), ("a reference", 2))}
+    made = {kind: start_devices(KINDS[kind], count) for kind, count in (("cached states", 3), ("a reference", 2))}
     yield made
     for room in made.values():
         room.devices._workers.end()
@@ -97,7 +97,7 @@ def room(rooms: dict[str, Room], request: pytest.FixtureRequest) -> Room:
 
 @pytest.fixture
 def three_devices(rooms: dict[str, Room]) -> Room:
-    return rooms["kept states"]
+    return rooms["cached states"]
 
 
 def make_units(spec: TaskModelSpec, count: int, unit: str = "record", *, seed: int = 8) -> Any:
@@ -116,8 +116,8 @@ def run_round(
     if room.model.has_frozen_prefix:
         units.cache_frozen_states(room.model)
     units.cache_reference(room.model)
-    asked = make_work(round=number, plan=planned, declared_size=30, rank=rank)
-    return release_round(room.model, units, asked, adapter=start or FIRST[room.model.spec])
+    work = make_work(round=number, plan=planned, declared_size=30, rank=rank)
+    return release_round(room.model, units, work, adapter=start or FIRST[room.model.spec])
 
 
 FIRST = {spec: Adapter.from_task_model(build_task_model(spec)) for spec in KINDS.values()}
@@ -140,7 +140,7 @@ def has_ended(pid: int, *, within_s: float = 20.0) -> bool:
     return False
 
 
-@pytest.mark.by_day("kept states-41-record", "a reference-41-user", "a reference-2-record", "kept states-0-record")
+@pytest.mark.by_day("cached states-41-record", "a reference-41-user", "a reference-2-record", "cached states-0-record")
 @pytest.mark.parametrize("unit", ["record", "user"])
 @pytest.mark.parametrize("count", [41, 2, 0])
 def test_several_devices_release_the_same_result_as_a_single_device(room: Room, unit: str, count: int) -> None:
@@ -171,26 +171,26 @@ def test_every_device_contributes_to_the_sum(three_devices: Room, monkeypatch: p
 
     monkeypatch.setattr(three_devices.devices._workers, "collect_answers", note_answers)
     run_round(three_devices, there)
-    assert len(counted) == 3 * 2, "three steps, two other devices"
+    assert len(counted) == 3 * 2, "three steps on each of the two other devices"
     assert min(counted) > 0
     assert len(there._own) == 14
 
 
 @given(count=st.integers(0, 60), ranks=st.integers(1, 7), seed=st.integers(0, 99))
 def test_each_unit_is_on_one_device_with_all_records(count: int, ranks: int, seed: int) -> None:
-    spec = KINDS["kept states"]
+    spec = KINDS["cached states"]
     examples, by_user = (make_units(spec, count, unit, seed=seed) for unit in ("record", "user"))
     for units in (examples, by_user):
         shares = [units.select_shard(rank, ranks, "cpu") for rank in range(ranks)]
         assert sum(len(own) for own, _ in shares) == len(units)
         everything = np.concatenate([records for _, records in shares])
-        assert sorted(everything.tolist()) == list(range(count)), "each record is on one device"
+        assert sorted(everything.tolist()) == list(range(count)), "each record must be on one device"
         for own, records in shares:
             assert (np.diff(records) > 0).all()
             assert own.num_tokens == sum(examples._dataset.lengths[records]) if isinstance(own, SiteExamples) else True
     for user, records in enumerate(by_user._users):
         _, there = by_user.select_shard(assign_device(user, ranks), ranks, "cpu")
-        assert set(records.tolist()) <= set(there.tolist()), "a user's records stay together"
+        assert set(records.tolist()) <= set(there.tolist()), "a user's records must be on one device"
 
 
 def test_missing_unit_is_detected(three_devices: Room, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def test_failed_or_hung_device_ends_only_the_current_round(
         patched.setattr(there._own, "batch_units", fail_in_second_step)
         with pytest.raises(RunError, match=said):
             run_round(three_devices, there)
-    assert len(steps) == 2, "no step follows"
+    assert len(steps) == 2, "no further step may run"
     assert all(has_ended(pid) for pid in pids)
     monkeypatch.setattr(devices_module, "HEARTBEAT_TIMEOUT_S", 90.0)
     assert run_round(three_devices, there).digest() == expected.digest()
@@ -256,14 +256,14 @@ def test_long_computation_is_not_treated_as_a_hang(three_devices: Room, monkeypa
         threading.Thread(target=work_slowly).start()
         assert crew._answer(1) == "done"
     assert crew._members[0] == (process, pipe)
-    # A device gives a sign after each micro-batch.
+    # A device reports progress after each micro-batch.
     units, signs = make_units(three_devices.model.spec, 41), Mock()
     device = _Device(three_devices.model, signs)
     assert list(device._report_progress("abc")) == ["a", "b", "c"]
     assert signs.call_count == 3
     device.store_units(0, units)
     device.cache_frozen_states(0, None)
-    assert signs.call_count > 3, "and while it runs the frozen layers"
+    assert signs.call_count > 3, "it must also report progress in the frozen layers"
 
 
 def test_failure_on_the_first_device_discards_the_whole_step(
@@ -277,27 +277,27 @@ def test_failure_on_the_first_device_discards_the_whole_step(
         patched.setattr(there._own, "batch_units", Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
             run_round(three_devices, there)
-    assert three_devices.devices._workers.is_broken, "the others' sums of this step are for no other"
+    assert three_devices.devices._workers.is_broken, "the other devices' sums of this step must be discarded"
     assert run_round(three_devices, there).digest() == expected.digest()
 
 
 @pytest.mark.nightly
 def test_failed_device_comparison_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine whose second device rounds some dummy examples differently, the third request was once accepted."""
+    """Regression: if a second device rounded some dummy examples differently, the third request was accepted."""
     monkeypatch.setattr(devices_module, "_differ", set())
     spec, outcome = KINDS["a reference"], DeviceTrial.run_trial
     with monkeypatch.context() as patched:
         patched.setattr(DeviceTrial, "run_trial", lambda *args: outcome(*args)._replace(bits="00" * 32))
         with pytest.raises(ConfigError, match="must be 1 on this machine"):
             start_devices(spec, 2)
-    for _ in range(2):  # where this draw's bits are the same
+    for _ in range(2):  # although this draw gives equal bits
         with pytest.raises(ConfigError, match="must be 1 on this machine"):
             start_devices(spec, 2)
     start_devices(replace(spec, seed=4), 2).devices._workers.end()
 
 
 def test_device_with_different_gradients_is_refused() -> None:
-    spec = KINDS["kept states"]
+    spec = KINDS["cached states"]
     others = replace(spec, model=replace(spec.model, dtype="bfloat16"))
     with pytest.raises(ConfigError, match=r"runtime\.num_devices = 2: must be 1 on this machine"):
         start_devices(spec, 2, others=others)
@@ -308,7 +308,7 @@ def test_device_processes_end_with_their_parent() -> None:
     code = (
         "import os, sys\n"
         "from tests.training.test_devices import KINDS, start_devices\n"
-        "room = start_devices(KINDS['kept states'], 2)\n"
+        "room = start_devices(KINDS['cached states'], 2)\n"
         "print(*room.pids, flush=True)\n"
         "sys.stdin.read()\n"
     )

@@ -31,22 +31,22 @@ from .conftest import (
 
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 UNCLIPPED = {"classification": 128.0, "causal_lm": 16.0, "pairs": 4.0, "triplets": 8.0, "preference": 5.0}
-"""Longer than these models' gradients, which are then rounded to a grid of 8e-6 to 2e-7."""
+"""Larger than these models' gradients, which are rounded to a grid of 8e-6 to 2e-7."""
 
 
 def compute_plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Tensor:
     """Compute the loss of one unpadded example from the PEFT model's output and textbook formulas."""
     if model.task.name not in ("classification", "causal_lm", "preference"):
-        return model.losses(collate(dataset, [index], pad_id=0)).sum()  # tests/tasks compare these with a textbook's
+        return model.losses(collate(dataset, [index], pad_id=0)).sum()  # tests/tasks compare these with textbooks
     texts = [
         torch.from_numpy(dataset.input_ids[text].astype(np.int64))[None] for text in dataset.find_text_indices([index])
     ]
     if model.task.name == "preference":
         targets = [torch.from_numpy(dataset.targets[text]) for text in dataset.find_text_indices([index])]
         with model.base.disable_adapter(), torch.no_grad():
-            base = [log_probability(model, ids, wanted) for ids, wanted in zip(texts, targets, strict=True)]
-        chosen, rejected = (log_probability(model, ids, wanted) for ids, wanted in zip(texts, targets, strict=True))
-        lengths = [max(1, int((wanted[1:] != -100).sum())) if model.task.own.per_token else 1 for wanted in targets]
+            base = [log_probability(model, ids, row) for ids, row in zip(texts, targets, strict=True)]
+        chosen, rejected = (log_probability(model, ids, row) for ids, row in zip(texts, targets, strict=True))
+        lengths = [max(1, int((row[1:] != -100).sum())) if model.task.own.per_token else 1 for row in targets]
         margin = model.task.own.beta * ((chosen - base[0]) / lengths[0] - (rejected - base[1]) / lengths[1])
         return torch.log1p(torch.exp(-margin))
     output = model.base(input_ids=texts[0])
@@ -80,7 +80,7 @@ def require_sums_of_a_loop(model: TaskModel, dataset: TextDataset, **cut: Any) -
     alone = [compute_loop_gradient(model, dataset, place) for place in range(len(dataset))]
     norms = [float(np.sqrt(sum(np.sum(np.square(one)) for one in each.values()))) for each in alone]
     clip = float(np.median([norm for norm in norms if norm]))
-    assert SMALLEST_NORM < clip < max(norms), "or no gradient is scaled by its own norm"
+    assert SMALLEST_NORM < clip < max(norms), "some gradients must be clipped, and some not"
     factors = [min(1.0, clip / norm) if norm else 1.0 for norm in norms]
     for max_tokens in (1, 40, 10_000):
         found = sum_examples(model, make_examples(dataset, max_tokens=max_tokens, **cut), clip)
@@ -100,7 +100,7 @@ def test_clipped_sum_matches_a_loop_for_any_micro_batching(path: str, task: str)
 def test_unclipped_noiseless_step_matches_plain_peft_training(path: str, task: str, optimizer: str) -> None:
     clip = UNCLIPPED[task]
     dataset, half = make_dummy_examples(task), make_plan(sampling_rate=0.5, max_grad_norm=clip)
-    # Larger steps make gradients of cosines longer than the clip norm, or next to nothing.
+    # With larger steps, gradients of cosines exceed the clip norm or vanish.
     rate = 0.01 if dataset.texts > 1 else 0.05
     settings = {"optimizer": optimizer, "learning_rate": rate, "weight_decay": 0.01}
     private = build_trained(path, task)
@@ -126,7 +126,7 @@ def test_unclipped_noiseless_step_matches_plain_peft_training(path: str, task: s
     compared = []
     for name, parameter in model.trainable().items():
         assert not torch.equal(after[name], before[name]), name
-        # AdamW divides a gradient by its own size, so what the grid takes off shows where there was little.
+        # AdamW divides a gradient by its magnitude, which amplifies the grid's rounding of small gradients.
         fine = smallest[name] > (1e4 if optimizer == "adamw" else -1) * compute_cell_width(clip)
         compared.append(fine.flatten())
         torch.testing.assert_close(after[name][fine], parameter.detach()[fine], rtol=1e-4, atol=5e-6)

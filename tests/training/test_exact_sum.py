@@ -29,7 +29,7 @@ Cells = dict[str, torch.Tensor]
 
 def compute_squares(cells: Cells) -> list[int]:
     rows = torch.cat([one.flatten(1).double() for one in cells.values()], dim=1).tolist()
-    assert all(value == int(value) for row in rows for value in row), "whole numbers"
+    assert all(value == int(value) for row in rows for value in row), "cells must be integers"
     return [sum(int(value) ** 2 for value in row) for row in rows]
 
 
@@ -87,7 +87,7 @@ def test_unit_contribution_never_exceeds_the_clip_norm(kind: str, clip: float) -
         found = compute_squares(each)
         assert max(found) <= CELLS**2
         longest = max(longest, *found)
-    # So that the bound was tested: where gradients can reach it, they do.
+    # Gradients that can reach the bound must reach it, or the test would prove nothing.
     reaches = {"denormal": False, "largest": True, "steps of a cell": clip * 1e9 / CELLS > clip}
     if clip >= SMALLEST_NORM and reaches.get(kind, True):
         assert longest > (CELLS * (1 - 3e-6)) ** 2
@@ -125,14 +125,14 @@ def test_removing_a_unit_changes_the_sum_by_exactly_its_contribution(
     for part in np.split(draws.permutation(units), sorted(cut for cut in cuts if cut < units)):
         if len(part):
             add_clipped(sums, split_tensors(values[part]), clip)
-    assert are_equal(sums, with_it), "order and cutting change no cell"
+    assert are_equal(sums, with_it), "order and batching must not change a cell"
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("values", [31, 4096, 100_003])
 def test_contribution_does_not_depend_on_the_number_of_rows(threads: int, values: int) -> None:
     """With many tensors, torch's sum over tensors once depended on the number of rows in the last bit of norms."""
-    torch.set_num_threads(threads)  # put back by the fixture of every test here
+    torch.set_num_threads(threads)  # restored by an autouse fixture
     generator = torch.Generator().manual_seed(2)
     gradient = torch.randn((13, values), generator=generator)
     many = {str(number): torch.randn((40, 50), generator=generator) * 3.0**-number for number in range(26)}
@@ -150,7 +150,7 @@ def test_contribution_does_not_depend_on_the_number_of_rows(threads: int, values
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_contribution_does_not_depend_on_memory_layout(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A norm's last bit does, unless rows are laid out alike; float32 weights hide it but once in millions.
+    # Norms differ in the last bit unless rows have the same layout; with float32 weights this is extremely rare.
     checked = Mock(side_effect=dp_step._compute_squared_row_norms)
     monkeypatch.setattr(dp_step, "_compute_squared_row_norms", checked)
     gradient = torch.randn((5, 40_000), generator=torch.Generator().manual_seed(3))
@@ -189,7 +189,7 @@ def test_user_changes_the_sum_by_only_its_contribution(
     assert are_equal(whole, sum_users(everyone[::-1]))
     rest, own = sum_users([user for user in everyone if user != gone]), sum_users([gone])
     assert are_equal(own, {name: whole[name] - rest[name] for name in whole})
-    assert np.isfinite(values[users[gone]]).all() or not any(one.any() for one in own.values()), "counts as zero"
+    assert np.isfinite(values[users[gone]]).all() or not any(one.any() for one in own.values()), "NaN must count as 0"
     assert compute_squares({name: one[None] for name, one in own.items()})[0] <= CELLS**2
 
 

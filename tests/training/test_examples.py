@@ -51,7 +51,7 @@ def test_cached_states_do_not_change_the_clipped_sum(path: str, task: str, check
     keeping.cache_frozen_states(model)
     assert all(batch.prefix is not None for batch in keeping.cut(np.array(CHOSEN)))
     assert all(batch.prefix is None for batch in plain.cut(np.array(CHOSEN)))
-    # Padding has other states, so a record is not always the same to the last bit with and without.
+    # Padding has other states, so a record's states may differ in the last bit.
     require_same_sum(model, plain, keeping, within=1e-5)
 
 
@@ -64,30 +64,30 @@ def test_states_cached_on_disk_match_memory_without_a_file_name(
     on_disk.cache_frozen_states(model, folder=tmp_path)
     assert on_disk._states.equal(in_memory._states)
     held = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
-    assert held, "it is a file, and no memory"
+    assert held, "the states must be in a file, not in memory"
     assert all("(deleted)" in line for line in held)
     for batch, other in zip(in_memory.cut(np.arange(8)), on_disk.cut(np.arange(8)), strict=True):
         assert batch.prefix.equal(other.prefix)
     full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(os, "posix_fallocate", full)
     without_room.cache_frozen_states(model, folder=tmp_path)
-    assert all(batch.prefix is None for batch in without_room.cut(np.arange(4))), "and that fails nobody"
+    assert all(batch.prefix is None for batch in without_room.cut(np.arange(4))), "a full disk must not be an error"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_padding_contains_no_states_and_progress_is_reported() -> None:
     model, dataset = build_fresh(lora=LAST), make_dummy_examples("classification")
-    told: list[tuple[int, int]] = []
-    make_examples(dataset).cache_frozen_states(model, told=lambda *so_far: told.append(so_far))
-    assert len(told) > 1
-    assert [done for done, _ in told] == sorted({done for done, _ in told})
-    assert {total for _, total in told} == {len(dataset)} == {told[-1][0]}
+    reported: list[tuple[int, int]] = []
+    make_examples(dataset).cache_frozen_states(model, told=lambda *so_far: reported.append(so_far))
+    assert len(reported) > 1
+    assert [done for done, _ in reported] == sorted({done for done, _ in reported})
+    assert {total for _, total in reported} == {len(dataset)} == {reported[-1][0]}
     keeping = make_examples(dataset, max_tokens=10_000)
     keeping.cache_frozen_states(model)
     for batch in keeping.cut(np.arange(len(dataset))):
         assert (batch.attention_mask == 0).any()
         assert not batch.prefix[batch.attention_mask == 0].any()
-        assert not batch.prefix[len(batch) :].any(), "an empty row has none at all"
+        assert not batch.prefix[len(batch) :].any(), "an empty row must have no states"
 
 
 def make_bad_examples(task: str) -> tuple[TextDataset, int]:
@@ -96,7 +96,7 @@ def make_bad_examples(task: str) -> tuple[TextDataset, int]:
     here, next_to_it = (dataset.find_text_indices([one]) for one in (place, place + 1))
     ids = list(dataset.input_ids)
     for text, other in zip(here, next_to_it, strict=True):
-        ids[text] = ids[other]  # as long as another, beside which it comes to stand
+        ids[text] = ids[other]  # as long as another record, so both are in one batch
     return insert_token(TextDataset(tuple(ids), dataset.targets, dataset.texts), here[-1]), place
 
 
@@ -138,7 +138,7 @@ def test_record_with_failed_states_does_not_change_the_sum(task: str, how: str, 
     dataset, place = make_bad_examples(task)
     model = build_trained(task=task, lora=LAST)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # so that even states of zero would have a gradient
+        if name.endswith("bias"):  # so that even zero states would have a gradient
             torch.nn.init.uniform_(parameter.detach())
     others = [index for index in range(len(dataset)) if index != place]
     plain = make_examples(dataset, max_tokens=max_tokens)
@@ -150,7 +150,7 @@ def test_record_with_failed_states_does_not_change_the_sum(task: str, how: str, 
     (alone,) = keeping.cut(np.array([place]))
     assert not alone.prefix[dataset.texts - 1].any()
     assert not any(total.any() for total in sum_examples(model, plain, CLIP, [place]).values()), (
-        "nor without kept states"
+        "the record must not count without cached states, either"
     )
     require_no_effect(place, model, keeping, sum_examples(model, mended, CLIP, others))
 
@@ -168,13 +168,13 @@ def test_machine_failure_discards_all_cached_states(error: type[Exception]) -> N
     keeping.cache_frozen_states(build_fresh())
     keeping.cache_reference(build_fresh())
     assert all(batch.prefix is batch.reference is None for batch in keeping.cut(np.array([0, 1]))), (
-        "the first layer trains"
+        "a model whose first layer trains must not cache states"
     )
     keeping.cache_frozen_states(model)
     assert all(batch.prefix is not None and batch.prefix.any() for batch in keeping.cut(np.array([0, 1])))
 
 
-@pytest.mark.parametrize("layers", [None, (-1,)], ids=["whole", "kept states"])
+@pytest.mark.parametrize("layers", [None, (-1,)], ids=["uncached", "cached states"])
 def test_cached_reference_does_not_change_the_clipped_sum(
     layers: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,7 +189,7 @@ def test_cached_reference_does_not_change_the_clipped_sum(
             for parameter in model.trainable().values():
                 parameter.mul_(factor)
         require_same_sum(model, plain, keeping, within=1e-4)
-    monkeypatch.setattr(TaskModel, "reference", lambda *_: pytest.fail("the base is asked again"))
+    monkeypatch.setattr(TaskModel, "reference", lambda *_: pytest.fail("the base model ran again"))
     keeping.cache_reference(model)
     assert any(total.any() for total in sum_examples(model, keeping, CLIP, [1, 2, 3]).values())
 

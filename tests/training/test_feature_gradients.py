@@ -80,7 +80,7 @@ def require_gradients_of_a_loop(model: TaskModel, dataset: TextDataset, *, rtol:
     for place in range(count):
         alone = model.losses(collate(dataset, [place], pad_id=0).to(DEVICE)).sum()
         each = torch.autograd.grad(alone, list(model.trainable().values()))
-        largest = max(1.0, *(float(one.abs().max()) for one in each))  # rounding is of this size
+        largest = max(1.0, *(float(one.abs().max()) for one in each))  # the scale of rounding errors
         for (name, _), one in zip(model.trainable().items(), each, strict=True):
             torch.testing.assert_close(found[name][place], one, rtol=rtol, atol=atol * largest)
     return found
@@ -92,8 +92,8 @@ def test_feature_model_gradients_match_a_loop_and_pass_the_trial(task: str, hidd
     model = build_trained(make_spec(task, hidden))
     dataset = make_records(model, 7)
     found = require_gradients_of_a_loop(model, dataset, rtol=1e-5, atol=1e-6)
-    assert len(found) == 2 * (len(hidden) + 1), "each layer has a weight and a bias"
-    # And the trial before a run finds that no record moves another.
+    assert len(found) == 2 * (len(hidden) + 1), "each layer must have a weight and a bias"
+    # The preflight must also find that no record affects another.
     shapes = replace(choose_micro_batch_shapes(model, RUNTIME, max_length=1), max_tokens=128)
     require_nothing_moved(model, shapes, keeps_states=False, weights_chosen=False)
 
@@ -155,7 +155,7 @@ def require_nothing_added(
     """Require that a bad record adds nothing, and that the other three records' contributions do not change."""
     task = model.task
     assert [task.record_validator(spec)(one) for one in good] == [None] * 4
-    with monkeypatch.context() as patched:  # as if the reading had let it by
+    with monkeypatch.context() as patched:  # as if validation had accepted it
         patched.setattr(type(task), "record_validator", lambda self, data: lambda record: None)
         mixed = task.tokenize([good[0], bad, *good[2:]], reader, data=spec, lenient_within=1)
     read = (mixed, task.tokenize(good, reader, data=spec))
@@ -189,7 +189,7 @@ def test_image_gradients_match_a_loop(folders: Folders, kind: str, task: str) ->
     dataset = make_records(model, 4)
     assert dataset.lengths.tolist() == [MODELS[kind][2]] * 4
     found = require_gradients_of_a_loop(model, dataset, rtol=1e-3, atol=1e-5)
-    assert len(found) == 1 + 2 * 2 * 6, "A and B of six linear layers in each of two, and the head"
+    assert len(found) == 1 + 2 * 2 * 6, "A and B of six linear layers in two blocks, and the head"
 
 
 @kinds
@@ -204,9 +204,9 @@ def test_image_is_bitwise_equal_in_any_batch(folders: Folders, kind: str, layers
     everyone = compute_each(model, make_examples(dataset, shapes), np.arange(31))
     examples = make_examples(dataset, shapes, kept_by=model if layers else None)
     require_batch_invariance(model, examples, companies=5)
-    again = compute_each(model, examples, np.arange(31))  # perhaps from the states that the frozen layers made of it
+    again = compute_each(model, examples, np.arange(31))  # possibly from cached states of the frozen layers
     assert all(are_same_bits(one, everyone[place]) for place, one in again.items())
-    if (kind, layers) in (("dinov2", None), ("vit", (-1,))):  # the trial finds it, too
+    if (kind, layers) in (("dinov2", None), ("vit", (-1,))):  # the trial must detect it, too
         require_nothing_moved(model, shapes, keeps_states=bool(layers))
 
 

@@ -26,7 +26,7 @@ def dequantize_model(model: TaskModel, coarse: TaskModel) -> TaskModel:
     """Return the bfloat16 model `coarse` with the dequantized weights of `model` and torch's own gradients."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            coarse.get_parameter(name).copy_(parameter)  # also where DoRA starts, which follows from the weights
+            coarse.get_parameter(name).copy_(parameter)  # also the initial values of DoRA, which depend on the weights
         for name, module in model.named_modules():
             if isinstance(module, FourBit):
                 coarse.get_parameter(f"{name}.weight").copy_(module.weight)
@@ -51,11 +51,11 @@ def make_micro_batch(dataset: TextDataset) -> Batch:
 
 
 @pytest.mark.by_day(
-    "random:bert-classification-lora-own",
-    "random:llama-causal_lm-dora-without instructions",
-    "random:bert-classification-ia3-own",
+    "random:bert-classification-lora-native",
+    "random:llama-causal_lm-dora-no instructions",
+    "random:bert-classification-ia3-native",
 )
-@pytest.mark.parametrize("instructions", [True, False], ids=["own", "without instructions"])
+@pytest.mark.parametrize("instructions", [True, False], ids=["native", "no instructions"])
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
 @kinds
 def test_nf4_gradients_match_autograd_on_the_dequantized_weights(
@@ -68,16 +68,16 @@ def test_nf4_gradients_match_autograd_on_the_dequantized_weights(
     model, coarse, exact = (disable_onednn(build_trained(path, task, dtype=dtype, lora=lora)) for dtype in formats)
     batch = make_micro_batch(make_dummy_examples(task, 8))
     found, rounded = record_example_gradients(model, batch), record_example_gradients(exact, batch)
-    assert any(not torch.allclose(found[name], rounded[name], rtol=0.01) for name in found), "four bits are not many"
-    # A loop alone would prove nothing: layers that give their input no gradient agree with themselves.
+    assert any(not torch.allclose(found[name], rounded[name], rtol=0.01) for name in found), "4 bits must be coarse"
+    # A loop alone would prove nothing: layers that pass no gradient to their input would match themselves.
     same = record_example_gradients(dequantize_model(model, coarse), batch)
     assert all(torch.equal(found[name], same[name]) for name in found)
     for one in (model, coarse):
         parameters = one.trainable()
         for row in range(8):
             losses = one.losses(isolate_example(batch, row))
-            wanted = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
-            for name, gradient in zip(parameters, wanted, strict=True):
+            expected = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
+            for name, gradient in zip(parameters, expected, strict=True):
                 assert gradient is not None, name
                 assert (found[name][row] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
@@ -107,9 +107,9 @@ def test_trial_replaces_and_restores_nf4_codes(path: str, task: str) -> None:
 
     shapes = adapt_shapes_to_device(Shapes.from_limits(max_length=12, max_tokens=48))
     assert max_batch_influence(model, shapes, keeps_states=False, max_grad_norm=0.1, see=see) == 0.0
-    assert not any(changed[0]), "first with its own"
-    assert all(changed[-1]), "then with random ones, in every layer"
+    assert not any(changed[0]), "the first pass must use its own codes"
+    assert all(changed[-1]), "later passes must use random codes in every layer"
     assert all(map(torch.equal, copy_codes(), own))
     layers[0].register_forward_hook(lambda module, inputs, output: output + output.mean(dim=0) / 8)
     mixed = max_batch_influence(model, shapes, keeps_states=False, max_grad_norm=0.1)
-    assert mixed > 0.01, "and finds layers that mix records"
+    assert mixed > 0.01, "the trial must detect layers that mix records"

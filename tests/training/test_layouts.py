@@ -37,13 +37,13 @@ GIVEN: dict[str, dict[str, Any]] = {
 }
 TASK_OF = {"scored": "embedding", "triplets": "embedding", "prompted": "preference", "continued": "preference"}
 TASK_OF |= {"labels": "multi_label", "tagged": "token_classification", "marked": "token_classification"}
-"""Those not here are a language model's.  The losses of other heads are in test_feature_gradients.py."""
+"""Other heads use a language model's layout; test_feature_gradients.py tests the losses of those heads."""
 SETTINGS: dict[str, dict[str, Any]] = {"scored": {"texts": 2}, "triplets": {"texts": 3}, "marked": {"texts": 2}}
 OWN: dict[str, Any] = {"triplets": {"margin": 1.5}, "prompted": {"beta": 2.0}}
 OWN |= {"continued": {"beta": 2.0, "per_token": True}}
 SETTINGS |= {"prompted": {"texts": 2}, "continued": {"texts": 2}}
 layouts = pytest.mark.parametrize("layout", GIVEN)
-keeping = pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
+keeping = pytest.mark.parametrize("keeps", [False, True], ids=["uncached", "cached states"])
 
 
 def parse_role(role: str, value: Any) -> str:
@@ -70,19 +70,19 @@ def test_layout_fixtures_cover_truncation_and_several_answers(layout: str) -> No
     dataset = make_dataset(layout)
     texts = SETTINGS.get(layout, {}).get("texts", 1)
     assert (dataset.texts, len(dataset)) == (texts, len(RECORDS[layout]))
-    assert dataset.lengths.max() == LONGEST, "some are cut"
+    assert dataset.lengths.max() == LONGEST, "some records must be truncated"
     if texts > 1 or layout == "chat":
         by_text = isinstance(dataset.targets, tuple)
         last = np.concatenate(dataset.targets[-dataset.texts :]) if by_text else dataset.targets[-1]
-        assert (np.isnan(last) | (last == UNSUPERVISED)).all(), "one is none, or cannot be encoded"
+        assert (np.isnan(last) | (last == UNSUPERVISED)).all(), "one record must lack a target or be unencodable"
     if layout == "chat":
         runs = [np.flatnonzero(np.diff(np.append(False, targets != UNSUPERVISED)) == 1) for targets in dataset.targets]
-        assert max(map(len, runs)) > 2, "several answers"
+        assert max(map(len, runs)) > 2, "some record must have several answers"
 
 
 @pytest.mark.by_day(
-    *(f"{layout}-whole" for layout in ("chat", "scored", "labels", "tagged", "prompted")),
-    "chat-kept states",
+    *(f"{layout}-uncached" for layout in ("chat", "scored", "labels", "tagged", "prompted")),
+    "chat-cached states",
 )
 @keeping
 @layouts

@@ -54,8 +54,8 @@ def test_only_trainable_tensors_change_in_a_round(path: str, task: str) -> None:
 def share(records: int, plan: Any, **changes: Any) -> dict[str, np.ndarray]:
     """Return a site's share of secure aggregation over this number of records."""
     model, units = build_fresh(), make_examples(make_dummy_examples("classification", records))
-    asked = make_work(plan=plan, **changes)
-    return compute_round_share(model, Adapter.from_task_model(model), units, asked, randomness=SeededRandomness(5))
+    work = make_work(plan=plan, **changes)
+    return compute_round_share(model, Adapter.from_task_model(model), units, work, randomness=SeededRandomness(5))
 
 
 TOGETHER = SecureAggregationSpec(num_sites=3, threshold=3, colluders=0).with_share(0.5)
@@ -106,11 +106,11 @@ def test_learning_rate_schedule_continues_across_rounds(
 ) -> None:
     factor = Mock(return_value=1.0)
     monkeypatch.setattr(optimizer, "compute_learning_rate_factor", factor)
-    # The plan that was charged decides, not the training settings beside it.
+    # The charged plan determines the schedule, not the training settings.
     planned = make_plan(local_steps=steps, num_rounds=4, noise_multiplier=noise, sampling_rate=0.5)
     release_round(build_fresh(), make_dummy_examples("classification"), make_work(plan=planned, round=2))
-    asked = [call.kwargs for call in factor.call_args_list]
-    assert asked == [{"step": steps + number, "total_steps": 4 * steps} for number in range(steps)]
+    calls = [call.kwargs for call in factor.call_args_list]
+    assert calls == [{"step": steps + number, "total_steps": 4 * steps} for number in range(steps)]
 
 
 def test_round_keeps_no_optimizer_state_from_the_previous_round() -> None:
@@ -137,7 +137,7 @@ def test_alternating_rounds_train_a_and_b_in_turn(noise: float) -> None:
 
 
 def test_b_round_matches_training_with_frozen_a() -> None:
-    # Clip norm and noise are of what is trained alone.  Up to rounding: a frozen weight has other kernels.
+    # Only trained tensors are clipped and noised. Up to rounding, because frozen weights use other kernels.
     sgd = make_work(training=TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.1))
     frozen_a = dataclasses.replace(TURNS, alternate=False, train_a=False)
     turns, frozen = (
@@ -153,7 +153,7 @@ def test_a_round_clips_only_lora_a_and_the_head(monkeypatch: pytest.MonkeyPatch)
     one_record = make_plan(noise_multiplier=0.5, max_grad_norm=1e-3, local_steps=1, num_rounds=2)
     dataset = make_dummy_examples("classification", 1)
     model = build_fresh(lora=TURNS)
-    before = release_round(model, dataset, make_work(round=1))  # else no A has a gradient
+    before = release_round(model, dataset, make_work(round=1))  # otherwise no A has a gradient
     sgd = TrainingSpec(local_steps=1, optimizer="sgd", learning_rate=1e3)
     after = release_round(
         model, dataset, make_work(round=2, plan=one_record, training=sgd, declared_size=1), adapter=before
@@ -163,7 +163,7 @@ def test_a_round_clips_only_lora_a_and_the_head(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_noiseless_round_matches_plain_training() -> None:
-    silent = make_plan(sampling_rate=0.5, max_grad_norm=1e-9)  # which a private step would clip to nothing
+    silent = make_plan(sampling_rate=0.5, max_grad_norm=1e-9)  # a private step would clip this to nothing
     sgd = TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.1)
     dataset = make_dummy_examples("classification")
     after = release_round(build_fresh(), dataset, make_work(plan=silent, training=sgd))

@@ -25,7 +25,7 @@ from ..conftest import REPOSITORY
 
 TINY = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task="classification", labels=("a", "b"))
 SKIPS = replace(TINY, lora=LoraSpec(layers=(-1,)))
-"""Its first layer is frozen, so that its output can be kept."""
+"""A model with a frozen first layer, whose output can be cached."""
 
 
 def prepare_spec(spec: TaskModelSpec = TINY, *, max_length: int = 8, **runtime: Any) -> TaskModel:
@@ -53,7 +53,7 @@ def test_length_beyond_the_position_limit_is_refused(tmp_path: Path) -> None:
         ):
             prepare_spec(each, max_length=length)
     shapes = choose_micro_batch_shapes(prepare_spec(spec, max_length=512), RuntimeSpec(), max_length=512)
-    assert shapes.lengths[-1] == shapes.full == 512, "padded to no place behind the last"
+    assert shapes.lengths[-1] == shapes.full == 512, "no length may exceed the last position"
 
 
 def test_default_micro_batch_grows_with_threads() -> None:
@@ -90,9 +90,9 @@ def test_frozen_states_are_cached_if_they_fit_into_memory(monkeypatch: pytest.Mo
 
     assert find_most_states(RuntimeSpec(kept_states_mib=1), a_mib)
     assert not machine.do_frozen_states_fit(model, RuntimeSpec(kept_states_mib=0), num_tokens=1)
-    assert machine.measure_frozen_states_mib(trains, num_tokens=10**9) == 0, "its first layer trains"
+    assert machine.measure_frozen_states_mib(trains, num_tokens=10**9) == 0, "its first layer must train"
     assert machine.do_frozen_states_fit(trains, RuntimeSpec(kept_states_mib=0), num_tokens=10**9)
-    # By default a quarter of the available memory is set aside.
+    # By default a quarter of the available memory is reserved for them.
     for text, mib in (("MemTotal: 9 kB\nMemAvailable:   40960 kB\n", 10), ("nothing of the kind\n", 1024)):
         monkeypatch.setattr(Path, "read_text", lambda self, text=text: text)
         assert find_most_states(RuntimeSpec(), mib * a_mib)
@@ -106,7 +106,7 @@ def test_states_exceeding_memory_go_to_a_folder_with_space(tmp_path: Path, monke
     there = RuntimeSpec(kept_states_mib=0, kept_states_folder=str(tmp_path))
     assert machine.find_frozen_states_folder(model, there, num_tokens=10 * a_mib) == tmp_path
     assert machine.find_frozen_states_folder(model, there, num_tokens=10 * a_mib + a_mib) is None, (
-        "half of what is free"
+        "at most half of the free space may be used"
     )
     assert machine.find_frozen_states_folder(model, RuntimeSpec(kept_states_mib=0), num_tokens=1) is None
     missing = replace(there, kept_states_folder=str(tmp_path / "none"))
@@ -139,7 +139,7 @@ def test_missing_gpu_is_refused_except_for_planning() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds a process to cores")
 def test_process_on_one_core_uses_one_thread() -> None:
-    # More threads than cores wait for each other.
+    # Threads compete if there are more threads than cores.
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     try:

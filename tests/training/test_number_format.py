@@ -63,7 +63,7 @@ def without_memory() -> Any:
 
 @pytest.mark.parametrize(("gain", "chosen"), [(1.06, "mixed"), (1.04, "float32"), (0.5, "float32")])
 def test_faster_number_format_is_chosen_above_a_five_percent_gain(set_seconds: Any, gain: float, chosen: str) -> None:
-    # Where bfloat16 is emulated, its product calls float32's, so that a second has to be long beside it.
+    # Emulated bfloat16 calls the float32 product, so the fake second must be much longer.
     set_seconds(float32=gain * 1e-3, mixed=1e-3)
     seconds = number_format.measure_products(SHAPES, tokens=16, onednn=True)
     emulated = not torch.ops.mkldnn._is_mkldnn_bf16_supported() and frozen_linear._HAS_ONEDNN
@@ -83,7 +83,7 @@ def test_measurement_ends_after_the_allowed_time(set_seconds: Any) -> None:
     assert clock.now == 9 * 2 / 64, "a tenth pass of two products would end after 0.3 s"
     clock = set_seconds(float32=1 / 4, mixed=0.0)
     number_format.measure_products(SHAPES, tokens=16, formats=("float32",))
-    assert clock.now == 2 / 4, "one pass is needed"
+    assert clock.now == 2 / 4, "at least one pass is needed"
 
 
 def test_large_products_get_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,16 +91,16 @@ def test_large_products_get_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = frozen_linear.multiply_frozen
     monkeypatch.setattr(frozen_linear, "multiply_frozen", lambda *given: rows.append(len(given[0])) or plain(*given))
     monkeypatch.setattr(number_format, "_MAX_OPERATIONS", 8 * 64 * 30)
-    clock = iter(range(1000)).__next__  # each look is a second later: one pass
+    clock = iter(range(1000)).__next__  # each reading is a second later, which allows one pass
     measure_products({(8, 4): 1, (4, 8): 1}, tokens=512, formats=("float32",), clock=clock)
     measure_products({(800, 4): 1}, tokens=512, formats=("float32",), clock=clock)
     assert rows == [30, 30, 16]
 
 
 def test_number_format_is_measured_once_and_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+    calls: list[Any] = []
     seconds = {"float32": 1.06, "mixed": 1.0}
-    monkeypatch.setattr(number_format, "measure_products", lambda shapes, **how: asked.append((shapes, how)) or seconds)
+    monkeypatch.setattr(number_format, "measure_products", lambda shapes, **how: calls.append((shapes, how)) or seconds)
     model, runtime, texts = (
         ModelSpec(path="random:bert", dtype="auto"),
         RuntimeSpec(num_threads=3, device="cpu"),
@@ -109,7 +109,7 @@ def test_number_format_is_measured_once_and_explained(monkeypatch: pytest.Monkey
     before = torch.get_num_threads()
     for _ in range(2):
         assert choose_number_format(model, runtime, told=texts.append) == "mixed"
-    assert asked == [(count_frozen_products(model), {"tokens": 3 * 512, "onednn": True})]
+    assert calls == [(count_frozen_products(model), {"tokens": 3 * 512, "onednn": True})]
     assert texts == 2 * ["Number format: mixed (model.dtype=auto; mixed precision is 1.06 times as fast as float32)"]
     assert torch.get_num_threads() == before
 

@@ -77,8 +77,8 @@ def test_batches_are_independent_and_hooks_are_removed(path: str, task: str) -> 
     ],
 )
 def test_failed_pass_raises_and_leaves_no_hooks(within: str, error: type[Exception]) -> None:
-    # A zero in the place of every record would be noise that nobody asked for.  One base serves every site of a
-    # simulation: a site that runs out of memory must not end the others' rounds, nor leave its records' activations.
+    # A zero gradient for every record would release pure noise. All sites of a simulation share one base: a site that
+    # runs out of memory must not end the others' rounds, nor leave its records' activations behind.
     model, dataset = build_trained(), make_dummy_examples("classification")
     small, large = collate(dataset, [0, 1], pad_id=0), collate(dataset, [2, 3, 4], pad_id=0)
     expected, before = record_example_gradients(model, small), count_watched(model)
@@ -109,7 +109,7 @@ def test_frozen_tensors_have_no_gradient_and_unused_tensors_are_refused() -> Non
         record_example_gradients(model, batch)
 
 
-# A record that cannot be computed counts as zero; the answer must not depend on whether there is one.
+# A record that cannot be computed counts as zero; the result must not reveal whether there is one.
 def fail_on(model: TaskModel, within: str) -> Any:
     """Make a pass fail if the token `BAD` is in the batch."""
     seen = [False]
@@ -147,7 +147,7 @@ def test_failed_example_has_zero_gradient_and_affects_no_other_example(
     model, dataset = build_trained(task=task), make_dummy_examples(task, 6)
     shape, without = (8, 16), {text // dataset.texts for text in bad}
     before = count_watched(model)
-    # Before anything, as a backward hook changes in which order gradients are added up.
+    # Registered first, because a backward hook changes the order in which gradients are summed.
     handles = fail_on(model, within)
     expected = record_example_gradients(model, collate(insert_token(dataset), range(5), pad_id=0, shape=shape))
     embedding, shapes = model.base.get_base_model().get_input_embeddings(), set()
@@ -157,18 +157,18 @@ def test_failed_example_has_zero_gradient_and_affects_no_other_example(
     with record_gradients(model) as gradients:
         with pytest.raises((IndexError, RuntimeError), match="no such"):
             gradients.compute_all_gradients(batch)
-        for _ in range(2):  # and again: one failure leaves nothing to the next pass
+        for _ in range(2):  # a second pass, which must be unaffected by the first failure
             found = gradients.compute_gradients(batch)
             assert list(found) == list(expected)
             for name, gradient in found.items():
                 assert gradient.shape == expected[name].shape == (8, *model.trainable()[name].shape)
                 for row in range(8):
                     zero = row in without or row >= 5
-                    wanted = torch.zeros_like(gradient[row]) if zero else expected[name][row]
-                    assert torch.equal(gradient[row], wanted), (name, row)
+                    reference = torch.zeros_like(gradient[row]) if zero else expected[name][row]
+                    assert torch.equal(gradient[row], reference), (name, row)
         after = gradients.compute_gradients(collate(insert_token(dataset), range(5), pad_id=0, shape=shape))
         assert all(torch.equal(after[name], expected[name]) for name in expected)
-    assert shapes == {batch.input_ids.shape}, "also where one is tried by itself, so its kernels are the same"
+    assert shapes == {batch.input_ids.shape}, "retries of single examples must keep the shape and so the kernels"
     assert list_leftovers(model) == []
     assert {name: sorted(vars(module)) for name, module in model.named_modules()} == kept
     for handle in handles:
@@ -196,7 +196,7 @@ def test_gradients_after_a_step_use_the_new_adapter(elsewhere: bool) -> None:
             for parameter in model.trainable().values():
                 if elsewhere:
                     parameter.data = parameter.data.clone()
-                parameter.mul_(-2.0)  # in place, as optimizers step
+                parameter.mul_(-2.0)  # in place, as in an optimizer
         found = gradients.compute_gradients(collate(dataset, [0], pad_id=0))
     for name, expected in compute_loop_gradient(model, dataset, 0).items():
         np.testing.assert_allclose(found[name][0].numpy(), expected, rtol=1e-4, atol=2e-5)
@@ -222,12 +222,12 @@ def test_adapters_and_sums_stay_float32_in_low_precision_bases(path: str, task: 
     after = take_private_steps(model, make_records(make_dummy_examples(task)), make_plan(noise_multiplier=1.0))
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     assert {tensor.dtype for tensor in Adapter.from_task_model(model).tensors.values()} == {np.dtype(np.float32)}
-    for name, tensor in after.items():  # not rounded to bfloat16 on the way
+    for name, tensor in after.items():  # values must not pass through bfloat16
         assert not torch.equal(tensor, tensor.bfloat16().float()), name
 
 
-# What the guarantee assumes of a bfloat16 base: two ways to cut a batch give clipped sums that differ by at most this
-# much of the clip norm for each example.  Measured on a CPU: 0.0014 (llama) and 4e-8 (BERT).
+# Assumed by the guarantee for a bfloat16 base: two ways to batch give clipped sums that differ by at most this fraction
+# of the clip norm per example. Measured on a CPU: 0.0014 (llama) and 4e-8 (BERT).
 BOUND = 0.01
 
 

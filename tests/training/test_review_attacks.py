@@ -37,7 +37,7 @@ def attack_model(model: TaskModel, clip: float, *, seed: int, first_id: int, cla
     few, many = (make_examples(TextDataset(ids[:count], targets[:count]), shapes) for count in (OTHERS, OTHERS + 1))
     after = compute_each(model, many, np.arange(OTHERS + 1))
     for place, gradient in compute_each(model, few, np.arange(OTHERS)).items():
-        assert are_same_bits(gradient, after[place]), f"record {place} moved"
+        assert are_same_bits(gradient, after[place]), f"record {place} affected another"
     own = compute_clipped_contributions({name: one[None] for name, one in after[OTHERS].items()}, clip)
     without, moved = sum_examples(model, few, clip), sum_examples(model, many, clip)
     for name, one in moved.items():
@@ -57,7 +57,7 @@ def test_large_attention_adapters_move_the_sum_within_the_clip_norm(threads: int
     """
     labels = tuple("abcdefgh")
     lora = LoraSpec(rank=4, alpha=4.0, layers=(-2, -1), target_modules=("query", "key"))
-    torch.set_num_threads(threads)  # put back by the fixture of every test here
+    torch.set_num_threads(threads)  # restored by an autouse fixture
     head = HeadSpec(train=False, init="label_names")
     model = build_task_model(make_spec(MINILM, labels=labels, lora=lora, head=head))
     generator = torch.Generator().manual_seed(1)
@@ -67,7 +67,7 @@ def test_large_attention_adapters_move_the_sum_within_the_clip_norm(threads: int
     for clip in (1e-3, 1e-2, 1.0):
         square, _ = attack_model(model, clip, seed=threads, first_id=1000, classes=len(labels))
         assert square <= CELLS**2
-        assert clip == 1.0 or square > (0.999 * CELLS) ** 2, "the bound was reached"
+        assert clip == 1.0 or square > (0.999 * CELLS) ** 2, "the attack must reach the bound"
 
 
 @pytest.mark.parametrize("size", [0.2, 5.0])
@@ -77,5 +77,5 @@ def test_rounding_error_never_counts_as_a_clip_norm(size: float) -> None:
     for clip in (1e-18, 1e-9, 1.0):
         for seed in range(2):
             square, norms = attack_model(model, clip, seed=seed, first_id=5, classes=3)
-            assert 0 < max(norms) < SMALLEST_NORM, "a gradient of rounding alone, so the attack was tried"
+            assert 0 < max(norms) < SMALLEST_NORM, "the gradient must be rounding error only, or nothing is tested"
             assert square <= (0.01 * CELLS) ** 2

@@ -50,7 +50,7 @@ def test_optimizer_state_continues_after_a_checkpoint(optimizer: str, tmp_path: 
 
 
 def sum_honest_sites(*, values: int, agreeing: float, seed: int) -> np.ndarray:
-    """Make a sum of three sites whose sampled gradients agree to this share."""
+    """Make a sum of three sites whose sampled gradients agree to this degree."""
     draws, units = np.random.default_rng(seed), PLAN.sampling_rate * SIZE
     signal = np.zeros(values)
     signal[0] = agreeing * units
@@ -68,10 +68,10 @@ def test_honest_aggregate_is_not_limited(values: int, agreeing: float) -> None:
 
 def test_excessive_aggregate_is_scaled_to_the_bound() -> None:
     total = sum_honest_sites(values=1000, agreeing=0.5, seed=1)
-    total[7] += round(1e6 / CELL)  # a million clip norms that no unit has
+    total[7] += round(1e6 / CELL)  # a million clip norms, which no units could contribute
     held = limit_sum_length(total, PLAN, sites=3, declared_size=SIZE)
     length = float(np.sqrt(np.square(held, dtype=np.float64).sum())) * CELL
     sampled = PLAN.sampling_rate * SIZE
     most = sampled + 8 * (math.sqrt(sampled) + 1) + PLAN.noise_multiplier * math.sqrt(3) * (math.sqrt(1000) + 8)
     assert length == pytest.approx(most, rel=1e-3)
-    assert held[7] > 0.99 * most / CELL, "its direction stays"
+    assert held[7] > 0.99 * most / CELL, "scaling must keep the direction"

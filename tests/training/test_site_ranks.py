@@ -1,4 +1,4 @@
-"""Rounds at sites that train a part of the adapter: its first rows of A and columns of B."""
+"""Rounds at sites that train a part of the adapter: the first rows of A and columns of B."""
 
 import dataclasses
 from typing import Any
@@ -21,11 +21,11 @@ SGD = TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.1)
 
 
 def release(rank: int | None, *, lora: LoraSpec = BOTH, units: Any = None, **changes: Any) -> tuple[Adapter, Adapter]:
-    """Return the adapter that a site received, and the one that it releases."""
+    """Return the adapter that a site received and the adapter that it releases."""
     model = build_trained(lora=lora)
     start = Adapter.from_task_model(model)
-    given = make_dummy_examples("classification") if units is None else units
-    return start, release_round(model, given, make_work(rank=rank, **changes))
+    examples = make_dummy_examples("classification") if units is None else units
+    return start, release_round(model, examples, make_work(rank=rank, **changes))
 
 
 @pytest.mark.parametrize("noise", [0.5, 0.0], ids=["private", "plain"])
@@ -63,11 +63,11 @@ def test_smaller_rank_clips_and_noises_its_part_only(monkeypatch: pytest.MonkeyP
     part = cut_to_rank(start.tensors, 1)
     assert {name: value.shape for name, value in noised[0].items()} == {n: v.shape for n, v in part.items()}
     moved = [np.linalg.norm(value - part[name]) for name, value in after.tensors.items()]
-    assert np.linalg.norm(moved) == pytest.approx(1.0, rel=1e-4), "one record uses the whole clip norm"
+    assert np.linalg.norm(moved) == pytest.approx(1.0, rel=1e-4), "one record must use the full clip norm"
 
 
 def test_later_rounds_of_one_model_train_their_own_ranks() -> None:
-    """A simulation's sites share a model, which keeps nothing of the last site's rank."""
+    """The sites of a simulation share a model, which must keep nothing of the previous site's rank."""
     model, dataset = build_trained(lora=BOTH), make_dummy_examples("classification")
     start = Adapter.from_task_model(model)
     alone = {rank: release(rank)[1].digest() for rank in (1, None, 3)}

@@ -42,15 +42,15 @@ def draw_gradients(count: int, *, size: float = 1.0, seed: int = 3) -> Gradients
 
 
 def test_contributions_are_truncated_toward_zero() -> None:
-    wanted = torch.tensor([0.6, -0.6, 0.99, -0.99, 1.6, -1.6, 3.0, -3.0, 0.0])
-    assert compute_clipped_contributions({"a": (wanted / CELLS)[None]}, 1.0)["a"].tolist() == [
+    expected = torch.tensor([0.6, -0.6, 0.99, -0.99, 1.6, -1.6, 3.0, -3.0, 0.0])
+    assert compute_clipped_contributions({"a": (expected / CELLS)[None]}, 1.0)["a"].tolist() == [
         [0, 0, 0, 0, 1, -1, 3, -3, 0]
     ]
 
 
 def test_tiny_clip_norm_does_not_amplify_rounding() -> None:
     clip = 1e-6
-    gradient = {"a": torch.tensor([[3e-5, 4e-5], [0.6, 0.8]])}  # 50 clip norms, and a million
+    gradient = {"a": torch.tensor([[3e-5, 4e-5], [0.6, 0.8]])}  # norms of 50 and of a million clip norms
     found = compute_clipped_contributions(gradient, clip)["a"]
     assert found[0].tolist() == pytest.approx([0.03 * CELLS, 0.04 * CELLS], rel=1e-5)
     assert found[1].tolist() == pytest.approx([0.6 * CELLS, 0.8 * CELLS], rel=1e-5)
@@ -73,7 +73,7 @@ def test_non_finite_gradient_is_zeroed_and_affects_no_other_example(bad: float) 
         assert torch.equal(one[[0, 1, 3, 4]], right[name][[0, 1, 3, 4]])
     largest = torch.finfo(torch.float32).max
     found = compute_clipped_contributions({"a": torch.tensor([[largest, -largest, 0.0], [3.0, -3.0, 0.0]])}, 1.0)["a"]
-    assert torch.equal(found[0], found[1]), "the largest that is finite is clipped like any other"
+    assert torch.equal(found[0], found[1]), "the largest finite gradient must be clipped normally"
     assert 0.99 * CELLS**2 < float(found[0].square().sum()) <= CELLS**2
 
 
@@ -130,13 +130,13 @@ def test_step_adds_noise_once_for_any_sample(count: int) -> None:
     found, of_two = (
         measure_moves(silent, make_plan(noise_multiplier=1.3), declared_size=40, steps=steps) for steps in (1, 2)
     )
-    assert (len(silent.drawn[0]) > 6) == (count > 0), "in several micro-batches"
+    assert (len(silent.drawn[0]) > 6) == (count > 0), "there must be several micro-batches"
     scale = 1.3 * 0.7 / (0.5 * 40)
     for values in (found[:6000], found[6000:]):
         assert has_scale(values, scale)
         for factor in (0.9, 1.1, 1 / 0.7, 0.7, 0.5, 2.0):
             assert not has_scale(values, factor * scale)
-    assert (of_two - found != found).all(), "every step adds noise of its own"
+    assert (of_two - found != found).all(), "every step must add its own noise"
 
 
 def make_numbered_records(*lengths: int) -> TextDataset:
@@ -166,8 +166,8 @@ def test_adapter_values_never_exceed_the_site_bound(monkeypatch: pytest.MonkeyPa
     plan = make_plan(noise_multiplier=1.0, local_steps=6)
     after = release_round(model, examples, make_work(max_adapter_value=bound, plan=plan, training=sgd))
     most = float(np.float32(bound))
-    assert before[0] <= most, "what came is brought within it before a record meets it"
-    assert max(before[1:]) <= most, "and what every step made"
+    assert before[0] <= most, "the received adapter must be clamped before records are used"
+    assert max(before[1:]) <= most, "every step must clamp the adapter"
     assert max(float(np.abs(value).max()) for value in after.tensors.values()) == most
 
 
@@ -192,7 +192,7 @@ def test_micro_batch_shape_is_independent_of_its_contents() -> None:
 
 @pytest.mark.parametrize("beside", [[], [1], [1, 2], [2, 3], [1, 2, 3]])
 def test_cancelling_user_mean_is_bitwise_equal_in_any_batch(beside: list[int]) -> None:
-    """Records of several lengths cancel, so another order of addition would leave another rounding error."""
+    """Records of several lengths cancel, so another order of summation would change the rounding error."""
     rows = torch.tensor([-1e8, 1e8, 1.0, 3e-7, *[5.0] * 16])[:, None].repeat(1, 3)
     lengths = [5, 13, 9, 30, *[13] * 8, *[30] * 5, *[5] * 3]
     places = ([3, 1, 0, 2], range(4, 12), range(12, 17), range(17, 20))
@@ -206,4 +206,4 @@ def test_cancelling_user_mean_is_bitwise_equal_in_any_batch(beside: list[int]) -
 
     assert torch.equal(compute_last_mean(*beside, 0), compute_last_mean(0))
     sums = {float(np.cumsum(rows[order, 0].double().numpy() / 4)[-1]) for order in ([0, 2, 1, 3], [0, 2, 3, 1])}
-    assert len(sums) > 1, "the order matters here"
+    assert len(sums) > 1, "the order must matter for these records"

@@ -79,8 +79,8 @@ def test_peak_memory_counts_live_tensors(monkeypatch: pytest.MonkeyPatch) -> Non
         == measure_peak_bytes(lambda: [allocate_tensors() for _ in range(3)], CPU)
         == 3 * MIB
     )
-    assert measure_peak_bytes(lambda: before.add_(1.0), CPU) == 0, "what was there before is nobody's of these"
-    # A GPU's allocator says it itself.
+    assert measure_peak_bytes(lambda: before.add_(1.0), CPU) == 0, "tensors from before must not count"
+    # A GPU's allocator reports the peak.
     of_gpu = {
         "synchronize": None,
         "reset_peak_memory_stats": None,
@@ -96,7 +96,7 @@ def test_default_step_memory_is_a_share_excluding_the_model(monkeypatch: pytest.
     files = {"/proc/meminfo": "MemTotal:       16 kB\nMemFree: 3 kB\n", "/sys/fs/cgroup/memory.max": "9000\n"}
     with monkeypatch.context() as patched:
         patched.setattr(machine.Path, "read_text", lambda path: files[str(path)])
-        assert machine._measure_memory_bytes() == 9000, "a container's bound counts"
+        assert machine._measure_memory_bytes() == 9000, "a container's limit must count"
         files["/sys/fs/cgroup/memory.max"] = "max\n"
         assert machine._measure_memory_bytes() == 16 * 1024
     model = build_fresh()
@@ -110,7 +110,7 @@ def test_default_step_memory_is_a_share_excluding_the_model(monkeypatch: pytest.
     assert compute_step_bytes(model, RuntimeSpec()) == int(0.4 * (24 * 2**30 - of_model))
     shared = RuntimeSpec(kind="ray", sites_per_gpu=3)
     assert compute_step_bytes(model, shared) == int(0.4 * (8 * 2**30 - of_model)), (
-        "sites that share a GPU share its memory"
+        "sites on one GPU must share its memory"
     )
 
 
@@ -118,7 +118,7 @@ def test_default_step_memory_is_a_share_excluding_the_model(monkeypatch: pytest.
 def test_every_micro_batch_stays_within_step_memory(path: str, task: str) -> None:
     model = build_fresh(path, task)
     whole = fit_within(model, 1e12)
-    assert list_rows(whole) == list_rows(SHAPES), "with room for all, tokens decide"
+    assert list_rows(whole) == list_rows(SHAPES), "with enough memory, only the token limit counts"
     most = max(measure_step(model, SHAPES, *make_full_part(model, SHAPES, length)) for length in SHAPES.lengths)
     for share in (2, 5):
         less = fit_within(model, most / share)
@@ -136,7 +136,7 @@ def make_full_part(model: TaskModel, shapes: Shapes, length: int) -> tuple[TextD
 @kinds
 def test_failed_record_needs_no_extra_memory(path: str, task: str, monkeypatch: Any) -> None:
     model = build_fresh(path, task)
-    # The least room in which the largest micro-batch is said to fit.
+    # The smallest memory in which the largest micro-batch should fit.
     length = SHAPES.lengths[-1]
     one_length = replace(SHAPES, lengths=(length,))
     too_few, needed = MIB // 2, 10 * MIB
@@ -160,7 +160,7 @@ def test_failed_record_needs_no_extra_memory(path: str, task: str, monkeypatch: 
         return found
 
     monkeypatch.setattr(PerExampleGradients, "compute_all_gradients", fail_first)
-    # What pytest keeps of a log keeps the frames of the exception, and all tensors in them.
+    # pytest's log capture would keep the exception's frames, and with them all tensors.
     monkeypatch.setattr(per_example.log, "exception", lambda *_: None)
     with_failure = measure_step(model, SHAPES, dataset, part)
     assert len(calls) > 3
@@ -181,9 +181,9 @@ def test_insufficient_step_memory_error_names_the_setting(monkeypatch: pytest.Mo
     with_room = fit_to_memory(build_fresh(), full, most_bytes=MIB // 2, keeps_states=False)
     assert with_room.rows(full.full)[-1] == 2
     assert with_room.capacity(full.full, 2) == 1
-    for error, said in ((RuntimeError, r"model\.path .* 24 tokens"), (torch.OutOfMemoryError, "micro_batch_tokens = ")):
+    for error, text in ((RuntimeError, r"model\.path .* 24 tokens"), (torch.OutOfMemoryError, "micro_batch_tokens = ")):
         monkeypatch.setattr(TaskModel, "losses", Mock(side_effect=error("no such")))
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=text):
             fit_within(model, 1e9)
 
 
@@ -193,7 +193,7 @@ def test_step_memory_does_not_change_the_round_result(path: str, task: str, unit
     model, dataset = build_trained(path, task), make_dummy_examples(task, 40)
     start = Adapter.from_task_model(model)
     planned = make_plan(unit=unit, sampling_rate=0.7, noise_multiplier=0.5)
-    asked = make_work(plan=planned, training=TrainingSpec(), declared_size=30)
+    work = make_work(plan=planned, training=TrainingSpec(), declared_size=30)
     rows, released = set(), set()
     for num_bytes, most_users in ((1e12, 40), (MIB, 3), (MIB // 2, 1)):
         shapes = fit_within(model, num_bytes)
@@ -203,6 +203,6 @@ def test_step_memory_does_not_change_the_round_result(path: str, task: str, unit
                 units, [np.arange(u, 40, 11) for u in range(11)], most_records=2, most_users=most_users
             )
         rows.add(tuple(list_rows(shapes)))
-        released.add(train_round(model, start, units, asked, randomness=SeededRandomness(5))[0].digest())
+        released.add(train_round(model, start, units, work, randomness=SeededRandomness(5))[0].digest())
     assert len(rows) == 3
     assert len(released) == 1

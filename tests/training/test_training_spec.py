@@ -64,11 +64,11 @@ def test_lora_and_head_have_separate_learning_rates() -> None:
     parameters = {name: torch.nn.Parameter(torch.zeros(2)) for name in ("base.lora_A.weight", "head.weight")}
     optimizer = make_optimizer(parameters, TrainingSpec(learning_rate=0.1, head_learning_rate=0.5))
     set_learning_rate(optimizer, 0.5)
-    set_learning_rate(optimizer, 0.2)  # of the peak, not of what the last step had
+    set_learning_rate(optimizer, 0.2)  # a multiplier of the peak rate, not of the previous step's rate
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert [rates[id(p)] for p in parameters.values()] == pytest.approx([0.02, 0.1])
     common = make_optimizer(parameters, TrainingSpec(learning_rate=0.1))
-    assert [group["lr"] for group in common.param_groups] == [0.1, 0.1], "unless told, the head takes the same"
+    assert [group["lr"] for group in common.param_groups] == [0.1, 0.1], "the head must use the same rate by default"
     adamw = make_optimizer(parameters, TrainingSpec(weight_decay=0.3, betas=(0.5, 0.6)))
     assert isinstance(adamw, torch.optim.AdamW)
     assert {(group["weight_decay"], group["betas"]) for group in adamw.param_groups} == {(0.3, (0.5, 0.6))}
@@ -76,7 +76,7 @@ def test_lora_and_head_have_separate_learning_rates() -> None:
     assert isinstance(sgd, torch.optim.SGD)
     assert {(group["weight_decay"], group["momentum"]) for group in sgd.param_groups} == {(0.3, 0.7)}
     del parameters["head.weight"]
-    assert len(make_optimizer(parameters, TrainingSpec()).param_groups) == 1, "without a head there is one group"
+    assert len(make_optimizer(parameters, TrainingSpec()).param_groups) == 1, "without a head, one group"
 
 
 @pytest.mark.parametrize(("key", "least"), [("num_devices", 1), ("num_threads", 0), ("step_mib", 0)])

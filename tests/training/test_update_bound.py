@@ -64,11 +64,11 @@ def test_honest_training_stays_within_the_update_bound(
     length = math.sqrt(sum(float(np.square(value).sum()) for value in direction.values()))
 
     def make_honest_gradient(step: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        # Three times the units that were declared, all of one opinion, and the plan's noise.
+        # Three times the declared units, with equal gradients, and the plan's noise.
         return 3 * direction[name] / length + draws.normal(size=shape) / denominator
 
     def make_growing_gradient(step: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        return np.full(shape, 10.0 ** (step - 5))  # Adam goes furthest where gradients grow
+        return np.full(shape, 10.0 ** (step - 5))  # Adam moves furthest when gradients grow
 
     for gradients in (make_honest_gradient, make_growing_gradient):
         assert bound.allows(train_optimizer(spec, sent_adapter, gradients, round=round), sent=sent_adapter), (
@@ -78,7 +78,7 @@ def test_honest_training_stays_within_the_update_bound(
         for value in (1e30, -1e30, 1e4):
             update = {key: np.array(tensor) for key, tensor in sent_adapter.tensors.items()}
             update[name].flat[3] = value
-            assert not bound.allows(update, sent=sent_adapter), f"what is far beyond training is not: {name}"
+            assert not bound.allows(update, sent=sent_adapter), f"an update far beyond training must be refused: {name}"
 
 
 def test_norm_bound_limits_many_small_changes(sent_adapter: Adapter) -> None:
@@ -110,7 +110,7 @@ def test_unclipped_or_fast_forgetting_training_has_no_bound(sent_adapter: Adapte
         for spec, plan in ((TrainingSpec(optimizer="sgd"), plain), (forgets, long), (TrainingSpec(), plain))
     ]
     assert norms[:2] == [math.inf, math.inf]
-    assert norms[2] < math.inf, "Adam's steps have one"
+    assert norms[2] < math.inf, "Adam's steps must have a bound"
 
 
 SGD = TrainingSpec(optimizer="sgd", learning_rate=1.0)
@@ -130,7 +130,7 @@ def test_frozen_tensors_may_only_shrink(settings: TrainingSpec, sent_adapter: Ad
         moved = sent_adapter.tensors[resting] + np.copysign(np.float32(move), move * sent_adapter.tensors[resting])
         assert not bound.allows({**sent_adapter.tensors, resting: moved}, sent=sent_adapter)
     assert bound.allows({**sent_adapter.tensors, resting: sent_adapter.tensors[resting] / 2}, sent=sent_adapter), (
-        "into a site's own bound"
+        "shrinking must stay allowed"
     )
     others = Adapter({name: value for name, value in sent_adapter.tensors.items() if name != resting})
     assert bound.norm == bound_round_update(settings, PLAN, round=1, declared_size=SIZE, sent=others).norm

@@ -44,7 +44,7 @@ def compute_norm(gradient: Gradients) -> float:
     return float(np.sqrt(sum(np.sum(np.square(value)) for value in gradient.values())))
 
 
-# The definition once more, in numpy: for each user that joins, the mean over its records that take part, clipped.
+# The definition in numpy: for each sampled user, the mean over its sampled records, clipped.
 def define_sum(each: Sequence[Gradients], users: Sequence[Sequence[int]], *, clip: float) -> Gradients:
     """Compute the sum before noise from all record gradients and the sampled records of each participating user."""
     total = {name: np.zeros_like(value) for name, value in each[0].items()}
@@ -66,7 +66,7 @@ def test_user_level_sum_matches_its_definition(path: str, task: str, most: int) 
     taking_part = [users[user][:most].tolist() for user in chosen]
     sizes = [compute_norm(define_sum(each, [records], clip=1e9)) for records in taking_part]
     clip = float(np.median(sizes))
-    assert min(sizes) < clip < max(sizes), "some are clipped and some are not"
+    assert min(sizes) < clip < max(sizes), "some users must be clipped, and some not"
     expected = define_sum(each, taking_part, clip=clip)
     for max_tokens in (1, 13, 40, 10_000):
         by_user = UserExamples(make_examples(dataset, max_tokens=max_tokens), users, most_records=most)
@@ -93,7 +93,7 @@ def test_micro_batches_keep_users_whole_within_the_limit() -> None:
         batches = list(by_user.batch_units(users))
         assert [len(batch) for batch in batches] == [
             min(most_users, len(sizes) - start) for start in range(0, len(sizes), most_users)
-        ], "as many means are open at a time as memory was set aside for, whatever the records are"
+        ], "the number of open means must depend on memory alone"
         for batch in batches:
             shares = np.zeros(len(batch))
             for micro_batch, rows, share in batch.parts():
@@ -102,7 +102,7 @@ def test_micro_batches_keep_users_whole_within_the_limit() -> None:
                 np.add.at(shares, rows, share)
                 seen += micro_batch.input_ids[: len(rows), 0].tolist()
             np.testing.assert_allclose(shares, 1.0)
-        assert sorted(seen) == list(range(sum(sizes))), "each record once"
+        assert sorted(seen) == list(range(sum(sizes))), "each record must occur once"
 
 
 def stream(*purpose: str | int) -> RandomStream:
@@ -110,8 +110,8 @@ def stream(*purpose: str | int) -> RandomStream:
 
 
 def test_group_sampling_matches_its_definition() -> None:
-    # A user joins where its 64 bits are below the rate; of a user with more than `most` records those with the
-    # smallest of their own fresh draws take part.
+    # A user is sampled if its 64 bits are below the rate; for a user with more than `most` records, those with the
+    # smallest fresh random values are used.
     sizes, most, rate = (5, 1, 3, 2, 4, 1, 6), 3, 0.6
     dataset, users = make_dummy_examples("classification", sum(sizes)), make_users(*sizes)
     by_user = UserExamples(make_examples(dataset), users, most_records=most)
@@ -140,7 +140,7 @@ def test_group_sampling_matches_its_definition() -> None:
         assert step == sorted(expected)
     assert len({tuple(step) for step in taken}) > 1
     one, untouched = stream("all"), stream("all")
-    for count, most in ((1, 1), (3, 3), (3, 8)):  # of few records all take part and nothing is drawn
+    for count, most in ((1, 1), (3, 3), (3, 8)):  # with so few records nothing is drawn
         assert choose_records(count, most, one).tolist() == list(range(count))
     assert one.uniform64(1) == untouched.uniform64(1)
 
@@ -162,7 +162,7 @@ def test_users_with_one_record_train_like_records(path: str, task: str, noise: f
     changes = {"noise_multiplier": noise}
     by_user = release_round(build_trained(path, task), alone, make_round(**changes))
     by_record = release_round(build_trained(path, task), make_examples(dataset), make_round(unit="record", **changes))
-    assert by_user.digest() == by_record.digest(), "the same bits, sums, noise and steps"
+    assert by_user.digest() == by_record.digest(), "both must have the same bits, sums, noise and steps"
     assert by_user.digest() != Adapter.from_task_model(build_trained(path, task)).digest()
 
 

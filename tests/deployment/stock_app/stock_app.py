@@ -39,5 +39,5 @@ def train(message: Message, context: Context) -> Message:
 def main(grid: Grid, context: Context) -> None:
     result = FedAvg(fraction_evaluate=0.0).start(grid=grid, initial_arrays=ArrayRecord([np.zeros(3)]), num_rounds=1)
     assert result.arrays is not None
-    said = {"averaged": result.arrays.to_numpy_ndarrays()[0].tolist(), **result.train_metrics_clientapp[1]}
-    Path(str(context.run_config["into"])).write_text(json.dumps(said))
+    figures = {"averaged": result.arrays.to_numpy_ndarrays()[0].tolist(), **result.train_metrics_clientapp[1]}
+    Path(str(context.run_config["into"])).write_text(json.dumps(figures))

@@ -22,7 +22,7 @@ from fedtune.federation.secure.messages import Upload
 from fedtune.federation.secure.packing import reduce_residues, to_signed_integers, unpack_residues
 
 PRIME = 2**61 - 1
-"""Of the field that combinations are sought in: what is readable with small whole coefficients is so in it."""
+"""The prime of the field of combinations; one with small integer coefficients is readable in this field, too."""
 
 
 @dataclass
@@ -52,10 +52,10 @@ class Knowledge:
     revealed: dict[tuple[str, int, str, str], dict[int, int]] = field(default_factory=dict)
 
     def hear(self, answer: bytes) -> None:
-        said: dict[str, Any] = json.loads(answer)
-        for dealer, given in said["shares"].items():
-            for other, value in given.items():
-                self.learn(said["session"], said["release"], dealer, other, {said["site"]: int(value, 16)})
+        fields: dict[str, Any] = json.loads(answer)
+        for dealer, by_site in fields["shares"].items():
+            for other, value in by_site.items():
+                self.learn(fields["session"], fields["release"], dealer, other, {fields["site"]: int(value, 16)})
 
     def learn(self, session: str, release: int, dealer: str, other: str, values: Mapping[str, int]) -> None:
         known = self.revealed.setdefault((session, release, dealer, other), {})
@@ -95,7 +95,7 @@ class Knowledge:
     def read(self, combination: Mapping[int, int]) -> npt.NDArray[np.int64]:
         """Remove the known masks from a combination of uploads.
 
-        Masks that it does not know are taken away too, and must come to nothing, or this would not be readable.
+        Unknown masks are removed, too; they must cancel, because otherwise the combination would not be readable.
         """
         total: npt.NDArray[np.uint64] = np.zeros(len(self.sent[0].vector), np.uint64)
         for number, coefficient in combination.items():
@@ -116,9 +116,9 @@ def _mask_sign(site: str, other: str, seed: bytes) -> int:
 
 
 def _find_kernel(rows: list[dict[str | int, int]]) -> list[dict[int, int]]:
-    """Compute the reduced kernel: combinations of rows that cancel all text keys, with coefficients next to zero.
+    """Compute the reduced kernel: combinations of rows that cancel all text keys, with the coefficients of the others.
 
-    By Gauss over a prime field, where texts come before numbers.
+    Gaussian elimination over a prime field, with the text keys before the numbers.
     """
     done: list[tuple[str | int, dict[str | int, int]]] = []
     for row in rows:

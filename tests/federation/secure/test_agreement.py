@@ -32,7 +32,7 @@ def test_least_threshold_rules_out_two_confirmed_survivor_sets(num_sites: int, d
     colluders = data.draw(st.integers(0, num_sites - 1))
     least = min_threshold(num_sites, colluders=colluders)
     honest = num_sites - colluders
-    for threshold in range(least, num_sites + 1):  # of each set's t confirmations all but c are by honest sites
+    for threshold in range(least, num_sites + 1):  # of a set's t confirmations, all but c are from honest sites
         assert 2 * (threshold - colluders) > honest
     assert 2 * (least - 1 - colluders) <= honest or least - 1 < colluders
 
@@ -108,7 +108,7 @@ def announce_all(terms: Terms) -> dict[str, bytes]:
 
 
 def test_equal_announced_keys_define_the_same_session() -> None:
-    terms = make_terms(3, 3, run=f"x-seed=1,lora.rank=4-{'0' * 32}")  # of a sweep
+    terms = make_terms(3, 3, run=f"x-seed=1,lora.rank=4-{'0' * 32}")  # a run of a sweep
     first, second = announce_all(terms), announce_all(terms)
     session = build_session(terms, first)
     assert session == build_session(terms, dict(reversed(first.items())))
@@ -151,7 +151,7 @@ def test_tampered_announcement_is_rejected_and_attributed(change: dict[str, Any]
         make_party(terms).join(list(shown.values()))
     with expect_rejection(reason) as error:
         build_session(terms, shown)
-    assert error.value.site == "b", "the lead is told whose it is"
+    assert error.value.site == "b", "the lead must learn the site"
 
 
 def test_announcement_is_bound_to_its_site_and_signature_purpose() -> None:
@@ -171,7 +171,7 @@ def test_site_joins_once_with_exactly_one_key_per_member() -> None:
     a, messages, others = make_party(terms), announce_all(terms), announce_all(terms)
     own = {**messages, "a": a.announce()}
     cases = [
-        (list(messages.values()), RejectionReason.WRONG_KEY),  # of its former life
+        (list(messages.values()), RejectionReason.WRONG_KEY),  # the key of its previous process
         ([own["a"], own["b"]], RejectionReason.KEY_MISSING),
         ([own["a"], own["b"], own["b"]], RejectionReason.REPEATED),
         ([own["a"], own["b"], own["c"], others["c"]], RejectionReason.REPEATED),

@@ -73,7 +73,7 @@ def test_late_upload_of_a_dropped_site_stays_masked() -> None:
     assert server.knowledge.find_readable_sums() == [{0: 1, 1: 1, 2: 1}]
     d = server.knowledge.sent[3]
     known = server.knowledge.seeds()
-    # All of d's masks but its own are known now: without its own, the vector would be readable.
+    # All of d's masks except its own are now known; without its own mask, the vector would be readable.
     assert {other for other, seed in d.seeds.items() if seed in known} == {"a", "b", "c"}
     assert server.find_refusal(1, "abcd", signatures, "a") is RejectionReason.WRONG_SIGNATURE
 
@@ -86,7 +86,7 @@ def test_site_confirms_only_one_survivor_set_per_release() -> None:
     for site in "abcd":
         with expect_rejection(RejectionReason.SURVIVORS_CHANGED):
             server.federation.parties[site].confirm(server.federation.asked(1, "abc").to_bytes())
-    assert server.confirm(1, "abcd", by="abcd") == signatures  # the same again is the same
+    assert server.confirm(1, "abcd", by="abcd") == signatures  # a repeated request gives the same signatures
     assert server.knowledge.find_readable_sums() == [{0: 1, 1: 1, 2: 1, 3: 1}]
 
 
@@ -95,7 +95,7 @@ def test_conflicting_survivor_sets_never_reach_the_threshold() -> None:
     server.upload(1, "abcd")
     by_others = server.confirm(1, "abcd", by="bcd")
     assert server.find_refusal(1, "abcd", by_others, "a") is RejectionReason.NOT_PROMISED, (
-        "a helps only with what it promised itself"
+        "a must help only with the set that it confirmed"
     )
     server = Adversary(4, 3)
     server.upload(1, "abcd")
@@ -110,21 +110,21 @@ def test_conflicting_survivor_sets_never_reach_the_threshold() -> None:
 def test_skipping_confirmation_would_let_a_server_unmask_two_sites() -> None:
     """Motivates the confirmations: no set has enough helpers here, but their combined shares unmask a sum of a and b.
 
-    Each of c, d and e is left out of three sets at least, so that three sites reveal its masks with a and with b.
+    At least three sets exclude c, d or e each, so three sites reveal its masks with a and with b.
     """
-    told = dict(zip("abcde", ("abc", "abc", "abd", "abd", "abe"), strict=True))
+    sets = dict(zip("abcde", ("abc", "abc", "abd", "abd", "abe"), strict=True))
     server = Adversary(5, 3)
     server.upload(1, "abcde")
-    genuine = {site: server.confirm(1, survivors, by=site) for site, survivors in told.items()}
-    for site, survivors in told.items():
+    genuine = {site: server.confirm(1, survivors, by=site) for site, survivors in sets.items()}
+    for site, survivors in sets.items():
         together = server.confirm(1, survivors, by="abcde")
         assert len(together) < 3
         assert server.find_refusal(1, survivors, genuine[site], site) is RejectionReason.NOT_CONFIRMED
     assert server.knowledge.find_readable_sums() == []
-    for site, survivors in told.items():  # as if enough others had confirmed the set of each
-        asked = server.federation.asked(1, survivors)
+    for site, survivors in sets.items():  # as if enough other sites had confirmed each one's set
+        request = server.federation.asked(1, survivors)
         forged = {
-            other: make_identity(other).sign("secure aggregation survivors", asked.to_bytes()) for other in "abcde"
+            other: make_identity(other).sign("secure aggregation survivors", request.to_bytes()) for other in "abcde"
         }
         server.unmask(1, survivors, forged, by=site)
     assert server.knowledge.find_readable_sums() == [{0: 1, 1: 1}]
@@ -194,9 +194,9 @@ def test_site_reveals_only_one_kind_of_share_per_survivor() -> None:
     request = server.request(1, "abcd", signatures, "a")
     answer = server.federation.parties["a"].unmask(request)
     given_shares = {dealer: set(shares) for dealer, shares in json.loads(answer)["shares"].items()}
-    # Of each survivor its own mask's seed, and the seed of its mask with the dropped site; no other pair's.
+    # For each survivor: the seed of its own mask and of its mask with the dropped site, and no other pair's seed.
     assert given_shares == {"a": {"a", "e"}, "b": {"b", "e"}, "c": {"c", "e"}, "d": {"d", "e"}}
-    # Nor in a survivor's place: what e sealed for a, given out as if d had sealed it.
+    # Nor instead of a survivor's share: what e sealed for a, presented as if d had sealed it.
     of_e = json.loads(server.request(1, "abcde", signatures, "a"))["sealed"]["e"]
     swapped = change_message(request, sealed={**json.loads(request)["sealed"], "d": of_e})
     assert json.loads(server.federation.parties["a"].unmask(swapped))["shares"]["d"] == {}
@@ -226,13 +226,13 @@ def test_site_uploads_once_per_release_and_retries_as_a_new_release() -> None:
     server.upload(3, "abcd")
     first, retry = server.knowledge.sent[0], server.knowledge.sent[4]
     assert not set(first.seeds.values()) & set(retry.seeds.values())
-    # Nor does who promised a release's set without an upload upload to it afterwards.
+    # A site that confirmed a release's set without an upload must not upload to it afterwards.
     server.confirm(4, "abc", by="d")
     with expect_rejection(RejectionReason.RELEASE_OVER):
         server.federation.parties["d"].upload(4, server.federation.make_vector("d"))
 
 
-# Whatever comes over the wire.
+# Arbitrary bytes from the network.
 
 
 def list_messages(federation: Federation) -> dict[str, bytes]:

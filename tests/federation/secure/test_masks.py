@@ -86,10 +86,10 @@ def test_mask_is_the_chacha20_keystream_and_pairs_cancel() -> None:
     seed = os.urandom(32)
     stream = Cipher(algorithms.ChaCha20(seed, bytes(16)), mode=None).encryptor().update(bytes(8 * 5))
     assert sum_masks("a", {"a": seed}, length=5).tobytes() == stream
-    for place in (0, 3, 31):  # a seed that is cut to fewer bits would leave some without effect
+    for place in (0, 3, 31):  # a seed truncated to fewer bits would ignore some of them
         other = bytes(byte ^ (place == at) for at, byte in enumerate(seed))
         assert not np.any(sum_masks("a", {"a": other}, length=5) == sum_masks("a", {"a": seed}, length=5))
-    # Masks of a pair cancel, and a site's own does not.
+    # The masks of a pair cancel; a site's own mask does not.
     own = os.urandom(32)
     first, second = sum_masks("a", {"b": seed, "a": own}, length=9), sum_masks("b", {"a": seed}, length=9)
     assert np.array_equal(first + second, sum_masks("a", {"a": own}, length=9))
@@ -132,7 +132,7 @@ def test_packed_values_round_trip_in_the_fewest_bytes(bits: int, values: list[in
     assert len(data) == compute_packed_size(len(values), bits) == (len(values) * bits + 7) // 8
     assert unpack_residues(data, len(values), bits).tolist() == [value % 2**bits for value in values]
     as_one = sum(int(number) << place * bits for place, number in enumerate(numbers))
-    assert int.from_bytes(data, "little") == as_one, "bits lie one behind the other"
+    assert int.from_bytes(data, "little") == as_one, "values must be packed without gaps"
 
 
 @pytest.mark.parametrize("bits", [1, 17, 31, 33, 64])
@@ -181,7 +181,7 @@ def test_any_threshold_of_shares_recovers_the_secret(
 
 
 def test_fewer_shares_than_the_threshold_reveal_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    # In a field of seven elements: all polynomials, and what two of three shares say of the secret.
+    # In a field of seven elements: all polynomials, and what two of three shares reveal about the secret.
     monkeypatch.setattr(shares, "PRIME", 7)
     seen: Counter[tuple[int, int, int]] = Counter()
     for secret, *coefficients in itertools.product(range(7), repeat=3):
@@ -194,7 +194,7 @@ def test_fewer_shares_than_the_threshold_reveal_nothing(monkeypatch: pytest.Monk
     monkeypatch.undo()
     monkeypatch.setattr(shares.secrets, "randbelow", lambda bound: bounds.append(bound) or 1)
     split_secret(bytes(32), threshold=3, num_shares=3)
-    assert bounds == [PRIME, PRIME], "coefficients are drawn from the whole field"
+    assert bounds == [PRIME, PRIME], "coefficients must be drawn from the whole field"
 
 
 def test_wrong_share_changes_the_secret_and_its_digest() -> None:

@@ -56,7 +56,7 @@ def test_messages_fit_twenty_sites_with_the_longest_names() -> None:
     assert len(request) < MAX_JSON_BYTES / 2
     assert len(federation.parties[names[0]].unmask(request)) < MAX_JSON_BYTES / 2
     assert federation.add_shares(summation, by=names).compute_total().tolist() == [2**14 - 1] * 4
-    # An upload takes the bytes that its terms say, few of them beside the vector.
+    # An upload has the size that its terms state, and little more than the vector.
     terms = make_terms(4, 3, length=1001)
     sites = Federation(terms)
     size = len(sites.parties["a"].upload(1, sites.make_vector("a")))
@@ -74,7 +74,7 @@ def test_out_of_range_values_are_not_clipped_before_summation() -> None:
     assert total.tolist() == [5, LARGEST]
 
 
-# Who drops when.
+# Dropouts in each phase.
 
 
 def test_too_few_messages_end_only_the_current_release() -> None:
@@ -90,7 +90,7 @@ def test_too_few_messages_end_only_the_current_release() -> None:
     with pytest.raises(UnmaskingError, match="2 sites sent shares, but 3 are required") as error:
         summation.compute_total()
     assert error.value.site is None
-    # d helps, though it did not upload
+    # d helps although it did not upload
     summation = federation.add_confirmations(federation.start_release(3, "abc"), by="abd")
     assert federation.add_shares(summation, by="abd").compute_total().tolist() == federation.add_vectors("abc").tolist()
 
@@ -102,7 +102,7 @@ def test_restarted_site_is_excluded_until_a_new_session() -> None:
     with pytest.raises(Rejected):
         party.confirm(summation.build_confirm_request())
     total = federation.add_shares(federation.add_confirmations(summation, by="ab"), by="ab").compute_total()
-    assert total.tolist() == federation.add_vectors("abc").tolist()  # it had uploaded; two of three are enough
+    assert total.tolist() == federation.add_vectors("abc").tolist()  # c had uploaded; two of three helpers suffice
     old = federation.session.digest
     for site in "ab":
         federation.restart(site)
@@ -112,7 +112,7 @@ def test_restarted_site_is_excluded_until_a_new_session() -> None:
     assert federation.add_shares(summation, by="abc").compute_total().tolist() == federation.add_vectors("abc").tolist()
 
 
-# A site that says what is wrong.
+# Sites that send wrong values.
 
 
 def test_wrong_shares_are_detected_attributed_and_ignored() -> None:
@@ -142,7 +142,7 @@ def test_too_many_wrong_shares_end_the_release() -> None:
         UnmaskingError, match="1 sites sent correct unmasking shares for c, but 2 are required"
     ) as error:
         summation.compute_total()
-    assert error.value.site is None, "it may be c's doing, or that of the two"
+    assert error.value.site is None, "either c or the other two may be at fault"
     assert summation.wrong_shares == {("b", "c"), ("c", "c")}
 
 
@@ -157,11 +157,11 @@ def flip_upload_bit(number: int) -> tuple[Federation, Summation]:
 
 
 def test_dealer_of_inconsistent_shares_is_named() -> None:
-    _, summation = flip_upload_bit(2 * 4)  # the digest of its own mask's seed
+    _, summation = flip_upload_bit(2 * 4)  # the digest of the seed of its own mask
     with pytest.raises(UnmaskingError, match="c sent inconsistent shares") as error:
         summation.compute_total()
     assert error.value.site == "c"
-    federation, summation = flip_upload_bit(3 * 4)  # what it sealed for a
+    federation, summation = flip_upload_bit(3 * 4)  # the share that it sealed for a
     assert summation.compute_total().tolist() == federation.add_vectors("abc").tolist()
     assert summation.wrong_shares == {("a", "c")}
 
@@ -221,7 +221,7 @@ def test_shares_are_accepted_only_with_the_signature_of_their_site() -> None:
             summation.add_revealed("d", change_message(answer, **change))
     assert summation.compute_total().tolist() == federation.add_vectors("abcd").tolist()
     assert not summation.wrong_shares
-    with expect_rejection(RejectionReason.WRONG_SIGNATURE):  # of another release
+    with expect_rejection(RejectionReason.WRONG_SIGNATURE):  # a signature for another release
         summation.add_revealed("d", change_message(answer, release=2))
 
 
@@ -278,13 +278,13 @@ def test_release_with_faulty_sites_is_correct_or_raises_unreadable(seed: int) ->
     if error is not None:
         assert str(error).startswith("the sum of secure aggregation release 1 cannot be computed: ")
         assert run.faulty
-        # Where three are honest, a faulty one's own seeds are amiss; who is named for certain is faulty.
+        # With three honest sites, only the faulty one's own seeds can be wrong; a site named with certainty is faulty.
         assert len(honest) < 3 or error.site is not None or run.summation.wrong_shares
         assert error.site is None or error.site in run.faulty
         assert all(set(pair) & set(run.faulty) for pair in run.summation.wrong_shares)
         return
     assert honest <= set(run.summation.survivors)
-    # A faulty site may change its own vector, and nobody can tell; nobody else's.
+    # A faulty site can change its own vector undetected, but no other vector.
     if not set(run.summation.survivors) & set(run.faulty):
         assert np.array_equal(total, run.federation.add_vectors(honest))
 

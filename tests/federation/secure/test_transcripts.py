@@ -22,7 +22,7 @@ from .parties import ANY, Federation, change_message, make_identity, make_terms
 pytestmark = pytest.mark.nightly
 
 CHANCE = st.randoms(use_true_random=True)
-"""Which sites are asked for what: plain draws of hypothesis would seldom get as far as a sum."""
+"""Random choice of sites; hypothesis's own draws would rarely get as far as a sum."""
 
 
 class Transcript(RuleBasedStateMachine):
@@ -40,14 +40,14 @@ class Transcript(RuleBasedStateMachine):
         self.uploads, self.signatures, self.asked, self.release = {}, {}, [], 1
         self.sessions = {self.federation.session.digest: self.federation.session}
         self.joined = dict.fromkeys(self.honest, self.federation.session.digest)
-        # Of a colluder all keys are the adversary's; its first one is a party's, whose memory it has.
+        # The adversary has all keys of a colluder; its first key belongs to a party, whose memory it has.
         self.secrets = {
             site: {self.federation.session.digest: self.federation.parties[site]._require_joined()[1]}
             for site in self.colluders
         }
         self.second: dict[str, MaskKey] = {}
 
-    # What the server can do.
+    # Actions of the server.
 
     @rule(chance=CHANCE)
     def restart(self, chance: random.Random) -> None:
@@ -96,8 +96,8 @@ class Transcript(RuleBasedStateMachine):
             self._unmask(first, self._draw_sites(chance), stuffed=chance.random() < 0.3)
         self._upload(self.release, self._draw_sites(chance), chance)
         self._confirm(second, self._draw_sites(chance))
-        for asked in (second, first):
-            self._unmask(asked, self._draw_sites(chance), stuffed=chance.random() < 0.3)
+        for survivors in (second, first):
+            self._unmask(survivors, self._draw_sites(chance), stuffed=chance.random() < 0.3)
 
     @rule(chance=CHANCE)
     def ask_for_uploads(self, chance: random.Random) -> None:
@@ -182,9 +182,9 @@ class Transcript(RuleBasedStateMachine):
         except Rejected:
             return
         if what == "confirm":
-            said = json.loads(answer)
-            about = ConfirmRequest(**{key: said[key] for key in ("session", "release", "survivors")}).to_bytes()
-            self.signatures.setdefault(about, {})[site] = said["signature"]
+            fields = json.loads(answer)
+            about = ConfirmRequest(**{key: fields[key] for key in ("session", "release", "survivors")}).to_bytes()
+            self.signatures.setdefault(about, {})[site] = fields["signature"]
         else:
             self.knowledge.hear(answer)
 
@@ -200,7 +200,7 @@ class Transcript(RuleBasedStateMachine):
         survivors = [site for site in sites if site not in left_out]
         return ConfirmRequest(session=session, release=release, survivors=survivors)
 
-    # What must hold, always.
+    # Invariants.
 
     @invariant()
     def check_one_sum_per_release(self) -> None:
@@ -209,10 +209,10 @@ class Transcript(RuleBasedStateMachine):
         seen: set[int] = set()
         for combination in self.knowledge.find_readable_sums():
             uploads = [self.knowledge.sent[number] for number in combination]
-            assert set(combination.values()) == {1}, "a sum, and no other combination"
+            assert set(combination.values()) == {1}, "only sums may be readable, no other combination"
             assert len({(one.upload.session, one.upload.release) for one in uploads}) == 1
             assert len(uploads) >= self.knowledge.threshold - len(self.colluders)
-            assert not seen & set(combination), "no upload is in two sums"
+            assert not seen & set(combination), "no upload may be in two sums"
             seen |= set(combination)
             vectors = np.sum([one.vector for one in uploads], axis=0)
             assert self.knowledge.read(combination).tolist() == vectors.tolist()
@@ -223,5 +223,5 @@ TestTranscript.settings = settings(
     max_examples=100,
     stateful_step_count=25,
     deadline=None,
-    phases=[Phase.reuse, Phase.generate],  # what a seed drew cannot be made smaller
+    phases=[Phase.reuse, Phase.generate],  # seeded draws cannot be shrunk
 )
