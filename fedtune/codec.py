@@ -86,16 +86,16 @@ def parse_json(data: bytes | str, *, key: str, bound: str) -> dict[str, Any]:
             another file.
     """
     try:
-        found = json.loads(data, object_pairs_hook=reject_duplicate_keys)
-        json.dumps(found, allow_nan=False)
+        parsed = json.loads(data, object_pairs_hook=reject_duplicate_keys)
+        json.dumps(parsed, allow_nan=False)
     except (ValueError, RecursionError):  # ValueError: invalid JSON or UTF-8, or a huge integer
-        found = None
-    inner = [found]
+        parsed = None
+    inner = [parsed]
     for _ in range(_MAX_LEVELS):
-        inner = [item for each in inner for item in list_items(each)]
-    if inner or not isinstance(found, dict):  # deeper nesting could be parsed, but neither copied nor written
+        inner = [item for value in inner for item in list_items(value)]
+    if inner or not isinstance(parsed, dict):  # deeper nesting could be parsed, but neither copied nor written
         raise ConfigError(key, "something else", bound)
-    return found
+    return parsed
 
 
 def hash_json(fields: object) -> str:
@@ -109,9 +109,9 @@ def reject_duplicate_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: a key is repeated.
     """
-    if len(found := dict(pairs)) < len(pairs):
+    if len(fields := dict(pairs)) < len(pairs):
         raise ValueError("a key is repeated")
-    return found
+    return fields
 
 
 def read_toml(path: Path, *, key: str) -> dict[str, Any]:

@@ -223,7 +223,7 @@ class RunConfig:
             seed=self.seed,
             texts=self.bound_task.count_texts_per_record(self.data),
             input=self.data.input,
-            values=tuple(value for one in self.data.features for value in one.iter_value_names()),
+            values=tuple(value for feature in self.data.features for value in feature.iter_value_names()),
             task_settings=self.task_settings,
         )
 
@@ -355,14 +355,14 @@ class RunConfig:
         patience.append(("training", "ignore_weak_signal"))
         # The path of an adapter is irrelevant; its digest identifies it.
         places = [("model", key) for key in ("cache_dir", "public_id", "adapter")]
-        own = self.privacy
-        unsaid = {
-            "records_per_user": own.unit == "record",
-            "cohorts": own.cohorts is None,
-            "planned_runs": own.planned_runs == 1,
-            **{key: value is None for key, value in own.start.items()},
+        privacy = self.privacy
+        is_unset = {
+            "records_per_user": privacy.unit == "record",
+            "cohorts": privacy.cohorts is None,
+            "planned_runs": privacy.planned_runs == 1,
+            **{key: value is None for key, value in privacy.start.items()},
         }
-        of_no_effect = [("privacy", key) for key, nothing in unsaid.items() if nothing]
+        of_no_effect = [("privacy", key) for key, unset in is_unset.items() if unset]
         of_no_effect += [] if self.federation.ranks else [("federation", "ranks")]
         # They act when a run is composed: what counts is what they replaced.
         own_recipe = ("unclipped_local_steps", "unclipped_schedule", "unclipped_sampling_rate")
@@ -406,10 +406,10 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no type
         return self.DEFAULT_SCALAR_TAG if kind is yaml.ScalarNode and _ONLY_YAML.fullmatch(value) else tag
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        names = [one.value for one, _ in node.value if isinstance(one, yaml.ScalarNode)]
-        for (one, _), place in zip(node.value, range(len(node.value)), strict=True):
-            if isinstance(one, yaml.ScalarNode) and one.value in names[:place]:  # YAML would silently use the last one
-                raise yaml.MarkedYAMLError(problem="a key twice", problem_mark=one.start_mark)
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for (key, _), place in zip(node.value, range(len(node.value)), strict=True):
+            if isinstance(key, yaml.ScalarNode) and key.value in names[:place]:  # YAML would silently use the last one
+                raise yaml.MarkedYAMLError(problem="a key twice", problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -501,12 +501,12 @@ def expand_home_paths(settings: Mapping[str, Any], *, within: str = "") -> dict[
     Raises:
         ConfigError: a path names the home folder of an unknown user.
     """
-    found = {}
+    expanded = {}
     for key, value in settings.items():
         path = f"{within}{key}"
         value = expand_home_paths(value, within=f"{path}.") if isinstance(value, Mapping) else value
-        found[key] = expand_home(value, key=path) if path in PATHS and isinstance(value, str) else value
-    return found
+        expanded[key] = expand_home(value, key=path) if path in PATHS and isinstance(value, str) else value
+    return expanded
 
 
 def _convert_labels_to_text(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -534,24 +534,24 @@ def _check_privacy(config: RunConfig, *, largest_size: int) -> None:
 
 def _check_secure(config: RunConfig) -> None:
     """Check that all other settings are compatible with secure aggregation."""
-    for key, given, only, why in (
+    for key, value, required, why in (
         ("privacy.mechanism", config.privacy.mechanism, "dp_sgd", "each site adds only its share of the noise"),
         ("training.local_steps", config.training.local_steps, 1, "only one site's noise would protect further steps"),
         ("lora.alternate", config.lora.alternate, False, "all tensors of a sum share one step size"),
         ("runtime.ray_address", config.runtime.ray_address, None, "the sites' keys stay in one process"),
     ):
-        if given != only:
-            shown = json.dumps(only).strip('"')
-            raise ConfigError(key, given, f"must be {shown} with federation.aggregation = secure: {why}")
+        if value != required:
+            shown = json.dumps(required).strip('"')
+            raise ConfigError(key, value, f"must be {shown} with federation.aggregation = secure: {why}")
 
 
-def _reject_booleans(given: Any, taken: Any, key: str = "") -> None:
+def _reject_booleans(value: Any, validated: Any, key: str = "") -> None:
     """Reject booleans for numeric settings, which pydantic would convert to 1 and 0."""
-    if isinstance(given, bool) and not isinstance(taken, bool):
-        raise ConfigError(key, given, "must be a number")
-    parts = given.items() if isinstance(given, Mapping) else enumerate(given) if isinstance(given, list | tuple) else ()
-    for name, value in parts:
-        _reject_booleans(value, taken[name], f"{key}.{name}".lstrip("."))
+    if isinstance(value, bool) and not isinstance(validated, bool):
+        raise ConfigError(key, value, "must be a number")
+    parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, item in parts:
+        _reject_booleans(item, validated[name], f"{key}.{name}".lstrip("."))
 
 
 def convert_first_error(error: ValidationError) -> ConfigError:

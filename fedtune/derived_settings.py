@@ -63,12 +63,12 @@ def use_recipe_without_privacy(settings: Mapping[str, Any], *, keep: Container[s
             return changed
     except (ValidationError, LookupError, TypeError):
         return changed  # `parse` reports the error
-    own: dict[tuple[str, str], Any] = {
+    recipe: dict[tuple[str, str], Any] = {
         ("training", "local_steps"): training.unclipped_local_steps,
         ("training", "schedule"): training.unclipped_schedule,
         ("privacy", "sampling_rate"): training.unclipped_sampling_rate,
     }
-    for (group, key), value in own.items():
+    for (group, key), value in recipe.items():
         if value is not None and f"{group}.{key}" not in keep:
             changed[group] = {**changed[group], key: value}
     return changed

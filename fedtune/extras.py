@@ -58,14 +58,14 @@ def load_entry_point(group: str, name: str, *, key: str) -> object | None:
     Raises:
         ConfigError: several packages declare the name, or the import fails.
     """
-    found = [*metadata.entry_points(group=group, name=name)]
-    if len(found) > 1:
-        packages = ", ".join(sorted(entry.dist.name for entry in found if entry.dist))
+    entry_points = [*metadata.entry_points(group=group, name=name)]
+    if len(entry_points) > 1:
+        packages = ", ".join(sorted(entry.dist.name for entry in entry_points if entry.dist))
         raise ConfigError(key, name, f"is declared by several installed packages: keep one of {packages}")
     try:
-        return found[0].load() if found else None
+        return entry_points[0].load() if entry_points else None
     except Exception as error:  # the package's code may raise anything
-        bound = f"cannot be imported from {found[0].value}: {type(error).__name__}: {error}"
+        bound = f"cannot be imported from {entry_points[0].value}: {type(error).__name__}: {error}"
         raise ConfigError(key, name, bound) from error
 
 

@@ -25,7 +25,7 @@ def convert_none_to_infinite(value: float | None) -> float:
 
 def total(figures: Iterable[float]) -> float:
     """Add floats as decimal numbers, without binary rounding: deltas of 1e-5 and 2e-5 add up to exactly 3e-5."""
-    return float(sum(Decimal(repr(float(one))) for one in figures))
+    return float(sum(Decimal(repr(float(figure))) for figure in figures))
 
 
 def group_hex(digits: str) -> str:

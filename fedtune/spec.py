@@ -53,8 +53,8 @@ class ConfigError(FedtuneError, ValueError):
 
     def __init__(self, key: str, value: object, bound: str, *, remedy: str = "") -> None:
         self.key, self.value, self.bound, self.remedy = key, value, bound, remedy
-        given = key if value is NOT_GIVEN else f"{key} = {format_value(value)}"
-        super().__init__(": ".join(filter(None, (given, bound, remedy))))
+        setting = key if value is NOT_GIVEN else f"{key} = {format_value(value)}"
+        super().__init__(": ".join(filter(None, (setting, bound, remedy))))
 
     def under(self, prefix: str) -> ConfigError:
         """Return a copy of the error with a prefixed key (`epsilon` becomes `privacy.epsilon`)."""
@@ -118,13 +118,13 @@ _SAY_SO = (*map(os.strerror, _FULL), "database or disk is full")
 
 def describe_full_disk(error: BaseException | None) -> str | None:
     """Return a message if a full disk or quota caused an error, else None."""
-    for one in iter_causes(error):
-        says_so = any(words in str(one) for words in _SAY_SO)
-        if isinstance(one, RunError) and says_so:
-            return str(one)
-        if isinstance(one, OSError) and one.errno in _FULL:
-            return f"the disk is full: no room for {one.filename}" if one.filename else "the disk is full"
-        if says_so and not isinstance(one, FedtuneError):
+    for cause in iter_causes(error):
+        says_so = any(words in str(cause) for words in _SAY_SO)
+        if isinstance(cause, RunError) and says_so:
+            return str(cause)
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            return f"the disk is full: no room for {cause.filename}" if cause.filename else "the disk is full"
+        if says_so and not isinstance(cause, FedtuneError):
             return "the disk is full"
     return None
 
@@ -142,13 +142,13 @@ def spec(cls: type[T]) -> type[T]:
 
     Fields of type `Literal`, or `Literal` or None, are also validated on construction in Python.
     """
-    own = getattr(cls, "__post_init__", None)  # possibly inherited
+    post_init = getattr(cls, "__post_init__", None)  # possibly inherited
 
     def check(self: Any) -> None:
         for name, allowed in _list_literals(type(self)):  # type: ignore[arg-type]
             check_one_of(name, getattr(self, name), allowed)
-        if own is not None:
-            own(self)
+        if post_init is not None:
+            post_init(self)
 
     cls.__post_init__ = check  # type: ignore[attr-defined]
     made: Any = dataclass(frozen=True, kw_only=True, slots=True)(cls)
@@ -162,12 +162,12 @@ def _list_literals(cls: type) -> tuple[tuple[str, tuple[object, ...]], ...]:
 
     Called on first construction, when all forward references can be resolved.
     """
-    found = []
+    literals = []
     for name, hint in get_type_hints(cls).items():
         kinds = get_args(hint) if NoneType in get_args(hint) else (hint,)
         if all(get_origin(kind) is Literal or kind is NoneType for kind in kinds):
-            found.append((name, tuple(value for kind in kinds for value in get_args(kind) or (None,))))
-    return tuple(found)
+            literals.append((name, tuple(value for kind in kinds for value in get_args(kind) or (None,))))
+    return tuple(literals)
 
 
 def check_positive(key: str, value: float) -> None:
@@ -219,10 +219,10 @@ def expand_home(path: str, *, key: str) -> str:
     Raises:
         ConfigError: the path names the home folder of an unknown user.
     """
-    found = os.path.expanduser(path)
-    if found.startswith("~") and not os.path.lexists(found):
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~") and not os.path.lexists(expanded):
         raise ConfigError(key, path, "starts with the home folder of an unknown user")
-    return found
+    return expanded
 
 
 def check_name(key: str, name: str, *, most: int = 100, marks: str = "-_.") -> None:

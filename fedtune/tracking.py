@@ -69,8 +69,8 @@ class Mlflow:
         self._run = ""
 
     def begin(self, settings: Settings) -> int:
-        client, found = self._client, self._client.get_experiment_by_name(_PROJECT)
-        number = found.experiment_id if found else client.create_experiment(_PROJECT, self._artifacts)
+        client, experiment = self._client, self._client.get_experiment_by_name(_PROJECT)
+        number = experiment.experiment_id if experiment else client.create_experiment(_PROJECT, self._artifacts)
         if known := client.search_runs([number], f"tags.`fedtune.run` = '{self._tag}'", max_results=1):
             self._run = known[0].info.run_id
             client.update_run(self._run, status="RUNNING")
@@ -100,9 +100,9 @@ class TensorBoard:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._summary: Any = import_module("torch.utils.tensorboard.summary")  # no type stubs
-        own = folder / config.name
-        own.mkdir(parents=True, exist_ok=True)
-        self._file = (own / f"events.out.tfevents.{time.time_ns()}").open("wb")
+        run_folder = folder / config.name
+        run_folder.mkdir(parents=True, exist_ok=True)
+        self._file = (run_folder / f"events.out.tfevents.{time.time_ns()}").open("wb")
         self._writer = RecordWriter(self._file)
 
     def begin(self, settings: Settings) -> int:
@@ -151,8 +151,8 @@ class WandB:
         quiet |= {"console": "off", "x_save_requirements": False, **dict.fromkeys(("host", "username", "program"), "")}
         quiet |= dict.fromkeys(("silent", "disable_code", "disable_git", "disable_job_creation"), True)
         quiet |= dict.fromkeys(("x_disable_machine_info", "x_disable_meta", "x_disable_stats"), True)
-        own: dict[str, Any] = {"name": self._config.name, "id": self._config.run_id()[-32:], "dir": self._folder}
-        self._run = wandb.init(project=_PROJECT, config=dict(settings), settings=wandb.Settings(**quiet), **own)
+        identity: dict[str, Any] = {"name": self._config.name, "id": self._config.run_id()[-32:], "dir": self._folder}
+        self._run = wandb.init(project=_PROJECT, config=dict(settings), settings=wandb.Settings(**quiet), **identity)
         return 0
 
     def log_round(self, number: int, figures: Figures) -> None:
@@ -254,13 +254,13 @@ def list_settings(config: RunConfig) -> Settings:
 
     Paths are reduced to their last component, because the rest would reveal this machine's folders.
     """
-    found: dict[str, str | int | float | bool] = {"config_sha256": config.digest(), "name": config.name}
+    settings: dict[str, str | int | float | bool] = {"config_sha256": config.digest(), "name": config.name}
     for key, value in flatten(config.decisive()):
         if value is not None:
             # Paths are reduced to their last component, to hide local folders.
             shown = Path(value).name if key in PATHS or key == "model.path" else value
-            found[key] = shown if isinstance(shown, str | int | float | bool) else str(shown)
-    return found
+            settings[key] = shown if isinstance(shown, str | int | float | bool) else str(shown)
+    return settings
 
 
 def iter_round_figures(config: RunConfig, state: LeadState, number: int) -> Iterator[tuple[str, float]]:

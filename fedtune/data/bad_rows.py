@@ -36,8 +36,8 @@ class SkippedRows:
     def __str__(self) -> str:
         """Format the counts: `30 of 900 rows (3.3 %) cannot be used: 20 must not be blank (role text); 10 ...`."""
         rows = f"{self.count:,} of {pluralize(self.rows, 'row')} ({100 * self.count / max(1, self.rows):.1f} %)"
-        said = f"A LARGE PART, {rows}," if self.exceeds_threshold else rows
-        return f"{said} cannot be used: {_format_reasons(self.reasons)}"
+        subject = f"A LARGE PART, {rows}," if self.exceeds_threshold else rows
+        return f"{subject} cannot be used: {_format_reasons(self.reasons)}"
 
 
 NONE_LEFT_OUT = SkippedRows()

@@ -78,9 +78,9 @@ def collate(
     attended = np.arange(num_tokens) < filled[:, None]  # (n, t)
 
     def pad_rows(rows: Sequence[NDArray[Any]], fill: int) -> torch.Tensor:
-        one = rows[0] if rows else np.zeros(1, dtype=np.int64)
-        kind = np.float32 if one.dtype == np.float32 else np.int64
-        out = np.full((*attended.shape, *one.shape[1:]), fill, dtype=kind)
+        first = rows[0] if rows else np.zeros(1, dtype=np.int64)
+        kind = np.float32 if first.dtype == np.float32 else np.int64
+        out = np.full((*attended.shape, *first.shape[1:]), fill, dtype=kind)
         for row, text in enumerate(dataset.find_text_indices(chosen)):
             out[row, : lengths[row]] = rows[text]
         return torch.from_numpy(out)
@@ -88,8 +88,8 @@ def collate(
     if isinstance(dataset.targets, tuple):
         targets = pad_rows(dataset.targets, UNSUPERVISED)
     else:
-        own = dataset.targets[chosen]
-        targets = torch.from_numpy(np.concatenate([own, np.zeros((empty, *own.shape[1:]), dtype=own.dtype)]))
+        values = dataset.targets[chosen]
+        targets = torch.from_numpy(np.concatenate([values, np.zeros((empty, *values.shape[1:]), dtype=values.dtype)]))
     input_ids, mask = pad_rows(dataset.input_ids, pad_id), torch.from_numpy(attended.astype(np.int64))
     return Batch(input_ids, mask, targets, empty_rows=empty * dataset.texts, texts=dataset.texts)
 

@@ -118,15 +118,15 @@ class FeatureSpec:
         Raises:
             DataError: as in `parse_field`.
         """
-        found, raw = np.zeros(self.width // len(self.columns)), self.parse_field(text, at=at)
+        values, raw = np.zeros(self.width // len(self.columns)), self.parse_field(text, at=at)
         if math.isnan(raw[0]):
-            found[-1] = 1.0
+            values[-1] = 1.0
         elif self.range is None:
-            found[int(raw[0])] = 1.0
+            values[int(raw[0])] = 1.0
         else:
             low, high = self.range
-            found[: len(raw)] = (np.clip(raw, low, high) - (low + high) / 2) / ((high - low) / 2)
-        return found
+            values[: len(raw)] = (np.clip(raw, low, high) - (low + high) / 2) / ((high - low) / 2)
+        return values
 
     def describe_unusual_value(self, text: str) -> str | None:
         """Describe a usable field that is "missing", "not declared" or "beyond its range"; None for a regular field."""
@@ -135,7 +135,7 @@ class FeatureSpec:
             return "missing"
         if self.range is None:
             return "not declared" if raw[0] == len(self.categories) else None
-        return "beyond its range" if any(not self.range[0] <= one <= self.range[1] for one in raw) else None
+        return "beyond its range" if any(not self.range[0] <= number <= self.range[1] for number in raw) else None
 
     def generate_dummies(self, draw: Callable[[int], int]) -> str:
         """Generate a random field; `draw(n)` returns a random integer below n."""
@@ -153,12 +153,12 @@ def encode_features(record: Record, features: Sequence[FeatureSpec]) -> NDArray[
     Raises:
         DataError: a column does not match its declaration.
     """
-    found = [
-        one.encode_field(record.fields[FEATURE + column], at=record.at(FEATURE + column))
-        for one in features
-        for column in one.columns
+    values = [
+        feature.encode_field(record.fields[FEATURE + column], at=record.at(FEATURE + column))
+        for feature in features
+        for column in feature.columns
     ]
-    return (np.concatenate(found) / math.sqrt(sum(one.num_numbers for one in features))).astype(np.float32)
+    return (np.concatenate(values) / math.sqrt(sum(feature.num_numbers for feature in features))).astype(np.float32)
 
 
 def check_range(key: str, bounds: tuple[float, float]) -> None:
@@ -195,5 +195,5 @@ def check_names(key: str, names: Sequence[str]) -> None:
 
 def map_feature_columns(features: Sequence[FeatureSpec], named: Mapping[str, str]) -> dict[str, str]:
     """Map each feature's role to its column; `named` overrides column names."""
-    roles = (FEATURE + column for one in features for column in one.columns)
+    roles = (FEATURE + column for feature in features for column in feature.columns)
     return {role: named.get(role, role.removeprefix(FEATURE)) for role in roles}

@@ -166,17 +166,17 @@ def require_data_file(path: Path, *, key: str | None = None, value: str | None =
     Raises:
         DataError: the path is not a data file.
     """
-    if (found := describe_path(path)) is None:
+    if (kind := describe_path(path)) is None:
         return
     bound, splits = f"must be a file, or {_SAVED}", list[str]()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         splits = [str(path / str(name)) for name in json.loads(read_regular_file(path / _SPLITS))["splits"][:10]]
-    if found == "a folder" and splits:
+    if kind == "a folder" and splits:
         bound = f"contains several splits; select one of them: {', '.join(splits)}"
-    elif found == "a folder" and (parts := sorted(path.glob("*.parquet"))):
+    elif kind == "a folder" and (parts := sorted(path.glob("*.parquet"))):
         bound = f"contains {pluralize(len(parts), 'Parquet file')}: put the parts of one table (train-*) into a"
         bound += " separate folder, and merge them: pandas.read_parquet(FOLDER).to_parquet('one.parquet')"
-    raise DataError(key or str(path), value or found, f"is {found}; {bound}" if value else bound)
+    raise DataError(key or str(path), value or kind, f"is {kind}; {bound}" if value else bound)
 
 
 def list_data_files(path: Path) -> list[Path]:
@@ -187,7 +187,7 @@ def list_data_files(path: Path) -> list[Path]:
         return span_formats.list_brat_files(path) or list_image_files(path)
     try:
         state = json.loads(read_regular_file(path / _STATE))
-        names = [one["filename"] for one in state["_data_files"]]
+        names = [entry["filename"] for entry in state["_data_files"]]
         selected = state.get("_indices_data_files")
         for name in names:
             check_name("filename", name)
@@ -214,12 +214,12 @@ def fingerprint_files(path: Path) -> list[object]:
 
     The result changes whenever a file of the data set changes.
     """
-    found: list[object] = []
+    fingerprints: list[object] = []
     for file in list_data_files(path):
         about = catch_row_error("", file.stat)
         status = () if isinstance(about, DataError) else (about.st_ino, about.st_size, about.st_mtime_ns)
-        found.append([str(file), *status])
-    return found
+        fingerprints.append([str(file), *status])
+    return fingerprints
 
 
 # Parquet and Arrow.
@@ -345,17 +345,17 @@ def _list_standalone_types(schema: Any) -> list[Any]:
 
 
 def _build_arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at: str) -> Row:
-    one = batch.slice(place, 1)
+    sliced = batch.slice(place, 1)
     try:
         # A dictionary or view buffer contains values of other rows, which must not count towards this row's size.
         columns = [
             column if column.type == kind else column.cast(kind)
-            for column, kind in zip(one.columns, _list_standalone_types(batch.schema), strict=True)
+            for column, kind in zip(sliced.columns, _list_standalone_types(batch.schema), strict=True)
         ]
         num_bytes = sum(column.nbytes for column in columns)
         row = {
             name: _to_plain_value(column[0].as_py()) if num_bytes <= MAX_BYTES else None
-            for name, column in zip(one.schema.names, columns, strict=True)
+            for name, column in zip(sliced.schema.names, columns, strict=True)
         }
     except UnicodeDecodeError:
         raise DataError(at, "bytes that are not UTF-8", "must be UTF-8 text") from None
@@ -371,7 +371,7 @@ def _build_arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]],
 def _to_plain_value(value: Any) -> Any:
     """Convert decimals to int or float, and bytes to text if they are valid UTF-8, also within lists."""
     if isinstance(value, list):
-        return [_to_plain_value(one) for one in value]
+        return [_to_plain_value(item) for item in value]
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, bytes):
@@ -383,7 +383,7 @@ def _to_plain_value(value: Any) -> Any:
 def _replace_label_number(value: Any, names: Sequence[str]) -> Any:
     """Replace a label's number by its name, also within lists; -1 becomes null, an example without a label."""
     if isinstance(value, list):
-        return [_replace_label_number(one, names) for one in value]
+        return [_replace_label_number(item, names) for item in value]
     if type(value) is not int or value >= len(names):
         return value
     return names[value] if value >= 0 else None if value == -1 else value
@@ -394,12 +394,12 @@ def _read_label_names(schema: Any) -> dict[str, Sequence[str]]:
     metadata.
     """
     try:
-        found: dict[str, Sequence[str]] = {}
+        names: dict[str, Sequence[str]] = {}
         for name, feature in json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"].items():
             while isinstance(feature, list) or (isinstance(feature, dict) and "feature" in feature):  # of a list
                 feature = (feature or [{}])[0] if isinstance(feature, list) else feature["feature"]
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
-                found[name] = list(map(str, feature["names"]))
-        return found
+                names[name] = list(map(str, feature["names"]))
+        return names
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return {}

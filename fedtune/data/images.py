@@ -41,8 +41,8 @@ def read_image_field(value: object, at: str) -> str:
     if isinstance(value, bytes):
         return WITHIN + base64.b64encode(value).decode()
     if not isinstance(value, str) or not value.strip():
-        found = "blank" if isinstance(value, str) else name_json_type(value)
-        raise DataError(at, found, "must be the path of an image, or its bytes (role image)")
+        kind = "blank" if isinstance(value, str) else name_json_type(value)
+        raise DataError(at, kind, "must be the path of an image, or its bytes (role image)")
     return value
 
 
@@ -97,7 +97,7 @@ def _read_content(field: str, file: str, *, at: str) -> bytes:
     is_within = field.startswith(WITHIN)
     try:
         if is_within:
-            found = base64.b64decode(field.removeprefix(WITHIN), validate=True)
+            content = base64.b64decode(field.removeprefix(WITHIN), validate=True)
         else:
             folder = Path(file).parent.resolve()
             path = (folder / field).resolve()
@@ -106,15 +106,15 @@ def _read_content(field: str, file: str, *, at: str) -> bytes:
             if not path.is_file():
                 raise DataError(at, "no such file", _explain_missing(folder / field, field))
             with path.open("rb") as stream:
-                found = stream.read(MAX_BYTES + 1)
+                content = stream.read(MAX_BYTES + 1)
     except DataError:
         raise
     except (OSError, ValueError, RuntimeError):  # no permission; a null byte or invalid base64; circular links
         kind = "text that is not base64" if is_within else "a file that cannot be read"
         raise DataError(at, kind, _BOUND) from None
-    if len(found) > MAX_BYTES:
+    if len(content) > MAX_BYTES:
         raise DataError(at, f"more than {MAX_BYTES} bytes", f"must have at most {MAX_BYTES} bytes per image")
-    return found
+    return content
 
 
 def _explain_missing(path: Path, field: str) -> str:
@@ -122,7 +122,7 @@ def _explain_missing(path: Path, field: str) -> str:
     if "\\" in field:
         return "must separate folders with /, not with \\ as in Windows"
     spelt = {path.name.lower(), path.name.upper(), path.stem + path.suffix.lower(), path.stem + path.suffix.upper()}
-    case = " (a file name differs only in case)" * any(path.with_name(one).is_file() for one in spelt)
+    case = " (a file name differs only in case)" * any(path.with_name(name).is_file() for name in spelt)
     return f"must be the path of an image, relative to the folder of the record's file{case}"
 
 

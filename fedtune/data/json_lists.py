@@ -42,10 +42,10 @@ def parse_json_list(text: str) -> list[Any] | None:
     if not text.startswith("["):
         return None
     try:
-        found: list[Any] = json.loads(text)
+        parsed: list[Any] = json.loads(text)
     except ValueError:
         return None
-    return found
+    return parsed
 
 
 def convert_columns_to_rows(value: object) -> object:
@@ -56,7 +56,7 @@ def convert_columns_to_rows(value: object) -> object:
     """
     if isinstance(value, dict) and "messages" in value and not value.get("tools"):
         return value["messages"]
-    if not isinstance(value, dict) or not value or not all(isinstance(one, list) for one in value.values()):
+    if not isinstance(value, dict) or not value or not all(isinstance(column, list) for column in value.values()):
         return value
     if len(set(map(len, value.values()))) > 1:
         return value

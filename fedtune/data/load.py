@@ -97,7 +97,7 @@ def partition_training_files(
         else partition_records(of_files[0], spec.partition, num_sites=len(names), key=key, unit=unit)
     )
     # Number of sites with records of each user.
-    users = Counter(user for site in sites for user in {one.fields.get("user") for one in site} if unit == "user")
+    users = Counter(user for site in sites for user in {record.fields.get("user") for record in site} if unit == "user")
     split = []
     for number, records in enumerate(sites):
         held = split_heldout(records, fraction=spec.heldout_fraction, key=key, unit=unit)

@@ -46,15 +46,15 @@ class Record:
     def texts(self) -> Iterator[tuple[str, str]]:
         """Yield the record's texts with their roles; a conversation yields one text per turn."""
         for role, text in self.fields.items():
-            yield from ((role, one) for one in split_texts(role, text))
+            yield from ((role, part) for part in split_texts(role, text))
 
     @property
     def full_text(self) -> str:
         """All texts of the record joined into one text; for a record without text, its features or image as JSON."""
-        found = [text for _, text in self.texts()]
-        if not found:  # as JSON, which shows which of two features has no value
-            found = [json.dumps([text for role, text in self.fields.items() if role.startswith((FEATURE, "image"))])]
-        return " ".join(" ".join(found).split())
+        texts = [text for _, text in self.texts()]
+        if not texts:  # as JSON, which shows which of two features has no value
+            texts = [json.dumps([text for role, text in self.fields.items() if role.startswith((FEATURE, "image"))])]
+        return " ".join(" ".join(texts).split())
 
     @property
     def target_key(self) -> str:
@@ -76,17 +76,17 @@ def resolve_file(name: str, roots: Sequence[Path] = (), *, key: str = "data file
         DataError: the data file does not exist.
     """
     if Path(name).parts[:1] == (IN_MEMORY,):
-        if (own := memory_folder.get()) is None or not (own / name).exists():
+        if (folder := memory_folder.get()) is None or not (folder / name).exists():
             bound = "is no longer in memory: pass the same records again (sites=, validation=, test=)"
             raise DataError(key, name, bound)
-        return own / name
+        return folder / name
     folders = list(dict.fromkeys([Path.cwd(), *roots]))
-    found = {folder / name: describe_path(folder / name) for folder in folders}
-    for path, other in found.items():
-        if other is None:
+    problems = {folder / name: describe_path(folder / name) for folder in folders}
+    for path, problem in problems.items():
+        if problem is None:
             return path
-    for path, other in found.items():
-        if other != "no such file":
+    for path, problem in problems.items():
+        if problem != "no such file":
             require_data_file(path, key=key, value=name)
     raise DataError(key, name, f"no such file in {', '.join(map(str, folders))}")
 
@@ -128,8 +128,8 @@ def read_column_values(records: Sequence[Record], column: str, *, key: str, role
 
 def build_empty_file_error(path: Path) -> DataError:
     """Return the error for a file without records."""
-    found = "an empty file" if path.is_file() and not path.stat().st_size else "no records"
-    return DataError(str(path), found, "must contain at least one record")
+    kind = "an empty file" if path.is_file() and not path.stat().st_size else "no records"
+    return DataError(str(path), kind, "must contain at least one record")
 
 
 def iter_records(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
@@ -178,11 +178,11 @@ def iter_usable_records(
     Raises:
         DataError: the file as a whole is unusable, as in `iter_raw_rows`.
     """
-    for line, found in validate_rows(path, columns, fault=fault, lenient=lenient):
-        if isinstance(found, Record):
-            yield found
+    for line, outcome in validate_rows(path, columns, fault=fault, lenient=lenient):
+        if isinstance(outcome, Record):
+            yield outcome
         elif faults is not None:
-            faults.add(found, line)
+            faults.add(outcome, line)
 
 
 def validate_rows(

@@ -39,12 +39,12 @@ _SPAN_OF_BRAT = re.compile(r"T\d+\t(\S+) (\d+) (\d+)((?:;\d+ \d+)*)\t(.*)")
 def read_words(value: object, at: str, role: str = "tokens") -> str:
     """Read a record's tokens or tags from a list, or from a list as text (see `read_labels`), as one item per line."""
     listed = parse_list(value)
-    if role == "tags" and listed and any(type(one) is int for one in listed):
+    if role == "tags" and listed and any(type(item) is int for item in listed):
         raise DataError(at, "numbers", "must be tag names, such as B-PER and O, not numbers (role tags)")
-    if not listed or not all(isinstance(one, str) or type(one) is int for one in listed):
-        found = "text that is not a list" if listed is None else name_json_type(value) if listed else "an empty list"
-        raise DataError(at, found, f"must be a list of texts (role {role})")
-    return "\n".join(" ".join(str(one).split()) for one in listed)
+    if not listed or not all(isinstance(item, str) or type(item) is int for item in listed):
+        kind = "text that is not a list" if listed is None else name_json_type(value) if listed else "an empty list"
+        raise DataError(at, kind, f"must be a list of texts (role {role})")
+    return "\n".join(" ".join(str(item).split()) for item in listed)
 
 
 def read_spans(value: object, at: str) -> str:
@@ -62,20 +62,20 @@ def read_spans(value: object, at: str) -> str:
     if listed is None:
         raise DataError(at, "text that is not a list", "must be a list of spans with start, end and label (role spans)")
     annotated = _find_first_annotation(listed, at, "spans")
-    listed = listed if annotated is None else [one for one in annotated if "labels" in one]  # others are choices
-    found = []
-    for number, one in enumerate(listed, 1):
-        given = one
-        if isinstance(one, dict):
-            given = [next((one[key] for key in keys if key in one), None) for keys in _PARTS]
-            given[2] = given[2][0] if isinstance(given[2], list) and len(given[2]) == 1 else given[2]
-        kinds = [type(part) for part in given] if isinstance(given, list) else []
+    listed = listed if annotated is None else [item for item in annotated if "labels" in item]  # others are choices
+    spans = []
+    for number, item in enumerate(listed, 1):
+        parts = item
+        if isinstance(item, dict):
+            parts = [next((item[key] for key in keys if key in item), None) for keys in _PARTS]
+            parts[2] = parts[2][0] if isinstance(parts[2], list) and len(parts[2]) == 1 else parts[2]
+        kinds = [type(part) for part in parts] if isinstance(parts, list) else []
         if kinds not in ([int, int, str], [int, int, int]):
             bound = "must have whole numbers start and end, and a text label (role spans)"
-            raise DataError(f"{at}, span {number}", name_json_type(one), bound)
-        unit = ["utf-16"] if isinstance(one, dict) and "labels" in one else []
-        found.append([*given[:2], str(given[2]), *unit])
-    return to_compact_json(found)
+            raise DataError(f"{at}, span {number}", name_json_type(item), bound)
+        unit = ["utf-16"] if isinstance(item, dict) and "labels" in item else []
+        spans.append([*parts[:2], str(parts[2]), *unit])
+    return to_compact_json(spans)
 
 
 def convert_labels(value: object, at: str) -> object:
@@ -85,15 +85,15 @@ def convert_labels(value: object, at: str) -> object:
     label.
     """
     if isinstance(value, dict):
-        of_cats = value and all(isinstance(one, int | float) and one in (0, 1) for one in value.values())
-        return [name for name, one in value.items() if one] if of_cats else value.get("choices", value)
-    if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
+        of_cats = value and all(isinstance(flag, int | float) and flag in (0, 1) for flag in value.values())
+        return [name for name, flag in value.items() if flag] if of_cats else value.get("choices", value)
+    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
         return value
     annotated = _find_first_annotation(value, at, "labels")
     if annotated is not None:
-        return [name for one in annotated for name in one.get("choices", ())]
-    is_span = any(key in one for one in value for keys in _PARTS[:2] for key in keys)
-    return value if is_span else [one.get("label") for one in value]
+        return [name for item in annotated for name in item.get("choices", ())]
+    is_span = any(key in item for item in value for keys in _PARTS[:2] for key in keys)
+    return value if is_span else [item.get("label") for item in value]
 
 
 def _find_first_annotation(listed: Sequence[Any], at: str, role: str) -> list[Mapping[str, Any]] | None:
@@ -102,13 +102,13 @@ def _find_first_annotation(listed: Sequence[Any], at: str, role: str) -> list[Ma
     Raises:
         DataError: all annotations were skipped.
     """
-    annotations = [one for one in listed if isinstance(one, dict) and isinstance(one.get("result"), list)]
+    annotations = [item for item in listed if isinstance(item, dict) and isinstance(item.get("result"), list)]
     if not annotations:
         return None
-    kept = next((one["result"] for one in annotations if not one.get("was_cancelled")), None)
+    kept = next((annotation["result"] for annotation in annotations if not annotation.get("was_cancelled")), None)
     if kept is None:
         raise DataError(at, "skipped", f"must have an annotation that was not skipped (role {role})")
-    return [one["value"] for one in kept if isinstance(one, dict) and isinstance(one.get("value"), dict)]
+    return [result["value"] for result in kept if isinstance(result, dict) and isinstance(result.get("value"), dict)]
 
 
 def split_tag(tag: str, types: Collection[str] = ()) -> tuple[str, str]:
@@ -130,18 +130,18 @@ def decode_tags(tags: Sequence[str], types: Collection[str] = ()) -> tuple[list[
 
     Also returns whether the sequence is inconsistent: a continuation tag does not follow an open entity.
     """
-    found: list[tuple[int, int, str]] = []
+    entities: list[tuple[int, int, str]] = []
     is_open = is_broken = False
     for place, tag in enumerate(tags):
         letter, name = split_tag(tag, types)
         if letter == "O":
             is_open = False
             continue
-        goes_on = is_open and letter not in _BEGINS and found[-1][2] == name
+        goes_on = is_open and letter not in _BEGINS and entities[-1][2] == name
         is_broken = is_broken or (letter in _GOES_ON and not goes_on)
-        found.append((found.pop()[0] if goes_on else place, place + 1, name))
+        entities.append((entities.pop()[0] if goes_on else place, place + 1, name))
         is_open = letter not in _ENDS
-    return found, is_broken
+    return entities, is_broken
 
 
 def count_entity_types(fields: Mapping[str, str], types: Collection[str] = ()) -> dict[str, int]:
@@ -161,16 +161,16 @@ def parse_conll_sentence(path: Path, line: int, raw: bytes | None) -> Row | None
     and a space, and has another number of columns than the other lines or, if all other lines have a tag, no tag.
     """
     lines = [one for one in _split_lines(raw, at=format_location(path, line)) if not one.startswith(_BEGINS_DOCUMENT)]
-    others = [one for one in lines if not one.startswith("# ")]
+    others = [text for text in lines if not text.startswith("# ")]
     # A token may contain other kinds of spaces, and plain spaces if tabs separate the columns.
-    tabs = bool(others) and all("\t" in one for one in others)
-    cells = [one.strip(" ").split("\t") if tabs else re.split("[ \t]+", one.strip(" \t")) for one in lines]
-    of_others = [one for one, said in zip(cells, lines, strict=True) if not said.startswith("# ")]
-    columns, is_tagged = {len(one) for one in of_others}, all(_LIKE_TAG.fullmatch(one[-1].strip()) for one in of_others)
-    places = [place for place, one in enumerate(cells) if len(one) in (columns or {len(one)})]
-    own = {place for place in places if not is_tagged or _LIKE_TAG.fullmatch(cells[place][-1].strip())}
-    cells = [one for place, one in enumerate(cells) if place in own or not lines[place].startswith("# ")]
-    if any(len(one) < 2 for one in cells):
+    tabs = bool(others) and all("\t" in text for text in others)
+    cells = [text.strip(" ").split("\t") if tabs else re.split("[ \t]+", text.strip(" \t")) for text in lines]
+    of_others = [row for row, text in zip(cells, lines, strict=True) if not text.startswith("# ")]
+    columns, is_tagged = {len(row) for row in of_others}, all(_LIKE_TAG.fullmatch(row[-1].strip()) for row in of_others)
+    places = [place for place, row in enumerate(cells) if len(row) in (columns or {len(row)})]
+    tagged = {place for place in places if not is_tagged or _LIKE_TAG.fullmatch(cells[place][-1].strip())}
+    cells = [row for place, row in enumerate(cells) if place in tagged or not lines[place].startswith("# ")]
+    if any(len(row) < 2 for row in cells):
         raise DataError(
             format_location(path, line), "a line with a single column", "must have a token and its tag on each line"
         )
@@ -185,8 +185,8 @@ def _read_tagged_lines(cells: Sequence[Sequence[str]], *, at: str) -> Row:
     lines 3-4 and 3.1 have no token of their own.  The columns are determined from this sentence alone, because reading
     a record must not depend on other records.
     """
-    lines = [one for one in cells if not re.fullmatch(r"\d+[-.]\d+", one[0])] or cells
-    columns = [[one.strip() for one in column] for column in zip(*lines, strict=False)]
+    lines = [row for row in cells if not re.fullmatch(r"\d+[-.]\d+", row[0])] or cells
+    columns = [[cell.strip() for cell in column] for column in zip(*lines, strict=False)]
     tagged = [place for place, column in enumerate(columns) if all(map(_LIKE_TAG.fullmatch, column))]
     tag = tagged[-1] if tagged else len(columns) - 1
     others = [place for place in range(len(columns)) if place != tag]
@@ -194,14 +194,14 @@ def _read_tagged_lines(cells: Sequence[Sequence[str]], *, at: str) -> Row:
     if first and not tagged:
         bound = "must have tags such as B-PER and O, or only a token and its tag on each line"
         raise DataError(at, "no column of tags", bound)
-    kept = lines if _is_counter(columns[0], of=len(others)) else cells
-    return {"tokens": [one[others[first]] for one in kept], "tags": [one[tag].strip() for one in kept]}
+    kept = lines if _is_counter(columns[0], others=len(others)) else cells
+    return {"tokens": [row[others[first]] for row in kept], "tags": [row[tag].strip() for row in kept]}
 
 
 def _find_token_column(columns: Sequence[Sequence[str]]) -> int:
     """Return the index of the first column of tokens, after counters, offsets and identifiers shared by all lines."""
     whole = [all(map(str.isdecimal, column)) for column in columns]
-    counts = [_is_counter(column, of=len(columns)) for column in columns]
+    counts = [_is_counter(column, others=len(columns)) for column in columns]
     for place, column in enumerate(columns[:-1]):
         is_id = any(map(str.isdigit, column[0])) and not whole[place] and (len(column) > 1 or whole[place + 1])
         is_shared = len({*column}) == 1 and (is_id or any(len({*other}) > 1 for other in columns[place + 1 :]))
@@ -211,24 +211,24 @@ def _find_token_column(columns: Sequence[Sequence[str]]) -> int:
     return len(columns) - 1
 
 
-def _is_counter(column: Sequence[str], *, of: int) -> bool:
+def _is_counter(column: Sequence[str], *, others: int) -> bool:
     """Whether a column counts by one from line to line, after a common prefix if any.
 
-    A column of at most two lines must also start at 0 or 1, and needs more than one of `of` columns, or more than three
-    for a single line.
+    A column of at most two lines must also start at 0 or 1, and needs more than one other column (`others`), or more
+    than three for a single line.
     """
-    found = [re.fullmatch(r"(.*[\W_])?(\d{1,9})", one) for one in column]
-    numbers = [int(one[2]) for one in found if one] or [-1]
-    rises = len({one and one[1] for one in found}) == 1 and numbers == [*range(numbers[0], numbers[0] + len(column))]
-    return rises and (len(column) > 2 or (0 <= numbers[0] < 2 and of > (1 if len(column) > 1 else 3)))
+    hits = [re.fullmatch(r"(.*[\W_])?(\d{1,9})", cell) for cell in column]
+    numbers = [int(hit[2]) for hit in hits if hit] or [-1]
+    rises = len({hit and hit[1] for hit in hits}) == 1 and numbers == [*range(numbers[0], numbers[0] + len(column))]
+    return rises and (len(column) > 2 or (0 <= numbers[0] < 2 and others > (1 if len(column) > 1 else 3)))
 
 
 def parse_pubtator(path: Path, line: int, raw: bytes | None) -> Row:
     """Parse a PubTator document: a title and an abstract, followed by a line for each span."""
     at, parts, spans = format_location(path, line), {}, []
-    for one in _split_lines(raw, at=at):
-        number, mark, rest = one.partition("|")
-        cells = one.split("\t")
+    for text in _split_lines(raw, at=at):
+        number, mark, rest = text.partition("|")
+        cells = text.split("\t")
         if mark and rest[:2] in ("t|", "a|") and "\t" not in number:
             parts[rest[0]] = rest[2:]
         elif len(cells) >= 5 and cells[1].isdecimal() and cells[2].isdecimal():
@@ -260,7 +260,7 @@ def parse_bioc(path: Path, line: int, document: Row | DataError) -> Row:
             for part in (passage, *passage.get("sentences", ())):
                 for mark in part.get("annotations", ()):
                     (place,) = mark["locations"]
-                    offset, begin = max(one for one in begins if one[0] <= place["offset"])
+                    offset, begin = max(pair for pair in begins if pair[0] <= place["offset"])
                     first = begin + place["offset"] - offset
                     spans.append((first, first + place["length"], mark["infons"]["type"], mark["text"]))
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -271,8 +271,8 @@ def parse_bioc(path: Path, line: int, document: Row | DataError) -> Row:
 
 def list_brat_files(folder: Path) -> list[Path]:
     """List the text files of a folder in brat's format, each followed by its annotation file, sorted by name."""
-    found = sorted(folder.glob("*.ann"))
-    return [file for one in found for file in (one.with_suffix(".txt"), one)]
+    paths = sorted(folder.glob("*.ann"))
+    return [file for path in paths for file in (path.with_suffix(".txt"), path)]
 
 
 def read_brat(_: int, marks: Path) -> Row:
@@ -286,22 +286,22 @@ def read_brat(_: int, marks: Path) -> Row:
         bound = f"must be UTF-8 of at most {MAX_BYTES} bytes, with its text in a .txt file of the same name"
         raise DataError(at, "a file that cannot be read", bound)
     spans = [line for line in texts[1].splitlines() if line.startswith("T")]
-    found = [match for match in map(_SPAN_OF_BRAT.fullmatch, spans) if match]
-    if len(found) < len(spans) or any(one[4] for one in found):
+    matches = [match for match in map(_SPAN_OF_BRAT.fullmatch, spans) if match]
+    if len(matches) < len(spans) or any(match[4] for match in matches):
         raise DataError(
             at, "a span in several parts, or in an unsupported format", "must be one contiguous part of the text"
         )
     # brat replaces line breaks by spaces in the text of a span.
     flat = re.sub(r"[\r\n]", " ", texts[0])
     return {
-        **_build_spans_row(flat, [(int(one[2]), int(one[3]), one[1], one[5]) for one in found], at=at),
+        **_build_spans_row(flat, [(int(match[2]), int(match[3]), match[1], match[5]) for match in matches], at=at),
         "text": texts[0],
     }
 
 
 def _build_spans_row(text: str, spans: list[tuple[int, int, str, str]], *, at: str) -> Row:
     """Build a row with spans, after checking that each span's text matches its offsets."""
-    if any(text[start:end] != said for start, end, _, said in spans):
+    if any(text[start:end] != snippet for start, end, _, snippet in spans):
         raise DataError(at, "a span that does not match its text", "must have offsets in characters and the exact text")
     return {"text": text, "spans": [{"start": start, "end": end, "label": label} for start, end, label, _ in spans]}
 

@@ -148,9 +148,9 @@ class DataSpec:
         different = set(map(normalize_category, self.event_values))
         if not len(different) == len(self.event_values) in (0, 2):
             raise ConfigError("event_values", list(self.event_values), "must be two different values, or none")
-        columns = [column for one in self.features for column in one.columns]
+        columns = [column for feature in self.features for column in feature.columns]
         check_names("features", columns)
-        check_at_most("features", sum(one.width for one in self.features), MAX_VALUES)
+        check_at_most("features", sum(feature.width for feature in self.features), MAX_VALUES)
         of_features = map_feature_columns(self.features, self.columns).values()
         times = Counter([*of_features, *(column for role, column in self.columns.items() if role in ANSWERS)])
         if twice := [column for column in of_features if times[column] > 1]:
@@ -225,8 +225,8 @@ class DataSpec:
         needed = {*roles, *(("user", "arrival") if unit == "user" else ())}
         if partition and self.partition.kind in _ROLE_OF_PARTITION:
             needed.add(_ROLE_OF_PARTITION[self.partition.kind])
-        own = {role: column for role, column in self.columns.items() if role in needed}
-        return own | map_feature_columns(self.features, self.columns)
+        columns = {role: column for role, column in self.columns.items() if role in needed}
+        return columns | map_feature_columns(self.features, self.columns)
 
     def for_sites(self, roles: Collection[str]) -> DataSpec:
         """Return the settings to send to sites: each role is its own column, and the lead's settings are omitted."""
@@ -294,6 +294,6 @@ def list_template_roles(template: str) -> tuple[str, ...]:
 def fill_template(template: str, fields: Mapping[str, str]) -> str:
     """Fill a template with a record's texts, and drop paragraphs whose roles are all blank."""
     texts = {role: fields.get(role, "") for role in list_template_roles(template)}
-    paragraphs = [(one, list_template_roles(one)) for one in template.split("\n\n")]
-    kept = (one for one, roles in paragraphs if not roles or any(texts[role].strip() for role in roles))
+    paragraphs = [(paragraph, list_template_roles(paragraph)) for paragraph in template.split("\n\n")]
+    kept = (paragraph for paragraph, roles in paragraphs if not roles or any(texts[role].strip() for role in roles))
     return "\n\n".join(kept).format_map(texts)

@@ -92,9 +92,9 @@ def decode_text(raw: bytes | None, *, at: str) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        found = f"byte 0x{raw[error.start]:02x} at position {error.start + 1} of the record"
-        found = next((kind for mark, kind in _MARKS.items() if raw.startswith(mark)), found)
-        raise DataError(at, found, _UTF_8) from None
+        problem = f"byte 0x{raw[error.start]:02x} at position {error.start + 1} of the record"
+        problem = next((kind for mark, kind in _MARKS.items() if raw.startswith(mark)), problem)
+        raise DataError(at, problem, _UTF_8) from None
 
 
 def read_json_lines(path: Path) -> RawRows:
@@ -130,8 +130,8 @@ def _parse_json_object(text: str, path: Path, line: int, *, bound: str) -> Row:
             format_location(path, line), "a duplicate key in an object", "must have distinct keys"
         ) from None
     except json.JSONDecodeError as error:
-        found = f"{error.msg} at position {error.pos + 1} of the record"
-        raise DataError(format_location(path, line + error.lineno - 1), found, bound) from None
+        problem = f"{error.msg} at position {error.pos + 1} of the record"
+        raise DataError(format_location(path, line + error.lineno - 1), problem, bound) from None
     except (ValueError, RecursionError):  # an integer with thousands of digits, or very deep nesting
         raise DataError(format_location(path, line), "a value that is too large", bound) from None
     if not isinstance(row, dict):
@@ -236,9 +236,9 @@ def _split_cells(text: str, *, comma: str, at: str) -> list[str]:
         if "new-line" in str(error):
             bound = "must end its lines with a line feed"
             raise DataError(at, "a single carriage return outside double quotes", bound) from None
-        found = "text after a closing quote" if "expected after" in str(error) else "a quote that is not closed"
+        problem = "text after a closing quote" if "expected after" in str(error) else "a quote that is not closed"
         bound = "must have double quotes around the whole cell, and doubled quotes inside it"
-        raise DataError(at, found, bound) from None
+        raise DataError(at, problem, bound) from None
     return cells if any(cell.strip() for cell in cells) else []
 
 
@@ -338,10 +338,10 @@ def cut_elements(path: Path, opens: re.Pattern[bytes] | None = None) -> Iterator
             elif in_string:
                 place = cast(re.Match[bytes], _STRING.match(block, place)).end() + 1
                 in_string, escaped = block[place - 1 : place] != b'"', block[place - 1 : place] == b"\\"
-            elif (found := _OUTSIDE[depth == 1].search(block, place)) is None:
+            elif (match := _OUTSIDE[depth == 1].search(block, place)) is None:
                 break
             else:
-                mark, place = found[0], found.end()
+                mark, place = match[0], match.end()
                 in_string = mark == b'"'
                 if depth == 1 and mark in b",]":
                     row.add(block[begin : place - 1])
@@ -361,27 +361,27 @@ def _iter_array_blocks(path: Path, row: _RowBuffer) -> Iterator[bytes]:
         if not opened:
             row.first = row.line = row.line + block[: len(block) - len(text)].count(b"\n")
             if text and not text.startswith(b"["):
-                found = "an object" if text.startswith(b"{") else "no opening bracket"
+                kind = "an object" if text.startswith(b"{") else "no opening bracket"
                 bound = "must start with [, as an array of objects (for one object per line, use the suffix .jsonl)"
-                raise DataError(format_location(path, row.line), found, bound)
+                raise DataError(format_location(path, row.line), kind, bound)
         yield text if opened else text[1:]
         opened = opened or bool(text)
 
 
 def _iter_object_blocks(path: Path, row: _RowBuffer, opens: re.Pattern[bytes]) -> Iterator[bytes]:
     """Yield the blocks of a file after the match of `opens`, near its start; an empty file yields nothing."""
-    before, found = b"", None
+    before, match = b"", None
     for block in _read_blocks(path):
-        if found is None:
+        if match is None:
             before += block
-            if (found := opens.search(before)) is None:
+            if (match := opens.search(before)) is None:
                 if len(before) > _BLOCK_BYTES:
                     break
                 continue
-            row.first = row.line = 1 + before.count(b"\n", 0, found.end())
-            block = before[found.end() :]
+            row.first = row.line = 1 + before.count(b"\n", 0, match.end())
+            block = before[match.end() :]
         yield block
-    if found is None and before.strip():
+    if match is None and before.strip():
         raise DataError(
             format_location(path, 1),
             "an unsupported format",
@@ -419,12 +419,12 @@ def read_json_array(path: Path, *, lenient: bool, opens: re.Pattern[bytes] | Non
 
 def _parse_element(path: Path, line: int, raw: bytes | None, *, between: tuple[bytes, bytes]) -> Row | None:
     """Parse an array element; return None for the blank text in an empty array or after the end of an array."""
-    (before, behind), at, bound = between, format_location(path, line), "must be one array of objects"
-    if raw == b"" and (before == b"]" or (before == b"" and behind != b",")):
+    (before, after), at, bound = between, format_location(path, line), "must be one array of objects"
+    if raw == b"" and (before == b"]" or (before == b"" and after != b",")):
         return None
     if before == b"]":
         raise DataError(at, "more text after the end of the array", bound)
-    if not behind:
+    if not after:
         whole = catch_row_error(at, lambda: _parse_json_object(decode_text(raw, at=""), path, line, bound=""))
         rest = "the rest of this record, and " if isinstance(whole, DataError) else ""
         missing = "a record after the last comma, and " if raw == b"" else rest
@@ -447,7 +447,7 @@ def _read_blocks(path: Path) -> Iterator[bytes]:
                 block = stream.read1(_BLOCK_BYTES)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         # the library's messages quote the file
-        found = "an early end" if isinstance(error, EOFError) else "not a gzip file, or a damaged one"
-        raise DataError(format_location(path, line), found, "must be a complete gzip file") from None
+        problem = "an early end" if isinstance(error, EOFError) else "not a gzip file, or a damaged one"
+        raise DataError(format_location(path, line), problem, "must be a complete gzip file") from None
     except OSError as error:
         raise DataError(str(path), error.strerror, "must be a readable file") from None

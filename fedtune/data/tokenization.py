@@ -123,7 +123,7 @@ def encode(
     """
 
     def encode_texts(some: Sequence[Text]) -> list[Encoded]:
-        found = tokenizer(
+        token_ids = tokenizer(
             list(some),
             add_special_tokens=special_tokens,
             truncation=max_length is not None,
@@ -133,7 +133,7 @@ def encode(
             return_token_type_ids=False,
             verbose=False,  # no warning about the model's maximum length: the caller truncates
         )["input_ids"]
-        return [(ids, ()) for ids in found]
+        return [(ids, ()) for ids in token_ids]
 
     return (ids for ids, _ in _encode_each(texts, encode_texts, getattr(tokenizer, "backend_tokenizer", None), within))
 
@@ -155,9 +155,9 @@ def tokenize_whole_texts(
     """
     most = compute_max_characters(max_length)
     cuts = [tuple(record.fields[role][:most] for role in roles) for record, roles in fields]
-    texts = [one if len(one) > 1 else one[0] for one in cuts]
+    texts = [cut if len(cut) > 1 else cut[0] for cut in cuts]
     encoded = encode(texts, tokenizer, special_tokens=True, max_length=max_length, within=lenient_within)
-    input_ids, found = [], []
+    input_ids, has_tokens = [], []
     for (record, roles), ids in zip(fields, encoded, strict=True):
         if not ids and lenient_within is None:
             raise DataError(
@@ -165,8 +165,8 @@ def tokenize_whole_texts(
             )
         # Truncate again: a tokenizer does not truncate if its special tokens alone exceed `max_length`.
         input_ids.append(np.array(ids[:max_length] or [0], dtype=np.int32))
-        found.append(bool(ids))
-    return input_ids, found
+        has_tokens.append(bool(ids))
+    return input_ids, has_tokens
 
 
 def encode_words(
@@ -179,12 +179,12 @@ def encode_words(
     """
 
     def encode_texts(some: Sequence[str]) -> list[Encoded]:
-        found = tokenizer(
+        batch = tokenizer(
             list(some), add_special_tokens=False, truncation=True, max_length=max_length, padding=False, verbose=False
         )
         return [
-            (one.ids, _map_tokens_to_words(one, text))
-            for one, text in zip(found.encodings, some, strict=True)  # type: ignore[attr-defined]
+            (encoding.ids, _map_tokens_to_words(encoding, text))
+            for encoding, text in zip(batch.encodings, some, strict=True)  # type: ignore[attr-defined]
         ]
 
     return _encode_each(texts, encode_texts, tokenizer.backend_tokenizer, within)
@@ -195,17 +195,17 @@ def _map_tokens_to_words(encoding: Any, text: str) -> list[tuple[int, int]]:
     rests = encoding.overflowing
     last = encoding.word_ids[-1] if rests else None
     for rest in rests:  # the rest of the word at the truncation point
-        its = takewhile(lambda one: one[0] == last, zip(rest.word_ids, rest.offsets, strict=True))
+        its = takewhile(lambda pair: pair[0] == last, zip(rest.word_ids, rest.offsets, strict=True))
         ends |= {word: end for word, (_, end) in its}
         if rest.word_ids[-1] != last:
             break
-    found, before = [], None
+    spans, before = [], None
     for word, (start, _) in zip(encoding.word_ids, encoding.offsets, strict=True):
         piece = text[start : ends[word]]
         start += len(piece) - len(piece.lstrip())  # some tokens include the preceding space
-        found.append((start, ends[word]) if word is not None and word != before and piece.strip() else (0, 0))
+        spans.append((start, ends[word]) if word is not None and word != before and piece.strip() else (0, 0))
         before = word
-    return found
+    return spans
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -250,8 +250,8 @@ class MarkedTokenizer:
         """Yield each text's token ids and the character span of each token; `within` is as in `encode`."""
 
         def encode_pieces(some: Sequence[str]) -> list[Encoded]:
-            found = self._backend.encode_batch(list(some), add_special_tokens=False)
-            return [(one.ids, one.offsets) for one in found]
+            encodings = self._backend.encode_batch(list(some), add_special_tokens=False)
+            return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
         return _encode_each(texts, encode_pieces, self._backend, within)
 
@@ -266,13 +266,13 @@ def _encode_each(
             continue
         fits = [all(_has_bounded_length(part, normalizer) for part in _to_tuple(text)) for text in some]
         bounded = [text for text, short in zip(some, fits, strict=True) if short]
-        found = catch_row_error("", encoded, bounded)
-        if isinstance(found, DataError):  # one of the texts failed, so encode them one at a time
+        results = catch_row_error("", encoded, bounded)
+        if isinstance(results, DataError):  # one of the texts failed, so encode them one at a time
             alone = (catch_row_error("", encoded, [text]) for text in bounded)
-            found = [([], ()) if isinstance(one, DataError) else one[0] for one in alone]
-        left = iter(found)
-        for one in (next(left) if short else ([], ()) for short in fits):
-            yield one if all(0 <= number < within for number in one[0]) else ([], ())
+            results = [([], ()) if isinstance(result, DataError) else result[0] for result in alone]
+        left = iter(results)
+        for result in (next(left) if short else ([], ()) for short in fits):
+            yield result if all(0 <= number < within for number in result[0]) else ([], ())
 
 
 def _has_bounded_length(text: str, normalizer: Any) -> bool:

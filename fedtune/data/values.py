@@ -152,12 +152,12 @@ def _read_name(value: object, role: str, *, at: str) -> str:
     text = _read_text_value(value, role, accepted="text or an integer", at=at).strip()
     if role != "user":
         return text
-    found = normalize_name(text)
-    if found in NO_NAME:
+    name = normalize_name(text)
+    if name in NO_NAME:
         raise DataError(at, "no id", "must name a user (role user)")
-    if _WITH_EXPONENT.fullmatch(found):
+    if _WITH_EXPONENT.fullmatch(name):
         raise DataError(at, "a number with an exponent", "must be the user's id with all digits, as text (role user)")
-    return _WHOLE_DECIMAL.sub(r"\1", found)
+    return _WHOLE_DECIMAL.sub(r"\1", name)
 
 
 # Turns.
@@ -238,8 +238,8 @@ def guess_turns(value: object) -> list[dict[str, Any]]:
 
 def parse_speaker_role(name: object) -> str:
     """Map the name of a speaker to `system`, `user` or `assistant`; an unknown name is returned in lower case."""
-    said = str(name).strip().lower()
-    return _SPEAKERS.get(said, said)
+    speaker = str(name).strip().lower()
+    return _SPEAKERS.get(speaker, speaker)
 
 
 def _parse_turns_text(text: str) -> list[dict[str, Any]] | None:
@@ -282,11 +282,11 @@ def _read_turn(turn: object, *, at: str) -> dict[str, Any]:
     for mark in _PARTS_TRAINED:
         if turn.get(mark):
             raise DataError(f"{at}, {mark}", "weights of parts", "is not supported: the model learns whole answers")
-    given = [(mark, turn[mark]) for mark in _TRAINED if not is_null(turn.get(mark))]
-    for mark, value in given:
+    weights = [(mark, turn[mark]) for mark in _TRAINED if not is_null(turn.get(mark))]
+    for mark, value in weights:
         if not isinstance(value, int | float) or value not in (0, 1):
             raise DataError(f"{at}, {mark}", "an unknown weight", "must be 0 or 1, false or true")
-    return {"role": role, "content": content} | ({} if all(value for _, value in given) else {"train": False})
+    return {"role": role, "content": content} | ({} if all(value for _, value in weights) else {"train": False})
 
 
 # Labels and numbers.
@@ -304,9 +304,9 @@ def read_labels(value: object, at: str) -> str:
     listed = parse_list(value)
     if listed is None:
         return str(value).strip()
-    if not all(type(one) is int or is_integral(one) or (isinstance(one, str) and one.strip()) for one in listed):
+    if not all(type(item) is int or is_integral(item) or (isinstance(item, str) and item.strip()) for item in listed):
         raise DataError(at, name_json_type(value), "must be text or a list of texts or whole numbers (role labels)")
-    labels = [one.strip() if isinstance(one, str) else str(int(one)) for one in listed]
+    labels = [item.strip() if isinstance(item, str) else str(int(item)) for item in listed]
     if len(set(labels)) < len(labels):
         bound = "must list each label once (role labels); instead of a vector of 0 and 1, use the labels' names"
         raise DataError(at, "a duplicate label", bound)
@@ -322,7 +322,7 @@ def split_labels(text: str, *, separator: str) -> tuple[str, ...]:
     ('late', 'damaged')
     """
     listed = parse_json_list(text)
-    return tuple(one for label in (text.split(separator) if listed is None else listed) if (one := label.strip()))
+    return tuple(name for label in (text.split(separator) if listed is None else listed) if (name := label.strip()))
 
 
 def read_number(value: object, at: str, *, role: str = "target") -> str:
@@ -345,12 +345,12 @@ def parse_arrival_month(value: object, at: str) -> str:
     >>> [parse_arrival_month(date, "") for date in ("2026-03-14 09:30", "2026-03", "14.3.2026")]
     ['2026-03', '2026-03', '']
     """
-    found = value if isinstance(value, date) else None
+    day = value if isinstance(value, date) else None
     if isinstance(value, str):
         text = value.strip()[:_LONGEST_DATE]
         with suppress(ValueError):
-            found = datetime.fromisoformat(f"{text}-01" if _MONTH.fullmatch(text) else text)
-    return "" if found is None else f"{found.year:04}-{found.month:02}"
+            day = datetime.fromisoformat(f"{text}-01" if _MONTH.fullmatch(text) else text)
+    return "" if day is None else f"{day.year:04}-{day.month:02}"
 
 
 def read_feature(value: object, at: str) -> str:
@@ -358,7 +358,7 @@ def read_feature(value: object, at: str) -> str:
     if is_missing(value):
         return ""
     if isinstance(value, list):
-        return json.dumps([float(read_number(one, at, role="feature")) for one in value])
+        return json.dumps([float(read_number(item, at, role="feature")) for item in value])
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
@@ -383,10 +383,10 @@ def parse_numbers(text: str, at: str) -> list[float]:
     if listed is None:
         raise DataError(at, "not a list", "must be a JSON list of numbers, such as [0.5, 1] (role feature)")
     if all(
-        type(one) is float and math.isfinite(one) for one in listed
+        type(number) is float and math.isfinite(number) for number in listed
     ):  # fast path for the output of `read_feature`, which may have thousands of numbers
         return listed
-    return [float(read_number(one, at, role="feature")) for one in listed]
+    return [float(read_number(number, at, role="feature")) for number in listed]
 
 
 def _is_number(text: str) -> bool:
@@ -427,5 +427,5 @@ def find_misplaced_spans(fields: Mapping[str, str]) -> list[str]:
     ways = {"(ends seem inclusive)": [place + number % 2 for number, place in enumerate(places)]}
     for what, encoding in (("bytes", "utf-8"), ("units of UTF-16", "utf-16-le")):
         raw, size = text.encode(encoding), len("a".encode(encoding))
-        ways[f"({what} seem to be counted)"] = [len(raw[: size * one].decode(encoding, "ignore")) for one in places]
+        ways[f"({what} seem to be counted)"] = [len(raw[: size * place].decode(encoding, "ignore")) for place in places]
     return [next((way for way, some in ways.items() if not splits_word(some)), "")] if splits_word(places) else []

@@ -71,12 +71,12 @@ class Drawn:
     def estimate(self, model: str, score: str, *, judged: str | None = None) -> Estimate:
         """Return a model's score with its confidence interval; `judged` is that of `compare_scores`."""
         value, draws = self.values[model][score], self.draws[model][score]
-        found = _estimate(value, draws)
-        if (judged or score) not in _TOO_LOW or not math.isfinite(found.low):
-            return found
+        interval = _estimate(value, draws)
+        if (judged or score) not in _TOO_LOW or not math.isfinite(interval.low):
+            return interval
         # The draws are biased: shift the interval back, limit it to 1, and keep the score inside.
         bias = float(draws.mean()) - value
-        low, high = found.low - 2 * bias, min(1.0, found.high - 2 * bias)
+        low, high = interval.low - 2 * bias, min(1.0, interval.high - 2 * bias)
         return Estimate(value, min(low, value), max(high, value))
 
     def compare_scores(self, base: str, tuned: str, score: str, *, judged: str | None = None) -> Comparison:
@@ -93,14 +93,14 @@ class Drawn:
         draws = [self.draws[model][score] for model in (base, tuned)]
         with np.errstate(invalid="ignore"):  # infinity minus infinity
             difference = _estimate(float(np.subtract(values[1], values[0])), draws[1] - draws[0])
-        one, other = (self.estimate(model, score, judged=judged) for model in (base, tuned))
+        base_score, tuned_score = (self.estimate(model, score, judged=judged) for model in (base, tuned))
         sign, verdict = get_score_direction(judged or score), NO_DIFFERENCE
         ends = sorted((sign * difference.low, sign * difference.high))
-        if self.num_units >= MIN_UNITS and math.isfinite(one.value) != math.isfinite(other.value):
-            verdict = "better" if math.isfinite(other.value) else "worse"
+        if self.num_units >= MIN_UNITS and math.isfinite(base_score.value) != math.isfinite(tuned_score.value):
+            verdict = "better" if math.isfinite(tuned_score.value) else "worse"
         elif self.num_units >= MIN_UNITS and (ends[0] > 0 or ends[1] < 0):
             verdict = "better" if ends[0] > 0 else "worse"
-        return Comparison(one, other, difference, verdict)
+        return Comparison(base_score, tuned_score, difference, verdict)
 
     def with_mean(self, name: str, models: Sequence[str]) -> Drawn:
         """Return a copy with one more model, `name`, whose scores are the means over `models`."""
@@ -130,23 +130,23 @@ def score_draws(
     observed = {model: scores(figures) for model, figures in models.items()}
     num_records = len(next(iter(next(iter(models.values())).values())))
     num_units = num_records if units is None else len(units)
-    found: dict[str, dict[str, list[float]]] = {model: {score: [] for score in observed[model]} for model in models}
+    scored: dict[str, dict[str, list[float]]] = {model: {score: [] for score in observed[model]} for model in models}
     generator = np.random.default_rng(0)
     for _ in range(resamples):
         chosen = generator.integers(0, num_units, size=num_units)
         places = chosen if units is None else np.concatenate([units[unit] for unit in chosen])
         # A draw may contain no record that can be scored, for example no supervised token.
         with suppress(DataError):
-            each = {
+            drawn = {
                 model: scores({name: values[places] for name, values in figures.items()})
                 for model, figures in models.items()
             }
-            for model, lists in found.items():
+            for model, lists in scored.items():
                 for score, values in lists.items():
-                    values.append(each[model][score])
+                    values.append(drawn[model][score])
     draws = {
         model: {score: np.array(values, dtype=np.float64) for score, values in lists.items()}
-        for model, lists in found.items()
+        for model, lists in scored.items()
     }
     return Drawn(observed, draws, num_units)
 
@@ -160,8 +160,8 @@ def compare_by_scores(
     resamples: int = RESAMPLES,
 ) -> dict[str, Comparison]:
     """Compare two models by every score; the arguments are those of `score_draws`."""
-    found = score_draws({"base": base, "tuned": tuned}, scores=scores, units=units, resamples=resamples)
-    return {score: found.compare_scores("base", "tuned", score) for score in found.values["base"]}
+    drawn = score_draws({"base": base, "tuned": tuned}, scores=scores, units=units, resamples=resamples)
+    return {score: drawn.compare_scores("base", "tuned", score) for score in drawn.values["base"]}
 
 
 def _estimate(value: float, drawn: npt.NDArray[np.float64]) -> Estimate:
@@ -177,10 +177,10 @@ def describe_against_constant(model: str, found: Estimate, constant: float, *, s
     The score of the constant prediction, on the same units, is treated as known exactly.
     """
     ends = sorted(get_score_direction(score) * (end - constant) for end in (found.low, found.high))
-    is_told = num_units >= MIN_UNITS and (ends[0] > 0 or ends[1] < 0)
-    what = f"is {'better' if ends[0] > 0 else 'worse'} than" if is_told else f"{NO_DIFFERENCE} from"
-    told = f"{format_score_name(score)} {found.value:.4f} ({found.low:.4f} to {found.high:.4f}) against {constant:.4f}"
-    return f"{model[:1].upper()}{model[1:]} {what} the best constant answer: {told}."
+    is_clear = num_units >= MIN_UNITS and (ends[0] > 0 or ends[1] < 0)
+    what = f"is {'better' if ends[0] > 0 else 'worse'} than" if is_clear else f"{NO_DIFFERENCE} from"
+    text = f"{format_score_name(score)} {found.value:.4f} ({found.low:.4f} to {found.high:.4f}) against {constant:.4f}"
+    return f"{model[:1].upper()}{model[1:]} {what} the best constant answer: {text}."
 
 
 def get_score_direction(name: str) -> int:

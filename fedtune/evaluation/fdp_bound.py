@@ -78,8 +78,8 @@ def refutes_gaussian(
         shifted: Floats = ndtr(ndtri(probabilities) - all_mu.ravel()[places])
         return shifted
 
-    found = _refute(canaries, all_guesses.ravel(), all_right.ravel(), inverse_blow_up, error=error)
-    return found.reshape(all_mu.shape)
+    refuted = _refute(canaries, all_guesses.ravel(), all_right.ravel(), inverse_blow_up, error=error)
+    return refuted.reshape(all_mu.shape)
 
 
 def refutes_profile(canaries: int, guesses: int, right: int, *, epsilons: Floats, deltas: Floats, error: float) -> bool:
@@ -137,19 +137,19 @@ def _refute(
     """
     refuted = np.zeros(right.shape, dtype=bool)
     going = np.arange(right.size)
-    asked, left = guesses.astype(np.float64), right.astype(np.float64)
-    hits, misses = error * left / canaries, error * (asked - left) / canaries
+    guessed, left = guesses.astype(np.float64), right.astype(np.float64)
+    hits, misses = error * left / canaries, error * (guessed - left) / canaries
     while going.size:
-        refuted[going] = hits + misses > asked / canaries
+        refuted[going] = hits + misses > guessed / canaries
         left = left - 1
         grown = np.maximum(misses, inverse_blow_up(hits, going)) - misses
         # A test without growth never grows again, so its claim is not refuted.  Refuted claims stay refuted.
         more = (grown > 0) & (left >= 0) & ~refuted[going]
         if not more.all():
-            going, asked, left = going[more], asked[more], left[more]
+            going, guessed, left = going[more], guessed[more], left[more]
             hits, misses, grown = hits[more], misses[more], grown[more]
         misses = misses + grown
-        hits = np.minimum(hits + left / (asked - left) * grown, 1.0)
+        hits = np.minimum(hits + left / (guessed - left) * grown, 1.0)
     return refuted
 
 

@@ -328,8 +328,8 @@ def compute_text_statistics(
     bleu, rouge = BLEU(effective_order=True), RougeScorer(["rougeL"])
     counts, best = [], []
     for text, group in zip(hypotheses, references, strict=True):
-        found = bleu.sentence_score(text, list(group))
-        counts.append([*found.counts, *found.totals, found.sys_len, found.ref_len])
+        score = bleu.sentence_score(text, list(group))
+        counts.append([*score.counts, *score.totals, score.sys_len, score.ref_len])
         best.append(rouge.score_multi(group, text)["rougeL"].fmeasure)
     return {"bleu": np.array(counts, dtype=np.float64).reshape(-1, 10), "rouge_l": np.array(best, dtype=np.float64)}
 
@@ -433,5 +433,5 @@ def measure_text_variety(texts: Sequence[str]) -> dict[str, Any]:
 def measure_shared_bigrams(texts: Sequence[str], others: Sequence[str]) -> float:
     """Return the share of word bigrams in `others`, counted with repetition, that also occur in `texts`."""
     known = {pair for text in texts for pair in pairwise(text.lower().split())}
-    found = [pair in known for text in others for pair in pairwise(text.lower().split())]
-    return sum(found) / len(found) if found else 0.0
+    shared = [pair in known for text in others for pair in pairwise(text.lower().split())]
+    return sum(shared) / len(shared) if shared else 0.0

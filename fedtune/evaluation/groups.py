@@ -63,12 +63,12 @@ def merge_values(
         smallest: the minimum number of units of a group.
         units: the indices of each unit's records; None: each record is a unit.
     """
-    own_values = [{value} for value in values] if units is None else [{values[i] for i in places} for places in units]
+    by_unit = [{value} for value in values] if units is None else [{values[i] for i in places} for places in units]
 
     def count_units(chosen: set[str]) -> int:
-        return sum(not chosen.isdisjoint(own) for own in own_values)
+        return sum(not chosen.isdisjoint(unit_values) for unit_values in by_unit)
 
-    counts = Counter(value for own in own_values for value in own)
+    counts = Counter(value for unit_values in by_unit for value in unit_values)
     small = {value for value, count in counts.items() if count < smallest or value == OTHERS}
     left = sorted(set(counts) - small, key=lambda value: (counts[value], value))
     while small and left and count_units(small) < smallest:
@@ -107,31 +107,31 @@ def score_groups(
 
     def score_each(figures: Figures) -> dict[str, float]:
         """Compute the score inside each group, and its gap to the records outside the group."""
-        codes, own = figures[_GROUP], {name: values for name, values in figures.items() if name != _GROUP}
-        found: dict[str, float] = {}
+        codes, rest = figures[_GROUP], {name: values for name, values in figures.items() if name != _GROUP}
+        scored: dict[str, float] = {}
         for number in range(len(groups.names)):
             parts = codes == number, codes != number
             if not all(part.any() for part in parts):
                 raise DataError("evaluation data", "no record", "must contain a record of each group")
-            inside, outside = (scores({name: values[part] for name, values in own.items()})[score] for part in parts)
-            found |= {f"in {number}": inside, f"gap {number}": inside - outside}
-        return found
+            inside, outside = (scores({name: values[part] for name, values in rest.items()})[score] for part in parts)
+            scored |= {f"in {number}": inside, f"gap {number}": inside - outside}
+        return scored
 
     codes: npt.NDArray[np.float64] = groups.codes.astype(np.float64)
     coded: dict[str, Figures] = {model: {**figures, _GROUP: codes} for model, figures in models.items()}
-    found, numbers = (
+    drawn, numbers = (
         score_draws(coded, scores=score_each, units=units),
         {name: n for n, name in enumerate(groups.names)},
     )
     # The minimum number of units applies to the group's own units.
-    of_group = {n: Drawn(found.values, found.draws, num_units=size) for n, size in enumerate(groups.sizes)}
+    of_group = {n: Drawn(drawn.values, drawn.draws, num_units=size) for n, size in enumerate(groups.sizes)}
     return GroupScores(
         groups=groups,
         scores={
-            name: {model: found.estimate(model, f"in {n}", judged=score) for model in models}
+            name: {model: drawn.estimate(model, f"in {n}", judged=score) for model in models}
             for name, n in numbers.items()
         },
-        gaps={name: {model: found.estimate(model, f"gap {n}") for model in models} for name, n in numbers.items()},
+        gaps={name: {model: drawn.estimate(model, f"gap {n}") for model in models} for name, n in numbers.items()},
         changes={
             name: {pair: of_group[n].compare_scores(*pair, f"in {n}", judged=score) for pair in pairs}
             for name, n in numbers.items()

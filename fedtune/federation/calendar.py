@@ -58,29 +58,29 @@ def list_calendar_runs(plan: Plan, *, before: int = 0) -> tuple[CalendarRun, ...
     """
     if not plan.private or plan.runs == 1:
         return ()
-    window, cohorts, found = compute_max_runs_per_person(plan), plan.cohorts, []
+    window, cohorts, runs = compute_max_runs_per_person(plan), plan.cohorts, []
     for step in range(min(_MAX_SHOWN, plan.runs if window else plan.runs - before)):
         number = before + step + 1
         oldest = compute_epsilon_over_runs(plan, runs=number if window is None else min(number, window))
         admits, newest = (
             (shift_window(cohorts, by=step), compute_epsilon_over_runs(plan, runs=1)) if cohorts else (None, oldest)
         )
-        found.append(CalendarRun(number=number, cohorts=admits, oldest=oldest, newest=newest))
-    return tuple(found)
+        runs.append(CalendarRun(number=number, cohorts=admits, oldest=oldest, newest=newest))
+    return tuple(runs)
 
 
 def list_calendar_rows(plan: Plan, runs: Iterable[CalendarRun]) -> Iterator[tuple[str, ...]]:
     """Yield one table row per run: number, admitted cohorts, epsilon of the run, and cumulative epsilon of the oldest
     and the newest cohort.
     """
-    for one in runs:
+    for run in runs:
         admits = "everybody"
-        if one.cohorts is not None:
-            admits = f"{one.cohorts.first} to {one.cohorts.last}" if one.cohorts.first else f"up to {one.cohorts.last}"
+        if run.cohorts is not None:
+            admits = f"{run.cohorts.first} to {run.cohorts.last}" if run.cohorts.first else f"up to {run.cohorts.last}"
         yield (
-            str(one.number),
+            str(run.number),
             admits,
-            *map(format_epsilon, (compute_epsilon_over_runs(plan, runs=1), one.oldest, one.newest)),
+            *map(format_epsilon, (compute_epsilon_over_runs(plan, runs=1), run.oldest, run.newest)),
         )
 
 

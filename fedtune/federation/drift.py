@@ -52,15 +52,15 @@ def pool_held_out_scores(
     A site's noised score and count are shares of its size in `sizes`; `noise` is the noise multiplier of each release.
     Returns None if there are no scores, or too few records for this noise.
     """
-    parts = [(sizes[site], *shares) for one in rounds for site, shares in one.site_scores.items()]
+    parts = [(sizes[site], *shares) for result in rounds for site, shares in result.site_scores.items()]
     scores, units = sum(size * score for size, score, _ in parts), sum(size * count for size, _, count in parts)
     deviation = noise * math.sqrt(2 * len(parts))
     if units <= 5 * deviation:  # noise would dominate the mean
         return None
-    mean, each_round = scores / units, units / sum(bool(one.site_scores) for one in rounds)
+    mean, each_round = scores / units, units / sum(bool(result.site_scores) for result in rounds)
     # Variance of the noise in both sums, plus sampling variance of the held-out units: at most p (1 - p) per score.
     variance = (1 + mean**2) * (deviation / units) ** 2 + max(0.0, mean * (1 - mean)) / each_round
-    return HeldOut(run=run, date=max(one.ended for one in rounds), mean=mean, deviation=math.sqrt(variance))
+    return HeldOut(run=run, date=max(result.ended for result in rounds), mean=mean, deviation=math.sqrt(variance))
 
 
 def detect_score_drop(line: Sequence[HeldOut]) -> ScoreDrop | None:
@@ -79,5 +79,5 @@ def detect_score_drop(line: Sequence[HeldOut]) -> ScoreDrop | None:
 
 
 def _compute_weighted_mean(line: Sequence[HeldOut]) -> tuple[float, float]:
-    weights = [one.deviation**-2 for one in line]  # inverse-variance weighting
-    return fmean([one.mean for one in line], weights), sum(weights) ** -0.5
+    weights = [score.deviation**-2 for score in line]  # inverse-variance weighting
+    return fmean([score.mean for score in line], weights), sum(weights) ** -0.5

@@ -55,7 +55,7 @@ def select_round(
 
     best = max(rounds, key=compute_gain)  # the earliest on ties
     # A round without a usable update does not change the score, so it does not count against the patience.
-    waited = sum(one.round > best.round for one in rounds if one.sites)
+    waited = sum(result.round > best.round for result in rounds if result.sites)
     stops = federation.early_stopping_patience is not None and waited >= federation.early_stopping_patience
     kept = best if federation.checkpoint_selection == "best" else rounds[-1]
     return SelectedRound(
@@ -68,7 +68,7 @@ def select_round(
 
 def count_rounds(rounds: Sequence[RoundResult], federation: FederationSpec) -> int:
     """Count the rounds of a run, including one spare round for each round without a usable update so far."""
-    return federation.num_rounds + min(federation.spare_rounds, sum(not one.sites for one in rounds))
+    return federation.num_rounds + min(federation.spare_rounds, sum(not result.sites for result in rounds))
 
 
 def should_stop(rounds: Sequence[RoundResult], federation: FederationSpec, *, primary_metric: str) -> bool:

@@ -89,11 +89,11 @@ def invite(transport: Transport, asked: ProposedRun, *, less: bool = False) -> A
             silent[site] = NO_REPLY
             continue
         reply = replies[site]
-        own = reply.is_signed() and reply.about == (site, asked.proposal.run, 0)
-        if own and isinstance(reply.body, Offer) and reply.body.nonce == nonce:
+        genuine = reply.is_signed() and reply.about == (site, asked.proposal.run, 0)
+        if genuine and isinstance(reply.body, Offer) and reply.body.nonce == nonce:
             offers[site] = reply.body
             log.info("site %s offers to take part, with fedtune %s", site, reply.body.software)
-        elif own and isinstance(reply.body, Refusal):
+        elif genuine and isinstance(reply.body, Refusal):
             refusals[site] = reply.body
         elif isinstance(reply.body, Refusal) and not reply.receipt:
             silent[site] = reply.body.reason.value  # unsigned: shown to people, but not trusted as final

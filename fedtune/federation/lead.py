@@ -101,11 +101,11 @@ class LeadState:
 
         The first round is ignored because it includes one-time work.  The median is robust to interruptions.
         """
-        ends = [datetime.fromisoformat(one.ended) for one in self.rounds]
+        ends = [datetime.fromisoformat(result.ended) for result in self.rounds]
         if len(ends) < 2:
             return None
         between = median((later - end).total_seconds() for end, later in pairwise(ends))
-        return max(between, median(one.seconds for one in self.rounds[1:]))  # ends are in whole seconds
+        return max(between, median(result.seconds for result in self.rounds[1:]))  # ends are in whole seconds
 
     def with_requests_to(self, sites: Sequence[str]) -> LeadState:
         """Return the state after requesting a round from `sites`; each site may be charged until it answers."""
@@ -315,8 +315,8 @@ class Checkpoints:
             "strategy": state.strategy,
             "algorithm": state.algorithm,
         }
-        tensors = {f"{of}/{name}": np.asarray(value) for of, named in arrays.items() for name, value in named.items()}
-        about = {"config_sha256": self._config, **{of: list(named) for of, named in arrays.items()}}
+        tensors = {f"{key}/{name}": np.asarray(value) for key, named in arrays.items() for name, value in named.items()}
+        about = {"config_sha256": self._config, **{key: list(named) for key, named in arrays.items()}}
         about |= {name: getattr(state, name) for name in _list_non_array_fields()}
         metadata = {
             "fedtune": json.dumps(about, default=lambda one: one.to_json() if isinstance(one, Receipt) else asdict(one))
@@ -332,16 +332,16 @@ class Checkpoints:
             ConfigError: there is no checkpoint, or it belongs to another configuration.
             StuckError: the newest checkpoint is damaged.
         """
-        found = list_checkpoints(self._folder)
-        if not found:
+        paths = list_checkpoints(self._folder)
+        if not paths:
             raise ConfigError("resume", str(self._folder.parent), "has no checkpoint: start a new run")
-        data = read_regular_file(found[-1])
+        data = read_regular_file(paths[-1])
         try:
             tensors = load_tensors(data)
             size = int.from_bytes(data[:8], "little")
             about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["fedtune"])
             other = about["config_sha256"] != self._config
-            arrays = {of: {name: tensors[f"{of}/{name}"] for name in about[of]} for of in _ARRAY_FIELDS}
+            arrays = {key: {name: tensors[f"{key}/{name}"] for name in about[key]} for key in _ARRAY_FIELDS}
             state = LeadState(
                 adapter=Adapter(arrays["adapter"]),
                 best=Adapter(arrays["best"]) if arrays["best"] else None,
@@ -351,7 +351,7 @@ class Checkpoints:
             )
             check_at_least("rounds", min(state.round, *state.unanswered.values(), 0), 0)
         except Exception as error:
-            raise StuckError(f"checkpoint {found[-1]} is damaged: {error}; {_explain_recovery(found)}") from error
+            raise StuckError(f"checkpoint {paths[-1]} is damaged: {error}; {_explain_recovery(paths)}") from error
         if other:
             raise ConfigError("resume", str(self._folder.parent), "has a checkpoint of a different configuration")
         for _, sites in self.list_requests(after=state.round):
@@ -367,14 +367,14 @@ class Checkpoints:
         return [line for line in lines if line.endswith(b"\n")]
 
 
-def _explain_recovery(found: Sequence[Path]) -> str:
+def _explain_recovery(paths: Sequence[Path]) -> str:
     """Return the advice for recovering from a damaged newest checkpoint.
 
     A run resumed from the previous checkpoint repeats the requests of the later rounds, which are not charged again.
     """
-    if len(found) < 2:
+    if len(paths) < 2:
         return "there is no earlier checkpoint: start a new run under another name"
-    return f"move it away, and resume the run from {found[-2].name}"
+    return f"move it away, and resume the run from {paths[-2].name}"
 
 
 def _list_non_array_fields() -> Mapping[str, Any]:

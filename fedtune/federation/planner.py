@@ -206,11 +206,11 @@ def compute_alternatives(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
         changes.append((batches, {"sampling_rate": rate}, epsilon))
     changes.append((f"delta {plan.delta / 10:.3g}", {"delta": plan.delta / 10}, epsilon))
     changes.append((f"epsilon {epsilon / 2:.4g}", {}, epsilon / 2))
-    found = []
+    alternatives = []
     for what, changed, keep in changes:
         with suppress(ConfigError):
-            found.append(_build_alternative(what, dataclasses.replace(plan, **changed), keep, original=plan))
-    return tuple(found)
+            alternatives.append(_build_alternative(what, dataclasses.replace(plan, **changed), keep, original=plan))
+    return tuple(alternatives)
 
 
 def _build_alternative(what: str, plan: Plan, epsilon: float, *, original: Plan) -> Change:

@@ -76,13 +76,13 @@ class DryRun:
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values, with broken rules in their JSON form."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        violations, limit = [one.to_json() for one in self.violations], self.limit and self.limit.to_json()
+        violations, limit = [refusal.to_json() for refusal in self.violations], self.limit and self.limit.to_json()
         return fields | {"violations": violations, "limit": limit, "allowed": self.allowed}
 
 
 def find_strictest_dry_run(verdicts: Sequence[DryRun]) -> DryRun:
     """Return the dry run with the smallest `max_accepted_epsilon`, which every site accepts."""
-    return min(verdicts, key=lambda one: 0.0 if one.max_accepted_epsilon is None else one.max_accepted_epsilon)
+    return min(verdicts, key=lambda run: 0.0 if run.max_accepted_epsilon is None else run.max_accepted_epsilon)
 
 
 def dry_run(
@@ -229,5 +229,5 @@ def _list_size_refusals(policy: Policy, proposal: Proposal, declared_sizes: Mapp
     public.
     """
     own = {dataset.id: dataset.declared_size for dataset in policy.dataset}.get(proposal.dataset)
-    asked = declared_sizes.get(policy.site)
-    return [] if None in (own, asked) or own == asked else [Refused(Reason.DECLARED_SIZE, requested=asked, allowed=own)]
+    size = declared_sizes.get(policy.site)
+    return [] if None in (own, size) or own == size else [Refused(Reason.DECLARED_SIZE, requested=size, allowed=own)]

@@ -113,23 +113,23 @@ class _RunMessage(_LeadMessage):
         return self.proposal.digest()
 
     def _to_json(self) -> dict[str, Any]:
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
-        return own | {"protocol": WIRE_SCHEMA, "proposal": self.proposal.to_json()}
+        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        return content | {"protocol": WIRE_SCHEMA, "proposal": self.proposal.to_json()}
 
     @classmethod
     def _from_json(cls, fields: dict[str, Any]) -> Self:
         # These two fields and the format of a refusal are identical in every protocol version.
-        spoken, software = fields.pop("protocol", None), fields.setdefault("software", "unknown")
-        _require("protocol", type(spoken) is int and 0 < spoken < _MAX_ROUNDS)
+        version, software = fields.pop("protocol", None), fields.setdefault("software", "unknown")
+        _require("protocol", type(version) is int and 0 < version < _MAX_ROUNDS)
         _require("software", type(software) is str and _SOFTWARE.fullmatch(software))
-        if needed := explain_upgrade(site=WIRE_SCHEMA, lead=spoken):
+        if needed := explain_upgrade(site=WIRE_SCHEMA, lead=version):
             here = f"protocol {WIRE_SCHEMA} (fedtune {build()}): {needed}"
-            raise Refused(Reason.MALFORMED_REQUEST, requested=f"protocol {spoken} (fedtune {software})", allowed=here)
-        asked = decode(cls, fields)
-        check_name("site", asked.site)  # it goes into a site's log
-        _require("expires", math.isfinite(asked.expires))
-        asked._check()
-        return asked
+            raise Refused(Reason.MALFORMED_REQUEST, requested=f"protocol {version} (fedtune {software})", allowed=here)
+        message = decode(cls, fields)
+        check_name("site", message.site)  # it goes into a site's log
+        _require("expires", math.isfinite(message.expires))
+        message._check()
+        return message
 
     @abstractmethod
     def _check(self) -> None:
@@ -175,9 +175,9 @@ class RoundRequest(_RunMessage):
 
         The receipt, the expiry and the lead's software version are excluded, because they may change in a repeat.
         """
-        asked = self._to_json() | dict.fromkeys(("protocol", "receipt", "expires"))
-        del asked["software"]
-        return hash_json(asked)
+        content = self._to_json() | dict.fromkeys(("protocol", "receipt", "expires"))
+        del content["software"]
+        return hash_json(content)
 
 
 ANNOUNCE, JOIN, CONFIRM, UNMASK = "announce", "join", "confirm", "unmask"

@@ -105,11 +105,11 @@ class RoundReplies:
         """
         if site not in self.reaches or site in self.left_out:
             return
-        outcome, found = self._validate_reply(site, reply)
-        if isinstance(found, Masked):
-            self.masked[site] = found
-        elif found is not None:
-            self.arrived.put(site, found)
+        outcome, update = self._validate_reply(site, reply)
+        if isinstance(update, Masked):
+            self.masked[site] = update
+        elif update is not None:
+            self.arrived.put(site, update)
         self._outcomes[site] = outcome
 
     @property
@@ -151,13 +151,13 @@ class RoundReplies:
         plan = self.proposal.plan
         if not (isinstance(body, Update) and _are_valid_scores(plan, body.scores)):
             return _Outcome(failure=INVALID_UPDATE), None
-        came, outcome = body.tensors, _Outcome(scores=body.scores)
+        update, outcome = body.tensors, _Outcome(scores=body.scores)
         if plan.shared is not None:
-            return (outcome, came) if isinstance(came, Masked) else (_Outcome(failure=INVALID_UPDATE), None)
-        rounded = isinstance(came, Difference)
+            return (outcome, update) if isinstance(update, Masked) else (_Outcome(failure=INVALID_UPDATE), None)
+        rounded = isinstance(update, Difference)
         rank, sent = self.proposal.find_rank(site), self.sent.tensors
         expected = rounded == (self.update_dtype == "bfloat16")
-        part = _decode_update(came, cut_to_rank(sent, rank)) if expected else None
+        part = _decode_update(update, cut_to_rank(sent, rank)) if expected else None
         tensors = None if part is None else pad_to_full_rank(part, sent, rank)
         if tensors is None:
             return _Outcome(failure=INVALID_UPDATE), None
@@ -173,17 +173,17 @@ def _are_valid_scores(plan: Plan, scores: tuple[float, float] | None) -> bool:
     return (scores is not None) == plan.releases_metrics and all(abs(value) <= _MAX_SHARE for value in scores or ())
 
 
-def _decode_update(came: Tensors | Difference | Masked, sent: Tensors) -> Tensors | None:
+def _decode_update(update: Tensors | Difference | Masked, sent: Tensors) -> Tensors | None:
     """Decode an update to tensors; None if names, order, shapes or dtype differ from `sent`, or a value is not finite.
 
     A bfloat16 difference is added to `sent` here, once, so that bounds and averages see the resulting adapter.
     """
-    if isinstance(came, Masked):
+    if isinstance(update, Masked):
         return None
-    arrays: Mapping[str, npt.NDArray[Any]] = came.halves if isinstance(came, Difference) else came
-    wanted = [(name, value.shape) for name, value in sent.items()]
-    if [(name, value.shape) for name, value in arrays.items()] != wanted:
+    arrays: Mapping[str, npt.NDArray[Any]] = update.halves if isinstance(update, Difference) else update
+    expected = [(name, value.shape) for name, value in sent.items()]
+    if [(name, value.shape) for name, value in arrays.items()] != expected:
         return None
-    tensors = add_difference(sent, came) if isinstance(came, Difference) else came
+    tensors = add_difference(sent, update) if isinstance(update, Difference) else update
     is_sound = all(value.dtype == np.float32 and bool(np.isfinite(value).all()) for value in tensors.values())
     return tensors if is_sound else None

@@ -116,29 +116,29 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
             if receipt and (receipt.site, receipt.run) != (site, lead.run):
                 receipt = None
             # A server may attach the receipt of another answer, which does not prove the charge of this round.
-            own = receipt if reply.is_signed() and reply.about == (site, lead.run, round) else None
-            after = state.with_receipt(site, own, run=lead.run, plan=lead.plan, update=update)
+            genuine = receipt if reply.is_signed() and reply.about == (site, lead.run, round) else None
+            after = state.with_receipt(site, genuine, run=lead.run, plan=lead.plan, update=update)
             # An update without its receipt does not count: the lead could not derive the site's epsilon.
-            replies.add_reply(site, replace(reply, receipt=receipt if after or not own else None))
+            replies.add_reply(site, replace(reply, receipt=receipt if after or not genuine else None))
             state = after or state
         if any(result.sites for result in state.rounds) and _is_plan_spent(replies, lead):
             # End the run with the previous rounds, because a resumed run would be refused again.
-            made = AggregationResult(state.adapter, (), replies.failures, state.strategy)
+            combined = AggregationResult(state.adapter, (), replies.failures, state.strategy)
         else:
             _require_enough_updates(replies, lead, round)
-            made = aggregation.combine(state, replies)
+            combined = aggregation.combine(state, replies)
             if lead.asked.proposal.ranks and lead.lora.trains_both_factors:
-                weights = {site: lead.declared_sizes[site] for site in made.sites}
-                made = replace(made, adapter=arrived.average_products(made.adapter, weights))
+                weights = {site: lead.declared_sizes[site] for site in combined.sites}
+                combined = replace(combined, adapter=arrived.average_products(combined.adapter, weights))
     bytes_down, bytes_up = transport.take_traffic()
-    metrics: Scores = lead.evaluate(adapter := made.adapter)
+    metrics: Scores = lead.evaluate(adapter := combined.adapter)
     if diverged := not _is_finite(adapter, metrics):
         adapter, metrics = _roll_back(lead, state, aggregation, metrics)
-    elif made.sites and lead.plan.shared is None:
+    elif combined.sites and lead.plan.shared is None:
         outcome = describe_outcome(
             adapter,
             sent=state.adapter,
-            sites=made.sites,
+            sites=combined.sites,
             sizes=lead.declared_sizes,
             training=lead.training,
             plan=lead.plan,
@@ -149,8 +149,8 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
     result = RoundResult(
         round=round,
         seconds=time.monotonic() - started,
-        sites=made.sites,
-        failed_sites=made.failures,
+        sites=combined.sites,
+        failed_sites=combined.failures,
         bytes_down=bytes_down,
         bytes_up=bytes_up,
         metrics=metrics,
@@ -166,7 +166,7 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
         adapter=adapter,
         best=None if best is None or best.round == round else state.kept_adapter,
         algorithm=kept,
-        strategy=state.strategy if diverged else made.strategy,
+        strategy=state.strategy if diverged else combined.strategy,
         rounds=rounds,
         seconds=lead.elapsed(),
     )
@@ -284,14 +284,14 @@ def _announce_end(transport: Transport, lead: Lead, state: LeadState, *, adapter
 
     A site that misses the notice releases its reservation when the run expires.
     """
-    given = adapter if lead.gives_adapter else None
-    notice = EndOfRun(run=lead.run, lead=lead.asked.key.public, adapter_digest=given.digest() if given else "")
+    final = adapter if lead.gives_adapter else None
+    notice = EndOfRun(run=lead.run, lead=lead.asked.key.public, adapter_digest=final.digest() if final else "")
     signed = notice.sign_with(lead.asked.key)
-    questions = [Question(site=site, signed=signed, adapter=given) for site in lead.asked.federation.active]
+    questions = [Question(site=site, signed=signed, adapter=final) for site in lead.asked.federation.active]
     timeout_s = min(lead.asked.federation.round_timeout_s, _END_TIMEOUT_S)
     for site, receipt in transport.end(questions, timeout_s=timeout_s):
-        own = receipt and receipt.site_key == lead.asked.site_keys.get(site, receipt.site_key)
+        genuine = receipt and receipt.site_key == lead.asked.site_keys.get(site, receipt.site_key)
         # A site that ended the run earlier, for example by a denial, has recorded no final adapter.
-        if receipt and own and receipt.reply in ("", notice.adapter_digest):
+        if receipt and genuine and receipt.reply in ("", notice.adapter_digest):
             state = state.with_receipt(site, receipt, run=lead.run, plan=lead.plan) or state
     return state

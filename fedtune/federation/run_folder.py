@@ -130,7 +130,7 @@ class RunFolder:
         taken = ConfigError("name", self.path.name, f"is taken: {self.path} exists; choose another")
         if os.path.lexists(self.path):
             raise taken
-        new = [each for each in (self.path, *self.path.parents) if not each.exists()]
+        new = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         staged = RunFolder(self.path.with_name(f".{self.path.name}.partial"))
         try:
             shutil.rmtree(staged.path, ignore_errors=True)
@@ -185,14 +185,14 @@ class RunFolder:
         """Read the hashes of exported files: path relative to the parent of the export folder -> SHA-256."""
         if not self.exports.is_file():
             return {}
-        noted = parse_json(read_regular_file(self.exports), key=str(self.exports), bound="must be an object")
-        return {str(name): str(digest) for name, digest in noted.items()}
+        digests = parse_json(read_regular_file(self.exports), key=str(self.exports), bound="must be an object")
+        return {str(name): str(digest) for name, digest in digests.items()}
 
     def record_export(self, target: Path) -> None:
         """Add the hashes of the exported files in `target` to exports.json, for the run's report."""
         new = hash_files(target, besides=(CARD, LABEL))
-        noted = self.read_exports() | {f"{target.name}/{name}": digest for name, digest in new.items()}
-        write_durably(self.exports, json.dumps(noted, indent=1).encode() + b"\n")
+        digests = self.read_exports() | {f"{target.name}/{name}": digest for name, digest in new.items()}
+        write_durably(self.exports, json.dumps(digests, indent=1).encode() + b"\n")
 
     def require_own_adapter(self, adapter: Path, *, key: str = "run folder", value: str | None = None) -> None:
         """Check that the adapter in the folder `adapter` is the result of this run, and that the run is not an audit.
@@ -214,10 +214,10 @@ class RunFolder:
     def _read_adapter_digest(self) -> str | None:
         """Read the adapter's digest from run.json; None if the file is unreadable or lacks the digest."""
         with contextlib.suppress(ConfigError):
-            found = parse_json(
+            fields = parse_json(
                 read_bounded_file(self.result, key=str(self.result)), key=str(self.result), bound="must be an object"
             )
-            return found.get("adapter_digest")
+            return fields.get("adapter_digest")
         return None
 
     @property

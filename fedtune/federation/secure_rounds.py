@@ -274,18 +274,18 @@ class SecureAggregator:
         for site in self._lead.declared_sizes:
             if site not in parts:
                 continue
-            own = tuple(parts[site])
-            asked = SumRequest(
+            chunks = tuple(parts[site])
+            request = SumRequest(
                 proposal=run.proposal,
                 site=site,
                 expires=expires,
                 step=step,
                 session=session,
-                parts_digest=hash_parts(own),
+                parts_digest=hash_parts(chunks),
             )
             # Later steps need no settings: a site without the session refuses, and announces again.
             settings = run.settings if step == ANNOUNCE else ""
-            questions.append(Question(site=site, signed=asked.sign_with(run.key), settings=settings, parts=own))
+            questions.append(Question(site=site, signed=request.sign_with(run.key), settings=settings, parts=chunks))
         answers: dict[str, bytes] = {}
         missing: dict[str, Refusal | None] = dict.fromkeys(parts)
         for site, answer in self._transport.take_sum_step(questions, timeout_s=timeout_s):

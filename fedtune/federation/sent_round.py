@@ -14,16 +14,16 @@ _PREFIX = "algorithm/"  # no tensor of an adapter begins with it
 
 def pack_adapter(adapter: Adapter, arrays: Arrays) -> Adapter:
     """Pack the adapter and the algorithm's arrays into one adapter; without arrays, return the adapter unchanged."""
-    own = {f"{_PREFIX}{name}": value for name, value in arrays.items()}
-    return Adapter({**adapter.tensors, **own}) if own else adapter
+    prefixed = {f"{_PREFIX}{name}": value for name, value in arrays.items()}
+    return Adapter({**adapter.tensors, **prefixed}) if prefixed else adapter
 
 
 def unpack_adapter(sent: Adapter) -> tuple[Adapter, Arrays]:
     """Unpack the adapter and the algorithm's arrays; the inverse of `pack_adapter`."""
-    own = {name.removeprefix(_PREFIX): value for name, value in sent.tensors.items() if name.startswith(_PREFIX)}
-    if not own:
-        return sent, own
-    return Adapter({name: value for name, value in sent.tensors.items() if not name.startswith(_PREFIX)}), own
+    arrays = {name.removeprefix(_PREFIX): value for name, value in sent.tensors.items() if name.startswith(_PREFIX)}
+    if not arrays:
+        return sent, arrays
+    return Adapter({name: value for name, value in sent.tensors.items() if not name.startswith(_PREFIX)}), arrays
 
 
 def pack_initial(adapter: Adapter, algorithm: LocalAlgorithm) -> Adapter:

@@ -160,7 +160,7 @@ def answer_invitation(site: Site, signed: Signed) -> Reply:
 
     Guarantee: the same as for `answer`.  In addition, an invitation charges and reserves no budget.
     """
-    return _make_reply(site, signed, Invitation.from_signed, lambda asked: _make_offer(site, asked))
+    return _make_reply(site, signed, Invitation.from_signed, lambda request: _make_offer(site, request))
 
 
 def answer_step(site: Site, signed: Signed, parts: Sequence[bytes]) -> bytes | Refusal:
@@ -179,9 +179,9 @@ def _run_step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
     sums, proposal = _require_sums(site, request.proposal), request.proposal.digest()
     if request.step == ANNOUNCE:
         run = _prepare_run(site, request)
-        asked, length = request.proposal, run.template.num_values
+        full_proposal, length = request.proposal, run.template.num_values
         return sums.announce(
-            request.session, run.members, lambda members: derive_terms(asked, members=members, length=length)
+            request.session, run.members, lambda members: derive_terms(full_proposal, members=members, length=length)
         )
     # Shares help to unmask uploads, so check again that the policy still allows the run.
     site.ledger.policy.check(request.proposal)
@@ -290,8 +290,8 @@ def _make_receipt(site: Site, run: str, lead: str, *, reply: str = "") -> Receip
     return site.ledger.sign_receipt(run, lead=lead, reply=reply) if site.ledger.history.length else None
 
 
-def _make_offer(site: Site, asked: Invitation) -> Offer:
-    proposal, plan = asked.proposal, asked.proposal.plan
+def _make_offer(site: Site, request: Invitation) -> Offer:
+    proposal, plan = request.proposal, request.proposal.plan
     offer = Offer(
         site=site.name,
         run=proposal.run,
@@ -300,13 +300,13 @@ def _make_offer(site: Site, asked: Invitation) -> Offer:
         rank=proposal.find_rank(site.name),
     )
     try:
-        _prepare_run(site, asked)
+        _prepare_run(site, request)
     except Refused as refused:
-        if not (asked.less and refused.reason.concerns_budget):
+        if not (request.less and refused.reason.concerns_budget):
             raise
         offer = site.ledger.make_offer(proposal)
-    log.info("site %s offers to take part in %s; the lead has fedtune %s", site.name, asked.run, asked.software)
-    return replace(offer, nonce=asked.nonce, software=build())
+    log.info("site %s offers to take part in %s; the lead has fedtune %s", site.name, request.run, request.software)
+    return replace(offer, nonce=request.nonce, software=build())
 
 
 def _prepare_run(site: Site, request: Request) -> PreparedRun:
@@ -419,8 +419,8 @@ def _check_adapter(adapter: Adapter, *, digest: str, shapes: Mapping[str, list[i
 def _refuse(site: Site, request: Request | None, refused: Refused) -> Refusal:
     """Record a refusal in the log and the ledger, and build the reply."""
     if request and refused.reason in (Reason.SETTINGS, Reason.PLAN_CHANGED) and request.software != build():
-        asked = f"{refused.requested or 'these settings'} (fedtune {request.software})"
-        refused = Refused(refused.reason, requested=asked, allowed=f"{refused.allowed or 'others'} (fedtune {build()})")
+        shown = f"{refused.requested or 'these settings'} (fedtune {request.software})"
+        refused = Refused(refused.reason, requested=shown, allowed=f"{refused.allowed or 'others'} (fedtune {build()})")
     log.warning("site %s refused %s: %s", site.name, _describe_request(request), refused)
     if refused.reason is Reason.MAX_EPSILON_PER_PERIOD and (why := site.ledger.explain_pending_period):
         log.warning("%s: %s", site.name, why)

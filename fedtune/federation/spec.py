@@ -267,13 +267,13 @@ class PublicSpec:
     head_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        given = {key: value for key, value in asdict(self).items() if value is not None}
-        if self.train_file is None and given:
-            key, value = next(iter(given.items()))
+        settings = {key: value for key, value in asdict(self).items() if value is not None}
+        if self.train_file is None and settings:
+            key, value = next(iter(settings.items()))
             raise ConfigError(key, value, "requires public.train_file, a file of public records")
         if self.train_file is not None and not self.train_file.strip():
             raise ConfigError("train_file", self.train_file, "must not be blank")
-        for key in {"num_rounds", "local_steps"} & {*given}:
-            check_at_least(key, given[key], 1)
-        for key in {"learning_rate", "head_learning_rate"} & {*given}:
-            check_positive(key, given[key])
+        for key in {"num_rounds", "local_steps"} & {*settings}:
+            check_at_least(key, settings[key], 1)
+        for key in {"learning_rate", "head_learning_rate"} & {*settings}:
+            check_positive(key, settings[key])

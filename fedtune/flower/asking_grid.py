@@ -129,14 +129,14 @@ class RetryingGrid(ABC):
                 for answer, heard in self._collect(open_, left_s=left):
                     good += heard.good
                     yield answer
-                at_work = sum(n in online and (one.has_begun or not one.idle) for n, one in open_.items())
+                at_work = sum(n in online and (pending.has_begun or not pending.idle) for n, pending in open_.items())
                 if closing.is_over(good=good, at_work=at_work, others=len(open_) - at_work):
                     break
             except self.troubles as trouble:
                 self._recover(trouble, open_)
             else:
                 time.sleep(_POLL_S)
-        yield from [one.provisional for one in open_.values() if one.provisional and not one.has_begun]
+        yield from [pending.provisional for pending in open_.values() if pending.provisional and not pending.has_begun]
 
     def _send_open_questions(self, questions: Questions, *, ttl: float) -> Mapping[int, Any]:
         """Send every new or possibly lost question whose site is online; return the online nodes by number."""
@@ -165,11 +165,11 @@ class RetryingGrid(ABC):
         self, questions: dict[int, OpenQuestion], *, left_s: float
     ) -> Iterator[tuple[Message, ClassifiedAnswer]]:
         """Yield the final answers that have arrived; each question is closed before its answer is yielded."""
-        asked = {id: number for number, question in questions.items() for id in question.message_ids}
-        if not asked:
+        nodes = {id: number for number, question in questions.items() for id in question.message_ids}
+        if not nodes:
             return
-        for message_id, found, is_lost in self._pull_or_ask_again(list(asked), questions, left_s=left_s):
-            number = asked.get(message_id)
+        for message_id, message, is_lost in self._pull_or_ask_again(list(nodes), questions, left_s=left_s):
+            number = nodes.get(message_id)
             if number is None:
                 log.warning("ignoring an answer that matches no question of this run")
                 continue
@@ -180,14 +180,14 @@ class RetryingGrid(ABC):
             if is_lost:  # the site may have begun to work since its provisional answer
                 question.provisional, question.not_before = None, time.monotonic() + _LOST_S
                 continue
-            if found is None:
+            if message is None:
                 del questions[number]  # an invalid answer, which a retry would not change
                 continue
-            if found.has_error():
+            if message.has_error():
                 question.provisional = None
                 continue  # the site is offline or lost the question, which is repeated when the site is online
             # Use our own node number as the sender, because the server's number may have changed.
-            answer = Message(found.content, reply_to=question.question)
+            answer = Message(message.content, reply_to=question.question)
             heard = self._hear(number, question.question, answer)
             if heard.again_s is None:
                 del questions[number]
@@ -239,8 +239,8 @@ class FlowerGrid(RetryingGrid):
 
     def _pull(self, message_ids: Sequence[str], questions: Questions, *, left_s: float) -> Iterator[Pulled]:
         with _translate_client_errors():
-            found = list(self._grid.pull_messages(message_ids))
-        for answer in found:
+            answers = list(self._grid.pull_messages(message_ids))
+        for answer in answers:
             if answer.has_error():  # the app failed, for example because the site's process was not running
                 log.info("no answer (Flower error %d); repeating the question", answer.error.code)
             yield answer.metadata.reply_to_message_id, answer, answer.has_error()

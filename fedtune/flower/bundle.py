@@ -95,20 +95,20 @@ def relay(grid: Grid, line: Connection) -> None:
     The message type field has the form `<node> <kind>` in a message to a node.  In an answer, it contains Flower's
     error text, or an empty string on success.
     """
-    while asked := line.recv_bytes():
-        if asked == NODES:
+    while command := line.recv_bytes():
+        if command == NODES:
             line.send_bytes(json.dumps(sorted(grid.get_node_ids())).encode())
-        elif asked[:1] == PUSH:
-            to, _, content = unpack_message(asked[1:])
+        elif command[:1] == PUSH:
+            to, _, content = unpack_message(command[1:])
             node, _, kind = to.partition(" ")
             (message_id,) = grid.push_messages([Message(content, int(node), kind)])
             line.send_bytes(message_id.encode())
         else:
-            found = b""
-            for answer in grid.pull_messages([asked[1:].decode()]):
+            reply = b""
+            for answer in grid.pull_messages([command[1:].decode()]):
                 error = answer.error.reason or "no reason" if answer.has_error() else ""
-                found = pack(error, 0.0, RecordDict() if error else answer.content)
-            line.send_bytes(found)
+                reply = pack(error, 0.0, RecordDict() if error else answer.content)
+            line.send_bytes(reply)
 
 
 def read_run_file(path: Path) -> tuple[Path, tuple[str, ...]]:

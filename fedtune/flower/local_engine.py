@@ -69,12 +69,12 @@ def run_on_flower(run: Callable[[Transport], LeadState], config: RunConfig, fold
     """
     share = compute_gpu_share(config.runtime, len(config.federation.active))
     runtime = replace(config.runtime, sites_per_gpu=round(1 / share)) if share else config.runtime
-    asked = {"config": replace(config, runtime=runtime).to_json(), "folder": str(folder), "fedtune": __version__}
+    simulation = {"config": replace(config, runtime=runtime).to_json(), "folder": str(folder), "fedtune": __version__}
     # Use a random name, so that the path does not exist in a copy of the sites' folder with the same keys but other
     # ledgers.
     sealed = sites.resolve() / f"simulation-{secrets.token_hex(8)}.json"
     sealed.parent.mkdir(parents=True, exist_ok=True)
-    sealed.write_text(json.dumps({**asked, "started_in": os.getcwd()}), encoding="utf-8")
+    sealed.write_text(json.dumps({**simulation, "started_in": os.getcwd()}), encoding="utf-8")
     try:
         with _start_engine(config, sealed, log=folder.resolve() / "flower.log", share=share) as line:
             return run(GridTransport(RelayedGrid(line)))
@@ -122,13 +122,13 @@ def _start_engine(config: RunConfig, sealed: Path, *, log: Path, share: float) -
         lead.bind(place := str(Path(short, "lead")))
         lead.listen(1)
         port = _find_free_port()
-        there = f'[superlink]\ndefault = "local"\n[superlink.local]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-        Path(home, "config.toml").write_text(there, encoding="utf-8")
+        settings = f'[superlink]\ndefault = "local"\n[superlink.local]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        Path(home, "config.toml").write_text(settings, encoding="utf-8")
         bundle = write_bundle(Path(home, "app")).parent
         environment = _build_environment(config.runtime) | {"FLWR_HOME": home, LEAD_SOCKET: place}
         start = partial(_run_flower_command, environment=environment, output=output)
-        own = ("--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port))
-        with start("flower-superlink", *own, "--disable-runtime-dependency-installation") as superlink:
+        options = ("--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port))
+        with start("flower-superlink", *options, "--disable-runtime-dependency-installation") as superlink:
             _wait_for(superlink, lambda: _is_open(port))
             words = (
                 "--run-config",
@@ -168,15 +168,15 @@ def _run_flower_command(
 
 def _build_environment(runtime: RuntimeSpec) -> dict[str, str]:
     """Build the environment of Flower's processes, which Ray's actors on this machine inherit."""
-    given = dict(os.environ)
+    variables = dict(os.environ)
     # Actors need this process's import path; Flower's commands are installed next to this Python.
-    given["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    given["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), given.get("PATH", os.defpath)])
-    direct = filter(None, [given.get("NO_PROXY") or given.get("no_proxy"), "127.0.0.1"])
-    given["NO_PROXY"] = given["no_proxy"] = ",".join(direct)
-    given["FLWR_DISABLE_UPDATE_CHECK"], given["RAY_USAGE_STATS_ENABLED"] = "1", "0"
-    given["RAY_ADDRESS"] = runtime.ray_address or "local"
-    return given
+    variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", os.defpath)])
+    direct = filter(None, [variables.get("NO_PROXY") or variables.get("no_proxy"), "127.0.0.1"])
+    variables["NO_PROXY"] = variables["no_proxy"] = ",".join(direct)
+    variables["FLWR_DISABLE_UPDATE_CHECK"], variables["RAY_USAGE_STATS_ENABLED"] = "1", "0"
+    variables["RAY_ADDRESS"] = runtime.ray_address or "local"
+    return variables
 
 
 def _find_free_port() -> int:
@@ -205,10 +205,10 @@ def _wait_for(process: subprocess.Popen[bytes], condition: Callable[[], _T | Non
         RunError: the process exited, or `_START_S` seconds have passed.
     """
     deadline = time.monotonic() + _START_S
-    while not (found := condition()):
+    while not (result := condition()):
         if process.poll() is not None or time.monotonic() > deadline:
             raise RunError(_GONE)
-    return found
+    return result
 
 
 class RelayedGrid:
@@ -231,8 +231,8 @@ class RelayedGrid:
         while waiting and time.monotonic() < deadline:
             time.sleep(_POLL_S)
             for message_id in list(waiting):
-                if found := self._ask(PULL + message_id):
-                    error, _, content = unpack_message(found)
+                if reply := self._ask(PULL + message_id):
+                    error, _, content = unpack_message(reply)
                     question = waiting.pop(message_id)
                     if error and question.metadata.message_type == "query":
                         raise RunError(f"a simulated Flower node could not join the run: {error}")
@@ -261,13 +261,13 @@ def answer_as_simulated_site(run_file: str, number: int) -> Answering:
 def _load_participants(run_file: str) -> Participants:
     """Load the participants of a simulation in a Ray actor; the cache retains the base model between rounds."""
     try:
-        asked = json.loads(read_regular_file(Path(run_file)))
-        os.chdir(asked["started_in"])  # settings may contain relative paths
+        simulation = json.loads(read_regular_file(Path(run_file)))
+        os.chdir(simulation["started_in"])  # settings may contain relative paths
     except OSError as error:
         raise RunError(f"{platform.node()} cannot read {error.filename} ({error.strerror})") from None
-    if asked["fedtune"] != __version__:
+    if simulation["fedtune"] != __version__:
         raise RunError(
             f"{platform.node()} has fedtune {__version__}, but the lead has "
-            f"{asked['fedtune']}: install the same version"
+            f"{simulation['fedtune']}: install the same version"
         )
-    return Participants(parse(asked["config"]), Path(asked["folder"]))
+    return Participants(parse(simulation["config"]), Path(simulation["folder"]))

@@ -173,14 +173,14 @@ def serve_connection(server: socket.socket, answer: Answering, *, wait_s: float)
     with line:
         try:
             _check_peer(line, group=os.stat(server.getsockname()).st_gid)
-            asked = unpack(*_receive(line, most_s=_TRANSFER_S))
+            request = unpack(*_receive(line, most_s=_TRANSFER_S))
         except Exception as error:  # every member of the group can send arbitrary bytes
             log.warning("a connection to the socket was closed (%s)", type(error).__name__)
             return
-        reply = answer(*asked)
+        reply = answer(*request)
         try:
             line.settimeout(_TRANSFER_S)
-            line.sendall(pack(*asked[:2], reply))
+            line.sendall(pack(*request[:2], reply))
         except OSError as error:  # the lead will repeat the question, and the ledger stores the answer
             log.info("the peer closed the connection before the answer was sent (%s)", type(error).__name__)
 

@@ -88,8 +88,8 @@ def copy_adapter_files(folder: Path, into: Path, *, names: Collection[str]) -> N
     """
     into.mkdir()
     try:
-        found = set(os.listdir(folder)) - {CARD, LABEL}
-        for name in sorted(found ^ {*names}):
+        present = set(os.listdir(folder)) - {CARD, LABEL}
+        for name in sorted(present ^ {*names}):
             bound = f"{'lacks' if name in names else 'must not contain'} {format_value(name)}"
             raise ConfigError("adapter", str(folder), f"{bound}: its files are {', '.join(sorted(names))}")
         for name in sorted(names):

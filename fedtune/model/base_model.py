@@ -98,15 +98,15 @@ def load_processor(spec: ModelSpec) -> tuple[Any, int, int, int]:
         fields = json.loads((folder / PROCESSOR).read_text(encoding="utf-8"))
         kind = PROCESSOR_KIND.fullmatch(fields.get("image_processor_type") or fields["feature_extractor_type"])
         assert kind is not None, "staging checked the processor"
-        made = getattr(transformers, f"{kind[1]}ImageProcessorPil").from_pretrained(folder, local_files_only=True)
+        processor = getattr(transformers, f"{kind[1]}ImageProcessorPil").from_pretrained(folder, local_files_only=True)
         # A portrait image, to detect a processor that keeps the aspect ratio.
-        (found,) = made(images=np.zeros((96, 64, 3), np.uint8), return_tensors="np")["pixel_values"]
-    side, patch = found.shape[-1], config.patch_size
-    if found.shape != (3, side, side) or side % patch or not np.isfinite(found).all():
-        shape = " x ".join(map(str, found.shape))
+        (pixels,) = processor(images=np.zeros((96, 64, 3), np.uint8), return_tensors="np")["pixel_values"]
+    side, patch = pixels.shape[-1], config.patch_size
+    if pixels.shape != (3, side, side) or side % patch or not np.isfinite(pixels).all():
+        shape = " x ".join(map(str, pixels.shape))
         bound = f"its {PROCESSOR} must produce square three-color images with patches of {patch}, not {shape}"
         raise ConfigError("model.path", spec.path, bound)
-    return made, side, patch, VISION[config.model_type]
+    return processor, side, patch, VISION[config.model_type]
 
 
 def load_base(
@@ -159,8 +159,8 @@ def count_frozen_products(spec: ModelSpec) -> dict[tuple[int, int], int]:
             config = AutoConfig.from_pretrained(folder, **_OWN)
             with torch.device("meta"):
                 base = AutoModel.from_config(config, dtype=torch.float32)
-    found = (describe_product(module) for module in find_layer_stack(base)[1].modules())
-    return Counter(shape for shape in found if shape is not None)
+    shapes = (describe_product(module) for module in find_layer_stack(base)[1].modules())
+    return Counter(shape for shape in shapes if shape is not None)
 
 
 def hash_model(spec: ModelSpec) -> str:
@@ -183,13 +183,13 @@ def _provide_pinned_files(spec: ModelSpec, *, with_weights: bool = True) -> Iter
     if spec.gguf_file is not None:
         require_extra("model.gguf_file", spec.gguf_file, "gguf")
     reads_weights = with_weights or bool(spec.gguf_file)
-    with stage_files(find_model_folder(spec), gguf_file=spec.gguf_file, with_weights=reads_weights) as (own, manifest):
+    with stage_files(find_model_folder(spec), gguf_file=spec.gguf_file, with_weights=reads_weights) as (path, manifest):
         _require_pinned(spec, manifest.sha256)
         if not spec.gguf_file:
-            yield own
+            yield path
             return
         # The expanded copy is derived from the pinned file, in this account's cache, which is trusted like its Python.
-        expanded = expand_gguf(own / spec.gguf_file, sha256=manifest.sha256, cache=find_cache_folder(spec))
+        expanded = expand_gguf(path / spec.gguf_file, sha256=manifest.sha256, cache=find_cache_folder(spec))
         with stage_files(expanded, with_weights=with_weights) as (derived, _):
             yield derived
 
@@ -215,9 +215,9 @@ def _load_pretrained(spec: ModelSpec, folder: Path, *, predicts_tokens: bool, im
     return model
 
 
-def _require_pinned(spec: ModelSpec, found: str) -> None:
-    if spec.sha256 not in (None, found):
-        raise ConfigError("model.sha256", spec.sha256, f"does not match {spec.path}, whose hash is {found}")
+def _require_pinned(spec: ModelSpec, sha256: str) -> None:
+    if spec.sha256 not in (None, sha256):
+        raise ConfigError("model.sha256", spec.sha256, f"does not match {spec.path}, whose hash is {sha256}")
 
 
 def _report_loading_errors(spec: ModelSpec) -> AbstractContextManager[None]:
@@ -326,8 +326,8 @@ def build_tiny_tokenizer(path: str) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     if path == "random:bert":
         ends = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
-        one, two = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]"
-        tokenizer.post_processor = processors.TemplateProcessing(single=one, pair=two, special_tokens=ends)
+        single, pair = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]"
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ends)
         names = {f"{token[1:-1].lower()}_token": token for token in _BERT_SPECIAL}
     else:
         names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}

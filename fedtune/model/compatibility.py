@@ -34,7 +34,7 @@ def check_size(config: PreTrainedConfig, auto: Any, *, folder: Path, path: str) 
     """
     with torch.device("meta"):
         model = auto.from_config(config, dtype=torch.float32)
-    needed = sum(one.numel() * one.itemsize for one in itertools.chain(model.parameters(), model.buffers()))
+    needed = sum(tensor.numel() * tensor.itemsize for tensor in itertools.chain(model.parameters(), model.buffers()))
     held = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if needed > _BYTES_FOR_ONE * held + _SPARE_BYTES:
         bound = f"its config.json describes a model of {needed >> 20} MiB, but its weights have only {held >> 20} MiB"

@@ -151,7 +151,7 @@ def uses_onednn(model: nn.Module) -> bool:
 
 def _multiply_onednn(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     # The operator ignores the bias's strides.
-    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
         values, weight, None if bias is None else bias.contiguous(), "none", [], ""
     )
-    return found
+    return product

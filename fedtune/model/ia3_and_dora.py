@@ -84,10 +84,10 @@ def merge_adapter(model: PeftModel) -> Any:
 
 def _compute_initial_scale(layer: Any) -> nn.Parameter:
     """Return PEFT's tensor for the scale: ones for IA3, and the base's row norms for DoRA."""
-    own: nn.Parameter = (
+    scale: nn.Parameter = (
         layer.ia3_l["default"] if isinstance(layer, ia3.Linear) else layer.lora_magnitude_vector["default"].weight
     )
-    return own
+    return scale
 
 
 def _run_ia3_forward(layer: ia3.Linear, inputs: torch.Tensor) -> torch.Tensor:
@@ -107,10 +107,10 @@ class _DoraVariant(DoraLinearVariant):  # type: ignore[misc]  # PEFT has no type
     def forward(module: lora.Linear, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> Any:
         low_rank = module.lora_B[active_adapter](module.lora_A[active_adapter](x)) * module.scaling[active_adapter]
         bias = module.get_base_layer().bias
-        own = (result if bias is None else result - bias).float()
+        product = (result if bias is None else result - bias).float()
         start = module.lora_magnitude_vector[active_adapter].weight
-        scaled = module.scales((own + low_rank) * (start / _compute_row_norms(module)))
-        return result + (scaled - own)  # at the initial offset of zero this adds exactly zero
+        scaled = module.scales((product + low_rank) * (start / _compute_row_norms(module)))
+        return result + (scaled - product)  # at the initial offset of zero this adds exactly zero
 
 
 def _compute_row_norms(module: lora.Linear) -> torch.Tensor:

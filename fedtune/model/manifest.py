@@ -205,7 +205,7 @@ _hashed: dict[tuple[Path, tuple[int, ...]], str] = {}  # hashes of weights, by p
 def _stat_fingerprint(file: Path) -> tuple[int, ...]:
     """Return a file's device, inode, size, and modification and change times; empty if it does not exist."""
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError:
         return ()
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

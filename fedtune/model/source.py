@@ -67,8 +67,8 @@ def resolve_model(path: str) -> ModelSpec:
     if path.endswith(".gguf") and (path.startswith(PACKAGE) or place.is_file()):
         folder, _, name = path.rpartition("/")
         return ModelSpec(path=folder or ".", gguf_file=name)
-    found = _find_package_folder(path) if path.startswith(PACKAGE) else place
-    return ModelSpec(path=path, gguf_file=find_single_gguf(found) if found.is_dir() else None)
+    location = _find_package_folder(path) if path.startswith(PACKAGE) else place
+    return ModelSpec(path=path, gguf_file=find_single_gguf(location) if location.is_dir() else None)
 
 
 def find_single_gguf(folder: Path) -> str | None:
@@ -80,11 +80,11 @@ def find_single_gguf(folder: Path) -> str | None:
     """
     if any((folder / name).is_file() for name in (WEIGHTS, SHARD_INDEX)):
         return None
-    found = sorted(file.name for file in folder.glob("*.gguf"))
-    if len(found) != 1:
-        bound = f"must contain safetensors weights, or exactly one GGUF file, not {len(found)}"
+    names = sorted(file.name for file in folder.glob("*.gguf"))
+    if len(names) != 1:
+        bound = f"must contain safetensors weights, or exactly one GGUF file, not {len(names)}"
         raise ConfigError("model.path", str(folder), bound)
-    return found[0]
+    return names[0]
 
 
 def find_cache_folder(spec: ModelSpec) -> Path:
@@ -100,10 +100,10 @@ def _has_weights(folder: Path, spec: ModelSpec) -> bool:
 def _find_package_folder(path: str) -> Path:
     module, _, inside = path.removeprefix(PACKAGE).partition("/")
     # Located without an import, because packages with weights import other packages that are not needed here.
-    found = find_spec(module)
-    if found is None or found.origin is None:
+    package = find_spec(module)
+    if package is None or package.origin is None:
         raise ConfigError("model.path", path, f"requires the Python package {module}, which is not installed")
-    return Path(found.origin).parent / inside
+    return Path(package.origin).parent / inside
 
 
 def _find_hub_folder(spec: ModelSpec) -> Path:

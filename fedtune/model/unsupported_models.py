@@ -181,7 +181,7 @@ def explain_config_refusal(fields: dict[str, Any]) -> str | None:
         if key in _REDIRECTING and value is not None:
             return f"has {key}, which {_LOADS_MORE}"
         if re.fullmatch(r"_?attn_implementation(_internal)?", key) and not all(
-            one in _ATTENTION for one in (value.values() if isinstance(value, dict) else (value,))
+            choice in _ATTENTION for choice in (value.values() if isinstance(value, dict) else (value,))
         ):
             return f"has {key} = {quote(value)}, which can load code; remove it"
         if type(value) is int and abs(value) > _LARGEST_INTEGER and "theta" not in key:
@@ -294,15 +294,15 @@ def _explain_special_tokens_refusal(fields: dict[str, Any]) -> str | None:
 
 def _explain_processor_refusal(fields: dict[str, Any]) -> str | None:
     named = [fields.get(key) for key in ("image_processor_type", "feature_extractor_type") if fields.get(key)]
-    if not named or not all(isinstance(one, str) and PROCESSOR_KIND.fullmatch(one) for one in named):
+    if not named or not all(isinstance(name, str) and PROCESSOR_KIND.fullmatch(name) for name in named):
         return f"has image_processor_type {quote(named)}; supported types: ViT, DeiT, Bit (DINOv2) and Siglip"
     for key, value in fields.items():
         if key not in OF_PROCESSOR or value not in _OF_EVERY_PROCESSOR.get(key, (value,)):
             return f"has {quote(key)} = {quote(value)}, an unknown image processor setting; remove it"
         sides = (value.values() if isinstance(value, dict) else [value]) if key in ("size", "crop_size") else ()
-        if not all(one is None or (type(one) is int and 0 < one <= _MAX_SIDE) for one in sides):
+        if not all(side is None or (type(side) is int and 0 < side <= _MAX_SIDE) for side in sides):
             return f"has {key} = {quote(value)}; each side must be a whole number of at most {_MAX_SIDE}"
-        three = isinstance(value, list) and len(value) == 3 and all(type(one) in (int, float) for one in value)
+        three = isinstance(value, list) and len(value) == 3 and all(type(number) in (int, float) for number in value)
         if key in ("image_mean", "image_std") and not (three and (key == "image_mean" or all(value))):
             return f"has {key} = {quote(value)}; it must be three numbers, one per channel, and no deviation of 0"
     return None
@@ -346,7 +346,7 @@ def _parse_json(content: bytes) -> Any:
     )
     level = [fields]
     for _ in range(_MAX_DEPTH):
-        level = [part for one in level for part in list_items(one) if isinstance(part, dict | list)]
+        level = [part for item in level for part in list_items(item) if isinstance(part, dict | list)]
     if level:
         raise _UnacceptableJson(f"is nested more than {_MAX_DEPTH} levels deep")
     return fields

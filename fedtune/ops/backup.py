@@ -159,8 +159,8 @@ def open_backup(source: Path, *, kind: Kind) -> Iterator[tuple[zipfile.ZipFile, 
 
 def list_backup_files(folder: Path, *, under: str) -> dict[str, Path]:
     """List the files of a folder, except symbolic links and partial files, as a mapping from backup name to path."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
-    return {f"{under}/{path.relative_to(folder).as_posix()}": path for path in found if ".partial" not in path.name}
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
+    return {f"{under}/{path.relative_to(folder).as_posix()}": path for path in paths if ".partial" not in path.name}
 
 
 def _copy_and_hash(source: IO[bytes], target: IO[bytes] | None) -> str:
@@ -187,8 +187,8 @@ def back_up_site(target: Path, *, kit: Path, site_toml: Path) -> None:
     if files.verify_ledger() is None:
         raise ConfigError("ledger", str(files.ledger), "is missing, so there is nothing to back up")
     state = {name: kit / name for name in _STATE if (kit / name).exists()}
-    own = {"site.toml": site_toml, "ledger.db": files.ledger}
-    write_backup(target, kind="site", files={**own, **state, **list_backup_files(kit / "adapters", under="adapters")})
+    core = {"site.toml": site_toml, "ledger.db": files.ledger}
+    write_backup(target, kind="site", files={**core, **state, **list_backup_files(kit / "adapters", under="adapters")})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,12 +215,12 @@ def find_anchors(site: SiteFiles, given: Path | None) -> list[Path]:
     Raises:
         ConfigError: there is no anchor, so charges made after the backup cannot be detected.
     """
-    found = [given] if given else []
-    if site.anchor is not None and (site.anchor.is_file() or not found):
-        found.append(site.anchor)
-    if not found:
+    anchors = [given] if given else []
+    if site.anchor is not None and (site.anchor.is_file() or not anchors):
+        anchors.append(site.anchor)
+    if not anchors:
         raise ConfigError("--anchor", NOT_GIVEN, "is required, because the policy names no anchor")
-    return found
+    return anchors
 
 
 def charge_missing_events(path: Path, site: SiteFiles, anchors: Sequence[Path]) -> RestoreResult:

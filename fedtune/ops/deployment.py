@@ -82,14 +82,14 @@ class LeadService:
         if self.over is None:
             self.kit.check_certificate(datetime.now(UTC))  # first, to report an expired certificate before other errors
         find_members(self.kit, self.federation.active)  # checks again whether a site was revoked
-        noted, records = _RecordingListener(listener, folder, self.metrics), RunRecords(config)
+        recorder, records = _RecordingListener(listener, folder, self.metrics), RunRecords(config)
         with mark_running(folder):
             records.read()
-            asked = self._propose_run(config)
+            proposed = self._propose_run(config)
             patience_s = self.federation.round_timeout_s
-            grid = self.open_grid(noted, max_rounds=asked.proposal.plan.max_rounds, patience_s=patience_s)
+            grid = self.open_grid(recorder, max_rounds=proposed.proposal.plan.max_rounds, patience_s=patience_s)
 
-            loaded = LoadedModel(config, trains=False, progress=noted.on_preparing)  # nothing is trained here
+            loaded = LoadedModel(config, trains=False, progress=recorder.on_preparing)  # nothing is trained here
 
             def run_over_sites(run: Callable[[Transport], LeadState]) -> LeadState:
                 with grid as opened, (transport := self._make_transport(opened)).explain_protocol_mismatch():
@@ -98,13 +98,13 @@ class LeadService:
             return FederationRun(
                 config=config,
                 folder=folder,
-                shared=RunModel(loaded, config, records=records, progress=noted.on_preparing),
-                asked=asked,
+                shared=RunModel(loaded, config, records=records, progress=recorder.on_preparing),
+                asked=proposed,
                 average=Average(config.federation, config.declared_sizes()),
                 receipts=self.kit.folder / RECEIPTS,
                 engine=run_over_sites,
                 gives_adapter=True,
-            ).run_to_end(noted)
+            ).run_to_end(recorder)
 
     def fit_to_budgets(self, config: RunConfig) -> RunConfig:
         """Fit rounds or noise of `config` to the sites' budgets, if `if_over_budget` allows it, and ranks to policies.
@@ -121,9 +121,9 @@ class LeadService:
             return config
         grid = self.open_grid(patience_s=self.federation.round_timeout_s)
         with grid as opened, (transport := self._make_transport(opened)).explain_protocol_mismatch():
-            found = invite(transport, self._propose_run(config), less=True)
-            found.require_enough(config.federation, takes_part=config.can_use_offer)
-        return config.fit_to_offers([offer for offer in found.offers.values() if config.can_use_offer(offer)])
+            answers = invite(transport, self._propose_run(config), less=True)
+            answers.require_enough(config.federation, takes_part=config.can_use_offer)
+        return config.fit_to_offers([offer for offer in answers.offers.values() if config.can_use_offer(offer)])
 
     def announce_end(self, run: str, *, timeout_s: float) -> list[str]:
         """Announce the permanent end of a run without a final adapter; return the sites that confirmed it.
@@ -140,8 +140,8 @@ class LeadService:
     def list_online_sites(self) -> dict[str, bool]:
         """Return a mapping from site name to whether the site is connected to the server."""
         with self.open_grid() as grid:
-            found = grid.list_online_nodes()
-        return {member.site: number in found for number, member in enumerate(self.sites, 1)}
+            online = grid.list_online_nodes()
+        return {member.site: number in online for number, member in enumerate(self.sites, 1)}
 
     def open_grid(
         self, listener: Listener | None = None, *, max_rounds: int = 0, patience_s: float = 0.0

@@ -140,12 +140,12 @@ def get_account_name(uid: int) -> str:
 @contextmanager
 def handle_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Install `handler` for SIGTERM and SIGINT during the block, and restore the previous handlers afterwards."""
-    before = {each: signal.signal(each, handler) for each in (signal.SIGTERM, signal.SIGINT)}
+    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        for each, known in before.items():
-            signal.signal(each, known)
+        for signum, known in before.items():
+            signal.signal(signum, known)
 
 
 def get_current_account() -> str:

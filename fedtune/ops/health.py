@@ -142,7 +142,7 @@ def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, fa
         ConfigError: the address is invalid, is refused, or cannot be bound.
     """
     try:
-        listening, told = _listen(address, key=key, far=far)
+        listening, bound_address = _listen(address, key=key, far=far)
     except OSError as error:
         raise ConfigError(key, address, f"cannot be bound ({error.strerror or error})") from None
     stop, callers = asyncio.Event(), list[asyncio.StreamWriter]()
@@ -181,7 +181,7 @@ def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, fa
     thread = threading.Thread(target=run, name=key.lstrip("-"), daemon=True)
     thread.start()
     try:
-        yield told
+        yield bound_address
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join()
@@ -207,11 +207,11 @@ def _listen(address: str, *, key: str, far: str | None) -> tuple[socket.socket, 
 
 async def _answer(head: bytes, respond: Respond) -> bytes:
     """Build the HTTP response to a request with the headers `head`; known paths accept only GET."""
-    asked = re.match(rb"([A-Z]+) ([!-~]+) HTTP/1\.[01]\r\n", head)
+    match = re.match(rb"([A-Z]+) ([!-~]+) HTTP/1\.[01]\r\n", head)
     status, kind, content = 400, "application/json", b"{}\n"
-    if asked is not None:
-        status, kind, content = await respond(asked[2].decode().partition("?")[0])
-        if status != HTTPStatus.NOT_FOUND and asked[1] != b"GET":
+    if match is not None:
+        status, kind, content = await respond(match[2].decode().partition("?")[0])
+        if status != HTTPStatus.NOT_FOUND and match[1] != b"GET":
             status, content = 405, b"{}\n"
     lines = [
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",

@@ -125,15 +125,15 @@ def _log_uncaught(kind: type[BaseException], error: BaseException, trace: Traceb
         _log.critical("uncaught exception: the process exits", exc_info=(kind, error, trace))
 
 
-def _log_uncaught_in_thread(found: threading.ExceptHookArgs) -> None:
-    if found.exc_value is not None and not isinstance(found.exc_value, SystemExit):
-        name = found.thread.name if found.thread else None
-        _log.critical("uncaught exception in a thread", exc_info=found.exc_value, extra={"in_thread": name})
+def _log_uncaught_in_thread(hook_args: threading.ExceptHookArgs) -> None:
+    if hook_args.exc_value is not None and not isinstance(hook_args.exc_value, SystemExit):
+        name = hook_args.thread.name if hook_args.thread else None
+        _log.critical("uncaught exception in a thread", exc_info=hook_args.exc_value, extra={"in_thread": name})
 
 
-def _log_unraisable(found: Any) -> None:
+def _log_unraisable(unraisable: Any) -> None:
     # Python's default message would show the object whose clean-up failed.
-    _log.error("an exception was raised in a destructor", exc_info=found.exc_value)
+    _log.error("an exception was raised in a destructor", exc_info=unraisable.exc_value)
 
 
 def _log_warning(
@@ -228,9 +228,9 @@ def _describe_exception(error: BaseException, seen: set[int]) -> dict[str, Any]:
     cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     inner = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
     for key, among in (("cause", [cause] if cause else []), ("among", inner)):
-        found = [_describe_exception(one, seen) for one in among if id(one) not in seen and len(seen) < _MAX_ERRORS]
-        if found:
-            fields[key] = found[0] if key == "cause" else found
+        errors = [_describe_exception(one, seen) for one in among if id(one) not in seen and len(seen) < _MAX_ERRORS]
+        if errors:
+            fields[key] = errors[0] if key == "cause" else errors
     return fields
 
 

@@ -55,23 +55,23 @@ def estimate_round_bytes(config: RunConfig, plan: Plan, model: TaskModel) -> tup
         sent.proposal(lead=key.public, plan=plan),
     )
     about: dict[str, Any] = {"proposal": proposal, "site": site, "expires": 1e9 + _FRACTION}
-    own: dict[str, Any] = {"site": site, "run": proposal.run}
+    source: dict[str, Any] = {"site": site, "run": proposal.run}
     made_up: dict[str, Any] = dict.fromkeys(("head", "site_key", "plan", "reply"), _DIGEST)
     made_up |= dict.fromkeys(("ended", "seeded_noise", "simulated"), False) | {"signature": _SIGNATURE}
-    receipt = Receipt(**own, **made_up, charged_rounds=plan.num_rounds, sequence=100)
+    receipt = Receipt(**source, **made_up, charged_rounds=plan.num_rounds, sequence=100)
     session = "" if plan.shared is None else _SESSION
     request = RoundRequest(**about, round=plan.num_rounds, adapter_digest=_DIGEST, receipt=receipt, session=session)
     question = Question(site=site, signed=request.sign_with(key), settings=serialize_for_sites(sent))
     scores = (_FRACTION, _FRACTION) if plan.releases_metrics else None
     update = Update(
-        **own, round=plan.num_rounds, tensors=_make_placeholder_tensors(config, plan, adapter), scores=scores
+        **source, round=plan.num_rounds, tensors=_make_placeholder_tensors(config, plan, adapter), scores=scores
     )
     packed = pack_initial(adapter, config.federation.bound_algorithm)
     down = count_payload_bytes(from_question(question, from_adapter(packed)))
     up = count_payload_bytes(from_reply(Reply(body=update, receipt=receipt)))
     for step, parts, answer in _iter_secure_aggregation_steps(sites, site) if plan.shared else ():
-        asked = SumRequest(**about, step=step, session=session, parts_digest=_DIGEST).sign_with(key)
-        down += count_payload_bytes(from_question(Question(site=site, signed=asked, parts=parts), None))
+        signed = SumRequest(**about, step=step, session=session, parts_digest=_DIGEST).sign_with(key)
+        down += count_payload_bytes(from_question(Question(site=site, signed=signed, parts=parts), None))
         up += count_payload_bytes(from_step(answer))
     return down, up
 
@@ -92,13 +92,13 @@ def _iter_secure_aggregation_steps(sites: Sequence[str], site: str) -> Iterator[
 
     The tuple contains the name of the step, the messages attached to the request to `site`, and the answer of `site`.
     """
-    asked = messages.ConfirmRequest(session=_DIGEST, release=1, survivors=sorted(sites))
-    own = {**asdict(asked), "site": site, "signature": _SIGNATURE}
-    announced = [Announcement(site=one, terms=_DIGEST, key=_DIGEST, signature=_SIGNATURE) for one in sites]
+    request = messages.ConfirmRequest(session=_DIGEST, release=1, survivors=sorted(sites))
+    signed = {**asdict(request), "site": site, "signature": _SIGNATURE}
+    announced = [Announcement(site=name, terms=_DIGEST, key=_DIGEST, signature=_SIGNATURE) for name in sites]
     sealed = base64.b64encode(bytes(messages.compute_sealed_size(len(sites)))).decode()
     helped: dict[str, Any] = {"confirmations": dict.fromkeys(sites, _SIGNATURE), "sealed": dict.fromkeys(sites, sealed)}
-    shares = {one: {one: "0" * 2 * SHARE_BYTES} for one in sites}
-    yield JOIN, [one.to_bytes() for one in announced], _DIGEST.encode()
-    yield CONFIRM, [asked.to_bytes()], messages.Confirmation(**own).to_bytes()
-    unmask, revealed = messages.UnmaskRequest(**asdict(asked), **helped), messages.Revealed(**own, shares=shares)
+    shares = {name: {name: "0" * 2 * SHARE_BYTES} for name in sites}
+    yield JOIN, [announcement.to_bytes() for announcement in announced], _DIGEST.encode()
+    yield CONFIRM, [request.to_bytes()], messages.Confirmation(**signed).to_bytes()
+    unmask, revealed = messages.UnmaskRequest(**asdict(request), **helped), messages.Revealed(**signed, shares=shares)
     yield UNMASK, [unmask.to_bytes()], revealed.to_bytes()

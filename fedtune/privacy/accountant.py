@@ -109,8 +109,8 @@ def epsilon_pld(spent: events.Spent, delta: float, *, interval: float = FINE) ->
 # Cached, because the sites of a run have equal charges, and gate, ledger and report compute the same epsilon.
 @lru_cache(maxsize=4096)
 def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float:
-    found = compose_pld(counted, interval).epsilon(delta)
-    return min(found, _epsilon_pld(counted, delta, COARSE)) if interval == FINE else found
+    epsilon = compose_pld(counted, interval).epsilon(delta)
+    return min(epsilon, _epsilon_pld(counted, delta, COARSE)) if interval == FINE else epsilon
 
 
 def compose_pld(counted: Counted, interval: float) -> Composition:
@@ -184,14 +184,14 @@ def compute_renyi_divergence(event: DpEvent, order: float) -> float:
     assert not isinstance(event, ComposedDpEvent | SelfComposedDpEvent), "rounding error is bounded per mechanism"
     accounted = RdpAccountant(orders=[order], neighboring_relation=NEIGHBORING_RELATION)
     accounted.compose(event)
-    found, below = float(accounted.rdp[0]), math.floor(order)
-    if math.isinf(found) and below < order:
+    divergence, below = float(accounted.rdp[0]), math.floor(order)
+    if math.isinf(divergence) and below < order:
         ends = [
             (whole - 1) * compute_renyi_divergence(event, whole) if whole > 1 else 0.0 for whole in (below, below + 1)
         ]
         return (ends[0] * (below + 1 - order) + ends[1] * (order - below)) / (order - 1)
     lost = _RDP_ROUNDING * order
-    return found * (1 + lost) + lost / (order - 1)
+    return divergence * (1 + lost) + lost / (order - 1)
 
 
 def calibrate_noise(

@@ -53,10 +53,10 @@ def format_cohort_name(cohort: int, period: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _parse_period(key: str, name: str, period: str) -> int:
-    found = re.fullmatch(_NAMES[period], name)
-    if found is None or found[1] == "0000":
+    match = re.fullmatch(_NAMES[period], name)
+    if match is None or match[1] == "0000":
         raise ConfigError(key, name, f"must be a {period}, such as {_EXAMPLES[period]}")
-    return (12 * int(found[1])) // MONTHS[period] + int(found[2] or 1) - 1
+    return (12 * int(match[1])) // MONTHS[period] + int(match[2] or 1) - 1
 
 
 @spec
@@ -136,7 +136,7 @@ def shift_window(cohorts: Cohorts, *, by: int = 1) -> Cohorts:
     (first, last), period = cohorts.span, cohorts.period
     # `date` ends with the year 9999, so a window up to that year keeps its end.
     begins, ends = (
-        format_cohort_name(min(one + by, compute_period_number(date.max, period)), period) for one in (first, last)
+        format_cohort_name(min(index + by, compute_period_number(date.max, period)), period) for index in (first, last)
     )
     return Cohorts(period=period, first=None if first == OLDEST else begins, last=ends)
 

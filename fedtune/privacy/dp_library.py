@@ -51,8 +51,8 @@ class _DeferredName:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._load(), name)
 
-    def __call__(self, *given: Any, **named: Any) -> Any:
-        return self._load()(*given, **named)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._load()(*args, **kwargs)
 
     def _load(self) -> Any:
         module, name = self._path
@@ -62,8 +62,8 @@ class _DeferredName:
 class _DeferredNormal(_DeferredName):
     """A placeholder for scipy.stats.norm, which is not imported for a distribution with mean 0."""
 
-    def __call__(self, *given: Any, **named: Any) -> Any:
-        return super().__call__(*given, **named) if given or named.keys() != {"scale"} else CenteredNormal(**named)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs) if args or kwargs.keys() != {"scale"} else CenteredNormal(**kwargs)
 
 
 class CenteredNormal:

@@ -94,7 +94,7 @@ def hash_files(folder: Path, *, besides: Sequence[str] = ()) -> dict[str, str]:
         ConfigError: the folder is or contains a symbolic link, which could point to any secret file and be changed
             later, or contains a pipe, a device, or a name with control characters or bytes that are not UTF-8.
     """
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for path in (folder, *sorted(folder.rglob("*"))):
         special = path.exists() and not (path.is_file() or path.is_dir())
         unreadable = path != folder and not path.name.isprintable()
@@ -103,5 +103,5 @@ def hash_files(folder: Path, *, besides: Sequence[str] = ()) -> dict[str, str]:
             raise ConfigError("model", str(path), f"is {kind}: a model folder must contain regular files only")
         if path.is_file() and (name := path.relative_to(folder).as_posix()) not in besides:
             with path.open("rb") as stream:
-                found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+                digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digests

@@ -31,8 +31,8 @@ def compute_total_divergence(spent: Spent, order: float) -> float:
     The sum is infinite if a mechanism has no noise.
     """
     # fsum does not depend on the order of its terms, so neither does the charge for a history.
-    each = count_mechanisms(spent).items()
-    return math.fsum(count * accountant.compute_renyi_divergence(event, order) for event, count in each)
+    counted = count_mechanisms(spent).items()
+    return math.fsum(count * accountant.compute_renyi_divergence(event, order) for event, count in counted)
 
 
 def compute_epsilon_conversion_term(order: float, delta: float) -> float:
@@ -115,7 +115,7 @@ def find_tightest_cap(spent: DpEvent, *, more: DpEvent, reference: DpEvent, delt
         # a cap with one digit less is known to fit
         below = 0 if math.isinf(cap) else math.floor((cap - 10 / scale) * scale)
         caps = (number / scale for number in count(max(math.ceil(least * scale), below)))
-        cap = next(each for each in caps if fits(spent, each))
+        cap = next(candidate for candidate in caps if fits(spent, candidate))
         if not fits(both, cap):
             break
     return cap

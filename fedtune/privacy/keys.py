@@ -175,8 +175,8 @@ def _run_key_command(command: tuple[str, ...]) -> bytes:
         bound = f"did not finish within {_COMMAND_S:g} seconds, including its child processes"
         raise ConfigError("key_command", command[0], bound) from None
     if ran.returncode:
-        said, _, _ = ran.stderr.decode(errors="replace").strip().partition("\n")
-        raise ConfigError("key_command", command[0], f"failed with exit status {ran.returncode}: {format_value(said)}")
+        line, _, _ = ran.stderr.decode(errors="replace").strip().partition("\n")
+        raise ConfigError("key_command", command[0], f"failed with exit status {ran.returncode}: {format_value(line)}")
     return ran.stdout
 
 

@@ -142,8 +142,8 @@ def compute_hockey_stick(rate: float, noise: float, epsilons: Floats, *, adding:
         growth = np.expm1(epsilons)
         if adding and rate < 1:
             share = np.maximum(rate - growth * (1 - rate), 0.0)
-            found = share * _compute_gaussian_delta(noise, epsilons + math.log(rate) - np.log(share))
-            return np.clip(np.where(share > 0, found, 0.0), 0.0, 1.0)
+            delta = share * _compute_gaussian_delta(noise, epsilons + math.log(rate) - np.log(share))
+            return np.clip(np.where(share > 0, delta, 0.0), 0.0, 1.0)
         large = epsilons - math.log(rate) + np.log(rate * np.exp(-epsilons) - np.expm1(-epsilons))
         log_ratio = np.where(epsilons > 0, large, np.log((growth + rate) / rate))
         return np.clip(np.where(growth + rate > 0, rate * _compute_gaussian_delta(noise, log_ratio), -growth), 0.0, 1.0)
@@ -164,8 +164,8 @@ def _compute_gaussian_delta(noise: float, epsilons: Floats) -> Floats:
         scale * special.erfcx(np.maximum(v, 0) / math.sqrt(2)),
         np.exp(np.minimum(epsilons, 0)) * special.ndtr(-v),
     )
-    found: Floats = first - second
-    return found
+    delta: Floats = first - second
+    return delta
 
 
 class Composition:
@@ -182,12 +182,12 @@ class Composition:
 
         A mechanism without noise makes the composition unbounded.
         """
-        told = list(mechanisms)
-        self._bounded = all(noise > 0 for _, noise, _ in told)
+        steps = list(mechanisms)
+        self._bounded = all(noise > 0 for _, noise, _ in steps)
         self._orders = [
-            _Direction([(_discretize(rate, noise, width, adding=adding), count) for rate, noise, count in told], width)
+            _Direction([(_discretize(rate, noise, width, adding=adding), count) for rate, noise, count in steps], width)
             for adding in (False, True)
-            if told and self._bounded
+            if steps and self._bounded
         ]
 
     def epsilon(self, delta: float) -> float:
@@ -260,10 +260,10 @@ class _Direction:
 
     def tail(self, tilt: float) -> _Tail:
         if tilt or self._at_zero is None:
-            found = self._compute_tail(tilt)
+            tail = self._compute_tail(tilt)
             if tilt:
-                return found
-            self._at_zero = found
+                return tail
+            self._at_zero = tail
         return self._at_zero
 
     def _log_moments(self, order: float) -> list[float]:
@@ -275,15 +275,15 @@ class _Direction:
         return self._moments[order]
 
     def _log_moment(self, order: float) -> float:
-        return math.fsum(count * one for (_, count), one in zip(self._steps, self._log_moments(order), strict=True))
+        return math.fsum(count * value for (_, count), value in zip(self._steps, self._log_moments(order), strict=True))
 
     def _find_best_tilt_order(self, bound: Callable[[float], float]) -> float:
         """Find the power of sqrt(2) that minimizes the unimodal function `bound`."""
         most = math.floor(2 * math.log2(1 / self._width))
         place, least = 4, bound(4.0)
         for direction in (1, -1):
-            while -24 < place < most and (found := bound(2.0 ** ((place + direction) / 2))) < least:
-                place, least = place + direction, found
+            while -24 < place < most and (value := bound(2.0 ** ((place + direction) / 2))) < least:
+                place, least = place + direction, value
         return float(2.0 ** (place / 2))
 
     def _find_loss_window(self, tilt: float) -> tuple[int, int]:

@@ -404,8 +404,8 @@ class Refused(RefusedError):
         self.reason = reason
         self.requested = None if requested is None else str(requested)[:_MAX_TEXT]
         self.allowed = None if allowed is None else str(allowed)[:_MAX_TEXT]
-        said = format_requested_and_allowed(self.requested, self.allowed)
-        super().__init__(f"{reason}: {said}" if said else reason.value)
+        comparison = format_requested_and_allowed(self.requested, self.allowed)
+        super().__init__(f"{reason}: {comparison}" if comparison else reason.value)
 
     def to_json(self) -> dict[str, Any]:
         """Return the rule, the requested value and the allowed value as a JSON object."""

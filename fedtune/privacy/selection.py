@@ -120,5 +120,5 @@ def compute_released_epsilon(
     """
     search_epsilon, search_delta = (search.epsilon, search.delta) if search else (epsilon, delta)
     return convert_infinite_to_none(
-        max(convert_none_to_infinite(convert_infinite_to_none(one)) for one in (epsilon, search_epsilon))
+        max(convert_none_to_infinite(convert_infinite_to_none(value)) for value in (epsilon, search_epsilon))
     ), max(delta, search_delta)

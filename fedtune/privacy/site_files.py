@@ -87,8 +87,8 @@ class SiteFiles:
 def read_histories(folder: Path) -> dict[str, History]:
     """Verify the ledgers in a simulation folder; return site -> history, for each site that has one."""
     files = [SiteFiles.from_site_toml(path) for path in sorted(folder.glob("*/site.toml"))]
-    verified = {one.policy.site: one.verify_ledger() for one in files}
-    return {site: one.history for site, one in verified.items() if one is not None}
+    verified = {files.policy.site: files.verify_ledger() for files in files}
+    return {site: ledger.history for site, ledger in verified.items() if ledger is not None}
 
 
 def find_max_charged_runs(folder: str | None) -> int:

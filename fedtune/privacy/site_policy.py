@@ -386,8 +386,8 @@ class Policy:
             Refused: the release breaks a rule; names the first broken rule, the requested value and the allowed value.
         """
         broken = [rule for rule in _iter_broken_rules(self, proposal) if rule[0] in _OF_ANY_RELEASE]
-        for reason, asked, allowed in broken or _iter_exceeded_epsilon_caps(self, proposal.plan):
-            raise Refused(reason, requested=asked, allowed=allowed)
+        for reason, requested, allowed in broken or _iter_exceeded_epsilon_caps(self, proposal.plan):
+            raise Refused(reason, requested=requested, allowed=allowed)
 
     def find_broken_rules(self, proposal: Proposal) -> list[Refused]:
         """List every rule that a proposal breaks.
@@ -395,7 +395,7 @@ class Policy:
         Caps on epsilon are checked only if no other rule is broken.
         """
         broken = list(_iter_broken_rules(self, proposal)) or list(_iter_exceeded_epsilon_caps(self, proposal.plan))
-        return [Refused(reason, requested=asked, allowed=allowed) for reason, asked, allowed in broken]
+        return [Refused(reason, requested=requested, allowed=allowed) for reason, requested, allowed in broken]
 
     def lower_rank(self, proposal: Proposal) -> Proposal:
         """Return the proposal with this site's rank within `allow.max_rank`; unchanged if the ranks do not differ."""
@@ -437,7 +437,7 @@ def _iter_broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
     if proposal.lead not in allow.leads:
         yield Reason.LEADS, proposal.lead, f"{len(allow.leads)} keys"
     datasets = [dataset.id for dataset in policy.dataset]
-    for reason, asked, allowed in (
+    for reason, requested, allowed in (
         (Reason.DATASET, proposal.dataset, datasets),
         (Reason.TASKS, proposal.task, allow.tasks),
         (Reason.BASE_MODELS, proposal.base_model, allow.base_models),
@@ -448,8 +448,8 @@ def _iter_broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
         (Reason.DELTA, plan.delta, [policy.budget.delta]),
         (Reason.COHORTS, plan.cohorts.period if plan.cohorts else "none", [policy.population.arrivals or "none"]),
     ):
-        if asked not in allowed:
-            yield reason, asked, ", ".join(map(str, allowed))
+        if requested not in allowed:
+            yield reason, requested, ", ".join(map(str, allowed))
     if others := [name for name in proposal.target_modules if name not in allow.target_modules]:
         yield Reason.TARGET_MODULES, ", ".join(others), ", ".join(allow.target_modules)
     for reason, number, most in (

@@ -51,10 +51,10 @@ class Trust:
         """Yield the trust rules that a plan with secure aggregation breaks."""
         if not self.secure:
             yield Reason.SECURE_AGGREGATION, "yes", "no"
-        for reason, asked, least in (
+        for reason, requested, least in (
             (Reason.MIN_SITES, shared.num_sites, self.min_sites),
             (Reason.MIN_THRESHOLD, shared.threshold, self.min_threshold),
             (Reason.COLLUDERS, shared.colluders, self.colluders),
         ):
-            if asked < least:
-                yield reason, asked, f"at least {least}"
+            if requested < least:
+                yield reason, requested, f"at least {least}"

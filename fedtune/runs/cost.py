@@ -78,10 +78,10 @@ class Meter:
             return None
         with suppress(Exception):  # unreadable counters must not end a run
             tracker.stop()
-            found = tracker.final_emissions_data
+            emissions = tracker.final_emissions_data
             return Energy(
-                kwh=float(found.energy_consumed),
-                carbon_kg=float(found.emissions) if self._country else None,
+                kwh=float(emissions.energy_consumed),
+                carbon_kg=float(emissions.emissions) if self._country else None,
                 seconds=time.monotonic() - self._began,
             )
         return None

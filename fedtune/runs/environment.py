@@ -104,7 +104,7 @@ def read_environments(folder: Path) -> tuple[Environment, ...]:
     try:
         fields = parse_json(read_bounded_file(path, key=str(path)), key=str(path), bound="must be an object")
         check_schema("schema_version", fields["schema_version"], RUN_SCHEMA, of="run folder")
-        return tuple(decode(Environment, each) for each in fields["environments"])
+        return tuple(decode(Environment, item) for item in fields["environments"])
     except (OSError, ConfigError, TypeError, KeyError) as error:
         raise RunError(f"{path} is damaged: the run's machine and model are unknown") from error
 
@@ -159,11 +159,11 @@ def _iter_records_lineage(config: RunConfig) -> Iterator[LineageEntry]:
         path = resolve_file(file, find_shipped_folders(), key=key).resolve()
         if os.path.lexists(card := find_card_path(path, ".json")):
             try:
-                told = json.loads(read_bounded_file(card, key=key))
-                own = told["sha256"] == hash_file(path, key=key)  # otherwise the card belongs to another file
+                card_fields = json.loads(read_bounded_file(card, key=key))
+                valid = card_fields["sha256"] == hash_file(path, key=key)  # otherwise the card belongs to another file
             except (OSError, ValueError, TypeError, KeyError, RecursionError):
-                told, own = {}, False
-            yield from read_texts_lineage(told.get("runs") if own else None)
+                card_fields, valid = {}, False
+            yield from read_texts_lineage(card_fields.get("runs") if valid else None)
 
 
 def _read_run_lineage(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None, Signers]:
@@ -180,32 +180,32 @@ def _read_run_lineage(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None
         before: Any = (earlier.get("provenance") or {}).get("start_adapter")
         plan, epsilon, signers = _derive_epsilon(adapter, config, earlier["privacy"])
         epsilon, delta = compute_released_epsilon(epsilon, plan.delta, read_selection(folder))
-        owed: dict[str, Any] = {"from": config.name, "dataset": config.data.dataset, "unit": plan.unit, "delta": delta}
-        owed |= {"epsilon": None if config.runtime.seeded_noise else epsilon}
+        entry: dict[str, Any] = {"from": config.name, "dataset": config.data.dataset, "unit": plan.unit, "delta": delta}
+        entry |= {"epsilon": None if config.runtime.seeded_noise else epsilon}
         if digest := config.model.adapter_sha256:
-            said, own = (*sum_start_losses(before), before["unit"]), config.privacy
-            same = said[1:] == (own.start_delta, own.start_unit) and before["digest"] == digest
+            losses, privacy = (*sum_start_losses(before), before["unit"]), config.privacy
+            same = losses[1:] == (privacy.start_delta, privacy.start_unit) and before["digest"] == digest
             same &= (before.get("public") is True) == (config.public.train_file is not None)
-            if not same or not _is_same_epsilon(said[0], own.start_epsilon):
+            if not same or not _is_same_epsilon(losses[0], privacy.start_epsilon):
                 before = dict.fromkeys(("digest", *SPENT), UNKNOWN)
-        owed |= {"start_adapter": before} if before else {}
+        entry |= {"start_adapter": before} if before else {}
         if any(map(is_counted, walk_lineage(before))):
-            behind = config.privacy.start_keys
-            signers = None if signers is None or behind is None else signers | {*behind}
-        return owed, config.data.train_file if owed["epsilon"] is None and not before else None, signers
+            start_keys = config.privacy.start_keys
+            signers = None if signers is None or start_keys is None else signers | {*start_keys}
+        return entry, config.data.train_file if entry["epsilon"] is None and not before else None, signers
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, FedtuneError):
         return dict.fromkeys(SPENT, UNKNOWN), None, None
 
 
 def _derive_epsilon(
-    adapter: SavedAdapter, config: RunConfig, told: Mapping[str, Any]
+    adapter: SavedAdapter, config: RunConfig, privacy: Mapping[str, Any]
 ) -> tuple[Plan, float | None, Signers]:
     """Derive the plan of the run that trained an adapter, its epsilon at a site (None: unbounded), and who signed it.
 
     Args:
         adapter: the run's final adapter, in the run's folder.
         config: the settings in that folder.
-        told: the field `privacy` of run.json, which anybody can edit.
+        privacy: the field `privacy` of run.json, which anybody can edit.
 
     Raises:
         ValueError: run.json states another epsilon, or a receipt is not signed for this run, plan and adapter.
@@ -213,11 +213,11 @@ def _derive_epsilon(
         FedtuneError: the adapter is damaged, or the folder has no checkpoint of these settings.
     """
     folder, trained, real = adapter.folder.resolve().parent, adapter.trained_sha256, config.runtime.kind == "deployment"
-    noise = next(iter(told["sites"].values()))["noise_multiplier"] or None  # part of the plan, which receipts sign
-    asked = replace(config, privacy=replace(config.privacy, noise_multiplier=noise))
-    plan = asked.plan()
+    noise = next(iter(privacy["sites"].values()))["noise_multiplier"] or None  # part of the plan, which receipts sign
+    with_noise = replace(config, privacy=replace(config.privacy, noise_multiplier=noise))
+    plan = with_noise.plan()
     epsilon = compute_charged_epsilons(plan, plan.max_rounds)[0]
-    if not _is_same_epsilon(epsilon, told["epsilon"]):
+    if not _is_same_epsilon(epsilon, privacy["epsilon"]):
         raise ValueError("epsilon")
     if not plan.private:
         return plan, None, None
@@ -225,19 +225,19 @@ def _derive_epsilon(
     state, run = Checkpoints(RunFolder(folder).checkpoints, config.digest()).load(), config.run_id()
     if real:
         sha256 = config.model.sha256 or read_environments(folder)[-1].model_sha256
-        run = select_settings_for_sites(replace(asked, model=replace(config.model, sha256=sha256))).run_id()
-    came = {site for done in state.rounds for site in config.federation.active if done.has_update_from(site)}
-    receipts = {site: state.receipts[site] for site in came}
-    wrong = any(find_invalid_field(one, site=site, run=run, plan=plan) for site, one in receipts.items())
-    unsigned = real and any(one.reply != trained for one in receipts.values())
+        run = select_settings_for_sites(replace(with_noise, model=replace(config.model, sha256=sha256))).run_id()
+    updated = {site for done in state.rounds for site in config.federation.active if done.has_update_from(site)}
+    receipts = {site: state.receipts[site] for site in updated}
+    wrong = any(find_invalid_field(receipt, site=site, run=run, plan=plan) for site, receipt in receipts.items())
+    unsigned = real and any(receipt.reply != trained for receipt in receipts.values())
     if wrong or unsigned or not receipts or state.kept_adapter.digest() != trained:
         raise ValueError("receipts")
-    return plan, epsilon, frozenset(one.site_key for one in receipts.values()) if real else None
+    return plan, epsilon, frozenset(receipt.site_key for receipt in receipts.values()) if real else None
 
 
-def _is_same_epsilon(*found: float | None) -> bool:
+def _is_same_epsilon(*epsilons: float | None) -> bool:
     """Whether two epsilons differ at most by the rounding of another machine; None: unbounded."""
-    return math.isclose(*map(convert_none_to_infinite, found), rel_tol=ANOTHER_MACHINE)
+    return math.isclose(*map(convert_none_to_infinite, epsilons), rel_tol=ANOTHER_MACHINE)
 
 
 def derive_start(config: RunConfig) -> dict[str, Any]:
@@ -268,9 +268,9 @@ def write_lineage_mark(
     from fedtune.tasks.saved import SavedAdapter
 
     saved = SavedAdapter.read(adapter)
-    own = {"digest": saved.digest} | _read_run_lineage(saved)[0]
+    entry = {"digest": saved.digest} | _read_run_lineage(saved)[0]
     of_texts = read_texts_lineage([*texts]) if texts else ()
-    setattr(base, OWED, build_lineage([*walk_lineage(own), *of_texts, *walk_lineage(getattr(base, OWED, None))]))
+    setattr(base, OWED, build_lineage([*walk_lineage(entry), *of_texts, *walk_lineage(getattr(base, OWED, None))]))
 
 
 def _describe_current_environment(shared: RunModel) -> Environment:
@@ -278,7 +278,7 @@ def _describe_current_environment(shared: RunModel) -> Environment:
     from fedtune.training.accelerators import describe_device
 
     config, task = shared.config, type(shared.config.bound_task)
-    own = {} if task.__module__.startswith("fedtune.") else {f"task {task.name}": describe_code(task)}
+    task_code = {} if task.__module__.startswith("fedtune.") else {f"task {task.name}": describe_code(task)}
     trains = config.runtime.kind != "deployment"
     return Environment(
         since=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -287,10 +287,10 @@ def _describe_current_environment(shared: RunModel) -> Environment:
         system=platform.system(),
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
         device=describe_device(shared.device),
-        libraries={name: version(name) for name in _NOTED} | own,  # all are required packages
+        libraries={name: version(name) for name in _NOTED} | task_code,  # all are required packages
         model_sha256=config.model.sha256 or hash_model(config.model),  # a pinned hash was checked at loading
         # The only sampling method; tests/training/test_dp_step.py verifies it.
         sampling="poisson" if trains else None,
         randomness=("seeded" if config.runtime.seeded_noise else "operating_system") if trains else None,
-        total_parameters=sum(one.numel() for one in shared.model.parameters()),
+        total_parameters=sum(parameter.numel() for parameter in shared.model.parameters()),
     )

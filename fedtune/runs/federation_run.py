@@ -125,7 +125,7 @@ class FederationRun:
             listener.on_round_finished(state)
 
         keys, known = self.asked.site_keys, read_receipts(self.receipts)
-        earlier = {site: own for site, own in known.items() if own.site_key == keys.get(site, own.site_key)}
+        earlier = {site: entry for site, entry in known.items() if entry.site_key == keys.get(site, entry.site_key)}
         lead = Lead(
             asked=self.asked,
             training=self.config.training,

@@ -57,9 +57,9 @@ def read_base_lineage(model: ModelSpec) -> list[LineageEntry]:
         return []
     except (OSError, ValueError, RecursionError):
         fields = {OWED: None}
-    own = (list(walk_lineage(fields[OWED])) or [_UNKNOWN_ENTRY]) if OWED in fields else []
+    entries = (list(walk_lineage(fields[OWED])) or [_UNKNOWN_ENTRY]) if OWED in fields else []
     stated = PRIVATE_BASES.get(str(fields.get("model_type"))) if isinstance(fields, dict) else None
-    return [*own, dict(stated)] if stated and stated not in own else own
+    return [*entries, dict(stated)] if stated and stated not in entries else entries
 
 
 def read_texts_lineage(entries: object) -> Iterator[LineageEntry]:
@@ -85,17 +85,17 @@ def walk_lineage(entry: object) -> Iterator[LineageEntry]:
         entry: the newest entry, unvalidated; None if there is no lineage.
     """
     while entry is not None:
-        found = entry if isinstance(entry, Mapping) else {}
-        entry = found.get("start_adapter")
-        match found:
+        fields = entry if isinstance(entry, Mapping) else {}
+        entry = fields.get("start_adapter")
+        match fields:
             case {"public": True}:
                 continue
             case {"digest": str(), "from": str(), "dataset": str(), "unit": str(), "delta": float(delta)} if (
                 0 <= delta < 1
-                and isinstance(epsilon := found.get("epsilon", UNKNOWN), float | None)
+                and isinstance(epsilon := fields.get("epsilon", UNKNOWN), float | None)
                 and 0 <= (epsilon or 0.0) < math.inf
             ):
-                yield {key: found[key] for key in ("digest", *SPENT)}
+                yield {key: fields[key] for key in ("digest", *SPENT)}
             case _:
                 yield _UNKNOWN_ENTRY
 
@@ -106,15 +106,15 @@ def build_lineage(debts: Iterable[LineageEntry]) -> dict[str, Any] | None:
     Equal entries are included once, because reusing a released adapter has no additional privacy cost. Pre-training is
     last, so that a run is the newest entry if there is one.
     """
-    found: dict[Any, LineageEntry] = {}
-    for one in debts:
-        found.setdefault((one["digest"], one["delta"], one["epsilon"]), one)
-    kept, whole = sorted(found.values(), key=_is_pre_training), None
+    entries: dict[Any, LineageEntry] = {}
+    for entry in debts:
+        entries.setdefault((entry["digest"], entry["delta"], entry["epsilon"]), entry)
+    kept, chain = sorted(entries.values(), key=_is_pre_training), None
     if len(kept) > _MOST:
         kept[_MOST - 1 :] = [_UNKNOWN_ENTRY]
-    for one in reversed(kept):
-        whole = {**one, "start_adapter": whole} if whole else dict(one)
-    return whole
+    for entry in reversed(kept):
+        chain = {**entry, "start_adapter": chain} if chain else dict(entry)
+    return chain
 
 
 def _is_pre_training(entry: Mapping[str, Any]) -> bool:
@@ -137,7 +137,7 @@ def sum_start_losses(noted: Mapping[str, Any]) -> tuple[float | None, float | No
     `StartAdapter`.
     """
     epsilon, delta = (
-        convert_infinite_to_none(one) if isinstance(one := noted.get(key), float) else None
+        convert_infinite_to_none(value) if isinstance(value := noted.get(key), float) else None
         for key in ("epsilon", "delta")
     )
     before = noted.get("start_adapter")

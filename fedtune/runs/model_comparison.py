@@ -135,7 +135,7 @@ def compare_runs(
     first, _ = next(iter(runs.values()))
     for name, (config, _) in runs.items():
         _require_comparable(name, config, first)
-    found: dict[str, Evaluation] = {}
+    evaluations: dict[str, Evaluation] = {}
     bases: dict[Hashable, str] = {}
     places: list[int] = []
     together: dict[Hashable, list[str]] = {}
@@ -145,10 +145,10 @@ def compare_runs(
         progress(f"scoring {', '.join(names)}", done, len(together))
         config, _ = runs[names[0]]
         # Before loading the model, which is slower.
-        own = LeadRecords.read_for_scoring(config, file) if records is None else None
+        lead_records = LeadRecords.read_for_scoring(config, file) if records is None else None
         saved = SavedModel(config, {name: runs[name][1] for name in names})
-        if own is not None:
-            data = LeadData.build(own, config, saved.tokenizer)
+        if lead_records is not None:
+            data = LeadData.build(lead_records, config, saved.tokenizer)
         else:
             task, within, rows = saved.model.task, saved.model.num_ids, list(records or ())
             data = LeadData(rows, task.tokenize(rows, saved.tokenizer, data=config.data, lenient_within=within))
@@ -161,8 +161,8 @@ def compare_runs(
         base = replace(config.task_model(), lora=LoraSpec(), seed=0), _list_input_settings(config)
         if base not in bases:
             bases[base] = f"{BASE} of {names[0]}" if bases else BASE
-            found[bases[base]] = of_these[BASE]
-        found |= {name: of_these[name] for name in names}
+            evaluations[bases[base]] = of_these[BASE]
+        evaluations |= {name: of_these[name] for name in names}
     users = None
     if first.privacy.unit == "user":
         with suppress(DataError):  # the file of the records has no user column
@@ -173,7 +173,7 @@ def compare_runs(
         records=data.records,
         users=users,
         primary_metric=scored.primary_metric_for(first.data),
-        measured={name: found[name] for name in (*bases.values(), *runs)},
+        measured={name: evaluations[name] for name in (*bases.values(), *runs)},
         means=means or {},
         score=partial(scored.compute_final_scores if final else scored.scores, spec=saved.model.spec),
         detailed=partial(scored.detail, spec=saved.model.spec),
@@ -187,28 +187,28 @@ def _list_input_settings(config: RunConfig) -> Hashable:
     return data.max_length, data.prompt_template, data.chat_template, tuple(sorted(data.columns.items()))
 
 
-def _require_comparable(name: str, own: RunConfig, first: RunConfig) -> None:
+def _require_comparable(name: str, config: RunConfig, first: RunConfig) -> None:
     """Check that a run's scores are comparable with those of the first run.
 
     Args:
         name: name of the run.
-        own: configuration of the run.
+        config: configuration of the run.
         first: configuration of the first run.
 
     Raises:
         ConfigError: a setting differs that changes the meaning of the scores.
     """
-    task = own.bound_task
-    for key, value, wanted in (
-        ("task", own.task, first.task),
-        ("data.labels", own.data.labels, first.data.labels),
-        ("data.target_range", own.data.target_range, first.data.target_range),
-        ("data.columns", task.count_texts_per_record(own.data), task.count_texts_per_record(first.data)),
-        ("privacy.unit", own.privacy.unit, first.privacy.unit),
+    task = config.bound_task
+    for key, value, expected in (
+        ("task", config.task, first.task),
+        ("data.labels", config.data.labels, first.data.labels),
+        ("data.target_range", config.data.target_range, first.data.target_range),
+        ("data.columns", task.count_texts_per_record(config.data), task.count_texts_per_record(first.data)),
+        ("privacy.unit", config.privacy.unit, first.privacy.unit),
     ):
-        if value != wanted:
+        if value != expected:
             raise ConfigError("run", name, f"must have the first run's {key} to be compared with it")
-    if task.predicts_tokens and (own.model.path, _list_input_settings(own)) != (
+    if task.predicts_tokens and (config.model.path, _list_input_settings(config)) != (
         first.model.path,
         _list_input_settings(first),
     ):

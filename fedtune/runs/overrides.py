@@ -35,7 +35,7 @@ def set_by_key(settings: dict[str, Any], key: str, value: Any) -> bool:
 
 
 def _get_by_key(settings: Mapping[str, Any], key: str) -> Any:
-    found: Any = settings
+    value: Any = settings
     for name in filter(None, key.split(".")):
-        found = found.get(name) if isinstance(found, dict) else None
-    return found
+        value = value.get(name) if isinstance(value, dict) else None
+    return value

@@ -47,11 +47,11 @@ def add_public_stage(config: RunConfig, plain: Mapping[str, Any], *, keep: Conta
         key.removeprefix("unclipped_"): rate for key, rate in alone.training.suggest_lower_rates(clipped=False).items()
     }
     chosen: dict[str, Any] = {"num_rounds": num_rounds, "local_steps": alone.training.local_steps, **rates}
-    given = {key: value for key, value in asdict(public).items() if value is not None}
+    overrides = {key: value for key, value in asdict(public).items() if value is not None}
     lower = config.training.suggest_lower_rates(clipped=config.privacy.private)
     kept = {key for key in lower if f"training.{key}" in keep and given_rates.get(key) != "auto"}
-    own: dict[str, Any] = {key: rate for key, rate in lower.items() if key not in kept}
-    return replace(config, public=PublicSpec(**chosen | given), training=replace(config.training, **own))
+    lowered: dict[str, Any] = {key: rate for key, rate in lower.items() if key not in kept}
+    return replace(config, public=PublicSpec(**chosen | overrides), training=replace(config.training, **lowered))
 
 
 def build_public_stage_config(config: RunConfig) -> RunConfig:
@@ -67,8 +67,8 @@ def build_public_stage_config(config: RunConfig) -> RunConfig:
     if read_base_lineage(config.model):
         bound = "must have no lineage with public.train_file, but its config.json names a run on other records"
         raise ConfigError("model.path", config.model.path, bound)
-    for own, key in RunRecords(config).files().items():
-        require_no_card(own, key=key, kind="a run's own")
+    for path, key in RunRecords(config).files().items():
+        require_no_card(path, key=key, kind="a run's own")
     public, training = config.public, config.to_json()["training"]
     training |= {"learning_rate": public.learning_rate, "head_learning_rate": public.head_learning_rate}
     training |= {"unclipped_learning_rate": None, "unclipped_head_learning_rate": None}
@@ -103,7 +103,7 @@ def _build_draft_config(config: RunConfig, training: Mapping[str, Any], *, keep:
     try:
         return parse(settings | {"name": f"{config.name}-public", "federation": federation, "public": {}})
     except ConfigError as error:
-        own = ("data.train_file", "data.columns") if public.columns else ("data.train_file",)
-        if not error.key.startswith(own):
+        data_keys = ("data.train_file", "data.columns") if public.columns else ("data.train_file",)
+        if not error.key.startswith(data_keys):
             raise
         raise ConfigError(error.key.replace("data", "public", 1), error.value, error.bound) from None

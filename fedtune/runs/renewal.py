@@ -41,13 +41,13 @@ def add_start_adapter(config: RunConfig) -> RunConfig:
         )
     start.require_compatible(config.task_model())
     derived = derive_start(config)
-    for key, found in derived.items():
+    for key, value in derived.items():
         if (stated := getattr(config.privacy, key)) is None:
             continue
-        if found is None:
+        if value is None:
             raise ConfigError(f"privacy.{key}", stated, "cannot be derived from the start's folder: set it to null")
-        if stated != found and not (key == "start_epsilon" and math.isclose(stated, found, rel_tol=ANOTHER_MACHINE)):
-            raise ConfigError(f"privacy.{key}", stated, f"must be {found}, as derived from the start's run folder")
+        if stated != value and not (key == "start_epsilon" and math.isclose(stated, value, rel_tol=ANOTHER_MACHINE)):
+            raise ConfigError(f"privacy.{key}", stated, f"must be {value}, as derived from the start's run folder")
         derived[key] = stated
     privacy = replace(config.privacy, **derived)  # part of the run's name, which sites sign
     return replace(config, model=replace(config.model, adapter_sha256=start.digest), privacy=privacy)

@@ -172,7 +172,7 @@ class RunResult:
                 records_per_user=plan.records_per_user,
                 delta=plan.delta,
                 epsilon=convert_infinite_to_none(
-                    max(convert_none_to_infinite(one.proven_epsilon) for one in charges.values())
+                    max(convert_none_to_infinite(charge.proven_epsilon) for charge in charges.values())
                 ),
                 seeded_noise=config.runtime.seeded_noise,
                 sites=charges,

@@ -53,14 +53,14 @@ class SavedModel:
         require_scoring_packages(config)
         self.config = config
         saved = {name: SavedAdapter.read(folder, model=config.model, private=True) for name, folder in adapters.items()}
-        own = next(iter(saved.values()))
+        first = next(iter(saved.values()))
         self.tokenizer, self.model = load_tokenizer_and_model(
-            config, lambda: own.build(device=resolve_device(config.runtime.device))
+            config, lambda: first.build(device=resolve_device(config.runtime.device))
         )
         self.model.task.init_head(self.model)
         self._tensors = {BASE: _copy_adapter_tensors(self.model)}
         for name, adapter in saved.items():
-            adapter.require_same_model(own.spec)
+            adapter.require_same_model(first.spec)
             try:
                 adapter.load_into(self.model)
             except AdapterError as error:
@@ -107,7 +107,7 @@ class SavedModel:
     def tokenize_answers(self, fields: Sequence[Mapping[str, str]]) -> list[npt.NDArray[np.int32]]:
         """Tokenize each record's answer as in training, without the prompt and the end tokens."""
         task, data = self.model.task, self.config.data
-        examples = task.tokenize([Record(one) for one in fields], self.tokenizer, data=data)
+        examples = task.tokenize([Record(row) for row in fields], self.tokenizer, data=data)
         pairs = zip(examples.input_ids, examples.targets, strict=True)
         return [ids[(learned != UNSUPERVISED) & ~np.isin(ids, list(self._end_ids))] for ids, learned in pairs]
 
@@ -151,8 +151,8 @@ class SavedModel:
     def answer_record(self, record: Record) -> tuple[str, object]:
         """Predict the answer to a record, and return it as text and as JSON."""
         task, data = self.model.task, self.config.data
-        asked = task.without_answer(record, data)
-        return task.answer_record(asked, self.logits(asked), self.tokenizer, data=data, spec=self.model.spec)
+        unlabeled = task.without_answer(record, data)
+        return task.answer_record(unlabeled, self.logits(unlabeled), self.tokenizer, data=data, spec=self.model.spec)
 
     def logits(self, asked: Record) -> torch.Tensor:
         """Compute the logits (1, classes) of a record.  The record's answer is ignored, but must be valid."""

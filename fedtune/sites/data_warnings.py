@@ -96,10 +96,10 @@ def is_training_file(config: RunConfig, file: str) -> bool:
     """Return True if a file is known to contain training records of the run's simulated sites."""
     names = [name for name, key in RunRecords(config).files().items() if key == "data.train_file"]
     try:
-        found = {name: resolve_file(name, find_shipped_folders(), key="data.train_file") for name in (*names, file)}
-        if any(_have_same_bytes(found[name], found[file]) for name in names):
+        paths = {name: resolve_file(name, find_shipped_folders(), key="data.train_file") for name in (*names, file)}
+        if any(_have_same_bytes(paths[name], paths[file]) for name in names):
             return True
-        about = (config.digest(), *((path, path.stat().st_mtime_ns) for path in found.values()))
+        about = (config.digest(), *((path, path.stat().st_mtime_ns) for path in paths.values()))
         if about not in _COMPARED:
             _COMPARED[about] = _has_training_records(config, names, file)
         return _COMPARED[about]
@@ -107,19 +107,19 @@ def is_training_file(config: RunConfig, file: str) -> bool:
         return False
 
 
-def _have_same_bytes(one: Path, other: Path) -> bool:
-    return one.samefile(other) or (one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False))
+def _have_same_bytes(file: Path, other: Path) -> bool:
+    return file.samefile(other) or (file.is_file() and other.is_file() and filecmp.cmp(file, other, shallow=False))
 
 
 def _has_training_records(config: RunConfig, names: Sequence[str], file: str) -> bool:
     """Return True if the texts of `file` are a subset of the texts in the other files, or vice versa."""
-    own = [one for name in names for one in LeadRecords.read(name, config, key="data.train_file").records]
-    said, theirs = (
-        count_texts_by_role(own),
+    records = [record for name in names for record in LeadRecords.read(name, config, key="data.train_file").records]
+    ours, theirs = (
+        count_texts_by_role(records),
         count_texts_by_role(LeadRecords.read(file, config, key="data.train_file").records),
     )
     # Only roles with many distinct texts, because few values coincide by chance.
-    trained = [said[role].keys() for role in list_identifying_roles(said) if len(said[role]) > len(own) / 2]
+    trained = [ours[role].keys() for role in list_identifying_roles(ours) if len(ours[role]) > len(records) / 2]
     return any(other.keys() <= texts or texts <= other.keys() for texts in trained for other in theirs.values())
 
 

@@ -109,7 +109,7 @@ class SiteProcess:
         Guarantee: the number changes no answer, and is counted only here, within the padded reply time of a charged
         round. Counting at any other time would slow down answers by a measurable amount.
         """
-        dataset = next(one for one in policy.dataset if one.id == name)
+        dataset = next(declared for declared in policy.dataset if declared.id == name)
         if count_units([*records.training, *records.heldout], policy.population.unit) < dataset.min_units:
             log.warning("a data set has fewer units than min_units in site.toml", extra={"dataset": name})
 
@@ -175,22 +175,22 @@ class RealSite(WorkingSite):
         """
         self._localize_settings(self._read_matching_settings(proposal))
 
-    def _read_matching_settings(self, asked: Proposal) -> RunConfig:
+    def _read_matching_settings(self, requested: Proposal) -> RunConfig:
         """Parse the settings of a request, and check that they match the run's name and proposal.
 
         Raises:
             Refused: the settings are unreadable, or belong to another run, site or plan.
         """
-        sent, site = read_settings(self._settings, plan=asked.plan, task=asked.task), self._files.policy.site
-        if sent.run_id() != asked.run:
+        sent, site = read_settings(self._settings, plan=requested.plan, task=requested.task), self._files.policy.site
+        if sent.run_id() != requested.run:
             # The run's name contains a digest of its settings, so that the lead's signature covers them.
-            raise Refused(Reason.WRONG_RUN, requested=asked.run, allowed=sent.run_id())
+            raise Refused(Reason.WRONG_RUN, requested=requested.run, allowed=sent.run_id())
         if site not in sent.declared_sizes():
             raise Refused(Reason.WRONG_SITE, requested=", ".join(sent.declared_sizes()), allowed=site)
         # Derived from the settings, because the policy has checked only the request.
-        proposal = sent.proposal(lead=asked.lead, plan=sent.plan())
-        if proposal != asked:
-            raise Refused(Reason.PLAN_CHANGED, requested=asked.digest(), allowed=proposal.digest())
+        proposal = sent.proposal(lead=requested.lead, plan=sent.plan())
+        if proposal != requested:
+            raise Refused(Reason.PLAN_CHANGED, requested=requested.digest(), allowed=proposal.digest())
         return sent
 
     def _localize_settings(self, sent: RunConfig) -> RunConfig:
@@ -245,8 +245,8 @@ class RealSite(WorkingSite):
     def _read_stored_settings(self, run: str) -> RunConfig:
         """Read the stored settings of an accepted run, since the notice of its end contains none."""
         settings = read_regular_file(self._process.runs / f"{run}.json").decode()
-        asked = self.ledger.history.runs[run].proposal
-        return self._localize_settings(read_settings(settings, plan=asked.plan, task=asked.task))
+        proposal = self.ledger.history.runs[run].proposal
+        return self._localize_settings(read_settings(settings, plan=proposal.plan, task=proposal.task))
 
     def read_adapter_shapes(self, run: str) -> Mapping[str, list[int]] | None:
         """Return the tensor shapes that `store_run` stored for a run; None if they are missing or damaged."""

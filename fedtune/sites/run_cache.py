@@ -56,8 +56,8 @@ class RunCache:
         ):
             self.clear()  # free the old model and its cache before loading the new one
             self.model = load()
-        found: _M = self.model
-        return found
+        model: _M = self.model
+        return model
 
     def get_cached_states(self, about: str, dataset: TextDataset, make: Callable[[], _M]) -> _M:
         """Return the cached store for the frozen layers' outputs on a data set, or create a new store.
@@ -76,8 +76,8 @@ class RunCache:
                 self._states.clear()
                 self._num_tokens = dataset.num_tokens
             self._states[key] = make()
-        found: _M = self._states[key]
-        return found
+        states: _M = self._states[key]
+        return states
 
     def get_cached_baseline(self, dataset: TextDataset, about: str, make: Callable[[], _M]) -> _M:
         """Return the cached evaluation of the untrained adapter on a data set, or compute it.
@@ -90,8 +90,8 @@ class RunCache:
         key = f"{about} {_hash_dataset(dataset)}"
         if key not in self._before:
             self._before[key] = make()
-        found: _M = self._before[key]
-        return found
+        baseline: _M = self._before[key]
+        return baseline
 
 
 def _hash_dataset(dataset: TextDataset) -> str:

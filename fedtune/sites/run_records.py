@@ -79,9 +79,9 @@ class LeadRecords:
         """
         if file is not None:
             return cls.read(file, config, key="--data")
-        if (own := RunRecords(config).test) is None:
+        if (records := RunRecords(config).test) is None:
             raise build_missing_test_records_error()
-        return own
+        return records
 
 
 class RunRecords:
@@ -190,8 +190,8 @@ def assign_sites(config: RunConfig, records: Sequence[Record]) -> list[str] | No
             at = {
                 str(resolve_file(one, find_shipped_folders(), key="data.train_file")): name for name, one in own.items()
             }
-            found = [at.get(record.file, NO_VALUE) for record in records]
-            return found if {*found} & {*names} else None
+            sites = [at.get(record.file, NO_VALUE) for record in records]
+            return sites if {*sites} & {*names} else None
     return None
 
 
@@ -217,14 +217,14 @@ def require_disjoint(
     """
     files = [*own.read_whole_files()]
     roles = list_identifying_roles(count_texts_by_role(record for _, others in files for record in others))
-    said_of = [(of, count_texts_by_role(others)) for of, others in (*own.read_records_by_setting().items(), *files)]
-    private = [(of, said[role].keys()) for of, said in said_of for role in roles]
+    counted = [(name, count_texts_by_role(others)) for name, others in (*own.read_records_by_setting().items(), *files)]
+    private = [(name, counts[role].keys()) for name, counts in counted for role in roles]
     every = set[str]().union(*(texts for _, texts in private))
-    for said in count_texts_by_role(records).values():
-        for of, texts in private:
-            shared = len(said.keys() & texts)
-            if shared > MAX_SHARED * len(texts) or (shared and len(said.keys() & every) > MAX_SHARED * len(said)):
-                bound = f"must not contain records of the run: it shares {pluralize(shared, 'text')} with {of}"
+    for counts in count_texts_by_role(records).values():
+        for name, texts in private:
+            shared = len(counts.keys() & texts)
+            if shared > MAX_SHARED * len(texts) or (shared and len(counts.keys() & every) > MAX_SHARED * len(counts)):
+                bound = f"must not contain records of the run: it shares {pluralize(shared, 'text')} with {name}"
                 raise ConfigError(key, file, bound)
     if not (allow_synthetic and has_card(file, key=key)):
         require_no_card(file, key=key)
@@ -233,11 +233,11 @@ def require_disjoint(
 
 def count_texts_by_role(records: Iterable[Record]) -> Mapping[str, Counter[str]]:
     """Count normalized texts by role. A record without texts, such as an image, counts as one text."""
-    found = defaultdict[str, Counter[str]](Counter)
+    counts = defaultdict[str, Counter[str]](Counter)
     for record in records:
         for role, text in [*record.texts()] or [("", record.full_text)]:
-            found[role][normalize_text(text)] += 1
-    return found
+            counts[role][normalize_text(text)] += 1
+    return counts
 
 
 def normalize_text(text: str) -> str:
@@ -300,10 +300,10 @@ def require_not_generated(records: Iterable[Record], folder: Path, *, key: str, 
     Raises:
         ConfigError: the records are synthetic.
     """
-    found = {role: {_hash_text(text) for text in texts} for role, texts in count_texts_by_role(records).items()}
+    hashes = {role: {_hash_text(text) for text in texts} for role, texts in count_texts_by_role(records).items()}
     for place in sorted(folder.glob(f"*/{WRITTEN}")):
         written = set(read_regular_file(place).decode().split())
-        if any(len(said & written) > MAX_SHARED * len(said) for said in found.values()):
+        if any(len(role_hashes & written) > MAX_SHARED * len(role_hashes) for role_hashes in hashes.values()):
             bound = (
                 f"must contain public records: {place.parent} generated some of them. Put their card next to the file"
             )

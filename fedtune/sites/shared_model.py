@@ -110,7 +110,7 @@ class LoadedModel:
         progress: Progress = ignore_progress,
     ) -> None:
         tried = config.privacy.private and trains
-        given = config
+        original = config
         if tried:
             config = replace(config, runtime=choose_num_devices(config, alone=alone))
         self.config: Final = config
@@ -126,7 +126,7 @@ class LoadedModel:
         keeps_states, states_folder = choose_hidden_states_location(model, config.runtime, num_tokens=tokens)
         self.keeps_states: Final = keeps_states
         self.states_folder: Final = states_folder
-        self._facts: Final = self._build_model_key(given, declared_size)
+        self._facts: Final = self._build_model_key(original, declared_size)
         shapes, moved = choose_micro_batch_shapes(model, config.runtime, max_length=config.data.max_length), 0.0
         # Before the test of the model, which takes minutes.
         if tried and leads and config.resume is None and not config.training.ignore_weak_signal:
@@ -136,7 +136,7 @@ class LoadedModel:
         if tried and config.runtime.devices > 1:  # other devices load the model during the test
             devices = Devices(model, config.task_model(), config.runtime, max_length=config.data.max_length)
         self._devices: Final = devices
-        self._may_be_one: Final = given.runtime.num_devices is None
+        self._may_be_one: Final = original.runtime.num_devices is None
         if tried:
             shapes, moved, outcome = self._test_model(shapes, progress)
             require_batch_invariance(moved, path=config.model.path, inexact_allowed=inexact_allowed)
@@ -175,7 +175,7 @@ class LoadedModel:
         """Build the cache key of all settings that determine the model and its test result."""
         return (
             config.task_model(),
-            *(getattr(config.runtime, one.name) for one in fields(Machine)),
+            *(getattr(config.runtime, machine_field.name) for machine_field in fields(Machine)),
             config.data.max_length,
             config.data.chat_template,
             config.privacy.private,
@@ -217,7 +217,7 @@ class LoadedModel:
         return *_measured[self._facts], outcome
 
     def _choose_shapes(self, shapes: Shapes) -> Shapes:
-        found = fit_to_memory(
+        fitted = fit_to_memory(
             self.model,
             shapes,
             most_bytes=compute_step_bytes(self.model, self.config.runtime) - self.user_means_bytes,
@@ -226,7 +226,7 @@ class LoadedModel:
         )
         # The trial would have the same result, but would take seconds.
         by_rows = depends_on_row_count(self.config.model.dtype, self.device)
-        return replace(found, row_shares=(1,)) if by_rows else found
+        return replace(fitted, row_shares=(1,)) if by_rows else fitted
 
     @property
     def user_means_bytes(self) -> int:
@@ -235,10 +235,10 @@ class LoadedModel:
         return min(_MEANS_BYTES, compute_step_bytes(self.model, self.config.runtime) // 4) if by_user else 0
 
     def _measure_influence(self, shapes: Shapes, progress: Progress) -> tuple[float, Outcome | None]:
-        trial, told = self._make_trial(shapes), partial(progress, "checking the model on this machine")
+        trial, report_progress = self._make_trial(shapes), partial(progress, "checking the model on this machine")
         if self._devices is None:
-            return max_batch_influence(self.model, **trial.trial_arguments, told=told), None
-        outcome = trial.run_trial(self.model, secrets.randbits(63), told)
+            return max_batch_influence(self.model, **trial.trial_arguments, told=report_progress), None
+        outcome = trial.run_trial(self.model, secrets.randbits(63), report_progress)
         return outcome.moved, outcome
 
     def _make_trial(self, shapes: Shapes) -> DeviceTrial:
@@ -327,11 +327,11 @@ class RunModel:
         """The lead's test data; None without test data."""
         return self._load_lead_data(self.records.test)
 
-    def _load_lead_data(self, own: LeadRecords | None) -> LeadData | None:
+    def _load_lead_data(self, records: LeadRecords | None) -> LeadData | None:
         """Tokenize the lead's records, and cache the frozen layers' outputs if they fit into memory."""
-        if own is None:
+        if records is None:
             return None
-        data = LeadData.build(own, self.config, self.tokenizer)
+        data = LeadData.build(records, self.config, self.tokenizer)
         if not do_frozen_states_fit(self.model, self.config.runtime, num_tokens=data.examples.num_tokens):
             return data
         cache, about = self._cache, f"batches of {self.config.evaluation.max_tokens}"
@@ -450,14 +450,14 @@ class Evaluation:
         spec = config.evaluation
         pad_id, most = tokenizer.pad_token_id, spec.max_tokens
         examples = evaluate_examples(model, data.examples, pad_id=pad_id, max_tokens=most, kept=data.kept)
-        asked = (
+        inputs = (
             model.task.prompts_and_references(data.records, tokenizer, data=config.data)
             if generate and spec.generate
             else None
         )
-        if asked is None:
+        if inputs is None:
             return cls(examples, {})
-        prompts, references = group_by_prompt(*asked, rows=spec.generation_rows)
+        prompts, references = group_by_prompt(*inputs, rows=spec.generation_rows)
         ends = model.task.get_eos_token_ids(tokenizer, data=config.data)
         sizes = {"max_new_tokens": spec.max_new_tokens, "max_tokens": most}
         texts = generate_texts(model, prompts, tokenizer=tokenizer, end_ids=ends, **sizes)

@@ -93,9 +93,9 @@ def read_settings(text: str, *, plan: Plan, task: str) -> RunConfig:
             raise Refused(Reason.TASKS, requested=task, allowed="a task that is installed at this site")
         return parse(fields)
     except _NO_SETTINGS as error:
-        # `asked` contains only the lead's own keys, where the two versions of fedtune differ.
-        asked = _list_unshared_keys(fields) or (error.key[:100] if isinstance(error, ConfigError) else None)
-        raise Refused(Reason.SETTINGS, requested=asked, allowed="settings that this site's fedtune supports") from error
+        # `keys` contains only the lead's own keys, where the two versions of fedtune differ.
+        keys = _list_unshared_keys(fields) or (error.key[:100] if isinstance(error, ConfigError) else None)
+        raise Refused(Reason.SETTINGS, requested=keys, allowed="settings that this site's fedtune supports") from error
 
 
 def _list_unshared_keys(sent: Mapping[str, Any]) -> str:
@@ -103,8 +103,8 @@ def _list_unshared_keys(sent: Mapping[str, Any]) -> str:
     hints = get_type_hints(RunConfig)
     apart = {*hints} ^ {*sent} if sent else set()
     for group, spec in hints.items():
-        if is_dataclass(spec) and type(own := sent.get(group)) is dict:
-            apart |= {f"{group}.{key}" for key in {one.name for one in dataclass_fields(spec)} ^ {*own}}
+        if is_dataclass(spec) and type(values := sent.get(group)) is dict:
+            apart |= {f"{group}.{key}" for key in {field.name for field in dataclass_fields(spec)} ^ {*values}}
     return ", ".join(sorted(str(key)[:100] for key in apart)[:_MAX_KEYS])
 
 
@@ -113,9 +113,9 @@ def _build_unvalidated_plan(fields: dict[str, Any], *, bound: int) -> Plan:
 
     `bound` depends on the task and is checked later with the proposal.
     """
-    given, federation = dict(fields["privacy"]), fields["federation"]
-    cohorts = given.pop("cohorts", None)
-    privacy = PrivacySpec(**given, cohorts=None if cohorts is None else decode(Cohorts, cohorts))
+    privacy_fields, federation = dict(fields["privacy"]), fields["federation"]
+    cohorts = privacy_fields.pop("cohorts", None)
+    privacy = PrivacySpec(**privacy_fields, cohorts=None if cohorts is None else decode(Cohorts, cohorts))
     if privacy.private and privacy.noise_multiplier is None:
         raise ValueError("the noise multiplier is missing")
     counts = {key: federation[key] for key in ("num_rounds", "spare_rounds")}
@@ -149,13 +149,13 @@ def localize_settings(
     dataset = next((declared for declared in policy.dataset if declared.id == config.data.dataset), None)
     if dataset is None:
         raise Refused(Reason.DATASET, requested=config.data.dataset)
-    own = asdict(machine)
+    settings = asdict(machine)
     for key in ("num_threads", "micro_batch_tokens", "step_mib"):
-        own[key] = own[key] or None
-    if own["kept_states_folder"]:
-        own["kept_states_folder"] = str(folder / own["kept_states_folder"])
-    own["kept_states_folder"] = own["kept_states_folder"] or None
-    runtime = RuntimeSpec(**own, kind="deployment", seeded_noise=config.runtime.seeded_noise)
+        settings[key] = settings[key] or None
+    if settings["kept_states_folder"]:
+        settings["kept_states_folder"] = str(folder / settings["kept_states_folder"])
+    settings["kept_states_folder"] = settings["kept_states_folder"] or None
+    runtime = RuntimeSpec(**settings, kind="deployment", seeded_noise=config.runtime.seeded_noise)
     try:
         data = config.data.apply_to_site_dataset(dataset, folder=folder)
         return replace(config, model=_find_local_model(config.model, installed), data=data, runtime=runtime)
@@ -174,9 +174,9 @@ def derive_settings_for_own_site(config: RunConfig, policy: Policy, *, folder: P
     Raises:
         ConfigError: the policy does not list the data set.
     """
-    dataset = next((one for one in policy.dataset if one.id == config.data.dataset), None)
+    dataset = next((declared for declared in policy.dataset if declared.id == config.data.dataset), None)
     if dataset is None:
-        known = ", ".join(one.id for one in policy.dataset) or "none"
+        known = ", ".join(declared.id for declared in policy.dataset) or "none"
         raise ConfigError("data.dataset", config.data.dataset, f"must be a data set of the site's policy ({known})")
     unit = policy.population.unit
     sent = config.data.for_sites(config.bound_task.columns(config.data, unit=unit))

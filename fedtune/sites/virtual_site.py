@@ -86,7 +86,7 @@ class VirtualSites:
             before, ledgers = read_saved_config(Path(config.model.adapter or "")), read_histories(folder)
             # Other ledgers would not contain the charges of the previous runs.
             missing = sorted({*before.federation.active} - ledgers.keys())
-            if missing or not any(before.run_id() in {*one.runs, *one.lost_runs} for one in ledgers.values()):
+            if missing or not any(before.run_id() in {*ledger.runs, *ledger.lost_runs} for ledger in ledgers.values()):
                 lacks = f"no ledger of {missing[0]}" if missing else f"no ledger with the run {before.run_id()}"
                 bound = f"must be the ledger folder of the renewed run: {lacks} in {folder.absolute()}"
                 raise ConfigError("runtime.sites_dir", kept, bound)
@@ -344,8 +344,8 @@ def read_partition_settings(path: Path, *, keys: Iterable[str]) -> dict[str, Any
         RunError: the file cannot be read, or lacks a setting in `keys`.
     """
     try:
-        noted = json.loads(read_regular_file(path))
-        return {key: noted[key] for key in keys}
+        settings = json.loads(read_regular_file(path))
+        return {key: settings[key] for key in keys}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         bound = (
             "restore the file, which shows which ledger of a simulation has charged which records; if the ledgers in "
@@ -377,7 +377,7 @@ class Participants:
     def identities(self) -> dict[str, str]:
         """Public key of each active site."""
         files = {name: self.sites.files(name) for name in self.config.federation.active}
-        return {name: own.load_key(make=True).public for name, own in files.items()}
+        return {name: site_files.load_key(make=True).public for name, site_files in files.items()}
 
     @cached_property
     def shared(self) -> RunModel:

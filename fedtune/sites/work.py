@@ -177,8 +177,8 @@ class SiteWork:
         )
         units = self._split_units()
         if self.shared.loaded.keeps_states:
-            told = partial(self.shared.progress, f"{self.site}: running the frozen layers over the records")
-            units.cache_frozen_states(self.shared.model, folder=self.shared.loaded.states_folder, told=told)
+            report = partial(self.shared.progress, f"{self.site}: running the frozen layers over the records")
+            units.cache_frozen_states(self.shared.model, folder=self.shared.loaded.states_folder, told=report)
         units.cache_reference(self.shared.model)
         return units, work
 

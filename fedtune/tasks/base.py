@@ -134,7 +134,7 @@ class Task(ABC):
         """
         table: Any = asdict(given) if is_dataclass(given) and not isinstance(given, type) else given
         require("task_settings", table, isinstance(table, Mapping), "must be keys and values, such as {text: body}")
-        known = [one.name for one in fields(self.settings)] if self.settings else []
+        known = [field.name for field in fields(self.settings)] if self.settings else []
         for key in table:
             bound = f"is not a setting of task {self.name}; its own settings: {', '.join(known) or 'none'}"
             require(f"task_settings.{key}", table[key], key in known, bound)
@@ -213,10 +213,10 @@ class Task(ABC):
             bound = f"is not a role of this run: task {self.name} with these settings reads {', '.join(sorted(known))}"
             raise ConfigError(f"columns.{unknown[0]}", data.columns[unknown[0]], bound)
         for setting in fields(data):
-            given = getattr(data, setting.name)
-            if setting.name in _OF_SOME_TASKS - self.data_settings and given != setting.default:
+            value = getattr(data, setting.name)
+            if setting.name in _OF_SOME_TASKS - self.data_settings and value != setting.default:
                 only = "null" if setting.default is None else setting.default
-                raise ConfigError(setting.name, given, f"must stay {only}: task {self.name} does not use it")
+                raise ConfigError(setting.name, value, f"must stay {only}: task {self.name} does not use it")
 
     def check_input(self, data: DataSpec) -> None:
         """Check that the task supports `data.input`, and check the data settings for this kind of input.

@@ -69,7 +69,7 @@ class StepLimitedTemplate:
         self._environment = _StepLimitedEnvironment(_compile_jinja_template("").environment)
         self._template = self._environment.from_string(source)
         constants = self._environment.parse(source).find_all(nodes.Const)
-        self.texts = {one.value for one in constants if isinstance(one.value, str)}
+        self.texts = {constant.value for constant in constants if isinstance(constant.value, str)}
         self.work = 0
         self._one_at_a_time = Lock()
 
@@ -107,16 +107,16 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
         )
         self.work = self.most = 0
         self.globals.update(like.globals)
-        given = {name: one for name, one in like.filters.items() if name not in _WITHHELD}
-        self.filters = {name: self._wrap_counted(one, self._check_filter_call) for name, one in given.items()}
-        self.tests = {name: self._wrap_counted(one, self.spend) for name, one in like.tests.items()}
+        allowed = {name: func for name, func in like.filters.items() if name not in _WITHHELD}
+        self.filters = {name: self._wrap_counted(func, self._check_filter_call) for name, func in allowed.items()}
+        self.tests = {name: self._wrap_counted(func, self.spend) for name, func in like.tests.items()}
         self.filters[_COUNTED] = self._count_value
         self.finalize = self._charge_output
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        found: nodes.Template = _CountingTransformer().visit(super()._parse(source, name, filename))
-        found.set_environment(self)
-        return found
+        template: nodes.Template = _CountingTransformer().visit(super()._parse(source, name, filename))
+        template.set_environment(self)
+        return template
 
     def spend(self, value: object = None, steps: int = 1) -> int:
         """Add `steps` and the size of a value to the counter, and return the added amount.
@@ -146,8 +146,8 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
         if getattr(__obj, "__name__", "") in ("format", "format_map"):
             raise TemplateError("string formatting has no limit on its output")
         owner = getattr(__obj, "__self__", None)
-        given = (owner, *args, *(one for name, one in kwargs.items() if name[:1] != "_"))
-        __self._check_call(given[isinstance(owner, Extension) :])
+        arguments = (owner, *args, *(value for name, value in kwargs.items() if name[:1] != "_"))
+        __self._check_call(arguments[isinstance(owner, Extension) :])
         return __self._charge_result(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -157,21 +157,21 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
             self._check_call((left, right))
         return self._charge_result(super().call_binop(context, operator, left, right))
 
-    def _check_call(self, given: tuple[Any, ...]) -> None:
+    def _check_call(self, arguments: tuple[Any, ...]) -> None:
         """Count the arguments of a call, and refuse a call whose result could be very large.
 
         Raises:
             TooMuchWork: the limit is exceeded, or could be exceeded by the result.
         """
-        sizes = [self.spend(one) for one in given]
-        factors = (abs(one) if _is_number(one) else size for one, size in zip(given, sizes, strict=True))
+        sizes = [self.spend(value) for value in arguments]
+        factors = (abs(value) if _is_number(value) else size for value, size in zip(arguments, sizes, strict=True))
         if math.prod(1 + factor for factor in factors) > _MAX_MADE:
             raise TooMuchWork(self.most)
 
-    def _check_filter_call(self, given: tuple[Any, ...]) -> None:
-        if any(_is_number(one) and abs(one) > _MAX_NUMBER for one in given[1:]):
+    def _check_filter_call(self, arguments: tuple[Any, ...]) -> None:
+        if any(_is_number(value) and abs(value) > _MAX_NUMBER for value in arguments[1:]):
             raise TooMuchWork(self.most)
-        self._check_call(given)
+        self._check_call(arguments)
 
     def _charge_result(self, made: Any) -> Any:
         if isinstance(made, Iterator):  # as from map, select and reverse: lazy items would not be counted
@@ -184,7 +184,7 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
     ) -> Callable[..., Any]:
         @wraps(function)
         def call_counted(*args: Any, **kwargs: Any) -> Any:
-            before(tuple(one for one in (*args, *kwargs.values()) if not isinstance(one, _OF_JINJA)))
+            before(tuple(value for value in (*args, *kwargs.values()) if not isinstance(value, _OF_JINJA)))
             return self._charge_result(function(*args, **kwargs))
 
         return call_counted
@@ -209,7 +209,7 @@ class _CountingTransformer(NodeTransformer):
         super().generic_visit(node, *args, **kwargs)
         match node:
             case nodes.For(body=body) | nodes.Macro(body=body) | nodes.CallBlock(body=body) | nodes.Block(body=body):
-                steps = sum(1 + len(getattr(one, "data", "")) for part in body for one in part.find_all(nodes.Node))
+                steps = sum(1 + len(getattr(child, "data", "")) for part in body for child in part.find_all(nodes.Node))
                 body.insert(0, nodes.Output([_wrap_in_counter(nodes.Const(""), 1 + steps)]))
                 if isinstance(node, nodes.For) and node.test is not None:
                     node.test = _wrap_in_counter(node.test)

@@ -162,9 +162,9 @@ class CausalLM(Task):
             return None
         layout = ExampleFormat.from_tokenizer(tokenizer, data)
         examples = build_examples(layout, records, lenient=False)
-        asked = [replace(example, answer=()) for example in examples]
+        unanswered = [replace(example, answer=()) for example in examples]
         prompts = []
-        for record, tokens in zip(records, layout.encode_examples(asked, tokenizer), strict=True):
+        for record, tokens in zip(records, layout.encode_examples(unanswered, tokenizer), strict=True):
             prompt = replace(tokens, numbers=tokens.numbers[: tokens.context]).truncate(data.max_length).numbers
             if not prompt:
                 raise DataError(record.at("prompt"), "no tokens", "must contain at least one token to generate from")
@@ -254,8 +254,8 @@ def _compute_losses_at_targets(model: Model, row: torch.Tensor, targets: torch.T
     places = (targets != UNSUPERVISED).nonzero().flatten()
     if not len(places):
         return _skip_losses(model, row, targets)
-    found = _compute_losses(model, row[places], targets[places])
-    return found.new_zeros(len(targets)).index_copy(0, places, found)
+    losses = _compute_losses(model, row[places], targets[places])
+    return losses.new_zeros(len(targets)).index_copy(0, places, losses)
 
 
 def _shift_targets(batch: Batch) -> torch.Tensor:
@@ -375,8 +375,8 @@ class ExampleFormat:
             longest = max((fields.get(role, "").strip() for role in self.data.template_roles), key=len, default="")
             context = self.build_prompt(fields, answer=reference)
         else:
-            asked, reference = split_last_answer(_collect_conversation_turns(fields))
-            context = self.chat.build_prompt(asked, answer=reference)
+            turns, reference = split_last_answer(_collect_conversation_turns(fields))
+            context = self.chat.build_prompt(turns, answer=reference)
         shown = reference[: compute_max_characters(length)]
         answer = [Piece(shown, said=True, learned=True)] if self.chat is None else self.chat.build_answer(shown)
         return _Example(_keep_last_pieces(context, length), answer, reference, longest)
@@ -390,7 +390,7 @@ class ExampleFormat:
         completion are encoded separately, because no token marks the boundary between them.
         """
         if self.chat is not None:
-            texts = ["".join(one.text_parts[1:]) for one in examples]
+            texts = ["".join(example.text_parts[1:]) for example in examples]
             encoded = self.chat.tokenizer.encode(texts, within=within)
             lead, begins = self.chat.lead, len(self.chat.lead) + bool(self.chat.start)
             for example, (ids, places) in zip(examples, encoded, strict=True):
@@ -398,19 +398,19 @@ class ExampleFormat:
                 places = [*[(0, 0)] * len(lead), *places]
                 yield align_tokens(example, [*lead, *ids], places, start=begins) if ids else _Tokens()
             return
-        parts = [text for one in examples for text in one.text_parts]
+        parts = [text for example in examples for text in example.text_parts]
         if self.literal is not None:
             ids_of_parts: Iterator[list[int]] = (ids for ids, _ in self.literal.encode(parts, within=within))
         else:
             # These texts may contain names of special tokens: a prompt template may use them to mark turns.
             ids_of_parts = (ids for ids in encode(parts, tokenizer, special_tokens=False, within=within))
         whole = ((ids, bool(ids) or not part.strip()) for ids, part in zip(ids_of_parts, parts, strict=True))
-        for (half, _), (context, one), (answer, other) in zip(whole, whole, whole, strict=True):
+        for (half, _), (context, has_context), (answer, has_answer) in zip(whole, whole, whole, strict=True):
             before = [*self.start, *context]
             learned = [False] * len(before) + [True] * (len(answer) + 1)
             first = len(self.start)
-            found = _Tokens([*before, *answer, self.end], learned, len(before), first, first + len(half))
-            yield found if one and other else _Tokens()
+            tokens = _Tokens([*before, *answer, self.end], learned, len(before), first, first + len(half))
+            yield tokens if has_context and has_answer else _Tokens()
 
 
 def align_tokens(example: _Example, ids: Sequence[int], places: Sequence[tuple[int, int]], *, start: int) -> _Tokens:

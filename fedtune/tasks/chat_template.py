@@ -198,11 +198,11 @@ def _build_template_format(tokenizer: Tokenizer, template: str, end: int) -> Cha
     special = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
     compiled = _compile_template(template)
     chain, contents, tried = _derive_format(compiled, special)
-    found = {joint: _find_special_tokens(text, tokenizer) for joint, text in chain.items()}
+    tokens = {joint: _find_special_tokens(text, tokenizer) for joint, text in chain.items()}
     marked = MarkedTokenizer.from_tokenizer(
-        tokenizer, {number for marks in found.values() for number, *_ in marks} | {end}
+        tokenizer, {number for marks in tokens.values() for number, *_ in marks} | {end}
     )
-    separators = {joint: _rename_marks(text, found[joint], marked) for joint, text in chain.items()}
+    separators = {joint: _rename_marks(text, tokens[joint], marked) for joint, text in chain.items()}
     # Conversations that are encoded as a whole must have the same tokens as in transformers.  Contents with the name
     # of a special token are excluded: they are text here, and a special token in transformers.
     by_name = {
@@ -213,10 +213,10 @@ def _build_template_format(tokenizer: Tokenizer, template: str, end: int) -> Cha
     if ours != tokenizer([*plain.values()], add_special_tokens=False)["input_ids"]:
         raise _UnsupportedTemplate("marks turns with tokens that the tokenizer finds in only some conversations")
 
-    behind, last = separators.pop((ASSISTANT, END)), next(iter(found[ASSISTANT, END]), None)
+    suffix, last = separators.pop((ASSISTANT, END)), next(iter(tokens[ASSISTANT, END]), None)
     if last is not None:
         end = last[0]
-        ending = behind[: behind.index(marked.names[end]) + len(marked.names[end])]
+        ending = suffix[: suffix.index(marked.names[end]) + len(marked.names[end])]
     else:
         ending = marked.names[end]
     between = ending if separators[ASSISTANT, USER].startswith(ending) else ""
@@ -239,15 +239,15 @@ def _build_template_format(tokenizer: Tokenizer, template: str, end: int) -> Cha
 
 def _find_special_tokens(text: str, tokenizer: Tokenizer) -> list[tuple[int, int, int]]:
     """Find the added tokens whose names occur in a text, as (id, start, end); whitespace tokens are ignored."""
-    added, found = tokenizer.added_tokens_decoder, []
+    added, tokens = tokenizer.added_tokens_decoder, []
     encoded = tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
     for number, (first, end) in zip(encoded["input_ids"][0], encoded["offset_mapping"][0], strict=True):
         name = added[number].content if number in added else ""
         # Some tokens include adjacent spaces; the unknown token replaces text without its name.
         if name.strip() and name in text[first:end]:
             place = text.index(name, first)
-            found.append((number, place, place + len(name)))
-    return found
+            tokens.append((number, place, place + len(name)))
+    return tokens
 
 
 def _rename_marks(text: str, marks: Sequence[tuple[int, int, int]], marked: MarkedTokenizer) -> str:
@@ -267,8 +267,8 @@ _Contents: TypeAlias = Mapping[str, Callable[[str], str]]
 def _join_turns(separators: Mapping[Boundary, str], contents: _Contents, turns: Sequence[Turn]) -> str:
     """Render a conversation with these separators and contents, as a `ChatFormat` does, with or without an answer."""
     roles = (START, *(turn.role for turn in turns), END if turns[-1].role == ASSISTANT else ANSWER)
-    said = (*(contents[turn.role](turn.content) for turn in turns), "")
-    return "".join(separators[joint] + text for joint, text in zip(pairwise(roles), said, strict=True))
+    texts = (*(contents[turn.role](turn.content) for turn in turns), "")
+    return "".join(separators[joint] + text for joint, text in zip(pairwise(roles), texts, strict=True))
 
 
 class _UnsupportedTemplate(Exception):
@@ -293,11 +293,11 @@ def _derive_format(
             raise _UnsupportedTemplate(f"takes more than {_MAX_TRIED} steps for all trial conversations")
         return text
 
-    one, more = (USER, ASSISTANT), (USER, ASSISTANT, USER)
-    separators = _derive_separators(render_counted, one) | _derive_separators(render_counted, more)
+    exchange, longer = (USER, ASSISTANT), (USER, ASSISTANT, USER)
+    separators = _derive_separators(render_counted, exchange) | _derive_separators(render_counted, longer)
     # Some templates have no system turn: they raise an error, or omit it.
     try:
-        separators |= _derive_separators(render_counted, (SYSTEM, *one))
+        separators |= _derive_separators(render_counted, (SYSTEM, *exchange))
     except _UnsupportedTemplate:  # some templates write it only before the last user content
         turns, keeps = (Turn(SYSTEM, "qzxw"), Turn(USER, "a"), Turn(ASSISTANT, "b")), False
         with suppress(_UnsupportedTemplate):
@@ -341,7 +341,7 @@ def _detect_trimming(
 ) -> Callable[[str], str]:
     """Determine how the template trims the contents of one role."""
     roles = (SYSTEM, USER, ASSISTANT) if role == SYSTEM else (USER, ASSISTANT)
-    turns = tuple(Turn(one, " \n\ta word\n \n" if one == role else "word") for one in roles)
+    turns = tuple(Turn(turn_role, " \n\ta word\n \n" if turn_role == role else "word") for turn_role in roles)
     text, whole = rendered(turns), contents[role]
     for trim in _TRIMS:
 
@@ -404,13 +404,13 @@ def _render_turns(template: StepLimitedTemplate, turns: Sequence[Turn], special:
     from fedtune.model.hf_logging import get_first_line
     from fedtune.tasks.bounded_jinja import TooMuchWork
 
-    given: dict[str, object] = (
+    variables: dict[str, object] = (
         {name: Undefined(name=name) for name in _WITHHELD} | dict.fromkeys(("tools", "documents")) | dict(special)
     )
-    given["messages"] = [{"role": turn.role, "content": turn.content} for turn in turns]
-    given["add_generation_prompt"] = turns[-1].role != ASSISTANT
+    variables["messages"] = [{"role": turn.role, "content": turn.content} for turn in turns]
+    variables["add_generation_prompt"] = turns[-1].role != ASSISTANT
     try:
-        return template.render(given)
+        return template.render(variables)
     except TooMuchWork as error:
         raise _UnsupportedTemplate(str(error)) from None
     except Exception as error:  # any error of the template

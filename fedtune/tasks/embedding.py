@@ -124,13 +124,13 @@ class Embedding(Task):
         """
         texts = self.count_texts_per_record(data)
         roles = self.layouts[texts - 2][:texts]
-        fields = [(one, (role,)) for one in map(self._add_public_negative, records) for role in roles]
+        fields = [(record, (role,)) for record in map(self._add_public_negative, records) for role in roles]
         ids, encoded = tokenize_whole_texts(
             fields, tokenizer, max_length=data.max_length, lenient_within=lenient_within
         )
-        wanted = [*map(self._make_target_reader(data), records)]
+        targets = [*map(self._make_target_reader(data), records)]
         complete = np.array(encoded, dtype=bool).reshape(-1, texts).all(axis=1)
-        return TextDataset(tuple(ids), np.where(complete, wanted, np.nan).astype(np.float32), texts)
+        return TextDataset(tuple(ids), np.where(complete, targets, np.nan).astype(np.float32), texts)
 
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
         """Compute L2-normalized embeddings, (rows, h), one per text."""
@@ -173,9 +173,9 @@ class Embedding(Task):
         if "truth" in figures:
             return {"spearman": rank_correlation(figures["cosine"], figures["truth"])}
         ranks = figures["rank"]
-        found = {"ndcg_at_10": float(np.mean(np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0)))}
-        found |= {f"recall_at_{most}": float(np.mean(ranks <= most)) for most in (1, 10)}
-        return found | {"nearer": float(np.mean(figures["nearer"]))}
+        scores = {"ndcg_at_10": float(np.mean(np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0)))}
+        scores |= {f"recall_at_{most}": float(np.mean(ranks <= most)) for most in (1, 10)}
+        return scores | {"nearer": float(np.mean(figures["nearer"]))}
 
     def score_unit(self, model: Model, batch: Batch) -> float:
         """Return 1 minus the absolute error of the cosine, at least 0; for triplets, 1 if the positive is closer than
@@ -230,10 +230,10 @@ def rank_own_positives(anchors: npt.NDArray[np.float64], positives: npt.NDArray[
     An embedding that maps all texts to one point therefore gains nothing.  Non-finite values get an infinite rank.
     Both inputs are (n, h), L2-normalized and in the same order.
     """
-    own = (anchors * positives).sum(axis=1)
-    ranks = np.full(len(own), np.inf)
-    for first in range(0, len(own), _CHUNK):
+    similarities = (anchors * positives).sum(axis=1)
+    ranks = np.full(len(similarities), np.inf)
+    for first in range(0, len(similarities), _CHUNK):
         some = slice(first, first + _CHUNK)
-        above = anchors[some] @ positives.T - own[some, None]
+        above = anchors[some] @ positives.T - similarities[some, None]
         ranks[some] = (above > _TIE).sum(axis=1) + ((np.abs(above) <= _TIE).sum(axis=1) + 1) / 2
-    return np.where(np.isfinite(own), ranks, np.inf)
+    return np.where(np.isfinite(similarities), ranks, np.inf)

@@ -36,15 +36,15 @@ class ImageReader(NoTokenizer):
         """Cut an image into patches, (positions, 3 * patch * patch): red, green and blue pixels of each patch, row by
         row.
         """
-        pixels, count, found = self.preprocess(image), self.side // self.patch, self.make_blank()
+        pixels, count, patches = self.preprocess(image), self.side // self.patch, self.make_blank()
         cut = pixels.reshape(3, count, self.patch, count, self.patch)
-        found[self.before :] = cut.transpose(1, 3, 0, 2, 4).reshape(count**2, -1)
-        return found
+        patches[self.before :] = cut.transpose(1, 3, 0, 2, 4).reshape(count**2, -1)
+        return patches
 
     def preprocess(self, image: Any) -> NDArray[np.float32]:
         """Resize and normalize an image with the model's processor, to (3, side, side) float32."""
-        found: NDArray[Any] = self.process(images=image, return_tensors="np")["pixel_values"][0]
-        return found.astype(np.float32)
+        pixels: NDArray[Any] = self.process(images=image, return_tensors="np")["pixel_values"][0]
+        return pixels.astype(np.float32)
 
     def save_pretrained(self, folder: Path) -> None:
         self.process.save_pretrained(folder)
@@ -118,10 +118,10 @@ class Image(Text):
     def generate_dummies(self, base: Any, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
         frozen = base.get_base_model()
         width = 3 * frozen.config.patch_size**2
-        found = [draws.normal(size=(frozen.places, width)).astype(np.float32) for _ in lengths]
-        for place, patches in enumerate(found[::2]):
+        dummies = [draws.normal(size=(frozen.places, width)).astype(np.float32) for _ in lengths]
+        for place, patches in enumerate(dummies[::2]):
             patches[:] = (0, 3, -3)[place % 3] if place % 2 else patches * 3
-        return tuple(found)
+        return tuple(dummies)
 
     def generate_dummy_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         return generate_image_field(draw) if role == "image" else None

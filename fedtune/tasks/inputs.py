@@ -162,7 +162,7 @@ class Text(Input):
         roles = ("text", "text_pair") if "text_pair" in data.columns else ("text",)
         if "text" in data.template_roles:
             joined = partial(fill_template, data.prompt_template)
-            records = [replace(one, fields={**one.fields, "text": joined(one.fields)}) for one in records]
+            records = [replace(record, fields={**record.fields, "text": joined(record.fields)}) for record in records]
         fields = [(record, roles) for record in records]
         return tokenize_whole_texts(fields, reader, max_length=data.max_length, lenient_within=lenient_within)
 
@@ -199,10 +199,10 @@ class Text(Input):
 
     def generate_dummies(self, base: Any, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
         num_ids = self.num_ids(base)
-        found = tuple(draws.integers(0, num_ids, size=length).astype(np.int32) for length in lengths)
-        for ids in found[::2]:  # only half of them, so that examples start with different tokens
+        dummies = tuple(draws.integers(0, num_ids, size=length).astype(np.int32) for length in lengths)
+        for ids in dummies[::2]:  # only half of them, so that examples start with different tokens
             ids[0], ids[-1] = num_ids - 1, 0
-        return found
+        return dummies
 
 
 class Features(Input):
@@ -244,7 +244,7 @@ class Features(Input):
     def encode_records(
         self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None
     ) -> Rows:
-        nothing = np.zeros((1, sum(one.width for one in data.features)), dtype=np.float32)
+        nothing = np.zeros((1, sum(feature.width for feature in data.features)), dtype=np.float32)
         read, lenient = partial(encode_features, features=data.features), lenient_within is not None
         return read_rows(lambda record: read(record)[None], records, nothing=nothing, lenient=lenient)
 
@@ -280,15 +280,15 @@ class Features(Input):
 
     def generate_dummies(self, base: Any, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
         width = base.config.hidden_size
-        found = [draws.uniform(-1, 1, size=(1, width)).astype(np.float32) for _ in lengths]
-        for place, vector in enumerate(found[::2]):
+        dummies = [draws.uniform(-1, 1, size=(1, width)).astype(np.float32) for _ in lengths]
+        for place, vector in enumerate(dummies[::2]):
             vector[:] = (0, 1, -1)[place % 3]
-        return tuple(vector / np.float32(width**0.5) for vector in found)
+        return tuple(vector / np.float32(width**0.5) for vector in dummies)
 
     def generate_dummy_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         column = role.removeprefix(FEATURE)
         return next(
-            (one.generate_dummies(draw) for one in data.features if column in one.columns and role != column), None
+            (spec.generate_dummies(draw) for spec in data.features if column in spec.columns and role != column), None
         )
 
     def list_supported_formats(self, task_formats: tuple[str, ...]) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ class Detail:
     @property
     def is_finite(self) -> bool:
         """Whether the confidence of every bin is finite; a diverged model produces NaN, which JSON cannot represent."""
-        return all(math.isfinite(one.confidence) for one in self.reliability)
+        return all(math.isfinite(entry.confidence) for entry in self.reliability)
 
 
 def macro_f1(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
@@ -83,7 +83,7 @@ def macro_f1(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
     >>> macro_f1(np.array([0, 0, 1]), np.array([0, 1, 1]), num_labels=4)  # classes 2 and 3 never occur
     0.3333333333333333
     """
-    counts = (np.bincount(one, minlength=num_labels) for one in (truth[truth == predicted], truth, predicted))
+    counts = (np.bincount(classes, minlength=num_labels) for classes in (truth[truth == predicted], truth, predicted))
     return float(_compute_f1(*counts).mean())
 
 
@@ -99,13 +99,13 @@ def micro_f1(truth: Marks, predicted: Marks) -> float:
 
 def _compute_f1(correct: npt.ArrayLike, actual: npt.ArrayLike, predicted: npt.ArrayLike) -> Floats:
     # 2 TP + FP + FN is the number of predictions of a class plus the number of its true records.
-    found: Floats = 2.0 * np.asarray(correct) / np.maximum(np.asarray(actual) + np.asarray(predicted), 1)
-    return found
+    f1: Floats = 2.0 * np.asarray(correct) / np.maximum(np.asarray(actual) + np.asarray(predicted), 1)
+    return f1
 
 
 def compute_class_scores(truth: Marks, predicted: Marks, *, labels: Sequence[str]) -> tuple[ClassScores, ...]:
     """Compute precision, recall and F1 of each label, in the order of the labels."""
-    num_correct, num_true, num_predicted = (one.sum(axis=0) for one in (truth & predicted, truth, predicted))
+    num_correct, num_true, num_predicted = (marks.sum(axis=0) for marks in (truth & predicted, truth, predicted))
     precision, recall = num_correct / np.maximum(num_predicted, 1), num_correct / np.maximum(num_true, 1)
     figures = zip(labels, precision, recall, _compute_f1(num_correct, num_true, num_predicted), num_true, strict=True)
     return tuple(
@@ -122,9 +122,9 @@ def count_entities(truth: Sequence[Entity], predicted: Sequence[Entity], *, num_
     """
     counts = np.zeros((num_labels + 1, 5))
     for label in range(num_labels + 1):
-        real, given = ([one[:2] for one in each if label in (one[2], num_labels)] for each in (truth, predicted))
-        both = (Counter(real) & Counter(given)).total()
-        counts[label] = len(real), len(given), both, _count_overlapping(real, given), _count_overlapping(given, real)
+        real, guess = ([span[:2] for span in side if label in (span[2], num_labels)] for side in (truth, predicted))
+        both = (Counter(real) & Counter(guess)).total()
+        counts[label] = len(real), len(guess), both, _count_overlapping(real, guess), _count_overlapping(guess, real)
     return counts
 
 
@@ -132,7 +132,7 @@ def _count_overlapping(some: Sequence[tuple[int, int]], others: Sequence[tuple[i
     """Count the intervals (start, end) in `some` that overlap with at least one of `others`."""
     if not some or not others:
         return 0
-    (first, end), (firsts, ends) = (np.array(each).T for each in (some, others))
+    (first, end), (firsts, ends) = (np.array(intervals).T for intervals in (some, others))
     # An interval overlaps if fewer of the others end before its start than start before its end.
     met = np.searchsorted(np.sort(ends), first, side="right") < np.searchsorted(np.sort(firsts), end)
     return int(met.sum())
@@ -168,10 +168,10 @@ def auroc(probabilities: Floats, truth: Marks) -> float:
     sorted_scores = np.sort(np.ascontiguousarray(probabilities.T[mixed]), axis=1)
     areas = []
     for in_order, label in zip(sorted_scores, mixed, strict=True):
-        own, count = probabilities[truth[:, label], label], int(positive[label])
-        below = (np.searchsorted(in_order, own, side) for side in ("left", "right"))
+        scores, count = probabilities[truth[:, label], label], int(positive[label])
+        below = (np.searchsorted(in_order, scores, side) for side in ("left", "right"))
         # Pairs among these records themselves add count * count / 2: ties count one half, including self-pairs.
-        pairs = sum(float(one.sum()) for one in below) / 2 - count * count / 2
+        pairs = sum(float(ranks.sum()) for ranks in below) / 2 - count * count / 2
         areas.append(pairs / (count * (len(truth) - count)))
     return float(np.mean(areas))
 
@@ -195,8 +195,8 @@ def compute_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
     """Compute the expected calibration error (ECE) in [0, 1]: the mean gap between a bin's confidence and its
     accuracy.
     """
-    apart = [one.count * abs(one.confidence - one.accuracy) for one in bins]
-    return sum(apart) / sum(one.count for one in bins)
+    apart = [entry.count * abs(entry.confidence - entry.accuracy) for entry in bins]
+    return sum(apart) / sum(entry.count for entry in bins)
 
 
 def compute_quadratic_kappa(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
@@ -210,7 +210,7 @@ def compute_quadratic_kappa(truth: Classes, predicted: Classes, *, num_labels: i
     """
     steps = np.arange(num_labels)
     squares = np.square(steps[:, None] - steps)
-    true_counts, predicted_counts = (np.bincount(one, minlength=num_labels) for one in (truth, predicted))
+    true_counts, predicted_counts = (np.bincount(classes, minlength=num_labels) for classes in (truth, predicted))
     # in integers, so that a constant prediction has exactly 0
     by_chance = int(true_counts @ squares @ predicted_counts)
     return 1 - len(truth) * int(np.square(truth - predicted).sum()) / by_chance if by_chance else 0.0

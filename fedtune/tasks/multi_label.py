@@ -51,10 +51,10 @@ class MultiLabel(LabelTask):
         places = {label: index for index, label in enumerate(data.labels)}
 
         def mark_labels(record: Record) -> npt.NDArray[np.int8]:
-            found = np.zeros(len(places), dtype=np.int8)
+            marks = np.zeros(len(places), dtype=np.int8)
             for label in split_labels(record.fields["labels"], separator=data.label_separator):
-                found[find_label_index(label, places, record, role="labels")] = 1
-            return found
+                marks[find_label_index(label, places, record, role="labels")] = 1
+            return marks
 
         return mark_labels
 
@@ -86,9 +86,9 @@ class MultiLabel(LabelTask):
         """Return the micro F1 of the best constant prediction."""
         truth = np.asarray(dataset.targets, dtype=np.float64) > 0
         # correct pairs with the most frequent label, with two labels, ...
-        found = np.cumsum(np.sort(truth.sum(axis=0))[::-1])
-        predicted = len(dataset) * np.arange(1, len(found) + 1)
-        return float((2.0 * found / (predicted + truth.sum())).max())
+        correct = np.cumsum(np.sort(truth.sum(axis=0))[::-1])
+        predicted = len(dataset) * np.arange(1, len(correct) + 1)
+        return float((2.0 * correct / (predicted + truth.sum())).max())
 
     def score_unit(self, model: Model, batch: Batch) -> float:
         """Return the F1 of the record's labels; 1 if it has no label and none is predicted."""
@@ -101,9 +101,9 @@ class MultiLabel(LabelTask):
         label.
         """
         chances = logits.sigmoid()
-        found = [(spec.labels[place], float(chances[place])) for place in (-chances).argsort(stable=True).tolist()]
-        predicted = [one for one in found if one[1] > 0.5]
-        listed = ", ".join(f"{label} {chance:.3f}" for label, chance in predicted or found[:1])
+        ranked = [(spec.labels[place], float(chances[place])) for place in (-chances).argsort(stable=True).tolist()]
+        predicted = [pair for pair in ranked if pair[1] > 0.5]
+        listed = ", ".join(f"{label} {chance:.3f}" for label, chance in predicted or ranked[:1])
         return listed if predicted else f"none ({listed})", format_labels(predicted)
 
     def dummy_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:

@@ -68,8 +68,8 @@ class PooledTask(Task):
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:
-        each = (get_input(name).roles(self.roles) for name in sorted(self.inputs, reverse=True))
-        return (*each, ("text", "text_pair", *self.roles[1:]))
+        layouts = (get_input(name).roles(self.roles) for name in sorted(self.inputs, reverse=True))
+        return (*layouts, ("text", "text_pair", *self.roles[1:]))
 
     def list_required_roles(self, data: DataSpec) -> tuple[str, ...]:
         is_pair = data.input == "text" and "text_pair" in data.columns
@@ -107,10 +107,10 @@ class PooledTask(Task):
 
         Texts get the tokenizer's own special tokens.  A record that cannot be encoded has the target `UNSUPERVISED`.
         """
-        ids, found = get_input_for(data).encode_records(records, tokenizer, data=data, lenient_within=lenient_within)
+        ids, encoded = get_input_for(data).encode_records(records, tokenizer, data=data, lenient_within=lenient_within)
         target, shape = self.target(data), self.get_target_shape(data)
         targets: npt.NDArray[Any] = np.full((len(records), *shape), UNSUPERVISED, dtype=self.target_type)
-        for place, is_encoded in enumerate(found):
+        for place, is_encoded in enumerate(encoded):
             if is_encoded:
                 targets[place] = target(records[place])
         return TextDataset(tuple(ids), targets)
@@ -147,16 +147,16 @@ class PooledTask(Task):
         check_tokenizer_fits(tokenizer, model.base.get_base_model(), path=path)
         texts = spec.head.label_texts or [label.replace("_", " ") for label in spec.labels]
         ids = [tokenize_public_text(tokenizer, text, path=path, max_length=_LABEL_TOKENS) for text in texts]
-        found: dict[int, torch.Tensor] = {}
+        embeddings: dict[int, torch.Tensor] = {}
         with torch.no_grad():
             # Texts of equal length are batched, so that no padding is needed.
             for length in sorted(set(map(len, ids))):
-                alike = [place for place, one in enumerate(ids) if len(one) == length]
+                alike = [place for place, label_ids in enumerate(ids) if len(label_ids) == length]
                 for first in range(0, len(alike), _LABELS_AT_ONCE):
                     places = alike[first : first + _LABELS_AT_ONCE]
                     token_ids = torch.tensor([ids[place] for place in places], device=model.device)
-                    found |= zip(places, self.embed(model, token_ids, torch.ones_like(token_ids)), strict=True)
-        rows = torch.stack([found[place] for place in range(len(ids))])
+                    embeddings |= zip(places, self.embed(model, token_ids, torch.ones_like(token_ids)), strict=True)
+        rows = torch.stack([embeddings[place] for place in range(len(ids))])
         if not spec.head.center:
             return rows
         center.copy_(rows.mean(dim=0))
@@ -248,10 +248,10 @@ class LabelTask(PooledTask):
         predicted = self.predictions(logits[None], spec=spec)
         chances, first = predicted["probabilities"][0], int(predicted["predicted"][0])
         others = (place for place in (-chances).argsort(stable=True).tolist() if place != first)
-        found = [(spec.labels[place], float(chances[place])) for place in [first, *others][:_SHOWN]]
-        (label, chance), *rest = found
+        ranked = [(spec.labels[place], float(chances[place])) for place in [first, *others][:_SHOWN]]
+        (label, chance), *rest = ranked
         listed = ", ".join(f"{other} {of_other:.3f}" for other, of_other in rest)
-        return f"{label} {chance:.3f} ({listed})", format_labels(found)
+        return f"{label} {chance:.3f} ({listed})", format_labels(ranked)
 
 
 class OneLabelTask(LabelTask):
@@ -285,8 +285,8 @@ def compute_binary_losses(logits: torch.Tensor, marks: torch.Tensor) -> torch.Te
     (measured on a CPU), so that a record's gradient would depend on its row in the batch.
     """
     choices = torch.stack([torch.zeros_like(logits), logits], dim=-1).reshape(-1, 2)
-    each = torch.nn.functional.cross_entropy(choices, marks.long().reshape(-1), reduction="none")
-    return each.reshape(logits.shape).mean(dim=1)
+    losses = torch.nn.functional.cross_entropy(choices, marks.long().reshape(-1), reduction="none")
+    return losses.reshape(logits.shape).mean(dim=1)
 
 
 def find_label_index(label: str, places: Mapping[str, int], record: Record, *, role: str) -> int:

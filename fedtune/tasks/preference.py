@@ -106,7 +106,7 @@ class Preference(CausalLM):
         """
         layout, both = ExampleFormat.from_tokenizer(tokenizer, data), _make_pair_splitter(data)
         lenient = lenient_within is not None
-        examples = build_examples(layout, (one for record in records for one in both(record)), lenient=lenient)
+        examples = build_examples(layout, (half for record in records for half in both(record)), lenient=lenient)
         encoded = layout.encode_examples(examples, tokenizer, within=lenient_within)
         input_ids, targets = [], []
         for pair in zip(encoded, encoded, strict=True):
@@ -140,12 +140,12 @@ class Preference(CausalLM):
 
     def outputs_per_example(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         margins, lengths = zip(*self._compute_reward_margins(model, batch), strict=True)
-        found = torch.stack(margins)
+        margin = torch.stack(margins)
         return {
-            "loss": -torch.nn.functional.logsigmoid(found),
-            "margin": found,
+            "loss": -torch.nn.functional.logsigmoid(margin),
+            "margin": margin,
             "longer": torch.stack([chosen - rejected for chosen, rejected in lengths]),
-            "learned": (batch.targets != UNSUPERVISED).view(len(found), -1).any(dim=1),
+            "learned": (batch.targets != UNSUPERVISED).view(len(margin), -1).any(dim=1),
         }
 
     def postprocess_dataset(
@@ -228,8 +228,8 @@ def _make_pair_splitter(data: DataSpec) -> Callable[[Record], tuple[Record, Reco
     def split_pair(record: Record) -> tuple[Record, Record]:
         chosen, rejected = (with_answer(record, role) for role in _ANSWERS)
         if "prompt" not in data.columns:
-            asked, other = (split_last_answer(parse_turns(one.fields["messages"]))[0] for one in (chosen, rejected))
-            if asked != other:
+            turns, other = (split_last_answer(parse_turns(half.fields["messages"]))[0] for half in (chosen, rejected))
+            if turns != other:
                 bound = "must match the turns of chosen except in the last answer"
                 raise DataError(record.at("rejected"), "different turns", bound)
         return chosen, rejected

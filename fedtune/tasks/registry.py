@@ -103,10 +103,10 @@ def tokenize_separately(
     """
     if not records or type(task).__module__.startswith("fedtune."):
         return task.tokenize(records, tokenizer, data=data, lenient_within=lenient_within)
-    each = [task.tokenize([record], tokenizer, data=data, lenient_within=lenient_within) for record in records]
-    if any(len(one) != 1 for one in each):
+    datasets = [task.tokenize([record], tokenizer, data=data, lenient_within=lenient_within) for record in records]
+    if any(len(single) != 1 for single in datasets):
         raise ConfigError("task", task.name, "must return exactly one example per record: see `Task.tokenize`")
-    texts = tuple(ids for one in each for ids in one.input_ids)
-    if isinstance(each[0].targets, tuple):
-        return TextDataset(texts, tuple(target for one in each for target in one.targets), each[0].texts)
-    return TextDataset(texts, np.concatenate([one.targets for one in each]), each[0].texts)
+    texts = tuple(ids for single in datasets for ids in single.input_ids)
+    if isinstance(datasets[0].targets, tuple):
+        return TextDataset(texts, tuple(target for single in datasets for target in single.targets), datasets[0].texts)
+    return TextDataset(texts, np.concatenate([single.targets for single in datasets]), datasets[0].texts)

@@ -117,9 +117,9 @@ class SavedAdapter:
             )
             raise ConfigError("adapter", str(folder), bound)
         with name_file_in_errors(path):
-            trained, own = str(settings.pop("trained_sha256", None)), settings.pop("task_settings", {})
+            trained, task_settings = str(settings.pop("trained_sha256", None)), settings.pop("task_settings", {})
             spec = decode(TaskModelSpec, settings)
-            spec = replace(spec, task_settings=get_task(spec.task, own).own)
+            spec = replace(spec, task_settings=get_task(spec.task, task_settings).own)
         if model is not None:  # a base at another location must be the model that the adapter was trained on
             spec = replace(spec, model=replace(model, sha256=spec.model.sha256))
         return cls(folder, spec, trained, site)
@@ -254,12 +254,12 @@ class SavedAdapter:
         keys += [f"lora.{key}" for key in ("kind", "rank", "target_modules", "layers", "scale")]
         with_texts = ("label_texts",) if self.spec.labels == spec.labels else ()
         keys += [f"head.{key}" for key in ("scale", "center", *with_texts) if self.can_reuse_head(spec)]
-        found = [
+        differences = [
             f"its {key} is {format_value(was)}, not {format_value(now)}"
             for key, was, now in _list_differing_settings(keys, self.spec, spec)
         ]
-        if found:
-            bound = f"must have the run's task and LoRA settings: {'; '.join(found)}"
+        if differences:
+            bound = f"must have the run's task and LoRA settings: {'; '.join(differences)}"
             raise ConfigError("model.adapter", str(self.folder), bound)
 
     def find_initial_adapter(self, model: TaskModel) -> Adapter:
@@ -277,27 +277,27 @@ class SavedAdapter:
             raise ConfigError("model.adapter", str(self.folder), bound)
         parameters = model.collect_adapter_parameters()
         try:
-            tensors, own = self.tensors
+            tensors, head = self.tensors
             saved = tensors | {
-                name: own[name.removeprefix(_HEAD)] for name in self._without_base.collect_adapter_parameters()
+                name: head[name.removeprefix(_HEAD)] for name in self._without_base.collect_adapter_parameters()
             }
             with_head = self.can_reuse_head(model.spec)
-            taken = {name: one for name, one in saved.items() if with_head or not name.startswith(_HEAD)}
-            here = Adapter({name: one.detach().cpu().numpy() for name, one in parameters.items()}).tensors
+            taken = {name: value for name, value in saved.items() if with_head or not name.startswith(_HEAD)}
+            here = Adapter({name: parameter.detach().cpu().numpy() for name, parameter in parameters.items()}).tensors
             # Rows of the last layer move to the current index of their label; rows of new labels are initialized.
-            was_of, now_of = (get_task(one.task).name_outputs(one.labels) for one in (self.spec, model.spec))
+            was_of, now_of = (get_task(spec.task).name_outputs(spec.labels) for spec in (self.spec, model.spec))
             last = next((name.rpartition(".")[0] for name in reversed(parameters) if name.startswith(_HEAD)), "")
             for name in (f"{last}.weight", f"{last}.bias"):
                 if name in taken and len(saved[name]) == len(was_of):
                     taken[name] = here[name].copy()
                     taken[name][[now_of.index(output) for output in was_of]] = saved[name]
-            start = Adapter({name: one for name, one in here.items() if name.startswith(_HEAD)} | taken)
+            start = Adapter({name: value for name, value in here.items() if name.startswith(_HEAD)} | taken)
             if not start.has_same_shapes(Adapter(here)):
                 raise AdapterError("its tensors have other names or shapes than the run's")
-            if not all(bool(np.isfinite(one).all()) for one in taken.values()):
+            if not all(bool(np.isfinite(value).all()) for value in taken.values()):
                 raise AdapterError("it has non-finite values")
-            for name, one in taken.items():
-                if not parameters[name].requires_grad and not np.allclose(one, here[name], atol=_TOLERANCE):
+            for name, value in taken.items():
+                if not parameters[name].requires_grad and not np.allclose(value, here[name], atol=_TOLERANCE):
                     raise AdapterError(
                         f"the run does not train {name}, and its value differs (the adapter has seed {self.spec.seed})"
                     )
@@ -309,9 +309,9 @@ class SavedAdapter:
 def _list_differing_settings(keys: Iterable[str], *specs: TaskModelSpec) -> Iterator[tuple[str, Any, Any]]:
     """Yield each dotted key whose values differ between two specs, with both values."""
     for key in keys:
-        was, now = (attrgetter(key)(one) for one in specs)
+        was, now = (attrgetter(key)(spec) for spec in specs)
         if key in ("lora.target_modules", "lora.layers"):  # in any order
-            was, now = (tuple(sorted(one)) if isinstance(one, tuple) else one for one in (was, now))
+            was, now = (tuple(sorted(value)) if isinstance(value, tuple) else value for value in (was, now))
         if was != now:
             yield key, was, now
 
@@ -355,11 +355,11 @@ def verify_adapter(folder: Path, spec: TaskModelSpec) -> tuple[str, str]:
                 scales = {name.replace(OFFSET, SCALE_OF_IA3): 1 + offset[:, None] for name, offset in tensors.items()}
                 files["adapter_model"] = scales
             if kinds:
-                own = parse_json((once / _FOR_PEFT).read_bytes(), key=_FOR_PEFT, bound="must be an object")
-                place = own.get("base_model_name_or_path")
+                peft_config = parse_json((once / _FOR_PEFT).read_bytes(), key=_FOR_PEFT, bound="must be an object")
+                place = peft_config.get("base_model_name_or_path")
                 peft["base_model_name_or_path"] = place if is_public_location(spec.model, place) else spec.model.path
-                peft["fan_in_fan_out"] = own.get("fan_in_fan_out") is True
-                if re.fullmatch(r"[\w.+]{1,32}", version := str(own.get("peft_version"))):
+                peft["fan_in_fan_out"] = peft_config.get("fan_in_fan_out") is True
+                if re.fullmatch(r"[\w.+]{1,32}", version := str(peft_config.get("peft_version"))):
                     peft["peft_version"] = version
             _write_files(again, spec, files, trained_sha256=saved.trained_sha256, peft=peft)
             for name in names:
@@ -412,7 +412,7 @@ def _write_files(
         predicts, transposed = get_task(spec.task).predicts_tokens, peft["fan_in_fan_out"]
         config = make_peft_config(spec.lora, modules, predicts_tokens=predicts, transposed=transposed).to_dict()
         config |= {"revision": base.revision, "inference_mode": True, **peft}
-        files[_FOR_PEFT] = {key: sorted(one) if isinstance(one, set) else one for key, one in config.items()}
+        files[_FOR_PEFT] = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     # The initial adapter's digest stays, but not its local folder.
     pinned = replace(base, sha256=base.sha256 or hash_model(base), cache_dir=None, adapter=None)
     settings = asdict(replace(spec, model=pinned))

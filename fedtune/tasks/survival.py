@@ -76,20 +76,20 @@ class Survival(PooledTask):
 
     def target(self, data: DataSpec) -> TargetOf:
         ends = np.array(self.own.intervals)
-        came = dict(zip(map(normalize_category, data.event_values), (False, True), strict=False)) or _EVENTS
+        event_values = dict(zip(map(normalize_category, data.event_values), (False, True), strict=False)) or _EVENTS
 
         def read_target(record: Record) -> npt.NDArray[np.int8]:
-            time, event = float(record.fields["time"]), came.get(normalize_category(record.fields["event"]))
+            time, event = float(record.fields["time"]), event_values.get(normalize_category(record.fields["event"]))
             if event is None:
                 bound = "must be 1 or true for an event and 0 or false otherwise, or one of data.event_values"
                 raise DataError(record.at("event"), "an unknown value", bound)
             if time < 0:
                 raise DataError(record.at("time"), "a number below 0", "must be at least 0, the start of the record")
-            found = np.full(len(ends), UNSUPERVISED, dtype=np.int8)
-            found[: int((ends < time).sum() if event else (ends <= time).sum())] = 0
+            target = np.full(len(ends), UNSUPERVISED, dtype=np.int8)
+            target[: int((ends < time).sum() if event else (ends <= time).sum())] = 0
             if event and time <= ends[-1]:
-                found[(ends < time).sum()] = 1
-            return found
+                target[(ends < time).sum()] = 1
+            return target
 
         return read_target
 
@@ -121,8 +121,8 @@ class Survival(PooledTask):
     def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
         """Return the probability that the event has not occurred by the end of each interval."""
         chances = self.predictions(logits[None], spec=spec)["survival"][0].tolist()
-        found = [{"until": end, "survival": chance} for end, chance in zip(self.own.intervals, chances, strict=True)]
-        return ", ".join(f"{one['survival']:.3f} until {one['until']:g}" for one in found), found
+        rows = [{"until": end, "survival": chance} for end, chance in zip(self.own.intervals, chances, strict=True)]
+        return ", ".join(f"{row['survival']:.3f} until {row['until']:g}" for row in rows), rows
 
     def dummy_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         ends, events = self.own.intervals, data.event_values or ("0", "1")
@@ -151,9 +151,9 @@ def concordance(risk: Floats, followed: npt.NDArray[np.int64], event: npt.NDArra
     """
     right = pairs = 0.0
     for passed in np.unique(followed[event]):  # intervals before the event; `later` records survived one more
-        later, own = np.sort(risk[followed > passed]), risk[event & (followed == passed)]
-        pairs += len(later) * len(own)
-        right += float((np.searchsorted(later, own) + np.searchsorted(later, own, side="right")).sum()) / 2
+        later, risks = np.sort(risk[followed > passed]), risk[event & (followed == passed)]
+        pairs += len(later) * len(risks)
+        right += float((np.searchsorted(later, risks) + np.searchsorted(later, risks, side="right")).sum()) / 2
     return right / pairs if pairs else 0.5
 
 
@@ -180,7 +180,7 @@ def integrated_brier(survival: Floats, followed: npt.NDArray[np.int64], event: n
         raise DataError("evaluation data", "no interval with a known state at its end", bound)
     total = 0.0
     for place in known:
-        came, still = event & (followed <= place), followed > place
-        total += float((survival[came, place] ** 2 / stays[followed[came]]).sum())
-        total += float(((1 - survival[still, place]) ** 2).sum() / stays[place + 1])
+        occurred, survived = event & (followed <= place), followed > place
+        total += float((survival[occurred, place] ** 2 / stays[followed[occurred]]).sum())
+        total += float(((1 - survival[survived, place]) ** 2).sum() / stays[place + 1])
     return float(total / (len(known) * len(survival)))

@@ -150,18 +150,18 @@ class TaskModel(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the trained and released tensors, sorted by name, including tensors that are frozen in this round."""
         parameters = self.collect_adapter_parameters().items()
-        return {name: one for name, one in parameters if one.requires_grad or name in self.frozen}
+        return {name: parameter for name, parameter in parameters if parameter.requires_grad or name in self.frozen}
 
     def list_active_parameters(self) -> dict[str, nn.Parameter]:
         """Return the tensors that are clipped, noised and updated: all trained tensors that are not frozen in this
         round.
         """
-        return {name: one for name, one in self.collect_adapter_parameters().items() if one.requires_grad}
+        return {name: tensor for name, tensor in self.collect_adapter_parameters().items() if tensor.requires_grad}
 
     @contextmanager
     def freeze_tensors(self, names: frozenset[str], *, rank: int | None = None) -> Iterator[None]:
         """Freeze the trained tensors with these names, and LoRA's pairs beyond `rank`, for the block's duration."""
-        resting = [one for name, one in self.trainable().items() if name in names]
+        resting = [parameter for name, parameter in self.trainable().items() if name in names]
         self.frozen, self.rank = names, rank
         try:
             for parameter in resting:

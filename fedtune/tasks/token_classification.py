@@ -127,8 +127,8 @@ class TokenClassification(Task):
         text that cannot be encoded are unused.
         """
         read = [*map(make_entity_reader(data), records)]
-        before, behind = _find_surrounding_tokens(tokenizer)
-        room, step, most = _compute_window_sizes(data, len(before) + len(behind))
+        before, after = _find_surrounding_tokens(tokenizer)
+        room, step, most = _compute_window_sizes(data, len(before) + len(after))
         texts = [text[: compute_max_characters(most)] for text, _ in read]
         input_ids: list[npt.NDArray[np.int32]] = []
         targets: list[npt.NDArray[np.int64]] = []
@@ -147,17 +147,17 @@ class TokenClassification(Task):
                     targets.append(np.full(1, UNSUPERVISED))
                     continue
                 # Each half of the overlap is supervised in the window that contains more of its context.
-                own = tags[first:end].copy()
-                own[: (shared + 1) // 2] = UNSUPERVISED
+                window_tags = tags[first:end].copy()
+                window_tags[: (shared + 1) // 2] = UNSUPERVISED
                 if window + 1 < data.windows and len(ids) > first + room:
-                    own[room - (room - step) // 2 :] = UNSUPERVISED
-                input_ids.append(np.array([*before, *ids[first:end], *behind], dtype=np.int32))
-                targets.append(np.pad(own, (len(before), len(behind)), constant_values=UNSUPERVISED))
+                    window_tags[room - (room - step) // 2 :] = UNSUPERVISED
+                input_ids.append(np.array([*before, *ids[first:end], *after], dtype=np.int32))
+                targets.append(np.pad(window_tags, (len(before), len(after)), constant_values=UNSUPERVISED))
         return TextDataset(tuple(input_ids), tuple(targets), data.windows)
 
     def find_ignored_annotations(self, dataset: TextDataset, *, data: DataSpec) -> Sequence[bool]:
         hiding = np.array([(row > 2 * len(data.labels)).any() for row in dataset.targets], dtype=bool)
-        return [bool(one.any()) for one in hiding.reshape(len(dataset), data.windows)]
+        return [bool(windows.any()) for windows in hiding.reshape(len(dataset), data.windows)]
 
     def num_outputs(self, spec: TaskModelSpec) -> int:
         return 1 + 2 * len(spec.labels)
@@ -192,21 +192,21 @@ class TokenClassification(Task):
         """
         counts = figures["entities"].sum(axis=0)
         typed, untyped = counts[:-1].sum(axis=0), counts[-1]
-        found: dict[str, float] = {}
+        scores: dict[str, float] = {}
         for kind, places in (("strict", (2, 2)), ("overlap", (3, 4))):
             recall, precision, f1 = measures.compute_recall_precision_f1(typed, *places)
-            found |= {f"{kind}_f1": f1, f"{kind}_precision": precision, f"{kind}_recall": recall}
-        found["untyped_strict_f1"] = measures.compute_recall_precision_f1(untyped, 2, 2)[2]
-        found["untyped_overlap_f1"] = measures.compute_recall_precision_f1(untyped, 3, 4)[2]
-        return found | {"loss": float(np.mean(figures["loss"]))}
+            scores |= {f"{kind}_f1": f1, f"{kind}_precision": precision, f"{kind}_recall": recall}
+        scores["untyped_strict_f1"] = measures.compute_recall_precision_f1(untyped, 2, 2)[2]
+        scores["untyped_overlap_f1"] = measures.compute_recall_precision_f1(untyped, 3, 4)[2]
+        return scores | {"loss": float(np.mean(figures["loss"]))}
 
     def detail(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> Detail:
         """Compute strict precision, recall and F1 of each entity type."""
         classes = []
         for label, counts in zip(spec.labels, figures["entities"].sum(axis=0), strict=False):
             recall, precision, f1 = measures.compute_recall_precision_f1(counts, 2, 2)
-            one = measures.ClassScores(label=label, precision=precision, recall=recall, f1=f1, support=int(counts[0]))
-            classes.append(one)
+            entry = measures.ClassScores(label=label, precision=precision, recall=recall, f1=f1, support=int(counts[0]))
+            classes.append(entry)
         return Detail(classes=tuple(classes), reliability=())
 
     def score_unit(self, model: Model, batch: Batch) -> float:
@@ -221,21 +221,21 @@ class TokenClassification(Task):
         """Return the text with [label: ...] around each entity, and the entities with their character offsets as
         JSON.
         """
-        (asked, _), rows = make_entity_reader(data)(record), self.tokenize([record], tokenizer, data=data).targets
+        (text, _), rows = make_entity_reader(data)(record), self.tokenize([record], tokenizer, data=data).targets
         assert isinstance(rows, tuple), "each token has a target"
-        each = zip(logits.double().numpy(), rows, strict=True)
-        of_words = np.concatenate([scores[: len(row)][row != UNSUPERVISED] for scores, row in each])
+        pairs = zip(logits.double().numpy(), rows, strict=True)
+        of_words = np.concatenate([scores[: len(row)][row != UNSUPERVISED] for scores, row in pairs])
         *_, most = _compute_window_sizes(data, sum(map(len, _find_surrounding_tokens(tokenizer))))
-        _, words = next(encode_words([asked[: compute_max_characters(most)]], tokenizer, max_length=most))
+        _, words = next(encode_words([text[: compute_max_characters(most)]], tokenizer, max_length=most))
         words = [word for word in words if word != _NO_WORD]
-        found: list[dict[str, Any]] = []
-        marked = asked
+        entities: list[dict[str, Any]] = []
+        marked = text
         for first, end, label in predict_entities(of_words):
             start, stop = words[first][0], words[end - 1][1]
-            found.append({"start": start, "end": stop, "label": spec.labels[label], "text": asked[start:stop]})
-        for one in reversed(found):
-            marked = f"{marked[: one['start']]}[{one['label']}: {one['text']}]{marked[one['end'] :]}"
-        return marked, found
+            entities.append({"start": start, "end": stop, "label": spec.labels[label], "text": text[start:stop]})
+        for entity in reversed(entities):
+            marked = f"{marked[: entity['start']]}[{entity['label']}: {entity['text']}]{marked[entity['end'] :]}"
+        return marked, entities
 
     def name_outputs(self, labels: Sequence[str]) -> Sequence[str]:
         return "O", *(f"{mark}-{label}" for label in labels for mark in "BI")
@@ -253,7 +253,7 @@ class TokenClassification(Task):
         unfilled = inner.load_state_dict(
             base.state_dict(), strict=False
         ).missing_keys  # the base may have an unused pooler
-        (head,) = (one for name, one in model.named_children() if isinstance(one, torch.nn.Linear))
+        (head,) = (module for name, module in model.named_children() if isinstance(module, torch.nn.Linear))
         assert not unfilled, "each weight of the model comes from the base"
         with torch.no_grad():
             head.weight.copy_(weight)
@@ -267,16 +267,16 @@ class TokenClassification(Task):
 
     def dummy_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         tags = (draws.integers(0, self.num_outputs(spec), size=len(ids)) for ids in input_ids)
-        return tuple(np.where(np.arange(len(one)) < first(len(one)), UNSUPERVISED, one) for one in tags)
+        return tuple(np.where(np.arange(len(row)) < first(len(row)), UNSUPERVISED, row) for row in tags)
 
 
 def _compute_losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Compute each example's mean loss over its words, (examples,), from logits (rows, t, tags); 0 without words."""
     tags = torch.where(batch.targets < 0, batch.targets, batch.targets % logits.shape[-1])
-    each = torch.nn.functional.cross_entropy(
+    losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), tags.flatten(), ignore_index=UNSUPERVISED, reduction="none"
     )
-    of_examples = each.view(-1, batch.texts * logits.shape[1])
+    of_examples = losses.view(-1, batch.texts * logits.shape[1])
     words = (batch.targets != UNSUPERVISED).view(of_examples.shape).sum(dim=1)
     return of_examples.sum(dim=1) / words.clamp(min=1)
 
@@ -345,14 +345,14 @@ def decode_entities(tags: Sequence[int]) -> list[Entity]:
     >>> decode_entities([0, 1, 2, 1, 4, 2])
     [(1, 3, 0), (3, 4, 0), (4, 5, 1), (5, 6, 0)]
     """
-    found: list[Entity] = []
+    entities: list[Entity] = []
     for place, tag in enumerate(tags):
         label = (tag - 1) // 2
-        if tag > 0 and tag % 2 == 0 and found and found[-1][1:] == (place, label):
-            found[-1] = (found[-1][0], place + 1, label)
+        if tag > 0 and tag % 2 == 0 and entities and entities[-1][1:] == (place, label):
+            entities[-1] = (entities[-1][0], place + 1, label)
         elif tag > 0:
-            found.append((place, place + 1, label))
-    return found
+            entities.append((place, place + 1, label))
+    return entities
 
 
 def _assign_tags(
@@ -402,15 +402,15 @@ def make_entity_reader(data: DataSpec) -> Callable[[Record], Marked]:
             raise DataError(record.at("tags"), "a blank tag", "must be O, or a type name after B- or I-")
         entities, _ = decode_tags(tags, places)
         starts = [0, *accumulate(len(token) + 1 for token in tokens)]
-        found = (
+        spans = (
             (starts[a], starts[b] - 1, find_label_index(name, places, record, role="tags")) for a, b, name in entities
         )
-        return " ".join(tokens), list(found)
+        return " ".join(tokens), list(spans)
 
     def read_spans(record: Record) -> Marked:
         text, at = record.fields["text"], record.at("spans")
         spans = json.loads(record.fields["spans"])
-        if any(len(one) > 3 for one in spans):
+        if any(len(span) > 3 for span in spans):
             # Number of characters that end within the first 0, 1, ... UTF-16 units; a high surrogate ends no character.
             units = np.frombuffer(b"\0\xd8" + text.encode("utf-16-le"), dtype="<u2")
             characters = np.cumsum((units < 0xD800) | (units > 0xDBFF), dtype=np.int32)
@@ -423,7 +423,7 @@ def make_entity_reader(data: DataSpec) -> Callable[[Record], Marked]:
                 raise DataError(at, "a span outside the text", bound)
             entities.append((start, stop, find_label_index(name, places, record, role="spans")))
         entities.sort()
-        if any(one[1] > other[0] for one, other in pairwise(entities)):
+        if any(earlier[1] > later[0] for earlier, later in pairwise(entities)):
             raise DataError(at, "spans that overlap", "must not overlap: a word has one label")
         return text, entities
 
@@ -441,6 +441,6 @@ def _compute_window_sizes(data: DataSpec, specials: int) -> tuple[int, int, int]
 
 def _find_surrounding_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Return the special tokens that the tokenizer puts before and after a text."""
-    inner, whole = (tokenizer(["a"], add_special_tokens=given)["input_ids"][0] for given in (False, True))
+    inner, whole = (tokenizer(["a"], add_special_tokens=special)["input_ids"][0] for special in (False, True))
     first = next((place for place in range(len(whole)) if whole[place : place + len(inner)] == inner), len(whole))
     return whole[:first], whole[first + len(inner) :]

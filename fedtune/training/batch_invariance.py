@@ -207,7 +207,7 @@ def _run_full_step(model: TaskModel, examples: SiteExamples, part: MicroBatch, k
         batch, sums = examples.batch(part), make_zero_sums(model.trainable())
         gradients.compute_all_gradients(batch)
         nothing = gradients.compute_all_gradients(isolate_example(batch, None))
-        gathered = {name: one.clone() for name, one in nothing.items()}
+        gathered = {name: tensor.clone() for name, tensor in nothing.items()}
         gradients.compute_all_gradients(isolate_example(batch, 0))
         del nothing
         for unusable in (slice(1), slice(None)):
@@ -333,9 +333,9 @@ class _Trial:
         moved = 0.0
         with record_gradients(self._model) as gradients:
             for part, examples in zip(parts, copied, strict=True):
-                found = self._compute_contributions(gradients, examples.batch(part), max_grad_norm)
+                added = self._compute_contributions(gradients, examples.batch(part), max_grad_norm)
                 rows = torch.from_numpy(part.places)
-                moved = max(moved, _compute_max_difference(found, rows, found, torch.zeros_like(rows)))
+                moved = max(moved, _compute_max_difference(added, rows, added, torch.zeros_like(rows)))
                 self.tried()
         return moved
 
@@ -343,13 +343,13 @@ class _Trial:
         """Compute the gradients and clipped contributions of a micro-batch as in a training step."""
         there = gradients.compute_all_gradients(batch)
         chosen = {} if self._model.decided_by is None else {_DECIDED_BY: self._model.decided_by}
-        found = (
-            {name: one.cpu() for name, one in (there | chosen).items()},
+        added = (
+            {name: tensor.cpu() for name, tensor in (there | chosen).items()},
             compute_clipped_contributions(there, max_grad_norm),
         )
-        for one in found:
-            self.see(one)
-        return found
+        for tensors in added:
+            self.see(tensors)
+        return added
 
     def _make_copies(self, length: int) -> TextDataset:
         return _make_longest(self._model, self._shapes.compute_longest_record(length), self._draws).select_examples(
@@ -363,19 +363,19 @@ contributions (`dp_step.compute_clipped_contributions`). All tensors are on the 
 """
 
 
-def _compute_max_difference(one: _Added, rows: torch.Tensor, other: _Added, others: torch.Tensor) -> float:
+def _compute_max_difference(first: _Added, rows: torch.Tensor, second: _Added, others: torch.Tensor) -> float:
     """Return the largest difference, in clip norms, between two sets of contributions of the same examples.
 
     Args:
-        one: the first set of gradients and contributions.
-        rows: the row indices of the examples in `one`.
-        other: the second set.
-        others: the row indices of the examples in `other`.
+        first: the first set of gradients and contributions.
+        rows: the row indices of the examples in `first`.
+        second: the second set.
+        others: the row indices of the examples in `second`.
     """
-    (gradients, cells), (other_gradients, other_cells) = one, other
+    (gradients, cells), (other_gradients, other_cells) = first, second
     squares = [(added[rows] - other_cells[name][others]).square().sum(dim=1) for name, added in cells.items()]
     moved = float(torch.stack(squares).sum(dim=0).sqrt().max()) / CLIP_NORM_CELLS
-    differ = [name for name, found in gradients.items() if not torch.equal(found[rows], other_gradients[name][others])]
+    differ = [name for name, value in gradients.items() if not torch.equal(value[rows], other_gradients[name][others])]
     if _DECIDED_BY in differ:
         return 1.0
     return max(moved, 1 / CLIP_NORM_CELLS) if differ else moved  # bits that clipping happens to hide here
@@ -430,8 +430,8 @@ def draw_text_lengths(longest: list[int], texts: int, draws: np.random.Generator
 
     The index of the longest text changes from record to record.
     """
-    each = ([length, *draws.integers(1, length, size=texts - 1, endpoint=True)] for length in longest)
-    return [int(length) for place, some in enumerate(each) for length in np.roll(some, place % texts)]
+    records = ([length, *draws.integers(1, length, size=texts - 1, endpoint=True)] for length in longest)
+    return [int(length) for place, lengths in enumerate(records) for length in np.roll(lengths, place % texts)]
 
 
 def _make_generator(draws: np.random.Generator, device: torch.device | str) -> torch.Generator:
@@ -444,11 +444,11 @@ def list_frozen_values(model: TaskModel) -> dict[str, torch.Tensor]:
     The codes of four-bit layers are excluded.
     """
     frozen: dict[str, torch.Tensor] = {name: one for name, one in model.named_parameters() if not one.requires_grad}
-    coded = {id(each) for layer in model.modules() if isinstance(layer, FourBit) for each in layer.buffers()}
+    coded = {id(buffer) for layer in model.modules() if isinstance(layer, FourBit) for buffer in layer.buffers()}
     saved = model.base.state_dict(keep_vars=True)
-    for name, one in model.base.named_buffers():
-        if name in saved and one.is_floating_point() and id(one) not in coded:
-            frozen[f"base.{name}"] = one
+    for name, buffer in model.base.named_buffers():
+        if name in saved and buffer.is_floating_point() and id(buffer) not in coded:
+            frozen[f"base.{name}"] = buffer
     return frozen
 
 
@@ -457,24 +457,24 @@ def _randomize_weights(model: TaskModel, draws: np.random.Generator) -> Iterator
     """Replace the frozen weights by random weights, as in an untrained model, until the end of the block."""
     frozen = list_frozen_values(model)
     in_four_bits = [module for module in model.modules() if isinstance(module, FourBit)]
-    own: list[torch.Tensor] = [*frozen.values(), *(each for layer in in_four_bits for each in layer.buffers())]
+    replaced: list[torch.Tensor] = [*frozen.values(), *(buffer for layer in in_four_bits for buffer in layer.buffers())]
     # The copy is on the model's device if model and copy leave room for a step and its graphs.
     beside = model.device.type != "cpu" and 6 * measure_model_bytes(model) <= get_total_memory(model.device)
-    kept = [one.detach().to(model.device if beside else "cpu", copy=True) for one in own]
-    generators = {one.device: _make_generator(draws, one.device) for one in frozen.values()}
+    kept = [tensor.detach().to(model.device if beside else "cpu", copy=True) for tensor in replaced]
+    generators = {tensor.device: _make_generator(draws, tensor.device) for tensor in frozen.values()}
     try:
         with torch.no_grad():
-            for name, one in frozen.items():
-                one.normal_(generator=generators[one.device])
-                if one.ndim > 1:
-                    one.mul_(one.shape[-1] ** -0.5)
+            for name, tensor in frozen.items():
+                tensor.normal_(generator=generators[tensor.device])
+                if tensor.ndim > 1:
+                    tensor.mul_(tensor.shape[-1] ** -0.5)
                 else:
-                    one.mul_(0.1).add_(0.0 if name.endswith("bias") else 1.0)
+                    tensor.mul_(0.1).add_(0.0 if name.endswith("bias") else 1.0)
             for layer in in_four_bits:
                 drawn = torch.empty(layer.shape, device=layer.codes.device)
                 layer.store_weight(drawn.normal_(generator=generators[drawn.device]).mul_(layer.shape[-1] ** -0.5))
         yield
     finally:
         with torch.no_grad():
-            for tensor, before in zip(own, kept, strict=True):
+            for tensor, before in zip(replaced, kept, strict=True):
                 tensor.copy_(before)

@@ -108,13 +108,13 @@ def graphs_of(model: TaskModel) -> Mapping[Hashable, CapturedBatch]:
 
 def _build_key(model: TaskModel, batch: Batch, max_grad_norm: float) -> Hashable:
     """Return what a graph holds fixed: shapes and types of the inputs, what trains, and the clip norm."""
-    inputs = tuple((name, tuple(one.shape), one.dtype) for name, one in _get_inputs(batch).items())
+    inputs = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in _get_inputs(batch).items())
     return inputs, batch.texts, model.frozen, model.rank, max_grad_norm
 
 
 def _get_inputs(batch: Batch) -> dict[str, torch.Tensor]:
     """Return the batch's tensors by the names of their fields."""
-    values = {one.name: getattr(batch, one.name) for one in fields(Batch)}
+    values = {field.name: getattr(batch, field.name) for field in fields(Batch)}
     return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
@@ -134,7 +134,7 @@ class CapturedBatch:
     def __init__(
         self, gradients: PerExampleGradients, batch: Batch, max_grad_norm: float, *, memory: GraphMemory
     ) -> None:
-        static: dict[str, Any] = {name: one.clone() for name, one in _get_inputs(batch).items()}
+        static: dict[str, Any] = {name: tensor.clone() for name, tensor in _get_inputs(batch).items()}
         self._batch = replace(batch, **static, empty_rows=0)
         examples = len(batch.input_ids) // batch.texts
         self._present = torch.ones(examples, dtype=torch.bool, device=batch.input_ids.device)
@@ -146,9 +146,9 @@ class CapturedBatch:
 
     def replay(self, batch: Batch) -> TensorSums:
         """Sum the clipped contributions of a micro-batch: name -> (*shape) int64, overwritten by the next replay."""
-        given = _get_inputs(batch)
+        inputs = _get_inputs(batch)
         for name, static in _get_inputs(self._batch).items():
-            static.copy_(given[name], non_blocking=True)
+            static.copy_(inputs[name], non_blocking=True)
         self._present[: len(batch)] = True
         self._present[len(batch) :] = False
         self._graph.replay()

@@ -97,8 +97,8 @@ class DeviceTrial(NamedTuple):
         seen = hashlib.sha256()
 
         def see(gradients: Mapping[str, torch.Tensor]) -> None:
-            for one in gradients.values():
-                seen.update(one.contiguous().numpy().tobytes())
+            for gradient in gradients.values():
+                seen.update(gradient.contiguous().numpy().tobytes())
 
         if self.disable_fused_attention:
             disable_fused_attention()
@@ -314,14 +314,14 @@ def choose_run_devices(runtime: RuntimeSpec) -> list[torch.device]:
 
 def _flatten(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Copy all values into one flat tensor on the CPU, in the order of names that all devices use."""
-    return torch.cat([one.detach().flatten().cpu() for one in tensors.values()])
+    return torch.cat([tensor.detach().flatten().cpu() for tensor in tensors.values()])
 
 
 def _copy_values(tensors: Mapping[str, torch.Tensor], values: torch.Tensor) -> None:
     with torch.no_grad():
-        lengths = [one.numel() for one in tensors.values()]
-        for one, part in zip(tensors.values(), torch.split(values, lengths), strict=True):
-            one.copy_(part.view_as(one))
+        lengths = [tensor.numel() for tensor in tensors.values()]
+        for tensor, part in zip(tensors.values(), torch.split(values, lengths), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 _Member: TypeAlias = tuple[SpawnProcess, Connection]
@@ -376,9 +376,9 @@ class _WorkerPool:
 
     def collect_answers(self) -> list[Any]:
         """Wait for the results of all outstanding calls, and return them in the order of the calls."""
-        found = [self._answer(rank) for rank in self._asked]
+        answers = [self._answer(rank) for rank in self._asked]
         self._asked = []
-        return found
+        return answers
 
     def _answer(self, rank: int) -> Any:
         process, pipe = self._members[rank - 1]
@@ -484,12 +484,12 @@ def _run_worker(orders: Connection, place: torch.device, load: Callable[[torch.d
     """Run the worker of another device until its parent process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first device's process handles Ctrl-C
     logging.disable(logging.CRITICAL)  # errors caused by records belong in the site's own log only
-    said = time.monotonic()
+    last_report = time.monotonic()
 
     def report_work() -> None:
-        nonlocal said
-        if time.monotonic() - said > _HEARTBEAT_S:
-            said = time.monotonic()
+        nonlocal last_report
+        if time.monotonic() - last_report > _HEARTBEAT_S:
+            last_report = time.monotonic()
             orders.send((_AT_WORK, None))
 
     try:

@@ -234,7 +234,7 @@ def compute_clipped_contributions(
         squares.append(_compute_exact_squared_norms(contribution))
         whole[name] = contribution.cpu()
     usable = _is_within_clip_norm(squares).cpu()
-    return {name: torch.where(usable[:, None], one, 0.0) for name, one in whole.items()}
+    return {name: torch.where(usable[:, None], values, 0.0) for name, values in whole.items()}
 
 
 def _clip_to_cells(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> Iterator[tuple[str, torch.Tensor]]:
@@ -283,9 +283,9 @@ def _is_within_clip_norm(squares: Iterable[torch.Tensor]) -> torch.Tensor:
     return _sum_in_fixed_order(squares) <= CLIP_NORM_CELLS**2
 
 
-def _sum_in_fixed_order(each: Iterable[torch.Tensor]) -> torch.Tensor:
+def _sum_in_fixed_order(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """Sum tensors (n, lanes) to (n,) in a fixed order, because torch's own order depends on the number of rows."""
-    return sum_by_halves(reduce(torch.add, each))
+    return sum_by_halves(reduce(torch.add, tensors))
 
 
 def _compute_squared_row_norms(values: torch.Tensor) -> torch.Tensor:

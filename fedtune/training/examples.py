@@ -236,11 +236,11 @@ class SiteExamples(Units):
         kept: torch.Tensor | None = None
         for part in self._iter_all_parts() if parts is None else parts:
             batch = self.batch(part)
-            found = _compute_each(model.reference, batch, missing=torch.nan) if lenient else model.reference(batch)
-            assert found is not None, "the task returned no reference outputs"
+            outputs = _compute_each(model.reference, batch, missing=torch.nan) if lenient else model.reference(batch)
+            assert outputs is not None, "the task returned no reference outputs"
             if kept is None:
-                kept = torch.empty(len(self), *found.shape[1:], dtype=found.dtype)
-            kept[part.places] = found[: len(part.places)].cpu()
+                kept = torch.empty(len(self), *outputs.shape[1:], dtype=outputs.dtype)
+            kept[part.places] = outputs[: len(part.places)].cpu()
         self._reference = kept
 
     def _iter_all_parts(self) -> Iterator[MicroBatch]:
@@ -266,12 +266,12 @@ def _compute_each(
             return compute(batch)
     except Exception:
         log.exception("the frozen model failed on a micro-batch; retrying its examples one at a time")
-    nothing, each = compute_each_alone(compute, batch)
+    nothing, results = compute_each_alone(compute, batch)
     if nothing is None:
         return None
     values = torch.full_like(nothing, missing)
     share = len(nothing) * batch.texts // len(batch.input_ids)  # rows per example: one per text, or 1
-    for place, found in enumerate(each):
-        if found is not None:
-            values[place * share : (place + 1) * share] = found[:share]
+    for place, result in enumerate(results):
+        if result is not None:
+            values[place * share : (place + 1) * share] = result[:share]
     return values

@@ -179,8 +179,8 @@ def _prepare_round(
     # A site of a smaller rank clips, noises and steps views of these tensors.
     views = cut_to_rank(parameters, model.rank)
     parameters = {
-        name: one if views[name] is one else torch.nn.Parameter(views[name].detach())
-        for name, one in parameters.items()
+        name: parameter if views[name] is parameter else torch.nn.Parameter(views[name].detach())
+        for name, parameter in parameters.items()
     }
     purpose = (work.site, work.round, work.attempt)
     assert units.unit == work.plan.unit, "the sampled unit differs from the plan's privacy unit"
@@ -222,7 +222,7 @@ def take_plain_step(
     """Take an optimizer step on a Poisson sample without clipping and noise. Guarantee: none."""
     batches = records.cut(draw_poisson_sample(records.count, plan.sampling_rate, sampling))
     set_mean_gradient(model, units, batches, count=plan.sampling_rate * records.declared_size)
-    whole = {name: one.grad for name, one in model.list_active_parameters().items() if one.grad is not None}
+    whole = {name: value.grad for name, value in model.list_active_parameters().items() if value.grad is not None}
     for name, gradient in cut_to_rank(whole, model.rank).items():
         parameters[name].grad = gradient
     if correct is not None:
@@ -242,9 +242,9 @@ def set_mean_gradient(model: TaskModel, units: Units, batches: Iterable[Any], *,
 
 def correct_plain_gradient(parameters: Mapping[str, torch.nn.Parameter], correct: Correction) -> None:
     """Replace the parameters' `.grad` by the algorithm's correction, in a run without noise. Guarantee: none."""
-    given = {
+    gradients = {
         name: np.zeros(parameter.shape, np.float32) if parameter.grad is None else parameter.grad.cpu().numpy().copy()
         for name, parameter in parameters.items()
     }
-    for name, value in correct(NoisedGradient(given)).items():
+    for name, value in correct(NoisedGradient(gradients)).items():
         parameters[name].grad = torch.from_numpy(value).to(parameters[name].device)

@@ -116,8 +116,8 @@ def count_usable_cores() -> int:
     The OMP_NUM_THREADS limit matters because threads that wait for each other on busy cores take several times as long.
     """
     cores = len(system.cpu_affinity(0))
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(limit)) if limit.isdecimal() and int(limit) else cores
 
 
 def count_threads(runtime: RuntimeSpec) -> int:
@@ -185,7 +185,7 @@ def compute_step_bytes(model: TaskModel, runtime: RuntimeSpec) -> int:
 
 def measure_model_bytes(model: nn.Module) -> int:
     """Return the memory of a model in bytes: weights in their number format, adapter and buffers."""
-    return sum(one.numel() * one.element_size() for one in chain(model.parameters(), model.buffers()))
+    return sum(tensor.numel() * tensor.element_size() for tensor in chain(model.parameters(), model.buffers()))
 
 
 def _measure_memory_bytes() -> int:
@@ -230,17 +230,17 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
+        keywords = kwargs or {}
         # tensors that existed before, with buffers created since
-        self._known.update(_iter_storages((args, *given.values())))
-        made = func(*args, **given)
-        for storage in _iter_storages((made,)):
+        self._known.update(_iter_storages((args, *keywords.values())))
+        result = func(*args, **keywords)
+        for storage in _iter_storages((result,)):
             if storage not in self._known:
                 self._known.add(storage)
                 self._bytes += storage.nbytes()
                 weakref.finalize(storage, self._subtract_freed, storage.nbytes())
         self.peak = max(self.peak, self._bytes)
-        return made
+        return result
 
     def _subtract_freed(self, num_bytes: int) -> None:
         self._bytes -= num_bytes
@@ -254,12 +254,12 @@ def _iter_storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
     The traversal is written by hand, because torch's generic tree traversal took a third of the time of
     `measure_peak_bytes`.
     """
-    for one in values:
-        if isinstance(one, torch.Tensor):
-            if one.layout == torch.strided:
-                yield one.untyped_storage()
-        elif isinstance(one, list | tuple):
-            yield from _iter_storages(one)
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if value.layout == torch.strided:
+                yield value.untyped_storage()
+        elif isinstance(value, list | tuple):
+            yield from _iter_storages(value)
 
 
 def do_frozen_states_fit(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> bool:

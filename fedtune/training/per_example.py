@@ -68,14 +68,14 @@ class PerExampleGradients:
             raise
         except Exception:
             log.exception("a micro-batch failed; retrying its examples one at a time")
-        nothing, each = compute_each_alone(self.compute_all_gradients, batch)
+        nothing, results = compute_each_alone(self.compute_all_gradients, batch)
         gradients = {name: zeros.clone() for name, zeros in nothing.items()}
         for row in range(len(batch)):
-            found = next(each)
-            if found is not None:
+            result = next(results)
+            if result is not None:
                 for name, of_rows in gradients.items():
-                    of_rows[row] = found[name][0]
-            del found  # free the memory before the next example is computed; enumerate would keep a reference
+                    of_rows[row] = result[name][0]
+            del result  # free the memory before the next example is computed; enumerate would keep a reference
         return gradients
 
     def compute_all_gradients(self, batch: Batch, present: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -134,7 +134,7 @@ def _zero_rows_without_states(batch: Batch, gradients: dict[str, torch.Tensor]) 
     known = batch.prefix.flatten(1).any(dim=1).view(-1, batch.texts).all(dim=1)
     if known.device.type == "cpu" and known[: len(batch)].all():  # an accelerator would make the process wait
         return gradients
-    return {name: torch.where(known.view(-1, *[1] * (one.dim() - 1)), one, 0.0) for name, one in gradients.items()}
+    return {name: torch.where(known.view(-1, *[1] * (grad.dim() - 1)), grad, 0.0) for name, grad in gradients.items()}
 
 
 @contextmanager
@@ -175,7 +175,7 @@ def _copy_as_constants(module: nn.Module) -> nn.Module:
 
 
 def _detach_parameters(module: nn.Module) -> dict[str, torch.Tensor | None]:
-    return {name: one if one is None else one.detach() for name, one in module._parameters.items()}
+    return {name: value if value is None else value.detach() for name, value in module._parameters.items()}
 
 
 def _run_watched_forward(module: nn.Module, constant: nn.Module, found: Found, values: torch.Tensor) -> torch.Tensor:
@@ -204,7 +204,7 @@ class _Watch(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (values,) = ctx.saved_tensors
         of_layer = GradSampleHooks.GRAD_SAMPLERS[type(ctx.module)]
-        for parameter, each in of_layer(ctx.module, [values], gradients[0]).items():
+        for parameter, gradient in of_layer(ctx.module, [values], gradients[0]).items():
             known = ctx.found.get(parameter)
-            ctx.found[parameter] = each if known is None else known + each
+            ctx.found[parameter] = gradient if known is None else known + gradient
         return (gradients[0] if ctx.needs_input_grad[0] else None), None, None, None, None

@@ -77,15 +77,15 @@ class TrainingSpec:
 
     def suggest_lower_rates(self, *, clipped: bool) -> dict[str, float]:
         """Return a third of every learning rate in use, by its key under `training`."""
-        found = {}
+        rates = {}
         for key, rate in zip(
             ("learning_rate", "head_learning_rate"), self.compute_peak_rates(clipped=clipped), strict=True
         ):
             other = f"unclipped_{key}"
             name = other if not clipped and getattr(self, other) else key
             if getattr(self, name) is not None:
-                found[name] = float(f"{rate / 3:.2g}")
-        return found
+                rates[name] = float(f"{rate / 3:.2g}")
+        return rates
 
     def compute_peak_rates(self, *, clipped: bool) -> tuple[float, float]:
         """Return the peak learning rates of LoRA and head.

@@ -129,8 +129,8 @@ class UserExamples(Units):
 
     def draw_records(self, users: IndexArray, stream: RandomStream) -> list[IndexArray]:
         """Draw the records of each user for one step, in the order of the users."""
-        each = (self._users[user] for user in users)
-        return [records[choose_records(len(records), self.most_records, stream)] for records in each]
+        records_by_user = (self._users[user] for user in users)
+        return [records[choose_records(len(records), self.most_records, stream)] for records in records_by_user]
 
     def batch_units(self, drawn: Sequence[IndexArray]) -> Iterator[UserBatch]:
         """Cut users, each represented by its sampled records, into batches.

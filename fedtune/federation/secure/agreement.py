@@ -234,9 +234,9 @@ class KeyAgreement:
         Raises:
             Rejected: an announcement is missing, duplicated, or not genuine.
         """
-        for one in announcements:
-            one.require_genuine(terms)
-        keys = {one.site: one.key for one in announcements}
+        for announcement in announcements:
+            announcement.require_genuine(terms)
+        keys = {announcement.site: announcement.key for announcement in announcements}
         if len(keys) < len(announcements):
             raise Rejected(RejectionReason.REPEATED)
         if set(keys) != set(terms.members):

@@ -56,14 +56,14 @@ class Parties:
         """Add a party; if a limit is exceeded, evict the oldest idle sessions of its run, or the oldest run."""
         runs = self.of_proposal
         while proposal not in runs and len(runs) >= _MAX_RUNS:
-            dropped = next((one for one in runs if one not in self.joined), next(iter(runs)))
+            dropped = next((run for run in runs if run not in self.joined), next(iter(runs)))
             del runs[dropped]
             self.joined.pop(dropped, None)
         parties = runs.setdefault(proposal, {})
         parties[session] = party
-        idle = [one for one in parties if one not in (session, self.joined.get(proposal))]
-        for one in idle[: max(0, len(parties) - _MAX_SESSIONS)]:
-            del parties[one]
+        idle = [other for other in parties if other not in (session, self.joined.get(proposal))]
+        for evicted in idle[: max(0, len(parties) - _MAX_SESSIONS)]:
+            del parties[evicted]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +124,9 @@ class SiteAggregator:
         return self._find_party(proposal, session)
 
     def _find_party(self, proposal: str, session: str) -> Party:
-        found = self.parties.find(proposal, session)
-        if found is None:
+        party = self.parties.find(proposal, session)
+        if party is None:
             raise Rejected(RejectionReason.SESSION_DIFFERS)
-        require_pinned(found.terms, self.roster)  # the policy may have changed since
-        self.demand(found.terms)
-        return found
+        require_pinned(party.terms, self.roster)  # the policy may have changed since
+        self.demand(party.terms)
+        return party

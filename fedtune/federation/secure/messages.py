@@ -177,8 +177,8 @@ class Revealed(ConfirmRequest):
 
     def share(self, survivor: str, other: str) -> int | None:
         """Return the share of one seed as an integer; None if it is missing."""
-        found = self.shares.get(survivor, {}).get(other)
-        return None if found is None else int(found, 16)
+        share = self.shares.get(survivor, {}).get(other)
+        return None if share is None else int(share, 16)
 
 
 def list_needed_seeds(survivor: str, survivors: list[str], terms: Terms) -> list[str]:
@@ -208,7 +208,7 @@ class Upload:
     def to_bytes(self, terms: Terms) -> bytes:
         """Encode header, digests, sealed shares and vector; the terms determine the length of each part."""
         head = _HEAD.pack(bytes.fromhex(self.session), self.release, terms.sites.index(self.site))
-        return b"".join([_UPLOAD, head, *(one for row in self.digests for one in row), *self.sealed, self.vector])
+        return b"".join([_UPLOAD, head, *(digest for row in self.digests for digest in row), *self.sealed, self.vector])
 
     @classmethod
     def from_bytes(cls, data: bytes, session: KeyAgreement) -> Upload:
@@ -254,15 +254,15 @@ def _decode_fields(data: bytes, message: Any) -> dict[str, Any]:
     if len(data) > MAX_JSON_BYTES:
         raise Rejected(RejectionReason.MALFORMED)
     try:
-        found = json.loads(data)
-        if type(found) is not dict or to_canonical_json(found) != data:
+        decoded = json.loads(data)
+        if type(decoded) is not dict or to_canonical_json(decoded) != data:
             raise ValueError("the message is not in canonical form")
     except (ValueError, RecursionError):
         raise Rejected(RejectionReason.MALFORMED) from None
     types = {field.name: str(field.type).partition("[")[0] for field in fields(message)}
-    if {name: type(value).__name__ for name, value in found.items()} != types:
+    if {name: type(value).__name__ for name, value in decoded.items()} != types:
         raise Rejected(RejectionReason.MALFORMED)
-    return found
+    return decoded
 
 
 def _check_texts(texts: list[Any]) -> None:

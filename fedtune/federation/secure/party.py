@@ -181,16 +181,16 @@ class Party:
                 over.
         """
         session, _ = self._require_joined()
-        asked = ConfirmRequest.from_bytes(request, session)
-        if asked.release < self._release:
+        confirm_request = ConfirmRequest.from_bytes(request, session)
+        if confirm_request.release < self._release:
             raise Rejected(RejectionReason.RELEASE_OVER)
-        if asked.release > self._release:
-            self._release, self._promised = asked.release, None
-        if self._promised not in (None, asked):
+        if confirm_request.release > self._release:
+            self._release, self._promised = confirm_request.release, None
+        if self._promised not in (None, confirm_request):
             raise Rejected(RejectionReason.SURVIVORS_CHANGED)
-        self._promised = asked  # before the write, so that a failed write cannot lead to a second promise
-        self._record_promise(asked, confirmed=False)
-        return Confirmation.create_signed(asked, self._site, identity=self._identity).to_bytes()
+        self._promised = confirm_request  # before the write, so that a failed write cannot lead to a second promise
+        self._record_promise(confirm_request, confirmed=False)
+        return Confirmation.create_signed(confirm_request, self._site, identity=self._identity).to_bytes()
 
     def unmask(self, request: bytes) -> bytes:
         """Reveal the shares that unmask the sum of the confirmed survivors.
@@ -199,31 +199,31 @@ class Party:
             Rejected: the request differs from this site's promise, or fewer sites than the threshold confirmed it.
         """
         session, pairs = self._require_joined()
-        asked = UnmaskRequest.from_bytes(request, session)
-        if asked.asked != self._promised:
+        unmasking = UnmaskRequest.from_bytes(request, session)
+        if unmasking.asked != self._promised:
             raise Rejected(RejectionReason.NOT_PROMISED)
-        self._record_promise(asked.asked, confirmed=True)
-        given = {survivor: self._open_shares(survivor, asked, pairs) for survivor in asked.survivors}
-        return Revealed.create_signed(asked.asked, self._site, shares=given, identity=self._identity).to_bytes()
+        self._record_promise(unmasking.asked, confirmed=True)
+        revealed = {survivor: self._open_shares(survivor, unmasking, pairs) for survivor in unmasking.survivors}
+        return Revealed.create_signed(unmasking.asked, self._site, shares=revealed, identity=self._identity).to_bytes()
 
-    def _open_shares(self, survivor: str, asked: UnmaskRequest, pairs: PairSecrets) -> dict[str, str]:
+    def _open_shares(self, survivor: str, unmasking: UnmaskRequest, pairs: PairSecrets) -> dict[str, str]:
         """Decrypt a survivor's shares, and return those of the seeds to remove; empty if the ciphertext is invalid."""
-        sealed = asked.get_shares_sealed_by(survivor)
-        text = pairs.unseal(sealed, sender=survivor, receiver=self._site, release=asked.release)
+        sealed = unmasking.get_shares_sealed_by(survivor)
+        text = pairs.unseal(sealed, sender=survivor, receiver=self._site, release=unmasking.release)
         size, sites = shares.SHARE_BYTES, self._terms.sites
         if text is None or len(text) != len(sites) * size:
             return {}
         dealt = {other: text[place * size : (place + 1) * size].hex() for place, other in enumerate(sites)}
-        return {other: dealt[other] for other in list_needed_seeds(survivor, asked.survivors, self._terms)}
+        return {other: dealt[other] for other in list_needed_seeds(survivor, unmasking.survivors, self._terms)}
 
-    def _record_promise(self, asked: ConfirmRequest, *, confirmed: bool) -> None:
-        survivors = tuple(asked.survivors)
+    def _record_promise(self, request: ConfirmRequest, *, confirmed: bool) -> None:
+        survivors = tuple(request.survivors)
         promise = SumConfirmation(
-            session=asked.session, release=asked.release, survivors=survivors, confirmed=confirmed
+            session=request.session, release=request.release, survivors=survivors, confirmed=confirmed
         )
         if promise not in self._noted:
             self._keep(promise)
-            self._noted = {promise, *(one for one in self._noted if one.release == asked.release)}
+            self._noted = {promise, *(older for older in self._noted if older.release == request.release)}
 
     def _require_joined(self) -> tuple[KeyAgreement, PairSecrets]:
         if self._joined is None:

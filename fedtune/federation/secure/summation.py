@@ -171,8 +171,8 @@ class Summation:
             for survivor in self.survivors
         }
         total = self._masked.copy()
-        for survivor, given in right.items():
-            seeds = {other: self._reconstruct_seed(survivor, other, found) for other, found in given.items()}
+        for survivor, correct in right.items():
+            seeds = {other: self._reconstruct_seed(survivor, other, points) for other, points in correct.items()}
             total -= sum_masks(survivor, seeds, length=self._terms.length)
         return to_signed_integers(reduce_residues(total, self._terms.bits), self._terms.bits)
 

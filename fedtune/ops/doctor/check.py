@@ -63,12 +63,12 @@ def build_check_from_error(name: str, error: FedtuneError, *, fix: str) -> Docto
     if not isinstance(error, ConfigError):
         return build_failed_check(name, str(error), fix=fix)
     value = error.value if isinstance(error.value, str) else format_value(error.value)
-    given = "" if error.value is NOT_GIVEN else f" = {value}:"
+    value_text = "" if error.value is NOT_GIVEN else f" = {value}:"
     remedy = error.remedy
     if remedy.startswith(("chmod ", "pip ")):
         remedy = f"run `{remedy}`"
     advice = f"{remedy[0].upper()}{remedy[1:]}." if remedy else fix
-    return build_failed_check(name, f"{error.key}{given} {error.bound}", fix=advice)
+    return build_failed_check(name, f"{error.key}{value_text} {error.bound}", fix=advice)
 
 
 def build_skipped_check(name: str, because: str) -> DoctorCheck:

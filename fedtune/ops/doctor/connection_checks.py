@@ -134,8 +134,8 @@ class Connection:
         if unresolved := next((cause for cause in causes if isinstance(cause, socket.gaierror)), None):
             name = goal if self._proxy else self._host
             fix = f"Have {name} added to your network's DNS, or ask the lead whether the address is right."
-            found = f"{name} does not resolve ({unresolved.strerror})"
-            return _failed(DNS, found, fix=_PROXY_FIX if self._proxy else fix)
+            problem = f"{name} does not resolve ({unresolved.strerror})"
+            return _failed(DNS, problem, fix=_PROXY_FIX if self._proxy else fix)
         if "start_tls.started" in self._begun:
             return self._explain_tls_failure(error, causes)
         if isinstance(error, httpx.ProxyError):
@@ -159,39 +159,39 @@ class Connection:
 
         for cause in causes:
             if isinstance(cause, ssl.SSLCertVerificationError):
-                found, fix = _WRONG_CERTIFICATES.get(cause.verify_code, _ANY_OTHER)
+                template, fix = _WRONG_CERTIFICATES.get(cause.verify_code, _ANY_OTHER)
                 about = {"host": self._host, "server": self._server, "why": cause.verify_message}
-                return _failed(TLS, "the server's certificate " + found.format(**about), fix=fix.format(**about))
-        said = explain_tls_refusal(error) or ""
-        if said.startswith("it does not accept this site's certificate"):
+                return _failed(TLS, "the server's certificate " + template.format(**about), fix=fix.format(**about))
+        alert = explain_tls_refusal(error) or ""
+        if alert.startswith("it does not accept this site's certificate"):
             fix = f"Ask the lead for a new kit (`fedtune provision renew-site {self._kit.site}`), and unzip it here."
-            return _failed(TLS, f"the server refused this site's certificate ({said.rpartition(': ')[2]})", fix=fix)
+            return _failed(TLS, f"the server refused this site's certificate ({alert.rpartition(': ')[2]})", fix=fix)
         fix = "Ask the lead whether the server runs on this port, and your network team which devices intercept it."
         if isinstance(error, httpx.TimeoutException):
-            found = f"{self._server} accepts connections, but did not answer within {self._timeout_s:g} s"
+            problem = f"{self._server} accepts connections, but did not answer within {self._timeout_s:g} s"
         elif "start_tls.complete" in self._begun:
-            found = "the server's certificate is valid, but its answer is not HTTP"
+            problem = "the server's certificate is valid, but its answer is not HTTP"
         else:
             reason = next((cause.reason for cause in causes if isinstance(cause, ssl.SSLError)), None)
-            found = f"{self._server} does not speak TLS as expected ({said or reason or type(error).__name__})"
-        return _failed(TLS, found, fix=fix)
+            problem = f"{self._server} does not speak TLS as expected ({alert or reason or type(error).__name__})"
+        return _failed(TLS, problem, fix=fix)
 
     def _describe_encryption(self) -> DoctorCheck:
         ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(self._encrypted.getpeercert()["notAfter"]), UTC)
-        found = f"{self._encrypted.version()}; the federation's own server, with a certificate until {ends:%Y-%m-%d}"
+        finding = f"{self._encrypted.version()}; the federation's own server, with a certificate until {ends:%Y-%m-%d}"
         if (ends - datetime.now(UTC)).days < SOON_DAYS:
             return build_warning(
-                TLS, found, fix="Tell the lead to run `fedtune provision renew-server` before that day."
+                TLS, finding, fix="Tell the lead to run `fedtune provision renew-server` before that day."
             )
-        return build_passed_check(TLS, found)
+        return build_passed_check(TLS, finding)
 
     def _compare_clocks(self, answer: httpx.Response) -> None:
-        asked, answered = self._begun["send_request_headers.started"], self._begun["receive_response_headers.complete"]
+        sent, received = self._begun["send_request_headers.started"], self._begun["receive_response_headers.complete"]
         try:
             theirs = parsedate_to_datetime(answer.headers["date"]).timestamp() + 0.5  # the header is in whole seconds
         except (KeyError, ValueError):
             return
-        self.clock_ahead_s = ((asked + answered) / 2 - theirs, (answered - asked) / 2 + 0.5)
+        self.clock_ahead_s = ((sent + received) / 2 - theirs, (received - sent) / 2 + 0.5)
 
     def _check_authentication(self, answer: httpx.Response) -> DoctorCheck:
         from fedtune.ops.wire.fleet import parse_answer_field, parse_refusal_reason
@@ -233,12 +233,12 @@ def check_control_api(server: str, *, timeout_s: float) -> DoctorCheck:
         return build_passed_check(
             _CONTROL, f"{server} does not accept outside calls to its Control API ({answer.status_code})"
         )
-    found = (
+    problem = (
         f"{server} answers calls to its Control API ({answer.status_code}): ANYONE WHO CAN REACH IT CAN RUN CODE AT "
         "EVERY SITE'S SUPERNODE, and remove or add sites"
     )
     fix = "Stop this site's SuperNode, and put deployment/flower/nginx.conf in front of it (docs/stock_flower.md)."
-    return build_failed_check(_CONTROL, found, fix=fix)
+    return build_failed_check(_CONTROL, problem, fix=fix)
 
 
 def _find_proxy(host: str) -> str:

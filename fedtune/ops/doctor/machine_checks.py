@@ -47,15 +47,15 @@ def check_clock(ahead_s: tuple[float, float] | None, *, kept: bool = False) -> D
     ahead, unsure = ahead_s
     off = max(0.0, abs(ahead) - unsure)
     if kept and off > MAX_AHEAD_S:
-        found = (
+        problem = (
             f"the server's clock is {abs(ahead):.0f} s {'behind' if ahead > 0 else 'ahead'}, "
             "but this machine's clock is synchronized"
         )
         fix = "Ask the server's operators to turn on time synchronization."
         return (
-            build_failed_check(name, found, fix=fix, exit_code=SERVER)
+            build_failed_check(name, problem, fix=fix, exit_code=SERVER)
             if off > WRONG_S
-            else build_warning(name, found, fix=fix)
+            else build_warning(name, problem, fix=fix)
         )
     shown = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
     if off > WRONG_S:
@@ -77,16 +77,16 @@ def check_disks(
     """
     for what, folder in folders.items():
         name, free = f"disk of the {what}", free_bytes(find_nearest_existing(folder))
-        found = f"{free / _GIB:.1f} GiB free"
+        space = f"{free / _GIB:.1f} GiB free"
         if free < TOO_LITTLE_DISK_BYTES:
-            found = f"{free / 2**20:.0f} MiB free, but at least {TOO_LITTLE_DISK_BYTES // 2**20} MiB are needed"
+            space = f"{free / 2**20:.0f} MiB free, but at least {TOO_LITTLE_DISK_BYTES // 2**20} MiB are needed"
             yield build_failed_check(
-                name, found, fix="Free some space there: training stops if the ledger cannot be written."
+                name, space, fix="Free some space there: training stops if the ledger cannot be written."
             )
         elif free < LITTLE_DISK_BYTES:
-            yield build_warning(name, found, fix=f"Free at least {LITTLE_DISK_BYTES // _GIB} GiB on that disk.")
+            yield build_warning(name, space, fix=f"Free at least {LITTLE_DISK_BYTES // _GIB} GiB on that disk.")
         else:
-            yield build_passed_check(name, found)
+            yield build_passed_check(name, space)
 
 
 def check_ledger_disk(ledger: Path, *, system: Path = Path("/")) -> DoctorCheck:
@@ -102,14 +102,14 @@ def check_ledger_disk(ledger: Path, *, system: Path = Path("/")) -> DoctorCheck:
         0,
     )
     for line in _read_text(system / "proc/self/mounts").splitlines():
-        _, folder, found, *_ = line.split()
+        _, folder, file_system, *_ = line.split()
         folder = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), folder)  # octal escapes, such as \040
         # The deepest mount point contains the ledger; a later mount at one folder hides an earlier one.
         if place.is_relative_to(folder) and len(folder) >= deepest:
-            kind, deepest = found, len(folder)
+            kind, deepest = file_system, len(folder)
     if kind in NETWORK_FILES:
-        found = f"{kind}, a network file system, on which SQLite's locks and syncs are unreliable"
-        return build_warning(name, found, fix="Stop the site, and move the ledger to a local disk.")
+        problem = f"{kind}, a network file system, on which SQLite's locks and syncs are unreliable"
+        return build_warning(name, problem, fix="Stop the site, and move the ledger to a local disk.")
     return build_passed_check(name, f"{kind}, on this machine")
 
 
@@ -121,16 +121,16 @@ def check_socket(place: Path) -> DoctorCheck:
         return build_warning(name, "its folder is missing", fix=fix)
     if not os.path.lexists(place):
         return build_passed_check(name, "created when the site starts")
-    found = place.lstat()
-    if not stat.S_ISSOCK(found.st_mode):
+    status = place.lstat()
+    if not stat.S_ISSOCK(status.st_mode):
         return build_failed_check(
             name, "the path is a file that is not a socket", fix="Set `socket` in site.toml to another path."
         )
-    if found.st_mode & stat.S_IRWXO:
+    if status.st_mode & stat.S_IRWXO:
         fix = "Stop the site, remove the socket, and start the site again."
         return build_failed_check(name, "every user of this machine can open it", fix=fix)
-    number = found.st_gid
-    named = grp and next((one.gr_name for one in grp.getgrall() if one.gr_gid == number), None)
+    number = status.st_gid
+    named = grp and next((entry.gr_name for entry in grp.getgrall() if entry.gr_gid == number), None)
     group = named or str(number)
     return build_passed_check(name, f"accessible only to the site's user and members of group {group}")
 
@@ -139,12 +139,12 @@ def check_anchor_disk(ledger: Path, anchor: Path | None) -> DoctorCheck:
     """Check that the anchor is on another disk than the ledger, so that it detects a rollback of the ledger's disk."""
     name = "anchor's place"
     if anchor is None:
-        found = "the policy names no anchor, so a rollback of the ledger is not detected here"
-        return build_warning(name, found, fix="Set `anchor` in site.toml to a file on another disk.")
+        problem = "the policy names no anchor, so a rollback of the ledger is not detected here"
+        return build_warning(name, problem, fix="Set `anchor` in site.toml to a file on another disk.")
     if find_nearest_existing(anchor).stat().st_dev == find_nearest_existing(ledger).stat().st_dev:
-        found = "on the ledger's own disk: both can be rolled back together"
+        problem = "on the ledger's own disk: both can be rolled back together"
         return build_warning(
-            name, found, fix="Set `anchor` in site.toml to a file on another disk, and move the file there."
+            name, problem, fix="Set `anchor` in site.toml to a file on another disk, and move the file there."
         )
     return build_passed_check(name, "on a different disk than the ledger")
 
@@ -165,17 +165,17 @@ def check_memory(model_bytes: int | None, *, in_four_bits: bool = False, system:
     figures = dict(re.findall(r"^(\w+): +(\d+) kB$", _read_text(machine), re.MULTILINE))
     if not {"MemTotal", "MemAvailable"} <= set(figures):
         return build_skipped_check(name, f"{machine} does not report this machine's memory")
-    total, available = (1024 * int(figures[one]) for one in ("MemTotal", "MemAvailable"))
+    total, available = (1024 * int(figures[key]) for key in ("MemTotal", "MemAvailable"))
     if (limit := _read_number(cgroup / "memory.max")) is not None and limit < total:
         total, available = limit, min(available, limit - (_read_number(cgroup / "memory.current") or 0))
-    found = f"{available / _GIB:.1f} GiB of {total / _GIB:.1f} GiB available"
+    memory = f"{available / _GIB:.1f} GiB of {total / _GIB:.1f} GiB available"
     if model_bytes is None:
-        return build_passed_check(name, f"{found}; the required memory is known once a base model is installed")
+        return build_passed_check(name, f"{memory}; the required memory is known once a base model is installed")
     needed = (1 if in_four_bits else _MODEL_COPIES) * model_bytes + _BESIDE_MODEL_BYTES
-    found += f", about {needed / _GIB:.1f} GiB needed"
+    memory += f", about {needed / _GIB:.1f} GiB needed"
     if available < needed:
-        return build_warning(name, found, fix="End other processes, or run the site on a machine with more memory.")
-    return build_passed_check(name, found)
+        return build_warning(name, memory, fix="End other processes, or run the site on a machine with more memory.")
+    return build_passed_check(name, memory)
 
 
 def _read_text(file: Path) -> str:
@@ -206,8 +206,8 @@ def check_gpu(
     name, fix = "GPU", "Install matching versions of driver and torch: compare `nvidia-smi` and torch.version.cuda."
     if device == "cpu":
         return build_passed_check(name, "not used: the policy sets the CPU as this site's device")
-    if found := ask():
-        return build_passed_check(name, found)
+    if gpu := ask():
+        return build_passed_check(name, gpu)
     if device == "cuda":
         fix += ' Or set `device = "auto"` under [machine] in site.toml.'
         return build_failed_check(name, "torch cannot use a GPU, but the policy requires one", fix=fix)
@@ -258,12 +258,12 @@ def check_owners(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterato
     wrong = [check for what, path in places.items() if (check := _check_owner(what, path, account)) is not None]
     yield from wrong
     if account != effective_user():
-        found = (
+        problem = (
             f"the site's process runs as account {get_account_name(account)}, but this is "
             f"{get_account_name(effective_user())}"
         )
         fix = f"Run the doctor as {get_account_name(account)}, for instance with `sudo -u {get_account_name(account)}`."
-        yield build_failed_check(f"{_NAME}: account", found, fix=fix)
+        yield build_failed_check(f"{_NAME}: account", problem, fix=fix)
     elif not wrong:
         yield build_passed_check(
             _NAME,
@@ -273,25 +273,25 @@ def check_owners(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterato
 
 def _check_owner(what: str, path: Path, account: int) -> DoctorCheck | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None  # reported by another check
-    name, folder = f"{_NAME}: {what}", stat.S_ISDIR(found.st_mode)
+    name, folder = f"{_NAME}: {what}", stat.S_ISDIR(status.st_mode)
     # Root may own files that the site's process only reads, and folders that the process can write to.
     may_be_roots = what == "policy" or (folder and os.access(path, os.W_OK))
-    if found.st_uid != account and not (found.st_uid == _ROOT and may_be_roots):
-        own = get_account_name(account)
-        said = f"{path} belongs to account {get_account_name(found.st_uid)}, but the site's process runs as {own}"
-        return build_failed_check(name, said, fix=f"Run `chown {own}: {path}`.")
+    if status.st_uid != account and not (status.st_uid == _ROOT and may_be_roots):
+        user = get_account_name(account)
+        problem = f"{path} belongs to account {get_account_name(status.st_uid)}, but the site's process runs as {user}"
+        return build_failed_check(name, problem, fix=f"Run `chown {user}: {path}`.")
     own_gid = get_primary_group(account)
-    others = found.st_mode & stat.S_IWGRP and found.st_gid not in (
+    others = status.st_mode & stat.S_IWGRP and status.st_gid not in (
         effective_group() if own_gid is None else own_gid,
         _ROOT,
     )
     # Other accounts with write access, in the notation of chmod.
-    who = ("g" if others else "") + ("o" if found.st_mode & stat.S_IWOTH else "")
-    if not who or (folder and found.st_mode & stat.S_ISVTX):
+    who = ("g" if others else "") + ("o" if status.st_mode & stat.S_IWOTH else "")
+    if not who or (folder and status.st_mode & stat.S_ISVTX):
         return None
-    said = {"o": "every account", "g": f"every member of group {found.st_gid}"}[who[-1]]
+    writers = {"o": "every account", "g": f"every member of group {status.st_gid}"}[who[-1]]
     command = f"chmod {','.join(f'{letter}-w' for letter in who)}"
-    return build_failed_check(name, f"{path} can be changed by {said}", fix=f"Run `{command} {path}`.")
+    return build_failed_check(name, f"{path} can be changed by {writers}", fix=f"Run `{command} {path}`.")

@@ -58,23 +58,23 @@ def check_site_certificate(kit: Kit, now: datetime) -> DoctorCheck:
     """Check the site's certificate: key, issuer and days until it expires."""
     name = "certificate"
     try:
-        found = kit.check_certificate(now)
+        certificate = kit.check_certificate(now)
     except ConfigError as error:
         fix = "Unzip the kit made from this folder's join_request.json, or send the lead that request again."
         return build_check_from_error(name, error, fix=fix)
-    said = f"valid until {found.not_after:%Y-%m-%d}, {found.count_days_left(now)} days from now"
-    if found.count_days_left(now) < SOON_DAYS:
+    validity = f"valid until {certificate.not_after:%Y-%m-%d}, {certificate.count_days_left(now)} days from now"
+    if certificate.count_days_left(now) < SOON_DAYS:
         fix = f"Ask the lead for a new kit (`fedtune provision renew-site {kit.site}`), and unzip it here."
-        return build_warning(name, said, fix=fix)
-    return build_passed_check(name, f"belongs to this site's key; {said}")
+        return build_warning(name, validity, fix=fix)
+    return build_passed_check(name, f"belongs to this site's key; {validity}")
 
 
 def check_matching_names(kit: Kit, policy: Policy) -> DoctorCheck:
     """Check that the kit and the policy name the same site."""
     if kit.site == policy.site:
         return build_passed_check("site's name", f"{policy.site}, in kit and policy")
-    found = f"the kit is for {kit.site}, but the policy is for {policy.site}"
-    return build_failed_check("site's name", found, fix="Use the kit for this policy's site.")
+    problem = f"the kit is for {kit.site}, but the policy is for {policy.site}"
+    return build_failed_check("site's name", problem, fix="Use the kit for this policy's site.")
 
 
 def check_lead(kit: Kit, policy: Policy) -> DoctorCheck:
@@ -83,8 +83,8 @@ def check_lead(kit: Kit, policy: Policy) -> DoctorCheck:
     if kit.lead in policy.allow.leads:
         return build_passed_check(name, f"the kit's lead {format_key_start(kit.lead)} is one of the policy's leads")
     line = ", ".join(f'"{key}"' for key in (*policy.allow.leads, kit.lead))
-    found = f"the policy does not allow the kit's lead {format_key_start(kit.lead)}: all of its requests are refused"
-    return build_failed_check(name, found, fix=f"If this is the lead's key, add under [allow]: leads = [{line}]")
+    problem = f"the policy does not allow the kit's lead {format_key_start(kit.lead)}: all of its requests are refused"
+    return build_failed_check(name, problem, fix=f"If this is the lead's key, add under [allow]: leads = [{line}]")
 
 
 def check_base_models(kit: Kit, policy: Policy) -> Iterator[DoctorCheck]:
@@ -93,23 +93,23 @@ def check_base_models(kit: Kit, policy: Policy) -> Iterator[DoctorCheck]:
     for sha256 in policy.allow.base_models:
         name = f"base model {known[sha256].name}" if sha256 in known else f"base model {sha256[:12]}"
         if sha256 == UNVERIFIED:
-            found = "the policy accepts runs that do not name their model"
+            finding = "the policy accepts runs that do not name their model"
             yield build_warning(
-                name, found, fix='Remove "unverified" from allow.base_models, except in a test federation.'
+                name, finding, fix='Remove "unverified" from allow.base_models, except in a test federation.'
             )
         elif sha256 not in known and not find_model_store_path(kit.folder, sha256).is_dir():
-            found = "the policy allows it, but no run of this federation may use it"
-            yield build_warning(name, found, fix="Remove it from allow.base_models, or ask the lead to add it.")
+            finding = "the policy allows it, but no run of this federation may use it"
+            yield build_warning(name, finding, fix="Remove it from allow.base_models, or ask the lead to add it.")
         else:
             yield _check_installed(kit, sha256, name=name, license=known[sha256].license if sha256 in known else "")
     for model in kit.model:
         if model.sha256 not in policy.allow.base_models:
-            found = f"runs may use it, but the policy does not allow it (SHA-256 {model.sha256})"
-            yield build_passed_check(f"base model {model.name}", found)
+            finding = f"runs may use it, but the policy does not allow it (SHA-256 {model.sha256})"
+            yield build_passed_check(f"base model {model.name}", finding)
     if not policy.allow.base_models:
-        found = "the policy allows no base model, so every request is refused"
+        finding = "the policy allows no base model, so every request is refused"
         fix = "Add the SHA-256 of each model that you accept to allow.base_models in site.toml."
-        yield build_failed_check("base models", found, fix=fix)
+        yield build_failed_check("base models", finding, fix=fix)
 
 
 def _check_installed(kit: Kit, sha256: str, *, name: str, license: str) -> DoctorCheck:
@@ -175,16 +175,16 @@ def _check_data_set(dataset: Dataset, folder: Path, policy: Policy, *, log: Priv
         return build_failed_check(name, "has no file", fix=f"Set `path` in {block}.")
     path = folder / dataset.path
     if other := describe_path(path):
-        found = f"is {other}" if path.exists() else "its file is missing, or this account cannot read it"
+        problem = f"is {other}" if path.exists() else "its file is missing, or this account cannot read it"
         fix = f"Set `path` in {block} to one file of records, or to a folder of a saved Hugging Face set."
-        return build_failed_check(name, found, fix=fix)
+        return build_failed_check(name, problem, fix=fix)
     known = [task for task in tasks if task in TASKS]  # the check of the tasks has loaded those of installed packages
     served = {task for task in known if any({*roles} <= {*dataset.columns} for roles in TASKS[task].layouts)}
     if not served:
         every = [(task, roles) for task in known for roles in TASKS[task].layouts]
-        texts = [one for one in every if not any(one[0] == task and {*one[1]} < {*roles} for task, roles in every)]
-        asked = " or ".join(f"{', '.join(roles)} ({task})" for task, roles in texts)
-        fix = f"Set `columns` in {block} so that each role has its column: {asked or 'of a task in allow.tasks'}."
+        texts = [pair for pair in every if not any(pair[0] == task and {*pair[1]} < {*roles} for task, roles in every)]
+        expected = " or ".join(f"{', '.join(roles)} ({task})" for task, roles in texts)
+        fix = f"Set `columns` in {block} so that each role has its column: {expected or 'of a task in allow.tasks'}."
         return build_failed_check(name, "its columns do not match the roles of any allowed task", fix=fix)
     try:
         count, num_dated = _count_units(path, dataset, unit=unit)
@@ -197,9 +197,9 @@ def _check_data_set(dataset: Dataset, folder: Path, policy: Policy, *, log: Priv
         return build_failed_check(name, f"every record can be read; fewer {unit}s than min_units", fix=fix)
     if policy.population.arrivals and num_dated < FEW_DATED * count:
         whose = "fewer than half of the users have" if num_dated else "no user has"
-        found = f"every record can be read; {whose} a readable date in column {dataset.columns['arrival']!r}"
+        problem = f"every record can be read; {whose} a readable date in column {dataset.columns['arrival']!r}"
         fix = "Write the dates as 2026-03-14 or 2026-03 before the first run that admits cohorts."
-        return build_warning(name, f"{found} (users without a date belong to the oldest cohort)", fix=fix)
+        return build_warning(name, f"{problem} (users without a date belong to the oldest cohort)", fix=fix)
     lacking = ", ".join(task for task in tasks if task not in served)
     return _compare_declared_size(name, count / dataset.declared_size, units=f"{unit}s", lacking=lacking, block=block)
 
@@ -237,9 +237,9 @@ def _report_unreadable_file(
     if error.value == "absent":
         fix = f"Name an existing column in `columns` of {block}; a CSV file must begin with a header."
         return build_failed_check(name, f"{column} is not in every record{where}", fix=fix)
-    found = f"a record cannot be read{f' at {column}' if column else ''}{where}"
+    problem = f"a record cannot be read{f' at {column}' if column else ''}{where}"
     fix = "Fix or remove that record: each must be a complete JSON object or CSV row, in UTF-8, without blank values."
-    return build_failed_check(name, found, fix=fix)
+    return build_failed_check(name, problem, fix=fix)
 
 
 def _compare_declared_size(name: str, share: float, *, units: str, lacking: str, block: str) -> DoctorCheck:
@@ -250,11 +250,11 @@ def _compare_declared_size(name: str, share: float, *, units: str, lacking: str,
     if share > MANY:
         fix = f"Check that it is the right file; otherwise declare a larger size in {block}."
         return build_warning(name, f"every record can be read; far more {units} than the declared size", fix=fix)
-    found = f"every record can be read; enough {units} for the declared size"
+    finding = f"every record can be read; enough {units} for the declared size"
     if lacking:
         fix = f"Add the roles to `columns` in {block}, or take the task out of allow.tasks."
-        return build_warning(name, f"{found}; its columns do not match the roles of task {lacking}", fix=fix)
-    return build_passed_check(name, found)
+        return build_warning(name, f"{finding}; its columns do not match the roles of task {lacking}", fix=fix)
+    return build_passed_check(name, finding)
 
 
 def report_unexpected_error(name: str, error: Exception, log: PrivateLog) -> DoctorCheck:
@@ -262,9 +262,9 @@ def report_unexpected_error(name: str, error: Exception, log: PrivateLog) -> Doc
     records.
     """
     where = log.write_entry(f"{name}: {''.join(traceback.format_exception(error))}")
-    found = f"could not be checked ({type(error).__name__}){where}"
+    problem = f"could not be checked ({type(error).__name__}){where}"
     return build_failed_check(
-        name, found, fix="Report this as a bug; read the text of the log before you share it.", exit_code=1
+        name, problem, fix="Report this as a bug; read the text of the log before you share it.", exit_code=1
     )
 
 
@@ -308,11 +308,11 @@ def _find_ledger_problems(files: SiteFiles, history: History) -> Iterator[Doctor
         yield build_failed_check(name, "its anchor is missing although the ledger has charges", fix=fix)
     if history.furthest_doubt is not None:
         fix = f"Restore the newest backup and run `fedtune ledger restore` ({_PAGE})."
-        found = (
+        problem = (
             f"in doubt: a receipt refers to event {history.furthest_doubt.sequence}, which the "
             "ledger lacks; training is not possible"
         )
-        yield build_failed_check(name, found, fix=fix)
+        yield build_failed_check(name, problem, fix=fix)
     if history.is_frozen:
         fix = "This is permanent by design; ask the lead to revoke this site if it has no other population."
         yield build_failed_check(name, "frozen: all training on this population has ended permanently", fix=fix)
@@ -366,15 +366,15 @@ def check_budget(history: History, policy: Policy) -> DoctorCheck:
         )
     epsilon = accountant.format_epsilon(history.epsilon(taken))
     if math.isinf(cap):
-        found = f"no lifetime cap, so the policy guarantees nothing; epsilon {epsilon} is spent"
-        return build_warning(name, found, fix="Set budget.max_epsilon in site.toml before you train on real records.")
+        status = f"no lifetime cap, so the policy guarantees nothing; epsilon {epsilon} is spent"
+        return build_warning(name, status, fix="Set budget.max_epsilon in site.toml before you train on real records.")
     runs = run_acceptance.count_remaining_runs(history, policy, policy.budget.reference.event, now)
     room = f"room for {runs} run{'' if runs == 1 else 's'} like the policy's reference"
-    found = f"{_format_cap_share(history, policy)} of the lifetime budget spent (epsilon {epsilon} of {cap:g}); {room}"
+    status = f"{_format_cap_share(history, policy)} of the lifetime budget spent (epsilon {epsilon} of {cap:g}); {room}"
     if not runs:
         fix = "Plan runs without this site, or smaller runs; raising the cap weakens its guarantee."
-        return build_warning(name, found, fix=fix)
-    return build_passed_check(name, found)
+        return build_warning(name, status, fix=fix)
+    return build_passed_check(name, status)
 
 
 def preview_run(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, history: History) -> DoctorCheck:
@@ -391,32 +391,32 @@ def preview_run(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy,
         config = dataclasses.replace(config, model=model)
     plan, sizes = config.plan(), config.declared_sizes()
     proposal = config.proposal(lead=kit.lead, plan=plan)
-    said = policy_dry_run.dry_run(site_toml, proposal, declared_sizes=sizes)
+    dry_run = policy_dry_run.dry_run(site_toml, proposal, declared_sizes=sizes)
     name = "run"
-    if said.violations:
-        values = [(one.reason, format_requested_and_allowed(one.requested, one.allowed)) for one in said.violations]
+    if dry_run.violations:
+        values = [(one.reason, format_requested_and_allowed(one.requested, one.allowed)) for one in dry_run.violations]
         rules = "; ".join(f"{rule} ({of_both})" if of_both else rule for rule, of_both in values)
         # Abbreviate keys and hashes.
         rules = re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1...", rules)
-        found, fix = f"would be refused: {rules}", _suggest_alternative(said, plan)
+        finding, fix = f"would be refused: {rules}", _suggest_alternative(dry_run, plan)
         if config.model.sha256 is None:
             fix = "Ask the lead for the SHA-256 of the run's base model, and add it here as model.sha256=HEX."
-        return build_failed_check(name, found, fix=fix, exit_code=REFUSED)
+        return build_failed_check(name, finding, fix=fix, exit_code=REFUSED)
     who = " once a person at this site approves it" if policy.approval == "manual" else ""
-    found = f"would be accepted{who}; {_describe_cost(plan, history, policy)}"
+    finding = f"would be accepted{who}; {_describe_cost(plan, history, policy)}"
     if policy.site not in sizes:
         fix = f"Ask the lead for the run's real settings: sites must include {policy.site}."
-        return build_warning(name, f"{found}, but the run does not name site {policy.site}", fix=fix)
-    return build_passed_check(name, found)
+        return build_warning(name, f"{finding}, but the run does not name site {policy.site}", fix=fix)
+    return build_passed_check(name, finding)
 
 
-def _suggest_alternative(said: DryRun, plan: Plan) -> str:
+def _suggest_alternative(dry_run: DryRun, plan: Plan) -> str:
     """Suggest a similar run that the site would accept."""
     ways = []
-    if 0 < said.max_rounds < plan.num_rounds:
-        ways.append(f"{said.max_rounds} of its {plan.num_rounds} rounds")
-    if said.min_noise is not None:
-        ways.append(f"a noise multiplier of {said.min_noise:g}")
+    if 0 < dry_run.max_rounds < plan.num_rounds:
+        ways.append(f"{dry_run.max_rounds} of its {plan.num_rounds} rounds")
+    if dry_run.min_noise is not None:
+        ways.append(f"a noise multiplier of {dry_run.min_noise:g}")
     if ways:
         return f"Tell the lead that {' or '.join(ways)} would be accepted if all other settings stay unchanged."
     return "Tell the lead, or change these rules in site.toml if you agree to the run."
@@ -441,9 +441,9 @@ def _format_cap_share(history: History, policy: Policy, *, also: Plan | None = N
     now = history.now()
     taken = [history.count_charges_and_reservations(now)]
     if also is not None:
-        asked = events.count_mechanisms([also.full_event])
+        added = events.count_mechanisms([also.full_event])
         taken += [
-            history.count_charges_and_reservations(now, cohort) + asked for cohort in history.cohorts(also.cohorts)
+            history.count_charges_and_reservations(now, cohort) + added for cohort in history.cohorts(also.cohorts)
         ]
     share = run_acceptance.compute_spent_fraction(
         history, max(taken, key=history.divergence), cap=policy.budget.max_epsilon

@@ -153,8 +153,8 @@ def check_validity(certificate: x509.Certificate, *, now: datetime, key: str, re
 
 def get_common_name(name: x509.Name) -> str | None:
     """Return the common name of a subject; None if there is not exactly one."""
-    found = name.get_attributes_for_oid(NameOID.COMMON_NAME)
-    return str(found[0].value) if len(found) == 1 else None
+    attributes = name.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(attributes[0].value) if len(attributes) == 1 else None
 
 
 def check_common_name(key: str, name: str) -> None:
@@ -173,11 +173,11 @@ def check_days(key: str, days: int) -> None:
 def list_certificate_host_names(certificate: x509.Certificate) -> list[str]:
     """List the host names and IP addresses of a server certificate, in lower case."""
     try:
-        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        alt_names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return []
-    addresses = [address.compressed for address in found.get_values_for_type(x509.IPAddress)]
-    return [name.lower() for name in found.get_values_for_type(x509.DNSName)] + addresses
+    addresses = [address.compressed for address in alt_names.get_values_for_type(x509.IPAddress)]
+    return [name.lower() for name in alt_names.get_values_for_type(x509.DNSName)] + addresses
 
 
 def encode_public_pem(holder: x509.Certificate | x509.CertificateSigningRequest | ec.EllipticCurvePrivateKey) -> bytes:
@@ -256,10 +256,10 @@ class Authority:
         Raises:
             ConfigError: the authority's own certificate is not valid at `now`.
         """
-        own = self.certificate
-        check_validity(own, now=now, key="authority", renewal=_OVER)
-        federation = str(own.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value)
-        issuer = own.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        authority = self.certificate
+        check_validity(authority, now=now, key="authority", renewal=_OVER)
+        federation = str(authority.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value)
+        issuer = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         addresses = {host: parse_ip_address(host) for host in hosts}
         names = [x509.IPAddress(address) if address else x509.DNSName(host) for host, address in addresses.items()]
         extensions: list[tuple[x509.ExtensionType, bool]] = [
@@ -270,12 +270,12 @@ class Authority:
             *([(x509.SubjectAlternativeName(names), False)] if names else []),
         ]
         builder = _start_certificate(
-            public, subject=_build_subject(federation, kind=kind, name=name), issuer=own.subject
+            public, subject=_build_subject(federation, kind=kind, name=name), issuer=authority.subject
         )
         for extension, critical in extensions:
             builder = builder.add_extension(extension, critical=critical)
-        begins = max(now - CLOCK_SKEW, own.not_valid_before_utc)
-        ends = min(now + timedelta(days=days), own.not_valid_after_utc)
+        begins = max(now - CLOCK_SKEW, authority.not_valid_before_utc)
+        ends = min(now + timedelta(days=days), authority.not_valid_after_utc)
         return builder.not_valid_before(begins).not_valid_after(ends).sign(self.key, hashes.SHA384())
 
 

@@ -215,10 +215,10 @@ class FederationFolder:
 
     def _load_signing_key(self) -> SigningKey:
         command, file = self.settings.key_command, self.folder / SETTINGS
-        own = SigningKey.load(self.folder / "lead" / "lead_key.pem", command=command, named_in=file)
-        if own.public != self.lead_key:  # the server would reject a roster signed with this key
-            raise ConfigError("lead key", own.public, f"must be the federation's lead key, {self.lead_key}")
-        return own
+        key = SigningKey.load(self.folder / "lead" / "lead_key.pem", command=command, named_in=file)
+        if key.public != self.lead_key:  # the server would reject a roster signed with this key
+            raise ConfigError("lead key", key.public, f"must be the federation's lead key, {self.lead_key}")
+        return key
 
     def read_retired_keys(self) -> frozenset[str]:
         """Read the replaced site keys, and the fingerprints of replaced connection keys, which Flower never accepts
@@ -287,7 +287,7 @@ def _to_json_bytes(what: _Change | _RetiredKeys) -> bytes:
 
 def _render_readme(kit: KitFile, certificate: x509.Certificate, *, ca: x509.Certificate) -> str:
     """Render the README.md of a kit, which describes its files, its secrets and the commands to run."""
-    own = Certificate.from_x509(certificate)
+    details = Certificate.from_x509(certificate)
     return (
         (_TEMPLATES / f"{kit.kind}.md")
         .read_text(encoding="utf-8")
@@ -297,8 +297,8 @@ def _render_readme(kit: KitFile, certificate: x509.Certificate, *, ca: x509.Cert
             port=Address.parse_address(kit.server).port,
             hosts=", ".join(list_certificate_host_names(certificate)),
             site=kit.site,
-            fingerprint=group_hex(own.fingerprint),
-            ends=f"{own.not_after:%Y-%m-%d}",
+            fingerprint=group_hex(details.fingerprint),
+            ends=f"{details.not_after:%Y-%m-%d}",
             lead_key=kit.lead,
             lead=group_hex(kit.lead),
             authority=group_hex(Certificate.from_x509(ca).fingerprint),

@@ -108,7 +108,7 @@ def read_json(cls: type[T], data: bytes, *, key: str) -> T:
 
 def _check_kit_version(cls: type[T], table: dict[str, Any]) -> T:
     # Check the version first, because other versions may have other keys.
-    if "version" in {one.name for one in fields(cls)}:  # type: ignore[arg-type]
+    if "version" in {field.name for field in fields(cls)}:  # type: ignore[arg-type]
         check_schema("version", table.get("version"), KIT_SCHEMA, of="file")
     return decode(cls, table)
 
@@ -216,8 +216,8 @@ class Kit(KitFile):
         for path in secrets:
             check_private(path)
         if kind == "lead" and (public := kit.load_key().public) != kit.lead:
-            found = "the key from key_command" if kit.key_command else kit.lead_key
-            raise ConfigError("lead", kit.lead, f"must be the public key of {found}, {public}").in_file(file)
+            source = "the key from key_command" if kit.key_command else kit.lead_key
+            raise ConfigError("lead", kit.lead, f"must be the public key of {source}, {public}").in_file(file)
         return kit
 
     def find_site_files(self, site_toml: Path) -> SiteFiles:
@@ -277,13 +277,13 @@ class Kit(KitFile):
             ConfigError: the certificate has another key, issuer or name, or is not valid at `now`.
         """
         ca, certificate = read_certificate(self.ca), read_certificate(self.certificate)
-        key, found = str(self.certificate), Certificate.from_x509(certificate)
+        key, issued = str(self.certificate), Certificate.from_x509(certificate)
         if encode_public_pem(certificate) != encode_public_pem(read_connection_key(self.key)):
-            raise ConfigError(key, found.name, f"must match the key in {self.key.name}; it was issued for another key")
+            raise ConfigError(key, issued.name, f"must match the key in {self.key.name}; it was issued for another key")
         check_issued(certificate, ca=ca, key=key)
         expected = self.site if self.kind == "site" else self.kind
-        if found.name != expected:
-            raise ConfigError(key, found.name, f"must be a certificate for {expected}")
+        if issued.name != expected:
+            raise ConfigError(key, issued.name, f"must be a certificate for {expected}")
         if self.kind == "server" and (
             host := Address.parse_address(self.server).host
         ) not in list_certificate_host_names(certificate):
@@ -292,7 +292,7 @@ class Kit(KitFile):
             )
         check_validity(ca, now=now, key=str(self.ca), renewal="provision the federation again")
         check_validity(certificate, now=now, key=key, renewal=_RENEWAL[self.kind])
-        return found
+        return issued
 
 
 def read_signing_key(path: Path) -> SigningKey:
@@ -350,5 +350,5 @@ class KitCertificate:
 
 def stat_signature(path: Path) -> tuple[int, int, int]:
     """Return a file's inode, modification time and size, which change when the file is replaced or written."""
-    found = path.stat()
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size

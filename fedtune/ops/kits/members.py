@@ -121,10 +121,10 @@ class Roster:
         names: set[str] = set()
         for member in self.sites:
             # Names must not differ only in case, because file systems and people may confuse them.
-            own = {member.site.casefold(), member.node_key.decode(), member.site_key}
-            if not names.isdisjoint(own):
+            identifiers = {member.site.casefold(), member.node_key.decode(), member.site_key}
+            if not names.isdisjoint(identifiers):
                 raise ConfigError("site", member.site, "has the name or a key of another site")
-            names |= own
+            names |= identifiers
 
     @classmethod
     def read(cls, path: Path) -> Roster:
@@ -160,11 +160,11 @@ class Roster:
         return json.dumps(dataclasses.asdict(self), indent=1).encode() + b"\n"
 
 
-def _parse_file(path: Path, of: Callable[[bytes], _T], *, key: str) -> _T:
-    """Parse a file with `of`; an error in the content names the file."""
+def _parse_file(path: Path, parse: Callable[[bytes], _T], *, key: str) -> _T:
+    """Parse a file with `parse`; an error in the content names the file."""
     data = read_bounded_file(path, key=key)
     with name_file_in_errors(path):
-        return of(data)
+        return parse(data)
 
 
 def _check_datasets(datasets: Mapping[str, int]) -> None:
@@ -321,7 +321,7 @@ def _build_request_fields(files: SiteFiles, connection: ec.EllipticCurvePrivateK
         "site": policy.site,
         "csr": csr.public_bytes(serialization.Encoding.PEM).decode(),
         "site_key": site_key.public,
-        "datasets": {one.id: one.declared_size for one in policy.dataset},
+        "datasets": {dataset.id: dataset.declared_size for dataset in policy.dataset},
     }
     return {**fields, "signature": site_key.sign(PURPOSE, encode_for_signature(fields))}
 

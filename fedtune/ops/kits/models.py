@@ -113,10 +113,10 @@ def _find_in_package(path: str) -> Path:
     is_file = name.endswith(".gguf")
     try:
         spec = ModelSpec(path=folder, gguf_file=name) if is_file else ModelSpec(path=path)
-        found = find_model_folder(spec)
+        location = find_model_folder(spec)
     except ConfigError as error:
         raise ConfigError(_OPTION, path, error.bound, remedy=error.remedy) from error
-    return found / name if is_file else found
+    return location / name if is_file else location
 
 
 def _check_folder(folder: Path) -> None:

@@ -172,15 +172,15 @@ def _check_request(
     now: datetime,
 ) -> Asked:
     """Read a join request and validate it; `find_replaced` returns the member to replace, or None for a new site."""
-    asked = JoinRequest.read(request)
+    join = JoinRequest.read(request)
 
     def check_member(federation: FederationFolder) -> tuple[Member | None, Member]:
-        old = find_replaced(federation, asked)
+        old = find_replaced(federation, join)
         return old, Member(
-            site=asked.site,
-            certificate=_issue_site_certificate(federation, asked.signing_request, site=asked.site, days=days, now=now),
-            site_key=asked.site_key,
-            datasets=asked.datasets,
+            site=join.site,
+            certificate=_issue_site_certificate(federation, join.signing_request, site=join.site, days=days, now=now),
+            site_key=join.site_key,
+            datasets=join.datasets,
             revoked=None,
         )
 
@@ -189,7 +189,7 @@ def _check_request(
             return _admit(federation, *check_member(federation))
 
     check_member(FederationFolder.open(folder))
-    return asked, admit
+    return join, admit
 
 
 def renew_site(folder: Path, name: str, *, days: int | None, now: datetime) -> JoinResult:
@@ -209,7 +209,7 @@ def renew_site(folder: Path, name: str, *, days: int | None, now: datetime) -> J
 
 def _admit(federation: FederationFolder, old: Member | None, member: Member) -> JoinResult:
     """Replace the roster entry `old` with `member`, or append `member`, and write the site's kit and its zip."""
-    members = (*(member if one == old else one for one in federation.roster.sites), *([] if old else [member]))
+    members = (*(member if entry == old else entry for entry in federation.roster.sites), *([] if old else [member]))
     kit = federation.list_kit_files("site", member.x509_certificate, site=member.site)
     files = {f"sites/{member.site}/{name}": data for name, data in kit.items()}
     archive = f"sites/{member.site}-kit.zip"
@@ -233,7 +233,7 @@ def revoke_site(folder: Path, name: str, *, now: datetime) -> Member:
         if old.revoked:
             raise ConfigError("site", name, f"was already revoked on {old.revoked}")
         revoked = replace(old, revoked=now.isoformat(timespec="seconds"))
-        federation.apply_change(tuple(revoked if one is old else one for one in members), {})
+        federation.apply_change(tuple(revoked if member is old else member for member in members), {})
         return revoked
 
 
@@ -255,25 +255,25 @@ def _list_keys(member: Member | JoinRequest) -> set[str]:
     return {compute_key_fingerprint(member.node_key), member.site_key}
 
 
-def _check_keys(federation: FederationFolder, asked: JoinRequest, old: Member | None = None) -> None:
+def _check_keys(federation: FederationFolder, join: JoinRequest, old: Member | None = None) -> None:
     """Check that nobody else uses, or has used, the keys in the request of a new site, or of the site `old`.
 
     Flower rejects removed connection keys forever; a site key names one site and its ledger.
     """
-    fingerprint = compute_key_fingerprint(asked.node_key)
+    fingerprint = compute_key_fingerprint(join.node_key)
     again = "generate a new key with `fedtune site init --out NEW`"
-    for retired in _list_keys(asked) & federation.read_retired_keys():
-        key = "site_key" if retired == asked.site_key else "connection key"
+    for retired in _list_keys(join) & federation.read_retired_keys():
+        key = "site_key" if retired == join.site_key else "connection key"
         raise ConfigError(key, retired, f"was replaced and can never be used again: {again}")
-    if asked.site_key == federation.lead_key:
-        raise ConfigError("site_key", asked.site_key, f"is the lead's key: {again}")
-    for member in (one for one in federation.roster.sites if one != old):
-        if member.node_key == asked.node_key:
+    if join.site_key == federation.lead_key:
+        raise ConfigError("site_key", join.site_key, f"is the lead's key: {again}")
+    for member in (other for other in federation.roster.sites if other != old):
+        if member.node_key == join.node_key:
             state = "was the key of the revoked" if member.revoked else "belongs to"
             raise ConfigError("connection key", fingerprint, f"{state} site {member.site}: {again}")
-        if member.site_key == asked.site_key:
+        if member.site_key == join.site_key:
             bound = f"belongs to site {member.site}: every site has its own ledger and site key"
-            raise ConfigError("site_key", asked.site_key, bound)
+            raise ConfigError("site_key", join.site_key, bound)
 
 
 def _check_not_revoked(member: Member) -> None:

@@ -73,12 +73,12 @@ def find_run_name(kit: Kit, name: str) -> str:
     if re.fullmatch(r".+-[0-9a-f]{32}", name):
         return name
     known = sorted({receipt.run for receipt in read_receipts(kit.folder / RECEIPTS).values()})
-    found = [run for run in known if run.rpartition("-")[0] == Path(name).name]
-    if len(found) != 1:
+    matches = [run for run in known if run.rpartition("-")[0] == Path(name).name]
+    if len(matches) != 1:
         newest = f"; the latest runs are {', '.join(known)}" if known else ""
         bound = "must be a run folder, or the full name of a run as in a site's `fedtune ledger show`"
         raise ConfigError("run folder", name, bound + newest)
-    return found[0]
+    return matches[0]
 
 
 def read_latest_answers(folder: Path) -> dict[str, dict[str, str]]:
@@ -108,8 +108,8 @@ def mark_running(folder: Path) -> Iterator[None]:
 
 def _process_namespace() -> str:
     """Return the namespace in which this process's id is unique: the host name and, on Linux, the PID namespace."""
-    own = Path("/proc/self/ns/pid")
-    return f"{platform.node()} {os.readlink(own) if own.is_symlink() else ''}"
+    link = Path("/proc/self/ns/pid")
+    return f"{platform.node()} {os.readlink(link) if link.is_symlink() else ''}"
 
 
 def find_running_process(folder: Path) -> int | None:
@@ -161,8 +161,8 @@ class KitRoster:
         if before is not None and roster != before and roster.number <= before.number:
             bound = f"must be higher than {before.number}, the previous roster's number"
             raise ConfigError("roster.number", roster.number, bound)
-        keys = {one.site: compute_key_fingerprint(one.node_key) for one in roster.sites}
-        revoked = {one.site for one in roster.sites if one.revoked is not None}
+        keys = {member.site: compute_key_fingerprint(member.node_key) for member in roster.sites}
+        revoked = {member.site for member in roster.sites if member.revoked is not None}
         if back := [site for site, key in keys.items() if site not in revoked and key in self._revoked]:
             bound = "must stay revoked: the federation's folder was restored from a backup, so revoke these sites again"
             raise ConfigError("roster.sites", back, bound)

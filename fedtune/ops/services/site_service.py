@@ -336,15 +336,15 @@ class _SocketLoop:
 
 def _log_answer(kind: str, reply: RecordDict, *, seconds: float, answered: Callable[[str], None]) -> bool:
     """Log an answer and pass its type to the callback `answered`; return True if it is an update."""
-    found = SiteApp.read_answer(reply)
-    if found is None or isinstance(found, Offer):
+    body = SiteApp.read_answer(reply)
+    if body is None or isinstance(body, Offer):
         log.info("answered", extra={"what": kind})
-        answered("offer" if found else "other")
+        answered("offer" if body else "other")
         return False
-    refused = found.reason if isinstance(found, Refusal) else None
+    refused = body.reason if isinstance(body, Refusal) else None
     what = "update" if refused is None else refused.value
     answered(what)
-    log.info("answered", extra={"what": what, "run": found.run, "round": found.round, "seconds": round(seconds, 2)})
+    log.info("answered", extra={"what": what, "run": body.run, "round": body.round, "seconds": round(seconds, 2)})
     return refused is None
 
 
@@ -355,8 +355,8 @@ def _stop_on_signal() -> Iterator[threading.Event]:
 
     def request_stop(number: int, frame: object) -> None:
         stop.set()
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_DFL)
 
     with handle_signals(request_stop):
         yield stop

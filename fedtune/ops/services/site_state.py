@@ -156,8 +156,8 @@ def lock_ledger(ledger: Path) -> Iterator[None]:
         try:
             system.lock(descriptor)
         except OSError:
-            said = os.read(descriptor, 32).strip()
-            holder = said.decode() if said.isdigit() else "another"
+            content = os.read(descriptor, 32).strip()
+            holder = content.decode() if content.isdigit() else "another"
             bound = f"is already in use by process {holder}; stop that process first"
             raise ConfigError("ledger", str(ledger), bound) from None
         with translate_write_errors(path, key="ledger"):

@@ -73,9 +73,9 @@ class _Bounded(httpx.BaseTransport):
         try:
             if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
                 raise ResponseLimitExceeded("it is compressed although the request did not allow compression")
-            said = response.headers.get("content-length", "0")
-            if said.isdigit() and int(said) > most_bytes:
-                raise ResponseLimitExceeded(f"it has {said} bytes, but at most {most_bytes} are allowed")
+            length = response.headers.get("content-length", "0")
+            if length.isdigit() and int(length) > most_bytes:
+                raise ResponseLimitExceeded(f"it has {length} bytes, but at most {most_bytes} are allowed")
         except ResponseLimitExceeded:
             response.close()
             raise
@@ -191,9 +191,9 @@ def _raise_if_rejected(connection: object, *, within_s: float) -> None:
             return
     connection.setblocking(False)
     try:
-        said = connection.recv(1)
+        data = connection.recv(1)
     except (ssl.SSLWantReadError, BlockingIOError):
         return  # the data was a session ticket
     except (ssl.SSLEOFError, ConnectionError):
-        said = b""
-    raise ConnectionError("the server sent data before the first request") if said else PeerClosed
+        data = b""
+    raise ConnectionError("the server sent data before the first request") if data else PeerClosed

@@ -366,13 +366,13 @@ async def read_body(receive: Receive, headers: dict[str, str], *, most_bytes: in
 
 def replay_body(body: bytes, receive: Receive) -> Receive:
     """Return a `receive` function that yields `body` first and then the messages of `receive`."""
-    given = False
+    delivered = False
 
     async def replay_body() -> MutableMapping[str, Any]:
-        nonlocal given
-        if given:
+        nonlocal delivered
+        if delivered:
             return await receive()
-        given = True
+        delivered = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay_body

@@ -75,10 +75,10 @@ def explain_tls_refusal(error: BaseException) -> str | None:
             return f"its certificate is not accepted here: {cause.verify_message}"
         if isinstance(cause, ssl.SSLError) and "_ALERT_" in (cause.reason or ""):
             alert = cause.reason.rpartition("_ALERT_")[2]
-            said = alert.replace("_", " ").lower()
+            reason = alert.replace("_", " ").lower()
             if alert in _OF_CERTIFICATES:
-                return f"it does not accept this site's certificate: {said}"
-            return f"it ended the encryption: {said}"
+                return f"it does not accept this site's certificate: {reason}"
+            return f"it ended the encryption: {reason}"
         if isinstance(cause, PeerClosed):  # for example asyncio servers, which send no alert
             return (
                 "it closed the connection right after the handshake; if this continues, it does not "
@@ -132,7 +132,7 @@ class SeenCalls:
         signature = headers[SIGNATURE]
         self.check_unused(headers)
         if len(self._until) >= self._most:
-            self._until = {one: until for one, until in self._until.items() if until >= now}
+            self._until = {earlier: until for earlier, until in self._until.items() if until >= now}
         if len(self._until) >= self._most:
             raise CallRefused(503, "too many calls from the lead within two minutes")
         self._until[signature] = float(headers[TIME]) + TOLERANCE_S

@@ -83,10 +83,10 @@ class LeadSession:
             if not token:
                 raise RunError(f"{server} started a run, but did not return it")
             self._client, self._tls = client(RuntimeTokenHttpInterceptor(token)), tls
-            given = self._client.PullTaskInput(runtime_pb2.PullTaskInputRequest())
-        set_sender_ids(run_id=given.run.run_id, node_id=given.context.node_id, task_id=given.task_id)
+            task = self._client.PullTaskInput(runtime_pb2.PullTaskInputRequest())
+        set_sender_ids(run_id=task.run.run_id, node_id=task.context.node_id, task_id=task.task_id)
         self.grid = make_http_grid(server, token, self._client)
-        self.grid.set_run(run_from_proto(given.run))
+        self.grid.set_run(run_from_proto(task.run))
         self._nodes: dict[int, node_pb2.NodeInfo] = {}
         self._looked = float("-inf")
         self._stop = threading.Event()
@@ -118,9 +118,9 @@ class LeadSession:
         Flower's own function fails completely if one answer is damaged, and trusts the metadata of every answer.
         """
         with translate_read_errors():
-            found = self._client.PullMessages(runtime_pb2.PullAppMessagesRequest(message_ids=message_ids))
+            response = self._client.PullMessages(runtime_pb2.PullAppMessagesRequest(message_ids=message_ids))
         ends = time.monotonic() + most_s
-        pairs = zip(found.messages_list, found.message_object_trees, strict=False)
+        pairs = zip(response.messages_list, response.message_object_trees, strict=False)
         for about, tree in pairs:
             message, is_lost = None, False
             try:

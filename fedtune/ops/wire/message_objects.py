@@ -97,8 +97,8 @@ def _compute_assembled_size(id: str, kind: str, contents: Mapping[str, bytes], k
     `known` caches the size of each object, because a few hundred objects with shared parts would otherwise take hours.
     """
     content = contents[id]
-    found, children, _ = objects.get_object_head_values_from_object_content(content)
-    if found != kind:
+    actual, children, _ = objects.get_object_head_values_from_object_content(content)
+    if actual != kind:
         raise InvalidMessageError(f"an object is not a {kind}, as its parent declares")
     if id not in known:
         parts = _PARTS[kind]

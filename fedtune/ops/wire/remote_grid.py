@@ -93,9 +93,9 @@ class RemoteGrid(RetryingGrid):
             raise build_start_error(self._server, trouble) from trouble
         log.warning("the server lost this run (%s); repeating the open questions", trouble.response.status_code)
         self._close()
-        for one in questions.values():
-            one.message_ids.clear()
-            one.unsent = None
+        for question in questions.values():
+            question.message_ids.clear()
+            question.unsent = None
 
     @property
     def _open_session(self) -> LeadSession:
@@ -112,10 +112,10 @@ class RemoteGrid(RetryingGrid):
             self._session = None
 
     def _wait_for_server(self, error: Exception) -> None:
-        said = explain_clock_error(error) or f"cannot be reached ({type(error).__name__})"
-        if said != self._said:  # log each problem only once
-            log.warning("%s %s; trying again", self._server, said)
-        self._said = said
+        problem = explain_clock_error(error) or f"cannot be reached ({type(error).__name__})"
+        if problem != self._said:  # log each problem only once
+            log.warning("%s %s; trying again", self._server, problem)
+        self._said = problem
         time.sleep(asking_grid.RECONNECT_S)
 
 

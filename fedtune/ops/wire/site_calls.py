@@ -104,10 +104,10 @@ class SiteCalls:
         node = self.find_node(key)
         call = path.removeprefix(FLEET)
         if call == "activate-node":
-            own = request.public_key == key
+            same = request.public_key == key
         else:
-            own = node is not None and (request.node_id if call == "deactivate-node" else request.node.node_id) == node
-        if not own:
+            same = node is not None and (request.node_id if call == "deactivate-node" else request.node.node_id) == node
+        if not same:
             raise CallRefused(401, "the call names another node")
         if call == "push-messages":
             self._check_answer(request, node or 0)
@@ -149,14 +149,14 @@ class SiteCalls:
         Flower would make the lead wait for the missing parts of an incomplete answer.  For offline sites, Flower itself
         creates an error answer.
         """
-        asked = runtime_pb2.PullAppMessagesRequest.FromString(body)
+        request = runtime_pb2.PullAppMessagesRequest.FromString(body)
         moment = now()
-        found = self._run_query(_UNANSWERED, time=moment.timestamp(), now=moment.isoformat(sep=" "))
-        unanswered = {row[0] for row in found}
-        ids = [id for id in asked.message_ids if id not in unanswered]
+        rows = self._run_query(_UNANSWERED, time=moment.timestamp(), now=moment.isoformat(sep=" "))
+        unanswered = {row[0] for row in rows}
+        ids = [id for id in request.message_ids if id not in unanswered]
         return (
             body
-            if len(ids) == len(asked.message_ids)
+            if len(ids) == len(request.message_ids)
             else runtime_pb2.PullAppMessagesRequest(message_ids=ids).SerializeToString()
         )
 
@@ -205,12 +205,12 @@ class SiteCalls:
             raise CallRefused(403, "the message names another sender")
         if about.dst_node_id != constant.SUPERLINK_NODE_ID:
             raise CallRefused(403, "the message is not addressed to the lead")
-        found = list(self._run_query(_QUESTION, id=about.reply_to_message_id))
+        rows = list(self._run_query(_QUESTION, id=about.reply_to_message_id))
         if not about.reply_to_message_id:
             raise CallRefused(403, "the message answers no question")
-        if not found or found[0].until <= time.time():
+        if not rows or rows[0].until <= time.time():
             raise CallRefused(409, "the question is not open")
-        (question,) = found
+        (question,) = rows
         if question.dst_node_id != uint64_to_int64(node) or question.src_node_id != constant.SUPERLINK_NODE_ID:
             raise CallRefused(403, "the question was sent to another node")
         if question.run_id != uint64_to_int64(about.run_id):
@@ -224,7 +224,7 @@ class SiteCalls:
     def _check_object(self, request: Any, node: int) -> None:
         id, size = request.object_id, len(request.object_content)
         with self._lock:
-            announced = next((one for one in self._open_answers(node).values() if id in one.object_ids), None)
+            announced = next((answer for answer in self._open_answers(node).values() if id in answer.object_ids), None)
             if announced is not None:
                 others = sum(announced.num_bytes.values()) - announced.num_bytes.get(id, 0)
                 if others + size > announced.most_bytes:
@@ -238,8 +238,8 @@ class SiteCalls:
 
     def _check_confirmed(self, request: message_pb2.ConfirmMessageReceivedRequest, node: int) -> None:
         id = request.message_object_id
-        found = list(self._run_query(_QUESTION, id=id))
-        if not found or found[0].dst_node_id != uint64_to_int64(node):
+        rows = list(self._run_query(_QUESTION, id=id))
+        if not rows or rows[0].dst_node_id != uint64_to_int64(node):
             raise CallRefused(409, "the message is not a question to this node")
         size = self._count_bytes(id)
         with self._lock:
@@ -248,7 +248,7 @@ class SiteCalls:
             self._sizes[id] = max(self._sizes.pop(id, 0), size)
 
     def _open_answers(self, node: int) -> dict[str, _Answer]:
-        kept = {id: one for id, one in self._answers.get(node, {}).items() if one.until > time.time()}
+        kept = {id: answer for id, answer in self._answers.get(node, {}).items() if answer.until > time.time()}
         self._answers[node] = kept
         return kept
 

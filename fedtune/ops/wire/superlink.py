@@ -192,13 +192,13 @@ def _call_periodically(look: Callable[[], None]) -> Iterator[None]:
     stop = threading.Event()
 
     def watch() -> None:
-        said = ""
+        last_error = ""
         while not stop.wait(_ROSTER_S):
             try:
                 look()
-                said = ""
+                last_error = ""
             except Exception as error:  # for example a partly copied roster, which is complete at the next check
-                if said != (said := str(error)):
+                if last_error != (last_error := str(error)):
                     log.exception("the roster could not be read; the sites stay unchanged")
 
     watching = threading.Thread(target=watch, name="roster", daemon=True)

@@ -186,14 +186,14 @@ class Head:
 
     def encode_signed_bytes(self) -> bytes:
         """Encode all fields except the signature, for signing and verification."""
-        said = self._collect_fields()
-        del said["signature"]
-        return to_canonical_json(said)
+        fields = self._collect_fields()
+        del fields["signature"]
+        return to_canonical_json(fields)
 
     def _collect_fields(self) -> dict[str, Any]:
-        said = {name: getattr(self, name) for name in self.__slots__}  # `asdict` would copy thousands of hashes
-        said |= {"schema": LEDGER_SCHEMA, "arrivals": self.arrivals and asdict(self.arrivals)}
-        return _drop_none(said, "arrivals")
+        fields = {name: getattr(self, name) for name in self.__slots__}  # `asdict` would copy thousands of hashes
+        fields |= {"schema": LEDGER_SCHEMA, "arrivals": self.arrivals and asdict(self.arrivals)}
+        return _drop_none(fields, "arrivals")
 
     def to_bytes(self) -> bytes:
         """Encode the head as the content of an anchor file."""
@@ -258,7 +258,7 @@ class RestoreNote:
 
     def to_json(self) -> dict[str, Any]:
         """Return the detail field of the note as a JSON object."""
-        fields = {key: sorted(each) if isinstance(each, frozenset) else each for key, each in asdict(self).items()}
+        fields = {key: sorted(value) if isinstance(value, frozenset) else value for key, value in asdict(self).items()}
         return _drop_none(fields, "arrivals")
 
     @classmethod
@@ -283,12 +283,12 @@ def iter_charges(
     Empty cohorts mean that everybody was charged.
     """
     ranges = arrivals.ranges if arrivals else [""] * len(charged)
-    return ((dp_events.from_json(event), n, said) for (event, n), said in zip(charged, ranges, strict=True))
+    return ((dp_events.from_json(event), n, span) for (event, n), span in zip(charged, ranges, strict=True))
 
 
 def list_charge_rows(charges: Mapping[tuple[DpEvent, str], int]) -> list[tuple[dict[str, Any], int, str]]:
     """List the charges in a fixed order as rows (mechanism as JSON, count, charged cohorts)."""
-    rows = [(dp_events.to_json(event), count, said) for (event, said), count in charges.items()]
+    rows = [(dp_events.to_json(event), count, span) for (event, span), count in charges.items()]
     return sorted(rows, key=lambda row: (json.dumps(row[0], sort_keys=True), row[2]))
 
 

@@ -281,15 +281,15 @@ class History:
     def _apply_decision(self, event: Event) -> Proposal:
         """Record a person's approval or denial, and return the decided proposal."""
         proposal = decode(Proposal, event.detail["proposal"])
-        said = {key: decode_value(key, event.detail[key], str) or None for key in ("what", "by", "ticket", "why")}
-        self.decided[proposal.digest()].append({**said, "day": event.time[:10]})
+        decision = {key: decode_value(key, event.detail[key], str) or None for key in ("what", "by", "ticket", "why")}
+        self.decided[proposal.digest()].append({**decision, "day": event.time[:10]})
         return proposal
 
     def _apply_restore(self, restored: RestoreNote, sequence: int, moment: datetime) -> None:
         self.restored.append(restored)
         self._charges += [
-            (sequence, moment, event, count, Cohorts.from_text(said, self.opening.arrivals) if said else None)
-            for event, count, said in iter_charges(restored.gap, restored.arrivals)
+            (sequence, moment, event, count, Cohorts.from_text(span, self.opening.arrivals) if span else None)
+            for event, count, span in iter_charges(restored.gap, restored.arrivals)
         ]
         if restored.arrivals is not None and restored.arrivals.lost_after is not None:
             self.lost_rows.append((restored.arrivals.lost_after, sequence))
@@ -456,8 +456,8 @@ class History:
         """Return `figure(cohort)`, by default for the cohort with the largest Renyi divergence."""
         if cohort is not None:
             return figure(cohort)
-        found = [figure(each) for each in self.cohorts()]
-        return found[0] if len(found) == 1 else max(found, key=self.divergence)
+        spendings = [figure(number) for number in self.cohorts()]
+        return spendings[0] if len(spendings) == 1 else max(spendings, key=self.divergence)
 
     @property
     def clock(self) -> datetime:
@@ -477,13 +477,13 @@ class History:
         clock, last = self.clock, self.last_time
         if last is None or self.policy is None or self.policy.budget.max_epsilon_per_period is None:
             return clock
-        told = server or clock
-        begun, said, wanted = (
-            compute_period_number(moment, self.policy.budget.period) for moment in (last, told, clock)
+        reported = server or clock
+        last_period, reported_period, clock_period = (
+            compute_period_number(moment, self.policy.budget.period) for moment in (last, reported, clock)
         )
-        if wanted == begun or wanted == said == begun + 1:
+        if clock_period == last_period or clock_period == reported_period == last_period + 1:
             return clock
-        return max(last, min(clock, told)) if said == begun else last
+        return max(last, min(clock, reported)) if reported_period == last_period else last
 
     def explain_pending_period(self, *, server: datetime | None = None) -> str:
         """Explain why the budget period of the current date has not begun, and how to open it.
@@ -495,9 +495,9 @@ class History:
         clock, time, period = self.clock, self.now(server=server), self.policy.budget.period
         if compute_period_number(clock, period) <= compute_period_number(time, period):
             return ""
-        told = f", the server's time is {server:%Y-%m-%d %H:%M}" if server else ""
+        server_time = f", the server's time is {server:%Y-%m-%d %H:%M}" if server else ""
         return (
-            f"this machine's clock says {clock:%Y-%m-%d %H:%M} UTC{told}, and the ledger's newest event is from "
+            f"this machine's clock says {clock:%Y-%m-%d %H:%M} UTC{server_time}, and the ledger's newest event is from "
             f"{self.last_time:%Y-%m-%d}: charges count for the {period} of {time:%Y-%m-%d}. If the clock is right, "
             "confirm it with `fedtune ledger confirm-date --policy site.toml`"
         )
@@ -529,7 +529,7 @@ class History:
         assert self.policy is not None
         charged = list_charge_rows(self.charges())
         arrivals = Arrivals(
-            ranges=tuple(said for *_, said in charged),
+            ranges=tuple(span for *_, span in charged),
             lost_after=min((last for last, _ in self.lost_rows), default=None),
         )
         return Head.create_signed(

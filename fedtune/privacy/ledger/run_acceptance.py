@@ -87,8 +87,8 @@ def compute_remaining_divergence(
     return max(
         0.0,
         min(
-            room - history.divergence(history.count_charges_and_reservations(now, each))
-            for each in history.cohorts(admitted)
+            room - history.divergence(history.count_charges_and_reservations(now, cohort))
+            for cohort in history.cohorts(admitted)
         ),
     )
 

@@ -347,8 +347,8 @@ class SiteLedger:
             # Charges after the last common event are on another branch, and cover nothing of the anchor's.
             both = [n for n, hash in anchor.path if n <= self.history.length and self.history.hashes[n - 1] == hash]
             shared = max(both, default=0)
-            there = iter_charges(anchor.charged, anchor.arrivals)
-            gap = Counter({(event, said): count for event, count, said in there}) - self.history.charges(up_to=shared)
+            charges = iter_charges(anchor.charged, anchor.arrivals)
+            gap = Counter({(event, span): count for event, count, span in charges}) - self.history.charges(up_to=shared)
             lost = list_charge_rows(gap)
             restored = RestoreNote(
                 shared=shared,
@@ -361,7 +361,7 @@ class SiteLedger:
                 caps=_drop_common_prefix(self.history.caps, anchor.caps),
                 users=frozenset(anchor.users),
                 doubts=frozenset(anchor.doubts),
-                arrivals=self._find_lost_arrivals(anchor, [said for *_, said in lost], shared=shared),
+                arrivals=self._find_lost_arrivals(anchor, [span for *_, span in lost], shared=shared),
             )
             doubts = self.history.doubts.union(anchor.doubts)
             if len(doubts) < _MAX_DOUBTS:

@@ -110,7 +110,7 @@ class LocalAlgorithm:
         within = "algorithm_settings"
         table: Any = asdict(given) if is_dataclass(given) and not isinstance(given, type) else given
         require(within, table, isinstance(table, Mapping), "must be keys and values, as in {mu: 0.1}")
-        known = [one.name for one in fields(self.settings)] if self.settings else []
+        known = [field.name for field in fields(self.settings)] if self.settings else []
         for key in table:
             bound = f"is not a setting of {self.name}; its own settings: {', '.join(known) or 'none'}"
             require(f"{within}.{key}", table[key], key in known, bound)
