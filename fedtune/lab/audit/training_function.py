@@ -67,9 +67,8 @@ class TrainingAudit:
     confidence: float
 
     def __str__(self) -> str:
-        verdict = (
-            "REFUTED: the implementation or the claim is wrong" if self.refuted else "not refuted; this is no proof"
-        )
+        refuted = "REFUTED: the implementation or the claim is wrong"
+        verdict = refuted if self.refuted else "not refuted; this is no proof"
         bounds = f"at least {self.lower_bound:.2f}, as a Gaussian mechanism at least {self.fdp_bound:.2f}"
         guesses = f"{self.right:,} of {self.guesses:,} guesses right, by the {self.attack}"
         return f"claimed epsilon {self.claimed_epsilon:.2f}, shown {bounds} ({guesses}): {verdict}"
