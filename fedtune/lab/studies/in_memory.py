@@ -14,7 +14,7 @@ from fedtune.api.compose import Recipe, Settings, compose_recipe, compose_run, q
 from fedtune.api.experiment_file import is_path
 from fedtune.api.memory import DETECTED, TRAIN_FILE, Data, build_in_memory_settings, round_down, write_private_files
 from fedtune.api.public import Callback, Run, ignore_progress
-from fedtune.config import RunConfig, read_saved_config
+from fedtune.config import read_saved_config
 from fedtune.data.partition import count_units
 from fedtune.formatting import flatten
 from fedtune.lab.preparation.detect import detect_columns
@@ -120,13 +120,10 @@ def _complete_settings(
     config = compose_recipe(named, {**said, "data.declared_sizes": 2} if measured else said)
     if config.runtime.kind == "ray":
         raise ConfigError("runtime", "ray", "cannot be combined with records in memory: write them to files")
-    return named, {**said, "data.declared_sizes": _measure_sites(config)} if measured else said
-
-
-def _measure_sites(config: RunConfig) -> list[int]:
-    """Return each site's number of training records (or users, for unit "user"), rounded down."""
-    sites = partition_run_records(config).sites
-    return [round_down(count_units(one.training, config.privacy.unit)) for one in sites]
+    if measured:
+        records = partition_run_records(config).sites
+        said["data.declared_sizes"] = [round_down(count_units(one.training, config.privacy.unit)) for one in records]
+    return named, said
 
 
 def _require_same_sites(folder: Path, sites: list[str]) -> None:
@@ -182,8 +179,7 @@ def suggest_experiment(folder: Path, settings: Settings, *, num_sites: int) -> t
     with _explain_for_python():
         found = detect_columns(records, known, by_person=said.get("privacy.unit") != "record")
     base, model = KINDS[found.kind][1], settings.get("model")
-    words = ["data.train_file=x", "data.declared_sizes=2", *build_placeholder_overrides(base)]
-    words += [f"model={quote_word(model)}"] if isinstance(model, str) else []
+    words = [*build_placeholder_overrides(base), *([f"model={quote_word(model)}"] if isinstance(model, str) else [])]
     of_model = {key: value for key, value in said.items() if key.startswith("model.")}
     config = compose_run([f"experiment={base}", *words], changed=of_model)
     reader = load_reader(config.data, config.model, key="model.path", other="model=NAME")
@@ -192,7 +188,5 @@ def suggest_experiment(folder: Path, settings: Settings, *, num_sites: int) -> t
         raise DataError("sites", "no records", f"must contain usable rows: {plan.left_out}")
     plan = replace(plan, model=model if isinstance(model, str) else None, model_path=of_model.get("model.path"))
     file.write_text(render_experiment(found, plan, file=file), encoding="utf-8")
-    is_whole = len(known) == len(chosen)  # True: the file contains the caller's columns
-    return str(file), {
-        key: value for key, value in settings.items() if not (is_whole and f"{key}.".startswith(_COLUMNS))
-    }
+    in_file = _COLUMNS if len(known) == len(chosen) else None  # the caller's columns, if the file contains all of them
+    return str(file), {key: one for key, one in settings.items() if not (in_file and f"{key}.".startswith(in_file))}
