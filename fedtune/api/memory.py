@@ -63,7 +63,9 @@ def write_private_files(sites: Mapping[str, Data], *, validation: Data = None, t
     tables = {TRAIN_FILE.replace(SITE, str(site)): (str(site), data) for site, data in sites.items()}
     others = {"validation": validation, "test": test}
     tables |= {_LEAD_FILES[name]: (name, data) for name, data in others.items() if data is not None}
-    with make_private_folder() as folder, _rename_paths_in_errors(_map_paths_to_names(folder, tables)):
+    names = {file: name for file, (name, _) in tables.items()}
+    names |= dict(zip(DETECTED, ("sites", "detected settings"), strict=True))
+    with make_private_folder() as folder, _rename_files_in_errors(folder, names):
         (folder / IN_MEMORY / "sites").mkdir(parents=True, mode=0o700)
         for file, (name, data) in tables.items():
             write_rows(folder / file, data, at=name)
@@ -74,11 +76,6 @@ def write_private_files(sites: Mapping[str, Data], *, validation: Data = None, t
             memory_folder.reset(token)
 
 
-def _map_paths_to_names(folder: Path, tables: Mapping[str, tuple[str, Data]]) -> dict[str, str]:
-    detected = {str(folder / DETECTED[0]): "sites", str(folder / DETECTED[1]): "detected settings"}
-    return {str(folder / file): name for file, (name, _) in tables.items()} | detected
-
-
 @contextmanager
 def make_private_folder() -> Iterator[Path]:
     """Create a temporary folder of mode 0700, and delete it on exit."""
@@ -87,7 +84,7 @@ def make_private_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def write_data_file(data: Data, *, at: str = "data") -> Iterator[str]:
+def write_data_file(data: Data) -> Iterator[str]:
     """Write records to a private file that is deleted on exit.  If `data` is a path already, nothing is written.
 
     Yields:
@@ -96,18 +93,18 @@ def write_data_file(data: Data, *, at: str = "data") -> Iterator[str]:
     if isinstance(data, str | os.PathLike):
         yield os.fspath(data)
         return
-    with make_private_folder() as folder, _rename_paths_in_errors({str(folder / f"{at}.jsonl"): at}):
-        write_rows(folder / f"{at}.jsonl", data, at=at)
-        yield str(folder / f"{at}.jsonl")
+    with make_private_folder() as folder, _rename_files_in_errors(folder, {"data.jsonl": "data"}):
+        write_rows(folder / "data.jsonl", data, at="data")
+        yield str(folder / "data.jsonl")
 
 
 @contextmanager
-def _rename_paths_in_errors(names: Mapping[str, str]) -> Iterator[None]:
+def _rename_files_in_errors(folder: Path, names: Mapping[str, str]) -> Iterator[None]:
     """Replace paths of private files in error messages by the caller's names for the data."""
 
     def replace_paths(value: Any) -> Any:
-        for path, name in names.items() if isinstance(value, str) else ():
-            value = value.replace(path, name)
+        for file, name in names.items() if isinstance(value, str) else ():
+            value = value.replace(str(folder / file), name)
         return value
 
     try:
@@ -255,9 +252,8 @@ def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str) -> Iterator[dict[s
     is_array = is_listed or (hasattr(inputs, "ndim") and not hasattr(inputs, "itertuples"))
     rows = list(_iter_feature_rows(inputs, at=at) if is_array else iter_rows(inputs, at=at))
     if len(rows) != len(values):
-        raise DataError(
-            f"{at}, y", f"{len(values)} values", f"must have one value for each of the {len(rows)} rows of X"
-        )
+        bound = f"must have one value for each of the {len(rows)} rows of X"
+        raise DataError(f"{at}, y", f"{len(values)} values", bound)
     for row, value in zip(rows, values, strict=True):
         yield {**row, column: value}
 
