@@ -82,28 +82,23 @@ def chart(code: str, panel: Panel, *, named: tuple[str, str], number: Callable[[
         number: function that formats a number in the page's language.
     """
     bottom, top = _compute_y_span(panel)
-    marks, ends, scale = (
-        [(tick, number(tick)) for tick in _round_ticks(bottom, top)],
-        list(_iter_labeled_ends(panel)),
-        panel.scale,
-    )
+    marks = [(tick, number(tick)) for tick in _round_ticks(bottom, top)]
+    ends, scale = list(_iter_labeled_ends(panel)), panel.scale
     left = 22 + _LETTER * max(len(text) for _, text in marks)
     right = 8 + max([10 + _SMALL_LETTER * len(label) for _, label, _ in ends], default=0.0)
-    low, high = _compute_x_span(
-        [*(x for one in panel.series for x, _ in one.points), *([] if panel.until is None else [panel.until])], scale
-    )
+    places = [x for one in panel.series for x, _ in one.points] + ([] if panel.until is None else [panel.until])
+    low, high = _compute_x_span(places, scale)
     across = _Axis(low=low, high=high, start=left, length=_WIDTH - left - right)
     down = _Axis(low=bottom, high=top, start=8 + _PANEL_HEIGHT, length=-_PANEL_HEIGHT)
     parts = [*_draw_axes(panel, across, down, marks)]
     for one in panel.series:
         parts += _draw_series(one, panel, across, down)
     parts += [*_draw_levels(panel, across, down), *_draw_end_labels(ends, across, down)]
-    write = (lambda tick: format_power_of_ten(round(tick))) if scale == "powers" else number
-    labels = (
-        _list_date_ticks(low, high)
-        if scale == "days"
-        else [(tick, write(tick)) for tick in _list_x_ticks(low, high, scale)]
-    )
+    if scale == "days":
+        labels = _list_date_ticks(low, high)
+    else:
+        write = (lambda tick: format_power_of_ten(round(tick))) if scale == "powers" else number
+        labels = [(tick, write(tick)) for tick in _list_x_ticks(low, high, scale)]
     parts += _draw_x_axis(panel.x, across, _HEIGHT - 32, labels)
     title, description = map(escape, named)
     head = (
@@ -209,12 +204,10 @@ def _draw_levels(panel: Panel, across: _Axis, down: _Axis) -> Iterator[str]:
         yield _draw_line(f"M{across.start:g} {down.to_coordinate(height):g}h{across.length:g}", "#000000", dashes)
     for x, y, text in panel.notes:
         # A rising line leaves space below its start and above its end.
-        is_early, has_room = (
-            across.to_coordinate(x) < across.start + across.length / 2,
-            down.to_coordinate(y) + 16 < down.start,
-        )
-        anchor, aside = "start" if is_early else "end", 14 if is_early and has_room else -6
-        yield _draw_text(across.to_coordinate(x), down.to_coordinate(y) + aside, text, anchor=anchor)
+        left, top = across.to_coordinate(x), down.to_coordinate(y)
+        is_early = left < across.start + across.length / 2
+        aside = 14 if is_early and top + 16 < down.start else -6
+        yield _draw_text(left, top + aside, text, anchor="start" if is_early else "end")
 
 
 def _iter_labeled_ends(panel: Panel) -> Iterator[tuple[float, str, str]]:
