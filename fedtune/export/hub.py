@@ -93,9 +93,8 @@ def _explain_errors(hub: HfApi, repository: str) -> Iterator[None]:
     except ConfigError:
         raise
     except OfflineModeIsEnabled:
-        raise ConfigError(
-            _PUSH, repository, "requires access to the hub, but HF_HUB_OFFLINE is set: unset HF_HUB_OFFLINE"
-        ) from None
+        bound = "requires access to the hub, but HF_HUB_OFFLINE is set: unset HF_HUB_OFFLINE"
+        raise ConfigError(_PUSH, repository, bound) from None
     except Exception as error:  # raised by several libraries; their texts contain no records
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
         if status in _REFUSALS:
