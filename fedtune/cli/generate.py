@@ -67,9 +67,8 @@ def generate(
     names = [name for name in saved.names if base or name != BASE]
     # Encode all prompts before printing, so that an invalid record leaves no partial output.
     writes = task.predicts_tokens
-    ids = [
-        saved.encode_prompt(one.fields, at=one.at("prompt") if one.file else "--prompt") for one in records if writes
-    ]
+    places = [one.at("prompt") if one.file else "--prompt" for one in records]
+    ids = [saved.encode_prompt(one.fields, at=at) for one, at in zip(records, places, strict=True) if writes]
 
     def iter_answers(place: int, name: str) -> Iterator[str]:
         saved.use_adapter(name)

@@ -69,10 +69,14 @@ def begin_run(
                 say(f"{folder} is finished.")
                 return
             words = (f"resume={quote_word(str(folder))}",)
-    if multirun:
-        _start_sweep(words, kit=_read_lead_kit(kit), metrics=metrics)
-    else:
-        start_run(words, kit=_read_lead_kit(kit), metrics=metrics)
+    lead = _read_lead_kit(kit)
+    if not multirun:
+        start_run(words, kit=lead, metrics=metrics)
+        return
+    trials = Trials.from_sweep(words, partial(compose_for_sites, kit=lead))
+    again = ["run", "--kit", str(lead.folder), "-m", *trials.again]
+    with show_several_runs(trials, Console(), again=again):
+        trials.run(lambda trial: _start_or_resume(trial.config, again, kit=lead, metrics=metrics))
 
 
 def resume_run(words: Sequence[str], *, kit: Path | None, metrics: str | None) -> None:
@@ -100,14 +104,6 @@ def start_run(
     # Checked before the slow import of torch and Flower, so that an invalid setting fails immediately.
     again = ["run", "--kit", str(kit.folder), "--or-resume", *words]
     _start_or_resume(compose_for_sites(words, kit=kit), again, kit=kit, metrics=metrics, over=over)
-
-
-def _start_sweep(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
-    """Print the total privacy cost of a sweep, then start or resume its runs one after another."""
-    trials = Trials.from_sweep(words, partial(compose_for_sites, kit=kit))
-    again = ["run", "--kit", str(kit.folder), "-m", *trials.again]
-    with show_several_runs(trials, Console(), again=again):
-        trials.run(lambda trial: _start_or_resume(trial.config, again, kit=kit, metrics=metrics))
 
 
 def _start_or_resume(
@@ -154,9 +150,8 @@ def stop_run(words: Sequence[str], *, kit: Path | None, for_good: bool) -> None:
     config = read_saved_config(folder)
     if files.is_running:
         if (pid := find_running_process(folder)) is None:
-            raise RunError(
-                f"{folder} is running, but its process is unknown: stop the run on the machine where it was started"
-            )
+            where = "stop the run on the machine where it was started"
+            raise RunError(f"{folder} is running, but its process is unknown: {where}")
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             send_signal(pid, signal.SIGTERM)
         deadline = time.monotonic() + _STOP_S
