@@ -82,10 +82,7 @@ class Ranking:
 
 def rank_records(members: ScoredRecords, others: ScoredRecords, *, shadows: int, seed: int) -> list[Ranking]:
     """Compute the membership scores of all attacks that the task supports, for members and non-members."""
-    rankings = [
-        Ranking("loss", -members.after, -others.after),
-        Ranking("ratio to the base", members.gain, others.gain),
-    ]
+    rankings = [Ranking("loss", -members.after, -others.after), Ranking("ratio to the base", members.gain, others.gain)]
     if members.classes.min(initial=0) >= 0 and members.embeddings.shape[1]:
         scores = compute_lira_scores(members, others, shadows=shadows, seed=seed)
         count = len(members.after)
@@ -113,12 +110,15 @@ def compute_lira_scores(members: ScoredRecords, others: ScoredRecords, *, shadow
     answers = np.eye(int(classes.max()) + 1)[classes]
     ridge = _RIDGE * np.trace(embeddings.T @ embeddings) / embeddings.shape[1]
     draws, margins = np.random.default_rng(seed), np.zeros((shadows, len(classes)))
-    inside = np.zeros((shadows, len(classes)), dtype=bool)
+    inside, rows = np.zeros((shadows, len(classes)), dtype=bool), np.arange(len(classes))
     for shadow in range(shadows):
         inside[shadow] = draws.random(len(classes)) < 0.5
         own = embeddings[inside[shadow]]
         head = np.linalg.solve(own.T @ own + ridge * np.eye(own.shape[1]), own.T @ answers[inside[shadow]])
-        margins[shadow] = _compute_margins(embeddings @ head, classes)
+        outputs = embeddings @ head
+        own_outputs = outputs[rows, classes]
+        outputs[rows, classes] = -np.inf
+        margins[shadow] = own_outputs - (outputs.max(axis=1) if outputs.shape[1] > 1 else 0.0)
     times_in = np.maximum(1, inside.sum(axis=0))
     times_out = np.maximum(1, (~inside).sum(axis=0))
     middle = ((margins * inside).sum(axis=0) / times_in + (margins * ~inside).sum(axis=0) / times_out) / 2
@@ -129,15 +129,6 @@ def compute_lira_scores(members: ScoredRecords, others: ScoredRecords, *, shadow
     slope, offset = np.polyfit(middle, own_margins, 1)
     scores: Values = own_margins - offset - slope * middle
     return scores
-
-
-def _compute_margins(outputs: Values, classes: np.ndarray) -> Values:
-    """Compute the margins (records,): output of the true class minus the largest other output."""
-    rows = np.arange(len(classes))
-    others = outputs.copy()
-    others[rows, classes] = -np.inf
-    margins: Values = outputs[rows, classes] - (others.max(axis=1) if outputs.shape[1] > 1 else 0.0)
-    return margins
 
 
 def describe_membership(rankings: Sequence[Ranking], *, ceiling: float | None) -> AttackFinding:

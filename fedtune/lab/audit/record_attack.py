@@ -132,9 +132,8 @@ class RecordAttack:
     def _measure_membership_baseline(
         self, site: Place, score: Literal["loss", "reference_ratio"], *, members: Values, non_members: Values
     ) -> AuditMembership:
-        members, others = (
-            _compute_loss_drop(one) if score == "reference_ratio" else -one[1] for one in (members, non_members)
-        )
+        groups = (members, non_members)
+        members, others = (_compute_loss_drop(one) if score == "reference_ratio" else -one[1] for one in groups)
         area, low, high = estimate_auroc(members, others, confidence=self._spec.confidence)
         rates = []
         for share in FALSE_ALARMS:

@@ -40,11 +40,6 @@ class _Part(NamedTuple):
     fits: str = "is_text"  # attribute of `DataColumn` that must be true
     optional: bool = False  # whether the column may be missing
 
-    @property
-    def requirement(self) -> str:
-        """Requirement on the column's values, for error messages."""
-        return f"must contain {WORDS['bounds'].get(self.fits, WORDS['bounds']['is_text'])}"
-
 
 def _make_parts(names: Mapping[str, str], fits: str = "is_text") -> tuple[_Part, ...]:
     return tuple(_Part(role, NAMES.get(some, ()), fits) for role, some in names.items())
@@ -176,7 +171,8 @@ def _require_fit(parts: Iterable[_Part], chosen: Mapping[str, DataColumn]) -> No
     for part in parts:
         one = chosen.get(part.role)
         if one is not None and not getattr(one, part.fits):
-            bound = one.fault if part.role in ("tags", "spans") and one.fault else part.requirement
+            bound = f"must contain {WORDS['bounds'].get(part.fits, WORDS['bounds']['is_text'])}"
+            bound = one.fault if part.role in ("tags", "spans") and one.fault else bound
             raise ConfigError(f"--{OPTION_OF[part.role]}", one.name, bound)
 
 

@@ -230,9 +230,17 @@ def derive_run_name(file: Path) -> str:
 def suggest_declared_size(plan: ExperimentPlan, units: int | None = None) -> int:
     """Suggest a rounded declared size for a site with `units` units; None: an equal share of the file's units."""
     test, validation = plan.shares
-    share = (plan.units / plan.num_sites if units is None else units) * (1 - test - validation)
-    unit = 10 ** max(0, math.floor(math.log10(max(share, 1))) - 1)
-    return max(1, int(share // unit * unit))
+    return round_down((plan.units / plan.num_sites if units is None else units) * (1 - test - validation))
+
+
+def round_down(size: float) -> int:
+    """Round a data set's size down to two significant digits, for use as its declared size.
+
+    >>> [round_down(size) for size in (7, 163, 2391)]
+    [7, 160, 2300]
+    """
+    unit = 10 ** max(0, math.floor(math.log10(max(size, 1))) - 1)
+    return max(1, int(size // unit * unit))
 
 
 def _suggest_declared_sizes(plan: ExperimentPlan) -> list[int]:
@@ -257,6 +265,7 @@ def render_experiment(found: DetectedFile, plan: ExperimentPlan, *, file: Path) 
     task = _find_task(found) if found.kind in _OF_ANY_TASK else None
     zero = {"center": False, "init": "zero"} if found.kind == "followed" else None
     unit = "user" if plan.by_user else None
+    ends = f"the end of each, in the unit of {_to_yaml(found.roles['time'])}" if "time" in found.roles else None
     named = [re.sub(r"[^A-Za-z0-9_-]+", "-", place).strip("-_")[:100] for place in plan.places]
     site_names = named if all(named) and len({*named}) == len(named) > 0 else None
     # The power of ten that is at most a tenth of 1 over the largest site's size.
@@ -277,7 +286,7 @@ def render_experiment(found: DetectedFile, plan: ExperimentPlan, *, file: Path) 
             ("head", zero, "a time has no label text to start from"),
             within="",
         ),
-        *_list_task_settings(found),
+        *([] if ends is None else ["task_settings:", f'  intervals: "???"  # set it yourself: {ends}']),
         "data:",
         *_iter_setting_lines(*_list_data_settings(found, plan, file)),
         *_iter_all_texts_lines(found),
@@ -295,13 +304,6 @@ def render_experiment(found: DetectedFile, plan: ExperimentPlan, *, file: Path) 
         ),
     ]
     return "\n".join([*lines, ""])
-
-
-def _list_task_settings(found: DetectedFile) -> Iterator[str]:
-    """Yield the YAML lines of `task_settings`."""
-    if "time" in found.roles:
-        yield "task_settings:"
-        yield f'  intervals: "???"  # set it yourself: the end of each, in the unit of {_to_yaml(found.roles["time"])}'
 
 
 def _iter_setting_lines(*some: _Setting, within: str = "  ") -> Iterator[str]:

@@ -169,7 +169,17 @@ class Compared:
         where = "the records that the site would have" if AT_SITES in self.groups else "all records"
         headings = ("site", "compared with", "difference", "95 % interval", "own is")
         yield Section(f"Own adapter minus each other, on {where}", headings, of_own, words={0, 1, 4})
-        yield self._build_cost_section()
+        costs = []
+        for line, result in ((line, line.run.result) for line in self.lines):
+            if result is not None:
+                took = "-" if result.final.seconds is None else duration(result.final.seconds)
+                moved = format_size(line.bytes_moved) if line.bytes_moved else "none"
+                costs.append((line.name, format_epsilon(result.privacy.epsilon), took, moved))
+        if costs:
+            notes = ["Time: the whole run on this machine, which simulates all sites in turn."]
+            if any(line.kind == "pooled" for line in self.lines):
+                notes.append("Pooled training would require all records to leave their sites.")
+            yield Section("Cost", ("model", "epsilon", "time", "adapters moved"), costs, notes=notes)
         yield Section(title="How to read this table", notes=[*self.notes, *self._iter_reading_notes()])
 
     def verdict(self) -> list[str]:
@@ -289,19 +299,6 @@ class Compared:
         merged = f"{OTHERS}: {pluralize(len(groups.merged), 'small group')}, merged by size alone."
         title, notes = f"{_capitalize(self._score)} {title}", [merged] if groups.merged else []
         return Section(title=title, headings=headings, rows=rows, words={0, len(headings) - 1}, notes=notes)
-
-    def _build_cost_section(self) -> Section:
-        rows = []
-        for line, result in ((line, line.run.result) for line in self.lines):
-            if result is not None:
-                took = "-" if result.final.seconds is None else duration(result.final.seconds)
-                moved = format_size(line.bytes_moved) if line.bytes_moved else "none"
-                rows.append((line.name, format_epsilon(result.privacy.epsilon), took, moved))
-        notes = ["Time: the whole run on this machine, which simulates all sites in turn."]
-        if any(line.kind == "pooled" for line in self.lines):
-            notes.append("Pooled training would require all records to leave their sites.")
-        headings = ("model", "epsilon", "time", "adapters moved")
-        return Section(title="Cost", headings=headings, rows=rows, notes=notes) if rows else Section()
 
     def _iter_reading_notes(self) -> Iterator[str]:
         count, unit = self.sides.num_units, self.sides.unit

@@ -93,7 +93,17 @@ class Search:
                 bound = "must have one value in a search: it does not affect training"
                 raise ConfigError(one.key, NOT_GIVEN, bound)
         asked = compose_run(fixed)
-        _check_searchable(asked)
+        if asked.runtime.kind == "deployment":
+            bound = "is not available, because real sites approve each run: search in a simulation or on public data"
+            raise ConfigError("runtime", "deployment", bound)
+        if asked.resume is not None:
+            raise ConfigError("resume", asked.resume, "conflicts with a search: repeat the same command to resume it")
+        if asked.may_be_fitted:
+            bound = "must be stop in a search, because its cost is fixed before the first trial"
+            raise ConfigError("federation.if_over_budget", asked.federation.if_over_budget, bound)
+        from fedtune.sites.data_warnings import check_decision_scores
+
+        check_decision_scores(asked)
         search = cls(fixed=tuple(fixed), asked=asked, searched=searched, method=method, trials=trials)
         search._check_name()
         if method == "tpe" and trials is not None:
@@ -271,20 +281,6 @@ def check_trials(trials: int) -> None:
     """Raise a ConfigError for an invalid number of trials."""
     check_at_least("--trials", trials, 1)
     check_at_most("--trials", trials, MAX_TRIALS)
-
-
-def _check_searchable(asked: RunConfig) -> None:
-    if asked.runtime.kind == "deployment":
-        bound = "is not available, because real sites approve each run: search in a simulation or on public data"
-        raise ConfigError("runtime", "deployment", bound)
-    if asked.resume is not None:
-        raise ConfigError("resume", asked.resume, "conflicts with a search: repeat the same command to resume it")
-    if asked.may_be_fitted:
-        bound = "must be stop in a search, because its cost is fixed before the first trial"
-        raise ConfigError("federation.if_over_budget", asked.federation.if_over_budget, bound)
-    from fedtune.sites.data_warnings import check_decision_scores
-
-    check_decision_scores(asked)
 
 
 def _find_common_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> Plan:
