@@ -7,7 +7,6 @@ as data files.  An optional library is imported only for data of its own types.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -144,16 +143,6 @@ def build_in_memory_settings(settings: Settings, *, of_recipe: bool, validation:
     return {key: value for key, value in own.items() if key not in said}
 
 
-def round_down(size: int) -> int:
-    """Round a data set's size down to two significant digits, for use as its declared size.
-
-    >>> [round_down(size) for size in (7, 163, 2391)]
-    [7, 160, 2300]
-    """
-    unit: int = 10 ** max(0, math.floor(math.log10(max(size, 1))) - 1)
-    return max(1, size // unit * unit)
-
-
 def write_rows(path: Path, data: Data, *, at: str) -> None:
     """Write records as JSON Lines to a new file of mode 0600.
 
@@ -192,7 +181,16 @@ def iter_rows(data: Data, *, at: str) -> Iterator[Any]:
     elif isinstance(data, Mapping):
         if any(hasattr(one, "column_names") for one in data.values()):  # a DatasetDict
             raise DataError(at, f"the splits {', '.join(map(str, data))}", "must be one data set: choose a split")
-        yield from _iter_columns(list(map(str, data)), list(data.values()), at=at)
+        columns = list(data.values())
+        if any(isinstance(one, str | Mapping) or not isinstance(one, Iterable) for one in columns):
+            raise DataError(
+                at, "a mapping without columns", "must map each column to its values, or be a list of dicts"
+            )
+        values = [_convert_to_list(one, at=at) for one in columns]
+        if len({len(one) for one in values}) > 1:
+            raise DataError(at, "columns of different lengths", "must have one value for each row in each column")
+        for cells in zip(*values, strict=True):
+            yield dict(zip(map(str, data), cells, strict=True))
     elif hasattr(data, "itertuples"):  # pandas
         names = [str(name) for name in data.columns]
         if twice := next((name for name in names if names.count(name) > 1), None):
@@ -267,16 +265,6 @@ def _iter_feature_rows(inputs: Any, *, at: str) -> Iterator[dict[str, Any]]:
             yield {f"x{place}": cell for place, cell in enumerate(one)}
         else:
             raise DataError(f"{at}:{number}", type(one).__name__, "must be a text, or a row of numbers")
-
-
-def _iter_columns(names: Sequence[str], columns: Sequence[Any], *, at: str) -> Iterator[dict[str, Any]]:
-    if any(isinstance(one, str | Mapping) or not isinstance(one, Iterable) for one in columns):
-        raise DataError(at, "a mapping without columns", "must map each column to its values, or be a list of dicts")
-    values = [_convert_to_list(one, at=at) for one in columns]
-    if len({len(one) for one in values}) > 1:
-        raise DataError(at, "columns of different lengths", "must have one value for each row in each column")
-    for cells in zip(*values, strict=True):
-        yield dict(zip(names, cells, strict=True))
 
 
 def _convert_to_list(values: Any, *, at: str) -> list[Any]:

@@ -87,7 +87,9 @@ def chart(code: str, panel: Panel, *, named: tuple[str, str], number: Callable[[
     left = 22 + _LETTER * max(len(text) for _, text in marks)
     right = 8 + max([10 + _SMALL_LETTER * len(label) for _, label, _ in ends], default=0.0)
     places = [x for one in panel.series for x, _ in one.points] + ([] if panel.until is None else [panel.until])
-    low, high = _compute_x_span(places, scale)
+    places = list(map(math.log10, places)) if scale == "powers" else places
+    room = 0.04 * (max(places) - min(places)) or 0.5
+    low, high = min(places) - room, max(places) + room
     across = _Axis(low=low, high=high, start=left, length=_WIDTH - left - right)
     down = _Axis(low=bottom, high=top, start=8 + _PANEL_HEIGHT, length=-_PANEL_HEIGHT)
     parts = [*_draw_axes(panel, across, down, marks)]
@@ -121,13 +123,6 @@ def _compute_y_span(panel: Panel) -> tuple[float, float]:
         return (0.0, 1.0) if panel.from_zero else (low - 0.5, high + 0.5)
     room = 0.06 * (high - low)
     return (low if panel.from_zero else low - room), high + room
-
-
-def _compute_x_span(places: Sequence[float], scale: str) -> tuple[float, float]:
-    values = [math.log10(place) for place in places] if scale == "powers" else places
-    low, high = min(values), max(values)
-    room = 0.04 * (high - low) or 0.5
-    return low - room, high + room
 
 
 def _round_ticks(low: float, high: float, *, most: int = 6) -> list[float]:
