@@ -91,7 +91,7 @@ def _search_violations(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> 
         raise ConfigError("federation.ranks", ranks, "must be []: the search changes sums of the whole adapter")
     folder = find_run_folder(config)
     RunFolder(folder).create(format_config_yaml(config))
-    found = sensitivity.search_violations(config, spec, folder, seed=config.seed)
+    found = sensitivity.search_violations(config, spec, folder)
     most = f"the sum changed by at most {found.moved:.6f} clip norms"
     title = f"{found.tries} cases with one additional {found.unit}: {most}"
     rows = {"above one clip norm": f"{found.exceeded}"}

@@ -51,8 +51,7 @@ from fedtune.version import find_shipped_folders
 
 app = group(__doc__)
 Experiment = Annotated[
-    tuple[str, ...],
-    Argument("EXPERIMENT [KEY=VALUE]", help="an experiment's file or name, and settings to change"),
+    tuple[str, ...], Argument("EXPERIMENT [KEY=VALUE]", help="an experiment's file or name, and settings to change")
 ]
 
 

@@ -16,7 +16,7 @@ from fedtune.data.load import is_far_from_declared
 from fedtune.extras import build_install_command, is_installed
 from fedtune.formatting import pluralize
 from fedtune.lab.preparation import experiment_writer
-from fedtune.lab.preparation.check_data import Checked, FileCheck, Finding, Kind, Lengths
+from fedtune.lab.preparation.check_data import Checked, FileCheck, Finding, Kind
 from fedtune.lab.preparation.clean import RULES, UNREADABLE, Cleaned
 from fedtune.lab.preparation.detected_file import KINDS, DetectedFile
 from fedtune.lab.preparation.duplicates import Near
@@ -137,8 +137,13 @@ def _build_file_sections(file: FileCheck, max_length: int) -> Iterator[Section]:
     for label, count in file.spelt_otherwise.items():
         notes.append(f"{pluralize(count, 'row')} cannot be used: the label differs from {label!r} in case or spacing.")
     yield Section(title="Labels with several spellings", notes=notes)
-    if file.lengths is not None:
-        yield _build_lengths_section(file.lengths, max_length)
+    if (found := file.lengths) is not None:
+        most = max(count for *_, count in found.bins)
+        bars = {(start, end): "\u2588" * -(-_BAR * count // most) for start, end, count in found.bins}
+        tokens = [(f"{start:,} to {end:,}", f"{count:,}", bars[start, end]) for start, end, count in found.bins]
+        spread = f"Median {found.median:,}, 90th percentile {found.most_of_them:,}, longest {found.longest:,}."
+        note, columns = f"{spread} data.max_length is {max_length:,}.", ("tokens", "records", "")
+        yield Section("Tokens per record", columns, tokens, words={0, 2}, whole={0, 2}, notes=[note])
 
 
 def _format_finding_row(one: Finding, usable: int) -> tuple[str, ...]:
@@ -156,15 +161,6 @@ def _build_labels_section(labels: Mapping[str, int], records: int, word: str = "
         notes.append(f"{pluralize(missing, f'declared {word}')} without a record")
     rows = [(label, f"{count:,}", f"{count / max(1, records):.1%}") for label, count in most[:_MAX_LABELS]]
     return Section(f"{word.capitalize()}s", (word, "records", "share"), rows, notes=notes)
-
-
-def _build_lengths_section(found: Lengths, max_length: int) -> Section:
-    most = max(count for *_, count in found.bins)
-    bars = {(start, end): "\u2588" * -(-_BAR * count // most) for start, end, count in found.bins}
-    rows = [(f"{start:,} to {end:,}", f"{count:,}", bars[start, end]) for start, end, count in found.bins]
-    told = f"Median {found.median:,}, 90th percentile {found.most_of_them:,}, longest {found.longest:,}. "
-    told += f"data.max_length is {max_length:,}."
-    return Section("Tokens per record", ("tokens", "records", ""), rows, words={0, 2}, whole={0, 2}, notes=[told])
 
 
 def build_clean_sections(done: Cleaned) -> Iterator[Section]:

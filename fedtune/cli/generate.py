@@ -92,8 +92,7 @@ def generate(
     elif prompt is not None:
         for name in names:
             sys.stdout.write(f"[{name}]\n" if len(names) > 1 else "")
-            if runs.print_stream(iter_answers(0, name)):
-                raise KeyboardInterrupt
+            runs.print_stream(iter_answers(0, name))
     else:
         for place, record in enumerate(records):
             if as_json:

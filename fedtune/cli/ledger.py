@@ -260,12 +260,6 @@ def build_events_section(verified: VerifiedLedger, chosen: Sequence[Event]) -> S
     return Section(title, headings, rows, words={1, 2, 3, 5}, whole={2}, notes=notes)
 
 
-def _describe_state(run: LifetimeRun, history: History) -> str:
-    proposal = history.runs[run.run].proposal
-    people = [f"{one['what']} by {to_printable(one['by'])}" for one in history.decided[proposal.digest()] if one["by"]]
-    return "\n".join([run.state, *people, *(["NO GUARANTEE"] if run.seeded_noise or not proposal.plan.private else [])])
-
-
 def print_spending(history: History, figures: Lifetime) -> None:
     """Print a ledger's spending, with notes on restored backups and changed caps."""
     unit = history.opening.unit
@@ -340,10 +334,12 @@ def _build_runs_section(runs: Sequence[LifetimeRun], history: History) -> Sectio
         return Section(title=title, notes=("No run has been accepted yet.",))
     rows, notes = [], []
     for run in runs:
-        plan = history.runs[run.run].plan
+        plan, decisions = history.runs[run.run].plan, history.decided[history.runs[run.run].proposal.digest()]
+        state = [run.state, *(f"{one['what']} by {to_printable(one['by'])}" for one in decisions if one["by"])]
+        state += ["NO GUARANTEE"] if run.seeded_noise or not plan.private else []
         rounds, noise, rate = f"{run.rounds}/{run.max_rounds}", f"{plan.accounted_noise:g}", f"{plan.sampling_rate:g}"
         epsilons = map(format_epsilon, (run.epsilon, run.planned_epsilon))
-        rows.append((to_printable(run.run), _describe_state(run, history), rounds, noise, rate, *epsilons))
+        rows.append((to_printable(run.run), "\n".join(state), rounds, noise, rate, *epsilons))
         if run.rounds and (by_trust := plan.compute_epsilons_by_trust(run.rounds)):
             notes.append(f"{to_printable(run.run)}: {describe_trust(by_trust)}.")
     headings = ("run", "state", "rounds", "noise", "rate", "epsilon", "planned")

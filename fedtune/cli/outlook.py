@@ -172,9 +172,28 @@ def _iter_sections(outlook: PlanForecast) -> Iterator[Section]:
         rows.append((name, f"{site.declared_size:,}", f"{site.weight:.0%}", batch, failures))
     headings: tuple[str, ...] = ("site", "declared\nsize", "weight", "mean\nbatch", "delta\nx size")
     yield Section("Sites", headings, rows, notes=list(_list_site_notes(outlook)))
-    yield _build_rounds_section(outlook)
+    rows, notes = [], []
+    for one in price.rounds:
+        epsilons = map(format_epsilon, (one.pld, one.rdp, one.filter))
+        rows.append((f"{one.round:,}{'*' if one.spare else ''}", f"{one.steps:,}", *epsilons))
+    if any(one.spare for one in price.rounds):
+        notes.append("* a spare round: charged only if an interrupted round is repeated.")
+    if 0 < len(price.rounds) < plan.max_rounds:
+        notes.append(f"{len(price.rounds)} of {plan.max_rounds:,} rounds are shown.")
+    headings = ("round", "steps", "PLD", "RDP", "filter")
+    yield Section("Epsilon after each round", headings, rows, words=(), notes=notes)
     if plan.private:
-        yield _build_accountants_section(price)
+        cap = f"the smallest lifetime cap that fits the plan (order {price.filter_order:g})"
+        other = "a ledger with an order fixed for other runs spends more of its cap"
+        anew = "WRONG for the run: one round only, as if the privacy engine were rebuilt every round"
+        rows = [
+            ("PLD", format_epsilon(price.epsilon), "the run's epsilon: a bound for a plan that is fixed in advance"),
+            ("RDP", format_epsilon(price.epsilon_rdp), "a looser bound, as an independent check"),
+            ("Renyi filter", format_epsilon(price.epsilon_filter), f"{cap}; {other}"),
+            ("restarted each round", format_epsilon(price.epsilon_of_one_round), anew),
+        ]
+        headings = ("accountant", "epsilon", "meaning")
+        yield Section("Epsilon of the whole run by accountant", headings, rows, words={0, 2})
     if runs := price.calendar:
         title, *notes = describe_calendar(plan)
         headings = ("run", "admits", "epsilon of\nthe run", "oldest\nafter it", "newest\nafter it")
@@ -213,33 +232,6 @@ def _list_site_notes(outlook: PlanForecast) -> Iterator[str]:
         yield f"The mean gradient of {noisiest} is the noisiest: {ratio:.3g} times the noise of {who}."
     given_away = f"upper bound on the expected number of {plan.unit}s with a leak that only they could explain"
     yield f"delta x size: {given_away}. Keep it far below 1."
-
-
-def _build_rounds_section(outlook: PlanForecast) -> Section:
-    rounds, most, rows, notes = outlook.price.rounds, outlook.plan.max_rounds, [], []
-    for one in rounds:
-        epsilons = map(format_epsilon, (one.pld, one.rdp, one.filter))
-        rows.append((f"{one.round:,}{'*' if one.spare else ''}", f"{one.steps:,}", *epsilons))
-    if any(one.spare for one in rounds):
-        notes.append("* a spare round: charged only if an interrupted round is repeated.")
-    if 0 < len(rounds) < most:
-        notes.append(f"{len(rounds)} of {most:,} rounds are shown.")
-    headings = ("round", "steps", "PLD", "RDP", "filter")
-    return Section(title="Epsilon after each round", headings=headings, rows=rows, words=(), notes=notes)
-
-
-def _build_accountants_section(price: PlanCost) -> Section:
-    cap = f"the smallest lifetime cap that fits the plan (order {price.filter_order:g})"
-    other = "a ledger with an order fixed for other runs spends more of its cap"
-    anew = "WRONG for the run: one round only, as if the privacy engine were rebuilt every round"
-    rows = (
-        ("PLD", price.epsilon, "the run's epsilon: a bound for a plan that is fixed in advance"),
-        ("RDP", price.epsilon_rdp, "a looser bound, as an independent check"),
-        ("Renyi filter", price.epsilon_filter, f"{cap}; {other}"),
-        ("restarted each round", price.epsilon_of_one_round, anew),
-    )
-    title, headings = "Epsilon of the whole run by accountant", ("accountant", "epsilon", "meaning")
-    return Section(title, headings, [(name, format_epsilon(found), what) for name, found, what in rows], words={0, 2})
 
 
 def _build_alternatives_section(outlook: PlanForecast) -> Section:

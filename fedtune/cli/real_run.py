@@ -42,13 +42,7 @@ _STOP_S = 60.0
 
 
 def begin_run(
-    words: Sequence[str],
-    *,
-    kit: Path | None,
-    renew: Path | None,
-    multirun: bool,
-    or_resume: bool,
-    metrics: str | None,
+    words: Sequence[str], *, kit: Path | None, renew: Path | None, multirun: bool, or_resume: bool, metrics: str | None
 ) -> None:
     """Start a run or a sweep.  The arguments are those of `fedtune run`.
 
@@ -186,7 +180,13 @@ def print_status(words: Sequence[str], *, kit: Path | None, as_json: bool) -> No
     Without a folder, list the sites that are online.
     """
     if not words and kit is not None:
-        _print_online_sites(_read_lead_kit(kit), as_json=as_json)
+        from fedtune.ops.deployment import LeadService
+
+        lead = _read_lead_kit(kit)
+        online = LeadService(kit=lead, federation=list_federation_settings(lead)).list_online_sites()
+        now = [(site, "online" if there else "no response") for site, there in online.items()]
+        section = Section(headings=("site", "now"), rows=now, words=range(2))
+        print_answer({"schema_version": SCHEMA_VERSION, "online": online}, [section], as_json=as_json)
         return
     folder = _parse_run_folder("status", words)
     config = read_saved_config(folder)
@@ -207,12 +207,3 @@ def print_status(words: Sequence[str], *, kit: Path | None, as_json: bool) -> No
     heading = f"{folder}: {how}, {status['round']} of {status['num_rounds']} rounds are done"
     section = Section(headings=("site", "last answer", "at", "epsilon so far"), rows=rows, words=range(4))
     print_answer(status, [section], as_json=as_json, heading=heading)
-
-
-def _print_online_sites(kit: Kit, *, as_json: bool) -> None:
-    from fedtune.ops.deployment import LeadService
-
-    online = LeadService(kit=kit, federation=list_federation_settings(kit)).list_online_sites()
-    rows = [(site, "online" if there else "no response") for site, there in online.items()]
-    sections = [Section(headings=("site", "now"), rows=rows, words=range(2))]
-    print_answer({"schema_version": SCHEMA_VERSION, "online": online}, sections, as_json=as_json)
