@@ -40,7 +40,6 @@ from fedtune.report.page.translations import load_catalog
 from fedtune.show import budget_text
 from fedtune.show.budget_text import describe_trust, format_cap, format_mechanism, format_rounded_down
 from fedtune.show.lines import to_printable
-from fedtune.show.new_files import write_new_files
 from fedtune.show.terminal_tables import Section, print_json, require_confirmation, say, show, to_json_text, write_file
 from fedtune.spec import ConfigError
 
@@ -115,6 +114,8 @@ def export(
     output: Annotated[Path | None, Option(metavar="FILE", help="a new file (default: print)")] = None,
 ) -> None:
     """Export a ledger's events, spending and verification to one JSON file."""
+    if output is not None and output.exists():  # never overwrite the ledger or the key
+        raise ConfigError("--output", str(output), "already exists: choose a new file")
     file, verified = _verify_ledger(path, anchor=anchor, site_key=site_key)
     proved = {"head": verified.events[-1], "verification": budget_text.convert_verification_to_json(verified)}
     told = {"spending": convert_spending_to_json(verified), "events": verified.events}
@@ -122,8 +123,7 @@ def export(
     if output is None:
         print_json(whole)
         return
-    with write_new_files(("--output", output)) as texts:  # never overwrite the ledger or the key
-        texts[output] = to_json_text(whole)
+    write_file(output, to_json_text(whole), option="--output")
     say(f"{pluralize(len(verified.events), 'event')} of {file} written to {output}")
 
 

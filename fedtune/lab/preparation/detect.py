@@ -484,7 +484,7 @@ class _Guess:
         bound = "must contain a column of text, or numbers or categories with an answer (--label, --score)"
         for one in self.every[:SHOWN_ROWS]:
             bound += f"; {one.name}: {one.explain('unread')}" if one.filled and not one.is_feature else ""
-        with_keys = next((one for one in self.every if one.keys), None)
-        if chat := self._find_column_by_name(NAMES["chats"], "filled") or with_keys:
+        of_objects = next((one for one in self.every if one.keys), None)
+        if chat := self._find_column_by_name(NAMES["chats"], "filled") or of_objects:
             bound += f", or in {chat.name} turns with role and content, or from and value"
         return DataError(str(self.path), f"columns {named or 'without a name'}", bound)
