@@ -42,8 +42,7 @@ def list_required_options(group: str, option: str) -> list[str]:
     if not experiment.startswith(("own", "votes")):
         return [f"experiment={experiment}"] if experiment != option else []
     within = [f"experiment={experiment}"] if group != "experiment" and option != "own" else []
-    own = ("data.train_file=mine.csv", "data.declared_sizes=500")
-    return [*within, *own, *build_placeholder_overrides(experiment.replace("votes", "own_labels"))]
+    return [*within, *build_placeholder_overrides(experiment.replace("votes", "own_labels"))]
 
 
 def list_spec_keys(cls: type = RunConfig, prefix: str = "") -> set[str]:

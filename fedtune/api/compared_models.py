@@ -42,14 +42,11 @@ class ComparedModels(SideBySide):
             one, height = self.estimate(model, score), _HEIGHT + len(models) - place
             points = [(x, height) for x in (one.low, one.value, one.high) if math.isfinite(x)]
             series.append(Series(points=points, number=place, label=model))
-        named = (
-            f"{format_score_name(score)} of each model",
-            "; ".join(f"{one}: {self._format_estimate(one, score)}" for one in models),
-        )
+        estimates = "; ".join(f"{one}: {self._format_estimate(one, score)}" for one in models)
+        named = (f"{format_score_name(score)} of each model", estimates)
         panel = Panel(series=series, x=format_score_name(score), from_zero=False)
-        return SvgFigure(
-            chart("models", panel, named=named, number=lambda tick: "" if tick > _HEIGHT / 2 else f"{tick:g}")
-        )
+        drawn = chart("models", panel, named=named, number=lambda tick: "" if tick > _HEIGHT / 2 else f"{tick:g}")
+        return SvgFigure(drawn)
 
     def _format_estimate(self, model: str, score: str) -> str:
         one: Estimate = self.estimate(model, score)
@@ -61,6 +58,5 @@ class ComparedModels(SideBySide):
         for model in self.measured:
             verdict = "" if model == BASE or BASE not in self.measured else self.compare_models(BASE, model).verdict
             rows.append((model, self._format_estimate(model, score), verdict))
-        return format_html_table(
-            f"{format_score_name(score)} on {len(self.records):,} records, with 95 % intervals", rows
-        )
+        title = f"{format_score_name(score)} on {len(self.records):,} records, with 95 % intervals"
+        return format_html_table(title, rows)

@@ -113,15 +113,16 @@ def compose_recipe(recipe: Recipe | None, settings: Settings | None = None) -> R
         ConfigError: the recipe does not exist, or a setting is unknown or invalid.
     """
     said = {str(key): value for key, value in (settings or {}).items()}
+    overrides = itertools.starmap(_make_override, said.items())
     if isinstance(recipe, Mapping) and not isinstance(recipe, DictConfig):
         meant = "settings" if any("." in str(key) for key in recipe) else "sites"
         bound = f"must be the name of a recipe, an experiment file or a configuration: did you mean {meant}=...?"
         raise ConfigError("recipe", "a dict", bound)
     if isinstance(recipe, RunConfig):
-        config = _override_config(recipe, list(itertools.starmap(_make_override, said.items())))
+        config = _override_config(recipe, list(overrides))
         return config if config.resume else add_start_adapter(config)
     if isinstance(recipe, DictConfig):
-        known = _apply_overrides(_resolve_interpolations(recipe), list(itertools.starmap(_make_override, said.items())))
+        known = _apply_overrides(_resolve_interpolations(recipe), list(overrides))
         return _complete_config(known, values={key for key, _ in flatten(said)})
     said |= {} if recipe is None else {"experiment": os.fspath(recipe)}
     options = {key: value for key, value in said.items() if list_options(key) and not isinstance(value, Mapping)}
@@ -168,15 +169,13 @@ def _compose_overrides(
         others = [*others, _make_override("resume", folder), _make_override("name", saved.name)]
         if "experiment" not in options:
             of_groups = [_make_override(group, read_option(group, str(one.value()))) for group, one in options.items()]
-            return _override_config(
-                saved, [*of_groups, *(one for one in given if one not in options.values()), *others]
-            )
+            of_keys = [one for one in given if one not in options.values()]
+            return _override_config(saved, [*of_groups, *of_keys, *others])
     if "renew" in values:
         named_options = {group: one.value() for group, one in options.items()}
         said = named_options | {key: value for key, value in values.items() if key != "renew"}
-        return add_start_adapter(
-            renew_config(str(values["renew"]), {"name": make_default_run_name(), **said, **changed})
-        )
+        config = renew_config(str(values["renew"]), {"name": make_default_run_name(), **said, **changed})
+        return add_start_adapter(config)
     chosen = options["experiment"].value() if "experiment" in options else None
     file = Path(expand_home(str(chosen), key="experiment")) if is_path(chosen) else None
     of_file = {key for key, _ in flatten(read_experiment_file(file)) if key != "defaults"} if file else set[str]()
@@ -282,17 +281,15 @@ def _compose_by_hydra(words: Sequence[str], file: Path | None) -> dict[str, Any]
     except MissingConfigException as error:
         group, _, option = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
         is_typed = any(parse_override_key(word) == group for word in words)
-        raise build_unknown_option_error(
-            group, option, key=None if is_typed else f"{file}: defaults, {group}"
-        ) from None
+        key = None if is_typed else f"{file}: defaults, {group}"
+        raise build_unknown_option_error(group, option, key=key) from None
     except ConfigError:
         raise
     except (HydraException, OmegaConfBaseException, TypeError, ValueError) as error:  # both leak plain errors
         _require_whole_lists(words)
         told = " ".join(str(error).split())
-        word = next(
-            (word for word in words if f"'{parse_override_key(word)}'" in told or word in told), " ".join(words)
-        )
+        meant = (word for word in words if f"'{parse_override_key(word)}'" in told or word in told)
+        word = next(meant, " ".join(words))
         if told.startswith("Could not override"):
             raise _build_unknown_setting_error(parse_override_key(word), word.partition("=")[2]) from None
         of_file = file is not None and told.startswith("Multiple values")

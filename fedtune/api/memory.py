@@ -7,7 +7,6 @@ as data files.  An optional library is imported only for data of its own types.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,7 +62,9 @@ def write_private_files(sites: Mapping[str, Data], *, validation: Data = None, t
     tables = {TRAIN_FILE.replace(SITE, str(site)): (str(site), data) for site, data in sites.items()}
     others = {"validation": validation, "test": test}
     tables |= {_LEAD_FILES[name]: (name, data) for name, data in others.items() if data is not None}
-    with make_private_folder() as folder, _rename_paths_in_errors(_map_paths_to_names(folder, tables)):
+    names = {file: name for file, (name, _) in tables.items()}
+    names |= dict(zip(DETECTED, ("sites", "detected settings"), strict=True))
+    with make_private_folder() as folder, _rename_files_in_errors(folder, names):
         (folder / IN_MEMORY / "sites").mkdir(parents=True, mode=0o700)
         for file, (name, data) in tables.items():
             write_rows(folder / file, data, at=name)
@@ -74,11 +75,6 @@ def write_private_files(sites: Mapping[str, Data], *, validation: Data = None, t
             memory_folder.reset(token)
 
 
-def _map_paths_to_names(folder: Path, tables: Mapping[str, tuple[str, Data]]) -> dict[str, str]:
-    detected = {str(folder / DETECTED[0]): "sites", str(folder / DETECTED[1]): "detected settings"}
-    return {str(folder / file): name for file, (name, _) in tables.items()} | detected
-
-
 @contextmanager
 def make_private_folder() -> Iterator[Path]:
     """Create a temporary folder of mode 0700, and delete it on exit."""
@@ -87,7 +83,7 @@ def make_private_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def write_data_file(data: Data, *, at: str = "data") -> Iterator[str]:
+def write_data_file(data: Data) -> Iterator[str]:
     """Write records to a private file that is deleted on exit.  If `data` is a path already, nothing is written.
 
     Yields:
@@ -96,18 +92,18 @@ def write_data_file(data: Data, *, at: str = "data") -> Iterator[str]:
     if isinstance(data, str | os.PathLike):
         yield os.fspath(data)
         return
-    with make_private_folder() as folder, _rename_paths_in_errors({str(folder / f"{at}.jsonl"): at}):
-        write_rows(folder / f"{at}.jsonl", data, at=at)
-        yield str(folder / f"{at}.jsonl")
+    with make_private_folder() as folder, _rename_files_in_errors(folder, {"data.jsonl": "data"}):
+        write_rows(folder / "data.jsonl", data, at="data")
+        yield str(folder / "data.jsonl")
 
 
 @contextmanager
-def _rename_paths_in_errors(names: Mapping[str, str]) -> Iterator[None]:
+def _rename_files_in_errors(folder: Path, names: Mapping[str, str]) -> Iterator[None]:
     """Replace paths of private files in error messages by the caller's names for the data."""
 
     def replace_paths(value: Any) -> Any:
-        for path, name in names.items() if isinstance(value, str) else ():
-            value = value.replace(path, name)
+        for file, name in names.items() if isinstance(value, str) else ():
+            value = value.replace(str(folder / file), name)
         return value
 
     try:
@@ -145,16 +141,6 @@ def build_in_memory_settings(settings: Settings, *, of_recipe: bool, validation:
             own |= {f"data.{name}_file": None, f"data.{name}_fraction": _SHARES[name]}
     own |= {"data.train_fraction": 1.0, "data.dataset": "own"} if of_recipe else {}
     return {key: value for key, value in own.items() if key not in said}
-
-
-def round_down(size: int) -> int:
-    """Round a data set's size down to two significant digits, for use as its declared size.
-
-    >>> [round_down(size) for size in (7, 163, 2391)]
-    [7, 160, 2300]
-    """
-    unit: int = 10 ** max(0, math.floor(math.log10(max(size, 1))) - 1)
-    return max(1, size // unit * unit)
 
 
 def write_rows(path: Path, data: Data, *, at: str) -> None:
@@ -195,7 +181,16 @@ def iter_rows(data: Data, *, at: str) -> Iterator[Any]:
     elif isinstance(data, Mapping):
         if any(hasattr(one, "column_names") for one in data.values()):  # a DatasetDict
             raise DataError(at, f"the splits {', '.join(map(str, data))}", "must be one data set: choose a split")
-        yield from _iter_columns(list(map(str, data)), list(data.values()), at=at)
+        columns = list(data.values())
+        if any(isinstance(one, str | Mapping) or not isinstance(one, Iterable) for one in columns):
+            raise DataError(
+                at, "a mapping without columns", "must map each column to its values, or be a list of dicts"
+            )
+        values = [_convert_to_list(one, at=at) for one in columns]
+        if len({len(one) for one in values}) > 1:
+            raise DataError(at, "columns of different lengths", "must have one value for each row in each column")
+        for cells in zip(*values, strict=True):
+            yield dict(zip(map(str, data), cells, strict=True))
     elif hasattr(data, "itertuples"):  # pandas
         names = [str(name) for name in data.columns]
         if twice := next((name for name in names if names.count(name) > 1), None):
@@ -255,9 +250,8 @@ def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str) -> Iterator[dict[s
     is_array = is_listed or (hasattr(inputs, "ndim") and not hasattr(inputs, "itertuples"))
     rows = list(_iter_feature_rows(inputs, at=at) if is_array else iter_rows(inputs, at=at))
     if len(rows) != len(values):
-        raise DataError(
-            f"{at}, y", f"{len(values)} values", f"must have one value for each of the {len(rows)} rows of X"
-        )
+        bound = f"must have one value for each of the {len(rows)} rows of X"
+        raise DataError(f"{at}, y", f"{len(values)} values", bound)
     for row, value in zip(rows, values, strict=True):
         yield {**row, column: value}
 
@@ -271,16 +265,6 @@ def _iter_feature_rows(inputs: Any, *, at: str) -> Iterator[dict[str, Any]]:
             yield {f"x{place}": cell for place, cell in enumerate(one)}
         else:
             raise DataError(f"{at}:{number}", type(one).__name__, "must be a text, or a row of numbers")
-
-
-def _iter_columns(names: Sequence[str], columns: Sequence[Any], *, at: str) -> Iterator[dict[str, Any]]:
-    if any(isinstance(one, str | Mapping) or not isinstance(one, Iterable) for one in columns):
-        raise DataError(at, "a mapping without columns", "must map each column to its values, or be a list of dicts")
-    values = [_convert_to_list(one, at=at) for one in columns]
-    if len({len(one) for one in values}) > 1:
-        raise DataError(at, "columns of different lengths", "must have one value for each row in each column")
-    for cells in zip(*values, strict=True):
-        yield dict(zip(names, cells, strict=True))
 
 
 def _convert_to_list(values: Any, *, at: str) -> list[Any]:

@@ -23,6 +23,7 @@ import numpy as np
 from fedtune.api.compose import Recipe, Settings, compose_recipe
 from fedtune.api.memory import Data, split_inputs, write_data_file
 from fedtune.api.public_ledger import to_data_frame
+from fedtune.codec import require
 from fedtune.config import RunConfig, format_config_yaml, read_saved_config
 from fedtune.data.records import Record
 from fedtune.federation.early_stopping import count_rounds
@@ -124,7 +125,8 @@ class CallbackListener:
         warnings.warn(text, stacklevel=level)  # at the line of the caller's code
 
     def on_prepared(self, shared: object, proposal: object, state: LeadState) -> None:
-        self._progress(Progress(stage="training", done=state.round, total=self._count_rounds(state)))
+        total = count_rounds(state.rounds, self._federation)
+        self._progress(Progress(stage="training", done=state.round, total=total))
 
     def on_site_replied(self, number: int) -> None:
         """Ignore single replies, because progress is reported once per finished round."""
@@ -133,11 +135,14 @@ class CallbackListener:
         """Ignore replies of real sites, which only the command line displays."""
 
     def on_round_finished(self, state: LeadState) -> None:
-        total = self._count_rounds(state)
+        total = count_rounds(state.rounds, self._federation)
         self._progress(Progress(stage="round", done=state.round, total=total, round=state.rounds[-1]))
 
-    def _count_rounds(self, state: LeadState) -> int:
-        return count_rounds(state.rounds, self._federation)
+
+def require_simulation(config: RunConfig) -> None:
+    """Raise a ConfigError for a run over real sites, which only their lead can start."""
+    bound = "requires real sites: start the run with fedtune run --kit LEAD sites=[...]"
+    require("runtime", "deployment", config.runtime.kind != "deployment", bound)
 
 
 def simulate(
@@ -176,10 +181,7 @@ def simulate(
     from fedtune.sites.virtual_site import fit_to_budgets, fix_number_format
 
     config = compose_recipe(recipe, settings)
-    if config.runtime.kind == "deployment":
-        raise ConfigError(
-            "runtime", "deployment", "requires real sites: start the run with fedtune run --kit LEAD sites=[...]"
-        )
+    require_simulation(config)
     if torch_came_first:
         reason = "MKL cannot be configured after torch has loaded it, and a run may refuse to start in this process"
         warnings.warn(f"import fedtune before torch: {reason}", stacklevel=2)
@@ -590,10 +592,8 @@ class Run:
         if not RunFolder(self.folder).result.is_file():
             return format_html_table(f"Run {self.config.name}", (rows | {"state": "not finished"}).items())
         scores = {name: f"{value:.4f}" for name, value in self.metrics.items() if value is not None}
-        said = {
-            "rounds": len(self.rounds),
-            "epsilon": f"{format_epsilon(self.privacy.epsilon)} at delta {self.privacy.delta:g}",
-        }
+        epsilon = f"{format_epsilon(self.privacy.epsilon)} at delta {self.privacy.delta:g}"
+        said = {"rounds": len(self.rounds), "epsilon": epsilon}
         return format_html_table(f"Run {self.config.name}", (rows | said | scores).items())
 
     def generate(

@@ -358,10 +358,8 @@ class Ledger:
             return each
         with _convert_values("must contain one id per record, a text or a whole number", key="users"):
             ids = [convert_cell(one, at="users") for one in users]
-            known = zip(ids, each, strict=True)
-            return list(
-                {read_value(one, "user", at="users"): own for one, own in known if not is_missing(one)}.values()
-            )
+            known = [(one, own) for one, own in zip(ids, each, strict=True) if not is_missing(one)]
+            return list({read_value(one, "user", at="users"): own for one, own in known}.values())
 
     def _release_sum(
         self, kind: str, name: str, rows: Sequence[tuple[float, ...]], columns: Sequence[Hashable], **planned: Any
@@ -391,9 +389,8 @@ class Ledger:
             reason = str(refused)
             if refused.reason in _ABOUT_TOTALS:
                 reason = f"{refused.reason}: epsilon would be {refused.requested} in total, {refused.allowed}"
-            raise RefusedError(
-                f"the release {proposal.run!r} exceeds the budget: {reason}; nothing was charged"
-            ) from refused
+            text = f"the release {proposal.run!r} exceeds the budget: {reason}; nothing was charged"
+            raise RefusedError(text) from refused
 
     def _commit_reply(self, granted: Reservation, reply: bytes) -> bytes:
         self._site.commit(granted, reply)

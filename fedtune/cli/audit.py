@@ -82,31 +82,23 @@ def _search_violations(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> 
     from fedtune.config import format_config_yaml
     from fedtune.federation.run_folder import RunFolder
     from fedtune.lab.audit import sensitivity
+    from fedtune.lab.audit.spec import require_guarantee
     from fedtune.runs.run_paths import find_run_folder
     from fedtune.show.terminal_tables import SCHEMA_VERSION, build_key_value_section
 
-    if not config.privacy.private:
-        raise ConfigError(
-            "privacy", config.privacy.mechanism, "has no privacy guarantee to audit: choose another privacy.mechanism"
-        )
+    require_guarantee(config)
     if ranks := list(config.federation.ranks):
         raise ConfigError("federation.ranks", ranks, "must be []: the search changes sums of the whole adapter")
     folder = find_run_folder(config)
     RunFolder(folder).create(format_config_yaml(config))
-    found = sensitivity.search_violations(config, spec, folder, seed=config.seed)
-    title = (
-        f"{found.tries} cases with one additional {found.unit}: the sum changed by at most {found.moved:.6f} clip norms"
-    )
-    moved = {
-        "above one clip norm": f"{found.exceeded}",
-        f"with a change of other {found.unit}s": f"{found.others_moved}",
-    }
+    found = sensitivity.search_violations(config, spec, folder)
+    most = f"the sum changed by at most {found.moved:.6f} clip norms"
+    title = f"{found.tries} cases with one additional {found.unit}: {most}"
+    rows = {"above one clip norm": f"{found.exceeded}"}
+    rows |= {f"with a change of other {found.unit}s": f"{found.others_moved}"}
+    rows |= {"written": str(folder / sensitivity.FILE)}
     told = {"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": found}
-    print_answer(
-        told,
-        [build_key_value_section({**moved, "written": str(folder / sensitivity.FILE)}, title=title)],
-        as_json=as_json,
-    )
+    print_answer(told, [build_key_value_section(rows, title=title)], as_json=as_json)
     if found.exceeded or found.others_moved:
         beyond = "one record or person changed a sum by more than its clipped contribution"
         raise RunError(f"{beyond}: the privacy guarantee does not hold on this machine")

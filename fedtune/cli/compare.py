@@ -62,14 +62,12 @@ def compare(
     if folders:
         if without_privacy or personal or leave_out:
             key = "--without-privacy" if without_privacy else "--personal" if personal else "--leave-out"
-            bound = "requires an experiment's settings, not finished runs"
-            raise ConfigError(key, NOT_GIVEN, bound)
+            raise ConfigError(key, NOT_GIVEN, "requires an experiment's settings, not finished runs")
         lines = _load_finished_lines(folders)
     else:
         if personal and "federated" in leave_out:
-            raise ConfigError(
-                "--leave-out", "federated", "conflicts with --personal, which starts from the federated run"
-            )
+            bound = "conflicts with --personal, which starts from the federated run"
+            raise ConfigError("--leave-out", "federated", bound)
         lines = plan_runs(words, without_privacy=without_privacy, leave_out=leave_out)
         first = lines[0].run
         _check_scored_data(first.config, data, by)
@@ -84,9 +82,8 @@ def compare(
         for text in describe_price({line.name: line.run for line in lines}):
             say(text, console=console)
         if not words:
-            require_confirmation(
-                "Train them now?", otherwise="nothing was trained; to use other records, set experiment=NAME"
-            )
+            otherwise = "nothing was trained; to use other records, set experiment=NAME"
+            require_confirmation("Train them now?", otherwise=otherwise)
         lines = _run_unfinished_lines(lines, console, again=again, personal=personal)
     with show_progress() as progress:
         finished = [load_finished_run(line.run.folder, generate=generate) for line in lines]

@@ -22,6 +22,7 @@ from fedtune.api.config_groups import list_options
 from fedtune.cli import data_sections
 from fedtune.cli.command import Argument, AsJson, Option, command, group, print_answer
 from fedtune.cli.finished_run import parse_column_roles, suggest_columns_option
+from fedtune.codec import require
 from fedtune.config import RunConfig
 from fedtune.data.bad_rows import Faults, SkippedRows
 from fedtune.data.features import check_range
@@ -50,8 +51,7 @@ from fedtune.version import find_shipped_folders
 
 app = group(__doc__)
 Experiment = Annotated[
-    tuple[str, ...],
-    Argument("EXPERIMENT [KEY=VALUE]", help="an experiment's file or name, and settings to change"),
+    tuple[str, ...], Argument("EXPERIMENT [KEY=VALUE]", help="an experiment's file or name, and settings to change")
 ]
 
 
@@ -104,9 +104,8 @@ def init(
         raise ConfigError("--out", str(target), "must be a name without control characters")
     _require_new_file(target, ".yaml", ".yml", force=force)
     if sites is not None and (sites < 1 or "site" in chosen):
-        raise ConfigError(
-            "--sites", sites, "must be at least 1; with --site, omit it, because the column determines the number"
-        )
+        bound = "must be at least 1; with --site, omit it, because the column determines the number"
+        raise ConfigError("--sites", sites, bound)
     base = KINDS[found.kind][1]
     if base == "own_images" and model is None:
         raise ConfigError("--model", "", "must be a folder with a vision transformer (see docs/other_tasks.md)")
@@ -118,9 +117,8 @@ def init(
     if sites is not None and sites > plan.units:
         raise ConfigError("--sites", sites, f"must be at most {plan.units}, the number of records or people")
     named, path = (model, None) if spec is config.model else (None, model)
-    plan = replace(
-        plan, model=named, model_path=path, ranges=_parse_ranges(ranges, found) if ranges is not None else {}
-    )
+    declared = _parse_ranges(ranges, found) if ranges is not None else {}
+    plan = replace(plan, model=named, model_path=path, ranges=declared)
     write_file(target, experiment_writer.render_experiment(found, plan, file=target), option="--out")
     try:  # a label or column name may not be valid in a settings file
         compose_run([f"experiment={target.absolute()}", *experiment_writer.fill_overrides(found)])
@@ -312,16 +310,14 @@ def copies(
         _require_new_file(out)
 
     left_out: dict[str, SkippedRows] = {}
-    records = list(
-        _iter_usable_records([(resolve_file(synthetic, find_shipped_folders(), key="SYNTHETIC"), roles)], left_out)
-    )
+    made = resolve_file(synthetic, find_shipped_folders(), key="SYNTHETIC")
+    records = list(_iter_usable_records([(made, roles)], left_out))
     # a smaller sample would be no baseline
     every = max(2, sum(1 for _ in _iter_usable_records(files, left_out)) // max(len(records), 1_000))
     near = compare_records(records, _iter_usable_records(files, left_out))
     drawn = [one for number, one in enumerate(_iter_usable_records(files, left_out)) if not number % every]
-    usual = compare_records(
-        drawn, (one for number, one in enumerate(_iter_usable_records(files, left_out)) if number % every)
-    )
+    rest = (one for number, one in enumerate(_iter_usable_records(files, left_out)) if number % every)
+    usual = compare_records(drawn, rest)
     told = {"schema_version": SCHEMA_VERSION, "about": data_sections.ABOUT_COPIES, "read": left_out}
     told |= {"synthetic": near, "ordinary": usual}
     if out is not None:
@@ -380,21 +376,16 @@ def _compose_with_model(base: str, model: str | None) -> tuple[RunConfig, ModelS
     if not known and "/" not in str(model) and not (str(model).strip() and Path(str(model)).is_dir()):
         bound = f"must be one of {', '.join(names)}, or a folder with a model, or a hub id (owner/name)"
         raise ConfigError("--model", model, bound)
-    left_open = ["data.train_file=x", "data.declared_sizes=2", *experiment_writer.build_placeholder_overrides(base)]
+    left_open = experiment_writer.build_placeholder_overrides(base)
     config = compose_run([f"experiment={base}", *left_open, *([f"model={model}"] if model and known else [])])
     return config, config.model if known else resolve_model(str(model))
 
 
 def _require_new_file(target: Path, *suffixes: str, force: bool = False) -> None:
     """Check in advance that `target` can be created or, with `force`, overwritten."""
-    is_there, option = os.path.lexists(target), ", or use --force" if suffixes == (".yaml", ".yml") else ""
-    for is_wrong, bound in (
-        (suffixes and target.suffix not in suffixes, f"must end in {' or '.join(suffixes)}"),
-        (not os.path.isdir(target.parent), "must be in an existing folder"),
-        (
-            is_there and not (force and target.is_file()),
-            f"already exists; choose another name with --out, or move the file away{option}",
-        ),
-    ):
-        if is_wrong:
-            raise ConfigError("--out", str(target), bound)
+    option = ", or use --force" if suffixes == (".yaml", ".yml") else ""
+    is_free = not os.path.lexists(target) or (force and target.is_file())
+    taken = f"already exists; choose another name with --out, or move the file away{option}"
+    require("--out", str(target), not suffixes or target.suffix in suffixes, f"must end in {' or '.join(suffixes)}")
+    require("--out", str(target), os.path.isdir(target.parent), "must be in an existing folder")
+    require("--out", str(target), is_free, taken)

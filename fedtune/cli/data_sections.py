@@ -16,7 +16,7 @@ from fedtune.data.load import is_far_from_declared
 from fedtune.extras import build_install_command, is_installed
 from fedtune.formatting import pluralize
 from fedtune.lab.preparation import experiment_writer
-from fedtune.lab.preparation.check_data import Checked, FileCheck, Finding, Kind, Lengths
+from fedtune.lab.preparation.check_data import Checked, FileCheck, Finding, Kind
 from fedtune.lab.preparation.clean import RULES, UNREADABLE, Cleaned
 from fedtune.lab.preparation.detected_file import KINDS, DetectedFile
 from fedtune.lab.preparation.duplicates import Near
@@ -38,9 +38,8 @@ _BAR = 40
 def build_file_sections(found: DetectedFile, plan: experiment_writer.ExperimentPlan) -> Iterator[Section]:
     """Yield the tables of `fedtune data init`: detected task, columns, first rows and labels."""
     unread = f", and {pluralize(found.num_faults, 'row')} that cannot be read" if found.num_faults else ""
-    yield build_key_value_section(
-        {"file": f"{found.path}, {pluralize(found.rows, 'row')}{unread}", "kind": KINDS[found.kind][0]}
-    )
+    file = f"{found.path}, {pluralize(found.rows, 'row')}{unread}"
+    yield build_key_value_section({"file": file, "kind": KINDS[found.kind][0]})
     headings: tuple[str, ...] = ("role", "column", "reason", "override with")
     yield Section("Chosen columns", headings, tuple(found.options), words=range(4), notes=found.notes)
     yield _build_truncated_section("Columns that runs ignore", ("column", "reason"), tuple(found.unread))
@@ -138,8 +137,13 @@ def _build_file_sections(file: FileCheck, max_length: int) -> Iterator[Section]:
     for label, count in file.spelt_otherwise.items():
         notes.append(f"{pluralize(count, 'row')} cannot be used: the label differs from {label!r} in case or spacing.")
     yield Section(title="Labels with several spellings", notes=notes)
-    if file.lengths is not None:
-        yield _build_lengths_section(file.lengths, max_length)
+    if (found := file.lengths) is not None:
+        most = max(count for *_, count in found.bins)
+        bars = {(start, end): "\u2588" * -(-_BAR * count // most) for start, end, count in found.bins}
+        tokens = [(f"{start:,} to {end:,}", f"{count:,}", bars[start, end]) for start, end, count in found.bins]
+        spread = f"Median {found.median:,}, 90th percentile {found.most_of_them:,}, longest {found.longest:,}."
+        note, columns = f"{spread} data.max_length is {max_length:,}.", ("tokens", "records", "")
+        yield Section("Tokens per record", columns, tokens, words={0, 2}, whole={0, 2}, notes=[note])
 
 
 def _format_finding_row(one: Finding, usable: int) -> tuple[str, ...]:
@@ -159,21 +163,11 @@ def _build_labels_section(labels: Mapping[str, int], records: int, word: str = "
     return Section(f"{word.capitalize()}s", (word, "records", "share"), rows, notes=notes)
 
 
-def _build_lengths_section(found: Lengths, max_length: int) -> Section:
-    most = max(count for *_, count in found.bins)
-    bars = ((f"{start:,} to {end:,}", count, "\u2588" * -(-_BAR * count // most)) for start, end, count in found.bins)
-    rows = [(tokens, f"{count:,}", bar) for tokens, count, bar in bars]
-    told = f"Median {found.median:,}, 90th percentile {found.most_of_them:,}, longest {found.longest:,}. "
-    told += f"data.max_length is {max_length:,}."
-    return Section("Tokens per record", ("tokens", "records", ""), rows, words={0, 2}, whole={0, 2}, notes=[told])
-
-
 def build_clean_sections(done: Cleaned) -> Iterator[Section]:
     """Yield the tables of `fedtune data clean`: kept, dropped and masked rows."""
     dropped = done.dropped.total()
-    yield build_key_value_section(
-        {"rows": f"{done.kept + dropped:,}", "kept": f"{done.kept:,}", "dropped": f"{dropped:,}"}
-    )
+    counts = {"rows": done.kept + dropped, "kept": done.kept, "dropped": dropped}
+    yield build_key_value_section({what: f"{count:,}" for what, count in counts.items()})
     why = {**RULES, UNREADABLE: "the row cannot be read"}
     by_rule = [(rule, f"{count:,}", why[rule]) for rule, count in done.dropped.items()]
     yield Section("Dropped", ("rule", "rows", ""), by_rule, words={0, 2})
@@ -188,9 +182,8 @@ def build_codes_sections(
     """Yield the tables of `fedtune data codes`: records per code, and the hashes to compare between sites."""
     yield from build_clean_sections(replace(done, masked=Counter()))
     for column, names in codes.items():
-        yield _build_labels_section(
-            {name: done.masked.get(f"{column}: {name}", 0) for name in names}, done.kept, column
-        )
+        found = {name: done.masked[f"{column}: {name}"] for name in names}
+        yield _build_labels_section(found, done.kept, column)
     yield build_key_value_section(same, title="SHA-256 hashes that must be equal at all sites")
     yield Section(notes=ABOUT[:1])
 
@@ -199,11 +192,8 @@ def build_copies_sections(
     near: Sequence[Near], usual: Sequence[Near], read: Mapping[str, SkippedRows]
 ) -> Iterator[Section]:
     """Yield the tables of `fedtune data copies`: similarity of synthetic records to a site's own, with a baseline."""
-    counts, rows, warned = (
-        Counter(what for one in usual for what in _list_match_kinds(one)),
-        list[tuple[str, ...]](),
-        {},
-    )
+    counts, rows = Counter(what for one in usual for what in _list_match_kinds(one)), list[tuple[str, ...]]()
+    warned = dict[int, str]()
     shares: dict[str, list[float]] = {what: [] for what in (*_RUNS.values(), *_LIKE.values())}
     for one in near:
         for what in _list_match_kinds(one):
@@ -218,9 +208,8 @@ def build_copies_sections(
     notes = [f"Baseline: {about}. Run / text: median."]
     if warned:
         notes.append(f"WARNING: at least twice the baseline: {', '.join(rows[at][0] for at in warned)}.")
-    yield build_key_value_section(
-        {at.rpartition("/")[2]: f"{n.rows - n.count:,} of {pluralize(n.rows, 'row')}" for at, n in read.items()}
-    )
+    of_files = {at: f"{n.rows - n.count:,} of {pluralize(n.rows, 'row')}" for at, n in read.items()}
+    yield build_key_value_section({at.rpartition("/")[2]: usable for at, usable in of_files.items()})
     what_again = ("synthetic records with", "records", "share", "baseline", "longest run / text")
     yield Section("Repeated text", what_again, rows, styles=warned, notes=notes)
     runs = [one for one in near[:10] if one.words]
@@ -231,9 +220,8 @@ def build_copies_sections(
     details = [(kind, f"{count:,}", *places) for count, kind, *places in again[:10]]
     kinds = ("kind", "own records with it", "synthetic", "first own record")
     yield Section("Likely personal details", kinds, details, words={0, 2, 3})
-    how = build_install_command("data")
-    missing = [f"Near-duplicates were not detected: datasketch is not installed ({how})."]
-    yield Section(title="Notes", notes=[*ABOUT_COPIES, *([] if is_installed("datasketch") else missing)])
+    missing = f"Near-duplicates were not detected: datasketch is not installed ({build_install_command('data')})."
+    yield Section(title="Notes", notes=[*ABOUT_COPIES, *([] if is_installed("datasketch") else [missing])])
 
 
 def _list_match_kinds(one: Near) -> Iterator[str]:

@@ -44,10 +44,9 @@ def evaluate(
     from fedtune.runs.model_comparison import compare_runs
     from fedtune.sites.data_warnings import is_training_file
 
+    runs = {"tuned": (config, adapter)}
     with suggest_columns_option(), show_progress() as progress:
-        found = compare_runs(
-            {"tuned": (config, adapter)}, file=data, final=True, progress=make_stage_callback(progress)
-        )
+        found = compare_runs(runs, file=data, final=True, progress=make_stage_callback(progress))
     tuned = found.measured["tuned"]
     in_order = dict.fromkeys((*found.score(tuned.examples), *found.scores))  # in the task's order
     scores = {name: found.compare_models("base", "tuned", name) for name in in_order}

@@ -65,9 +65,8 @@ def export(
         if is_given and push is None:
             raise ConfigError(option, NOT_GIVEN, "requires --push OWNER/NAME")
     if push is not None and private:
-        raise ConfigError(
-            "--private", NOT_GIVEN, "cannot be combined with --push: a personalized adapter stays at its site"
-        )
+        bound = "cannot be combined with --push: a personalized adapter stays at its site"
+        raise ConfigError("--private", NOT_GIVEN, bound)
     if push is not None and as_json and not yes:
         raise ConfigError("--json", NOT_GIVEN, "requires --yes with --push, because it cannot ask for confirmation")
     config, adapter = load_finished_run(run)
@@ -75,8 +74,7 @@ def export(
         raise ConfigError("--merge", format, "cannot be combined with --format: use --format merged")
     chosen = choose_format(config, format, merge=merge)
     if int8 and (chosen != "onnx" or config.lora.kind == NO_ADAPTER):
-        bound = "requires --format onnx and a run with a base model"
-        raise ConfigError("--int8", NOT_GIVEN, bound)
+        raise ConfigError("--int8", NOT_GIVEN, "requires --format onnx and a run with a base model")
     option, target = ("--to", to) if to is not None else ("--push", Path(str(push)))
     RunFolder(adapter.parent).require_export_target(target, key=option)
     from fedtune.export import hub  # torch takes seconds to import

@@ -128,15 +128,12 @@ def strip_control_characters(text: str) -> str:
     return "".join(one for one in text if one in "\n\t" or unicodedata.category(one) != "Cc")
 
 
-def print_stream(parts: Iterator[str]) -> bool:
-    """Print generated text as a stream, and return whether the user interrupted it with Ctrl-C."""
-    stopped = False
+def print_stream(parts: Iterator[str]) -> None:
+    """Print generated text as a stream, and end its line also if the user interrupts it with Ctrl-C."""
     try:
         for part in parts:
             sys.stdout.write(strip_control_characters(part))
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        stopped = True
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    return stopped
+    finally:
+        sys.stdout.write("\n")
+        sys.stdout.flush()

@@ -67,9 +67,8 @@ def generate(
     names = [name for name in saved.names if base or name != BASE]
     # Encode all prompts before printing, so that an invalid record leaves no partial output.
     writes = task.predicts_tokens
-    ids = [
-        saved.encode_prompt(one.fields, at=one.at("prompt") if one.file else "--prompt") for one in records if writes
-    ]
+    places = [one.at("prompt") if one.file else "--prompt" for one in records]
+    ids = [saved.encode_prompt(one.fields, at=at) for one, at in zip(records, places, strict=True) if writes]
 
     def iter_answers(place: int, name: str) -> Iterator[str]:
         saved.use_adapter(name)
@@ -93,8 +92,7 @@ def generate(
     elif prompt is not None:
         for name in names:
             sys.stdout.write(f"[{name}]\n" if len(names) > 1 else "")
-            if runs.print_stream(iter_answers(0, name)):
-                raise KeyboardInterrupt
+            runs.print_stream(iter_answers(0, name))
     else:
         for place, record in enumerate(records):
             if as_json:

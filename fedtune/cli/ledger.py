@@ -16,11 +16,11 @@ docs/site_policy.md explains backups, anchors and the figures.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from fedtune.cli.command import Argument, AsJson, Option, command, group
+from fedtune.cli.command import Argument, AsJson, Option, command, group, print_answer
 from fedtune.cli.plain_words import convert_spending_to_json, describe_event, explain_guarantee, render_page
 from fedtune.federation.run_folder import suggest_run_folders
 from fedtune.formatting import convert_none_to_infinite, pluralize
@@ -66,11 +66,10 @@ def show_events(
         raise ConfigError("--last", last, "must be at least 1")
     file, verified = _verify_ledger(path)
     chosen = verified.events[-last:] if last else verified.events
-    if as_json:
-        print_json({**budget_text.convert_identity_to_json(file, verified), "events": chosen})
-        return
-    print_identity(file, verified)
-    show([build_events_section(verified, chosen)])
+    figures = budget_text.convert_identity_to_json(file, verified) | {"events": chosen}
+    if not as_json:
+        print_identity(file, verified)
+    print_answer(figures, [build_events_section(verified, chosen)], as_json=as_json)
 
 
 @command(app, "show spent and remaining epsilon")
@@ -97,13 +96,9 @@ def check(path: LedgerPath, anchor: AnchorFile = None, site_key: SiteKey = None,
     With an anchor from another disk, also verify that no event is missing at the end. Exit code 1 if a check fails.
     """
     file, verified = _verify_ledger(path, anchor=anchor, site_key=site_key)
+    identity = budget_text.convert_identity_to_json(file, verified)
     if as_json:
-        print_json(
-            {
-                **budget_text.convert_identity_to_json(file, verified),
-                **budget_text.convert_verification_to_json(verified),
-            }
-        )
+        print_json(identity | budget_text.convert_verification_to_json(verified))
         return
     print_identity(file, verified)
     show(build_verification_sections(verified))
@@ -200,9 +195,8 @@ def confirm_date(policy: PolicyFile, yes: Annotated[bool, Option("do not ask")] 
     clock = f"This machine's clock says {history.clock:%Y-%m-%d %H:%M} UTC"
     say(f"{clock}; the ledger's newest event is from {history.last_time:%Y-%m-%d %H:%M} UTC. This cannot be undone.")
     if not yes:
-        require_confirmation(
-            "Is this machine's date correct?", otherwise="nothing was changed: the date was not confirmed"
-        )
+        otherwise = "nothing was changed: the date was not confirmed"
+        require_confirmation("Is this machine's date correct?", otherwise=otherwise)
     site.open_ledger().confirm_date()
     say("Recorded in the ledger.")
 
@@ -221,9 +215,8 @@ def find_ledger(name: str) -> Path:
     found = ", ".join(str(file) for file in sorted(path.glob("sites/*/ledger.db")))
     if not path.exists():
         raise ConfigError("ledger", name, f"no such file or folder{suggest_run_folders(path)}")
-    raise ConfigError(
-        "ledger", name, f"must be one of {found}" if found else "must be a ledger.db, or a folder with one"
-    )
+    bound = f"must be one of {found}" if found else "must be a ledger.db, or a folder with one"
+    raise ConfigError("ledger", name, bound)
 
 
 def _open_own_site(policy: Path) -> SiteFiles:
@@ -267,12 +260,6 @@ def build_events_section(verified: VerifiedLedger, chosen: Sequence[Event]) -> S
     return Section(title, headings, rows, words={1, 2, 3, 5}, whole={2}, notes=notes)
 
 
-def _describe_state(run: LifetimeRun, history: History) -> str:
-    proposal = history.runs[run.run].proposal
-    people = [f"{one['what']} by {to_printable(one['by'])}" for one in history.decided[proposal.digest()] if one["by"]]
-    return "\n".join([run.state, *people, *(["NO GUARANTEE"] if run.seeded_noise or not proposal.plan.private else [])])
-
-
 def print_spending(history: History, figures: Lifetime) -> None:
     """Print a ledger's spending, with notes on restored backups and changed caps."""
     unit = history.opening.unit
@@ -286,14 +273,12 @@ def print_spending(history: History, figures: Lifetime) -> None:
     say("\n" + said.pop("in a word"), style="" if figures.has_guarantee else "bold yellow")
     if figures.frozen:
         say("FROZEN: all training on this population has ended permanently.", style="bold")
-    show(
-        [
-            _build_lifetime_section(history, figures),
-            _build_arrivals_section(figures),
-            _build_methods_section(figures, said),
-            _build_runs_section(figures.runs, history),
-        ]
-    )
+    epsilons = {"filter": figures.epsilon, "PLD": figures.epsilon_pld, "RDP": figures.epsilon_rdp}
+    rows = [(method, format_epsilon(epsilons[method]), meaning) for method, meaning in said.items()]
+    title, headings = "Meaning of the figures for all events", ("method", "epsilon", "meaning")
+    methods = Section(title, headings, rows, words={0, 2}, whole={0})
+    budget, arrivals = _build_lifetime_section(history, figures), _build_arrivals_section(figures)
+    show([budget, arrivals, methods, _build_runs_section(figures.runs, history)])
     if history.restored:
         lacked = "The figures for all events include the missing charges; the figures of single runs do not."
         say(f"Backups restored so far: {len(history.restored)}. {lacked}")
@@ -335,22 +320,12 @@ def _build_arrivals_section(figures: Lifetime) -> Section:
     """Build the table of epsilon by time of arrival.  It is empty if all people have the same epsilon."""
     rows = []
     for one in figures.cohorts or ():
-        spent = (
-            format_epsilon(one.epsilon),
-            format_epsilon(one.with_reserved),
-            format_rounded_down(convert_none_to_infinite(one.remaining_epsilon)),
-        )
-        rows.append((load_catalog("en").arrivals([one.people]).unescape(), *spent))
+        left = format_rounded_down(convert_none_to_infinite(one.remaining_epsilon))
+        spent = map(format_epsilon, (one.epsilon, one.with_reserved))
+        rows.append((load_catalog("en").arrivals([one.people]).unescape(), *spent, left))
     headings = ("people", "charged", "with reserves\nof open runs", "left for new runs")
     note = "The cap applies to each row. The figures above are the largest of all rows."
     return Section("By arrival", headings, rows, notes=[note] if rows else [])
-
-
-def _build_methods_section(figures: Lifetime, said: Mapping[str, str]) -> Section:
-    epsilons = {"filter": figures.epsilon, "PLD": figures.epsilon_pld, "RDP": figures.epsilon_rdp}
-    rows = [(method, format_epsilon(epsilons[method]), meaning) for method, meaning in said.items()]
-    title, headings = "Meaning of the figures for all events", ("method", "epsilon", "meaning")
-    return Section(title, headings, rows, words={0, 2}, whole={0})
 
 
 def _build_runs_section(runs: Sequence[LifetimeRun], history: History) -> Section:
@@ -359,10 +334,12 @@ def _build_runs_section(runs: Sequence[LifetimeRun], history: History) -> Sectio
         return Section(title=title, notes=("No run has been accepted yet.",))
     rows, notes = [], []
     for run in runs:
-        plan = history.runs[run.run].plan
+        plan, decisions = history.runs[run.run].plan, history.decided[history.runs[run.run].proposal.digest()]
+        state = [run.state, *(f"{one['what']} by {to_printable(one['by'])}" for one in decisions if one["by"])]
+        state += ["NO GUARANTEE"] if run.seeded_noise or not plan.private else []
         rounds, noise, rate = f"{run.rounds}/{run.max_rounds}", f"{plan.accounted_noise:g}", f"{plan.sampling_rate:g}"
         epsilons = map(format_epsilon, (run.epsilon, run.planned_epsilon))
-        rows.append((to_printable(run.run), _describe_state(run, history), rounds, noise, rate, *epsilons))
+        rows.append((to_printable(run.run), "\n".join(state), rounds, noise, rate, *epsilons))
         if run.rounds and (by_trust := plan.compute_epsilons_by_trust(run.rounds)):
             notes.append(f"{to_printable(run.run)}: {describe_trust(by_trust)}.")
     headings = ("run", "state", "rounds", "noise", "rate", "epsilon", "planned")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,11 +78,8 @@ class PlanForecast:
         Equals the ratio of the noise multipliers, because every site's noise has the same weight in the average.  If
         all sites are summed, the noise equals that of central training on all records.
         """
-        return (
-            None
-            if self.secure_aggregation is None
-            else self.secure_aggregation.noise_multiplier / self.plan.noise_multiplier
-        )
+        shared = self.secure_aggregation
+        return None if shared is None else shared.noise_multiplier / self.plan.noise_multiplier
 
     @property
     def strictest(self) -> DryRun | None:
@@ -149,24 +146,14 @@ def show_outlook(console: Console, outlook: PlanForecast) -> None:
         bound = f"epsilon at most {format_epsilon(outlook.price.epsilon)} at delta {plan.delta:g} for each {plan.unit}"
         promise = f"{SEEDED if not outlook.guaranteed else ''} After {rounds}: {bound}, at every site.".strip()
     console.print(promise, style=style, markup=False, highlight=False)
-    sections = [
-        build_key_value_section(_render_plan_rows(outlook)),
-        _build_sites_section(outlook),
-        _build_rounds_section(outlook),
-        _build_accountants_section(outlook),
-        _build_calendar_section(outlook),
-        _build_alternatives_section(outlook),
-        _build_resources_section(outlook),
-        *(_build_policy_section(verdict, outlook) for verdict in outlook.verdicts),
-        _build_strictest_section(outlook),
-    ]
-    show(sections, console=console)
+    show(_iter_sections(outlook), console=console)
 
 
-def _render_plan_rows(outlook: PlanForecast) -> dict[str, str]:
+def _iter_sections(outlook: PlanForecast) -> Iterator[Section]:
+    """Yield the tables of a forecast: settings, sites, epsilon, alternative plans, bytes and time, and policies."""
     plan, price, ratio = outlook.plan, outlook.price, outlook.signal_to_noise
     rate, head_rate = outlook.config.training.compute_peak_rates(clipped=plan.private)
-    return render_page(
+    settings = render_page(
         "plan",
         outlook=outlook,
         sites=price.sites,
@@ -177,16 +164,50 @@ def _render_plan_rows(outlook: PlanForecast) -> dict[str, str]:
         trust=describe_trust(price.by_trust) if price.by_trust is not None else "",
         signal=explain_signal(ratio, outlook.config.task) if ratio is not None and plan.private else "",
     )
-
-
-def _build_sites_section(outlook: PlanForecast) -> Section:
-    rows = []
-    for name, site in outlook.price.sites.items():
+    yield build_key_value_section(settings)
+    rows = list[tuple[str, ...]]()
+    for name, site in price.sites.items():
         batch = f"{site.expected_batch:,.0f}" if site.expected_batch >= 100 else f"{site.expected_batch:.3g}"
-        failures = f"{site.expected_failures:.3g}" if outlook.plan.private else "-"
+        failures = f"{site.expected_failures:.3g}" if plan.private else "-"
         rows.append((name, f"{site.declared_size:,}", f"{site.weight:.0%}", batch, failures))
-    headings = ("site", "declared\nsize", "weight", "mean\nbatch", "delta\nx size")
-    return Section(title="Sites", headings=headings, rows=rows, notes=list(_list_site_notes(outlook)))
+    headings: tuple[str, ...] = ("site", "declared\nsize", "weight", "mean\nbatch", "delta\nx size")
+    yield Section("Sites", headings, rows, notes=list(_list_site_notes(outlook)))
+    rows, notes = [], []
+    for one in price.rounds:
+        epsilons = map(format_epsilon, (one.pld, one.rdp, one.filter))
+        rows.append((f"{one.round:,}{'*' if one.spare else ''}", f"{one.steps:,}", *epsilons))
+    if any(one.spare for one in price.rounds):
+        notes.append("* a spare round: charged only if an interrupted round is repeated.")
+    if 0 < len(price.rounds) < plan.max_rounds:
+        notes.append(f"{len(price.rounds)} of {plan.max_rounds:,} rounds are shown.")
+    headings = ("round", "steps", "PLD", "RDP", "filter")
+    yield Section("Epsilon after each round", headings, rows, words=(), notes=notes)
+    if plan.private:
+        cap = f"the smallest lifetime cap that fits the plan (order {price.filter_order:g})"
+        other = "a ledger with an order fixed for other runs spends more of its cap"
+        anew = "WRONG for the run: one round only, as if the privacy engine were rebuilt every round"
+        rows = [
+            ("PLD", format_epsilon(price.epsilon), "the run's epsilon: a bound for a plan that is fixed in advance"),
+            ("RDP", format_epsilon(price.epsilon_rdp), "a looser bound, as an independent check"),
+            ("Renyi filter", format_epsilon(price.epsilon_filter), f"{cap}; {other}"),
+            ("restarted each round", format_epsilon(price.epsilon_of_one_round), anew),
+        ]
+        headings = ("accountant", "epsilon", "meaning")
+        yield Section("Epsilon of the whole run by accountant", headings, rows, words={0, 2})
+    if runs := price.calendar:
+        title, *notes = describe_calendar(plan)
+        headings = ("run", "admits", "epsilon of\nthe run", "oldest\nafter it", "newest\nafter it")
+        yield Section(title, headings, list(list_calendar_rows(plan, runs)), words={1}, notes=notes)
+    if outlook.changes:
+        yield _build_alternatives_section(outlook)
+    if outlook.forecast is None:
+        yield Section("Bytes and time", notes=("Not shown: no model was loaded. Add --time to load it.",))
+    else:
+        yield _build_resources_section(outlook, outlook.forecast)
+    for verdict in outlook.verdicts:
+        yield _build_policy_section(verdict, outlook)
+    if outlook.strictest is not None:
+        yield Section(notes=[_describe_strictest_site(outlook, outlook.strictest)])
 
 
 def _list_site_notes(outlook: PlanForecast) -> Iterator[str]:
@@ -213,47 +234,7 @@ def _list_site_notes(outlook: PlanForecast) -> Iterator[str]:
     yield f"delta x size: {given_away}. Keep it far below 1."
 
 
-def _build_rounds_section(outlook: PlanForecast) -> Section:
-    rounds, most, rows, notes = outlook.price.rounds, outlook.plan.max_rounds, [], []
-    for one in rounds:
-        epsilons = map(format_epsilon, (one.pld, one.rdp, one.filter))
-        rows.append((f"{one.round:,}{'*' if one.spare else ''}", f"{one.steps:,}", *epsilons))
-    if any(one.spare for one in rounds):
-        notes.append("* a spare round: charged only if an interrupted round is repeated.")
-    if 0 < len(rounds) < most:
-        notes.append(f"{len(rounds)} of {most:,} rounds are shown.")
-    headings = ("round", "steps", "PLD", "RDP", "filter")
-    return Section(title="Epsilon after each round", headings=headings, rows=rows, words=(), notes=notes)
-
-
-def _build_accountants_section(outlook: PlanForecast) -> Section:
-    price = outlook.price
-    if not outlook.plan.private:
-        return Section()
-    cap = f"the smallest lifetime cap that fits the plan (order {price.filter_order:g})"
-    other = "a ledger with an order fixed for other runs spends more of its cap"
-    anew = "WRONG for the run: one round only, as if the privacy engine were rebuilt every round"
-    rows = (
-        ("PLD", price.epsilon, "the run's epsilon: a bound for a plan that is fixed in advance"),
-        ("RDP", price.epsilon_rdp, "a looser bound, as an independent check"),
-        ("Renyi filter", price.epsilon_filter, f"{cap}; {other}"),
-        ("restarted each round", price.epsilon_of_one_round, anew),
-    )
-    title, headings = "Epsilon of the whole run by accountant", ("accountant", "epsilon", "meaning")
-    return Section(title, headings, [(name, format_epsilon(found), what) for name, found, what in rows], words={0, 2})
-
-
-def _build_calendar_section(outlook: PlanForecast) -> Section:
-    if not (runs := outlook.price.calendar):
-        return Section()
-    title, *notes = describe_calendar(outlook.plan)
-    headings = ("run", "admits", "epsilon of\nthe run", "oldest\nafter it", "newest\nafter it")
-    return Section(title, headings, tuple(list_calendar_rows(outlook.plan, runs)), words={1}, notes=notes)
-
-
 def _build_alternatives_section(outlook: PlanForecast) -> Section:
-    if not outlook.changes:
-        return Section()
     epsilon = format_epsilon(outlook.price.epsilon_of_all_runs)
     rows = [("as planned", f"{outlook.plan.noise_multiplier:.4f}", "100%", epsilon)]
     for change in outlook.changes:
@@ -267,10 +248,8 @@ def _build_alternatives_section(outlook: PlanForecast) -> Section:
     return Section(title, headings, rows, notes=[note])
 
 
-def _build_resources_section(outlook: PlanForecast) -> Section:
-    found, plan, num_sites = outlook.forecast, outlook.plan, len(outlook.price.sites)
-    if found is None:
-        return Section(title="Bytes and time", notes=("Not shown: no model was loaded. Add --time to load it.",))
+def _build_resources_section(outlook: PlanForecast, found: Forecast) -> Section:
+    plan, num_sites = outlook.plan, len(outlook.price.sites)
     slowest = max(found.round_seconds, key=lambda site: found.round_seconds[site])
     ways = f"{format_size(found.bytes_down)} down and {format_size(found.bytes_up)} up"
     at = f" at {slowest}" if num_sites > 1 else ""
@@ -318,20 +297,15 @@ def _build_policy_section(verdict: DryRun, outlook: PlanForecast) -> Section:
     return Section(title, headings, rows, words={0, 1, 2}, notes=notes)
 
 
-def _build_strictest_section(outlook: PlanForecast) -> Section:
-    if (strictest := outlook.strictest) is None:
-        return Section()
+def _describe_strictest_site(outlook: PlanForecast, strictest: DryRun) -> str:
     if strictest.max_accepted_epsilon is None:
         never = ", ".join(one.site for one in outlook.verdicts if one.max_accepted_epsilon is None)
-        return Section(notes=[f"Strictest: {never} would refuse this run at every epsilon because of the rules above."])
+        return f"Strictest: {never} would refuse this run at every epsilon because of the rules above."
     limit = strictest.limit
     why = "" if limit is None else f" ({limit.reason}: {to_printable(limit.allowed or '-', 60)})"
     everybody = "it accepts" if len(outlook.verdicts) == 1 else f"all {len(outlook.verdicts)} sites accept"
     most = f"{everybody} this run up to privacy.epsilon={strictest.max_accepted_epsilon:g}"
-    return Section(notes=[f"Strictest site: {strictest.site}{why}; {most}."])
-
-
-Compose = Callable[[Sequence[str]], RunConfig]
+    return f"Strictest site: {strictest.site}{why}; {most}."
 
 
 def print_outlook(
@@ -356,8 +330,7 @@ def print_outlook(
     # Without --lead, each policy is evaluated for the first lead that it allows.
     leads = {path: lead or next(iter(read_policy(path).allow.leads), "nobody") for path in policies}
     with Console(stderr=True).status("Computing the cost ..."):
-        compose = partial(compose_run, for_real_sites=bool(policies))
-        config, planned = _solve_plan(compose, overrides, target)
+        config, planned = _solve_plan(overrides, target, for_real_sites=bool(policies))
         # For given noise, use its epsilon.  For calibrated noise, epsilon is just below the target, so use the target.
         given = config.privacy.noise_multiplier is not None or target in ("rounds", "sampling_rate")
         epsilon = planner.compute_target_epsilon(planned) if given and planned.private else config.privacy.epsilon
@@ -405,7 +378,8 @@ def _plan_secure_aggregation(config: RunConfig, planned: Plan, epsilon: float) -
         return None
 
 
-def _solve_plan(compose: Compose, overrides: Sequence[str], target: Target | None) -> tuple[RunConfig, Plan]:
+def _solve_plan(overrides: Sequence[str], target: Target | None, *, for_real_sites: bool) -> tuple[RunConfig, Plan]:
+    compose = partial(compose_run, for_real_sites=for_real_sites)
     if target is None:
         config = compose(overrides)
         return config, config.plan()

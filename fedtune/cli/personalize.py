@@ -13,11 +13,7 @@ from fedtune.api import public
 from fedtune.cli.command import Argument, AsJson, print_answer
 from fedtune.cli.finished_run import Device, Run, load_finished_run
 from fedtune.lab.studies import personalized
-from fedtune.lab.studies.personalized import (
-    Personalized,
-    build_personalized_sections,
-    convert_personalized_to_json,
-)
+from fedtune.lab.studies.personalized import Personalized, build_personalized_sections, convert_personalized_to_json
 
 
 def personalize(

@@ -63,12 +63,10 @@ def describe_event(event: Event, *, own: str = "") -> str:
         case Kind.RESERVE:
             again = f", again (attempt {event.attempt})" if event.attempt > 1 else ""
             return f"charged{again}: {_describe_mechanisms(detail['event'])}"
+        case Kind.COMMIT if own in CHARGED_ONLY:
+            return "charge complete: other software computes the release"
         case Kind.COMMIT if own:
-            return (
-                "charge complete: other software computes the release"
-                if own in CHARGED_ONLY
-                else "result stored at the site"
-            )
+            return "result stored at the site"
         case Kind.COMMIT:
             return "reply stored, ready to send"
         case Kind.RELEASE if detail.get("what") != "offer":
@@ -163,16 +161,15 @@ def check_policy(file: Path, *, as_json: bool) -> None:
 
 
 def _build_policy_section(policy: Policy, amount: Amount, *, folder: Path) -> Section:
-    shown = [model if len(model) <= 16 else f"{model[:16]}..." for model in policy.allow.base_models]
+    budget, models = policy.budget, policy.allow.base_models
+    shown = [model if len(model) <= 16 else f"{model[:16]}..." for model in models]
     said = render_page(
         "policy",
         policy=policy,
         amount=amount,
         folder=folder,
         models=shown,
-        promised=explain_guarantee(
-            policy.population.unit, epsilon=policy.budget.max_epsilon, delta=policy.budget.delta
-        ),
+        promised=explain_guarantee(policy.population.unit, epsilon=budget.max_epsilon, delta=budget.delta),
         no_adapter=NO_ADAPTER,
         at_once=IMMEDIATE_REPLY_RISK,
     )

@@ -24,7 +24,7 @@ from fedtune.formatting import group_hex, pluralize
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.certificates import SOON_DAYS, Certificate, compute_key_fingerprint
 from fedtune.ops.kits.federation_folder import FederationFolder
-from fedtune.ops.kits.members import JoinRequest, Member
+from fedtune.ops.kits.members import JoinRequest
 from fedtune.ops.kits.provisioning import JoinResult
 from fedtune.show.lines import to_printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, require_confirmation, say, show
@@ -256,40 +256,34 @@ def _format_days_left(certificate: Certificate, now: datetime) -> str:
 
 def _list_expiry_warnings(made: FederationFolder, now: datetime) -> Iterator[str]:
     """Yield a warning with the renewal command for each certificate that has expired or expires soon."""
-    members = [one for one in made.roster.sites if not one.revoked]
-    found = [
-        (f"site {one.site}", Certificate.from_x509(one.x509_certificate), f"renew-site {one.site}") for one in members
-    ]
-    own = made.certificates
-    found += [(f"the {kind}", own[kind], f"renew-{kind}") for kind in ("server", "lead")]
-    for name, certificate, renewal in found:
+    renew, active = "Renew it: fedtune provision", [one for one in made.roster.sites if not one.revoked]
+    of_sites = {one.site: Certificate.from_x509(one.x509_certificate) for one in active}
+    found = [(f"site {site}", certificate, f"{renew} renew-site {site}") for site, certificate in of_sites.items()]
+    found += [(f"the {kind}", made.certificates[kind], f"{renew} renew-{kind}") for kind in ("server", "lead")]
+    found.append(("the authority", made.certificates["authority"], "Provision the federation again."))
+    for name, certificate, remedy in found:
         if certificate.count_days_left(now) < SOON_DAYS:
-            left = _format_days_left(certificate, now)
-            yield f"The certificate of {name}: {left}. Renew it: fedtune provision {renewal}"
-    if own["authority"].count_days_left(now) < SOON_DAYS:
-        left = _format_days_left(own["authority"], now)
-        yield f"The certificate of the authority: {left}. Provision the federation again."
+            yield f"The certificate of {name}: {_format_days_left(certificate, now)}. {remedy}"
 
 
 def _convert_federation_to_json(made: FederationFolder, now: datetime) -> dict[str, Any]:
+    sites = []
+    for member in made.roster.sites:
+        certificate = _convert_certificate_to_json(Certificate.from_x509(member.x509_certificate), now)
+        about = {"site": member.site, "revoked": member.revoked, "certificate": certificate}
+        about |= {"connection_key_sha256": compute_key_fingerprint(member.node_key), "site_key": member.site_key}
+        datasets = [{"id": name, "declared_size": size} for name, size in member.datasets.items()]
+        sites.append({**about, "datasets": datasets})
+    certificates = made.certificates.items()
     return {
         "schema_version": SCHEMA_VERSION,
         "federation": made.settings.name,
         "server": made.settings.server,
         "lead": made.lead_key,
-        "certificates": {
-            name: _convert_certificate_to_json(certificate, now) for name, certificate in made.certificates.items()
-        },
-        "sites": [_convert_member_to_json(member, now) for member in made.roster.sites],
+        "certificates": {name: _convert_certificate_to_json(certificate, now) for name, certificate in certificates},
+        "sites": sites,
         "warnings": [*_list_expiry_warnings(made, now)],
     }
-
-
-def _convert_member_to_json(member: Member, now: datetime) -> dict[str, Any]:
-    certificate = _convert_certificate_to_json(Certificate.from_x509(member.x509_certificate), now)
-    keys = {"connection_key_sha256": compute_key_fingerprint(member.node_key), "site_key": member.site_key}
-    datasets = [{"id": name, "declared_size": size} for name, size in member.datasets.items()]
-    return {"site": member.site, "revoked": member.revoked, "certificate": certificate, **keys, "datasets": datasets}
 
 
 def _convert_certificate_to_json(certificate: Certificate, now: datetime) -> dict[str, Any]:

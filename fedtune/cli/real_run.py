@@ -42,13 +42,7 @@ _STOP_S = 60.0
 
 
 def begin_run(
-    words: Sequence[str],
-    *,
-    kit: Path | None,
-    renew: Path | None,
-    multirun: bool,
-    or_resume: bool,
-    metrics: str | None,
+    words: Sequence[str], *, kit: Path | None, renew: Path | None, multirun: bool, or_resume: bool, metrics: str | None
 ) -> None:
     """Start a run or a sweep.  The arguments are those of `fedtune run`.
 
@@ -69,10 +63,14 @@ def begin_run(
                 say(f"{folder} is finished.")
                 return
             words = (f"resume={quote_word(str(folder))}",)
-    if multirun:
-        _start_sweep(words, kit=_read_lead_kit(kit), metrics=metrics)
-    else:
-        start_run(words, kit=_read_lead_kit(kit), metrics=metrics)
+    lead = _read_lead_kit(kit)
+    if not multirun:
+        start_run(words, kit=lead, metrics=metrics)
+        return
+    trials = Trials.from_sweep(words, partial(compose_for_sites, kit=lead))
+    again = ["run", "--kit", str(lead.folder), "-m", *trials.again]
+    with show_several_runs(trials, Console(), again=again):
+        trials.run(lambda trial: _start_or_resume(trial.config, again, kit=lead, metrics=metrics))
 
 
 def resume_run(words: Sequence[str], *, kit: Path | None, metrics: str | None) -> None:
@@ -100,14 +98,6 @@ def start_run(
     # Checked before the slow import of torch and Flower, so that an invalid setting fails immediately.
     again = ["run", "--kit", str(kit.folder), "--or-resume", *words]
     _start_or_resume(compose_for_sites(words, kit=kit), again, kit=kit, metrics=metrics, over=over)
-
-
-def _start_sweep(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
-    """Print the total privacy cost of a sweep, then start or resume its runs one after another."""
-    trials = Trials.from_sweep(words, partial(compose_for_sites, kit=kit))
-    again = ["run", "--kit", str(kit.folder), "-m", *trials.again]
-    with show_several_runs(trials, Console(), again=again):
-        trials.run(lambda trial: _start_or_resume(trial.config, again, kit=kit, metrics=metrics))
 
 
 def _start_or_resume(
@@ -154,9 +144,8 @@ def stop_run(words: Sequence[str], *, kit: Path | None, for_good: bool) -> None:
     config = read_saved_config(folder)
     if files.is_running:
         if (pid := find_running_process(folder)) is None:
-            raise RunError(
-                f"{folder} is running, but its process is unknown: stop the run on the machine where it was started"
-            )
+            where = "stop the run on the machine where it was started"
+            raise RunError(f"{folder} is running, but its process is unknown: {where}")
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             send_signal(pid, signal.SIGTERM)
         deadline = time.monotonic() + _STOP_S
@@ -191,7 +180,13 @@ def print_status(words: Sequence[str], *, kit: Path | None, as_json: bool) -> No
     Without a folder, list the sites that are online.
     """
     if not words and kit is not None:
-        _print_online_sites(_read_lead_kit(kit), as_json=as_json)
+        from fedtune.ops.deployment import LeadService
+
+        lead = _read_lead_kit(kit)
+        online = LeadService(kit=lead, federation=list_federation_settings(lead)).list_online_sites()
+        now = [(site, "online" if there else "no response") for site, there in online.items()]
+        section = Section(headings=("site", "now"), rows=now, words=range(2))
+        print_answer({"schema_version": SCHEMA_VERSION, "online": online}, [section], as_json=as_json)
         return
     folder = _parse_run_folder("status", words)
     config = read_saved_config(folder)
@@ -212,12 +207,3 @@ def print_status(words: Sequence[str], *, kit: Path | None, as_json: bool) -> No
     heading = f"{folder}: {how}, {status['round']} of {status['num_rounds']} rounds are done"
     section = Section(headings=("site", "last answer", "at", "epsilon so far"), rows=rows, words=range(4))
     print_answer(status, [section], as_json=as_json, heading=heading)
-
-
-def _print_online_sites(kit: Kit, *, as_json: bool) -> None:
-    from fedtune.ops.deployment import LeadService
-
-    online = LeadService(kit=kit, federation=list_federation_settings(kit)).list_online_sites()
-    rows = [(site, "online" if there else "no response") for site, there in online.items()]
-    sections = [Section(headings=("site", "now"), rows=rows, words=range(2))]
-    print_answer({"schema_version": SCHEMA_VERSION, "online": online}, sections, as_json=as_json)

@@ -90,9 +90,8 @@ def build(
         from fedtune.report import from_run
 
         if anchor is not None:
-            raise ConfigError(
-                "--anchor", str(anchor), "is for the report of a ledger, but PATH is a run folder: remove --anchor"
-            )
+            bound = "is for the report of a ledger, but PATH is a run folder: remove --anchor"
+            raise ConfigError("--anchor", str(anchor), bound)
         report, folder, settings = from_run.build_run_report(path), path, read_saved_config(path).report
         own_language, about, place = settings.language, settings.about, "report.about"
     else:
@@ -101,11 +100,8 @@ def build(
         ledger = SiteFiles.from_site_toml(path).ledger if of_policy else find_ledger(str(path))
         report = from_ledger.build_ledger_report(path if of_policy else ledger, anchor=anchor)
         folder = ledger.with_name(f"{ledger.name}.report")
-        own_language, about, place = (
-            "en",
-            read_site_settings(path).about if of_policy else AboutSpec(),
-            "[about] of site.toml",
-        )
+        own_language, place = "en", "[about] of site.toml"
+        about = read_site_settings(path).about if of_policy else AboutSpec()
     if key is not None:
         report = signing.sign_report(report, key)
         signing.verify_report_signature(report)  # a ledger's report must be signed with the key of its events

@@ -32,6 +32,7 @@ def simulate(
     from rich.console import Console
 
     from fedtune.api.compose import compose_run, quote_word
+    from fedtune.api.public import require_simulation
     from fedtune.cli.interruptible_run import (
         run_displayed_public_stage,
         run_simulation,
@@ -42,17 +43,14 @@ def simulate(
     from fedtune.runs.run_paths import find_run_folder
     from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
     from fedtune.sites.run_cache import RunCache
-    from fedtune.spec import ConfigError
 
     console = Console(stderr=as_json)
     overrides = overrides if renew is None else (*overrides, f"renew={quote_word(str(renew))}")
     overrides = (*overrides, "tracking.log_level=debug") if verbose else overrides
     trials = Trials.from_sweep(overrides) if multirun else None
     runs = [trial.config for trial in trials.rows.values()] if trials else [compose_run(overrides)]
-    if any(config.runtime.kind == "deployment" for config in runs):
-        raise ConfigError(
-            "runtime", "deployment", "requires real sites: start the run with fedtune run --kit LEAD sites=[...]"
-        )
+    for config in runs:
+        require_simulation(config)
     if trials and len(runs) > 1:
         again = ["simulate", "-m", *trials.again]
         with show_several_runs(trials, console, again=again, as_json=as_json), RunCache() as cache:

@@ -98,13 +98,11 @@ class SiteActions:
         if verdict.ledger == "in doubt":
             raise RunError(verdict.note)
         if not verdict.allowed:
-            known = [
-                (one.reason, format_requested_and_allowed(one.requested, one.allowed)) for one in verdict.violations
-            ]
-            rules = "; ".join(
-                explain_refusal(reason) + (f" ({numbers})" if numbers else "") for reason, numbers in known
-            )
-            raise RefusedError(f"the policy or the budget refuses this run: {rules}")
+            rules = []
+            for one in verdict.violations:
+                numbers = format_requested_and_allowed(one.requested, one.allowed)
+                rules.append(explain_refusal(one.reason) + (f" ({numbers})" if numbers else ""))
+            raise RefusedError(f"the policy or the budget refuses this run: {'; '.join(rules)}")
         if not yes:
             require_confirmation("Approve this run?", otherwise="not approved: the run still waits")
         self.files.open_ledger().approve(pending.proposal, **said)
@@ -119,9 +117,8 @@ class SiteActions:
         asked = _find_proposal([*waiting, *begun], run, "waits for approval or has begun")
         self.files.open_ledger().deny(asked, **said)
         self.state.remove_pending(asked)
-        say(
-            "Denied, and recorded in the ledger. The lead receives 'denied' at its next request; the reason stays here."
-        )
+        then = "The lead receives 'denied' at its next request; the reason stays here."
+        say(f"Denied, and recorded in the ledger. {then}")
         if asked in begun:
             say("The run ends at this site: no further round is charged, and no further reply is sent.")
 
@@ -154,11 +151,8 @@ class SiteActions:
             bound = "has no held-out records: use fedtune evaluate FOLDER --data FILE with other records"
             raise ConfigError("data.heldout_fraction", 0, bound)
         if not (records := read_site_records(config, self.files).heldout):
-            raise ConfigError(
-                "data.heldout_fraction",
-                config.data.heldout_fraction,
-                "is too small to hold out a record of this site: use fedtune evaluate with other records",
-            )
+            bound = "is too small to hold out a record of this site: use fedtune evaluate with other records"
+            raise ConfigError("data.heldout_fraction", config.data.heldout_fraction, bound)
         lines = [Line(name="tuned", kind="run", run=SearchTrial(config=config, folder=folder))]
         runs = [(config, adapter)]
         compared = score_side_by_side(lines, runs, data=None, by=by, smallest=smallest, records=records)
@@ -173,10 +167,8 @@ class SiteActions:
         key, site = files.load_key().derive_secret("own adapter"), files.policy.site
         parts = Parts.split(read_site_records(config, files), key=key, unit=config.privacy.unit)
         into, beside = self.kit.folder / f"private_to_{site}" / folder.name, files.ledger.parent
-        own = partial(
-            make_personalized, config, adapter, parts, site=site, into=into, beside_ledger=beside, lenient=True
-        )
-        print_personalization(lambda progress: {site: own(progress=progress)}, as_json=as_json)
+        own = partial(make_personalized, config, adapter, parts, site=site, into=into, beside_ledger=beside)
+        print_personalization(lambda progress: {site: own(progress=progress, lenient=True)}, as_json=as_json)
 
     def _find_kept_run(self, run: str) -> Path:
         """Find the folder of a run, by name or path, whose final adapter is stored at the site.
@@ -189,9 +181,8 @@ class SiteActions:
             if RunFolder(folder).config.is_file():
                 return folder.resolve()  # so that "." and ".." have a name
         names = ", ".join(sorted(path.name for path in kept.glob("*"))) or "none"
-        raise ConfigError(
-            "RUN", run, f'must be a run whose final adapter is stored here (final_adapter = "keep"): {names}'
-        )
+        bound = f'must be a run whose final adapter is stored here (final_adapter = "keep"): {names}'
+        raise ConfigError("RUN", run, bound)
 
 
 def _describe_member(member: Member, trusted: str | None) -> str:
@@ -302,18 +293,15 @@ def raise_for_failed_checks(checks: Sequence[DoctorCheck]) -> None:
 
 
 def _print_check_line(console: Console, check: DoctorCheck) -> None:
-    found = check.found.removeprefix(f"{check.status}: ")
-    lines = [f"{check.status:<{_NAME}}{to_printable(check.name)}"]
-    if len(lines[0]) < _FOUND:
-        lines[0] = lines[0].ljust(_FOUND)
-    else:
-        lines.append(" " * _FOUND)  # a long name gets its own line
-    first, *rest = wrap_text(to_printable(found, _MAX_TEXT), width=max(_NARROWEST, console.width - _FOUND))
+    def wrap(text: str, indent: int) -> list[str]:
+        return wrap_text(to_printable(text, _MAX_TEXT), width=max(_NARROWEST, console.width - indent))
+
+    name = f"{check.status:<{_NAME}}{to_printable(check.name)}"
+    lines = [name.ljust(_FOUND)] if len(name) < _FOUND else [name, " " * _FOUND]  # a long name gets its own line
+    first, *rest = wrap(check.found.removeprefix(f"{check.status}: "), _FOUND)
     lines[-1] += first
     lines += [" " * _FOUND + part for part in rest]
-    fix = (
-        wrap_text(to_printable(check.fix, _MAX_TEXT), width=max(_NARROWEST, console.width - _FIX)) if check.fix else []
-    )
+    fix = wrap(check.fix, _FIX) if check.fix else []
     lines += [("" if number else "->").rjust(_FIX - 1) + f" {part}" for number, part in enumerate(fix)]
     text = Text("\n".join(line.rstrip() for line in lines))
     text.stylize(_MARKS[check.status], 0, len(check.status))

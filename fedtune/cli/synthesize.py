@@ -83,17 +83,15 @@ class SyntheticFile:
         self.writer = public.Run(folder=adapter.absolute().parent, config=config)
         self.columns = tuple(synthetic.map_synthetic_columns(self.writer).values())
         for option, other in others.items():
-            if other.config.privacy.unit != config.privacy.unit:
-                unit = config.privacy.unit
+            if other.config.privacy.unit != (unit := config.privacy.unit):
                 bound = f"must have privacy.unit={unit}, like RUN: epsilons of different units cannot be added"
                 raise ConfigError(option, str(other.folder), bound)
         self.card = {suffix: find_card_path(to, suffix) for suffix in (".json", ".md")}
         from fedtune.report.synthetic_card import describe_run  # it imports torch, which takes seconds
 
         runs = (self.writer, *others.values())
-        digests = [
-            synthetic.read_adapter(one).digest for one in runs
-        ]  # first, because a run without privacy has no report
+        # First, because a run without privacy has no report.
+        digests = [synthetic.read_adapter(one).digest for one in runs]
         self.reports = [one.report() for one in runs]
         self.behind = list(map(describe_run, self.reports, digests))
         self._public: list[tuple[str, ...]] = []
@@ -120,9 +118,8 @@ class SyntheticFile:
     def open_files(self) -> AbstractContextManager[dict[Path, str]]:
         """Open the new files for `fill_texts`, with the card first, because records without a card count as public."""
         places = [("--to", path) for path in (*self.card.values(), self.to)]
-        return write_new_files(
-            *places, *([("--voting-experiment", self.voting_experiment)] if self.voting_experiment else [])
-        )
+        places += [("--voting-experiment", self.voting_experiment)] if self.voting_experiment else []
+        return write_new_files(*places)
 
     def fill_texts(
         self, texts: dict[Path, str], found: synthetic.Synthetic, made: Mapping[str, Any]
@@ -136,9 +133,8 @@ class SyntheticFile:
 
         left_out = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
         if not found.rows:
-            raise ConfigError(
-                "--rows", self.rows, f"produced no record in the required format: {left_out or 'no text'}"
-            )
+            bound = f"produced no record in the required format: {left_out or 'no text'}"
+            raise ConfigError("--rows", self.rows, bound)
         written = [tuple(row[column] for column in self.columns) for row in found.rows]
         said, theirs = ([text for *_, text in records] for records in (written, self._public))
         missing = 0 if self.rows is None else self.rows - len(written)
@@ -155,9 +151,8 @@ class SyntheticFile:
         texts[self.card[".json"]] = json.dumps(card, indent=1) + "\n"
         texts[self.card[".md"]] = synthetic_card.render_card_markdown(self.reports, card)
         if self.voting_experiment is not None:
-            texts[self.voting_experiment] = synthetic.render_voting_experiment(
-                found.rows, self.columns[-1], self.writer.config
-            )
+            experiment = synthetic.render_voting_experiment(found.rows, self.columns[-1], self.writer.config)
+            texts[self.voting_experiment] = experiment
         some = found.rows[:: max(1, len(found.rows) // _SHOWN)][:_SHOWN]
         rows = tuple(tuple(map(strip_control_characters, row.values())) for row in some)
         facts = {"records": f"{len(found.rows):,} of {pluralize(len(found.wanted), 'prompt')}"}

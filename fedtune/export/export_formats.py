@@ -364,17 +364,12 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
     model = load_task_model(adapter, model=config.model, private=private_to is not None)
     draws, features = np.random.default_rng(0), config.data.features
     columns = [(one, FEATURE + name) for one in features for name in one.columns]
-    records = [
-        Record({role: _generate_random_field(one, draws.integers) for one, role in columns}) for _ in range(_ROWS)
-    ]
+    fields = ({role: _generate_random_field(one, draws.integers) for one, role in columns} for _ in range(_ROWS))
+    records = list(map(Record, fields))
     vectors = torch.from_numpy(np.stack([encode_features(record, features) for record in records]))
     batch = Batch(vectors[:, None], torch.ones(_ROWS, 1, dtype=torch.int64), torch.zeros(_ROWS))
-    raw = torch.tensor(
-        [
-            [value for one, role in columns for value in one.parse_field(record.fields[role], at=role)]
-            for record in records
-        ]
-    )
+    parsed = [[one.parse_field(record.fields[role], at=role) for one, role in columns] for record in records]
+    raw = torch.tensor([[value for values in row for value in values] for row in parsed])
     with torch.no_grad():
         ours = model.task.compute_exported_output(model.logits(batch), spec=model.spec)
         write_task_model(model, folder, private_to=private_to)
@@ -418,6 +413,20 @@ LABELSmodel = SentenceTransformer("folder")
 scores = model.encode(["a text"])[0]
 print(READS)
 """,
+    "tags": """\
+from transformers import pipeline
+
+# A word has the tag of its first token; the other tokens were not trained.
+find = pipeline("token-classification", "folder", aggregation_strategy="first")
+print(find("a text"))
+""",
+    "embeddings": """\
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("folder")
+embeddings = model.encode(["a text", "another"])
+print(model.similarity(embeddings, embeddings))
+""",
     "onnx": """\
 import onnxruntime
 from transformers import AutoTokenizer
@@ -431,25 +440,13 @@ _LABELS = 'labels = open("folder/labels.txt", encoding="utf-8").read().splitline
 _WHOLE = "The tuned head on the weights, with the adapter merged into them,"
 _WHAT = {
     "merged": ("The weights, with the adapter merged into them,", "transformers"),
+    "tags": (_WHOLE, "transformers"),
     "sentence-transformers": (_WHOLE, "sentence-transformers"),
+    "embeddings": ("A model for embeddings, with the adapter merged into its weights,", "sentence-transformers"),
     "onnx": ("An ONNX graph of the weights, with the adapter merged into them,", "onnx"),
 }
-_FINDING = """\
-from transformers import pipeline
-
-# A word has the tag of its first token; the other tokens were not trained.
-find = pipeline("token-classification", "folder", aggregation_strategy="first")
-print(find("a text"))
-"""
-_EMBEDS = "A model for embeddings, with the adapter merged into its weights,"
-_EMBEDDING = """\
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("folder")
-embeddings = model.encode(["a text", "another"])
-print(model.similarity(embeddings, embeddings))
-"""
-"""Usage snippet for a sentence-transformers export without a head."""
+"""Description and library by export format, like the usage snippets in `_LOADING`; "tags" is the merged format of a
+token classifier, and "embeddings" the format sentence-transformers without a head."""
 
 
 def get_card_form(format: str, config: RunConfig) -> CardFormat:
@@ -463,14 +460,9 @@ def get_card_form(format: str, config: RunConfig) -> CardFormat:
     if config.data.input != "text":
         loading = build_loading_code(task, config.data, base="", folder="folder", graph=True)
         return CardFormat(what="An ONNX graph", library="onnx", relation="finetune", loading=loading)
-    what, library = _WHAT[format]
-    loading = (
-        _LOADING[format]
-        .replace("LABELS", _LABELS if config.data.labels else "")
-        .replace("READS", build_prediction_expression(task) or "scores")
-    )
-    if format == "merged" and task.reads_tokens:
-        what, loading = _WHOLE, _FINDING
-    if format == "sentence-transformers" and not task.has_head:
-        what, loading = _EMBEDS, _EMBEDDING
+    form = "tags" if format == "merged" and task.reads_tokens else format
+    form = "embeddings" if format == "sentence-transformers" and not task.has_head else form
+    what, library = _WHAT[form]
+    loading = _LOADING[form].replace("LABELS", _LABELS if config.data.labels else "")
+    loading = loading.replace("READS", build_prediction_expression(task) or "scores")
     return CardFormat(what=what, library=library, relation="finetune", loading=loading)

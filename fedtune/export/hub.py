@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -74,7 +73,7 @@ def push(folder: Path, files: Sequence[Path], repository: str, *, public: bool) 
         RunError: the hub cannot be reached, or the upload fails.
     """
     hub = HfApi(library_name="fedtune", library_version=__version__)
-    with _explain_errors(hub, repository):
+    try:
         address = hub.create_repo(repository, private=not public, exist_ok=True)
         # An existing repository keeps its visibility, and a server may ignore the requested visibility: check it.
         made = hub.model_info(repository)
@@ -83,21 +82,14 @@ def push(folder: Path, files: Sequence[Path], repository: str, *, public: bool) 
         # upload_folder may split a large folder into several commits; this is a single commit of the listed files.
         added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
         hub.create_commit(repository, added, commit_message=f"Upload a model with fedtune {__version__}")
-    return str(address)
-
-
-@contextmanager
-def _explain_errors(hub: HfApi, repository: str) -> Iterator[None]:
-    try:
-        yield
     except ConfigError:
         raise
     except OfflineModeIsEnabled:
-        raise ConfigError(
-            _PUSH, repository, "requires access to the hub, but HF_HUB_OFFLINE is set: unset HF_HUB_OFFLINE"
-        ) from None
+        bound = "requires access to the hub, but HF_HUB_OFFLINE is set: unset HF_HUB_OFFLINE"
+        raise ConfigError(_PUSH, repository, bound) from None
     except Exception as error:  # raised by several libraries; their texts contain no records
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
         if status in _REFUSALS:
             raise ConfigError(_PUSH, repository, _REFUSALS[status]) from error
         raise RunError(f"nothing was uploaded to {repository} at {hub.endpoint} ({get_first_line(error)})") from error
+    return str(address)

@@ -49,9 +49,8 @@ def load_model_as(form: ModelForm, adapter: Path, config: RunConfig) -> ModelWit
         RunError: the loaded model's outputs differ from those of the run's model.
     """
     if config.lora.kind == NO_ADAPTER:
-        raise ConfigError(
-            "form", form, "requires a base model, but this run trained only a head: use predict or export"
-        )
+        bound = "requires a base model, but this run trained only a head: use predict or export"
+        raise ConfigError("form", form, bound)
     choose_format(config, form, key="form")
     spec = replace(config.model, dtype="float32")
     if form == "peft":
@@ -61,9 +60,8 @@ def load_model_as(form: ModelForm, adapter: Path, config: RunConfig) -> ModelWit
             model = PeftModel.from_pretrained(base, adapter).eval()
         tokenizer = get_input_for(config.data).load_reader(config.data, saved.spec.model)
         if base.can_generate():
-            base.generation_config.eos_token_id = sorted(
-                config.bound_task.get_eos_token_ids(tokenizer, data=config.data)
-            )
+            ends = config.bound_task.get_eos_token_ids(tokenizer, data=config.data)
+            base.generation_config.eos_token_id = sorted(ends)
         return ModelWithTokenizer(model, tokenizer)
     with TemporaryDirectory() as scratch:
         folder = Path(scratch, "model")

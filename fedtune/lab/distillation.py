@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,15 +119,13 @@ def distill(
     if (base := None if student == HALF or student.isdecimal() else ModelSpec(path=student)) is None:
         own = _keep_lower_layers(student, teacher)
     elif read_base_lineage(base):
-        raise ConfigError(
-            "--student", student, "was exported from a run (see its config.json): choose a public base model"
-        )
+        bound = "was exported from a run (see its config.json): choose a public base model"
+        raise ConfigError("--student", student, bound)
     else:  # another base with an initial head, and placeholder tokens to shape it
         spec, runtime = replace(model.spec, model=base, lora=LoraSpec(rank=1)), config.runtime
         plain = replace(config, runtime=replace(runtime, onednn=False, gradient_checkpointing=False))
-        own, reference = Source.from_model(
-            load_tokenizer_and_model(plain, lambda: build_task_model(spec))[1], config, adapter, private_to=None
-        )
+        untrained = load_tokenizer_and_model(plain, lambda: build_task_model(spec))[1]
+        own, reference = Source.from_model(untrained, config, adapter, private_to=None)
     write_lineage_mark(own.base.config, adapter, private_to=None, texts=behind)
     card: dict[str, bytes] = {}
     with create_model_folder(to, config, card, int8=int8) as folder:
@@ -138,11 +137,9 @@ def distill(
             size = 4 * sum(tensor.numel() for tensor in net.state_dict().values())
             found.append(measure_model(net, model, data, config, one.tokenizer, name, size))
         (was, before), (now, after) = found
-        scores = (
-            compare_by_scores(was, now, scores=lambda figures: task.compute_final_scores(figures, spec=model.spec))
-            if test
-            else {}
-        )
+        scores: Mapping[str, Comparison] = {}
+        if test:
+            scores = compare_by_scores(was, now, scores=partial(task.compute_final_scores, spec=model.spec))
         told = Distilled([before, after], scores, len(test.records) if test else 0, len(asked), sha256)
         card |= _build_card(told, teacher, own, format=format, file=file.name, base=base, owed=owed)
         own.tokenizer.save_pretrained(folder)
@@ -166,10 +163,8 @@ def _describe_inherited_privacy(texts: Path, adapter: Path) -> tuple[str, Sequen
     if compose_losses(runs)[0] is None or runs[0]["unit"] != own["unit"]:
         bound = f"has a card without a finite epsilon per {own['unit']}, so the student's privacy loss is unbounded"
         raise ConfigError("--texts", str(texts), bound)
-    names, both = (
-        ", ".join(one["run"] for one in runs),
-        format_total_loss([own, *runs]) or "nothing, as its teacher has none",
-    )
+    names = ", ".join(one["run"] for one in runs)
+    both = format_total_loss([own, *runs]) or "nothing, as its teacher has none"
     words = (
         "the privacy statements below only cover its teacher. The card of these texts states "
         f"{format_total_loss(runs)} for each {own['unit']} of the runs behind them ({names}). The student's total "
@@ -222,9 +217,8 @@ def _train_student(
         batches = np.array_split(np.argsort(lengths + draws.random(len(lengths))), parts)
         for place, some in enumerate((batches[which] for which in draws.permutation(parts)), 1):
             optimizer.zero_grad()
-            torch.autograd.backward(
-                (compute_answers(1, some) - wanted[torch.from_numpy(some)]).square().mean() / spread
-            )
+            errors = compute_answers(1, some) - wanted[torch.from_numpy(some)]
+            torch.autograd.backward(errors.square().mean() / spread)
             optimizer.step()
             rates.step()
             progress("training the student", number * parts + place, passes * parts)
@@ -247,9 +241,8 @@ def _build_card(
     if found.scores and isinstance(report.facts, RunFacts):
         after = {name: one.tuned.value for name, one in found.scores.items()}
         report = replace(report, facts=replace(report.facts, final=after))
-        scores = (
-            f" Its scores are below; {format_score_name(score)} of its teacher: {found.scores[score].base.value:.4f}."
-        )
+        of_teacher = f"{format_score_name(score)} of its teacher: {found.scores[score].base.value:.4f}"
+        scores = f" Its scores are below; {of_teacher}."
     said = owed or (
         "if these texts are public, as the person who provided them declared, the privacy statements below also hold "
         "for the student (post-processing). The texts themselves have no guarantee."

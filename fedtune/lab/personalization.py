@@ -142,9 +142,8 @@ def personalize(
     fit.fit_best_adapter(shared.first_adapter(), what=f"{site}: training alone")
     save_task_model(shared.model, alone, private_to=site)
     saved.load_into(shared.model)
-    passes = fit.fit_best_adapter(
-        Adapter.from_task_model(shared.model), what=f"{site}: training its personalized adapter"
-    )
+    start = Adapter.from_task_model(shared.model)
+    passes = fit.fit_best_adapter(start, what=f"{site}: training its personalized adapter")
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
     # Record it first, so that no folder can exist without an entry.
     record_personalization(beside_ledger, run=config.run_id(), day=day)

@@ -77,26 +77,14 @@ def compute_amount(policy: Policy) -> Amount:
 
 def list_cautions(policy: Policy, amount: Amount, *, folder: Path) -> Iterator[Caution]:
     """Yield warnings about a policy in `folder`, the most serious warnings first."""
+    allow, budget, limits = policy.allow, policy.budget, policy.limits
     if not policy.simulated and policy.asserted.no_person_at_another_site is None:
         yield "asserted.no_person_at_another_site", "unanswered: set true or false, or the site does not start"
-    yield from _iter_promise_cautions(policy)
-    yield from _iter_request_cautions(policy)
-    yield from _list_amount_cautions(policy, amount)
-    if not policy.releases.reply_after_s:
-        yield "releases.reply_after_s", f"0: {IMMEDIATE_REPLY_RISK}; choose more than the duration of a round"
-    if policy.asserted.no_person_at_another_site is False:
-        text = "false: for a person with records at several sites, the epsilons of these sites add up"
-        yield "asserted.no_person_at_another_site", text
-    yield from _list_file_cautions(policy, folder)
-
-
-def _iter_promise_cautions(policy: Policy) -> Iterator[Caution]:
-    """Yield warnings about settings that weaken or void the guarantee."""
-    budget, limits = policy.budget, policy.limits
-    if policy.allow.seeded_noise:
+    # Settings that weaken or void the guarantee.
+    if allow.seeded_noise:
         text = "true: anyone who knows the seed can subtract the noise; only for synthetic records"
         yield "allow.seeded_noise", f"{text}. It marks the ledger permanently"
-    if policy.allow.inexact_gradients:
+    if allow.inexact_gradients:
         bound = f"the bound on one {policy.population.unit}'s influence is measured, not proved"
         text = f"true: where rounding makes gradients depend on the rest of the batch, {bound}"
         yield "allow.inexact_gradients", f"{text}; false accepts only exact machines"
@@ -115,13 +103,8 @@ def _iter_promise_cautions(policy: Policy) -> Iterator[Caution]:
         most = f"{10.0 ** math.floor(-math.log10(10 * size)):.0e}"
         yield "budget.delta", f"{chance} that only this one can explain; choose at most {most}"
     if not policy.anchor:
-        text = "empty: a rollback of the ledger to an older copy is not detected"
-        yield "anchor", text
-
-
-def _iter_request_cautions(policy: Policy) -> Iterator[Caution]:
-    """Yield warnings if the policy refuses every request, or accepts more requests than its author may expect."""
-    allow = policy.allow
+        yield "anchor", "empty: a rollback of the ledger to an older copy is not detected"
+    # Settings that refuse every request, or accept more requests than the policy's author may expect.
     for name in ("leads", "tasks", "base_models", "target_modules"):
         if not getattr(allow, name):
             yield f"allow.{name}", "empty: every request is refused"
@@ -134,25 +117,22 @@ def _iter_request_cautions(policy: Policy) -> Iterator[Caution]:
     for dataset in policy.dataset:
         if not dataset.path:
             yield f"dataset.{dataset.id}.path", "empty: the site has nothing to train on"
-
-
-def _list_amount_cautions(policy: Policy, amount: Amount) -> Iterator[Caution]:
-    """Yield warnings about caps that contradict each other or the reference run."""
-    budget = policy.budget
+    # Caps that contradict each other or the reference run.
     if budget.max_epsilon_per_run is None and budget.max_epsilon_per_period is None:
         text = "not set, like max_epsilon_per_period: a single run can spend the whole lifetime budget"
         yield "budget.max_epsilon_per_run", text
     if not amount.reference_fits:
         text = "would itself be refused by the limits or by max_epsilon_per_run; is this the run that you expect?"
         yield "budget.reference", text
-    fitting = {"max_epsilon": amount.runs_in_lifetime, "max_epsilon_per_period": amount.runs_in_period}
-    for key, runs in fitting.items():
+    for key, runs in {"max_epsilon": amount.runs_in_lifetime, "max_epsilon_per_period": amount.runs_in_period}.items():
         if runs == 0:
             yield f"budget.{key}", "is too small for a single run like the reference"
-
-
-def _list_file_cautions(policy: Policy, folder: Path) -> Iterator[Caution]:
-    """Yield warnings about the policy's key and anchor files, if the ledger exists."""
+    if not policy.releases.reply_after_s:
+        yield "releases.reply_after_s", f"0: {IMMEDIATE_REPLY_RISK}; choose more than the duration of a round"
+    if policy.asserted.no_person_at_another_site is False:
+        about = "for a person with records at several sites, the epsilons of these sites add up"
+        yield "asserted.no_person_at_another_site", f"false: {about}"
+    # The key and the anchor of an existing ledger.
     ledger, anchor = folder / policy.ledger, folder / policy.anchor
     if not ledger.is_file():
         return
@@ -275,9 +255,8 @@ def explain_signal(ratio: float, task: str) -> str:
     if not (studied := get_task(task).studied):
         return f"{furthest}; there is no study of how much task {task} learns at this ratio"
     nearest = min(studied, key=lambda one: abs(math.log(one / ratio)))
-    return (
-        f"{furthest}; in a study, runs at {nearest:g} kept {studied[nearest]} of the gain of training without privacy"
-    )
+    kept = f"runs at {nearest:g} kept {studied[nearest]} of the gain of training without privacy"
+    return f"{furthest}; in a study, {kept}"
 
 
 def describe_contribution(plan: Plan) -> str:

@@ -82,28 +82,25 @@ def chart(code: str, panel: Panel, *, named: tuple[str, str], number: Callable[[
         number: function that formats a number in the page's language.
     """
     bottom, top = _compute_y_span(panel)
-    marks, ends, scale = (
-        [(tick, number(tick)) for tick in _round_ticks(bottom, top)],
-        list(_iter_labeled_ends(panel)),
-        panel.scale,
-    )
+    marks = [(tick, number(tick)) for tick in _round_ticks(bottom, top)]
+    ends, scale = list(_iter_labeled_ends(panel)), panel.scale
     left = 22 + _LETTER * max(len(text) for _, text in marks)
     right = 8 + max([10 + _SMALL_LETTER * len(label) for _, label, _ in ends], default=0.0)
-    low, high = _compute_x_span(
-        [*(x for one in panel.series for x, _ in one.points), *([] if panel.until is None else [panel.until])], scale
-    )
+    places = [x for one in panel.series for x, _ in one.points] + ([] if panel.until is None else [panel.until])
+    places = list(map(math.log10, places)) if scale == "powers" else places
+    room = 0.04 * (max(places) - min(places)) or 0.5
+    low, high = min(places) - room, max(places) + room
     across = _Axis(low=low, high=high, start=left, length=_WIDTH - left - right)
     down = _Axis(low=bottom, high=top, start=8 + _PANEL_HEIGHT, length=-_PANEL_HEIGHT)
     parts = [*_draw_axes(panel, across, down, marks)]
     for one in panel.series:
         parts += _draw_series(one, panel, across, down)
     parts += [*_draw_levels(panel, across, down), *_draw_end_labels(ends, across, down)]
-    write = (lambda tick: format_power_of_ten(round(tick))) if scale == "powers" else number
-    labels = (
-        _list_date_ticks(low, high)
-        if scale == "days"
-        else [(tick, write(tick)) for tick in _list_x_ticks(low, high, scale)]
-    )
+    if scale == "days":
+        labels = _list_date_ticks(low, high)
+    else:
+        write = (lambda tick: format_power_of_ten(round(tick))) if scale == "powers" else number
+        labels = [(tick, write(tick)) for tick in _list_x_ticks(low, high, scale)]
     parts += _draw_x_axis(panel.x, across, _HEIGHT - 32, labels)
     title, description = map(escape, named)
     head = (
@@ -126,13 +123,6 @@ def _compute_y_span(panel: Panel) -> tuple[float, float]:
         return (0.0, 1.0) if panel.from_zero else (low - 0.5, high + 0.5)
     room = 0.06 * (high - low)
     return (low if panel.from_zero else low - room), high + room
-
-
-def _compute_x_span(places: Sequence[float], scale: str) -> tuple[float, float]:
-    values = [math.log10(place) for place in places] if scale == "powers" else places
-    low, high = min(values), max(values)
-    room = 0.04 * (high - low) or 0.5
-    return low - room, high + room
 
 
 def _round_ticks(low: float, high: float, *, most: int = 6) -> list[float]:
@@ -209,12 +199,10 @@ def _draw_levels(panel: Panel, across: _Axis, down: _Axis) -> Iterator[str]:
         yield _draw_line(f"M{across.start:g} {down.to_coordinate(height):g}h{across.length:g}", "#000000", dashes)
     for x, y, text in panel.notes:
         # A rising line leaves space below its start and above its end.
-        is_early, has_room = (
-            across.to_coordinate(x) < across.start + across.length / 2,
-            down.to_coordinate(y) + 16 < down.start,
-        )
-        anchor, aside = "start" if is_early else "end", 14 if is_early and has_room else -6
-        yield _draw_text(across.to_coordinate(x), down.to_coordinate(y) + aside, text, anchor=anchor)
+        left, top = across.to_coordinate(x), down.to_coordinate(y)
+        is_early = left < across.start + across.length / 2
+        aside = 14 if is_early and top + 16 < down.start else -6
+        yield _draw_text(left, top + aside, text, anchor="start" if is_early else "end")
 
 
 def _iter_labeled_ends(panel: Panel) -> Iterator[tuple[float, str, str]]:

@@ -89,7 +89,8 @@ class Display:
         since = done - self._first
         left = _format_time_left((total - done) * (now - self._stage_began) / since if since > 0 else None)
         if self._console.is_terminal:
-            self._remove_preparation_bar(new or 0 < total <= done)
+            if new or 0 < total <= done:
+                self._remove_preparation_bar()
             if done < total or not total:
                 if self._preparing is None:
                     self._preparing = self._progress.add_task(so_far, total=None, left="")
@@ -101,8 +102,8 @@ class Display:
             self._console.print(f"  {so_far}{left and f', {left}'}")
             self._told = now
 
-    def _remove_preparation_bar(self, over: bool) -> None:
-        if over and self._preparing is not None:
+    def _remove_preparation_bar(self) -> None:
+        if self._preparing is not None:
             self._progress.remove_task(self._preparing)
             self._preparing = None
 
@@ -119,7 +120,7 @@ class Display:
         federation = self._config.federation
         self._plan, self._done = proposal.plan, state.round * len(federation.active)
         self.earlier_s = state.seconds
-        self._remove_preparation_bar(True)
+        self._remove_preparation_bar()
         if self._shown:
             show([_build_settings_section(self._config, shared, proposal.plan)], console=self._console)
         if state.start_adapter:
@@ -133,12 +134,9 @@ class Display:
             which = ", ".join(state.data_changed)
             now = f"The records of {which} have changed since the run started"
             self._print_text(f"{now}: its epsilon holds for each version of the records separately.", style="yellow")
-        self._task = self._progress.add_task(
-            self._format_round(state.round + 1, 0),
-            total=federation.num_rounds * len(federation.active),
-            completed=self._done,
-            left=_format_time_left(self._estimate_seconds_left(state)),
-        )
+        total, left = federation.num_rounds * len(federation.active), self._estimate_time_left(state)
+        said = self._format_round(state.round + 1, 0)
+        self._task = self._progress.add_task(said, total=total, completed=self._done, left=left)
 
     def on_site_replied(self, number: int) -> None:
         """Advance the progress bar by one site."""
@@ -157,13 +155,8 @@ class Display:
         """Print the line of a finished round, which is wrapped only at separators on a narrow terminal."""
         self._done = state.round * len(self._config.federation.active)
         if self._task is not None:
-            said = self._format_round(state.round + 1, 0)
-            self._progress.update(
-                self._task,
-                completed=self._done,
-                description=said,
-                left=_format_time_left(self._estimate_seconds_left(state)),
-            )
+            said, left = self._format_round(state.round + 1, 0), self._estimate_time_left(state)
+            self._progress.update(self._task, completed=self._done, description=said, left=left)
         if not self._shown:
             return
         line = Text()
@@ -193,7 +186,7 @@ class Display:
         if kept is not None and kept.round < last.round:
             yield f"best so far: round {kept.round}", ""
         # Extrapolate from this run's rounds, so that a log without a progress bar has an estimate as well.
-        left = _format_time_left(self._estimate_seconds_left(state))
+        left = self._estimate_time_left(state)
         if left and not over:
             yield left, ""
         if last.diverged:
@@ -201,9 +194,9 @@ class Display:
         for site, reason in last.failed_sites.items():
             yield f"{site}: {reason}", "red"
 
-    def _estimate_seconds_left(self, state: LeadState) -> float | None:
+    def _estimate_time_left(self, state: LeadState) -> str:
         left = count_rounds(state.rounds, self._config.federation) - state.round
-        return None if state.seconds_per_round is None else left * state.seconds_per_round
+        return _format_time_left(left * (state.seconds_per_round or 0.0))
 
     def _format_round(self, round: int, replied: int) -> str:
         rounds, sites = self._config.federation.num_rounds, len(self._config.federation.active)
@@ -304,9 +297,8 @@ def _build_settings_section(config: RunConfig, shared: RunModel, plan: Plan) -> 
         if plan.unit == "user":
             rows["privacy"] += f", at most {pluralize(plan.records_per_user, 'record')} of a user in a step"
         if (people := plan.cohorts) is not None:
-            came = (
-                f"from {people.first} to {people.last}" if people.first else f"up to {people.last}, or without a date"
-            )
+            came = f"up to {people.last}, or without a date"
+            came = f"from {people.first} to {people.last}" if people.first else came
             rows["people"] = f"only those who arrived {came} are charged"
         if config.runtime.seeded_noise:
             rows["privacy"] += "; seeded noise: a study without a guarantee"
@@ -326,9 +318,8 @@ def _build_settings_section(config: RunConfig, shared: RunModel, plan: Plan) -> 
     uses = plan.num_rounds * plan.local_steps * plan.sampling_rate  # expected uses of a record
     if not shared.loaded.keeps_states and uses > 1:
         small = "runtime.kept_states_mib is too small to keep the outputs of the frozen layers for all records"
-        slower = (
-            f"which takes {math.ceil(shared.states_mib):,} MiB: these layers run about {uses:.0f} times for each record"
-        )
+        slower = f"these layers run about {uses:.0f} times for each record"
+        slower = f"which takes {math.ceil(shared.states_mib):,} MiB: {slower}"
         rows["memory"] = f"{small}, {slower}. runtime.kept_states_folder, a folder on a fast disk, can store them too"
     styles = {place: "yellow" for place, name in enumerate(rows) if name in warnings | {"format", "memory"}}
     return replace(build_key_value_section(rows), styles=styles)
@@ -346,16 +337,13 @@ def _describe_start(about: Mapping[str, Any]) -> str:
     else:
         epsilon = f"epsilon {format_epsilon(about['epsilon'])} at delta {about['delta']:g} for each {about['unit']}"
         spent = f"its training{on} spent {epsilon}"
-    head: dict[object, str] = {
-        True: "its head is reused",
-        False: "its head has other labels, so the run starts with a new head",
-    }
+    new = "its head has other labels, so the run starts with a new head"
+    head: dict[object, str] = {True: "its head is reused", False: new}
     what = "the adapter" if "head" in about else "a base model derived from the adapter"
     start = f"{what} {about['digest'][:12]} of {about['from']}"
     if about["digest"] in PRIVATE_BASES:
         start = f"{about['from']}, pre-trained with privacy, as claimed by its authors"
-    known = [start, spent, head.get(about.get("head"))]
-    return "; ".join(filter(None, known))
+    return "; ".join(filter(None, (start, spent, head.get(about.get("head")))))
 
 
 def _format_scores(metrics: Mapping[str, float | None]) -> str:

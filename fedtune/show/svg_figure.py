@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedtune.show.terminal_tables import write_file
 from fedtune.spec import ConfigError
 
 
@@ -29,8 +30,5 @@ class SvgFigure:
         target = Path(path)
         if target.suffix.lower() != ".svg":
             raise ConfigError("path", str(path), "must end in .svg")
-        try:
-            target.write_text(self.svg, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError("path", str(path), f"must be a file that can be written ({error.strerror})") from None
+        write_file(target, self.svg, option="path")
         return target

@@ -40,11 +40,13 @@ from fedtune.codec import read_regular_file
 from fedtune.data import Record
 from fedtune.data.batching import collate, cut_micro_batches
 from fedtune.evaluation.spec import WritingSpec
+from fedtune.formatting import pluralize
 from fedtune.lab.attack.target import TUNED, ScoredRecords, Target
 from fedtune.lab.audit.guesses import Values
 from fedtune.lab.audit.record_attack import FALSE_ALARMS, estimate_auroc, estimate_hit_rate, estimate_share
 from fedtune.model.ranks import cut_to_rank
 from fedtune.privacy.dp_library import GaussianDpEvent
+from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.attacks import AttackFinding
 from fedtune.report.derive import profile
@@ -60,6 +62,7 @@ ALTERNATIVES = 999  # number of random secrets in the ranking of a planted secre
 TOKENS = 16  # number of verbatim tokens that count as an extraction
 _MAX_PROMPTS = 50
 _MAX_SECRETS = 100
+CONFIDENCE = 0.95  # confidence level of all intervals
 CANDIDATES = 100  # number of records of which one is in the attacked step
 TRIALS = 2000  # number of releases of that step
 _MAX_VALUES = 1 << 28  # of all gradients in memory at once: 1 GiB
@@ -79,10 +82,7 @@ class Ranking:
 
 def rank_records(members: ScoredRecords, others: ScoredRecords, *, shadows: int, seed: int) -> list[Ranking]:
     """Compute the membership scores of all attacks that the task supports, for members and non-members."""
-    rankings = [
-        Ranking("loss", -members.after, -others.after),
-        Ranking("ratio to the base", members.gain, others.gain),
-    ]
+    rankings = [Ranking("loss", -members.after, -others.after), Ranking("ratio to the base", members.gain, others.gain)]
     if members.classes.min(initial=0) >= 0 and members.embeddings.shape[1]:
         scores = compute_lira_scores(members, others, shadows=shadows, seed=seed)
         count = len(members.after)
@@ -110,12 +110,15 @@ def compute_lira_scores(members: ScoredRecords, others: ScoredRecords, *, shadow
     answers = np.eye(int(classes.max()) + 1)[classes]
     ridge = _RIDGE * np.trace(embeddings.T @ embeddings) / embeddings.shape[1]
     draws, margins = np.random.default_rng(seed), np.zeros((shadows, len(classes)))
-    inside = np.zeros((shadows, len(classes)), dtype=bool)
+    inside, rows = np.zeros((shadows, len(classes)), dtype=bool), np.arange(len(classes))
     for shadow in range(shadows):
         inside[shadow] = draws.random(len(classes)) < 0.5
         own = embeddings[inside[shadow]]
         head = np.linalg.solve(own.T @ own + ridge * np.eye(own.shape[1]), own.T @ answers[inside[shadow]])
-        margins[shadow] = _compute_margins(embeddings @ head, classes)
+        outputs = embeddings @ head
+        own_outputs = outputs[rows, classes]
+        outputs[rows, classes] = -np.inf
+        margins[shadow] = own_outputs - (outputs.max(axis=1) if outputs.shape[1] > 1 else 0.0)
     times_in = np.maximum(1, inside.sum(axis=0))
     times_out = np.maximum(1, (~inside).sum(axis=0))
     middle = ((margins * inside).sum(axis=0) / times_in + (margins * ~inside).sum(axis=0) / times_out) / 2
@@ -128,18 +131,9 @@ def compute_lira_scores(members: ScoredRecords, others: ScoredRecords, *, shadow
     return scores
 
 
-def _compute_margins(outputs: Values, classes: np.ndarray) -> Values:
-    """Compute the margins (records,): output of the true class minus the largest other output."""
-    rows = np.arange(len(classes))
-    others = outputs.copy()
-    others[rows, classes] = -np.inf
-    margins: Values = outputs[rows, classes] - (others.max(axis=1) if outputs.shape[1] > 1 else 0.0)
-    return margins
-
-
-def describe_membership(rankings: Sequence[Ranking], *, confidence: float, ceiling: float | None) -> AttackFinding:
+def describe_membership(rankings: Sequence[Ranking], *, ceiling: float | None) -> AttackFinding:
     """Describe the strongest membership attack, with a Bonferroni-corrected interval for the selection."""
-    each = 1 - (1 - confidence) / len(rankings)
+    each = 1 - (1 - CONFIDENCE) / len(rankings)
     areas = {one.name: estimate_auroc(one.members, one.others, confidence=each) for one in rankings}
     best = max(rankings, key=lambda one: areas[one.name][0])
     area, low, high = areas[best.name]
@@ -150,40 +144,31 @@ def describe_membership(rankings: Sequence[Ranking], *, confidence: float, ceili
     said = f"Given a training record and an unused record, the attack by {best.name} identifies the training record "
     said += f"{round(100 * area)} times out of 100 (random guessing: 50)"
     said += "; this may be chance." if low <= 0.5 else "; this is more than chance."
-    return AttackFinding(
-        attack="membership",
-        measure="auroc",
-        sentence=said,
-        strength=area,
-        low=low,
-        high=high,
-        guessing=0.5,
-        ceiling=ceiling,
-        figures=figures,
-    )
+    describe = partial(AttackFinding, attack="membership", measure="auroc", guessing=0.5, ceiling=ceiling)
+    return describe(sentence=said, strength=area, low=low, high=high, figures=figures)
 
 
-def describe_site_inference(
-    by_site: Mapping[str, Values], others: Values, *, protection: str, confidence: float
-) -> AttackFinding:
+def describe_site_inference(by_site: Mapping[str, Values], others: Values, *, unit: Unit) -> AttackFinding:
     """Describe an attack that distinguishes `GROUP` records of a participating site from `GROUP` unused records.
 
-    The attacker averages the gain of each group (dataset inference; Maini, Yaghini and Papernot 2021, arXiv
-    2104.10706).
+    The guarantee does not protect the membership of a whole site.  The attacker averages the gain of each group
+    (dataset inference; Maini, Yaghini and Papernot 2021, arXiv 2104.10706).
 
     Args:
         by_site: site -> gains (records,) of its training records.
         others: gains (records,) of records outside the training data.
-        protection: sentence about the guarantee's protection of whole sites.
-        confidence: confidence level of the interval.
+        unit: the unit that the guarantee protects.
     """
+    smallest = pluralize(min(map(len, by_site.values())), "record")
+    who = f"the guarantee covers one {unit}, the smallest site has {smallest}"
+    protection = f"The participation of a site is never protected: {who}, and run.json names all sites."
     sites = [mean for gains in by_site.values() for mean in _average_groups(gains)]
     nobody = _average_groups(others)
     describe = partial(AttackFinding, attack="site", measure="auroc_of_groups", guessing=0.5, ceiling=1.0)
     if len(nobody) < 2 or len(sites) < 2:
         few = f" No attack was run, because it requires at least {2 * GROUP} records in each group."
         return describe(sentence=protection + few)
-    area, low, high = estimate_auroc(np.array(sites), np.array(nobody), confidence=confidence)
+    area, low, high = estimate_auroc(np.array(sites), np.array(nobody), confidence=CONFIDENCE)
     said = f" From {GROUP} records, an attack identifies a participating site {round(100 * area)} times out of 100."
     return describe(sentence=protection + said, strength=area, low=low, high=high)
 
@@ -193,7 +178,7 @@ def _average_groups(gains: Values) -> list[float]:
     return [float(mean) for mean in gains[:whole].reshape(-1, GROUP).mean(axis=1)]
 
 
-def describe_attribute(members: ScoredRecords, others: ScoredRecords, *, confidence: float) -> AttackFinding:
+def describe_attribute(members: ScoredRecords, others: ScoredRecords) -> AttackFinding:
     """Describe attribute inference: the model's accuracy on the labels of members, compared with non-members.
 
     The attacker knows all other fields of the record. The accuracy on non-members reflects the population, and does not
@@ -208,7 +193,7 @@ def describe_attribute(members: ScoredRecords, others: ScoredRecords, *, confide
         rate * (1 - rate) / len(one.classes) + 1 / (4 * len(one.classes) ** 2)
         for rate, one in zip(rates, (members, others), strict=True)
     )
-    reach = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(variance)
+    reach = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.sqrt(variance)
     gap = rates[0] - rates[1]
     low, high = max(-1.0, gap - reach), min(1.0, gap + reach)
     said = f"An attacker who knows a record without its label guesses the label for {rates[0]:.1%} of the training "
@@ -256,13 +241,9 @@ def read_secrets(file: Path, target: Target) -> list[PlantedSecret]:
 
 def draw_alternatives(secret: str, draws: np.random.Generator) -> Iterator[str]:
     """Yield random secrets of the same format: random digits for digits, random letters for letters."""
+    alphabets = [next((one for one in _ALPHABETS if sign in one), sign) for sign in secret]
     while True:
-        yield "".join(_draw_same_kind(sign, draws) for sign in secret)
-
-
-def _draw_same_kind(sign: str, draws: np.random.Generator) -> str:
-    alphabet = next((one for one in _ALPHABETS if sign in one), sign)
-    return alphabet[int(draws.integers(len(alphabet)))]
+        yield "".join(alphabet[int(draws.integers(len(alphabet)))] for alphabet in alphabets)
 
 
 def compute_exposure(rank: int, candidates: int) -> float:
@@ -282,28 +263,21 @@ def rank_secret(planted: PlantedSecret, target: Target, draws: np.random.Generat
     return 1 + int((losses[1:] <= losses[0]).sum())  # ties count against the attack
 
 
-def describe_exposure(ranks: Sequence[int], *, confidence: float) -> AttackFinding:
+def describe_exposure(ranks: Sequence[int]) -> AttackFinding:
     """Describe the exposure of planted secrets: the fraction with a rank in the top tenth of random secrets."""
     tenth = (ALTERNATIVES + 1) // 10
     hits = sum(rank <= tenth for rank in ranks)
-    strength, low, high = estimate_share(hits, len(ranks), confidence=confidence)
+    strength, low, high = estimate_share(hits, len(ranks), confidence=CONFIDENCE)
     exposures = sorted(compute_exposure(rank, ALTERNATIVES + 1) for rank in ranks)
     most = exposures[-1]
     said = f"The model ranks {hits} of {len(ranks)} planted secrets among the likeliest tenth of {ALTERNATIVES + 1:,} "
     said += f"of the same format; the largest exposure is {most:.1f} of {math.log2(ALTERNATIVES + 1):.1f} bits."
-    return AttackFinding(
-        attack="extraction",
-        measure="exposed_secrets",
-        sentence=said,
-        strength=strength,
-        low=low,
-        high=high,
-        guessing=0.1,
-        figures={"largest exposure": most, "median exposure": exposures[len(exposures) // 2]},
-    )
+    figures: dict[str, float | None] = {"largest exposure": most, "median exposure": exposures[len(exposures) // 2]}
+    describe = partial(AttackFinding, attack="extraction", measure="exposed_secrets", guessing=0.1)
+    return describe(sentence=said, strength=strength, low=low, high=high, figures=figures)
 
 
-def describe_written_secrets(planted: Sequence[PlantedSecret], target: Target, *, confidence: float) -> AttackFinding:
+def describe_written_secrets(planted: Sequence[PlantedSecret], target: Target) -> AttackFinding:
     """Describe the decoding of planted secrets: the fraction that the model writes after the text before the secret.
 
     The model before training writes as many of them as can be guessed from that text.
@@ -316,7 +290,7 @@ def describe_written_secrets(planted: Sequence[PlantedSecret], target: Target, *
     if all(base):
         none = f"Planted secrets show nothing, because the model before training generated all {len(base)} verbatim: "
         return describe(sentence=f"{none}plant secrets that cannot be guessed.")
-    strength, low, high = estimate_share(sum(tuned), len(tuned), confidence=confidence)
+    strength, low, high = estimate_share(sum(tuned), len(tuned), confidence=CONFIDENCE)
     said = f"Given the text before a planted secret, the model generates {sum(tuned)} of {len(tuned)} secrets "
     said += f"verbatim; before training it generated {sum(base)}."
     return describe(sentence=said, strength=strength, low=low, high=high, guessing=sum(base) / len(base))
@@ -340,37 +314,30 @@ def _write_secret(planted: PlantedSecret, target: Target, adapter: str) -> bool 
     return written.lstrip().startswith(expected.lstrip())
 
 
-def describe_decoding(target: Target, *, confidence: float) -> AttackFinding:
+def describe_decoding(target: Target) -> AttackFinding:
     """Describe verbatim extraction: the fraction of training prompts that the model completes as in training."""
+    describe = partial(AttackFinding, attack="extraction", measure="written_answers")
     members = [record for records in target.members.values() for record in records]
-    counts = [_count_extracted(target, records, seed=target.config.seed) for records in (members, target.others)]
+    counts = [_count_extracted(target, records) for records in (members, target.others)]
     if any(tried == 0 for _, tried in counts):
         none = f"Extraction was not tried, because too few records have an answer of at least {TOKENS} tokens."
-        return AttackFinding(attack="extraction", measure="written_answers", sentence=none)
+        return describe(sentence=none)
     (found, tried), (of_others, tried_others) = counts
     if of_others == tried_others:
         none = f"Training prompts show nothing, because the model also completes all {tried_others} unused prompts "
         none += "verbatim: plant secrets, and pass --secrets."
-        return AttackFinding(attack="extraction", measure="written_answers", sentence=none)
-    strength, low, high = estimate_share(found, tried, confidence=confidence)
+        return describe(sentence=none)
+    strength, low, high = estimate_share(found, tried, confidence=CONFIDENCE)
     said = f"The model repeats the first {TOKENS} tokens of the answer verbatim for {found} of {tried} training "
     said += f"prompts, and for {of_others} of {tried_others} unused prompts."
-    return AttackFinding(
-        attack="extraction",
-        measure="written_answers",
-        sentence=said,
-        strength=strength,
-        low=low,
-        high=high,
-        guessing=of_others / tried_others,
-    )
+    return describe(sentence=said, strength=strength, low=low, high=high, guessing=of_others / tried_others)
 
 
-def _count_extracted(target: Target, records: Sequence[Record], *, seed: int) -> tuple[int, int]:
+def _count_extracted(target: Target, records: Sequence[Record]) -> tuple[int, int]:
     """Count verbatim completions by the tuned model; return their number and the number of attempts."""
     saved, task, data = target.saved, target.saved.model.task, target.config.data
     saved.use_adapter(TUNED)
-    spec, draws = WritingSpec(max_new_tokens=TOKENS), np.random.default_rng(seed)
+    spec, draws = WritingSpec(max_new_tokens=TOKENS), np.random.default_rng(target.config.seed)
     found = tried = 0
     for place in draws.permutation(len(records)):
         fields = dict(records[place].fields)
@@ -427,20 +394,17 @@ class CandidateGradients:
         return int((own > scores.max(axis=1)).sum())
 
 
-def compute_candidate_gradients(
-    target: Target, *, rank: int | None = None, most: int = CANDIDATES
-) -> CandidateGradients:
-    """Compute the gradients of up to `most` training records at the model before training, with the run's seed.
+def compute_candidate_gradients(target: Target, *, rank: int | None) -> CandidateGradients:
+    """Compute the gradients of up to `CANDIDATES` training records at the model before training, with the run's seed.
 
     Args:
         target: the attacked run.
         rank: the LoRA rank that the attacked site trains; None: the whole adapter.
-        most: the largest number of records.
     """
     saved, config = target.saved, target.config
     records = [record for records in target.members.values() for record in records]
     values = sum(parameter.numel() for parameter in cut_to_rank(saved.model.trainable(), rank).values())
-    count = min(len(records), most, max(2, _MAX_VALUES // values))
+    count = min(len(records), CANDIDATES, max(2, _MAX_VALUES // values))
     chosen = sorted(np.random.default_rng(config.seed).permutation(len(records))[:count])
     saved.use_adapter(BASE)
     examples = saved.model.task.tokenize([records[n] for n in chosen], saved.tokenizer, data=config.data)
@@ -452,7 +416,7 @@ def compute_candidate_gradients(
     return CandidateGradients((rows @ rows.T).double().numpy())
 
 
-def describe_picked_records(target: Target, plan: Plan, *, confidence: float) -> AttackFinding:
+def describe_picked_records(target: Target, plan: Plan) -> AttackFinding:
     """Describe how often the record in one step is picked among candidates, without and with clipping and noise.
 
     The ceiling is that of one Gaussian mechanism that certainly has the record: sampling is no help to an attacked
@@ -463,7 +427,7 @@ def describe_picked_records(target: Target, plan: Plan, *, confidence: float) ->
         none = "No record was identified in an update, because this attack supports only Gaussian noise."
         return AttackFinding(attack="reconstruction", measure="picked_from_update", sentence=none)
     ranks = tuple(dict.fromkeys(target.config.federation.site_ranks.values()))
-    each = 1 - (1 - confidence) / len(ranks)
+    each = 1 - (1 - CONFIDENCE) / len(ranks)
     found = [_describe_picks_at_rank(target, plan, rank, confidence=each) for rank in ranks]
     return max(found, key=lambda one: one.strength or 0.0)
 

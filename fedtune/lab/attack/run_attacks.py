@@ -21,9 +21,9 @@ import numpy as np
 
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
-from fedtune.formatting import pluralize
 from fedtune.lab.attack import known_attacks
-from fedtune.lab.attack.target import ScoredRecords, Target, fit_to_minutes
+from fedtune.lab.attack.known_attacks import CONFIDENCE
+from fedtune.lab.attack.target import ScoredRecords, Target
 from fedtune.model.adapter_files import compute_adapter_digest
 from fedtune.privacy.events import Spent
 from fedtune.privacy.run_plan import Plan
@@ -32,8 +32,6 @@ from fedtune.report.derive import profile
 from fedtune.report.from_run import read_run
 from fedtune.report.page.render import write_attacks
 
-CONFIDENCE = 0.95
-SHADOWS = 32
 CANDIDATES = (100, 10_000, 1_000_000)
 """Numbers of candidate secrets: two digits, four digits, and six digits or a date of birth with a sex."""
 _SHOWN = 10_000
@@ -46,12 +44,12 @@ def attack_run(
     adapter: Path,
     folder: Path,
     *,
-    members: str | None = None,
-    others: str | None = None,
-    secrets: Path | None = None,
-    minutes: float = 10.0,
-    shadows: int = SHADOWS,
-    tell: Callable[[str], None] = lambda text: None,
+    members: str | None,
+    others: str | None,
+    secrets: Path | None,
+    minutes: float,
+    shadows: int,
+    tell: Callable[[str], None],
 ) -> RunAttacks:
     """Run all attacks that the task supports on a finished run, and write the results to its folder.
 
@@ -75,7 +73,7 @@ def attack_run(
     began, plan = time.monotonic(), read_run(folder).plan
     target = Target(config, adapter, members=members, others=others)
     planted = None if secrets is None else known_attacks.read_secrets(secrets, target)
-    fit_to_minutes(target, minutes=minutes, shadows=shadows, tell=tell)
+    target.fit_to_minutes(minutes, shadows=shadows, tell=tell)
     spent = profile.count_charged_events(plan, plan.max_rounds) if plan.private else None
     by_site = {site: target.score_records(records) for site, records in target.members.items() if records}
     outside = target.score_records(target.others)
@@ -83,25 +81,16 @@ def attack_run(
     inside = ScoredRecords(*map(np.concatenate, columns))
     tell("running membership and site inference, and reconstruction from one update")
     rankings = known_attacks.rank_records(inside, outside, shadows=shadows, seed=config.seed)
-    protection = describe_site_protection(plan, min(len(one.after) for one in by_site.values()))
+    gains = {site: one.gain for site, one in by_site.items()}
     findings = [
-        known_attacks.describe_membership(
-            rankings,
-            confidence=CONFIDENCE,
-            ceiling=None if spent is None else bound_membership_auroc(spent),
-        ),
-        known_attacks.describe_site_inference(
-            {site: one.gain for site, one in by_site.items()},
-            outside.gain,
-            protection=protection,
-            confidence=CONFIDENCE,
-        ),
-        known_attacks.describe_picked_records(target, plan, confidence=CONFIDENCE),
+        known_attacks.describe_membership(rankings, ceiling=None if spent is None else bound_membership_auroc(spent)),
+        known_attacks.describe_site_inference(gains, outside.gain, unit=plan.unit),
+        known_attacks.describe_picked_records(target, plan),
         describe_reconstruction(plan, keeps_state=config.federation.bound_algorithm.keeps_state),
     ]
     tell("running extraction and attribute inference")
     findings += _extract(target, planted)
-    findings.append(known_attacks.describe_attribute(inside, outside, confidence=CONFIDENCE))
+    findings.append(known_attacks.describe_attribute(inside, outside))
     found = RunAttacks(
         run=config.name or folder.name,
         adapter_sha256=compute_adapter_digest(RunFolder(folder).adapter),
@@ -120,15 +109,14 @@ def _extract(target: Target, planted: list[known_attacks.PlantedSecret] | None) 
     if planted is not None:
         draws = np.random.default_rng(target.config.seed)
         ranks = [known_attacks.rank_secret(secret, target, draws) for secret in planted]
-        findings.append(known_attacks.describe_exposure(ranks, confidence=CONFIDENCE))
+        findings.append(known_attacks.describe_exposure(ranks))
         if target.config.bound_task.predicts_tokens:
-            findings.append(known_attacks.describe_written_secrets(planted, target, confidence=CONFIDENCE))
+            findings.append(known_attacks.describe_written_secrets(planted, target))
     if target.config.bound_task.predicts_tokens:
-        findings.append(known_attacks.describe_decoding(target, confidence=CONFIDENCE))
+        findings.append(known_attacks.describe_decoding(target))
     elif planted is None:
         none = f"Extraction is not possible, because a model for the task {target.config.task} generates no text."
-        not_possible = AttackFinding(attack="extraction", measure="written_answers", sentence=none, applies=False)
-        findings.append(not_possible)
+        findings.append(AttackFinding(attack="extraction", measure="written_answers", sentence=none, applies=False))
     return findings
 
 
@@ -148,9 +136,8 @@ def bound_reconstruction(plan: Plan, *, rounds: int) -> dict[int, float]:
         The bound by N.
     """
     spent = profile.count_charged_events(plan, rounds)
-    bound = partial(
-        profile.bound_secret_chance, spent, epsilon=profile.epsilon_pld(spent, plan.delta), delta=plan.delta
-    )
+    epsilon = profile.epsilon_pld(spent, plan.delta)
+    bound = partial(profile.bound_secret_chance, spent, epsilon=epsilon, delta=plan.delta)
     return {count: bound(candidates=count) for count in CANDIDATES}
 
 
@@ -180,13 +167,6 @@ def describe_reconstruction(plan: Plan, *, keeps_state: bool) -> AttackFinding:
     said = f"A secret of one {unit} with {_SHOWN:,} equally likely values is reconstructed with probability at most "
     said += f"{' and '.join(told)}; random guessing has {_format_chance(1 / _SHOWN)}."
     return describe(sentence=said, ceiling=whole[_SHOWN], figures=figures)
-
-
-def describe_site_protection(plan: Plan, smallest: int) -> str:
-    """Describe why the guarantee does not protect the membership of a whole site."""
-    unit = "user" if plan.unit == "user" else "record"
-    who = f"the guarantee covers one {unit}, the smallest site has {pluralize(smallest, 'record')}"
-    return f"The participation of a site is never protected: {who}, and run.json names all sites."
 
 
 def _format_chance(chance: float) -> str:

@@ -90,22 +90,27 @@ class Target:
         """Total number of members at all sites."""
         return sum(map(len, self.members.values()))
 
-    def time_record(self) -> float:
-        """Measure the time in seconds to score a record before and after training, on a few records."""
-        began, tried = time.monotonic(), self.others[:_TRIED]
-        self.score_records(tried)
-        return (time.monotonic() - began) / len(tried)
+    def fit_to_minutes(self, minutes: float, *, shadows: int, tell: Callable[[str], None]) -> None:
+        """Report the estimated time of the attacks, and subsample the groups to fit into `minutes`.
 
-    def shrink_groups(self, share: float) -> None:
-        """Subsample each group to a fraction `share`, at random with the run's seed and independently of scores."""
-        draws = np.random.default_rng(self.config.seed)
+        The estimate is extrapolated from a few records, and ignores the shadow models, which cost less than scoring.
+        The sample is random with the run's seed, and independent of scores.
+        """
+        began, tried, count = time.monotonic(), self.others[:_TRIED], self.num_members + len(self.others)
+        self.score_records(tried)
+        each = (time.monotonic() - began) / len(tried)  # seconds to score a record before and after training
+        share, draws = min(1.0, 60 * minutes / max(each * count, 1e-9)), np.random.default_rng(self.config.seed)
 
         def sample(records: Sequence[Record]) -> list[Record]:
-            count = min(len(records), max(MIN_RECORDS, int(share * len(records))))
-            return [records[place] for place in sorted(draws.permutation(len(records))[:count])]
+            kept = min(len(records), max(MIN_RECORDS, int(share * len(records))))
+            return [records[place] for place in sorted(draws.permutation(len(records))[:kept])]
 
-        self.members = {site: sample(records) for site, records in self.members.items()}
-        self.others = sample(self.others)
+        if share < 1:
+            self.members = {site: sample(records) for site, records in self.members.items()}
+            self.others = sample(self.others)
+        taken = self.num_members + len(self.others)
+        told = f"scoring {taken:,} of {count:,} records before and after training, and fitting {shadows} shadow heads"
+        tell(f"{told}: about {each * taken:,.0f} s; no run is started, and no privacy budget is spent")
 
     def score_records(self, records: Sequence[Record]) -> ScoredRecords:
         """Compute losses, embeddings and predictions of both models for at least one record."""
@@ -136,39 +141,23 @@ class Target:
         return ScoredRecords(found[BASE], found[TUNED], embeddings, classes[0], classes[1])
 
 
-def fit_to_minutes(target: Target, *, minutes: float, shadows: int, tell: Callable[[str], None]) -> None:
-    """Report the estimated time of the attacks, and subsample the groups to fit into `minutes`.
-
-    The estimate is extrapolated from a few records, and ignores the shadow models, which cost less than scoring.
-    """
-    each, count = target.time_record(), target.num_members + len(target.others)
-    whole = each * count
-    share = min(1.0, 60 * minutes / max(whole, 1e-9))
-    if share < 1:
-        target.shrink_groups(share)
-    taken = target.num_members + len(target.others)
-    told = f"scoring {taken:,} of {count:,} records before and after training, and fitting {shadows} shadow heads"
-    tell(f"{told}: about {each * taken:,.0f} s; no run is started, and no privacy budget is spent")
-
-
 def _read_groups(
     config: RunConfig, members: str | None, others: str | None
 ) -> tuple[dict[str, list[Record]], list[Record]]:
-    if config.runtime.kind == "deployment":
-        for option, file in (("--members", members), ("--others", others)):
-            if file is None:
-                bound = "is missing: pass a file, or let the sites run this attack, since only they have their records"
-                raise ConfigError(option, None, bound)
-    if members is not None and others is not None:
-        known = LeadRecords.read(members, config, key="--members").records
-        return {"": known}, LeadRecords.read(others, config, key="--others").records
+    files = {"--members": members, "--others": others}
+    for option in [one for one, file in files.items() if file is None and config.runtime.kind == "deployment"]:
+        bound = "is missing: pass a file, or let the sites run this attack, since only they have their records"
+        raise ConfigError(option, None, bound)
+    given = {key: LeadRecords.read(file, config, key=key).records for key, file in files.items() if file is not None}
+    if len(given) == 2:
+        return {"": given["--members"]}, given["--others"]
     records = RunRecords(config)
     dealt = dict(zip(config.federation.names, records.dealt.sites, strict=True))
     at_sites = {site: list(dealt[site].training) for site in config.federation.active}
     if members is not None:
-        at_sites = {"": LeadRecords.read(members, config, key="--members").records}
+        at_sites = {"": given["--members"]}
     if others is not None:
-        return at_sites, LeadRecords.read(others, config, key="--others").records
+        return at_sites, given["--others"]
     unused = [record for site in config.federation.active for record in dealt[site].heldout]
     if not unused and records.test is not None:
         unused = list(records.test.records)

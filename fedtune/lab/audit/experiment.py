@@ -22,7 +22,7 @@ from fedtune.formatting import convert_none_to_infinite
 from fedtune.lab.audit.gradient_attack import GradientAttack
 from fedtune.lab.audit.guesses import Place
 from fedtune.lab.audit.record_attack import RecordAttack
-from fedtune.lab.audit.spec import AuditSpec
+from fedtune.lab.audit.spec import AuditSpec, require_guarantee
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.policy_file import write_policy
@@ -83,27 +83,19 @@ def make_auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
     """
     if spec.kind == "sensitivity":
         raise ConfigError("audit.kind", spec.kind, "does not train a run: use fedtune audit audit.kind=sensitivity")
-    runtime = config.runtime
+    runtime, patience = config.runtime, config.federation.early_stopping_patience
     for key, given, only, why in (
         ("runtime.sites_dir", runtime.sites_dir, None, "plants artificial records, and must not charge a real ledger"),
         ("runtime", runtime.kind, "simulation", "plants artificial records"),
         ("runtime.num_devices", runtime.devices, 1, "observes each step in one process"),
         *(() if spec.kind == "records" else _list_gradient_requirements(config)),
         ("resume", config.resume, None, "always starts from the beginning, with its own random draws"),
-        (
-            "federation.early_stopping_patience",
-            config.federation.early_stopping_patience,
-            None,
-            "attacks all rounds of the plan",
-        ),
+        ("federation.early_stopping_patience", patience, None, "attacks all rounds of the plan"),
     ):
         if given != only:
             wanted = only if isinstance(only, str) else json.dumps(only)
             raise ConfigError(key, given, f"must be {wanted}: an audit {why}")
-    if not config.privacy.private:
-        raise ConfigError(
-            "privacy", config.privacy.mechanism, "has no privacy guarantee to audit: choose another privacy.mechanism"
-        )
+    require_guarantee(config)
     if config.privacy.unit != "record" and spec.kind == "records":
         bound = "must be 'record' with audit.kind=records: use audit.kind=gradient for canary users"
         raise ConfigError("privacy.unit", config.privacy.unit, bound)

@@ -63,12 +63,10 @@ def _explain_result(result: Audit) -> str:
     attacker = f"The attacker is one {_ATTACKER[result.method]}."
     if result.exceeded:
         worst = max(list_refuted_bounds(result), key=lambda bound: bound.lower_bound - bound.claimed_epsilon)
-        shown = (
-            f"{attacker} At {format_site_label(worst.site)} the attack shows an epsilon of at "
-            f"least {worst.lower_bound:.3f}"
-        )
+        shown = f"the attack shows an epsilon of at least {worst.lower_bound:.3f}"
         claimed = f"the run claims at most {format_epsilon(worst.claimed_epsilon)}"
-        return f"{shown}, and {claimed}: the implementation or the claim is wrong."
+        both = f"At {format_site_label(worst.site)} {shown}, and {claimed}"
+        return f"{attacker} {both}: the implementation or the claim is wrong."
     blind = [format_site_label(bound.site) for bound in result.bounds if bound.best_possible <= bound.claimed_epsilon]
     more = "use more canaries or guesses, or a smaller delta (docs/audit.md)"
     limit = f" Even with every guess right it could not have refuted the claim at {', '.join(blind)}: {more}."

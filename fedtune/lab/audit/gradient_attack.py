@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -157,11 +158,9 @@ class Canaries:
 
         class WithCanaries:
             def compute_gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
-                return (
-                    canaries.compute_raw_gradients(batch)
-                    if isinstance(batch, CanaryBatch)
-                    else of_each.compute_gradients(batch)
-                )
+                if isinstance(batch, CanaryBatch):
+                    return canaries.compute_raw_gradients(batch)
+                return of_each.compute_gradients(batch)
 
         of_units = units.convert_gradients(WithCanaries())
 
@@ -297,11 +296,11 @@ class GradientAttack:
         Args:
             adapters: the initial adapter, and the aggregated adapter after each round.
         """
-        counts: dict[Place, Count] = {
-            None: self._count_right([*self.planted.values()], self._measure_adapter_moves(adapters), least=0.0)
-        }
-        of_sites = {site: self._count_right([one], one.tally.total, least=1.0) for site, one in self.planted.items()}
-        return of_sites | counts
+        counts: dict[Place, Count] = {}
+        for site, one in self.planted.items():
+            counts[site] = self._count_right([one], one.tally.total, least=1.0)
+        moves = self._measure_adapter_moves(adapters)
+        return counts | {None: self._count_right([*self.planted.values()], moves, least=0.0)}
 
     def _count_right(self, planted: Sequence[Canaries], vector: Vector, *, least: float) -> Count:
         coordinates = np.concatenate([one.coordinates for one in planted])
@@ -320,9 +319,8 @@ class GradientAttack:
         training, plan = self._everyone.config.training, self._everyone.plan
         lora_rate, head_rate = training.compute_peak_rates(clipped=True)
         steps, all_steps = plan.local_steps, plan.num_rounds * plan.local_steps
-        factors = [
-            compute_learning_rate_factor(training, step=step, total_steps=all_steps) for step in range(all_steps)
-        ]
+        factor_of_step = partial(compute_learning_rate_factor, training, total_steps=all_steps)
+        factors = [factor_of_step(step=step) for step in range(all_steps)]
         total = np.zeros(adapters[0].num_values)
         for number, (before, after) in enumerate(pairwise(adapters)):
             factor = sum(factors[number * steps : (number + 1) * steps])

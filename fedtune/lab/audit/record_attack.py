@@ -89,12 +89,11 @@ class RecordAttack:
             return int(draw % np.uint64(count))
 
         def text(role: str) -> str:
-            chosen = task.dummy_field(role, data, draw=draw_below) or get_input_for(data).generate_dummy_field(
-                role, data, draw=draw_below
-            )
-            return (
-                " ".join(self._words[draw_below(len(self._words))] for _ in range(_WORDS)) if chosen is None else chosen
-            )
+            chosen = task.dummy_field(role, data, draw=draw_below)
+            chosen = chosen or get_input_for(data).generate_dummy_field(role, data, draw=draw_below)
+            if chosen is not None:
+                return chosen
+            return " ".join(self._words[draw_below(len(self._words))] for _ in range(_WORDS))
 
         return Record({role: text(role) for role in task.columns(data)})
 
@@ -111,21 +110,13 @@ class RecordAttack:
         self._losses = {
             site: self._compute_losses_before_and_after(planted, adapters) for site, planted in self.planted.items()
         }
-        evidence = {
-            site: compute_centered_ranks(_compute_loss_drop(losses[0])) for site, losses in self._losses.items()
-        }
-        guesses = self._spec.guesses or self._spec.canaries
-        of_sites = {
-            site: count_right_guesses(evidence[site], self.planted[site].inserted, guesses=guesses) for site in evidence
-        }
-        together = compute_centered_ranks(
-            np.concatenate([_compute_loss_drop(losses[0]) for losses in self._losses.values()])
-        )
-        inserted = np.concatenate([planted.inserted for planted in self.planted.values()])
-        counts: dict[Place, Count] = {
-            None: count_right_guesses(together, inserted, guesses=guesses * len(self.planted))
-        }
-        return of_sites | counts
+        counts = dict[Place, Count]()
+        for place, sites in [*((site, [site]) for site in self.planted), (None, [*self.planted])]:
+            drops = np.concatenate([_compute_loss_drop(self._losses[site][0]) for site in sites])
+            inserted = np.concatenate([self.planted[site].inserted for site in sites])
+            guesses = (self._spec.guesses or self._spec.canaries) * len(sites)
+            counts[place] = count_right_guesses(compute_centered_ranks(drops), inserted, guesses=guesses)
+        return counts
 
     def measure_membership_baselines(self) -> tuple[AuditMembership, ...]:
         """Compute the membership baselines on real records, per site and over all sites; call `count_guesses` first."""
@@ -141,9 +132,8 @@ class RecordAttack:
     def _measure_membership_baseline(
         self, site: Place, score: Literal["loss", "reference_ratio"], *, members: Values, non_members: Values
     ) -> AuditMembership:
-        members, others = (
-            _compute_loss_drop(one) if score == "reference_ratio" else -one[1] for one in (members, non_members)
-        )
+        groups = (members, non_members)
+        members, others = (_compute_loss_drop(one) if score == "reference_ratio" else -one[1] for one in groups)
         area, low, high = estimate_auroc(members, others, confidence=self._spec.confidence)
         rates = []
         for share in FALSE_ALARMS:
@@ -164,10 +154,9 @@ class RecordAttack:
     def _compute_losses_before_and_after(self, planted: PlantedRecords, adapters: Sequence[Adapter]) -> list[Values]:
         """Compute losses (2, records) before and after training for canaries, training records and held-out records."""
         groups = (planted.canaries, planted.members, planted.non_members)
-        first, last = (
-            [self._record_losses(some, adapter) for some in groups] for adapter in (adapters[0], adapters[-1])
-        )
-        return [np.stack(both) for both in zip(first, last, strict=True)]
+        ends = adapters[0], adapters[-1]
+        losses = [[self._record_losses(some, adapter) for some in groups] for adapter in ends]
+        return list(map(np.stack, zip(*losses, strict=True)))
 
     def _record_losses(self, records: Sequence[Record], adapter: Adapter) -> Values:
         if not records:
@@ -196,9 +185,7 @@ def estimate_auroc(members: Values, others: Values, *, confidence: float) -> tup
     of_members = (np.searchsorted(both[0], members, "left") + np.searchsorted(both[0], members, "right")) / 2
     of_others = (np.searchsorted(both[1], others, "left") + np.searchsorted(both[1], others, "right")) / 2
     area = float(of_members.mean() / len(others))
-    variance = _compute_placement_variance(of_members / len(others)) + _compute_placement_variance(
-        of_others / len(members)
-    )
+    variance = sum(map(_compute_placement_variance, (of_members / len(others), of_others / len(members))))
     reach = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(variance)
     return area, max(0.0, area - reach), min(1.0, area + reach)
 

@@ -72,25 +72,23 @@ class Worst:
     others: int
 
 
-def search_violations(config: RunConfig, audit: AuditSpec, folder: Path, *, seed: int = 0) -> Worst:
+def search_violations(config: RunConfig, audit: AuditSpec, folder: Path) -> Worst:
     """Run `audit.tries` random cases on the run's model, and write the result to `folder`.
 
     Raises:
         ConfigError: the model cannot be loaded or trained.
     """
     config = fix_number_format(config, folder)
-    shared = RunModel(LoadedModel(config), config)
-    bound = compute_adapter_bound(DEFAULT_MAX_ADAPTER_VALUE, config.lora.scale)
-    found = _Search(shared, bound=bound, seed=seed).run_cases(audit.tries)
+    found = _Search(RunModel(LoadedModel(config), config)).run_cases(audit.tries)
     write_durably(folder / FILE, json.dumps(asdict(found), indent=1).encode() + b"\n")
     return found
 
 
 class _Search:
-    def __init__(self, shared: RunModel, *, bound: float, seed: int) -> None:
-        self._shared, self._bound = shared, bound
-        self._unit = shared.config.privacy.unit
-        self._draws = np.random.default_rng(seed)
+    def __init__(self, shared: RunModel) -> None:
+        self._shared, self._unit = shared, shared.config.privacy.unit
+        self._bound = compute_adapter_bound(DEFAULT_MAX_ADAPTER_VALUE, shared.config.lora.scale)
+        self._draws = np.random.default_rng(shared.config.seed)
 
     def run_cases(self, tries: int) -> Worst:
         with record_gradients(self._shared.model) as self._gradients:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from fedtune.api.compose import parse_override_key, parse_override_value
-from fedtune.config import convert_first_error
+from fedtune.codec import require
+from fedtune.config import RunConfig, convert_first_error
 from fedtune.report.attacks import check_confidence
 from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
 
@@ -72,6 +73,12 @@ class AuditSpec:
         for site in self.sites:
             if self.sites.count(site) > 1:
                 raise ConfigError("sites", site, "is named twice")
+
+
+def require_guarantee(config: RunConfig) -> None:
+    """Raise a ConfigError for a run without a privacy guarantee, which has nothing to audit."""
+    bound = "has no privacy guarantee to audit: choose another privacy.mechanism"
+    require("privacy", config.privacy.mechanism, config.privacy.private, bound)
 
 
 def parse_audit_spec(overrides: Sequence[str]) -> AuditSpec:

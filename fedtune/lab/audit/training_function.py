@@ -67,9 +67,8 @@ class TrainingAudit:
     confidence: float
 
     def __str__(self) -> str:
-        verdict = (
-            "REFUTED: the implementation or the claim is wrong" if self.refuted else "not refuted; this is no proof"
-        )
+        refuted = "REFUTED: the implementation or the claim is wrong"
+        verdict = refuted if self.refuted else "not refuted; this is no proof"
         bounds = f"at least {self.lower_bound:.2f}, as a Gaussian mechanism at least {self.fdp_bound:.2f}"
         guesses = f"{self.right:,} of {self.guesses:,} guesses right, by the {self.attack}"
         return f"claimed epsilon {self.claimed_epsilon:.2f}, shown {bounds} ({guesses}): {verdict}"
@@ -147,25 +146,24 @@ def audit_training(
     event = build_dp_sgd_event(sampling_rate=sampling_rate, noise_multiplier=noise_multiplier, steps=steps)
     curve = compose_pld(tuple(count_mechanisms([event]).items()), COARSE)
     deltas, each = np.array([curve.delta(epsilon) for epsilon in _EPSILONS]), (1 - confidence) / len(_ATTACKS)
-    found = []
-    for attack, scores in zip(_ATTACKS, (first, first - second), strict=True):
-        counts = count_right_guesses(compute_centered_ranks(scores), inserted, guesses=guesses)
-        refuted = refutes_profile(*counts, epsilons=_EPSILONS, deltas=deltas, error=each)
-        found.append(
-            TrainingAudit(
-                claimed_epsilon=curve.epsilon(delta),
-                lower_bound=compute_epsilon_lower_bound(*counts, delta=delta, confidence=1 - each),
-                fdp_bound=compute_fdp_lower_bound(*counts, delta=delta, confidence=1 - each),
-                refuted=refuted,
-                attack=attack,
-                canaries=canaries,
-                guesses=guesses,
-                right=counts[2],
-                delta=delta,
-                confidence=confidence,
-            )
-        )
-    return max(found, key=lambda one: one.right)
+    ranks = map(compute_centered_ranks, (first, first - second))
+    found = {
+        attack: count_right_guesses(evidence, inserted, guesses=guesses)
+        for attack, evidence in zip(_ATTACKS, ranks, strict=True)
+    }
+    attack, counts = max(found.items(), key=lambda one: one[1][2])
+    return TrainingAudit(
+        claimed_epsilon=curve.epsilon(delta),
+        lower_bound=compute_epsilon_lower_bound(*counts, delta=delta, confidence=1 - each),
+        fdp_bound=compute_fdp_lower_bound(*counts, delta=delta, confidence=1 - each),
+        refuted=refutes_profile(*counts, epsilons=_EPSILONS, deltas=deltas, error=each),
+        attack=attack,
+        canaries=canaries,
+        guesses=guesses,
+        right=counts[2],
+        delta=delta,
+        confidence=confidence,
+    )
 
 
 def _read_records(data: tuple[npt.ArrayLike, npt.ArrayLike]) -> tuple[Floats, Integers]:

@@ -172,9 +172,8 @@ class _CheckState:
         def iter_usable() -> Iterator[Record]:
             """Yield the usable records, and count unusable records as errors without their text."""
             nonlocal rows
-            for line, one in validate_rows(
-                path, self.task.columns(data, partition=use == "train", unit=unit), fault=find_fault
-            ):
+            columns = self.task.columns(data, partition=use == "train", unit=unit)
+            for line, one in validate_rows(path, columns, fault=find_fault):
                 rows += 1
                 if isinstance(one, Record):
                     yield replace(one, line=rows) if by_row else one
@@ -254,9 +253,8 @@ class _CheckState:
             if 0 < count < left[place]:
                 self._add_finding(records[place].line, "lost")
             left[place] = count
-        for record, count, hides in zip(
-            records, left, self.task.find_ignored_annotations(whole, data=self._data), strict=True
-        ):
+        hidden = self.task.find_ignored_annotations(whole, data=self._data)
+        for record, count, hides in zip(records, left, hidden, strict=True):
             if not count:
                 self._add_finding(record.line, "unlearned")
             if hides:
@@ -285,10 +283,9 @@ class _CheckState:
             self._add_finding(line, "declared", what, column)
         odd: dict[tuple[Kind, str, str], None] = {}
         for role, text in record.texts():
-            odd |= dict.fromkeys(("personal", kind, data.columns[role]) for kind, *_ in find_identifiers(text))
-            odd |= dict.fromkeys(
-                ("damage", what, data.columns[role]) for what in find_damage(text) if what not in ODD_TEXTS
-            )
+            column, damage = data.columns[role], (what for what in find_damage(text) if what not in ODD_TEXTS)
+            odd |= dict.fromkeys(("personal", kind, column) for kind, *_ in find_identifiers(text))
+            odd |= dict.fromkeys(("damage", what, column) for what in damage)
         for one in odd:
             self._add_finding(line, *one)
 

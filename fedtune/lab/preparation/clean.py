@@ -166,9 +166,8 @@ class Coding(Cleaning):
         if "length" in self.codes:
             places["length"] = bisect_left(self._bounds, sum(word is not None for word in split_words(record)))
         for column in places.keys() & row.keys():
-            raise ConfigError(
-                "FILE", column, "already has this column: rename it, because the new column gets this name"
-            )
+            bound = "already has this column: rename it, because the new column gets this name"
+            raise ConfigError("FILE", column, bound)
         found = {column: self.codes[column][place] for column, place in places.items()}
         kinds.update(f"{column}: {code}" for column, code in found.items())
         return {**row, **found}
@@ -206,9 +205,6 @@ def clean(path: Path, stream: BinaryIO, cleaning: Cleaning) -> Cleaned:
             stream.write(f"{json.dumps(written, default=str)}\n".encode())
         done.kept += 1
     if not done.kept:
-        raise DataError(
-            str(path),
-            "no row is kept",
-            "must have at least one row that passes all rules: drop fewer rules from --drop",
-        )
+        bound = "must have at least one row that passes all rules: drop fewer rules from --drop"
+        raise DataError(str(path), "no row is kept", bound)
     return done

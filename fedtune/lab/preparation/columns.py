@@ -333,10 +333,8 @@ class DataColumn:
         self.is_completion = self.is_text and not (self.is_label and self.key in NAMES["often_labels"])
         self.is_asked = self.is_text and (self.person is None or self.is_mostly("phrase"))
         # Natural-language texts by their number of words or by name; and short texts, which may be names.
-        is_words = self.is_text and not (
-            self.is_nearly_all("target") or self.is_date or self.is_image or self.is_other_number
-        )
-        is_words = is_words and not (self.is_code or {*self.words[-1:]} & {*NAMES["things"]})
+        is_other = self.is_nearly_all("target") or self.is_date or self.is_image or self.is_other_number
+        is_words = self.is_text and not (is_other or self.is_code or {*self.words[-1:]} & {*NAMES["things"]})
         is_named = self.key in NAMES["texts"]
         self.is_prose = is_words and (self.is_mostly("prose") or (is_named and self.is_mostly("word")))
         self.is_short = is_words and self.is_mostly("words") and not (self.is_label or self.is_prose)

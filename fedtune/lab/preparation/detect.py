@@ -40,11 +40,6 @@ class _Part(NamedTuple):
     fits: str = "is_text"  # attribute of `DataColumn` that must be true
     optional: bool = False  # whether the column may be missing
 
-    @property
-    def requirement(self) -> str:
-        """Requirement on the column's values, for error messages."""
-        return f"must contain {WORDS['bounds'].get(self.fits, WORDS['bounds']['is_text'])}"
-
 
 def _make_parts(names: Mapping[str, str], fits: str = "is_text") -> tuple[_Part, ...]:
     return tuple(_Part(role, NAMES.get(some, ()), fits) for role, some in names.items())
@@ -177,7 +172,8 @@ def _require_fit(parts: Iterable[_Part], chosen: Mapping[str, DataColumn]) -> No
     for part in parts:
         one = chosen.get(part.role)
         if one is not None and not getattr(one, part.fits):
-            bound = one.fault if part.role in ("tags", "spans") and one.fault else part.requirement
+            bound = f"must contain {WORDS['bounds'].get(part.fits, WORDS['bounds']['is_text'])}"
+            bound = one.fault if part.role in ("tags", "spans") and one.fault else bound
             raise ConfigError(f"--{OPTION_OF[part.role]}", one.name, bound)
 
 
@@ -209,11 +205,8 @@ class _Guess:
                 return answered
             text = self._find_text("is_prose") or (None if self.list_features() else self._find_text("is_short"))
             if text and not roles and self.form != "table":
-                others = [
-                    one
-                    for one in self._find_text_candidates("is_prose")
-                    if 2 * one.mean_characters >= text[0].mean_characters
-                ]
+                others, least = self._find_text_candidates("is_prose"), text[0].mean_characters / 2
+                others = [one for one in others if one.mean_characters >= least]
                 others += [one for one in self.every if one.is_image]
                 if len(others) > 1:
                     raise self._build_several_texts_error(others)
@@ -229,9 +222,8 @@ class _Guess:
         times, events = self._find_survival_candidates()
         if times and "label" in found and found["label"][0] in events:
             yield WORDS["notes"]["followed"].format(found["label"][0], times[0])
-        yield from (
-            f"{one.name}: {one.explain('unread')}." for one in self.every if one.is_mark and one.name not in used
-        )
+        marks = [one for one in self.every if one.is_mark and one.name not in used]
+        yield from (f"{one.name}: {one.explain('unread')}." for one in marks)
         if shard := SHARD.search(self.path.name):
             yield WORDS["notes"]["shard"].format(shard[1])
 
@@ -258,19 +250,15 @@ class _Guess:
 
     def _detect_answered(self, pair: Sequence[DataColumn]) -> tuple[Kind, Roles] | None:
         """Detect a file of images, texts, text pairs or table rows with any kind of answer."""
-        is_open, texts = (
-            self.form is None and not {"image", "text"} & set(self.chosen),
-            self._find_text_candidates("is_prose"),
-        )
+        is_open = self.form is None and not {"image", "text"} & set(self.chosen)
+        texts = self._find_text_candidates("is_prose")
         for one in self.every if is_open else ():
             if one.other_images and (not texts or one.key in NAMES["images"]):
                 raise build_column_error(self.path, "ending", [one], one.other_images)
         kind, roles = self._detect_answer()
         but = [one for one, _ in roles.values()]
-        features, text = (
-            self.list_features(but=but),
-            None if self.form == "table" else self._find_text("is_prose", but=but),
-        )
+        features = self.list_features(but=but)
+        text = None if self.form == "table" else self._find_text("is_prose", but=but)
         if not roles:
             return None
         if self.form is None and (image := self._find_image(text)):
@@ -323,9 +311,8 @@ class _Guess:
         """Find the answer column and the reason; raise a DataError if several columns are possible."""
         if one := self.chosen.get("label") or self.chosen.get("target"):
             if not one.is_answer:
-                raise ConfigError(
-                    "--label" if "label" in self.chosen else "--score", one.name, one.explain("no_answer")
-                )
+                option = "--label" if "label" in self.chosen else "--score"
+                raise ConfigError(option, one.name, one.explain("no_answer"))
             return one, "chosen"
         self._require_readable_answer(NAMES["answers"])
         one = self._find_answer_by_name() or self._find_only_answer()
@@ -339,9 +326,8 @@ class _Guess:
 
     def _find_answer_by_name(self) -> DataColumn | None:
         """Find a column with a name that only answers have."""
-        return self._find_column_by_name(
-            NAMES["answers"], "is_answer", but=[*self.chosen.values(), *self._list_ambiguous_columns()]
-        )
+        others = [*self.chosen.values(), *self._list_ambiguous_columns()]
+        return self._find_column_by_name(NAMES["answers"], "is_answer", but=others)
 
     def _list_ambiguous_columns(self) -> list[DataColumn]:
         """List the table columns with a general name, such as `class`, next to another column of two values.
@@ -421,9 +407,8 @@ class _Guess:
             return self.chosen["text"], "chosen"
         others = self._find_text_candidates(fits, but=but)
         texts = [one for one in others if not one.is_label] or others
-        if named := self._find_column_by_name(
-            NAMES["texts"], fits, but=[one for one in self.every if one not in texts]
-        ):
+        unfit = [one for one in self.every if one not in texts]
+        if named := self._find_column_by_name(NAMES["texts"], fits, but=unfit):
             return named, "its name"
         if fits == "is_prose" and len(texts) > 1 and not {*texts} <= {*self._find_text_pair()}:
             raise self._build_several_texts_error(texts)
@@ -466,9 +451,8 @@ class _Guess:
         Examples are withdrawn records, and records that span several rows or columns.
         """
         prompt = self._find_column_by_name(_ASKED, "is_asked") or self._find_column_by_name(_ASKED, "is_chat")
-        answers = self._find_column_by_name(NAMES["chats"], "is_chat") or (
-            prompt and self._find_column_by_name(NAMES["completions"], "is_said")
-        )
+        answers = self._find_column_by_name(NAMES["chats"], "is_chat")
+        answers = answers or (prompt and self._find_column_by_name(NAMES["completions"], "is_said"))
         flags = [one for one in self.every if one.is_flag and {*one.words} & {*NAMES["wanted"]}] if answers else []
         yield "unwanted", [one for one in self.every if one.is_review], "a record"
         yield "unwanted", flags, answers.name if answers else ""
@@ -501,8 +485,7 @@ class _Guess:
         bound = "must contain a column of text, or numbers or categories with an answer (--label, --score)"
         for one in self.every[:SHOWN_ROWS]:
             bound += f"; {one.name}: {one.explain('unread')}" if one.filled and not one.is_feature else ""
-        if chat := self._find_column_by_name(NAMES["chats"], "filled") or next(
-            (one for one in self.every if one.keys), None
-        ):
+        of_objects = next((one for one in self.every if one.keys), None)
+        if chat := self._find_column_by_name(NAMES["chats"], "filled") or of_objects:
             bound += f", or in {chat.name} turns with role and content, or from and value"
         return DataError(str(self.path), f"columns {named or 'without a name'}", bound)

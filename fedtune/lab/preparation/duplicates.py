@@ -170,10 +170,8 @@ def find_longest_runs(texts: Iterable[Words], others: Iterable[tuple[str, Words]
 
 def compare_records(records: Sequence[Record], others: Iterable[Record]) -> list[Near]:
     """Compare records with a stream of other records; return them by the length of the longest common word sequence."""
-    texts, having = (
-        list(map(split_words, records)),
-        {detail: list[str]() for one in records for detail in _find_details(one)},
-    )
+    texts = list(map(split_words, records))
+    having = {detail: list[str]() for one in records for detail in _find_details(one)}
     earlier, twins = Earlier(alike=is_installed("datasketch")), dict[str, tuple[str, str]]()
     for number, one in enumerate(records):
         earlier.find_twins(one, str(number))  # distinct uses, so that every record is indexed
@@ -192,12 +190,10 @@ def compare_records(records: Sequence[Record], others: Iterable[Record]) -> list
     for number, (words, end, place) in enumerate(find_longest_runs(texts, read())):
         one, text, twin = records[number], texts[number], twins.get(str(number), ("", ""))
         share, run = words / max(1, len(text) - text.count(None)), " ".join(map(str, text[end - words : end]))
-        details = [
-            (kind, len(some), some[0]) for kind, form in sorted(_find_details(one)) if (some := having[kind, form])
-        ]
-        near.append(
-            Near(format_location(one.file, one.line), words, share, run, place if words else "", *twin, details)
-        )
+        found = {(kind, form): having[kind, form] for kind, form in sorted(_find_details(one))}
+        details = [(kind, len(some), some[0]) for (kind, _), some in found.items() if some]
+        of = place if words else ""
+        near.append(Near(format_location(one.file, one.line), words, share, run, of, *twin, details))
     return sorted(near, key=lambda one: (-one.words, -one.share))
 
 

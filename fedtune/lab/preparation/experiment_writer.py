@@ -83,7 +83,7 @@ class ExperimentPlan:
 
 
 def build_placeholder_overrides(base: str) -> Sequence[str]:
-    """Return placeholder overrides for the mandatory settings of a base experiment in conf/."""
+    """Return placeholder overrides for the mandatory settings of a base experiment in conf/, and for its records."""
     placeholders = {
         "own_text": ["data.columns={prompt: a, completion: b}"],
         "own_preferences": ["data.columns={prompt: a, chosen: b, rejected: c}"],
@@ -92,7 +92,7 @@ def build_placeholder_overrides(base: str) -> Sequence[str]:
         "own_features": ["data.labels=[a,b]", "data.features=[{columns: [a], range: [0, 1]}]"],
         "own_pairs": ["data.columns={text: a, other: b, target: c}", "data.target_range=[0, 1]"],
     }
-    return placeholders.get(base, ["data.labels=[a,b]"])
+    return ["data.train_file=x", "data.declared_sizes=2", *placeholders.get(base, ["data.labels=[a,b]"])]
 
 
 def fill_overrides(found: DetectedFile) -> list[str]:
@@ -123,10 +123,8 @@ def plan_experiment(
     shared = [label for label, count in found.labels.items() if count > 1]
     own: dict[str, Any] = {"labels": tuple(shared if len(shared) > 1 else found.labels), "max_length": _LONGEST_TOLD}
     if found.features:  # by the file's own values: to look at its rows with, and for nothing that is written
-        own |= {
-            "features": tuple(_build_feature_from_values(found.columns[name]) for name in found.features),
-            "max_length": 1,
-        }
+        features = tuple(_build_feature_from_values(found.columns[name]) for name in found.features)
+        own |= {"features": features, "max_length": 1}
     own |= {"prompt_template": _choose_prompt_template(found) or config.data.prompt_template}
     own |= {"columns": dict(found.roles), "chat_template": "none", **found.settings}
     own |= {"target_range": _ANY_NUMBER} if own.get("target_range") == OPEN else {}
@@ -142,9 +140,9 @@ def plan_experiment(
     faults, at = Faults(), defaultdict[str, Counter[str]](Counter)  # by place, the records of each user
     counts, num_of, users, usable, cut_words = list[int](), Counter[str](), set[str](), 0, Counter[str]()
     unknown, num_tokens, marks = 0, 1, [getattr(reader, f"{one}_token_id", None) for one in ("unk", "bos", "eos")]
-    for chunk in chunk_records(
-        iter_usable_records(found.path, roles, fault=task.record_validator(data), faults=faults, lenient=False)
-    ):
+    fault = task.record_validator(data)
+    records = iter_usable_records(found.path, roles, fault=fault, faults=faults, lenient=False)
+    for chunk in chunk_records(records):
         usable += len(chunk)
         for record in chunk:
             users.add(record.fields.get("user", ""))
@@ -171,9 +169,8 @@ def plan_experiment(
             raise ConfigError("--site", found.roles["site"], bound)
     # max_length covers nearly all records, rounded up and within limits; for images it is exact.
     lengths = np.array(counts[:_MEASURED_ROWS], dtype=np.int64)
-    longest, usual = (
-        int(np.quantile(counts or [1], share, method="lower")) for share in (_USUALLY_COVERED, _MIN_COVERED)
-    )
+    shares = np.quantile(counts or [1], (_USUALLY_COVERED, _MIN_COVERED), method="lower")
+    longest, usual = map(int, shares)
     usual = min(usual, _MAX_USUAL_TOKENS) if base != "own_entities" else 0  # these have windows
     most = max(_STEP, math.ceil(max(min(longest, _MAX_TOKENS), usual) / _STEP) * _STEP)
     most = longest if base == "own_images" else most
@@ -233,9 +230,17 @@ def derive_run_name(file: Path) -> str:
 def suggest_declared_size(plan: ExperimentPlan, units: int | None = None) -> int:
     """Suggest a rounded declared size for a site with `units` units; None: an equal share of the file's units."""
     test, validation = plan.shares
-    share = (plan.units / plan.num_sites if units is None else units) * (1 - test - validation)
-    unit = 10 ** max(0, math.floor(math.log10(max(share, 1))) - 1)
-    return max(1, int(share // unit * unit))
+    return round_down((plan.units / plan.num_sites if units is None else units) * (1 - test - validation))
+
+
+def round_down(size: float) -> int:
+    """Round a data set's size down to two significant digits, for use as its declared size.
+
+    >>> [round_down(size) for size in (7, 163, 2391)]
+    [7, 160, 2300]
+    """
+    unit = 10 ** max(0, math.floor(math.log10(max(size, 1))) - 1)
+    return max(1, int(size // unit * unit))
 
 
 def _suggest_declared_sizes(plan: ExperimentPlan) -> list[int]:
@@ -260,6 +265,7 @@ def render_experiment(found: DetectedFile, plan: ExperimentPlan, *, file: Path) 
     task = _find_task(found) if found.kind in _OF_ANY_TASK else None
     zero = {"center": False, "init": "zero"} if found.kind == "followed" else None
     unit = "user" if plan.by_user else None
+    ends = f"the end of each, in the unit of {_to_yaml(found.roles['time'])}" if "time" in found.roles else None
     named = [re.sub(r"[^A-Za-z0-9_-]+", "-", place).strip("-_")[:100] for place in plan.places]
     site_names = named if all(named) and len({*named}) == len(named) > 0 else None
     # The power of ten that is at most a tenth of 1 over the largest site's size.
@@ -280,7 +286,7 @@ def render_experiment(found: DetectedFile, plan: ExperimentPlan, *, file: Path) 
             ("head", zero, "a time has no label text to start from"),
             within="",
         ),
-        *_list_task_settings(found),
+        *([] if ends is None else ["task_settings:", f'  intervals: "???"  # set it yourself: {ends}']),
         "data:",
         *_iter_setting_lines(*_list_data_settings(found, plan, file)),
         *_iter_all_texts_lines(found),
@@ -298,13 +304,6 @@ def render_experiment(found: DetectedFile, plan: ExperimentPlan, *, file: Path) 
         ),
     ]
     return "\n".join([*lines, ""])
-
-
-def _list_task_settings(found: DetectedFile) -> Iterator[str]:
-    """Yield the YAML lines of `task_settings`."""
-    if "time" in found.roles:
-        yield "task_settings:"
-        yield f'  intervals: "???"  # set it yourself: the end of each, in the unit of {_to_yaml(found.roles["time"])}'
 
 
 def _iter_setting_lines(*some: _Setting, within: str = "  ") -> Iterator[str]:
@@ -334,6 +333,7 @@ def _list_data_settings(found: DetectedFile, plan: ExperimentPlan, file: Path) -
     units = "persons" if plan.by_user else "records"
     sites = {value: place for place, value in enumerate(plan.places)}
     sizes = _suggest_declared_sizes(plan) if plan.places else suggest_declared_size(plan)
+    dataset = derive_run_name(Path(found.path.name.split(".")[0]))
     return [
         ("train_file", str(path), "the records; relative paths start at this file's folder"),
         ("columns", dict(found.roles), "role of fedtune: column of the file"),
@@ -350,11 +350,7 @@ def _list_data_settings(found: DetectedFile, plan: ExperimentPlan, file: Path) -
         ("validation_fraction", validation, "share for the scores after each round"),
         ("partition", {"kind": "column", "sites": sites} if sites else None, "the site of each value of its column"),
         ("declared_sizes", sizes, f"each site publishes this number of {units}: it becomes PUBLIC"),
-        (
-            "dataset",
-            derive_run_name(Path(found.path.name.split(".")[0])),
-            "the name of these records at sites and in ledgers",
-        ),
+        ("dataset", dataset, "the name of these records at sites and in ledgers"),
     ]
 
 

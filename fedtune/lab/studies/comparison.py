@@ -73,9 +73,8 @@ def plan_runs(words: Sequence[str], *, without_privacy: bool, leave_out: Sequenc
     """
     asked = compose_run(words)
     if asked.runtime.kind == "deployment":
-        raise ConfigError(
-            "runtime", "deployment", "cannot be compared: real sites' records cannot be pooled; use a simulation"
-        )
+        bound = "cannot be compared: real sites' records cannot be pooled; use a simulation"
+        raise ConfigError("runtime", "deployment", bound)
     if asked.resume is not None:
         raise ConfigError("resume", asked.resume, "conflicts with compare: repeat the same command to resume it")
     if asked.federation.participants:
@@ -152,17 +151,36 @@ class Compared:
     def _score(self) -> str:
         return format_score_name(self.sides.primary_metric)
 
-    def sections(self) -> list[Section]:
-        return [
-            Section(title="Verdict", notes=self.verdict()),
-            self._build_scores_section(),
-            self._build_main_section(),
-            self._build_other_scores_section(),
-            *(self._group_section(title, found) for title, found in self.groups.items()),
-            self._build_personalized_section(),
-            self._build_cost_section(),
-            Section(title="How to read this table", notes=[*self.notes, *self._iter_reading_notes()]),
-        ]
+    def sections(self) -> Iterator[Section]:
+        yield Section(title="Verdict", notes=self.verdict())
+        yield self._build_scores_section()
+        others = [name for name in self.models[1:] if name != self.main]
+        rows = [(name, *format_change(self.sides.compare_models(name, self.main))) for name in others]
+        headings: tuple[str, ...] = ("compared with", "difference", "95 % interval", f"{self.main} is")
+        yield Section(f"{_capitalize(self.main)} minus each other", headings, rows, words={0, 3})
+        if names := [name for name in self.sides.scores if name != self.sides.primary_metric]:
+            estimates = {model: [self.sides.estimate(model, name) for name in names] for model in self.models}
+            scores = [(model, *map(_format_estimate, some)) for model, some in estimates.items()]
+            yield Section("Other scores, with 95 % intervals", ("model", *map(format_score_name, names)), scores)
+        for title, found in self.groups.items():
+            yield self._group_section(title, found)
+        besides = self._compare_personalized_adapters().items()
+        of_own = [(site, beside, *format_change(one)) for beside, at in besides for site, one in at.items()]
+        where = "the records that the site would have" if AT_SITES in self.groups else "all records"
+        headings = ("site", "compared with", "difference", "95 % interval", "own is")
+        yield Section(f"Own adapter minus each other, on {where}", headings, of_own, words={0, 1, 4})
+        costs = []
+        for line, result in ((line, line.run.result) for line in self.lines):
+            if result is not None:
+                took = "-" if result.final.seconds is None else duration(result.final.seconds)
+                moved = format_size(line.bytes_moved) if line.bytes_moved else "none"
+                costs.append((line.name, format_epsilon(result.privacy.epsilon), took, moved))
+        if costs:
+            notes = ["Time: the whole run on this machine, which simulates all sites in turn."]
+            if any(line.kind == "pooled" for line in self.lines):
+                notes.append("Pooled training would require all records to leave their sites.")
+            yield Section("Cost", ("model", "epsilon", "time", "adapters moved"), costs, notes=notes)
+        yield Section(title="How to read this table", notes=[*self.notes, *self._iter_reading_notes()])
 
     def verdict(self) -> list[str]:
         """Summarize the result in sentences, most important first."""
@@ -170,29 +188,22 @@ class Compared:
         told, constant, score = [self._format_comparison_sentence(base)], self.sides.constant, self.sides.primary_metric
         if constant is not None:
             mine = self.sides.estimate(self.main, score)
-            told.insert(
-                0, describe_against_constant(self.main, mine, constant, score=score, num_units=self.sides.num_units)
-            )
+            units = self.sides.num_units
+            told.insert(0, describe_against_constant(self.main, mine, constant, score=score, num_units=units))
         told[-1:-1] = self._compare_with_local_training()
         others = [name for name in self.sides.measured if name not in (self.main, base)]
         for verdict in ("better", "worse"):
             if names := [name for name in others if compare(name, self.main).verdict == verdict]:
                 told.append(f"{_capitalize(self.main)} is {verdict} than {_join_names(names)}.")
         private_of = {line.name: line.private for line in self.lines}
-        told += [
-            self._format_comparison_sentence(mean)
-            for mean, names in self.means.items()
-            if private_of[names[0]] == private
-        ]
+        means = [mean for mean, names in self.means.items() if private_of[names[0]] == private]
+        told += map(self._format_comparison_sentence, means)
         plain = f"{self.main}{NO_PRIVACY}"
         if plain in private_of:
             found = compare(plain, self.main)
-            if found.verdict == NO_DIFFERENCE:
-                told.append(f"These records show no measurable cost of privacy: {format_with_interval(found)}.")
-            else:
-                told.append(
-                    f"With privacy it is {found.verdict} than without: {self._score} {format_with_interval(found)}."
-                )
+            said = f"With privacy it is {found.verdict} than without: {self._score}"
+            said = "These records show no measurable cost of privacy:" if found.verdict == NO_DIFFERENCE else said
+            told.append(f"{said} {format_with_interval(found)}.")
         pairs = combinations(self.sides.measured, 2)
         if alike := [pair for pair in pairs if compare(*pair).verdict == NO_DIFFERENCE]:
             alike.sort(key=lambda pair: self.main not in pair)
@@ -200,7 +211,12 @@ class Compared:
             more = f"; and {pluralize(len(alike) - _MAX_NAMED, 'more pair')}" if len(alike) > _MAX_NAMED else ""
             told.append(f"These records cannot distinguish: {shown}{more}.")
         for title, groups in self.groups.items():
-            told += self._group_sentences(title, groups)
+            changes = {name: pairs[base, self.main] for name, pairs in groups.changes.items()}
+            told.append(
+                f"{_capitalize(title)}, compared with {base}, {self.main} is {_list_by_verdict(changes, 'in')}."
+            )
+            name, count = groups.groups.smallest, pluralize(min(groups.groups.sizes), self.sides.unit)
+            told.append(f"The smallest group is {name} ({count}): {_format_estimate(groups.scores[name][self.main])}.")
         besides = self._compare_personalized_adapters().items()
         told += [f"Compared with {beside}, the own adapter is {_list_by_verdict(at, 'at')}." for beside, at in besides]
         if own := [line.name for line in self.lines if line.kind == "own"]:
@@ -235,13 +251,6 @@ class Compared:
             return f"{_capitalize(self.main)} cannot be told apart from {base} by {self._score}: {interval}."
         return f"{_capitalize(self.main)} is {found.verdict} than {base}: {self._score} {format_with_interval(found)}."
 
-    def _group_sentences(self, title: str, found: GroupScores) -> Iterator[str]:
-        changes = {name: pairs[self.models[0], self.main] for name, pairs in found.changes.items()}
-        yield f"{_capitalize(title)}, compared with {self.models[0]}, {self.main} is {_list_by_verdict(changes, 'in')}."
-        name = found.groups.smallest
-        count = pluralize(min(found.groups.sizes), self.sides.unit)
-        yield f"The smallest group is {name} ({count}): {_format_estimate(found.scores[name][self.main])}."
-
     def _compare_personalized_adapters(self) -> dict[str, dict[str, Comparison]]:
         """Compare each personalized adapter with the site's alternatives, on its own records if grouped by site.
 
@@ -255,16 +264,6 @@ class Compared:
                 one = pairs.get((beside, own.name)) or self.sides.compare_models(beside, own.name)
                 found.setdefault(beside.removeprefix(f"{own.site} "), {})[str(own.site)] = one
         return found
-
-    def _build_personalized_section(self) -> Section:
-        rows = [
-            (site, beside, *format_change(one))
-            for beside, at in self._compare_personalized_adapters().items()
-            for site, one in at.items()
-        ]
-        where = "the records that the site would have" if AT_SITES in self.groups else "all records"
-        headings = ("site", "compared with", "difference", "95 % interval", "own is")
-        return Section(title=f"Own adapter minus each other, on {where}", headings=headings, rows=rows, words={0, 1, 4})
 
     def _build_scores_section(self) -> Section:
         base, *others = self.models
@@ -280,56 +279,26 @@ class Compared:
         headings = ("model", self._score, "95 % interval", f"minus {base}", "95 % interval", "compared with it")
         return Section(title=title, headings=headings, rows=rows, words={0, 5})
 
-    def _build_main_section(self) -> Section:
-        others = [name for name in self.models[1:] if name != self.main]
-        rows = [(name, *format_change(self.sides.compare_models(name, self.main))) for name in others]
-        headings = ("compared with", "difference", "95 % interval", f"{self.main} is")
-        return Section(title=f"{_capitalize(self.main)} minus each other", headings=headings, rows=rows, words={0, 3})
-
-    def _build_other_scores_section(self) -> Section:
-        names = [name for name in self.sides.scores if name != self.sides.primary_metric]
-        rows = [
-            (model, *(_format_estimate(self.sides.estimate(model, name)) for name in names)) for model in self.models
-        ]
-        headings = ("model", *map(format_score_name, names))
-        return Section(title="Other scores, with 95 % intervals", headings=headings, rows=rows if names else [])
-
     def _group_section(self, title: str, found: GroupScores) -> Section:
         """Build the table of scores by group.
 
         Groups by site are compared with the single-site run, other groups with the base model.
         """
-        base, groups = self.models[0], found.groups
-        alone = {
-            name: self._runs_alone[name] for name in groups.names if title == AT_SITES and name in self._runs_alone
-        }
+        base, groups, runs = self.models[0], found.groups, self._runs_alone if title == AT_SITES else {}
+        alone = {name: runs[name] for name in groups.names if name in runs}
         rows = []
         for name, count in zip(groups.names, groups.sizes, strict=True):
             scores = found.scores[name]
             change = found.changes[name][alone.get(name, base), self.main]
             values = [_format_score(scores[base].value)]
             values += [_format_score(scores[alone[name]].value) if name in alone else "-"] if alone else []
-            rows.append(
-                (name, f"{count:,}", *values, _format_score(scores[self.main].value), *format_change(change)[1:])
-            )
+            values += [_format_score(scores[self.main].value), *format_change(change)[1:]]
+            rows.append((name, f"{count:,}", *values))
         headings = ("group", f"{self.sides.unit}s", base, *(("alone",) if alone else ()), self.main)
         headings += (f"minus {'alone' if alone else base},\n95 % interval", "compared with it")
         merged = f"{OTHERS}: {pluralize(len(groups.merged), 'small group')}, merged by size alone."
         title, notes = f"{_capitalize(self._score)} {title}", [merged] if groups.merged else []
         return Section(title=title, headings=headings, rows=rows, words={0, len(headings) - 1}, notes=notes)
-
-    def _build_cost_section(self) -> Section:
-        rows = []
-        for line, result in ((line, line.run.result) for line in self.lines):
-            if result is not None:
-                took = "-" if result.final.seconds is None else duration(result.final.seconds)
-                moved = format_size(line.bytes_moved) if line.bytes_moved else "none"
-                rows.append((line.name, format_epsilon(result.privacy.epsilon), took, moved))
-        notes = ["Time: the whole run on this machine, which simulates all sites in turn."]
-        if any(line.kind == "pooled" for line in self.lines):
-            notes.append("Pooled training would require all records to leave their sites.")
-        headings = ("model", "epsilon", "time", "adapters moved")
-        return Section(title="Cost", headings=headings, rows=rows, notes=notes) if rows else Section()
 
     def _iter_reading_notes(self) -> Iterator[str]:
         count, unit = self.sides.num_units, self.sides.unit
@@ -349,12 +318,7 @@ class Compared:
             about = {"name": name, "mean_of": list(self.means.get(name, ())) or None, "scores": scores}
             models.append(about | (_run_json(lines[name]) if name in lines else {}))
         pairs = [
-            {
-                "base": one,
-                "tuned": other,
-                "score": score,
-                **_convert_pair_to_json(sides.compare_models(one, other, score)),
-            }
+            _convert_pair_to_json(one, other, sides.compare_models(one, other, score)) | {"score": score}
             for one, other in combinations(self.models, 2)
             for score in sides.scores
         ]
@@ -389,15 +353,14 @@ def _run_json(line: Line) -> dict[str, Any]:
     return about | {"bytes": line.bytes_moved, "energy": final.energy}
 
 
-def _convert_pair_to_json(found: Comparison) -> dict[str, Any]:
-    return {"difference": found.difference, "verdict": found.verdict}
+def _convert_pair_to_json(base: str, tuned: str, found: Comparison) -> dict[str, Any]:
+    return {"base": base, "tuned": tuned, "difference": found.difference, "verdict": found.verdict}
 
 
 def _convert_groups_to_json(found: GroupScores) -> dict[str, Any]:
     groups, each = found.groups, list[dict[str, Any]]()
     for name, count in zip(groups.names, groups.sizes, strict=True):
-        pairs = found.changes[name].items()
-        changes = [{"base": base, "tuned": tuned, **_convert_pair_to_json(one)} for (base, tuned), one in pairs]
+        changes = [_convert_pair_to_json(*pair, one) for pair, one in found.changes[name].items()]
         scores = {"scores": found.scores[name], "gaps": found.gaps[name], "changes": changes}
         each.append({"name": name, "units": count, **scores})
     return {"merged": groups.merged, "smallest": groups.smallest, "groups": each}

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedtune.api import public
 from fedtune.api.compose import Recipe, Settings, compose_recipe, compose_run, quote_word, require_known_settings
 from fedtune.api.experiment_file import is_path
-from fedtune.api.memory import DETECTED, TRAIN_FILE, Data, build_in_memory_settings, round_down, write_private_files
+from fedtune.api.memory import DETECTED, TRAIN_FILE, Data, build_in_memory_settings, write_private_files
 from fedtune.api.public import Callback, Run, ignore_progress
-from fedtune.config import RunConfig, read_saved_config
+from fedtune.config import read_saved_config
 from fedtune.data.partition import count_units
 from fedtune.formatting import flatten
+from fedtune.lab.preparation import experiment_writer
 from fedtune.lab.preparation.detect import detect_columns
 from fedtune.lab.preparation.detected_file import KINDS, OPTIONS
-from fedtune.lab.preparation.experiment_writer import build_placeholder_overrides, plan_experiment, render_experiment
 from fedtune.lab.preparation.readers import count_token_ids, load_reader
 from fedtune.runs.run_paths import make_default_run_name
 from fedtune.sites.run_records import partition_run_records
@@ -99,7 +99,13 @@ def simulate(
             given = {"validation": validation is not None, "test": test is not None}
             recipe, said = _complete_settings(recipe, said, names, given, folder)
         else:
-            _require_same_sites(Path(said.get("resume") or said["renew"]), names)
+            known = read_saved_config(Path(said.get("resume") or said["renew"]))
+            if known.data.train_file != TRAIN_FILE:
+                bound = f"must be omitted: the run reads data.train_file = {known.data.train_file}"
+                raise ConfigError("sites", names, bound)
+            if set(names) != set(known.federation.names):
+                bound = f"must name the sites of the run: {', '.join(known.federation.names)}"
+                raise ConfigError("sites", names, bound)
         return public.simulate(recipe, said, progress=progress, cache=cache)
 
 
@@ -121,23 +127,12 @@ def _complete_settings(
     config = compose_recipe(named, {**said, "data.declared_sizes": 2} if measured else said)
     if config.runtime.kind == "ray":
         raise ConfigError("runtime", "ray", "cannot be combined with records in memory: write them to files")
-    return named, {**said, "data.declared_sizes": _measure_sites(config)} if measured else said
-
-
-def _measure_sites(config: RunConfig) -> list[int]:
-    """Return each site's number of training records (or users, for unit "user"), rounded down."""
-    sites = partition_run_records(config).sites
-    return [round_down(count_units(one.training, config.privacy.unit)) for one in sites]
-
-
-def _require_same_sites(folder: Path, sites: list[str]) -> None:
-    """Check that the run to resume or renew used in-memory records of the same sites."""
-    known = read_saved_config(folder)
-    if known.data.train_file != TRAIN_FILE:
-        bound = f"must be omitted: the run reads data.train_file = {known.data.train_file}"
-        raise ConfigError("sites", sites, bound)
-    if set(sites) != set(known.federation.names):
-        raise ConfigError("sites", sites, f"must name the sites of the run: {', '.join(known.federation.names)}")
+    if measured:
+        records = partition_run_records(config).sites
+        said["data.declared_sizes"] = [
+            experiment_writer.round_down(count_units(one.training, config.privacy.unit)) for one in records
+        ]
+    return named, said
 
 
 @contextmanager
@@ -183,17 +178,17 @@ def suggest_experiment(folder: Path, settings: Settings, *, num_sites: int) -> t
     with _explain_for_python():
         found = detect_columns(records, known, by_person=said.get("privacy.unit") != "record")
     base, model = KINDS[found.kind][1], settings.get("model")
-    words = ["data.train_file=x", "data.declared_sizes=2", *build_placeholder_overrides(base)]
-    words += [f"model={quote_word(model)}"] if isinstance(model, str) else []
+    words = [
+        *experiment_writer.build_placeholder_overrides(base),
+        *([f"model={quote_word(model)}"] if isinstance(model, str) else []),
+    ]
     of_model = {key: value for key, value in said.items() if key.startswith("model.")}
     config = compose_run([f"experiment={base}", *words], changed=of_model)
     reader = load_reader(config.data, config.model, key="model.path", other="model=NAME")
-    plan = plan_experiment(found, reader, config, within=count_token_ids(reader), sites=num_sites)
+    plan = experiment_writer.plan_experiment(found, reader, config, within=count_token_ids(reader), sites=num_sites)
     if not plan.usable:
         raise DataError("sites", "no records", f"must contain usable rows: {plan.left_out}")
     plan = replace(plan, model=model if isinstance(model, str) else None, model_path=of_model.get("model.path"))
-    file.write_text(render_experiment(found, plan, file=file), encoding="utf-8")
-    is_whole = len(known) == len(chosen)  # True: the file contains the caller's columns
-    return str(file), {
-        key: value for key, value in settings.items() if not (is_whole and f"{key}.".startswith(_COLUMNS))
-    }
+    file.write_text(experiment_writer.render_experiment(found, plan, file=file), encoding="utf-8")
+    in_file = _COLUMNS if len(known) == len(chosen) else None  # the caller's columns, if the file contains all of them
+    return str(file), {key: one for key, one in settings.items() if not (in_file and f"{key}.".startswith(in_file))}

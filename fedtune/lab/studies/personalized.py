@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -61,11 +62,10 @@ def personalize(
     from fedtune.sites.virtual_site import VirtualSites
 
     virtual, made = VirtualSites.create(run.config, run.folder, run.config.plan()), {}
+    own = partial(make_personalized, run.config, adapter, progress=progress)
     for site, of_site in parts.items():
         into, beside = run.folder / f"private_to_{site}", virtual.files(site).ledger.parent
-        made[site] = make_personalized(
-            run.config, adapter, of_site, site=site, into=into, beside_ledger=beside, progress=progress
-        )
+        made[site] = own(of_site, site=site, into=into, beside_ledger=beside)
     return made
 
 
@@ -133,7 +133,15 @@ def build_personalized_sections(made: Mapping[str, Personalized]) -> list[Sectio
         base = next(iter(sides.measured))
         values = [f"{sides.estimate(name, score).value:.4f}" for name in (base, ALONE, SHARED, OWN)]
         rows.append((site, f"{sides.num_units:,}", *values, format_with_interval(sides.compare_models(SHARED, OWN))))
-        notes.append(_format_summary_sentence(site, one))
+        if one.passes == 0:
+            notes.append(f"{site}: its own records do not improve the shared adapter, which is used unchanged.")
+            continue
+        beside = {name: sides.compare_models(name, OWN).verdict for name in (SHARED, ALONE)}
+        words = " and ".join(
+            f"cannot be told apart from {name}" if verdict == NO_DIFFERENCE else f"is {verdict} than {name}"
+            for name, verdict in beside.items()
+        )
+        notes.append(f"{site}: own {words}; it was trained for {pluralize(one.passes, 'epoch')}.")
     first = next(iter(made.values())).sides
     headings = ("site", f"{first.unit}s", "base", ALONE, SHARED, OWN, "own less shared,\n95 % interval")
     if any(one.seen for one in made.values()):
@@ -159,14 +167,3 @@ def convert_personalized_to_json(made: Mapping[str, Personalized]) -> dict[str, 
             "scored_records_were_trained_on": one.seen,
         }
     return {"schema_version": SCHEMA_VERSION, "sites": sites}
-
-
-def _format_summary_sentence(site: str, one: Personalized) -> str:
-    if one.passes == 0:
-        return f"{site}: its own records do not improve the shared adapter, which is used unchanged."
-    beside = {name: one.sides.compare_models(name, OWN).verdict for name in (SHARED, ALONE)}
-    words = " and ".join(
-        f"cannot be told apart from {name}" if verdict == NO_DIFFERENCE else f"is {verdict} than {name}"
-        for name, verdict in beside.items()
-    )
-    return f"{site}: own {words}; it was trained for {pluralize(one.passes, 'epoch')}."

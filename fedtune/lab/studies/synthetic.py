@@ -100,11 +100,8 @@ def synthesize(
         shares = voted
     if variations_of:
         if shares:
-            raise ConfigError(
-                "--variations-of",
-                "records",
-                "conflicts with --prompts and --votes: these records have their own prompts",
-            )
+            bound = "conflicts with --prompts and --votes: these records have their own prompts"
+            raise ConfigError("--variations-of", "records", bound)
         shares = dict(load_synthetic(variations_of, tuple(columns.values())).wanted)
     if not shares:
         raise ConfigError("--prompts", None, "is missing: pass --prompts, --votes or --variations-of")
@@ -125,12 +122,8 @@ def synthesize(
     fields = [{role: row[column] for role, column in columns.items()} for row in variations_of]
     for one, ids in zip(fields, saved.tokenize_answers(fields), strict=True):
         varied[tuple(one[role] for role in roles)][one["completion"]] = ids
-    in_turn, draws = (
-        {prompt: cycle(found.values()) for prompt, found in varied.items()},
-        np.random.default_rng(spec.seed),
-    )
-    left_out: Counter[str] = Counter()
-    number = 0
+    in_turn = {prompt: cycle(found.values()) for prompt, found in varied.items()}
+    left_out, number, draws = Counter[str](), 0, np.random.default_rng(spec.seed)
     for _ in range(_DRAWS):
         missing = [prompt for prompt, count in wanted.items() for _ in range(count - len(texts[prompt]))]
         first, number = number, number + len(missing)
@@ -138,10 +131,8 @@ def synthesize(
         begun = [ids[: int(len(ids) * draws.uniform(*_BEGUN))] for ids in begun]
         against = []
         if spec.guidance > 0 and len(order) > 1:  # rotate over the other prompts, to contrast with each of them
-            turns = (
-                (places[prompt] + 1 + at % (len(order) - 1)) % len(order) for at, prompt in enumerate(missing, first)
-            )
-            against = [encoded[order[place]] for place in turns]
+            steps = ((prompt, 1 + at % (len(order) - 1)) for at, prompt in enumerate(missing, first))
+            against = [encoded[order[(places[prompt] + step) % len(order)]] for prompt, step in steps]
         asked = [encoded[prompt] for prompt in missing]
         for place, text in saved.sample_texts(asked, spec, first=first, against=against, begun=begun):
             prompt = missing[place]
@@ -259,13 +250,11 @@ def select_by_votes(found: Synthetic, column: str, votes: Run, *, keep: int) -> 
     weights = compute_vote_shares(votes)
     rows = [row for row in found.rows if row[column] != OPEN]  # as in the voting experiment
     if keep > len(rows):
-        raise ConfigError(
-            "--rows", keep, f"must be at most {len(rows)}, the number of candidates of the voting experiment"
-        )
+        bound = f"must be at most {len(rows)}, the number of candidates of the voting experiment"
+        raise ConfigError("--rows", keep, bound)
     if missing := sum(row[column] not in weights for row in rows):
-        raise ConfigError(
-            "--votes", str(votes.folder), f"lacks {missing} of the texts: use the run of their voting experiment"
-        )
+        bound = f"lacks {missing} of the texts: use the run of their voting experiment"
+        raise ConfigError("--votes", str(votes.folder), bound)
     order = sorted(range(len(rows)), key=lambda place: -weights[rows[place][column]])
     return replace(found, rows=tuple(rows[place] for place in sorted(order[:keep])))
 
@@ -327,11 +316,8 @@ def measure_classifier_accuracy(
     rest = ([one for place, one in enumerate(known) if place % 5 != fifth] for fifth in range(5))
     parts = [(known, public)] if public else [(learned, known[fifth::5]) for fifth, learned in enumerate(rest)]
     tested, (commonest, _) = public or known, times.most_common(1)[0]
-    found = {
-        "right": sum(_count_correct(*part) for part in parts),
-        "commonest": sum(one[:-1] == commonest for one in tested),
-    }
-    return {name: count / len(tested) for name, count in found.items()}
+    right, often = sum(_count_correct(*part) for part in parts), sum(one[:-1] == commonest for one in tested)
+    return {"right": right / len(tested), "commonest": often / len(tested)}
 
 
 def _count_correct(learned: Sequence[tuple[str, ...]], tested: Sequence[tuple[str, ...]]) -> int:

@@ -24,7 +24,7 @@ from fedtune.config import RunConfig, read_saved_config
 from fedtune.evaluation.bootstrap import get_score_direction
 from fedtune.extras import require_extra
 from fedtune.federation.run_folder import RunFolder
-from fedtune.formatting import convert_to_jsonable, pluralize
+from fedtune.formatting import pluralize
 from fedtune.lab.studies.trials import (
     SearchTrial,
     Trials,
@@ -93,7 +93,17 @@ class Search:
                 bound = "must have one value in a search: it does not affect training"
                 raise ConfigError(one.key, NOT_GIVEN, bound)
         asked = compose_run(fixed)
-        _check_searchable(asked)
+        if asked.runtime.kind == "deployment":
+            bound = "is not available, because real sites approve each run: search in a simulation or on public data"
+            raise ConfigError("runtime", "deployment", bound)
+        if asked.resume is not None:
+            raise ConfigError("resume", asked.resume, "conflicts with a search: repeat the same command to resume it")
+        if asked.may_be_fitted:
+            bound = "must be stop in a search, because its cost is fixed before the first trial"
+            raise ConfigError("federation.if_over_budget", asked.federation.if_over_budget, bound)
+        from fedtune.sites.data_warnings import check_decision_scores
+
+        check_decision_scores(asked)
         search = cls(fixed=tuple(fixed), asked=asked, searched=searched, method=method, trials=trials)
         search._check_name()
         if method == "tpe" and trials is not None:
@@ -101,11 +111,10 @@ class Search:
             shapes = tuple(search.trial("shape", values) for values in tried)
             search._check_compatible(shapes)
             return replace(search, shapes=shapes, plans=(_find_common_plan(tried, shapes),) * trials)
-        listed = (
-            list_combinations(searched)
-            if trials is None
-            else draw_random_trials(searched, seed=str(asked.seed), number=trials)
-        )
+        if trials is None:
+            listed = list_combinations(searched)
+        else:
+            listed = draw_random_trials(searched, seed=str(asked.seed), number=trials)
         search = replace(search, listed=tuple(listed))
         shapes = tuple(search.trial(name, values) for name, values in zip(search.names, listed, strict=True))
         search._check_compatible(shapes)
@@ -186,9 +195,8 @@ class Search:
             if trial.error is not None and (trial.can_resume or not isinstance(trial.error, FedtuneError)):
                 raise trial.error
             if tpe:
-                tpe.tell(
-                    None if trial.score is None else get_score_direction(trial.config.primary_metric) * trial.score
-                )
+                sign = get_score_direction(trial.config.primary_metric)
+                tpe.tell(None if trial.score is None else sign * trial.score)
         if (best := trials.best) is not None:
             self._record_selection(best)
 
@@ -199,13 +207,11 @@ class Search:
         try:
             same = json.loads(read_regular_file(path))["search"] == self._build_identity()
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
-            raise ConfigError(
-                "name", name, f"is taken: {self.folder} exists and is not a search: choose another name"
-            ) from None
+            bound = f"is taken: {self.folder} exists and is not a search: choose another name"
+            raise ConfigError("name", name, bound) from None
         if not same:
-            raise ConfigError(
-                "name", name, f"is taken: {path} belongs to a search with other settings: choose another name"
-            )
+            bound = f"is taken: {path} belongs to a search with other settings: choose another name"
+            raise ConfigError("name", name, bound)
 
     def _build_identity(self) -> dict[str, Any]:
         kept = {"method": self.method, "trials": self.trials, "searched": [*map(asdict, self.searched)]}
@@ -214,9 +220,8 @@ class Search:
     def _check_compatible(self, shapes: Sequence[RunConfig]) -> None:
         from fedtune.sites.virtual_site import select_partition_settings  # torch takes seconds to import
 
-        dealt = [
-            select_partition_settings(one) | {"federation.participants": list(one.federation.active)} for one in shapes
-        ]
+        active = [{"federation.participants": list(one.federation.active)} for one in shapes]
+        dealt = [select_partition_settings(shape) | sites for shape, sites in zip(shapes, active, strict=True)]
         for shape, settings in zip(shapes, dealt, strict=True):
             for key, value in settings.items():
                 if value != dealt[0][key]:
@@ -239,11 +244,7 @@ class Search:
 
     def _record_search(self, **more: Any) -> None:
         """Write the search file, which reserves the folder for this search."""
-        about = {
-            "schema_version": SCHEMA_VERSION,
-            "search": self._build_identity(),
-            "cost": convert_to_jsonable(self.price),
-        }
+        about = {"schema_version": SCHEMA_VERSION, "search": self._build_identity(), "cost": self.price}
         try:
             write_durably(self.folder / _FILE, to_json_text(about | more).encode())
             self._record_price(self.folder)  # before the first trial, which inherits it
@@ -280,20 +281,6 @@ def check_trials(trials: int) -> None:
     """Raise a ConfigError for an invalid number of trials."""
     check_at_least("--trials", trials, 1)
     check_at_most("--trials", trials, MAX_TRIALS)
-
-
-def _check_searchable(asked: RunConfig) -> None:
-    if asked.runtime.kind == "deployment":
-        bound = "is not available, because real sites approve each run: search in a simulation or on public data"
-        raise ConfigError("runtime", "deployment", bound)
-    if asked.resume is not None:
-        raise ConfigError("resume", asked.resume, "conflicts with a search: repeat the same command to resume it")
-    if asked.may_be_fitted:
-        bound = "must be stop in a search, because its cost is fixed before the first trial"
-        raise ConfigError("federation.if_over_budget", asked.federation.if_over_budget, bound)
-    from fedtune.sites.data_warnings import check_decision_scores
-
-    check_decision_scores(asked)
 
 
 def _find_common_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> Plan:

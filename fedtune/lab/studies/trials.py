@@ -123,10 +123,9 @@ class SearchTrial:
         """
         from fedtune.sites.data_warnings import scores_may_decide
 
-        usable = self.state == "finished" and (
-            self.config.data.validation_fraction > 0 or scores_may_decide(self.config)
-        )
-        return self.validation.get(self.config.primary_metric) if usable else None
+        if self.state != "finished" or not (self.config.data.validation_fraction or scores_may_decide(self.config)):
+            return None
+        return self.validation.get(self.config.primary_metric)
 
 
 def share_number_format(trials: Sequence[SearchTrial]) -> list[SearchTrial]:
@@ -241,14 +240,11 @@ class Trials:
 
     def run(self, work: Callable[[SearchTrial], RunResult] = run_quietly) -> None:
         """Run all unfinished trials, then raise the first error; unexpected errors are raised immediately."""
-        try:
-            for trial in share_number_format([*self.rows.values()]):
-                done = self.rows[trial.folder] = trial.run(work)
-                if done.error is not None and not isinstance(done.error, FedtuneError):
-                    raise done.error
-                self.write()
-        finally:
+        for trial in share_number_format([*self.rows.values()]):
+            done = self.rows[trial.folder] = trial.run(work)
             self.write()
+            if done.error is not None and not isinstance(done.error, FedtuneError):
+                raise done.error
         self.raise_first_error()
 
     def raise_first_error(self) -> None:
@@ -310,45 +306,31 @@ class Trials:
             raise RunError(f"the sweep's table {self.table} cannot be written ({error.strerror})") from error
 
     def to_json(self) -> dict[str, Any]:
-        best = self.best
+        best, trials = self.best, self.rows.values()
         return {
             "schema_version": SCHEMA_VERSION,
             "table": str(self.table) if self.table.is_file() else None,
             "best": str(best.folder) if best else None,
-            "runs": [
-                {"folder": str(trial.folder)} | {key: getattr(trial, key) for key in _IN_JSON}
-                for trial in self.rows.values()
-            ],
+            "runs": [{"folder": str(one.folder)} | {key: getattr(one, key) for key in _IN_JSON} for one in trials],
         }
 
     def section(self) -> Section:
         trials, best = list(self.rows.values()), self.best
         shared = any(trial.together is not None for trial in trials)
         judged = dict.fromkeys(trial.config.primary_metric for trial in trials)
-        scores = [
-            (kind, name)
-            for kind in ("validation", "test")
-            for name in judged
-            if any(name in getattr(trial, kind) for trial in trials)
-        ]
+        every = [(kind, name) for kind in ("validation", "test") for name in judged]
+        scores = [(kind, name) for kind, name in every if any(name in getattr(trial, kind) for trial in trials)]
         keys = list(trials[0].values)
         rows, styles = list[tuple[str, ...]](), dict[int, str]()
         for number, trial in enumerate(trials, start=1):
             if trial.state == "not begun":
                 continue
-            if trial is best:
-                styles[len(rows)] = "bold"
-            rows.append(
-                (
-                    "*" if trial is best else "",
-                    str(number),
-                    *trial.values.values(),
-                    *(_format_figure(getattr(trial, kind), name) for kind, name in scores),
-                    format_epsilon(trial.result.privacy.epsilon) if trial.result else "-",
-                    *([format_epsilon(trial.together)] if shared else []),
-                    trial.state,
-                )
-            )
+            styles |= {len(rows): "bold"} if trial is best else {}
+            figures = [_format_figure(getattr(trial, kind), name) for kind, name in scores]
+            figures.append(format_epsilon(trial.result.privacy.epsilon) if trial.result else "-")
+            figures += [format_epsilon(trial.together)] if shared else []
+            mark = "*" if trial is best else ""
+            rows.append((mark, str(number), *trial.values.values(), *figures, trial.state))
         headings = ("", "run", *(key.replace(".", ".\n") for key in keys))
         headings += (*(f"{kind}\n{name}" for kind, name in scores), "epsilon\nspent")
         headings += (*(["epsilon\nso far"] if shared else []), "state")

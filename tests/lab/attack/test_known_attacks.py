@@ -40,7 +40,7 @@ def test_lira_beats_the_loss_attack_on_records_of_varying_difficulty() -> None:
 
 def test_membership_attack_without_memorization_has_auroc_one_half() -> None:
     members, others = (score_records(400, memorized=0.0, seed=seed) for seed in (2, 3))
-    found = describe_membership(rank_records(members, others, shadows=16, seed=0), confidence=0.95, ceiling=0.9)
+    found = describe_membership(rank_records(members, others, shadows=16, seed=0), ceiling=0.9)
     assert found.low is not None
     assert found.high is not None
     assert found.low <= 0.5 <= found.high
@@ -50,7 +50,7 @@ def test_membership_attack_without_memorization_has_auroc_one_half() -> None:
 
 def test_membership_attack_detects_full_memorization() -> None:
     members, others = (score_records(200, memorized=gain, seed=seed) for seed, gain in ((4, 6.0), (5, 0.0)))
-    found = describe_membership(rank_records(members, others, shadows=8, seed=0), confidence=0.95, ceiling=None)
+    found = describe_membership(rank_records(members, others, shadows=8, seed=0), ceiling=None)
     assert found.strength is not None
     assert found.strength > 0.9
     assert "more than chance" in found.sentence
@@ -62,7 +62,7 @@ def test_membership_attack_without_classes_uses_only_losses() -> None:
         for one in (score_records(50, memorized=0.0, seed=seed) for seed in (6, 7))
     ]
     assert [one.name for one in rank_records(*plain, shadows=4, seed=0)] == ["loss", "ratio to the base"]
-    assert "no declared label set" in describe_attribute(*plain, confidence=0.95).sentence
+    assert "no declared label set" in describe_attribute(*plain).sentence
 
 
 @pytest.mark.parametrize(("memorized", "told"), [(2.0, True), (0.0, False)])
@@ -71,20 +71,20 @@ def test_site_inference_uses_the_mean_gain_of_site_records(memorized: float, tol
         site: score_records(10 * GROUP, memorized=memorized, seed=seed).gain for seed, site in ((8, "a"), (9, "b"))
     }
     others = score_records(10 * GROUP, memorized=0.0, seed=10).gain
-    found = describe_site_inference(sites, others, protection="Never protected.", confidence=0.95)
+    found = describe_site_inference(sites, others, unit="record")
     assert found.low is not None
     assert (found.low > 0.5) == told
-    assert found.sentence.startswith("Never protected.")
-    few = describe_site_inference({"a": others[:5]}, others[:5], protection="Never protected.", confidence=0.95)
+    assert found.sentence.startswith("The participation of a site is never protected")
+    few = describe_site_inference({"a": others[:5]}, others[:5], unit="record")
     assert (few.strength, few.low) == (None, None)
     assert f"at least {2 * GROUP} records" in few.sentence
 
 
 def test_attribute_inference_succeeds_only_with_memorization() -> None:
     members, others = (score_records(400, memorized=gain, seed=seed) for seed, gain in ((11, 3.0), (12, 0.0)))
-    found = describe_attribute(members, others, confidence=0.95)
+    found = describe_attribute(members, others)
     assert found.low is not None
     assert found.low > 0.15
-    again = describe_attribute(others, others, confidence=0.95)
+    again = describe_attribute(others, others)
     assert again.strength == 0
     assert "may be chance" in again.sentence

@@ -29,7 +29,6 @@ from fedtune.lab.attack.run_attacks import (
     bound_membership_auroc,
     bound_reconstruction,
     describe_reconstruction,
-    describe_site_protection,
 )
 from fedtune.lab.attack.target import TUNED
 from fedtune.model.base_model import build_tiny_tokenizer
@@ -86,10 +85,6 @@ def test_reconstruction_finding_covers_single_updates_and_the_run() -> None:
     assert (plain.ceiling, "no privacy guarantee" in plain.sentence) == (None, True)
 
 
-def test_site_protection_sentence_denies_site_level_protection() -> None:
-    assert "never protected" in describe_site_protection(run_plan(), 90)
-
-
 def test_secret_alternatives_have_the_same_format() -> None:
     planted = PlantedSecret({"text": "my code is 48-aB"}, "48-aB")
     draws = np.random.default_rng(0)
@@ -99,7 +94,7 @@ def test_secret_alternatives_have_the_same_format() -> None:
         assert other[4].isupper()
         assert planted.replace(other).fields["text"] == f"my code is {other}"
     assert compute_exposure(1, ALTERNATIVES + 1) == math.log2(ALTERNATIVES + 1)
-    found = describe_exposure([1, 500, 900], confidence=0.95)
+    found = describe_exposure([1, 500, 900])
     assert found.strength == pytest.approx(1 / 3)
     assert "the largest exposure is 10.0 of 10.0 bits" in found.sentence
 
@@ -129,10 +124,10 @@ def test_decoding_finds_the_secrets_that_a_model_memorized() -> None:
     target: Any = SimpleNamespace(saved=MemorizingModel(known), config=SimpleNamespace(data=None))
     texts = [(known, "4711"), ("my code is 9823 thanks", "9823"), ("4711 begins the text", "4711")]
     planted = [PlantedSecret({"text": text}, secret) for text, secret in texts]
-    found = describe_written_secrets(planted, target, confidence=0.95)
+    found = describe_written_secrets(planted, target)
     assert (found.strength, found.guessing) == (0.5, 0), "nothing comes before the third secret"
     assert "generates 1 of 2 secrets verbatim; before training it generated 0" in found.sentence
-    none = describe_written_secrets(planted[2:], target, confidence=0.95)
+    none = describe_written_secrets(planted[2:], target)
     assert (none.strength, none.applies) == (None, True)
 
 
@@ -140,7 +135,7 @@ def test_secrets_that_the_base_knows_show_nothing(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(MemorizingModel, "use_adapter", lambda self, name: setattr(self, "adapter", TUNED))
     known = "my code is 4711 thanks"
     target: Any = SimpleNamespace(saved=MemorizingModel(known), config=SimpleNamespace(data=None))
-    found = describe_written_secrets([PlantedSecret({"text": known}, "4711")], target, confidence=0.95)
+    found = describe_written_secrets([PlantedSecret({"text": known}, "4711")], target)
     assert (found.strength, found.guessing, found.applies) == (None, None, True)
     assert "before training generated all 1 verbatim" in found.sentence
 
@@ -149,9 +144,9 @@ def test_answers_that_are_always_the_same_show_nothing(monkeypatch: pytest.Monke
     target: Any = SimpleNamespace(members={"a": ["member"]}, others=["other"], config=SimpleNamespace(seed=0))
     counts = {"member": (9, 9), "other": (8, 9)}
     monkeypatch.setattr(known_attacks, "_count_extracted", lambda _, records, **__: counts[records[0]])
-    assert describe_decoding(target, confidence=0.95).strength == 1.0
+    assert describe_decoding(target).strength == 1.0
     counts["other"] = (9, 9)
-    found = describe_decoding(target, confidence=0.95)
+    found = describe_decoding(target)
     assert (found.strength, found.guessing, found.applies) == (None, None, True)
     assert "all 9 unused prompts verbatim: plant secrets" in found.sentence
 

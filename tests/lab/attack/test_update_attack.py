@@ -75,7 +75,7 @@ def test_attack_on_sites_of_different_ranks_describes_the_most_exposed_rank(monk
     def describe(*ranks: int | None) -> Any:
         federation = SimpleNamespace(site_ranks=dict(zip("abc", ranks, strict=True)))
         target: Any = SimpleNamespace(config=SimpleNamespace(federation=federation, seed=0))
-        return describe_picked_records(target, run_plan(), confidence=0.95)
+        return describe_picked_records(target, run_plan())
 
     weak, mixed, whole = describe(1, 1, 1), describe(1, 4, 1), describe(None, None, None)
     assert "in a step of a site of rank 1, and" in weak.sentence

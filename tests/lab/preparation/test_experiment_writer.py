@@ -46,7 +46,7 @@ class Made:
 def write_experiment(path: Path, *, model: str = "random_bert", **chosen: str) -> Made:
     found = detect_columns(path, chosen)
     base = KINDS[found.kind][1]
-    left_open = ["data.train_file=x", "data.declared_sizes=2", *experiment_writer.build_placeholder_overrides(base)]
+    left_open = experiment_writer.build_placeholder_overrides(base)
     config = compose_run([f"experiment={base}", f"model={model}", *left_open])
     tokenizer = load_tokenizer(config.model)
     plan = replace(experiment_writer.plan_experiment(found, tokenizer, config, within=len(tokenizer)), model=model)
