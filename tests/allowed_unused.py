@@ -27,7 +27,6 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     },
     "people call them from Python": {"to_frame", "plot", "predict_proba", "histogram"},
     "notebooks call them to show an object": {"_repr_html_", "_repr_svg_"},
-    "Prometheus's client calls it": {"collect"},
     "Flower calls them": {"current_arrays", "intercept"},
     "Python itself: a module's names, and one of another class": {"__class__", "__dir__"},
     "logging and Python call them in the place of their own": {"handleError", "showwarning"},

@@ -87,7 +87,7 @@ GROUNDS = (
         "MiniLM-L6, all layers",
         ("accuracy", "accuracy"),
         1821,
-        (Runs("sst2_lora", "all-none", "none"), Runs("sst2_lora", "all-secure-e8", "secure")),
+        (Runs("sst2_lora", "all-none-decay", "none"), Runs("sst2_lora", "all-secure-e8", "secure")),
     ),
     Ground(
         "SST-2",
@@ -103,7 +103,7 @@ GROUNDS = (
         "MiniLM-L6, all layers",
         ("untyped_strict_f1", "strict F1, untyped"),
         100,
-        (Runs("entities", "all-none", "none"), Runs("entities", "all-e8-secure", "secure")),
+        (Runs("entities", "all-none", "none"), Runs("entities", "large-e8-secure", "secure")),
     ),
     Ground(
         "STS-B",
