@@ -303,10 +303,9 @@ def _require_whole_lists(words: Sequence[str]) -> None:
     for word in words:
         key, _, value = word.partition("=")
         path = parse_override_key(word)
-        if whole := next(
-            (one for one in lists if path.startswith(f"{one}.") or (path == one and value[:1] == "{")), ""
-        ):
-            raise ConfigError(key, value or NOT_GIVEN, f"must be written as a whole list: {whole}=[...]")
+        for whole in lists:
+            if path.startswith(f"{whole}.") or (path == whole and value.startswith("{")):
+                raise ConfigError(key, value or NOT_GIVEN, f"must be written as a whole list: {whole}=[...]")
 
 
 def _resolve_interpolations(config: DictConfig) -> dict[str, Any]:

@@ -176,7 +176,7 @@ class LeadSession:
 
 @contextmanager
 def translate_read_errors() -> Iterator[None]:
-    """Convert errors for an answer in another format than Flower's, such as a proxy's error page, to TransportError."""
+    """Raise TransportError for a response that is not in Flower's format, such as a proxy's error page."""
     try:
         yield
     except (httpx.HTTPError, inflating.ObjectPushError, RunError):

@@ -122,7 +122,7 @@ class SiteLedger:
             round: number of the round.
             request: digest of the lead's request.
             before_charge: called after all checks have passed; if it raises, nothing is charged.
-            reply_bytes: size of the reply on disk, as far as it is above 1 MiB.
+            reply_bytes: size of the reply on disk; 0 for a reply that fits into the margin of `require_disk_space`.
             arrivals: for populations with arrivals: called last before the charge, it returns each user's cohort
                 according to the user's records. Admitted users are added to the register of arrivals.
             own: charge the site's own release, without a lead, under the rules of `Policy.check_release`.
