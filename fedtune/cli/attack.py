@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fedtune.cli.command import AsJson, Option, print_answer
 from fedtune.cli.finished_run import Columns, Device, Run, load_finished_run
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, say
+from fedtune.show.terminal_tables import Section, say
 from fedtune.spec import check_at_least, check_positive
 
 
@@ -63,5 +63,5 @@ def attack(
     headings = ("attack", "measure", "guessing", "reached", f"{found.confidence:.0%} interval", "guarantee allows")
     notes = [*(one.sentence for one in found.findings), f"written: {folder / FILE}, {folder / PAGE}"]
     notes.append(f"fedtune report {folder} includes them in the report, for fedtune gate")
-    figures = {"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": found}
+    figures = {"folder": str(folder), "result": found}
     print_answer(figures, [Section(f"Attacks on {run}", headings, rows, words={0, 1}, notes=notes)], as_json=as_json)

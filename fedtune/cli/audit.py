@@ -84,7 +84,7 @@ def _search_violations(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> 
     from fedtune.lab.audit import sensitivity
     from fedtune.lab.audit.spec import require_guarantee
     from fedtune.runs.run_paths import find_run_folder
-    from fedtune.show.terminal_tables import SCHEMA_VERSION, build_key_value_section
+    from fedtune.show.terminal_tables import build_key_value_section
 
     require_guarantee(config)
     if ranks := list(config.federation.ranks):
@@ -97,7 +97,7 @@ def _search_violations(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> 
     rows = {"above one clip norm": f"{found.exceeded}"}
     rows |= {f"with a change of other {found.unit}s": f"{found.others_moved}"}
     rows |= {"written": str(folder / sensitivity.FILE)}
-    told = {"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": found}
+    told = {"folder": str(folder), "result": found}
     print_answer(told, [build_key_value_section(rows, title=title)], as_json=as_json)
     if found.exceeded or found.others_moved:
         beyond = "one record or person changed a sum by more than its clipped contribution"

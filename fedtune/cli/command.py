@@ -100,11 +100,18 @@ HealthAnywhere = Annotated[bool, Option("allow other machines to reach --health"
 
 
 def print_answer(figures: Mapping[str, Any], sections: Iterable[Section], *, as_json: bool, heading: str = "") -> None:
-    """Print a command's result as JSON (`figures`) or as tables (`heading` and the lazily built `sections`)."""
-    from fedtune.show.terminal_tables import print_json, say, show  # rich takes a while to import
+    """Print a command's result as JSON or as tables.
+
+    Args:
+        figures: the result; its JSON starts with the schema version.
+        sections: the tables, built lazily.
+        as_json: whether to print JSON.
+        heading: line above the tables.
+    """
+    from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json, say, show  # rich takes a while to import
 
     if as_json:
-        print_json(figures)
+        print_json({"schema_version": SCHEMA_VERSION, **figures})
         return
     if heading:
         say(heading, style="bold")

@@ -172,8 +172,7 @@ def check(
     reader = load_reader(config.data, config.model, key="model.path", other="model=NAME")
     checked = examine(config, reader, within=count_token_ids(reader))
     sections = [*data_sections.build_check_sections(checked), Section(title="Notes", notes=data_sections.ABOUT)]
-    figures = {"schema_version": SCHEMA_VERSION, "checked": checked}
-    print_answer(figures, sections, as_json=as_json, heading=f"Data of {config.name}")
+    print_answer({"checked": checked}, sections, as_json=as_json, heading=f"Data of {config.name}")
 
 
 @command(app, "write a cleaned copy of an experiment's records")
@@ -318,11 +317,10 @@ def copies(
     drawn = [one for number, one in enumerate(_iter_usable_records(files, left_out)) if not number % every]
     rest = (one for number, one in enumerate(_iter_usable_records(files, left_out)) if number % every)
     usual = compare_records(drawn, rest)
-    told = {"schema_version": SCHEMA_VERSION, "about": data_sections.ABOUT_COPIES, "read": left_out}
-    told |= {"synthetic": near, "ordinary": usual}
+    told = {"about": data_sections.ABOUT_COPIES, "read": left_out, "synthetic": near, "ordinary": usual}
     if out is not None:
         with write_new_files(("--out", out), mode=0o600) as texts:
-            texts[out] = to_json_text(told)
+            texts[out] = to_json_text({"schema_version": SCHEMA_VERSION, **told})
     print_answer(told, data_sections.build_copies_sections(near, usual, left_out), as_json=as_json)
 
 

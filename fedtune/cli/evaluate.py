@@ -18,7 +18,7 @@ from fedtune.cli.finished_run import (
 from fedtune.cli.personalize import show_progress
 from fedtune.evaluation.bootstrap import MIN_UNITS, NO_DIFFERENCE, RESAMPLES, Comparison, describe_against_constant
 from fedtune.formatting import pluralize
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
+from fedtune.show.terminal_tables import Section
 from fedtune.tasks.measures import Detail
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
@@ -52,9 +52,9 @@ def evaluate(
     scores = {name: found.compare_models("base", "tuned", name) for name in in_order}
     num_prompts, detail = len(tuned.texts.get("rouge_l", ())), found.detailed(tuned.examples)
     of_tuned = {name: one.tuned.value for name, one in scores.items()}
-    figures = {"schema_version": SCHEMA_VERSION, "run": str(run), "data": data, "scores": of_tuned}
-    figures |= {"beside_base": scores, "records": len(found.records)}
-    figures |= {"unit": found.unit, "units": found.num_units, "prompts": num_prompts}
+    figures = {"run": str(run), "data": data, "scores": of_tuned}
+    figures |= {"beside_base": scores, "records": len(found.records), "prompts": num_prompts}
+    figures |= {"unit": found.unit, "units": found.num_units}
     if found.constant is not None:
         figures |= {"constant_answer": {found.primary_metric: found.constant}}
     if detail is not None:

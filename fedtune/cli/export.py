@@ -23,7 +23,7 @@ from fedtune.export.format_choice import choose_format
 from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import format_size, pluralize
 from fedtune.model.spec import NO_ADAPTER
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, require_confirmation, show
+from fedtune.show.terminal_tables import Section, require_confirmation, show
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 
 
@@ -92,7 +92,7 @@ def export(
         files = write(adapter, config, folder, format=chosen, private=private, int8=int8)
         graphs = measure_folder(folder, adapter, config, records) if records else []
         rows = [(str(path.relative_to(folder)), format_size(path.stat().st_size)) for path in files]
-        figures = {"schema_version": SCHEMA_VERSION, "run": str(run), "folder": to and str(to), "format": chosen}
+        figures = {"run": str(run), "folder": to and str(to), "format": chosen}
         figures |= {"files": [name for name, _ in rows], "graphs": graphs}
         sections = [Section(title=f"{run} as {chosen}, in {to or push}", headings=("file", "size"), rows=rows)]
         if graphs:
@@ -171,5 +171,5 @@ def distill(
         told = ("metric", "teacher", "student", "difference", "95 % interval", "student is")
         title = f"On {pluralize(found.records, 'test record')}"
         sections.append(Section(title=title, headings=told, rows=list_comparison_rows(found.scores), words={0, 5}))
-    figures = {"schema_version": SCHEMA_VERSION, "run": str(run), "folder": str(to), "distilled": found}
+    figures = {"run": str(run), "folder": str(to), "distilled": found}
     print_answer(figures, sections, as_json=as_json)

@@ -27,7 +27,7 @@ from fedtune.ops.kits.federation_folder import FederationFolder
 from fedtune.ops.kits.members import JoinRequest
 from fedtune.ops.kits.provisioning import JoinResult
 from fedtune.show.lines import to_printable
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, require_confirmation, say, show
+from fedtune.show.terminal_tables import Section, require_confirmation, say, show
 from fedtune.spec import NOT_GIVEN, ConfigError
 
 app = group(__doc__)
@@ -276,7 +276,6 @@ def _convert_federation_to_json(made: FederationFolder, now: datetime) -> dict[s
         sites.append({**about, "datasets": datasets})
     certificates = made.certificates.items()
     return {
-        "schema_version": SCHEMA_VERSION,
         "federation": made.settings.name,
         "server": made.settings.server,
         "lead": made.lead_key,

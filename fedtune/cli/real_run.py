@@ -34,7 +34,7 @@ from fedtune.ops.services.lead_and_server import (
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.runs.results import RunResult
 from fedtune.runs.run_paths import find_run_folder, is_finished
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, say
+from fedtune.show.terminal_tables import Section, say
 from fedtune.spec import NOT_GIVEN, ConfigError, RunError
 from fedtune.system import send_signal
 
@@ -186,7 +186,7 @@ def print_status(words: Sequence[str], *, kit: Path | None, as_json: bool) -> No
         online = LeadService(kit=lead, federation=list_federation_settings(lead)).list_online_sites()
         now = [(site, "online" if there else "no response") for site, there in online.items()]
         section = Section(headings=("site", "now"), rows=now, words=range(2))
-        print_answer({"schema_version": SCHEMA_VERSION, "online": online}, [section], as_json=as_json)
+        print_answer({"online": online}, [section], as_json=as_json)
         return
     folder = _parse_run_folder("status", words)
     config = read_saved_config(folder)

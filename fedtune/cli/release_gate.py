@@ -15,7 +15,7 @@ from fedtune.model.adapter_files import CARD
 from fedtune.ops.kits.kit_file import read_signing_key
 from fedtune.privacy.keys import check_public_key
 from fedtune.show.lines import to_printable
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, to_json_text, write_file
+from fedtune.show.terminal_tables import Section, to_json_text, write_file
 from fedtune.spec import RUN_SCHEMA, ConfigError, RunError
 
 _MARKS = {"passed": ("holds", ""), "failed": ("FAILS", "bold red"), "missing": ("MISSING", "bold red")}
@@ -91,7 +91,7 @@ def gate(
     notes = [f"written: {run / name}" for name in (gate_verdict.GATE, *cards)]
     section = Section(rows=rows, words={0, 1, 2}, whole={0, 1}, styles=styles, notes=notes)
     heading = f"{run} by the rules {limits.name}: the model {'may' if verdict.passed else 'must NOT'} be released"
-    figures = {"schema_version": SCHEMA_VERSION, "passed": verdict.passed, "verdict": verdict}
+    figures = {"passed": verdict.passed, "verdict": verdict}
     print_answer(figures, [section], as_json=as_json, heading=heading)
     if not verdict.passed:
         raise RunError(f"the model of {run} {verdict.decision}")

@@ -36,15 +36,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import format_requested_and_allowed
 from fedtune.show.budget_text import describe_contribution, describe_noise, describe_trust
 from fedtune.show.lines import to_printable, wrap_text
-from fedtune.show.terminal_tables import (
-    SCHEMA_VERSION,
-    Section,
-    build_key_value_section,
-    print_json,
-    require_confirmation,
-    say,
-    show,
-)
+from fedtune.show.terminal_tables import Section, build_key_value_section, print_json, require_confirmation, say, show
 from fedtune.spec import ConfigError, FedtuneError, RefusedError, RunError, check_at_least
 
 _SHOWN_ABOVE = ("privacy", "federation", "runtime", "task")
@@ -78,7 +70,7 @@ class SiteActions:
             rows.append((*about, _format_total_epsilon(epsilon), format_key_start(asked.lead)))
         headings = ("run", "since", "data set", "epsilon", "requested by lead")
         section = Section(headings=headings, rows=rows, words=range(5), whole={0, 1})
-        print_answer({"schema_version": SCHEMA_VERSION, "waiting": told}, [section], as_json=as_json)
+        print_answer({"waiting": told}, [section], as_json=as_json)
         if not (rows or as_json):
             say("No run waits for approval.")
 
@@ -136,7 +128,7 @@ class SiteActions:
             "add it to [trust].members in site.toml."
         )
         headings = ("site", "state", "site key in the roster")
-        told = {"schema_version": SCHEMA_VERSION, "number": roster.number, "members": members}
+        told = {"number": roster.number, "members": members}
         heading = f"Sites of {roster.federation}, from the lead's roster number {roster.number}:"
         section = Section(headings=headings, rows=rows, words=range(3), notes=[note])
         print_answer(told, [section], as_json=as_json, heading=heading)

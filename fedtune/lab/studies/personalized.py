@@ -14,7 +14,7 @@ from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import NO_DIFFERENCE
 from fedtune.formatting import format_score_name, pluralize
 from fedtune.lab.studies.comparison import format_with_interval
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
+from fedtune.show.terminal_tables import Section
 from fedtune.spec import ConfigError, check_one_of
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
@@ -166,4 +166,4 @@ def convert_personalized_to_json(made: Mapping[str, Personalized]) -> dict[str, 
             "passes": one.passes,
             "scored_records_were_trained_on": one.seen,
         }
-    return {"schema_version": SCHEMA_VERSION, "sites": sites}
+    return {"sites": sites}
