@@ -38,14 +38,14 @@ from fedtune.lab.preparation.clean import clean as write_clean
 from fedtune.lab.preparation.detect import Form, detect_columns
 from fedtune.lab.preparation.detected_file import KINDS, OPTIONS, DetectedFile
 from fedtune.lab.preparation.duplicates import compare_records
-from fedtune.lab.preparation.readers import count_token_ids, load_reader
+from fedtune.lab.preparation.readers import load_reader
 from fedtune.model.source import resolve_model
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.privacy.policy_file import read_policy
 from fedtune.show.new_files import open_new_streams, translate_os_errors, write_new_files
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, say, show, to_json_text, write_file
 from fedtune.sites.run_records import hash_file, require_no_card
-from fedtune.spec import ConfigError, DataError, check_one_of, expand_home
+from fedtune.spec import ConfigError, check_one_of, expand_home
 from fedtune.tasks.registry import TASKS
 from fedtune.version import find_shipped_folders
 
@@ -111,9 +111,7 @@ def init(
         raise ConfigError("--model", "", "must be a folder with a vision transformer (see docs/other_tasks.md)")
     config, spec = _compose_with_model(base, model)
     reader = load_reader(config.data, spec, key="--model", other="--model")
-    plan = experiment_writer.plan_experiment(found, reader, config, within=count_token_ids(reader), sites=sites)
-    if not plan.usable:
-        raise DataError(str(found.path), "no records", f"must have rows that a run can use: {plan.left_out}")
+    plan = experiment_writer.plan_experiment(found, reader, config, sites=sites)
     if sites is not None and sites > plan.units:
         raise ConfigError("--sites", sites, f"must be at most {plan.units}, the number of records or people")
     named, path = (model, None) if spec is config.model else (None, model)
@@ -170,7 +168,7 @@ def check(
     """
     config = _compose_experiment(settings, site)
     reader = load_reader(config.data, config.model, key="model.path", other="model=NAME")
-    checked = examine(config, reader, within=count_token_ids(reader))
+    checked = examine(config, reader)
     sections = [*data_sections.build_check_sections(checked), Section(title="Notes", notes=data_sections.ABOUT)]
     print_answer({"checked": checked}, sections, as_json=as_json, heading=f"Data of {config.name}")
 

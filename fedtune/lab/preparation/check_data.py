@@ -31,6 +31,7 @@ from fedtune.extras import build_install_command, is_installed
 from fedtune.lab.preparation import duplicates
 from fedtune.lab.preparation.duplicates import Earlier, Likeness, Twin, normalize_spelling
 from fedtune.lab.preparation.patterns import ODD_TEXTS, find_damage, find_identifiers, find_odd_texts
+from fedtune.lab.preparation.readers import count_token_ids
 from fedtune.spec import DataError
 from fedtune.tasks.inputs import get_input_for
 from fedtune.version import find_shipped_folders
@@ -98,18 +99,17 @@ class Checked:
     skipped: tuple[str, ...]
 
 
-def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
+def check(config: RunConfig, tokenizer: Tokenizer) -> Checked:
     """Read an experiment's files as a run would, and check every record.
 
     Args:
         config: the experiment.
         tokenizer: the model's tokenizer.
-        within: number of embeddings of the model; token ids must be below it.
 
     Raises:
         DataError: a file is missing or unreadable; errors in single records are findings.
     """
-    look = _CheckState(config, tokenizer, within)
+    look = _CheckState(config, tokenizer)
     files = tuple(look.check_file(path, use, site) for path, use, site in _iter_files(config))
     declared = config.declared_sizes().items()
     sizes = {site: {"declared": size, "true": len(look.units[site])} for site, size in declared}
@@ -143,10 +143,10 @@ def count_labels(record: Record, data: DataSpec) -> Mapping[str, int]:
 class _CheckState:
     """State of the checks across an experiment's files."""
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, within: int) -> None:
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer) -> None:
         self.task, self._config, self._data = config.bound_task, config, config.data
         self.task.check_tokenizer(tokenizer, data=config.data)
-        self._tokenizer, self._within = tokenizer, within
+        self._tokenizer, self._within = tokenizer, count_token_ids(tokenizer)
         self._fault, self._key = self.task.record_validator(config.data), derive_split_key(config.seed)
         self.earlier = Earlier(alike=is_installed("datasketch"))
         self.units: defaultdict[str, set[object]] = defaultdict(set)  # site -> its training users, or record numbers

@@ -28,7 +28,8 @@ from fedtune.lab.preparation.check_data import count_labels
 from fedtune.lab.preparation.columns import DataColumn
 from fedtune.lab.preparation.detected_file import KINDS, OPEN, DetectedFile
 from fedtune.lab.preparation.duplicates import normalize_spelling
-from fedtune.spec import ConfigError
+from fedtune.lab.preparation.readers import count_token_ids
+from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.inputs import NoTokenizer
 from fedtune.tasks.registry import TASKS, get_task
 
@@ -103,7 +104,7 @@ def fill_overrides(found: DetectedFile) -> list[str]:
 
 
 def plan_experiment(
-    found: DetectedFile, tokenizer: Tokenizer, config: RunConfig, *, within: int, sites: int | None = None
+    found: DetectedFile, tokenizer: Tokenizer, config: RunConfig, *, sites: int | None = None
 ) -> ExperimentPlan:
     """Read the file as a run would, and plan its experiment.
 
@@ -111,11 +112,11 @@ def plan_experiment(
         found: the detected file.
         tokenizer: the model's tokenizer.
         config: the base experiment for this kind of file.
-        within: number of embeddings of the model; token ids must be below it.
         sites: number of sites; None: chosen by the number of records.
 
     Raises:
         ConfigError: the file cannot be partitioned by the site column.
+        DataError: a run can use none of the rows.
     """
     base = KINDS[found.kind][1]
     task = get_task(_find_task(found) or config.task, {"intervals": [1.0]} if "time" in found.roles else None)
@@ -140,7 +141,7 @@ def plan_experiment(
     faults, at = Faults(), defaultdict[str, Counter[str]](Counter)  # by place, the records of each user
     counts, num_of, users, usable, cut_words = list[int](), Counter[str](), set[str](), 0, Counter[str]()
     unknown, num_tokens, marks = 0, 1, [getattr(reader, f"{one}_token_id", None) for one in ("unk", "bos", "eos")]
-    fault = task.record_validator(data)
+    fault, within = task.record_validator(data), count_token_ids(tokenizer)
     records = iter_usable_records(found.path, roles, fault=fault, faults=faults, lenient=False)
     for chunk in chunk_records(records):
         usable += len(chunk)
@@ -155,9 +156,11 @@ def plan_experiment(
             if marks[0] not in (None, *marks[1:]):
                 unknown += sum(int(np.count_nonzero(ids == marks[0])) for ids in read.input_ids)
     left_out = faults.summarize(used=usable)
+    if not usable:
+        raise DataError(str(found.path), "no records", f"must have rows that a run can use: {left_out}")
     # Where each has one record, a record is a person; but of a row without an id nobody knows whose it is.
     by_user = "user" in found.roles and (len(users) < usable or any("(role user)" in why for why in left_out.reasons))
-    units = len(users) if by_user and usable else usable
+    units = len(users) if by_user else usable
     named = sort_labels(at) if "site" in found.roles else []
     places = {place: len(at[place]) if by_user else at[place].total() for place in named}
     if by_user and sum(places.values()) > units:
@@ -169,7 +172,7 @@ def plan_experiment(
             raise ConfigError("--site", found.roles["site"], bound)
     # max_length covers nearly all records, rounded up and within limits; for images it is exact.
     lengths = np.array(counts[:_MEASURED_ROWS], dtype=np.int64)
-    shares = np.quantile(counts or [1], (_USUALLY_COVERED, _MIN_COVERED), method="lower")
+    shares = np.quantile(counts, (_USUALLY_COVERED, _MIN_COVERED), method="lower")
     longest, usual = map(int, shares)
     usual = min(usual, _MAX_USUAL_TOKENS) if base != "own_entities" else 0  # these have windows
     most = max(_STEP, math.ceil(max(min(longest, _MAX_TOKENS), usual) / _STEP) * _STEP)
@@ -180,7 +183,7 @@ def plan_experiment(
         num_sites=len(places) or sites or 2 + bisect_right(_MORE_SITES, units),
         usable=usable,
         units=units,
-        by_user=by_user and usable > 0,
+        by_user=by_user,
         left_out=left_out,
         lengths=lengths,
         max_length=most,

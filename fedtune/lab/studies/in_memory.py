@@ -20,10 +20,10 @@ from fedtune.formatting import flatten
 from fedtune.lab.preparation import experiment_writer
 from fedtune.lab.preparation.detect import detect_columns
 from fedtune.lab.preparation.detected_file import KINDS, OPTIONS
-from fedtune.lab.preparation.readers import count_token_ids, load_reader
+from fedtune.lab.preparation.readers import load_reader
 from fedtune.runs.run_paths import make_default_run_name
 from fedtune.sites.run_records import partition_run_records
-from fedtune.spec import NOT_GIVEN, ConfigError, DataError
+from fedtune.spec import NOT_GIVEN, ConfigError
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.sites.run_cache import RunCache
@@ -185,9 +185,7 @@ def suggest_experiment(folder: Path, settings: Settings, *, num_sites: int) -> t
     of_model = {key: value for key, value in said.items() if key.startswith("model.")}
     config = compose_run([f"experiment={base}", *words], changed=of_model)
     reader = load_reader(config.data, config.model, key="model.path", other="model=NAME")
-    plan = experiment_writer.plan_experiment(found, reader, config, within=count_token_ids(reader), sites=num_sites)
-    if not plan.usable:
-        raise DataError("sites", "no records", f"must contain usable rows: {plan.left_out}")
+    plan = experiment_writer.plan_experiment(found, reader, config, sites=num_sites)
     plan = replace(plan, model=model if isinstance(model, str) else None, model_path=of_model.get("model.path"))
     file.write_text(experiment_writer.render_experiment(found, plan, file=file), encoding="utf-8")
     in_file = _COLUMNS if len(known) == len(chosen) else None  # the caller's columns, if the file contains all of them

@@ -26,9 +26,8 @@ Tickets = Callable[..., RunConfig]
 LONG = "Dear all the printer on the third floor has been broken since Monday and nobody came to mend it"
 
 
-def check_config(config: RunConfig, **options: Any) -> Checked:
-    tokenizer = load_tokenizer(config.model)
-    return check(config, tokenizer, **({"within": len(tokenizer)} | options))
+def check_config(config: RunConfig) -> Checked:
+    return check(config, load_tokenizer(config.model))
 
 
 def summarize_findings(some: Checked, file: int = 0) -> list[str]:
@@ -113,21 +112,18 @@ def test_duplicates_contradictions_and_near_duplicates_are_reported(
 
 
 @pytest.mark.parametrize(
-    ("answer", "options", "expected"),
+    ("answer", "expected"),
     [
-        ("yes " * 100, {}, ["cut 1", "lost 1"]),
-        ("yes", {"within": 1}, ["unlearned 1"]),  # a model with fewer tokens than its tokenizer
-        ("my card is 4111111111111111", {}, ["personal card number messages 1"]),
+        ("yes " * 100, ["cut 1", "lost 1"]),
+        ("my card is 4111111111111111", ["personal card number messages 1"]),
     ],
 )
-def test_truncated_and_sensitive_chats_are_reported(
-    tmp_path: Path, answer: str, options: dict[str, Any], expected: list[str]
-) -> None:
+def test_truncated_and_sensitive_chats_are_reported(tmp_path: Path, answer: str, expected: list[str]) -> None:
     writes = ("experiment=own_text", "model=random_llama", "data.chat_template=plain", "data.max_length=60")
     config = compose_over_rows(
         tmp_path, [{"messages": build_chat("hi", answer)}], *writes, "data.columns={messages: messages}"
     )
-    assert summarize_findings(check_config(config, **options)) == expected
+    assert summarize_findings(check_config(config)) == expected
 
 
 def test_test_records_in_the_training_data_are_reported(tickets: Tickets, tmp_path: Path) -> None:

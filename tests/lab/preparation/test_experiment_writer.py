@@ -49,7 +49,7 @@ def write_experiment(path: Path, *, model: str = "random_bert", **chosen: str) -
     left_open = experiment_writer.build_placeholder_overrides(base)
     config = compose_run([f"experiment={base}", f"model={model}", *left_open])
     tokenizer = load_tokenizer(config.model)
-    plan = replace(experiment_writer.plan_experiment(found, tokenizer, config, within=len(tokenizer)), model=model)
+    plan = replace(experiment_writer.plan_experiment(found, tokenizer, config), model=model)
     text = experiment_writer.render_experiment(found, plan, file=path.with_name("own.yaml"))
     return Made(path, plan, text, "\n".join(experiment_writer.list_notes(found, plan)))
 
