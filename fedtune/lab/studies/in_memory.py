@@ -178,15 +178,16 @@ def suggest_experiment(folder: Path, settings: Settings, *, num_sites: int) -> t
     with _explain_for_python():
         found = detect_columns(records, known, by_person=said.get("privacy.unit") != "record")
     base, model = KINDS[found.kind][1], settings.get("model")
+    named = model if isinstance(model, str) else None
+    of_model = {key: value for key, value in said.items() if key.startswith("model.")}
     words = [
         *experiment_writer.build_placeholder_overrides(base),
-        *([f"model={quote_word(model)}"] if isinstance(model, str) else []),
+        *([f"model={quote_word(named)}"] if named is not None else []),
     ]
-    of_model = {key: value for key, value in said.items() if key.startswith("model.")}
     config = compose_run([f"experiment={base}", *words], changed=of_model)
     reader = load_reader(config.data, config.model, key="model.path", other="model=NAME")
     plan = experiment_writer.plan_experiment(found, reader, config, sites=num_sites)
-    plan = replace(plan, model=model if isinstance(model, str) else None, model_path=of_model.get("model.path"))
+    plan = replace(plan, model=named, model_path=of_model.get("model.path"))
     file.write_text(experiment_writer.render_experiment(found, plan, file=file), encoding="utf-8")
     in_file = _COLUMNS if len(known) == len(chosen) else None  # the caller's columns, if the file contains all of them
     return str(file), {key: one for key, one in settings.items() if not (in_file and f"{key}.".startswith(in_file))}
