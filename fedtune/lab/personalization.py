@@ -27,6 +27,7 @@ from fedtune.model.adapter import Adapter
 from fedtune.model.adapter_files import LABEL
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import Unit
+from fedtune.report.page.render import render_personalized_label
 from fedtune.sites.shared_model import LoadedModel, Progress, RunModel, ignore_progress
 from fedtune.spec import DataError, RunError
 from fedtune.tasks.saved import SavedAdapter, replace_folder, save_task_model
@@ -100,7 +101,6 @@ def personalize(
     into: Path,
     alone: Path,
     beside_ledger: Path,
-    label: str,
     lenient: bool = False,
     progress: Progress = ignore_progress,
 ) -> int:
@@ -118,7 +118,6 @@ def personalize(
         into: the folder to write; existing content is replaced.
         alone: the folder for a local baseline, trained from the run's starting point without the federation.
         beside_ledger: the folder of the site's ledger, where `NOTE` records the personalized adapter.
-        label: SVG image for the model card.
         lenient: whether to skip failing records, as a real site does.
         progress: callback for the progress of training.
 
@@ -152,6 +151,7 @@ def personalize(
         save_task_model(shared.model, folder.adapter, private_to=site)
         folder.config.write_bytes(format_config_yaml(config))
         card = _CARD.format(site=site, run=config.name, day=day, label=LABEL)
+        label = render_personalized_label(site, config.name)
         for place in (folder.path, folder.adapter):
             (place / "README.md").write_text(card, encoding="utf-8")
             (place / LABEL).write_text(label, encoding="utf-8")

@@ -69,7 +69,7 @@ def own_of_site(folder: Path, site: str, records: Any) -> study.Found:
     parts = Parts.split(records, key=derive_split_key(config.seed), unit=config.privacy.unit)
     with tempfile.TemporaryDirectory() as scratch:
         into, alone = Path(scratch, "own"), Path(scratch, "alone")
-        beside = {"into": into, "alone": alone, "beside_ledger": Path(scratch), "label": ""}
+        beside = {"into": into, "alone": alone, "beside_ledger": Path(scratch)}
         passes = personalize(config, adapter, parts, site=site, **beside)
         folders = {"own": into / "adapter", "shared": adapter, "alone": alone}
         sides = compare_runs({name: (config, one) for name, one in folders.items()})

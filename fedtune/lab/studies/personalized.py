@@ -103,7 +103,6 @@ def make_personalized(
     """Train a site's personalized adapter in `into`, and compare it with the shared adapter and a local baseline."""
     from fedtune.api.compared_models import ComparedModels
     from fedtune.lab.personalization import personalize as train
-    from fedtune.report.page.render import render_personalized_label
     from fedtune.runs.model_comparison import compare_runs
 
     with TemporaryDirectory() as scratch:
@@ -116,7 +115,6 @@ def make_personalized(
             into=into,
             alone=alone,
             beside_ledger=beside_ledger,
-            label=render_personalized_label(site, config.name),
             lenient=lenient,
             progress=make_stage_callback(progress),
         )
