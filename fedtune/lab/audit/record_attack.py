@@ -185,7 +185,8 @@ def estimate_auroc(members: Values, others: Values, *, confidence: float) -> tup
     of_members = (np.searchsorted(both[0], members, "left") + np.searchsorted(both[0], members, "right")) / 2
     of_others = (np.searchsorted(both[1], others, "left") + np.searchsorted(both[1], others, "right")) / 2
     area = float(of_members.mean() / len(others))
-    variance = sum(map(_compute_placement_variance, (of_members / len(others), of_others / len(members))))
+    placements = (of_members / len(others), of_others / len(members))
+    variance = sum(float(one.var(ddof=1) / len(one)) if len(one) > 1 else 0.25 for one in placements)
     reach = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(variance)
     return area, max(0.0, area - reach), min(1.0, area + reach)
 
@@ -211,7 +212,3 @@ def estimate_share(found: int, tried: int, *, confidence: float) -> tuple[float,
     """Estimate a proportion from independent trials; return (estimate, low, high) with a Clopper-Pearson interval."""
     interval = binomtest(found, tried).proportion_ci(confidence, method="exact")
     return found / tried, float(interval.low), float(interval.high)
-
-
-def _compute_placement_variance(placements: Values) -> float:
-    return float(placements.var(ddof=1) / len(placements)) if len(placements) > 1 else 0.25
