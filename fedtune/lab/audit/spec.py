@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 from fedtune.api.compose import parse_override_key, parse_override_value
 from fedtune.codec import require
-from fedtune.config import RunConfig, convert_first_error
+from fedtune.config import RunConfig, convert_first_error, reject_booleans
 from fedtune.report.attacks import check_confidence
 from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
 
@@ -57,9 +57,11 @@ class AuditSpec:
             bound = f"is not an audit setting ({', '.join(known)})"
             raise ConfigError(f"audit.{other[0]}", given[other[0]], bound)
         try:
-            return TypeAdapter(cls).validate_python(dict(given))
+            spec = TypeAdapter(cls).validate_python(dict(given))
         except ValidationError as error:
             raise convert_first_error(error).under("audit") from None
+        reject_booleans(given, asdict(spec), "audit")
+        return spec
 
     def __post_init__(self) -> None:
         check_at_least("tries", self.tries, 1)
@@ -84,7 +86,4 @@ def require_guarantee(config: RunConfig) -> None:
 def parse_audit_spec(overrides: Sequence[str]) -> AuditSpec:
     """Build the audit's settings from overrides such as `audit.canaries=500`."""
     given = {parse_override_key(override): parse_override_value(override) for override in overrides}
-    for key, value in given.items():
-        if isinstance(value, bool):
-            raise ConfigError(key, str(value), "must be a single value, not a list or a mapping")
     return AuditSpec.from_mapping({key.removeprefix(PREFIX): value for key, value in given.items()})
