@@ -191,6 +191,7 @@ def simulate(
 
     def run(config: RunConfig, folder: Path) -> None:
         config = fix_number_format(config, folder, alone=cache is not None)
+        config = config if config.resume else fit_to_budgets(config, folder)
         if progress is not True:
             run_in_folder(config, folder, CallbackListener(config, progress), work=work)
             return
@@ -200,8 +201,7 @@ def simulate(
 
     config = run_public_stage(config, run)
     folder = find_run_folder(config)
-    config = fix_number_format(config, folder, alone=cache is not None)
-    run(config if config.resume else fit_to_budgets(config, folder), folder)
+    run(config, folder)
     return load(folder)
 
 
