@@ -146,7 +146,8 @@ def _compose_overrides(
 ) -> RunConfig:
     """Compose a run configuration from overrides that Hydra composes (`typed`) and that fedtune applies (`others`)."""
     given = [*typed, *others]
-    options = {one.key_or_group: one for one in typed if _selects_group_option(one)}
+    selecting = [one for one in typed if list_options(one.key_or_group) and not one.is_delete()]
+    options = {one.key_or_group: one for one in selecting if not isinstance(one.value(), dict)}
     for group, one in options.items():
         if not isinstance(_parse_single_value(one), str):
             raise build_unknown_option_error(group, _parse_single_value(one))
@@ -206,11 +207,6 @@ def restore_interpolations(config: RunConfig, overrides: Sequence[str]) -> dict[
         if "${" in str(written.get(key)) and found[key] == value:
             set_by_key(settings, key, written[key])
     return settings
-
-
-def _selects_group_option(one: Override) -> bool:
-    """Whether an override selects an option of a config group."""
-    return not one.is_delete() and bool(list_options(one.key_or_group)) and not isinstance(one.value(), dict)
 
 
 def _is_applied_later(one: Override) -> bool:
