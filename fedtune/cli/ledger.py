@@ -67,9 +67,8 @@ def show_events(
     file, verified = _verify_ledger(path)
     chosen = verified.events[-last:] if last else verified.events
     figures = budget_text.convert_identity_to_json(file, verified) | {"events": chosen}
-    if not as_json:
-        print_identity(file, verified)
-    print_answer(figures, [build_events_section(verified, chosen)], as_json=as_json)
+    section, heading = build_events_section(verified, chosen), format_identity(file, verified)
+    print_answer(figures, [section], as_json=as_json, heading=heading)
 
 
 @command(app, "show spent and remaining epsilon")
@@ -85,7 +84,7 @@ def spent(path: LedgerPath, as_json: AsJson = False) -> None:
     if as_json:
         print_json({**budget_text.convert_identity_to_json(file, verified), **convert_spending_to_json(verified)})
         return
-    print_identity(file, verified)
+    say(format_identity(file, verified), style="bold")
     print_spending(verified.history, compute_lifetime_budget(verified))
 
 
@@ -96,14 +95,12 @@ def check(path: LedgerPath, anchor: AnchorFile = None, site_key: SiteKey = None,
     With an anchor from another disk, also verify that no event is missing at the end. Exit code 1 if a check fails.
     """
     file, verified = _verify_ledger(path, anchor=anchor, site_key=site_key)
-    identity = budget_text.convert_identity_to_json(file, verified)
-    if as_json:
-        print_json(identity | budget_text.convert_verification_to_json(verified))
-        return
-    print_identity(file, verified)
-    show(build_verification_sections(verified))
-    last = verified.events[-1]
-    say(f"Newest event: {last.sequence}, {format_event_time(last)}, hash {last.hash}")
+    figures, heading = budget_text.convert_identity_to_json(file, verified), format_identity(file, verified)
+    figures |= budget_text.convert_verification_to_json(verified)
+    print_answer(figures, build_verification_sections(verified), as_json=as_json, heading=heading)
+    if not as_json:
+        last = verified.events[-1]
+        say(f"Newest event: {last.sequence}, {format_event_time(last)}, hash {last.hash}")
 
 
 @command(app, "export everything as JSON")
@@ -237,11 +234,11 @@ def _verify_ledger(
     return file, verify(file, anchor=None if anchor is None else Head.read(anchor), site_key=site_key)
 
 
-def print_identity(path: Path, verified: VerifiedLedger) -> None:
-    """Print a ledger's site, population, number of events and newest event."""
+def format_identity(path: Path, verified: VerifiedLedger) -> str:
+    """Format a ledger's site, population, number of events and newest event, on two lines."""
     opened, last = verified.history.opening, verified.events[-1]
-    say(f"Ledger of site {to_printable(opened.site)}, population {to_printable(opened.population)}", style="bold")
-    say(f"{path}: {pluralize(last.sequence, 'event')}, newest {format_event_time(last)}")
+    ledger = f"Ledger of site {to_printable(opened.site)}, population {to_printable(opened.population)}"
+    return f"{ledger}\n{path}: {pluralize(last.sequence, 'event')}, newest {format_event_time(last)}"
 
 
 def build_events_section(verified: VerifiedLedger, chosen: Sequence[Event]) -> Section:
