@@ -53,9 +53,9 @@ def is_same_beside_others(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        whole = product(values)
+        all_rows = product(values)
         numbers = (fewest, 12, 31, 48, 200, len(values) - 1)
-        return all(torch.equal(product(values[1 : 1 + rows].clone()), whole[1 : 1 + rows]) for rows in numbers)
+        return all(torch.equal(product(values[1 : 1 + rows].clone()), all_rows[1 : 1 + rows]) for rows in numbers)
     finally:
         torch.set_num_threads(before)
 
@@ -65,8 +65,8 @@ def multiply_both_ways(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the product and the gradient of its input."""
     values = values.clone().requires_grad_()
-    found = layer(values)
-    return found.detach(), torch.autograd.grad(found, values, direction)[0]
+    outputs = layer(values)
+    return outputs.detach(), torch.autograd.grad(outputs, values, direction)[0]
 
 
 def multiply_backwards(
@@ -100,8 +100,8 @@ def make_spec(path: str = "random:bert", task: Any = "classification", **changes
     return TaskModelSpec(model=values.pop("model", ModelSpec(path=path)), task=task, **values)
 
 
-def make_trained(*given: Any, **changes: Any) -> TaskModel:
-    return set_random_values(build_copy(make_spec(*given, **changes)), 0.2)
+def make_trained(*args: Any, **changes: Any) -> TaskModel:
+    return set_random_values(build_copy(make_spec(*args, **changes)), 0.2)
 
 
 def make_batch(task: str) -> Batch:

@@ -30,10 +30,12 @@ def has_moved(activation: nn.Module, shape: tuple[int, ...]) -> bool:
     """Whether any row's bits differ from those of the row alone."""
     draws = torch.Generator().manual_seed(3)
     row, slope = (3 * torch.randn(1, *shape, generator=draws) for _ in range(2))
-    alone = multiply_both_ways(activation, row, slope)
+    separate = multiply_both_ways(activation, row, slope)
     for rows in (2, 5, 21):
         together = multiply_both_ways(activation, row.repeat(rows, 1, 1), slope.repeat(rows, 1, 1))
-        if not all(torch.equal(one, other.expand_as(one)) for one, other in zip(together, alone, strict=True)):
+        if not all(
+            torch.equal(batched, single.expand_as(batched)) for batched, single in zip(together, separate, strict=True)
+        ):
             return True
     return False
 
@@ -48,8 +50,8 @@ def test_row_by_row_activation_is_bitwise_batch_invariant(name: str, threads: No
 
 def test_some_plain_activations_depend_on_the_batch() -> None:
     # This test can be deleted once no CPU of this kind shows the fault.
-    found = [name for name in NAMES if any(has_moved(ACT2FN[name], shape) for shape in WIDTHS)]
-    assert found, "torch now rounds all elements of a tensor alike"
+    batch_dependent = [name for name in NAMES if any(has_moved(ACT2FN[name], shape) for shape in WIDTHS)]
+    assert batch_dependent, "torch now rounds all elements of a tensor alike"
 
 
 def test_every_activation_of_a_loaded_model_is_row_by_row() -> None:

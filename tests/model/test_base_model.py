@@ -114,7 +114,7 @@ def quantized_model(tmp_path: Path) -> Path:
     config, file = base.config, tmp_path / "model" / "tiny.Q4_1.gguf"
     file.parent.mkdir()
     writer = gguf.GGUFWriter(file, "llama")
-    about = {
+    metadata = {
         "name": "tiny",
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -130,7 +130,7 @@ def quantized_model(tmp_path: Path) -> Path:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
     }
-    for name, value in about.items():
+    for name, value in metadata.items():
         getattr(writer, f"add_{name}")(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in base.model.state_dict(prefix="model.").items():
@@ -161,8 +161,8 @@ def test_expanded_gguf_weights_produce_bitwise_equal_logits(
     with torch.no_grad():
         logits = original(token_ids).logits
         assert torch.equal(logits, expanded(token_ids).logits)
-        again = load_base(spec, predicts_tokens=True)
-        assert torch.equal(logits, again(token_ids).logits)
+        reloaded = load_base(spec, predicts_tokens=True)
+        assert torch.equal(logits, reloaded(token_ids).logits)
         unquantized = build_tiny_base("random:llama", predicts_tokens=True)(token_ids).logits
         assert not torch.allclose(logits[..., :-1], unquantized), "quantization must change the logits"
     assert expanded.get_output_embeddings().weight is expanded.get_input_embeddings().weight
@@ -183,6 +183,6 @@ def test_invalid_gguf_file_raises_a_one_line_error_without_cache_entry(tmp_path:
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES & GGUF_CONFIG_MAPPING.keys()))
 def test_config_fields_from_gguf_metadata_are_known(architecture: str) -> None:
-    known = OF_ANY_CONFIG | {field.name for field in dataclasses.fields(CONFIG_MAPPING[architecture])}
+    known_fields = OF_ANY_CONFIG | {field.name for field in dataclasses.fields(CONFIG_MAPPING[architecture])}
     for part in (architecture, "general", "tokenizer"):
-        assert {key for key in GGUF_CONFIG_MAPPING[part].values() if key} <= known
+        assert {key for key in GGUF_CONFIG_MAPPING[part].values() if key} <= known_fields

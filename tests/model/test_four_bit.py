@@ -39,12 +39,14 @@ def quantize_module(module: nn.Module) -> FourBit:
 def test_nf4_levels_are_normal_quantiles() -> None:
     # Appendix E of arXiv 2305.14314: from 0.9677 to 0.5 in 8 steps below zero and 7 steps above it, plus the largest
     # value.
-    most = NormalDist().inv_cdf(0.9677083)
+    max_quantile = NormalDist().inv_cdf(0.9677083)
 
     def compute_quantiles(steps: int) -> list[float]:
-        return [NormalDist().inv_cdf(0.9677083 + (0.5 - 0.9677083) * step / steps) / most for step in range(steps)]
+        return [
+            NormalDist().inv_cdf(0.9677083 + (0.5 - 0.9677083) * step / steps) / max_quantile for step in range(steps)
+        ]
 
-    expected = [*(-one for one in compute_quantiles(7)), 0.0, *reversed(compute_quantiles(8))]
+    expected = [*(-tensor for tensor in compute_quantiles(7)), 0.0, *reversed(compute_quantiles(8))]
     assert torch.tensor(LEVELS).tolist() == list(LEVELS), "levels must be float32 numbers"
     assert pytest.approx(expected, abs=2e-7) == LEVELS
 
@@ -55,11 +57,11 @@ def test_weights_are_quantized_to_the_nearest_level_of_their_block() -> None:
     assert (codes.dtype, len(codes)) == (torch.uint8, weights.numel() // 2)
     assert torch.equal(scales, weights.abs().amax(dim=1))
     levels = torch.tensor(LEVELS, dtype=torch.float64)
-    apart = (weights.double().unsqueeze(2) - levels * scales.double().view(-1, 1, 1)).abs()
+    distances = (weights.double().unsqueeze(2) - levels * scales.double().view(-1, 1, 1)).abs()
     of_codes = torch.stack([codes >> 4, codes & 15], dim=1).view(300, 64)
-    chosen = apart.gather(2, of_codes.long().unsqueeze(2)).squeeze(2)
+    chosen = distances.gather(2, of_codes.long().unsqueeze(2)).squeeze(2)
     # A weight may be exactly between two levels, up to the last bit.
-    assert (chosen <= apart.amin(dim=2) * (1 + 1e-6) + 1e-7 * scales.unsqueeze(1)).all()
+    assert (chosen <= distances.amin(dim=2) * (1 + 1e-6) + 1e-7 * scales.unsqueeze(1)).all()
     expected = (levels.float()[of_codes.long()] * scales.unsqueeze(1)).bfloat16()
     assert torch.equal(dequantize_nf4(codes, scales).view(300, 64), expected)
     assert not expected[7].any(), "a block of zeros must stay zero"
@@ -72,7 +74,7 @@ def test_nf4_codes_and_scales_match_bitsandbytes() -> None:
     # Computed once by bitsandbytes 0.50.2 on a CPU: quantize_4bit(some_weights(), blocksize=64, quant_type="nf4"), then
     # dequantize_4bit in float32, rounded.
     codes, scales = quantize_nf4(make_weights())
-    digests = [hashlib.sha256(one.numpy().tobytes()).hexdigest() for one in (codes, scales)]
+    digests = [hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in (codes, scales)]
     digests.append(hashlib.sha256(dequantize_nf4(codes, scales).view(torch.int16).numpy().tobytes()).hexdigest())
     assert digests == [
         "6cd90772c731b9c0d4354fc0aebe3e3bed3e2b5168d7f6474f88a2442e72df5a",
@@ -88,20 +90,20 @@ def test_nf4_products_and_gradients_use_the_dequantized_weights(module: nn.Modul
     for format in (torch.bfloat16, torch.float32):
         values = torch.randn(3, 5, 96, dtype=format)
         direction = torch.randn_like(layer(values))
-        found = multiply_both_ways(layer, values, direction)
+        actual = multiply_both_ways(layer, values, direction)
         exact = multiply_exactly(layer, values.bfloat16(), direction.bfloat16(), transposed=isinstance(module, Conv1D))
-        for one, other in zip(found, exact, strict=True):
-            assert one.dtype == format
+        for tensor, expected in zip(actual, exact, strict=True):
+            assert tensor.dtype == format
             # Half a unit in bfloat16's last place, plus the float32 rounding of a sum of 96 terms of size 1.
-            torch.testing.assert_close(one.double(), other, rtol=2**-8, atol=1e-5)
+            torch.testing.assert_close(tensor.double(), expected, rtol=2**-8, atol=1e-5)
 
 
 def test_nf4_layer_keeps_no_dequantized_weights_between_passes() -> None:
     layer, values = quantize_module(nn.Linear(128, 128)), torch.randn(2, 3, 128, requires_grad=True)
-    noted = Mock(side_effect=lambda tensor: tensor)
-    with torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor):
+    dequantize = Mock(side_effect=lambda tensor: tensor)
+    with torch.autograd.graph.saved_tensors_hooks(dequantize, lambda tensor: tensor):
         layer(values).sum().backward()
-    noted.assert_not_called()
+    dequantize.assert_not_called()
     assert {name: one.dtype for name, one in layer.named_buffers()} == {"codes": torch.uint8, "scales": torch.float32}
     assert [name for name, _ in layer.named_parameters()] == ["bias"]
 
@@ -124,9 +126,9 @@ def test_nf4_layers_quantize_the_bfloat16_base() -> None:
 
 
 def test_unsupported_nf4_models_are_refused() -> None:
-    odd = nn.Sequential(nn.Linear(5, 7)).requires_grad_(False)
+    unsupported = nn.Sequential(nn.Linear(5, 7)).requires_grad_(False)
     with pytest.raises(ConfigError, match=r"model\.dtype = 'nf4': requires a multiple of 64 weights in each layer"):
-        quantize_linear_layers(odd, device="cpu")
+        quantize_linear_layers(unsupported, device="cpu")
     with pytest.raises(
         ConfigError, match=r"dtype = 'nf4': is not available for GGUF files, which are already quantized"
     ):

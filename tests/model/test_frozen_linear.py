@@ -45,8 +45,8 @@ def test_frozen_linear_matches_torch_up_to_rounding(module: nn.Module) -> None:
     switch_to_onednn(base)
     assert isinstance(base[0], frozen_linear.FrozenLinear | frozen_linear.FrozenConv1D)
     expected = multiply_exactly(module, values, direction, transposed=isinstance(module, Conv1D))
-    for one, other in zip(multiply_both_ways(base, values, direction), expected, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-5)  # a float32 sum of 96 terms of size 1
+    for actual, reference in zip(multiply_both_ways(base, values, direction), expected, strict=True):
+        torch.testing.assert_close(actual.double(), reference, rtol=0, atol=1e-5)  # a float32 sum of 96 terms of size 1
 
 
 @needs_onednn
@@ -93,15 +93,15 @@ def test_mixed_precision_products_are_rounded_once(
     base = freeze_module(nn.Sequential(deepcopy(module)))
     convert_to_bfloat16(base)
     assert isinstance(base[0], RoundedLinear | frozen_linear.RoundedConv1D)
-    assert {one.dtype for one in base.parameters()} == {torch.bfloat16}
+    assert {actual.dtype for actual in base.parameters()} == {torch.bfloat16}
     values = torch.randn(3, 5, 96)
     direction = torch.randn_like(module(values))
     expected = multiply_exactly(base[0], values.bfloat16(), direction.bfloat16(), transposed=isinstance(module, Conv1D))
-    for one, other in zip(multiply_both_ways(base, values, direction), expected, strict=True):
-        assert one.dtype == torch.float32
+    for actual, reference in zip(multiply_both_ways(base, values, direction), expected, strict=True):
+        assert actual.dtype == torch.float32
         # Half a unit in bfloat16's last place, plus the float32 rounding of a sum of 96 terms of size 1.
-        torch.testing.assert_close(one.double(), other, rtol=2**-8, atol=1e-5)
-        assert torch.equal(one, one.bfloat16().float())
+        torch.testing.assert_close(actual.double(), reference, rtol=2**-8, atol=1e-5)
+        assert torch.equal(actual, actual.bfloat16().float())
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("mixed", RoundedLinear), ("nf4", FourBitLinear)])
@@ -112,13 +112,13 @@ def test_reduced_precision_applies_only_to_layer_weights(
     between: Any = "bfloat16" if dtype == "nf4" else "float32"  # dtype of hidden states
     spec = ModelSpec(path=path, dtype=dtype)
     base, plain = (
-        load_base(one, predicts_tokens=predicts_tokens) for one in (spec, ModelSpec(path=path, dtype=between))
+        load_base(actual, predicts_tokens=predicts_tokens) for actual in (spec, ModelSpec(path=path, dtype=between))
     )
-    inside = [module for module in find_layer_stack(base)[1].modules() if isinstance(module, nn.Linear)]
-    assert inside
-    assert {type(module) for module in inside} == {kind}
-    assert [module for module in base.modules() if isinstance(module, kind)] == inside
-    rounded = {id(one) for module in inside for one in module.parameters() if dtype == "mixed"}
+    layer_modules = [module for module in find_layer_stack(base)[1].modules() if isinstance(module, nn.Linear)]
+    assert layer_modules
+    assert {type(module) for module in layer_modules} == {kind}
+    assert [module for module in base.modules() if isinstance(module, kind)] == layer_modules
+    rounded = {id(actual) for module in layer_modules for actual in module.parameters() if dtype == "mixed"}
     for name, parameter in base.named_parameters():
         expected = plain.get_parameter(name)
         assert torch.equal(parameter, expected.bfloat16() if id(parameter) in rounded else expected), name

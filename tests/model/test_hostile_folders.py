@@ -21,14 +21,17 @@ from fedtune.spec import ConfigError
 
 CASES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("hostile_folders.yaml").read_text())
 CASES |= {
-    "far too deep": {"config.json": "[" * 90_000, "refused": "config.json is not readable JSON"},
-    "a long config": {"config.json": " " * (1 << 20) + "{}", "refused": "larger than 1 MiB"},
-    "an index with a long name": {
+    "extremely deeply nested": {"config.json": "[" * 90_000, "refused": "config.json is not readable JSON"},
+    "oversized config": {"config.json": " " * (1 << 20) + "{}", "refused": "larger than 1 MiB"},
+    "shard index with a long name": {
         "index": json.dumps({"weight_map": {"w": "a" * 300 + ".safetensors"}}),
         "refused": "names safetensors files next to it",
     },
-    "an index that is deep": {"index": "[" * 50_000, "refused": "model.safetensors.index.json is not readable JSON"},
-    "cut weights": {"cut": 100, "refused": "cannot be loaded"},
+    "deeply nested shard index": {
+        "index": "[" * 50_000,
+        "refused": "model.safetensors.index.json is not readable JSON",
+    },
+    "truncated weights": {"cut": 100, "refused": "cannot be loaded"},
 }
 
 
@@ -62,7 +65,7 @@ def prepare(folder: Path, case: dict[str, Any]) -> None:
             (folder / name).write_bytes(content.encode("latin-1"))
 
 
-OF_WEIGHTS = ("cannot be loaded", "describes a model of")
+WEIGHT_ERRORS = ("cannot be loaded", "describes a model of")
 """Problems found while the weights are built, which a tokenizer does not need."""
 
 
@@ -70,7 +73,7 @@ OF_WEIGHTS = ("cannot be loaded", "describes a model of")
 def test_hostile_model_folder_is_refused_with_a_reason(attack: str, folder: Path) -> None:
     prepare(folder, CASES[attack])
     reason = CASES[attack]["refused"]
-    needs_weights = any(word in reason for word in OF_WEIGHTS)
+    needs_weights = any(word in reason for word in WEIGHT_ERRORS)
     for load in (load_base,) if needs_weights else (load_base, load_tokenizer):
         with pytest.raises(ConfigError, match=reason) as caught:
             load(ModelSpec(path=str(folder)))
@@ -102,10 +105,10 @@ def test_files_outside_the_manifest_are_ignored(clean: Path, folder: Path) -> No
     plain = ModelSpec(path=str(clean))
     spec = ModelSpec(path=str(folder), sha256=hash_model(plain))
     ours, theirs = load_base(spec), load_base(plain)
-    for (name, one), (_, other) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
-        assert torch.equal(one, other), name
-    ids, same = (load_tokenizer(one)("Grüße")["input_ids"] for one in (spec, plain))
-    assert ids == same
+    for (name, tensor), (_, expected) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+        assert torch.equal(tensor, expected), name
+    ids, expected_ids = (load_tokenizer(model)("Grüße")["input_ids"] for model in (spec, plain))
+    assert ids == expected_ids
 
 
 def edit_tokenizer(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -120,7 +123,7 @@ def add_token(fields: dict[str, Any], number: int) -> None:
     fields["model"]["vocab"]["metastasis"] = number
 
 
-def fits(folder: Path) -> None:
+def check_fits(folder: Path) -> None:
     spec = ModelSpec(path=str(folder))
     check_tokenizer_fits(load_tokenizer(spec), load_base(spec), path=spec.path)
 
@@ -140,7 +143,7 @@ def fits(folder: Path) -> None:
 def test_token_beyond_the_embedding_is_refused(folder: Path, change: Callable[[Path], None]) -> None:
     change(folder)
     with pytest.raises(ConfigError, match=r"has ids up to \d+, but its embedding has only 261 rows") as caught:
-        fits(folder)
+        check_fits(folder)
     assert caught.value.key == "model.path"
 
 
@@ -150,12 +153,12 @@ def test_last_embedding_row_is_usable_and_padding_is_required(folder: Path) -> N
         del vocab[next(token for token, number in vocab.items() if number == 260)]
         add_token(fields, 260)
 
-    fits(folder)
+    check_fits(folder)
     edit_tokenizer(folder, take_last_id)
-    fits(folder)
+    check_fits(folder)
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(ConfigError, match="must have a padding token or an end-of-sequence token"):
-        fits(folder)
+        check_fits(folder)
 
 
 def make_tiny_base(kind: type[PreTrainedModel], settings: Any, **changes: Any) -> PreTrainedModel:
@@ -168,11 +171,11 @@ def test_usable_positions_exclude_the_padding_offset(padding: int, clean: Path) 
     assert get_max_positions(load_base(ModelSpec(path=str(clean)))) == 512, "other models use all positions"
     assert get_max_positions(make_tiny_base(LlamaModel, LlamaConfig, max_position_embeddings=20)) == 20
     base = make_tiny_base(RobertaModel, RobertaConfig, max_position_embeddings=20, pad_token_id=padding)
-    most = get_max_positions(base)
-    assert most == 20 - padding - 1
-    base(input_ids=torch.full((1, most), 7))
+    max_positions = get_max_positions(base)
+    assert max_positions == 20 - padding - 1
+    base(input_ids=torch.full((1, max_positions), 7))
     with pytest.raises((IndexError, RuntimeError)):
-        base(input_ids=torch.full((1, most + 1), 7))
+        base(input_ids=torch.full((1, max_positions + 1), 7))
 
 
 @pytest.mark.parametrize(

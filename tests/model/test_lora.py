@@ -30,8 +30,8 @@ def list_offsets(model: TaskModel) -> list[str]:
 
 
 def compute_outputs(base: Any) -> torch.Tensor:
-    found: torch.Tensor = base(input_ids=IDS, attention_mask=torch.ones_like(IDS)).last_hidden_state
-    return found
+    hidden: torch.Tensor = base(input_ids=IDS, attention_mask=torch.ones_like(IDS)).last_hidden_state
+    return hidden
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -54,8 +54,8 @@ def test_trainable_tensors_match_the_adapter_kind(path: str) -> None:
     assert set(list_trainable("dora")) == {*list_trainable("lora"), *list_trainable("ia3")}
     assert all(".1." in name for name in list_trainable("ia3", layers=(-1,)))
     assert 2 * len(list_trainable("ia3", layers=(-1,))) == modules
-    named = build_task_model(make_spec(lora=LoraSpec(kind="ia3", target_modules=("query", "attention.output.dense"))))
-    assert [name.split("layer.")[1] for name in list_offsets(named)] == [
+    by_name = build_task_model(make_spec(lora=LoraSpec(kind="ia3", target_modules=("query", "attention.output.dense"))))
+    assert [name.split("layer.")[1] for name in list_offsets(by_name)] == [
         f"{layer}.attention.{module}.scales.offset" for layer in (0, 1) for module in ("output.dense", "self.query")
     ]
 
@@ -73,7 +73,9 @@ def test_zero_adapter_leaves_outputs_bitwise_unchanged(path: str, dtype: Any, ki
 def adapt_query(**lora: Any) -> tuple[TaskModel, Any]:
     """Return a model with a single adapted module, and that module."""
     model = build_task_model(make_spec(lora=LoraSpec(target_modules=("query",), layers=(0,), **lora)))
-    return model, next(one for name, one in model.named_modules() if name.endswith("layer.0.attention.self.query"))
+    return model, next(
+        module for name, module in model.named_modules() if name.endswith("layer.0.attention.self.query")
+    )
 
 
 def test_ia3_offset_scales_the_module_output() -> None:

@@ -76,21 +76,21 @@ def test_digest_of_a_sharded_model_covers_index_and_shards(folder: Path) -> None
     assert manifest.sha256 != hash_content(lines.encode()), "a manifest must not equal a list of shards"
     spec = ModelSpec(path=str(folder), sha256=manifest.sha256)
     before = load_base(BERT).state_dict()
-    assert all(torch.equal(one, before[name]) for name, one in load_base(spec).named_parameters())
+    assert all(torch.equal(value, before[name]) for name, value in load_base(spec).named_parameters())
 
 
 def test_staged_folder_contains_the_manifest_files_and_is_removed(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80")
-    with stage_files(folder) as (place, manifest):
-        assert sorted(os.listdir(place)) == [name for name, _ in manifest.files] == FILES
-    assert not place.exists()
-    with stage_files(folder, with_weights=False) as (place, manifest):
-        assert "model.safetensors" not in os.listdir(place)
+    with stage_files(folder) as (staged, manifest):
+        assert sorted(os.listdir(staged)) == [name for name, _ in manifest.files] == FILES
+    assert not staged.exists()
+    with stage_files(folder, with_weights=False) as (staged, manifest):
+        assert "model.safetensors" not in os.listdir(staged)
         assert manifest == build_manifest(folder)
-    with stage_files(folder) as (place, manifest):  # the hashed files are the loaded files
-        before = (place / "config.json").read_bytes()
+    with stage_files(folder) as (staged, manifest):  # the hashed files are the loaded files
+        before = (staged / "config.json").read_bytes()
         (folder / "config.json").write_text("{}")
-        assert (place / "config.json").read_bytes() == before
+        assert (staged / "config.json").read_bytes() == before
         assert dict(manifest.files)["config.json"] == hash_content(before)
 
 
@@ -130,21 +130,21 @@ def test_gguf_file_is_expanded_without_neighboring_files(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Transformers would also read an adapter or generation settings next to a GGUF file."""
-    beside = tmp_path / "gguf"
-    beside.mkdir()
+    gguf_folder = tmp_path / "gguf"
+    gguf_folder.mkdir()
     for name in ("a.gguf", "adapter_config.json", "generation_config.json", "config.json"):
-        (beside / name).write_text("{}")
-    seen: list[tuple[list[str], str]] = []
+        (gguf_folder / name).write_text("{}")
+    calls: list[tuple[list[str], str]] = []
 
     def expand_file(file: Path, *, sha256: str, cache: Path) -> Path:
-        seen.append((os.listdir(file.parent), sha256))
+        calls.append((os.listdir(file.parent), sha256))
         return folder
 
     monkeypatch.setattr("fedtune.model.base_model.expand_gguf", expand_file)
-    spec = ModelSpec(path=str(beside), gguf_file="a.gguf", sha256=hash_content(b"{}"))
+    spec = ModelSpec(path=str(gguf_folder), gguf_file="a.gguf", sha256=hash_content(b"{}"))
     load_base(spec)
     load_tokenizer(spec)
-    assert seen == [(["a.gguf"], hash_content(b"{}"))] * 2
+    assert calls == [(["a.gguf"], hash_content(b"{}"))] * 2
     with pytest.raises(ConfigError, match="does not match"):
         load_tokenizer(replace(spec, sha256="0" * 64))
 

@@ -37,16 +37,16 @@ def build_in_place_llama() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize(
-    "make",
+    "build",
     [build_llama, lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)).eval(), build_in_place_llama],
 )
-def test_scores_at_selected_positions_match_the_model(make: Callable[[], PreTrainedModel]) -> None:
-    model = make()
-    whole = model(input_ids=IDS).logits
+def test_scores_at_selected_positions_match_the_model(build: Callable[[], PreTrainedModel]) -> None:
+    model = build()
+    all_logits = model(input_ids=IDS).logits
     output = OutputLayer(model)
     inputs = output.compute_inputs(lambda: model(input_ids=IDS))
-    assert inputs.shape[-1] == (16 if make is build_llama else 48)
-    torch.testing.assert_close(output.scores(inputs[1, [2, 4]]), whole[1, [2, 4]])
+    assert inputs.shape[-1] == (16 if build is build_llama else 48)
+    torch.testing.assert_close(output.scores(inputs[1, [2, 4]]), all_logits[1, [2, 4]])
 
 
 def test_output_layer_is_skipped_only_while_capturing_inputs() -> None:
@@ -61,29 +61,29 @@ def test_output_layer_is_skipped_only_while_capturing_inputs() -> None:
     assert rows == [12], "a failed pass must leave no state"
 
 
-@pytest.mark.parametrize("learned", [0, 1, 3, 6])
-def test_gradients_do_not_depend_on_target_counts_of_neighbors(learned: int) -> None:
+@pytest.mark.parametrize("num_targets", [0, 1, 3, 6])
+def test_gradients_do_not_depend_on_target_counts_of_neighbors(num_targets: int) -> None:
     model, batch = make_trained("random:llama", "causal_lm"), make_batch("causal_lm")
     before = record_example_gradients(model, batch)
     batch.targets[1:] = -100
-    batch.targets[1:, 1 : 1 + learned] = 7
+    batch.targets[1:, 1 : 1 + num_targets] = 7
     beside_others = record_example_gradients(model, batch)
-    assert any(one[0].any() for one in before.values())
-    assert all(torch.equal(one[0], beside_others[name][0]) for name, one in before.items())
+    assert any(gradient[0].any() for gradient in before.values())
+    assert all(torch.equal(gradient[0], beside_others[name][0]) for name, gradient in before.items())
 
 
 def test_empty_batch_uses_full_memory_and_single_tokens_have_no_loss() -> None:
     model, batch = make_trained("random:llama", "causal_lm"), make_batch("causal_lm")
-    places: list[int] = []
+    num_places: list[int] = []
     layer = model.base.get_base_model().lm_head
-    hook = layer.register_forward_hook(lambda layer, inputs, scores: places.append(len(scores)))
+    hook = layer.register_forward_hook(lambda layer, inputs, scores: num_places.append(len(scores)))
     model.losses(batch)
-    most = max(places)
-    places.clear()
+    max_places = max(num_places)
+    num_places.clear()
     model.task.losses(model, isolate_example(batch, None))
     hook.remove()
-    assert places == [batch.input_ids.shape[1] - 1] * 4
-    assert most <= places[0]
+    assert num_places == [batch.input_ids.shape[1] - 1] * 4
+    assert max_places <= num_places[0]
     short = Batch(batch.input_ids[:, :1], batch.attention_mask[:, :1], batch.targets[:, :1])
-    assert all(not one.any() for one in record_example_gradients(model, short).values())
+    assert all(not gradient.any() for gradient in record_example_gradients(model, short).values())
     assert model.losses(short).tolist() == [0.0] * len(short)

@@ -38,11 +38,11 @@ def test_cut_keeps_the_first_rows_of_a_and_columns_of_b() -> None:
 def test_padded_update_keeps_what_the_site_did_not_train() -> None:
     sent = make_sent()
     part = {name: value + 1 for name, value in cut_to_rank(sent, 2).items()}
-    whole = pad_to_full_rank(part, sent, 2)
-    for name, value in cut_to_rank(whole, 2).items():
+    padded = pad_to_full_rank(part, sent, 2)
+    for name, value in cut_to_rank(padded, 2).items():
         np.testing.assert_array_equal(value, part[name])
-    np.testing.assert_array_equal(whole[A][2:], sent[A][2:])
-    np.testing.assert_array_equal(whole[B][:, 2:], sent[B][:, 2:])
+    np.testing.assert_array_equal(padded[A][2:], sent[A][2:])
+    np.testing.assert_array_equal(padded[B][:, 2:], sent[B][:, 2:])
     assert pad_to_full_rank(sent, sent, None) is sent
 
 
@@ -54,8 +54,8 @@ def test_padded_average_is_the_average_product_if_one_factor_trains(trained: str
         part = dict(cut_to_rank(sent, rank))
         part[trained] = part[trained] + draw(*part[trained].shape, seed=number)
         updates.append(pad_to_full_rank(part, sent, rank))
-    average = {name: sum(w * one[name] for w, one in zip(weights, updates, strict=True)) for name in (A, B)}
-    products = sum(w * one[B] @ one[A] for w, one in zip(weights, updates, strict=True))
+    average = {name: sum(w * update[name] for w, update in zip(weights, updates, strict=True)) for name in (A, B)}
+    products = sum(w * update[B] @ update[A] for w, update in zip(weights, updates, strict=True))
     np.testing.assert_allclose(average[B] @ average[A], products, rtol=1e-4, atol=1e-5)
 
 
@@ -93,8 +93,8 @@ def test_average_of_products_replaces_lora_factors_only(tmp_path: Path) -> None:
                    for n, site in enumerate("ab", 1)}  # fmt: skip
         for site, tensors in updates.items():
             arrived.put(site, tensors)
-        made = arrived.average_products(sent, {"a": 10, "b": 30})
-    np.testing.assert_array_equal(made.tensors["head.weight"], sent.tensors["head.weight"])
+        averaged = arrived.average_products(sent, {"a": 10, "b": 30})
+    np.testing.assert_array_equal(averaged.tensors["head.weight"], sent.tensors["head.weight"])
     products = [(w, updates[site][B], updates[site][A]) for site, w in (("a", 0.25), ("b", 0.75))]
     for name, value in zip((B, A), project_average(products, sent.tensors[A]), strict=True):
-        np.testing.assert_array_equal(made.tensors[name], value)
+        np.testing.assert_array_equal(averaged.tensors[name], value)

@@ -17,11 +17,11 @@ from fedtune.model.spec import ModelSpec
 from fedtune.model.tokenizer_rules import PUBLISHED, explain_tokenizer_refusal
 from fedtune.spec import ConfigError
 
-PUBLISHED_ONES: dict[str, dict[str, Any]] = json.loads(
+PUBLISHED_TOKENIZERS: dict[str, dict[str, Any]] = json.loads(
     Path(__file__).with_name("published_tokenizers.json").read_text(encoding="utf-8")
 )
 """The rules of published tokenizers, as in their tokenizer.json, with almost empty vocabularies."""
-BERT, GPT2, XLM_R = (PUBLISHED_ONES[name] for name in ("BERT", "GPT-2", "XLM-R"))
+BERT, GPT2, XLM_R = (PUBLISHED_TOKENIZERS[name] for name in ("BERT", "GPT-2", "XLM-R"))
 TEMPLATE = BERT["post_processor"]
 
 
@@ -38,13 +38,13 @@ def make_split(pattern: str, kind: str = "Regex") -> dict[str, Any]:
     return {"type": "Split", "pattern": {kind: pattern}, "behavior": "Isolated", "invert": False}
 
 
-def make_sequence(*normalizer: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "Sequence", "normalizers": list(normalizer)}
+def make_sequence(*normalizers: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "normalizers": list(normalizers)}
 
 
 def parse_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(tokenizer.to_str())
-    return found
+    fields: dict[str, Any] = json.loads(tokenizer.to_str())
+    return fields
 
 
 def make_word_tokenizer(**parts: Any) -> dict[str, Any]:
@@ -52,28 +52,31 @@ def make_word_tokenizer(**parts: Any) -> dict[str, Any]:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    name: (make_word_tokenizer(**one["parts"]), one["told"])
-    for name, one in yaml.safe_load(Path(__file__).with_name("refused_tokenizers.yaml").read_text()).items()
+    name: (make_word_tokenizer(**case["parts"]), case["refused"])
+    for name, case in yaml.safe_load(Path(__file__).with_name("refused_tokenizers.yaml").read_text()).items()
 }
 REFUSED |= {
-    "a word that grows": (
+    "replacement that lengthens a word": (
         make_word_tokenizer(normalizer=make_replace("JANE", "X" * 1000)),
         "replaces 4 characters by 1000",
     ),
-    "a table that grows": (
+    "character table that lengthens the text": (
         XLM_R | {"normalizer": make_precompiled(b"x" * 1000)},
         "turns one character into 1000, more than",
     ),
-    "a letter for nineteen digits": (
+    "character mapped to nineteen digits": (
         XLM_R | {"normalizer": make_precompiled(b"7" * 19)},
         "turns one character into 19, more than 18",
     ),
-    "a letter for eighteen, twice": (
+    "eighteenfold expansion, twice": (
         make_word_tokenizer(normalizer=make_sequence(*2 * [make_replace("a", "\ufdfa"), {"type": "NFKC"}])),
         "turn one character into up to 324",
     ),
-    "many steps": (make_word_tokenizer(normalizer=make_sequence(*17 * [{"type": "Strip"}])), "more than 16 steps"),
-    "sequences of sequences": (
+    "many normalizers": (
+        make_word_tokenizer(normalizer=make_sequence(*17 * [{"type": "Strip"}])),
+        "more than 16 steps",
+    ),
+    "nested sequences": (
         make_word_tokenizer(normalizer=make_sequence(make_sequence(*9 * [{"type": "Nmt"}]), *8 * [make_sequence()])),
         "16",
     ),
@@ -84,26 +87,26 @@ REFUSED |= {
         "more than 16 special tokens",
     ),
     "long words": (BERT | {"model": BERT["model"] | {"max_input_chars_per_word": 10**6}}, "more than 200"),
-    "a long piece": (
+    "long piece": (
         make_word_tokenizer(model={"type": "WordLevel", "vocab": {"x" * 513: 0}}),
         "a piece of 513 characters",
     ),
-    "a long piece of Unigram": (
+    "long Unigram piece": (
         make_word_tokenizer(model={"type": "Unigram", "vocab": [["x" * 129, 0.0]]}),
         "a piece of 129 characters, more than 128",
     ),
-    "a long added token": (
+    "long added token": (
         make_word_tokenizer(added_tokens=[{"id": 2, "content": "x" * 513}]),
         "a piece of 513 characters",
     ),
-    "no model": ({"version": "1.0"}, "can read"),
-    "drawn tokens": (GPT2 | {"model": GPT2["model"] | {"dropout": 0.1}}, r"has dropout = 0\.1"),
+    "missing model": ({"version": "1.0"}, "can read"),
+    "random tokenization": (GPT2 | {"model": GPT2["model"] | {"dropout": 0.1}}, r"has dropout = 0\.1"),
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED_ONES)
+@pytest.mark.parametrize("name", PUBLISHED_TOKENIZERS)
 def test_published_tokenizers_are_accepted(name: str) -> None:
-    fields = PUBLISHED_ONES[name]
+    fields = PUBLISHED_TOKENIZERS[name]
     assert explain_tokenizer_refusal(fields) is None
     assert parse_tokenizer(Tokenizer.from_str(json.dumps(fields))) == fields, "the library must keep the rules"
 
@@ -115,23 +118,23 @@ def test_tokenizers_that_text_can_break_are_refused(name: str) -> None:
         raise AssertionError(explain_tokenizer_refusal(tokenizer))
 
 
-HARD = {
+ADVERSARIAL_TEXTS = {
     "spaces": " " * 20_000,
-    "words behind spaces": "  a" * 6_000,
-    "lines": (" " * 100 + "\n") * 200,
+    "words after double spaces": "  a" * 6_000,
+    "lines of spaces": (" " * 100 + "\n") * 200,
     "one word": "A" * 20_000,
-    "marks": "!" * 20_000,
-    "underlines": "a" + "▁" * 20_000,
-    "scripts without cases": "ー" * 10_000 + "A" * 10_000,
+    "punctuation": "!" * 20_000,
+    "metaspace characters": "a" + "▁" * 20_000,
+    "caseless script": "ー" * 10_000 + "A" * 10_000,
 }
 
 
-@pytest.mark.parametrize("text", HARD)
+@pytest.mark.parametrize("text", ADVERSARIAL_TEXTS)
 def test_published_patterns_are_fast_on_adversarial_text(text: str) -> None:
     """A pattern that restarts at each character takes more than a second, such as " +▁" on spaces."""
     for pattern in PUBLISHED:
         start = time.process_time()
-        pre_tokenizers.Split(Regex(pattern), "isolated").pre_tokenize_str(HARD[text])
+        pre_tokenizers.Split(Regex(pattern), "isolated").pre_tokenize_str(ADVERSARIAL_TEXTS[text])
         assert time.process_time() - start < 1.0, pattern
 
 

@@ -44,7 +44,7 @@ def read_refusal(folder: Path) -> str:
 def change(folder: Path, **changes: Any) -> None:
     file = folder / "preprocessor_config.json"
     fields = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: value for key, value in fields.items() if value != "gone"}))
+    file.write_text(json.dumps({key: value for key, value in fields.items() if value != "removed"}))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -56,11 +56,11 @@ def test_image_embeddings_match_transformers(kind: str, tmp_path: Path) -> None:
     assert len(reader.make_blank()) == MODELS[kind][2]
     image = make_picture(size=(31, 20))
     rows = torch.from_numpy(reader.cut_patches(image))[None]
-    found = get_input("image").embed_rows(model.base, rows, torch.ones(rows.shape[:2]))
+    embeddings = get_input("image").embed_rows(model.base, rows, torch.ones(rows.shape[:2]))
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     hidden = AutoModel.from_pretrained(folder)(**processor(images=image, return_tensors="pt")).last_hidden_state
     patches = hidden[:, VISION[model.base.config.model_type] :].mean(dim=1)
-    torch.testing.assert_close(found, torch.nn.functional.normalize(patches, dim=-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(embeddings, torch.nn.functional.normalize(patches, dim=-1), rtol=1e-4, atol=1e-5)
 
 
 def test_model_digest_covers_the_image_processor(folder: Path) -> None:
@@ -83,9 +83,9 @@ def test_older_image_processor_names_are_recognized(folder: Path) -> None:
         return ImageReader(*load_processor(ModelSpec(path=str(folder)))).preprocess(make_picture())
 
     new = read_pixels()
-    change(folder, image_processor_type="gone", feature_extractor_type="ViTFeatureExtractor")
+    change(folder, image_processor_type="removed", feature_extractor_type="ViTFeatureExtractor")
     np.testing.assert_array_equal(read_pixels(), new)
-    change(folder, image_processor_type="ViTImageProcessorFast", feature_extractor_type="gone", size=8, do_pad=None)
+    change(folder, image_processor_type="ViTImageProcessorFast", feature_extractor_type="removed", size=8, do_pad=None)
     np.testing.assert_array_equal(read_pixels(), new)
 
 
