@@ -31,13 +31,13 @@ class Authority:
         Without an `address` the member is a client. With `days` below 0 the certificate has expired; with `age_days`
         below 0 it is not yet valid.
         """
-        key, about = generate_connection_key(), {"name": name, "days": age_days + days, "now": _begin(age_days)}
-        about |= {"kind": "server", "hosts": [address]} if address else {"kind": "site"}
-        signed = self._made.issue(key.public_key(), **about)  # type: ignore[arg-type]
-        made = Tls(ca=self.file, certificate=self._folder / f"{name}.pem", key=self._folder / f"{name}_key.pem")
-        made.certificate.write_bytes(encode_certificate_pem(signed))
-        made.key.write_bytes(encode_private_pem(key))
-        return made
+        key, options = generate_connection_key(), {"name": name, "days": age_days + days, "now": _begin(age_days)}
+        options |= {"kind": "server", "hosts": [address]} if address else {"kind": "site"}
+        signed = self._made.issue(key.public_key(), **options)  # type: ignore[arg-type]
+        tls = Tls(ca=self.file, certificate=self._folder / f"{name}.pem", key=self._folder / f"{name}_key.pem")
+        tls.certificate.write_bytes(encode_certificate_pem(signed))
+        tls.key.write_bytes(encode_private_pem(key))
+        return tls
 
 
 def to_public_pem(tls: Tls) -> bytes:

@@ -112,16 +112,18 @@ class Federation:
     def _site(self, context: Context, settings: str) -> Site:
         name = self._name(context)
         self.asked.append((name, settings))
-        about = {"declared_size": self.sizes[name], "update_dtype": self.spec.update_dtype}
-        prepared = PreparedRun(proposal=self.proposal, template=self.adapter, **about)
-        made = MadeSite(self.ledger(name), prepare=lambda proposal: prepared, train=self._train)
-        return set_methods(made, store_adapter=lambda run, adapter: self.kept.update({name: (run, adapter.digest())}))
+        options = {"declared_size": self.sizes[name], "update_dtype": self.spec.update_dtype}
+        prepared = PreparedRun(proposal=self.proposal, template=self.adapter, **options)
+        answering_site = MadeSite(self.ledger(name), prepare=lambda proposal: prepared, train=self._train)
+        return set_methods(
+            answering_site, store_adapter=lambda run, adapter: self.kept.update({name: (run, adapter.digest())})
+        )
 
     def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> TrainingResult:
         self.trained.append(request.site)
-        moved = {name: value + np.float32(STEPS[request.site]) for name, value in adapter.tensors.items()}
+        updated = {name: value + np.float32(STEPS[request.site]) for name, value in adapter.tensors.items()}
         scores = (STEPS[request.site], 0.5) if self.plan.releases_metrics else None
-        return TrainingResult(adapter=Adapter(moved), scores=scores)
+        return TrainingResult(adapter=Adapter(updated), scores=scores)
 
     def events(self, site: str) -> tuple[Event, ...]:
         return verify(self.find_ledger_path(site)).events
@@ -131,16 +133,16 @@ class Federation:
 def federation(tmp_path: Path, adapter: Adapter) -> Callable[..., Federation]:
     """A federation; `more` are additional settings."""
 
-    def make(*, sizes: Any = (10, 10, 10), folder: str = "a", asks: Any = (), policies: Any = (), **more: Any) -> Any:
-        begins = more.pop("adapter", adapter)
+    def build(*, sizes: Any = (10, 10, 10), folder: str = "a", asks: Any = (), policies: Any = (), **more: Any) -> Any:
+        initial = more.pop("adapter", adapter)
         spec = FederationSpec(**({"num_rounds": 1, "num_sites": 3} | more))
         of_sites = {
             site: make_site_policy(site, declared_size=size, **dict(policies).get(site, {}))
             for site, size in zip(spec.names, sizes, strict=True)
         }
-        return Federation(tmp_path / folder, dict(asks), of_sites, begins, spec)
+        return Federation(tmp_path / folder, dict(asks), of_sites, initial, spec)
 
-    return make
+    return build
 
 
 @pytest.fixture
@@ -154,8 +156,8 @@ def tamper(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             self: InProcessGrid, messages: Iterable[Message], *, timeout: float | None
         ) -> Iterator[Message]:
             answers = list(receive(self, messages, timeout=timeout))
-            meant = all(message.metadata.message_type in types for message in answers)
-            yield from change(answers) if meant else answers
+            matching = all(message.metadata.message_type in types for message in answers)
+            yield from change(answers) if matching else answers
 
         monkeypatch.setattr(InProcessGrid, "receive", receive_changed)
 

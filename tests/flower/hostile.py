@@ -104,10 +104,10 @@ def serve_answer(answer: bytes, *, tunnel: bool = False) -> Iterator[tuple[str, 
             if tunnel:
                 host, _, port = requests[-1].split()[1].decode().rpartition(":")
                 with socket.create_connection((host, int(port))) as onward:
-                    back = threading.Thread(target=_pour, args=(onward, connection), daemon=True)
-                    back.start()
+                    backward = threading.Thread(target=_pour, args=(onward, connection), daemon=True)
+                    backward.start()
                     _pour(connection, onward)
-                    back.join()
+                    backward.join()
 
     with socket.create_server((LOOPBACK, 0)) as listening:
         thread = threading.Thread(target=serve)

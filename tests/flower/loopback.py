@@ -139,8 +139,8 @@ class Loopback:
         keys = {name: to_public_pem(self.tls[name]) for name in names}
         spec = FederationSpec(num_sites=len(names), **waiting)
         closing = closing or (lambda: StoppingRule(spec))
-        more: dict[str, Any] = {"hear": hear, "closing": closing, "patience_s": patience_s}
-        return RemoteGrid(self.address, self.lead_tls, sites=keys, key=self.lead_key, **more)
+        options: dict[str, Any] = {"hear": hear, "closing": closing, "patience_s": patience_s}
+        return RemoteGrid(self.address, self.lead_tls, sites=keys, key=self.lead_key, **options)
 
     def stop_sites(self) -> None:
         while self._sites:
@@ -160,15 +160,15 @@ class Loopback:
 @contextlib.contextmanager
 def run_server(folder: Path, *, add_member: Sequence[str] = ("a", "b"), **settings: Any) -> Iterator[Loopback]:
     """Run a server in a separate process, with these sites in its roster."""
-    made = Loopback(folder, **settings)
+    network = Loopback(folder, **settings)
     for name in add_member:
-        made.add_member(name)
+        network.add_member(name)
     try:
-        made.start()
-        yield made
-        assert made.process.code is None
+        network.start()
+        yield network
+        assert network.process.code is None
     finally:
-        made.stop()
+        network.stop()
 
 
 def _list_paths(tls: Tls) -> dict[str, str]:

@@ -89,18 +89,18 @@ class Member:
 
     def asked(self, run_id: int) -> Question:
         """Wait for the member's next question of a run, ignoring those of earlier tests."""
-        got: list[Question] = []
+        questions: list[Question] = []
 
         def pull() -> bool:
             answer = self.post("pull-messages", fleet_pb2.PullMessagesRequest(node=self.node))
             assert answer.status_code == 200, answer.text
-            found = fleet_pb2.PullMessagesResponse.FromString(answer.content)
-            if found.messages_list and found.messages_list[0].metadata.run_id == run_id:
-                got.append(Question(found.messages_list[0].metadata, found.message_object_trees[0]))
-            return bool(got)
+            response = fleet_pb2.PullMessagesResponse.FromString(answer.content)
+            if response.messages_list and response.messages_list[0].metadata.run_id == run_id:
+                questions.append(Question(response.messages_list[0].metadata, response.message_object_trees[0]))
+            return bool(questions)
 
         wait_for(pull, seconds=30, what="a question")
-        return got[0]
+        return questions[0]
 
     def push(self, request: Any) -> httpx.Response:
         return self.post("push-messages", request)

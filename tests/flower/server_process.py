@@ -52,8 +52,8 @@ def main() -> None:
         limits=ConnectionLimits(**given.get("limits", {})),
     )
 
-    def note_works(works: bool) -> None:
-        (FOLDER / "works").write_text(str(works))
+    def note_works(is_ready: bool) -> None:
+        (FOLDER / "works").write_text(str(is_ready))
 
     serve(settings, ready=lambda: print("ready", flush=True), works=note_works)
 

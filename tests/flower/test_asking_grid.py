@@ -66,9 +66,9 @@ class FakeGrid(Grid):
         set_metadata(message, message_id=id)
         node = message.metadata.dst_node_id
         self.asked.append((node, message.metadata.message_type))
-        made = self.answer(message, len(self.asked))
-        if made is not None:
-            self.replies[id] = made
+        replies = self.answer(message, len(self.asked))
+        if replies is not None:
+            self.replies[id] = replies
         return [id]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -96,7 +96,10 @@ def make_questions(*numbers: int) -> list[Message]:
 
 
 def receive_words(grid: FlowerGrid, *numbers: int, timeout: float = 20) -> dict[int, str]:
-    return {one.metadata.src_node_id: read_word(one) for one in grid.receive(make_questions(*numbers), timeout=timeout)}
+    return {
+        message.metadata.src_node_id: read_word(message)
+        for message in grid.receive(make_questions(*numbers), timeout=timeout)
+    }
 
 
 def test_sites_are_numbered_by_the_roster() -> None:
@@ -127,9 +130,9 @@ def test_site_is_asked_again_after_its_app_failed(caplog: pytest.LogCaptureFixtu
         ),
         north="1",
     )
-    began = time.monotonic()
+    start = time.monotonic()
     assert receive_words(make_grid(fake), 1) == {1: "yes"}
-    assert time.monotonic() - began >= 2 * asking_grid._LOST_S
+    assert time.monotonic() - start >= 2 * asking_grid._LOST_S
     assert "no answer (Flower error" in caplog.text
     assert "canary-31" not in caplog.text
 
@@ -155,15 +158,15 @@ def test_late_site_is_asked_on_arrival_without_asking_other_sites_again() -> Non
 
 @pytest.mark.parametrize("paused", [False, True])
 def test_provisional_answer_counts_at_the_timeout_or_during_a_pause(*, paused: bool) -> None:
-    heard = {1: ClassifiedAnswer(good=False, again_s=60.0, idle=paused), 2: ClassifiedAnswer(good=True)}
+    classified = {1: ClassifiedAnswer(good=False, again_s=60.0, idle=paused), 2: ClassifiedAnswer(good=True)}
     waiting = make_grid(
         FakeGrid(lambda message, number: says(message, f"{number}")),
-        hear=lambda site, *_: heard[site],
+        hear=lambda site, *_: classified[site],
         straggler_grace_s=0.05,
     )
-    began = time.monotonic()
+    start = time.monotonic()
     assert sorted(receive_words(waiting, 1, 2, timeout=10 if paused else 0.5)) == [1, 2], "too early to ask again"
-    waited_s = time.monotonic() - began
+    waited_s = time.monotonic() - start
     assert waited_s < 5 if paused else waited_s >= 0.5
 
 

@@ -56,8 +56,8 @@ def measure_move(federation: Any) -> float:
 @pytest.mark.parametrize("sizes", [(10, 10, 10), (1, 3, 6), (1000, 1, 1)])
 def test_updates_are_weighted_by_declared_sizes(federation: Any, algorithm: str, sizes: tuple[int, ...]) -> None:
     mean = float(np.average(list(STEPS.values()), weights=sizes))
-    made = federation(sizes=sizes, **choose(algorithm))
-    assert measure_move(made) == pytest.approx(_EXPECTED[algorithm](mean), abs=1e-5)
+    fed = federation(sizes=sizes, **choose(algorithm))
+    assert measure_move(fed) == pytest.approx(_EXPECTED[algorithm](mean), abs=1e-5)
 
 
 @pytest.mark.by_day("fedavg", "fedmedian")
@@ -72,8 +72,8 @@ def test_reply_order_does_not_change_the_average(federation: Any, tamper: Any, a
             return shuffled
 
         tamper(shuffle_messages)
-        made = federation(sizes=(3, 5, 7), **choose(algorithm), num_rounds=3, folder=str(order))
-        digests.add(made.run().adapter.digest())
+        fed = federation(sizes=(3, 5, 7), **choose(algorithm), num_rounds=3, folder=str(order))
+        digests.add(fed.run().adapter.digest())
     assert len(orders) > 1
     assert len(digests) == 1
 
@@ -82,8 +82,8 @@ def test_reply_order_does_not_change_the_average(federation: Any, tamper: Any, a
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_restored_strategy_continues_with_the_same_result(federation: Any, algorithm: str) -> None:
     settings = {**choose(algorithm), "sizes": (3, 5, 7)}
-    whole = federation(num_rounds=3, folder="whole", **settings)
-    expected = whole.run()
+    uninterrupted = federation(num_rounds=3, folder="whole", **settings)
+    expected = uninterrupted.run()
     first = federation(num_rounds=3, folder="parts", **settings)
     first.run_until(1)
     second = federation(num_rounds=3, folder="parts", **settings)
@@ -105,19 +105,21 @@ def test_piecewise_average_matches_flower_bit_for_bit(
     adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, piece_bytes: int
 ) -> None:
     monkeypatch.setattr("fedtune.flower.averaging._PIECE_BYTES", piece_bytes)
-    draw = np.random.default_rng(3)
+    generator = np.random.default_rng(3)
     sizes = {"a": 30, "b": 5, "c": 71, "d": 4}
     spec = FederationSpec(num_sites=len(sizes), **choose(algorithm))
-    whole, pieces = Average(spec, sizes)._strategy, Average(spec, sizes)
+    uninterrupted, pieces = Average(spec, sizes)._strategy, Average(spec, sizes)
     sent = adapter
     for round in (1, 2):
         updates = {
-            site: {name: value + draw.standard_normal(value.shape, np.float32) for name, value in sent.tensors.items()}
+            site: {
+                name: value + generator.standard_normal(value.shape, np.float32) for name, value in sent.tensors.items()
+            }
             for site in sizes
         }
-        whole.current_arrays = dict(sent.tensors) if algorithm == "fedadam" else to_arrays(sent.tensors)
+        uninterrupted.current_arrays = dict(sent.tensors) if algorithm == "fedadam" else to_arrays(sent.tensors)
         replies = [Message(build_weighted_record(updates[site], size), 1, "train") for site, size in sizes.items()]
-        arrays, _ = whole.aggregate_train(round, replies)
+        arrays, _ = uninterrupted.aggregate_train(round, replies)
         expected = {name: value.astype(np.float32) for name, value in from_arrays(arrays).items()}
         with UpdateStore(tmp_path / "arrived", sent) as arrived:
             for site in reversed(sizes):
@@ -128,16 +130,16 @@ def test_piecewise_average_matches_flower_bit_for_bit(
 
 
 def test_update_is_stored_on_disk_before_the_next_site_trains(federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = federation(sizes=(3, 5, 7))
+    fed = federation(sizes=(3, 5, 7))
     there: list[list[str]] = []
-    train = made._train
+    train = fed._train
 
     def spy(request: RoundRequest, adapter: Adapter, attempt: int) -> TrainingResult:
-        there.append(sorted(path.name for path in made.lead.checkpoints.updates_folder.iterdir()))
+        there.append(sorted(path.name for path in fed.lead.checkpoints.updates_folder.iterdir()))
         return train(request, adapter, attempt)
 
-    monkeypatch.setattr(made, "_train", spy)
-    made.run()
-    sites = list(made.sizes)
+    monkeypatch.setattr(fed, "_train", spy)
+    fed.run()
+    sites = list(fed.sizes)
     assert there[: len(sites)] == [sites[:number] for number in range(len(sites))]
-    assert not made.lead.checkpoints.updates_folder.exists()
+    assert not fed.lead.checkpoints.updates_folder.exists()

@@ -57,32 +57,32 @@ def tls(own_authority: Authority) -> Tls:
 
 @pytest.fixture
 def serve(own_authority: Authority) -> Iterator[Callable[..., Hostile]]:
-    made: list[Hostile] = []
+    servers: list[Hostile] = []
 
     def start(answer: Answer, **context: Any) -> Hostile:
-        made.append(Hostile(make_server_context(own_authority.issue("server", address=LOOPBACK), **context), answer))
-        return made[-1]
+        servers.append(Hostile(make_server_context(own_authority.issue("server", address=LOOPBACK), **context), answer))
+        return servers[-1]
 
     yield start
-    for server in made:
+    for server in servers:
         server.close()
 
 
 @pytest.fixture
 def client(tls: Tls) -> Iterator[httpx.Client]:
-    with httpx.Client(verify=tls.create_client_context(), timeout=30) as made:
-        bounded_http.bound_client(made)
-        yield made
+    with httpx.Client(verify=tls.create_client_context(), timeout=30) as servers:
+        bounded_http.bound_client(servers)
+        yield servers
 
 
 @pytest.fixture
 def impatient_client(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Timeouts of seconds instead of minutes."""
-    began = time.monotonic()
+    start = time.monotonic()
     monkeypatch.setattr(bounded_http, "_OTHER", (bounded_http._OTHER[0], 0.5))
     monkeypatch.setattr(bounded_http, "_OBJECT", (bounded_http._OBJECT[0], 0.5))
     yield
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - start < 5
 
 
 @contextlib.contextmanager
@@ -96,7 +96,9 @@ def limit_memory_growth() -> Iterator[None]:
 def test_compressed_response_is_not_read(serve: Any, tls: Tls, call: Called) -> None:
     # 256 KB that expand to 256 MB.
     bomb = gzip.compress(bytes(16 * MIB), mtime=0) * 16
-    server = serve(lambda to, path: to.sendall(build_response(bomb, headers="content-encoding: gzip\r\n")))
+    server = serve(
+        lambda connection, path: connection.sendall(build_response(bomb, headers="content-encoding: gzip\r\n"))
+    )
     with limit_memory_growth(), pytest.raises((Unreachable, ResponseLimitExceeded), match="compressed"):
         call(server.address, tls)
 
@@ -104,11 +106,11 @@ def test_compressed_response_is_not_read(serve: Any, tls: Tls, call: Called) -> 
 @both
 @pytest.mark.parametrize("length_said", [True, False], ids=["announced", "without a length"])
 def test_response_is_read_up_to_a_size_limit(serve: Any, tls: Tls, call: Called, *, length_said: bool) -> None:
-    def send_flood(to: ssl.SSLSocket, path: str) -> None:
+    def send_flood(connection: ssl.SSLSocket, path: str) -> None:
         head = f"content-length: {1 << 30}" if length_said else "transfer-encoding: chunked"
-        to.sendall(f"HTTP/1.1 200 OK\r\n{head}\r\n\r\n".encode())
+        connection.sendall(f"HTTP/1.1 200 OK\r\n{head}\r\n\r\n".encode())
         for _ in range(256):
-            to.sendall(bytes(MIB) if length_said else b"100000\r\n" + bytes(MIB) + b"\r\n")
+            connection.sendall(bytes(MIB) if length_said else b"100000\r\n" + bytes(MIB) + b"\r\n")
 
     server = serve(send_flood)
     with limit_memory_growth(), pytest.raises((Unreachable, ResponseLimitExceeded), match="bytes"):
@@ -117,7 +119,7 @@ def test_response_is_read_up_to_a_size_limit(serve: Any, tls: Tls, call: Called,
 
 @both
 @pytest.mark.parametrize(
-    ("begins", "part"),
+    ("head", "part"),
     [
         (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
         (b"HTTP/1.1 200 OK\r\n", b"x: y\r\n"),
@@ -126,11 +128,11 @@ def test_response_is_read_up_to_a_size_limit(serve: Any, tls: Tls, call: Called,
     ids=["before the head", "in the head", "in the body"],
 )
 @pytest.mark.usefixtures("impatient_client")
-def test_slowly_dribbled_response_times_out(serve: Any, tls: Tls, call: Called, begins: bytes, part: bytes) -> None:
-    def send_slowly(to: ssl.SSLSocket, path: str) -> None:
-        to.sendall(begins)
+def test_slowly_dribbled_response_times_out(serve: Any, tls: Tls, call: Called, head: bytes, part: bytes) -> None:
+    def send_slowly(connection: ssl.SSLSocket, path: str) -> None:
+        connection.sendall(head)
         while True:
-            to.sendall(part)
+            connection.sendall(part)
             server.pause(0.1)
 
     server = serve(send_slowly)
@@ -147,7 +149,7 @@ def test_server_without_a_tls_handshake_times_out(tls: Tls, call: Called) -> Non
 
 @pytest.mark.usefixtures("impatient_client")
 def test_server_that_reads_slowly_times_out(serve: Any, client: httpx.Client) -> None:
-    server = serve(lambda to, path: None)
+    server = serve(lambda connection, path: None)
     with pytest.raises(httpx.TimeoutException):
         client.post(f"https://{server.address}/push-object", content=bytes(64 * MIB))
 
@@ -155,11 +157,11 @@ def test_server_that_reads_slowly_times_out(serve: Any, client: httpx.Client) ->
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_redirects_are_not_followed(serve: Any, tls: Tls, status: int) -> None:
     """A malicious administrator of the server redirects a call to a machine in the caller's network."""
-    with socket.create_server((LOOPBACK, 0)) as elsewhere:
-        elsewhere.setblocking(False)
-        place = f"http://{LOOPBACK}:{elsewhere.getsockname()[1]}"
-        answer = build_response(b"", headers=f"location: {place}/x\r\n", status=f"{status} Elsewhere")
-        server = serve(lambda to, path: to.sendall(answer))
+    with socket.create_server((LOOPBACK, 0)) as target:
+        target.setblocking(False)
+        location = f"http://{LOOPBACK}:{target.getsockname()[1]}"
+        answer = build_response(b"", headers=f"location: {location}/x\r\n", status=f"{status} Elsewhere")
+        server = serve(lambda connection, path: connection.sendall(answer))
         with pytest.raises(Unreachable, match=r"redirects .*never followed"):
             _open_fleet(server.address, tls)
         with pytest.raises(NotFedtuneServer):
@@ -170,11 +172,11 @@ def test_redirects_are_not_followed(serve: Any, tls: Tls, status: int) -> None:
             pass
         assert server.asked == ["/v1/fleet/activate-node", "/v1/fedtune/hello", "/v1/control/start-run"]
         with pytest.raises(BlockingIOError):
-            elsewhere.accept()
+            target.accept()
 
 
 def test_client_requests_uncompressed_responses(serve: Any, client: httpx.Client) -> None:
-    server = serve(lambda to, path: to.sendall(build_response(b"{}")))
+    server = serve(lambda connection, path: connection.sendall(build_response(b"{}")))
     assert client.get(f"https://{server.address}/").request.headers["accept-encoding"] == "identity"
 
 
@@ -186,7 +188,7 @@ def test_client_requests_uncompressed_responses(serve: Any, client: httpx.Client
 )
 def test_malformed_greeting_raises_only_the_wrong_server_error(serve: Any, tls: Tls, status: str, body: bytes) -> None:
     """Otherwise the operator of the server could end every site's process."""
-    server = serve(lambda to, path: to.sendall(build_response(body, status=status)))
+    server = serve(lambda connection, path: connection.sendall(build_response(body, status=status)))
     with pytest.raises(NotFedtuneServer):
         ask_site_name(server.address, tls)
 
@@ -195,7 +197,9 @@ def test_connection_is_renewed_after_its_maximum_age(
     serve: Any, tls: Tls, own_authority: Authority, monkeypatch: Any
 ) -> None:
     """Otherwise a site would keep polling a server with an expired or replaced certificate."""
-    server = serve(lambda to, path: to.sendall(build_response(ActivateNodeResponse(node_id=7).SerializeToString())))
+    server = serve(
+        lambda connection, path: connection.sendall(build_response(ActivateNodeResponse(node_id=7).SerializeToString()))
+    )
     fleet = Fleet(server.address, tls)
     for _ in range(3):
         fleet.activate()
@@ -211,15 +215,17 @@ def test_connection_is_renewed_after_its_maximum_age(
 
 
 def test_proxied_calls_have_the_same_limits(serve: Any, tls: Tls, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = serve(lambda to, path: to.sendall(build_response(b"{}", headers="content-encoding: gzip\r\n")))
+    server = serve(
+        lambda connection, path: connection.sendall(build_response(b"{}", headers="content-encoding: gzip\r\n"))
+    )
     with serve_answer(b"HTTP/1.1 200 OK\r\n\r\n", tunnel=True) as (proxy, requests):
         monkeypatch.setenv("HTTPS_PROXY", f"http://{proxy}")
         monkeypatch.delenv("NO_PROXY", raising=False)
         monkeypatch.delenv("no_proxy", raising=False)
-        for call in CALLS.values():
+        for send in CALLS.values():
             with pytest.raises((Unreachable, ResponseLimitExceeded), match="compressed"):
-                call(server.address, tls)
-    assert {one.split(b"\r\n")[0].decode() for one in requests} == {f"CONNECT {server.address} HTTP/1.1"}
+                send(server.address, tls)
+    assert {request.split(b"\r\n")[0].decode() for request in requests} == {f"CONNECT {server.address} HTTP/1.1"}
 
 
 @pytest.fixture
@@ -227,9 +233,9 @@ def other_authority(tmp_path: Path) -> Authority:
     return Authority(tmp_path / "others")
 
 
-@pytest.mark.parametrize("who", ["of ours", "of others", "elsewhere", "a site", "ended", "with old TLS"])
+@pytest.mark.parametrize("peer", ["of ours", "of others", "elsewhere", "a site", "ended", "with old TLS"])
 def test_client_accepts_only_the_server_of_its_federation(
-    own_authority: Authority, other_authority: Authority, who: str
+    own_authority: Authority, other_authority: Authority, peer: str
 ) -> None:
     """Authentication at a real server: test_fleet.py."""
     tls = {
@@ -237,16 +243,17 @@ def test_client_accepts_only_the_server_of_its_federation(
         "elsewhere": lambda: own_authority.issue("server", address="127.0.0.2"),
         "a site": lambda: own_authority.issue("b"),  # issued by the same authority, but for clients only
         "ended": lambda: own_authority.issue("server", address=LOOPBACK, days=-1),
-    }.get(who, lambda: own_authority.issue("server", address=LOOPBACK))()
-    newest = ssl.TLSVersion.TLSv1_2 if who == "with old TLS" else ssl.TLSVersion.TLSv1_3
+    }.get(peer, lambda: own_authority.issue("server", address=LOOPBACK))()
+    max_version = ssl.TLSVersion.TLSv1_2 if peer == "with old TLS" else ssl.TLSVersion.TLSv1_3
     server = Hostile(
-        make_server_context(tls, newest=newest), lambda to, path: to.sendall(build_response(b'{"site": "a"}'))
+        make_server_context(tls, newest=max_version),
+        lambda connection, path: connection.sendall(build_response(b'{"site": "a"}')),
     )
-    if who == "of ours":
+    if peer == "of ours":
         assert ask_site_name(server.address, own_authority.issue("a")) == "a"
     else:
         error = read_hello_error(server.address, own_authority.issue("a"))
-        assert ("protocol version" if who == "with old TLS" else "its certificate is not accepted here") in error
+        assert ("protocol version" if peer == "with old TLS" else "its certificate is not accepted here") in error
         assert server.asked == []
     server.close()
 
@@ -257,12 +264,12 @@ def read_hello_error(address: str, tls: Tls) -> str:
     return str(caught.value)
 
 
-def cut(to: ssl.SSLSocket, path: str) -> None:
+def cut(connection: ssl.SSLSocket, path: str) -> None:
     raise ConnectionError
 
 
-def cut_within(to: ssl.SSLSocket, path: str) -> None:
-    to.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\n{")
+def cut_within(connection: ssl.SSLSocket, path: str) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\n{")
     raise ConnectionError
 
 
@@ -272,18 +279,19 @@ def test_interrupted_connection_is_not_reported_as_a_refusal(serve: Any, tls: Tl
 
 
 @pytest.mark.parametrize(
-    ("who", "says"), [("stranger", "unknown ca"), ("ended", "certificate expired"), ("without", "certificate required")]
+    ("peer", "reason"),
+    [("stranger", "unknown ca"), ("ended", "certificate expired"), ("without", "certificate required")],
 )
 def test_certificate_refusal_is_named_in_the_error(
-    serve: Any, own_authority: Authority, other_authority: Authority, who: str, says: str
+    serve: Any, own_authority: Authority, other_authority: Authority, peer: str, reason: str
 ) -> None:
     """With TLS 1.3, the refusal arrives after the handshake."""
-    site = own_authority.issue("a", days=-1 if who == "ended" else 5)
-    if who == "stranger":
-        theirs = other_authority.issue("a")
-        site = Tls(ca=own_authority.file, certificate=theirs.certificate, key=theirs.key)
+    site = own_authority.issue("a", days=-1 if peer == "ended" else 5)
+    if peer == "stranger":
+        certificate = other_authority.issue("a")
+        site = Tls(ca=own_authority.file, certificate=certificate.certificate, key=certificate.key)
     context = site.create_client_context()
-    if who == "without":
+    if peer == "without":
         context = ssl.create_default_context(cafile=str(site.ca))
     server = serve(cut)
     for _ in range(5):  # repeated, because it is a race
@@ -291,7 +299,7 @@ def test_certificate_refusal_is_named_in_the_error(
         bound_client(client)
         with client, pytest.raises(httpx.ConnectError) as caught:
             client.get(f"https://{server.address}/")
-        assert explain_tls_refusal(caught.value) == f"it does not accept this site's certificate: {says}"
+        assert explain_tls_refusal(caught.value) == f"it does not accept this site's certificate: {reason}"
 
 
 def test_hang_up_after_the_handshake_is_reported_as_a_possible_refusal(own_authority: Authority) -> None:

@@ -27,8 +27,8 @@ def build_bundle(app: Path, home: Path) -> subprocess.CompletedProcess[str]:
 
 def test_flower_builds_the_bundle_without_any_code(tmp_path: Path) -> None:
     file = write_bundle(tmp_path / "app")
-    done = build_bundle(file.parent, tmp_path / "home")
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = build_bundle(file.parent, tmp_path / "home")
+    assert result.returncode == 0, result.stdout + result.stderr
     (bundle,) = tmp_path.glob("*.fab")
     with zipfile.ZipFile(bundle) as archive:
         assert {name for name in archive.namelist() if not name.startswith(".info")} == {"pyproject.toml"}
@@ -50,15 +50,15 @@ GOOD = 'kit = "banks/lead"\nsettings = ["name=spring", "experiment=debug"]\n'
 
 
 def ask_app(file: str, grid: Any) -> list[Any]:
-    got: list[Any] = []
+    received: list[Any] = []
 
     def run_lead(kit: Path, settings: Any, over: Any) -> None:
         with over(KEYS, hear=None, closing=None) as made:
             assert isinstance(made, FlowerGrid)
-            got.append((made.list_online_nodes(), kit, settings))
+            received.append((made.list_online_nodes(), kit, settings))
 
     make_server_app(run_lead)(grid, Context(7, 1, {}, state=RecordDict(), run_config={"run": file}))
-    return got
+    return received
 
 
 def test_server_app_passes_kit_settings_and_grid_to_the_lead(tmp_path: Path) -> None:
@@ -108,8 +108,8 @@ def list_imports(code: str) -> list[Any]:
     """List (importer, module, name, is public) of all imports from Flower by fedtune's modules while `code` runs."""
     words = [sys.executable, "-c", f"{_RECORDS}\n{code}\nprint(json.dumps(wanted))"]
     env = make_environment(HF_HUB_OFFLINE="1")
-    done = subprocess.run(words, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=600, check=True)
-    return list(json.loads(done.stdout.splitlines()[-1]))
+    result = subprocess.run(words, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=600, check=True)
+    return list(json.loads(result.stdout.splitlines()[-1]))
 
 
 LEAD = "import fedtune.cli.flower_lead, fedtune.cli.real_run, fedtune.ops.deployment, fedtune.api, fedtune.ops.metrics"
@@ -119,9 +119,9 @@ SITE = "import fedtune.cli.site, fedtune.ops.services.site_service, fedtune.site
 @pytest.mark.by_day("app", "lead")
 @pytest.mark.parametrize("code", ["import fedtune.flower.site_app", LEAD, SITE], ids=["app", "lead", "site"])
 def test_only_public_flower_names_are_imported(code: str) -> None:
-    found = list_imports(code)
-    assert {name for _, _, name, _ in found} >= {"RecordDict"}, "the recorder must record imports"
-    assert [one for one in found if not one[3]] == []
+    imports = list_imports(code)
+    assert {name for _, _, name, _ in imports} >= {"RecordDict"}, "the recorder must record imports"
+    assert [one for one in imports if not one[3]] == []
 
 
 @pytest.mark.nightly
@@ -133,5 +133,5 @@ def test_site_app_imports_neither_torch_nor_site_code() -> None:
     large = ("torch", "transformers", "dp_accounting", "fedtune.sites", "fedtune.privacy", "fedtune.flower.internals")
     code = f"import sys, fedtune.flower.site_app; print([name for name in {large} if name in sys.modules])"
     words = [sys.executable, "-c", code]
-    done = subprocess.run(words, cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True, timeout=120)
-    assert done.stdout == "[]\n", done.stderr
+    result = subprocess.run(words, cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True, timeout=120)
+    assert result.stdout == "[]\n", result.stderr

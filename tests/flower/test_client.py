@@ -177,15 +177,15 @@ class Panic(BaseException):
     [RunError("canary-31"), ConfigError("canary-31", 1, "x"), OSError("canary-31: /a.csv"), Panic("canary-31")],
     ids=lambda failure: type(failure).__name__,
 )
-@pytest.mark.parametrize("where", ["opening the site", "training", "ending"])
+@pytest.mark.parametrize("stage", ["opening the site", "training", "ending"])
 def test_failure_is_reported_as_a_reason_without_text(
-    site: Any, request_: RecordDict, failure: BaseException, where: str, caplog: pytest.LogCaptureFixture
+    site: Any, request_: RecordDict, failure: BaseException, stage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     fails = Mock(side_effect=failure)
-    app = SiteApp((lambda settings: site(fails)) if where == "training" else fails, name="a")
-    exchange = ask_app(app, request_, END if where == "ending" else "train")
+    app = SiteApp((lambda settings: site(fails)) if stage == "training" else fails, name="a")
+    exchange = ask_app(app, request_, END if stage == "ending" else "train")
     assert not exchange.reply.has_error()
-    if where != "ending":
+    if stage != "ending":
         assert exchange.answered.reason is Reason.SITE_ERROR
     sent = message_to_proto(exchange.reply).content.SerializeToString()
     assert b"canary-31" not in sent
@@ -215,12 +215,12 @@ _WORDS = (CANARY, "patient", "hepatitis", "Traceback", "Error", "ledger.db", "si
 def require_silence(sent: list[bytes], words: tuple[str, ...] = _WORDS) -> None:
     """Check that the content contains no text of the site and no encoding of the canary."""
     assert sent
-    everything = b"\0".join(sent)
+    all_bytes = b"\0".join(sent)
     for word in words:
-        assert word.encode() not in everything
+        assert word.encode() not in all_bytes
     canary = CANARY.encode()
     for spelled in (canary.hex().encode(), CANARY.encode("utf-16-le"), base64.b64encode(canary)[:-4]):
-        assert spelled not in everything
+        assert spelled not in all_bytes
 
 
 def test_file_names_of_a_site_never_leave_it(federation: Any, sent_bytes: list[bytes], caplog: Any) -> None:
@@ -232,13 +232,13 @@ def test_file_names_of_a_site_never_leave_it(federation: Any, sent_bytes: list[b
         "population": {"name": CANARY},
         "releases": {"metrics": "none"},
     }
-    made = federation(policies={"site-2": names})
-    assert made.run().rounds[0].failed_sites == {}
+    fed = federation(policies={"site-2": names})
+    assert fed.run().rounds[0].failed_sites == {}
     require_silence(sent_bytes)
     # A ledger that cannot be read: the error message names its path.
-    made.find_ledger_path("site-2").write_bytes(b"no database" * 500)
-    again = federation(policies={"site-2": names}, asks={"run": "s"})
-    state = again.run()
+    fed.find_ledger_path("site-2").write_bytes(b"no database" * 500)
+    second = federation(policies={"site-2": names}, asks={"run": "s"})
+    state = second.run()
     assert (state.rounds[0].sites, state.rounds[0].failed_sites) == (("site-1", "site-3"), {"site-2": "site_error"})
     require_silence(sent_bytes)
     assert f"{CANARY}.db cannot be read or written" in caplog.text

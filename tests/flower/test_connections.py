@@ -26,10 +26,10 @@ ELSEWHERE = "127.0.0.9"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
     """A server with 256 file descriptors and short timeouts."""
-    with run_server(tmp_path_factory.mktemp("network"), limits=LIMITS, files=256) as made:
-        yield made
-        wait_for(lambda: read_status(made) == 200, seconds=10, what="an answer")  # it must still serve
-        assert "Traceback" not in made.output
+    with run_server(tmp_path_factory.mktemp("network"), limits=LIMITS, files=256) as network:
+        yield network
+        wait_for(lambda: read_status(network) == 200, seconds=10, what="an answer")  # it must still serve
+        assert "Traceback" not in network.output
 
 
 def wrap_tls(network: Loopback, tls: Tls, *, context: ssl.SSLContext | None = None) -> ssl.SSLSocket:
@@ -140,16 +140,16 @@ def test_silent_connection_is_closed(network: Loopback) -> None:
 
 def test_connection_has_a_maximum_lifetime_and_no_tls_session_ticket(network: Loopback) -> None:
     with wrap_tls(network, network.tls["a"]) as line:
-        began = time.monotonic()
+        start = time.monotonic()
         with contextlib.suppress(OSError):
-            while time.monotonic() - began < 10:
+            while time.monotonic() - start < 10:
                 line.sendall(build_greeting(network.tls["a"]))
                 if not line.recv(1 << 16):
                     break
                 assert line.version() == "TLSv1.3"
                 assert line.session is None or not line.session.has_ticket
                 time.sleep(0.3)
-        assert 2 < time.monotonic() - began < 7
+        assert 2 < time.monotonic() - start < 7
 
 
 def test_connection_ends_when_its_certificate_expires(network: Loopback) -> None:
@@ -175,10 +175,10 @@ def test_old_tls_versions_and_foreign_certificates_are_refused_and_logged(networ
     with pytest.raises(ssl.SSLError):
         wrap_tls(network, network.tls["a"], context=old)
     stranger = Authority(tmp_path / "other").issue("stranger")
-    for shown in (stranger, None):
+    for certificate in (stranger, None):
         foreign = ssl.create_default_context(cafile=str(network.tls["a"].ca))
-        if shown:
-            foreign.load_cert_chain(shown.certificate, shown.key)
+        if certificate:
+            foreign.load_cert_chain(certificate.certificate, certificate.key)
         with wrap_tls(network, stranger, context=foreign) as line:
             assert hangs_up_within(line, 3)
     reasons = {"unsupported protocol", "peer did not return a certificate"}

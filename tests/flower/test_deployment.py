@@ -48,7 +48,7 @@ class Line:
 
     @property
     def words(self) -> list[tuple[str, str]]:
-        return [one[:2] for one in self.heard]
+        return [call[:2] for call in self.heard]
 
     def question(self, site: str, kind: str = "train") -> Message:
         asked: Any = round_request(run_proposal(), site=site)
@@ -80,10 +80,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ledger(folder: Path) -> SiteLedger:
     """A ledger with two charged rounds, which signs both sites' receipts."""
-    made = SiteLedger(folder / "ledger.db", make_site_policy(), SigningKey.load_or_create(folder / "key.pem"))
+    new_ledger = SiteLedger(folder / "ledger.db", make_site_policy(), SigningKey.load_or_create(folder / "key.pem"))
     for round in (1, 2):
-        made.reserve(run_proposal(), round=round, request=f"{round}")
-    return made
+        new_ledger.reserve(run_proposal(), round=round, request=f"{round}")
+    return new_ledger
 
 
 @pytest.fixture
@@ -93,26 +93,28 @@ def line(folder: Path, ledger: SiteLedger, adapter: Adapter) -> Line:
 
 def test_update_is_final_and_reported_with_size_and_charge(line: Line) -> None:
     assert line.hear_reply(2, line.signed(line.update("south"))) == Answered(good=True)
-    ((site, what, about),) = line.heard
-    assert (site, what, about["charged_rounds"]) == ("south", "update", 2)
-    assert about["num_bytes"] > sum(value.nbytes for value in line.adapter.tensors.values())
+    ((site, event, details),) = line.heard
+    assert (site, event, details["charged_rounds"]) == ("south", "update", 2)
+    assert details["num_bytes"] > sum(value.nbytes for value in line.adapter.tensors.values())
 
 
-@pytest.mark.parametrize("what", ["no receipt", "another answer's", "another key's", "another round", "another site's"])
-def test_update_without_a_matching_signed_receipt_is_rejected(line: Line, what: str) -> None:
+@pytest.mark.parametrize(
+    "event", ["no receipt", "another answer's", "another key's", "another round", "another site's"]
+)
+def test_update_without_a_matching_signed_receipt_is_rejected(line: Line, event: str) -> None:
     body = line.update()
-    if what == "no receipt":
+    if event == "no receipt":
         reply = Reply(body=body, receipt=None)
-    elif what == "another answer's":
+    elif event == "another answer's":
         reply = replace(line.signed(line.update(round=2)), body=body)
-    elif what == "another key's":
+    elif event == "another key's":
         line.sites[0].site_key = stranger_key.public
         reply = line.signed(body)
     else:
-        reply = line.signed(line.update(round=2) if what == "another round" else line.update("south"))
+        reply = line.signed(line.update(round=2) if event == "another round" else line.update("south"))
     assert line.hear_reply(1, reply) == Answered(good=False)
-    own = what in ("another round", "another site's")
-    assert line.heard[0][2]["charged_rounds"] == (2 if own else None), "an unsigned charge must not be reported"
+    forged = event in ("another round", "another site's")
+    assert line.heard[0][2]["charged_rounds"] == (2 if forged else None), "an unsigned charge must not be reported"
 
 
 def test_implausible_charge_is_not_reported(line: Line) -> None:

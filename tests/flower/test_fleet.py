@@ -77,15 +77,15 @@ def test_wrong_site_clock_is_named_in_the_error(
         ask_site_name(network.address, network.tls["a"])
 
 
-@pytest.mark.parametrize(("kept", "whose"), [(True, "so the server's is wrong"), (False, "one of them is wrong")])
+@pytest.mark.parametrize(("kept", "owner"), [(True, "so the server's is wrong"), (False, "one of them is wrong")])
 def test_wrong_server_clock_is_named_in_the_error(
-    network: Loopback, kept: bool, whose: str, monkeypatch: pytest.MonkeyPatch
+    network: Loopback, kept: bool, owner: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All other clocks are ten minutes ahead, which is equivalent to a slow server clock."""
     monkeypatch.setattr(fleet_module, "now", lambda: now() + datetime.timedelta(seconds=600))
     monkeypatch.setattr(identity, "time", Mock(time=lambda: time.time() + 600))
     monkeypatch.setattr(identity, "is_clock_synchronized", lambda: kept)
-    with pytest.raises(Unreachable, match=rf"the server's clock is (59|60)\d s behind this machine's: .*{whose}"):
+    with pytest.raises(Unreachable, match=rf"the server's clock is (59|60)\d s behind this machine's: .*{owner}"):
         ask_site_name(network.address, network.tls["a"])
 
 
@@ -99,22 +99,22 @@ def test_site_is_added_and_revoked_while_the_server_runs(network: Loopback, join
     assert fleet.receive() is None
 
     network.set_revoked("guest")
-    said = ""
+    message = ""
 
     def is_refused() -> bool:
-        nonlocal said
+        nonlocal message
         try:
             fleet.receive()
         except Unauthorized as error:
-            said = str(error)
+            message = str(error)
         # Flower itself refuses a call that was in progress when the roster changed, without a reason.
-        return bool(said) and not said.endswith("(401)")
+        return bool(message) and not message.endswith("(401)")
 
     wait_for(is_refused, what="the roster")
-    assert said.endswith(": revoked")
-    for call in (lambda: ask_site_name(network.address, tls), fleet.activate):
+    assert message.endswith(": revoked")
+    for request in (lambda: ask_site_name(network.address, tls), fleet.activate):
         with pytest.raises(Unauthorized, match="the server refused this site: revoked"):
-            call()
+            request()
     assert bystander.receive() is None, "other sites must stay connected"
     assert list_status(network, "guest") == ["unregistered"]
 
@@ -149,9 +149,9 @@ def test_missing_server_is_reported_by_every_call(tmp_path: Path, monkeypatch: p
     authority, address = Authority(tmp_path / "ca"), f"{LOOPBACK}:{find_free_port()}"
     tls = authority.issue("a")
     fleet = Fleet(address, tls)
-    for call in (fleet.activate, lambda: ask_site_name(address, tls)):
+    for request in (fleet.activate, lambda: ask_site_name(address, tls)):
         with pytest.raises(Unreachable, match="no connection to the server"):
-            call()
+            request()
     fleet.close()
     monkeypatch.setattr(waiting, "_AGAIN_S", 0.1)
     with contextlib.closing(Bell(address, tls, threading.Event())) as bell:
@@ -159,9 +159,9 @@ def test_missing_server_is_reported_by_every_call(tmp_path: Path, monkeypatch: p
         assert (bell.works, bell.rung.is_set()) == (False, False), "the bell must stay silent"
 
 
-def run_with_timeout(call: Coroutine[Any, Any, Any]) -> Any:
+def run_with_timeout(request: Coroutine[Any, Any, Any]) -> Any:
     async def run() -> Any:
-        return await asyncio.wait_for(call, 5)
+        return await asyncio.wait_for(request, 5)
 
     return asyncio.run(run())
 
@@ -198,10 +198,10 @@ def test_call_is_held_until_its_node_is_asked() -> None:
 def test_held_call_ends_by_timeout_or_server_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
     async def wait_and_end() -> int:
         questions = Questions()
-        call = asyncio.create_task(questions.wait_for_count(1, heard=0))
+        request = asyncio.create_task(questions.wait_for_count(1, heard=0))
         await asyncio.sleep(0)
         questions.close()
-        return await call + await questions.wait_for_count(1, heard=0)
+        return await request + await questions.wait_for_count(1, heard=0)
 
     assert run_with_timeout(wait_and_end()) == 0
     monkeypatch.setattr(waiting, "_HELD_S", 0.05)
@@ -222,11 +222,11 @@ def test_site_is_notified_only_of_its_own_questions(network: Loopback, make_bell
         wait_for(lambda bell=bell: bell.works and bell.rung.is_set(), what="the first answer")
         bell.rung.clear()
     with ThreadPoolExecutor(1) as pool, network.grid(["a", "b"], round_timeout_s=3.0) as grid:
-        began = time.monotonic()
+        start = time.monotonic()
         # The lead asks in the background; no answer is needed.
         future = pool.submit(lambda: list(grid.receive([Message(RecordDict(), 2, "query")], timeout=3)))
         assert b.rung.wait(10)
-        assert time.monotonic() - began < 5, "the call must not wait for its timeout"
+        assert time.monotonic() - start < 5, "the call must not wait for its timeout"
         future.result()
     assert not a.rung.is_set()
 
@@ -253,8 +253,8 @@ def test_server_shutdown_releases_held_calls(network: Loopback, make_bell: Any) 
     bell = make_bell(network.tls["a"])
     wait_for(lambda: bell.works and bell.rung.is_set(), what="the first answer")
     time.sleep(0.5)  # so that the next call is being held
-    began = time.monotonic()
+    start = time.monotonic()
     network.stop_sites()
     network.stop()
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - start < 8
     network.start()

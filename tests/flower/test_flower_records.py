@@ -105,19 +105,19 @@ def test_malformed_records_raise_a_config_error(read: Any, record: str, texts: t
 
 def test_answers_of_known_nodes_are_read_one_by_one_and_their_bytes_counted() -> None:
     set_sender_ids(run_id=7, node_id=0, task_id=0)
-    grid, taken = MagicMock(spec=["get_node_ids", "receive"]), list[int]()
+    grid, counted = MagicMock(spec=["get_node_ids", "receive"]), list[int]()
 
     def receive(messages: Iterable[Message], *, timeout: float) -> Iterator[Message]:
         for message in messages:
             set_metadata(message, message_id=str(message.metadata.dst_node_id))
-            taken.append(message.metadata.dst_node_id)
+            counted.append(message.metadata.dst_node_id)
             yield Message(flower_records.from_receipt(None), reply_to=message)
 
     grid.receive.side_effect = receive
     transport = GridTransport(grid, {1: "a", 2: "b", 3: "c"})
     signed = Signed(text="{}", signature="")
     answers = transport.end([Question(site=site, signed=signed) for site in "bca"], timeout_s=1)
-    assert (next(answers), taken) == (("b", None), [2]), "the next answer must not be fetched early"
+    assert (next(answers), counted) == (("b", None), [2]), "the next answer must not be fetched early"
     assert list(answers) == [("c", None), ("a", None)]
     assert (min(transport.take_traffic()) > 0, transport.take_traffic()) == (True, (0, 0))
     grid.get_node_ids.assert_not_called()

@@ -54,9 +54,9 @@ PULL = PullObjectRequest(node=Node(node_id=1), run_id=1, object_id="ab" * 32).Se
 
 @pytest.fixture
 def call_gate(network: Loopback) -> Iterator[Any]:
-    about = {"base_url": f"https://{network.address}", "timeout": 20}
+    options = {"base_url": f"https://{network.address}", "timeout": 20}
     with contextlib.ExitStack() as stack:
-        yield lambda tls: stack.enter_context(httpx.Client(verify=tls.create_client_context(), **about))
+        yield lambda tls: stack.enter_context(httpx.Client(verify=tls.create_client_context(), **options))
 
 
 def sign_lead_headers(key: SigningKey, path: str, body: bytes) -> dict[str, str]:
@@ -101,18 +101,18 @@ def test_paths_similar_to_allowed_calls_are_closed(network: Loopback, call_gate:
 def test_lead_calls_require_the_signature_of_the_lead(network: Loopback, call_gate: Any) -> None:
     """Other invalid calls are tested below."""
     runs = network.rows("SELECT count(*) FROM run")
-    for who in (network.lead_tls, network.tls["a"]):
-        client = call_gate(who)
+    for certificate in (network.lead_tls, network.tls["a"]):
+        client = call_gate(certificate)
         for path in sorted(gate._LEAD_CALLS):
             right = sign_lead_headers(network.lead_key, path, RUN)
-            for why, headers, sent in (
+            for reason, headers, sent in (
                 ("unsigned", {"content-type": PROTOBUF_MEDIA_TYPE}, RUN),
                 ("a site's", sign_headers(network.tls["a"]), RUN),
                 ("another key's", sign_lead_headers(stranger_key, path, RUN), RUN),
                 ("of another body", right, RUN + b"\0"),
             ):
                 answer = client.post(path, content=sent, headers=headers)
-                assert answer.status_code == 401, (path, why)
+                assert answer.status_code == 401, (path, reason)
                 assert "not signed by the lead" in answer.text
     assert network.rows("SELECT count(*) FROM run") == runs
 
@@ -127,11 +127,11 @@ def test_lead_call_is_accepted_once_and_not_over_a_site_connection(network: Loop
     for client in (lead, site):
         assert client.post(START, content=RUN, headers=headers).status_code == 401
     assert network.rows("SELECT count(*) FROM run") == [(runs + 1,)]
-    again = lead.post(START, content=RUN, headers=sign_lead_headers(network.lead_key, START, RUN))
-    assert again.status_code == 200, "a retry must be signed again"
-    noted = {(line["event"], line.get("reason"), line.get("member")) for line in network.audit()}
-    assert ("lead's call refused", "the lead's signature was used before", None) in noted
-    assert ("lead's call refused", f"{gate._UNSIGNED}; the connection belongs to a site", "a") in noted
+    repeated = lead.post(START, content=RUN, headers=sign_lead_headers(network.lead_key, START, RUN))
+    assert repeated.status_code == 200, "a retry must be signed again"
+    audited = {(line["event"], line.get("reason"), line.get("member")) for line in network.audit()}
+    assert ("lead's call refused", "the lead's signature was used before", None) in audited
+    assert ("lead's call refused", f"{gate._UNSIGNED}; the connection belongs to a site", "a") in audited
 
 
 def test_site_signature_is_valid_only_on_its_own_connection(network: Loopback, call_gate: Any) -> None:
@@ -153,8 +153,8 @@ def test_request_body_is_limited_in_time_and_size(monkeypatch: pytest.MonkeyPatc
         return {"type": "http.request", "body": b"x", "more_body": True}
 
     pour = AsyncMock(return_value={"type": "http.request", "body": b"x" * 600, "more_body": True})
-    nothing = AsyncMock(side_effect=AssertionError("the body must not be read"))
-    large = [(nothing, {"content-length": length}, 413) for length in ("1001", "9" * 5000, "-1")]
+    unread_body = AsyncMock(side_effect=AssertionError("the body must not be read"))
+    large = [(unread_body, {"content-length": length}, 413) for length in ("1001", "9" * 5000, "-1")]
     for receive, headers, status in ((send_slowly, {}, 408), (pour, {}, 413), *large):
         with pytest.raises(CallRefused) as refused:
             asyncio.run(gate.read_body(receive, headers, most_bytes=1000))
@@ -164,7 +164,7 @@ def test_request_body_is_limited_in_time_and_size(monkeypatch: pytest.MonkeyPatc
 def test_site_calls_require_the_signature_of_the_site(network: Loopback, call_gate: Any) -> None:
     client = call_gate(network.tls["a"])
     for path in sorted(gate._SITE_CALLS):
-        for why, headers in (
+        for reason, headers in (
             ("unsigned", {"content-type": PROTOBUF_MEDIA_TYPE}),
             ("the lead's", sign_lead_headers(network.lead_key, path, PULL)),
             ("of a key that nobody knows", sign_headers(network.lead_tls)),
@@ -173,7 +173,7 @@ def test_site_calls_require_the_signature_of_the_site(network: Loopback, call_ga
             ("unsigned, and not what Flower understands", {"content-type": "application/json"}),
         ):
             answer = client.post(path, content=PULL, headers=headers)
-            assert answer.status_code in (400, 401, 412), (path, why, answer.text)
+            assert answer.status_code in (400, 401, 412), (path, reason, answer.text)
         # Flower checks a signature only for calls that it can parse.
         right = sign_headers(network.tls["a"])
         assert client.post(path, content=PULL, headers=right | {"content-type": "text/plain"}).status_code == 415
@@ -280,15 +280,15 @@ def test_lead_client_signs_its_calls() -> None:
 
 @given(path=st.text(max_size=20), body=st.binary(max_size=50), other=st.binary(max_size=50))
 def test_changed_body_path_time_or_key_invalidates_the_signature(path: str, body: bytes, other: bytes) -> None:
-    right = sign_lead_call(path, body)
-    assert accepts_headers(right, path=path, body=body)
-    assert accepts_headers(right, path=path, body=other) is (other == body)
-    assert not accepts_headers(right, path=path + "/", body=body)
-    assert not accepts_headers(right | {TIME: repr(NOW + 1)}, path=path, body=body)
+    headers = sign_lead_call(path, body)
+    assert accepts_headers(headers, path=path, body=body)
+    assert accepts_headers(headers, path=path, body=other) is (other == body)
+    assert not accepts_headers(headers, path=path + "/", body=body)
+    assert not accepts_headers(headers | {TIME: repr(NOW + 1)}, path=path, body=body)
     assert not accepts_headers(sign_lead_call(path, body, key=OTHER), path=path, body=body)
-    assert not accepts_headers(right, path=path, body=body, lead=OTHER.public)
+    assert not accepts_headers(headers, path=path, body=body, lead=OTHER.public)
     # Replacing the digest with the body does not help without the key.
-    assert not accepts_headers(right | {BODY: hashlib.sha256(b"x" + body).hexdigest()}, path=path, body=b"x" + body)
+    assert not accepts_headers(headers | {BODY: hashlib.sha256(b"x" + body).hexdigest()}, path=path, body=b"x" + body)
 
 
 @pytest.mark.parametrize("age", [0.0, TOLERANCE_S, 1.5, TOLERANCE_S + 1, 86400.0, 1e300])
@@ -304,12 +304,12 @@ def test_signed_invalid_time_is_refused(moment: str) -> None:
 
 
 def test_missing_headers_are_refused() -> None:
-    right = sign_lead_call("/p", b"b")
+    headers = sign_lead_call("/p", b"b")
     for name in (TIME, BODY, SIGNATURE):
-        assert not accepts_headers({key: value for key, value in right.items() if key != name})
+        assert not accepts_headers({key: value for key, value in headers.items() if key != name})
     assert not accepts_headers({})
-    assert not accepts_headers(right | {SIGNATURE: right[SIGNATURE].upper()}), "a signature must have one spelling"
-    spelt = right | {BODY: right[BODY].upper()}
+    assert not accepts_headers(headers | {SIGNATURE: headers[SIGNATURE].upper()}), "a signature must have one spelling"
+    spelt = headers | {BODY: headers[BODY].upper()}
     assert verify_body_hash(spelt, path="/p", lead=KEY.public, now=NOW) is None, "a digest must have one spelling"
 
 
@@ -318,8 +318,8 @@ def test_signature_for_another_purpose_is_refused() -> None:
     assert accepts_headers(sign_lead_call("/p", b"b", purpose="call"))
     for purpose in ("round request", "end of run", ""):
         assert not accepts_headers(sign_lead_call("/p", b"b", purpose=purpose))
-    moved = sign_lead_call(f"/p\n{NOW!r}", b"b", moment=repr(NOW))
-    assert not accepts_headers(moved, path="/p"), "path and time must be separated"
+    signed = sign_lead_call(f"/p\n{NOW!r}", b"b", moment=repr(NOW))
+    assert not accepts_headers(signed, path="/p"), "path and time must be separated"
 
 
 def test_signature_is_accepted_once_and_the_replay_cache_is_bounded() -> None:

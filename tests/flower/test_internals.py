@@ -50,9 +50,9 @@ def test_only_one_module_imports_flower_internals() -> None:
 
 
 def test_every_imported_flower_internal_exists() -> None:
-    found = list(list_imports(ROOM / "internals.py"))
-    assert len(found) > 20
-    for module, name in found:
+    imported = list(list_imports(ROOM / "internals.py"))
+    assert len(imported) > 20
+    for module, name in imported:
         assert hasattr(importlib.import_module(module), name), f"Flower no longer has {module}.{name}"
     # Names are also read from modules that are exported as a whole.
     modules = {name: value for name, value in vars(internals).items() if inspect.ismodule(value)}
@@ -134,7 +134,7 @@ def test_message_parts_match_the_flower_inflatable_classes() -> None:
 def test_message_metadata_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 7, raising=False)
-    about = Message(RecordDict(), 5, "train").metadata
-    assert (about.run_id, about.src_node_id) == (7, 7), "TaskIdentity must supply the sender"
-    about.__dict__.update(_message_id="ab", _src_node_id=3)
-    assert (about.message_id, about.src_node_id) == ("ab", 3)
+    metadata = Message(RecordDict(), 5, "train").metadata
+    assert (metadata.run_id, metadata.src_node_id) == (7, 7), "TaskIdentity must supply the sender"
+    metadata.__dict__.update(_message_id="ab", _src_node_id=3)
+    assert (metadata.message_id, metadata.src_node_id) == ("ab", 3)

@@ -42,10 +42,10 @@ def skip_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def member(network: Loopback) -> Iterator[Member]:
-    made = Member(network, "b")
-    made.activate()
-    yield made
-    made.leave()
+    new_member = Member(network, "b")
+    new_member.activate()
+    yield new_member
+    new_member.leave()
 
 
 @pytest.fixture
@@ -83,10 +83,10 @@ def round_(network: Loopback, member: Member) -> Iterator[Round]:
     # The honest answer suffices, so nobody waits for another answer of the member.
     spec = FederationSpec(num_sites=2, enough_sites=1, straggler_grace_s=0.4)
     with network.grid(["a", "b"], closing=lambda: Closed(spec)) as grid, ThreadPoolExecutor(1) as pool:
-        made = Round(network, member, pool, grid)
-        yield made
+        new_round = Round(network, member, pool, grid)
+        yield new_round
         over.set()
-    made.honest.leave()
+    new_round.honest.leave()
 
 
 def test_only_an_answer_to_a_members_own_question_is_accepted(network: Loopback, member: Member, round_: Round) -> None:
@@ -94,12 +94,12 @@ def test_only_an_answer_to_a_members_own_question_is_accepted(network: Loopback,
     # Flower passes on whatever claims to be from the lead to the lead, which once ended the lead's run.
     to_lead = {"src_node_id": SUPERLINK_NODE_ID, "dst_node_id": SUPERLINK_NODE_ID}
     ((a,),) = network.rows("SELECT node_id FROM node WHERE name = 'a'")
-    other = (a % (1 << 64)) if a < 0 else a
+    unsigned = (a % (1 << 64)) if a < 0 else a
     for status, reason, changed in (
         (403, "the message names another sender", {"reply_to_message_id": "", **to_lead}),
-        (403, "the message names another sender", {"reply_to_message_id": "", **to_lead, "dst_node_id": other}),
-        (403, "the message names another sender", {"src_node_id": other}),
-        (403, "the message is not addressed to the lead", {"dst_node_id": other}),
+        (403, "the message names another sender", {"reply_to_message_id": "", **to_lead, "dst_node_id": unsigned}),
+        (403, "the message names another sender", {"src_node_id": unsigned}),
+        (403, "the message is not addressed to the lead", {"dst_node_id": unsigned}),
         (403, "the message is not addressed to the lead", {"dst_node_id": member.node_id}),
         (403, "the message answers no question", {"reply_to_message_id": ""}),
         (409, "the question is not open", {"reply_to_message_id": "ab" * 32}),
@@ -115,9 +115,9 @@ def test_only_an_answer_to_a_members_own_question_is_accepted(network: Loopback,
     stored = network.rows("SELECT message_id FROM message_ins UNION SELECT message_id FROM message_res")
     assert not sent & set(stored)
     assert round_.ends() == {1: "a"}
-    noted = {(line["event"], line.get("reason"), line.get("member")) for line in network.audit()}
-    assert ("message refused", "the message names another sender", "b") in noted
-    assert ("run started", None, None) in noted
+    audited = {(line["event"], line.get("reason"), line.get("member")) for line in network.audit()}
+    assert ("message refused", "the message names another sender", "b") in audited
+    assert ("run started", None, None) in audited
 
 
 def test_objects_of_the_lead_cannot_be_redefined(member: Member, round_: Round) -> None:
@@ -210,14 +210,14 @@ def test_unreadable_answer_is_discarded(member: Member, round_: Round, kind: str
 
 
 def test_site_fetches_and_confirms_only_its_own_questions(member: Member, round_: Round) -> None:
-    theirs = round_.honest.asked(round_.run_id)
-    run, id = theirs.metadata.run_id, theirs.metadata.message_id
+    reply_tree = round_.honest.asked(round_.run_id)
+    run, id = reply_tree.metadata.run_id, reply_tree.metadata.message_id
     pull = message_pb2.PullObjectRequest(node=member.node, run_id=run, object_id=id)
     confirm = message_pb2.ConfirmMessageReceivedRequest(node=member.node, run_id=run, message_object_id=id)
     assert member.post("pull-object", pull).status_code == 409
     assert member.post("confirm-message-received", confirm).status_code == 409
-    for own in theirs.object_ids:
-        pull = message_pb2.PullObjectRequest(node=round_.honest.node, run_id=run, object_id=own)
+    for object_id in reply_tree.object_ids:
+        pull = message_pb2.PullObjectRequest(node=round_.honest.node, run_id=run, object_id=object_id)
         assert round_.honest.post("pull-object", pull).status_code == 200, "the other site is unaffected"
 
 
@@ -239,14 +239,16 @@ def test_random_bytes_are_refused_with_a_reason(member: Member, path: str) -> No
 def test_upload_started_before_a_server_restart_can_finish(
     network: Loopback, member: Member, question: Question
 ) -> None:
-    part, other = make_object(100), make_object(101)
-    session = member.read_session(member.push(member.build_answer(question, part, other)))
+    part, unsigned = make_object(100), make_object(101)
+    session = member.read_session(member.push(member.build_answer(question, part, unsigned)))
     assert member.push_object(question, session, part).status_code == 200
     network.process.kill()
     network.start()
-    assert member.push_object(question, "ab" * 18, other).status_code == 409, "another site's object must be refused"
-    assert member.push_object(question, session, other).status_code == 200
-    stored = f"SELECT is_available FROM objects WHERE object_id IN ('{get_object_id(part)}', '{get_object_id(other)}')"
+    assert member.push_object(question, "ab" * 18, unsigned).status_code == 409, "another site's object must be refused"
+    assert member.push_object(question, session, unsigned).status_code == 200
+    stored = (
+        f"SELECT is_available FROM objects WHERE object_id IN ('{get_object_id(part)}', '{get_object_id(unsigned)}')"
+    )
     assert network.rows(stored) == [(1,), (1,)]
 
 
@@ -295,29 +297,31 @@ def test_honest_message_is_reassembled() -> None:
 def test_shared_object_parts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading the parts of these 302 objects once per reference would take hours."""
 
-    def put(kind: str, number: int, children: list[str], body: object) -> str:
+    def make_body(kind: str, number: int, children: list[str], body: object) -> str:
         id, text = f"{kind}-{number}", b"" if kind == "ArrayChunk" else json.dumps(body).encode()
         objects[id] = f"{kind} {','.join(children)} {len(text)}".encode() + b"\x00" + text
         return id
 
     objects: Objects = {}
-    chunks = [put("ArrayChunk", number, [], None) for number in range(100)]
+    chunks = [make_body("ArrayChunk", number, [], None) for number in range(100)]
     named = {"dtype": "float32", "shape": [0], "stype": "numpy.ndarray", "arraychunk_ids": list(range(100))}
-    arrays = [put("Array", number, chunks, named | {"number": number}) for number in range(100)]
-    records = [put("ArrayRecord", number, arrays, {f"{number}/{id}": id for id in arrays}) for number in range(100)]
-    content = put("RecordDict", 0, records, {id: id for id in records})
-    message = put("Message", 0, [content], {})
-    read: list[bytes] = []
+    arrays = [make_body("Array", number, chunks, named | {"number": number}) for number in range(100)]
+    records = [
+        make_body("ArrayRecord", number, arrays, {f"{number}/{id}": id for id in arrays}) for number in range(100)
+    ]
+    content = make_body("RecordDict", 0, records, {id: id for id in records})
+    message = make_body("Message", 0, [content], {})
+    parsed: list[bytes] = []
     original = message_objects._list_named_parts
     monkeypatch.setattr(
         message_objects,
         "_list_named_parts",
-        lambda kind, data, below: read.append(data) or original(kind, data, below),
+        lambda kind, data, below: parsed.append(data) or original(kind, data, below),
     )
     tree = ObjectTree(object_id=message, children=[ObjectTree(object_id=id) for id in objects if id != message])
     with pytest.raises(ResponseLimitExceeded, match=r"the message has [0-9]+ bytes"):
         pull_message(tree, objects.__getitem__, lambda id: None, most_bytes=1 << 20)
-    assert len(read) == len(set(read)) == 202
+    assert len(parsed) == len(set(parsed)) == 202
 
 
 CHANGES: dict[str, Callable[[ObjectTree, Objects], Any]] = {
@@ -343,11 +347,11 @@ CHANGES: dict[str, Callable[[ObjectTree, Objects], Any]] = {
 }
 
 
-@pytest.mark.parametrize("says", CHANGES)
-def test_malformed_and_expanding_objects_are_refused(says: str) -> None:
+@pytest.mark.parametrize("change", CHANGES)
+def test_malformed_and_expanding_objects_are_refused(change: str) -> None:
     tree, objects = make_honest_reply(np.arange(100_000, dtype=np.float32))
-    CHANGES[says](tree, objects)
-    with pytest.raises(ResponseLimitExceeded, match=says):
+    CHANGES[change](tree, objects)
+    with pytest.raises(ResponseLimitExceeded, match=change):
         pull_tree(tree, objects)
 
 

@@ -88,64 +88,66 @@ def test_arrays_round_trip_and_nodes_are_numbered_by_the_roster(network: Loopbac
 def test_run_continues_with_a_renewed_lead_certificate(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded_http, "MAX_AGE_S", 0.0)  # each call opens a connection
     network.site("a")
-    own, renewed = network.lead_tls, network.authority.issue("lead renewed")
+    original, renewed = network.lead_tls, network.authority.issue("lead renewed")
     kept, checks = (
-        (own.certificate.read_bytes(), own.key.read_bytes()),
+        (original.certificate.read_bytes(), original.key.read_bytes()),
         itertools.chain([True], itertools.repeat(False)),
     )
     with network.grid(["a"]) as grid:
         assert list_answering_sites(list(grid.receive(make_questions(1), timeout=30))) == {1: "a"}
         session = grid._session
-        own.certificate.write_bytes(renewed.certificate.read_bytes())
-        own.key.write_bytes(renewed.key.read_bytes())
+        original.certificate.write_bytes(renewed.certificate.read_bytes())
+        original.key.write_bytes(renewed.key.read_bytes())
         monkeypatch.setattr(grid, "_has_new_certificate", lambda: next(checks))
         try:
             assert list_answering_sites(list(grid.receive(make_questions(1), timeout=30))) == {1: "a"}
         finally:
-            own.certificate.write_bytes(kept[0])
-            own.key.write_bytes(kept[1])
+            original.certificate.write_bytes(kept[0])
+            original.key.write_bytes(kept[1])
         assert grid._session is session, "the run must continue"
 
     def was_renewed() -> bool:
-        return any(one.get("certificate") == "lead renewed" for one in network.audit() if one["event"] == "connected")
+        return any(
+            event.get("certificate") == "lead renewed" for event in network.audit() if event["event"] == "connected"
+        )
 
     wait_for(was_renewed, what="the new certificate")
 
 
 def test_answers_are_fetched_one_at_a_time(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
-    whole = LeadSession._fetch_message
+    fetch_message = LeadSession._fetch_message
 
     def spy(self: LeadSession, tree: ObjectTree, **bounds: Any) -> Message | None:
         fetched.append(tree.object_id)
-        return whole(self, tree, **bounds)
+        return fetch_message(self, tree, **bounds)
 
     monkeypatch.setattr(LeadSession, "_fetch_message", spy)
     sites = [network.site("a"), network.site("b")]
     with network.grid(["a", "b"]) as grid:
-        taken = 0
+        num_fetched = 0
         for _ in grid.receive(make_questions(1, 2), timeout=30):
-            taken += 1
-            assert len(fetched) == taken
+            num_fetched += 1
+            assert len(fetched) == num_fetched
             for site in sites:
                 site.wait_for("replied")  # the second answer waits at the server, too
             time.sleep(0.3)
-    assert taken == 2
+    assert num_fetched == 2
 
 
 def test_lead_and_sites_connect_only_to_the_server(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
-    called: set[Any] = set()
+    contacted: set[Any] = set()
     connect, look_up = socket.socket.connect, socket.getaddrinfo
-    monkeypatch.setattr(socket.socket, "connect", lambda self, to: (called.add(to), connect(self, to))[1])
+    monkeypatch.setattr(socket.socket, "connect", lambda self, to: (contacted.add(to), connect(self, to))[1])
     monkeypatch.setattr(
         socket,
         "getaddrinfo",
-        lambda host, port, *rest, **more: called.add((host, port)) or look_up(host, port, *rest, **more),
+        lambda host, port, *rest, **more: contacted.add((host, port)) or look_up(host, port, *rest, **more),
     )
     site = network.site("a")
     with network.grid(["a"]) as grid:
         assert len(list(grid.receive(make_questions(1), timeout=30))) == 1
-    assert called == {(LOOPBACK, network.port)}, "the lead"
+    assert contacted == {(LOOPBACK, network.port)}, "the lead"
     site.stop()
     assert {tuple(event["address"]) for event in site.lines("outbound")} == {(LOOPBACK, network.port)}, "the site"
     assert not (network.folder / "outbound.log").exists(), "the server must open no connection"
@@ -257,10 +259,10 @@ def test_clock_skew_is_reported_without_ending_the_run(
 
 def test_foreign_lead_signature_starts_no_run(network: Loopback) -> None:
     before = network.rows("SELECT count(*) FROM run")
-    network.lead_key, ours = stranger_key, network.lead_key
+    network.lead_key, own_key = stranger_key, network.lead_key
     try:
         with pytest.raises(RunError, match="does not accept this lead's signature"), network.grid(["a"]):
             pass
     finally:
-        network.lead_key = ours
+        network.lead_key = own_key
     assert network.rows("SELECT count(*) FROM run") == before

@@ -99,11 +99,11 @@ class Engine:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     set_sender_ids(run_id=7, node_id=1, task_id=0)
-    made = Engine()
-    monkeypatch.setattr(local_engine, "_run_flower_command", made.start)
+    fake_engine = Engine()
+    monkeypatch.setattr(local_engine, "_run_flower_command", fake_engine.start)
     monkeypatch.setattr(local_engine, "_is_open", lambda port: True)
     monkeypatch.setattr(local_engine, "_POLL_S", 0.01)
-    return made
+    return fake_engine
 
 
 def test_run_is_submitted_with_flwr_run_and_relayed_by_the_server_app(
@@ -195,11 +195,11 @@ def test_gpu_share_lets_all_sites_train_in_parallel(
 def test_federation_config_sets_nodes_and_actor_resources(compose_ray: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(local_engine, "count_usable_cores", lambda: 4)
     describe = partial(local_engine.format_federation_config, share=0.5)
-    here = "num-supernodes=2 client-resources-num-gpus=0.5 init-args-num-cpus={} client-resources-num-cpus={}"
-    assert describe(compose_ray()) == here.format(4, 2)
-    assert describe(compose_ray("runtime.num_threads=9")) == here.format(9, 9), "only one actor has enough cores"
+    expected = "num-supernodes=2 client-resources-num-gpus=0.5 init-args-num-cpus={} client-resources-num-cpus={}"
+    assert describe(compose_ray()) == expected.format(4, 2)
+    assert describe(compose_ray("runtime.num_threads=9")) == expected.format(9, 9), "only one actor has enough cores"
     secure = ("federation.participants=[]", "federation.aggregation=secure", "training.local_steps=1")
-    assert describe(compose_ray(*secure)) == here.format(4, 4).replace("supernodes=2", "supernodes=3"), (
+    assert describe(compose_ray(*secure)) == expected.format(4, 4).replace("supernodes=2", "supernodes=3"), (
         "one actor must have all keys"
     )
     cluster = describe(compose_ray("runtime.ray_address=10.1.2.3:6379"))

@@ -104,8 +104,8 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    with Site(tmp_path / "site.sock") as made:
-        yield made
+    with Site(tmp_path / "site.sock") as socket_site:
+        yield socket_site
 
 
 def test_message_is_answered_over_a_socket_open_to_user_and_group(site: Site) -> None:
@@ -221,8 +221,8 @@ def test_unprivileged_user_is_accepted_only_with_the_group(caplog: pytest.LogCap
     def ask_as_nobody(site: Site, *groups: int) -> str:
         words = [sys.executable, "-c", _AS_NOBODY, str(site.path), *map(str, groups)]
         sent = pack("train", 1.0, RecordDict()).hex()
-        done = subprocess.run(words, input=sent, capture_output=True, text=True, timeout=60, check=False)
-        return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
+        process = subprocess.run(words, input=sent, capture_output=True, text=True, timeout=60, check=False)
+        return process.stdout.strip() or process.stderr.strip().splitlines()[-1]
 
     with TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)  # so that another user can reach the socket

@@ -103,16 +103,16 @@ def test_server_creates_its_database_and_logs_connections(own_network: Loopback)
         ask_site_name(own_network.address, own_network.tls["a"])
     own_network.process.ask_to_end()
     assert own_network.process.end(seconds=15) == 0
-    noted = own_network.audit()
-    for line in noted:
+    audited = own_network.audit()
+    for line in audited:
         assert set(line) <= {"time", "event", "address", "member", "certificate", "path", "reason", "again"}
         del line["time"]
     a = {"address": "127.0.0.1", "certificate": "a", "member": "a"}
     refused = {"event": "call refused", **a, "path": HELLO, "reason": "revoked"}
-    of_member = [{"event": f"member {what}", "member": "a"} for what in ("registered", "revoked")]
+    of_member = [{"event": f"member {change}", "member": "a"} for change in ("registered", "revoked")]
     for expected in ({"event": "server started"}, *of_member, {"event": "connected", **a}, refused):
-        assert expected in noted, noted
-    assert noted[-1] == {"event": "server stopped"}
+        assert expected in audited, audited
+    assert audited[-1] == {"event": "server stopped"}
 
 
 @pytest.mark.nightly
@@ -120,8 +120,10 @@ def test_flower_telemetry_is_disabled() -> None:
     # Flower reads the variable on import, and would otherwise send telemetry at every start.
     code = "import fedtune.ops.wire.superlink, flwr.supercore.telemetry as t; print(t.FLWR_TELEMETRY_ENABLED)"
     environment = {**os.environ, "FLWR_TELEMETRY_ENABLED": "1"}
-    done = subprocess.check_output([sys.executable, "-W", "ignore", "-c", code], env=environment, text=True, timeout=60)
-    assert done.strip() == "0"
+    output = subprocess.check_output(
+        [sys.executable, "-W", "ignore", "-c", code], env=environment, text=True, timeout=60
+    )
+    assert output.strip() == "0"
 
 
 def read_state(folder: Path) -> LinkState:
@@ -168,24 +170,24 @@ def test_only_the_revoked_site_is_removed(state: LinkState, roster: list[Any], t
 
 
 def test_renewed_key_is_registered_next_to_the_old_key(state: LinkState, roster: list[Any]) -> None:
-    found = []
-    for one in roster:
-        apply_roster(state, [change_member(one, site="a")], AUDIT)
-        found.append(state.get_node_id_by_public_key(one.node_key))
-    assert found[1] not in (None, found[0])
+    rosters_seen = []
+    for member in roster:
+        apply_roster(state, [change_member(member, site="a")], AUDIT)
+        rosters_seen.append(state.get_node_id_by_public_key(member.node_key))
+    assert rosters_seen[1] not in (None, rosters_seen[0])
 
 
 def test_revocation_takes_effect_without_database_writes(
     state: LinkState, roster: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rosters = [roster, [change_member(one, revoked=True) for one in roster]]
-    kept = superlink._CurrentRoster(lambda: rosters.pop(0), state, AUDIT)  # type: ignore[arg-type]
-    kept.refresh_roster()
+    rosters = [roster, [change_member(member, revoked=True) for member in roster]]
+    current = superlink._CurrentRoster(lambda: rosters.pop(0), state, AUDIT)  # type: ignore[arg-type]
+    current.refresh_roster()
 
     monkeypatch.setattr(superlink, "apply_roster", Mock(side_effect=OSError("no space left")))
     with pytest.raises(OSError, match="no space"):
-        kept.refresh_roster()
-    assert all(one.revoked for one in kept.members)
+        current.refresh_roster()
+    assert all(member.revoked for member in current.members)
 
 
 @pytest.fixture
@@ -244,8 +246,8 @@ def test_audit_files_are_rotated_and_the_oldest_is_deleted(tmp_path: Path, path:
     audit = AuditLog(path, clock=clock, most_bytes=1000)
     for number in range(200):
         audit.log_event("connected", member=str(number))
-    kept = ["audit.jsonl", *(f"audit.jsonl.{number}" for number in (1, 2, 3))]
-    assert sorted(file.name for file in tmp_path.iterdir()) == kept
+    current = ["audit.jsonl", *(f"audit.jsonl.{number}" for number in (1, 2, 3))]
+    assert sorted(file.name for file in tmp_path.iterdir()) == current
     assert all(file.stat().st_size < 1200 for file in tmp_path.iterdir())
     audit.log_event("connected", member="last")
     assert read_lines(path)[-1]["member"] == "last"

@@ -63,8 +63,8 @@ def list_bombs() -> Iterator[tuple[str, Target, bytes]]:
     laughs[1:1] = [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 9)]
     for name in ("config.yaml", "config.yaml of a resumed run"):
         yield f"references in {name}", TARGETS[name], "\n".join(laughs).encode()
-    text, many = re.subn(r"num_sites: \d+", f"num_sites: {10**9}", (seeds.run_folder() / "config.yaml").read_text())
-    assert many == 1
+    text, count = re.subn(r"num_sites: \d+", f"num_sites: {10**9}", (seeds.run_folder() / "config.yaml").read_text())
+    assert count == 1
     yield "a billion sites", TARGETS["config.yaml"], text.encode()
     saved = json.loads((seeds.run_folder() / "adapter/fedtune.json").read_text())
     saved["lora"]["rank"] = 1 << 30

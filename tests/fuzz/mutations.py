@@ -40,8 +40,10 @@ def mutate_json(draw: st.DrawFn, valid: Any) -> bytes:
             case "add" if isinstance(container, dict):
                 container[draw(st.sampled_from(("x", "", "__class__", "self", "version")))] = draw(_draw_small_value())
             case _:
-                other, name = places[draw(st.integers(0, len(places) - 1))]
-                container[key] = copy.deepcopy(other[name]) if other is not holder else draw(_draw_small_value())
+                other_holder, name = places[draw(st.integers(0, len(places) - 1))]
+                container[key] = (
+                    copy.deepcopy(other_holder[name]) if other_holder is not holder else draw(_draw_small_value())
+                )
     text = json.dumps(holder[0])
     for mark, raw in _RAW.items():
         text = text.replace(mark, raw)
@@ -53,23 +55,23 @@ def mutate_bytes(draw: st.DrawFn, valid: bytes) -> bytes:
     """Mutate bytes with one to four edits."""
     data = bytearray(valid)
     for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, max(0, min(len(data), draw(st.sampled_from((64, 1 << 30)))) - 1)))
+        offset = draw(st.integers(0, max(0, min(len(data), draw(st.sampled_from((64, 1 << 30)))) - 1)))
         match draw(st.sampled_from(("flip", "cut", "insert", "number", "remove", "repeat"))):
             case "flip" if data:
-                data[at] ^= 1 << draw(st.integers(0, 7))
+                data[offset] ^= 1 << draw(st.integers(0, 7))
             case "cut":
-                del data[at:]
+                del data[offset:]
             case "insert":
-                data[at:at] = draw(st.binary(min_size=1, max_size=16))
+                data[offset:offset] = draw(st.binary(min_size=1, max_size=16))
             case "number":  # a length or a count, in the sizes and byte orders of the formats
                 form = draw(st.sampled_from(("<I", "<Q", ">I", ">H")))
-                most = (1 << 8 * struct.calcsize(form)) - 1
-                number = draw(st.sampled_from((0, 1, most, most >> 1, 1 << 14, most - 7)))
-                data[at : at + struct.calcsize(form)] = struct.pack(form, number)
+                max_value = (1 << 8 * struct.calcsize(form)) - 1
+                number = draw(st.sampled_from((0, 1, max_value, max_value >> 1, 1 << 14, max_value - 7)))
+                data[offset : offset + struct.calcsize(form)] = struct.pack(form, number)
             case "remove":
-                del data[at : at + draw(st.integers(1, 64))]
+                del data[offset : offset + draw(st.integers(1, 64))]
             case _:
-                data[at:at] = data[at : at + draw(st.integers(1, 64))]
+                data[offset:offset] = data[offset : offset + draw(st.integers(1, 64))]
     return bytes(data)
 
 
@@ -78,17 +80,17 @@ def mutate_toml(draw: st.DrawFn, valid: str) -> bytes:
     """Mutate TOML: one to three lines are changed, removed or repeated."""
     lines = valid.splitlines()
     for _ in range(draw(st.integers(1, 3))):
-        at = draw(st.integers(0, len(lines) - 1))
-        key, equals, _ = lines[at].partition(" = ")
+        offset = draw(st.integers(0, len(lines) - 1))
+        key, equals, _ = lines[offset].partition(" = ")
         match draw(st.sampled_from(("odd", "odd", "odd", "remove", "repeat", "key", "bytes"))):
             case "odd" if equals:
-                lines[at] = f"{key} = {draw(st.sampled_from(ODD_TOML))}"
+                lines[offset] = f"{key} = {draw(st.sampled_from(ODD_TOML))}"
             case "remove" if len(lines) > 1:
-                del lines[at]
+                del lines[offset]
             case "repeat":
-                lines.insert(at, lines[at])
+                lines.insert(offset, lines[offset])
             case "key":
-                lines.insert(at, f"{draw(st.sampled_from(('x', 'a.b', 'site', '[x]', '[[x]]')))} = 1")
+                lines.insert(offset, f"{draw(st.sampled_from(('x', 'a.b', 'site', '[x]', '[[x]]')))} = 1")
             case _:
                 return draw(mutate_bytes("\n".join(lines).encode()))
     return "\n".join(lines).encode()

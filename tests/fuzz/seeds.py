@@ -58,9 +58,9 @@ def plan() -> Any:
 
 @cache
 def make_policy() -> Policy:
-    made = generate_policy(select_settings_for_sites(make_config()), plan(), "north", lead=key(1).public)
-    budget = replace(made.budget, max_epsilon=5 * made.budget.max_epsilon)
-    return replace(made, budget=budget, simulated=False, asserted=Asserted(no_person_at_another_site=True))
+    policy = generate_policy(select_settings_for_sites(make_config()), plan(), "north", lead=key(1).public)
+    budget = replace(policy.budget, max_epsilon=5 * policy.budget.max_epsilon)
+    return replace(policy, budget=budget, simulated=False, asserted=Asserted(no_person_at_another_site=True))
 
 
 @cache
@@ -105,8 +105,8 @@ def make_ledger() -> bytes:
     """Make the file of a ledger with two charged rounds; its anchor is next to it as ledger.anchor."""
     path = make_folder() / "seed" / "ledger.db"
     path.parent.mkdir()
-    opened = SiteLedger(path, make_policy(), key(2), anchor=path.with_suffix(".anchor"))
-    train(opened, request().proposal, 1, 2, reply=update().to_bytes())
+    ledger = SiteLedger(path, make_policy(), key(2), anchor=path.with_suffix(".anchor"))
+    train(ledger, request().proposal, 1, 2, reply=update().to_bytes())
     return path.read_bytes()
 
 
@@ -125,8 +125,13 @@ def run_folder() -> Path:
     from fedtune.report import from_run, signing
 
     small = {"data.train_fraction": 0.02, "data.declared_sizes": 90, "data.validation_rows": 10, "data.test_rows": 10}
-    here = {"runtime.device": "cpu", "runtime.num_threads": 1, "privacy.noise_multiplier": 4.0, "data.max_length": 16}
-    named = {"name": "run", "tracking": "quiet", "tracking.output_dir": str(make_folder())}
-    into: Path = fedtune.simulate("debug", small | here | named).folder
+    local_settings = {
+        "runtime.device": "cpu",
+        "runtime.num_threads": 1,
+        "privacy.noise_multiplier": 4.0,
+        "data.max_length": 16,
+    }
+    naming = {"name": "run", "tracking": "quiet", "tracking.output_dir": str(make_folder())}
+    into: Path = fedtune.simulate("debug", small | local_settings | naming).folder
     (into / "report.json").write_text(signing.report_to_json(from_run.build_run_report(into)))
     return into

@@ -22,10 +22,10 @@ EXAMPLES, EXAMPLES_AT_NIGHT = 30, 3_000
 
 def fuzz_target(target: Target, *, examples: int, always_the_same: bool) -> int:
     """Pass mutated inputs to the target's parser, and return their number; a failure names the smallest one found."""
-    seen: list[int] = []
+    examples_seen: list[int] = []
 
     def check(data: bytes) -> None:
-        seen.append(len(data))
+        examples_seen.append(len(data))
         target.check(data)
 
     limits = settings(
@@ -36,7 +36,7 @@ def fuzz_target(target: Target, *, examples: int, always_the_same: bool) -> int:
         suppress_health_check=list(HealthCheck),
     )
     limits(given(target.broken())(check))()
-    return len(seen)
+    return len(examples_seen)
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -90,14 +90,14 @@ def test_fuzzing_detects_an_undeclared_error() -> None:
 @pytest.mark.nightly
 def test_expanding_inputs_use_bounded_memory() -> None:
     """Inputs of a few kilobytes that would expand to gigabytes use only bounded memory."""
-    done = run_forked(
+    process = run_forked(
         [sys.executable, "-m", "tests.fuzz.bombs"],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout_s=300,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    grown = {one["bomb"]: one["mib"] for one in map(json.loads, done.stdout.splitlines())}
+    assert process.returncode == 0, process.stderr[-4000:]
+    grown = {line["bomb"]: line["mib"] for line in map(json.loads, process.stdout.splitlines())}
     assert len(grown) >= 15
     assert {name: mib for name, mib in grown.items() if mib > MAX_MIB} == {}
 
