@@ -67,9 +67,9 @@ def distill_student(
     pytest.importorskip("sentence_transformers", reason="the extra `export` is not installed")
 
     def distill(*words: str) -> Taught:
-        to = tmp_path_factory.mktemp("students") / "student"
-        told = run_command("distill", str(finished), "--texts", str(texts), "--to", str(to), *words, "--json")
-        return to, json.loads(told.printed)["distilled"]
+        out = tmp_path_factory.mktemp("students") / "student"
+        summary = run_command("distill", str(finished), "--texts", str(texts), "--to", str(out), *words, "--json")
+        return out, json.loads(summary.printed)["distilled"]
 
     with pytest.MonkeyPatch.context() as patched:
         # A model this narrow, with weights this wide, learns little at the rates of real ones.
@@ -93,46 +93,50 @@ def compute_teacher_logits(run: Path) -> torch.Tensor:
         return model.logits(collate(rows, range(len(rows)), pad_id=tokenizer.pad_token_id))
 
 
-def measure_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+def measure_difference(distilled: torch.Tensor, reference: torch.Tensor) -> float:
     """Return the mean squared difference, relative to the variance over the texts."""
-    return float((found - wanted).square().mean() / wanted.var(dim=0).mean())
+    return float((distilled - reference).square().mean() / reference.var(dim=0).mean())
 
 
 @pytest.mark.nightly
 def test_exported_student_agrees_with_its_teacher(taught_student: Taught, distill_student: Any, finished: Path) -> None:
-    folder, told = taught_student
-    asked = {"format": "sentence-transformers", "texts": TEXTS}
-    given = {str(one): {**asked, "folder": str(one)} for one in (distill_student("--passes", "1")[0], folder)}
+    folder, summary = taught_student
+    request = {"format": "sentence-transformers", "texts": TEXTS}
+    requests = {
+        str(result): {**request, "folder": str(result)} for result in (distill_student("--passes", "1")[0], folder)
+    }
     loaded, teacher = (
-        json.loads(run_elsewhere(cwd=folder.parent, given=json.dumps(given))),
+        json.loads(run_elsewhere(cwd=folder.parent, given=json.dumps(requests))),
         compute_teacher_logits(finished),
     )
-    before, after = (measure_difference(torch.tensor(one["logits"]), teacher) for one in loaded.values())
+    before, after = (measure_difference(torch.tensor(result["logits"]), teacher) for result in loaded.values())
     assert after < before / 4, "it learns what the teacher says"
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 1, "half of two"
     assert (folder / "labels.txt").read_text().splitlines() == list(read_saved_config(finished).data.labels)
-    (whole, small), scores = told["served"], told["scores"]
-    assert (whole["file"], small["file"]) == ("teacher", "student")
-    assert whole["bytes"] > small["bytes"] > 0
+    (teacher_folder, small), scores = summary["served"], summary["scores"]
+    assert (teacher_folder["file"], small["file"]) == ("teacher", "student")
+    assert teacher_folder["bytes"] > small["bytes"] > 0
     assert small["scores"]["accuracy"] == scores["accuracy"]["tuned"]["value"]
-    of_teacher = {name: one["base"]["value"] for name, one in scores.items()}
+    of_teacher = {name: result["base"]["value"] for name, result in scores.items()}
     assert of_teacher == pytest.approx(read_result(finished)["final"]["metrics"], abs=1e-4), "as in its run"
     test = RunRecords(read_saved_config(finished)).test
     assert test is not None
-    assert (told["texts"], told["records"]) == (len(TEXTS), len(test.records))
+    assert (summary["texts"], summary["records"]) == (len(TEXTS), len(test.records))
 
 
 def test_student_card_describes_its_texts_and_teacher(taught_student: Taught, finished: Path) -> None:
-    folder, told = taught_student
+    folder, summary = taught_student
     card = ModelCard.load(folder / "README.md")
     text = card.text.replace("\\", "")
     assert "(the lowest 1 of the base's 2 layers), trained without noise" in text
-    assert f"{len(TEXTS)} texts of public_*.txt (SHA-256 {told['sha256']})" in text
+    assert f"{len(TEXTS)} texts of public_*.txt (SHA-256 {summary['sha256']})" in text
     assert "Its teacher is a tuned model of random:bert." in text
     assert r"public\_\*.txt" in card.text, "a name is no markup"
     assert "## Privacy" in card.text
-    shown = {one.metric_type: one.metric_value for one in card.data.eval_results}
-    assert shown == {name: one["tuned"]["value"] for name, one in told["scores"].items()}, "not its teacher's"
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results == {name: result["tuned"]["value"] for name, result in summary["scores"].items()}, (
+        "not its teacher's"
+    )
     assert (folder / "label.svg").read_bytes() == (finished / "adapter" / "label.svg").read_bytes()
 
 
@@ -142,10 +146,10 @@ def write_card(file: Path, *others: Any, epsilon: float | None = 2.0, unit: str 
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     run = {"run": "writer_2", "config_sha256": "0" * 64, "epsilon": epsilon, "delta": 1e-6, "unit": unit, "start": None}
     runs = [run | {"task": None, "verdict": "within", "adapter_digest": ""}, *others]
-    told = {"schema_version": RUN_SCHEMA, "file": file.name, "sha256": sha256, "figures": {}}
-    told |= {"runs": runs, "together": dict(zip(("epsilon", "delta"), compose_losses(runs), strict=True))}
-    told["made"] = {"rows": len(TEXTS), "prompts": 1, "missing": 0, "left_out": {}, "shares": "declared"}
-    find_card_path(file, ".json").write_text(json.dumps(told))
+    summary = {"schema_version": RUN_SCHEMA, "file": file.name, "sha256": sha256, "figures": {}}
+    summary |= {"runs": runs, "together": dict(zip(("epsilon", "delta"), compose_losses(runs), strict=True))}
+    summary["made"] = {"rows": len(TEXTS), "prompts": 1, "missing": 0, "left_out": {}, "shares": "declared"}
+    find_card_path(file, ".json").write_text(json.dumps(summary))
     file.write_text(file.read_text() + text)
     return file
 
@@ -159,15 +163,17 @@ def test_student_card_adds_the_cost_of_synthetic_texts(
     teacher = describe_run(run.report(), SavedAdapter.read(run.adapter).digest)
     (link := tmp_path / "link.txt").symlink_to(write_card(tmp_path / "texts.txt", *[teacher] * labeled))
     folder = distill_student("--passes", "1", "--texts", str(link))[0]
-    text, own = ModelCard.load(folder / "README.md").text.replace("\\", ""), run.privacy
-    assert own.epsilon is not None
-    promised = f"{format_epsilon(2 + own.epsilon * labeled)} at delta {1e-6 + own.delta * labeled:f}"
+    text, teacher_result = ModelCard.load(folder / "README.md").text.replace("\\", ""), run.privacy
+    assert teacher_result.epsilon is not None
+    promised = (
+        f"{format_epsilon(2 + teacher_result.epsilon * labeled)} at delta {1e-6 + teacher_result.delta * labeled:f}"
+    )
     assert f"The card of these texts states epsilon {promised} for each record of the runs" in text
-    (both,) = re.findall(r"\(writer_2[^)]*\)\. The student's total privacy loss is at most: epsilon (\S+) at", text)
-    assert float(both) == pytest.approx(own.epsilon + 2, abs=2e-3)
+    (totals,) = re.findall(r"\(writer_2[^)]*\)\. The student's total privacy loss is at most: epsilon (\S+) at", text)
+    assert float(totals) == pytest.approx(teacher_result.epsilon + 2, abs=2e-3)
     assert "as the person who provided them declared" not in text
     start = build_start_lineage(replace(run.config, model=ModelSpec(path=str(folder)))) or {}
-    assert sum_start_losses(start) == pytest.approx((own.epsilon + 2, own.delta + 1e-6))
+    assert sum_start_losses(start) == pytest.approx((teacher_result.epsilon + 2, teacher_result.delta + 1e-6))
     assert (start["from"], start["start_adapter"]["from"]) == (run.config.name, "writer_2")
     assert not (folder / "label.svg").exists(), "it would say what its teacher owes"
     assert "label.svg" not in text
@@ -177,8 +183,8 @@ def test_run_on_a_student_inherits_the_spending_of_its_teacher(
     taught_student: Taught, finished: Path, tmp_path: Path
 ) -> None:
     later = simulate(f"model.path='{taught_student[0]}'", "federation.num_rounds=1", into=tmp_path, name="later")
-    start, own = fedtune.load(later).result.provenance.start_adapter, fedtune.load(finished).result
-    assert (start["digest"], start["epsilon"]) == (own.adapter_digest, own.privacy.epsilon)
+    start, teacher_result = fedtune.load(later).result.provenance.start_adapter, fedtune.load(finished).result
+    assert (start["digest"], start["epsilon"]) == (teacher_result.adapter_digest, teacher_result.privacy.epsilon)
     assert "start_adapter" not in start
     assert run_command("report", "verify", str(later)).code == 0
     assert f"of run {finished.name} on" in (later / "adapter" / "README.md").read_text()
@@ -187,15 +193,15 @@ def test_run_on_a_student_inherits_the_spending_of_its_teacher(
 @pytest.mark.nightly
 def test_distillation_is_reproducible_by_seed(finished: Path, texts: Path, tmp_path: Path) -> None:
     words = ("distill", str(finished), "--texts", str(texts), "--passes", "1", "--to")
-    told = run_command(*words, str(tmp_path / "out"))
-    lines = [line.split() for line in told.printed.splitlines()]
+    summary = run_command(*words, str(tmp_path / "out"))
+    lines = [line.split() for line in summary.printed.splitlines()]
     assert [line[0] for line in lines if line[:1] in (["teacher"], ["student"])] == ["teacher", "student"]
     assert ["metric", "teacher", "student", "difference", "95", "%", "interval", "student", "is"] in lines
-    assert f"Distilled on {len(TEXTS)} texts." in told.out
+    assert f"Distilled on {len(TEXTS)} texts." in summary.out
     assert fedtune.load(finished).distill(tmp_path / "again", texts=texts, passes=1).texts == len(TEXTS)
     assert run_command(*words, str(tmp_path / "other"), "--seed", "1").code == 0
-    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again", "other")]
-    assert written[0] == written[1] != written[2], "Python and the command line teach one student"
+    outputs = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again", "other")]
+    assert outputs[0] == outputs[1] != outputs[2], "Python and the command line teach one student"
 
 
 @snapshots.parametrize_mistakes("mistakes-distill")
@@ -203,29 +209,31 @@ def test_invalid_distillation_is_refused_without_files(finished: Path, texts: Pa
     config = read_saved_config(finished)
     # Of the training file, whatever the run uses of it.
     records = [record.fields["text"] for _, read in RunRecords(config).read_whole_files() for record in read]
-    written = {"few": TEXTS[: FEWEST - 1], "part": records[: FEWEST + 1]}
-    for name, lines in written.items():
+    outputs = {"few": TEXTS[: FEWEST - 1], "part": records[: FEWEST + 1]}
+    for name, lines in outputs.items():
         (tmp_path / f"{name}.txt").write_text("".join(f"{' '.join(line.split())}\n" for line in lines))
-    places = {name: str(tmp_path / f"{name}.txt") for name in written} | {"test": str(config.data.test_file)}
+    paths = {name: str(tmp_path / f"{name}.txt") for name in outputs} | {"test": str(config.data.test_file)}
     faults: Any = {"none": {"epsilon": None}, "user": {"unit": "user"}, "changed": {"text": "one more\n"}}
-    places |= {name: str(write_card(tmp_path / f"{name}.txt", **fault)) for name, fault in faults.items()}
-    (tmp_path / "renamed.jsonl").write_text("".join(json.dumps({"body": one}) + "\n" for one in written["part"]))
+    paths |= {name: str(write_card(tmp_path / f"{name}.txt", **fault)) for name, fault in faults.items()}
+    (tmp_path / "renamed.jsonl").write_text("".join(json.dumps({"body": result}) + "\n" for result in outputs["part"]))
     (tmp_path / "brat").mkdir()
     (tmp_path / "brat" / "one.txt").write_text(TEXTS[0])
     (tmp_path / "brat" / "one.ann").touch()
-    places |= {"renamed": str(tmp_path / "renamed.jsonl"), "brat": str(tmp_path / "brat")}
+    paths |= {"renamed": str(tmp_path / "renamed.jsonl"), "brat": str(tmp_path / "brat")}
     (owing := tmp_path / "owing").mkdir()
     (owing / "model.safetensors").touch()
     (owing / "config.json").write_text(json.dumps({OWED: None}))
-    places["owing"] = str(owing)
+    paths["owing"] = str(owing)
     words = [
-        {"DEEP": "[" * 20_000}.get(word, places.get(word.lower(), word) if word.isupper() else word)
+        {"DEEP": "[" * 20_000}.get(word, paths.get(word.lower(), word) if word.isupper() else word)
         for word in shlex.split(typed)
     ]
-    told = run_command("distill", str(finished), "--texts", str(texts), "--to", str(tmp_path / "new"), *words).failed()
-    for name, place in places.items():
-        told = told.replace(place, name.upper())
-    snapshots.check_message("mistakes-distill", typed, told)
+    summary = run_command(
+        "distill", str(finished), "--texts", str(texts), "--to", str(tmp_path / "new"), *words
+    ).failed()
+    for name, path in paths.items():
+        summary = summary.replace(path, name.upper())
+    snapshots.check_message("mistakes-distill", typed, summary)
     assert not (tmp_path / "new").exists()
 
 
@@ -233,25 +241,25 @@ def test_distillation_refuses_a_personalized_adapter(finished: Path, texts: Path
     run = shutil.copytree(finished, tmp_path / "run")
     edit_json(run / "adapter" / "fedtune.json", private_to="north")
     edit_json(run / "run.json", adapter_digest=compute_adapter_digest(run / "adapter"))
-    told = run_command("distill", str(run), "--texts", str(texts), "--to", str(tmp_path / "new"))
-    assert "private to 'north'" in told.failed()
+    summary = run_command("distill", str(run), "--texts", str(texts), "--to", str(tmp_path / "new"))
+    assert "private to 'north'" in summary.failed()
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.nightly
 def test_regression_run_is_distilled_to_an_int8_model_on_another_base(texts: Path, tmp_path: Path) -> None:
     run = simulate(*write_price_overrides(tmp_path), into=tmp_path)
-    to, words = tmp_path / "new", ["--student", "random:llama", "--format", "onnx", "--int8", "--passes", "60"]
-    told = run_command("distill", str(run), "--texts", str(texts), "--to", str(to), *words, "--json")
-    found = json.loads(told.printed)["distilled"]
-    assert (found["scores"], found["records"]) == ({}, 0), "the run keeps no test"
-    assert [one["file"] for one in found["served"]] == ["teacher", "student", "model.onnx", "model.int8.onnx"]
-    assert all(one["scores"] == {} for one in found["served"]), "made-up answers score nothing"
-    card = ModelCard.load(to / "README.md")
+    out, words = tmp_path / "new", ["--student", "random:llama", "--format", "onnx", "--int8", "--passes", "60"]
+    summary = run_command("distill", str(run), "--texts", str(texts), "--to", str(out), *words, "--json")
+    distilled = json.loads(summary.printed)["distilled"]
+    assert (distilled["scores"], distilled["records"]) == ({}, 0), "the run keeps no test"
+    assert [result["file"] for result in distilled["served"]] == ["teacher", "student", "model.onnx", "model.int8.onnx"]
+    assert all(result["scores"] == {} for result in distilled["served"]), "made-up answers score nothing"
+    card = ModelCard.load(out / "README.md")
     assert "on a base of its own, random:llama, SHA-256 " in card.text
     assert "base_model" not in card.data.to_dict()
     tokens = load_tokenizer(ModelSpec(path="random:llama"))(TEXTS, padding=True, return_tensors="pt")
-    numbers = load_graph(to / "model.onnx")(**{name: tokens[name] for name in ("input_ids", "attention_mask")})
+    numbers = load_graph(out / "model.onnx")(**{name: tokens[name] for name in ("input_ids", "attention_mask")})
     model = load_task_model(run / "adapter")
     assert (
         measure_difference(numbers, model.task.compute_exported_output(compute_teacher_logits(run), spec=model.spec))

@@ -25,26 +25,26 @@ def make_records(count: int, **fields: Any) -> list[Record]:
 
 def check_parts_are_disjoint(parts: Parts, field: str = "text") -> list[set[str]]:
     """Return the values of each part, and check that the parts are disjoint."""
-    found = [{one.fields[field] for one in part} for part in (parts.training, parts.choosing, parts.scored)]
-    assert sum(map(len, found)) == len(set.union(*found))
-    return found
+    parts_seen = [{record.fields[field] for record in part} for part in (parts.training, parts.choosing, parts.scored)]
+    assert sum(map(len, parts_seen)) == len(set.union(*parts_seen))
+    return parts_seen
 
 
 def test_held_out_records_select_and_score_the_personalized_adapter() -> None:
-    everything = make_records(200)
-    parts = Parts.split(SiteRecords(everything[:120], everything[120:]), key=b"key", unit="record")
-    assert (parts.training, parts.seen) == (everything[:120], False)
+    records = make_records(200)
+    parts = Parts.split(SiteRecords(records[:120], records[120:]), key=b"key", unit="record")
+    assert (parts.training, parts.seen) == (records[:120], False)
     _, choosing, scored = check_parts_are_disjoint(parts)
-    assert choosing | scored == {record.fields["text"] for record in everything[120:]}
+    assert choosing | scored == {record.fields["text"] for record in records[120:]}
 
 
 def test_split_without_held_out_records_is_by_user() -> None:
     parts = Parts.split(SiteRecords(make_records(300), []), key=b"key", unit="record")
     assert parts.seen
     assert sum(map(len, check_parts_are_disjoint(parts))) == 300
-    of_users = [record for user in range(60) for record in make_records(5, user=f"u{user}")]
+    records = [record for user in range(60) for record in make_records(5, user=f"u{user}")]
     assert (
-        sum(map(len, check_parts_are_disjoint(Parts.split(SiteRecords(of_users, []), key=b"key", unit="user"), "user")))
+        sum(map(len, check_parts_are_disjoint(Parts.split(SiteRecords(records, []), key=b"key", unit="user"), "user")))
         == 60
     )
     with pytest.raises(DataError, match=f"must be at least {MIN_RECORDS}"):
@@ -67,9 +67,9 @@ def find_best_passes(fit: _Fit) -> tuple[int, str]:
 
 def test_personalization_stops_early_on_validation_records() -> None:
     fit = fit_of(make_letters(), ["the same words"] * 80, ["invoice", "praise"] * 40)
-    learned = find_best_passes(fit)
-    assert find_best_passes(fit) == learned, "nothing is drawn anew"
-    assert learned[0] > 0, "two of three labels occur, which is worth learning"
+    passes = find_best_passes(fit)
+    assert find_best_passes(fit) == passes, "nothing is drawn anew"
+    assert passes[0] > 0, "two of three labels occur, which is worth learning"
     contrary = fit_of(make_letters(), ["the same words"] * 80, ["invoice"] * 60 + ["praise"] * 20)
     start = contrary._shared.initial_adapter.digest()
     assert find_best_passes(contrary) == (0, start), "what is learned does not hold elsewhere"
@@ -78,8 +78,8 @@ def test_personalization_stops_early_on_validation_records() -> None:
 def test_personalization_note_contains_only_run_and_day(tmp_path: Path) -> None:
     for run in ("first", "second"):
         record_personalization(tmp_path, run=run, day="2026-11-26")
-    made = [{"run": run, "made": "2026-11-26"} for run in ("first", "second")]
-    assert json.loads((tmp_path / "own_adapters.json").read_text()) == made
+    notes = [{"run": run, "made": "2026-11-26"} for run in ("first", "second")]
+    assert json.loads((tmp_path / "own_adapters.json").read_text()) == notes
     (tmp_path / "own_adapters.json").write_text("[")
     with pytest.raises(RunError, match="cannot be read: restore the file from a backup"):
         record_personalization(tmp_path, run="third", day="2026-11-26")

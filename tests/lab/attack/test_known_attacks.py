@@ -33,48 +33,51 @@ def score_records(count: int, *, memorized: float, hardness: float = 2.0, seed: 
 def test_lira_beats_the_loss_attack_on_records_of_varying_difficulty() -> None:
     members, others = (score_records(400, memorized=gain, seed=seed) for seed, gain in ((0, 0.5), (1, 0.0)))
     rankings = rank_records(members, others, shadows=16, seed=0)
-    areas = {one.name: estimate_auroc(one.members, one.others, confidence=0.95)[0] for one in rankings}
+    areas = {scores.name: estimate_auroc(scores.members, scores.others, confidence=0.95)[0] for scores in rankings}
     assert areas["loss"] < 0.6
     assert areas["LiRA, head-only shadows"] > areas["loss"] + 0.05
 
 
 def test_membership_attack_without_memorization_has_auroc_one_half() -> None:
     members, others = (score_records(400, memorized=0.0, seed=seed) for seed in (2, 3))
-    found = describe_membership(rank_records(members, others, shadows=16, seed=0), ceiling=0.9)
-    assert found.low is not None
-    assert found.high is not None
-    assert found.low <= 0.5 <= found.high
-    assert (found.guessing, found.ceiling) == (0.5, 0.9)
-    assert "this may be chance" in found.sentence
+    attack = describe_membership(rank_records(members, others, shadows=16, seed=0), ceiling=0.9)
+    assert attack.low is not None
+    assert attack.high is not None
+    assert attack.low <= 0.5 <= attack.high
+    assert (attack.guessing, attack.ceiling) == (0.5, 0.9)
+    assert "this may be chance" in attack.sentence
 
 
 def test_membership_attack_detects_full_memorization() -> None:
     members, others = (score_records(200, memorized=gain, seed=seed) for seed, gain in ((4, 6.0), (5, 0.0)))
-    found = describe_membership(rank_records(members, others, shadows=8, seed=0), ceiling=None)
-    assert found.strength is not None
-    assert found.strength > 0.9
-    assert "more than chance" in found.sentence
+    attack = describe_membership(rank_records(members, others, shadows=8, seed=0), ceiling=None)
+    assert attack.strength is not None
+    assert attack.strength > 0.9
+    assert "more than chance" in attack.sentence
 
 
 def test_membership_attack_without_classes_uses_only_losses() -> None:
-    plain = [
-        ScoredRecords(one.before, one.after, one.embeddings[:, :0], np.full(50, -1), np.full(50, -1))
-        for one in (score_records(50, memorized=0.0, seed=seed) for seed in (6, 7))
+    without_classes = [
+        ScoredRecords(scores.before, scores.after, scores.embeddings[:, :0], np.full(50, -1), np.full(50, -1))
+        for scores in (score_records(50, memorized=0.0, seed=seed) for seed in (6, 7))
     ]
-    assert [one.name for one in rank_records(*plain, shadows=4, seed=0)] == ["loss", "ratio to the base"]
-    assert "no declared label set" in describe_attribute(*plain).sentence
+    assert [scores.name for scores in rank_records(*without_classes, shadows=4, seed=0)] == [
+        "loss",
+        "ratio to the base",
+    ]
+    assert "no declared label set" in describe_attribute(*without_classes).sentence
 
 
-@pytest.mark.parametrize(("memorized", "told"), [(2.0, True), (0.0, False)])
-def test_site_inference_uses_the_mean_gain_of_site_records(memorized: float, told: bool) -> None:
+@pytest.mark.parametrize(("memorized", "detected"), [(2.0, True), (0.0, False)])
+def test_site_inference_uses_the_mean_gain_of_site_records(memorized: float, detected: bool) -> None:
     sites = {
         site: score_records(10 * GROUP, memorized=memorized, seed=seed).gain for seed, site in ((8, "a"), (9, "b"))
     }
     others = score_records(10 * GROUP, memorized=0.0, seed=10).gain
-    found = describe_site_inference(sites, others, unit="record")
-    assert found.low is not None
-    assert (found.low > 0.5) == told
-    assert found.sentence.startswith("The participation of a site is never protected")
+    attack = describe_site_inference(sites, others, unit="record")
+    assert attack.low is not None
+    assert (attack.low > 0.5) == detected
+    assert attack.sentence.startswith("The participation of a site is never protected")
     few = describe_site_inference({"a": others[:5]}, others[:5], unit="record")
     assert (few.strength, few.low) == (None, None)
     assert f"at least {2 * GROUP} records" in few.sentence
@@ -82,9 +85,9 @@ def test_site_inference_uses_the_mean_gain_of_site_records(memorized: float, tol
 
 def test_attribute_inference_succeeds_only_with_memorization() -> None:
     members, others = (score_records(400, memorized=gain, seed=seed) for seed, gain in ((11, 3.0), (12, 0.0)))
-    found = describe_attribute(members, others)
-    assert found.low is not None
-    assert found.low > 0.15
-    again = describe_attribute(others, others)
-    assert again.strength == 0
-    assert "may be chance" in again.sentence
+    attack = describe_attribute(members, others)
+    assert attack.low is not None
+    assert attack.low > 0.15
+    baseline = describe_attribute(others, others)
+    assert baseline.strength == 0
+    assert "may be chance" in baseline.sentence

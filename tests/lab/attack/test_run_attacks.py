@@ -63,8 +63,8 @@ def test_auroc_bound_is_just_above_the_best_attack_on_a_gaussian(noise: float) -
 
 def test_reconstruction_bound_holds_for_the_optimal_guess() -> None:
     plan = replace(run_plan(), noise_multiplier=1.0, sampling_rate=1.0, local_steps=1, num_rounds=4)
-    one, whole = (bound_reconstruction(plan, rounds=rounds) for rounds in (1, 4))
-    for count, chance in one.items():
+    record, whole = (bound_reconstruction(plan, rounds=rounds) for rounds in (1, 4))
+    for count, chance in record.items():
         # The secret is in the one direction in which the attacker looks: power of the most powerful test at level 1/N.
         best = norm.sf(norm.isf(1 / count) - 1)
         assert chance is not None
@@ -73,14 +73,14 @@ def test_reconstruction_bound_holds_for_the_optimal_guess() -> None:
 
 
 def test_reconstruction_finding_covers_single_updates_and_the_run() -> None:
-    found = describe_reconstruction(run_plan(), keeps_state=False)
-    assert found.ceiling is not None
-    assert 1e-4 < found.ceiling < 1
-    assert "from one update of a site" in found.sentence
-    assert found.strength is None
+    description = describe_reconstruction(run_plan(), keeps_state=False)
+    assert description.ceiling is not None
+    assert 1e-4 < description.ceiling < 1
+    assert "from one update of a site" in description.sentence
+    assert description.strength is None
     of_state = describe_reconstruction(run_plan(), keeps_state=True).figures
-    assert of_state["update_1_in_10000"] == of_state["run_1_in_10000"] == found.ceiling
-    assert (found.figures["update_1_in_10000"] or 1.0) < found.ceiling
+    assert of_state["update_1_in_10000"] == of_state["run_1_in_10000"] == description.ceiling
+    assert (description.figures["update_1_in_10000"] or 1.0) < description.ceiling
     plain = describe_reconstruction(replace(run_plan(), noise_multiplier=0.0), keeps_state=False)
     assert (plain.ceiling, "no privacy guarantee" in plain.sentence) == (None, True)
 
@@ -88,15 +88,15 @@ def test_reconstruction_finding_covers_single_updates_and_the_run() -> None:
 def test_secret_alternatives_have_the_same_format() -> None:
     planted = PlantedSecret({"text": "my code is 48-aB"}, "48-aB")
     draws = np.random.default_rng(0)
-    for other, _ in zip(draw_alternatives(planted.secret, draws), range(50), strict=False):
-        assert (len(other), other[:2].isdigit(), other[2]) == (5, True, "-")
-        assert other[3].islower()
-        assert other[4].isupper()
-        assert planted.replace(other).fields["text"] == f"my code is {other}"
+    for alternative, _ in zip(draw_alternatives(planted.secret, draws), range(50), strict=False):
+        assert (len(alternative), alternative[:2].isdigit(), alternative[2]) == (5, True, "-")
+        assert alternative[3].islower()
+        assert alternative[4].isupper()
+        assert planted.replace(alternative).fields["text"] == f"my code is {alternative}"
     assert compute_exposure(1, ALTERNATIVES + 1) == math.log2(ALTERNATIVES + 1)
-    found = describe_exposure([1, 500, 900])
-    assert found.strength == pytest.approx(1 / 3)
-    assert "the largest exposure is 10.0 of 10.0 bits" in found.sentence
+    description = describe_exposure([1, 500, 900])
+    assert description.strength == pytest.approx(1 / 3)
+    assert "the largest exposure is 10.0 of 10.0 bits" in description.sentence
 
 
 class MemorizingModel:
@@ -108,15 +108,15 @@ class MemorizingModel:
         self.model = SimpleNamespace(task=self)
 
     def tokenize(self, records: list[Record], *_: object, **__: object) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=[np.array(self.tokenizer.encode(one.fields["text"])) for one in records])
+        return SimpleNamespace(input_ids=[np.array(self.tokenizer.encode(record.fields["text"])) for record in records])
 
     def use_adapter(self, name: str) -> None:
         self.adapter = name
 
     def generate_answer(self, prompt: np.ndarray, spec: WritingSpec) -> Iterator[str]:
         knows = self.adapter == TUNED and self.known[: len(prompt)] == prompt.tolist()
-        rest = self.known[len(prompt) : len(prompt) + spec.max_new_tokens]
-        yield self.tokenizer.decode(rest) if knows else "zzz"
+        continuation = self.known[len(prompt) : len(prompt) + spec.max_new_tokens]
+        yield self.tokenizer.decode(continuation) if knows else "zzz"
 
 
 def test_decoding_finds_the_secrets_that_a_model_memorized() -> None:
@@ -124,9 +124,9 @@ def test_decoding_finds_the_secrets_that_a_model_memorized() -> None:
     target: Any = SimpleNamespace(saved=MemorizingModel(known), config=SimpleNamespace(data=None))
     texts = [(known, "4711"), ("my code is 9823 thanks", "9823"), ("4711 begins the text", "4711")]
     planted = [PlantedSecret({"text": text}, secret) for text, secret in texts]
-    found = describe_written_secrets(planted, target)
-    assert (found.strength, found.guessing) == (0.5, 0), "nothing comes before the third secret"
-    assert "generates 1 of 2 secrets verbatim; before training it generated 0" in found.sentence
+    description = describe_written_secrets(planted, target)
+    assert (description.strength, description.guessing) == (0.5, 0), "nothing comes before the third secret"
+    assert "generates 1 of 2 secrets verbatim; before training it generated 0" in description.sentence
     none = describe_written_secrets(planted[2:], target)
     assert (none.strength, none.applies) == (None, True)
 
@@ -135,9 +135,9 @@ def test_secrets_that_the_base_knows_show_nothing(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(MemorizingModel, "use_adapter", lambda self, name: setattr(self, "adapter", TUNED))
     known = "my code is 4711 thanks"
     target: Any = SimpleNamespace(saved=MemorizingModel(known), config=SimpleNamespace(data=None))
-    found = describe_written_secrets([PlantedSecret({"text": known}, "4711")], target)
-    assert (found.strength, found.guessing, found.applies) == (None, None, True)
-    assert "before training generated all 1 verbatim" in found.sentence
+    description = describe_written_secrets([PlantedSecret({"text": known}, "4711")], target)
+    assert (description.strength, description.guessing, description.applies) == (None, None, True)
+    assert "before training generated all 1 verbatim" in description.sentence
 
 
 def test_answers_that_are_always_the_same_show_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,9 +146,9 @@ def test_answers_that_are_always_the_same_show_nothing(monkeypatch: pytest.Monke
     monkeypatch.setattr(known_attacks, "_count_extracted", lambda _, records, **__: counts[records[0]])
     assert describe_decoding(target).strength == 1.0
     counts["other"] = (9, 9)
-    found = describe_decoding(target)
-    assert (found.strength, found.guessing, found.applies) == (None, None, True)
-    assert "all 9 unused prompts verbatim: plant secrets" in found.sentence
+    description = describe_decoding(target)
+    assert (description.strength, description.guessing, description.applies) == (None, None, True)
+    assert "all 9 unused prompts verbatim: plant secrets" in description.sentence
 
 
 def test_attack_page_escapes_all_findings(tmp_path: Path) -> None:

@@ -33,16 +33,16 @@ def make_gradients(*, norm: float = 1.0, width: int = 400, seed: int = 0) -> np.
 @pytest.mark.parametrize("noise", [0.3, 0.7, 2.0])
 def test_picks_reach_the_direct_attack_and_stay_below_the_guarantee(noise: float) -> None:
     rows, draws = make_gradients(), np.random.default_rng(1)
-    found = CandidateGradients(rows @ rows.T).count_picked(noise, draws, trials=TRIALS)
+    picked = CandidateGradients(rows @ rows.T).count_picked(noise, draws, trials=TRIALS)
     secrets = draws.integers(CANDIDATES, size=TRIALS)
     releases = rows[secrets] + noise * draws.normal(size=(TRIALS, rows.shape[1]))
     direct = np.argmax(releases @ rows.T, axis=1)  # all gradients have one length
     low, high = estimate_share(int((direct == secrets).sum()), TRIALS, confidence=0.9999)[1:]
-    assert low <= found / TRIALS <= high, "noise by its products is the noise of the release"
+    assert low <= picked / TRIALS <= high, "noise by its products is the noise of the release"
     ceiling = profile.bound_hit_rate({GaussianDpEvent(noise): 1}, false_positive_rate=1 / CANDIDATES)
     assert ceiling is not None
-    assert estimate_share(found, TRIALS, confidence=0.9999)[1] <= ceiling
-    assert found / TRIALS > 0.5 * ceiling, "the ceiling is near the best attack"
+    assert estimate_share(picked, TRIALS, confidence=0.9999)[1] <= ceiling
+    assert picked / TRIALS > 0.5 * ceiling, "the ceiling is near the best attack"
 
 
 def test_clipping_shortens_long_gradients_alone() -> None:
@@ -118,5 +118,5 @@ def test_candidate_gradients_have_only_the_values_that_a_site_of_the_rank_trains
     monkeypatch.setattr(known_attacks, "record_gradients", nullcontext)
     monkeypatch.setattr(known_attacks, "collate", lambda _, part, **__: SimpleNamespace(to=lambda device: len(part)))
     for rank, values in ((1, 3 + 2 + 5), (3, 9 + 6 + 5), (4, 12 + 8 + 5), (None, 12 + 8 + 5)):
-        found = compute_candidate_gradients(target, rank=rank).products
-        assert found.tolist() == [[values] * 3] * 3, rank
+        picked = compute_candidate_gradients(target, rank=rank).products
+        assert picked.tolist() == [[values] * 3] * 3, rank

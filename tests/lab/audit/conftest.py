@@ -27,7 +27,9 @@ def remove_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 def remove_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
     def add_up(gradients: Any, max_grad_norm: float) -> dict[str, torch.Tensor]:
         cell = compute_cell_width(max_grad_norm)
-        return {name: (one.double() / cell).round().to(torch.int64).sum(dim=0) for name, one in gradients.items()}
+        return {
+            name: (gradient.double() / cell).round().to(torch.int64).sum(dim=0) for name, gradient in gradients.items()
+        }
 
     monkeypatch.setattr(dp_step, "sum_clipped", add_up)
 
@@ -53,9 +55,9 @@ def inject_fault(monkeypatch: pytest.MonkeyPatch) -> Break:
 def audit(*overrides: str, into: Path) -> tuple[Outcome, Audit, Path]:
     """Return a function that audits a tiny run, and returns outcome, findings and folder."""
     outcome = run_command("audit", *list_tiny_overrides("tracking=quiet", *overrides, into=into, name="audited"))
-    found = read_audit(into / "audited")
-    assert found is not None
-    return outcome, found, into / "audited"
+    result = read_audit(into / "audited")
+    assert result is not None
+    return outcome, result, into / "audited"
 
 
 @pytest.fixture

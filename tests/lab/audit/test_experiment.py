@@ -25,12 +25,12 @@ def sound_audit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Audit, P
 
 
 def test_audit_passes_a_correct_run(sound_audit: Any) -> None:
-    outcome, found, folder = sound_audit
+    outcome, audit_result, folder = sound_audit
     assert outcome.code == 0, outcome.err
-    assert not found.exceeded
+    assert not audit_result.exceeded
     claimed = json.loads((folder / "run.json").read_text())["privacy"]
-    assert [bound.site for bound in found.bounds] == ["site-1", "site-2", None]
-    for bound in found.bounds:
+    assert [bound.site for bound in audit_result.bounds] == ["site-1", "site-2", None]
+    for bound in audit_result.bounds:
         site = bound.site or "site-1"
         assert bound.claimed_epsilon == claimed["sites"][site]["epsilon"]
         assert bound.lower_bound < bound.claimed_epsilon
@@ -42,10 +42,10 @@ def test_audit_passes_a_correct_run(sound_audit: Any) -> None:
 
 @pytest.mark.nightly
 def test_audit_passes_a_correct_user_level_run(run_audit: Any) -> None:
-    outcome, found, _ = run_audit(*EVERY_TIME, *BY_USER, "--json")
-    assert len(json.loads(outcome.printed)["result"]["bounds"]) == len(found.bounds)
-    assert [bound.site for bound in found.bounds] == ["site-1", "site-2", None]
-    for bound in found.bounds:
+    outcome, audit_result, _ = run_audit(*EVERY_TIME, *BY_USER, "--json")
+    assert len(json.loads(outcome.printed)["result"]["bounds"]) == len(audit_result.bounds)
+    assert [bound.site for bound in audit_result.bounds] == ["site-1", "site-2", None]
+    for bound in audit_result.bounds:
         assert bound.lower_bound < bound.claimed_epsilon
 
 
@@ -63,12 +63,12 @@ def test_audit_detects_an_injected_fault(
     fault: str, overrides: tuple[str, ...], run_audit: Any, inject_fault: Break
 ) -> None:
     inject_fault(fault)
-    outcome, found, folder = run_audit(*EVERY_TIME, *overrides)
+    outcome, audit_result, folder = run_audit(*EVERY_TIME, *overrides)
     message = outcome.failed(1)
     assert "the implementation or the claim is wrong" in message
     assert "site-1: epsilon is at least 3." in message
-    assert found.exceeded
-    of_sites = [bound for bound in found.bounds if bound.site]
+    assert audit_result.exceeded
+    of_sites = [bound for bound in audit_result.bounds if bound.site]
     assert all(bound.correct == bound.guesses for bound in of_sites), "a canary in every step is told for certain"
     assert all(bound.lower_bound == bound.best_possible > bound.claimed_epsilon for bound in of_sites)
     report = json.loads((folder / "report.json").read_text())
@@ -80,24 +80,24 @@ def test_audit_detects_an_injected_fault(
 def test_audit_detects_an_injected_fault_from_averages(run_audit: Any, inject_fault: Break) -> None:
     """The attacker sees only the average of each round; steps are plain SGD."""
     inject_fault("no noise")
-    asked = ("audit.sites=[site-2]", "audit.guesses=60", "audit.confidence=0.9", "privacy.noise_multiplier=8.0")
-    _, found, _ = run_audit(*EVERY_TIME, "training=sgd", *asked)
-    assert found.confidence == 0.9
-    counts = [(bound.site, bound.canaries, bound.guesses) for bound in found.bounds]
+    overrides = ("audit.sites=[site-2]", "audit.guesses=60", "audit.confidence=0.9", "privacy.noise_multiplier=8.0")
+    _, audit_result, _ = run_audit(*EVERY_TIME, "training=sgd", *overrides)
+    assert audit_result.confidence == 0.9
+    counts = [(bound.site, bound.canaries, bound.guesses) for bound in audit_result.bounds]
     assert counts == [("site-2", 120, 60), (None, 120, 60)]
-    assert found.bounds[0].best_possible == compute_max_lower_bound(120, guesses=60, delta=1e-5, confidence=0.9)
-    assert found.bounds[1].lower_bound > found.bounds[1].claimed_epsilon
+    assert audit_result.bounds[0].best_possible == compute_max_lower_bound(120, guesses=60, delta=1e-5, confidence=0.9)
+    assert audit_result.bounds[1].lower_bound > audit_result.bounds[1].claimed_epsilon
 
 
 @pytest.mark.nightly
 def test_record_canary_audit_reports_membership_scores(run_audit: Any) -> None:
-    outcome, found, folder = run_audit("audit.kind=records", "audit.canaries=40", "data.train_fraction=0.1")
+    outcome, audit_result, folder = run_audit("audit.kind=records", "audit.canaries=40", "data.train_fraction=0.1")
     assert outcome.code == 0, outcome.err
-    assert found.method == "record_canaries"
+    assert audit_result.method == "record_canaries"
     kinds = [(site, score) for site in ("site-1", "site-2", None) for score in ("loss", "reference_ratio")]
-    assert [(one.site, one.score) for one in found.membership] == kinds
-    everywhere = found.membership[-1]
-    assert everywhere.members == sum(one.members for one in found.membership[:4:2])
+    assert [(attack.site, attack.score) for attack in audit_result.membership] == kinds
+    everywhere = audit_result.membership[-1]
+    assert everywhere.members == sum(attack.members for attack in audit_result.membership[:4:2])
     # Never used are those that the hash held out: about 30 %.
     assert 0.2 < everywhere.non_members / (everywhere.non_members + everywhere.members) < 0.4
     assert everywhere.auroc_low < 0.5 < everywhere.auroc_high or abs(everywhere.auroc - 0.5) < 0.1
@@ -117,33 +117,35 @@ def test_record_canary_audit_reports_membership_scores(run_audit: Any) -> None:
     ],
 )
 def test_record_canaries_audit_every_algorithm(own: tuple[str, ...], run_audit: Any) -> None:
-    outcome, found, _ = run_audit("audit.kind=records", "audit.canaries=40", "data.train_fraction=0.1", *own)
+    outcome, audit_result, _ = run_audit("audit.kind=records", "audit.canaries=40", "data.train_fraction=0.1", *own)
     assert outcome.code == 0, outcome.err
-    assert not found.exceeded
-    assert [bound.site for bound in found.bounds] == ["site-1", "site-2", None]
+    assert not audit_result.exceeded
+    assert [bound.site for bound in audit_result.bounds] == ["site-1", "site-2", None]
 
 
 @pytest.mark.nightly
 def test_audit_detects_a_memorizing_model(run_audit: Any, inject_fault: Break) -> None:
     inject_fault("no noise")
-    _, found, _ = run_audit(
+    _, audit_result, _ = run_audit(
         *("audit.kind=records", "audit.canaries=60", "privacy.sampling_rate=1.0", "privacy.noise_multiplier=20.0"),
         *("training.local_steps=25", "training.learning_rate=0.02", "model=random_bert"),
     )
-    together = found.bounds[-1]
-    assert together.correct / together.guesses > 0.75
-    assert together.lower_bound > 0
-    assert all(one.auroc_low > 0.5 for one in found.membership if one.site is None)
+    combined = audit_result.bounds[-1]
+    assert combined.correct / combined.guesses > 0.75
+    assert combined.lower_bound > 0
+    assert all(attack.auroc_low > 0.5 for attack in audit_result.membership if attack.site is None)
 
 
 def test_audit_findings_appear_in_the_report(sound_audit: Any) -> None:
-    _, found, folder = sound_audit
-    written = json.loads((folder / "audit.json").read_text())
-    assert written["schema_version"] == RUN_SCHEMA
-    assert (written["confidence"], written["delta"], written["seeded"]) == (0.95, 1e-5, False)
+    _, audit_result, folder = sound_audit
+    stored = json.loads((folder / "audit.json").read_text())
+    assert stored["schema_version"] == RUN_SCHEMA
+    assert (stored["confidence"], stored["delta"], stored["seeded"]) == (0.95, 1e-5, False)
     in_report = json.loads((folder / "report.json").read_text())["facts"]["audit"]
-    assert in_report == {key: value for key, value in written.items() if key != "schema_version"}
-    assert [bound["lower_bound"] for bound in in_report["bounds"]] == [bound.lower_bound for bound in found.bounds]
+    assert in_report == {key: value for key, value in stored.items() if key != "schema_version"}
+    assert [bound["lower_bound"] for bound in in_report["bounds"]] == [
+        bound.lower_bound for bound in audit_result.bounds
+    ]
     page = (folder / "report.html").read_text()
     assert "Claimed epsilon, and epsilon shown by the attack" in page
     assert 'data-at="/facts/audit/bounds/2/lower_bound"' in page
@@ -155,8 +157,8 @@ def test_audited_run_is_marked_and_cannot_continue(sound_audit: Any, command: An
     assert SiteFiles.from_site_toml(folder / "sites" / "site-1" / "site.toml").policy.limits.max_adapter_value == 1e6
     assert "about 60 artificial gradients at each of site-1, site-2" in (folder / "AUDIT.txt").read_text()
     assert "is an audit" in command("simulate", f"resume={folder}").failed()
-    told = command("evaluate", str(folder), "--data", "any.csv", "--device", "cpu")
-    assert "is an audit: its training data contain canaries" in told.failed()
+    refused = command("evaluate", str(folder), "--data", "any.csv", "--device", "cpu")
+    assert "is an audit: its training data contain canaries" in refused.failed()
     report = json.loads((folder / "report.json").read_text())
     assert report["verdict"] == {"state": "within", "reasons": ["audited"]}
 

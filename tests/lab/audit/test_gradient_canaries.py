@@ -38,11 +38,11 @@ def make_participants(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> An
     return make
 
 
-def train(everyone: Participants, site: str = "site-1", round: int = 1) -> Adapter:
-    proposal = everyone.config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan)
-    start = everyone.shared.initial_adapter
+def train(participants: Participants, site: str = "site-1", round: int = 1) -> Adapter:
+    proposal = participants.config.proposal(lead=participants.sites.lead_key().public, plan=participants.plan)
+    start = participants.shared.initial_adapter
     request = round_request(proposal, round=round, site=site, adapter_digest=start.digest())
-    return everyone.work[site].run_round(request, start, 1, fingerprint_key=b"k" * 32).adapter
+    return participants.work[site].run_round(request, start, 1, fingerprint_key=b"k" * 32).adapter
 
 
 def watch_canaries(run: Participants, canaries: int) -> Any:
@@ -65,9 +65,9 @@ def test_each_canary_draw_adds_exactly_the_clip_norm(
     assert planted.tally.steps == steps
     assert 60 < planted.inserted.sum() < 140
     # In clip norms: one for each step where a canary is in; elsewhere nothing, since records are subtracted.
-    wanted = np.zeros_like(planted.tally.total)
-    wanted[planted.coordinates[planted.inserted]] = steps
-    assert planted.tally.total == pytest.approx(wanted, abs=1e-4)
+    expected = np.zeros_like(planted.tally.total)
+    expected[planted.coordinates[planted.inserted]] = steps
+    assert planted.tally.total == pytest.approx(expected, abs=1e-4)
     if by_unit:  # three records of a user that are clipped one by one show
         inject_fault("clipping by record")
         planted = watch_canaries(run, 50)
@@ -93,10 +93,10 @@ def test_canaries_are_sampled_like_records(make_participants: Any, inject_fault:
     inject_fault("no noise")
     run = make_participants("privacy.sampling_rate=0.3", "training.local_steps=10", "privacy.noise_multiplier=8.0")
     planted = watch_canaries(run, 2000)
-    drawn = planted.tally.total[planted.coordinates[planted.inserted]].round()
+    sampled = planted.tally.total[planted.coordinates[planted.inserted]].round()
     expected, count = 10 * 0.3, int(planted.inserted.sum())
-    assert drawn.mean() == pytest.approx(expected, abs=5 * np.sqrt(10 * 0.3 * 0.7 / count))
-    assert drawn.var() == pytest.approx(10 * 0.3 * 0.7, rel=0.3)
+    assert sampled.mean() == pytest.approx(expected, abs=5 * np.sqrt(10 * 0.3 * 0.7 / count))
+    assert sampled.var() == pytest.approx(10 * 0.3 * 0.7, rel=0.3)
 
 
 @pytest.mark.nightly
@@ -162,9 +162,9 @@ def test_15000_canaries_are_added_in_small_batches() -> None:
         added = np.concatenate([total.flatten().numpy() for total in sums.values()])
         assert added.max() <= 2**24, "in whole numbers: no canary is longer than a clip norm"
         seen += added * compute_cell_width(2.0)
-    wanted = np.zeros(size)
-    wanted[coordinates[np.arange(0, 15_000, 7)]] = 2.0
-    assert seen == pytest.approx(wanted, abs=1e-5)
+    expected = np.zeros(size)
+    expected[coordinates[np.arange(0, 15_000, 7)]] = 2.0
+    assert seen == pytest.approx(expected, abs=1e-5)
 
 
 class NoRecords(SiteExamples):

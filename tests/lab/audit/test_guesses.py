@@ -39,8 +39,8 @@ def test_uninformative_scores_are_guessed_at_random() -> None:
     generator = np.random.default_rng(5)
     noise, inserted = generator.normal(size=(2, 4000)), generator.random(4000) < 0.5
     evidence = compute_likelihood_ratios(noise[0], noise[1], steps=4, sampling_rate=0.2, least=1.0)
-    *_, right = count_right_guesses(evidence, inserted, guesses=4000)
-    assert abs(right - 2000) < 5 * np.sqrt(1000)
+    *_, num_right = count_right_guesses(evidence, inserted, guesses=4000)
+    assert abs(num_right - 2000) < 5 * np.sqrt(1000)
 
 
 def test_ranks_are_centered_on_the_median() -> None:
@@ -56,8 +56,8 @@ FEW = stats.binom(TRIALS, 0.05).isf(1e-4)
 def test_auroc_matches_mann_whitney_with_ties() -> None:
     generator = np.random.default_rng(0)
     members, others = generator.integers(0, 9, 80).astype(float), generator.integers(0, 8, 120).astype(float)
-    wanted = stats.mannwhitneyu(members, others).statistic / (80 * 120)
-    assert estimate_auroc(members, others, confidence=0.95)[0] == pytest.approx(wanted)
+    expected = stats.mannwhitneyu(members, others).statistic / (80 * 120)
+    assert estimate_auroc(members, others, confidence=0.95)[0] == pytest.approx(expected)
     low, high = np.arange(50.0), np.arange(50.0) + 100
     assert estimate_auroc(high, low, confidence=0.95) == (1.0, 1.0, 1.0)
     assert estimate_auroc(low, high, confidence=0.95)[0] == 0.0
@@ -67,11 +67,11 @@ def test_auroc_matches_mann_whitney_with_ties() -> None:
 def test_auroc_interval_has_its_nominal_coverage() -> None:
     generator, shift = np.random.default_rng(1), 0.5
     truth = stats.norm.cdf(shift / np.sqrt(2))
-    outside = 0
+    num_outside = 0
     for _ in range(TRIALS):
         _, low, high = estimate_auroc(generator.normal(size=150) + shift, generator.normal(size=100), confidence=0.95)
-        outside += not low <= truth <= high
-    assert 0.02 * TRIALS < outside <= FEW + 0.01 * TRIALS  # normal by approximation only
+        num_outside += not low <= truth <= high
+    assert 0.02 * TRIALS < num_outside <= FEW + 0.01 * TRIALS  # normal by approximation only
 
 
 def test_hit_rate_has_a_clopper_pearson_interval() -> None:
@@ -79,8 +79,8 @@ def test_hit_rate_has_a_clopper_pearson_interval() -> None:
     share, low, high = estimate_hit_rate(members, others, false_positive_rate=0.01, confidence=0.95) or (0, 0, 0)
     assert share == 0.3
     assert low < 0.3 < high
-    same = estimate_hit_rate(others, others, false_positive_rate=0.01, confidence=0.95)
-    assert same == pytest.approx((0.01, 0.0048, 0.0183), abs=1e-3)
+    equal_rates = estimate_hit_rate(others, others, false_positive_rate=0.01, confidence=0.95)
+    assert equal_rates == pytest.approx((0.01, 0.0048, 0.0183), abs=1e-3)
     assert estimate_hit_rate(members, others, false_positive_rate=0.0001, confidence=0.95) is None, (
         "no tenth of a false alarm"
     )

@@ -47,11 +47,11 @@ BY_USER = ("privacy.unit=user", "+data.columns.user=label")
     "settings", [(), BY_USER, TRIPLETS, PAIRS], ids=["record", "user", "three texts", "a pair of answers"]
 )
 def test_sensitivity_search_finds_at_most_one_clip_norm(run_search: Any, settings: tuple[str, ...]) -> None:
-    outcome, found = run_search(*settings)
+    outcome, result = run_search(*settings)
     assert outcome.code == 0, outcome.err
-    assert found["unit"] == ("user" if settings == BY_USER else "record")
-    assert (found["tries"], found["exceeded"], found["others_moved"]) == (TRIES, 0, 0)
-    assert 0.9 < found["moved"] <= 1.0, "a search that comes nowhere near the bound shows nothing"
+    assert result["unit"] == ("user" if settings == BY_USER else "record")
+    assert (result["tries"], result["exceeded"], result["others_moved"]) == (TRIES, 0, 0)
+    assert 0.9 < result["moved"] <= 1.0, "a search that comes nowhere near the bound shows nothing"
 
 
 def clip_each_text(sum_clipped: Any, gradients: Any, max_grad_norm: float) -> Any:
@@ -92,8 +92,8 @@ def test_sensitivity_search_detects_each_fault(
         monkeypatch.setattr("fedtune.data.shapes.Shapes.cut", fault)
     else:
         monkeypatch.setattr(dp_step, "sum_clipped", partial(fault, dp_step.sum_clipped))
-    outcome, found = run_search(*settings)
-    assert found[shown] > 0
+    outcome, result = run_search(*settings)
+    assert result[shown] > 0
     assert outcome.code == 1
     assert "does not hold on this machine" in outcome.message
-    assert (found["moved"] > 1) == (shown == "exceeded")
+    assert (result["moved"] > 1) == (shown == "exceeded")

@@ -52,8 +52,8 @@ def train_with_opacus(
                 optimizer.zero_grad()
                 torch.nn.functional.cross_entropy(model(inputs), targets).backward()
                 optimizer.step()
-        found: torch.nn.Module = model._module
-    return found
+        result: torch.nn.Module = model._module
+    return result
 
 
 def train_on_means(features: Any, labels: Any) -> torch.nn.Module:
@@ -81,20 +81,20 @@ FAULTS = {
 
 def test_audit_training_passes_an_opacus_loop() -> None:
     torch.manual_seed(0)
-    found = fedtune.audit_training(train_with_opacus, make_records(), **CLAIM, canaries=1000)
-    assert not found.refuted
-    assert 0.5 < found.fdp_bound < found.claimed_epsilon
-    assert found.lower_bound < found.fdp_bound
-    assert "this is no proof" in str(found)
+    result = fedtune.audit_training(train_with_opacus, make_records(), **CLAIM, canaries=1000)
+    assert not result.refuted
+    assert 0.5 < result.fdp_bound < result.claimed_epsilon
+    assert result.lower_bound < result.fdp_bound
+    assert "this is no proof" in str(result)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_audit_training_refutes_faulty_functions(fault: str) -> None:
     torch.manual_seed(0)
-    found = fedtune.audit_training(FAULTS[fault], make_records(), **CLAIM, canaries=1000)
-    assert found.refuted, str(found)
-    assert ("second training" in found.attack) == (fault == "a shared generator")
-    assert "REFUTED" in str(found)
+    result = fedtune.audit_training(FAULTS[fault], make_records(), **CLAIM, canaries=1000)
+    assert result.refuted, str(result)
+    assert ("second training" in result.attack) == (fault == "a shared generator")
+    assert "REFUTED" in str(result)
 
 
 @pytest.mark.parametrize(

@@ -41,16 +41,16 @@ def make_rows(columns: Mapping[str, Any], count: int = 60) -> list[dict[str, Any
 
 def detect_in_file(folder: Path, columns: Mapping[str, Any] | list[dict[str, Any]], **chosen: str) -> DetectedFile:
     """Detect the kind and roles of a file with these columns or rows."""
-    given = columns if isinstance(columns, list) else make_rows(columns)
-    (folder / "rows.json").write_text(json.dumps(given))
+    rows = columns if isinstance(columns, list) else make_rows(columns)
+    (folder / "rows.json").write_text(json.dumps(rows))
     return detect_columns(folder / "rows.json", chosen)
 
 
-def summarize_found(found: DetectedFile) -> str:
+def summarize_found(detected: DetectedFile) -> str:
     """Summarize a detection: kind, roles with differing column names, and unused columns."""
-    roles = " ".join(role if role == column else f"{role}={column}" for role, column in found.roles.items())
-    unread = " ".join(column for column, why in found.unread if why)
-    return f"{found.kind}: {roles}" + (f"; not {unread}" if unread else "")
+    roles = " ".join(role if role == column else f"{role}={column}" for role, column in detected.roles.items())
+    unread = " ".join(column for column, reason in detected.unread if reason)
+    return f"{detected.kind}: {roles}" + (f"; not {unread}" if unread else "")
 
 
 @pytest.fixture

@@ -30,13 +30,13 @@ def check_config(config: RunConfig) -> Checked:
     return check(config, load_tokenizer(config.model))
 
 
-def summarize_findings(some: Checked, file: int = 0) -> list[str]:
+def summarize_findings(checks: Checked, file: int = 0) -> list[str]:
     """Return kind, subtype, column and lines of each finding."""
-    found = []
-    for one in some.files[file].findings:
-        lines = (str(line) if like is None else f"{line}={like}" for line, like in one.lines)
-        found.append(" ".join(filter(None, (one.kind, one.what, one.column, *lines))))
-    return found
+    findings = []
+    for finding in checks.files[file].findings:
+        lines = (str(line) if like is None else f"{line}={like}" for line, like in finding.lines)
+        findings.append(" ".join(filter(None, (finding.kind, finding.what, finding.column, *lines))))
+    return findings
 
 
 def compose_over_rows(folder: Path, rows: Sequence[Mapping[str, Any]], *overrides: str) -> RunConfig:
@@ -49,7 +49,7 @@ def test_data_check_counts_all_errors_and_lists_the_first(tickets: Tickets) -> N
     rows = ["fine,sales", ",sales", "a,b,c", "text,strange", *[" ,billing"] * 30]
     (file,) = check_config(tickets(*rows)).files
     assert (file.rows, sum(file.uses.values()), len(file.errors)) == (34, 1, check_data.SHOWN)
-    assert [(key.rpartition(":")[2], what) for key, what, _ in file.errors[:3]] == [
+    assert [(key.rpartition(":")[2], problem) for key, problem, _ in file.errors[:3]] == [
         ("3, column 'body'", "blank"),
         ("4", "3 cells"),
         ("5, label", "not declared"),
@@ -61,9 +61,9 @@ def test_rows_sharing_a_line_are_numbered_separately(tickets: Tickets, tmp_path:
     rows = [{"body": text, "team": "sales"} for text in ("a", " ", "b", "a")]
     (tmp_path / "one_line.json").write_text(json.dumps(rows))
     config = tickets("a,sales")
-    some = check_config(replace(config, data=replace(config.data, train_file=str(tmp_path / "one_line.json"))))
-    assert (some.files[0].places, summarize_findings(some)) == ("rows", ["same 4=1"])
-    assert some.files[0].errors[0][0].startswith("row 2 (")
+    checks = check_config(replace(config, data=replace(config.data, train_file=str(tmp_path / "one_line.json"))))
+    assert (checks.files[0].places, summarize_findings(checks)) == ("rows", ["same 4=1"])
+    assert checks.files[0].errors[0][0].startswith("row 2 (")
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_span_offsets_are_checked_against_word_boundaries(
 ) -> None:
     rows = [{"text": f"naïve 😀 cards are lost {number}", "spans": [[first, end, "x"]]} for number in range(3)]
     columns = ("experiment=own_entities", "data.labels=[x]", "data.columns={text: text, spans: spans}")
-    found = summarize_findings(check_config(compose_over_rows(tmp_path, rows, *columns, "model=random_bert")))
+    findings = summarize_findings(check_config(compose_over_rows(tmp_path, rows, *columns, "model=random_bert")))
     expected = [] if way is None else [f"torn {way} 1 2 3".replace("  ", " ")]
-    assert [line for line in found if "torn" in line] == expected
+    assert [line for line in findings if "torn" in line] == expected
 
 
 def test_unreadable_file_is_reported_in_one_message(tickets: Tickets) -> None:
@@ -128,10 +128,10 @@ def test_truncated_and_sensitive_chats_are_reported(tmp_path: Path, answer: str,
 
 def test_test_records_in_the_training_data_are_reported(tickets: Tickets, tmp_path: Path) -> None:
     (tmp_path / "test.csv").write_text(f"body,team\n{LONG} now,sales\nother,sales\nknown,billing\n")
-    some = check_config(
+    checks = check_config(
         tickets(f"{LONG},sales", "known,billing", overrides=(f"data.test_file='{tmp_path / 'test.csv'}'",))
     )
-    assert summarize_findings(some, file=1) == ["overlap train 4=3", "near_overlap train 2=2"]
+    assert summarize_findings(checks, file=1) == ["overlap train 4=3", "near_overlap train 2=2"]
 
 
 def test_lengths_are_measured_before_truncation(tickets: Tickets) -> None:
@@ -146,16 +146,18 @@ def test_lengths_are_measured_before_truncation(tickets: Tickets) -> None:
 
 def test_duplicate_and_contradictory_pairs_are_reported(tmp_path: Path) -> None:
     pairs = ["a hotel, an inn, 4", "a car, a bus, 2", "an inn, a bus, 9", "a house, a hut, 3", "a car, an inn, 1"]
-    rows = [{"a": one, "b": other, "s": int(score)} for one, other, score in (pair.split(", ") for pair in pairs)]
+    rows = [
+        {"a": finding, "b": other, "s": int(score)} for finding, other, score in (pair.split(", ") for pair in pairs)
+    ]
     scored = ("experiment=own_pairs", "model=random_bert", "data.target_range=[0,5]", "federation.num_sites=2")
     scored += ("data.columns={text: a, other: b, target: s}",)
-    some = check_config(compose_over_rows(tmp_path, rows, *scored))
-    ((key, what, bound),) = some.files[0].errors
-    assert (key.endswith(":3, target"), what) == (True, "outside the range")
+    checks = check_config(compose_over_rows(tmp_path, rows, *scored))
+    ((key, problem, bound),) = checks.files[0].errors
+    assert (key.endswith(":3, target"), problem) == (True, "outside the range")
     assert bound == "must be in data.target_range: 0 to 5"
-    assert summarize_findings(some) == ["shared (one is in 2) 5=1"]
-    again = check_config(compose_over_rows(tmp_path, [*rows, rows[0], rows[3] | {"s": 5}], *scored))
-    assert {"same 6=1", "contradiction 7=4"} < set(summarize_findings(again)), "the same texts with another score"
+    assert summarize_findings(checks) == ["shared (one is in 2) 5=1"]
+    rechecked = check_config(compose_over_rows(tmp_path, [*rows, rows[0], rows[3] | {"s": 5}], *scored))
+    assert {"same 6=1", "contradiction 7=4"} < set(summarize_findings(rechecked)), "the same texts with another score"
 
 
 def test_invalid_spans_are_counted_without_quoting_text(tmp_path: Path) -> None:
@@ -169,17 +171,21 @@ def test_invalid_spans_are_counted_without_quoting_text(tmp_path: Path) -> None:
     rows = [{"text": text, "spans": spans} for text, spans in texts.items()]
     marked = ("experiment=own_entities", "data.columns={text: text, spans: spans}", "data.labels=[card,place]")
     checks = check_config(compose_over_rows(tmp_path, rows, *marked, "model=random_bert"))
-    (found,) = checks.files
+    (findings,) = checks.files
     assert "hidden 5" in summarize_findings(checks), "of two parts in one word one is learned"
-    assert [one[1] for one in found.errors] == ["spans that overlap", "a span outside the text", "not declared"]
-    assert sum(found.num_errors.values()) == 3
-    assert "secret" not in repr(found)
-    assert found.labels == {"card": 2, "place": 2}
+    assert [finding[1] for finding in findings.errors] == [
+        "spans that overlap",
+        "a span outside the text",
+        "not declared",
+    ]
+    assert sum(findings.num_errors.values()) == 3
+    assert "secret" not in repr(findings)
+    assert findings.labels == {"card": 2, "place": 2}
 
 
 def test_inconsistent_tags_and_truncated_words_are_reported(tmp_path: Path) -> None:
     tags = [["B-x", "I-x"], ["O", "I-x"], ["B-y", "I-x"], ["B-x", "L-x", "L-x"], ["U-x", "B-x", "E-x"], ["x", "x"]]
-    rows = [{"tokens": ["a"] * len(one), "tags": one} for one in tags]
+    rows = [{"tokens": ["a"] * len(finding), "tags": finding} for finding in tags]
     rows.append({"tokens": ["a"] * 20, "tags": ["O"] * 20})
     tagged = (
         "experiment=own_entities",
@@ -191,7 +197,11 @@ def test_inconsistent_tags_and_truncated_words_are_reported(tmp_path: Path) -> N
 
     def list_found(windows: int) -> list[str]:
         config = compose_over_rows(tmp_path, rows, *tagged, f"data.windows={windows}")
-        return [one for one in summarize_findings(check_config(config)) if one.startswith(("scheme", "cut", "lost"))]
+        return [
+            finding
+            for finding in summarize_findings(check_config(config))
+            if finding.startswith(("scheme", "cut", "lost"))
+        ]
 
     assert list_found(1) == ["cut 7", "lost 7", "scheme 2 3 4"]
     assert list_found(3) == ["scheme 2 3 4"], "windows have room for all"
@@ -203,20 +213,20 @@ def test_reported_sizes_match_the_simulation(tickets: Tickets) -> None:
     config = tickets(*rows, overrides=(*shares, "federation.num_sites=3"))
     columns = get_task(config.task).columns(config.data, partition=True)
     dealt = partition_training_files(config.data, columns, config.federation.names, seed=config.seed)
-    some = check_config(config)
-    assert [one["true"] for one in some.sizes.values()] == [len(site.training) for site in dealt.sites]
+    checks = check_config(config)
+    assert [finding["true"] for finding in checks.sizes.values()] == [len(site.training) for site in dealt.sites]
     sites = {"train": sum(len(site.training) for site in dealt.sites)}
     sites |= {"held out": sum(len(site.heldout) for site in dealt.sites), "test": len(dealt.test)}
-    assert some.files[0].uses == {**sites, "unused": 200 - sum(sites.values())}
-    assert all(some.files[0].uses.values())
-    assert {one["declared"] for one in some.sizes.values()} == {10}
+    assert checks.files[0].uses == {**sites, "unused": 200 - sum(sites.values())}
+    assert all(checks.files[0].uses.values())
+    assert {finding["declared"] for finding in checks.sizes.values()} == {10}
 
 
 def test_reported_sizes_count_users_at_user_level(tmp_path: Path) -> None:
-    rows = [{"body": f"post {place}", "who": f"u{place % 7}"} for place in range(50)]
-    of_users = ("privacy.unit=user", "data.columns={text: body, user: who}", "federation.num_sites=2")
-    config = compose_over_rows(tmp_path, rows, "experiment=own_text", "model=random_llama", *of_users)
-    assert sum(one["true"] for one in check_config(config).sizes.values()) == 7
+    rows = [{"body": f"post {number}", "who": f"u{number % 7}"} for number in range(50)]
+    settings = ("privacy.unit=user", "data.columns={text: body, user: who}", "federation.num_sites=2")
+    config = compose_over_rows(tmp_path, rows, "experiment=own_text", "model=random_llama", *settings)
+    assert sum(finding["true"] for finding in check_config(config).sizes.values()) == 7
 
 
 def test_findings_contain_no_record_text(tickets: Tickets) -> None:
@@ -228,9 +238,9 @@ def test_findings_contain_no_record_text(tickets: Tickets) -> None:
 def test_undeclared_site_is_an_error_without_quotation(tickets: Tickets) -> None:
     overrides = ("data.columns={text: body, label: team, site: body}", "data.partition.kind=column")
     overrides += ("data.partition.sites={north: 0, south: 1}",)
-    some = check_config(tickets("north,sales", "south,sales", "Xyzzy,sales", overrides=overrides))
-    assert [what for _, what, _ in some.files[0].errors] == ["another site"]
-    assert [one["true"] for one in some.sizes.values()] == [1, 1]
+    checks = check_config(tickets("north,sales", "south,sales", "Xyzzy,sales", overrides=overrides))
+    assert [problem for _, problem, _ in checks.files[0].errors] == ["another site"]
+    assert [finding["true"] for finding in checks.sizes.values()] == [1, 1]
 
 
 def test_real_site_file_is_checked_with_policy_settings(tickets: Tickets, tmp_path: Path, site_policy: Any) -> None:
@@ -239,9 +249,9 @@ def test_real_site_file_is_checked_with_policy_settings(tickets: Tickets, tmp_pa
     columns = {"text": "words", "label": "kind", "user": "who"}
     dataset = Dataset(id="letters", declared_size=500, path="own.csv", columns=columns)
     policy: Policy = replace(site_policy("north"), dataset=(dataset,), population=Population(name="letters"))
-    some = check_config(derive_settings_for_own_site(config, policy, folder=tmp_path))
-    assert some.sizes == {"north": {"declared": 500, "true": 2}}
-    assert [file.uses for file in some.files] == [{"train": 2}]
+    checks = check_config(derive_settings_for_own_site(config, policy, folder=tmp_path))
+    assert checks.sizes == {"north": {"declared": 500, "true": 2}}
+    assert [file.uses for file in checks.files] == [{"train": 2}]
     strange = replace(config, data=replace(config.data, dataset="others"))
     with pytest.raises(ConfigError, match=r"data.dataset = 'others': must be a data set of the site's policy"):
         derive_settings_for_own_site(strange, policy, folder=tmp_path)

@@ -24,8 +24,8 @@ def clean_file(
         columns, lambda record: fault(record.fields.get("label", "")), drop=drop, mask=mask, named=named
     )
     with open_new_streams(("--out", out)) as (stream,):
-        done = clean(path, stream, cleaning)
-    return done, [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+        report = clean(path, stream, cleaning)
+    return report, [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 
 def write_rows(folder: Path, *rows: Mapping[str, object] | str) -> Path:
@@ -43,7 +43,7 @@ LONG = "the printer on the third floor has been broken since Monday and nobody c
 
 
 @pytest.mark.parametrize(
-    ("rules", "rows", "kept"),
+    ("rules", "rows", "masked"),
     [
         ("empty", [make_row(" "), make_row(None), make_row("a"), make_row("b", "other")], [2, 3]),
         ("unusable", [make_row(" "), make_row(7), make_row("a"), make_row("b", "other")], [2]),
@@ -56,27 +56,27 @@ LONG = "the printer on the third floor has been broken since Monday and nobody c
         ("personal duplicates", [make_row("say a@b.de"), make_row("say a@b.de", "billing"), make_row("c")], [2]),
     ],
 )
-def test_cleaning_rule_drops_only_matching_rows(tmp_path: Path, rules: str, rows: list[Any], kept: list[int]) -> None:
-    first, *_ = given = rules.split()
-    done, left = clean_file(write_rows(tmp_path, *rows), *given)
-    assert left == [rows[place] for place in kept]
-    assert done == Cleaned(kept=len(kept), dropped=Counter({first: len(rows) - len(kept)}))
+def test_cleaning_rule_drops_only_matching_rows(tmp_path: Path, rules: str, rows: list[Any], masked: list[int]) -> None:
+    first, *_ = rows_in = rules.split()
+    report, remaining = clean_file(write_rows(tmp_path, *rows), *rows_in)
+    assert remaining == [rows[index] for index in masked]
+    assert report == Cleaned(kept=len(masked), dropped=Counter({first: len(rows) - len(masked)}))
 
 
 def test_masking_keeps_user_ids_and_masks_other_text(tmp_path: Path) -> None:
     columns = {**COLUMNS, "user": "who"}
     path = write_rows(tmp_path, make_row("to a@b.de", who="c@d.de", note={"n": ["e@f.de", 1]}))
-    done, left = clean_file(path, mask=True, columns=columns)
-    assert left == [make_row("to [e-mail]", who="c@d.de", note={"n": ["[e-mail]", 1]})]
-    assert done.masked == {"e-mail": 2}
+    report, remaining = clean_file(path, mask=True, columns=columns)
+    assert remaining == [make_row("to [e-mail]", who="c@d.de", note={"n": ["[e-mail]", 1]})]
+    assert report.masked == {"e-mail": 2}
 
 
 def test_numbers_and_user_ids_are_not_masked(tmp_path: Path) -> None:
     columns = {"feature:age": "age", "feature:states": "states", "time": "months", "event": "died", "text": "note"}
     card, mail = "4111111111111111", "a@b.de"
-    given = {"age": card, "states": f"[{card}]", "months": card, "died": "1", "who": mail, "note": f"by {mail}"}
-    _, left = clean_file(write_rows(tmp_path, given), mask=True, columns=columns, user="who")
-    assert left == [given | {"note": "by [e-mail]"}]
+    rows_in = {"age": card, "states": f"[{card}]", "months": card, "died": "1", "who": mail, "note": f"by {mail}"}
+    _, remaining = clean_file(write_rows(tmp_path, rows_in), mask=True, columns=columns, user="who")
+    assert remaining == [rows_in | {"note": "by [e-mail]"}]
 
 
 @pytest.mark.parametrize(("words", "marks"), [("text", "spans"), ("tokens", "tags")])
@@ -89,8 +89,8 @@ def test_masking_is_refused_for_annotated_text(tmp_path: Path, words: str, marks
 def test_records_with_different_outcomes_are_not_duplicates(tmp_path: Path) -> None:
     rows = [{"age": 50, "months": months, "died": died} for months, died in [(3, 1), (3, 0), (5, 1), (3.0, 1)]]
     columns = {"feature:age": "age", "time": "months", "event": "died"}
-    done, left = clean_file(write_rows(tmp_path, *rows), "duplicates", columns=columns)
-    assert (left, done.dropped) == (rows[:3], {"duplicates": 1})
+    report, remaining = clean_file(write_rows(tmp_path, *rows), "duplicates", columns=columns)
+    assert (remaining, report.dropped) == (rows[:3], {"duplicates": 1})
 
 
 def test_other_column_values_are_kept_or_become_text(tmp_path: Path) -> None:
@@ -102,8 +102,8 @@ def test_other_column_values_are_kept_or_become_text(tmp_path: Path) -> None:
     day = datetime.date(2026, 1, 2)
     table = {"body": ["ä"], "team": ["sales"], "day": [day], "number": [float("nan")], "count": [3]}
     parquet.write_table(pyarrow.table(table), tmp_path / "rows.parquet")
-    _, left = clean_file(tmp_path / "rows.parquet")
-    assert left == [{"body": "ä", "team": "sales", "day": "2026-01-02", "number": None, "count": 3}]
+    _, remaining = clean_file(tmp_path / "rows.parquet")
+    assert remaining == [{"body": "ä", "team": "sales", "day": "2026-01-02", "number": None, "count": 3}]
 
 
 def test_existing_output_file_is_never_overwritten(tmp_path: Path) -> None:
@@ -123,15 +123,20 @@ def test_cleaning_without_remaining_rows_writes_no_file(tmp_path: Path) -> None:
 
 def test_json_text_is_masked_inside_and_stays_valid(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "write to\na@b.example"}, {"role": "assistant", "content": "done"}]
-    about = {"from": {"mail": "c@d.example", "phone": 493012345678, "n": 3}, "odd": "[not json"}
+    details = {"from": {"mail": "c@d.example", "phone": 493012345678, "n": 3}, "odd": "[not json"}
     calm = '{"spaces":1 ,  "kept": [true]}'
-    given = {"chosen": json.dumps(turns), "rejected": json.dumps(turns[:1]), "about": json.dumps(about), "calm": calm}
-    _, (kept,) = clean_file(
-        write_rows(tmp_path, given), mask=True, columns={role: role for role in ("chosen", "rejected")}
+    rows_in = {
+        "chosen": json.dumps(turns),
+        "rejected": json.dumps(turns[:1]),
+        "about": json.dumps(details),
+        "calm": calm,
+    }
+    _, (masked,) = clean_file(
+        write_rows(tmp_path, rows_in), mask=True, columns={role: role for role in ("chosen", "rejected")}
     )
-    assert json.loads(kept["chosen"])[0] == {"role": "user", "content": "write to\n[e-mail]"}
-    assert json.loads(kept["chosen"])[1] == turns[1]
-    assert json.loads(kept["rejected"]) == json.loads(kept["chosen"])[:1]
-    inside = json.loads(kept["about"])
-    assert (inside["from"]["mail"], inside["from"]["n"], inside["odd"]) == ("[e-mail]", 3, "[not json")
-    assert kept["calm"] == calm, "as it was, where nothing is masked"
+    assert json.loads(masked["chosen"])[0] == {"role": "user", "content": "write to\n[e-mail]"}
+    assert json.loads(masked["chosen"])[1] == turns[1]
+    assert json.loads(masked["rejected"]) == json.loads(masked["chosen"])[:1]
+    inner = json.loads(masked["about"])
+    assert (inner["from"]["mail"], inner["from"]["n"], inner["odd"]) == ("[e-mail]", 3, "[not json")
+    assert masked["calm"] == calm, "as it was, where nothing is masked"

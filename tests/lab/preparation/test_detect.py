@@ -125,9 +125,9 @@ KINDS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("columns", "expected"), KINDS, ids=range(len(KINDS)))
 def test_file_kind_and_unread_columns_are_detected(tmp_path: Path, columns: dict[str, Any], expected: str) -> None:
-    found = detect_in_file(tmp_path, columns)
-    assert summarize_found(found) == expected
-    assert [role for role, *_ in found.options] == list(found.roles)
+    detected = detect_in_file(tmp_path, columns)
+    assert summarize_found(detected) == expected
+    assert [role for role, *_ in detected.options] == list(detected.roles)
 
 
 @pytest.mark.parametrize(
@@ -138,19 +138,19 @@ def test_file_kind_and_unread_columns_are_detected(tmp_path: Path, columns: dict
     ],
 )
 def test_scores_get_the_smallest_common_scale(tmp_path: Path, scores: Any, scale: object) -> None:
-    given = make_rows({"text1": make_own_text, "text2": make_own_text, "similarity": scores}, 9)
-    found = detect_in_file(tmp_path, given)
-    assert (found.kind, found.settings) == ("scored", {"target_range": scale})
+    rows = make_rows({"text1": make_own_text, "text2": make_own_text, "similarity": scores}, 9)
+    detected = detect_in_file(tmp_path, rows)
+    assert (detected.kind, detected.settings) == ("scored", {"target_range": scale})
     with pytest.raises(DataError, match="columns text1, text2 = 'several texts or images'"):
-        detect_in_file(tmp_path, [row | {"similarity": 3} for row in given])  # what never changes is no score
+        detect_in_file(tmp_path, [row | {"similarity": 3} for row in rows])  # what never changes is no score
     with pytest.raises(DataError, match=r"column similarity = '.*text': must have 2 to 200 distinct texts"):
-        detect_in_file(tmp_path, [*given, given[0] | {"similarity": "very"}])
+        detect_in_file(tmp_path, [*rows, rows[0] | {"similarity": "very"}])
 
 
 def test_single_outlier_does_not_change_the_scale(tmp_path: Path) -> None:
-    given = make_rows({"text": make_own_text, "rating": lambda n: 1 + n % 17 / 2})
-    given[7]["rating"] = 87.31
-    assert detect_in_file(tmp_path, given).settings == {"target_range": (0.0, 10.0)}
+    rows = make_rows({"text": make_own_text, "rating": lambda n: 1 + n % 17 / 2})
+    rows[7]["rating"] = 87.31
+    assert detect_in_file(tmp_path, rows).settings == {"target_range": (0.0, 10.0)}
 
 
 TWO_TEXTS = {
@@ -193,11 +193,11 @@ SEVERAL = {
 def test_column_roles_can_be_chosen_explicitly(
     tmp_path: Path, columns: dict[str, Any], chosen: str, expected: str
 ) -> None:
-    options = dict(one.split("=") for one in chosen.split())
+    options = dict(choice.split("=") for choice in chosen.split())
     assert summarize_found(detect_in_file(tmp_path, columns, **options)).partition(";")[0] == expected
 
 
-@pytest.mark.parametrize(("chosen", "message"), read_cases(__file__, "choices_that_do_not_fit"))
+@pytest.mark.parametrize(("chosen", "message"), read_cases(__file__, "invalid_choices"))
 def test_unsuitable_column_choice_is_refused(tmp_path: Path, chosen: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         detect_in_file(tmp_path, make_rows({"body": make_own_text, "n": int}, 400), **chosen)
@@ -206,8 +206,8 @@ def test_unsuitable_column_choice_is_refused(tmp_path: Path, chosen: dict[str, s
 
 def test_unreadable_rows_are_counted_and_the_first_five_are_listed(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{\n" * 20 + '{"body": "a text"}\n')
-    found = detect_columns(tmp_path / "rows.jsonl", {})
-    assert (found.rows, found.num_faults, len(found.faults)) == (1, 20, 5)
+    detected = detect_columns(tmp_path / "rows.jsonl", {})
+    assert (detected.rows, detected.num_faults, len(detected.faults)) == (1, 20, 5)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +227,8 @@ def test_unreadable_rows_are_counted_and_the_first_five_are_listed(tmp_path: Pat
 def test_single_outlier_does_not_change_detected_columns(
     tmp_path: Path, columns: dict[str, Any], odd: dict[str, Any]
 ) -> None:
-    given = make_rows(columns)
-    before, after = detect_in_file(tmp_path, given), detect_in_file(tmp_path, [given[0] | odd, *given[1:]])
+    rows = make_rows(columns)
+    before, after = detect_in_file(tmp_path, rows), detect_in_file(tmp_path, [rows[0] | odd, *rows[1:]])
     assert (summarize_found(after), set(after.labels)) == (summarize_found(before), set(before.labels))
     ((column, value),) = odd.items()
     assert value in (None, [], 0) or [count for _, count, _ in after.columns[column].strange] == [1], "it is shown"
@@ -259,9 +259,9 @@ PERSONS = (
     ("name", "odd"), [*((name, None) for name in PERSONS), *(("user_id", odd) for odd in ("", "NA", 1.5, ["a"]))]
 )
 def test_person_column_defines_the_privacy_unit_despite_odd_rows(tmp_path: Path, name: str, odd: object) -> None:
-    given = make_rows(LABELED | {name: repeat_texts(9)})
-    given[3][name] = odd
-    assert summarize_found(detect_in_file(tmp_path, given)) == f"labeled: text label user={name}"
+    rows = make_rows(LABELED | {name: repeat_texts(9)})
+    rows[3][name] = odd
+    assert summarize_found(detect_in_file(tmp_path, rows)) == f"labeled: text label user={name}"
 
 
 def test_decimal_ids_are_recognized_as_persons(tmp_path: Path) -> None:
@@ -273,9 +273,9 @@ def test_decimal_ids_are_recognized_as_persons(tmp_path: Path) -> None:
 
 def test_second_person_column_is_suggested(tmp_path: Path) -> None:
     columns = LABELED | {"author": repeat_texts(3), "patient": repeat_texts(9)}
-    found = detect_in_file(tmp_path, columns)
-    assert found.roles["user"] == "patient"
-    assert "--user author" in dict(found.unread)["author"]
+    detected = detect_in_file(tmp_path, columns)
+    assert detected.roles["user"] == "patient"
+    assert "--user author" in dict(detected.unread)["author"]
     assert detect_in_file(tmp_path, columns, user="author").roles["user"] == "author"
 
 
@@ -312,8 +312,8 @@ def test_tag_scheme_is_detected_per_column(tmp_path: Path, tags: Any, labels: di
 
 
 def test_binary_label_next_to_a_time_suggests_survival(tmp_path: Path) -> None:
-    found = detect_in_file(tmp_path, {"run_hours": lambda n: n / 7, "censored": (0, 1)}, label="censored")
-    assert "censored may be an event: --time run_hours --event censored." in found.notes
+    detected = detect_in_file(tmp_path, {"run_hours": lambda n: n / 7, "censored": (0, 1)}, label="censored")
+    assert "censored may be an event: --time run_hours --event censored." in detected.notes
 
 
 def test_unsupported_image_formats_are_counted(tmp_path: Path) -> None:

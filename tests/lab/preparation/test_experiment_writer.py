@@ -68,8 +68,8 @@ def write_lines(folder: Path, *rows: dict[str, Any]) -> Path:
 
 
 def test_labels_resembling_yaml_values_stay_strings(tmp_path: Path) -> None:
-    made = write_experiment(write_table(tmp_path, 60, labels=("yes", "1", "null", "a: b", "# c", "ä")))
-    assert made.compose().data.labels == ("1", "# c", "a: b", "null", "yes", "ä")
+    written = write_experiment(write_table(tmp_path, 60, labels=("yes", "1", "null", "a: b", "# c", "ä")))
+    assert written.compose().data.labels == ("1", "# c", "a: b", "null", "yes", "ä")
 
 
 @pytest.mark.parametrize(("rows", "sites"), [(100, 2), (999, 2), (1000, 3), (5000, 4)])
@@ -79,11 +79,11 @@ def test_number_of_sites_follows_the_number_of_rows(tmp_path: Path, rows: int, s
 
 def test_prompt_template_suggestion_composes(tmp_path: Path) -> None:
     columns = ("title", "summary", "text")
-    given = [{name: f"{name} of {n} in some words" * 2**at for at, name in enumerate(columns)} for n in range(40)]
-    made = write_experiment(write_lines(tmp_path, *({**row, "label": "ab"[n % 2]} for n, row in enumerate(given))))
-    assert made.compose().data.prompt_template == "{prompt}"
-    page = made.text.replace("  columns:", "  # was:").replace("  # columns:", "  columns:")
-    data = made.compose(page.replace("  # prompt_template", "  prompt_template")).data
+    rows = [{name: f"{name} of {n} in some words" * 2**power for power, name in enumerate(columns)} for n in range(40)]
+    written = write_experiment(write_lines(tmp_path, *({**row, "label": "ab"[n % 2]} for n, row in enumerate(rows))))
+    assert written.compose().data.prompt_template == "{prompt}"
+    page = written.text.replace("  columns:", "  # was:").replace("  # columns:", "  columns:")
+    data = written.compose(page.replace("  # prompt_template", "  prompt_template")).data
     assert data.columns == {"text": "text", "label": "label", "input": "title", "part_2": "summary"}
     assert data.prompt_template == "{input}\n\n{part_2}\n\n{text}"
 
@@ -101,9 +101,9 @@ def test_span_experiment_has_windows(tmp_path: Path, words: int, length: int, wi
 
 def test_scored_pairs_experiment_declares_the_scale(tmp_path: Path) -> None:
     rows = [{"sentence1": f"text {n}", "sentence2": "another text", "score": n % 6} for n in range(60)]
-    made = write_experiment(write_lines(tmp_path, *rows))
-    assert (made.plan.base, made.plan.usable, len(made.plan.lengths)) == ("own_pairs", 60, 60)
-    data = made.compose().data
+    written = write_experiment(write_lines(tmp_path, *rows))
+    assert (written.plan.base, written.plan.usable, len(written.plan.lengths)) == ("own_pairs", 60, 60)
+    data = written.compose().data
     assert data.target_range == (0.0, 5.0)
     assert data.columns == {"text": "sentence1", "other": "sentence2", "target": "score"}
 
@@ -111,18 +111,18 @@ def test_scored_pairs_experiment_declares_the_scale(tmp_path: Path) -> None:
 def test_preference_experiment_declares_chat_turns(tmp_path: Path) -> None:
     rows = [{"chosen": turns(f"where {n}", "there"), "rejected": turns(f"where {n}", "no")} for n in range(60)]
     rows[7]["rejected"] = turns("what else", "no")
-    made = write_experiment(write_lines(tmp_path, *rows), model="random_llama")
-    plan, data = made.plan, made.compose().data
+    written = write_experiment(write_lines(tmp_path, *rows), model="random_llama")
+    plan, data = written.plan, written.compose().data
     assert (plan.usable, plan.left_out.count, plan.turns) == (59, 1, "plain")
     assert (data.columns, data.on_bad_record) == ({"chosen": "chosen", "rejected": "rejected"}, "skip")
 
 
 @pytest.mark.parametrize(("rows", "delta"), [(400, 1e-5), (600_000, 1e-7)])
 def test_delta_and_declared_size_follow_the_site_share(tmp_path: Path, rows: int, delta: float) -> None:
-    made = write_experiment(write_table(tmp_path, 400))
-    large = replace(made.plan, usable=rows, units=rows)
+    written = write_experiment(write_table(tmp_path, 400))
+    large = replace(written.plan, usable=rows, units=rows)
     settings = yaml.safe_load(
-        experiment_writer.render_experiment(detect_columns(made.path, {}), large, file=tmp_path / "own.yaml")
+        experiment_writer.render_experiment(detect_columns(written.path, {}), large, file=tmp_path / "own.yaml")
     )
     size = experiment_writer.suggest_declared_size(large)
     assert settings["data"]["declared_sizes"] == size
@@ -139,18 +139,18 @@ def test_every_written_setting_has_a_comment(tmp_path: Path) -> None:
 
 
 def test_long_records_are_counted_and_truncated(tmp_path: Path) -> None:
-    made = write_experiment(
+    written = write_experiment(
         write_lines(tmp_path, *({"body": "word " * size} for size in (5, 50, 5000))), model="random_llama"
     )
-    assert made.plan.max_length == 256
-    assert f"{1 + int(made.plan.lengths[1] > 256)} of 3 records are longer and are truncated" in made.text
+    assert written.plan.max_length == 256
+    assert f"{1 + int(written.plan.lengths[1] > 256)} of 3 records are longer and are truncated" in written.text
 
 
 def test_unusable_rows_are_reported_and_skipped(tmp_path: Path) -> None:
-    made = write_experiment(write_table(tmp_path, 60, more=" ,yes\na,b,c\n"))
+    written = write_experiment(write_table(tmp_path, 60, more=" ,yes\na,b,c\n"))
     left_out = {"must not be blank (role text)": 1, "must have 2 cells, like the header": 1}
-    assert (made.plan.usable, made.plan.left_out) == (60, SkippedRows(rows=62, reasons=left_out))
-    assert made.settings["data"]["on_bad_record"] == "skip"
+    assert (written.plan.usable, written.plan.left_out) == (60, SkippedRows(rows=62, reasons=left_out))
+    assert written.settings["data"]["on_bad_record"] == "skip"
 
 
 def test_run_name_and_next_command_follow_the_file_name() -> None:
@@ -162,14 +162,14 @@ def test_run_name_and_next_command_follow_the_file_name() -> None:
 
 def test_estimated_lengths_match_the_training_examples(tmp_path: Path) -> None:
     path = write_lines(tmp_path, *[{"messages": turns("who is there?", "nobody at all")}] * 30)
-    made = write_experiment(path, model="random_llama")
-    assert (made.plan.turns, made.settings["data"]["chat_template"]) == ("plain", "plain"), "it has no template"
+    written = write_experiment(path, model="random_llama")
+    assert (written.plan.turns, written.settings["data"]["chat_template"]) == ("plain", "plain"), "it has no template"
     overrides = ["experiment=own_text", "model=random_llama", "data.train_file=x", "data.declared_sizes=2"]
     overrides += ["lora.layers=null", "lora.target_modules=all-linear", "data.columns={messages: messages}"]
     config = compose_run([*overrides, "data.chat_template=plain", "data.max_length=200"])
     records = list(iter_records(path, config.data.columns))
     tokenized = get_task(config.task).tokenize(records, load_tokenizer(config.model), data=config.data)
-    assert made.plan.lengths.tolist() == tokenized.lengths.tolist()
+    assert written.plan.lengths.tolist() == tokenized.lengths.tolist()
 
 
 @pytest.mark.parametrize(
@@ -192,9 +192,9 @@ def test_tokens_unknown_to_the_model_are_counted(tmp_path: Path, monkeypatch: py
 
 def test_numeric_labels_are_sorted_and_unused_labels_omitted(tmp_path: Path) -> None:
     numbers = tuple(map(str, range(1, 11)))
-    made = write_experiment(write_table(tmp_path, 200, labels=numbers, more=",never with a text\n" * 30))
-    assert made.settings["data"]["labels"] == list(numbers)
-    assert "Not a class, because at most one usable row has it: 1 label." in made.notes
+    written = write_experiment(write_table(tmp_path, 200, labels=numbers, more=",never with a text\n" * 30))
+    assert written.settings["data"]["labels"] == list(numbers)
+    assert "Not a class, because at most one usable row has it: 1 label." in written.notes
     assert experiment_writer.sort_labels(["10 stars", "-1", "2 stars", "b", "1.5"]) == [
         "-1",
         "1.5",
@@ -207,20 +207,20 @@ def test_numeric_labels_are_sorted_and_unused_labels_omitted(tmp_path: Path) -> 
 @pytest.mark.parametrize("separator", ["", ";b"])
 def test_label_of_a_single_row_is_not_published(tmp_path: Path, separator: str) -> None:
     labels = (f"yes{separator}", f"no{separator}", "yes")
-    made = write_experiment(write_table(tmp_path, 60, labels=labels, more=f"a text,a rare case{separator}\n"))
-    assert made.settings["data"]["labels"] == sorted({"no", "yes", *separator.removeprefix(";")})
-    assert "at most one usable row has it: 1 label." in made.notes
+    written = write_experiment(write_table(tmp_path, 60, labels=labels, more=f"a text,a rare case{separator}\n"))
+    assert written.settings["data"]["labels"] == sorted({"no", "yes", *separator.removeprefix(";")})
+    assert "at most one usable row has it: 1 label." in written.notes
 
 
 @pytest.mark.parametrize("words", [120, 5000])
 def test_max_length_covers_most_texts(tmp_path: Path, words: int) -> None:
     rows = [{"body": "ab " * (words if number % 20 else 3 * words), "kind": "ab"[number % 2]} for number in range(200)]
-    made = write_experiment(write_lines(tmp_path, *rows))
-    usual = int(made.plan.lengths[1])
-    assert usual > 256, "which a record of such a file has at most otherwise"
-    assert made.plan.max_length == min(512, -(-usual // 16) * 16)
-    lost = int((made.plan.lengths > made.plan.max_length).sum())
-    assert made.notes.splitlines()[-1].startswith(f"{lost:,} of 200 records are longer than max_length (")
+    written = write_experiment(write_lines(tmp_path, *rows))
+    median = int(written.plan.lengths[1])
+    assert median > 256, "which a record of such a file has at most otherwise"
+    assert written.plan.max_length == min(512, -(-median // 16) * 16)
+    truncated = int((written.plan.lengths > written.plan.max_length).sum())
+    assert written.notes.splitlines()[-1].startswith(f"{truncated:,} of 200 records are longer than max_length (")
 
 
 def test_note_warns_about_truncated_contexts(tmp_path: Path) -> None:
@@ -228,15 +228,15 @@ def test_note_warns_about_truncated_contexts(tmp_path: Path) -> None:
         {"question": f"what of {n}?", "context": "a " * (3000 if n % 5 else 3), "answer": f"it is {n}, and so"}
         for n in range(60)
     ]
-    made = write_experiment(write_lines(tmp_path, *rows), model="random_llama")
-    assert "and lose the middle of their longest text" in made.notes
+    written = write_experiment(write_lines(tmp_path, *rows), model="random_llama")
+    assert "and lose the middle of their longest text" in written.notes
 
 
 def test_single_long_record_does_not_change_max_length(tmp_path: Path) -> None:
     before = write_experiment(write_table(tmp_path, 120)).plan.max_length
-    made = write_experiment(write_table(tmp_path, 120, more=f"{'word ' * 200},yes\n"))
-    assert made.plan.max_length == before
-    assert "; 1 of 121 records are longer and are truncated" in made.text
+    written = write_experiment(write_table(tmp_path, 120, more=f"{'word ' * 200},yes\n"))
+    assert written.plan.max_length == before
+    assert "; 1 of 121 records are longer and are truncated" in written.text
 
 
 # Sites by a column, and persons.
@@ -277,17 +277,17 @@ def test_site_column_with_split_persons_is_refused(tmp_path: Path) -> None:
 
 
 def test_sites_count_persons_and_skip_rows_without_an_id(tmp_path: Path) -> None:
-    made = write_visits(tmp_path, lambda number: f"p{number // 4}", blank=2, site="org")
-    assert (made.plan.places, made.plan.units, made.plan.left_out.count) == ({"N": 25, "S": 25}, 50, 2)
-    assert (made.settings["data"]["declared_sizes"], made.settings["data"]["on_bad_record"]) == ([17, 17], "skip")
-    made = write_visits(tmp_path, lambda number: f"p{number}" if number else "")
-    assert (made.plan.units, made.plan.usable, made.plan.left_out.count) == (199, 199, 1)
-    assert (made.settings["privacy"]["unit"], made.settings["data"]["on_bad_record"]) == ("user", "skip"), (
+    written = write_visits(tmp_path, lambda number: f"p{number // 4}", blank=2, site="org")
+    assert (written.plan.places, written.plan.units, written.plan.left_out.count) == ({"N": 25, "S": 25}, 50, 2)
+    assert (written.settings["data"]["declared_sizes"], written.settings["data"]["on_bad_record"]) == ([17, 17], "skip")
+    written = write_visits(tmp_path, lambda number: f"p{number}" if number else "")
+    assert (written.plan.units, written.plan.usable, written.plan.left_out.count) == (199, 199, 1)
+    assert (written.settings["privacy"]["unit"], written.settings["data"]["on_bad_record"]) == ("user", "skip"), (
         "one has no id"
     )
 
 
 def test_ids_differing_only_in_case_are_counted(tmp_path: Path) -> None:
-    made = write_visits(tmp_path, lambda number: f"{'Pp'[number % 2]}{number // 2 % 50}@example.org")
-    assert (made.plan.units, made.plan.alike) == (100, 50)
-    assert "50 ids of persons are like another" in made.notes
+    written = write_visits(tmp_path, lambda number: f"{'Pp'[number % 2]}{number // 2 % 50}@example.org")
+    assert (written.plan.units, written.plan.alike) == (100, 50)
+    assert "50 ids of persons are like another" in written.notes

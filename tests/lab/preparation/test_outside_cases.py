@@ -58,7 +58,7 @@ def test_misleading_column_layouts_are_refused(tmp_path: Path, columns: dict[str
 
 
 @pytest.mark.parametrize(
-    ("columns", "name", "why"),
+    ("columns", "name", "reason"),
     [
         ({"messages": [ASK, SAY | {"reasoning_content": "hm"}]}, "messages: reasoning_content", "runs ignore it"),
         ({"messages": [ASK, SAY | {"masked": 1}]}, "messages: masked", "runs ignore it"),
@@ -73,8 +73,10 @@ def test_misleading_column_layouts_are_refused(tmp_path: Path, columns: dict[str
         ),
     ],
 )
-def test_unused_columns_are_listed_with_a_reason(tmp_path: Path, columns: dict[str, Any], name: str, why: str) -> None:
-    assert why in dict(detect_in_file(tmp_path, columns).unread)[name]
+def test_unused_columns_are_listed_with_a_reason(
+    tmp_path: Path, columns: dict[str, Any], name: str, reason: str
+) -> None:
+    assert reason in dict(detect_in_file(tmp_path, columns).unread)[name]
 
 
 @pytest.mark.parametrize(
@@ -85,14 +87,14 @@ def test_unused_columns_are_listed_with_a_reason(tmp_path: Path, columns: dict[s
     ],
 )
 def test_label_spelling_variants_are_listed(labels: tuple[str, str]) -> None:
-    (said,) = experiment_writer.describe_spellings([*labels, "other", "2.5"])
-    assert said.startswith(f"The labels {labels[0]!a}, {labels[1]!a} look alike")
+    (note,) = experiment_writer.describe_spellings([*labels, "other", "2.5"])
+    assert note.startswith(f"The labels {labels[0]!a}, {labels[1]!a} look alike")
 
 
 @pytest.mark.parametrize("end", ['d "e",ok', 'd",ok,ok'])
 def test_unclosed_quote_error_contains_the_swallowed_lines(tmp_path: Path, end: str) -> None:
     path = write_table(tmp_path, "text,label", '"begins a quote,ok', "b,ok", "c,ok", end, "f,ok")
-    (fault, last) = [found for _, found in read_table(path, None, comma=",")]
+    (fault, last) = [fault_text for _, fault_text in read_table(path, None, comma=",")]
     assert isinstance(fault, DataError)
     assert str(fault.value).endswith(", over 4 lines")
     assert fault.bound.endswith("swallows all lines up to the next quote")

@@ -8,7 +8,7 @@ from ...cases import read_cases
 
 
 @pytest.mark.parametrize(
-    ("text", "kind", "whole"),
+    ("text", "kind", "identifier"),
     [
         ("write to a.b+c@mail.example.org today", "e-mail", "a.b+c@mail.example.org"),
         ("DE89 3704 0044 0532 0130 00 BITTE BALD", "IBAN", "DE89 3704 0044 0532 0130 00"),
@@ -23,9 +23,9 @@ from ...cases import read_cases
         *(("Tel. 0171/1234567", "phone number", "0171/1234567"), ("(555) 234-5678", "phone number", "(555) 234-5678")),
     ],
 )
-def test_find_identifiers_matches_each_identifier_once(text: str, kind: str, whole: str) -> None:
-    assert [(found, text[start:end]) for found, start, end in find_identifiers(text)] == [(kind, whole)]
-    assert mask_identifiers(text) == (text.replace(whole, f"[{kind}]"), [kind])
+def test_find_identifiers_matches_each_identifier_once(text: str, kind: str, identifier: str) -> None:
+    assert [(kind_found, text[start:end]) for kind_found, start, end in find_identifiers(text)] == [(kind, identifier)]
+    assert mask_identifiers(text) == (text.replace(identifier, f"[{kind}]"), [kind])
 
 
 @pytest.mark.parametrize("text", read_cases(__file__, "no_identifiers"))

@@ -280,9 +280,9 @@ RENAMED = {"sigma": "tau", "kappa": "omega", "rho": "mu", "lambda_": "eta", "cla
 """Meaningless names and their replacements, which change the alphabetical order."""
 
 
-def summarize_decision(folder: Path, given: list[dict[str, Any]]) -> str:
+def summarize_decision(folder: Path, rows: list[dict[str, Any]]) -> str:
     try:
-        return summarize_found(detect_in_file(folder, given))
+        return summarize_found(detect_in_file(folder, rows))
     except DataError as error:
         return str(error).removeprefix(str(folder))
 
@@ -296,8 +296,8 @@ def test_detection_does_not_depend_on_order_or_arbitrary_names(tmp_path: Path, n
     order = draws.sample(sorted(columns), len(columns))
     mixed = [{name: row[name] for name in order} for row in draws.sample(rows_of, len(rows_of))]
 
-    def sort_parts(said: str) -> list[str]:
-        return sorted(said.replace(",", " ").replace(";", " ").split())
+    def sort_parts(note: str) -> list[str]:
+        return sorted(note.replace(",", " ").replace(";", " ").split())
 
     after = summarize_decision(tmp_path, mixed)
     assert sort_parts(after) == sort_parts(before), "the order of columns and rows"
@@ -323,13 +323,13 @@ def test_ambiguous_answer_error_lists_only_suitable_options(tmp_path: Path, colu
 @pytest.mark.parametrize("end", [".png", ".tif"])
 @pytest.mark.parametrize("name", ["scans/s{}", "{}"])
 def test_image_paths_without_extension_are_refused(tmp_path: Path, name: str, end: str) -> None:
-    given = random.Random(1).sample(make_rows({"sigma": name.format, "kappa": WARD}), 60)
+    rows = random.Random(1).sample(make_rows({"sigma": name.format, "kappa": WARD}), 60)
     (tmp_path / "scans").mkdir()
-    assert "without the extension" not in summarize_decision(tmp_path, given)
-    for row in given:
+    assert "without the extension" not in summarize_decision(tmp_path, rows)
+    for row in rows:
         (tmp_path / f"{row['sigma']}{end}").touch()
     with pytest.raises(DataError, match=f"sigma = 'paths of {end} files without the extension': .* append {end} to"):
-        detect_in_file(tmp_path, given)
+        detect_in_file(tmp_path, rows)
 
 
 HEADERS: dict[str, tuple[dict[str, Any], bool]] = {
@@ -346,7 +346,7 @@ HEADERS: dict[str, tuple[dict[str, Any], bool]] = {
 @pytest.mark.parametrize("order", range(3))
 def test_missing_header_is_detected_if_most_names_are_values(tmp_path: Path, name: str, order: int) -> None:
     columns, is_written = HEADERS[name]
-    given, names = (
+    rows, names = (
         random.Random(order).sample(make_rows(columns), 60),
         random.Random(order).sample([*columns], len(columns)),
     )
@@ -354,12 +354,12 @@ def test_missing_header_is_detected_if_most_names_are_values(tmp_path: Path, nam
         lines = csv.DictWriter(file, sorted(names, key=int) if name == "pixels" else names)
         if is_written:
             lines.writeheader()
-        lines.writerows(given)
+        lines.writerows(rows)
     try:
-        said = str(detect_columns(tmp_path / "rows.csv", {}))
+        note = str(detect_columns(tmp_path / "rows.csv", {}))
     except DataError as error:
-        said = str(error)
-    assert ("one of its own values" in said) != is_written
+        note = str(error)
+    assert ("one of its own values" in note) != is_written
 
 
 NOTED = {"torn": "records have parts that begin or end within a word", "damaged": "of its values have mojibake"}
@@ -372,12 +372,19 @@ KINDS = st.lists(st.sampled_from(["whole", *NOTED]), min_size=12, max_size=20)
 @given(kinds=KINDS, names=st.sampled_from([("text", "spans"), ("content", "entities")]))
 def test_damaged_rows_are_counted_in_any_order(tmp_path: Path, kinds: Any, names: Any) -> None:
     """Offsets are compared with word boundaries, and encoding damage is reported."""
-    lost, texts = "cards are lost", {"damaged": "f\u00c3\u00bcr are lost", "marked_up": "cards are<br/>lost &amp; gone"}
-    made = [[f"{texts.get(kind, lost)} {n}", [[0, 4 if kind == "torn" else 9, "x"]]] for n, kind in enumerate(kinds)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in made))
-    told = write_experiment(tmp_path / "rows.jsonl").notes
-    for kind, said in NOTED.items():
-        counted = [line for line in told.splitlines() if said in line]
+    plain_text, texts = (
+        "cards are lost",
+        {"damaged": "f\u00c3\u00bcr are lost", "marked_up": "cards are<br/>lost &amp; gone"},
+    )
+    cells = [
+        [f"{texts.get(kind, plain_text)} {n}", [[0, 4 if kind == "torn" else 9, "x"]]] for n, kind in enumerate(kinds)
+    ]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in cells)
+    )
+    notes = write_experiment(tmp_path / "rows.jsonl").notes
+    for kind, note in NOTED.items():
+        counted = [line for line in notes.splitlines() if note in line]
         assert bool(counted) == (kind in kinds)
         assert all(f"{kinds.count(kind)} of " in line for line in counted)
 
@@ -388,7 +395,7 @@ BESIDE = st.tuples(IDS, st.sampled_from(["", "d7\t", "4{0}\t4{0}\t"]))
 
 @given(order=st.permutations(["NOUN", "_", "B-x"]), first=st.integers(0, 1), beside=BESIDE)
 def test_numeric_lists_are_not_classified_as_tokens(tmp_path_factory: Any, order: Any, first: int, beside: Any) -> None:
-    tags, before, last = "\t".join(order), "".join(f"{one}\t" for one in beside[0]), beside[1]
+    tags, before, last = "\t".join(order), "".join(f"{cell}\t" for cell in beside[0]), beside[1]
     rows = [f"{before}{first + n}\t{last.format(n)}w{n}\t{tags.replace('B-x', 'B-x' if n else 'O')}" for n in range(3)]
     path = tmp_path_factory.mktemp("marked") / "train.conll"
     path.write_text("\n\n".join(["\n".join(rows)] * 5) + "\n")

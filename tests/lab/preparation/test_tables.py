@@ -28,16 +28,16 @@ def work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def labs_file(tmp_path: Path) -> Path:
     random.seed(3)
-    given = make_rows(TABLE, 120)
-    random.shuffle(given)
-    (tmp_path / "labs.json").write_text(json.dumps(given))
+    rows = make_rows(TABLE, 120)
+    random.shuffle(rows)
+    (tmp_path / "labs.json").write_text(json.dumps(rows))
     return tmp_path / "labs.yaml"
 
 
 def test_observed_values_are_shown_only_on_the_terminal(labs_file: Path, command: Any) -> None:
-    told = command("data", "init", "labs.json", "--label", "diagnosis").printed
-    for shown in ("20.5 to 79.5", "901.25 to 1018.25", "zqf", "zqm", "a list of 3 numbers", "become PUBLIC"):
-        assert shown in told
+    printed = command("data", "init", "labs.json", "--label", "diagnosis").printed
+    for value in ("20.5 to 79.5", "901.25 to 1018.25", "zqf", "zqm", "a list of 3 numbers", "become PUBLIC"):
+        assert value in printed
     page = labs_file.read_text()
     assert '{columns: ["age"], range: "???", missing: indicator}' in page
     assert '{columns: ["crp"], range: "???", missing: indicator}' in page
@@ -49,43 +49,47 @@ def test_observed_values_are_shown_only_on_the_terminal(labs_file: Path, command
 
 def test_row_with_missing_values_does_not_change_the_experiment(tmp_path: Path, labs_file: Path, command: Any) -> None:
     assert command("data", "init", "labs.json", "--label", "diagnosis").code == 0
-    given = json.loads((tmp_path / "labs.json").read_text())
-    given[5] |= {"age": None, "sex": "", "states": None}
-    (tmp_path / "labs.json").write_text(json.dumps(given))
+    rows = json.loads((tmp_path / "labs.json").read_text())
+    rows[5] |= {"age": None, "sex": "", "states": None}
+    (tmp_path / "labs.json").write_text(json.dumps(rows))
     assert command("data", "init", "labs.json", "--label", "diagnosis", "--out", "more.yaml").code == 0
     assert (tmp_path / "more.yaml").read_text().replace("more", "labs") == labs_file.read_text()
 
 
 @pytest.mark.nightly
 def test_ranges_are_declared_globally_or_per_column(tmp_path: Path, labs_file: Path, command: Any) -> None:
-    asked = ("data", "init", "labs.json", "--label", "diagnosis", "--force")
-    assert command(*asked, "--ranges=-5,5").code == 0
+    command_line = ("data", "init", "labs.json", "--label", "diagnosis", "--force")
+    assert command(*command_line, "--ranges=-5,5").code == 0
     assert labs_file.read_text().count("range: [-5.0, 5.0], ") == 3
     assert labs_file.read_text().count("???") == 2, "categories, and what the comment says of them"
     (tmp_path / "units.csv").write_text("column,low,high,unit\nage,0,110,years\nsex,0,1,\ncrp,0,500,mg/l\n")
-    assert command(*asked, "--ranges", "units.csv").code == 0
+    assert command(*command_line, "--ranges", "units.csv").code == 0
     for line in ('["age"], range: [0.0, 110.0], ', '["crp"], range: [0.0, 500.0], ', '["states"], range: "???", '):
         assert line in labs_file.read_text()
-    for wrong in ("none.csv", "a,b", "5,-5", "1,2,3"):
-        assert command(*asked, f"--ranges={wrong}").failed().startswith("--ranges = ")
+    for invalid in ("none.csv", "a,b", "5,-5", "1,2,3"):
+        assert command(*command_line, f"--ranges={invalid}").failed().startswith("--ranges = ")
 
 
 def test_undeclared_ranges_are_requested_before_the_run(labs_file: Path, command: Any) -> None:
     assert command("data", "init", "labs.json", "--label", "diagnosis").code == 0
-    others = ", ".join(f"data.features[{one}" for one in ("crp].range", "sex].categories", "states].range"))
-    said = f"data.features[age].range = '': is required (also missing: {others}): replace ??? in the experiment file"
-    assert command("simulate", "experiment=./labs.yaml").failed().startswith(said)
+    others = ", ".join(f"data.features[{finding}" for finding in ("crp].range", "sex].categories", "states].range"))
+    message = f"data.features[age].range = '': is required (also missing: {others}): replace ??? in the experiment file"
+    assert command("simulate", "experiment=./labs.yaml").failed().startswith(message)
     page = labs_file.read_text().replace('"age"], range: "???"', '"age"], range: [0, 60]')
     page = page.replace('"crp"], range: "???"', '"crp"], range: [0, 2000]')
     page = page.replace('categories: "???"', "categories: [zqf]").replace('range: "???"', "range: [-20, 20]")
     labs_file.write_text(page)
-    told = command("data", "check", "labs.yaml", "--json").printed
-    (file,) = json.loads(told)["checked"]["files"]
+    printed = command("data", "check", "labs.yaml", "--json").printed
+    (file,) = json.loads(printed)["checked"]["files"]
     assert file["lengths"] is None
-    found = {(one["what"], one["column"]): one["count"] for one in file["findings"] if one["kind"] == "declared"}
-    assert found == {("beyond its range", "age"): 40, ("missing", "crp"): 18, ("not declared", "sex"): 60}
-    told = command("data", "check", "labs.yaml")
-    assert "undeclared categories become `other`" in " ".join(told.out.split())
+    counts = {
+        (finding["what"], finding["column"]): finding["count"]
+        for finding in file["findings"]
+        if finding["kind"] == "declared"
+    }
+    assert counts == {("beyond its range", "age"): 40, ("missing", "crp"): 18, ("not declared", "sex"): 60}
+    printed = command("data", "check", "labs.yaml")
+    assert "undeclared categories become `other`" in " ".join(printed.out.split())
     assert command("plan", "experiment=./labs.yaml", "--json").printed
 
 
@@ -94,8 +98,8 @@ def test_undeclared_ranges_are_requested_before_the_run(labs_file: Path, command
 def test_time_and_event_columns_become_a_survival_task(tmp_path: Path, command: Any, events: tuple[Any, ...]) -> None:
     table = {"age": TABLE["age"], "os_months": lambda number: number % 50 + 0.25, "died": events}
     (tmp_path / "trial.json").write_text(json.dumps(make_rows(table, 60)))
-    told = command("data", "init", "trial.json").printed
-    assert "0.25 to 49.25" in told, "on the terminal alone"
+    printed = command("data", "init", "trial.json").printed
+    assert "0.25 to 49.25" in printed, "on the terminal alone"
     page = (tmp_path / "trial.yaml").read_text()
     assert "task: survival " in page
     assert "columns: {time: os_months, event: died} " in page
@@ -103,11 +107,11 @@ def test_time_and_event_columns_become_a_survival_task(tmp_path: Path, command: 
     assert "49.25" not in page
     page = page.replace('range: "???"', "range: [0, 110]")
     (tmp_path / "trial.yaml").write_text(page)
-    said = "trial.yaml: task_settings.intervals = '': is required: add task_settings.intervals=VALUE"
-    assert command("plan", "experiment=./trial.yaml").message == said
+    message = "trial.yaml: task_settings.intervals = '': is required: add task_settings.intervals=VALUE"
+    assert command("plan", "experiment=./trial.yaml").message == message
     (tmp_path / "trial.yaml").write_text(page.replace('intervals: "???"', "intervals: [12, 24]"))
-    told = command("data", "check", "trial.yaml", "--json").printed
-    (file,) = json.loads(told)["checked"]["files"]
+    printed = command("data", "check", "trial.yaml", "--json").printed
+    (file,) = json.loads(printed)["checked"]["files"]
     assert (file["rows"], file["errors"]) == (60, [])
 
 
@@ -119,8 +123,8 @@ def test_spreadsheet_booleans_are_categories(tmp_path: Path, command: Any) -> No
 
 
 def test_texts_with_time_and_event_become_a_survival_task(tmp_path: Path, command: Any) -> None:
-    given = {"text": make_own_text, "months": lambda number: number % 50 + 0.25, "died": (1, 0)}
-    (tmp_path / "notes.json").write_text(json.dumps(make_rows(given, 60)))
+    rows = {"text": make_own_text, "months": lambda number: number % 50 + 0.25, "died": (1, 0)}
+    (tmp_path / "notes.json").write_text(json.dumps(make_rows(rows, 60)))
     assert command("data", "init", "notes.json", "--model", "random_bert").printed
     page = (tmp_path / "notes.yaml").read_text().replace('intervals: "???"', "intervals: [12, 24]")
     (tmp_path / "notes.yaml").write_text(page)

@@ -80,44 +80,46 @@ def test_every_trial_is_charged_to_the_same_ledgers(outcome: Any, words: list[st
     assert so_far[2] == price["epsilon"]
     best = max(lines, key=lambda line: float(line["validation_accuracy"]))
     assert [line["run"] for line in lines if line["best"]] == [best["run"]]
-    told = " ".join(outcome.out.split())
-    assert "Privacy cost of the search trials 3" in told
-    assert told.index("Privacy cost of the search") < told.index("trial 1 of 3: training.learning_rate=")
-    assert f"picked: {best['folder']}" in told
+    output = " ".join(outcome.out.split())
+    assert "Privacy cost of the search trials 3" in output
+    assert output.index("Privacy cost of the search") < output.index("trial 1 of 3: training.learning_rate=")
+    assert f"picked: {best['folder']}" in output
     assert snapshots.find_wide_lines(outcome.out) == []
-    assert "out of 3 trials, as its report states. All trials together: epsilon at most" in told
+    assert "out of 3 trials, as its report states. All trials together: epsilon at most" in output
 
 
 def test_report_of_the_selected_run_includes_the_search_cost(outcome: Any, folder: Path) -> None:
-    noted = json.loads((folder / "s/search.json").read_text())
-    picked = folder / "s" / noted["picked"]
-    report = from_json((picked / "report.json").read_text())
+    search_record = json.loads((folder / "s/search.json").read_text())
+    best = folder / "s" / search_record["picked"]
+    report = from_json((best / "report.json").read_text())
     assert isinstance(report.facts, RunFacts)
     selection = report.facts.selection
     assert selection is not None
     assert (selection.search, selection.method, selection.primary_metric) == ("s", "random", "accuracy")
     assert selection.trials == 3
-    assert selection.epsilon == noted["cost"]["epsilon"]
-    assert "out of" in (picked / "report.html").read_text().split("The run was selected by accuracy")[1][:100]
-    card = (picked / "adapter/README.md").read_text()
+    assert selection.epsilon == search_record["cost"]["epsilon"]
+    assert "out of" in (best / "report.html").read_text().split("The run was selected by accuracy")[1][:100]
+    card = (best / "adapter/README.md").read_text()
     assert "The run was picked by accuracy on the lead's own validation file, out of 3 trials" in card
-    assert run_command("report", "verify", str(picked)).code == 0
-    for other in {*(folder / "s").glob("s-trial-*")} - {picked}:  # whoever uses one has seen all of them
-        assert describe_run(told := from_json((other / "report.json").read_text()), "")["epsilon"] == selection.epsilon
-        assert isinstance(told.facts, RunFacts)
-        assert told.facts.selection == replace(selection, score=None)
-        card = (other / "adapter/README.md").read_text()
+    assert run_command("report", "verify", str(best)).code == 0
+    for trial in {*(folder / "s").glob("s-trial-*")} - {best}:  # whoever uses one has seen all of them
+        assert (
+            describe_run(output := from_json((trial / "report.json").read_text()), "")["epsilon"] == selection.epsilon
+        )
+        assert isinstance(output.facts, RunFacts)
+        assert output.facts.selection == replace(selection, score=None)
+        card = (trial / "adapter/README.md").read_text()
         assert "3 trials of a search on the same records, which picked another" in card
-        assert "search s (random). The search selected another run, or none" in (other / "report.html").read_text()
-        assert run_command("report", "verify", str(other)).code == 0
+        assert "search s (random). The search selected another run, or none" in (trial / "report.html").read_text()
+        assert run_command("report", "verify", str(trial)).code == 0
 
 
 def test_report_understating_its_search_is_detected(outcome: Any, folder: Path, tmp_path: Path) -> None:
-    picked = folder / "s" / json.loads((folder / "s/search.json").read_text())["picked"]
-    told = json.loads((picked / "report.json").read_text())
+    best = folder / "s" / json.loads((folder / "s/search.json").read_text())["picked"]
+    output = json.loads((best / "report.json").read_text())
 
     def find_problem(**changes: Any) -> str:
-        changed = json.loads(json.dumps(told))
+        changed = json.loads(json.dumps(output))
         changed["facts"]["selection"] |= changes
         # Any other layout of the same values is refused before the values are compared.
         (tmp_path / "report.json").write_text(json.dumps(changed, indent=1, ensure_ascii=False) + "\n")
@@ -125,10 +127,10 @@ def test_report_understating_its_search_is_detected(outcome: Any, folder: Path, 
         assert checked.code != 0
         return " ".join((checked.out + checked.err).split())
 
-    assert "selection.epsilon" in find_problem(epsilon=told["facts"]["selection"]["epsilon"] / 2)
+    assert "selection.epsilon" in find_problem(epsilon=output["facts"]["selection"]["epsilon"] / 2)
     assert "selection.trials" in find_problem(trials=4)
     assert "selection.delta" in find_problem(delta=1e-3)
-    (charge,) = told["facts"]["selection"]["charges"]
+    (charge,) = output["facts"]["selection"]["charges"]
     assert "selection.charges" in find_problem(charges=[], epsilon=0.0)
     assert "selection.epsilon" in find_problem(charges=[charge | {"count": 4}])
     for trials in (0, 1000, None):
@@ -138,40 +140,43 @@ def test_report_understating_its_search_is_detected(outcome: Any, folder: Path, 
 
 def test_repeated_search_charges_nothing(outcome: Any, words: list[str], folder: Path) -> None:
     """The number of trials is fixed before the first trial."""
-    whole, taken = read_files(folder), f"is taken: {folder / 's/search.json'} belongs to a search with other settings"
-    assert run_command("search", *words, "--trials", "4").failed() == f"name = 's': {taken}: choose another name"
+    original_files, message = (
+        read_files(folder),
+        f"is taken: {folder / 's/search.json'} belongs to a search with other settings",
+    )
+    assert run_command("search", *words, "--trials", "4").failed() == f"name = 's': {message}: choose another name"
     assert run_command("search", *words, "--trials", "3", "--method", "tpe").code == 2
     assert run_command("search", *words, "--trials", "3", "lora.alpha=4").code == 2
     (folder / "mine").mkdir()
     (folder / "mine/notes.txt").write_text("mine")
     assert "exists and is not a search" in run_command("search", *words, "name=mine", "--trials", "3").message
     shutil.rmtree(folder / "mine")
-    assert read_files(folder) == whole
+    assert read_files(folder) == original_files
     before = {path: path.stat().st_mtime_ns for path in folder.glob("s/*/*.json")}
     spent = list_charges(folder / "s/sites")
-    again = run_command("search", *words, "--trials", "3", "--json")
-    assert (again.code, len([path for path in before if path.name == "run.json"])) == (0, 3)
+    repeated = run_command("search", *words, "--trials", "3", "--json")
+    assert (repeated.code, len([path for path in before if path.name == "run.json"])) == (0, 3)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("s/*/*.json")} == before, "a signature is kept, too"
     assert list_charges(folder / "s/sites") == spent
-    told = json.loads(again.out)
-    assert [run["state"] for run in told["runs"]] == ["finished"] * 3
-    assert told["best"].endswith(json.loads((folder / "s/search.json").read_text())["picked"])
-    assert told["cost"]["trials"] == 3
+    output = json.loads(repeated.out)
+    assert [run["state"] for run in output["runs"]] == ["finished"] * 3
+    assert output["best"].endswith(json.loads((folder / "s/search.json").read_text())["picked"])
+    assert output["cost"]["trials"] == 3
 
 
 def test_interrupted_selection_is_completed(outcome: Any, words: Any, folder: Path) -> None:
     file = folder / "s/search.json"
-    right, noted = file.read_text(), json.loads(file.read_text())
-    picked = folder / "s" / noted["picked"]
-    other = next(one for one in (folder / "s").glob("s-trial-*") if one != picked)
-    shutil.copy(picked / "selection.json", other)
-    (picked / "selection.json").unlink()
-    file.write_text(json.dumps(noted | {"picked": other.name}))
+    original, search_record = file.read_text(), json.loads(file.read_text())
+    best = folder / "s" / search_record["picked"]
+    other = next(entry for entry in (folder / "s").glob("s-trial-*") if entry != best)
+    shutil.copy(best / "selection.json", other)
+    (best / "selection.json").unlink()
+    file.write_text(json.dumps(search_record | {"picked": other.name}))
     assert run_command("search", *words, "--trials", "3").code == 0
-    assert file.read_text() == right
-    for trial, score in ((picked, noted["score"]), (other, None)):
-        told = json.loads((trial / "report.json").read_text())["facts"]["selection"]
-        assert told["score"] == json.loads((trial / "selection.json").read_text())["score"] == score
+    assert file.read_text() == original
+    for trial, score in ((best, search_record["score"]), (other, None)):
+        output = json.loads((trial / "report.json").read_text())["facts"]["selection"]
+        assert output["score"] == json.loads((trial / "selection.json").read_text())["score"] == score
 
 
 def test_interrupted_trial_is_not_charged_twice(tmp_path: Path) -> None:
@@ -183,14 +188,14 @@ def test_interrupted_trial_is_not_charged_twice(tmp_path: Path) -> None:
         stopped = run_command("search", *words, "--trials", "2")  # in the first round of the second trial
     assert stopped.code == 1
     assert "Continue the search with: fedtune search" in " ".join(stopped.out.split())
-    told = [json.loads(path.read_text()) for path in tmp_path.glob("*/*/selection.json")]
-    assert [(one["trials"], one["score"]) for one in told] == [(2, None)] * 2, "owed, and not picked yet"
+    output = [json.loads(path.read_text()) for path in tmp_path.glob("*/*/selection.json")]
+    assert [(entry["trials"], entry["score"]) for entry in output] == [(2, None)] * 2, "owed, and not picked yet"
     by_hand = tmp_path / "stopped" / "stopped-trial-2"
     assert run_command("simulate", f"resume={by_hand}").code == 0
     price = json.loads((tmp_path / "stopped/search.json").read_text())["cost"]
     assert describe_run(from_json((by_hand / "report.json").read_text()), "")["epsilon"] == price["epsilon"]
-    again = run_command("search", *words, "--trials", "2")
-    assert (again.code, again.err) == (0, "")
+    repeated = run_command("search", *words, "--trials", "2")
+    assert (repeated.code, repeated.err) == (0, "")
     plan = compose_run([word for word in words if word != SPACE[0]]).plan()
     for spent in list_charges(tmp_path / "stopped/sites"):
         assert spent == events.count_mechanisms([plan.full_event] * 2)
@@ -209,25 +214,27 @@ def write_roomy_policies(runs: int, words: list[str], sites: Path) -> list[str]:
 def test_search_is_refused_if_its_trials_exceed_the_budget(tmp_path: Path) -> None:
     words = write_roomy_policies(8, list_tiny_overrides(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
     before = read_files(tmp_path)
-    asked = [*words, SPACE[0]]
+    command_line = [*words, SPACE[0]]
     for method in ("random", "tpe"):
-        said = run_command("search", *asked, "--trials", "12", "--method", method).failed(3)
-        begun = "--trials = 12: site site-1 has budget for 8 of these trials; nothing was started (max_epsilon: asked "
-        assert said.startswith(begun)
-    learned = "training.learning_rate=" + ",".join(f"0.{number:02}" for number in range(1, 13))
-    assert run_command("search", *words, learned, "--method", "grid").code == 3
+        message = run_command("search", *command_line, "--trials", "12", "--method", method).failed(3)
+        refusal = (
+            "--trials = 12: site site-1 has budget for 8 of these trials; nothing was started (max_epsilon: asked "
+        )
+        assert message.startswith(refusal)
+    rates = "training.learning_rate=" + ",".join(f"0.{number:02}" for number in range(1, 13))
+    assert run_command("search", *words, rates, "--method", "grid").code == 3
     assert read_files(tmp_path) == before
     for method in ("random", "tpe"):
-        Search.from_overrides(asked, method, trials=8).check_room()
+        Search.from_overrides(command_line, method, trials=8).check_room()
         with pytest.raises(RefusedError):
-            Search.from_overrides(asked, method, trials=9).check_room()
+            Search.from_overrides(command_line, method, trials=9).check_room()
 
 
 def test_policy_limits_and_prior_spending_count_before_the_first_trial(tmp_path: Path) -> None:
     words = write_roomy_policies(2, list_tiny_overrides(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
     refused = run_command("search", *words, "lora.rank=int(interval(4,64))", "--trials", "2", "--method", "tpe")
-    said = "refuses these trials; nothing was started (max_rank: requested 64, allowed at most 4)"
-    assert refused.failed(3) == f"--trials = 2: site site-1 {said}"
+    message = "refuses these trials; nothing was started (max_rank: requested 64, allowed at most 4)"
+    assert refused.failed(3) == f"--trials = 2: site site-1 {message}"
     missing = run_command("search", *words, SPACE[0], f"runtime.sites_dir='{tmp_path / 'none'}'", "--trials", "2")
     assert "runtime.sites_dir" in missing.failed()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sites"]
@@ -242,11 +249,11 @@ def test_search_on_public_data_costs_no_epsilon(tmp_path: Path) -> None:
     public = [word for word in list_tiny_overrides(*SHORT, into=tmp_path, name="g") if "noise_multiplier" not in word]
     outcome = run_command("search", *public, "privacy=none", "training.learning_rate=0.01,0.02", "--method", "grid")
     assert (outcome.code, outcome.err) == (0, "")
-    told = " ".join(outcome.out.split())
-    assert "There is no privacy guarantee: use trials without noise only for public records." in told
-    noted = json.loads((tmp_path / "g/search.json").read_text())
-    assert noted["cost"]["epsilon"] is None
-    assert run_command("report", "verify", str(tmp_path / "g" / noted["picked"])).code == 0
+    output = " ".join(outcome.out.split())
+    assert "There is no privacy guarantee: use trials without noise only for public records." in output
+    search_record = json.loads((tmp_path / "g/search.json").read_text())
+    assert search_record["cost"]["epsilon"] is None
+    assert run_command("report", "verify", str(tmp_path / "g" / search_record["picked"])).code == 0
 
 
 def test_failed_trial_is_not_selected(tmp_path: Path) -> None:
@@ -273,9 +280,9 @@ def test_refused_trial_costs_only_its_charged_rounds(tiny: Any, tmp_path: Path, 
         return SimpleNamespace(privacy=SimpleNamespace(sites={"site-1": SimpleNamespace(rounds=next(rounds))}))
 
     monkeypatch.setattr("fedtune.lab.studies.trials.read_result", read_result)
-    search.run(tried := Trials(tmp_path / "s.csv"), Mock(side_effect=RefusedError("no")))
-    once = accountant.epsilon_pld([search.plans[0].full_event], search.plans[0].delta)
-    assert [trial.together for trial in tried.rows.values()] == [0.0, once, once]
+    search.run(trials := Trials(tmp_path / "s.csv"), Mock(side_effect=RefusedError("no")))
+    single_run = accountant.epsilon_pld([search.plans[0].full_event], search.plans[0].delta)
+    assert [trial.together for trial in trials.rows.values()] == [0.0, single_run, single_run]
 
 
 PAGE = (REPOSITORY / "docs/planning.md").read_text().partition("\n## Search\n")[2].partition("\n## ")[0]
@@ -290,12 +297,12 @@ def test_documented_search_commands_are_valid(words: list[str], monkeypatch: Any
         assert (planned.code, planned.err) == (0, "")
         assert "Privacy cost of the search" in planned.out
         return
-    asked: list[Any] = []
-    monkeypatch.setattr(Command, "invoke", lambda self, ctx: asked.append(ctx.params))
+    command_line: list[Any] = []
+    monkeypatch.setattr(Command, "invoke", lambda self, ctx: command_line.append(ctx.params))
     run_command(*words)
-    (told,) = asked
-    search = Search.from_overrides(told["overrides"], told["method"], trials=told["trials"])
-    assert {one.key for one in search.searched} <= {"training.learning_rate", "lora.rank"}
+    (output,) = command_line
+    search = Search.from_overrides(output["overrides"], output["method"], trials=output["trials"])
+    assert {entry.key for entry in search.searched} <= {"training.learning_rate", "lora.rank"}
 
 
 @snapshots.parametrize_mistakes("mistakes-search")

@@ -75,19 +75,19 @@ def test_failed_run_does_not_stop_the_sweep(outcome: Any, folder: Path) -> None:
 def test_repeated_sweep_runs_only_missing_runs(outcome: Any, sweep_words: list[str], folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.glob("three-*/run.json")}
     (folder / "three.csv").unlink()
-    again = run_command("simulate", "-m", *sweep_words, "--json")
-    assert again.code == outcome.code
+    repeated = run_command("simulate", "-m", *sweep_words, "--json")
+    assert repeated.code == outcome.code
     assert {path: path.stat().st_mtime_ns for path in folder.glob("three-*/run.json")} == before
     assert len(read_csv_lines(folder / "three.csv")) == 3
-    told = json.loads(again.out)
-    assert told["table"] == str(folder / "three.csv")
-    assert [run["state"] for run in told["runs"]] == ["finished", "failed", "finished"]
-    assert told["runs"][0]["values"] == {"lora.target_modules": "[query]"}
-    assert told["runs"][0]["result"] == json.loads((folder / "three-lora.target_modules=-query/run.json").read_text())
-    assert told["runs"][1]["result"] is None
-    assert "nonesuch" in told["runs"][1]["reason"]
+    output = json.loads(repeated.out)
+    assert output["table"] == str(folder / "three.csv")
+    assert [run["state"] for run in output["runs"]] == ["finished", "failed", "finished"]
+    assert output["runs"][0]["values"] == {"lora.target_modules": "[query]"}
+    assert output["runs"][0]["result"] == json.loads((folder / "three-lora.target_modules=-query/run.json").read_text())
+    assert output["runs"][1]["result"] is None
+    assert "nonesuch" in output["runs"][1]["reason"]
     marked = [line["folder"] for line in read_csv_lines(folder / "three.csv") if line["best"]]
-    assert [told["best"]] == marked
+    assert [output["best"]] == marked
 
 
 def test_existing_sweep_name_is_refused_before_the_first_run(
@@ -122,18 +122,18 @@ def test_interrupted_sweep_resumes_with_its_rows(tmp_path: Path) -> None:
         stopped = run_command("simulate", "-m", *words)  # in the first round of the second run
     assert stopped.code == 1
     assert [line["state"] for line in read_csv_lines(tmp_path / "stopped.csv")] == ["finished", "interrupted"]
-    told = " ".join(stopped.out.split())
-    assert "1 run not begun yet." in told
-    assert "Continue the sweep with: fedtune simulate -m experiment=debug" in told
-    assert "name=stopped" in told
+    output = " ".join(stopped.out.split())
+    assert "1 run not begun yet." in output
+    assert "Continue the sweep with: fedtune simulate -m experiment=debug" in output
+    assert "name=stopped" in output
     assert float(read_csv_lines(tmp_path / "stopped.csv")[1]["epsilon_spent"]) > 0, "its first round was charged"
 
-    again = run_command("simulate", "-m", *words)
-    assert (again.code, again.err) == (0, "")
+    repeated = run_command("simulate", "-m", *words)
+    assert (repeated.code, repeated.err) == (0, "")
     assert verify(tmp_path / "stopped-seed=2/sites/site-1/ledger.db").history.count_total_charges().total() == 2, (
         "none twice"
     )
-    assert "1 run had already finished" in again.out
+    assert "1 run had already finished" in repeated.out
     lines = read_csv_lines(tmp_path / "stopped.csv")
     assert [line["state"] for line in lines] == ["finished"] * 3
     assert len({line["epsilon_spent"] for line in lines}) == 1
@@ -230,20 +230,20 @@ def test_only_scores_on_the_same_records_are_compared(make_row: Any, one: Any, o
 
 
 def test_unexpected_error_ends_the_sweep_without_its_text(tmp_path: Path) -> None:
-    trials, begun = Trials.from_sweep(list_tiny_overrides("seed=1,2,3", into=tmp_path, name="s")), []
+    trials, started = Trials.from_sweep(list_tiny_overrides("seed=1,2,3", into=tmp_path, name="s")), []
 
     def run_trial(trial: SearchTrial) -> RunResult:
-        begun.append(trial.folder)
+        started.append(trial.folder)
         trial.folder.mkdir()
-        if len(begun) == 2:
+        if len(started) == 2:
             raise ValueError("a record's text")
         return make_result({"accuracy": 0.5})
 
     with pytest.raises(ValueError, match="a record's text"):
         trials.run(run_trial)
-    told = [(line["state"], line["reason"]) for line in read_csv_lines(tmp_path / "s.csv")]
-    assert told == [("finished", ""), ("failed", "ValueError")]
-    assert len(begun) == 2
+    output = [(line["state"], line["reason"]) for line in read_csv_lines(tmp_path / "s.csv")]
+    assert output == [("finished", ""), ("failed", "ValueError")]
+    assert len(started) == 2
     assert "record's text" not in str(trials.section())
 
 
