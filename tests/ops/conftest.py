@@ -106,7 +106,7 @@ class Desk:
         """Return a site's entry in the server's roster, which must equal the lead's."""
         members = Roster.read(self.folder / "server" / "roster.json").sites
         assert members == Roster.read(self.folder / "lead" / "roster.json").sites
-        return next(one for one in members if one.site == name)
+        return next(member for member in members if member.site == name)
 
 
 @pytest.fixture
@@ -130,15 +130,15 @@ class Killed(BaseException):
 
 def kill_at_step(step: int, patch: pytest.MonkeyPatch) -> list[Any]:
     """Kill the code in the block before disk step number `step`, counted from 0; yield the steps that were started."""
-    begun: list[Any] = []
+    started: list[Any] = []
 
     def is_due(*arguments: Any, **options: Any) -> bool:
-        begun.append(arguments)
-        return len(begun) > step
+        started.append(arguments)
+        return len(started) > step
 
     for name in ("fsync", "replace", "unlink"):
         fail_where(patch, os, name, is_due, Killed())
-    return begun
+    return started
 
 
 @contextlib.contextmanager
@@ -150,8 +150,8 @@ def expect_unchanged(folder: Path) -> Iterator[None]:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    with zipfile.ZipFile(archive) as opened:
-        opened.extractall(folder)
+    with zipfile.ZipFile(archive) as zip_file:
+        zip_file.extractall(folder)
 
 
 def format_lines(check: DoctorCheck) -> list[str]:
@@ -163,7 +163,7 @@ def check_snapshot(name: str, text: str) -> None:
     sections = dict(part.split("\n", 1) for part in SNAPSHOTS.read_text().split("## ")[1:])
     if os.environ.get("FEDTUNE_WRITE_SNAPSHOTS"):
         sections[name] = text + "\n\n"
-        SNAPSHOTS.write_text("".join(f"## {each}\n{sections[each]}" for each in sections))
+        SNAPSHOTS.write_text("".join(f"## {section}\n{sections[section]}" for section in sections))
     assert text == sections[name].rstrip("\n")
 
 
@@ -182,10 +182,12 @@ class Mailbox(Hostile):
         self.clock_ahead_s = 0.0
         super().__init__(context, self._said)  # type: ignore[arg-type]
 
-    def _said(self, to: ssl.SSLSocket, path: str) -> None:
+    def _said(self, connection: ssl.SSLSocket, path: str) -> None:
         status, content = self.says() if path == HELLO else (404, {"reason": "no"})
         date = formatdate(time.time() + self.clock_ahead_s, usegmt=True)
-        to.sendall(build_response(json.dumps(content).encode(), headers=f"date: {date}\r\n", status=f"{status} Said"))
+        connection.sendall(
+            build_response(json.dumps(content).encode(), headers=f"date: {date}\r\n", status=f"{status} Said")
+        )
 
 
 @pytest.fixture

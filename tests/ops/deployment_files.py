@@ -25,23 +25,23 @@ PROCESSES = {
 
 def find_tool(name: str) -> str:
     """Return the path of a tool, or skip the test."""
-    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if found is None:
+    tool = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if tool is None:
         pytest.skip(f"{name} is not installed on this machine")
-    return found
+    return tool
 
 
-def run(*command: object, **more: Any) -> subprocess.CompletedProcess[str]:
+def run(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=120, check=False, **more
+        [str(part) for part in command], capture_output=True, text=True, timeout=120, check=False, **options
     )
 
 
-def run_tool(*command: object, **more: Any) -> str:
+def run_tool(*command: object, **options: Any) -> str:
     """Run a command that must succeed, and return its output."""
-    done = run(*command, **more)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    process = run(*command, **options)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
 
 
 def name_of(path: Path) -> str:
@@ -53,18 +53,18 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
 
 
 def read_only_document(path: Path, kind: str) -> dict[str, Any]:
-    (found,) = (document for document in read_documents(path) if document["kind"] == kind)
-    return found
+    (only,) = (document for document in read_documents(path) if document["kind"] == kind)
+    return only
 
 
-def find_pod_template(made: dict[str, Any]) -> dict[str, Any]:
+def find_pod_template(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return the pod template of a workload, with its metadata."""
-    spec: dict[str, Any] = made["spec"]
-    spec = spec["jobTemplate"]["spec"] if made["kind"] == "CronJob" else spec
-    found: dict[str, Any] = spec["template"]
-    return found
+    spec: dict[str, Any] = manifest["spec"]
+    spec = spec["jobTemplate"]["spec"] if manifest["kind"] == "CronJob" else spec
+    template: dict[str, Any] = spec["template"]
+    return template
 
 
 def find_pod(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = find_pod_template(read_only_document(path, PROCESSES[path]))["spec"]
-    return found
+    pod: dict[str, Any] = find_pod_template(read_only_document(path, PROCESSES[path]))["spec"]
+    return pod

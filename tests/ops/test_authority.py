@@ -33,16 +33,16 @@ class World:
 
     def holder(self, kind: str, *, name: str = "a", hosts: tuple[str, ...] = ("localhost",)) -> Tls:
         key, names = generate_connection_key(), hosts if kind == "server" else ()
-        about = {"kind": kind, "name": name, "hosts": names, "days": 1, "now": datetime.now(UTC)}
-        certificate = self.authority.issue(key.public_key(), **about)  # type: ignore[arg-type]
+        options = {"kind": kind, "name": name, "hosts": names, "days": 1, "now": datetime.now(UTC)}
+        certificate = self.authority.issue(key.public_key(), **options)  # type: ignore[arg-type]
         return self.files(f"{kind}-{name}", encode_private_pem(key), certificate)
 
     def files(self, name: str, key: bytes, *chain: x509.Certificate) -> Tls:
         ca, certificate, private = (self.folder / file for file in ("ca.pem", f"{name}.pem", f"{name}-key.pem"))
-        made = Tls(ca=ca, certificate=certificate, key=private)
-        made.certificate.write_bytes(b"".join(map(encode_certificate_pem, chain)))
-        made.key.write_bytes(key)
-        return made
+        tls = Tls(ca=ca, certificate=certificate, key=private)
+        tls.certificate.write_bytes(b"".join(map(encode_certificate_pem, chain)))
+        tls.key.write_bytes(key)
+        return tls
 
 
 @pytest.fixture
@@ -54,12 +54,12 @@ def make_authorities(tmp_path: Path) -> World:
 
 def make_context(side: int, holder: Tls) -> ssl.SSLContext:
     """Create a TLS context with Python's newest defaults, and mutual authentication."""
-    made = ssl.SSLContext(side)
-    made.verify_mode = ssl.CERT_REQUIRED
-    made.verify_flags |= ssl.VERIFY_X509_STRICT
-    made.load_verify_locations(holder.ca)
-    made.load_cert_chain(holder.certificate, holder.key)
-    return made
+    context = ssl.SSLContext(side)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    context.load_verify_locations(holder.ca)
+    context.load_cert_chain(holder.certificate, holder.key)
+    return context
 
 
 def shake_hands(world: World, *, server: Tls | None = None, client: Tls | None = None, host: str = "localhost") -> Any:
@@ -95,13 +95,15 @@ def test_site_and_server_certificates_are_not_interchangeable(
 def test_site_cannot_issue_certificates(make_authorities: World) -> None:
     site = make_authorities.holder("site", name="north")
     key = generate_connection_key()
-    own = x509.load_pem_x509_certificate(site.certificate.read_bytes())
-    posing = Authority(key=certificates.read_connection_key(site.key), certificate=own)
+    certificate = x509.load_pem_x509_certificate(site.certificate.read_bytes())
+    posing = Authority(key=certificates.read_connection_key(site.key), certificate=certificate)
     forged = posing.issue(key.public_key(), kind="site", name="forged", days=1, now=datetime.now(UTC))
     with pytest.raises(ConfigError, match="must be issued by the authority"):
         certificates.check_issued(forged, ca=make_authorities.authority.certificate, key="site.pem")
     with pytest.raises(ssl.SSLError, match="invalid CA certificate"):
-        shake_hands(make_authorities, client=make_authorities.files("forged", encode_private_pem(key), forged, own))
+        shake_hands(
+            make_authorities, client=make_authorities.files("forged", encode_private_pem(key), forged, certificate)
+        )
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="the command openssl is not installed")
@@ -112,9 +114,9 @@ def test_openssl_accepts_certificates_and_agrees_on_their_fingerprints(make_auth
         (make_authorities.holder("site", name="north"), "sslclient"),
     ):
         run_tool("openssl", "verify", "-x509_strict", "-purpose", purpose, "-CAfile", holder.ca, holder.certificate)
-    of_key = "openssl x509 -pubkey -noout | openssl pkey -pubin -outform DER | openssl dgst -sha256 -r"
+    command = "openssl x509 -pubkey -noout | openssl pkey -pubin -outform DER | openssl dgst -sha256 -r"
     pem = holder.certificate.read_text()
-    digest = run_tool("sh", "-c", of_key, input=pem).split()[0]
+    digest = run_tool("sh", "-c", command, input=pem).split()[0]
     assert Certificate.from_x509(x509.load_pem_x509_certificate(pem.encode())).fingerprint == digest
 
 
@@ -139,14 +141,14 @@ def test_authority_is_loaded_only_with_its_own_private_key(make_authorities: Wor
     path = make_authorities.folder / "ca_key.pem"
     with pytest.raises(ConfigError, match=r"ca_key\.pem.*restore the authority's folder"):
         Authority.load(make_authorities.folder)
-    for key, mode, why in (
+    for key, mode, reason in (
         (make_authorities.authority.key, 0o640, r"mode 640.*chmod 600"),
         (generate_connection_key(), 0o600, "does not match the certificate in ca.pem"),
         (ec.generate_private_key(ec.SECP256R1()), 0o600, "must be an EC P-384 private key"),
     ):
         path.write_bytes(encode_private_pem(key))
         path.chmod(mode)
-        with pytest.raises(ConfigError, match=why):
+        with pytest.raises(ConfigError, match=reason):
             Authority.load(make_authorities.folder)
     path.write_bytes(encode_private_pem(make_authorities.authority.key))
     assert Authority.load(make_authorities.folder).certificate == make_authorities.authority.certificate

@@ -35,9 +35,9 @@ class Here(Books):
         train(ledger := self.open(), run_proposal(**asked), *rounds)
         return ledger
 
-    def does(self, what: str, file: Path, *more: str) -> Any:
-        own = ("--kit", str(self.folder / "kit"), "--site", str(self.site_toml))
-        return run_command("site", what, str(file), *more, *own)
+    def does(self, what: str, file: Path, *args: str) -> Any:
+        location = ("--kit", str(self.folder / "kit"), "--site", str(self.site_toml))
+        return run_command("site", what, str(file), *args, *location)
 
     def write_backup(self, name: str = "backup.zip") -> Path:
         file = self.folder / name
@@ -58,45 +58,45 @@ def file(north_site: Here) -> Path:
 
 def test_backups_of_a_running_site_are_consistent(north_site: Here) -> None:
     north_site.train(1)
-    ended = threading.Event()
+    training_ended = threading.Event()
 
     def train_rounds() -> None:
         for number in range(30):
             ledger = north_site.train(run=f"run {number}")
             ledger.record_refusal(Refused(Reason.MAX_RANK), run="r", round=1, request=f"{number}")
-        ended.set()
+        training_ended.set()
 
-    working, found = threading.Thread(target=train_rounds), []
+    working, backups_seen = threading.Thread(target=train_rounds), []
     with lock_ledger(north_site.ledger):
         working.start()
-        while not ended.is_set():
+        while not training_ended.is_set():
             copy = north_site.folder / "copy.db"
-            with zipfile.ZipFile(north_site.write_backup(f"backup-{len(found)}.zip")) as archive:
+            with zipfile.ZipFile(north_site.write_backup(f"backup-{len(backups_seen)}.zip")) as archive:
                 copy.write_bytes(archive.read("ledger.db"))
                 assert "site_key.pem" not in " ".join(archive.namelist())
-            found.append(len(verify(copy).events))
+            backups_seen.append(len(verify(copy).events))
         working.join()
-    assert len(set(found)) > 1, "some backups must be made between events"
-    assert found == sorted(found)
+    assert len(set(backups_seen)) > 1, "some backups must be made between events"
+    assert backups_seen == sorted(backups_seen)
     assert (north_site.folder / "backup-0.zip").stat().st_mode & 0o777 == 0o600
 
 
 def test_restore_charges_rounds_trained_after_the_backup(north_site: Here) -> None:
-    state, kept = SiteState.in_kit(north_site.folder / "kit"), north_site.folder / "kit/adapters/r/adapter.bin"
-    kept.parent.mkdir(parents=True)
-    kept.write_bytes(b"kept")
+    state, adapter_file = SiteState.in_kit(north_site.folder / "kit"), north_site.folder / "kit/adapters/r/adapter.bin"
+    adapter_file.parent.mkdir(parents=True)
+    adapter_file.write_bytes(b"kept")
     state.set_paused(True)
     north_site.train(1)
     file = north_site.write_backup()
     spent = north_site.train(2, 3).history.epsilon()
     north_site.ledger.unlink()
-    shutil.rmtree(kept.parents[1])
+    shutil.rmtree(adapter_file.parents[1])
     state.set_paused(False)
     assert "Charged now, as one sum" in north_site.does("restore", file).printed
     ledger = north_site.train()
     assert ledger.history.epsilon() == pytest.approx(spent)
     assert ledger.history.charged_rounds("r") == 3
-    assert kept.read_bytes() == b"kept"
+    assert adapter_file.read_bytes() == b"kept"
     assert state.paused_file.exists(), "a paused site must stay paused"
     with pytest.raises(Refused, match="run_ended"):
         north_site.train(4)
@@ -113,23 +113,23 @@ def test_restore_is_refused_for_a_running_site_or_without_an_anchor(
     north_site.ledger.unlink()
     with lock_ledger(north_site.ledger):
         assert "is already in use" in north_site.does("restore", file).failed()
-    elsewhere = north_site.anchor.rename(north_site.folder / "elsewhere.json")
+    moved_anchor = north_site.anchor.rename(north_site.folder / "elsewhere.json")
     write_policy(site_policy("north"), north_site.site_toml)
     assert "--anchor" in north_site.does("restore", file).failed()
     assert not north_site.ledger.exists()
-    assert north_site.does("restore", file, "--anchor", str(elsewhere)).code == 0
+    assert north_site.does("restore", file, "--anchor", str(moved_anchor)).code == 0
     north_site.train(2)
 
 
-def roll_back_ledger_and_anchor(here: Here, *rounds: int) -> tuple[bytes, bytes]:
+def roll_back_ledger_and_anchor(site: Here, *rounds: int) -> tuple[bytes, bytes]:
     """Roll ledger and anchor back together, so that only a lead's receipt reveals it; return the newest anchor."""
-    older, old_anchor = here.ledger.read_bytes(), here.anchor.read_bytes()
-    receipt, newest = here.train(*rounds).sign_receipt("r"), here.anchor.read_bytes()
-    here.ledger.write_bytes(older)
-    here.anchor.write_bytes(old_anchor)
+    older_ledger, old_anchor = site.ledger.read_bytes(), site.anchor.read_bytes()
+    receipt, newest_anchor = site.train(*rounds).sign_receipt("r"), site.anchor.read_bytes()
+    site.ledger.write_bytes(older_ledger)
+    site.anchor.write_bytes(old_anchor)
     with pytest.raises(Refused, match="ledger_behind_receipt"):
-        here.train().require_receipt(receipt)
-    return older, newest
+        site.train().require_receipt(receipt)
+    return older_ledger, newest_anchor
 
 
 def test_backup_with_a_ledger_in_doubt_is_not_restored(north_site: Here) -> None:
@@ -144,15 +144,15 @@ def test_backup_with_a_ledger_in_doubt_is_not_restored(north_site: Here) -> None
 @pytest.mark.parametrize("by_hand", [True, False])
 def test_doubt_survives_restoring_an_older_ledger(north_site: Here, file: Path, by_hand: bool) -> None:
     """A snapshot restores ledger and anchor, a lead's receipt reveals it, and then a backup is restored."""
-    older, newest = roll_back_ledger_and_anchor(north_site, 2, 3, 4)
-    north_site.ledger.write_bytes(older if by_hand else b"damaged" * 1000)
+    older_ledger, newest_anchor = roll_back_ledger_and_anchor(north_site, 2, 3, 4)
+    north_site.ledger.write_bytes(older_ledger if by_hand else b"damaged" * 1000)
     by_policy = partial(run_command, "ledger", "restore", "--policy", str(north_site.site_toml))
     restore = by_policy if by_hand else partial(north_site.does, "restore", file)
     assert "still in doubt" in restore().failed(1)
     if by_hand:
         with pytest.raises(Refused, match="ledger_behind_receipt"):
             north_site.train(1, run="another")
-    (north_site.folder / "found.json").write_bytes(newest)
+    (north_site.folder / "found.json").write_bytes(newest_anchor)
     assert restore("--anchor", str(north_site.folder / "found.json")).code == 0
     assert north_site.train(1, run="another").history.charged_rounds("r") == 4
 
@@ -173,7 +173,7 @@ def test_restored_policy_reports_denied_runs_and_the_lifetime_cap(north_site: He
     assert "then at most 2.5" in spent, "the ledger must remember that the cap was lower"
     assert "site.toml is not the policy" not in restore().out, "the policy must now match"
     # If only the policy is lost, its ledger has it.
-    north_site.edit(noted=True, budget={"max_epsilon": 1.5})
+    north_site.edit(record_change=True, budget={"max_epsilon": 1.5})
     site_toml.unlink()
     output = restore().out
     assert "is intact and was not replaced" in output
@@ -187,29 +187,29 @@ def test_restore_moves_a_damaged_ledger_and_its_journal_aside(north_site: Here, 
         (north_site.folder / "ledger.db-journal").write_bytes(b"of the lost one")
     else:
         north_site.ledger.write_bytes(b"damaged" * 1000)
-    assert north_site.does("backup", other := north_site.folder / "other.zip").code == (2 if lost else 1)
-    assert not other.exists()
+    assert north_site.does("backup", other_backup := north_site.folder / "other.zip").code == (2 if lost else 1)
+    assert not other_backup.exists()
     assert north_site.does("restore", file).code == 0
     north_site.train(2)
-    moved = {path.name.partition(".damaged-")[2][15:] for path in north_site.folder.glob("ledger.db.damaged-*")}
-    assert moved == {"-journal" if lost else ""}
+    set_aside = {path.name.partition(".damaged-")[2][15:] for path in north_site.folder.glob("ledger.db.damaged-*")}
+    assert set_aside == {"-journal" if lost else ""}
 
 
 @pytest.mark.parametrize("what", ["older", "of another version"])
 def test_restore_keeps_an_intact_ledger(north_site: Here, what: str) -> None:
     """Otherwise a backup would replace the ledger and lose its later charges."""
     north_site.train(1)
-    older = north_site.ledger.read_bytes()
+    older_ledger = north_site.ledger.read_bytes()
     if what == "older":
         north_site.train(2)
     file = north_site.write_backup()
-    north_site.ledger.write_bytes(older)
+    north_site.ledger.write_bytes(older_ledger)
     if what != "older":
         north_site.tamper("PRAGMA user_version = 1")
-    there = north_site.ledger.read_bytes()
+    current = north_site.ledger.read_bytes()
     remedy = "move it away" if what == "older" else "use the version of fedtune that wrote the ledger"
     assert remedy in north_site.does("restore", file).failed()
-    assert north_site.ledger.read_bytes() == there
+    assert north_site.ledger.read_bytes() == current
 
 
 def test_restore_on_a_new_machine_requires_the_site_key(north_site: Here, file: Path, tmp_path: Path) -> None:
@@ -228,14 +228,18 @@ def test_existing_backup_is_kept_and_tampered_backup_is_refused(north_site: Here
     assert "already exists" in north_site.does("backup", file).failed()
     north_site.ledger.unlink()
     with zipfile.ZipFile(file) as archive:
-        held = {name: archive.read(name) for name in archive.namelist()}
-    listed, nothing = json.loads(held["backup.json"]), hashlib.sha256().hexdigest()
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    listed, empty_hash = json.loads(contents["backup.json"]), hashlib.sha256().hexdigest()
     for name, changed in {
-        "content": {**held, "site.toml": held["site.toml"] + b"#"},
-        "missing": {name: data for name, data in held.items() if name != "ledger.db"},
-        "outside": {**held, "../x": b"", "backup.json": json.dumps({**listed, "sha256": {"../x": nothing}}).encode()},
-        "another's": {**held, "backup.json": json.dumps({**listed, "kind": "server"}).encode()},
-        "no list": {name: data for name, data in held.items() if name != "backup.json"},
+        "content": {**contents, "site.toml": contents["site.toml"] + b"#"},
+        "missing": {name: data for name, data in contents.items() if name != "ledger.db"},
+        "outside": {
+            **contents,
+            "../x": b"",
+            "backup.json": json.dumps({**listed, "sha256": {"../x": empty_hash}}).encode(),
+        },
+        "another's": {**contents, "backup.json": json.dumps({**listed, "kind": "server"}).encode()},
+        "no list": {name: data for name, data in contents.items() if name != "backup.json"},
     }.items():
         with zipfile.ZipFile(north_site.folder / "changed.zip", "w") as archive:
             for entry, data in changed.items():
@@ -262,8 +266,8 @@ def test_server_database_is_backed_up_during_writes(federation: Path, tmp_path: 
 
 
 def list_modes(folder: Path) -> dict[str, int]:
-    found = (path for path in folder.rglob("*") if path.is_file() or any(path.iterdir()))
-    return {str(path.relative_to(folder)): path.stat().st_mode & 0o777 for path in found}
+    backups_seen = (path for path in folder.rglob("*") if path.is_file() or any(path.iterdir()))
+    return {str(path.relative_to(folder)): path.stat().st_mode & 0o777 for path in backups_seen}
 
 
 def test_federation_folder_round_trips_through_a_backup(federation: Path, north_folder: Path, tmp_path: Path) -> None:

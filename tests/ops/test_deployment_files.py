@@ -48,8 +48,8 @@ def read_service_section(path: Path) -> configparser.SectionProxy:
 def verify(text: str, file: Path) -> str:
     """Return the output of `systemd-analyze verify`, which exits with 0 even if it ignored a line."""
     file.write_text(re.sub(r"/opt/fedtune/bin/[\w-]+", shutil.which("true") or "/bin/true", text))
-    done = run(find_tool("systemd-analyze"), "verify", "--man=no", "--recursive-errors=no", file)
-    return done.stdout + done.stderr + ("" if done.returncode == 0 else f"exit code {done.returncode}")
+    process = run(find_tool("systemd-analyze"), "verify", "--man=no", "--recursive-errors=no", file)
+    return process.stdout + process.stderr + ("" if process.returncode == 0 else f"exit code {process.returncode}")
 
 
 @pytest.mark.parametrize("path", [*UNITS, SUPERNODE], ids=name_of)
@@ -69,8 +69,8 @@ def test_systemd_units_are_valid_and_hardened(path: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("path", UNITS, ids=name_of)
 def test_unit_restarts_on_failure_but_not_after_invalid_settings(path: Path) -> None:
     service = read_service_section(path)
-    ends = {"Restart": "on-failure", "RestartPreventExitStatus": "2 3", "KillSignal": "SIGTERM"}
-    assert ends.items() <= service.items()
+    expected = {"Restart": "on-failure", "RestartPreventExitStatus": "2 3", "KillSignal": "SIGTERM"}
+    assert expected.items() <= service.items()
     assert service["TimeoutStopSec"]
     assert "StartLimitBurst=" in path.read_text()
     assert service["User"] not in ("", "root")
@@ -83,7 +83,7 @@ def test_site_unit_prevents_swap_core_dumps_and_policy_changes() -> None:
     assert (service["MemorySwapMax"], service["LimitCORE"]) == ("0", "0")
     assert (site["memswap_limit"], site["ulimits"]) == (site["mem_limit"], {"core": 0})
     assert f"\nReadOnlyPaths=-{service['WorkingDirectory']}/site.toml\n" in path.read_text()
-    options, volumes = parse_command(*site["command"]), {one["target"]: one for one in site["volumes"]}
+    options, volumes = parse_command(*site["command"]), {item["target"]: item for item in site["volumes"]}
     bound = volumes[str(options["site"])]
     assert bound["read_only"] is True
     assert bound["source"] == f"{volumes[str(options['site'].parent)]['source']}/site.toml"
@@ -98,28 +98,34 @@ def test_supernode_unit_always_restarts() -> None:
     assert (service["Restart"], service["RestartSec"]) == ("always", "5s")
     assert "StartLimitIntervalSec=0" in text
     assert service["User"] not in ("root", "fedtune-site")
-    home = next(one for one in shlex.split(text) if one.startswith("FLWR_HOME=")).partition("=")[2]
+    home = next(item for item in shlex.split(text) if item.startswith("FLWR_HOME=")).partition("=")[2]
     assert service["ReadOnlyPaths"] == home
 
 
 def test_site_unit_behind_a_supernode_has_no_network(tmp_path: Path) -> None:
-    drop_in, whole = FLOWER / "site-without-network.conf", DEPLOYMENT / "systemd/fedtune-site.service"
+    drop_in, unit_text = FLOWER / "site-without-network.conf", DEPLOYMENT / "systemd/fedtune-site.service"
     service, node = read_service_section(drop_in), read_service_section(SUPERNODE)
     assert (service["PrivateNetwork"], service["RestrictAddressFamilies"]) == ("yes", "AF_UNIX")
     assert service["Group"] == node["SupplementaryGroups"]
-    text = whole.read_text().replace("[Install]", f"{drop_in.read_text()}\n[Install]")
-    assert verify(text, tmp_path / whole.name) == ""
+    text = unit_text.read_text().replace("[Install]", f"{drop_in.read_text()}\n[Install]")
+    assert verify(text, tmp_path / unit_text.name) == ""
 
 
 def test_nginx_passes_only_calls_of_a_registered_supernode() -> None:
     client = (Path(flwr.__file__).parent / "supernode/fleet_http_client.py").read_text()
-    own = set(re.findall(r'path="/v1/fleet/([\w-]+)"', client)) - {"register-node", "unregister-node"}
+    own_calls = set(re.findall(r'path="/v1/fleet/([\w-]+)"', client)) - {"register-node", "unregister-node"}
     passed_on, refused = re.findall(r"^    location (.*?) \{", (FLOWER / "nginx.conf").read_text(), re.MULTILINE)
     (pattern,) = re.findall(r"^~ (\S+)$", passed_on)
-    assert len(own) == 10
-    assert {name for name in own if re.search(pattern, f"/v1/fleet/{name}")} == own
-    others = ("/v1/control/list-nodes", "/v1/fleet/register-node", "/v1/runtime/get-nodes", "/v1/fleet/get-run/x", "/")
-    assert [path for path in others if re.search(pattern, path)] == []
+    assert len(own_calls) == 10
+    assert {name for name in own_calls if re.search(pattern, f"/v1/fleet/{name}")} == own_calls
+    other_calls = (
+        "/v1/control/list-nodes",
+        "/v1/fleet/register-node",
+        "/v1/runtime/get-nodes",
+        "/v1/fleet/get-run/x",
+        "/",
+    )
+    assert [path for path in other_calls if re.search(pattern, path)] == []
     assert refused == "/"
 
 
@@ -169,11 +175,11 @@ def list_pins(text: str) -> dict[str, str]:
 
 
 def test_constraints_file_pins_hashes_for_every_package() -> None:
-    plain, hashed = ((ROOT / f"constraints{kind}.txt").read_text() for kind in ("", ".hashed"))
-    assert list_pins(hashed) == list_pins(plain), "run `make constraints`"
+    unhashed, hashed = ((ROOT / f"constraints{kind}.txt").read_text() for kind in ("", ".hashed"))
+    assert list_pins(hashed) == list_pins(unhashed), "run `make constraints`"
     header, *entries = re.split(r"^(?=[^\s#])", hashed, flags=re.M)
     assert "make constraints" in header
-    assert len(entries) == len(list_pins(plain))
+    assert len(entries) == len(list_pins(unhashed))
     for entry in entries:
         assert re.fullmatch(r"[\w.-]+==\S+( \\\n    --hash=sha256:[0-9a-f]{64})+\n", entry), entry
 
@@ -182,11 +188,11 @@ def test_constraints_file_pins_hashes_for_every_package() -> None:
 def test_sbom_lists_every_runtime_dependency(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/cyclonedx-py").symlink_to(find_tool("cyclonedx-py"))
-    for made in (".build", ".made"):
-        (tmp_path / made).touch()  # so that nothing is installed
+    for folder_name in (".build", ".made"):
+        (tmp_path / folder_name).touch()  # so that nothing is installed
     run_tool("make", "-C", ROOT, "sbom", f"TOOLS={tmp_path}", f"SBOM={tmp_path}/sbom.json", f"SBOM_OF={sys.executable}")
-    found = json.loads((tmp_path / "sbom.json").read_text())["components"]
-    versions = {canonicalize_name(one["name"]): one["version"] for one in found}
+    result = json.loads((tmp_path / "sbom.json").read_text())["components"]
+    versions = {canonicalize_name(item["name"]): item["version"] for item in result}
     for needed in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
         name = re.split(r"[><=~\[; ]", needed)[0]
         assert versions[canonicalize_name(name)] == version(name)
@@ -198,9 +204,9 @@ def test_compose_files_match_the_compose_specification(tmp_path: Path) -> None:
     broken = [tmp_path / path.name for path in COMPOSE]
     for path, copy in zip(COMPOSE, broken, strict=True):
         copy.write_text(path.read_text().replace("  site:", "  site:\n    red_only: true", 1))
-    found = run(*command, *broken)
-    assert found.returncode != 0
-    assert all(copy.name in found.stdout for copy in broken)
+    result = run(*command, *broken)
+    assert result.returncode != 0
+    assert all(copy.name in result.stdout for copy in broken)
 
 
 def test_compose_services_are_read_only_and_unprivileged() -> None:
@@ -218,7 +224,9 @@ def test_compose_services_are_read_only_and_unprivileged() -> None:
     assert services["server"]["ports"] == ["9092:9092"]
     (records,) = (volume for volume in services["site"]["volumes"] if volume["target"] == "/records")
     assert records["read_only"] is True
-    kit, data = ({one["target"]: one for one in services["server"]["volumes"]}[folder] for folder in ("/kit", "/data"))
+    kit, data = (
+        {item["target"]: item for item in services["server"]["volumes"]}[folder] for folder in ("/kit", "/data")
+    )
     assert kit["read_only"] is True
     assert not data.get("read_only")
 
@@ -313,20 +321,22 @@ def test_batch_job_that_ends_early_is_not_requeued(code: str, batch: Any, tmp_pa
 def test_deployment_files_use_only_existing_command_line_options() -> None:
     texts = "\n".join(path.read_text() for path in (*UNITS, SBATCH))
     started = re.findall(r'(?:fedtune|"\$fedtune") ((?:site|server) start .*?)(?: &)?$', texts, re.M)
-    found = [words.split() for words in started]
+    result = [words.split() for words in started]
     services = yaml.safe_load(COMPOSE_YAML.read_text())["services"]
-    found += [service["command"] for service in services.values()]
+    result += [service["command"] for service in services.values()]
     for name in ("server", "site"):
         (container,) = find_pod(KUBERNETES / f"{name}/{name}.yaml")["containers"]
-        found.append(container["args"])
-    assert len(found) == 7
-    assert all(parse_command(*words)["kit"] for words in found)
+        result.append(container["args"])
+    assert len(result) == 7
+    assert all(parse_command(*words)["kit"] for words in result)
 
 
 def test_operations_page_matches_actual_logs_and_health_output() -> None:
     text = (ROOT / "docs/operations.md").read_text()
-    shown = [json.loads(line) for block in re.findall(r"```json\n(.*?)```", text, re.S) for line in block.splitlines()]
-    lines, healths = [one for one in shown if "logger" in one], [one for one in shown if "logger" not in one]
+    outputs = [
+        json.loads(line) for block in re.findall(r"```json\n(.*?)```", text, re.S) for line in block.splitlines()
+    ]
+    lines, healths = [item for item in outputs if "logger" in item], [item for item in outputs if "logger" not in item]
     assert len(lines) == 3
     for line in lines:
         assert list(line)[:4] == ["time", "level", "logger", "event"]

@@ -54,7 +54,7 @@ pytestmark = pytest.mark.usefixtures("remove_proxies")
 
 CANARY = "Xylander-7391"
 """A value in the records, which must not appear in any output."""
-TOLD: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("doctor.yaml").read_text())
+CASES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("doctor.yaml").read_text())
 
 
 @dataclass
@@ -90,9 +90,9 @@ class Home(Books):
         rows = [f'"{CANARY} came on day {number}",{CANARY if number % 2 else "well"}' for number in range(count)]
         self.records.write_text("\n".join(["letter,outcome", *rows]) + "\n")
 
-    def spend(self, *, rounds: int = 1, **asked: Any) -> None:
+    def spend(self, *, rounds: int = 1, **fields: Any) -> None:
         """Charge rounds of a run that the policy allows."""
-        proposal = self.asked(lead=self.lead, base_model=self.policy.allow.base_models[0], **asked)
+        proposal = self.asked(lead=self.lead, base_model=self.policy.allow.base_models[0], **fields)
         self.charge(proposal, *range(1, rounds + 1))
 
     def put_back(self, run: str) -> Receipt:
@@ -110,8 +110,8 @@ class Home(Books):
             self.open().require_receipt(receipt)
 
     def replace_connection_key(self) -> None:
-        other = initialize_site(self.site_toml, out=self.folder / "again")
-        shutil.copy(other / "connection_key.pem", self.kit / "connection_key.pem")
+        other_kit = initialize_site(self.site_toml, out=self.folder / "again")
+        shutil.copy(other_kit / "connection_key.pem", self.kit / "connection_key.pem")
 
     def damage_model(self) -> None:
         weights = find_model_store_path(self.kit, self.policy.allow.base_models[0]) / "model.safetensors"
@@ -135,19 +135,19 @@ class Home(Books):
         self.change(population={"arrivals": "year"})
         head, *rows = self.records.read_text().splitlines()
         dates = [date if n % 2 and n < 2 * dated else "14.3.2026" for n in range(len(rows))]
-        both = zip(rows, dates, strict=True)
-        self.records.write_text("\n".join([f"{head},seen", *(f"{row},{at}" for row, at in both)]))
+        dated_rows = zip(rows, dates, strict=True)
+        self.records.write_text("\n".join([f"{head},seen", *(f"{row},{date_text}" for row, date_text in dated_rows)]))
 
     def examine_site(self, *overrides: str, run: bool = False, model: Path | None = None) -> dict[str, DoctorCheck]:
         """Return the doctor's lines by name; a run is checked if one is given or changed."""
-        named = (lambda: self.run(*overrides)) if run or overrides else None
-        places = {"kit_folder": self.kit, "site_toml": self.site_toml, "model": model}
-        return {check.name: check for check in Examination(**places, run=named, timeout_s=5.0).run_checks()}
+        compose = (lambda: self.run(*overrides)) if run or overrides else None
+        paths = {"kit_folder": self.kit, "site_toml": self.site_toml, "model": model}
+        return {check.name: check for check in Examination(**paths, run=compose, timeout_s=5.0).run_checks()}
 
     def run(self, *overrides: str) -> RunConfig:
         return compose_run(
             [
-                *itertools.chain(*TOLD["run"]),
+                *itertools.chain(*CASES["run"]),
                 f"model.path={self.model}",
                 f"model.sha256={self.policy.allow.base_models[0]}",
                 *overrides,
@@ -180,13 +180,13 @@ def whole_site(tmp_path_factory: Any, mailbox: Mailbox, site_policy: Any, run_pr
     (model / "config.json").write_text('{"model_type": "bert"}')
     (model / "LICENSE").write_text("do as you please")
     digest = build_manifest(model).sha256
-    written = tmp_path / "federation.toml"
-    written.write_text(
+    federation_toml = tmp_path / "federation.toml"
+    federation_toml.write_text(
         f'name = "cardiology"\nserver = "{mailbox.address}"\n'
         f'[[model]]\nname = "tiny"\nsha256 = "{digest}"\nlicense = "CC0-1.0"\n'
     )
     federation = tmp_path / "federation"
-    provisioning.init_federation(written, out=federation, now=now)
+    provisioning.init_federation(federation_toml, out=federation, now=now)
     mailbox.context = make_server_context(Kit.read(federation / "server", kind="server").tls())
     lead = Kit.read(federation / "lead", kind="lead").lead
     policy = site_policy("north", allow={"leads": (lead,), "base_models": (digest,)}, releases={"reply_after_s": 600.0})
@@ -204,12 +204,12 @@ def whole_site(tmp_path_factory: Any, mailbox: Mailbox, site_policy: Any, run_pr
 
 def list_failures(checks: dict[str, DoctorCheck]) -> dict[str, str]:
     """List the failed checks with their findings; each has a fix in one sentence."""
-    found = {name: check.found for name, check in checks.items() if check.status is Status.FAILED}
-    for name in found:
+    failures = {name: check.found for name, check in checks.items() if check.status is Status.FAILED}
+    for name in failures:
         fix = checks[name].fix
         assert fix, name
         assert fix[0].isupper() or fix.startswith("`"), fix
-    return found
+    return failures
 
 
 def compute_exit_code(checks: dict[str, DoctorCheck]) -> int:
@@ -219,7 +219,7 @@ def compute_exit_code(checks: dict[str, DoctorCheck]) -> int:
 def test_doctor_passes_for_a_complete_site(home: Home) -> None:
     home.write_records(count=113)
     checks = home.examine_site(run=True)
-    assert list(checks) == [*itertools.chain(*TOLD["lines"])]
+    assert list(checks) == [*itertools.chain(*CASES["lines"])]
     assert not list_failures(checks)
     assert compute_exit_code(checks) == 0
     assert [name for name, check in checks.items() if check.status is Status.WARNING] == ["anchor's place"]
@@ -271,51 +271,49 @@ def charge_ledger(change: Callable[[Home], object], *, anchor: str = "anchor.jso
 
 SECOND = Dataset(id="letters", declared_size=10, path="gone.csv", columns={"text": "a", "label": "b"})
 FAULTS: dict[str, Callable[[Home], Any]] = {
-    "a key that others can read": lambda home: (home.kit / "connection_key.pem").chmod(0o644),
+    "a readable private key": lambda home: (home.kit / "connection_key.pem").chmod(0o644),
     "a kit without its key": lambda home: (home.kit / "connection_key.pem").unlink(),
-    "a kit of another key": Home.replace_connection_key,
-    "a policy with a misspelt key": lambda home: replace_in_file(home.site_toml, "max_rank = 4", "max_rnak = 4"),
-    "columns of one task of two": lambda home: (
+    "a kit for another key": Home.replace_connection_key,
+    "a policy with a misspelled key": lambda home: replace_in_file(home.site_toml, "max_rank = 4", "max_rnak = 4"),
+    "columns for one of two tasks": lambda home: (
         home.change_data(columns={"text": "letter"}),
         home.change(allow={"tasks": ("classification", "causal_lm")}),
     ),
-    "no UTF-8": lambda home: home.records.write_bytes(b'letter,outcome\n"Xylander-7391 \xff",well\n'),
+    "invalid UTF-8": lambda home: home.records.write_bytes(b'letter,outcome\n"Xylander-7391 \xff",well\n'),
     "a blank value": lambda home: home.records.write_bytes(b"letter,outcome\nXylander-7391,\n"),
     "a file without records": lambda home: home.records.write_bytes(b"letter,outcome\n"),
-    "a second data set without its file": lambda home: home.change(dataset=(*home.policy.dataset, SECOND)),
-    "a record of several users": lambda home: home.protect_users(more=f'ours,well,"{CANARY} 1; {CANARY} 2"\n'),
+    "a second data set with a missing file": lambda home: home.change(dataset=(*home.policy.dataset, SECOND)),
+    "a record with several users": lambda home: home.protect_users(more=f'ours,well,"{CANARY} 1; {CANARY} 2"\n'),
     "users without a date": lambda home: home.add_arrival_dates(0),
-    "users of whom few have a date": lambda home: home.add_arrival_dates(49),
+    "users mostly without a date": lambda home: home.add_arrival_dates(49),
     "a model with a changed byte": Home.damage_model,
-    "a model that is not installed": lambda home: shutil.rmtree(home.kit / "models"),
-    "a ledger that was changed": charge_ledger(
-        lambda home: replace_in_file(home.ledger, '"rank":4', '"rank":5'), anchor=""
-    ),
-    "a ledger of another number": charge_ledger(
+    "a missing model": lambda home: shutil.rmtree(home.kit / "models"),
+    "a tampered ledger": charge_ledger(lambda home: replace_in_file(home.ledger, '"rank":4', '"rank":5'), anchor=""),
+    "a ledger with another schema": charge_ledger(
         lambda home: home.tamper(f"PRAGMA user_version = {LEDGER_SCHEMA - 1}"), anchor=""
     ),
-    "an anchor of another number": charge_ledger(
+    "an anchor with another schema": charge_ledger(
         lambda home: replace_in_file(home.folder / "anchor.json", f'"schema": {LEDGER_SCHEMA}', '"schema": 1')
     ),
-    "a ledger that was put back": charge_ledger(lambda home: home.put_back("r2")),
-    "a ledger that is gone": charge_ledger(lambda home: home.ledger.unlink()),
-    "a ledger whose anchor is gone": charge_ledger(lambda home: (home.folder / "anchor.json").unlink()),
-    "a ledger of another population": lambda home: (home.open(), home.change(population={"name": "others"})),
-    "a ledger that is frozen": lambda home: home.open().freeze("consent withdrawn"),
+    "a rolled-back ledger": charge_ledger(lambda home: home.put_back("r2")),
+    "a deleted ledger": charge_ledger(lambda home: home.ledger.unlink()),
+    "a ledger with a deleted anchor": charge_ledger(lambda home: (home.folder / "anchor.json").unlink()),
+    "a ledger for another population": lambda home: (home.open(), home.change(population={"name": "others"})),
+    "a frozen ledger": lambda home: home.open().freeze("consent withdrawn"),
     "a ledger in doubt": Home.doubt,
     "a ledger with seeded noise": lambda home: (
         home.change(allow={"seeded_noise": True}),
         home.spend(seeded_noise=True),
     ),
-    "a site key that others can read": lambda home: (home.open(), home.site_key.chmod(0o640)),
-    "a site key that is gone": lambda home: (home.open(), home.site_key.unlink()),
-    "another site key": lambda home: (home.open(), home.site_key.unlink(), SigningKey.load_or_create(home.site_key)),
-    "a site that is paused": lambda home: home.mark("paused"),
-    "a site that has left": lambda home: home.mark("left"),
+    "a readable site key": lambda home: (home.open(), home.site_key.chmod(0o640)),
+    "a deleted site key": lambda home: (home.open(), home.site_key.unlink()),
+    "a replaced site key": lambda home: (home.open(), home.site_key.unlink(), SigningKey.load_or_create(home.site_key)),
+    "a paused site": lambda home: home.mark("paused"),
+    "a departed site": lambda home: home.mark("left"),
 }
-FAULTS |= {name: partial(Home.change, **changes) for name, changes in TOLD["of_the_policy"].items()}
-FAULTS |= {name: partial(Home.change_data, **changes) for name, changes in TOLD["of_the_data"].items()}
-RUNS: dict[str, list[str]] = TOLD["runs"]
+FAULTS |= {name: partial(Home.change, **changes) for name, changes in CASES["policy_changes"].items()}
+FAULTS |= {name: partial(Home.change_data, **changes) for name, changes in CASES["data_changes"].items()}
+RUNS: dict[str, list[str]] = CASES["runs"]
 
 
 @pytest.mark.parametrize("fault", FAULTS | RUNS)
@@ -336,7 +334,7 @@ def test_doctor_reports_each_fault_without_showing_records(home: Home, fault: st
             skipped.setdefault(check.found, []).append(name)
         else:
             lines += format_lines(check)
-    lines += [f"{why}: {', '.join(names)}" for why, names in skipped.items()]
+    lines += [f"{reason}: {', '.join(names)}" for reason, names in skipped.items()]
     text = "\n".join(lines).replace(str(home.folder), "NORTH").replace(home.lead, "THE LEAD'S")
     short = r"\b[0-9a-f]{16}\.\.\.|\b(?:[0-9a-f]{4} ){4}\.\.\."
     for pattern, mask in {model: "THE MODEL'S", r"\b[0-9a-f]{64}\b": "HEX", short: "HEX..."}.items():
@@ -355,20 +353,20 @@ def test_doctor_quotes_records_only_in_its_private_log(home: Home) -> None:
 
 def test_doctor_names_missing_packages_and_install_commands(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GGUF model and a Parquet file each have a line with the install command for their reader."""
-    place = find_model_store_path(home.kit, digest := hashlib.sha256(b"GGUF").hexdigest())
-    place.mkdir(parents=True)
-    (place / "tiny.gguf").write_bytes(b"GGUF")
+    socket_path = find_model_store_path(home.kit, digest := hashlib.sha256(b"GGUF").hexdigest())
+    socket_path.mkdir(parents=True)
+    (socket_path / "tiny.gguf").write_bytes(b"GGUF")
     (home.folder / "records.parquet").touch()
     home.change(allow={"base_models": (digest,)})
     home.change_data(path="records.parquet")
     for module in ("gguf", "pyarrow"):
         monkeypatch.setitem(sys.modules, module, None)
-    found = list_failures(checks := home.examine_site())
+    failures = list_failures(checks := home.examine_site())
     for name, extra, message in (
         (f"base model {digest[:12]}", "gguf", f"base model = {digest}: requires gguf"),
         ("data", "data", f"{home.folder / 'records.parquet'} requires pyarrow"),
     ):
-        assert found[name] == message
+        assert failures[name] == message
         assert checks[name].fix == f"Run `{build_install_command(extra)}`."
     assert compute_exit_code(checks) == 2
 
@@ -376,14 +374,14 @@ def test_doctor_names_missing_packages_and_install_commands(home: Home, monkeypa
 def test_user_level_declared_size_counts_users(home: Home) -> None:
     for change in (lambda: home.protect_users(9), lambda: home.add_arrival_dates(50)):
         change()
-        found = home.examine_site()["data patients"]
-        assert found.status is Status.OK
-        assert found.found == "every record can be read; enough users for the declared size"
+        check = home.examine_site()["data patients"]
+        assert check.status is Status.OK
+        assert check.found == "every record can be read; enough users for the declared size"
     home.change(population={"arrivals": ""})
     home.protect_users(100, users=9)
-    found = home.examine_site()["data patients"]
-    assert found.status is Status.WARNING
-    assert "far fewer users than the declared size" in found.found
+    check = home.examine_site()["data patients"]
+    assert check.status is Status.WARNING
+    assert "far fewer users than the declared size" in check.found
 
 
 def test_doctor_compares_record_counts_in_words_only(home: Home) -> None:
@@ -423,9 +421,9 @@ def test_doctor_reports_used_and_exhausted_budgets(home: Home) -> None:
     checks = home.examine_site(run=True)
     assert not list_failures(checks)
     assert checks["ledger"].found == "complete and signed, and covered by its anchor"
-    taken = checks["budget"].found.split(" %")[0]
-    assert 0 < int(taken) < 100
-    assert f"lifetime budget {taken} % spent before" in checks["run"].found
+    percent = checks["budget"].found.split(" %")[0]
+    assert 0 < int(percent) < 100
+    assert f"lifetime budget {percent} % spent before" in checks["run"].found
     spent = checks["budget"].found.partition("epsilon ")[2].split(" ")[0]
     home.change(budget={"max_epsilon": float(spent) + 0.01})
     checks = home.examine_site(run=True)
@@ -442,15 +440,15 @@ def test_run_check_reports_the_budget_of_the_admitted_cohorts(home: Home) -> Non
     ledger = home.open()
     ledger.reserve(dataclasses.replace(run, plan=plan), round=1, request="first", arrivals=dict)
     window = "privacy.cohorts={period:year,first:'%s',last:'2026'}"
-    others, all_of_them = (
+    other_cohorts, all_cohorts = (
         home.examine_site(
             "privacy.unit=user", "+data.columns.user=patient", "+data.columns.arrival=seen", window % first
         )
         for first in ("2026", "2025")
     )
-    taken = others["budget"].found.split(" %")[0]
-    assert f"lifetime budget {taken} % spent before, {taken} % after" in others["run"].found
-    assert f"lifetime budget {taken} % spent before, {taken} % after" not in all_of_them["run"].found
+    percent = other_cohorts["budget"].found.split(" %")[0]
+    assert f"lifetime budget {percent} % spent before, {percent} % after" in other_cohorts["run"].found
+    assert f"lifetime budget {percent} % spent before, {percent} % after" not in all_cohorts["run"].found
 
 
 def test_doctor_imports_a_model_once_and_refuses_pickles(home: Home) -> None:
@@ -505,16 +503,16 @@ def test_doctor_checks_the_socket_instead_of_a_server_connection(home: Home, mon
     monkeypatch.setattr(
         examination, "check_control_api", lambda server, timeout_s: build_passed_check("Flower's control", server)
     )
-    place = home.site_toml.parent / "s" / "site.sock"
+    socket_path = home.site_toml.parent / "s" / "site.sock"
     write_policy(dataclasses.replace(home.policy, socket="s/site.sock"), home.site_toml)
     assert "its folder is missing" in home.examine_site()["socket"].found
-    place.parent.mkdir()
+    socket_path.parent.mkdir()
     checks = home.examine_site()
     assert not {"connection (TCP)", "clock"} & checks.keys()
     assert "created when the site starts" in checks["socket"].found
-    with listen_at(place):
+    with listen_at(socket_path):
         assert "members of group" in home.examine_site()["socket"].found
-        place.chmod(0o666)
+        socket_path.chmod(0o666)
         assert home.examine_site()["socket"].status == "failed"
-    place.write_text("x")
+    socket_path.write_text("x")
     assert "a file that is not a socket" in home.examine_site()["socket"].found

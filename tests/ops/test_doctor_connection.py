@@ -48,8 +48,8 @@ class World:
         files = self.ours.issue("north", days=90)
         for name, path in (("site.pem", files.certificate), ("ca.pem", files.ca), ("connection_key.pem", files.key)):
             shutil.copy(path, self.folder / name)
-        about = {"version": KIT_SCHEMA, "kind": "site", "federation": "test", "lead": "ab" * 32, "site": "north"}
-        return Kit(folder=self.folder, server=server, **about)
+        fields = {"version": KIT_SCHEMA, "kind": "site", "federation": "test", "lead": "ab" * 32, "site": "north"}
+        return Kit(folder=self.folder, server=server, **fields)
 
     def serve_tls(self, of: Authority | None = None, clients: Any = None, **changes: Any) -> tuple[Mailbox, str]:
         """Start a server with changed TLS settings or certificate; return its address as localhost:port."""
@@ -100,31 +100,31 @@ def list_marks(checks: dict[str, DoctorCheck]) -> str:
 
 PROXY = "http://someone:s%20cret@"
 SITUATIONS: dict[str, Callable[[World], dict[str, DoctorCheck]]] = {
-    "a name that does not resolve": lambda at: at.run_checks("fl.nowhere.invalid:9092"),
-    "a port where nobody listens": lambda at: at.run_checks(f"127.0.0.1:{find_free_port()}"),
-    "a certificate that soon ends": lambda at: at.run_checks(at.serve_tls(days=20)[1]),
-    "a certificate of another authority": lambda at: at.run_checks(at.serve_tls(at.theirs)[1]),
-    "a certificate of another host": lambda at: at.run_checks(at.serve_tls(address="fl.example.org")[1]),
-    "a certificate that has ended": lambda at: at.run_checks(at.serve_tls(days=-1)[1]),
-    "a certificate that is yet to begin": lambda at: at.run_checks(at.serve_tls(age_days=-3)[1]),
+    "an unresolvable name": lambda at: at.run_checks("fl.nowhere.invalid:9092"),
+    "a closed port": lambda at: at.run_checks(f"127.0.0.1:{find_free_port()}"),
+    "a certificate that expires soon": lambda at: at.run_checks(at.serve_tls(days=20)[1]),
+    "a certificate from another authority": lambda at: at.run_checks(at.serve_tls(at.theirs)[1]),
+    "a certificate for another host": lambda at: at.run_checks(at.serve_tls(address="fl.example.org")[1]),
+    "an expired certificate": lambda at: at.run_checks(at.serve_tls(days=-1)[1]),
+    "a certificate that is not yet valid": lambda at: at.run_checks(at.serve_tls(age_days=-3)[1]),
     "an older protocol": lambda at: at.run_checks(at.serve_tls(newest=ssl.TLSVersion.TLSv1_2)[1]),
     "no TLS": lambda at: at.run_checks(at.serve_answer_once(b"HTTP/1.1 400 Bad Request\r\n\r\n")),
     "no answer": lambda at: at.run_checks(at.listen_silently(), timeout_s=0.3),
-    "a site that nobody knows": lambda at: at.serve_status(403, reason="unknown"),
-    "a site that was revoked": lambda at: at.serve_status(403, reason="revoked"),
-    "a clock that is wrong": lambda at: at.serve_status(403, reason="its clock is 12 s ahead"),
+    "an unknown site": lambda at: at.serve_status(403, reason="unknown"),
+    "a revoked site": lambda at: at.serve_status(403, reason="revoked"),
+    "a wrong clock": lambda at: at.serve_status(403, reason="its clock is 12 s ahead"),
     "another site's key": lambda at: at.serve_status(200, site="south", time=0),
     "another kind of server": lambda at: at.serve_status(200),
-    "a proxy that forbids it": lambda at: at.check_by_proxy(
+    "a proxy that forbids the connection": lambda at: at.check_by_proxy(
         at.serve_answer_once(b"HTTP/1.1 403 Forbidden\r\n\r\n"), name="https_proxy"
     ),
-    "a proxy that wants a password": lambda at: at.check_by_proxy(
+    "a proxy that requires a password": lambda at: at.check_by_proxy(
         at.serve_answer_once(b"HTTP/1.1 407 Who are you\r\n\r\n")
     ),
-    "a proxy that is none": lambda at: at.check_by_proxy(at.serve_answer_once(b"SSH-2.0-OpenSSH_9.6\r\n")),
-    "a proxy that is away": lambda at: at.check_by_proxy("http://proxy.nowhere.invalid:3128"),
+    "a server that is not a proxy": lambda at: at.check_by_proxy(at.serve_answer_once(b"SSH-2.0-OpenSSH_9.6\r\n")),
+    "an unreachable proxy": lambda at: at.check_by_proxy("http://proxy.nowhere.invalid:3128"),
     "a proxy without a port": lambda at: at.check_by_proxy(f"{PROXY}proxy:none"),
-    "a proxy of another kind": lambda at: at.check_by_proxy("socks5://someone:s%20cret@proxy:1"),
+    "a proxy of an unsupported kind": lambda at: at.check_by_proxy("socks5://someone:s%20cret@proxy:1"),
 }
 
 
@@ -162,15 +162,15 @@ def test_doctor_names_a_rejected_site_certificate(world: World) -> None:
 def test_slowly_dribbling_server_times_out(world: World) -> None:
     world.patch.setattr(bounded_http, "_OTHER", (1000, 0.5))
 
-    def send_slowly(to: ssl.SSLSocket, path: str) -> None:
+    def send_slowly(connection: ssl.SSLSocket, path: str) -> None:
         while True:
-            to.sendall(b"H")
+            connection.sendall(b"H")
             dribbling.pause(0.05)
 
     dribbling = Hostile(make_server_context(world.ours.issue("server", address=LOOPBACK)), send_slowly)
-    began = time.monotonic()
+    start = time.monotonic()
     assert list_marks(world.run_checks(dribbling.address, timeout_s=0.5)) == "oofs"
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - start < 10
     dribbling.close()
 
 

@@ -20,10 +20,11 @@ from .conftest import check_snapshot
 GIB, MIB = 2**30, 2**20
 
 
-def check_lines(name: str, found: dict[object, DoctorCheck]) -> None:
+def check_lines(name: str, checks: dict[object, DoctorCheck]) -> None:
     """Compare findings and fixes with a snapshot."""
     lines = [
-        f"{what}: {one.status}, {one.found}" + (f" -> {one.fix}" if one.fix else "") for what, one in found.items()
+        f"{case}: {check.status}, {check.found}" + (f" -> {check.fix}" if check.fix else "")
+        for case, check in checks.items()
     ]
     check_snapshot(name, "\n".join(lines))
 
@@ -32,15 +33,15 @@ def test_clock_check_allows_five_seconds_plus_uncertainty() -> None:
     """A slow answer increases the uncertainty and is not counted as a clock offset."""
     cases = [(0.0, 0.5), (5.4, 0.5), (-6.0, 0.5), (6.0, 0.5), (60.4, 0.5), (-61.0, 0.5), (9.0, 8.0)]
     check_lines(
-        "a clock that is so far ahead",
+        "a clock that is ahead",
         {f"{ahead} +- {off} s": machine.check_clock((ahead, off)) for ahead, off in cases},
     )
     # If this machine's clock is synchronized, the server's clock is wrong.
     assert [machine.check_clock(case, kept=True).status for case in cases] == [
         machine.check_clock(case).status for case in cases
     ]
-    theirs = machine.check_clock((-61.0, 0.5), kept=True)
-    assert (theirs.found, theirs.exit_code) == (
+    check = machine.check_clock((-61.0, 0.5), kept=True)
+    assert (check.found, check.exit_code) == (
         "the server's clock is 61 s ahead, but this machine's clock is synchronized",
         SERVER,
     )
@@ -54,7 +55,7 @@ def test_disk_check_warns_and_fails_by_free_space(tmp_path: Path) -> None:
         (check,) = machine.check_disks(free, free_bytes=lambda path: paths.append(path) or mib * MIB)
         return check
 
-    check_lines("a disk with so much room", {f"{mib} MiB": check_disk(mib) for mib in (2048, 2047, 200, 199)})
+    check_lines("free disk space", {f"{mib} MiB": check_disk(mib) for mib in (2048, 2047, 200, 199)})
     assert set(paths) == {tmp_path}, "a folder that does not exist is on its parent's disk"
 
 
@@ -66,19 +67,19 @@ def test_ledger_and_anchor_checks_detect_network_and_shared_disks(tmp_path: Path
     escaped = str(share).replace(" ", r"\040")
     rows = ("rootfs / ramfs rw", "/dev/vda / ext4 rw", f"old {escaped} xfs rw", f"//it/share {escaped} cifs rw 0 0")
     mounts.write_text("".join(f"{row}\n" for row in rows))
-    for place in ("a share/north/ledger.db", "link/ledger.db", "a share/not/yet/ledger.db"):
-        check = machine.check_ledger_disk(tmp_path / place, system=tmp_path)
+    for path in ("a share/north/ledger.db", "link/ledger.db", "a share/not/yet/ledger.db"):
+        check = machine.check_ledger_disk(tmp_path / path, system=tmp_path)
         assert check.status is Status.WARNING
         assert check.found.startswith("cifs, a network file system")
-    for place in ("ledger.db", "a share2/ledger.db"):
-        check = machine.check_ledger_disk(tmp_path / place, system=tmp_path)
+    for path in ("ledger.db", "a share2/ledger.db"):
+        check = machine.check_ledger_disk(tmp_path / path, system=tmp_path)
         assert (check.status, check.found) == (Status.OK, "ext4, on this machine")
     assert machine.check_ledger_disk(tmp_path, system=tmp_path / "none").found.startswith("an unknown file system")
     ledger = tmp_path / "ledger.db"
     assert "names no anchor" in machine.check_anchor_disk(ledger, None).found
-    here = machine.check_anchor_disk(ledger, tmp_path / "other" / "anchor.json")
-    assert here.status is Status.WARNING
-    assert "own disk" in here.found
+    local = machine.check_anchor_disk(ledger, tmp_path / "other" / "anchor.json")
+    assert local.status is Status.WARNING
+    assert "own disk" in local.found
     assert machine.check_anchor_disk(ledger, Path("/proc/anchor.json")).status is Status.OK
 
 
@@ -95,9 +96,9 @@ def test_memory_check_compares_model_size_with_available_memory(tmp_path: Path) 
             for name, size in (sizes | in_four_bits).items()
         }
 
-    check_lines("memory for a model of such a size", list_lines())
+    check_lines("memory for a model", list_lines())
     (cgroup / "memory.max").write_text("max\n")
-    check_lines("memory for a model of such a size", list_lines())
+    check_lines("memory for a model", list_lines())
     (cgroup / "memory.max").write_text(f"{3 * GIB}\n")
     (cgroup / "memory.current").write_text(f"{GIB}\n")
     assert machine.check_memory(None, system=tmp_path).found.startswith("2.0 GiB of 3.0 GiB available")
@@ -112,9 +113,9 @@ def test_gpu_check_compares_the_policy_with_device_and_driver(tmp_path: Path) ->
         return check
 
     (tmp_path / "driver").touch()
-    wanted = [("cpu", "an H200"), ("auto", "an H200"), ("cuda", "an H200"), ("auto", ""), ("cuda", "")]
-    cases = [(*one, driver) for one in wanted for driver in ("driver", "no driver")]
-    check_lines("the device that a policy wants", {", ".join(filter(None, one)): check_gpu(*one) for one in cases})
+    devices = [("cpu", "an H200"), ("auto", "an H200"), ("cuda", "an H200"), ("auto", ""), ("cuda", "")]
+    cases = [(*case, driver) for case in devices for driver in ("driver", "no driver")]
+    check_lines("the device required by a policy", {", ".join(filter(None, case)): check_gpu(*case) for case in cases})
 
 
 def test_machine_checks_work_on_the_current_machine(tmp_path: Path) -> None:

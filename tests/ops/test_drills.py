@@ -25,15 +25,15 @@ from .conftest import Desk, unpack
 pytestmark = pytest.mark.nightly
 
 
-def open_ledger(folder: Path, *rounds: int, **asked: Any) -> SiteLedger:
+def open_ledger(folder: Path, *rounds: int, **fields: Any) -> SiteLedger:
     """Open the ledger as the site's process does, after these rounds of a run."""
     files, state = SiteFiles.from_site_toml(folder / "site.toml"), SiteState.in_kit(folder / "kit")
     assert not state.left_file.exists()
     assert files.ledger.is_file() or not state.has_served()
-    opened = files.open_ledger()
-    state.check_ledger(opened.history.opening.ledger)
-    train(opened, run_proposal(**asked), *rounds)
-    return opened
+    ledger = files.open_ledger()
+    state.check_ledger(ledger.history.opening.ledger)
+    train(ledger, run_proposal(**fields), *rounds)
+    return ledger
 
 
 def test_connection_key_can_be_rotated_and_replaced_after_loss(desk: Desk, north_folder: Path) -> None:
@@ -54,8 +54,8 @@ def test_connection_key_can_be_rotated_and_replaced_after_loss(desk: Desk, north
     member = desk.member("north")
     assert member.revoked is None
     assert member.x509_certificate.public_key() == read_certificate(kit / "site.pem").public_key()
-    with FederationFolder.open_locked(desk.folder) as held:
-        assert len(held.read_retired_keys()) == 1
+    with FederationFolder.open_locked(desk.folder) as locked:
+        assert len(locked.read_retired_keys()) == 1
     # Key and kit are lost and have no backup: with a new key and a renewed kit, the ledger continues.
     before = open_ledger(north_folder).history.opening.ledger
     shutil.rmtree(kit)
@@ -67,17 +67,19 @@ def test_connection_key_can_be_rotated_and_replaced_after_loss(desk: Desk, north
 
 def test_site_can_be_moved_to_another_machine(north_folder: Path, tmp_path: Path) -> None:
     open_ledger(north_folder, 1)
-    moved = tmp_path / "another machine"
+    new_folder = tmp_path / "another machine"
     with lock_ledger(north_folder / "ledger.db"):
         pass  # no process serves the old one
-    shutil.copytree(north_folder, moved)
-    (moved / "site.toml").write_text((moved / "site.toml").read_text().replace(str(north_folder), str(moved)))
-    Kit.read(moved / "kit", kind="site").check_certificate(datetime.now(UTC))
-    there = open_ledger(moved, 2)
-    assert there.history.charged_rounds("r") == 2
+    shutil.copytree(north_folder, new_folder)
+    (new_folder / "site.toml").write_text(
+        (new_folder / "site.toml").read_text().replace(str(north_folder), str(new_folder))
+    )
+    Kit.read(new_folder / "kit", kind="site").check_certificate(datetime.now(UTC))
+    reopened = open_ledger(new_folder, 2)
+    assert reopened.history.charged_rounds("r") == 2
     # If the old site is started by mistake, a lead's receipt from the new site reveals it.
     with pytest.raises(Refused, match="ledger_behind_receipt"):
-        open_ledger(north_folder).require_receipt(there.sign_receipt("r"))
+        open_ledger(north_folder).require_receipt(reopened.sign_receipt("r"))
 
 
 def test_doctor_changes_nothing_on_a_running_site(north_folder: Path) -> None:
@@ -96,8 +98,8 @@ def test_site_can_return_after_leaving(north_folder: Path) -> None:
     open_ledger(north_folder, 1)
     words = ("--kit", str(north_folder / "kit"), "--site", str(north_folder / "site.toml"))
     assert run_command("site", "leave", *words).code == 0
-    left = SiteState.in_kit(north_folder / "kit").left_file
-    assert left.exists()
-    left.unlink()
+    left_file = SiteState.in_kit(north_folder / "kit").left_file
+    assert left_file.exists()
+    left_file.unlink()
     assert open_ledger(north_folder).history.charged_rounds("r") == 1
     open_ledger(north_folder, 1, run="another")

@@ -92,7 +92,7 @@ def test_only_health_and_ready_paths_are_served(address: str) -> None:
 
 
 def test_endless_request_is_cut_off(address: str) -> None:
-    began = time.monotonic()
+    start = time.monotonic()
     with connect_to(address) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\n")
         try:
@@ -102,7 +102,7 @@ def test_endless_request_is_cut_off(address: str) -> None:
         except ConnectionError:  # data was still in transit when the server closed
             received = b""
     assert received == b"" or received.split()[1] == b"400"
-    assert time.monotonic() - began < 1.5  # limited by size, before the time limit
+    assert time.monotonic() - start < 1.5  # limited by size, before the time limit
     assert send_probe(address)[0] == 200
 
 
@@ -113,11 +113,11 @@ def test_slow_clients_do_not_block_health_probes(address: str) -> None:
             connection.sendall(b"G")
         assert [send_probe(address)[0] for _ in range(20)] == [200] * 20
         assert send_probe(address, "/health")[0] == 200
-        began = time.monotonic()
+        start = time.monotonic()
         for connection in slow:
             with contextlib.suppress(ConnectionError):
                 assert connection.recv(1) == b""
-        assert time.monotonic() - began < 8, "each must be cut off after two seconds"
+        assert time.monotonic() - start < 8, "each must be cut off after two seconds"
 
 
 def test_health_server_stops_with_its_context(health: Health) -> None:
@@ -125,19 +125,19 @@ def test_health_server_stops_with_its_context(health: Health) -> None:
         assert send_probe(bound)[0] == 200
     with pytest.raises(ConnectionRefusedError):
         send_probe(bound)
-    with serve_health(bound, health) as again:  # and its port must be free
-        assert again == bound
+    with serve_health(bound, health) as rebound:  # and its port must be free
+        assert rebound == bound
 
 
 def test_non_loopback_address_requires_an_explicit_option(address: str, health: Health) -> None:
-    for message, given in {
+    for message, addresses in {
         "--health-anywhere": ("0.0.0.0:0", "[::]:0", "10.1.2.3:8089"),
         "cannot be bound": (address,),
         r"^--health = .*must be host:port": (
             *("8089", "127.0.0.1", "127.0.0.1:70000", "127.0.0.1:\uff18\uff10", "[127.0.0.1]:1", "fl.example.org:8089"),
         ),
     }.items():
-        for one in given:
+        for one in addresses:
             with pytest.raises(ConfigError, match=message), serve_health(one, health):
                 pass
 
@@ -160,8 +160,8 @@ def test_container_probe_reflects_health_and_readiness(address: str, health: Hea
     assert probe(address).returncode == 0
     assert probe(address, "/ready").returncode == 1
     health.update(state="connected")
-    done = probe(address, "/ready")
-    assert (done.returncode, json.loads(done.stdout)["state"], done.stderr) == (0, "connected", "")
+    response = probe(address, "/ready")
+    assert (response.returncode, json.loads(response.stdout)["state"], response.stderr) == (0, "connected", "")
     assert probe("127.0.0.1:1").returncode == 1
     assert probe().returncode == 2
 
@@ -176,11 +176,11 @@ def test_health_is_served_on_a_unix_socket(tmp_path: Path, health: Health) -> No
             assert send_probe(address, "/ready")[0] == 200
             assert module.main([address]) == 0
     (tmp_path / "notes").write_text("x")
-    for place, bound in (
+    for socket_path, bound in (
         ("notes", "is not a socket"),
         ("missing/x.sock", "No such file"),
         ("x" * 200, "too long"),
     ):
-        with pytest.raises(ConfigError, match=bound), serve_health(f"unix:{tmp_path / place}", health):
+        with pytest.raises(ConfigError, match=bound), serve_health(f"unix:{tmp_path / socket_path}", health):
             pass
     assert module.main([address]) == 1

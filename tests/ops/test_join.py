@@ -51,10 +51,10 @@ def test_private_keys_are_readable_only_by_their_owner(tmp_path: Path, now: date
     assert f"{connection.private_numbers().private_value:x}" not in data.decode()
 
 
-@pytest.mark.parametrize(("name", "said"), [("n" * 65, "must"), ("Server", "is a reserved name")])
-def test_invalid_site_name_creates_no_files(name: str, said: str, tmp_path: Path, site_policy: Any) -> None:
+@pytest.mark.parametrize(("name", "message"), [("n" * 65, "must"), ("Server", "is a reserved name")])
+def test_invalid_site_name_creates_no_files(name: str, message: str, tmp_path: Path, site_policy: Any) -> None:
     write_policy(site_policy(name), tmp_path / "site.toml")
-    with pytest.raises(ConfigError, match=rf"site\.toml: site = '{name}': {said}"):
+    with pytest.raises(ConfigError, match=rf"site\.toml: site = '{name}': {message}"):
         initialize_site(tmp_path / "site.toml", out=None)
     assert [path.name for path in tmp_path.iterdir()] == ["site.toml"]
 
@@ -75,9 +75,9 @@ def test_exposed_or_missing_site_key_is_refused(tmp_path: Path, site_policy: Any
 
 
 def test_site_with_a_key_command_has_no_key_file(tmp_path: Path, site_policy: Any) -> None:
-    site_toml, kept = tmp_path / "site.toml", tmp_path / "kept.pem"
-    public = SigningKey.load_or_create(kept).public
-    write_policy(site_policy("north", key_command=("/bin/cat", str(kept))), site_toml)
+    site_toml, key_file = tmp_path / "site.toml", tmp_path / "kept.pem"
+    public = SigningKey.load_or_create(key_file).public
+    write_policy(site_policy("north", key_command=("/bin/cat", str(key_file))), site_toml)
     kit = initialize_site(site_toml, out=None)
     assert JoinRequest.read(kit / "join_request.json").site_key == read_signing_key(site_toml).public == public
     assert SiteFiles.from_site_toml(site_toml).open_ledger().history.opening.site_key == public
@@ -110,8 +110,8 @@ _P256, _P384 = (ec.generate_private_key(curve) for curve in (ec.SECP256R1(), ec.
 
 def make_csr(key: Any, *names: str) -> str:
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name) for name in names])
-    made = x509.CertificateSigningRequestBuilder(subject).sign(key, hashes.SHA256())
-    return made.public_bytes(serialization.Encoding.PEM).decode()
+    csr = x509.CertificateSigningRequestBuilder(subject).sign(key, hashes.SHA256())
+    return csr.public_bytes(serialization.Encoding.PEM).decode()
 
 
 def test_csr_proves_possession_of_the_private_key(request_of: Any) -> None:

@@ -49,14 +49,14 @@ def test_missing_kit_file_or_exposed_key_is_named(kits: dict[str, Path], kind: s
 
 def test_invalid_line_in_kit_toml_is_named(kits: dict[str, Path]) -> None:
     path = kits["site"] / "kit.toml"
-    right = path.read_text().splitlines()
+    valid = path.read_text().splitlines()
     for key, value, message in (
         ("server", "fl.example.org", "server = 'fl.example.org': must be the server's address"),
         ("lead", "00", "lead = '00': must be a public key"),
         ("site", "../etc", "site = '../etc': must consist of"),
         ("collor", "red", "collor: is not a known key"),
     ):
-        path.write_text("\n".join([f'{key} = "{value}"', *(one for one in right if not one.startswith(f"{key} ="))]))
+        path.write_text("\n".join([f'{key} = "{value}"', *(line for line in valid if not line.startswith(f"{key} ="))]))
         with pytest.raises(ConfigError, match=message) as caught:
             Kit.read(kits["site"], kind="site")
         assert str(path) in str(caught.value)
@@ -76,14 +76,14 @@ def test_lead_key_and_server_certificate_must_match_the_kit(kits: Any, now: date
 
 
 def test_certificate_of_another_site_is_refused(kits: Any, request_of: Any, federation_toml: Path, now: Any) -> None:
-    kit, other = (
+    kit, other_kit = (
         kits["site"],
         provisioning.init_federation(federation_toml, out=federation_toml.parent / "other", now=now).folder,
     )
     south = (kit / "kit.toml").read_bytes().replace(b'"north"', b'"south"')
     for name, data, message in (
         ("connection_key.pem", (request_of("south").parent / "connection_key.pem").read_bytes(), BELONGS),
-        ("ca.pem", (other / "server" / "ca.pem").read_bytes(), r"must be issued by the authority in ca\.pem"),
+        ("ca.pem", (other_kit / "server" / "ca.pem").read_bytes(), r"must be issued by the authority in ca\.pem"),
         ("kit.toml", south, "must be a certificate for south"),
     ):
         before = (kit / name).read_bytes()
@@ -112,7 +112,7 @@ def _swap(key: str, value: Any) -> Callable[[Any], None]:
 def test_invalid_roster_is_refused(federation: Path, join_site: Any) -> None:
     join_site("north")
     path = federation / "server" / "roster.json"
-    right = path.read_text()
+    valid = path.read_text()
     for change, message in (
         (
             lambda fields: fields["sites"].append(fields["sites"][0]),
@@ -125,7 +125,7 @@ def test_invalid_roster_is_refused(federation: Path, join_site: Any) -> None:
         (_swap("revoked", "yesterday"), "revoked = 'yesterday': must be a time"),
         (_swap("datasets", {"a": 10**400}), "datasets.a = 1000.*: must be"),
     ):
-        fields = json.loads(right)
+        fields = json.loads(valid)
         change(fields)
         path.write_text(json.dumps(fields))
         with pytest.raises(ConfigError, match=message) as caught:
@@ -138,9 +138,9 @@ def test_roster_certificate_with_an_unreadable_key_is_refused(federation: Path, 
     path = federation / "server" / "roster.json"
     fields = json.loads(path.read_text())
     # An invalid encoding of the public key's point, and an unknown type of key.
-    for right, wrong in (("03620004", "03620008"), ("06072a8648ce3d0201", "06071a8648ce3d0201")):
-        assert der.count(bytes.fromhex(right)) == 1
-        damaged = x509.load_der_x509_certificate(der.replace(bytes.fromhex(right), bytes.fromhex(wrong)))
+    for valid, invalid in (("03620004", "03620008"), ("06072a8648ce3d0201", "06071a8648ce3d0201")):
+        assert der.count(bytes.fromhex(valid)) == 1
+        damaged = x509.load_der_x509_certificate(der.replace(bytes.fromhex(valid), bytes.fromhex(invalid)))
         with pytest.raises(ConfigError, match="must contain an EC P-384 key"):
             extract_p384_public_key(damaged, key="certificate")
         fields["sites"][0]["certificate"] = encode_certificate_pem(damaged).decode()
@@ -160,7 +160,7 @@ def test_server_address_must_be_host_and_port() -> None:
         address = Address.parse_address(text)
         assert (address.host, address.port) == (host, port)
         assert Address.parse_address(str(address)) == address
-    for wrong in (
+    for invalid in (
         *("", ":", ":9092", "fl.example.org", "fl.example.org:", "fl.example.org:0", "fl.example.org:65536"),
         *("fl.example.org:09092", "fl.example.org:+1", "fl.example.org:9092 ", "https://fl.example.org:9092"),
         *("fl.example.org/x:9092", "*.example.org:9092", "-a.org:1", "a..org:1", ".org:1", "0.0.0.0:9092", "[::]:9092"),
@@ -168,7 +168,7 @@ def test_server_address_must_be_host_and_port() -> None:
         *("a" * 64 + ".org:1", "a." * 130 + "org:1", "fl.example.org:९", "straße.de:1", "user@host:1"),
     ):
         with pytest.raises(ConfigError, match=r"server = .*as host:port"):
-            Address.parse_address(wrong)
+            Address.parse_address(invalid)
 
 
 @given(
@@ -177,8 +177,8 @@ def test_server_address_must_be_host_and_port() -> None:
     )
 )
 def test_any_license_text_round_trips_through_kit_toml(tmp_path_factory: pytest.TempPathFactory, license: str) -> None:
-    about = {"version": KIT_SCHEMA, "kind": "site", "federation": "f", "server": "[::1]:1", "site": "a"}
-    kit = KitFile(**about, lead="ab" * 32, model=(KitModel(name="m", sha256="00" * 32, license=license),))
+    fields = {"version": KIT_SCHEMA, "kind": "site", "federation": "f", "server": "[::1]:1", "site": "a"}
+    kit = KitFile(**fields, lead="ab" * 32, model=(KitModel(name="m", sha256="00" * 32, license=license),))
     path = tmp_path_factory.mktemp("kit") / "kit.toml"
     path.write_text(kit.to_toml(), encoding="utf-8")
     assert read_spec(KitFile, path) == kit

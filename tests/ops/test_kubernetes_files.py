@@ -50,43 +50,45 @@ def list_mounts(container: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def put_together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def built_overlays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The output of kubectl for each folder, by name."""
-    into, made = tmp_path_factory.mktemp("made"), {}
+    into, built = tmp_path_factory.mktemp("made"), {}
     for folder in OVERLAYS:
-        made[folder.name] = into / f"{folder.name}.yaml"
-        made[folder.name].write_text(run_tool(find_tool("kubectl"), "kustomize", folder))
-    return made
+        built[folder.name] = into / f"{folder.name}.yaml"
+        built[folder.name].write_text(run_tool(find_tool("kubectl"), "kustomize", folder))
+    return built
 
 
-def test_manifests_match_the_kubernetes_schema(put_together: dict[str, Path], tmp_path: Path) -> None:
+def test_manifests_match_the_kubernetes_schema(built_overlays: dict[str, Path], tmp_path: Path) -> None:
     command = (find_tool("kubernetes-validate"), *VALIDATE)
-    plain = [path for path in KUBERNETES.rglob("*.yaml") if path.name != "kustomization.yaml"]
-    run_tool(*command, *plain, *put_together.values())
+    plain_lines = [path for path in KUBERNETES.rglob("*.yaml") if path.name != "kustomization.yaml"]
+    run_tool(*command, *plain_lines, *built_overlays.values())
     broken = tmp_path / "broken.yaml"
-    for path in plain:
+    for path in plain_lines:
         broken.write_text(path.read_text().replace("spec:\n", "spec:\n  replcas: 1\n", 1))
         assert run(*command, broken).returncode != 0, path
 
 
 @pytest.mark.parametrize("folder", [folder.name for folder in OVERLAYS])
-def test_kubectl_builds_every_overlay(folder: str, put_together: dict[str, Path]) -> None:
-    (made,) = (one for one in read_documents(put_together[folder]) if one["kind"] in PROCESSES.values())
-    pod = find_pod_template(made)["spec"]
+def test_kubectl_builds_every_overlay(folder: str, built_overlays: dict[str, Path]) -> None:
+    (manifest,) = (
+        document for document in read_documents(built_overlays[folder]) if document["kind"] in PROCESSES.values()
+    )
+    pod = find_pod_template(manifest)["spec"]
     containers = [*pod.get("initContainers", ()), *pod["containers"]]
     assert {container["image"] for container in containers} == {f"registry.example.org/fedtune:{__version__}"}
     gpus = [container.get("resources", {}).get("limits", {}).get("nvidia.com/gpu") for container in containers]
     assert gpus[-1] == ("1" if folder == "site-gpu" else None)
     assert not any(gpus[:-1])
-    assert len({one["metadata"]["namespace"] for one in read_documents(put_together[folder])}) == 1
+    assert len({document["metadata"]["namespace"] for document in read_documents(built_overlays[folder])}) == 1
 
 
 @pytest.mark.parametrize("path", PROCESSES, ids=name_of)
 def test_pods_meet_the_restricted_standard_and_only_the_server_is_reachable(path: Path) -> None:
     pod = find_pod(path)
     assert pod["automountServiceAccountToken"] is False
-    own = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
-    assert own.items() <= pod["securityContext"].items()
+    expected = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    assert expected.items() <= pod["securityContext"].items()
     assert pod["securityContext"]["runAsUser"] > 0
     assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
     for container in (*pod.get("initContainers", ()), *pod["containers"]):
@@ -108,13 +110,13 @@ def test_pods_meet_the_restricted_standard_and_only_the_server_is_reachable(path
     # Network reachability.
     labels = find_pod_template(read_only_document(path, PROCESSES[path]))["metadata"]["labels"]
     policies = [read_only_document(file, "NetworkPolicy")["spec"] for file in POLICIES]
-    (policy,) = (one for one in policies if one["podSelector"]["matchLabels"].items() <= labels.items())
+    (policy,) = (document for document in policies if document["podSelector"]["matchLabels"].items() <= labels.items())
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     reached = [port["port"] for rule in policy["ingress"] for port in rule["ports"]]
-    called = {port["port"] for rule in policy["egress"] for port in rule["ports"]}
+    ports = {port["port"] for rule in policy["egress"] for port in rule["ports"]}
     role = path.parent.name
     assert reached == ([9092] if role == "server" else [])
-    assert called == ({53, 5353, 9092} if role in ("site", "lead") else set())
+    assert ports == ({53, 5353, 9092} if role in ("site", "lead") else set())
 
 
 def test_site_pod_is_unreachable_and_cannot_write_policy_or_records() -> None:
@@ -157,14 +159,14 @@ def fill(folder: Path, *names: str) -> None:
 
 def test_site_init_container_copies_keys_privately_and_keeps_the_ledger_key(tmp_path: Path) -> None:
     secret, site = tmp_path / "secret", tmp_path / "pvc"
-    own, of_kit = ("site.toml", "site_key.pem"), ("kit.toml", "ca.pem", "site.pem", "connection_key.pem")
-    fill(secret / "site", *own)
+    expected, of_kit = ("site.toml", "site_key.pem"), ("kit.toml", "ca.pem", "site.pem", "connection_key.pem")
+    fill(secret / "site", *expected)
     fill(secret / "kit", *of_kit)
     site.mkdir()
     script = start_script("site/site.yaml", secret=secret, site=site)
     for _ in range(2):
         run_tool("sh", "-euc", script)
-        for name in (*own, *(f"kit/{name}" for name in of_kit)):
+        for name in (*expected, *(f"kit/{name}" for name in of_kit)):
             assert (site / name).stat().st_mode & 0o777 == 0o600, name
         (site / "site_key.pem").chmod(0o660)  # the effect of a volume's fsGroup on a restored key
     new_certificate = secret / "kit/site.pem"
@@ -193,7 +195,7 @@ def test_server_init_container_links_roster_and_certificate(desk: Desk, tmp_path
     assert roster.read_newest().sites == ()
     desk.join("north")
     provisioning.renew_own_certificate(desk.folder, "server", days=400, now=desk.now)
-    assert [one.site for one in roster.read_newest().sites] == ["north"]
+    assert [document.site for document in roster.read_newest().sites] == ["north"]
     assert certificate.is_new()
     # The server must not be able to write to its kit.
     (container,) = find_pod(KUBERNETES / "server/server.yaml")["containers"]
@@ -228,9 +230,9 @@ def test_lead_job_resumes_runs_and_does_not_retry_permanent_failures() -> None:
     assert args["words"] == ("name=first", "experiment=/experiment/experiment.yaml", "tracking.output_dir=/lead/runs")
     assert job["metadata"]["name"] == "fedtune-lead-first"
     assert pod["restartPolicy"] == "Never", "the policy on exit codes requires this"
-    wrong, drained = job["spec"]["podFailurePolicy"]["rules"]
-    assert wrong["action"] == "FailJob"
-    assert wrong["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2, 3]}
+    invalid, drained = job["spec"]["podFailurePolicy"]["rules"]
+    assert invalid["action"] == "FailJob"
+    assert invalid["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2, 3]}
     assert (drained["action"], drained["onPodConditions"][0]["type"]) == ("Ignore", "DisruptionTarget")
     writable = {path for path, mount in list_mounts(container).items() if not mount.get("readOnly")}
     assert writable == {"/lead", "/tmp"}
@@ -242,20 +244,22 @@ BACKUPS = {"site": ("--kit=/site/kit", "--site=/site/site.toml"), "server": ("--
 @pytest.mark.parametrize("role", BACKUPS)
 def test_backup_job_runs_next_to_its_process_and_keeps_recent_files(role: str, tmp_path: Path) -> None:
     path, process = KUBERNETES / f"{role}-backup/backup.yaml", KUBERNETES / role / f"{role}.yaml"
-    pod, made = find_pod(path), read_only_document(process, "StatefulSet")
+    pod, manifest = find_pod(path), read_only_document(process, "StatefulSet")
     labels = find_pod_template(read_only_document(path, "CronJob"))["metadata"]["labels"]
-    assert not made["spec"]["selector"]["matchLabels"].items() <= labels.items(), "the selector must not match"
-    (near,) = pod["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
-    assert near["topologyKey"] == "kubernetes.io/hostname"
-    assert near["labelSelector"]["matchLabels"].items() <= made["spec"]["template"]["metadata"]["labels"].items()
-    claims = {f"{claim['metadata']['name']}-fedtune-{role}-0" for claim in made["spec"]["volumeClaimTemplates"]}
+    assert not manifest["spec"]["selector"]["matchLabels"].items() <= labels.items(), "the selector must not match"
+    (affinity,) = pod["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert affinity["topologyKey"] == "kubernetes.io/hostname"
+    assert (
+        affinity["labelSelector"]["matchLabels"].items() <= manifest["spec"]["template"]["metadata"]["labels"].items()
+    )
+    claims = {f"{claim['metadata']['name']}-fedtune-{role}-0" for claim in manifest["spec"]["volumeClaimTemplates"]}
     used = {volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if volume["name"] != "tmp"}
     assert used == {*claims, "fedtune-backup"}
     (container,) = pod["containers"]
-    (beside,) = made["spec"]["template"]["spec"]["containers"]
-    ours, theirs = list_mounts(container), list_mounts(beside)
-    for folder in ours.keys() - {"/tmp", "/backup"}:
-        assert ours[folder]["name"] == theirs[folder]["name"]
+    (sidecar,) = manifest["spec"]["template"]["spec"]["containers"]
+    own_mounts, sidecar_mounts = list_mounts(container), list_mounts(sidecar)
+    for folder in own_mounts.keys() - {"/tmp", "/backup"}:
+        assert own_mounts[folder]["name"] == sidecar_mounts[folder]["name"]
     assert read_only_document(path, "CronJob")["spec"]["concurrencyPolicy"] == "Forbid"
     # It writes a new file, and only then removes old ones.
     (keep,) = container["env"]
@@ -268,17 +272,19 @@ def test_backup_job_runs_next_to_its_process_and_keeps_recent_files(role: str, t
     (fedtune := tmp_path / "commands" / "fedtune").parent.mkdir()
     script = read_script(container, backup=folder)
     environment = {**os.environ, "PATH": f"{fedtune.parent}:{os.environ['PATH']}", keep["name"]: keep["value"]}
-    old, young, other = (folder / name for name in (f"{role}-old.zip", f"{role}-young.zip", "notes.zip"))
-    for path, days in ((old, 40), (young, 20), (other, 40)):
+    old, young, unrelated = (folder / name for name in (f"{role}-old.zip", f"{role}-young.zip", "notes.zip"))
+    for path, days in ((old, 40), (young, 20), (unrelated, 40)):
         path.touch()
         os.utime(path, (time.time() - days * 86400,) * 2)
-    for ends, left in ((1, {old, young, other}), (0, {young, other})):
+    for exit_code, remaining in ((1, {old, young, unrelated}), (0, {young, unrelated})):
         # The fake command records its arguments and writes a file.
-        fedtune.write_text(f'#!/bin/sh\n[ {ends} = 0 ] || exit {ends}\necho "$@" > "{tmp_path}/asked"\n: > "$3"\n')
+        fedtune.write_text(
+            f'#!/bin/sh\n[ {exit_code} = 0 ] || exit {exit_code}\necho "$@" > "{tmp_path}/asked"\n: > "$3"\n'
+        )
         fedtune.chmod(0o755)
-        assert run("sh", "-euc", script, env=environment).returncode == ends
-        assert {old, young, other} & set(folder.iterdir()) == left
-    (new,) = set(folder.iterdir()) - {young, other}
+        assert run("sh", "-euc", script, env=environment).returncode == exit_code
+        assert {old, young, unrelated} & set(folder.iterdir()) == remaining
+    (new,) = set(folder.iterdir()) - {young, unrelated}
     assert re.fullmatch(rf"{role}-\d{{8}}T\d{{6}}Z\.zip", new.name)
     assert (tmp_path / "asked").read_text().split()[:3] == [role, "backup", str(new)]
 
@@ -296,7 +302,7 @@ for text in Chart.load(chart).render(values, name="release", namespace=namespace
 """
 """Runs Helm 4 from a Python package, in a separate process, because it contains the Go runtime."""
 VALUES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("chart_values.yaml").read_text())
-OF_ROLE = VALUES["of_role"]
+ROLE_VALUES = VALUES["by_role"]
 
 
 def render_chart(folder: Path, role: str, values: dict[str, Any]) -> Path:
@@ -304,28 +310,28 @@ def render_chart(folder: Path, role: str, values: dict[str, Any]) -> Path:
     if importlib.util.find_spec("helm_python") is None:
         pytest.skip("helm-python-sdk is not installed on this machine")
     namespace = "fedtune" if role == "server" else f"fedtune-{role}"
-    made = folder / "rendered.yaml"
-    made.write_text(run_tool(sys.executable, "-c", ENGINE, CHART, namespace, json.dumps({"role": role, **values})))
-    return made
+    rendered = folder / "rendered.yaml"
+    rendered.write_text(run_tool(sys.executable, "-c", ENGINE, CHART, namespace, json.dumps({"role": role, **values})))
+    return rendered
 
 
 def test_chart_values_match_the_schema_and_the_plain_manifests(tmp_path: Path) -> None:
     checker, schema = find_tool("check-jsonschema"), CHART / "values.schema.json"
     run_tool(checker, "--check-metaschema", schema)
-    plain, file = (CHART / "values.yaml").read_text(), tmp_path / "values.yaml"
+    plain_lines, file = (CHART / "values.yaml").read_text(), tmp_path / "values.yaml"
 
     def change_values(*changes: tuple[str, str]) -> int:
-        text = plain
+        text = plain_lines
         for old, new in changes:
             assert text.count(old) == 1, old
             text = text.replace(old, new)
         file.write_text(text)
         return run(checker, "--schemafile", schema, file).returncode
 
-    server, lead, named = ("role: site", "role: server"), ("role: site", "role: lead"), ('name: ""', "name: first")
-    for right in ((), (server,), (lead, named)):
-        assert change_values(*right) == 0, right
-    for wrong in (
+    server, lead, run_name = ("role: site", "role: server"), ("role: site", "role: lead"), ('name: ""', "name: first")
+    for valid in ((), (server,), (lead, run_name)):
+        assert change_values(*valid) == 0, valid
+    for invalid in (
         (("gpus: 0", "gpus: -1"),),
         (('memoryLimit: ""', "memoryLimit: 16G"),),
         (("storage: {}", "storage: {site: {sizes: 50Gi}}"),),
@@ -333,31 +339,33 @@ def test_chart_values_match_the_schema_and_the_plain_manifests(tmp_path: Path) -
         (("claims: {}", 'claims: {records: ""}'),),
         # Values that this role does not have.
         (("storage: {}", "storage: {data: {size: 50Gi}}"),),
-        (named,),
+        (run_name,),
         (server, ("gpus: 0", "gpus: 1")),
         (server, ("claims: {}", "claims: {records: wards}")),
         (lead,),
-        (lead, named, ("enabled: false", "enabled: true")),
-        (lead, named, ("settings: []", "settings: [name=other]")),
+        (lead, run_name, ("enabled: false", "enabled: true")),
+        (lead, run_name, ("settings: []", "settings: [name=other]")),
     ):
-        assert change_values(*wrong) == 1, wrong
+        assert change_values(*invalid) == 1, invalid
     # The chart has no manifests of its own.
     manifests = CHART / "manifests"
     assert manifests.is_symlink()
     assert manifests.resolve() == KUBERNETES
     (template,) = CHART.glob("templates/*.yaml")
     assert "apiVersion" not in template.read_text() + (CHART / "templates/_changes.tpl").read_text()
-    about = yaml.safe_load((CHART / "Chart.yaml").read_text())
-    assert about["version"] == about["appVersion"] == __version__
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["version"] == chart["appVersion"] == __version__
 
 
-@pytest.mark.parametrize("role", OF_ROLE)
-def test_default_chart_renders_the_plain_manifests(role: str, put_together: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("role", ROLE_VALUES)
+def test_default_chart_renders_the_plain_manifests(role: str, built_overlays: dict[str, Path], tmp_path: Path) -> None:
     def index_documents(*paths: Path) -> dict[tuple[str, str], Any]:
-        return {(one["kind"], one["metadata"]["name"]): one for path in paths for one in read_documents(path)}
+        return {(doc["kind"], doc["metadata"]["name"]): doc for path in paths for doc in read_documents(path)}
 
-    plain = [put_together["lead"]] if role == "lead" else [put_together[role], put_together[f"{role}-backup"]]
-    assert index_documents(render_chart(tmp_path, role, VALUES["plain"][role])) == index_documents(*plain)
+    plain_lines = (
+        [built_overlays["lead"]] if role == "lead" else [built_overlays[role], built_overlays[f"{role}-backup"]]
+    )
+    assert index_documents(render_chart(tmp_path, role, VALUES["plain"][role])) == index_documents(*plain_lines)
 
 
 def list_leaves(values: Any) -> list[str]:
@@ -367,13 +375,13 @@ def list_leaves(values: Any) -> list[str]:
     )
 
 
-@pytest.mark.parametrize("role", OF_ROLE)
+@pytest.mark.parametrize("role", ROLE_VALUES)
 def test_every_chart_value_changes_valid_manifests(role: str, tmp_path: Path) -> None:
-    plain = set(render_chart(tmp_path, role, VALUES["plain"][role]).read_text().splitlines())
-    made = render_chart(tmp_path, role, VALUES["changed"] | OF_ROLE[role])
-    run_tool(find_tool("kubernetes-validate"), *VALIDATE, made)
-    text = made.read_text()
+    plain_lines = set(render_chart(tmp_path, role, VALUES["plain"][role]).read_text().splitlines())
+    rendered = render_chart(tmp_path, role, VALUES["common"] | ROLE_VALUES[role])
+    run_tool(find_tool("kubernetes-validate"), *VALIDATE, rendered)
+    text = rendered.read_text()
     assert "registry.example.org" not in text, "every container must have the other image"
-    new = "\n".join(line for line in text.splitlines() if line not in plain)
-    for value in set(list_leaves(VALUES["changed"] | OF_ROLE[role])) - {"True"}:
+    new = "\n".join(line for line in text.splitlines() if line not in plain_lines)
+    for value in set(list_leaves(VALUES["common"] | ROLE_VALUES[role])) - {"True"}:
         assert re.search(rf"(?<![\w.]){re.escape(value)}(?![\w.])", new), value

@@ -96,11 +96,11 @@ def test_run_folder_records_the_process_id_only_during_the_run(tmp_path: Path) -
         assert find_running_process(tmp_path) is None, "on this machine the number belongs to another process"
     assert find_running_process(tmp_path) is None
     assert not (tmp_path / RUNNING).exists()
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
-        (tmp_path / RUNNING).write_text(json.dumps({"pid": other.pid}))
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other_process:
+        (tmp_path / RUNNING).write_text(json.dumps({"pid": other_process.pid}))
         found = find_running_process(tmp_path)
-        other.kill()
-    assert found == other.pid
+        other_process.kill()
+    assert found == other_process.pid
     assert find_running_process(tmp_path) is None
     # As arguments of kill, 0 and -1 mean this process group and all processes.
     for pid in ("null", '"x"', "0", "-1", "1e30"):
@@ -116,9 +116,9 @@ def test_run_folder_records_the_process_id_only_during_the_run(tmp_path: Path) -
 
 def test_latest_site_answers_are_stored_and_displayed(tmp_path: Path, now: datetime) -> None:
     shown, state, update = Mock(), Mock(), Mock()
-    noted = _RecordingListener(UpdatingListener(shown, update), tmp_path, Mock())
+    recorded = _RecordingListener(UpdatingListener(shown, update), tmp_path, Mock())
     assert read_latest_answers(tmp_path) == {}
-    told = [
+    calls = [
         call.on_site_answered("north", "awaiting_approval", num_bytes=10, charged_rounds=0),
         call.on_site_answered("south", "update", num_bytes=20, charged_rounds=1),
         call.on_site_answered("north", "update", num_bytes=30, charged_rounds=1),
@@ -128,9 +128,9 @@ def test_latest_site_answers_are_stored_and_displayed(tmp_path: Path, now: datet
         call.on_round_finished(state),
         call.on_prepared(state, state, state),
     ]
-    for name, arguments, options in told:
-        getattr(noted, name)(*arguments, **options)
-    assert shown.mock_calls == told
+    for name, arguments, options in calls:
+        getattr(recorded, name)(*arguments, **options)
+    assert shown.mock_calls == calls
     assert update.mock_calls == [call(state), call(state)], "a tracker must receive each state once"
     answers = read_latest_answers(tmp_path)
     assert {site: answer["what"] for site, answer in answers.items()} == {"north": "update", "south": "update"}
@@ -162,8 +162,8 @@ def test_server_rereads_the_roster_each_time(service: ServerService, monkeypatch
     desk.join("north")
     desk.join("south")
     desk.revoke("south")
-    assert [(one.site, bool(one.revoked)) for one in settings.roster()] == [("north", False), ("south", True)]
-    assert all(b"PUBLIC KEY" in one.node_key for one in settings.roster())
+    assert [(site.site, bool(site.revoked)) for site in settings.roster()] == [("north", False), ("south", True)]
+    assert all(b"PUBLIC KEY" in site.node_key for site in settings.roster())
 
 
 def test_server_with_a_failing_database_is_not_ready(service: ServerService) -> None:
@@ -171,8 +171,8 @@ def test_server_with_a_failing_database_is_not_ready(service: ServerService) -> 
     service._update_health(True)
     states.append(service.health.snapshot()["state"])
     service.health.update(state="connected")
-    for works in (True, False, False, True):
-        service._update_health(works)
+    for is_working in (True, False, False, True):
+        service._update_health(is_working)
         states.append(service.health.snapshot()["state"])
     assert states == ["starting", "connected", "failing", "failing", "connected"]
     service.health.update(state="stopping")

@@ -60,23 +60,23 @@ READERS: dict[str, Callable[[Path], object]] = {
 def test_error_about_a_linked_file_quotes_no_contents(
     tmp_path: Path, read: Callable[[Path], object], contents: bytes
 ) -> None:
-    elsewhere, link = tmp_path / "elsewhere", tmp_path / "link"
-    elsewhere.write_bytes(contents)
-    link.symlink_to(elsewhere)
+    target, link = tmp_path / "elsewhere", tmp_path / "link"
+    target.write_bytes(contents)
+    link.symlink_to(target)
     with pytest.raises(FedtuneError) as caught:
         read(link)
     message = str(caught.value)
     for quoted in (CANARY, CANARY[:4], "Monday", 'password"', "came", "77777"):
         assert quoted not in message, message
-    assert elsewhere.read_bytes() == contents
+    assert target.read_bytes() == contents
 
 
 def test_log_does_not_follow_links_and_lock_contents_are_not_quoted(tmp_path: Path) -> None:
-    elsewhere, link = tmp_path / "elsewhere", tmp_path / "doctor.log"
-    elsewhere.write_text(CANARY)
-    link.symlink_to(elsewhere)
+    target, link = tmp_path / "elsewhere", tmp_path / "doctor.log"
+    target.write_text(CANARY)
+    link.symlink_to(target)
     assert PrivateLog(link).write_entry("x") == ""
-    assert elsewhere.read_text() == CANARY
+    assert target.read_text() == CANARY
     ledger = tmp_path / "ledger.db"
     with lock_ledger(ledger):
         ledger.with_name("ledger.db.serving").write_text(CANARY)

@@ -134,7 +134,7 @@ def test_log_includes_causes_and_shortens_recursion_and_cycles() -> None:
     assert (chain["type"], chain["cause"]["type"]) == ("RuntimeError", "ValueError")
     assert any("raise_number_error" in frame for frame in chain["cause"]["frames"])
     assert (context["type"], context["cause"]["type"]) == ("KeyError", "ValueError")
-    assert [one["type"] for one in group["among"]] == ["ValueError", "RuntimeError"]
+    assert [error["type"] for error in group["among"]] == ["ValueError", "RuntimeError"]
 
 
 @pytest.mark.parametrize(
@@ -144,8 +144,8 @@ def test_unreadable_data_leaves_no_cell_contents_in_the_log(rows: str, tmp_path:
     file = tmp_path / "letters.csv"
     file.write_text("text,label\nfine,a\n" + rows)
     columns = {"text": "text", "label": "label"}
-    about: Any = {"dataset": "d", "train_file": "f", "columns": columns, "labels": ("a", "b")}
-    target = get_task("classification").target(DataSpec(declared_sizes=1, max_length=8, **about))  # type: ignore[attr-defined]
+    settings: Any = {"dataset": "d", "train_file": "f", "columns": columns, "labels": ("a", "b")}
+    target = get_task("classification").target(DataSpec(declared_sizes=1, max_length=8, **settings))  # type: ignore[attr-defined]
     with capture_log() as lines:
         try:
             _ = [*map(target, iter_records(file, columns))]
@@ -157,8 +157,11 @@ def test_unreadable_data_leaves_no_cell_contents_in_the_log(rows: str, tmp_path:
 
 
 def test_configuration_errors_keep_their_text_in_the_log() -> None:
-    wrong, ledger = ConfigError("server", "fl.example.org", "must be host:port"), RunError("/srv/ledger.db is damaged")
-    for error in (wrong, ledger, Refused(Reason.LEADS, requested="ab" * 32)):
+    config_error, ledger = (
+        ConfigError("server", "fl.example.org", "must be host:port"),
+        RunError("/srv/ledger.db is damaged"),
+    )
+    for error in (config_error, ledger, Refused(Reason.LEADS, requested="ab" * 32)):
         with capture_log() as lines:
             own.error("cannot start", exc_info=error)
             own.error("cannot start: %s", error)
@@ -193,11 +196,11 @@ def test_transport_library_messages_are_logged_without_exception_texts(library: 
             logger.warning("lost %s after %d s: %s", "fl.example.org", 3, ValueError(CANARY))
             logger.warning(KeyError(CANARY))
             logger.warning("row %s", [CANARY])
-        with capture_log("debug") as more:
+        with capture_log("debug") as debug_log:
             logger.info("polled")
             logger.debug("headers")
     assert [line["event"] for line in lines] == ["lost fl.example.org after 3 s: ValueError", "KeyError", "row <list>"]
-    assert [line["event"] for line in more] == ["polled"]
+    assert [line["event"] for line in debug_log] == ["polled"]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -238,15 +241,15 @@ def test_log_text_is_discarded_if_the_disk_is_full(capsys: pytest.CaptureFixture
 
 
 def test_handlers_added_by_libraries_are_bypassed(capsys: pytest.CaptureFixture[str]) -> None:
-    logger, elsewhere = logging.getLogger("transformers.test_logs"), io.StringIO()
+    logger, other_stream = logging.getLogger("transformers.test_logs"), io.StringIO()
     with capture_log() as lines:
         # As transformers and flwr do on import.
-        logger.addHandler(logging.StreamHandler(elsewhere))
+        logger.addHandler(logging.StreamHandler(other_stream))
         logger.propagate = False
-        logging.getLogger().addHandler(logging.StreamHandler(elsewhere))
+        logging.getLogger().addHandler(logging.StreamHandler(other_stream))
         logger.error(f"row {CANARY}")
         logging.getLogger("torch").error(f"row {CANARY}")
-    assert elsewhere.getvalue() == ""
+    assert other_stream.getvalue() == ""
     assert len(lines) == 2
     assert CANARY not in "".join(capsys.readouterr())
 
@@ -261,11 +264,11 @@ def test_warnings_thread_failures_and_cleanup_errors_are_logged() -> None:
             thread.join()
         type(CANARY, (), {"__del__": lambda self: raise_number_error()})()
         gc.collect()
-    warned, ended, cleaned = lines
+    warned, end_line, cleaned = lines
     assert warned["event"] == f"RuntimeWarning: {logs.WITHHELD}"
     assert warned["where"].startswith("test_logs.py:")
-    assert (ended["level"], ended["in_thread"]) == ("critical", "worker")
-    assert any("raise_chain" in frame for frame in ended["error"]["frames"])
+    assert (end_line["level"], end_line["in_thread"]) == ("critical", "worker")
+    assert any("raise_chain" in frame for frame in end_line["error"]["frames"])
     assert cleaned["error"]["type"] == "ValueError"
 
 
@@ -301,10 +304,10 @@ last()
 
 
 def test_whole_process_logs_only_json() -> None:
-    done = subprocess.run([sys.executable, "-c", PROCESS], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1
-    assert CANARY not in done.stdout + done.stderr
-    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    process = subprocess.run([sys.executable, "-c", PROCESS], capture_output=True, text=True, timeout=120, check=False)
+    assert process.returncode == 1
+    assert CANARY not in process.stdout + process.stderr
+    lines = [json.loads(line) for line in process.stderr.splitlines()]
     assert [line["logger"].partition(".")[0] for line in lines] == ["transformers", "fedtune", "fedtune", "fedtune"]
     assert lines[-1]["error"]["type"] == "KeyError"
     assert lines[-1]["error"]["frames"][-1].endswith(" last")

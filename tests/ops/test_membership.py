@@ -32,14 +32,14 @@ KIT = ["README.md", "ca.pem", "kit.toml", "site.pem"]
 
 def test_added_site_receives_a_matching_kit_without_secrets(desk: Desk) -> None:
     request = desk.request("north")
-    done = desk.add(request)
-    assert done.archive == desk.folder / "sites" / "north-kit.zip"
-    unpack(done.archive, request.parent)
+    result = desk.add(request)
+    assert result.archive == desk.folder / "sites" / "north-kit.zip"
+    unpack(result.archive, request.parent)
     kit = Kit.read(request.parent, kind="site")
     assert kit.site == "north"
     assert kit.check_certificate(desk.now).not_after == desk.now + timedelta(days=365)
-    assert (done.member.site, done.changes) == ("north", ())
-    with zipfile.ZipFile(done.archive) as archive:
+    assert (result.member.site, result.changes) == ("north", ())
+    with zipfile.ZipFile(result.archive) as archive:
         assert archive.namelist() == KIT
         for entry in archive.infolist():
             data = archive.read(entry)
@@ -75,11 +75,11 @@ def test_new_request_updates_connection_key_and_declared_sizes(desk: Desk) -> No
     desk.join("north")
     old = desk.member("north")
     request = desk.request("north", kit="new", declared_size=250)
-    done = desk.renew("north", request)
+    result = desk.renew("north", request)
     assert desk.member("north").node_key == JoinRequest.read(request).node_key != old.node_key
     assert desk.member("north").datasets == {"patients": 250}
     assert desk.member("north").site_key == old.site_key
-    assert done.changes == (
+    assert result.changes == (
         "The site has a new connection key; the old key can never be used again.",
         "Data set patients has a declared size of 250 instead of 100.",
     )
@@ -100,9 +100,9 @@ def test_revoked_connection_key_can_never_be_reused(desk: Desk, monkeypatch: pyt
         for request in (None, first):
             with pytest.raises(ConfigError, match=r"was revoked on .*can never be used again: ask the site for a new"):
                 desk.renew("north", request)
-    done = desk.renew("north", desk.request("north", kit="new"))
+    result = desk.renew("north", desk.request("north", kit="new"))
     assert desk.member("north").revoked is None
-    assert done.changes[0] == "The site was revoked and now takes part again."
+    assert result.changes[0] == "The site was revoked and now takes part again."
     with pytest.raises(ConfigError, match="was replaced and can never be used again"):
         desk.renew("north", first)
 
@@ -128,11 +128,11 @@ def test_new_site_key_requires_explicit_agreement(desk: Desk, tmp_path: Path) ->
     refused = pytest.raises(ConfigError, match=r"site_key = .*a new ledger, .*budget .*starts over.*add --new-site-key")
     with expect_unchanged(desk.folder), refused:
         desk.renew("north", request)
-    done = desk.renew("north", request, new_site_key=True)
+    result = desk.renew("north", request, new_site_key=True)
     assert desk.member("north").site_key == SigningKey.load(tmp_path / "north" / "site_key.pem").public
     assert (
         "The site has a new site key and a new ledger, which does not count the spending of the old ledger."
-        in done.changes
+        in result.changes
     )
 
 
@@ -145,16 +145,16 @@ def test_site_key_stays_bound_to_one_site(desk: Desk, tmp_path: Path) -> None:
     shutil.copy(desk.folder / "lead" / "lead_key.pem", tmp_path / "east" / "site_key.pem")
     shutil.move(tmp_path / "north" / "site_key.pem", tmp_path / "given_up.pem")
     shutil.copy(tmp_path / "south" / "site_key.pem", tmp_path / "north")
-    taken, same = desk.request("north", kit="taken"), tmp_path / "same.json"
-    fields = json.loads(taken.read_text()) | {
+    used, same_key = desk.request("north", kit="taken"), tmp_path / "same.json"
+    fields = json.loads(used.read_text()) | {
         "csr": json.loads((tmp_path / "north" / "kit" / REQUEST).read_text())["csr"]
     }
     fields["signature"] = SigningKey.load(tmp_path / "north" / "site_key.pem").sign(
         members.PURPOSE, members.encode_for_signature({**fields, "signature": ""})
     )
-    same.write_text(json.dumps(fields))  # with the site's current connection key
+    same_key.write_text(json.dumps(fields))  # with the site's current connection key
     with expect_unchanged(desk.folder):
-        for request in (taken, same):
+        for request in (used, same_key):
             with pytest.raises(ConfigError, match=r"site_key = .*belongs to site south"):
                 desk.renew("north", request, new_site_key=True)
         with pytest.raises(ConfigError, match=r"site_key = .*is the lead's key"):
@@ -177,11 +177,11 @@ def read_whole_folder(folder: Path) -> dict[str, bytes]:
     roster = FederationFolder.open(folder).roster
     assert CHANGE not in files
     assert files["lead/roster.json"] == files["server/roster.json"] == roster.to_bytes()
-    for one in roster.sites:
-        assert files[f"sites/{one.site}/site.pem"].decode() == one.certificate
-        with zipfile.ZipFile(folder / f"sites/{one.site}-kit.zip") as archive:
+    for member in roster.sites:
+        assert files[f"sites/{member.site}/site.pem"].decode() == member.certificate
+        with zipfile.ZipFile(folder / f"sites/{member.site}-kit.zip") as archive:
             assert {name: archive.read(name) for name in archive.namelist()} == {
-                name: files[f"sites/{one.site}/{name}"] for name in KIT
+                name: files[f"sites/{member.site}/{name}"] for name in KIT
             }
     return files
 
@@ -191,18 +191,18 @@ def test_interrupted_membership_change_is_complete_or_absent(desk: Desk, tmp_pat
     kept, ends = tmp_path / "kept", set()
     shutil.copytree(desk.folder, kept)
     before = read_whole_folder(kept)
-    moved, new = desk.request("north", kit="moved"), desk.request("south")
+    moved_request, new = desk.request("north", kit="moved"), desk.request("south")
     changes: dict[str, Callable[[], object]] = {
         "renew-site": lambda: desk.renew("north", later=300),
-        "renew-site with another key": lambda: desk.renew("north", moved),
+        "renew-site with another key": lambda: desk.renew("north", moved_request),
         "add-site": lambda: desk.add(new),
         "renew-server": lambda: provisioning.renew_own_certificate(desk.folder, "server", days=None, now=desk.now),
         "renew-lead": lambda: provisioning.renew_own_certificate(desk.folder, "lead", days=None, now=desk.now),
         "revoke-site": lambda: desk.revoke("north"),
     }
     for name, change in changes.items():
-        step, done = 0, False
-        while not done:
+        step, result = 0, False
+        while not result:
             shutil.rmtree(desk.folder)
             shutil.copytree(kept, desk.folder)
             with pytest.MonkeyPatch.context() as patch:
@@ -212,12 +212,12 @@ def test_interrupted_membership_change_is_complete_or_absent(desk: Desk, tmp_pat
                 except Killed:
                     pass
                 else:
-                    done = True
-            shown = {(desk.folder / kind / "roster.json").read_bytes() for kind in ("server", "lead")}
+                    result = True
+            listed = {(desk.folder / kind / "roster.json").read_bytes() for kind in ("server", "lead")}
             after = read_whole_folder(desk.folder)
-            assert shown <= {before["server/roster.json"], after["server/roster.json"]}, (name, step)
+            assert listed <= {before["server/roster.json"], after["server/roster.json"]}, (name, step)
             # What counts is what a running process has shown the server.
-            if shown != {before["server/roster.json"]} or done:
+            if listed != {before["server/roster.json"]} or result:
                 assert after["server/roster.json"] != before["server/roster.json"], (name, step)
             if after["server/roster.json"] == before["server/roster.json"]:
                 assert after == before, (name, step, steps)
@@ -237,11 +237,11 @@ def test_change_on_a_full_disk_is_undone_or_completed_later(desk: Desk, monkeypa
     assert read_whole_folder(desk.folder) == before, "without disk space nothing may change"
     with monkeypatch.context() as patch:
         fail_where(patch, federation_folder, "write_durably", lambda path, data: path == kit, full)
-        for again in (desk.add, lambda _: desk.revoke("north"), lambda _: FederationFolder.open(desk.folder)):
+        for change in (desk.add, lambda _: desk.revoke("north"), lambda _: FederationFolder.open(desk.folder)):
             with pytest.raises(ConfigError, match=r"has a partly written change.*No space left.*north-kit\.zip"):
-                again(request)
+                change(request)
         assert Roster.read(desk.folder / "server" / "roster.json").sites == ()
-    assert [one.site for one in FederationFolder.open(desk.folder).roster.sites] == ["north"]
+    assert [member.site for member in FederationFolder.open(desk.folder).roster.sites] == ["north"]
     read_whole_folder(desk.folder)
     assert sorted(path.name for path in (desk.folder / "sites").iterdir()) == ["north", "north-kit.zip"]
 
@@ -250,8 +250,8 @@ def test_concurrently_added_sites_are_all_registered(desk: Desk) -> None:
     requests = [desk.request(f"site-{number}") for number in range(6)]
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(desk.add, requests))
-    found = {one.site for one in Roster.read(desk.folder / "server" / "roster.json").sites}
-    assert found == {f"site-{number}" for number in range(6)}
+    registered = {member.site for member in Roster.read(desk.folder / "server" / "roster.json").sites}
+    assert registered == {f"site-{number}" for number in range(6)}
 
 
 def test_unreadable_pending_change_or_retired_keys_stop_admission(desk: Desk) -> None:
@@ -287,9 +287,9 @@ def test_site_lists_only_the_current_members_of_its_roster(
     trusted = {"south": keys["north"], "west": keys["west"], "east": keys["south"]}
     write_policy(site_policy("north", trust={"members": trusted}), site_toml)
     with expect_unchanged(tmp_path / "north"):
-        shown = json.loads(command("site", "members", str(file), *own, "--json").printed)
-    assert shown["number"] == FederationFolder.open(desk.folder).roster.number
-    assert {one["site"]: one["state"] for one in shown["members"]} == {
+        listed = json.loads(command("site", "members", str(file), *own, "--json").printed)
+    assert listed["number"] == FederationFolder.open(desk.folder).roster.number
+    assert {member["site"]: member["state"] for member in listed["members"]} == {
         "south": "in [trust].members WITH ANOTHER KEY: call that site",
         "west": f"in [trust].members, but revoked {desk.now:%Y-%m-%d}: remove it",
         "abroad": "not in [trust].members",
@@ -339,10 +339,10 @@ def test_server_accepts_only_newer_rosters_signed_by_the_lead(desk: Desk, kit: K
     served = KitRoster(kit)
     first = served.read_newest()
     desk.join("north")
-    assert [one.site for one in served.read_newest().sites] == ["north"]
+    assert [member.site for member in served.read_newest().sites] == ["north"]
     newer = read_roster(desk)
     forged = replace(newer, number=newer.number + 1)
-    for wrong, why in (
+    for invalid, reason in (
         (forged, r"roster\.json: roster\.signature = .*is not the signature of the federation's lead"),
         (
             forged.sign_roster(SigningKey.load_or_create(tmp_path / "stranger.pem")),
@@ -352,9 +352,9 @@ def test_server_accepts_only_newer_rosters_signed_by_the_lead(desk: Desk, kit: K
         (first, rf"roster\.number = {first.number}: must be higher than {newer.number}"),
         (replace(newer, sites=()).sign_roster(load_lead_key(desk)), "must be higher than"),
     ):
-        kit.roster.write_bytes(wrong.to_bytes())
+        kit.roster.write_bytes(invalid.to_bytes())
         for _ in range(2):
-            with pytest.raises(ConfigError, match=why):
+            with pytest.raises(ConfigError, match=reason):
                 served.read_newest()
     kit.roster.write_text("{")
     with pytest.raises(ConfigError, match="must be one complete JSON object"):  # while it is being copied
@@ -382,8 +382,8 @@ def test_revoked_key_stays_revoked_while_the_server_runs(desk: Desk, kit: Kit) -
             served.read_newest()
     # With a new key the site may return.
     desk.renew("north", desk.request("north", kit="another"))
-    back = replace(read_roster(desk), number=revoked.number + 3).sign_roster(load_lead_key(desk))
-    kit.roster.write_bytes(back.to_bytes())
+    reinstated = replace(read_roster(desk), number=revoked.number + 3).sign_roster(load_lead_key(desk))
+    kit.roster.write_bytes(reinstated.to_bytes())
     assert served.read_newest().sites[0].revoked is None
 
 
@@ -401,17 +401,17 @@ def test_replaced_kit_certificate_is_used_once_complete(desk: Desk, caplog: pyte
     kit = Kit.read(desk.join("north"), kind="site")
     certificate = KitCertificate(kit)
     before = certificate.certificate
-    done = provisioning.renew_site(desk.folder, "north", days=400, now=desk.now)
+    result = provisioning.renew_site(desk.folder, "north", days=400, now=desk.now)
     other = Kit.read(desk.join("south"), kind="site").certificate
-    for wrong in (done.member.certificate[:200].encode(), b"", other.read_bytes()):
-        kit.certificate.write_bytes(wrong)
+    for invalid in (result.member.certificate[:200].encode(), b"", other.read_bytes()):
+        kit.certificate.write_bytes(invalid)
         assert not certificate.is_new()
         assert not certificate.is_new()
         assert certificate.certificate == before
     assert caplog.text.count("the kit's new certificate is ignored") == 2, "each reason must be logged once"
     kit.certificate.unlink()
     assert not certificate.is_new()
-    kit.certificate.write_text(done.member.certificate)
+    kit.certificate.write_text(result.member.certificate)
     assert certificate.is_new()
     assert not certificate.is_new()
     assert (certificate.certificate.not_after - before.not_after).days == 35

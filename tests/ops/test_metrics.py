@@ -46,9 +46,9 @@ def scrape_figures(figures: Callable[[], Values]) -> list[Sample]:
 
 def list_values(samples: list[Sample], name: str) -> dict[str, float]:
     """Return the values of one metric by label."""
-    found = {"".join(sample.labels.values()): sample.value for sample in samples if sample.name == name}
-    assert found, f"no {name}"
-    return found
+    values = {"".join(sample.labels.values()): sample.value for sample in samples if sample.name == name}
+    assert values, f"no {name}"
+    return values
 
 
 def test_metrics_server_answers_only_get_on_one_path() -> None:
@@ -102,18 +102,18 @@ def test_site_budget_metrics_match_the_ledger(north_folder: Path, run_proposal: 
         "with_reserved": 0.0,
     }
     assert isinstance(ledger.reserve(proposal, round=1, request="1"), Reservation)
-    samples, told = (
+    samples, told_metrics = (
         scrape_figures(metrics.collect_values),
         json.loads(command("ledger", "spent", str(north_folder), "--json").out),
     )
-    spent = {"charged": told["epsilon"], "with_reserved": told["with_reserved"]}
+    spent = {"charged": told_metrics["epsilon"], "with_reserved": told_metrics["with_reserved"]}
     assert list_values(samples, "fedtune_site_epsilon_spent") == pytest.approx(spent)
     assert 0 < spent["charged"] < spent["with_reserved"]
-    assert list_values(samples, "fedtune_site_epsilon_cap") == {"": told["max_epsilon"]}
-    (left,), (runs,) = (
+    assert list_values(samples, "fedtune_site_epsilon_cap") == {"": told_metrics["max_epsilon"]}
+    (remaining,), (runs,) = (
         list_values(samples, f"fedtune_site_{name}").values() for name in ("epsilon_remaining", "remaining_runs")
     )
-    assert (left, runs) == (told["remaining_epsilon"], told["reference_remaining_runs"])
+    assert (remaining, runs) == (told_metrics["remaining_epsilon"], told_metrics["reference_remaining_runs"])
     assert 1 <= runs < math.inf
     assert list_values(samples, "fedtune_site_ledger_usable") == {"": 1.0}
 
@@ -132,8 +132,8 @@ def test_exhausted_ledger_reports_zero_runs_and_damaged_ledger_no_budget(north_f
     ledger.freeze("consent withdrawn")
     assert list_values(scrape_figures(metrics.collect_values), "fedtune_site_ledger_usable") == {"": 0.0}
     data = bytearray((north_folder / "ledger.db").read_bytes())
-    where = data.index(b"consent withdrawn")
-    data[where : where + 7] = b"CONSENT"
+    position = data.index(b"consent withdrawn")
+    data[position : position + 7] = b"CONSENT"
     (north_folder / "ledger.db").write_bytes(data)
     samples = scrape_figures(metrics.collect_values)
     assert list_values(samples, "fedtune_site_ledger_usable") == {"": 0.0}
@@ -155,9 +155,9 @@ def test_site_metrics_cover_contact_answers_and_certificate(north_folder: Path) 
     assert 0 <= list_values(samples, "fedtune_site_contact_age_seconds")[""] < 60
     assert 360 <= list_values(samples, "fedtune_certificate_days_left")[""] <= 365
     health.update(last_contact=datetime(2026, 1, 1, tzinfo=UTC))
-    since = (datetime.now(UTC) - datetime(2026, 1, 1, tzinfo=UTC)).total_seconds()
+    age_s = (datetime.now(UTC) - datetime(2026, 1, 1, tzinfo=UTC)).total_seconds()
     assert list_values(scrape_figures(metrics.collect_values), "fedtune_site_contact_age_seconds")[""] == pytest.approx(
-        since, abs=60
+        age_s, abs=60
     )
 
 
@@ -203,31 +203,33 @@ def test_alert_rules_and_dashboard_use_existing_metrics(north_folder: Path, fede
         lead.collect_values,
     )
     assert {name for process in figures for name, _ in process()} == set(FIGURES), "together they must be complete"
-    known, used = {f"{name}_total" if figure.grows else name for name, figure in FIGURES.items()}, set[str]()
+    known_names, used = {f"{name}_total" if figure.grows else name for name, figure in FIGURES.items()}, set[str]()
     for rule in GROUP["rules"]:
         assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"]["summary"]
         used |= list_metrics(rule["expr"])
-    assert used < known
+    assert used < known_names
     needed = {"remaining_runs", "contact_age_seconds", "ledger_usable"}
     assert {f"fedtune_site_{name}" for name in needed} < used
     assert {"fedtune_certificate_days_left", "fedtune_server_site_silent_seconds"} < used
     board = json.loads((MONITORING / "grafana_dashboard.json").read_text())
     panels = [panel for panel in board["panels"] if panel["type"] != "row"]
-    assert {name for panel in panels for target in panel["targets"] for name in list_metrics(target["expr"])} == known
+    assert {
+        name for panel in panels for target in panel["targets"] for name in list_metrics(target["expr"])
+    } == known_names
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
 
 
 def test_alerts_fire_only_when_expected_and_pass_promtool(tmp_path: Path) -> None:
     file = Path(__file__).with_name("alerts_test.yaml")
-    alerts = [one for case in yaml.safe_load(file.read_text())["tests"] for one in case["alert_rule_test"]]
-    both = sorted((rule["alert"], fires) for rule in GROUP["rules"] for fires in (False, True))
-    assert sorted((one["alertname"], bool(one["exp_alerts"])) for one in alerts) == both
+    alerts = [rule_test for case in yaml.safe_load(file.read_text())["tests"] for rule_test in case["alert_rule_test"]]
+    expected = sorted((rule["alert"], fires) for rule in GROUP["rules"] for fires in (False, True))
+    assert sorted((rule_test["alertname"], bool(rule_test["exp_alerts"])) for rule_test in alerts) == expected
     promtool = find_tool("promtool")
     run_tool(promtool, "test", "rules", file)
-    for what, name in (("rules", "alerts.yaml"), ("config", "prometheus.yaml")):
-        run_tool(promtool, "check", what, MONITORING / name)
+    for kind, name in (("rules", "alerts.yaml"), ("config", "prometheus.yaml")):
+        run_tool(promtool, "check", kind, MONITORING / name)
     broken = tmp_path / "alerts.yaml"
     broken.write_text((MONITORING / "alerts.yaml").read_text().replace("expr: up", "expr: up{", 1))
     assert run(promtool, "check", "rules", broken).returncode != 0

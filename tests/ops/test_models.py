@@ -37,9 +37,9 @@ def kit(tmp_path: Path) -> Callable[..., Kit]:
     folder.mkdir()
 
     def make(*hashes: str) -> Kit:
-        named = tuple(KitModel(name=f"m{n}", sha256=found, license="MIT") for n, found in enumerate(hashes, 1))
-        about = {"version": KIT_SCHEMA, "kind": "site", "federation": "f", "server": "h:1", "site": "north"}
-        return Kit(folder=folder, model=named, lead="ab" * 32, **about)
+        named = tuple(KitModel(name=f"m{n}", sha256=sha256, license="MIT") for n, sha256 in enumerate(hashes, 1))
+        fields = {"version": KIT_SCHEMA, "kind": "site", "federation": "f", "server": "h:1", "site": "north"}
+        return Kit(folder=folder, model=named, lead="ab" * 32, **fields)
 
     return make
 
@@ -47,18 +47,18 @@ def kit(tmp_path: Path) -> Callable[..., Kit]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A downloaded model with a single weight file and unrelated files."""
-    made = tmp_path / "MiniLM"
-    (made / "1_Pooling").mkdir(parents=True)
-    (made / "1_Pooling" / "config.json").write_text("{}")
-    save_file({"w": torch.arange(6.0)}, made / "model.safetensors")
-    save_file({"w": torch.arange(9.0)}, made / "adapter_model.safetensors")
+    content = tmp_path / "MiniLM"
+    (content / "1_Pooling").mkdir(parents=True)
+    (content / "1_Pooling" / "config.json").write_text("{}")
+    save_file({"w": torch.arange(6.0)}, content / "model.safetensors")
+    save_file({"w": torch.arange(9.0)}, content / "adapter_model.safetensors")
     for name in ("config.json", "tokenizer.json", "vocab.txt", "spiece.model", "chat.jinja", "LICENSE", "NOTICE.md"):
-        (made / name).write_text(CONTENT.get(name, "{}"))
+        (content / name).write_text(CONTENT.get(name, "{}"))
     for name in ("README.md", "README.safetensors", "LICENSE.safetensors", "NOTICE.json", "LICENSE.gguf.py"):
-        (made / name).write_text("never read")
+        (content / name).write_text("never read")
     for name in ("modeling_custom.py", "notes.docx", "LICENSE.py", ".gitattributes", "weights.h5"):
-        (made / name).write_text("print('never read')")
-    return made
+        (content / name).write_text("print('never read')")
+    return content
 
 
 CONTENT = {
@@ -80,12 +80,12 @@ def hash_folder(folder: Path) -> str:
     return build_manifest(folder).sha256
 
 
-def read_refusal(path: Path, kit: Kit, *, because: str) -> ConfigError:
-    with pytest.raises(ConfigError, match=because) as caught:
+def read_refusal(path: Path, kit: Kit, *, reason: str) -> ConfigError:
+    with pytest.raises(ConfigError, match=reason) as caught:
         install_model(path, kit)
     assert caught.value.key == "--import-model"
-    left = list_names(kit.folder / "models") if (kit.folder / "models").exists() else set()
-    assert not left, "no files may be left behind"
+    remaining = list_names(kit.folder / "models") if (kit.folder / "models").exists() else set()
+    assert not remaining, "no files may be left behind"
     return caught.value
 
 
@@ -97,9 +97,9 @@ def install_to_store(path: Path, kit: Kit) -> Path:
 def test_model_folder_is_installed_under_its_digest(folder: Path, kit: Any) -> None:
     digest = hash_folder(folder)
     site = kit("0" * 64, digest)
-    left = site.folder / "models" / f".{digest}.partial"  # left by a crash, and removed by the import
-    left.mkdir(parents=True)
-    (left / "model.safetensors").write_bytes(b"half of it")
+    remaining = site.folder / "models" / f".{digest}.partial"  # left by a crash, and removed by the import
+    remaining.mkdir(parents=True)
+    (remaining / "model.safetensors").write_bytes(b"half of it")
     model, is_new = install_model(folder, site)
     assert (model.name, is_new) == ("m2", True)
     installed = find_installed_model(site.folder, digest)
@@ -159,30 +159,30 @@ def test_model_in_a_python_package_is_installed_without_importing_it(
     site = kit(first, second)
     assert list_names(install_to_store(Path("package:some_weights/model"), site)) == WANTED
     assert list_names(install_to_store(Path("package:some_weights/tiny.gguf"), site)) == {"tiny.gguf"}
-    for wrong, because in (
+    for invalid, reason in (
         ("package:not_there/model", "not installed"),
         ("package:some_weights/nothing", "must be a folder"),
         ("package:some_weights/no.gguf", "no.gguf"),
         ("package:../x", "must look like"),
     ):
-        with pytest.raises(ConfigError, match=because) as caught:
-            install_model(Path(wrong), site)
+        with pytest.raises(ConfigError, match=reason) as caught:
+            install_model(Path(invalid), site)
         assert caught.value.key == "--import-model"
 
 
 def test_unlisted_models_pickles_and_outside_links_are_refused(tmp_path: Path, folder: Path, kit: Any) -> None:
-    error = read_refusal(folder, kit("0" * 64), because="has SHA-256")
+    error = read_refusal(folder, kit("0" * 64), reason="has SHA-256")
     assert hash_folder(folder) in str(error)
     assert f"{'0' * 64} (m1)" in error.bound
-    assert "but kit.toml names no model" in read_refusal(folder, kit(), because="SHA-256").bound
+    assert "but kit.toml names no model" in read_refusal(folder, kit(), reason="SHA-256").bound
     site = kit(hash_folder(folder))
     for name in ("pytorch_model.bin", "a.pt", "b.PTH", "model.ckpt", "c.pkl"):
         (folder / name).write_bytes(b"\x80\x04.")
-        assert "can run code" in read_refusal(folder, site, because=f"must not contain {name}").remedy
+        assert "can run code" in read_refusal(folder, site, reason=f"must not contain {name}").remedy
         (folder / name).unlink()
     (tmp_path / "patients.json").write_text("secret")
     (folder / "extra.json").symlink_to(tmp_path / "patients.json")
-    read_refusal(folder, site, because="must not contain extra.json, a link to a file outside the folder")
+    read_refusal(folder, site, reason="must not contain extra.json, a link to a file outside the folder")
 
 
 def test_special_files_in_a_model_folder_are_ignored(folder: Path, kit: Any) -> None:
@@ -193,8 +193,8 @@ def test_special_files_in_a_model_folder_are_ignored(folder: Path, kit: Any) -> 
 def test_folder_without_a_complete_model_is_refused(tmp_path: Path, kit: Any) -> None:
     (tmp_path / "empty").mkdir()
     save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")  # its folder has no tokenizer
-    for made in ("nothing", "empty", "model.safetensors"):
-        read_refusal(tmp_path / made, kit("0" * 64), because="safetensors")
+    for content in ("nothing", "empty", "model.safetensors"):
+        read_refusal(tmp_path / content, kit("0" * 64), reason="safetensors")
 
 
 def test_missing_model_error_suggests_the_import_command(kit: Any) -> None:
@@ -227,14 +227,14 @@ def test_weights_changed_during_the_copy_are_refused(folder: Path, kit: Any, mon
         copy(source, target)
 
     monkeypatch.setattr(models, "_copy_durably", change_while_copying)
-    read_refusal(folder, site, because="changed during the copy")
+    read_refusal(folder, site, reason="changed during the copy")
 
 
 def test_full_disk_leaves_no_partial_model(folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     usage, site = namedtuple("usage", "total used free"), kit(hash_folder(folder))
 
-    def fail_on_full_disk(read: Any, written: Any, length: int) -> None:
-        written.write(b"half")
+    def fail_on_full_disk(source: Any, target: Any, length: int) -> None:
+        target.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for name, fake, message in (

@@ -39,12 +39,12 @@ def test_init_creates_all_folders_with_private_secrets(federation: Path, federat
 
 
 def test_lead_with_a_key_command_has_no_key_file(federation_toml: Path, now: datetime) -> None:
-    public = SigningKey.load_or_create(kept := federation_toml.with_name("kept.pem")).public
-    federation_toml.write_text(f'key_command = ["/bin/cat", "{kept}"]\n{federation_toml.read_text()}')
-    made = provisioning.init_federation(federation_toml, out=federation_toml.parent / "made", now=now)
-    assert made.lead_key == read_signing_key(made.folder / "lead" / "kit.toml").public == public
-    assert not (made.folder / "lead" / "lead_key.pem").exists()
-    text = (file := made.folder / "server" / "kit.toml").read_text()
+    public = SigningKey.load_or_create(key_file := federation_toml.with_name("kept.pem")).public
+    federation_toml.write_text(f'key_command = ["/bin/cat", "{key_file}"]\n{federation_toml.read_text()}')
+    federation = provisioning.init_federation(federation_toml, out=federation_toml.parent / "made", now=now)
+    assert federation.lead_key == read_signing_key(federation.folder / "lead" / "kit.toml").public == public
+    assert not (federation.folder / "lead" / "lead_key.pem").exists()
+    text = (file := federation.folder / "server" / "kit.toml").read_text()
     file.write_text(f'key_command = ["true"]\n{text}')
     with pytest.raises(ConfigError, match=r"key_command = \['true'\]: is allowed only in the lead's kit"):
         Kit.read(file.parent, kind="server")
@@ -55,10 +55,10 @@ def test_certificates_have_the_configured_validity_and_names(federation_toml: Pa
     text = text.replace('"fl.example.org"', '"FL.example.org", "10.0.0.3", "localhost"')
     days = "authority_days = 100\nserver_days = 20\nlead_days = 30\nsite_days = 4000\n"
     federation_toml.write_text(f"{text}\n[certificates]\n{days}")
-    made = provisioning.init_federation(federation_toml, out=federation_toml.parent / "made", now=now)
-    ends = [one.not_after - now for one in made.certificates.values()]
-    assert ends == [timedelta(days=days) for days in (100, 20, 30)]
-    names = list_certificate_host_names(read_certificate(made.folder / "server" / "server.pem"))
+    federation = provisioning.init_federation(federation_toml, out=federation_toml.parent / "made", now=now)
+    lifetimes = [certificate.not_after - now for certificate in federation.certificates.values()]
+    assert lifetimes == [timedelta(days=days) for days in (100, 20, 30)]
+    names = list_certificate_host_names(read_certificate(federation.folder / "server" / "server.pem"))
     assert sorted(names) == ["10.0.0.3", "2001:db8::1", "fl.example.org", "localhost"]
 
 
@@ -114,8 +114,8 @@ def test_renewal_keeps_keys_and_other_files(federation: Path, kind: Literal["ser
     rosters = {"server/roster.json", "lead/roster.json"}  # which carry the new certificate to their readers
     assert changed == {f"{kind}/{kind}.pem", f"{kind}/README.md", *rosters}  # the README contains the new date
     assert read_certificate(federation / kind / f"{kind}.pem").public_key() == key
-    found = Kit.read(federation / kind, kind=kind).check_certificate(later)
-    assert found.not_after == later + timedelta(days=365)
+    warning = Kit.read(federation / kind, kind=kind).check_certificate(later)
+    assert warning.not_after == later + timedelta(days=365)
     assert provisioning.renew_own_certificate(federation, kind, days=7, now=later).not_after == later + timedelta(
         days=7
     )
@@ -150,9 +150,11 @@ def test_offline_authority_is_required_and_must_match_the_federation(
     desk.revoke("north")
     (federation.parent / "offline").rename(federation / "authority")
     desk.add(federation.parent / "south/kit/join_request.json")
-    other = provisioning.init_federation(federation_toml, out=federation_toml.parent / "other", now=desk.now).folder
+    other_federation = provisioning.init_federation(
+        federation_toml, out=federation_toml.parent / "other", now=desk.now
+    ).folder
     for name in ("ca_key.pem", "ca.pem"):
-        (other / "authority" / name).replace(federation / "authority" / name)
+        (other_federation / "authority" / name).replace(federation / "authority" / name)
     with pytest.raises(ConfigError, match="must be the authority of this federation"):
         provisioning.renew_own_certificate(federation, "lead", days=None, now=desk.now)
 

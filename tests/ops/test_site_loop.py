@@ -46,17 +46,17 @@ class Told(Health):
             self._stop.set()
 
 
-def make_loop(connection: Any, folder: Path, stop: Any, *, ends: datetime | None = None, **given: Any) -> _Loop:
+def make_loop(connection: Any, folder: Path, stop: Any, *, ends: datetime | None = None, **changes: Any) -> _Loop:
     """Create a site's loop with inactive defaults for `bell`, `app` and `health`."""
     ends = ends or datetime.now(UTC) + timedelta(days=1)
     quiet = {"bell": SimpleNamespace(rung=threading.Event(), works=False), "app": None, "health": Health()}
-    bell, app, health = (quiet | given).values()
+    bell, app, health = (quiet | changes).values()
     return _Loop(connection, bell, app, SiteState.in_kit(folder), health, stop, until=lambda: ends)
 
 
-def run_loop(fleet: Any, folder: Path, *, until: str, ends: datetime | None = None) -> Told:
+def run_loop(fleet: Any, folder: Path, *, deadline: str, ends: datetime | None = None) -> Told:
     """Run a site with this connection until it reaches a state."""
-    health = Told(stop := threading.Event(), until)
+    health = Told(stop := threading.Event(), deadline)
     make_loop(fleet, folder, stop, health=health, ends=ends).run()
     return health
 
@@ -64,19 +64,19 @@ def run_loop(fleet: Any, folder: Path, *, until: str, ends: datetime | None = No
 def test_unreachable_server_makes_the_site_disconnected(tmp_path: Path, caplog: Any) -> None:
     """The ways to be unreachable: tests/flower/test_bounded_http.py."""
     fleet = SimpleNamespace(activate=lambda: None, receive=Mock(side_effect=Unreachable("no connection to the server")))
-    assert run_loop(fleet, tmp_path, until="disconnected").states == ["connected", "disconnected"]
+    assert run_loop(fleet, tmp_path, deadline="disconnected").states == ["connected", "disconnected"]
     assert "no contact: no connection to the server" in caplog.text
 
 
 def test_site_with_an_expired_certificate_reports_it(tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
-    ended = datetime.now(UTC) - timedelta(minutes=1)
-    assert run_loop(None, tmp_path, until="expired", ends=ended).states == ["expired"]
-    assert f"this site's certificate expired at {ended:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit" in caplog.text
+    expired = datetime.now(UTC) - timedelta(minutes=1)
+    assert run_loop(None, tmp_path, deadline="expired", ends=expired).states == ["expired"]
+    assert f"this site's certificate expired at {expired:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit" in caplog.text
     assert "trying again" not in caplog.text
     caplog.clear()
     # The server is away, and would refuse the site when it returns: the reply waits for a new certificate.
     health = Told(stop := threading.Event(), "expired")
-    loop = make_loop(None, tmp_path, stop, health=health, ends=ended)
+    loop = make_loop(None, tmp_path, stop, health=health, ends=expired)
     monkeypatch.setattr(Fleet, "is_past_deadline", lambda *_, **__: False)
     loop._send(Mock(), Mock())
     assert health.states == ["expired"]
@@ -94,19 +94,19 @@ def test_started_round_is_finished_and_sent_after_a_stop_signal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The signal arrives while the site trains."""
-    done, stop = list[str](), threading.Event()
+    process, stop = list[str](), threading.Event()
 
     def answer(message: Any) -> Mock:
         stop.set()
-        done.append("answered")
+        process.append("answered")
         return Mock()
 
     monkeypatch.setattr(SiteApp, "read_answer", lambda reply: None)
     monkeypatch.setattr(Fleet, "is_past_deadline", lambda *_, **__: False)
     monkeypatch.setattr(site_service, "_FETCHED_S", 0.0)
-    calls = {"activate": lambda: done.append("came"), "receive": Mock, "reply": lambda reply: done.append("sent")}
+    calls = {"activate": lambda: process.append("came"), "receive": Mock, "reply": lambda reply: process.append("sent")}
     make_loop(SimpleNamespace(**calls), tmp_path, stop, app=SimpleNamespace(answer=answer)).run()
-    assert done == ["came", "answered", "sent"]
+    assert process == ["came", "answered", "sent"]
 
 
 @pytest.mark.parametrize("kind", ["x", "", "a.b.c", "train.\n"])
@@ -174,8 +174,8 @@ def test_pending_run_keeps_the_time_of_its_first_request(state: Any, monkeypatch
 def test_pending_run_with_any_name_is_stored_inside_its_folder(tmp_path: Path, state: SiteState, name: str) -> None:
     before, proposal = read_files(tmp_path), propose_run(name, target_modules=("query",), spare_rounds=0)
     state.queue_for_approval(proposal, SETTINGS)
-    (made,) = read_files(tmp_path).keys() - before.keys()
-    assert Path(made).parent == Path("kit/state/pending")
+    (stored,) = read_files(tmp_path).keys() - before.keys()
+    assert Path(stored).parent == Path("kit/state/pending")
     state.remove_pending(propose_run("another"))
     (pending,) = SiteState.in_kit(state.folder.parent).list_pending_runs()
     assert (pending.proposal, pending.settings) == (proposal, SETTINGS)
@@ -284,14 +284,14 @@ print(find_write_problem(ledger))
 def test_full_or_read_only_disk_is_named_in_the_error(tmp_path: Path) -> None:
     """Uses a real file system of two megabytes, which is filled and then made read-only."""
     words = ["unshare", "--map-root-user", "--mount", sys.executable, "-c", _FULL, str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode == 77 or "unshare failed" in done.stderr:
+    process = subprocess.run(words, capture_output=True, text=True, check=False)
+    if process.returncode == 77 or "unshare failed" in process.stderr:
         pytest.skip("no file system can be mounted here")
-    works, full, closed = done.stdout.splitlines()
-    assert works == ""
-    about = f"disk {tmp_path}): no round can be charged"
-    assert full == f"{tmp_path}/ledger.db cannot be written (No space left on device, {about}"
-    assert closed.endswith(about)
+    is_working, full, closed = process.stdout.splitlines()
+    assert is_working == ""
+    expected = f"disk {tmp_path}): no round can be charged"
+    assert full == f"{tmp_path}/ledger.db cannot be written (No space left on device, {expected}"
+    assert closed.endswith(expected)
 
 
 def test_site_with_an_unwritable_ledger_is_not_ready(
