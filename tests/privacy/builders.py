@@ -42,10 +42,10 @@ OTHER |= {"algorithm": "fedprox", "ranks": {"a": 1}}
 """A second valid value for each proposal field for which the policy allows several."""
 
 
-def change_values(whole: Any, **changes: Any) -> Any:
+def change_values(spec: Any, **changes: Any) -> Any:
     """Return a configuration or policy with other values: a dict changes a group or table, other values a key."""
-    groups = {key: replace(getattr(whole, key), **one) for key, one in changes.items() if isinstance(one, dict)}
-    return replace(whole, **changes | groups)
+    groups = {key: replace(getattr(spec, key), **table) for key, table in changes.items() if isinstance(table, dict)}
+    return replace(spec, **changes | groups)
 
 
 @cache
@@ -97,18 +97,21 @@ def make_policy(**changes: Any) -> Policy:
     return change_values(_make_policy(), **changes)
 
 
-def make_user_policy(*named: tuple[str, str, str], **changes: Any) -> Policy:
+def make_user_policy(*datasets: tuple[str, str, str], **changes: Any) -> Policy:
     """Build a user-level policy; each data set has an id, a file, and the column with the user of a record."""
     columns = {"text": "body", "label": "code"}
-    data = (Dataset(id=id, declared_size=2000, path=at, columns=columns | {"user": who}) for id, at, who in named)
+    data = (
+        Dataset(id=id, declared_size=2000, path=path, columns=columns | {"user": column})
+        for id, path, column in datasets
+    )
     return make_policy(population={"unit": "user"}, dataset=tuple(data), **changes)
 
 
 def reserve(ledger: SiteLedger, proposal: Proposal, round: int = 1, request: str = "") -> Reservation:
     """Charge a round."""
-    granted = ledger.reserve(proposal, round=round, request=request or f"digest {proposal.run} {round}")
-    assert isinstance(granted, Reservation)
-    return granted
+    reservation = ledger.reserve(proposal, round=round, request=request or f"digest {proposal.run} {round}")
+    assert isinstance(reservation, Reservation)
+    return reservation
 
 
 def train(ledger: SiteLedger, proposal: Proposal, *rounds: int, reply: bytes = b"reply") -> None:

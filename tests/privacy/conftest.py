@@ -63,8 +63,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 class Backups:
     """A ledger that is backed up, used further, and restored."""
 
-    def __init__(self, opened: Callable[..., SiteLedger], path: Path) -> None:
-        self.open, self.path, self.kept = opened, path, path.with_name("backup.db")
+    def __init__(self, opener: Callable[..., SiteLedger], path: Path) -> None:
+        self.open, self.path, self.kept = opener, path, path.with_name("backup.db")
 
     def back_up(self) -> None:
         shutil.copy(self.path, self.kept)
@@ -77,11 +77,11 @@ class Backups:
             ledger.charge_gap(anchor)
         return ledger
 
-    def branch(self, asked: Proposal, *rounds: int) -> tuple[Head, Receipt]:
+    def branch(self, proposal: Proposal, *rounds: int) -> tuple[Head, Receipt]:
         """Restore the backup without charging the gap and train on it; the next restore loses that branch."""
         ledger = self.put_back()
-        train(ledger, asked, *rounds)
-        return ledger.head(), ledger.sign_receipt(asked.run)
+        train(ledger, proposal, *rounds)
+        return ledger.head(), ledger.sign_receipt(proposal.run)
 
 
 @pytest.fixture

@@ -35,8 +35,8 @@ class TooFewStepsError(ValueError):
 def _list_noise_points(noise: float, tilt: float, *, adding: bool) -> np.ndarray:
     """List evenly spaced noise values that contribute at this tilt."""
     distance = min(noise, noise**2) / 12
-    low, high = (-tilt - 14 * noise, 14 * noise) if adding else (-14 * noise, tilt + 2 + 14 * noise)
-    return np.arange(math.floor(low / distance), math.ceil(high / distance) + 1) * distance
+    lower, upper = (-tilt - 14 * noise, 14 * noise) if adding else (-14 * noise, tilt + 2 + 14 * noise)
+    return np.arange(math.floor(lower / distance), math.ceil(upper / distance) + 1) * distance
 
 
 def _log_means(rate: float, noise: float, orders: np.ndarray, tilt: float, *, adding: bool) -> np.ndarray:
@@ -64,9 +64,11 @@ def log_moment(rate: float, noise: float, order: float) -> mpmath.mpf:
         return (ratio**a - 1 - a * (ratio - 1)) * mpmath.npdf(x)
 
     bends = {0.0, order / noise, noise * math.log(1 / rate - 1) + 0.5 / noise}
-    ends = {-16.0, order / noise + 16}
-    near = {bend + step for bend in bends for step in (-16, -8, -4, 0, 4, 8, 16)}
-    return mpmath.log1p(mpmath.quad(distance_from_chord, sorted(ends | {x for x in near if min(ends) < x < max(ends)})))
+    limits = {-16.0, order / noise + 16}
+    nearby = {bend + step for bend in bends for step in (-16, -8, -4, 0, 4, 8, 16)}
+    return mpmath.log1p(
+        mpmath.quad(distance_from_chord, sorted(limits | {x for x in nearby if min(limits) < x < max(limits)}))
+    )
 
 
 def find_best_tilt(rate: float, noise: float, steps: int, epsilon: float, *, adding: bool) -> float:
@@ -86,8 +88,8 @@ def _choose_line(rate: float, noise: float, steps: int, tilt: float, *, adding: 
     Raises:
         TooFewStepsError: M^steps does not decay along the line.
     """
-    near = _log_means(rate, noise, tilt + np.array([0, 1e-3j * tilt]), tilt, adding=adding).real
-    deviation = math.sqrt(max(2 * steps * float(near[0] - near[1]), 1e-12)) / (1e-3 * tilt)
+    nearby = _log_means(rate, noise, tilt + np.array([0, 1e-3j * tilt]), tilt, adding=adding).real
+    deviation = math.sqrt(max(2 * steps * float(nearby[0] - nearby[1]), 1e-12)) / (1e-3 * tilt)
     distance, end = 2 * math.pi / (30 * deviation + 60 / tilt), 8 / deviation
     while end < 500 / deviation:
         two = _log_means(rate, noise, tilt + np.array([0, 1j * end]), tilt, adding=adding).real
@@ -118,10 +120,10 @@ def compute_precise_delta(rate: float, noise: float, steps: int, epsilon: float)
         tilt = find_best_tilt(rate, noise, steps, epsilon, adding=adding)
         distance, count = _choose_line(rate, noise, steps, tilt, adding=adding)
         q, sigma = mpmath.mpf(rate), mpmath.mpf(noise)
-        places = _list_noise_points(noise, tilt, adding=adding)
-        apart = mpmath.mpf(float(places[1] - places[0]))
-        points = [mpmath.mpf(round(float(place / apart))) * apart for place in places]
-        normal = [mpmath.exp(-(x**2) / (2 * sigma**2)) * apart / sigma / mpmath.sqrt(2 * mpmath.pi) for x in points]
+        positions = _list_noise_points(noise, tilt, adding=adding)
+        spacing = mpmath.mpf(float(positions[1] - positions[0]))
+        points = [mpmath.mpf(round(float(position / spacing))) * spacing for position in positions]
+        normal = [mpmath.exp(-(x**2) / (2 * sigma**2)) * spacing / sigma / mpmath.sqrt(2 * mpmath.pi) for x in points]
         losses = [mpmath.log(1 - q + q * mpmath.exp((2 * x - 1) / (2 * sigma**2))) for x in points]
         # Each term is multiplied by the same factor from one point on the line to the next.
         sign, h, t = (-1 if adding else 1), mpmath.mpf(distance), mpmath.mpf(tilt)
@@ -146,10 +148,10 @@ def main() -> None:
             off = partial(
                 lambda plan, at, e: math.log(max(compute_delta(*plan, e), 1e-200) / at), (rate, noise, steps), at
             )
-            place = float(f"{optimize.brentq(off, 0.01, 60.0, xtol=1e-10):.8g}")
-            exact = mpmath.nstr(compute_precise_delta(rate, noise, steps, place), 15)
-            rows.append({"rate": rate, "noise": noise, "steps": steps, "epsilon": place, "delta": float(exact)})
-            print(rows[-1], compute_delta(rate, noise, steps, place) / float(exact) - 1, flush=True)
+            position = float(f"{optimize.brentq(off, 0.01, 60.0, xtol=1e-10):.8g}")
+            exact = mpmath.nstr(compute_precise_delta(rate, noise, steps, position), 15)
+            rows.append({"rate": rate, "noise": noise, "steps": steps, "epsilon": position, "delta": float(exact)})
+            print(rows[-1], compute_delta(rate, noise, steps, position) / float(exact) - 1, flush=True)
     FILE.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
 
 

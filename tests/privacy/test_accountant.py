@@ -48,14 +48,14 @@ def test_epsilons_match_dp_accounting_at_usual_deltas(rate: float, sigma: float,
     for event, times in ((step, count), (score, 2)):
         pld.compose(event, times)
         rdp.compose(event, times)
-    ours = accountant.compose_pld(((step, count), (score, 2)), COARSE)
+    pld_curve = accountant.compose_pld(((step, count), (score, 2)), COARSE)
     for delta in (1e-3, 1e-5, 1e-6):
-        assert ours.epsilon(delta) == pytest.approx(pld.get_epsilon(delta), rel=2e-7)
+        assert pld_curve.epsilon(delta) == pytest.approx(pld.get_epsilon(delta), rel=2e-7)
     for epsilon in (0.0, 0.1, 1.0):
-        assert ours.delta(epsilon) == pytest.approx(pld.get_delta(epsilon), abs=2e-9)
+        assert pld_curve.delta(epsilon) == pytest.approx(pld.get_delta(epsilon), abs=2e-9)
     for _ in range(2):  # the second pass uses cached divergences of steps
-        found, theirs = accountant.compose_rdp(((step, count), (score, 2)))(1e-5), rdp.get_epsilon(1e-5)
-        assert theirs <= found == pytest.approx(theirs, rel=1e-9)
+        found, reference = accountant.compose_rdp(((step, count), (score, 2)))(1e-5), rdp.get_epsilon(1e-5)
+        assert reference <= found == pytest.approx(reference, rel=1e-9)
 
 
 _NOISES = (0.1, 0.5, 1.0, 4.0, 30.0, 1e3, 1e4)
@@ -69,10 +69,10 @@ def test_renyi_divergence_is_a_tight_upper_bound(rate: float) -> None:
         for noise in _NOISES:
             event = PoissonSampledDpEvent(rate, GaussianDpEvent(noise))
             for order in (2.0, 3.0, 6.0, 17.0, 59.0, 64.0, 128.0, 192.0, 256.0, 512.0):
-                found = mpmath.mpf(accountant.compute_renyi_divergence(event, order)) * (mpmath.mpf(order) - 1)
+                epsilon = mpmath.mpf(accountant.compute_renyi_divergence(event, order)) * (mpmath.mpf(order) - 1)
                 exact = exact_delta.log_moment(rate, noise, order)
                 added = mpmath.mpf(2) ** -48 * order * (1 + exact)
-                assert 3 / 4 * added <= found - exact <= 3 / 2 * added, (noise, order)
+                assert 3 / 4 * added <= epsilon - exact <= 3 / 2 * added, (noise, order)
 
 
 @pytest.mark.parametrize(("rate", "noise"), [(1e-9, 1e4), (1e-5, 0.1), (0.01, 30.0), (0.3, 0.5), (0.9, 1e3)])
@@ -95,9 +95,9 @@ def test_divergence_is_bounded_when_the_series_does_not_converge(rate: float, no
     assert rdp.rdp[0] == math.inf, "dp-accounting converges at this order: choose another order"
     with mpmath.workdps(40):
         exact = float(exact_delta.log_moment(rate, noise, order) / (mpmath.mpf(order) - 1))
-    found = accountant.compute_renyi_divergence(event, order)
-    assert exact < found < accountant.compute_renyi_divergence(event, math.ceil(order)) * (1 + 1e-9)
-    assert found < 2.5 * exact
+    epsilon = accountant.compute_renyi_divergence(event, order)
+    assert exact < epsilon < accountant.compute_renyi_divergence(event, math.ceil(order)) * (1 + 1e-9)
+    assert epsilon < 2.5 * exact
     assert accountant.compute_renyi_divergence(NonPrivateDpEvent(), order) == math.inf
 
 
@@ -111,8 +111,8 @@ def test_epsilon_is_infinite_without_noise_and_zero_without_steps() -> None:
     private = events.build_dp_sgd_event(sampling_rate=0.1, noise_multiplier=5.0, steps=1)
     assert epsilon_pld([event], 1e-5) == epsilon_rdp([event], 1e-5) == epsilon_pld([private, event], 1e-5) == math.inf
     assert compute_epsilon_above_limit([event], 1e-5, limit=100.0) == math.inf
-    nothing = events.build_dp_sgd_event(sampling_rate=0.1, noise_multiplier=0.0, steps=0)
-    assert epsilon_pld([], 1e-5) == epsilon_pld([nothing], 1e-5) == 0
+    no_steps = events.build_dp_sgd_event(sampling_rate=0.1, noise_multiplier=0.0, steps=0)
+    assert epsilon_pld([], 1e-5) == epsilon_pld([no_steps], 1e-5) == 0
 
 
 def test_epsilon_above_returns_none_within_the_limit() -> None:
@@ -148,8 +148,8 @@ def test_noise_calibration_terminates_at_extreme_targets() -> None:
         found = calibrate_noise(epsilon=epsilon, delta=1e-3, sampling_rate=0.2, steps=5)
         assert found == pytest.approx(188.72, rel=1e-4)
     assert calibrate_noise(epsilon=8.0, delta=1e-5, sampling_rate=1e-6, steps=5) == 0.1
-    most = events.build_dp_sgd_event(sampling_rate=1.0, noise_multiplier=0.99 * accountant.MAX_NOISE, steps=1000)
-    epsilon = epsilon_pld([most], 1e-5, interval=accountant.COARSE)
+    most_noise = events.build_dp_sgd_event(sampling_rate=1.0, noise_multiplier=0.99 * accountant.MAX_NOISE, steps=1000)
+    epsilon = epsilon_pld([most_noise], 1e-5, interval=accountant.COARSE)
     found = calibrate_noise(epsilon=epsilon, delta=1e-5, sampling_rate=1.0, steps=1000)
     assert found == pytest.approx(0.99 * accountant.MAX_NOISE, rel=1e-4)
 

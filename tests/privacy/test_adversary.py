@@ -79,7 +79,7 @@ class Game:
         before = self.ledger.history.count_total_charges()
         self.receive_server_time()
         try:
-            granted = self.ledger.reserve(proposal, round=round, request=request)
+            reservation = self.ledger.reserve(proposal, round=round, request=request)
         except Refused as refused:
             self.refused += 1
             assert self.ledger.history.count_total_charges() == before
@@ -88,11 +88,11 @@ class Game:
         if new:
             self.started.append(proposal)
             self.expires[proposal.run] = last + timedelta(days=30)
-        if isinstance(granted, Reservation):
+        if isinstance(reservation, Reservation):
             self.accepted += 1
             self.charged.append((last, proposal.run, proposal.plan.event()))
             if reply:
-                self.ledger.commit(granted, b"reply")
+                self.ledger.commit(reservation, b"reply")
         self.check()
         return None
 
@@ -118,10 +118,10 @@ class Game:
         charged = events.count_mechanisms([event for _, _, event in self.charged])
         assert history.count_total_charges() == charged
         assert history.divergence(charged) == pytest.approx(compute_divergence(charged, self.order), rel=1e-9)
-        held = self.sum_reservations(history.now(server=self.server or history.last_time))
+        reserved = self.sum_reservations(history.now(server=self.server or history.last_time))
         surcharge = filter.compute_epsilon_conversion_term(self.order, budget.delta)
-        both = compute_divergence(charged + held, self.order) + surcharge
-        assert both <= budget.max_epsilon + 1e-9, "charges and reserves together exceed the cap"
+        total = compute_divergence(charged + reserved, self.order) + surcharge
+        assert total <= budget.max_epsilon + 1e-9, "charges and reserves together exceed the cap"
         now = filter.epsilon_filter(charged, order=self.order, delta=budget.delta)
         assert now >= self.spent, "spending must not decrease"
         self.spent = now
@@ -143,12 +143,12 @@ def move(game: Game, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
     action = draw(st.sampled_from(["exact", "exact", "more", "any", "next", "next", "retry", "end", "time", "reopen"]))
     if action in ("exact", "more", "any"):
         plan = draw(st.sampled_from(SETTINGS))
-        wanted = make_proposal(run=name, plan=plan | {"num_rounds": 20})
-        fits = run_acceptance.find_max_rounds(wanted, game.would_accept)
+        largest = make_proposal(run=name, plan=plan | {"num_rounds": 20})
+        fits = run_acceptance.find_max_rounds(largest, game.would_accept)
         count = {"exact": fits, "more": fits + 1, "any": draw(st.integers(1, 20))}[action]
         if not 1 <= count <= 20:
             return
-        asked = dataclasses.replace(wanted, plan=dataclasses.replace(wanted.plan, num_rounds=count))
+        asked = dataclasses.replace(largest, plan=dataclasses.replace(largest.plan, num_rounds=count))
         reason = game.ask(asked, 1, request=name, reply=draw(st.booleans()))
         assert (reason is None) == (count <= fits), (reason, count, fits)
     elif action in ("next", "retry") and game.started:
@@ -161,8 +161,13 @@ def move(game: Game, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
         game.end(draw(st.sampled_from(game.started)))
     elif action == "time":
         game.clock.time += timedelta(days=draw(st.sampled_from([-400, -1, 20, 31, 400])))
-        lies = [game.clock.time, game.clock.time + timedelta(days=400), game.clock.time - timedelta(days=31), None]
-        game.server = draw(st.sampled_from(lies))
+        clock_times = [
+            game.clock.time,
+            game.clock.time + timedelta(days=400),
+            game.clock.time - timedelta(days=31),
+            None,
+        ]
+        game.server = draw(st.sampled_from(clock_times))
     elif action == "reopen":
         game.ledger = SiteLedger(game.path, game.policy, site_key)
         game.check()
@@ -175,8 +180,8 @@ def test_adaptive_requests_never_exceed_a_cap(tmp_path_factory: Any, monthly: bo
     budget = {"max_epsilon_per_period": 8.5, "period": "month"} if monthly else {}
     site = make_policy(budget=budget, releases={"metrics": "noised"})
     game = Game(tmp_path_factory.mktemp("game") / "ledger.db", site)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(history, "datetime", game.clock)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(history, "datetime", game.clock)
         for _ in range(data.draw(st.integers(1, 20))):
             move(game, data.draw)
     # The cost does not depend on the order of events.

@@ -42,8 +42,8 @@ def test_unapproved_run_is_not_charged_and_starts_once_approved(open_manual: Any
     ledger.approve(make_proposal())
     reserve(ledger, make_proposal())
     assert list_kinds(path) == [*OPENED, (Kind.NOTE, "approved"), (Kind.PLAN, ""), (Kind.RESERVE, "")]
-    noted = next(event for event in verify(path).events if event.detail.get("what") == "approved")
-    assert noted.detail["proposal"] == make_proposal().to_json(), "the full proposal must be recorded for auditors"
+    approval = next(event for event in verify(path).events if event.detail.get("what") == "approved")
+    assert approval.detail["proposal"] == make_proposal().to_json(), "the full proposal must be recorded for auditors"
     for round in (2, 3):
         reserve(ledger, make_proposal(), round)  # an approval covers all rounds of the run
 
@@ -100,11 +100,11 @@ def test_proposals_refused_by_policy_or_budget_cannot_be_approved(
 
 
 def test_approved_run_is_refused_once_the_budget_is_spent(open_manual: Any) -> None:
-    ledger, (one, two, late) = open_manual(), (make_proposal(run=run) for run in ("one", "two", "late"))
-    for each in (one, two, late):
-        ledger.approve(each)
-    for each in (one, two):
-        reserve(ledger, each)  # the newest approval does not replace earlier ones
+    ledger, (first, two, late) = open_manual(), (make_proposal(run=run) for run in ("one", "two", "late"))
+    for proposal in (first, two, late):
+        ledger.approve(proposal)
+    for proposal in (first, two):
+        reserve(ledger, proposal)  # the newest approval does not replace earlier ones
     assert read_refusal_reason(reserve, ledger, late) is Reason.MAX_EPSILON
 
 
@@ -182,8 +182,10 @@ def test_waiting_runs_are_recorded_once_per_day_and_reason(open_manual: Any, pat
     refuse(Reason.PAUSED, "r", "r", "s", "s")
     open_manual().approve(make_proposal())
     refuse(Reason.PAUSED, "s")
-    seen = [(event.run, event.detail["reason"]) for event in verify(path).events if event.kind is Kind.REFUSAL]
-    assert seen == [("r", "awaiting_approval"), ("r", "paused"), ("s", "paused")], "each must be recorded once a day"
+    refusals = [(event.run, event.detail["reason"]) for event in verify(path).events if event.kind is Kind.REFUSAL]
+    assert refusals == [("r", "awaiting_approval"), ("r", "paused"), ("s", "paused")], (
+        "each must be recorded once a day"
+    )
 
 
 def test_only_pending_approval_and_pause_count_as_waiting() -> None:
@@ -195,7 +197,7 @@ def test_end_of_a_run_records_the_digest_of_the_first_adapter(open_ledger: Any, 
     reserve(open_ledger(), make_proposal())
     open_ledger().end_run("r", adapter_sha256="ab" * 32)
     open_ledger().end_run("r", adapter_sha256="cd" * 32)
-    ended = [event.detail for event in verify(path).events if event.detail.get("what") == "run_ended"]
-    assert ended == [{"what": "run_ended", "adapter_sha256": "ab" * 32}], "the first recorded end must stay"
+    end_details = [event.detail for event in verify(path).events if event.detail.get("what") == "run_ended"]
+    assert end_details == [{"what": "run_ended", "adapter_sha256": "ab" * 32}], "the first recorded end must stay"
     assert open_ledger().history.runs["r"].adapter == "ab" * 32
     assert not open_ledger().history.runs["r"].is_open(open_ledger().history.now())

@@ -60,22 +60,24 @@ def test_event_hash_matches_the_golden_value() -> None:
 
 def test_event_hash_covers_every_field_except_hash_and_signature() -> None:
     assert set(EVENT) == {field.name for field in fields(Event)} - {"hash", "signature"}
-    hashes = {make_event(**{name: other}).compute_hash_after(chain.START) for name, (_, other) in EVENT.items()}
-    own = make_event().compute_hash_after(chain.START)
-    assert len(hashes | {own, make_event().compute_hash_after("1" * 64)}) == len(EVENT) + 2
-    assert replace(make_event(), hash="x", signature="y").compute_hash_after(chain.START) == own
+    hashes = {make_event(**{name: value}).compute_hash_after(chain.START) for name, (_, value) in EVENT.items()}
+    original = make_event().compute_hash_after(chain.START)
+    assert len(hashes | {original, make_event().compute_hash_after("1" * 64)}) == len(EVENT) + 2
+    assert replace(make_event(), hash="x", signature="y").compute_hash_after(chain.START) == original
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(run=st.text(max_size=4), request=st.text(max_size=4), dataset=st.text(max_size=4))
 def test_event_hash_separates_adjacent_fields(run: str, request: str, dataset: str) -> None:
-    one = make_event(run=run, request=request, dataset=dataset)
-    for other in (
+    event_hash = make_event(run=run, request=request, dataset=dataset)
+    for value in (
         make_event(run=run + request, request="", dataset=dataset),
         make_event(run=run, request=request + dataset, dataset=""),
         make_event(run=request, request=run, dataset=dataset),
     ):
-        assert (one.compute_hash_after(chain.START) == other.compute_hash_after(chain.START)) == (one == other)
+        assert (event_hash.compute_hash_after(chain.START) == value.compute_hash_after(chain.START)) == (
+            event_hash == value
+        )
 
 
 def test_canonical_json_is_unique_and_rejects_infinity() -> None:
@@ -89,7 +91,7 @@ def test_head_round_trips_through_its_file_and_signs_every_field(tmp_path: Path)
     path = tmp_path / "anchor.json"
     path.write_bytes(head.to_bytes())
     assert Head.read(path) == head
-    others = {name: other for name, (_, other) in HEAD.items()} | {"site_key": "3" * 64}
-    assert set(others) | {"signature"} == {field.name for field in fields(Head)}
-    messages = {replace(head, **{name: value}).encode_signed_bytes() for name, value in others.items()}
-    assert len(messages | {head.encode_signed_bytes()}) == len(others) + 1
+    changed_head = {name: other for name, (_, other) in HEAD.items()} | {"site_key": "3" * 64}
+    assert set(changed_head) | {"signature"} == {field.name for field in fields(Head)}
+    messages = {replace(head, **{name: value}).encode_signed_bytes() for name, value in changed_head.items()}
+    assert len(messages | {head.encode_signed_bytes()}) == len(changed_head) + 1

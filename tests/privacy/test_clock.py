@@ -46,7 +46,7 @@ def charge(ledger: SiteLedger, proposal: Any) -> Reason | None:
 
 
 @pytest.mark.parametrize(
-    ("here", "server", "opens"),
+    ("local", "server", "opens"),
     [
         (FEBRUARY, FEBRUARY, True),
         (FEBRUARY, MARCH, False),  # the local clock lags by a period
@@ -60,9 +60,9 @@ def charge(ledger: SiteLedger, proposal: Any) -> Reason | None:
     ],
 )
 def test_new_period_starts_only_when_both_clocks_have_reached_it(
-    full_ledger: Any, clock: Clock, here: datetime, server: datetime | None, opens: bool
+    full_ledger: Any, clock: Clock, local: datetime, server: datetime | None, opens: bool
 ) -> None:
-    clock.time, refused = here, None if opens else Reason.MAX_EPSILON_PER_PERIOD
+    clock.time, refused = local, None if opens else Reason.MAX_EPSILON_PER_PERIOD
     assert charge(full_ledger(server=server), make_proposal(run="next", plan=ONE_ROUND)) is refused
     assert compute_period_number(full_ledger(server=server).history.last_time, "month") - compute_period_number(
         JANUARY, "month"
@@ -144,11 +144,11 @@ MOMENTS = st.integers(-100, 1500).map(lambda days: JANUARY + timedelta(days=days
 def test_single_clock_never_opens_a_period(tmp_path_factory: Any, period: Any, moves: Any) -> None:
     site: Policy = make_policy(budget={"max_epsilon_per_period": 5.0, "period": period})
     clock, path = Clock(JANUARY), tmp_path_factory.mktemp("clocks") / "ledger.db"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(history, "datetime", clock)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(history, "datetime", clock)
         SiteLedger(path, site, site_key)
-        for here, server, move in moves:
-            clock.time, ledger = here, SiteLedger(path, site, site_key)
+        for local, server, move in moves:
+            clock.time, ledger = local, SiteLedger(path, site, site_key)
             before = ledger.history.last_time
             ledger.set_server_time(server.timestamp() if server else float("nan"))
             if move == "confirm":
@@ -156,11 +156,11 @@ def test_single_clock_never_opens_a_period(tmp_path_factory: Any, period: Any, m
             else:
                 ledger.record_refusal(Refused(Reason.SITE_ERROR), run=move, round=1, request="x")
             after = ledger.history.last_time
-            assert before <= after <= max(before, here), "the server's time must not move the ledger past both clocks"
+            assert before <= after <= max(before, local), "the server's time must not move the ledger past both clocks"
             old, new = compute_period_number(before, period), compute_period_number(after, period)
             if move != "confirm" and new > old:
                 assert server is not None
                 assert new == old + 1
-                assert new <= min(compute_period_number(here, period), compute_period_number(server, period))
+                assert new <= min(compute_period_number(local, period), compute_period_number(server, period))
             if move == "confirm":
-                assert after == max(before, here)
+                assert after == max(before, local)

@@ -80,23 +80,23 @@ class Site:
     def next(self, arrivals: Callable[[], dict[str, int]] | None = None) -> None:
         if not self.runs:
             return
-        place = self.chance.randrange(max(0, len(self.runs) - 3), len(self.runs))
-        proposal, rounds = self.runs[place]
-        self.runs[place] = proposal, rounds + 1
+        index = self.chance.randrange(max(0, len(self.runs) - 3), len(self.runs))
+        proposal, rounds = self.runs[index]
+        self.runs[index] = proposal, rounds + 1
         number = rounds + 1 if rounds < 2 else self.chance.randrange(1, rounds + 1)  # perhaps a retry
         own = arrivals or self.file.copy
         try:
-            granted = self.ledger.reserve(proposal, round=number, request=f"{proposal.run} {number}", arrivals=own)
+            reservation = self.ledger.reserve(proposal, round=number, request=f"{proposal.run} {number}", arrivals=own)
         except Refused:
             return
-        if isinstance(granted, bytes):
+        if isinstance(reservation, bytes):
             return
-        assert granted.admitted is not None
-        assert granted.admitted <= self.file.keys()
-        for person in granted.admitted:
+        assert reservation.admitted is not None
+        assert reservation.admitted <= self.file.keys()
+        for person in reservation.admitted:
             self.lost.setdefault(person, Counter()).update(events.count_mechanisms([proposal.plan.event()]))
         if self.chance.random() < 0.7:
-            self.ledger.commit(granted, b"reply")
+            self.ledger.commit(reservation, b"reply")
 
     def crash(self) -> None:
         def cut() -> dict[str, int]:
@@ -141,13 +141,13 @@ class Site:
             rows = {row.unit: row for row in register.read_rows(file)}
         history, secret = self.ledger.history, site_key.derive_secret("arrivals")
         figures = {OLDEST: history.count_total_charges(OLDEST)}
-        for person, lost in self.lost.items():
+        for person, lost_cost in self.lost.items():
             cohort = history.find_cohort(rows.get(register.pseudonymize(secret, person)), self.file.get(person, OLDEST))
             if cohort not in figures:
                 figures[cohort] = history.count_total_charges(cohort)
-            assert lost <= figures[cohort], (person, cohort, self.done)
-            assert history.divergence(lost) <= history.divergence(figures[cohort]) * (1 + 1e-12)
-            assert history.divergence(lost) <= history.divergence(history.count_total_charges()) * (1 + 1e-12), (
+            assert lost_cost <= figures[cohort], (person, cohort, self.done)
+            assert history.divergence(lost_cost) <= history.divergence(figures[cohort]) * (1 + 1e-12)
+            assert history.divergence(lost_cost) <= history.divergence(history.count_total_charges()) * (1 + 1e-12), (
                 "total spending must be the largest figure"
             )
 
@@ -158,7 +158,7 @@ def test_random_histories_never_exceed_the_charge_of_any_cohort(tmp_path: Path, 
     site = make_policy(
         population=people, dataset=(Dataset(id="notes", declared_size=2000),), budget={"max_epsilon": 30.0}
     )
-    done = Counter[str]()
+    actions = Counter[str]()
     for seed in seeds:
         folder = tmp_path / f"{seed}"
         folder.mkdir()
@@ -166,6 +166,6 @@ def test_random_histories_never_exceed_the_charge_of_any_cohort(tmp_path: Path, 
         for _ in range(25):
             game.move()
         verify(game.path, anchor=Head.read(game.anchor))
-        done += game.done
+        actions += game.done
         shutil.rmtree(folder)
-    assert min(done[name] for name in ("cut", "made_up", "lost_rows")) > len(seeds) / 6, done
+    assert min(actions[name] for name in ("cut", "made_up", "lost_rows")) > len(seeds) / 6, actions

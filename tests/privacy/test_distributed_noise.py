@@ -43,10 +43,10 @@ def share(shared: DistributedNoise = FOUR, *purpose: str | int, sums: Whole | No
 @pytest.mark.parametrize("values", [(0.0, 0.0), (0.3, -1.7), (0.1, 0.25, 7.5), (0.5, 0.5, 0.0, 0.9, -3.1)])
 def test_sum_of_rounded_shares_matches_the_rounded_sum_within_the_gap(values: Any, deviation: float) -> None:
     """Covers deviations small enough for a visible gap, and sums that are not integers."""
-    most = 30
+    max_value = 30
     for shift in (HALF_UP, 0.5 + 1 / 16):
-        exact = compute_sum_outcomes(values, deviation, most=most, shift=shift)
-        rounded = compute_rounded_outcomes(sum(values), deviation, len(values), most=most, shift=shift)
+        exact = compute_sum_outcomes(values, deviation, max_noise=max_value, shift=shift)
+        rounded = compute_rounded_outcomes(sum(values), deviation, len(values), max_noise=max_value, shift=shift)
         assert rounded.sum() == pytest.approx(1, abs=1e-9)
         gap = compute_total_variation(exact, rounded)
         assert gap <= (len(values) - 1) * math.exp(-((math.pi * deviation) ** 2)) + 1e-12
@@ -54,8 +54,8 @@ def test_sum_of_rounded_shares_matches_the_rounded_sum_within_the_gap(values: An
 
 def test_rounding_gap_is_negligible_at_the_coarsest_cell_size() -> None:
     for values in ((0.0, 0.0), (0.3, 0.45, -8.2, 5.5)):
-        exact = compute_sum_outcomes(values, MIN_CELLS, most=100)
-        rounded = compute_rounded_outcomes(sum(values), MIN_CELLS, len(values), most=100)
+        exact = compute_sum_outcomes(values, MIN_CELLS, max_noise=100)
+        rounded = compute_rounded_outcomes(sum(values), MIN_CELLS, len(values), max_noise=100)
         assert compute_total_variation(exact, rounded) < 1e-12
     assert Fraction(2) ** 70 * Fraction(math.exp(-((math.pi * MIN_CELLS) ** 2))) < Fraction(1, 10**250)
 
@@ -67,8 +67,8 @@ def test_total_noise_matches_the_accounted_distribution(sites: int) -> None:
     deviation = 8 * math.sqrt(sites)
     with_rounding = math.sqrt(sites * (64 + 1 / 12))
     assert fits(total, with_rounding)
-    for wrong in (8.0, 8.0 * sites, 0.95 * deviation, 1.05 * deviation):
-        assert not fits(total, wrong)
+    for wrong_deviation in (8.0, 8.0 * sites, 0.95 * deviation, 1.05 * deviation):
+        assert not fits(total, wrong_deviation)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -102,21 +102,21 @@ def test_shared_values_never_exceed_the_largest_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_sites", "threshold", "colluders", "least"),
+    ("num_sites", "threshold", "colluders", "min_threshold"),
     [(4, 2, 0, 3), (5, 3, 1, 4), (20, 10, 0, 11), (20, 13, 6, 14), (3, 2, 1, 3), (4, 5, 0, 3)],
 )
 def test_threshold_allowing_two_unmasked_sums_is_refused(
-    num_sites: int, threshold: int, colluders: int, least: int
+    num_sites: int, threshold: int, colluders: int, min_threshold: int
 ) -> None:
     sites = {"num_sites": num_sites, "threshold": threshold, "colluders": colluders}
-    for make in (partial(SecureAggregationSpec, **sites), partial(dataclasses.replace, FOUR, **sites)):
+    for build in (partial(SecureAggregationSpec, **sites), partial(dataclasses.replace, FOUR, **sites)):
         with pytest.raises(
-            ConfigError, match=f"from {least} to {num_sites}, the number of sites: .* two sums"
+            ConfigError, match=f"from {min_threshold} to {num_sites}, the number of sites: .* two sums"
         ) as raised:
-            make()
+            build()
         assert raised.value.key == "threshold"
-    if least <= num_sites:
-        dataclasses.replace(FOUR, **{**sites, "threshold": least})  # type: ignore[arg-type]
+    if min_threshold <= num_sites:
+        dataclasses.replace(FOUR, **{**sites, "threshold": min_threshold})  # type: ignore[arg-type]
 
 
 @settings(deadline=None, derandomize=True)
@@ -141,13 +141,13 @@ def test_combined_noise_never_exceeds_the_sum_of_variances(noise: float, shares:
 @given(st.floats(0.02, 1e3), st.integers(2, 1024), st.data())
 def test_noise_share_suffices_for_the_honest_sites_of_the_smallest_sum(total: float, threshold: int, data: Any) -> None:
     colluders = data.draw(st.integers(0, threshold - 1))
-    one = SecureAggregationSpec(num_sites=threshold, threshold=threshold, colluders=colluders).compute_share_for_total(
-        total
-    )
+    secure = SecureAggregationSpec(
+        num_sites=threshold, threshold=threshold, colluders=colluders
+    ).compute_share_for_total(total)
     honest = threshold - colluders
-    assert Fraction(one) ** 2 * honest >= Fraction(total) ** 2 * (1 - Fraction(1, 2**50))
-    assert distributed_noise.combine_noise_shares(one, honest) >= total
-    assert distributed_noise.combine_noise_shares(round(one - 2e-4, 4), honest) < total, (
+    assert Fraction(secure) ** 2 * honest >= Fraction(total) ** 2 * (1 - Fraction(1, 2**50))
+    assert distributed_noise.combine_noise_shares(secure, honest) >= total
+    assert distributed_noise.combine_noise_shares(round(secure - 2e-4, 4), honest) < total, (
         "the noise must be minimal to four digits"
     )
 

@@ -34,14 +34,14 @@ def test_deferred_names_forward_to_the_real_objects(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("scale", [1e-3, 0.5, 1.0, 37.25])
 def test_centered_normal_equals_scipys_at_every_value(scale: float) -> None:
-    own, real = dp_library.CenteredNormal(scale), scipy.stats.norm(scale=scale)
+    ours, real = dp_library.CenteredNormal(scale), scipy.stats.norm(scale=scale)
     draws = np.random.default_rng(0)
-    far = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e300, -1e300, 40 * scale, -40 * scale])
-    values = np.concatenate([5 * scale * draws.standard_normal(20_000), scale * draws.standard_cauchy(5_000), far])
+    special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e300, -1e300, 40 * scale, -40 * scale])
+    values = np.concatenate([5 * scale * draws.standard_normal(20_000), scale * draws.standard_cauchy(5_000), special])
     chances = np.concatenate([draws.random(20_000), 10.0 ** -draws.uniform(0, 300, 5_000), [0.0, 1.0, -1.0, np.nan]])
-    for name, given in (("cdf", values), ("logcdf", values), ("ppf", chances)):
-        assert np.array_equal(getattr(own, name)(given), getattr(real, name)(given), equal_nan=True), name
-        assert getattr(own, name)(float(given[0])) == getattr(real, name)(float(given[0])), name
+    for name, inputs in (("cdf", values), ("logcdf", values), ("ppf", chances)):
+        assert np.array_equal(getattr(ours, name)(inputs), getattr(real, name)(inputs), equal_nan=True), name
+        assert getattr(ours, name)(float(inputs[0])) == getattr(real, name)(float(inputs[0])), name
 
 
 def test_accounting_of_a_gaussian_mechanism_does_not_load_scipys_statistics() -> None:
@@ -51,9 +51,9 @@ def test_accounting_of_a_gaussian_mechanism_does_not_load_scipys_statistics() ->
         "print(accountant.epsilon_pld({PoissonSampledDpEvent(0.1, GaussianDpEvent(2.0)): 5}, 1e-5))\n"
         "print('scipy.stats' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    epsilon, loaded = done.stdout.split()
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    epsilon, loaded = process.stdout.split()
     assert 0 < float(epsilon) < 1
     assert loaded == "False"
 

@@ -75,17 +75,19 @@ def test_grouping_counts_every_occurrence_of_a_mechanism(history: list[DpEvent])
 
 
 def test_grouping_flattens_compositions_but_not_sampled_events() -> None:
-    one = Gaussian(1.0)
-    assert events.count_mechanisms({SelfComposed(one, 4): 3, ComposedDpEvent((one, one)): 5, one: 1}) == {one: 23}
+    gaussian = Gaussian(1.0)
+    assert events.count_mechanisms(
+        {SelfComposed(gaussian, 4): 3, ComposedDpEvent((gaussian, gaussian)): 5, gaussian: 1}
+    ) == {gaussian: 23}
     # Sampling does not commute with composition: two mechanisms on one sample are not two samples.
     event = PoissonSampledDpEvent(0.1, SelfComposed(Gaussian(1.0), 2))
     assert events.count_mechanisms([event, event]) == {event: 2}
 
 
 def test_unsupported_events_cannot_be_serialized() -> None:
-    other = ZCDpEvent(1.0)
-    parts = (SelfComposed(other, 2), ComposedDpEvent([Gaussian(1.0), other]))
-    for event in (other, SampledWithoutReplacement(100, 10, Gaussian(1.0)), *parts):
+    unsupported = ZCDpEvent(1.0)
+    parts = (SelfComposed(unsupported, 2), ComposedDpEvent([Gaussian(1.0), unsupported]))
+    for event in (unsupported, SampledWithoutReplacement(100, 10, Gaussian(1.0)), *parts):
         with pytest.raises(TypeError, match=r"unsupported privacy event (ZC|SampledWithoutReplacement)DpEvent"):
             events.to_json(event)
 
@@ -93,7 +95,7 @@ def test_unsupported_events_cannot_be_serialized() -> None:
 GAUSSIAN = {"kind": "gaussian", "noise_multiplier": 1.0}
 
 
-@pytest.mark.parametrize("data", yaml.safe_load(Path(__file__).with_name("no_events.yaml").read_text()))
+@pytest.mark.parametrize("data", yaml.safe_load(Path(__file__).with_name("invalid_events.yaml").read_text()))
 def test_invalid_events_cannot_be_deserialized(data: object) -> None:
     with pytest.raises(ConfigError, match="event = "):
         events.from_json(data)

@@ -37,13 +37,13 @@ def test_divergence_and_conversion_term_match_their_formulas(order: float) -> No
     # Mironov 2017, corollary 3: a Gaussian of noise multiplier s has divergence a / (2 s^2) at order a.
     assert filter.compute_total_divergence([GaussianDpEvent(2.0)], order) == pytest.approx(order / 8, rel=1e-12)
     # Canonne, Kamath and Steinke 2020, proposition 12, in the paper's terms.
-    written = math.log(1 / DELTA) / (order - 1) + math.log(1 - 1 / order) - math.log(order) / (order - 1)
-    assert filter.compute_epsilon_conversion_term(order, DELTA) == pytest.approx(written, rel=1e-12)
+    formula = math.log(1 / DELTA) / (order - 1) + math.log(1 - 1 / order) - math.log(order) / (order - 1)
+    assert filter.compute_epsilon_conversion_term(order, DELTA) == pytest.approx(formula, rel=1e-12)
 
 
 def test_max_divergence_is_the_cap_minus_the_conversion_term() -> None:
-    room = filter.compute_max_divergence(9.1, order=3.0, delta=DELTA)
-    assert room + filter.compute_epsilon_conversion_term(3.0, DELTA) == pytest.approx(9.1, rel=1e-12)
+    max_divergence = filter.compute_max_divergence(9.1, order=3.0, delta=DELTA)
+    assert max_divergence + filter.compute_epsilon_conversion_term(3.0, DELTA) == pytest.approx(9.1, rel=1e-12)
     assert filter.compute_max_divergence(1.0, order=1.5, delta=DELTA) < 0
     with pytest.raises(ConfigError, match=r"max_epsilon = 1e-06: is too small for any mechanism at delta 1e-05"):
         filter.find_best_order(GOLDEN, epsilon=1e-6, delta=DELTA)
@@ -79,8 +79,8 @@ def test_order_search_finds_the_minimum_over_all_orders() -> None:
 @pytest.mark.parametrize(("reference", "cap"), REFERENCES)
 def test_best_order_maximizes_repeats_of_the_reference_run(reference: DpEvent, cap: float) -> None:
     def count_repeats(order: float) -> float:
-        room = filter.compute_max_divergence(cap, order=order, delta=DELTA)
-        return room / filter.compute_total_divergence([reference], order) if room > 0 else 0.0
+        max_divergence = filter.compute_max_divergence(cap, order=order, delta=DELTA)
+        return max_divergence / filter.compute_total_divergence([reference], order) if max_divergence > 0 else 0.0
 
     chosen = filter.find_best_order(reference, epsilon=cap, delta=DELTA)
     assert chosen in filter.ORDERS
@@ -110,13 +110,15 @@ def test_ledger_accepts_as_many_runs_as_its_policy_promises(reference: tuple[flo
     caps = {"max_epsilon": cap, "max_epsilon_per_period": cap if math.isfinite(cap) else None}
     site = make_policy(budget={"reference": typical, **caps})
     history, amount = History.empty(site), compute_amount(site)
-    room = filter.compute_max_divergence(cap, order=history.order, delta=history.delta)
+    max_divergence = filter.compute_max_divergence(cap, order=history.order, delta=history.delta)
     for rate, noise, steps in _PLANS:
         event = events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)
         assert 0 < history.divergence([event]) < math.inf, (event, history.order)
     assert amount.runs_in_lifetime == amount.runs_in_period
     if (runs := amount.runs_in_lifetime) is not None:
-        assert history.divergence({typical.event: runs}) <= room < history.divergence({typical.event: runs + 1})
+        assert (
+            history.divergence({typical.event: runs}) <= max_divergence < history.divergence({typical.event: runs + 1})
+        )
 
 
 # Rates and noise multipliers from typical to extreme; few of each, so that divergences are computed once.
@@ -164,16 +166,16 @@ counts = st.fixed_dictionaries({**dict.fromkeys(steps, st.integers(0, 40)), Gaus
 
 
 @settings(max_examples=4, deadline=None, derandomize=True)
-@given(spent=counts, more=counts)
-def test_pld_and_rdp_epsilons_are_monotone_and_order_independent(spent: Any, more: Any) -> None:
-    longer = {event: spent[event] + more[event] for event in spent}
+@given(spent=counts, added=counts)
+def test_pld_and_rdp_epsilons_are_monotone_and_order_independent(spent: Any, added: Any) -> None:
+    longer = {event: spent[event] + added[event] for event in spent}
     for epsilon in (
         lambda history: accountant.epsilon_pld(history, DELTA, interval=accountant.COARSE),
         lambda history: accountant.epsilon_rdp(history, DELTA),
     ):
         figure = epsilon(spent)
-        told_otherwise = [event for event, count in reversed(spent.items()) for _ in range(count)]
-        assert epsilon(told_otherwise) == pytest.approx(figure, abs=1e-6)
+        reordered = [event for event, count in reversed(spent.items()) for _ in range(count)]
+        assert epsilon(reordered) == pytest.approx(figure, abs=1e-6)
         assert epsilon(longer) >= figure - 1e-6
 
 

@@ -27,9 +27,9 @@ def recorded_events(open_ledger: Any, path: Any, clock: Any) -> list[Event]:
     return list(verify(path).events)
 
 
-def apply_events(told: list[Event]) -> History:
+def apply_events(events_to_apply: list[Event]) -> History:
     history = History()
-    for number, event in enumerate(told, 1):
+    for number, event in enumerate(events_to_apply, 1):
         history.apply_event(replace(event, sequence=number))
     return history
 
@@ -38,9 +38,9 @@ def change_detail(event: Event, /, **detail: Any) -> Event:
     return replace(event, detail=event.detail | detail)
 
 
-def repeat_later(event: Event, **others: Any) -> Event:
+def repeat_later(event: Event, **changes: Any) -> Event:
     """Append an earlier event at the end."""
-    return replace(event, time="2031-01-01T00:00:00+00:00", **others)
+    return replace(event, time="2031-01-01T00:00:00+00:00", **changes)
 
 
 OTHER_NOISE = events.to_json(events.build_dp_sgd_event(sampling_rate=0.25, noise_multiplier=1.1, steps=3))
@@ -95,7 +95,7 @@ def test_history_adds_up_charges_replies_and_attempts(recorded_events: list[Even
     assert (run.reserved, list(run.replies)) == ({1: "q1", 2: "q2"}, ["q1"])
     assert history.count_total_charges() == events.count_mechanisms([make_proposal().plan.event()] * 2)
     assert history.charges(up_to=4) == {
-        (each, ""): n for each, n in events.count_mechanisms([make_proposal().plan.event()]).items()
+        (event, ""): n for event, n in events.count_mechanisms([make_proposal().plan.event()]).items()
     }
     assert history.charges(up_to=3) == {}
     assert history.count_charges_in_period("month", NOW) == history.count_total_charges()

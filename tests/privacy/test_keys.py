@@ -21,15 +21,15 @@ def test_signing_key_is_created_once_and_then_loaded(tmp_path: Path) -> None:
     first = SigningKey.load_or_create(path)
     assert SigningKey.load_or_create(path).public == SigningKey.load(path).public == first.public
     assert stat.S_IMODE(path.stat().st_mode) == 0o600, "only the owner may read the key"
-    assert [each.name for each in path.parent.iterdir()] == ["key.pem"], "no other file may be left in the folder"
+    assert [file.name for file in path.parent.iterdir()] == ["key.pem"], "no other file may be left in the folder"
     assert SigningKey.load_or_create(tmp_path / "other.pem").public != first.public
 
 
 def test_key_created_first_by_another_process_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "key.pem"
     first = SigningKey.load_or_create(path)
-    seen = iter([False])  # the other process creates it just after the check
-    monkeypatch.setattr(Path, "exists", lambda self: next(seen))
+    checks = iter([False])  # the other process creates it just after the check
+    monkeypatch.setattr(Path, "exists", lambda self: next(checks))
     assert SigningKey.load_or_create(path).public == first.public
 
 
@@ -93,13 +93,13 @@ def command_file(tmp_path: Path) -> Path:
 
 
 def test_key_from_a_command_is_never_written_to_disk(tmp_path: Path, command_file: Path) -> None:
-    kept = tmp_path / "vault" / "key.pem"
-    public, command = SigningKey.load_or_create(kept).public, ("/bin/cat", str(kept))
+    key_file = tmp_path / "vault" / "key.pem"
+    public, command = SigningKey.load_or_create(key_file).public, ("/bin/cat", str(key_file))
     assert SigningKey.load_or_create(tmp_path / "key.pem", command=command, named_in=command_file).public == public
-    kept.unlink()
-    again = SigningKey.load(tmp_path / "key.pem", command=command, named_in=command_file)
-    assert again.public == public, "the command must run once per process"
-    assert {*tmp_path.rglob("*")} == {kept.parent, command_file}
+    key_file.unlink()
+    reloaded = SigningKey.load(tmp_path / "key.pem", command=command, named_in=command_file)
+    assert reloaded.public == public, "the command must run once per process"
+    assert {*tmp_path.rglob("*")} == {key_file.parent, command_file}
 
 
 @pytest.mark.parametrize(
@@ -135,13 +135,13 @@ def test_key_command_requires_an_absolute_path_and_sole_file_ownership(command_f
 
 
 def test_signature_is_valid_only_for_its_key_purpose_and_message() -> None:
-    key, other = make_key(1), make_key(2)
+    key, other_key = make_key(1), make_key(2)
     signature = key.sign("receipt", b"message")
     assert is_signed(key.public, "receipt", b"message", signature)
-    assert not is_signed(other.public, "receipt", b"message", signature)
+    assert not is_signed(other_key.public, "receipt", b"message", signature)
     assert not is_signed(key.public, "ledger head", b"message", signature)
     assert not is_signed(key.public, "receipt", b"massage", signature)
-    assert not is_signed(key.public, "receipt", b"message", other.sign("receipt", b"message"))
+    assert not is_signed(key.public, "receipt", b"message", other_key.sign("receipt", b"message"))
     assert not is_signed(key.public, "receipts", b"ent", key.sign("receipt", b"sent")), "the split must be signed"
 
 
@@ -153,12 +153,12 @@ def test_signature_and_public_key_encodings_are_unique() -> None:
     key = make_key(1)
     assert is_public_key(key.public)
     signature = key.sign("receipt", b"message")
-    for other, other_signature in zip(
+    for other_key, other_signature in zip(
         list_alternative_encodings(key.public), list_alternative_encodings(signature), strict=True
     ):
-        assert not is_public_key(other)
+        assert not is_public_key(other_key)
         assert not is_signed(key.public, "receipt", b"message", other_signature)
-        assert not is_signed(other, "receipt", b"message", signature)
+        assert not is_signed(other_key, "receipt", b"message", signature)
 
 
 def test_derived_secrets_differ_by_purpose_and_key_and_stay_hidden() -> None:

@@ -48,15 +48,15 @@ def read_refusal(ledger: SiteLedger, proposal: Proposal, round: int = 1, request
 
 def test_round_is_charged_before_training_and_committed_afterwards(path: Path, open_ledger: Any) -> None:
     ledger = open_ledger()
-    granted = reserve(ledger, make_proposal(), 1, "digest 1")
-    assert granted == Reservation(run="r", round=1, request="digest 1", attempt=1)
+    reservation = reserve(ledger, make_proposal(), 1, "digest 1")
+    assert reservation == Reservation(run="r", round=1, request="digest 1", attempt=1)
     assert list_kinds(path) == [*OPENED, (Kind.PLAN, ""), (Kind.RESERVE, "")]
     charged = events.from_json(verify(path).events[-1].detail["event"])
     assert charged == make_proposal().plan.event()
     assert open_ledger().history.count_total_charges() == events.count_mechanisms([charged]), (
         "a killed process must stay charged for the round that it started"
     )
-    ledger.commit(granted, b"reply 1", fingerprint="f")
+    ledger.commit(reservation, b"reply 1", fingerprint="f")
     assert [kind for kind, _ in list_kinds(path)[2:]] == [Kind.PLAN, Kind.RESERVE, Kind.COMMIT]
     assert verify(path).events[-1].detail["fingerprint"] == "f"
     assert all(event.dataset == "notes" for event in verify(path).events[2:])
@@ -117,11 +117,11 @@ def test_algorithm_state_belongs_to_the_newest_reply_of_its_run(open_ledger: Any
     assert open_ledger().read_algorithm_state("another") == b""
     reserve(open_ledger(), make_proposal(), 2)  # the process dies before it commits
     assert open_ledger().read_algorithm_state("r") == b"after round 1"
-    again = reserve(open_ledger(), make_proposal(), 2)
+    resumed = reserve(open_ledger(), make_proposal(), 2)
     with pytest.raises(RuntimeError), patch.object(EventStore, "append_event", side_effect=RuntimeError):
-        open_ledger().commit(again, b"reply 2", state=b"after round 2")
+        open_ledger().commit(resumed, b"reply 2", state=b"after round 2")
     assert open_ledger().read_algorithm_state("r") == b"after round 1", "reply and state must be one transaction"
-    open_ledger().commit(again, b"reply 2", state=b"after round 2")
+    open_ledger().commit(resumed, b"reply 2", state=b"after round 2")
     assert open_ledger().read_algorithm_state("r") == b"after round 2"
 
 
@@ -148,10 +148,10 @@ def test_newest_reply_is_stored_and_resent_without_charge(open_ledger: Any, path
     train(ledger, make_proposal(run="other"), 1, reply=b"reply of the other")
     train(ledger, make_proposal(), 2, reply=b"reply 2")
     length = len(verify(path).events)
-    for each in (ledger, open_ledger()):
-        assert each.reserve(make_proposal(), round=2, request="digest r 2") == b"reply 2"
-        assert each.reserve(make_proposal(run="other"), round=1, request="digest other 1") == b"reply of the other"
-        refused = read_refusal(each, make_proposal(), 1)
+    for opened in (ledger, open_ledger()):
+        assert opened.reserve(make_proposal(), round=2, request="digest r 2") == b"reply 2"
+        assert opened.reserve(make_proposal(run="other"), round=1, request="digest other 1") == b"reply of the other"
+        refused = read_refusal(opened, make_proposal(), 1)
         assert (refused.reason, refused.requested) == (Reason.REPLY_NO_LONGER_STORED, "1")
     assert len(verify(path).events) == length
 
@@ -184,8 +184,8 @@ def test_tampered_reply_is_not_sent(open_ledger: Any, path: Path, sql: str) -> N
 
 def test_receipt_counts_rounds_without_a_reply(open_ledger: Any) -> None:
     ledger = open_ledger()
-    nothing = ledger.sign_receipt("r")
-    assert (nothing.charged_rounds, nothing.sequence) == (0, 2)
+    empty_receipt = ledger.sign_receipt("r")
+    assert (empty_receipt.charged_rounds, empty_receipt.sequence) == (0, 2)
     train(ledger, make_proposal(), 1)
     reserve(ledger, make_proposal(), 2)
     receipt = ledger.sign_receipt("r")
@@ -233,8 +233,8 @@ def test_recorded_refusals_are_limited_per_day_and_in_length(
 def test_all_data_sets_share_the_budget_of_the_population(open_ledger: Any) -> None:
     # Ten rounds fit: another run, data set, data path or declared size adds none.
     train(open_ledger(), make_proposal(plan={"num_rounds": 4}), 1)
-    moved = (Dataset(id="notes", declared_size=9000, path="moved.csv"), Dataset(id="new", declared_size=10))
-    changed = make_policy(dataset=moved)
+    moved_datasets = (Dataset(id="notes", declared_size=9000, path="moved.csv"), Dataset(id="new", declared_size=10))
+    changed = make_policy(dataset=moved_datasets)
     train(open_ledger(policy=changed), make_proposal(run="2", dataset="new", plan={"num_rounds": 4}), 1)
     for dataset in ("notes", "new"):
         refused = read_refusal(
@@ -249,7 +249,7 @@ FIRST = ("notes", "notes.csv", "who")
 
 def test_population_unit_site_and_delta_of_a_ledger_are_fixed(open_ledger: Any, path: Path) -> None:
     open_ledger()
-    for key, other in (
+    for key, other_value in (
         ("population.name", make_policy(population={"name": "staff"})),
         ("population.unit", make_user_policy(FIRST)),
         ("site", make_policy(site="b")),
@@ -258,20 +258,20 @@ def test_population_unit_site_and_delta_of_a_ledger_are_fixed(open_ledger: Any, 
         with pytest.raises(
             RunError, match=rf"was created for {key} = .*; restore the old value, which is fixed for the ledger"
         ):
-            open_ledger(policy=other)
+            open_ledger(policy=other_value)
     assert list_kinds(path) == OPENED
 
 
 def test_user_column_of_a_data_set_cannot_change(open_ledger: Any, path: Path) -> None:
     open_ledger(policy=make_user_policy(FIRST))
     open_ledger(policy=make_user_policy(("other", "other.csv", "who")))  # an intermediate policy
-    for refused, by in (
+    for refused, make_policy_with in (
         *(([("notes", file, "visit")], "dataset notes") for file in ("notes.csv", "moved.csv")),
         ([("notes2", "notes.csv", "visit")], r"file notes\.csv"),
         ([FIRST, ("notes2", "./notes.csv", "visit")], r"file notes\.csv"),
         ([("new", "new.csv", "who"), ("new2", "new.csv", "visit")], r"file new\.csv"),
     ):
-        with pytest.raises(RunError, match=rf"created for {by} columns\.user = "):
+        with pytest.raises(RunError, match=rf"created for {make_policy_with} columns\.user = "):
             open_ledger(policy=make_user_policy(*refused))
     open_ledger(policy=make_user_policy(FIRST, ("notes2", "notes.csv", "who"), ("others", "others.csv", "visit")))
     (data,) = make_user_policy(FIRST).dataset
@@ -335,11 +335,11 @@ def test_finished_runs_release_their_unspent_reserve(open_ledger: Any, clock: An
 
 
 def test_run_ends_once_and_its_round_in_flight_is_committed(open_ledger: Any, path: Path) -> None:
-    granted = reserve(open_ledger(), make_proposal(), 1)
+    reservation = reserve(open_ledger(), make_proposal(), 1)
     for run in ("r", "r", "unknown"):
         open_ledger().end_run(run)
-    assert [what for _, what in list_kinds(path)].count("run_ended") == 1
-    open_ledger().commit(granted, b"reply")
+    assert [kind for _, kind in list_kinds(path)].count("run_ended") == 1
+    open_ledger().commit(reservation, b"reply")
     assert open_ledger().reserve(make_proposal(), round=1, request="digest r 1") == b"reply"
 
 
@@ -366,10 +366,13 @@ def test_period_cap_reserves_what_open_runs_may_still_spend(open_ledger: Any, cl
     four = filter.epsilon_filter([make_proposal().plan.event()] * 4, order=open_ledger().history.order, delta=1e-5)
     monthly = make_policy(budget={"max_epsilon_per_period": four + 1e-9, "period": "month"})
     train(open_ledger(policy=monthly, server=clock.time), make_proposal(plan={"num_rounds": 3}), 1)
-    other = make_proposal(run="2", plan={"num_rounds": 2})
-    assert read_refusal(open_ledger(policy=monthly, server=clock.time), other).reason is Reason.MAX_EPSILON_PER_PERIOD
+    other_value = make_proposal(run="2", plan={"num_rounds": 2})
+    assert (
+        read_refusal(open_ledger(policy=monthly, server=clock.time), other_value).reason
+        is Reason.MAX_EPSILON_PER_PERIOD
+    )
     clock.forward(days=25)  # February: one round fewer is reserved
-    train(open_ledger(policy=monthly, server=clock.time), other, 1)
+    train(open_ledger(policy=monthly, server=clock.time), other_value, 1)
 
 
 def test_lowering_the_cap_stops_a_run_with_reserved_rounds(open_ledger: Any, path: Path) -> None:
@@ -397,18 +400,18 @@ def test_stricter_policy_stops_a_running_run(open_ledger: Any, change: dict[str,
 
 
 def test_policy_changes_are_recorded_with_their_digests(open_ledger: Any, path: Path) -> None:
-    other, heard = make_policy(limits={"max_rounds": 4}), make_policy(socket="site.sock")
-    for each in (
+    other_value, unrelated = make_policy(limits={"max_rounds": 4}), make_policy(socket="site.sock")
+    for opened in (
         make_policy(),
         make_policy(),
-        heard,
-        other,
-        other,
+        unrelated,
+        other_value,
+        other_value,
         make_policy(),
     ):  # transport settings do not change the policy
-        open_ledger(policy=each)
+        open_ledger(policy=opened)
     notes = [event.detail for event in verify(path).events if event.detail.get("what") == "policy"]
-    assert [note["sha256"] for note in notes] == [make_policy().digest(), other.digest(), make_policy().digest()]
+    assert [note["sha256"] for note in notes] == [make_policy().digest(), other_value.digest(), make_policy().digest()]
     assert [cap for _, cap, _ in open_ledger().history.policies] == [11.0] * 3
 
 
@@ -416,8 +419,10 @@ def test_changing_the_reference_keeps_the_order_of_the_filter(open_ledger: Any) 
     order = open_ledger().history.order
     reference = dataclasses.replace(make_policy().budget.reference, noise_multiplier=30.0)
     assert open_ledger(policy=make_policy(budget={"reference": reference})).history.order == order
-    other = make_policy(budget={"reference": reference}).budget.reference.event
-    assert filter.find_best_order(other, epsilon=11.0, delta=1e-5) != order, "a new ledger would choose another order"
+    other_value = make_policy(budget={"reference": reference}).budget.reference.event
+    assert filter.find_best_order(other_value, epsilon=11.0, delta=1e-5) != order, (
+        "a new ledger would choose another order"
+    )
 
 
 def test_run_without_privacy_is_accepted_only_without_a_cap(open_ledger: Any, path: Path) -> None:
@@ -481,10 +486,10 @@ def test_offer_is_recorded_without_charging_or_reserving_budget(open_ledger: Any
 def test_ledger_opened_under_an_older_policy_raises_a_run_error(open_ledger: Any) -> None:
     ledger = open_ledger()
     open_ledger(policy=make_policy(limits={"max_rounds": 3}))
-    for ask in (
+    for request in (
         lambda: ledger.reserve(make_proposal(), round=1, request="q"),
         lambda: ledger.make_offer(make_proposal()),
     ):
         with pytest.raises(RunError, match="was changed while it was open; reopen it"):
-            ask()
+            request()
     assert not open_ledger(policy=make_policy(limits={"max_rounds": 3})).history.runs

@@ -74,10 +74,10 @@ def test_events_table_rejects_updates_deletes_and_wrong_types(open_ledger: Any, 
 def test_crash_within_a_transaction_rolls_it_back(open_ledger: Any, path: Path, monkeypatch: Any, struck: str) -> None:
     ledger = open_ledger()
     train(ledger, make_proposal(), 1, reply=b"reply 1")
-    granted = reserve(ledger, make_proposal(), 2)
+    reservation = reserve(ledger, make_proposal(), 2)
     before = list_kinds(path)
 
-    insert, whole = store.insert_event, store.open_for_writing
+    insert, open_for_writing = store.insert_event, store.open_for_writing
 
     def insert_and_crash(*args: Any) -> None:
         insert(*args)
@@ -85,25 +85,25 @@ def test_crash_within_a_transaction_rolls_it_back(open_ledger: Any, path: Path, 
 
     @contextlib.contextmanager
     def write_and_crash(path: Path) -> Iterator[sqlite3.Connection]:
-        with whole(path) as file:
+        with open_for_writing(path) as file:
             yield file
             raise PowerCut
 
-    with monkeypatch.context() as patched:
-        patched.setattr(store, struck, insert_and_crash if struck == "insert_event" else write_and_crash)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, struck, insert_and_crash if struck == "insert_event" else write_and_crash)
         with pytest.raises(PowerCut):
-            ledger.commit(granted, b"reply 2")
+            ledger.commit(reservation, b"reply 2")
         with pytest.raises(PowerCut):
             ledger.reserve(make_proposal(run="2"), round=1, request="q")
     assert list_kinds(path) == before
-    for each in (ledger, open_ledger()):
-        each.end_run("unknown")
-        assert each.sign_receipt("r").charged_rounds == 2, "the interrupted round must stay charged"
-        assert each.sign_receipt("2").charged_rounds == 0
+    for opened in (ledger, open_ledger()):
+        opened.end_run("unknown")
+        assert opened.sign_receipt("r").charged_rounds == 2, "the interrupted round must stay charged"
+        assert opened.sign_receipt("2").charged_rounds == 0
     assert ledger.reserve(make_proposal(), round=1, request="digest r 1") == b"reply 1"
-    again = reserve(ledger, make_proposal(), 2)
-    assert again.attempt == 2, "an uncommitted reply must not be sent, nor its noise reused"
-    ledger.commit(again, b"reply 2, second attempt")
+    second = reserve(ledger, make_proposal(), 2)
+    assert second.attempt == 2, "an uncommitted reply must not be sent, nor its noise reused"
+    ledger.commit(second, b"reply 2, second attempt")
     assert open_ledger().reserve(make_proposal(), round=2, request="digest r 2") == b"reply 2, second attempt"
     verify(path)
 
@@ -140,35 +140,35 @@ def test_ledger_is_unchanged_after_its_writer_is_killed(open_ledger: Any, path: 
 
 
 def test_full_disk_leaves_no_charge_in_memory(open_ledger: Any, path: Path, monkeypatch: Any) -> None:
-    ledger, whole = open_ledger(), store.open_for_writing
-    granted = reserve(ledger, make_proposal(), 1)
+    ledger, open_for_writing = open_ledger(), store.open_for_writing
+    reservation = reserve(ledger, make_proposal(), 1)
 
     @contextlib.contextmanager
     def fill_disk(path: Path) -> Iterator[sqlite3.Connection]:
-        with whole(path) as file:
+        with open_for_writing(path) as file:
             (pages,) = file.execute("PRAGMA page_count").fetchone()
             file.execute(f"PRAGMA max_page_count = {pages}")
             yield file
 
-    with monkeypatch.context() as patched:
-        patched.setattr(store, "open_for_writing", fill_disk)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "open_for_writing", fill_disk)
         with pytest.raises(
             RunError, match=r"cannot be read or written \(database or disk is full\); training is not possible"
         ):
-            ledger.commit(granted, bytes(100_000))
+            ledger.commit(reservation, bytes(100_000))
         with pytest.raises(RunError, match="disk is full"):
             ledger.reserve(make_proposal(run="x" * 200), round=1, request="y" * 100_000)
     on_disk = verify(path).history
     assert set(on_disk.runs) == {"r"}
     assert on_disk.runs["r"].replies == {}
-    for each in (ledger, open_ledger()):
-        each.end_run("unknown")
+    for opened in (ledger, open_ledger()):
+        opened.end_run("unknown")
         assert (
-            each.history.count_total_charges()
+            opened.history.count_total_charges()
             == on_disk.count_total_charges()
             == events.count_mechanisms([make_proposal().plan.event()])
         )
-    ledger.commit(granted, bytes(100_000))  # the disk has space again
+    ledger.commit(reservation, bytes(100_000))  # the disk has space again
     assert open_ledger().reserve(make_proposal(), round=1, request="digest r 1") == bytes(100_000)
 
 
@@ -192,11 +192,11 @@ def test_transaction_locks_the_ledger_before_reading(open_ledger: Any, path: Pat
     open_ledger()
     with (
         store.open_for_writing(path),
-        contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other,
+        contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other_connection,
     ):
         with pytest.raises(sqlite3.OperationalError, match="database is locked"):
-            other.execute("BEGIN IMMEDIATE")
-        other.execute("BEGIN")
+            other_connection.execute("BEGIN IMMEDIATE")
+        other_connection.execute("BEGIN")
     with store.open_for_writing(path):
         pass
 
@@ -204,8 +204,8 @@ def test_transaction_locks_the_ledger_before_reading(open_ledger: Any, path: Pat
 def test_ledger_locked_for_too_long_raises_a_run_error(open_ledger: Any, path: Path, monkeypatch: Any) -> None:
     ledger = open_ledger()
     monkeypatch.setattr(store, "LOCK_TIMEOUT_S", 0.01)
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other_connection:
+        other_connection.execute("BEGIN IMMEDIATE")
         with pytest.raises(RunError, match=r"cannot be read or written \(database is locked\)"):
             ledger.reserve(make_proposal(), round=1, request="q")
     reserve(ledger, make_proposal(), 1)
@@ -286,11 +286,11 @@ def test_last_round_is_granted_to_a_single_racing_process(open_ledger: Any, path
                 results.put((proposal.run.split()[0], refused.reason.value))
 
     racing = [processes.Process(target=race, args=(number,)) for number in range(1, 9)]
-    for one in racing:
-        one.start()
-    for one in racing:
-        one.join(60)
-    assert [one.exitcode for one in racing] == [0] * 8
+    for attempt_one in racing:
+        attempt_one.start()
+    for attempt_one in racing:
+        attempt_one.join(60)
+    assert [attempt_one.exitcode for attempt_one in racing] == [0] * 8
     refused = {("own", "max_epsilon"): 7, ("shared", "plan_exhausted"): 7}
     assert Counter(results.get() for _ in range(16)) == refused | {("own", "granted"): 1, ("shared", "granted"): 1}
     verified = verify(path, anchor=Head.read(anchor))
@@ -300,19 +300,19 @@ def test_last_round_is_granted_to_a_single_racing_process(open_ledger: Any, path
 
 
 def test_concurrent_charge_between_transactions_cannot_exceed_the_plan(open_ledger: Any, monkeypatch: Any) -> None:
-    one, other, two_rounds = open_ledger(), open_ledger(), make_proposal(plan={"num_rounds": 2})
+    attempt_one, other_connection, two_rounds = open_ledger(), open_ledger(), make_proposal(plan={"num_rounds": 2})
     refusals, original = list[Reason](), EventStore.transaction
 
     @contextlib.contextmanager
     def charge_from_other(store: EventStore) -> Iterator[None]:
         with original(store):
             yield
-        if store is one._store and len(refusals) == 0:
-            refusals.append(read_refusal_reason(other.reserve, two_rounds, round=3, request="of the other"))
+        if store is attempt_one._store and len(refusals) == 0:
+            refusals.append(read_refusal_reason(other_connection.reserve, two_rounds, round=3, request="of the other"))
 
-    reserve(one, two_rounds, 1)
+    reserve(attempt_one, two_rounds, 1)
     monkeypatch.setattr(EventStore, "transaction", charge_from_other)
-    reserve(one, two_rounds, 2)
+    reserve(attempt_one, two_rounds, 2)
     assert refusals == [Reason.PLAN_EXHAUSTED]
     assert open_ledger().history.charged_rounds("r") == 2
 
@@ -358,9 +358,9 @@ def test_concurrent_writers_of_one_file_do_not_mix_contents(tmp_path: Path, monk
     replace = os.replace
 
     def replace_other_first(source: Path, target: Path) -> None:
-        with monkeypatch.context() as patched:
-            patched.setattr(durable.os, "replace", replace)
-            patched.setattr(durable.os, "getpid", lambda: 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(durable.os, "replace", replace)
+            patch.setattr(durable.os, "getpid", lambda: 1)
             durable.write_durably(target, b"of the other process")
         replace(source, target)
 

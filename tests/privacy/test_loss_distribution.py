@@ -26,8 +26,8 @@ EXACT = json.loads(exact_delta.FILE.read_text(encoding="utf-8"))
 )
 def test_epsilon_is_a_tight_upper_bound_on_the_exact_value(width: float, row: dict[str, float]) -> None:
     event = events.build_dp_sgd_event(sampling_rate=row["rate"], noise_multiplier=row["noise"], steps=int(row["steps"]))
-    found = epsilon_pld([event], row["delta"], interval=width)
-    assert row["epsilon"] <= found <= row["epsilon"] + row["steps"] * width**2 + width
+    epsilon = epsilon_pld([event], row["delta"], interval=width)
+    assert row["epsilon"] <= epsilon <= row["epsilon"] + row["steps"] * width**2 + width
 
 
 @pytest.mark.parametrize("row", EXACT[::5], ids=lambda row: f"{row['rate']}-{row['delta']}")
@@ -40,25 +40,25 @@ def test_reference_deltas_are_accurate_to_eight_digits(row: dict[str, float]) ->
 def check_epsilon_is_not_below_exact(rate: float, noise: float, steps: int, log_delta: float) -> None:
     delta = 10**log_delta
     event = [events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)]
-    found = epsilon_pld(event, delta, interval=COARSE)
-    assume(0.01 < found < 50)
+    epsilon = epsilon_pld(event, delta, interval=COARSE)
+    assume(0.01 < epsilon < 50)
     try:
-        exact = exact_delta.compute_delta(rate, noise, steps, found)
+        exact = exact_delta.compute_delta(rate, noise, steps, epsilon)
     except exact_delta.TooFewStepsError:
         reject()
     assert exact <= delta
 
 
-@pytest.mark.parametrize(("plans", "most"), [(4, 1e4), pytest.param(40, 1e6, marks=pytest.mark.nightly)])
-def test_epsilon_of_random_plans_is_never_below_the_exact_value(plans: int, most: float) -> None:
-    drawn = given(
+@pytest.mark.parametrize(("plans", "max_steps"), [(4, 1e4), pytest.param(40, 1e6, marks=pytest.mark.nightly)])
+def test_epsilon_of_random_plans_is_never_below_the_exact_value(plans: int, max_steps: float) -> None:
+    plans_strategy = given(
         rate=st.floats(math.log(1e-4), 0).map(math.exp),
         noise=st.floats(math.log(0.5), math.log(30)).map(math.exp),
-        steps=st.floats(math.log(60), math.log(most)).map(lambda log: round(math.exp(log))),
+        steps=st.floats(math.log(60), math.log(max_steps)).map(lambda log: round(math.exp(log))),
         log_delta=st.floats(-15, -3),
     )
-    few = settings(max_examples=plans, deadline=None, derandomize=True, phases=[Phase.generate])
-    few(drawn(check_epsilon_is_not_below_exact))()
+    few_examples = settings(max_examples=plans, deadline=None, derandomize=True, phases=[Phase.generate])
+    few_examples(plans_strategy(check_epsilon_is_not_below_exact))()
 
 
 def test_rounding_does_not_hide_spending_at_tiny_deltas() -> None:
@@ -101,11 +101,11 @@ def test_rounding_error_of_composition_stays_within_its_bound(tilt: float) -> No
             exact = np.convolve(exact, exact)
         losses = (order._lowest + np.arange(exact.size)) * width
         tail = order.tail(tilt)
-        for place, at in enumerate(tail.losses[:-1]):
-            above = losses > at + width / 2
-            true = float(np.sum(exact[above] * -np.expm1(at - losses[above])))
-            claimed = tail.mass[place + 1] - math.exp(-width) * tail.weighted[place + 1]
-            assert abs(claimed - true) <= tail.rounding[place] + 1e-11 * true
+        for index, loss in enumerate(tail.losses[:-1]):
+            beyond = losses > loss + width / 2
+            true = float(np.sum(exact[beyond] * -np.expm1(loss - losses[beyond])))
+            claimed = tail.mass[index + 1] - math.exp(-width) * tail.weighted[index + 1]
+            assert abs(claimed - true) <= tail.rounding[index] + 1e-11 * true
 
 
 def test_deltas_below_numerical_precision_are_refused() -> None:

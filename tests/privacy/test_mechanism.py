@@ -25,11 +25,11 @@ def stream(*purpose: str | int) -> RandomStream:
 
 
 def test_poisson_sample_is_sorted_and_stable_when_a_record_is_added() -> None:
-    fewer, more = (draw_poisson_sample(count, 0.4, stream("prefix")) for count in (500, 501))
+    fewer, with_record = (draw_poisson_sample(count, 0.4, stream("prefix")) for count in (500, 501))
     assert (np.diff(fewer) > 0).all()
     assert 0 <= fewer.min() <= fewer.max() < 500
     assert fewer.dtype == np.int64
-    np.testing.assert_array_equal(more[more < 500], fewer)
+    np.testing.assert_array_equal(with_record[with_record < 500], fewer)
     assert (
         draw_poisson_sample(3, 1e-12, stream("empty")).shape
         == draw_poisson_sample(0, 0.5, stream("none")).shape
@@ -76,14 +76,14 @@ def test_grid_has_two_to_the_24_cells_per_clip_norm() -> None:
 def test_noise_is_added_without_modifying_the_input_sum() -> None:
     # Larger than float64 can distinguish: the sum must never be converted to a float.
     sums = {"a": 2**55 + 1 - np.arange(6).reshape(2, 3) * 2**54}
-    kept = sums["a"].copy()
+    original = sums["a"].copy()
     silent = add_gaussian_noise(sums, noise_multiplier=0.0, stream=stream("sum"))
     noise = add_gaussian_noise({"a": make_zero_noise((2, 3))}, noise_multiplier=2.0, stream=stream("sum"))
     noisy = add_gaussian_noise(sums, noise_multiplier=2.0, stream=stream("sum"))
     np.testing.assert_array_equal(silent["a"], sums["a"])
     np.testing.assert_array_equal(noisy["a"], sums["a"] + noise["a"])
     assert silent["a"].dtype == noisy["a"].dtype == np.int64
-    np.testing.assert_array_equal(sums["a"], kept)
+    np.testing.assert_array_equal(sums["a"], original)
 
 
 def release_without_noise(scores: npt.NDArray[np.float64], declared_size: float = 1.0) -> npt.NDArray[np.float64]:
@@ -103,11 +103,11 @@ def capture_cells(scores: list[float]) -> tuple[int, int]:
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(others=st.lists(compute_unit_scores, max_size=8), one=compute_unit_scores)
 def test_one_unit_changes_score_and_count_by_at_most_root_two(others: list[float], one: float) -> None:
-    fewer, more = capture_cells(others), capture_cells([*others, one])
-    moved = more[0] - fewer[0], more[1] - fewer[1]
-    assert moved[1] == C_IN_CELLS
-    assert 0 <= moved[0] <= C_IN_CELLS
-    assert moved[0] ** 2 + moved[1] ** 2 <= 2 * C_IN_CELLS**2, "the change must be bounded in integers, too"
+    fewer, with_record = capture_cells(others), capture_cells([*others, one])
+    shift = with_record[0] - fewer[0], with_record[1] - fewer[1]
+    assert shift[1] == C_IN_CELLS
+    assert 0 <= shift[0] <= C_IN_CELLS
+    assert shift[0] ** 2 + shift[1] ** 2 <= 2 * C_IN_CELLS**2, "the change must be bounded in integers, too"
 
 
 def test_scores_are_rounded_down_to_the_grid() -> None:

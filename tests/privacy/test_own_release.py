@@ -32,20 +32,20 @@ def propose_own_release(name: str, **changes: Any) -> Any:
     return propose_release("count", name, make_policy(), **QUERY | {"noise_multiplier": 20.0} | changes)
 
 
-def ask(ledger: SiteLedger, about: Any, *, itself: bool = True) -> Any:
-    return ledger.reserve(about, round=1, request=about.digest(), own=itself)
+def ask(ledger: SiteLedger, release: Any, *, itself: bool = True) -> Any:
+    return ledger.reserve(release, round=1, request=release.digest(), own=itself)
 
 
 def test_rounded_laplace_has_the_probabilities_of_a_rounded_real_value() -> None:
     scale, count = 1.5, 6_000
-    drawn = np.array(SeededRandomness(7).stream("laplace").draw_rounded_laplace(count, scale))
+    samples = np.array(SeededRandomness(7).stream("laplace").draw_rounded_laplace(count, scale))
     values = np.arange(-6, 7)
     cumulative = stats.laplace(scale=scale).cdf(np.append(values[:-1] + 0.5, math.inf))
     expected = count * np.diff(cumulative, prepend=0.0)
-    found = [(np.clip(drawn, -6, 6) == value).sum() for value in values]
-    assert stats.chisquare(found, expected).pvalue > 1e-6
+    counts = [(np.clip(samples, -6, 6) == value).sum() for value in values]
+    assert stats.chisquare(counts, expected).pvalue > 1e-6
     geometric = count * stats.dlaplace(1 / scale).pmf(values[1:-1])  # what a discrete Laplace distribution would give
-    assert stats.chisquare(found[1:-1], geometric * sum(found[1:-1]) / geometric.sum()).pvalue < 1e-6
+    assert stats.chisquare(counts[1:-1], geometric * sum(counts[1:-1]) / geometric.sum()).pvalue < 1e-6
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -65,15 +65,15 @@ def test_clipped_row_never_exceeds_its_integer_bound(row: list[float], bound: fl
 
 @pytest.mark.parametrize("noise", ["gaussian", "laplace"])
 def test_released_sum_has_the_planned_noise_around_the_true_sum(noise: str) -> None:
-    about = plan(**QUERY | {"max_grad_norm": 4.0}, num_rounds=1, noise=noise, noise_multiplier=2.0)
+    release = plan(**QUERY | {"max_grad_norm": 4.0}, num_rounds=1, noise=noise, noise_multiplier=2.0)
     stream = SeededRandomness(3).stream(noise)
-    found = np.array(release_sum([[3.0] * 4000, [4.0] + [0.0] * 3999], about, width=4000, stream=stream))
+    counts = np.array(release_sum([[3.0] * 4000, [4.0] + [0.0] * 3999], release, width=4000, stream=stream))
     share = 3 * 4 / (3 * 4000**0.5) if noise == "gaussian" else 4 / 4000  # the share of a row scaled to the bound
-    around = found[1:] - share
+    around = counts[1:] - share
     size = np.sqrt(np.mean(around**2)) if noise == "gaussian" else np.mean(np.abs(around))
     assert size == pytest.approx(8.0, rel=0.05)
     assert abs(around.mean()) < 0.6
-    assert len(set(found)) == 4000
+    assert len(set(counts)) == 4000
 
 
 def test_composed_laplace_epsilon_matches_dp_accounting_and_the_closed_form() -> None:
@@ -100,21 +100,21 @@ def test_laplace_divergence_is_an_upper_bound_at_every_order(noise: float) -> No
             a, step = mpmath.mpf(order), 1 / mpmath.mpf(noise)
             moment = a / (2 * a - 1) * mpmath.exp((a - 1) * step) + (a - 1) / (2 * a - 1) * mpmath.exp(-a * step)
             exact = mpmath.log(moment) / (a - 1)
-        found = accountant.compute_renyi_divergence(LaplaceDpEvent(noise), order)
-        assert exact <= found <= float(exact) * (1 + 1e-9) + 1e-12 / (order - 1)
+        counts = accountant.compute_renyi_divergence(LaplaceDpEvent(noise), order)
+        assert exact <= counts <= float(exact) * (1 + 1e-9) + 1e-12 / (order - 1)
 
 
 def test_own_release_is_charged_once_before_its_answer(path: Path, open_ledger: Callable[..., Any]) -> None:
     ledger = open_ledger(anchor=path.with_name("anchor.json"))
-    granted = ask(ledger, propose_own_release("a"))
-    assert isinstance(granted, Reservation)
+    reservation = ask(ledger, propose_own_release("a"))
+    assert isinstance(reservation, Reservation)
     charged = open_ledger(anchor=path.with_name("anchor.json")).history.count_total_charges()  # as after a crash
     assert charged == Counter({PoissonSampledDpEvent(1.0, GaussianDpEvent(20.0)): 1})
     assert read_refusal_reason(ask, ledger, propose_own_release("a")) is Reason.PLAN_EXHAUSTED, (
         "a lost answer must not be drawn again"
     )
-    ledger.commit(granted, b"[1.0]")
-    ledger.end_run(granted.run)
+    ledger.commit(reservation, b"[1.0]")
+    ledger.end_run(reservation.run)
     assert ask(open_ledger(), propose_own_release("a")) == b"[1.0]"
     assert read_refusal_reason(ask, ledger, propose_own_release("a", noise_multiplier=19.0)) is Reason.PLAN_CHANGED
     assert ledger.sign_receipt("count a").charged_rounds == 1
@@ -140,20 +140,20 @@ def test_own_releases_and_runs_share_the_caps(open_ledger: Callable[..., Any]) -
     draw, charged, refused = np.random.default_rng(5), 0, Counter[Reason]()
     for number in range(60):
         noise = str(draw.choice(["gaussian", "laplace"]))
-        how = {
+        options = {
             "noise_multiplier": float(draw.choice([0.3, 3.0, 20.0])),
             "noise": noise,
             "local_steps": int(draw.integers(1, 4)),
         }
         before = ledger.history.count_total_charges()
         try:
-            ask(ledger, propose_own_release(str(number), **how))
+            ask(ledger, propose_own_release(str(number), **options))
             charged += 1
         except Refused as error:
             refused[error.reason] += 1
             assert ledger.history.count_total_charges() == before, "a refused release must not be charged"
-        held = ledger.history.count_charges_and_reservations(ledger.history.clock)
-        assert ledger.history.epsilon(held) <= 11.0
+        reserved = ledger.history.count_charges_and_reservations(ledger.history.clock)
+        assert ledger.history.epsilon(reserved) <= 11.0
     assert charged > 3
     assert refused.keys() == {Reason.MAX_EPSILON, Reason.MAX_EPSILON_PER_RUN}
 
@@ -165,5 +165,5 @@ def test_own_release_is_refused_for_populations_with_arrivals(open_ledger: Calla
         population={"unit": "user", "arrivals": "year"},
         dataset=(type(notes)(id="notes", declared_size=2000, columns=columns),),
     )
-    about = propose_release("count", "a", arriving, **QUERY, noise_multiplier=20.0)
-    assert read_refusal_reason(ask, open_ledger(policy=arriving), about) is Reason.COHORTS
+    release = propose_release("count", "a", arriving, **QUERY, noise_multiplier=20.0)
+    assert read_refusal_reason(ask, open_ledger(policy=arriving), release) is Reason.COHORTS

@@ -56,14 +56,14 @@ def read_error(path: Path, *edits: tuple[str, str]) -> str:
 
 
 def test_policy_round_trips_through_its_file(tmp_path: Path) -> None:
-    for each in (
+    for policy in (
         make_policy(),
         make_policy(budget={"max_epsilon": math.inf, "max_epsilon_per_run": 3, "max_epsilon_per_period": 9.5}),
         make_policy(allow={"leads": (), "target_modules": ()}, anchor="/elsewhere/anchor.json"),
     ):
-        write_policy(each, tmp_path / "site.toml")
-        assert read_policy(tmp_path / "site.toml") == each
-        assert decode_policy_json(json.loads(json.dumps(each.to_json()))) == each
+        write_policy(policy, tmp_path / "site.toml")
+        assert read_policy(tmp_path / "site.toml") == policy
+        assert decode_policy_json(json.loads(json.dumps(policy.to_json()))) == policy
 
 
 def test_omitted_keys_have_the_defaults_of_the_template(site_toml: Path, filled_template: Path) -> None:
@@ -71,8 +71,8 @@ def test_omitted_keys_have_the_defaults_of_the_template(site_toml: Path, filled_
     lines = site_toml.read_text().splitlines(keepends=True)
     site_toml.write_text("".join(line for line in lines if line.partition(" = ")[0] not in left_out))
     for site in (read_policy(site_toml), read_policy(filled_template)):
-        found = dataclasses.asdict(site.limits) | dataclasses.asdict(site.allow) | dataclasses.asdict(site.releases)
-        assert found.items() >= left_out.items()
+        defaults = dataclasses.asdict(site.limits) | dataclasses.asdict(site.allow) | dataclasses.asdict(site.releases)
+        assert defaults.items() >= left_out.items()
     write_policy(make_policy(), site_toml, others={"machine": {"device": "cpu"}})
     assert read_site_settings(site_toml).machine == replace(read_site_settings(filled_template).machine, device="cpu")
 
@@ -85,14 +85,14 @@ def test_arbitrary_text_and_numbers_round_trip_through_the_policy_file(
     path = tmp_path_factory.getbasetemp() / "any.toml"
     data = (Dataset(id="d", declared_size=9, path=text, columns={role: text}),)
     limits = {"min_grad_norm": number, "max_grad_norm": number}
-    each = make_policy(dataset=data, limits=limits, allow={"tasks": (text, text)})
-    write_policy(each, path)
-    assert read_policy(path) == each
+    policy = make_policy(dataset=data, limits=limits, allow={"tasks": (text, text)})
+    write_policy(policy, path)
+    assert read_policy(path) == policy
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: str(mistake["new"] or mistake["old"]))
 def test_policy_error_names_the_file_key_value_and_remedy(site_toml: Path, mistake: dict[str, str]) -> None:
-    assert read_error(site_toml, (mistake["old"], mistake["new"])).startswith(mistake["told"])
+    assert read_error(site_toml, (mistake["old"], mistake["new"])).startswith(mistake["message"])
 
 
 def test_misplaced_values_and_tables_are_named_in_the_error(site_toml: Path, tmp_path: Path) -> None:
@@ -154,15 +154,15 @@ def test_real_sites_must_state_whether_anyone_is_at_another_site(site_toml: Path
 def test_template_lists_and_explains_every_key(filled_template: Path) -> None:
     table = tomllib.loads(filled_template.read_text())
     specs = {
-        field.name: getattr(read, field.name)
-        for read in (read_policy(filled_template), read_site_settings(filled_template))
-        for field in dataclasses.fields(read)
+        field.name: getattr(template, field.name)
+        for template in (read_policy(filled_template), read_site_settings(filled_template))
+        for field in dataclasses.fields(template)
     }
     assert set(table) == set(specs)
     for name, spec in specs.items():
         if dataclasses.is_dataclass(spec):
             assert {field.name for field in dataclasses.fields(spec)} == set(table[name]), f"[{name}] of the template"
-    assert all({"id", "declared_size", "min_units", "path", "columns"} == set(each) for each in table["dataset"])
+    assert all({"id", "declared_size", "min_units", "path", "columns"} == set(policy) for policy in table["dataset"])
     before = ""
     for line in TEMPLATE.read_text().splitlines():
         if "=" in line and not line.startswith("#"):
@@ -173,9 +173,9 @@ def test_template_lists_and_explains_every_key(filled_template: Path) -> None:
 def test_template_policy_accepts_a_typical_run(tmp_path: Path, filled_template: Path) -> None:
     template = read_policy(filled_template)
     waits = change_values(template, allow={"leads": (lead_key.public,)})
-    usual, allow = template.budget.reference, template.allow
-    plan = {"delta": template.budget.delta, "sampling_rate": usual.sampling_rate, "local_steps": 10}
-    plan |= {"noise_multiplier": usual.noise_multiplier, "num_rounds": usual.steps // 10}
+    reference, allow = template.budget.reference, template.allow
+    plan = {"delta": template.budget.delta, "sampling_rate": reference.sampling_rate, "local_steps": 10}
+    plan |= {"noise_multiplier": reference.noise_multiplier, "num_rounds": reference.steps // 10}
     model = {"base_model": allow.base_models[0], "target_modules": allow.target_modules}
     proposal = make_proposal(dataset=template.dataset[0].id, task=allow.tasks[0], plan=plan, **model)
     reserve(SiteLedger(tmp_path / "ledger.db", replace(waits, approval="automatic"), site_key), proposal)

@@ -17,10 +17,10 @@ from .builders import OTHER, draw_json, make_key, make_proposal
 def test_proposal_round_trips_through_json() -> None:
     scored = {"plan": {"metrics_noise_multiplier": 20.0}}
     for changes in ({}, {"start_adapter": "d" * 64}, {"target_modules": ()}, scored):
-        each = make_proposal(**changes)
-        again = decode(Proposal, json.loads(json.dumps(each.to_json())))
-        assert again == each
-        assert again.digest() == each.digest()
+        proposal = make_proposal(**changes)
+        decoded = decode(Proposal, json.loads(json.dumps(proposal.to_json())))
+        assert decoded == proposal
+        assert decoded.digest() == proposal.digest()
 
 
 def test_every_proposal_field_is_in_its_json_and_digest() -> None:
@@ -47,14 +47,14 @@ def test_unprintable_or_overlong_text_is_refused(name: str, value: object) -> No
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(data=st.data(), value=draw_json())
 def test_changed_json_is_refused_or_read_as_another_proposal(data: st.DataObject, value: object) -> None:
-    whole = make_proposal().to_json()
-    plan_field = data.draw(st.sampled_from([None, *whole["plan"]]))
+    fields = make_proposal().to_json()
+    plan_field = data.draw(st.sampled_from([None, *fields["plan"]]))
     if plan_field is None:
-        changed = whole | {data.draw(st.sampled_from(list(whole))): value}
+        changed = fields | {data.draw(st.sampled_from(list(fields))): value}
     else:
-        changed = whole | {"plan": whole["plan"] | {plan_field: value}}
+        changed = fields | {"plan": fields["plan"] | {plan_field: value}}
     try:
-        read = decode(Proposal, changed)
+        decoded = decode(Proposal, changed)
     except ConfigError:
         return
-    assert read.to_json() == changed, "an accepted change must not be read as another value"
+    assert decoded.to_json() == changed, "an accepted change must not be read as another value"

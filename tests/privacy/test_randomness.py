@@ -31,9 +31,9 @@ def stream(*purpose: str | int) -> RandomStream:
 def test_random_stream_is_the_aes_256_ctr_keystream() -> None:
     key = bytes(range(32))
     reference = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor().update(bytes(80))
-    one = RandomStream(key)
-    drawn = np.concatenate([one.uniform64(3), one.uniform64(0), one.uniform64(7)])
-    assert drawn.astype("<u8").tobytes() == reference
+    stream_one = RandomStream(key)
+    words = np.concatenate([stream_one.uniform64(3), stream_one.uniform64(0), stream_one.uniform64(7)])
+    assert words.astype("<u8").tobytes() == reference
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.2, 0.5, 0.999])
@@ -62,8 +62,8 @@ def test_rounded_normal_has_exact_cell_probabilities_at_small_deviations(deviati
 
 def test_rounded_normal_is_zero_without_deviation() -> None:
     assert not stream("nothing").draw_rounded_normal(1001, 0.0).any()
-    ends = make_fixed_stream(0, 2**64 - 1, 1, 0, 2**64 - 1, 5, *[7] * 100)
-    assert not ends.draw_rounded_normal(6, 0.0).any()
+    extremes = make_fixed_stream(0, 2**64 - 1, 1, 0, 2**64 - 1, 5, *[7] * 100)
+    assert not extremes.draw_rounded_normal(6, 0.0).any()
 
 
 class Fed(RandomStream):
@@ -81,15 +81,15 @@ class Fed(RandomStream):
 
     def _round_exactly(self, radius_bits: int, angle_bits: int, deviation: float) -> tuple[int, int]:
         before = len(self.drawn)
-        found = super()._round_exactly(radius_bits, angle_bits, deviation)
+        rounded = super()._round_exactly(radius_bits, angle_bits, deviation)
         self.further[radius_bits, angle_bits] = self.drawn[before:]
-        return found
+        return rounded
 
     def uniform64(self, count: int) -> npt.NDArray[np.uint64]:
-        some, self._words = self._words[:count], self._words[count:]
-        more = self._then.uniform64(count - len(some)).tolist()
-        self.drawn += [*some, *more]
-        return np.array([*some, *more], dtype=np.uint64)
+        taken_words, self._words = self._words[:count], self._words[count:]
+        further = self._then.uniform64(count - len(taken_words)).tolist()
+        self.drawn += [*taken_words, *further]
+        return np.array([*taken_words, *further], dtype=np.uint64)
 
 
 def make_fixed_stream(*words: int) -> Fed:
@@ -104,26 +104,26 @@ def transform_pair(radius: Fraction, angle: Fraction, *, precision: int) -> tupl
         return length * mpmath.cos(turn), length * mpmath.sin(turn)
 
 
-def round_pair(drawn: Sequence[int], deviation: float) -> tuple[int, int]:
+def round_pair(words: Sequence[int], deviation: float) -> tuple[int, int]:
     """Round a pair, using all words drawn for it: two at first, and two more each time it was in doubt."""
-    radius, angle = drawn[0], drawn[1]
-    for first in range(2, len(drawn), 4):
-        radius = radius << 128 | drawn[first] << 64 | drawn[first + 1]
-        angle = angle << 128 | drawn[first + 2] << 64 | drawn[first + 3]
-    denominator = 2 ** (64 + 128 * ((len(drawn) - 2) // 4) + 1)  # midpoint of the remaining interval
+    radius, angle = words[0], words[1]
+    for first in range(2, len(words), 4):
+        radius = radius << 128 | words[first] << 64 | words[first + 1]
+        angle = angle << 128 | words[first + 2] << 64 | words[first + 3]
+    denominator = 2 ** (64 + 128 * ((len(words) - 2) // 4) + 1)  # midpoint of the remaining interval
     pair = transform_pair(Fraction(2 * radius + 1, denominator), Fraction(2 * angle + 1, denominator), precision=1200)
     with mpmath.workprec(1200):
-        cosine, sine = (int(mpmath.floor(deviation * one + mpmath.mpf(1) / 2)) for one in pair)
+        cosine, sine = (int(mpmath.floor(deviation * stream_one + mpmath.mpf(1) / 2)) for stream_one in pair)
     return cosine, sine
 
 
 @pytest.mark.parametrize("deviation", [1e-3, 0.3, 1.0, 37.5, 2.0**24, 1.3e9, 1e12])
 def test_rounded_normal_matches_exact_arithmetic_on_the_same_bits(deviation: float) -> None:
-    one = make_fixed_stream()
-    found = one.draw_rounded_normal(400, deviation).reshape(2, 200)
-    for place, pair in enumerate(zip(one.drawn[:200], one.drawn[200:400], strict=True)):
-        assert tuple(found[:, place]) == round_pair([*pair, *one.further.get(pair, [])], deviation)
-    assert len(one.further) < 2 or deviation > 1e9, "further bits must hardly ever be needed"
+    stream_one = make_fixed_stream()
+    rounded = stream_one.draw_rounded_normal(400, deviation).reshape(2, 200)
+    for index, pair in enumerate(zip(stream_one.drawn[:200], stream_one.drawn[200:400], strict=True)):
+        assert tuple(rounded[:, index]) == round_pair([*pair, *stream_one.further.get(pair, [])], deviation)
+    assert len(stream_one.further) < 2 or deviation > 1e9, "further bits must hardly ever be needed"
 
 
 def test_near_ties_in_rounding_are_resolved_by_further_bits() -> None:
@@ -133,12 +133,12 @@ def test_near_ties_in_rounding_are_resolved_by_further_bits() -> None:
         # At this deviation the cosine or sine of these words is half an integer, up to rounding error.
         pair = transform_pair(Fraction(2 * radius + 1, 2**65), Fraction(2 * angle + 1, 2**65), precision=200)
         deviation = float(((0, 1, 37, 2**20, 2**27)[number % 5] + 0.5) / abs(pair[number % 2]))
-        one = make_fixed_stream(radius, angle)
-        found = one.draw_rounded_normal(2, deviation).tolist()
-        assert len(one.drawn) >= 6, "a half-integer must be in doubt"
-        assert tuple(found) == round_pair(one.drawn, deviation)
+        stream_one = make_fixed_stream(radius, angle)
+        rounded = stream_one.draw_rounded_normal(2, deviation).tolist()
+        assert len(stream_one.drawn) >= 6, "a half-integer must be in doubt"
+        assert tuple(rounded) == round_pair(stream_one.drawn, deviation)
         naive = np.rint(_apply_box_muller(*np.array([[radius], [angle]], dtype=np.uint64), deviation)[0]).ravel()
-        rounded_in_float += naive.astype(np.int64).tolist() != found
+        rounded_in_float += naive.astype(np.int64).tolist() != rounded
     assert rounded_in_float > 50, "floats alone must fail here, or the test proves nothing"
 
 
@@ -157,51 +157,53 @@ def test_box_muller_float_error_stays_within_its_bound(deviation: float) -> None
     )
     spare = np.inf
     with mpmath.workprec(200):
-        for place, (one, other) in enumerate(pairs):
-            if not np.isfinite(error[place]):
-                assert one == 0 or float(one) == 2.0**64, "only the extreme words may always be in doubt"
-                assert not error[place] < 0
+        for index, (stream_one, reference) in enumerate(pairs):
+            if not np.isfinite(error[index]):
+                assert stream_one == 0 or float(stream_one) == 2.0**64, "only the extreme words may always be in doubt"
+                assert not error[index] < 0
                 continue
-            for radius, angle in itertools.product((one, one + 1), (other, other + 1)):  # corners of the uncertainty
+            for radius, angle in itertools.product(
+                (stream_one, stream_one + 1), (reference, reference + 1)
+            ):  # corners of the uncertainty
                 corner = transform_pair(Fraction(radius, 2**64), Fraction(angle, 2**64), precision=200)
-                for value, exact in zip(values[:, place], corner, strict=True):
+                for value, exact in zip(values[:, index], corner, strict=True):
                     away = abs(mpmath.mpf(float(value)) - deviation * exact)
-                    assert away <= float(error[place]), (one, other)
-                    spare = min(spare, float(error[place]) / max(float(away), 1e-300))
+                    assert away <= float(error[index]), (stream_one, reference)
+                    spare = min(spare, float(error[index]) / max(float(away), 1e-300))
     assert spare < 100, "the error bound must not be uselessly wide"
 
 
 @pytest.mark.parametrize("radius", [0, 2**64 - 1])
 def test_extreme_uniform_words_are_resolved_by_further_bits(radius: int) -> None:
     for angle in EXTREME:
-        one = make_fixed_stream(radius, angle)
-        found = tuple(one.draw_rounded_normal(2, 2.0**24).tolist())
-        assert len(one.drawn) >= 6
-        assert found == round_pair(one.drawn, 2.0**24)
+        stream_one = make_fixed_stream(radius, angle)
+        rounded = tuple(stream_one.draw_rounded_normal(2, 2.0**24).tolist())
+        assert len(stream_one.drawn) >= 6
+        assert rounded == round_pair(stream_one.drawn, 2.0**24)
 
 
 def test_radius_near_zero_is_not_rounded_to_zero() -> None:
     """Words that round to 1.0 in float64, where the logarithm is zero, although their radius is up to 1e-8."""
     for radius in (2**64 - 1024, 2**64 - 512, 2**64 - 2):
-        one = make_fixed_stream(radius, 0)
-        found = tuple(one.draw_rounded_normal(2, 1e12).tolist())
-        assert found == round_pair(one.drawn, 1e12)
-        assert found[0] > 100
+        stream_one = make_fixed_stream(radius, 0)
+        rounded = tuple(stream_one.draw_rounded_normal(2, 1e12).tolist())
+        assert rounded == round_pair(stream_one.drawn, 1e12)
+        assert rounded[0] > 100
 
 
 def test_all_zero_words_request_a_bounded_number_of_further_bits() -> None:
-    one = make_fixed_stream(0, 0, 0, 0, 0, 0, 9)
-    assert one.draw_rounded_normal(1, 1.0)[0] > 16
-    assert len(one.drawn) == 2 + 2 * 4
+    stream_one = make_fixed_stream(0, 0, 0, 0, 0, 0, 9)
+    assert stream_one.draw_rounded_normal(1, 1.0)[0] > 16
+    assert len(stream_one.drawn) == 2 + 2 * 4
     with pytest.raises(AssertionError, match="a thousand further bits"):
         make_fixed_stream(*[0] * 200).draw_rounded_normal(1, 1.0)
 
 
 def test_rounded_normal_uses_one_word_per_value_and_more_for_ties() -> None:
     for count in (1, 2, 9, 1000):
-        one = make_fixed_stream()
-        one.draw_rounded_normal(count, 2.0**24)
-        assert len(one.drawn) == count + count % 2, "none of these values may be in doubt"
+        stream_one = make_fixed_stream()
+        stream_one.draw_rounded_normal(count, 2.0**24)
+        assert len(stream_one.drawn) == count + count % 2, "none of these values may be in doubt"
     in_doubt = make_fixed_stream(0, 7, 1, 8)  # the first of two pairs
     in_doubt.draw_rounded_normal(4, 1e3)
     assert len(in_doubt.drawn) in (8, 12)
@@ -216,9 +218,9 @@ def test_system_streams_differ_even_for_the_same_purpose() -> None:
 
 def test_system_stream_keys_come_from_the_operating_system() -> None:
     with patch("fedtune.privacy.randomness.os.urandom", side_effect=lambda size: bytes(range(size))) as urandom:
-        drawn = SystemRandomness().stream("noise").uniform64(4)
+        words = SystemRandomness().stream("noise").uniform64(4)
     urandom.assert_called_once_with(32)  # 256 bits per stream
-    np.testing.assert_array_equal(drawn, RandomStream(bytes(range(32))).uniform64(4))
+    np.testing.assert_array_equal(words, RandomStream(bytes(range(32))).uniform64(4))
 
 
 PURPOSE = ("bank_a", 3, 1, "noise")
@@ -231,11 +233,17 @@ OTHERS: list[tuple[str | int, ...]] = [
 def test_seeded_streams_repeat_and_differ_by_seed_and_purpose() -> None:
     source: Randomness = SeededRandomness(7)
     assert source.seeded, "a seeded source must be marked"
-    one = source.stream(*PURPOSE)
+    stream_one = source.stream(*PURPOSE)
     # torch's CPU generator draws the same values for these two seeds.
-    streams = [one, SeededRandomness(2**40 + 7).stream(*PURPOSE), *(source.stream(*other) for other in OTHERS)]
-    draws = [each.uniform64(9).tolist() for each in streams]
-    assert len({*map(tuple, draws), tuple(one.uniform64(9).tolist())}) == len(streams) + 1, "streams must move on"
+    streams = [
+        stream_one,
+        SeededRandomness(2**40 + 7).stream(*PURPOSE),
+        *(source.stream(*reference) for reference in OTHERS),
+    ]
+    draws = [source_stream.uniform64(9).tolist() for source_stream in streams]
+    assert len({*map(tuple, draws), tuple(stream_one.uniform64(9).tolist())}) == len(streams) + 1, (
+        "streams must move on"
+    )
     assert source.stream(*PURPOSE).uniform64(9).tolist() == draws[0]
 
 
@@ -248,15 +256,15 @@ GENERATORS = {
 
 def list_generators(source: str) -> set[str]:
     """List the generators that a module imports or accesses as attributes."""
-    found = set()
+    rounded = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {part for alias in node.names for part in alias.name.split(".")}
+            rounded |= {part for alias in node.names for part in alias.name.split(".")}
         elif isinstance(node, ast.ImportFrom):
-            found |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+            rounded |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
         elif isinstance(node, ast.Attribute):
-            found.add(node.attr)
-    return found & GENERATORS
+            rounded.add(node.attr)
+    return rounded & GENERATORS
 
 
 PACKAGES = [Path(str(package.__file__)).parent for package in (fedtune.privacy, fedtune.training)]

@@ -49,15 +49,15 @@ def encode_update(header: object, body: bytes = b"") -> bytes:
 @given(updates)
 def test_update_round_trips_through_its_bytes(update: Update) -> None:
     data = update.to_bytes()
-    again = Update.from_bytes(data)
-    assert (again.site, again.run, again.round) == (update.site, update.run, update.round)
-    assert again.scores == update.scores
-    assert list(again.tensors) == list(update.tensors), "the order of the tensors must be kept"
+    decoded = Update.from_bytes(data)
+    assert (decoded.site, decoded.run, decoded.round) == (update.site, update.run, update.round)
+    assert decoded.scores == update.scores
+    assert list(decoded.tensors) == list(update.tensors), "the order of the tensors must be kept"
     for name, value in update.tensors.items():
-        assert again.tensors[name].dtype == np.float32
-        assert again.tensors[name].shape == value.shape
-        assert again.tensors[name].tobytes() == value.tobytes()  # bitwise, because of NaN
-    assert again.to_bytes() == data
+        assert decoded.tensors[name].dtype == np.float32
+        assert decoded.tensors[name].shape == value.shape
+        assert decoded.tensors[name].tobytes() == value.tobytes()  # bitwise, because of NaN
+    assert decoded.to_bytes() == data
 
 
 def test_update_encoding_matches_golden_bytes() -> None:
@@ -68,9 +68,9 @@ def test_update_encoding_matches_golden_bytes() -> None:
     halved = dataclasses.replace(update, tensors=Difference({"w": np.array([[0x3F80, 0xC000]], dtype=np.uint16)}))
     inner = header.replace(b'[["w", [1, 2]]]', b'{"bfloat16": [["w", [1, 2]]]}')
     assert halved.to_bytes() == MAGIC + b"\x5f\0\0\0\0\0\0\0" + inner + b"\x80\x3f\x00\xc0"
-    again = Update.from_bytes(halved.to_bytes()).tensors
-    assert isinstance(again, Difference)
-    assert again.halves["w"].tolist() == [[0x3F80, 0xC000]]
+    decoded = Update.from_bytes(halved.to_bytes()).tensors
+    assert isinstance(decoded, Difference)
+    assert decoded.halves["w"].tolist() == [[0x3F80, 0xC000]]
     scored = dataclasses.replace(update, scores=(0.5, -2.0)).to_bytes()
     assert scored == MAGIC + b"\x58\0\0\0\0\0\0\0" + header.replace(b"null", b"[0.5, -2.0]") + body
 
@@ -90,12 +90,12 @@ def test_flipped_bits_raise_a_config_error_or_give_another_valid_update() -> Non
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         try:
-            other = Update.from_bytes(bytes(flipped))
+            decoded = Update.from_bytes(bytes(flipped))
         except ConfigError:
             refused += 1
         else:  # a letter in a name or a digit of the round changed: the result must be encoded exactly as read
-            assert other.to_bytes() == bytes(flipped)
-            assert (other.site, other.run, other.round, list(other.tensors)) != (
+            assert decoded.to_bytes() == bytes(flipped)
+            assert (decoded.site, decoded.run, decoded.round, list(decoded.tensors)) != (
                 "a",
                 "r",
                 12,
@@ -151,13 +151,13 @@ def test_released_types_and_refusal_reasons_match_a_fixed_list() -> None:
     # A new field must be noised, or derive only from request, plan and ledger; a new reason tells the server something
     # about a site. Masked or rounded values are part of an update.
     listed = json.loads(Path(__file__).with_name("released.json").read_text())
-    here = [value for value in vars(release).values() if isinstance(value, type) and dataclasses.is_dataclass(value)]
-    own = [one for one in here if one.__module__ == release.__name__ and one is not Difference]
-    types = {one.__name__: one for one in own}
-    fields = {name: [field.name for field in dataclasses.fields(one) if field.init] for name, one in types.items()}
+    classes = [value for value in vars(release).values() if isinstance(value, type) and dataclasses.is_dataclass(value)]
+    own_classes = [cls for cls in classes if cls.__module__ == release.__name__ and cls is not Difference]
+    types = {cls.__name__: cls for cls in own_classes}
+    fields = {name: [field.name for field in dataclasses.fields(cls) if field.init] for name, cls in types.items()}
     assert fields == listed["fields"]
-    assert all("__slots__" in vars(one) for one in types.values()), "released types must have no other attributes"
-    assert sorted(each for group in listed["reasons"].values() for each in group) == sorted(map(str, Reason))
+    assert all("__slots__" in vars(cls) for cls in types.values()), "released types must have no other attributes"
+    assert sorted(reason for group in listed["reasons"].values() for reason in group) == sorted(map(str, Reason))
     with pytest.raises(ValueError, match="is not a valid Reason"):
         Reason("23 records were skipped")
 
@@ -219,9 +219,9 @@ def test_receipt_signature_covers_every_field() -> None:
 
 def test_receipt_round_trips_through_json_and_rejects_other_values() -> None:
     receipt = make_signed_receipt(site_key)
-    whole = json.loads(json.dumps(dataclasses.asdict(receipt)))
-    assert Receipt.from_json(whole) == receipt
-    wrong = {"charged_rounds": -1, "sequence": 1 << 62, "run": "r" * 1001, "site": "a\nb", "epsilon": 1}
-    for key, value in wrong.items():
+    fields = json.loads(json.dumps(dataclasses.asdict(receipt)))
+    assert Receipt.from_json(fields) == receipt
+    invalid = {"charged_rounds": -1, "sequence": 1 << 62, "run": "r" * 1001, "site": "a\nb", "epsilon": 1}
+    for key, value in invalid.items():
         with pytest.raises(ConfigError):
-            Receipt.from_json(whole | {key: value})
+            Receipt.from_json(fields | {key: value})

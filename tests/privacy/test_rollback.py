@@ -52,8 +52,8 @@ def test_anchor_holds_the_newest_head_after_every_transaction(open_anchored: Any
     ]
     for step in steps:
         step()
-        head, newest = Head.read(anchor), verify(path).events[-1]
-        assert (head.sequence, head.hash, head.time) == (newest.sequence, newest.hash, newest.time)
+        head, newest_event = Head.read(anchor), verify(path).events[-1]
+        assert (head.sequence, head.hash, head.time) == (newest_event.sequence, newest_event.hash, newest_event.time)
         assert head.site_key == site_key.public
         assert head == ledger.head()
     assert ("frozen", "") in head.marks
@@ -131,21 +131,21 @@ def test_anchor_of_another_ledger_or_key_raises_a_run_error(
 ) -> None:
     head = open_anchored().head()
     fields = {name: getattr(head, name) for name in head.__slots__ if name not in ("site_key", "signature")}
-    for other in (
+    for other_ledger in (
         open_ledger(path=tmp_path / "other.db").head(),
         Head.create_signed(make_key(9), **(fields | {"sequence": 1})),
     ):
-        anchor.write_bytes(other.to_bytes())
+        anchor.write_bytes(other_ledger.to_bytes())
         with pytest.raises(RunError, match="the anchor belongs to another ledger"):
             open_anchored()
 
 
 def test_ledger_recovers_after_a_crash_before_the_anchor_is_written(open_anchored: Any, anchor: Path) -> None:
     ledger = open_anchored()
-    behind = anchor.read_bytes()
+    old_anchor = anchor.read_bytes()
     with patch.object(store, "write_durably", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         ledger.reserve(make_proposal(), round=1, request="q")
-    assert anchor.read_bytes() == behind
+    assert anchor.read_bytes() == old_anchor
     assert ledger.history.charged_rounds("r") == 0, "the count must stay until a reread"
     assert open_anchored().sign_receipt("r").charged_rounds == 1
     train(ledger, make_proposal(), 2)
@@ -155,7 +155,7 @@ def test_ledger_recovers_after_a_crash_before_the_anchor_is_written(open_anchore
 
 def test_unwritable_anchor_raises_a_run_error(open_anchored: Any, anchor: Path) -> None:
     ledger = open_anchored()
-    behind = anchor.read_bytes()
+    old_anchor = anchor.read_bytes()
     anchor.unlink()
     anchor.parent.rmdir()
     anchor.parent.write_bytes(b"a file where the folder was")
@@ -163,7 +163,7 @@ def test_unwritable_anchor_raises_a_run_error(open_anchored: Any, anchor: Path) 
         ledger.reserve(make_proposal(), round=1, request="q")
     anchor.parent.unlink()
     anchor.parent.mkdir()
-    anchor.write_bytes(behind)
+    anchor.write_bytes(old_anchor)
     ledger.end_run("r")
     assert Head.read(anchor).sequence == ledger.history.length
     assert ledger.sign_receipt("r").charged_rounds == 0, "the request must be refused before it is charged"
@@ -172,19 +172,19 @@ def test_unwritable_anchor_raises_a_run_error(open_anchored: Any, anchor: Path) 
 def test_anchor_is_locked_from_the_commit_until_it_has_the_newest_head(
     open_anchored: Any, anchor: Path, path: Path
 ) -> None:
-    ledger, seen = open_anchored(), list[int]()
+    ledger, checks = open_anchored(), list[int]()
 
     def write_while_locked(to: Path, data: bytes) -> None:
         descriptor = system.open_to_lock(anchor.parent)
         with pytest.raises(BlockingIOError):
             system.lock(descriptor)
         os.close(descriptor)
-        seen.append(len(verify(path).events))
+        checks.append(len(verify(path).events))
         write_durably(to, data)
 
     with patch.object(store, "write_durably", write_while_locked):
         ledger.reserve(make_proposal(), round=1, request="q")
-    assert seen == [Head.read(anchor).sequence] == [ledger.history.length]
+    assert checks == [Head.read(anchor).sequence] == [ledger.history.length]
 
 
 @pytest.mark.parametrize("rounds", [0, 1])
@@ -221,18 +221,28 @@ def test_linked_anchor_is_written_in_its_own_folder(open_anchored: Any, anchor: 
 def test_forged_receipt_is_refused_for_its_signature(open_ledger: Any, tmp_path: Path) -> None:
     ledger = open_ledger()
     train(ledger, make_proposal(), 1)
-    receipt, other = ledger.sign_receipt("r"), open_ledger(path=tmp_path / "o.db", key=make_key(9)).sign_receipt("r")
+    receipt, other_ledger = (
+        ledger.sign_receipt("r"),
+        open_ledger(path=tmp_path / "o.db", key=make_key(9)).sign_receipt("r"),
+    )
     changes = {"sequence": receipt.sequence + 1, "charged_rounds": 0, "signature": receipt.signature[::-1]}
     unsigned = dataclasses.replace(receipt, signature="")
-    for forged in (other, unsigned, *(dataclasses.replace(receipt, **{key: value}) for key, value in changes.items())):
+    for forged in (
+        other_ledger,
+        unsigned,
+        *(dataclasses.replace(receipt, **{key: value}) for key, value in changes.items()),
+    ):
         assert read_refusal_reason(ledger.require_receipt, forged) is Reason.WRONG_SIGNATURE
 
 
 def test_receipt_of_another_population_raises_no_doubt(open_ledger: Any, tmp_path: Path) -> None:
-    ledger, other = open_ledger(), open_ledger(path=tmp_path / "staff.db", policy=make_policy(site="north-staff"))
-    for one in (ledger, other):
-        train(one, make_proposal(), 1)
-    assert read_refusal_reason(ledger.require_receipt, other.sign_receipt("r")) is Reason.WRONG_SIGNATURE
+    ledger, other_ledger = (
+        open_ledger(),
+        open_ledger(path=tmp_path / "staff.db", policy=make_policy(site="north-staff")),
+    )
+    for lost_event in (ledger, other_ledger):
+        train(lost_event, make_proposal(), 1)
+    assert read_refusal_reason(ledger.require_receipt, other_ledger.sign_receipt("r")) is Reason.WRONG_SIGNATURE
     train(ledger, make_proposal(), 2)
 
 
@@ -282,9 +292,9 @@ def test_restore_charges_exactly_the_events_missing_from_the_backup(
 ) -> None:
     ledger = open_ledger()
     gap = ledger.charge_gap(lost_ledger.newest)
-    two, one = make_proposal().plan.event(), make_proposal(plan={"noise_multiplier": 2.0}).plan.event()
-    assert gap == lost_ledger.count_total_charges == events.count_mechanisms([two, one])
-    assert ledger.history.count_total_charges() == events.count_mechanisms([two, two, one])
+    two, lost_event = make_proposal().plan.event(), make_proposal(plan={"noise_multiplier": 2.0}).plan.event()
+    assert gap == lost_ledger.count_total_charges == events.count_mechanisms([two, lost_event])
+    assert ledger.history.count_total_charges() == events.count_mechanisms([two, two, lost_event])
     assert open_ledger().history.epsilon() == pytest.approx(lost_ledger.spent)
     note = verify(path).events[-1]
     assert (note.kind, note.detail["what"]) == (Kind.NOTE, "restored")
@@ -322,14 +332,14 @@ def test_lost_branch_with_many_events_is_charged_in_full(backups: Backups, befor
     train(ledger, make_proposal(), 2)
     backups.back_up()
     train(ledger, make_proposal(), 3)
-    newest, whole = advance_head(ledger, after), ledger.history.count_total_charges()
+    newest_event, total = advance_head(ledger, after), ledger.history.count_total_charges()
     backups.branch(make_proposal(run="fork", plan={"noise_multiplier": 3.0}), 1)
     ledger = backups.open()
-    since = ledger.history.count_total_charges()
-    gap = ledger.charge_gap(newest)
+    charged_since = ledger.history.count_total_charges()
+    gap = ledger.charge_gap(newest_event)
     assert gap == events.count_mechanisms([make_proposal().plan.event()]), "events on both must not count again"
-    assert backups.open().history.count_total_charges() == since + gap >= whole
-    assert verify(backups.path, anchor=newest).anchor_sequence is not None
+    assert backups.open().history.count_total_charges() == charged_since + gap >= total
+    assert verify(backups.path, anchor=newest_event).anchor_sequence is not None
 
 
 def test_restore_releases_the_reserves_of_ended_runs(backups: Backups) -> None:
@@ -374,17 +384,20 @@ def test_restore_keeps_all_permanent_marks(open_ledger: Any, path: Path) -> None
     ledger.record_refusal(Refused(Reason.PAUSED), run="3", round=1, request="q", lead=lead)
     ledger.end_run("3", lead=lead)
     ledger.freeze("why")
-    marks, newest = ledger.history.marks, ledger.head()
+    marks, newest_event = ledger.history.marks, ledger.head()
     assert {kind for kind, _ in marks} == {"inexact_gradients", "seeded", "limits_loosened", "never", "frozen"}
     assert ledger.sign_receipt("3", lead=lead).ended
     assert not backups.put_back().history.marks
-    assert read_refusal_reason(reserve, backups.put_back(anchor=newest), make_proposal(run="3"), 1) is Reason.RUN_ENDED
+    assert (
+        read_refusal_reason(reserve, backups.put_back(anchor=newest_event), make_proposal(run="3"), 1)
+        is Reason.RUN_ENDED
+    )
     assert verify(path).history.marks == marks
 
 
 def test_anchor_of_another_ledger_charges_nothing(backups: Backups, open_ledger: Any, tmp_path: Path) -> None:
     before = backups.path.read_bytes()
-    for other in (open_ledger(path=tmp_path / "a.db"), open_ledger(path=tmp_path / "b.db", key=make_key(9))):
+    for other_ledger in (open_ledger(path=tmp_path / "a.db"), open_ledger(path=tmp_path / "b.db", key=make_key(9))):
         with pytest.raises(RunError, match="the anchor belongs to another ledger"):
-            backups.open().charge_gap(other.head())
+            backups.open().charge_gap(other_ledger.head())
     assert backups.path.read_bytes() == before

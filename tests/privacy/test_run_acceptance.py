@@ -22,25 +22,25 @@ def test_spent_epsilon_matches_the_charged_events(open_ledger: Any) -> None:
     ledger = open_ledger()
     assert ledger.history.epsilon() == 0
     train(ledger, make_proposal(), 1, 2)
-    other = make_proposal(run="2", plan={"noise_multiplier": 2.0, "num_rounds": 3})
-    train(ledger, other, 1)
-    history, charged = ledger.history, [*[make_proposal().plan.event()] * 2, other.plan.event()]
+    second_run = make_proposal(run="2", plan={"noise_multiplier": 2.0, "num_rounds": 3})
+    train(ledger, second_run, 1)
+    history, charged = ledger.history, [*[make_proposal().plan.event()] * 2, second_run.plan.event()]
     assert history.epsilon() == filter.epsilon_filter(charged, order=2.7, delta=DELTA)
-    held = [*[make_proposal().plan.event()] * 3, *[other.plan.event()] * 2]
-    whole = filter.epsilon_filter([*charged, *held], order=2.7, delta=DELTA)
+    reserved = [*[make_proposal().plan.event()] * 3, *[second_run.plan.event()] * 2]
+    total = filter.epsilon_filter([*charged, *reserved], order=2.7, delta=DELTA)
     assert history.epsilon(
         history.count_total_charges() + history.count_remaining_charges(history.now())
-    ) == pytest.approx(whole)
+    ) == pytest.approx(total)
 
 
 def test_spent_fraction_is_measured_in_divergence(open_ledger: Any) -> None:
     ledger = open_ledger()
     train(ledger, make_proposal(plan={"num_rounds": 10}), 1)
     history = ledger.history
-    room = filter.compute_max_divergence(11.0, order=history.order, delta=DELTA)
-    one = history.divergence([make_proposal().plan.event()])
+    max_divergence = filter.compute_max_divergence(11.0, order=history.order, delta=DELTA)
+    single_run = history.divergence([make_proposal().plan.event()])
     assert run_acceptance.compute_spent_fraction(history, history.count_total_charges(), cap=11.0) == pytest.approx(
-        one / room
+        single_run / max_divergence
     )
     assert run_acceptance.compute_spent_fraction(history, history.count_total_charges(), cap=math.inf) is None
     # At a small order, converting divergence to epsilon costs more than such a cap.
@@ -68,8 +68,8 @@ def test_remaining_budget_matches_accepted_runs(open_ledger: Any) -> None:
     )
     train(ledger, make_proposal(run="2"), 1)
     assert run_acceptance.count_remaining_runs(ledger.history, make_policy(), five, now) == 0
-    left = run_acceptance.compute_remaining_divergence(ledger.history, make_policy(), now)
-    assert 0 < left < ledger.history.divergence([make_proposal().plan.event()])
+    remaining = run_acceptance.compute_remaining_divergence(ledger.history, make_policy(), now)
+    assert 0 < remaining < ledger.history.divergence([make_proposal().plan.event()])
     assert (
         run_acceptance.count_remaining_runs(ledger.history, make_policy(budget={"max_epsilon": math.inf}), five, now)
         is None
@@ -88,10 +88,10 @@ def test_remaining_budget_matches_accepted_runs(open_ledger: Any) -> None:
 def test_max_rounds_is_the_largest_accepted_number(fits: int) -> None:
     tried, proposal = list[int](), make_proposal(plan={"num_rounds": 20, "spare_rounds": 2})
 
-    def accepts(each: Proposal) -> bool:
-        rounds = each.plan.num_rounds
+    def accepts(proposal_tried: Proposal) -> bool:
+        rounds = proposal_tried.plan.num_rounds
         tried.append(rounds)
-        assert each == replace(proposal, plan=replace(proposal.plan, num_rounds=rounds))
+        assert proposal_tried == replace(proposal, plan=replace(proposal.plan, num_rounds=rounds))
         return rounds <= fits
 
     assert run_acceptance.find_max_rounds(proposal, accepts) == min(fits, 20)
@@ -100,14 +100,18 @@ def test_max_rounds_is_the_largest_accepted_number(fits: int) -> None:
 
 @pytest.mark.parametrize("bound", [0.0, 1.0, 1.00005, 1.23456, 7.0, 8000.0])
 def test_min_noise_is_accepted_and_nearly_minimal(bound: float) -> None:
-    found = run_acceptance.find_min_noise(make_proposal(), lambda each: each.plan.noise_multiplier >= bound)
-    assert found >= max(bound, 1.0), "the noise must not be below the requested minimum"
-    assert found <= max(bound, 1.0) * 1.0002 + 1e-4
-    assert found == round(found, 4)
+    min_noise = run_acceptance.find_min_noise(
+        make_proposal(), lambda proposal_tried: proposal_tried.plan.noise_multiplier >= bound
+    )
+    assert min_noise >= max(bound, 1.0), "the noise must not be below the requested minimum"
+    assert min_noise <= max(bound, 1.0) * 1.0002 + 1e-4
+    assert min_noise == round(min_noise, 4)
 
 
 def test_min_noise_is_none_if_no_noise_is_accepted() -> None:
-    assert run_acceptance.find_min_noise(make_proposal(), lambda each: False) is None
+    assert run_acceptance.find_min_noise(make_proposal(), lambda proposal_tried: False) is None
     silent = make_proposal(plan={"noise_multiplier": 0.0})
-    found = run_acceptance.find_min_noise(silent, lambda each: each.plan.noise_multiplier >= 0.5)
-    assert found == pytest.approx(0.5, abs=2e-4)
+    min_noise = run_acceptance.find_min_noise(
+        silent, lambda proposal_tried: proposal_tried.plan.noise_multiplier >= 0.5
+    )
+    assert min_noise == pytest.approx(0.5, abs=2e-4)

@@ -26,13 +26,13 @@ def test_plan_and_proposal_digests_match_golden_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "written"),
+    ("name", "notation"),
     [("max_grad_norm", 1), ("noise_multiplier", 2), ("sampling_rate", 1), ("metrics_noise_multiplier", -0.0)],
 )
-def test_plan_digest_is_independent_of_number_notation(name: str, written: float) -> None:
+def test_plan_digest_is_independent_of_number_notation(name: str, notation: float) -> None:
     """A proposal denied as 1.0 must be denied as 1, too."""
-    expected = plan(**{name: abs(float(written))})
-    assert Plan.from_json(expected.to_json() | {name: written}).digest() == expected.digest()
+    expected = plan(**{name: abs(float(notation))})
+    assert Plan.from_json(expected.to_json() | {name: notation}).digest() == expected.digest()
 
 
 def test_every_plan_field_is_in_its_json() -> None:
@@ -46,16 +46,19 @@ def test_every_plan_field_is_in_its_json() -> None:
     of_sums = plan(local_steps=1, noise_multiplier=1.0, shared=shared)
     assert of_sums.to_json()["shared"] == dataclasses.asdict(shared)
     assert Plan.from_json(json.loads(json.dumps(of_sums.to_json()))) == of_sums
-    for wrong in (None, {}, {**dataclasses.asdict(shared), "threshold": True}):
+    for invalid in (None, {}, {**dataclasses.asdict(shared), "threshold": True}):
         with pytest.raises(ConfigError):
-            Plan.from_json({**of_sums.to_json(), "shared": wrong})
+            Plan.from_json({**of_sums.to_json(), "shared": invalid})
     for changes, bound in (({"local_steps": 2}, "must be 1"), ({"noise_multiplier": 2.0}, "must equal")):
         with pytest.raises(ConfigError, match=bound):
             plan(**{"local_steps": 1, "noise_multiplier": 1.0, "shared": shared} | changes)
     assert Plan.from_json(json.loads(json.dumps(by_user.to_json()))) == by_user
-    for each in (plan(), by_user):
-        assert Plan.from_json(each.to_json()) == each
-    assert len({plan(unit="user", records_per_user=most).digest() for most in (1, 8)} | {plan().digest()}) == 3
+    for run_plan in (plan(), by_user):
+        assert Plan.from_json(run_plan.to_json()) == run_plan
+    assert (
+        len({plan(unit="user", records_per_user=max_records).digest() for max_records in (1, 8)} | {plan().digest()})
+        == 3
+    )
     assert "records_per_user" not in plan().to_json(), "a record-level plan must not have user fields"
     assert Plan.from_json({**plan().to_json(), "records_per_user": 1}) == plan()
     assert "runs" not in plan().to_json(), "only more than one run is serialized"
@@ -67,22 +70,27 @@ def test_planned_runs_compose_to_the_target_epsilon(metrics: Any) -> None:
     privacy = PrivacySpec(
         epsilon=4.0, planned_runs=5, sampling_rate=0.1, metrics=metrics, metrics_noise_multiplier=10.0
     )
-    made = Plan.from_privacy(privacy, local_steps=4, num_rounds=3, spare_rounds=1)
-    assert 3.98 < epsilon_pld([made.full_event] * 5, made.delta) <= 4.0 < epsilon_pld([made.full_event] * 6, made.delta)
-    assert events.count_mechanisms([made.full_event] * 5) == events.count_mechanisms([made.all_runs_event])
+    derived = Plan.from_privacy(privacy, local_steps=4, num_rounds=3, spare_rounds=1)
+    assert (
+        3.98
+        < epsilon_pld([derived.full_event] * 5, derived.delta)
+        <= 4.0
+        < epsilon_pld([derived.full_event] * 6, derived.delta)
+    )
+    assert events.count_mechanisms([derived.full_event] * 5) == events.count_mechanisms([derived.all_runs_event])
     with pytest.raises(ConfigError, match=r"runs = 121: must be at most 120"):
         PrivacySpec(planned_runs=121)
 
 
 def test_user_level_event_equals_the_record_level_event() -> None:
     # The unit is whom the guarantee protects. Both are Poisson-sampled and clipped once, so the mechanism is the same.
-    for most in (1, 8):
-        assert plan(unit="user", records_per_user=most).event(rounds=2) == plan().event(rounds=2)
+    for max_records in (1, 8):
+        assert plan(unit="user", records_per_user=max_records).event(rounds=2) == plan().event(rounds=2)
 
 
 def test_invalid_plan_json_raises_a_config_error() -> None:
-    wrong = [{"epsilon": 1.0}, {"noise_multiplier": True}, *({"local_steps": n} for n in (True, 0, 10**308))]
-    for change in (*wrong, *({"runs": n} for n in (1, 0, 2.0, True, None, 121))):
+    invalid = [{"epsilon": 1.0}, {"noise_multiplier": True}, *({"local_steps": n} for n in (True, 0, 10**308))]
+    for change in (*invalid, *({"runs": n} for n in (1, 0, 2.0, True, None, 121))):
         with pytest.raises(ConfigError):
             Plan.from_json(plan().to_json() | change)
 

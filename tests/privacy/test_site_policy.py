@@ -31,23 +31,23 @@ def list_broken_rules(policy: Policy, proposal: Any) -> list[tuple[Reason, str |
 
 
 def test_proposal_within_all_rules_passes() -> None:
-    for each in (
+    for proposal in (
         make_proposal(),
         make_proposal(dataset="letters", target_modules=("v_proj", "q_proj"), rank=8, train_head=False),
         make_proposal(plan={"num_rounds": 20, "local_steps": 10, "max_grad_norm": 1.0, "sampling_rate": 0.5}),
         make_proposal(plan={"noise_multiplier": 0.6}),
         make_proposal(plan={"max_grad_norm": 0.001}),
     ):
-        make_policy().check(each)
-        assert make_policy().find_broken_rules(each) == []
+        make_policy().check(proposal)
+        assert make_policy().find_broken_rules(proposal) == []
 
 
-@pytest.mark.parametrize(("rule", "one"), [(rule, one) for rule, each in RULES.items() for one in each])
-def test_broken_rule_is_reported_alone(rule: str, one: Any) -> None:
-    assert list_broken_rules(make_policy(), make_proposal(**one["by"])) == [
-        (Reason(rule), one["requested"], one["allowed"])
+@pytest.mark.parametrize(("rule", "case"), [(rule, case) for rule, cases in RULES.items() for case in cases])
+def test_broken_rule_is_reported_alone(rule: str, case: Any) -> None:
+    assert list_broken_rules(make_policy(), make_proposal(**case["changes"])) == [
+        (Reason(rule), case["requested"], case["allowed"])
     ]
-    assert read_refusal_reason(make_policy().check, make_proposal(**one["by"])) is Reason(rule)
+    assert read_refusal_reason(make_policy().check, make_proposal(**case["changes"])) is Reason(rule)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,10 @@ def test_proposal_unit_must_match_the_population() -> None:
 
 def test_site_limits_the_records_per_user() -> None:
     strict = make_user_policy(BY_USER, limits={"max_records_per_user": 8})
-    for most, expected in ((8, []), (9, [(Reason.MAX_RECORDS_PER_USER, "9", "at most 8")])):
-        assert list_broken_rules(strict, make_proposal(plan={"unit": "user", "records_per_user": most})) == expected
+    for max_records, expected in ((8, []), (9, [(Reason.MAX_RECORDS_PER_USER, "9", "at most 8")])):
+        assert (
+            list_broken_rules(strict, make_proposal(plan={"unit": "user", "records_per_user": max_records})) == expected
+        )
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 2.0, 16.0, 1e4])
@@ -106,21 +108,21 @@ def test_policy_may_list_the_algorithms_that_it_accepts() -> None:
 
 
 def test_every_proposal_rule_has_a_test_case() -> None:
-    shown = set(map(Reason, RULES))
-    shown |= {Reason.TRAIN_HEAD, Reason.UPDATES, Reason.MAX_RECORDS_PER_USER, Reason.COHORTS, Reason.ALGORITHMS}
+    covered = set(map(Reason, RULES))
+    covered |= {Reason.TRAIN_HEAD, Reason.UPDATES, Reason.MAX_RECORDS_PER_USER, Reason.COHORTS, Reason.ALGORITHMS}
     in_the_ledger = {Reason.MAX_EPSILON, Reason.MAX_EPSILON_PER_PERIOD, Reason.MAX_EPSILON_PER_RUN}
     of_the_adapter = {Reason.MAX_ADAPTER_VALUE, Reason.DECLARED_SIZE}  # not in the proposal, but in each request
     rules = [reason for reason in Reason if list(Reason).index(reason) < list(Reason).index(Reason.FROZEN)]
     of_secure_aggregation = {reason for _, _, reason in SUMS} | {Reason.MAX_EPSILON_IF_ALL_COLLUDE}
-    assert set(rules) == shown | in_the_ledger | of_the_adapter | of_secure_aggregation
+    assert set(rules) == covered | in_the_ledger | of_the_adapter | of_secure_aggregation
 
 
 def test_cap_per_run_includes_spare_rounds() -> None:
-    whole = {"num_rounds": 3, "spare_rounds": 2}
-    epsilon = epsilon_pld([make_proposal(plan=whole).plan.event(rounds=5)], 1e-5)
-    make_policy(budget={"max_epsilon_per_run": epsilon + 0.01}).check(make_proposal(plan=whole))
+    full_run = {"num_rounds": 3, "spare_rounds": 2}
+    epsilon = epsilon_pld([make_proposal(plan=full_run).plan.event(rounds=5)], 1e-5)
+    make_policy(budget={"max_epsilon_per_run": epsilon + 0.01}).check(make_proposal(plan=full_run))
     tight = make_policy(budget={"max_epsilon_per_run": epsilon - 0.01})
-    ((reason, requested, allowed),) = list_broken_rules(tight, make_proposal(plan=whole))
+    ((reason, requested, allowed),) = list_broken_rules(tight, make_proposal(plan=full_run))
     assert (reason, allowed) == (Reason.MAX_EPSILON_PER_RUN, f"at most {epsilon - 0.01:g}")
     assert float(requested or 0) == pytest.approx(epsilon, abs=2e-3)
     tight.check(make_proposal(plan={"num_rounds": 3, "spare_rounds": 1}))
@@ -139,14 +141,14 @@ def test_plan_beyond_other_limits_is_not_accounted(monkeypatch: pytest.MonkeyPat
 def test_budget_periods_start_on_calendar_boundaries() -> None:
     for month, quarter in ((1, 0), (3, 0), (4, 1), (9, 2), (12, 3)):
         moment = datetime(2030, month, 28, 23, 59, tzinfo=UTC)
-        found = [compute_period_number(moment, period) for period in ("month", "quarter", "year")]
-        assert found == [2030 * 12 + month - 1, 2030 * 4 + quarter, 2030]
+        numbers = [compute_period_number(moment, period) for period in ("month", "quarter", "year")]
+        assert numbers == [2030 * 12 + month - 1, 2030 * 4 + quarter, 2030]
 
 
 def test_policy_requires_distinct_data_sets_and_allows_a_fixed_clip_norm() -> None:
-    twice = (Dataset(id="d", declared_size=1), Dataset(id="d", declared_size=2))
+    duplicates = (Dataset(id="d", declared_size=1), Dataset(id="d", declared_size=2))
     with pytest.raises(ConfigError, match=r"^dataset = .*must not repeat an id"):
-        make_policy(dataset=twice)
+        make_policy(dataset=duplicates)
     exactly = make_policy(limits={"min_grad_norm": 0.2, "max_grad_norm": 0.2})
     assert list_broken_rules(exactly, make_proposal(plan={"max_grad_norm": 0.2})) == []
 
@@ -156,8 +158,8 @@ def test_declared_size_must_reach_min_units() -> None:
         Dataset(id="d", declared_size=80, min_units=81)
     with pytest.raises(ConfigError, match=r"^min_units = -1: must be a finite number of at least 0"):
         Dataset(id="d", declared_size=80, min_units=-1)
-    least = make_policy(dataset=(Dataset(id="d", declared_size=80, min_units=80),))
-    assert least.to_json()["dataset"][0]["min_units"] == 80
+    minimum = make_policy(dataset=(Dataset(id="d", declared_size=80, min_units=80),))
+    assert minimum.to_json()["dataset"][0]["min_units"] == 80
     assert "min_units" not in make_policy().to_json()["dataset"][0], "policies without the key must keep their digests"
 
 
@@ -211,17 +213,17 @@ def test_secure_aggregation_must_meet_the_trust_limits_of_the_site(trust: Any, s
     allowed = {"secure": True, "min_sites": 4, "min_threshold": 3, "colluders": 1}
     make_policy(trust=Trust(**allowed)).check(propose_secure(**shared))
     assert [
-        found for found, _, _ in list_broken_rules(make_policy(trust=Trust(**allowed | trust)), propose_secure())
+        numbers for numbers, _, _ in list_broken_rules(make_policy(trust=Trust(**allowed | trust)), propose_secure())
     ] == [reason]
 
 
 def test_epsilon_if_all_others_collude_has_a_separate_cap() -> None:
     proposal = propose_secure()
-    alone = epsilon_pld([proposal.plan.with_own_noise_only.full_event], proposal.plan.delta)
-    assert alone > epsilon_pld([proposal.plan.full_event], proposal.plan.delta)
+    own_epsilon = epsilon_pld([proposal.plan.with_own_noise_only.full_event], proposal.plan.delta)
+    assert own_epsilon > epsilon_pld([proposal.plan.full_event], proposal.plan.delta)
     trust = {"secure": True, "colluders": 1}
-    make_policy(trust=Trust(**trust, max_epsilon_if_all_collude=alone + 0.01)).check(proposal)
-    tight = make_policy(trust=Trust(**trust, max_epsilon_if_all_collude=alone - 0.01))
+    make_policy(trust=Trust(**trust, max_epsilon_if_all_collude=own_epsilon + 0.01)).check(proposal)
+    tight = make_policy(trust=Trust(**trust, max_epsilon_if_all_collude=own_epsilon - 0.01))
     ((reason, _, _),) = list_broken_rules(tight, proposal)
     assert reason is Reason.MAX_EPSILON_IF_ALL_COLLUDE
 

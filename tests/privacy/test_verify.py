@@ -31,16 +31,16 @@ def complete_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("whole") / "ledger.db"
     ledger = SiteLedger(path, make_policy(), site_key)
 
-    def answer_round(asked: Any, round: int) -> None:
-        ledger.commit(reserve(ledger, asked, round), b"reply %d" % round, fingerprint="f")
+    def answer_round(proposal: Any, round: int) -> None:
+        ledger.commit(reserve(ledger, proposal, round), b"reply %d" % round, fingerprint="f")
 
     answer_round(make_proposal(), 1)
     backup = path.read_bytes()
     answer_round(make_proposal(), 2)
-    lost = ledger.head()
+    lost_head = ledger.head()
     path.write_bytes(backup)
     ledger = SiteLedger(path, make_policy(**LATER), site_key)
-    ledger.charge_gap(lost)
+    ledger.charge_gap(lost_head)
     two = make_proposal(run="2", dataset="letters", plan={"num_rounds": 3})
     answer_round(two, 1)
     path.with_name("older.json").write_bytes(ledger.head().to_bytes())
@@ -77,12 +77,12 @@ def read_verify_error(path: Path, **expected: Any) -> str:
 
 def rehash_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rewrite sequences and hashes as a forger without the key can; signatures stay unchanged."""
-    before, made = chain.START, []
+    before, rehashed = chain.START, []
     for number, row in enumerate(rows, 1):
         values = row | {"sequence": number, "kind": Kind(row["kind"]), "detail": json.loads(row["detail"])}
         before = chain.Event(**values).compute_hash_after(before)
-        made.append(row | {"sequence": number, "hash": before})
-    return made
+        rehashed.append(row | {"sequence": number, "hash": before})
+    return rehashed
 
 
 def replace_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -107,8 +107,8 @@ def test_untouched_ledger_passes_verification(complete_ledger: Path, newest_head
     anchored = verify(complete_ledger, anchor=newest_head)
     assert (anchored.key_expected, anchored.anchor_sequence) == (True, anchored.history.length)
     assert anchored.anchor_sequence == len(anchored.events)
-    older = verify(complete_ledger, anchor=Head.read(complete_ledger.with_name("older.json")))
-    assert older.anchor_sequence == len(older.events) - 5
+    older_check = verify(complete_ledger, anchor=Head.read(complete_ledger.with_name("older.json")))
+    assert older_check.anchor_sequence == len(older_check.events) - 5
 
 
 def test_verification_changes_nothing_and_accepts_rewritten_rows(victim_ledger: Path) -> None:
@@ -123,16 +123,18 @@ def test_verification_changes_nothing_and_accepts_rewritten_rows(victim_ledger: 
 def list_other_values(column: str, value: Any) -> list[Any]:
     if isinstance(value, int):
         return [value + 1, -1 if value == 0 else 0, 2**40]
-    others = [value + "x", "", "x" + value[1:], value.swapcase(), value.replace("1", "2"), value + " ", " " + value]
+    variants = [value + "x", "", "x" + value[1:], value.swapcase(), value.replace("1", "2"), value + " ", " " + value]
     if column == "time":
-        others += [value.replace("+00:00", "Z"), value.replace("T", " "), "2020" + value[4:]]
+        variants += [value.replace("+00:00", "Z"), value.replace("T", " "), "2020" + value[4:]]
     if column == "kind":
-        others += [kind.value for kind in Kind]
+        variants += [kind.value for kind in Kind]
     if column == "detail":
         fields = json.loads(value)
-        others += [json.dumps(fields), "{}", "[]", "null", value.replace(":", ": ", 1), value.replace("0", "00", 1)]
-        others += [chain.to_canonical_json({k: v for k, v in fields.items() if k != one}).decode() for one in fields]
-    return [other for other in dict.fromkeys(others) if other != value]
+        variants += [json.dumps(fields), "{}", "[]", "null", value.replace(":", ": ", 1), value.replace("0", "00", 1)]
+        variants += [
+            chain.to_canonical_json({k: v for k, v in fields.items() if k != name}).decode() for name in fields
+        ]
+    return [variant for variant in dict.fromkeys(variants) if variant != value]
 
 
 @pytest.mark.parametrize("column", COLUMNS)
@@ -140,19 +142,21 @@ def test_tampered_value_is_detected_in_every_column_and_event_kind(
     complete_ledger: Any, victim_ledger: Path, column: str
 ) -> None:
     pristine = complete_ledger.read_bytes()
-    tried = 0
+    num_tried = 0
     for row in read_rows(complete_ledger):
-        for other in list_other_values(column, row[column]):
+        for variant in list_other_values(column, row[column]):
             victim_ledger.write_bytes(pristine)
             try:
                 tamper(
-                    victim_ledger, f"UPDATE events SET {column} = ? WHERE sequence = {row['sequence']}", values=(other,)
+                    victim_ledger,
+                    f"UPDATE events SET {column} = ? WHERE sequence = {row['sequence']}",
+                    values=(variant,),
                 )
             except sqlite3.IntegrityError:
                 continue  # another row has this sequence
-            tried += 1
+            num_tried += 1
             read_verify_error(victim_ledger)
-    assert tried >= len(read_rows(complete_ledger))
+    assert num_tried >= len(read_rows(complete_ledger))
 
 
 @pytest.mark.parametrize("sql", read_cases(__file__, "replies"))
@@ -216,8 +220,10 @@ def test_ledger_resigned_by_another_key_is_detected(
     replace_rows(
         victim_ledger, [row | {"signature": forger.sign(chain.EVENT, row["hash"].encode())} for row in fitting]
     )
-    alone = verify(victim_ledger)
-    assert (alone.site_key, alone.key_expected) == (forger.public, False), "a ledger alone cannot prove its owner"
+    verification = verify(victim_ledger)
+    assert (verification.site_key, verification.key_expected) == (forger.public, False), (
+        "a ledger alone cannot prove its owner"
+    )
     assert read_verify_error(victim_ledger, site_key=site_key.public).endswith(
         f"names site key {forger.public}, not {site_key.public}"
     )
@@ -276,17 +282,19 @@ def test_invalid_event_leaves_the_history_unchanged(open_ledger: Any, path: Path
     """An invalid event signed with the correct key, as a faulty version might write; then the file is repaired."""
     ledger = open_ledger()
     ledger.reserve(make_proposal(), round=1, request="q")
-    good, before = path.read_bytes(), ledger.history.count_total_charges()
+    original, before = path.read_bytes(), ledger.history.count_total_charges()
     row = read_rows(path)[-1]
-    wrong = row | {"sequence": 5, "attempt": 7, "kind": Kind.RESERVE, "detail": json.loads(row["detail"])}
-    event = chain.Event(**wrong).compute_hash_after(row["hash"])
-    signed = dataclasses.replace(chain.Event(**wrong), hash=event, signature=site_key.sign(chain.EVENT, event.encode()))
+    invalid = row | {"sequence": 5, "attempt": 7, "kind": Kind.RESERVE, "detail": json.loads(row["detail"])}
+    event = chain.Event(**invalid).compute_hash_after(row["hash"])
+    signed = dataclasses.replace(
+        chain.Event(**invalid), hash=event, signature=site_key.sign(chain.EVENT, event.encode())
+    )
     with store.open_for_writing(path) as file:
         store.insert_event(file, signed)
     for check in (lambda: ledger.end_run("r"), lambda: verify(path)):
         with pytest.raises(RunError, match=r"event 5 \(reserve\) is invalid: the reservation contradicts"):
             check()
-    path.write_bytes(good)
+    path.write_bytes(original)
     ledger.end_run("unknown")
     assert ledger.history.count_total_charges() == before
     assert ledger.sign_receipt("r").charged_rounds == 1
