@@ -33,9 +33,9 @@ _OF_THE_MACHINE = {"libraries", "python", "machine", "hardware", "fedtune_versio
 
 def mask_report(report: Report) -> Any:
     """Plain JSON without facts that figures show anyway; figures that follow from the settings stay, in six digits."""
-    whole = to_json(report)
-    facts = {name: fact for name, fact in whole["facts"].items() if name not in _SHOWN_BY_FIGURES}
-    return _mask_value(whole | {"facts": facts}, "")
+    all_parts = to_json(report)
+    facts = {name: fact for name, fact in all_parts["facts"].items() if name not in _SHOWN_BY_FIGURES}
+    return _mask_value(all_parts | {"facts": facts}, "")
 
 
 def _mask_value(value: Any, key: str) -> Any:
@@ -55,44 +55,44 @@ def _mask_value(value: Any, key: str) -> Any:
     return value
 
 
-def _list_parts(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+def _list_parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         names = ["-".join(str(part[key]) for key in _NAMES if part.get(key) is not None) for part in value]
         names = [name if name and names.count(name) == 1 else str(n) for n, name in enumerate(names)]
         value = dict(zip(names, value, strict=True))
     if isinstance(value, dict) and any(isinstance(part, dict | list) for part in value.values()):
         for name, part in value.items():
-            yield from _list_parts(part, f"{place}/{name}")
+            yield from _list_parts(part, f"{path}/{name}")
     else:
-        yield place, value
+        yield path, value
 
 
 def read_golden(name: str) -> dict[str, Any]:
     """The parts of a golden report; cells stand in the bases alone."""
-    found = json.loads((GOLDEN / f"{name}.json").read_text())
-    if (base := BASES[found["/facts/kind"]]) == name:
-        return found
-    whole = {place: part for place, part in read_golden(base).items() if not place.startswith("/cells/")} | found
-    return {place: part for place, part in whole.items() if part != ABSENT}
+    actual = json.loads((GOLDEN / f"{name}.json").read_text())
+    if (base := BASES[actual["/facts/kind"]]) == name:
+        return actual
+    all_parts = {path: part for path, part in read_golden(base).items() if not path.startswith("/cells/")} | actual
+    return {path: part for path, part in all_parts.items() if part != ABSENT}
 
 
 def check_golden(name: str, report: Report) -> None:
     """Compare with `golden/<name>.json`; with FEDTUNE_WRITE_GOLDEN set, write it first, for a person to read."""
-    found, base = dict(_list_parts(mask_report(report), "")), BASES[report.facts.kind]
+    actual, base = dict(_list_parts(mask_report(report), "")), BASES[report.facts.kind]
     if name != base:
-        found = {place: part for place, part in found.items() if not place.startswith("/cells/")}
+        actual = {path: part for path, part in actual.items() if not path.startswith("/cells/")}
     if os.environ.get("FEDTUNE_WRITE_GOLDEN"):
         of_base = read_golden(base) if name != base else {}
         changed = {
-            place: part for place, part in found.items() if place == "/facts/kind" or of_base.get(place, ABSENT) != part
+            path: part for path, part in actual.items() if path == "/facts/kind" or of_base.get(path, ABSENT) != part
         }
-        gone = {place for place in of_base.keys() - found.keys() if not place.startswith("/cells/")}
+        missing = {path for path in of_base.keys() - actual.keys() if not path.startswith("/cells/")}
         lines = (
             f" {json.dumps(key)}: {json.dumps(part)}"
-            for key, part in sorted((changed | dict.fromkeys(gone, ABSENT)).items())
+            for key, part in sorted((changed | dict.fromkeys(missing, ABSENT)).items())
         )
         (GOLDEN / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
     golden = read_golden(name)
-    both = {key: (found.get(key, ABSENT), golden.get(key, ABSENT)) for key in found.keys() | golden}
-    differ = {key: values for key, values in both.items() if values[0] != values[1]}
+    differing = {key: (actual.get(key, ABSENT), golden.get(key, ABSENT)) for key in actual.keys() | golden}
+    differ = {key: values for key, values in differing.items() if values[0] != values[1]}
     assert differ == {}, f"{name}: FEDTUNE_WRITE_GOLDEN=1 writes it where this is meant"

@@ -57,9 +57,9 @@ def make_site_key(site: str) -> SigningKey:
 
 def sign_by_sites(facts: RunFacts, **changes: Any) -> RunFacts:
     """The facts of a run whose sites signed receipts of this run and plan, with the `changes` in each."""
-    usual = {"run": facts.run, "plan": facts.plan.digest(), "seeded_noise": facts.seeded_noise} | changes
+    common = {"run": facts.run, "plan": facts.plan.digest(), "seeded_noise": facts.seeded_noise} | changes
     sites = (
-        site if site.receipt is None else replace(site, receipt=sign_receipt(site.receipt, site.site, **usual))
+        site if site.receipt is None else replace(site, receipt=sign_receipt(site.receipt, site.site, **common))
         for site in facts.sites
     )
     return replace(facts, sites=tuple(sites))
@@ -94,8 +94,8 @@ def change_first_site(report: Report, **changes: Any) -> Report:
 
 
 def find_assumption(report: Report, code: str) -> Assumption:
-    (found,) = [one for one in report.assumptions if one.code == code]
-    return found
+    (match,) = [item for item in report.assumptions if item.code == code]
+    return match
 
 
 def read_status(report: Report, code: str) -> str:
@@ -104,8 +104,8 @@ def read_status(report: Report, code: str) -> str:
 
 def fill_report(report: Report, **changes: Any) -> Report:
     """The report with every kind of code, field and assumption, as a real one has them."""
-    read = json.loads(Path(__file__).with_name("known.json").read_text())
-    known = {name: tuple(fact) if isinstance(fact, list) else fact for name, fact in read.items()}
+    stored = json.loads(Path(__file__).with_name("known.json").read_text())
+    known = {name: tuple(fact) if isinstance(fact, list) else fact for name, fact in stored.items()}
     known["verdict"] = report.verdict.state
     tested = "fedtune 0.2.0: tests/training/test_dp_step.py"
     ensured = ("noise_in_every_step", "poisson_sampling", "unpredictable_randomness")
@@ -122,11 +122,11 @@ def fill_report(report: Report, **changes: Any) -> Report:
     without = () if report.facts.unit == "record" else ("several_records",)
     fields: dict[str, Any] = {
         "cells": dpia_fields.build_cells(known),
-        **{kind: tuple(one for one in codes if one not in without) for kind, codes in CODES["listed"].items()},
+        **{kind: tuple(item for item in codes if item not in without) for kind, codes in CODES["listed"].items()},
         "covers": ("rounds_and_steps", "charged_retries", "noised_scores"),
         "released": ("updates", "noised_scores", "aggregates", "final_adapter", "refusals_and_receipts"),
         "assumptions": tuple(
-            one for one in supposed if report.randomness != "none" or one.code != "unpredictable_randomness"
+            item for item in supposed if report.randomness != "none" or item.code != "unpredictable_randomness"
         ),
     }
     return replace(report, **{**fields, **changes})
@@ -138,16 +138,16 @@ def build_reports() -> dict[str, Report]:
     run, ledger = load_report_on_file("run")(), change_facts(load_report_on_file("ledger")(), simulated=True)
     exceeded = BudgetVerdict(state="exceeded", reasons=("above_target",))
     seeded = BudgetVerdict(state="no_guarantee", reasons=("seeded_noise",))
-    of_study = tuple(replace(site, verdict=seeded, meaning=None) for site in run.sites)
+    study_sites = tuple(replace(site, verdict=seeded, meaning=None) for site in run.sites)
     silent = BudgetVerdict(state="within", reasons=("site_silent",))
-    unheard = (replace(run.facts.sites[0], receipt=None), *run.facts.sites[1:])
+    first_unheard = (replace(run.facts.sites[0], receipt=None), *run.facts.sites[1:])
     return {
         "within": fill_report(run),
         "exceeded": change_facts(
             fill_report(change_first_site(run, verdict=exceeded), verdict=exceeded), target_epsilon=1.0
         ),
         "no_guarantee": change_facts(
-            fill_report(replace(run, randomness="seeded"), verdict=seeded, sites=of_study), seeded_noise=True
+            fill_report(replace(run, randomness="seeded"), verdict=seeded, sites=study_sites), seeded_noise=True
         ),
         "unbounded": fill_report(
             load_report_on_file("run_without_privacy")(
@@ -155,7 +155,8 @@ def build_reports() -> dict[str, Report]:
             )
         ),
         "upper_bound": fill_report(
-            change_facts(change_first_site(run, verdict=silent, source="not_released"), sites=unheard), verdict=silent
+            change_facts(change_first_site(run, verdict=silent, source="not_released"), sites=first_unheard),
+            verdict=silent,
         ),
         "ledger": fill_report(ledger),
         "by_user": count_by_user(run),
@@ -183,20 +184,20 @@ def change_sites(run: Report, like: Sequence[int], names: Sequence[str]) -> Repo
 
 def add_site_reports(run: Report, ledger: Report) -> Report:
     """The run at nine sites that released reports of their own, all like that of the ledger."""
-    (own,) = ledger.sites
+    (ledger_site,) = ledger.sites
     statement = SiteStatement(
         date="2026-03-01T09:30:00+00:00",
         same_plan=True,
-        verdict=own.verdict,
+        verdict=ledger_site.verdict,
         approved=ledger.facts.approved,
-        lifetime=own.lifetime,
+        lifetime=ledger_site.lifetime,
         charges=5,
         verification=None,
         releases=(),
         asserted={},
     )
-    made = change_sites(run, [0] * 9, [f"{CLINIC}-{n}" for n in range(1, 10)])
-    return change_facts(made, sites=tuple(replace(site, statement=statement) for site in made.facts.sites))
+    changed = change_sites(run, [0] * 9, [f"{CLINIC}-{n}" for n in range(1, 10)])
+    return change_facts(changed, sites=tuple(replace(site, statement=statement) for site in changed.facts.sites))
 
 
 def add_arrivals(ledger: Report) -> Report:
@@ -209,15 +210,15 @@ def add_arrivals(ledger: Report) -> Report:
         runs.append(replace(first, run=f"triage-{year}", plan=plan, state="open" if year == last else "ended"))
         rounds = 2 if year == last else 3
         charges.append(replace(facts.charges[0], run=f"triage-{year}", rounds=rounds, day=f"{year}-02-01"))
-    made = replace(facts, unit="user", arrivals="year", runs=tuple(runs), charges=tuple(charges), releases=())
-    return derive_report(made)
+    changed = replace(facts, unit="user", arrivals="year", runs=tuple(runs), charges=tuple(charges), releases=())
+    return derive_report(changed)
 
 
 def list_periods(report: Report) -> list[ArrivalRange]:
     """In which people came, of whom a report tells by themselves."""
     lives = [site.lifetime for site in report.sites if site.lifetime]
-    found = [one.people for life in lives for one in life.cohorts or ()]
-    return [*found, report.admits] if report.admits else found
+    match = [item.people for life in lives for item in life.cohorts or ()]
+    return [*match, report.admits] if report.admits else match
 
 
 def change_plan(run: Report, **changes: Any) -> Report:
@@ -250,17 +251,17 @@ def count_by_user(run: Report) -> Report:
     """The same run with people for rows."""
     code, evidence = "every_record_names_its_person", "unit=user; docs/user_level.md"
     people = Assumption(code=code, status="assumed", evidence=evidence)
-    rows = [tuple(replace(one, records_per_user=8) for one in site.mechanisms) for site in run.sites]
+    rows = [tuple(replace(item, records_per_user=8) for item in site.mechanisms) for site in run.sites]
     sites = tuple(replace(site, mechanisms=row) for site, row in zip(run.sites, rows, strict=True))
     plan = replace(run.facts.plan, unit="user", records_per_user=8)
     report = fill_report(change_facts(replace(run, sites=sites), plan=plan))
-    supposed = (people if one.code == "one_record_is_one_unit" else one for one in report.assumptions)
-    return replace(report, assumptions=tuple({one.code: one for one in supposed}.values()))
+    supposed = (people if item.code == "one_record_is_one_unit" else item for item in report.assumptions)
+    return replace(report, assumptions=tuple({item.code: item for item in supposed}.values()))
 
 
 def make_detail(*labels: str) -> Detail:
     return Detail(
-        classes=tuple(ClassScores(label=one, precision=0.5, recall=0.25, f1=1 / 3, support=8) for one in labels),
+        classes=tuple(ClassScores(label=item, precision=0.5, recall=0.25, f1=1 / 3, support=8) for item in labels),
         reliability=tuple(ReliabilityBin(confidence=n / 10, accuracy=n / 12, count=30) for n in range(1, 11)),
     )
 
@@ -270,14 +271,14 @@ def build_wide_run() -> Report:
     run = load_report_on_file("run")()
     names = (LONG, HOSTILE, "_underscore", "klinikum-süd", "病院", "f", "g", "h", "i", "j")
     first, last, round_ = run.sites[0], run.sites[0].steps[-1], run.facts.rounds[0]
-    made = change_sites(run, [0] * 10, names)
+    changed = change_sites(run, [0] * 10, names)
     sites = tuple(
         replace(
-            one,
+            item,
             steps=tuple(replace(last, round=n, epsilon=(1.105 - number / 100) * n / 60) for n in range(1, 61)),
             spent=replace(first.spent, epsilon=first.spent.epsilon - number / 100),
         )
-        for number, one in enumerate(made.sites)
+        for number, item in enumerate(changed.sites)
     )
     failed = {True: {HOSTILE: "max_epsilon"}, False: {}}
     rounds = tuple(
@@ -291,8 +292,8 @@ def build_wide_run() -> Report:
     sites = (*sites[:-1], replace(sites[-1], verdict=exceeded))
     purpose = "To sort what patients write by the ward that can answer it, and to tell what is urgent; " * 3
     provenance = replace(run.facts.provenance, purpose=purpose)
-    made = change_facts(made, name=LONG, rounds=rounds, detail=detail, energy=energy, provenance=provenance)
-    return fill_report(made, sites=sites, utility=utility, verdict=exceeded)
+    changed = change_facts(changed, name=LONG, rounds=rounds, detail=detail, energy=energy, provenance=provenance)
+    return fill_report(changed, sites=sites, utility=utility, verdict=exceeded)
 
 
 def build_wide_ledger(*, runs: int = 500) -> Report:
@@ -313,10 +314,10 @@ def build_wide_ledger(*, runs: int = 500) -> Report:
     lifetime = replace(site.lifetime, runs=repeat_items(site.lifetime.runs), caps=caps, with_reserved=2.5)
     last = "2026-02-01T08:00:00+00:00"
     refusal = Release(kind="refusal", run=HOSTILE, reason="max_epsilon", count=12345, first=None, last=last)
-    of_site = {"lifetime": lifetime, "mechanisms": repeat_items(site.mechanisms), "steps": tuple(steps)}
+    site_fields = {"lifetime": lifetime, "mechanisms": repeat_items(site.mechanisms), "steps": tuple(steps)}
     releases = (*repeat_items(report.facts.releases), refusal)
-    made = change_facts(report, site=HOSTILE, caps=caps, releases=releases)
-    return fill_report(made, sites=(replace(site, site=HOSTILE, **of_site),))
+    changed = change_facts(report, site=HOSTILE, caps=caps, releases=releases)
+    return fill_report(changed, sites=(replace(site, site=HOSTILE, **site_fields),))
 
 
 @cache
@@ -327,8 +328,8 @@ def render_page(name: str, language: str) -> str:
 class Element(ElementTree.Element):
     def all(self, tag: str = "*", **attributes: str) -> list[Any]:
         """Those with a tag and attributes (`_` for `-`), this one included."""
-        wanted = {name.replace("_", "-"): value for name, value in attributes.items()}
-        return [one for one in self.iter(tag) if wanted.items() <= one.attrib.items()]
+        expected = {name.replace("_", "-"): value for name, value in attributes.items()}
+        return [item for item in self.iter(tag) if expected.items() <= item.attrib.items()]
 
     @property
     def said(self) -> str:

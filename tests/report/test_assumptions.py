@@ -25,8 +25,8 @@ from .shown import find_assumption, read_status
 REPOSITORY = Path(__file__).parents[2]
 
 
-def list_statuses(found: Iterable[Assumption]) -> dict[str, str]:
-    return {one.code: one.status for one in found}
+def list_statuses(statuses: Iterable[Assumption]) -> dict[str, str]:
+    return {assumption.code: assumption.status for assumption in statuses}
 
 
 def list_assumptions(folder: Path, record: RunRecord, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
@@ -37,12 +37,12 @@ def test_assumption_codes_are_unique_and_sorted_and_cite_existing_tests(
     run_report: Report, ledger_report: Report
 ) -> None:
     for report in (run_report, ledger_report):
-        codes = [one.code for one in report.assumptions]
+        codes = [assumption.code for assumption in report.assumptions]
         assert len(set(codes)) == len(codes)
-        order = [rules._WORST_FIRST.index(one.status) for one in report.assumptions]
+        order = [rules._WORST_FIRST.index(assumption.status) for assumption in report.assumptions]
         assert order == sorted(order)
-        for one in report.assumptions:
-            for word in one.evidence.replace(";", " ").split():
+        for assumption in report.assumptions:
+            for word in assumption.evidence.replace(";", " ").split():
                 if word.startswith(("tests/", "docs/")):
                     assert (REPOSITORY / word).exists(), word
 
@@ -55,20 +55,22 @@ def test_assumption_statuses_have_one_meaning_in_both_reports(run_folder: Path) 
     )
     by_program = {"clipping_exact", "noise_in_every_step", "poisson_sampling", "unpredictable_randomness"}
     for report in (of_lead, own):
-        found = list_statuses(report.assumptions)
-        assert {code for code, how in found.items() if how == "ensured"} == by_program
-        for code, how in found.items():
-            said = find_assumption(report, code).evidence
-            if how == "ensured":
-                assert re.match(rf"fedtune {re.escape(fedtune.__version__)}: tests/\S+\.py", said), said
-            if how == "verified":
-                assert "tests/" not in said, "a test of the program is no check of this report"
+        statuses = list_statuses(report.assumptions)
+        assert {code for code, status in statuses.items() if status == "ensured"} == by_program
+        for code, status in statuses.items():
+            evidence = find_assumption(report, code).evidence
+            if status == "ensured":
+                assert re.match(rf"fedtune {re.escape(fedtune.__version__)}: tests/\S+\.py", evidence), evidence
+            if status == "verified":
+                assert "tests/" not in evidence, "a test of the program is no check of this report"
 
 
-def read_clipping(found: tuple[Assumption, ...]) -> tuple[str, str]:
+def read_clipping(statuses: tuple[Assumption, ...]) -> tuple[str, str]:
     """Code and status of what is said about clipping."""
-    (one,) = (one for one in found if one.code in ("clipping_exact", "clipping_but_for_rounding"))
-    return one.code, one.status
+    (assumption,) = (
+        assumption for assumption in statuses if assumption.code in ("clipping_exact", "clipping_but_for_rounding")
+    )
+    return assumption.code, assumption.status
 
 
 def test_clipping_is_assumed_when_all_sites_accept_inexact_gradients(folder: Path) -> None:
@@ -83,14 +85,14 @@ def test_clipping_is_assumed_when_all_sites_accept_inexact_gradients(folder: Pat
 
 
 def test_clipping_is_assumed_for_a_ledger_with_inexact_gradients(books: Any) -> None:
-    made = books(allow={"inexact_gradients": True})
-    made.charge(run_proposal(), 1)
-    assert read_clipping(from_ledger.build_ledger_report(made.ledger).assumptions) == (
+    site_books = books(allow={"inexact_gradients": True})
+    site_books.charge(run_proposal(), 1)
+    assert read_clipping(from_ledger.build_ledger_report(site_books.ledger).assumptions) == (
         "clipping_but_for_rounding",
         "assumed",
     )
-    made.edit(noted=True, allow={"inexact_gradients": False})
-    assert read_clipping(from_ledger.build_ledger_report(made.ledger).assumptions) == (
+    site_books.edit(record_change=True, allow={"inexact_gradients": False})
+    assert read_clipping(from_ledger.build_ledger_report(site_books.ledger).assumptions) == (
         "clipping_but_for_rounding",
         "assumed",
     )
@@ -109,13 +111,13 @@ def test_receipts_of_a_run_with_a_longer_name_are_ignored(run_folder: Path, mode
     if not model_known:
         record = replace(record, environments=())
     deployed = replace(record, config=config)
-    other = add_receipts(deployed, run=f"{config.name}-weaker-{'a' * 32}")
-    assert dict(other.receipts) == {}
+    weaker = add_receipts(deployed, run=f"{config.name}-weaker-{'a' * 32}")
+    assert dict(weaker.receipts) == {}
     sent = select_settings_for_sites(
         replace(config, privacy=replace(config.privacy, noise_multiplier=record.plan.noise_multiplier))
     )
-    right = add_receipts(deployed, run=sent.run_id())
-    assert (right.run, set(right.receipts)) == (sent.run_id(), {"site-1", "site-2"})
+    matching = add_receipts(deployed, run=sent.run_id())
+    assert (matching.run, set(matching.receipts)) == (sent.run_id(), {"site-1", "site-2"})
     # Another digest is told from the right one where what the sites were sent is known.
     same_form = add_receipts(deployed, run=f"{config.name}-{'a' * 32}")
     assert set(same_form.receipts) == (set() if model_known else {"site-1", "site-2"})
@@ -126,15 +128,15 @@ def test_lead_report_of_real_sites_only_assumes_site_behavior(run_folder: Path) 
     deployed = replace(
         record,
         config=replace(record.config, runtime=replace(record.config.runtime, kind="deployment")),
-        environments=tuple(replace(one, sampling=None, randomness=None) for one in record.environments),
+        environments=tuple(replace(assumption, sampling=None, randomness=None) for assumption in record.environments),
     )
     deployed = add_receipts(deployed, run=deployed.run)
-    found = list_statuses(list_assumptions(run_folder, deployed, from_run.build_run_report(run_folder).sites))
-    assert found["sites_run_their_own_software"] == "assumed"
-    assert found["unpredictable_randomness"] == "assumed"
-    assert found["noise_in_every_step"] == "assumed", "what real sites do is not the lead's to verify"
-    assert found["receipts_signed"] == "verified"
-    assert found["adapter_signed"] == "violated", "these receipts sign no adapter"
+    statuses = list_statuses(list_assumptions(run_folder, deployed, from_run.build_run_report(run_folder).sites))
+    assert statuses["sites_run_their_own_software"] == "assumed"
+    assert statuses["unpredictable_randomness"] == "assumed"
+    assert statuses["noise_in_every_step"] == "assumed", "what real sites do is not the lead's to verify"
+    assert statuses["receipts_signed"] == "verified"
+    assert statuses["adapter_signed"] == "violated", "these receipts sign no adapter"
     deployed = add_receipts(deployed, run=deployed.run, reply="ab" * 32)
     sites = from_run.build_run_report(run_folder).sites
     assert list_statuses(list_assumptions(run_folder, deployed, sites))["adapter_signed"] == "verified"
@@ -154,17 +156,21 @@ def test_unsigned_receipts_large_deltas_and_accountant_mismatches_are_reported(r
     )
     facts = from_run.collect_run_facts(run_folder, record, own={})
     large = replace(facts, sites=tuple(replace(site, declared_size=200_000) for site in facts.sites))
-    of_delta = {one.code: one for one in rules.list_assumptions(large, sites)}["delta_below_one_over_size"]
+    of_delta = {assumption.code: assumption for assumption in rules.list_assumptions(large, sites)}[
+        "delta_below_one_over_size"
+    ]
     assert (of_delta.status, of_delta.evidence) == ("violated", "delta=1e-05; declared_size=200000")
-    wrong = replace(sites[0], spent=replace(sites[0].spent, epsilon_rdp=0.01))
-    assert list_statuses(list_assumptions(run_folder, record, [wrong, *sites[1:]]))["accountants_agree"] == "violated"
+    mismatch = replace(sites[0], spent=replace(sites[0].spent, epsilon_rdp=0.01))
+    assert (
+        list_statuses(list_assumptions(run_folder, record, [mismatch, *sites[1:]]))["accountants_agree"] == "violated"
+    )
 
 
 def test_simulation_ignores_assertions_about_people_at_other_sites(folder: Path) -> None:
     policy = folder / "sites/site-1/site.toml"
     assert "no_person_at_another_site" not in policy.read_text()
-    for more in ("", "\n[asserted]\nno_person_at_another_site = true\n"):  # as earlier versions wrote it
-        policy.write_text(policy.read_text() + more)
+    for extra in ("", "\n[asserted]\nno_person_at_another_site = true\n"):  # as earlier versions wrote it
+        policy.write_text(policy.read_text() + extra)
         for report in (from_run.build_run_report(folder), from_ledger.build_ledger_report(policy)):
             assert read_status(report, "units_at_one_site_only") == "assumed"
         assert report.facts.asserted == {}, "of the ledger"
@@ -177,28 +183,28 @@ def test_site_denying_the_single_site_assumption_violates_it(books: Any) -> None
 
 
 def test_seeded_and_noiseless_runs_violate_their_assumptions(books: Any) -> None:
-    made = books(
+    site_books = books(
         allow={"seeded_noise": True}, limits={"min_noise_multiplier": 0.0}, budget={"max_epsilon": float("inf")}
     )
-    made.charge(run_proposal(run="study", seeded_noise=True), 1)
-    made.charge(run_proposal(run="open", noise_multiplier=0.0), 1)
-    report = from_ledger.build_ledger_report(made.ledger)
+    site_books.charge(run_proposal(run="study", seeded_noise=True), 1)
+    site_books.charge(run_proposal(run="open", noise_multiplier=0.0), 1)
+    report = from_ledger.build_ledger_report(site_books.ledger)
     assert read_status(report, "unpredictable_randomness") == read_status(report, "noise_in_every_step") == "violated"
     assert find_assumption(report, "unpredictable_randomness").evidence == "study"
     assert find_assumption(report, "noise_in_every_step").evidence == "open"
 
 
 def test_ledger_in_doubt_violates_the_completeness_assumption(books: Any) -> None:
-    made = books()
-    made.charge(run_proposal(), 1)
-    backup = made.copy_ledger("backup.db")
-    made.charge(run_proposal(), 2)
-    receipt = made.open().sign_receipt("r")
-    backup.replace(made.ledger)
+    site_books = books()
+    site_books.charge(run_proposal(), 1)
+    backup = site_books.copy_ledger("backup.db")
+    site_books.charge(run_proposal(), 2)
+    receipt = site_books.open().sign_receipt("r")
+    backup.replace(site_books.ledger)
     with pytest.raises(Refused) as caught:
-        made.open().require_receipt(receipt)
+        site_books.open().require_receipt(receipt)
     assert caught.value.reason is Reason.LEDGER_BEHIND_RECEIPT
-    report = from_ledger.build_ledger_report(made.ledger)
+    report = from_ledger.build_ledger_report(site_books.ledger)
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("ledger_in_doubt",))
     assert read_status(report, "no_event_missing") == "violated"
     assert report.sites[0].meaning is None

@@ -35,12 +35,12 @@ def open_page(browser: Any, tmp_path: Path) -> Iterator[Any]:
             path.write_text(shown.render_page(name, language), encoding="utf-8")
             context = browser.new_context(viewport={"width": DESKTOP, "height": 900}, **options)
             contexts.callback(context.close)
-            found = SimpleNamespace(tab=context.new_page(), messages=[], requests=[])
-            found.tab.on("console", lambda message: found.messages.append(f"{message.type}: {message.text}"))
-            found.tab.on("pageerror", lambda error: found.messages.append(str(error)))
-            found.tab.on("request", lambda asked: found.requests.append(asked.url))
-            found.tab.goto(path.as_uri())
-            return found
+            page = SimpleNamespace(tab=context.new_page(), messages=[], requests=[])
+            page.tab.on("console", lambda message: page.messages.append(f"{message.type}: {message.text}"))
+            page.tab.on("pageerror", lambda error: page.messages.append(str(error)))
+            page.tab.on("request", lambda request: page.requests.append(request.url))
+            page.tab.goto(path.as_uri())
+            return page
 
         yield make
 
@@ -82,9 +82,9 @@ def test_page_renders_completely_without_requests_or_console_messages(name: str,
     data = json.loads(json.dumps(to_json(report)))
     open_at_first = page.tab.locator("details[open]").count()
     page.tab.evaluate(OPEN_ALL)
-    seen = page.tab.evaluate(FIGURES)
-    assert len(seen) > 30
-    for at, kind, text in seen:
+    figures = page.tab.evaluate(FIGURES)
+    assert len(figures) > 30
+    for at, kind, text in figures:
         assert text == words.figure(shown.look_up(data, at), kind)
 
     for width in (DESKTOP, 800, PHONE, 320):
@@ -110,16 +110,16 @@ def test_page_renders_completely_without_requests_or_console_messages(name: str,
     assert tab.evaluate("document.documentElement.scrollWidth") <= A4
     assert tab.evaluate(TOO_WIDE) == []
     assert tab.locator("#page-1").bounding_box()["height"] <= A4_HEIGHT
-    sizes = [one for one in tab.evaluate(SIZES) if one[0] < SMALLEST_IN_PRINT - 0.01]
+    sizes = [element for element in tab.evaluate(SIZES) if element[0] < SMALLEST_IN_PRINT - 0.01]
     assert sizes == []
     margins = re.findall(r"@(?:top|bottom)-[a-z]+ \{[^}]*?([\d.]+)pt", shown.render_page(name, language))
     assert len(margins) == 3, "the banner, the foot and the number of each page"
     assert min(map(float, margins)) >= 9
-    assert not any(one.is_visible() for one in tab.locator(".banner").all()), "each page has it in its margin"
+    assert not any(element.is_visible() for element in tab.locator(".banner").all()), "each page has it in its margin"
     assert not tab.locator("nav").is_visible()
     # A table that is folded on the screen is open on paper.
     assert tab.locator("details:not([open]) table").count() > 0
-    assert all(one.bounding_box()["height"] > 20 for one in tab.locator("details:not([open]) table").all())
+    assert all(element.bounding_box()["height"] > 20 for element in tab.locator("details:not([open]) table").all())
     assert page.messages == []
     assert page.requests == [page.tab.url]
 
@@ -133,7 +133,7 @@ def test_report_takes_at_most_nine_sheets(name: str, language: str, open_page: A
 @pytest.mark.parametrize("width", [DESKTOP, PHONE])
 def test_only_one_scale_is_visible_at_each_width(width: int, open_page: Any) -> None:
     tab = resize_tab(open_page("within", "en").tab, width)
-    visible = [one.get_attribute("class") for one in tab.locator("#scale svg").all() if one.is_visible()]
+    visible = [element.get_attribute("class") for element in tab.locator("#scale svg").all() if element.is_visible()]
     assert visible == ["narrow" if width == PHONE else "wide"]
 
 
@@ -172,9 +172,9 @@ def test_keyboard_reaches_and_opens_every_control(open_page: Any) -> None:
     tab = open_page("within", "en").tab
     tags = tab.evaluate(REACHED)
     assert tags[0] == "A"
-    for place in range(len(tags)):  # in order, and to be seen when it has the focus
+    for index in range(len(tags)):  # in order, and to be seen when it has the focus
         tab.keyboard.press("Tab")
-        assert tab.evaluate("Number(document.activeElement.dataset.n)") == place
+        assert tab.evaluate("Number(document.activeElement.dataset.n)") == index
         assert tab.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
     tab.reload()
     tab.keyboard.press("Tab")

@@ -37,7 +37,7 @@ def parse_chart(report: Report, code: str, language: str = "en") -> ElementTree.
 
 
 def list_texts(svg: ElementTree.Element) -> list[str]:
-    return ["".join(one.itertext()).strip() for one in svg.iter(f"{SVG}text")]
+    return ["".join(element.itertext()).strip() for element in svg.iter(f"{SVG}text")]
 
 
 @pytest.fixture
@@ -56,17 +56,17 @@ def test_charts_have_accessible_titles_and_descriptions(code: str, language: str
     words = load_catalog(language)
     assert svg.attrib["role"] == "img"
     title, description = svg.attrib["aria-labelledby"].split()
-    named = {one.attrib["id"]: one.text for one in svg if "id" in one.attrib}
-    assert named[title] == words.text(f"chart.{code}").unescape()
-    assert named[description] == words.text(f"chart.{code}_desc").unescape()
+    texts_by_id = {element.attrib["id"]: element.text for element in svg if "id" in element.attrib}
+    assert texts_by_id[title] == words.text(f"chart.{code}").unescape()
+    assert texts_by_id[description] == words.text(f"chart.{code}_desc").unescape()
 
 
 def test_rounds_missing_at_a_site_are_omitted_from_the_chart(run: Report) -> None:
     assert "limit" in list_texts(parse_chart(run, "epsilon_spent"))
     assert "limit" not in list_texts(parse_chart(change_facts(run, target_epsilon=None), "epsilon_spent"))
     north, south = run.sites
-    gone = replace(run, sites=(north, replace(south, steps=south.steps[:3])))
-    rows = [[re.sub("<[^>]*>", "", cell) for cell in row] for row in draw_chart(gone, "epsilon_spent").rows]
+    shorter = replace(run, sites=(north, replace(south, steps=south.steps[:3])))
+    rows = [[re.sub("<[^>]*>", "", cell) for cell in row] for row in draw_chart(shorter, "epsilon_spent").rows]
     assert [row[0] for row in rows if row[1] == "4"] == ["north-hospital"]
 
 
@@ -80,31 +80,34 @@ def test_epsilon_chart_shows_the_limit_in_force_at_each_run(ledger: Report) -> N
 
 def test_epsilon_chart_labels_rounds_and_whole_runs_differently(language: str, ledger: Report) -> None:
     (site,) = ledger.sites
-    last, said = site.steps[-1], load_catalog(language).texts["chart"]
+    last, labels = site.steps[-1], load_catalog(language).texts["chart"]
     for rounds, axis in (([1, 2, 3], "axis_charged"), ([None, None], "axis_run"), ([None, 1, 2], "axis_charged")):
         steps = tuple(
-            replace(last, run="r" if one else "q", round=one, epsilon=last.epsilon + n) for n, one in enumerate(rounds)
+            replace(last, run="r" if element else "q", round=element, epsilon=last.epsilon + n)
+            for n, element in enumerate(rounds)
         )
         report = change_first_site(ledger, steps=steps)
-        shown = list_texts(parse_chart(report, "epsilon_spent", language))
-        named = {one for one in shown if one in [said[key] for key in said if key.startswith("axis_")]}
-        assert named == {said["axis_epsilon"], said[axis]}
+        chart_texts = list_texts(parse_chart(report, "epsilon_spent", language))
+        texts_by_id = {
+            element for element in chart_texts if element in [labels[key] for key in labels if key.startswith("axis_")]
+        }
+        assert texts_by_id == {labels["axis_epsilon"], labels[axis]}
         rows = [[re.sub("<[^>]*>", "", cell) for cell in row] for row in draw_chart(report, "epsilon_spent").rows]
-        assert [row[:2] for row in rows] == [["r", str(one)] if one else ["q", "all"] for one in rounds]
+        assert [row[:2] for row in rows] == [["r", str(element)] if element else ["q", "all"] for element in rounds]
 
 
 def test_arrival_cohorts_have_separate_lines_over_the_calendar(a_ledger_report: Make) -> None:
     report = add_arrivals(a_ledger_report())
-    shown = list_texts(parse_chart(report, "epsilon_spent"))
+    chart_texts = list_texts(parse_chart(report, "epsilon_spent"))
     years = [str(year) for year in range(2022, 2027)]
-    assert shown.count("2026") == 2, "a tick, and a line"
-    assert {*years, "…–2021", "limit", load_catalog("en").texts["chart"]["axis_day"]} <= set(shown)  # noqa: RUF001
-    assert "2027–…" not in shown, "nothing was spent"  # noqa: RUF001
+    assert chart_texts.count("2026") == 2, "a tick, and a line"
+    assert {*years, "…–2021", "limit", load_catalog("en").texts["chart"]["axis_day"]} <= set(chart_texts)  # noqa: RUF001
+    assert "2027–…" not in chart_texts, "nothing was spent"  # noqa: RUF001
     table = draw_chart(report, "epsilon_spent")
     assert [str(heading) for heading, _ in table.columns][-6:] == ["…–2021", *years]  # noqa: RUF001
     assert [re.sub("<[^>]*>", "", cell) for cell in table.rows[1]][-5:] == ["1.402", "1.308", "0.000", "0.000", "0.000"]
     (site,) = report.sites
-    assert site.steps[-1].cohorts == tuple(one.epsilon for one in site.lifetime.cohorts)
+    assert site.steps[-1].cohorts == tuple(element.epsilon for element in site.lifetime.cohorts)
 
 
 def test_calendar_axis_has_few_round_dates() -> None:
@@ -132,7 +135,7 @@ def test_axis_numbers_follow_the_report_language(run: Report) -> None:
 def test_reliability_chart_shows_a_perfectly_calibrated_reference(run: Report, language: str) -> None:
     report = change_facts(run, detail=make_detail("a", "b"))
     svg = parse_chart(report, "reliability", language)
-    markers = [one for one in svg.iter(f"{SVG}path") if "translate" in one.attrib.get("transform", "")]
+    markers = [element for element in svg.iter(f"{SVG}path") if "translate" in element.attrib.get("transform", "")]
     assert len(markers) >= 10, "a marker for each bin"
     words = load_catalog(language)
     for key in ("reliability_found", "reliability_perfect", "axis_probability", "axis_right"):
@@ -144,28 +147,31 @@ def test_reliability_chart_shows_a_perfectly_calibrated_reference(run: Report, l
 @pytest.mark.parametrize("code", CODES)
 def test_charts_without_data_or_bounds_are_omitted(code: str, run: Report, a_report_without_privacy: Make) -> None:
     of_nothing = replace(run.sites[0], steps=(), curve=())
-    nothing = change_facts(run, rounds=()) if code == "utility" else replace(run, sites=(of_nothing,))
-    for report in (nothing, a_report_without_privacy()):
+    without_data = change_facts(run, rounds=()) if code == "utility" else replace(run, sites=(of_nothing,))
+    for report in (without_data, a_report_without_privacy()):
         assert draw_chart(report, code).svg is None
     assert load_catalog("en").has("chart", f"{code}_none")
     # What never changes is said and not drawn.
-    once = change_facts(run, rounds=run.facts.rounds[:1])
-    assert draw_chart(once, "utility").svg is None
-    assert draw_chart(once, "utility").seen == load_catalog("en").text("chart.same")
+    one_round = change_facts(run, rounds=run.facts.rounds[:1])
+    assert draw_chart(one_round, "utility").svg is None
+    assert draw_chart(one_round, "utility").seen == load_catalog("en").text("chart.same")
 
 
 def test_identical_lines_are_drawn_once(run: Report, language: str) -> None:
-    said = {"en": "all 3 sites alike", "de": "alle 3 Einrichtungen gleich"}[language]
+    labels = {"en": "all 3 sites alike", "de": "alle 3 Einrichtungen gleich"}[language]
     three = [f"clinic-{n}" for n in range(3)]
-    alone = parse_chart(change_sites(run, [0] * 3, three), "epsilon_spent", language)
-    assert said in list_texts(alone)
-    both = parse_chart(change_sites(run, [0] * 3 + [1], [*three, "south-hospital"]), "epsilon_spent", language)
-    assert {"clinic-0 (+2)", "south-hospital"} <= set(list_texts(both))
+    three_sites = parse_chart(change_sites(run, [0] * 3, three), "epsilon_spent", language)
+    assert labels in list_texts(three_sites)
+    caps = parse_chart(change_sites(run, [0] * 3 + [1], [*three, "south-hospital"]), "epsilon_spent", language)
+    assert {"clinic-0 (+2)", "south-hospital"} <= set(list_texts(caps))
 
     def count_lines(svg: ElementTree.Element) -> int:
-        return sum(one.attrib.get("stroke-width") == "1.4" and "L" in one.attrib["d"] for one in svg.iter(f"{SVG}path"))
+        return sum(
+            element.attrib.get("stroke-width") == "1.4" and "L" in element.attrib["d"]
+            for element in svg.iter(f"{SVG}path")
+        )
 
-    assert (count_lines(alone), count_lines(both)) == (1, 2)
+    assert (count_lines(three_sites), count_lines(caps)) == (1, 2)
 
 
 def test_hostile_site_names_are_escaped_and_chart_lines_are_limited() -> None:
@@ -173,11 +179,11 @@ def test_hostile_site_names_are_escaped_and_chart_lines_are_limited() -> None:
         codes = CODES if report.utility else CODES[:2]
         for svg in filter(None, (draw_chart(report, code).svg for code in codes)):
             root = ElementTree.fromstring(str(svg))
-            assert not [one for one in root.iter() if "script" in one.tag.lower()]
+            assert not [element for element in root.iter() if "script" in element.tag.lower()]
             assert not re.search(r"<(?:script|style|metadata|!--)", str(svg))
-    found = list_texts(parse_chart(build_reports()["wide_run"], "epsilon_spent"))
-    assert any(text.startswith("<script>") for text in found)  # shortened, and nothing but text
-    assert any("_underscore" in text for text in found)  # a legend would leave it out
-    legend = [text for text in found if not re.fullmatch(r"[\d.]*|round|epsilon spent", text)]
+    ticks = list_texts(parse_chart(build_reports()["wide_run"], "epsilon_spent"))
+    assert any(text.startswith("<script>") for text in ticks)  # shortened, and nothing but text
+    assert any("_underscore" in text for text in ticks)  # a legend would leave it out
+    legend = [text for text in ticks if not re.fullmatch(r"[\d.]*|round|epsilon spent", text)]
     assert len(legend) == drawing.MAX_LINES + 1
     assert HOSTILE not in legend

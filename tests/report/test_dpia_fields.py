@@ -29,12 +29,12 @@ def test_report_contains_every_dpia_field_and_names_site_inputs(report: Report) 
     for code, field in dpia_fields.FIELDS.items():
         states = report.cells[code]
         assert list(states["site"]) == field["of_the_site"]
-        known = {name for state in ("auto", "design", "missing") for name in states.get(state, ())}
-        assert set(field["facts"]) - set(dpia_fields.OPTIONAL) <= known <= set(field["facts"])
+        known_names = {name for state in ("auto", "design", "missing") for name in states.get(state, ())}
+        assert set(field["facts"]) - set(dpia_fields.OPTIONAL) <= known_names <= set(field["facts"])
         # Only what fedtune knows has a value.
-        for state, shown in states.items():
-            known = state in ("auto", "design")
-            assert all((value is not None) == known for value in shown.values()), (code, state)
+        for state, names in states.items():
+            known_names = state in ("auto", "design")
+            assert all((value is not None) == known_names for value in names.values()), (code, state)
 
 
 def test_legal_fields_are_never_filled_by_fedtune() -> None:
@@ -54,10 +54,10 @@ def test_dpia_values_contain_no_prose_or_legal_claims(report: Report) -> None:
         for name, value in ((name, str(value)) for name, value in values.items()):
             assert not re.search("anonym|complian|lawful|gdpr|hipaa|impossible", value, re.IGNORECASE), name
             assert not value.endswith("."), "a sentence"
-    by_design = {name: value for found in list_facts(report, "design").values() for name, value in found.items()}
+    by_design = {name: value for fact in list_facts(report, "design").values() for name, value in fact.items()}
     assert by_design == dict(dpia_fields.BY_DESIGN)
     assert by_design["raw_records_leave_site"] == "no"
-    assert not {name for found in list_facts(report, "auto").values() for name in found} & by_design.keys()
+    assert not {name for fact in list_facts(report, "auto").values() for name in fact} & by_design.keys()
 
 
 def test_run_without_noise_has_unbounded_dpia_values(tmp_path: Path) -> None:

@@ -84,18 +84,18 @@ class Deployed:
     def write(self, report: Report) -> None:
         (self.folder / "report.json").write_text(signing.report_to_json(report))
 
-    def checks(self, **known: Any) -> tuple[Check, ...]:
+    def checks(self, **trusted: Any) -> tuple[Check, ...]:
         path, report = signing.read_report(str(self.folder))
-        return check_report(path, report, TrustedValues(**known))
+        return check_report(path, report, TrustedValues(**trusted))
 
     def holds(self) -> bool:
         """With all that there is to compare it with."""
         keys = {site: make_site_key(site).public for site in SITES}
         return hold(self.checks(key=self.lead.public, site_keys=keys))
 
-    def holds_by_the_other_program(self, *more: str) -> bool:
-        given = more or ("--key", self.lead.public, "--roster", str(self.roster))
-        return verify_report.main([str(self.folder), *given]) == 0
+    def holds_by_the_other_program(self, *extra: str) -> bool:
+        options = extra or ("--key", self.lead.public, "--roster", str(self.roster))
+        return verify_report.main([str(self.folder), *options]) == 0
 
 
 def write_roster(path: Path, lead: SigningKey, **revoked: str) -> None:
@@ -133,7 +133,7 @@ def simulate_run(into: Path) -> Deployed:
         record,
         config=config,
         config_sha256=config.digest(),
-        environments=tuple(replace(one, sampling=None, randomness=None) for one in record.environments),
+        environments=tuple(replace(entry, sampling=None, randomness=None) for entry in record.environments),
     )
     assert record.state is not None
     receipts = {
@@ -177,23 +177,25 @@ def test_valid_report_passes_both_verifiers(run: Deployed) -> None:
 
 def change_sites(facts: RunFacts, change: Callable[[SiteFacts], SiteFacts], *names: str) -> RunFacts:
     """The facts with some sites changed; without names, all."""
-    return replace(facts, sites=tuple(change(one) if one.site in (names or SITES) else one for one in facts.sites))
+    return replace(
+        facts, sites=tuple(change(entry) if entry.site in (names or SITES) else entry for entry in facts.sites)
+    )
 
 
 def resign_receipts(facts: RunFacts, *names: str, key: str = "", **changes: Any) -> RunFacts:
     """The facts with receipts that the sites signed so, or the holder of another key."""
     return change_sites(
-        facts, lambda one: replace(one, receipt=sign_receipt(one.receipt, key or one.site, **changes)), *names
+        facts, lambda entry: replace(entry, receipt=sign_receipt(entry.receipt, key or entry.site, **changes)), *names
     )
 
 
 def edit_receipts(facts: RunFacts, *names: str, **changes: Any) -> RunFacts:
     """The facts with receipts that were changed after they were signed."""
-    return change_sites(facts, lambda one: replace(one, receipt=replace(one.receipt, **changes)), *names)
+    return change_sites(facts, lambda entry: replace(entry, receipt=replace(entry.receipt, **changes)), *names)
 
 
 def remove_receipts(facts: RunFacts, *names: str) -> RunFacts:
-    return change_sites(facts, lambda one: replace(one, receipt=None), *names)
+    return change_sites(facts, lambda entry: replace(entry, receipt=None), *names)
 
 
 def drop_rounds(facts: RunFacts, rounds: int, **changes: Any) -> RunFacts:
@@ -217,16 +219,18 @@ def change_settings(facts: RunFacts, change: Callable[[dict[str, Any]], object])
     return replace(facts, sent=text, run=f"{facts.name}-{verify_report.hashlib.sha256(text.encode()).hexdigest()[:32]}")
 
 
-def exclude_updates(facts: RunFacts, site: str, why: str) -> RunFacts:
+def exclude_updates(facts: RunFacts, site: str, reason: str) -> RunFacts:
     """A site whose updates of all rounds but the first are called something else."""
-    first, *others = facts.rounds
-    said = [replace(one, sites=tuple(s for s in one.sites if s != site), failed_sites={site: why}) for one in others]
-    return replace(facts, rounds=(first, *said))
+    first, *rest = facts.rounds
+    changed_rounds = [
+        replace(entry, sites=tuple(s for s in entry.sites if s != site), failed_sites={site: reason}) for entry in rest
+    ]
+    return replace(facts, rounds=(first, *changed_rounds))
 
 
 def remove_site(facts: RunFacts, site: str) -> RunFacts:
-    rounds = tuple(replace(one, sites=tuple(s for s in one.sites if s != site)) for one in facts.rounds)
-    return replace(facts, rounds=rounds, sites=tuple(one for one in facts.sites if one.site != site))
+    rounds = tuple(replace(entry, sites=tuple(s for s in entry.sites if s != site)) for entry in facts.rounds)
+    return replace(facts, rounds=rounds, sites=tuple(entry for entry in facts.sites if entry.site != site))
 
 
 def change_model(facts: RunFacts, sha256: str) -> RunFacts:
@@ -234,9 +238,9 @@ def change_model(facts: RunFacts, sha256: str) -> RunFacts:
 
 
 def swap_receipts(facts: RunFacts) -> RunFacts:
-    first, second, *others = facts.sites
+    first, second, *rest = facts.sites
     pair = replace(first, receipt=second.receipt), replace(second, receipt=first.receipt)
-    return replace(facts, sites=(*pair, *others))
+    return replace(facts, sites=(*pair, *rest))
 
 
 def simulate_receipts(facts: RunFacts) -> RunFacts:
@@ -246,12 +250,12 @@ def simulate_receipts(facts: RunFacts) -> RunFacts:
 
 def begin_in_adapter(facts: RunFacts, signers: Sequence[str] | None = None, **changes: Any) -> RunFacts:
     """A run that began in an adapter, as its sites were asked and signed; the report changes what it says of that."""
-    about = {"epsilon": 2.0, "delta": 1e-5, "unit": "record"}
-    signed = {f"start_{key}": value for key, value in about.items()} | {"start_keys": signers}
+    privacy = {"epsilon": 2.0, "delta": 1e-5, "unit": "record"}
+    signed = {f"start_{key}": value for key, value in privacy.items()} | {"start_keys": signers}
     facts = change_settings(
         facts, lambda sent: (sent["model"].update(adapter_sha256=OTHER), sent["privacy"].update(signed))
     )
-    start = StartAdapter(**{"digest": OTHER, "run": None, "dataset": None, **about, **changes})
+    start = StartAdapter(**{"digest": OTHER, "run": None, "dataset": None, **privacy, **changes})
     return resign_receipts(replace(facts, provenance=replace(facts.provenance, start_adapter=start)), run=facts.run)
 
 
@@ -336,9 +340,9 @@ LIES: dict[str, Callable[[RunFacts], RunFacts]] = {
 """What a lead may change in the facts, before all else is derived from them and signed."""
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_forgeries_signed_by_the_lead_are_rejected(run: Deployed, lie: str) -> None:
-    run.write(signing.sign_report(derive_report(LIES[lie](run.facts)), run.lead))
+@pytest.mark.parametrize("forgery", LIES)
+def test_forgeries_signed_by_the_lead_are_rejected(run: Deployed, forgery: str) -> None:
+    run.write(signing.sign_report(derive_report(LIES[forgery](run.facts)), run.lead))
     assert not run.holds()
     assert not run.holds_by_the_other_program()
 
@@ -356,14 +360,14 @@ CRAFTED = {
 """Settings of another form, by what is wrong with them."""
 
 
-@pytest.mark.parametrize("wrong", CRAFTED)
-def test_sent_settings_of_another_form_are_rejected_with_a_reason(run: Deployed, wrong: str) -> None:
+@pytest.mark.parametrize("defect", CRAFTED)
+def test_sent_settings_of_another_form_are_rejected_with_a_reason(run: Deployed, defect: str) -> None:
     facts = begin_in_adapter(run.facts)
-    text = json.dumps(CRAFTED[wrong](json.loads(facts.sent)))
+    text = json.dumps(CRAFTED[defect](json.loads(facts.sent)))
     name = f"{facts.name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
     facts = resign_receipts(replace(facts, sent=text, run=name), run=name)
-    (found,) = problems(derive_report(facts))
-    assert "must be the settings that the sites received" in str(found)
+    (problem,) = problems(derive_report(facts))
+    assert "must be the settings that the sites received" in str(problem)
     run.write(signing.sign_report(derive_report(facts), run.lead))
     assert not run.holds()
     assert not run.holds_by_the_other_program()
@@ -374,10 +378,10 @@ def test_reasons_for_an_early_end_never_lower_the_epsilon(run: Deployed) -> None
     used_up = replace(facts.rounds[0], round=2, sites=(), failed_sites=dict.fromkeys(SITES, "plan_exhausted"))
     report = derive_report(replace(facts, rounds=(*facts.rounds, used_up)))
     assert [site.spent for site in report.sites] == [site.spent for site in derive_report(facts).sites]
-    whole, low = report.sites[0].spent.planned_epsilon, report.sites[0].spent.epsilon_pld
-    assert low < 0.7 * whole == 0.7 * report.epsilon
-    sites = tuple(replace(site, spent=replace(site.spent, epsilon=low)) for site in report.sites)
-    run.write(signing.sign_report(replace(report, sites=sites, epsilon=low), LEAD))
+    planned_epsilon, early_epsilon = report.sites[0].spent.planned_epsilon, report.sites[0].spent.epsilon_pld
+    assert early_epsilon < 0.7 * planned_epsilon == 0.7 * report.epsilon
+    sites = tuple(replace(site, spent=replace(site.spent, epsilon=early_epsilon)) for site in report.sites)
+    run.write(signing.sign_report(replace(report, sites=sites, epsilon=early_epsilon), LEAD))
     assert not run.holds()
     assert not run.holds_by_the_other_program()
 
@@ -390,9 +394,11 @@ def test_report_without_the_signature_of_the_lead_is_rejected(run: Deployed, key
 
 
 def test_revoked_site_of_a_run_is_named(run: Deployed, capsys: Any) -> None:
-    known = {"key": run.lead.public, "site_keys": {site: make_site_key(site).public for site in SITES}}
-    found = run.checks(**known, revoked={"south": "2026-01-01T00:00:00+00:00", "other": "2026-01-01T00:00:00+00:00"})
-    (keys,) = [check for check in found if check.name == "site keys"]
+    trusted = {"key": run.lead.public, "site_keys": {site: make_site_key(site).public for site in SITES}}
+    problem = run.checks(
+        **trusted, revoked={"south": "2026-01-01T00:00:00+00:00", "other": "2026-01-01T00:00:00+00:00"}
+    )
+    (keys,) = [check for check in problem if check.name == "site keys"]
     assert keys.state == "passed", "a site may leave after a run"
     assert keys.text.endswith("in the roster. south was revoked at 2026-01-01T00:00:00+00:00.")
     write_roster(run.roster, run.lead, south="2026-01-01T00:00:00+00:00")
@@ -439,16 +445,18 @@ def add_to_weights(folder: Path) -> None:
     tensors = load_file(path)
     changed = next(name for name in tensors if ".lora_B." in name)
     save_file(tensors | {changed: tensors[changed] + 1}, path)
-    heads = {f"head.{name}": one for name, one in load_file(folder / "head.safetensors").items() if name != "center"}
+    heads = {
+        f"head.{name}": entry for name, entry in load_file(folder / "head.safetensors").items() if name != "center"
+    }
     edit_json(folder / "fedtune.json", trained_sha256=Adapter(load_file(path) | heads).digest())
 
 
 def swap_head(folder: Path) -> None:
     """Call the head frozen and hide its signed tensors among the weights, so that another head has no hash."""
     weights, head = folder / "adapter_model.safetensors", folder / "head.safetensors"
-    signed = {f"head.{name}": one for name, one in load_file(head).items() if name != "center"}
+    signed = {f"head.{name}": entry for name, entry in load_file(head).items() if name != "center"}
     save_file(load_file(weights) | signed, weights)
-    save_file({name: one + 1 for name, one in load_file(head).items()}, head)
+    save_file({name: entry + 1 for name, entry in load_file(head).items()}, head)
     settings = json.loads((folder / "fedtune.json").read_text())
     edit_json(folder / "fedtune.json", head={**settings["head"], "train": False})
 
@@ -461,9 +469,9 @@ def add_magnitudes(folder: Path) -> None:
 
 def edit_adapter_settings(folder: Path, file: str = "fedtune.json", group: str = "", **values: Any) -> None:
     """Change settings in one of the adapter's files, in the form in which fedtune writes it."""
-    told = json.loads((folder / file).read_text())
-    told |= {group: told[group] | values} if group else values
-    (folder / file).write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
+    settings = json.loads((folder / file).read_text())
+    settings |= {group: settings[group] | values} if group else values
+    (folder / file).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def reverse_labels(folder: Path) -> None:
@@ -570,11 +578,13 @@ def test_independent_verifier_knows_the_settings_that_peft_reads(
     modules = [f"encoder.layer.{layer}.attention.self.{name}" for layer in (0, 11) for name in ("query", "value")]
     config = make_peft_config(lora, modules, predicts_tokens=predicts_tokens, transposed=False).to_dict()
     config |= {"inference_mode": True, "revision": "main", "peft_version": "9", "base_model_name_or_path": "a/b"}
-    own = {key: sorted(one) if isinstance(one, set) else one for key, one in config.items()}
+    canonical = {key: sorted(entry) if isinstance(entry, set) else entry for key, entry in config.items()}
     sent = {"task": "preference" if predicts_tokens else "votes", "lora": json.loads(json.dumps(asdict(lora)))}
-    verify_report.check_peft_settings(own, sent, {"revision": "main"}, modules)
+    verify_report.check_peft_settings(canonical, sent, {"revision": "main"}, modules)
     with pytest.raises(verify_report.Wrong, match="modules"):
-        verify_report.check_peft_settings(own | {"target_modules": modules[:1]}, sent, {"revision": "main"}, modules)
+        verify_report.check_peft_settings(
+            canonical | {"target_modules": modules[:1]}, sent, {"revision": "main"}, modules
+        )
 
 
 def test_independent_verifier_knows_the_values_of_features() -> None:
@@ -583,8 +593,8 @@ def test_independent_verifier_knows_the_values_of_features() -> None:
         FeatureSpec(columns=("ward",), categories=("a", "b")),
         FeatureSpec(columns=("wave",), range=(-1.5, 1.5), size=2),
     ]
-    names = [name for one in features for name in one.iter_value_names()]
-    assert verify_report.value_names(json.loads(json.dumps([asdict(one) for one in features]))) == names
+    names = [name for entry in features for name in entry.iter_value_names()]
+    assert verify_report.value_names(json.loads(json.dumps([asdict(entry) for entry in features]))) == names
 
 
 def test_repeated_key_that_the_signature_does_not_cover_is_rejected(run: Deployed) -> None:
@@ -597,8 +607,8 @@ def test_repeated_key_that_the_signature_does_not_cover_is_rejected(run: Deploye
 
 def test_independent_verifier_knows_the_tensors_of_each_kind_and_task() -> None:
     assert verify_report.TENSORS == TENSOR_FILES
-    own = {name: task.has_head for name, task in TASKS.items() if type(task).__module__.startswith("fedtune.")}
-    assert own == verify_report.HEADS
+    canonical = {name: task.has_head for name, task in TASKS.items() if type(task).__module__.startswith("fedtune.")}
+    assert canonical == verify_report.HEADS
 
 
 @pytest.mark.parametrize(
@@ -631,24 +641,24 @@ def test_independent_verifier_knows_the_names_of_a_head(task: str, hidden: tuple
 
 @pytest.mark.parametrize("sent", ["", "{}", "[]", '{"task": "classification"}'])
 def test_report_without_the_sent_settings_is_rejected_with_a_reason(run: Deployed, sent: str) -> None:
-    found = checks._check_model_files(replace(run.facts, sent=sent), None, run.folder / "adapter", None)
-    texts = {check.name: check.text for check in found}
+    problem = checks._check_model_files(replace(run.facts, sent=sent), None, run.folder / "adapter", None)
+    texts = {check.name: check.text for check in problem}
     assert texts["files"] == "The report does not contain the settings that the sites received."
 
 
 def test_start_epsilon_is_the_leads_word_unless_listed_sites_signed_for_it(run: Deployed) -> None:
     keys = {site: make_site_key(site).public for site in SITES}
-    both, stranger = [keys["north"], keys["south"]], [keys["north"], STRANGER.public]
-    for signers, known, state in (
-        (both, keys, "passed"),
-        (both, None, "missing"),
+    both_keys, stranger = [keys["north"], keys["south"]], [keys["north"], STRANGER.public]
+    for signers, trusted, state in (
+        (both_keys, keys, "passed"),
+        (both_keys, None, "missing"),
         (stranger, keys, "missing"),
         ([], keys, "missing"),
         (None, keys, "missing"),
     ):
-        (found,) = check_start(begin_in_adapter(run.facts, signers), known)
-        assert found.state == state
-        assert ("is the lead's word" in found.text) == (state == "missing")
+        (problem,) = check_start(begin_in_adapter(run.facts, signers), trusted)
+        assert problem.state == state
+        assert ("is the lead's word" in problem.text) == (state == "missing")
     assert not [*check_start(run.facts, None)], "a run without a start"
     assert not [*check_start(begin_in_adapter(run.facts, epsilon=None), keys)], "nothing is claimed"
     assert not [*check_start(begin_in_adapter(run.facts, public=True), keys)]
@@ -673,8 +683,8 @@ def test_export_of_real_sites_is_only_the_leads_word(run: Deployed) -> None:
     (files,) = [check for check in run.checks(model=export) if check.name == "files"]
     assert files.state == "missing"
     assert "sites did not sign it" in files.text
-    given = ("--key", run.lead.public, "--roster", str(run.roster), "--model", str(export))
-    assert not run.holds_by_the_other_program(*given)
+    options = ("--key", run.lead.public, "--roster", str(run.roster), "--model", str(export))
+    assert not run.holds_by_the_other_program(*options)
 
 
 def test_empty_model_folder_is_rejected(run: Deployed) -> None:
@@ -738,10 +748,10 @@ def test_independent_verifier_epsilon_is_a_tight_upper_bound() -> None:
     plans += [(1.0, 0.12, 1, 1e-5), (0.1, 0.1, 10, 1e-5)]  # losses far above those of any useful guarantee
     plans += [(10 ** draws.uniform(-2, -0.5), draws.uniform(0.7, 4), draws.randrange(1, 300), 1e-6) for _ in range(4)]
     for rate, noise, steps, delta in plans:
-        found = verify_report.epsilon_of({(rate, noise): steps}, delta)
+        problem = verify_report.epsilon_of({(rate, noise): steps}, delta)
         event = events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)
         tight = accountant.epsilon_pld([event], delta)
-        assert (1 - 1e-4) * tight <= found <= (1 + verify_report.SLACK / 2) * tight
+        assert (1 - 1e-4) * tight <= problem <= (1 + verify_report.SLACK / 2) * tight
 
 
 @pytest.mark.parametrize("share", [0.985, 1 - 3e-3])

@@ -28,21 +28,21 @@ from .shown import find_assumption, read_status, require_sound
 @pytest.fixture
 def charged_ledger(books: Any) -> Books:
     """Two runs: `r` with two rounds, and `s` with more noise and one; nothing is over yet."""
-    made = books()
-    made.charge(run_proposal(), 1, 2)
-    made.charge(run_proposal(run="s", noise_multiplier=6.0), 1)
-    return made
+    site_books = books()
+    site_books.charge(run_proposal(), 1, 2)
+    site_books.charge(run_proposal(run="s", noise_multiplier=6.0), 1)
+    return site_books
 
 
 def test_empty_ledger_reports_no_spending_and_its_declared_sizes(books: Any) -> None:
-    both = tuple(Dataset(id=name, declared_size=size) for name, size in (("patients", 100), ("archive", 50)))
-    made = books(dataset=both)
-    report = require_sound(from_ledger.build_ledger_report(made.ledger))
+    datasets = tuple(Dataset(id=name, declared_size=size) for name, size in (("patients", 100), ("archive", 50)))
+    site_books = books(dataset=datasets)
+    report = require_sound(from_ledger.build_ledger_report(site_books.ledger))
     (site,) = report.sites
     assert (report.verdict.state, report.verdict.reasons, report.epsilon) == ("within", ("nothing_spent",), 0.0)
     assert (site.steps, report.facts.releases, site.mechanisms, site.curve) == ((), (), (), ())
-    made.charge(run_proposal(), 1)
-    facts = from_ledger.build_ledger_report(made.ledger).known
+    site_books.charge(run_proposal(), 1)
+    facts = from_ledger.build_ledger_report(site_books.ledger).known
     assert facts["declared_sizes"] == {"a": 150}, "the sites of a ledger are one, whatever its data sets"
     assert (facts["declared_total"], facts["dataset"]) == (150, "patients, archive")
 
@@ -64,15 +64,15 @@ def test_report_figures_match_the_ledger(charged_ledger: Books) -> None:
 
 
 def test_approvals_show_person_ticket_and_reason_but_denials_do_not(books: Any) -> None:
-    made = books()
-    made.open().approve(run_proposal(), by="Anna Weber", ticket="DPO-7", why="agreed")
-    made.open().approve(run_proposal(noise_multiplier=5.0), by="somebody else")
-    made.charge(run_proposal(), 1)
-    made.open().deny(run_proposal(), "not told", by="Bo Lind")
-    report = require_sound(from_ledger.build_ledger_report(made.ledger))
+    site_books = books()
+    site_books.open().approve(run_proposal(), by="Anna Weber", ticket="DPO-7", why="agreed")
+    site_books.open().approve(run_proposal(noise_multiplier=5.0), by="somebody else")
+    site_books.charge(run_proposal(), 1)
+    site_books.open().deny(run_proposal(), "not told", by="Bo Lind")
+    report = require_sound(from_ledger.build_ledger_report(site_books.ledger))
     (run,) = report.facts.runs
-    said = {"what": "approved", "by": "Anna Weber", "ticket": "DPO-7", "why": "agreed", "day": report.facts.date}
-    assert run.approvals == (said,)
+    approval = {"what": "approved", "by": "Anna Weber", "ticket": "DPO-7", "why": "agreed", "day": report.facts.date}
+    assert run.approvals == (approval,)
     assert "not told" not in json.dumps(to_json(report)), "a denial's reason stays in the ledger"
 
 
@@ -109,7 +109,7 @@ def test_releases_and_refusals_are_counted_by_run_and_reason(charged_ledger: Boo
         charged_ledger.refuse(Reason.MAX_RANK, run=run)
     charged_ledger.open().make_offer(run_proposal(run="t"))
     report = from_ledger.build_ledger_report(charged_ledger.ledger)
-    assert {(one.run, one.kind, one.reason): one.count for one in report.facts.releases} == {
+    assert {(entry.run, entry.kind, entry.reason): entry.count for entry in report.facts.releases} == {
         ("r", "update", None): 2,
         ("s", "update", None): 1,
         ("s", "reservation_without_update", None): 1,
@@ -120,7 +120,9 @@ def test_releases_and_refusals_are_counted_by_run_and_reason(charged_ledger: Boo
     }
     assert report.sites[0].spent.rounds == 4, "a round that was reserved is charged"
     days = {event.time[:10] for event in verify(charged_ledger.ledger).events}
-    assert all(one.first in days and one.last in days and one.first <= one.last for one in report.facts.releases)
+    assert all(
+        entry.first in days and entry.last in days and entry.first <= entry.last for entry in report.facts.releases
+    )
 
 
 def test_report_contains_no_record_data_paths_or_times_of_day(charged_ledger: Books) -> None:
@@ -134,30 +136,36 @@ def test_report_contains_no_record_data_paths_or_times_of_day(charged_ledger: Bo
     for name in ("site_key.pem", "ledger.db", "path", 'columns"'):
         assert name not in text
     (site,), events = report.sites, verify(charged_ledger.ledger).events
-    told = {report.facts.date, *(step.time for step in site.steps)}
-    told |= {time for release in report.facts.releases for time in (release.first, release.last)}
-    assert told == {events[-1].time[:10]}
+    shown_times = {report.facts.date, *(step.time for step in site.steps)}
+    shown_times |= {time for release in report.facts.releases for time in (release.first, release.last)}
+    assert shown_times == {events[-1].time[:10]}
     for event in events:
         if event.kind in (Kind.RESERVE, Kind.COMMIT, Kind.PLAN):
             assert event.time not in text
 
 
 def test_site_policy_supplies_the_expected_key_and_anchor(books: Any) -> None:
-    made = books(anchor="elsewhere/anchor.json")
-    made.charge(run_proposal(), 1)
-    alone = from_ledger.build_ledger_report(made.ledger).facts
-    assert (alone.verification.key_expected, alone.verification.rollback_excluded) == (False, False)
-    report = from_ledger.build_ledger_report(made.site_toml)
-    found = report.facts.verification
-    assert (found.key_expected, found.rollback_excluded, found.anchor_sequence) == (True, True, found.num_events)
+    site_books = books(anchor="elsewhere/anchor.json")
+    site_books.charge(run_proposal(), 1)
+    without_anchor = from_ledger.build_ledger_report(site_books.ledger).facts
+    assert (without_anchor.verification.key_expected, without_anchor.verification.rollback_excluded) == (False, False)
+    report = from_ledger.build_ledger_report(site_books.site_toml)
+    verification = report.facts.verification
+    assert (verification.key_expected, verification.rollback_excluded, verification.anchor_sequence) == (
+        True,
+        True,
+        verification.num_events,
+    )
     assert (read_status(report, "no_event_missing"), read_status(report, "policy_noted")) == ("verified", "verified")
-    by_hand = from_ledger.build_ledger_report(made.ledger, anchor=made.folder / "elsewhere" / "anchor.json")
-    assert by_hand.facts.verification.rollback_excluded
+    explicit = from_ledger.build_ledger_report(
+        site_books.ledger, anchor=site_books.folder / "elsewhere" / "anchor.json"
+    )
+    assert explicit.facts.verification.rollback_excluded
     # Under another key than the site's it is not verified.
-    (made.folder / "site_key.pem").unlink()
-    SigningKey.load_or_create(made.folder / "site_key.pem")
-    assert from_ledger.build_ledger_report(made.ledger).verdict.state == "within"
-    assert from_ledger.build_ledger_report(made.site_toml).verdict.reasons == ("ledger_not_verified",)
+    (site_books.folder / "site_key.pem").unlink()
+    SigningKey.load_or_create(site_books.folder / "site_key.pem")
+    assert from_ledger.build_ledger_report(site_books.ledger).verdict.state == "within"
+    assert from_ledger.build_ledger_report(site_books.site_toml).verdict.reasons == ("ledger_not_verified",)
 
 
 def test_unrecorded_policy_change_is_reported_as_violated(charged_ledger: Books) -> None:
@@ -192,7 +200,7 @@ def test_report_uses_the_period_of_the_current_policy(charged_ledger: Books) -> 
     assert report.verdict.reasons == ("above_period_cap",)
     assert (report.facts.approved.period, report.sites[0].lifetime.period) == ("month", "month")
     # And loosens nothing noted.
-    charged_ledger.edit(noted=True, budget={"period": "year"})
+    charged_ledger.edit(record_change=True, budget={"period": "year"})
     charged_ledger.edit(budget={"period": "month", "max_epsilon_per_period": 39.0})
     report = from_ledger.build_ledger_report(charged_ledger.site_toml)
     assert report.verdict.reasons == ("above_period_cap",)
@@ -226,19 +234,19 @@ LOOSENED = ("within", ("limits_loosened",))
 def test_verdict_follows_the_caps_before_and_after_spending(
     opened: Any, before: Any, after: Any, verdict: Any, books: Any
 ) -> None:
-    made = books(budget=opened)
-    made.edit(noted=True, budget=before)
-    made.charge(run_proposal(), 1, 2)
-    made.charge(run_proposal(run="s", noise_multiplier=6.0), 1)
-    made.edit(noted=True, budget=after)
-    report = require_sound(from_ledger.build_ledger_report(made.ledger))
+    site_books = books(budget=opened)
+    site_books.edit(record_change=True, budget=before)
+    site_books.charge(run_proposal(), 1, 2)
+    site_books.charge(run_proposal(run="s", noise_multiplier=6.0), 1)
+    site_books.edit(record_change=True, budget=after)
+    report = require_sound(from_ledger.build_ledger_report(site_books.ledger))
     (site,) = report.sites
     assert (report.verdict.state, report.verdict.reasons) == verdict
     assert (read_status(report, "cap_never_raised") == "violated") == ("cap_raised" in verdict[1])
     assert (site.meaning is None) == (verdict[0] == "no_guarantee")
-    noted = {"max_epsilon": 5.0, **opened, **before, **after}
-    assert report.facts.approved.max_epsilon_per_run == noted.get("max_epsilon_per_run")
-    cap = noted["max_epsilon"]
+    expected_caps = {"max_epsilon": 5.0, **opened, **before, **after}
+    assert report.facts.approved.max_epsilon_per_run == expected_caps.get("max_epsilon_per_run")
+    cap = expected_caps["max_epsilon"]
     assert report.facts.approved.max_epsilon == (None if cap == ANY else cap) == site.lifetime.caps[-1].max_epsilon
     assert (site.lifetime.remaining_epsilon is None) == (cap == ANY)
     assert (
@@ -247,19 +255,20 @@ def test_verdict_follows_the_caps_before_and_after_spending(
 
 
 def test_old_anchor_excludes_rollback_only_up_to_its_event(books: Any, tmp_path: Path) -> None:
-    made = books(anchor="anchor.json")
-    made.charge(run_proposal(), 1)
-    old = shutil.copy(made.folder / "anchor.json", tmp_path / "old.json")
-    made.charge(run_proposal(), 2)
-    backup = made.copy_ledger("backup.db")
-    made.charge(run_proposal(), 3)
-    shutil.copy(backup, made.ledger)  # the third round is gone, and the old anchor cannot tell
-    report = require_sound(from_ledger.build_ledger_report(made.ledger, anchor=Path(old)))
-    found = report.facts.verification
-    assert (found.rollback_excluded, found.num_events - found.anchor_sequence) == (False, 2)
+    site_books = books(anchor="anchor.json")
+    site_books.charge(run_proposal(), 1)
+    old = shutil.copy(site_books.folder / "anchor.json", tmp_path / "old.json")
+    site_books.charge(run_proposal(), 2)
+    backup = site_books.copy_ledger("backup.db")
+    site_books.charge(run_proposal(), 3)
+    shutil.copy(backup, site_books.ledger)  # the third round is gone, and the old anchor cannot tell
+    report = require_sound(from_ledger.build_ledger_report(site_books.ledger, anchor=Path(old)))
+    verification = report.facts.verification
+    assert (verification.rollback_excluded, verification.num_events - verification.anchor_sequence) == (False, 2)
     assert read_status(report, "no_event_missing") == "assumed"
     assert (
-        find_assumption(report, "no_event_missing").evidence == f"anchor: {found.anchor_sequence} / {found.num_events}"
+        find_assumption(report, "no_event_missing").evidence
+        == f"anchor: {verification.anchor_sequence} / {verification.num_events}"
     )
     assert report.known["rollback_excluded"] == "up_to_the_anchor"
 
@@ -272,20 +281,20 @@ def test_old_anchor_excludes_rollback_only_up_to_its_event(books: Any, tmp_path:
 def test_mechanism_curve_is_used_only_for_fully_planned_spending(
     rounds: Any, more: Any, known: bool, books: Any
 ) -> None:
-    made = books()
+    site_books = books()
     for run in ["r", *more]:
-        made.charge(run_proposal(run=run, num_rounds=2, spare_rounds=0), *rounds)
-    report = require_sound(from_ledger.build_ledger_report(made.site_toml))
+        site_books.charge(run_proposal(run=run, num_rounds=2, spare_rounds=0), *rounds)
+    report = require_sound(from_ledger.build_ledger_report(site_books.site_toml))
     (site,) = report.sites
     figures = [site.meaning.correct_of_100_mechanism, *(rate.mechanism for rate in site.meaning.hit_rates)]
     assert [figure is not None for figure in figures] == [known] * len(figures)
-    found = {one.code: one.status for one in report.assumptions}
-    assert found.get("ends_independent_of_releases") == ("assumed" if len(rounds) == 1 else None)
+    verification = {entry.code: entry.status for entry in report.assumptions}
+    assert verification.get("ends_independent_of_releases") == ("assumed" if len(rounds) == 1 else None)
     assert (report.known["correct_of_100_mechanism"] == "not_computed") == (not known)
 
 
 @pytest.mark.parametrize(
-    ("statement", "says"),
+    ("statement", "message"),
     [
         ("UPDATE events SET time = replace(time, '+00:00', '+00:01') WHERE sequence = 5", "event 5 was changed"),
         ("DELETE FROM events WHERE sequence = 4", "event 4 is missing"),
@@ -293,19 +302,19 @@ def test_mechanism_curve_is_used_only_for_fully_planned_spending(
         ("UPDATE events SET detail = '{}' WHERE sequence = 6", "event 6"),
     ],
 )
-def test_report_of_a_tampered_ledger_states_no_guarantee(charged_ledger: Books, statement: str, says: str) -> None:
+def test_report_of_a_tampered_ledger_states_no_guarantee(charged_ledger: Books, statement: str, message: str) -> None:
     charged_ledger.tamper(statement)
     for path in (charged_ledger.ledger, charged_ledger.site_toml):
         report = from_ledger.build_ledger_report(path)
         assert report.verdict.state == "no_guarantee"
         assert "ledger_not_verified" in report.verdict.reasons
         assert read_status(report, "ledger_intact") == "violated"
-        said = find_assumption(report, "ledger_intact").evidence
-        assert says in said
-        assert str(charged_ledger.folder) not in said
+        approval = find_assumption(report, "ledger_intact").evidence
+        assert message in approval
+        assert str(charged_ledger.folder) not in approval
         (site,) = report.sites
         assert (report.facts.verification, site.meaning) == (None, None)
-        assert {one.status for one in report.assumptions} <= {"violated", "assumed"}, "its own word shows nothing"
+        assert {entry.status for entry in report.assumptions} <= {"violated", "assumed"}, "its own word shows nothing"
 
 
 def test_missing_unreadable_or_foreign_ledger_raises_an_error(charged_ledger: Books, tmp_path: Path) -> None:
@@ -313,11 +322,11 @@ def test_missing_unreadable_or_foreign_ledger_raises_an_error(charged_ledger: Bo
         (tmp_path / "ledger.db").write_bytes(content)
         with pytest.raises(RunError, match=r"ledger\.db"):
             from_ledger.build_ledger_report(tmp_path / "ledger.db")
-    for name, said in (
+    for name, approval in (
         ("none.db", "does not exist: pass the path of an existing ledger"),
         ("none.toml", r"none\.toml"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=approval):
             from_ledger.build_ledger_report(tmp_path / name)
     with pytest.raises(ConfigError, match="anchor"):
         from_ledger.build_ledger_report(charged_ledger.ledger, anchor=tmp_path / "none.json")

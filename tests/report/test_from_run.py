@@ -41,13 +41,13 @@ def test_report_figures_match_run_json(run_folder: Path) -> None:
     assert (report.epsilon, report.facts.delta) == (result["privacy"]["epsilon"], result["privacy"]["delta"])
     assert (report.facts.target_epsilon, report.facts.seeded_noise) == (8.0, False)
     for site in report.sites:
-        said = result["privacy"]["sites"][site.site]
+        stated = result["privacy"]["sites"][site.site]
         spent = site.spent
-        assert (spent.epsilon, spent.epsilon_rdp) == (said["epsilon"], said["epsilon_rdp"])
-        assert (spent.rounds, spent.steps) == (said["rounds"], said["steps"])
-        assert spent.planned_epsilon == said["planned_epsilon"]
+        assert (spent.epsilon, spent.epsilon_rdp) == (stated["epsilon"], stated["epsilon_rdp"])
+        assert (spent.rounds, spent.steps) == (stated["rounds"], stated["steps"])
+        assert spent.planned_epsilon == stated["planned_epsilon"]
         assert site.source == "charged_by_receipts"
-    assert [(facts.is_upper_bound(one), one.statement) for one in facts.sites] == [(False, None)] * 2
+    assert [(facts.is_upper_bound(item), item.statement) for item in facts.sites] == [(False, None)] * 2
     assert facts.declared_sizes == {"site-1": 80, "site-2": 90}
     assert problems(report) == []
     assert not any(str(folder) in signing.report_to_json(report) for folder in (run_folder, run_folder.parent))
@@ -69,27 +69,27 @@ def test_number_of_compositions_is_bounded_for_many_rounds(run_folder: Path, mon
     composed = Mock(side_effect=itertools.count(0.1, 0.1))
     monkeypatch.setattr(run_figures.profile, "epsilon_pld", composed)
     compute_all_gradients = replace(facts.sites[0], receipt=replace(facts.sites[0].receipt, charged_rounds=5000))
-    shown = [step.epsilon for step in run_figures._derive_steps(facts, compute_all_gradients, 5.0)]
+    max_bound = [step.epsilon for step in run_figures._derive_steps(facts, compute_all_gradients, 5.0)]
     assert run_figures._MAX_FIGURES / 2 < composed.call_count <= run_figures._MAX_FIGURES
-    assert shown == sorted(shown)
-    assert (len(shown), shown[0], shown[-1]) == (5000, 0.1, 5.0)
+    assert max_bound == sorted(max_bound)
+    assert (len(max_bound), max_bound[0], max_bound[-1]) == (5000, 0.1, 5.0)
 
 
 def test_report_shows_the_recorded_environments_of_the_run(folder: Path) -> None:
-    noted = json.loads((folder / "environment.json").read_text())
-    (own,) = noted["environments"]
-    other = {"python": "3.0.0", "machine": "abacus", "device": "beads", "system": "Stone"}
-    other |= {"fedtune_version": "0.0.1", "libraries": {"torch": "0.0.7"}}
-    noted["environments"] = [own | other]
-    (folder / "environment.json").write_text(json.dumps(noted))
+    environment = json.loads((folder / "environment.json").read_text())
+    (own_digests,) = environment["environments"]
+    other_environment = {"python": "3.0.0", "machine": "abacus", "device": "beads", "system": "Stone"}
+    other_environment |= {"fedtune_version": "0.0.1", "libraries": {"torch": "0.0.7"}}
+    environment["environments"] = [own_digests | other_environment]
+    (folder / "environment.json").write_text(json.dumps(environment))
     provenance = from_run.build_run_report(folder).facts.provenance
     assert (provenance.python, provenance.machine) == ("3.0.0", "Stone abacus, beads")
     assert (provenance.fedtune_version, provenance.libraries) == ("0.0.1", {"torch": "0.0.7"})
     # It was resumed with another Python.
-    noted["environments"] = [own, own | {"since": "2040-01-01T00:00:00+00:00", "python": "4.0"}]
-    (folder / "environment.json").write_text(json.dumps(noted))
+    environment["environments"] = [own_digests, own_digests | {"since": "2040-01-01T00:00:00+00:00", "python": "4.0"}]
+    (folder / "environment.json").write_text(json.dumps(environment))
     provenance = from_run.build_run_report(folder).facts.provenance
-    assert provenance.python == f"{own['python']} / 4.0"
+    assert provenance.python == f"{own_digests['python']} / 4.0"
     assert provenance.machine.count("/") == 0
 
 
@@ -128,12 +128,12 @@ def change_receipts(folder: Path, change: Callable[[Receipt], Receipt]) -> None:
 
 def build_doubted_report(folder: Path) -> Report:
     """The report of a run whose receipts do not show what was charged: each site counts the whole plan."""
-    report, most = require_sound(from_run.build_run_report(folder)), from_run.read_run(folder).plan.max_rounds
+    report, max_rounds = require_sound(from_run.build_run_report(folder)), from_run.read_run(folder).plan.max_rounds
     assert report.verdict == BudgetVerdict(state="within", reasons=("site_silent",))
     assert read_status(report, "every_site_answered") == "violated"
     facts = report.facts
     assert [(facts.count_charged_rounds(site), facts.is_upper_bound(site)) for site in facts.sites] == [
-        (most, True)
+        (max_rounds, True)
     ] * 2
     assert report.epsilon == report.sites[0].spent.planned_epsilon
     return report
@@ -150,15 +150,15 @@ def test_receipts_not_matching_the_site_or_run_are_ignored(folder: Path, changed
     change_receipts(folder, lambda receipt: changed(receipt, **changes))
     report = build_doubted_report(folder)
     assert [site.receipt for site in report.facts.sites] == [None, None]
-    assert {one.run for site in report.sites for one in site.mechanisms} == {read_saved_config(folder).run_id()}
+    assert {item.run for site in report.sites for item in site.mechanisms} == {read_saved_config(folder).run_id()}
 
 
 def test_receipts_older_than_the_updates_are_ignored(folder: Path) -> None:
     record = from_run.read_run(folder)
-    (newest,) = folder.glob("checkpoints/round-0002*")
-    newest.rename(folder / "kept")
+    (newest_checkpoint,) = folder.glob("checkpoints/round-0002*")
+    newest_checkpoint.rename(folder / "kept")
     older = Checkpoints(folder / "checkpoints", record.config_sha256).load().receipts
-    (folder / "kept").rename(newest)
+    (folder / "kept").rename(newest_checkpoint)
     assert {site: receipt.charged_rounds for site, receipt in older.items()} == dict.fromkeys(SITES, 1)
     change_receipts(folder, lambda receipt: older[receipt.site])
     build_doubted_report(folder)
@@ -167,8 +167,8 @@ def test_receipts_older_than_the_updates_are_ignored(folder: Path) -> None:
 @pytest.mark.parametrize("journal", [True, False])
 def test_checkpoint_before_the_last_round_counts_the_whole_plan(folder: Path, journal: bool) -> None:
     whole = from_run.build_run_report(folder)
-    (newest,) = folder.glob("checkpoints/round-0002*")
-    newest.unlink()
+    (newest_checkpoint,) = folder.glob("checkpoints/round-0002*")
+    newest_checkpoint.unlink()
     if not journal:
         (folder / "checkpoints" / "asked.jsonl").unlink()
     report = build_doubted_report(folder)
@@ -189,26 +189,26 @@ AUDIT = {
 
 def test_audit_attack_exceeding_the_claimed_bound_voids_the_guarantee(folder: Path) -> None:
     assert "attack_on_real_records" not in from_run.build_run_report(folder).unprotected_figures
-    shown = audit_bound.compute_max_lower_bound(9, delta=1e-5, confidence=0.95)
-    bound = {"site": "site-1", "claimed_epsilon": 0.4, "lower_bound": shown, "best_possible": shown}
+    max_bound = audit_bound.compute_max_lower_bound(9, delta=1e-5, confidence=0.95)
+    bound = {"site": "site-1", "claimed_epsilon": 0.4, "lower_bound": max_bound, "best_possible": max_bound}
     attack = {"site": None, "score": "loss", "members": 9, "non_members": 9}
     attack |= {"auroc": 0.6, "auroc_low": 0.5, "auroc_high": 0.7}
     attack |= {"hit_rates": [{"false_positive_rate": 0.01, "true_positive_rate": None, "low": None, "high": None}]}
-    found = AUDIT | {
+    audit = AUDIT | {
         "exceeded": True,
         "bounds": [bound | dict.fromkeys(("canaries", "guesses", "correct"), 9)],
         "membership": [attack],
     }
-    (folder / "audit.json").write_text(json.dumps(found))
+    (folder / "audit.json").write_text(json.dumps(audit))
     report = require_sound(from_run.build_run_report(folder))
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("refuted_by_audit",))
     assert [site.meaning is None for site in report.sites] == [True, False]
     assert "attack_on_real_records" in report.unprotected_figures
-    (folder / "audit.json").write_text(json.dumps(found | {"delta": 1e-4}))
+    (folder / "audit.json").write_text(json.dumps(audit | {"delta": 1e-4}))
     with pytest.raises(RunError, match="belongs to another run: its delta is"):
         from_run.build_run_report(folder)
     # Nor does it help that the bounds are gone while it says that one was passed.
-    (folder / "audit.json").write_text(json.dumps(found | {"bounds": []}))
+    (folder / "audit.json").write_text(json.dumps(audit | {"bounds": []}))
     assert [site.verdict.state for site in from_run.build_run_report(folder).sites] == ["no_guarantee"] * 2
 
 
@@ -239,32 +239,32 @@ def test_damaged_run_files_are_named_in_the_error(folder: Path) -> None:
         ("checkpoints/round-0002*", lambda data: data[:-9], RunError, "is damaged"),
     ):
         (path,) = folder.glob(name)
-        right = path.read_bytes()
-        path.write_bytes(damage(right))
+        original = path.read_bytes()
+        path.write_bytes(damage(original))
         with pytest.raises(error, match=match):
             from_run.build_run_report(folder)
-        path.write_bytes(right)
+        path.write_bytes(original)
 
 
 def test_exports_file_claims_no_name_in_the_runs_own_adapter(folder: Path) -> None:
-    own = from_run.hash_model_files(folder)
-    assert all(name.startswith("adapter/") for name in own)
+    own_digests = from_run.hash_model_files(folder)
+    assert all(name.startswith("adapter/") for name in own_digests)
     (folder / "exports.json").write_text(
         json.dumps({"adapter/model.safetensors": "ab", "merged/model.safetensors": "cd"})
     )
-    assert from_run.hash_model_files(folder) == {**own, "merged/model.safetensors": "cd"}
+    assert from_run.hash_model_files(folder) == {**own_digests, "merged/model.safetensors": "cd"}
 
 
 def test_configuration_with_a_different_privacy_cost_is_refused(folder: Path) -> None:
     path = folder / "config.yaml"
-    right = OmegaConf.load(path)
+    original = OmegaConf.load(path)
     for changes, key in (
         ({"privacy": {"sampling_rate": 0.1}}, "privacy.sampling_rate"),
         ({"privacy": {"delta": 1e-6}}, "privacy.delta"),
         ({"training": {"local_steps": 1}}, "training.local_steps"),
         ({"privacy": {"unit": "user"}, "data": {"columns": {"user": "text"}}}, "privacy.unit"),
     ):
-        path.write_text(OmegaConf.to_yaml(OmegaConf.merge(right, changes)))
+        path.write_text(OmegaConf.to_yaml(OmegaConf.merge(original, changes)))
         with pytest.raises(ConfigError, match=f"{key}.*does not match run.json"):
             from_run.build_run_report(folder)
 

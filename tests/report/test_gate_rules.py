@@ -126,9 +126,9 @@ def evidence(config: RunConfig) -> Evidence:
         for site in report.facts.sites
     )
     settings = {**report.facts.settings, "runtime": "deployment"}
-    rounds = tuple(replace(done, sites=tuple(site.site for site in sites)) for done in report.facts.rounds)
+    rounds = tuple(replace(round, sites=tuple(site.site for site in sites)) for round in report.facts.rounds)
     report = change_facts(report, sites=sites, settings=settings, attacks=ATTACKS, rounds=rounds)
-    report = replace(report, assumptions=tuple(one for one in report.assumptions if one.status != "violated"))
+    report = replace(report, assumptions=tuple(check for check in report.assumptions if check.status != "violated"))
     names = ("figures", "signature", "site keys", "files", "signed adapter")
     checks = {name: Check(name, "passed", "as it should be") for name in names}
     groups = (GroupScore("by ward", "a", 40, 0.9, 0.02), GroupScore("by ward", "b", 12, 0.8, -0.05))
@@ -148,8 +148,8 @@ def change_run(evidence: Evidence, **changes: Any) -> Evidence:
 
 
 def change_site(evidence: Evidence, **changes: Any) -> Evidence:
-    first, *others = evidence.facts.sites
-    return change_run(evidence, sites=(replace(first, **changes), *others))
+    first, *rest = evidence.facts.sites
+    return change_run(evidence, sites=(replace(first, **changes), *rest))
 
 
 def change_statement(evidence: Evidence, **changes: Any) -> Evidence:
@@ -164,9 +164,9 @@ def change_audit(evidence: Evidence, **changes: Any) -> Evidence:
 
 def change_attack(evidence: Evidence, attack: str, **changes: Any) -> Evidence:
     """Change every finding of one attack; with no changes, leave them out."""
-    findings = [replace(one, **changes) if one.attack == attack else one for one in ATTACKS.findings]
-    kept = tuple(one for one in findings if changes or one.attack != attack)
-    return change_run(evidence, attacks=replace(ATTACKS, findings=kept))
+    findings = [replace(check, **changes) if check.attack == attack else check for check in ATTACKS.findings]
+    remaining = tuple(check for check in findings if changes or check.attack != attack)
+    return change_run(evidence, attacks=replace(ATTACKS, findings=remaining))
 
 
 def change_license(evidence: Evidence, name: str | None) -> Evidence:
@@ -178,8 +178,8 @@ def change_epsilon(evidence: Evidence, epsilon: float | None) -> Evidence:
 
 
 def change_start(evidence: Evidence, **changes: Any) -> Evidence:
-    about = {"digest": "ab" * 32, "run": "r", "dataset": "d", "unit": "record", "delta": 1e-5, "epsilon": 0.1}
-    start = StartAdapter(**about | changes)
+    start_fields = {"digest": "ab" * 32, "run": "r", "dataset": "d", "unit": "record", "delta": 1e-5, "epsilon": 0.1}
+    start = StartAdapter(**start_fields | changes)
     return change_run(evidence, provenance=replace(evidence.facts.provenance, start_adapter=start))
 
 
@@ -200,18 +200,20 @@ def exceed(evidence: Evidence) -> Evidence:
 
 
 def state_curator(evidence: Evidence, curator: str) -> Evidence:
-    about = AboutSpec(curator=curator, access="everybody")
-    return evidence._replace(config=replace(evidence.config, report=replace(evidence.config.report, about=about)))
+    start_fields = AboutSpec(curator=curator, access="everybody")
+    return evidence._replace(
+        config=replace(evidence.config, report=replace(evidence.config.report, about=start_fields))
+    )
 
 
 def keep_one_receipt(evidence: Evidence) -> tuple[SiteFacts, ...]:
-    first, *others = evidence.facts.sites
-    return first, *(replace(site, receipt=None) for site in others)
+    first, *rest = evidence.facts.sites
+    return first, *(replace(site, receipt=None) for site in rest)
 
 
 def let_one_site_answer(evidence: Evidence) -> tuple[RoundResult, ...]:
     first = evidence.facts.sites[0].site
-    return tuple(replace(done, sites=(first,)) for done in evidence.facts.rounds)
+    return tuple(replace(round, sites=(first,)) for round in evidence.facts.rounds)
 
 
 def lose_report(evidence: Evidence) -> Evidence:
@@ -343,21 +345,21 @@ def test_attack_finding_with_impossible_figures_is_refused(figures: dict[str, fl
 
 
 def test_run_without_defects_passes_all_rules(evidence: Evidence) -> None:
-    found = judge_run(RULES, evidence)
-    assert {check.name: check.text for check in found if check.state != "passed"} == {}
-    assert {check.name for check in found} == {one.name for one in fields(GateRules)} - {"name", "secret_candidates"}
+    checks = judge_run(RULES, evidence)
+    assert {check.name: check.text for check in checks if check.state != "passed"} == {}
+    assert {check.name for check in checks} == {one.name for one in fields(GateRules)} - {"name", "secret_candidates"}
 
 
 @pytest.mark.parametrize("start", [PRE_TRAINING, {"public": True, "delta": 0.5, "epsilon": None}])
 def test_starts_that_do_not_count_violate_no_rule(start: dict[str, Any], evidence: Evidence) -> None:
-    assert {one.state for one in judge_run(RULES, change_start(evidence, **start))} == {"passed"}
+    assert {check.state for check in judge_run(RULES, change_start(evidence, **start))} == {"passed"}
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_injected_defect_fails_exactly_the_affected_rules(defect: str, evidence: Evidence) -> None:
-    named, change = DEFECTS[defect]
-    found = judge_run(RULES, change(evidence))
-    assert {check.name for check in found if check.state != "passed"} == set(named.split())
+    failing, change = DEFECTS[defect]
+    checks = judge_run(RULES, change(evidence))
+    assert {check.name for check in checks if check.state != "passed"} == set(failing.split())
 
 
 def test_missing_evidence_message_names_the_command_to_create_it(evidence: Evidence) -> None:
@@ -374,24 +376,24 @@ def test_missing_evidence_message_names_the_command_to_create_it(evidence: Evide
         ("a start of unknown epsilon", "max_epsilon", "start from the folder of a finished run"),
         ("nobody stated it", "statements", "report.about"),
     ):
-        (found,) = [one for one in judge_run(RULES, DEFECTS[defect][1](evidence)) if one.name == rule]
-        assert found.state == "missing"
-        assert command in found.text
+        (checks,) = [check for check in judge_run(RULES, DEFECTS[defect][1](evidence)) if check.name == rule]
+        assert checks.state == "missing"
+        assert command in checks.text
 
 
 def test_max_epsilon_judges_the_sum_with_all_starts_that_are_not_public(evidence: Evidence) -> None:
-    own = evidence.report.epsilon
-    assert own is not None
+    run_epsilon = evidence.report.epsilon
+    assert run_epsilon is not None
     for changes, total in (
-        ({"epsilon": 0.5}, f"{own + 0.5:.4g}"),
+        ({"epsilon": 0.5}, f"{run_epsilon + 0.5:.4g}"),
         ({"epsilon": None}, "unbounded"),
         ({"epsilon": None, "unit": None}, "unknown"),
-        ({"epsilon": None, "public": True}, f"{own:.4g}"),
-        (PRE_TRAINING, f"{own:.4g}"),
+        ({"epsilon": None, "public": True}, f"{run_epsilon:.4g}"),
+        (PRE_TRAINING, f"{run_epsilon:.4g}"),
     ):
-        (found,) = judge_run(GateRules(name="one", max_epsilon=8.0), change_start(evidence, **changes))
-        assert found.text.startswith(f"epsilon with all starts before this run is {total}")
-        assert (found.state == "passed") == (total not in ("unbounded", "unknown"))
+        (checks,) = judge_run(GateRules(name="one", max_epsilon=8.0), change_start(evidence, **changes))
+        assert checks.text.startswith(f"epsilon with all starts before this run is {total}")
+        assert (checks.state == "passed") == (total not in ("unbounded", "unknown"))
 
 
 def test_secret_chance_is_the_least_over_the_whole_trade_off_curve(evidence: Evidence) -> None:
@@ -400,46 +402,50 @@ def test_secret_chance_is_the_least_over_the_whole_trade_off_curve(evidence: Evi
     for candidates in (10, 1000, 10**6):
         rules = GateRules(name="one", max_secret_chance=1.0, secret_candidates=candidates)
         chance = gate_rules._measure_secret(evidence, rules)
-        pairs = [(one.epsilon_pld, one.delta) for one in evidence.report.sites[0].curve if one.epsilon_pld is not None]
+        pairs = [
+            (check.epsilon_pld, check.delta)
+            for check in evidence.report.sites[0].curve
+            if check.epsilon_pld is not None
+        ]
         ceilings = [compute_hit_rate_ceiling(*pair, false_positive_rate=1 / candidates) for pair in pairs]
         assert chance is not None
         assert 1 / candidates < chance <= min(ceilings) * (1 + 1e-6)
         assert chance < 0.9 * compute_hit_rate_ceiling(epsilon, delta, false_positive_rate=1 / candidates)
         for limit, state in ((chance, "passed"), (chance * 0.99, "failed")):
-            (found,) = judge_run(replace(rules, max_secret_chance=limit), evidence)
-            assert found.state == state
+            (checks,) = judge_run(replace(rules, max_secret_chance=limit), evidence)
+            assert checks.state == state
 
 
 def test_guesses_and_secrets_are_judged_by_the_sum_with_starts_and_search(evidence: Evidence) -> None:
-    own, delta = evidence.report.epsilon, evidence.facts.delta
-    assert own is not None
+    run_epsilon, delta = evidence.report.epsilon, evidence.facts.delta
+    assert run_epsilon is not None
     rules = GateRules(name="one", max_secret_chance=1.0)
     for changed, epsilon, summed in (
-        (change_start(evidence, epsilon=0.5), own + 0.5, delta + 1e-5),
+        (change_start(evidence, epsilon=0.5), run_epsilon + 0.5, delta + 1e-5),
         (change_run(evidence, selection=SEARCH), 2.1, max(delta, 1e-5)),
         (change_start(change_run(evidence, selection=SEARCH), epsilon=0.5), 2.6, max(delta, 1e-5) + 1e-5),
     ):
         chance = bound_secret_chance(None, epsilon=epsilon, delta=summed, candidates=rules.secret_candidates)
         assert gate_rules._measure_secret(changed, rules) == pytest.approx(chance)
-        right = bound_correct_guesses_per_100(epsilon, summed)
-        assert gate_rules._measure_right_guesses(changed, rules) == pytest.approx(right)
+        expected = bound_correct_guesses_per_100(epsilon, summed)
+        assert gate_rules._measure_right_guesses(changed, rules) == pytest.approx(expected)
 
 
 def test_secret_chance_without_noise_or_epsilon_is_one(evidence: Evidence) -> None:
     rules = GateRules(name="one", max_secret_chance=0.5, secret_candidates=10)
-    bare = change_run(evidence, plan=replace(evidence.facts.plan, noise_multiplier=0.0))
-    for one in (change_epsilon(evidence, None), change_epsilon(bare, None)):
-        assert gate_rules._measure_secret(one, rules) == 1
+    unnoised = change_run(evidence, plan=replace(evidence.facts.plan, noise_multiplier=0.0))
+    for check in (change_epsilon(evidence, None), change_epsilon(unnoised, None)):
+        assert gate_rules._measure_secret(check, rules) == 1
     # From a pair alone, as of charges that were not fixed beforehand.
     assert bound_secret_chance(None, epsilon=2.0, delta=1e-5, candidates=10**6) == pytest.approx(1.74e-5, rel=1e-3)
 
 
 def test_gate_shows_what_the_roster_says_of_a_revoked_site(evidence: Evidence) -> None:
-    said = "Each receipt is signed with the site's key. north was revoked at 2026-01-01."
-    evidence = evidence._replace(checks={**evidence.checks, "site keys": Check("site keys", "passed", said)})
+    message = "Each receipt is signed with the site's key. north was revoked at 2026-01-01."
+    evidence = evidence._replace(checks={**evidence.checks, "site keys": Check("site keys", "passed", message)})
     for check in judge_run(GateRules(name="x", real_sites=True, signed=True), evidence):
         assert check.state == "passed"
-        assert said in check.text
+        assert message in check.text
 
 
 def test_unselected_gate_rules_are_not_evaluated(evidence: Evidence) -> None:
@@ -447,8 +453,8 @@ def test_unselected_gate_rules_are_not_evaluated(evidence: Evidence) -> None:
 
 
 def test_limit_of_zero_is_judged(evidence: Evidence) -> None:
-    (found,) = judge_run(GateRules(name="none", max_group_gap=0.0), evidence)
-    assert (found.name, found.state) == ("max_group_gap", "failed")
+    (checks,) = judge_run(GateRules(name="none", max_group_gap=0.0), evidence)
+    assert (checks.name, checks.state) == ("max_group_gap", "failed")
 
 
 def test_shipped_gate_rules_are_loaded_by_name() -> None:

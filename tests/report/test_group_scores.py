@@ -41,8 +41,8 @@ def test_group_scores_are_read_only_from_comparisons_of_this_model(tmp_path: Pat
     changed = [tell("ab", **{field: {"run": {"value": value}}}) for value in values for field in ("scores", "gaps")]
     changed += [tell("ab", units=value) for value in ("20", 20.0, None, True)]
     changed += [tell("ab") | {"primary_metric": "loss"}, tell("ab") | {"groups": {"by ward": {}}}]
-    for told in (*map(tell, ("cd", "", None)), *changed):
-        file.write_text(json.dumps(told))
+    for entries in (*map(tell, ("cd", "", None)), *changed):
+        file.write_text(json.dumps(entries))
         with pytest.raises(ConfigError, match="--groups"):
             read(file)
     for number in ("1e999", 100_000 * "["):
@@ -59,8 +59,8 @@ def test_report_finds_group_scores_by_the_digest_of_its_adapter(run_folder: Path
     digest = json.loads((folder / "run.json").read_text())["adapter_digest"]
     (tmp_path / "compare.json").write_text(json.dumps(tell(digest)))
     assert build_run_report(folder).facts.group_scores == {"by ward: a": 0.7}, "wherever the folder was compared"
-    other = tell("cd")
-    other["models"][1]["folder"] = str(folder)
-    for told in (other, tell(digest, scores={"run": {"value": float("nan")}})):
-        (tmp_path / "compare.json").write_text(json.dumps(told))
+    another_model = tell("cd")
+    another_model["models"][1]["folder"] = str(folder)
+    for entries in (another_model, tell(digest, scores={"run": {"value": float("nan")}})):
+        (tmp_path / "compare.json").write_text(json.dumps(entries))
         assert build_run_report(folder).facts.group_scores == {}, "another model, or no number"

@@ -34,7 +34,7 @@ def report(request: pytest.FixtureRequest) -> Report:
 
 
 def list_lines(svg: str) -> list[str]:
-    return [one.text or "" for one in Xml.fromstring(svg).iter(f"{SPACE}text")]
+    return [element.text or "" for element in Xml.fromstring(svg).iter(f"{SPACE}text")]
 
 
 def test_label_shows_only_report_figures_and_names_uncovered_releases(report: Report, language: str) -> None:
@@ -50,12 +50,12 @@ def test_label_shows_only_report_figures_and_names_uncovered_releases(report: Re
         figures += [(means.correct_of_100_for_2, "of_100"), (means.correct_of_100_for_5, "of_100")]
         figures += [(means.correct_of_100_mechanism, "of_100"), (means.correct_of_100_ceiling, "of_100")]
     known += [words.catalog.figure(value, kind) for value, kind in figures]
-    known += [one.dates for one in list_periods(report)]
-    on_it = list_lines(render_label(report, language=language))
-    shown = [line for line in on_it if not re.fullmatch("[0-9a-f]{64}", line)]
+    known += [element.dates for element in list_periods(report)]
+    lines = list_lines(render_label(report, language=language))
+    shown = [line for line in lines if not re.fullmatch("[0-9a-f]{64}", line)]
     assert set(list_numbers(" ".join(shown))) <= set(list_numbers(" ".join(known)))
     # It names what is not covered, and the file to check.
-    said = " ".join(on_it)
+    said = " ".join(lines)
     assert all(words.code("not_protected", code).unescape() in said for code in report.not_protected)
     assert all(words.code("banner", code).unescape() in said for code in report.banners)
     assert said.endswith(hashlib.sha256(signing.report_to_json(report).encode()).hexdigest())
@@ -67,16 +67,16 @@ def test_label_shows_only_report_figures_and_names_uncovered_releases(report: Re
 def test_label_warns_of_reliance_on_other_sites(language: str) -> None:
     """In the label and in a registry's entry: where sites make their noise together."""
     found = build_reports()["within"]
-    together = DistributedNoise(num_sites=3, threshold=3, colluders=1, noise_multiplier=1.0, cell_bits=20, bound=8)
+    shared_noise = DistributedNoise(num_sites=3, threshold=3, colluders=1, noise_multiplier=1.0, cell_bits=20, bound=8)
     shared = change_first_site(
-        found, mechanisms=tuple(replace(row, shared=together) for row in found.sites[0].mechanisms)
+        found, mechanisms=tuple(replace(row, shared=shared_noise) for row in found.sites[0].mechanisms)
     )
-    said = " ".join(list_lines(render_label(shared, language=language)))
-    assert load_catalog(language).texts["label"]["shared"] in said
+    text = " ".join(list_lines(render_label(shared, language=language)))
+    assert load_catalog(language).texts["label"]["shared"] in text
     assert load_catalog(language).texts["label"]["shared"] not in " ".join(
         list_lines(render_label(found, language=language))
     )
-    assert "…" not in said
+    assert "…" not in text
     model = registry_entry.build_registry_entry(shared, AboutSpec())["privacy"]["model"]
     assert model.startswith("The sites generate the noise jointly")
 
@@ -85,12 +85,12 @@ def test_label_without_a_guarantee_shows_no_figures(language: str) -> None:
     words = load_catalog(language)
     for name in ("no_guarantee", "unbounded"):
         found = build_reports()[name]
-        said = " ".join(list_lines(render_label(found, language=language)))
-        assert words.text("promise.none").unescape() in said
-        assert all(words.code("reason", reason).unescape() in said for reason in found.verdict.reasons)
-        assert words.texts["word"]["unbounded"] in said
+        text = " ".join(list_lines(render_label(found, language=language)))
+        assert words.text("promise.none").unescape() in text
+        assert all(words.code("reason", reason).unescape() in text for reason in found.verdict.reasons)
+        assert words.texts["word"]["unbounded"] in text
         assert RED in render_label(found, language=language).split("<text")[0], "its head is red"
-        assert "100" not in list_numbers(said)
+        assert "100" not in list_numbers(text)
 
 
 def test_label_is_self_contained_escapes_names_and_fits_its_lines(report: Report, language: str) -> None:
@@ -98,10 +98,10 @@ def test_label_is_self_contained_escapes_names_and_fits_its_lines(report: Report
     hostile = change_facts(report, **{key: HOSTILE[:20] + "\x00"})
     svg = render_label(hostile, language=language)
     root = Xml.fromstring(svg)
-    assert {one.tag.removeprefix(SPACE) for one in root.iter()} <= {
+    assert {element.tag.removeprefix(SPACE) for element in root.iter()} <= {
         *("svg", "title", "desc", "rect", "text", "path", "circle", "defs", "linearGradient", "stop"),
     }
-    assert not any(name.startswith("on") or "href" in name for one in root.iter() for name in one.attrib)
+    assert not any(name.startswith("on") or "href" in name for element in root.iter() for name in element.attrib)
     assert HOSTILE[:20] in " ".join(list_lines(svg))
     assert svg == render_label(hostile, language=language)
     fit(render_label(report, language=language))
@@ -110,10 +110,10 @@ def test_label_is_self_contained_escapes_names_and_fits_its_lines(report: Report
 @pytest.mark.parametrize("name", ["bank-a", "W" * 64, HOSTILE])
 def test_label_of_a_personalized_adapter_promises_nothing(name: str) -> None:
     svg = render_personalized_label(name, name)
-    said, short = " ".join(list_lines(svg)), shorten_middle(name, 32)
-    assert f"Private to {short}: no guarantee" in said
-    assert "trained on the site's own records without noise" in said
-    assert list_numbers(said.replace(short, "")) == [], "no figure, which would look like a promise"
+    text, short = " ".join(list_lines(svg)), shorten_middle(name, 32)
+    assert f"Private to {short}: no guarantee" in text
+    assert "trained on the site's own records without noise" in text
+    assert list_numbers(text.replace(short, "")) == [], "no figure, which would look like a promise"
     assert RED in svg.split("<text")[0], "its head is red"
     fit(svg)
 
@@ -122,26 +122,26 @@ def fit(svg: str) -> None:
     """All lines, as wide as the letters of Liberation are; none lies on another."""
     fonts = pytest.importorskip("PIL.ImageFont", reason="Pillow is not installed")
     boxes = []
-    for one in Xml.fromstring(svg).iter(f"{SPACE}text"):
-        size, x, y = (float(one.get(key, "")) for key in ("font-size", "x", "y"))
-        kind = "mono" if one.get("font-family") else "bold" if one.get("font-weight") else "plain"
-        width = fonts.truetype(FONTS / f"{FILES[kind]}.woff2", 10 * size).getlength(one.text) / 10
-        left = x - width if one.get("text-anchor") == "end" else x
-        boxes.append((left, y - 0.75 * size, left + width, y + 0.2 * size))
+    for element in Xml.fromstring(svg).iter(f"{SPACE}text"):
+        size, x, y = (float(element.get(key, "")) for key in ("font-size", "x", "y"))
+        kind = "mono" if element.get("font-family") else "bold" if element.get("font-weight") else "plain"
+        width = fonts.truetype(FONTS / f"{FILES[kind]}.woff2", 10 * size).getlength(element.text) / 10
+        start = x - width if element.get("text-anchor") == "end" else x
+        boxes.append((start, y - 0.75 * size, start + width, y + 0.2 * size))
         margin = MARGIN_OF_OWN if "OWN ADAPTER" in svg else MARGIN
         in_column = margin == MARGIN and x in (MARGIN, 190) and 430 < y < 610
         column = 640 if in_column else 1200 - margin
-        assert left >= margin
-        assert left + width <= column + 1, one.text
+        assert start >= margin
+        assert start + width <= column + 1, element.text
         assert 0 < y < 675
-    for place, (left, top, right, bottom) in enumerate(boxes):
-        for other_left, other_top, other_right, other_bottom in boxes[:place]:
-            assert right <= other_left or other_right <= left or bottom <= other_top or other_bottom <= top
+    for index, (start, top, end, bottom) in enumerate(boxes):
+        for other_left, other_top, other_right, other_bottom in boxes[:index]:
+            assert end <= other_left or other_right <= start or bottom <= other_top or other_bottom <= top
 
 
 def test_label_names_the_cohorts_covered_by_its_epsilon() -> None:
-    used, others = "2022–2024; others used less", "2025–2026; others not used"  # noqa: RUF001
-    for name, whose in (("arrivals", used), ("admitting", others)):
-        said = list_lines(render_label(build_reports()[name], language="en"))
-        assert said[said.index("Joined") + 1] == whose
+    used, unused = "2022–2024; others used less", "2025–2026; others not used"  # noqa: RUF001
+    for name, wording in (("arrivals", used), ("admitting", unused)):
+        text = list_lines(render_label(build_reports()[name], language="en"))
+        assert text[text.index("Joined") + 1] == wording
     assert "Joined" not in list_lines(render_label(build_reports()["ledger"], language="en"))

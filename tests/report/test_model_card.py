@@ -45,11 +45,11 @@ def test_model_card_loads_in_hub_tools_and_matches_the_report(run_folder: Any, r
     assert card.data.library_name == "peft"
     assert card.data.datasets == ["banking77"]
     assert card.data.model_name == "run"
-    assert {one.metric_type: one.metric_value for one in card.data.eval_results} == run_report.facts.final
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results} == run_report.facts.final
     # It says what the report says and shows its label.
     text = card.text
-    said = f"was kept, epsilon {format_epsilon(run_report.epsilon)} at delta 0.00001, for one record"
-    assert f"![Privacy label: The lead's limit for this run {said}" in text
+    expected = f"was kept, epsilon {format_epsilon(run_report.epsilon)} at delta 0.00001, for one record"
+    assert f"![Privacy label: The lead's limit for this run {expected}" in text
     assert "](label.svg)" in text
     label = (run_folder / "adapter" / "label.svg").read_text()
     assert label == render_label(run_report, language="en")
@@ -64,7 +64,8 @@ def test_model_card_loads_in_hub_tools_and_matches_the_report(run_folder: Any, r
     assert "On 10 records of the lead's own test file" in text
     assert "site-1 80, site-2 90" in text
     assert all(
-        one in text for one in (run_report.facts.provenance.config_sha256, run_report.facts.provenance.model_sha256)
+        result in text
+        for result in (run_report.facts.provenance.config_sha256, run_report.facts.provenance.model_sha256)
     )
 
 
@@ -128,7 +129,7 @@ def test_user_text_is_escaped_in_the_model_card(record: RunRecord, run_report: R
 
 
 def test_model_card_reports_the_start_adapter_and_its_privacy_cost(record: RunRecord, run_report: Report) -> None:
-    for spent, said in (
+    for spent, expected in (
         (
             {"delta": 1e-5, "epsilon": 2.5},
             ", of run intents on public; by the lead's word its training spent epsilon 2.500 at delta ",
@@ -138,23 +139,23 @@ def test_model_card_reports_the_start_adapter_and_its_privacy_cost(record: RunRe
         ({"epsilon": None, "delta": 1e-5, "public": True}, ", of run intents on public; it was trained without p"),
     ):
         start = StartAdapter(**{"digest": "ab" * 32, "run": "intents", "dataset": "public", "unit": "record"} | spent)
-        begun = change_facts(run_report, provenance=replace(run_report.facts.provenance, start_adapter=start))
-        assert f"SHA-256 {'ab' * 32}{said}" in render_card_text(record, begun, FORM)
-        report = derive_report(begun.facts)
+        started = change_facts(run_report, provenance=replace(run_report.facts.provenance, start_adapter=start))
+        assert f"SHA-256 {'ab' * 32}{expected}" in render_card_text(record, started, FORM)
+        report = derive_report(started.facts)
         assert (report.verdict.state, report.verdict.reasons) == ("within", ("began_in_an_adapter",))
         code = "start_adapter_public" if start.public else "start_adapter_covered_elsewhere"
         assert (read_status(report, code), problems(report)) == ("assumed", [])
 
 
 def test_prior_spending_of_a_start_adapter_adds_up() -> None:
-    for before, spent in STARTS["of one start: what it began in, and epsilon and delta of both"]:
+    for before, spent in STARTS["one start adapter: its own start, and the total epsilon and delta"]:
         assert sum_start_losses({"epsilon": 2.0, "delta": 0.25, "unit": "record", "start_adapter": before}) == tuple(
             spent
         )
 
 
 def test_prior_spending_of_synthetic_data_runs_adds_up() -> None:
-    for start, epsilon in STARTS["of two runs: the start of the first, and epsilon of all"]:
+    for start, epsilon in STARTS["two runs: the start of the first run, and the total epsilon"]:
         runs = [{"epsilon": 0.1, "delta": 1e-5, "unit": "record", "start": start}]
         runs.append({"epsilon": 0.2, "delta": 2e-5, "unit": "record", "start": None})
         assert compose_losses(runs)[0] == epsilon, "as a person adds it up"

@@ -47,8 +47,8 @@ def shown(request: pytest.FixtureRequest, language: str) -> tuple[Report, str]:
 
 
 def main(html: str) -> Element:
-    (found,) = parse_page(html).all("main")
-    return found
+    (match,) = parse_page(html).all("main")
+    return match
 
 
 def join_words(element: Element) -> str:
@@ -60,63 +60,69 @@ def test_figures_names_and_codes_on_the_page_are_in_the_json(shown: tuple[Report
     data, figures = json.loads(json.dumps(to_json(report))), main(html).all("data")
     assert len(figures) > 40
     for figure in figures:
-        found = look_up(data, figure.attrib["data-at"])
-        assert json.loads(figure.attrib["value"]) == found
-        assert figure.said == load_catalog(language).figure(found, figure.attrib["data-as"])
+        match = look_up(data, figure.attrib["data-at"])
+        assert json.loads(figure.attrib["value"]) == match
+        assert figure.said == load_catalog(language).figure(match, figure.attrib["data-as"])
     words = Words(report, load_catalog(language))
     texts = [one for one in main(html).iter() if "data-at" in one.attrib and one.tag != "data"]
     assert len(texts) > 30
     for element in texts:
-        found, text = look_up(data, element.attrib["data-at"]), element.said
+        match, text = look_up(data, element.attrib["data-at"]), element.said
         sections = words.catalog.texts.values()
-        spoken = {section[found] for section in sections if isinstance(found, str) and found in section}
-        if isinstance(found, str) and element.attrib.get("data-as") != "fact":
+        spoken = {section[match] for section in sections if isinstance(match, str) and match in section}
+        if isinstance(match, str) and element.attrib.get("data-as") != "fact":
             short = re.escape(text).replace("…", ".*")
-            assert text == found or text in spoken or re.fullmatch(short, found, re.DOTALL), (found, text)
+            assert text == match or text in spoken or re.fullmatch(short, match, re.DOTALL), (match, text)
 
 
 def test_page_numbers_come_only_from_figures_or_fixed_texts(shown: tuple[Report, str], language: str) -> None:
     """Outside of figures there are numbers only in fixed texts, names, and how many rows are left out."""
     report, html = shown
 
-    def is_known(one: Element) -> bool:
-        return "data-at" in one.attrib or one.tag in ("code", "svg") or one.attrib.get("class", "").endswith("rows")
+    def is_known(element: Element) -> bool:
+        return (
+            "data-at" in element.attrib
+            or element.tag in ("code", "svg")
+            or element.attrib.get("class", "").endswith("rows")
+        )
 
     fixed = " ".join(text for texts in load_catalog(language).texts.values() for text in texts.values())
     named = " ".join([report.facts.name, *(site.site for site in report.sites), *report.facts.provenance.libraries])
-    named += " ".join(one.dates for one in made.list_periods(report))
+    named += " ".join(element.dates for element in made.list_periods(report))
     source = "arXiv 2303.00654"
-    left = " ".join(main(html).texts(without=is_known))
-    assert set(list_numbers(left)) <= set(list_numbers(f"{fixed} {named} {source}"))
+    remaining = " ".join(main(html).texts(without=is_known))
+    assert set(list_numbers(remaining)) <= set(list_numbers(f"{fixed} {named} {source}"))
 
 
 def test_page_tables_match_the_rows_of_the_json(shown: tuple[Report, str]) -> None:
     report, html = shown
     data = json.loads(json.dumps(to_json(report)))
     words = Words(report, load_catalog("en"))
-    for kind, at in (
+    for kind, prefix in (
         ("sites", "mechanisms"),
         ("life", "runs"),
         ("life", "caps"),
         ("own", "releases"),
         ("sites", "releases"),
     ):
-        rows = words.rows(f"{kind}/{at}/*") if words.at(words.place(kind, words.sites[0])) else []
+        rows = words.rows(f"{kind}/{prefix}/*") if words.at(words.place(kind, words.sites[0])) else []
         shown_rows = {row for row in rows if f'data-at="{row}/' in html}
         if len(report.sites) == 1:
-            assert len(shown_rows) == (len(rows) if len(rows) <= MAX_ROWS else ROWS_OF_LONGER), at
+            assert len(shown_rows) == (len(rows) if len(rows) <= MAX_ROWS else ROWS_OF_LONGER), prefix
         else:  # what several sites have alike is one line
-            told, all_of_them = ({json.dumps(look_up(data, row)) for row in some} for some in (shown_rows, rows))
-            assert told == all_of_them, at
+            told, all_rows = (
+                {json.dumps(look_up(data, row)) for row in listed_rows} for listed_rows in (shown_rows, rows)
+            )
+            assert told == all_rows, prefix
     assert report.utility is None or html.count("/facts/rounds/") > 3
     # No row mixes the figures of two sites, runs or rounds.
     kinds = re.compile(r"(/facts)?/sites/\d+(/(statement/)?(mechanisms|releases|lifetime/runs|curve)/\d+)?")
     for row in main(html).all("tr"):
         found = [cell.attrib.get("data-at", "") for cell in row.iter()]
-        places = {match.group() for match in map(kinds.match, found) if match}
-        places = {place.removeprefix("/facts").replace("/statement", "") for place in places}
-        longest = {one for one in places if not any(other.startswith(f"{one}/") for other in places)}
-        assert len(longest) <= 1 or any("/steps/" in place for place in found)
+        paths = {match.group() for match in map(kinds.match, found) if match}
+        paths = {path.removeprefix("/facts").replace("/statement", "") for path in paths}
+        longest = {element for element in paths if not any(longer.startswith(f"{element}/") for longer in paths)}
+        assert len(longest) <= 1 or any("/steps/" in path for path in found)
 
 
 def test_sites_are_listed_worst_first(language: str) -> None:
@@ -125,14 +131,14 @@ def test_sites_are_listed_worst_first(language: str) -> None:
     assert len(budget.all("tr")) == 11, "ten sites that differ, below the headings"
     first = budget.all("tr")[1]  # the one that exceeded its budget
     assert first.all(data_at="/sites/9/site")
-    for place in range(10):
-        assert html.all(data_at=f"/sites/{place}/spent/epsilon_pld")
+    for path in range(10):
+        assert html.all(data_at=f"/sites/{path}/spent/epsilon_pld")
 
 
 def test_page_has_no_unfilled_placeholders_or_missing_values(shown: tuple[Report, str]) -> None:
-    text = " ".join(main(shown[1]).texts(without=lambda one: one.tag in ("code", "svg")))  # events are JSON
+    text = " ".join(main(shown[1]).texts(without=lambda element: element.tag in ("code", "svg")))  # events are JSON
     for name in (shown[0].facts.name, HOSTILE):
-        for said in (name, *(shorten_middle(name, most) for most in range(10, 70))):
+        for said in (name, *(shorten_middle(name, max_length) for max_length in range(10, 70))):
             text = text.replace(said, "")
     assert not re.search(r"\{\w*\}|\{\{|\{%|undefined|None\b|\bnull\b", text)
     first = find_by_id(main(shown[1]), "page-1")
@@ -166,14 +172,14 @@ def test_hostile_names_are_escaped_on_the_page(language: str) -> None:
         assert "<script" not in html
         assert html.count("</style>") == 1
         assert html.count("<svg") == html.count("</svg>")
-        assert any(one.said == HOSTILE for one in main(html).iter())
+        assert any(element.said == HOSTILE for element in main(html).iter())
 
 
 @pytest.mark.parametrize("text", [HOSTILE, 'a\\b\n"; } body { display: none', "</style><script>", "ü病"])
 def test_css_strings_cannot_be_escaped_from(text: str) -> None:
-    made = render.quote_css_string(text)
-    assert re.fullmatch(r'"(?:[A-Za-z0-9]|\\[0-9a-f]+ )*"', made)
-    assert re.sub(r"\\([0-9a-f]+) ", lambda match: chr(int(match.group(1), 16)), made[1:-1]) == text
+    quoted = render.quote_css_string(text)
+    assert re.fullmatch(r'"(?:[A-Za-z0-9]|\\[0-9a-f]+ )*"', quoted)
+    assert re.sub(r"\\([0-9a-f]+) ", lambda match: chr(int(match.group(1), 16)), quoted[1:-1]) == text
 
 
 MAX_WORDS = 450  # of page 1, whatever the situation
@@ -184,10 +190,10 @@ def test_page_one_has_at_most_450_words(name: str, language: str, tmp_path: Path
     """Signed and not; a word has a letter or a digit, and the scale for phones says what the other one says."""
     report = build_reports()[name]
     signed = signing.sign_report(replace(report, signature=None), SigningKey.load_or_create(tmp_path / "key.pem"))
-    for one in (report, signed):
-        (first,) = main(render.render(one, language=language)).all("section", id="page-1")
-        said = " ".join(first.texts(without=lambda part: part.attrib.get("class") == "narrow"))
-        assert len(re.findall(r"\S*\w\S*", said)) <= MAX_WORDS
+    for element in (report, signed):
+        (first,) = main(render.render(element, language=language)).all("section", id="page-1")
+        text = " ".join(first.texts(without=lambda part: part.attrib.get("class") == "narrow"))
+        assert len(re.findall(r"\S*\w\S*", text)) <= MAX_WORDS
 
 
 def test_scale_shows_bounds_for_one_two_and_five_records(language: str) -> None:
@@ -197,18 +203,20 @@ def test_scale_shows_bounds_for_one_two_and_five_records(language: str) -> None:
     means = report.sites[0].meaning
     shown = (means.correct_of_100_ceiling, means.correct_of_100_for_2, means.correct_of_100_for_5)
     assert all(words.figure(value, "of_100").replace("\N{NO-BREAK SPACE}", " ") in join_words(scale) for value in shown)
-    marks = [float(one.attrib["cx"]) for one in scale.all("circle")]
+    marks = [float(element.attrib["cx"]) for element in scale.all("circle")]
     assert marks == sorted(marks), "the more records, the nearer to certainty"
-    worst = [one.attrib["data-at"] for row in first.all("tr", **{"class": "worst"}) for one in row.all("data")]
-    assert [at for at in worst if at.endswith("ceiling")] == [f"/sites/0/meaning/posterior/{n}/ceiling" for n in (2, 0)]
+    worst = [element.attrib["data-at"] for row in first.all("tr", **{"class": "worst"}) for element in row.all("data")]
+    assert [prefix for prefix in worst if prefix.endswith("ceiling")] == [
+        f"/sites/0/meaning/posterior/{n}/ceiling" for n in (2, 0)
+    ]
 
 
-@pytest.mark.parametrize(("right", "five", "said"), [(60.0, 60.1, "Well for one"), (80.1, 99.9, "Poorly for one")])
-def test_protection_wording_depends_on_the_guess_bounds(right: float, five: float, said: str) -> None:
+@pytest.mark.parametrize(("right", "five", "text"), [(60.0, 60.1, "Well for one"), (80.1, 99.9, "Poorly for one")])
+def test_protection_wording_depends_on_the_guess_bounds(right: float, five: float, text: str) -> None:
     (site,) = build_reports()["ledger"].sites
     means = replace(site.meaning, correct_of_100_ceiling=right, correct_of_100_for_5=five)
     html = main(render.render(change_first_site(build_reports()["ledger"], meaning=means), language="en"))
-    assert join_words(find_by_id(html, "strong").all("p")[0]).startswith(said)
+    assert join_words(find_by_id(html, "strong").all("p")[0]).startswith(text)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("wide")])
@@ -263,8 +271,8 @@ def list_lines(element: Element) -> str:
 
 
 def find_by_id(html: Element, name: str) -> Element:
-    (found,) = html.all(id=name)
-    return found
+    (match,) = html.all(id=name)
+    return match
 
 
 def test_exceeded_budget_takes_precedence_over_an_exhausted_budget(a_ledger_report: Make) -> None:
@@ -287,7 +295,7 @@ def test_uninformative_ceiling_is_not_shown_as_a_figure(language: str) -> None:
         shown = change_first_site(report, meaning=means)
         html = main(render.render(shown, language=language))
         (first,) = html.all("section", id="page-1")
-        ceilings = [one for one in first.all("data") if "correct_of_100" in one.attrib["data-at"]]
+        ceilings = [element for element in first.all("data") if "correct_of_100" in element.attrib["data-at"]]
         assert bool(ceilings) == bool(first.all(id="scale")) == is_shown
         section = words.texts["curve"]["heading"]
         said = words.text("meaning.several_runs", section=section).unescape()
@@ -297,24 +305,26 @@ def test_uninformative_ceiling_is_not_shown_as_a_figure(language: str) -> None:
             assert bool(re.search(r"\b99\s%", text)) == is_shown
             assert not re.search(r"\b100\s%", text)
         assert html.all("data", data_at="/sites/0/meaning/correct_of_100_ceiling"), "in the annex"
-    once = replace(site, mechanisms=site.mechanisms[:1])
-    said = join_words(find_by_id(main(render.render(replace(report, sites=(once,)), language=language)), "ceiling"))
+    one_mechanism = replace(site, mechanisms=site.mechanisms[:1])
+    said = join_words(
+        find_by_id(main(render.render(replace(report, sites=(one_mechanism,)), language=language)), "ceiling")
+    )
     assert said == words.text("meaning.open_end", section=section).unescape(), "of a run that may have ended early"
 
 
 @pytest.mark.parametrize("code", ["strong", "reasonable", "weak"])
 def test_strength_rating_shows_its_epsilon_thresholds(code: str, a_report: Make, language: str) -> None:
-    least, most = profile.BANDS[code]
-    assert profile.find_strength_band(math.nextafter(least, math.inf)) == code
-    assert math.isinf(most) or profile.find_strength_band(most) == code != profile.find_strength_band(
-        math.nextafter(most, 99)
+    min_epsilon, max_length = profile.BANDS[code]
+    assert profile.find_strength_band(math.nextafter(min_epsilon, math.inf)) == code
+    assert math.isinf(max_length) or profile.find_strength_band(max_length) == code != profile.find_strength_band(
+        math.nextafter(max_length, 99)
     )
-    report = replace(a_report(), epsilon=min(most, 11.0))
-    (here,) = main(render.render(report, language=language)).all("li", **{"class": "here"})
-    said = join_words(here).split(load_catalog(language).texts["strength"]["here"].split(":")[0])[0]
-    assert load_catalog(language).texts["strength"][code] in said
-    edges = [f"{edge:g}" for edge in (least, most) if 0 < edge < math.inf]
-    assert list_numbers(said)[-2:][-len(edges) :] == edges
+    report = replace(a_report(), epsilon=min(max_length, 11.0))
+    (level,) = main(render.render(report, language=language)).all("li", **{"class": "here"})
+    text = join_words(level).split(load_catalog(language).texts["strength"]["here"].split(":")[0])[0]
+    assert load_catalog(language).texts["strength"][code] in text
+    edges = [f"{edge:g}" for edge in (min_epsilon, max_length) if 0 < edge < math.inf]
+    assert list_numbers(text)[-2:][-len(edges) :] == edges
 
 
 def test_purpose_is_quoted_escaped_and_shortened(a_report: Make, language: str) -> None:
@@ -326,9 +336,9 @@ def test_purpose_is_quoted_escaped_and_shortened(a_report: Make, language: str) 
         ("ab " * 50, "ab " * 29 + "ab…"),
     ):
         report = made.change_facts(a_report(), provenance=replace(a_report().facts.provenance, purpose=purpose))
-        said = find_by_id(main(render.render(report, language=language)), "purpose")
-        assert join_words(said) == f"{words['purpose']} {shown}"
-        assert bool(said.all("span", **{"class": "absent"})) == (purpose is None)
+        text = find_by_id(main(render.render(report, language=language)), "purpose")
+        assert join_words(text) == f"{words['purpose']} {shown}"
+        assert bool(text.all("span", **{"class": "absent"})) == (purpose is None)
 
 
 def test_page_one_names_the_epsilon_of_a_private_base_model(a_report: Make, language: str) -> None:
@@ -359,35 +369,42 @@ def test_sign_off_states_the_limits_of_a_decision_first(a_ledger_report: Make, l
         read_parts(render_page("used_up", language)) == read_parts(render_page("no_run_fits", language)) == (True, True)
     )
     assert read_parts(render.render(a_ledger_report(), language=language)) == (False, False), "of a real site"
-    above = BudgetVerdict(state="exceeded", reasons=("above_lifetime_cap",))
-    assert read_parts(render.render(a_ledger_report(verdict=above), language=language)) == (False, True)
+    exceeded = BudgetVerdict(state="exceeded", reasons=("above_lifetime_cap",))
+    assert read_parts(render.render(a_ledger_report(verdict=exceeded), language=language)) == (False, True)
 
 
 def test_page_one_shows_the_commands_and_key_for_verification(a_report: Make, language: str, tmp_path: Path) -> None:
     texts, key = load_catalog(language).texts["check"], SigningKey.load_or_create(tmp_path / "key.pem")
     for report in (a_report(), signing.sign_report(a_report(), key)):
         page = main(render.render(report, language=language))
-        model, begins = [one.said for one in find_by_id(page, "model").all("code")]
-        command, digest, verify, *of_key = [one.said for one in find_by_id(page, "check-one").all("code")]
-        assert (model, begins) == ("adapter/adapter_model.safetensors", "5656 5656 5656 5656")
+        model, start_command = [element.said for element in find_by_id(page, "model").all("code")]
+        command, digest, verify, *key_commands = [element.said for element in find_by_id(page, "check-one").all("code")]
+        assert (model, start_command) == ("adapter/adapter_model.safetensors", "5656 5656 5656 5656")
         assert (command, len(digest)) == ("sha256sum report.json", 64)
         assert verify == "fedtune report verify report.json" + (" --key KEY" if report.signature else "")
         assert (texts["unsigned"] in join_words(find_by_id(page, "page-1"))) == (report.signature is None)
         if report.signature:
-            assert of_key == [group_hex(key.public[:16])], "as kits and `report verify` write it"
+            assert key_commands == [group_hex(key.public[:16])], "as kits and `report verify` write it"
 
 
 def test_identical_sites_share_one_line_in_the_annex(language: str) -> None:
     engineer = find_by_id(main(render_page("alike", language)), "engineer")
-    for at in ("spent/epsilon_pld", "verdict/state", "mechanisms/0/noise_multiplier", "meaning/hit_rates/0/ceiling"):
-        shown = [place for place in range(33) if engineer.all(data_at=f"/sites/{place}/{at}")]
-        assert shown in ([1], [0, 1], [1, 0]), f"of 32 equal sites the annex tells {at} once, of the other perhaps, too"
+    for prefix in (
+        "spent/epsilon_pld",
+        "verdict/state",
+        "mechanisms/0/noise_multiplier",
+        "meaning/hit_rates/0/ceiling",
+    ):
+        shown = [path for path in range(33) if engineer.all(data_at=f"/sites/{path}/{prefix}")]
+        assert shown in ([1], [0, 1], [1, 0]), (
+            f"of 32 equal sites the annex tells {prefix} once, of the other perhaps, too"
+        )
     table = find_by_id(find_by_id(main(render_page("alike", "en")), "engineer"), "chart-epsilon_spent").all("table")[0]
-    headings = [join_words(one) for one in table.all("thead")[0].all("th")]
+    headings = [join_words(element) for element in table.all("thead")[0].all("th")]
     assert headings == ["Site", "Round", "Date", "Epsilon so far"]
     sites = {join_words(row.all("th")[0]) for row in table.all("tbody")[0].all("tr")}
-    assert sites == {*(f"clinic-1 and {others} more, all alike" for others in (31, 32)), "south-hospital"}
-    assert {one.attrib["data-label"] for one in table.all("td")} == set(headings[1:])
+    assert sites == {*(f"clinic-1 and {count} more, all alike" for count in (31, 32)), "south-hospital"}
+    assert {element.attrib["data-label"] for element in table.all("td")} == set(headings[1:])
     secure = find_by_id(main(render_page("secure", "en")), "chart-epsilon_spent").all("tbody")[0]
     assert all(join_words(row.all("th")[0]).endswith("and 4 more, all alike") for row in secure.all("tr"))
     assert len(build_reports()["secure"].sites) == 5
@@ -398,16 +415,18 @@ def test_unknown_values_are_grayed_out_in_the_annex(a_report: Make, language: st
     known = a_report().facts.provenance
     unknown = replace(known, model=None, machine="not_recorded", config_sha256=None, libraries={})
     html = main(render.render(made.change_facts(a_report(), provenance=unknown), language=language))
-    (machine,) = [one for one in html.all("div") if join_words(one).startswith(texts["provenance"]["machine"])]
+    (machine,) = [
+        element for element in html.all("div") if join_words(element).startswith(texts["provenance"]["machine"])
+    ]
     assert join_words(machine.all("span", **{"class": "absent"})[0]) == texts["value"]["not_recorded"]
     for section, field in (("fact", "base_model"), ("provenance", "config_sha256"), ("fact", "libraries")):
         name = texts[section][field]
-        found = [one for one in html.all("div") if [join_words(dt) for dt in one.all("dt")] == [name]]
-        assert [join_words(gray) for gray in found[0].all("span", **{"class": "absent"})] == [texts["word"]["unknown"]]
+        match = [element for element in html.all("div") if [join_words(dt) for dt in element.all("dt")] == [name]]
+        assert [join_words(gray) for gray in match[0].all("span", **{"class": "absent"})] == [texts["word"]["unknown"]]
 
 
 def test_every_page_of_a_study_shows_its_banner_first(run_report: Report, ledger_report: Report, language: str) -> None:
-    said = load_catalog(language).texts["banner"]
+    text = load_catalog(language).texts["banner"]
     for report, banners in (
         (run_report, ["simulation"]),
         (made.change_facts(run_report, seeded_noise=True), ["simulation", "seeded"]),
@@ -415,8 +434,8 @@ def test_every_page_of_a_study_shows_its_banner_first(run_report: Report, ledger
         (ledger_report, []),
     ):
         html = render.render(report, language=language)
-        first = [join_words(one) for one in main(html).iter() if one.tag in ("p", "h1")][: len(banners)]
-        assert first == [said[code] for code in banners]
+        first = [join_words(element) for element in main(html).iter() if element.tag in ("p", "h1")][: len(banners)]
+        assert first == [text[code] for code in banners]
         on_paper = [str(render.quote_css_string(" ".join(first)))] if banners else []
         assert re.findall(r"@top-center \{ content: (\".*?\");", html) == on_paper
 
@@ -426,21 +445,21 @@ def test_figures_of_a_silent_site_are_marked_as_upper_bounds(language: str) -> N
         {"en": "at most", "de": "höchstens"}[language],
         main(render_page("upper_bound", language)).all("td"),
     )
-    told = [(one.attrib.get("data-at", ""), join_words(cell)) for cell in cells for one in cell.iter()]
+    shown_rows = [(element.attrib.get("data-at", ""), join_words(cell)) for cell in cells for element in cell.iter()]
     for key in ("epsilon", "epsilon_pld", "epsilon_rdp", "rounds", "steps"):
         for site in (0, 1):
-            bounds = [text.startswith(at_most) for at, text in told if f"/sites/{site}/spent/{key}" in at]
+            bounds = [text.startswith(at_most) for prefix, text in shown_rows if f"/sites/{site}/spent/{key}" in prefix]
             assert set(bounds) == {site == 0}
 
 
 def test_dpia_fields_in_each_state_look_different(language: str) -> None:
     html, borders = render_page("within", language), set()
     (section,) = main(html).all("section", id="cells")
-    words, css = load_catalog(language), "".join(one.said for one in parse_page(html).all("style"))
+    words, css = load_catalog(language), "".join(element.said for element in parse_page(html).all("style"))
     for state in ("auto", "design", "site", "missing"):
-        found = section.all(**{"class": f"cell {state}"})
-        assert found
-        assert all(str(words.text(f"cells.{state}")) in one.said for one in found)
+        match = section.all(**{"class": f"cell {state}"})
+        assert match
+        assert all(str(words.text(f"cells.{state}")) in element.said for element in match)
         borders.add(re.search(rf"\.cell\.{state} \{{ [^}}]*border[^:]*: \d+px (\w+)", css).group(1))
     assert borders == {"solid", "dotted", "dashed", "double"}
     for blank in section.all(**{"class": "cell site"}):
@@ -450,10 +469,10 @@ def test_dpia_fields_in_each_state_look_different(language: str) -> None:
 
 def test_all_violated_assumptions_are_listed_first(language: str) -> None:
     report = build_reports()["within"]
-    turned = tuple(replace(one, status="violated") for one in report.assumptions[:8])
-    html = main(render.render(replace(report, assumptions=(*turned, *report.assumptions[8:])), language=language))
+    violated = tuple(replace(element, status="violated") for element in report.assumptions[:8])
+    html = main(render.render(replace(report, assumptions=(*violated, *report.assumptions[8:])), language=language))
     listed = html.all(id="assumptions")[0].all("li")
-    assert [one.attrib["class"] for one in listed if "class" in one.attrib] == ["violated"] * 8
+    assert [element.attrib["class"] for element in listed if "class" in element.attrib] == ["violated"] * 8
 
 
 def test_site_results_can_be_subtracted_only_with_few_participants() -> None:
@@ -463,17 +482,17 @@ def test_site_results_can_be_subtracted_only_with_few_participants() -> None:
 
     wide = build_reports()["wide_run"]
     assert read_row(wide) == ["no", "no", "no", "yes", "yes"]
-    one, *others = wide.facts.rounds
-    few = made.change_facts(wide, rounds=(replace(one, sites=("a", "b")), *others))
-    assert read_row(few)[2] == "by subtraction"
+    element, *count = wide.facts.rounds
+    few_sites = made.change_facts(wide, rounds=(replace(element, sites=("a", "b")), *count))
+    assert read_row(few_sites)[2] == "by subtraction"
 
 
 def test_long_ledger_history_is_truncated_to_its_last_rows() -> None:
-    few, many = (render.render(made.build_wide_ledger(runs=runs), language="en") for runs in (100, 2500))
-    assert "/sites/0/lifetime/runs/99/" in few
-    assert "/sites/0/lifetime/runs/0/" not in few
-    assert f"The table shows {ROWS_OF_LONGER} of 100 rows" in few
-    assert len(many) < 2 * len(few)  # 25 times as many runs
+    few_sites, many_sites = (render.render(made.build_wide_ledger(runs=runs), language="en") for runs in (100, 2500))
+    assert "/sites/0/lifetime/runs/99/" in few_sites
+    assert "/sites/0/lifetime/runs/0/" not in few_sites
+    assert f"The table shows {ROWS_OF_LONGER} of 100 rows" in few_sites
+    assert len(many_sites) < 2 * len(few_sites)  # 25 times as many runs
 
 
 def test_json_pointer_escapes_special_characters() -> None:

@@ -35,8 +35,8 @@ def render_pages(html: str) -> list[Any]:
 
 def cut_after_page_1(html: str) -> str:
     """Page 1 and how the next one begins, which take a tenth of the time."""
-    start, rest = html.split('<nav aria-labelledby="contents">')
-    heading = rest[rest.index("<details") :].split("<h3>")[0]
+    start, remainder = html.split('<nav aria-labelledby="contents">')
+    heading = remainder[remainder.index("<details") :].split("<h3>")[0]
     return f"{start}{heading}</section></details></main></body></html>"
 
 
@@ -47,8 +47,8 @@ def test_page_one_fits_on_one_sheet_with_spare_margin(name: str, language: str) 
     for fillable in (False, True):
         html = cut_after_page_1(render.render(build_reports()[name], language=language, fillable=fillable))
         assert "margin: 8mm 12mm 12mm" in html
-        first, second, *more = render_pages(html.replace("</style>", less))
-        assert not more, name
+        first, second, *other_pages = render_pages(html.replace("</style>", less))
+        assert not other_pages, name
         assert {"verdict", "sign-off"} <= set(first.anchors), name
         assert "engineer" in second.anchors, name
 
@@ -66,21 +66,21 @@ def test_pdf_is_complete_and_identical_without_system_fonts(a_report: Make, tmp_
     html = render.render(a_report(), language="de", fillable=True)
     none = tmp_path / "fonts.conf"
     none.write_text(f"<fontconfig><cachedir>{tmp_path}</cachedir></fontconfig>")
-    made = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", WITHOUT_FONTS],
         input=html.encode(),
         capture_output=True,
         check=False,
         env={**os.environ, "FONTCONFIG_FILE": str(none)},
     )
-    assert made.returncode == 0, made.stderr.decode()
-    assert made.stderr == b""
-    assert made.stdout == render.convert_to_pdf(html)
-    named = set(re.findall(rb"/FontName /\w+\+([\w-]+)", unpack_pdf(made.stdout)))
-    assert named == {b"Fedtune-Sans", b"Fedtune-Sans-Bold", b"Fedtune-Mono"}
-    assert made.stdout.startswith(b"%PDF-")
-    assert made.stdout.rstrip().endswith(b"%%EOF")
-    objects = unpack_pdf(made.stdout)
+    assert process.returncode == 0, process.stderr.decode()
+    assert process.stderr == b""
+    assert process.stdout == render.convert_to_pdf(html)
+    font_names = set(re.findall(rb"/FontName /\w+\+([\w-]+)", unpack_pdf(process.stdout)))
+    assert font_names == {b"Fedtune-Sans", b"Fedtune-Sans-Bold", b"Fedtune-Mono"}
+    assert process.stdout.startswith(b"%PDF-")
+    assert process.stdout.rstrip().endswith(b"%%EOF")
+    objects = unpack_pdf(process.stdout)
     assert b"/MarkInfo" in objects  # tagged: a screen reader finds headings and tables
     assert not re.search(rb"/(JavaScript|Launch|EmbeddedFile)\b", objects)
 
@@ -103,13 +103,13 @@ def test_pdf_is_reproducible_without_harfbuzz(before: str | None, monkeypatch: p
 def test_form_inputs_become_fillable_pdf_fields(language: str) -> None:
     """On page 1; the page for screens and browsers has none."""
     for name in ("by_user", "wide_run"):
-        whole = render.render(build_reports()[name], language=language, fillable=True)
-        html = cut_after_page_1(whole)
-        assert whole.count("<input") == html.count("<input")
+        pdf = render.render(build_reports()[name], language=language, fillable=True)
+        html = cut_after_page_1(pdf)
+        assert pdf.count("<input") == html.count("<input")
         objects = unpack_pdf(render.convert_to_pdf(html))
-        asked = html.count('class="asked"')
-        assert asked > 0
-        assert objects.count(b"/FT /Btn") == 6 + 2 * asked, "three choices for each of two, yes and no"
+        requested = html.count('class="asked"')
+        assert requested > 0
+        assert objects.count(b"/FT /Btn") == 6 + 2 * requested, "three choices for each of two, yes and no"
         assert objects.count(b"/FT /Tx") == 7, "conditions, name and date of both, and when to look again"
         assert "<input" not in render_page(name, language)
 
@@ -132,8 +132,8 @@ def list_printed(page: Any, *, below: float = 0, above: float = math.inf) -> str
 def test_every_pdf_page_shows_report_name_and_digest(a_report: Make) -> None:
     html = render.render(change_facts(a_report(), name=LONG), language="en")
     digest = re.findall(r"\b[0-9a-f]{64}\b", html)[-1]
-    for one in render_pages(html):
-        footer = list_printed(one, below=one.height - 60)
+    for page in render_pages(html):
+        footer = list_printed(page, below=page.height - 60)
         assert digest in footer
         assert "universi" in footer
 
@@ -143,9 +143,9 @@ def test_every_pdf_page_shows_report_name_and_digest(a_report: Make) -> None:
 def test_every_pdf_page_of_a_study_shows_its_banner(name: str) -> None:
     report = build_reports()[name]
     assert report.banners
-    for one in render_pages(render_page(name, "de")):
+    for page in render_pages(render_page(name, "de")):
         for banner in report.banners:
-            assert load_catalog("de").texts["banner"][banner].replace(" ", "") in list_printed(one, above=30)
+            assert load_catalog("de").texts["banner"][banner].replace(" ", "") in list_printed(page, above=30)
 
 
 @needs_weasyprint
@@ -155,17 +155,17 @@ def test_page_one_shows_the_banner_when_margins_cannot() -> None:
     for fillable in (False, True):
         first, *_ = render_pages(cut_after_page_1(render.render(report, language="en", fillable=fillable)))
         for banner in report.banners:
-            said = load_catalog("en").texts["banner"][banner].replace(" ", "") in list_printed(first, below=30)
-            assert said != fillable
+            has_banner = load_catalog("en").texts["banner"][banner].replace(" ", "") in list_printed(first, below=30)
+            assert has_banner != fillable
 
 
 @needs_weasyprint
 def test_pdf_rendering_fetches_nothing() -> None:
-    asked: list[str] = []
+    requested: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            requested.append(self.path)
             self.send_error(404)
 
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
@@ -176,7 +176,7 @@ def test_pdf_rendering_fetches_nothing() -> None:
             b"%PDF-"
         )
         server.shutdown()
-    assert asked == []
+    assert requested == []
 
 
 def test_missing_weasyprint_or_pango_error_suggests_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,8 +51,8 @@ def compute_gaussian_delta(mu: float, epsilon: float) -> float:
     """The least delta at which a mu-Gaussian mechanism has `epsilon` (arXiv 1905.02383, Corollary 2.13)."""
     if mu == 0:
         return 0.0
-    near, far = epsilon / mu - mu / 2, epsilon / mu + mu / 2
-    return max(0.0, float(norm.sf(near) - math.exp(epsilon + norm.logsf(far))))
+    lower, upper = epsilon / mu - mu / 2, epsilon / mu + mu / 2
+    return max(0.0, float(norm.sf(lower) - math.exp(epsilon + norm.logsf(upper))))
 
 
 def compute_gaussian_mu(epsilon: float, delta: float) -> float:
@@ -89,8 +89,8 @@ def test_gaussian_privacy_curve_matches_the_exact_solution(sigma: float) -> None
             compute_gaussian_hit_rate(mu, false_positive_rate=alarms),
         )
         assert exact - 1e-12 <= rate <= exact * (1 + 1e-5)
-    right = profile.bound_correct_of_100(spent)
-    assert compute_gaussian_correct_of_100(mu) - 1e-9 <= right <= compute_gaussian_correct_of_100(mu) + 1e-3
+    bound = profile.bound_correct_of_100(spent)
+    assert compute_gaussian_correct_of_100(mu) - 1e-9 <= bound <= compute_gaussian_correct_of_100(mu) + 1e-3
 
 
 def compute_best_attacks(rate: float, sigma: float, alarms: float) -> tuple[float, float]:
@@ -99,8 +99,8 @@ def compute_best_attacks(rate: float, sigma: float, alarms: float) -> tuple[floa
     def compute_hit_share(share: Any, at: float) -> float:
         return float((1 - rate) * share(at / sigma) + rate * share((at - 1) / sigma))
 
-    below = brentq(lambda at: compute_hit_share(norm.cdf, at) - alarms, -50 * sigma, 50 * sigma, xtol=1e-13 * sigma)
-    return compute_hit_share(norm.sf, sigma * norm.isf(alarms)), float(norm.cdf(below / sigma))
+    threshold = brentq(lambda at: compute_hit_share(norm.cdf, at) - alarms, -50 * sigma, 50 * sigma, xtol=1e-13 * sigma)
+    return compute_hit_share(norm.sf, sigma * norm.isf(alarms)), float(norm.cdf(threshold / sigma))
 
 
 @pytest.mark.parametrize(("rate", "sigma"), [(0.01, 0.8), (0.1, 1.0), (0.5, 2.0)])
@@ -119,20 +119,20 @@ def test_simulated_attack_does_not_exceed_the_bound() -> None:
 
     def draw_losses(used: bool) -> np.ndarray:
         joined = random.random((draws, steps)) < (rate if used else 0.0)
-        seen = joined + sigma * random.standard_normal((draws, steps))
-        return np.log1p(rate * np.expm1((2 * seen - 1) / (2 * sigma**2))).sum(axis=1)
+        losses = joined + sigma * random.standard_normal((draws, steps))
+        return np.log1p(rate * np.expm1((2 * losses - 1) / (2 * sigma**2))).sum(axis=1)
 
     without, with_it = draw_losses(False), draw_losses(True)
     for alarms in (0.001, 0.01, 0.1):
         bound = profile.bound_hit_rate(spent, false_positive_rate=alarms)
-        for others, sought in ((without, with_it), (-with_it, -without)):
-            rate_found = (sought > np.quantile(others, 1 - alarms)).mean()
+        for opposite, sought in ((without, with_it), (-with_it, -without)):
+            rate_found = (sought > np.quantile(opposite, 1 - alarms)).mean()
             assert rate_found <= bound + 5 * math.sqrt(bound / draws) + 5 * bound * math.sqrt(1 / (alarms * draws))
         # The test for the record is the best there is here: the bound is not far above it.
         assert bound <= 1.25 * (with_it > np.quantile(without, 1 - alarms)).mean()
     right = profile.bound_correct_of_100(spent)
-    found = 50 * ((with_it > 0).mean() + (without <= 0).mean())
-    assert found - 0.5 <= right <= found + 0.5
+    estimate = 50 * ((with_it > 0).mean() + (without <= 0).mean())
+    assert estimate - 0.5 <= right <= estimate + 0.5
 
 
 def test_privacy_curve_is_monotone_and_below_each_ceiling(spent_mechanisms: dict[DpEvent, int]) -> None:
@@ -145,8 +145,8 @@ def test_privacy_curve_is_monotone_and_below_each_ceiling(spent_mechanisms: dict
             rate = profile.bound_hit_rate(spent_mechanisms, false_positive_rate=alarms)
             ceiling = profile.compute_hit_rate_ceiling(point.epsilon_pld, point.delta, false_positive_rate=alarms)
             assert alarms <= rate <= ceiling + 1e-7
-        right = profile.bound_correct_of_100(spent_mechanisms)
-        assert 50 <= right <= profile.bound_correct_guesses_per_100(point.epsilon_pld, point.delta) + 1e-6
+        bound = profile.bound_correct_of_100(spent_mechanisms)
+        assert 50 <= bound <= profile.bound_correct_guesses_per_100(point.epsilon_pld, point.delta) + 1e-6
 
 
 @pytest.mark.parametrize("center", [0.0, 1e-6, 0.7, 8.0, 59.9])
@@ -154,61 +154,65 @@ def test_search_for_the_least_bound_finds_scipys_minimum(center: float) -> None:
     def bound(epsilon: float) -> float:
         return 1 + abs(epsilon - center) ** 1.5
 
-    found = profile._minimize_bound(bound)
-    known = minimize_scalar(bound, bounds=(0.0, 60.0), method="bounded", options={"xatol": 1e-5}).fun
-    assert 1 <= found <= known + 1e-7
+    estimate = profile._minimize_bound(bound)
+    reference = minimize_scalar(bound, bounds=(0.0, 60.0), method="bounded", options={"xatol": 1e-5}).fun
+    assert 1 <= estimate <= reference + 1e-7
 
 
 def test_hit_rate_grows_with_false_alarms_and_steps(spent_mechanisms: dict[DpEvent, int]) -> None:
     rates = [profile.bound_hit_rate(spent_mechanisms, false_positive_rate=alarms) for alarms in _SHARES]
     assert rates == sorted(rate for rate in rates if rate is not None)
-    twice = {event: 2 * count for event, count in spent_mechanisms.items()}
+    doubled = {event: 2 * count for event, count in spent_mechanisms.items()}
     for alarms, rate in zip(_SHARES, rates, strict=True):
-        assert rate <= profile.bound_hit_rate(twice, false_positive_rate=alarms) + 1e-9
-    assert profile.bound_correct_of_100(spent_mechanisms) < profile.bound_correct_of_100(twice)
+        assert rate <= profile.bound_hit_rate(doubled, false_positive_rate=alarms) + 1e-9
+    assert profile.bound_correct_of_100(spent_mechanisms) < profile.bound_correct_of_100(doubled)
 
 
 @pytest.mark.by_day("one sampled step", "a run with scores")
 def test_profile_epsilons_match_the_accountant(spent_mechanisms: dict[DpEvent, int]) -> None:
     for interval in (accountant.FINE, accountant.COARSE):
-        found = profile.epsilon_pld(spent_mechanisms, 1e-5, interval=interval)
-        assert found == pytest.approx(accountant.epsilon_pld(spent_mechanisms, 1e-5, interval=interval), rel=1e-9)
+        estimate = profile.epsilon_pld(spent_mechanisms, 1e-5, interval=interval)
+        assert estimate == pytest.approx(accountant.epsilon_pld(spent_mechanisms, 1e-5, interval=interval), rel=1e-9)
     assert profile.epsilon_rdp(spent_mechanisms, 1e-5) == pytest.approx(
         accountant.epsilon_rdp(spent_mechanisms, 1e-5), rel=1e-12
     )
 
 
 def test_equal_histories_produce_identical_figures() -> None:
-    one = {**count_sampled_mechanism(0.05, 1.5, 40), GaussianDpEvent(20.0): 4, **count_sampled_mechanism(0.1, 2.0, 7)}
-    other = [event for event, count in reversed(one.items()) for _ in range(count)]
+    history = {
+        **count_sampled_mechanism(0.05, 1.5, 40),
+        GaussianDpEvent(20.0): 4,
+        **count_sampled_mechanism(0.1, 2.0, 7),
+    }
+    listed = [event for event, count in reversed(history.items()) for _ in range(count)]
     forget()
     first = (
-        profile.compute_meaning(one, epsilon=2.0, delta=1e-5, declared_size=1000),
-        profile.compute_epsilon_curve(one, 1e-5),
+        profile.compute_meaning(history, epsilon=2.0, delta=1e-5, declared_size=1000),
+        profile.compute_epsilon_curve(history, 1e-5),
     )
     forget()
     assert first == (
-        profile.compute_meaning(other, epsilon=2.0, delta=1e-5, declared_size=1000),
-        profile.compute_epsilon_curve(other, 1e-5),
+        profile.compute_meaning(listed, epsilon=2.0, delta=1e-5, declared_size=1000),
+        profile.compute_epsilon_curve(listed, 1e-5),
     )
 
 
 def test_mechanism_bound_never_exceeds_the_ceiling() -> None:
     # An epsilon by the fine grid may be a little below what the coarse one, of the curve, says.
-    meant = profile.compute_meaning([GaussianDpEvent(1.0)], epsilon=0.0, delta=1e-5, declared_size=None)
-    assert meant.correct_of_100_mechanism == meant.correct_of_100_ceiling
-    assert all(one.mechanism == one.ceiling for one in meant.hit_rates)
+    meaning = profile.compute_meaning([GaussianDpEvent(1.0)], epsilon=0.0, delta=1e-5, declared_size=None)
+    assert meaning.correct_of_100_mechanism == meaning.correct_of_100_ceiling
+    assert all(history.mechanism == history.ceiling for history in meaning.hit_rates)
 
 
 @pytest.mark.parametrize(
     "spent", [[NonPrivateDpEvent()], {**count_sampled_mechanism(0.1, 1.0), NonPrivateDpEvent(): 2}]
 )
 def test_noiseless_history_is_unbounded(spent: events.Spent) -> None:
-    meant = profile.compute_meaning(spent, epsilon=None, delta=1e-5, declared_size=None)
-    assert (meant.correct_of_100_ceiling, meant.correct_of_100_mechanism) == (100, None)
-    assert [one.ceiling for one in meant.posterior] == [1, 1, 1, 1]
-    assert [(one.ceiling, one.mechanism) for one in meant.hit_rates] == [(1, None), (1, None)]
-    assert meant.expected_failures is None
+    meaning = profile.compute_meaning(spent, epsilon=None, delta=1e-5, declared_size=None)
+    assert (meaning.correct_of_100_ceiling, meaning.correct_of_100_mechanism) == (100, None)
+    assert [history.ceiling for history in meaning.posterior] == [1, 1, 1, 1]
+    assert [(history.ceiling, history.mechanism) for history in meaning.hit_rates] == [(1, None), (1, None)]
+    assert meaning.expected_failures is None
     assert {(point.epsilon_pld, point.epsilon_rdp) for point in profile.compute_epsilon_curve(spent, 1e-5)} == {
         (None, None)
     }
@@ -242,8 +246,8 @@ def compute_mixture_density(rate: float, sigma: float, members: int) -> Callable
 def test_group_attack_bound_covers_the_best_attack_on_several_records(rate: float, sigma: float, members: int) -> None:
     """The best one's share is (1 + total variation) / 2: here summed over the outcomes of two steps, without losses."""
     points, width = np.linspace(-12 * sigma, members + 12 * sigma, 4001, retstep=True)
-    without, having = (compute_mixture_density(rate, sigma, of)(points) * width for of in (0, members))
-    variation = np.abs(np.outer(without, without) - np.outer(having, having)).sum() / 2
+    without, with_members = (compute_mixture_density(rate, sigma, of)(points) * width for of in (0, members))
+    variation = np.abs(np.outer(without, without) - np.outer(with_members, with_members)).sum() / 2
     best = 50 * (1 + float(variation))
     assert best - 1e-6 <= bound_for_several(count_sampled_mechanism(rate, sigma, 2), members) <= best + 0.2
 
@@ -252,27 +256,29 @@ def test_two_records_at_epsilon_8_match_the_simulated_attack() -> None:
     """By dividing likelihoods of drawn outcomes: 91.6 of 100 for two records and 99.93 for five, at 76 for one."""
     rate, sigma, steps = 0.1, 1.1297368779778485, 200
     assert 7.99 < profile.epsilon_pld(count_sampled_mechanism(rate, sigma, steps), 1e-5, interval=accountant.FINE) <= 8
-    drawn = np.random.default_rng(7).normal(0, sigma, (20_000, steps))
-    without = np.log(compute_mixture_density(rate, sigma, 0)(drawn)).sum(axis=1)
-    for members, about in ((1, 76.1), (2, 91.6), (5, 99.94)):
-        ratio = np.exp(np.log(compute_mixture_density(rate, sigma, members)(drawn)).sum(axis=1) - without)
-        apart = np.maximum(0, 1 - ratio)
-        best, error = 50 * (1 + apart.mean()), 50 * apart.std() / math.sqrt(len(apart))
-        found = bound_for_several(count_sampled_mechanism(rate, sigma, steps), members)
-        assert best - 4 * error <= found <= best + 4 * error + 0.2
-        assert found == pytest.approx(about, abs=0.1)
+    samples = np.random.default_rng(7).normal(0, sigma, (20_000, steps))
+    without = np.log(compute_mixture_density(rate, sigma, 0)(samples)).sum(axis=1)
+    for members, correct_of_100 in ((1, 76.1), (2, 91.6), (5, 99.94)):
+        ratio = np.exp(np.log(compute_mixture_density(rate, sigma, members)(samples)).sum(axis=1) - without)
+        advantage = np.maximum(0, 1 - ratio)
+        best, error = 50 * (1 + advantage.mean()), 50 * advantage.std() / math.sqrt(len(advantage))
+        estimate = bound_for_several(count_sampled_mechanism(rate, sigma, steps), members)
+        assert best - 4 * error <= estimate <= best + 4 * error + 0.2
+        assert estimate == pytest.approx(correct_of_100, abs=0.1)
 
 
 def test_group_bound_is_the_smaller_of_epsilon_and_triangle_bounds() -> None:
     """(1.6, 1e-5) for one record is (3.2, 6e-5) for two: 96 of 100, where the triangle inequality allows 100."""
     for epsilon, members in ((1.6, 2), (1.6, 5), (0.1, 2), (8.0, 2)):
-        right = profile.bound_correct_guesses_per_100(epsilon, 1e-5)
-        found = profile.bound_right_guesses_for_several(None, right, epsilon=epsilon, delta=1e-5, members=members)
-        for_all = profile.bound_correct_guesses_per_100(*profile.apply_group_privacy(epsilon, 1e-5, members=members))
-        assert found == min(100, 50 + members * (right - 50), for_all)
-        assert right < found
-    many = {PoissonSampledDpEvent(0.01, GaussianDpEvent(1 + number)): 1 for number in range(9)}
-    assert bound_for_several(many, 2) == 50 + 2 * (profile.bound_correct_of_100(many) - 50), (
+        bound = profile.bound_correct_guesses_per_100(epsilon, 1e-5)
+        estimate = profile.bound_right_guesses_for_several(None, bound, epsilon=epsilon, delta=1e-5, members=members)
+        group_bound = profile.bound_correct_guesses_per_100(
+            *profile.apply_group_privacy(epsilon, 1e-5, members=members)
+        )
+        assert estimate == min(100, 50 + members * (bound - 50), group_bound)
+        assert bound < estimate
+    mechanisms = {PoissonSampledDpEvent(0.01, GaussianDpEvent(1 + number)): 1 for number in range(9)}
+    assert bound_for_several(mechanisms, 2) == 50 + 2 * (profile.bound_correct_of_100(mechanisms) - 50), (
         "of so many plans no curve is computed"
     )
     assert profile._bound_by_mixture(((GaussianDpEvent(0.1), 1),), 2) is None, "nor of next to no noise"
@@ -337,9 +343,9 @@ def test_posterior_failure_probability_can_exceed_delta_many_times() -> None:
 
 
 def test_group_privacy_degrades_with_the_number_of_records() -> None:
-    for one, digits, of_five in ((1, 6, 8.6e-5), (3, 2, 0.17)):
-        epsilon, delta = profile.apply_group_privacy(one, _DELTA, members=5)
-        assert (epsilon, round(delta, digits)) == (5 * one, of_five)
+    for history, digits, for_five in ((1, 6, 8.6e-5), (3, 2, 0.17)):
+        epsilon, delta = profile.apply_group_privacy(history, _DELTA, members=5)
+        assert (epsilon, round(delta, digits)) == (5 * history, for_five)
     assert profile.apply_group_privacy(1, _DELTA, members=1) == (1, _DELTA)
     assert profile.apply_group_privacy(8, _DELTA, members=1000) == (8000, 1.0)
     assert profile.apply_group_privacy(0, _DELTA, members=3) == (0, 3 * _DELTA)
@@ -356,16 +362,16 @@ def test_ceilings_are_trivial_at_huge_epsilon_and_at_zero() -> None:
     assert profile.bound_correct_guesses_per_100(0, 0) == 50
 
 
-@given(epsilon=st.floats(0, 50), delta=st.floats(0, 0.5), alarms=st.floats(1e-6, 0.999), more=st.floats(0, 5))
-def test_ceilings_grow_with_epsilon_and_delta(epsilon: float, delta: float, alarms: float, more: float) -> None:
+@given(epsilon=st.floats(0, 50), delta=st.floats(0, 0.5), alarms=st.floats(1e-6, 0.999), added=st.floats(0, 5))
+def test_ceilings_grow_with_epsilon_and_delta(epsilon: float, delta: float, alarms: float, added: float) -> None:
     rate = profile.compute_hit_rate_ceiling(epsilon, delta, false_positive_rate=alarms)
     assert alarms <= rate <= 1
-    assert rate <= profile.compute_hit_rate_ceiling(epsilon + more, delta, false_positive_rate=alarms) + 1e-12
-    assert rate <= profile.compute_hit_rate_ceiling(epsilon, min(1, delta + more), false_positive_rate=alarms) + 1e-12
-    right = profile.bound_correct_guesses_per_100(epsilon, delta)
-    assert 50 <= right <= 100
+    assert rate <= profile.compute_hit_rate_ceiling(epsilon + added, delta, false_positive_rate=alarms) + 1e-12
+    assert rate <= profile.compute_hit_rate_ceiling(epsilon, min(1, delta + added), false_positive_rate=alarms) + 1e-12
+    bound = profile.bound_correct_guesses_per_100(epsilon, delta)
+    assert 50 <= bound <= 100
     # An attack with these rates, half of whose records were used, is right no more often than that.
-    assert 100 * (rate + 1 - alarms) / 2 <= right + 1e-9
+    assert 100 * (rate + 1 - alarms) / 2 <= bound + 1e-9
 
 
 @given(epsilon=st.floats(0.01, 20), delta=st.floats(1e-9, 1e-3), alarms=st.floats(1e-4, 0.5))

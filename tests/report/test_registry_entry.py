@@ -16,7 +16,7 @@ from fedtune.report.page.translations import load_catalog
 from .shown import NAMES, build_reports, iter_leaves
 
 ASKED = {field.name for field in dataclasses.fields(AboutSpec)}
-TOLD = AboutSpec(**{name: f"the {name} that somebody told" for name in ASKED})
+ANSWERS = AboutSpec(**{name: f"the answer for {name}" for name in ASKED})
 
 
 @pytest.fixture(params=NAMES)
@@ -29,11 +29,11 @@ def list_values(part: Any) -> list[Any]:
 
 
 def test_unanswered_registry_fields_are_empty_and_listed_as_missing(report: Report) -> None:
-    told, entry = registry.build_registry_entry(report, TOLD), registry.build_registry_entry(report, AboutSpec())
-    assert told["missing"] == []
-    assert set(dataclasses.asdict(TOLD).values()) <= set(list_values(told))
+    answered, entry = registry.build_registry_entry(report, ANSWERS), registry.build_registry_entry(report, AboutSpec())
+    assert answered["missing"] == []
+    assert set(dataclasses.asdict(ANSWERS).values()) <= set(list_values(answered))
     assert set(entry["missing"]) == ASKED
-    assert list_values(entry).count("") - list_values(told).count("") == len(ASKED)
+    assert list_values(entry).count("") - list_values(answered).count("") == len(ASKED)
     assert registry.build_registry_entry(report, AboutSpec(sector=" "))["missing"] == entry["missing"], (
         "a blank says nothing"
     )
@@ -45,19 +45,21 @@ def test_registry_entry_figures_match_the_report(report: Report) -> None:
     assert entry["privacy"]["epsilon"] == (report.epsilon if promised else None)
     assert (entry["privacy"]["delta"], entry["privacy"]["sites"]) == (report.facts.delta, len(report.sites))
     rows = [row for site in report.sites for row in site.mechanisms]
-    assert {(one["sampling_rate"], one["noise_multiplier"]) for one in entry["privacy"]["mechanisms"]} == {
-        (row.sampling_rate, row.noise_multiplier) for row in rows
-    }
+    assert {
+        (mechanism["sampling_rate"], mechanism["noise_multiplier"]) for mechanism in entry["privacy"]["mechanisms"]
+    } == {(row.sampling_rate, row.noise_multiplier) for row in rows}
     words = load_catalog("en")
-    assert entry["accounting"]["leaves_out"] == [words.code("leaves_out", one).unescape() for one in report.leaves_out]
+    assert entry["accounting"]["leaves_out"] == [
+        words.code("leaves_out", mechanism).unescape() for mechanism in report.leaves_out
+    ]
     assert len(entry["not_protected"]) == len(report.not_protected)
     assert entry["privacy"]["holds_for"].startswith("a simulation") == ("simulation" in report.banners)
     assert entry["report_sha256"] == hashlib.sha256(signing.report_to_json(report).encode()).hexdigest()
-    text = registry.registry_entry_to_json(report, TOLD)
-    assert json.loads(text) == registry.build_registry_entry(report, TOLD)
+    text = registry.registry_entry_to_json(report, ANSWERS)
+    assert json.loads(text) == registry.build_registry_entry(report, ANSWERS)
 
 
 def test_registry_entry_of_a_noiseless_run_names_no_mechanism() -> None:
-    entry = registry.build_registry_entry(build_reports()["unbounded"], TOLD)
-    assert {one["name"] for one in entry["privacy"]["mechanisms"]} == {"none"}
+    entry = registry.build_registry_entry(build_reports()["unbounded"], ANSWERS)
+    assert {mechanism["name"] for mechanism in entry["privacy"]["mechanisms"]} == {"none"}
     assert "adds no noise" in entry["privacy"]["model"]

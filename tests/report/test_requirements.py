@@ -61,45 +61,50 @@ def test_requirement_maps_contain_numbers_texts_and_known_facts() -> None:
         assert document["title"]
         assert document["version"]
         assert "in our own words" in document["source"]
-        for number, asked in document["requirement"].items():
-            assert asked.keys() <= KEYS, number
-            assert asked["text"].endswith("."), number
-            assert asked.keys() > {"text"}, f"{number} has no answer"
-            assert set(asked.get("facts", ())) <= cell_facts | requirements.LABELS.keys(), number
-            assert set(asked.get("stated", ())) <= ABOUT.keys(), number
+        for number, requirement in document["requirement"].items():
+            assert requirement.keys() <= KEYS, number
+            assert requirement["text"].endswith("."), number
+            assert requirement.keys() > {"text"}, f"{number} has no answer"
+            assert set(requirement.get("facts", ())) <= cell_facts | requirements.LABELS.keys(), number
+            assert set(requirement.get("stated", ())) <= ABOUT.keys(), number
 
 
 def test_requirement_for_technical_controls_refers_to_the_gate() -> None:
-    asked = read_map("satre")["requirement"]["3.3.07"]
-    assert "which technical controls are required" in asked["text"]
-    assert "gate" in asked["facts"]
+    requirement = read_map("satre")["requirement"]["3.3.07"]
+    assert "which technical controls are required" in requirement["text"]
+    assert "gate" in requirement["facts"]
 
 
 def list_answers(*given: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    return [(one["state"], one["about"], one["text"]) for one in answer_requirement(*given)]
+    return [(entry["state"], entry["about"], entry["text"]) for entry in answer_requirement(*given)]
 
 
 @pytest.mark.parametrize(("name", "number"), REQUIREMENTS)
 def test_removing_a_fact_changes_only_its_answer_to_missing(name: str, number: str) -> None:
-    asked = read_map(name)["requirement"][number]
-    known = {fact: f"the {fact}" for fact in asked.get("facts", ())}
-    whole = list_answers(asked, known, ABOUT)
-    assert [answer for answer in whole if answer[0] == "missing"] == []
-    for place, fact in enumerate(known):
-        assert whole[place] == ("design" if fact in BY_DESIGN else "auto", fact, f"the {fact}")
-        without = list_answers(asked, {key: known[key] for key in known if key != fact}, ABOUT)
-        assert without[place] == ("missing", fact, "")
-        assert [*without[:place], *without[place + 1 :]] == [*whole[:place], *whole[place + 1 :]]
-    for field in asked.get("stated", ()):
-        said = ("site", f"report.about.{field}", f"the {field}")
-        assert said in whole
-        silent = list_answers(asked, known, ABOUT | {field: " "})
-        assert [one for one in silent if one not in whole] == [("site", f"report.about.{field}", "")]
+    requirement = read_map(name)["requirement"][number]
+    known = {fact: f"the {fact}" for fact in requirement.get("facts", ())}
+    all_answers = list_answers(requirement, known, ABOUT)
+    assert [answer for answer in all_answers if answer[0] == "missing"] == []
+    for index, fact in enumerate(known):
+        assert all_answers[index] == ("design" if fact in BY_DESIGN else "auto", fact, f"the {fact}")
+        fewer_answers = list_answers(requirement, {key: known[key] for key in known if key != fact}, ABOUT)
+        assert fewer_answers[index] == ("missing", fact, "")
+        assert [*fewer_answers[:index], *fewer_answers[index + 1 :]] == [
+            *all_answers[:index],
+            *all_answers[index + 1 :],
+        ]
+    for field in requirement.get("stated", ()):
+        expected = ("site", f"report.about.{field}", f"the {field}")
+        assert expected in all_answers
+        silent = list_answers(requirement, known, ABOUT | {field: " "})
+        assert [entry for entry in silent if entry not in all_answers] == [("site", f"report.about.{field}", "")]
 
 
 def test_every_required_fact_can_be_derived_from_a_report(report: Report) -> None:
-    asked = {fact for name in MAPS for one in read_map(name)["requirement"].values() for fact in one.get("facts", ())}
-    assert asked - collect_known_facts(sign(report), make_verdict(sign(report))).keys() == NEVER_KNOWN
+    requirement = {
+        fact for name in MAPS for entry in read_map(name)["requirement"].values() for fact in entry.get("facts", ())
+    }
+    assert requirement - collect_known_facts(sign(report), make_verdict(sign(report))).keys() == NEVER_KNOWN
 
 
 def sign(report: Report) -> Report:
@@ -124,18 +129,20 @@ def test_missing_report_values_are_not_collected_as_known_facts(fact: str, chang
 
 
 def test_every_fact_in_a_cell_flips_its_answers_when_it_is_removed(report: Report) -> None:
-    asked = {fact for name in MAPS for one in read_map(name)["requirement"].values() for fact in one.get("facts", ())}
+    requirement = {
+        fact for name in MAPS for entry in read_map(name)["requirement"].values() for fact in entry.get("facts", ())
+    }
     signed = sign(report)
-    known, in_cells = collect_known_facts(signed, None), sorted(asked & signed.known.keys())
+    known, in_cells = collect_known_facts(signed, None), sorted(requirement & signed.known.keys())
     assert len(in_cells) > 30
     for fact in in_cells:
-        gone = known.keys() - collect_known_facts(remove_cells(signed, fact), None).keys()
-        assert gone == {fact, *(("extraction",) if fact == "epsilon" else ())}
+        removed = known.keys() - collect_known_facts(remove_cells(signed, fact), None).keys()
+        assert removed == {fact, *(("extraction",) if fact == "epsilon" else ())}
 
 
 def change_first_fact(report: Report, **changes: Any) -> Report:
-    first, *others = report.facts.sites  # type: ignore[union-attr]
-    return change_facts(report, sites=(replace(first, **changes), *others))
+    first, *rest = report.facts.sites  # type: ignore[union-attr]
+    return change_facts(report, sites=(replace(first, **changes), *rest))
 
 
 def remove_cells(report: Report, fact: str) -> Report:
@@ -165,8 +172,8 @@ def test_attacks_in_a_report_answer_without_a_verdict(report: Report) -> None:
     fields = {"run": "r", "adapter_sha256": "00", "epsilon": 1.0, "delta": 1e-5, "confidence": 0.95, "seconds": 1.0}
     attacked = change_facts(report, attacks=RunAttacks(**fields, findings=(finding,)))
     assert collect_known_facts(attacked, None)["attack_results"] == finding.sentence
-    said = collect_known_facts(attacked, make_verdict(attacked))["attack_results"]
-    assert said == f"{finding.sentence} what max_audit_bound found"
+    expected = collect_known_facts(attacked, make_verdict(attacked))["attack_results"]
+    assert expected == f"{finding.sentence} what max_audit_bound found"
 
 
 def test_ledger_report_answers_requirements() -> None:
@@ -184,18 +191,18 @@ def test_json_markdown_and_html_have_the_same_answers(name: str, report: Report)
     mapped = map_report(name, report, AboutSpec(curator="A hospital", access="<b>all</b>"), None)
     files = render_map(mapped, name="run <1>")
     assert set(files) == {f"map_{name}.{ending}" for ending in ("json", "md", "html")}
-    told = json.loads(files[f"map_{name}.json"])
-    assert told == mapped
+    output = json.loads(files[f"map_{name}.json"])
+    assert output == mapped
     page, text = parse_page(files[f"map_{name}.html"].decode()), files[f"map_{name}.md"].decode()
-    answers = [answer for one in told["requirements"] for answer in one["answers"]]
+    answers = [answer for entry in output["requirements"] for answer in entry["answers"]]
     assert len(page.all("dd")) == len(answers)
-    states = [{answer["state"] for answer in one["answers"]} for one in told["requirements"]]
+    states = [{answer["state"] for answer in entry["answers"]} for entry in output["requirements"]]
     for state in ("auto", "design", "site", "missing"):
-        assert len(page.all("div", **{"class": f"cell {state}"})) == sum(state in one for one in states)
+        assert len(page.all("div", **{"class": f"cell {state}"})) == sum(state in entry for entry in states)
     assert all(answer["text"] in page.said for answer in answers)
     assert text.count("\n- **") == len(answers)
     assert "<b>" not in text
-    assert [one.said for one in page.all("h4")] == [one["number"] for one in told["requirements"]]
+    assert [entry.said for entry in page.all("h4")] == [entry["number"] for entry in output["requirements"]]
     assert asdict(AboutSpec()).keys() >= {"access", "acceptable_use", "channel"}
 
 
@@ -205,7 +212,7 @@ def test_terminal_table_shows_every_answer_with_its_state(report: Report) -> Non
     assert ("", "person", "report.about.acceptable_use: Research alone") in rows
     assert ("", "PERSON", "report.about.channel") in rows
     assert ("", "MISSING", "Upper estimate of floating-point operations in training (6 N D)") in rows
-    assert len(rows) == sum(len(one["answers"]) for one in mapped["requirements"])
+    assert len(rows) == sum(len(entry["answers"]) for entry in mapped["requirements"])
 
 
 def test_requirement_maps_match_the_files_in_the_maps_folder() -> None:

@@ -35,14 +35,14 @@ def list_problem_places(report: Report, config: RunConfig) -> set[str]:
 
 def test_report_matches_its_settings_and_detects_others_by_digest(run_report: Report, config: Any) -> None:
     assert list_problem_places(run_report, config) == set()
-    other = replace(config, training=replace(config.training, learning_rate=0.123))
-    (problem,) = find_settings_problems(run_report.facts, other)
-    assert (problem.where, problem.expected) == ("provenance.config_sha256", other.digest())
+    changed = replace(config, training=replace(config.training, learning_rate=0.123))
+    (problem,) = find_settings_problems(run_report.facts, changed)
+    assert (problem.where, problem.expected) == ("provenance.config_sha256", changed.digest())
 
 
 def test_plan_from_different_settings_is_detected(run_folder: Path, config: RunConfig) -> None:
-    others = {"noise_multiplier": 20.0, "sampling_rate": 0.01, "max_grad_norm": 0.5, "delta": 1e-4}
-    for key, value in (others | {"local_steps": 1, "num_rounds": 1}).items():
+    other_values = {"noise_multiplier": 20.0, "sampling_rate": 0.01, "max_grad_norm": 0.5, "delta": 1e-4}
+    for key, value in (other_values | {"local_steps": 1, "num_rounds": 1}).items():
         report = forge_report(run_folder, **{key: value})
         assert problems(report) == [] or key == "num_rounds", "it agrees with itself"
         assert [site.receipt for site in report.facts.sites] == [None, None], "no site signed that plan"
@@ -62,28 +62,28 @@ def test_reported_settings_are_compared_with_the_configuration(run_report: Repor
 def test_start_adapter_is_public_only_with_a_public_stage_in_settings(run_report: Report, config: RunConfig) -> None:
     config = replace(config, model=replace(config.model, adapter_sha256="ab" * 32))
     start = StartAdapter(digest="ab" * 32, run=None, dataset=None, unit=None, delta=None, epsilon=None, public=True)
-    made = replace(run_report.facts.provenance, start_adapter=start, config_sha256=config.digest())
-    assert list_problem_places(replace(run_report, facts=replace(run_report.facts, provenance=made)), config) == {
+    provenance = replace(run_report.facts.provenance, start_adapter=start, config_sha256=config.digest())
+    assert list_problem_places(replace(run_report, facts=replace(run_report.facts, provenance=provenance)), config) == {
         "public"
     }
-    other = replace(made, start_adapter=replace(start, digest="cd" * 32, public=False))
-    assert list_problem_places(replace(run_report, facts=replace(run_report.facts, provenance=other)), config) == {
+    changed = replace(provenance, start_adapter=replace(start, digest="cd" * 32, public=False))
+    assert list_problem_places(replace(run_report, facts=replace(run_report.facts, provenance=changed)), config) == {
         "digest"
     }
 
 
 @pytest.mark.parametrize("bound", [2.0, None])
-@pytest.mark.parametrize("said", [{}, {"epsilon": 0.5}, {"delta": 1e-300}, {"unit": "user"}])
+@pytest.mark.parametrize("loss", [{}, {"epsilon": 0.5}, {"delta": 1e-300}, {"unit": "user"}])
 def test_start_with_another_loss_than_in_settings_is_detected(
-    run_report: Report, config: RunConfig, bound: float | None, said: dict[str, Any]
+    run_report: Report, config: RunConfig, bound: float | None, loss: dict[str, Any]
 ) -> None:
     privacy = replace(config.privacy, start_epsilon=bound, start_delta=1e-5, start_unit="record")
     config = replace(config, model=replace(config.model, adapter_sha256="ab" * 32), privacy=privacy)
-    about: dict[str, Any] = {"run": "a", "dataset": "b", "unit": "record", "delta": 1e-5, "epsilon": bound}
-    start = StartAdapter(digest="ab" * 32, **about | said)
-    made = replace(run_report.facts.provenance, start_adapter=start, config_sha256=config.digest())
-    report = replace(run_report, facts=replace(run_report.facts, provenance=made))
-    assert list_problem_places(report, config) - {"run"} == {*said}
+    start_fields: dict[str, Any] = {"run": "a", "dataset": "b", "unit": "record", "delta": 1e-5, "epsilon": bound}
+    start = StartAdapter(digest="ab" * 32, **start_fields | loss)
+    provenance = replace(run_report.facts.provenance, start_adapter=start, config_sha256=config.digest())
+    report = replace(run_report, facts=replace(run_report.facts, provenance=provenance))
+    assert list_problem_places(report, config) - {"run"} == {*loss}
 
 
 @pytest.mark.nightly
@@ -93,13 +93,13 @@ def test_calibrated_noise_is_recalibrated_for_verification(run_folder: Path, con
 
     def check_with_noise(value: float, version: str = __version__) -> Report:
         report = forge_report(run_folder, noise_multiplier=value)
-        made = replace(report.facts.provenance, config_sha256=searched.digest(), fedtune_version=version)
-        return replace(report, facts=replace(report.facts, provenance=made))
+        provenance = replace(report.facts.provenance, config_sha256=searched.digest(), fedtune_version=version)
+        return replace(report, facts=replace(report.facts, provenance=provenance))
 
     assert list_problem_places(check_with_noise(noise), searched) == set()
     assert list_problem_places(check_with_noise(noise + 1e-4, "0.1.0"), searched) == set(), (
         "another version's last digit"
     )
-    for more, version in ((1e-4, __version__), (2e-4, "0.1.0")):
-        assert "noise_multiplier" in list_problem_places(check_with_noise(noise + more, version), searched)
+    for extra, version in ((1e-4, __version__), (2e-4, "0.1.0")):
+        assert "noise_multiplier" in list_problem_places(check_with_noise(noise + extra, version), searched)
     assert "noise_multiplier" in list_problem_places(check_with_noise(0.99 * noise), searched)

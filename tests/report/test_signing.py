@@ -14,7 +14,7 @@ from fedtune.report.model import Signature, from_json, to_json
 from fedtune.spec import REPORT_SCHEMA, ConfigError, FedtuneError, RunError
 
 from ..privacy.builders import site_key as key
-from ..privacy.builders import stranger_key as other
+from ..privacy.builders import stranger_key
 from .shown import Make, change_facts, iter_leaves, put
 
 
@@ -59,10 +59,10 @@ def test_signature_names_its_key(a_report: Make) -> None:
 
 def test_foreign_or_misused_signature_is_detected(a_report: Make) -> None:
     report = signing.sign_report(a_report(), key)
-    with pytest.raises(RunError, match=f"not by {other.public}"):
-        signing.verify_report_signature(report, expected_key=other.public)
+    with pytest.raises(RunError, match=f"not by {stranger_key.public}"):
+        signing.verify_report_signature(report, expected_key=stranger_key.public)
     for signature in (
-        Signature(key=other.public, signature=report.signature.signature),
+        Signature(key=stranger_key.public, signature=report.signature.signature),
         Signature(key=report.signature.key, signature=report.signature.signature.replace("a", "A")),
         Signature(key="00" * 32, signature="00" * 64),
         Signature(key="", signature=""),
@@ -76,45 +76,45 @@ def test_ledger_report_must_be_signed_by_its_site(a_ledger_report: Make) -> None
     report = a_ledger_report()
     with pytest.raises(RunError, match="ef" * 32):
         signing.verify_report_signature(signing.sign_report(report, key))
-    own = change_facts(report, verification=replace(report.facts.verification, site_key=key.public))
-    assert signing.verify_report_signature(signing.sign_report(own, key)) == key.public
+    own_report = change_facts(report, verification=replace(report.facts.verification, site_key=key.public))
+    assert signing.verify_report_signature(signing.sign_report(own_report, key)) == key.public
 
 
 def test_signature_covers_every_value(a_ledger_report: Make, a_report: Make) -> None:
     report = signing.sign_report(a_report(sites=(*a_report().sites, *a_ledger_report().sites)), key)
-    changed = 0
+    num_changed = 0
     for path, value in iter_leaves(to_json(report)):
         data, number = to_json(report), isinstance(value, int | float)
         put(data, path, not value if isinstance(value, bool) else value + 1 if number else f"{value}x")
         try:
-            other = from_json(json.dumps(data))
+            edited = from_json(json.dumps(data))
         except ConfigError:
             continue
         with pytest.raises(RunError):
-            signing.verify_report_signature(other)
-        changed += 1
-    assert changed > 300
+            signing.verify_report_signature(edited)
+        num_changed += 1
+    assert num_changed > 300
 
 
 @given(data=st.data())
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_edited_report_is_rejected_or_equal(text: str, data: st.DataObject) -> None:
-    begin = data.draw(st.integers(0, len(text)))
-    end = data.draw(st.integers(begin, min(len(text), begin + 8)))
-    edited = text[:begin] + data.draw(st.text(max_size=3)) + text[end:]
+    start = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(start, min(len(text), start + 8)))
+    edited = text[:start] + data.draw(st.text(max_size=3)) + text[end:]
     try:
-        read = signing.parse_report(edited.encode())
-        signing.verify_report_signature(read)
+        parsed = signing.parse_report(edited.encode())
+        signing.verify_report_signature(parsed)
     except FedtuneError:
         return
-    assert replace(read, signature=None) == replace(signing.parse_report(text.encode()), signature=None)
+    assert replace(parsed, signature=None) == replace(signing.parse_report(text.encode()), signature=None)
 
 
 def test_report_accepts_only_its_canonical_spelling(a_report: Make) -> None:
     text = signing.report_to_json(a_report())
     assert signing.parse_report(text.replace("\n", "\r\n").encode()) == a_report()  # as a checkout on Windows has it
-    whole = json.loads(text)
-    for edited in (json.dumps(whole), json.dumps(whole, indent=1, sort_keys=True), f"{text} "):
+    fields = json.loads(text)
+    for edited in (json.dumps(fields), json.dumps(fields, indent=1, sort_keys=True), f"{text} "):
         with pytest.raises(ConfigError, match="differs from fedtune's output"):
             signing.parse_report(edited.encode())
     with pytest.raises(ConfigError, match=r"line \d+.*1\.0e-05.*which has: \"delta\": 1e-05"):
@@ -123,9 +123,9 @@ def test_report_accepts_only_its_canonical_spelling(a_report: Make) -> None:
 
 def test_invalid_reports_are_refused(a_report: Make) -> None:
     text = signing.report_to_json(a_report())
-    refused = tomllib.loads(Path(__file__).with_name("no_reports.toml").read_text())
+    edits = tomllib.loads(Path(__file__).with_name("invalid_reports.toml").read_text())
     for before, after in (
-        *((before, after) for before, found in refused.items() for after in found),
+        *((before, after) for before, replacements in edits.items() for after in replacements),
         (f'"schema_version": {REPORT_SCHEMA}', f'"schema_version": {REPORT_SCHEMA - 1}'),
         ("{", '{"a": ' * 100_000),
     ):

@@ -69,37 +69,39 @@ def derive_changed(folder: Path, **changes: Any) -> Report:
 
 
 def test_released_site_figures_are_merged_into_the_run_report(folder: Path) -> None:
-    alone = from_run.build_run_report(folder / "second")
-    own = write_signed_report(folder)
-    report = require_sound(join_reports(folder, own))
+    without_reports = from_run.build_run_report(folder / "second")
+    own_report = write_signed_report(folder)
+    report = require_sound(join_reports(folder, own_report))
     joined, other = report.sites
     assert (joined.source, other.source) == ("signed_site_report", "charged_by_receipts")
-    said, nothing = (site.statement for site in report.facts.sites)
-    assert (said.approved, said.lifetime) == (own.facts.approved, own.sites[0].lifetime)
-    assert said.approved.max_epsilon == 2.0
-    assert said.verification.site_key == load_site_key(folder, "site-1").public
-    assert said.asserted == {}, "nobody can state anything for a made-up site"
+    statement, missing = (site.statement for site in report.facts.sites)
+    assert (statement.approved, statement.lifetime) == (own_report.facts.approved, own_report.sites[0].lifetime)
+    assert statement.approved.max_epsilon == 2.0
+    assert statement.verification.site_key == load_site_key(folder, "site-1").public
+    assert statement.asserted == {}, "nobody can state anything for a made-up site"
     # This run's own figures stay what they were, and all runs' stand beside them.
-    assert joined.spent == alone.sites[0].spent
-    assert joined.mechanisms == alone.sites[0].mechanisms
-    assert said.lifetime.epsilon > joined.spent.epsilon
-    assert [run.rounds for run in said.lifetime.runs] == [1, 1]
-    assert {release.run for release in said.releases} == {joined.mechanisms[0].run}
-    assert (joined.releases, nothing) == ((), None)
+    assert joined.spent == without_reports.sites[0].spent
+    assert joined.mechanisms == without_reports.sites[0].mechanisms
+    assert statement.lifetime.epsilon > joined.spent.epsilon
+    assert [run.rounds for run in statement.lifetime.runs] == [1, 1]
+    assert {release.run for release in statement.releases} == {joined.mechanisms[0].run}
+    assert (joined.releases, missing) == ((), None)
     assert {release.run for release in other.releases} == {other.mechanisms[0].run}
     assert report.verdict.state == "within"
-    both = join_reports(folder, own, write_signed_report(folder, "site-2"))
-    assert [read_status(one, "units_at_one_site_only") for one in (alone, report, both)] == ["assumed"] * 3
-    assert read_status(both, "site_reports_agree") == "verified"
+    with_both = join_reports(folder, own_report, write_signed_report(folder, "site-2"))
+    assert [read_status(item, "units_at_one_site_only") for item in (without_reports, report, with_both)] == [
+        "assumed"
+    ] * 3
+    assert read_status(with_both, "site_reports_agree") == "verified"
 
 
 def test_site_reports_are_read_from_the_run_folder(folder: Path) -> None:
-    own = write_signed_report(folder, "site-2")
+    own_report = write_signed_report(folder, "site-2")
     (folder / "second" / "site_reports").mkdir()
-    (folder / "second" / "site_reports" / "site-2.json").write_text(signing.report_to_json(own))
+    (folder / "second" / "site_reports" / "site-2.json").write_text(signing.report_to_json(own_report))
     report = from_run.build_run_report(folder / "second")
     assert [site.source for site in report.sites] == ["charged_by_receipts", "signed_site_report"]
-    assert join_reports(folder, own) == report, "the same one twice is one"
+    assert join_reports(folder, own_report) == report, "the same one twice is one"
     earlier = from_run.build_run_report(folder / "first", site_reports=[write_signed_report(folder)]).facts
     assert earlier.sites[0].statement.lifetime.runs[0].run == earlier.run, "and an earlier run's report takes it"
     (folder / "second" / "site_reports" / "site-1.json").write_text("{}")
@@ -108,15 +110,15 @@ def test_site_reports_are_read_from_the_run_folder(folder: Path) -> None:
 
 
 def test_site_above_its_own_cap_determines_the_run_verdict(folder: Path) -> None:
-    Books(folder / "sites" / "site-1").edit(noted=True, budget={"max_epsilon": 0.36})
+    Books(folder / "sites" / "site-1").edit(record_change=True, budget={"max_epsilon": 0.36})
     report = require_sound(join_reports(folder, write_signed_report(folder)))
     assert (report.verdict.state, report.verdict.reasons) == ("exceeded", ("above_lifetime_cap",))
     assert [site.verdict.state for site in report.sites] == ["exceeded", "within"]
 
 
 def test_site_report_below_its_receipts_voids_the_guarantee(folder: Path) -> None:
-    *earlier, newest = report_of(folder).facts.runs
-    less = derive_changed(folder, runs=(*earlier, replace(newest, plan=replace(newest.plan, num_rounds=9))))
+    *earlier, newest_run = report_of(folder).facts.runs
+    less = derive_changed(folder, runs=(*earlier, replace(newest_run, plan=replace(newest_run.plan, num_rounds=9))))
     report = require_sound(join_reports(folder, less))
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("site_report_disagrees",))
     assert report.sites[1].verdict.state == "within"
@@ -126,12 +128,12 @@ def test_site_report_below_its_receipts_voids_the_guarantee(folder: Path) -> Non
 
 def test_self_contradicting_site_report_is_refused(folder: Path) -> None:
     (site,) = report_of(folder).sites
-    (*earlier, newest) = site.mechanisms
+    (*earlier, newest_run) = site.mechanisms
     figures = ("epsilon", "with_reserved", "epsilon_pld", "epsilon_rdp")
     for changes in (
         change_newest_run(site, rounds=0),
         change_newest_run(site, seeded_noise=True),
-        {"mechanisms": (*earlier, replace(newest, noise_multiplier=9.0))},
+        {"mechanisms": (*earlier, replace(newest_run, noise_multiplier=9.0))},
         change_lifetime(site, **dict.fromkeys(figures, 0.001), remaining_epsilon=1.999),
     ):
         forged = write_signed_report(folder, sites=(replace(site, **changes),))
@@ -140,22 +142,22 @@ def test_self_contradicting_site_report_is_refused(folder: Path) -> None:
 
 
 def test_site_report_older_than_its_receipts_is_refused(folder: Path) -> None:
-    found = report_of(folder).facts.verification
+    match = report_of(folder).facts.verification
     receipt = from_run.read_run(folder / "second").receipts["site-1"]
-    assert found.num_events >= receipt.sequence
-    early = sign_changed(folder, verification=replace(found, num_events=receipt.sequence - 1))
+    assert match.num_events >= receipt.sequence
+    early = sign_changed(folder, verification=replace(match, num_events=receipt.sequence - 1))
     assert "is older than this run" in read_refusal(folder, early)
     shutil.rmtree(folder / "second" / "checkpoints")
     assert "this run has no receipt from" in read_refusal(folder, write_signed_report(folder))
 
 
 def test_date_of_a_site_report_is_shown_with_its_figures(folder: Path) -> None:
-    own = write_signed_report(folder)
-    report = join_reports(folder, own)
+    own_report = write_signed_report(folder)
+    report = join_reports(folder, own_report)
     first, second = (site.statement for site in report.facts.sites)
-    assert (first.date, second) == (own.facts.date, None)
-    (found,) = [one for one in report.assumptions if one.code == "site_reports_are_newest"]
-    assert (found.status, found.evidence) == ("assumed", f"site-1: {own.facts.date}")
+    assert (first.date, second) == (own_report.facts.date, None)
+    (match,) = [item for item in report.assumptions if item.code == "site_reports_are_newest"]
+    assert (match.status, match.evidence) == ("assumed", f"site-1: {own_report.facts.date}")
     html = render.render(report, language="en")
     budget = html[html.index('id="budget"') :]
     assert "As of" in budget
@@ -169,23 +171,23 @@ SPENT = ("epsilon", "with_reserved", "period_epsilon")
 def test_impossible_site_statement_is_detected(folder: Path) -> None:
     facts = join_reports(folder, *(write_signed_report(folder, site) for site in ("site-1", "site-2"))).facts
     site, other = facts.sites
-    said = site.statement
+    statement = site.statement
     for change, place in (
         ({"date": "2020-01-01"}, "date"),
         ({"asserted": {"no_person_at_another_site": True}}, "asserted"),
         ({"verification": other.statement.verification}, "verification.site_key"),
-        ({"releases": said.releases * 2}, "releases"),
-        ({"releases": tuple(replace(one, run="r") for one in said.releases)}, "releases"),
-        (change_newest_run(said, run="another"), "lifetime.runs"),
-        (change_newest_run(said, rounds=2), "lifetime.runs"),
-        (change_newest_run(said, epsilon=0.01), "lifetime.runs.epsilon"),
-        (change_newest_run(said, planned_epsilon=0.01), "lifetime.runs.planned_epsilon"),
-        (change_lifetime(said, **dict.fromkeys(SPENT, 0.001), remaining_epsilon=1.999), "lifetime.epsilon"),
-        (change_lifetime(said, caps=()), "caps"),
-        (change_lifetime(said, order=1e300), "lifetime.order"),
-        (change_lifetime(said, order=1.0), "lifetime.order"),
+        ({"releases": statement.releases * 2}, "releases"),
+        ({"releases": tuple(replace(item, run="r") for item in statement.releases)}, "releases"),
+        (change_newest_run(statement, run="another"), "lifetime.runs"),
+        (change_newest_run(statement, rounds=2), "lifetime.runs"),
+        (change_newest_run(statement, epsilon=0.01), "lifetime.runs.epsilon"),
+        (change_newest_run(statement, planned_epsilon=0.01), "lifetime.runs.planned_epsilon"),
+        (change_lifetime(statement, **dict.fromkeys(SPENT, 0.001), remaining_epsilon=1.999), "lifetime.epsilon"),
+        (change_lifetime(statement, caps=()), "caps"),
+        (change_lifetime(statement, order=1e300), "lifetime.order"),
+        (change_lifetime(statement, order=1.0), "lifetime.order"),
     ):
-        forged = replace(site, statement=replace(said, **change))
+        forged = replace(site, statement=replace(statement, **change))
         rounds = (*facts.rounds, *([replace(facts.rounds[0], round=2)] if place == "date" else []))
         assert f"sites.site-1.statement.{place}" in list_problem_places(
             derive_report(replace(facts, rounds=rounds, sites=(forged, other)))
@@ -193,22 +195,22 @@ def test_impossible_site_statement_is_detected(folder: Path) -> None:
     unsigned = replace(facts, sites=(replace(site, receipt=None), other))
     assert "sites.site-1.statement.verification.site_key" in list_problem_places(derive_report(unsigned))
     # Of a seeded run it is said of the ledger, too.
-    first, *runs = said.lifetime.runs
+    first, *runs = statement.lifetime.runs
     for seeded in (False, True):
-        life = replace(said.lifetime, runs=(replace(first, seeded_noise=True), *runs), seeded=seeded)
-        forged = replace(site, statement=replace(said, lifetime=life))
+        life = replace(statement.lifetime, runs=(replace(first, seeded_noise=True), *runs), seeded=seeded)
+        forged = replace(site, statement=replace(statement, lifetime=life))
         report = derive_report(replace(facts, sites=(forged, other)))
         assert list_problem_places(report) == (set() if seeded else {"sites.site-1.statement.lifetime.seeded"})
         assert (report.verdict.state == "no_guarantee") == seeded
 
 
-def change_lifetime(said: Any, **changes: Any) -> dict[str, Any]:
-    return {"lifetime": replace(said.lifetime, **changes)}
+def change_lifetime(statement: Any, **changes: Any) -> dict[str, Any]:
+    return {"lifetime": replace(statement.lifetime, **changes)}
 
 
-def change_newest_run(said: Any, **changes: Any) -> dict[str, Any]:
-    *earlier, newest = said.lifetime.runs
-    return change_lifetime(said, runs=(*earlier, replace(newest, **changes)))
+def change_newest_run(statement: Any, **changes: Any) -> dict[str, Any]:
+    *earlier, newest_run = statement.lifetime.runs
+    return change_lifetime(statement, runs=(*earlier, replace(newest_run, **changes)))
 
 
 def test_verification_names_figures_taken_from_a_site_report(folder: Path) -> None:
@@ -216,23 +218,25 @@ def test_verification_names_figures_taken_from_a_site_report(folder: Path) -> No
     path = folder / "second" / "report.json"
 
     def find_taken(report: Report) -> Check | None:
-        return next((one for one in check_report(path, report, TrustedValues()) if one.name == "taken"), None)
+        return next((item for item in check_report(path, report, TrustedValues()) if item.name == "taken"), None)
 
-    found = find_taken(joined)
-    assert found.state == "skipped"
-    assert "site-1" in found.text
-    assert "all runs" in found.text
+    match = find_taken(joined)
+    assert match.state == "skipped"
+    assert "site-1" in match.text
+    assert "all runs" in match.text
     assert find_taken(from_run.build_run_report(folder / "second")) is None
     # Beside the reports that the sites signed, they are compared.
     (path.parent / "site_reports").mkdir()
-    own = path.parent / "site_reports" / "site-1.json"
-    own.write_text(signing.report_to_json(write_signed_report(folder)))
+    own_report = path.parent / "site_reports" / "site-1.json"
+    own_report.write_text(signing.report_to_json(write_signed_report(folder)))
     assert find_taken(joined).state == "passed"
-    first, *others = joined.facts.sites
+    first, *rest = joined.facts.sites
     cheaper = replace(first.statement, approved=replace(first.statement.approved, max_epsilon_per_run=0.1))
-    forged = replace(joined.facts, sites=(replace(first, statement=cheaper), *others))
+    forged = replace(joined.facts, sites=(replace(first, statement=cheaper), *rest))
     assert find_taken(derive_report(forged)).state == "failed"
-    own.write_text(signing.report_to_json(signing.sign_report(report_of(folder), load_site_key(folder, "site-2"))))
+    own_report.write_text(
+        signing.report_to_json(signing.sign_report(report_of(folder), load_site_key(folder, "site-2")))
+    )
     assert find_taken(joined).state == "failed"
 
 
@@ -241,7 +245,7 @@ def test_site_report_above_its_receipts_is_accepted(folder: Path) -> None:
     record, key = from_run.read_run(folder / "second"), load_site_key(folder, "site-1")
     less = replace(record.receipts["site-1"], charged_rounds=0)
     less = replace(less, signature=key.sign(RECEIPT, less.encode_signed_bytes()))
-    rounds = [replace(one, sites=("site-2",), failed_sites={"site-1": "no_reply"}) for one in record.state.rounds]
+    rounds = [replace(item, sites=("site-2",), failed_sites={"site-1": "no_reply"}) for item in record.state.rounds]
     state = replace(record.state, receipts={**record.state.receipts, "site-1": less}, rounds=rounds)
     Checkpoints(folder / "second" / "checkpoints", record.config_sha256).save(state)
     (folder / "second" / "run.json").unlink()  # which says what the receipts said
@@ -255,9 +259,9 @@ def test_site_report_above_its_receipts_is_accepted(folder: Path) -> None:
 
 def test_damaged_site_ledger_voids_the_guarantee_of_the_run(folder: Path) -> None:
     Books(folder / "sites" / "site-1").tamper("UPDATE events SET code = '0.0' WHERE sequence = 4")
-    own = write_signed_report(folder)
-    assert own.facts.verification is None
-    assert join_reports(folder, own).verdict.reasons == ("ledger_not_verified",)
+    own_report = write_signed_report(folder)
+    assert own_report.facts.verification is None
+    assert join_reports(folder, own_report).verdict.reasons == ("ledger_not_verified",)
 
 
 def read_refusal(folder: Path, report: Report) -> str:
@@ -273,11 +277,11 @@ def pose_as_site(folder: Path, of: str, **changes: Any) -> Report:
 
 
 def test_reports_not_from_the_site_are_refused(folder: Path) -> None:
-    own = write_signed_report(folder)
+    own_report = write_signed_report(folder)
     for released, says in (
         (from_run.build_run_report(folder / "first"), "is not a ledger's report"),
-        (replace(own, signature=None), "is not signed: must be signed by"),
-        (replace(own, epsilon=0.1), "must be signed by its site"),
+        (replace(own_report, signature=None), "is not signed: must be signed by"),
+        (replace(own_report, epsilon=0.1), "must be signed by its site"),
         (pose_as_site(folder, "site-1"), "must be signed by its site"),
         # Nor does it help to leave out what names the ledger's key.
         (pose_as_site(folder, "site-1", verification=None), "the key of site-1's receipts"),
@@ -291,7 +295,7 @@ def test_site_ledger_without_this_run_is_refused(folder: Path) -> None:
     facts = report_of(folder).facts
     first, lists = facts.runs[0].run, ("runs", "charges", "releases")
     report = derive_changed(
-        folder, **{key: tuple(one for one in getattr(facts, key) if one.run == first) for key in lists}
+        folder, **{key: tuple(item for item in getattr(facts, key) if item.run == first) for key in lists}
     )
     assert "is from a ledger without the run second-" in read_refusal(folder, report)
     assert from_run.build_run_report(folder / "first", site_reports=[report]).sites[0].source == "signed_site_report"
@@ -302,16 +306,16 @@ def test_site_that_refused_the_run_may_release_its_report(tmp_path: Path) -> Non
     for name in ("first", "second"):
         simulate(f"runtime.sites_dir={tmp_path / 'sites'}", into=tmp_path, name=name)
         Books(tmp_path / "sites" / "site-2").edit(budget={"max_epsilon": 2.0})
-    own = write_signed_report(tmp_path, "site-1")
-    assert [run.run[:5] for run in own.sites[0].lifetime.runs] == ["first"]
-    report = from_run.build_run_report(tmp_path / "second", site_reports=[own])
+    own_report = write_signed_report(tmp_path, "site-1")
+    assert [run.run[:5] for run in own_report.sites[0].lifetime.runs] == ["first"]
+    report = from_run.build_run_report(tmp_path / "second", site_reports=[own_report])
     site = report.sites[0]
     assert (site.source, site.spent.rounds, site.verdict.state) == ("signed_site_report", 0, "within")
     assert report.facts.sites[0].statement.lifetime.epsilon > site.spent.epsilon == 0
 
 
 def test_conflicting_reports_of_one_site_are_refused(folder: Path) -> None:
-    one = write_signed_report(folder)
-    other = derive_changed(folder, provenance=replace(one.facts.provenance, task="regression"))
+    item = write_signed_report(folder)
+    other = derive_changed(folder, provenance=replace(item.facts.provenance, task="regression"))
     with pytest.raises(ConfigError, match="is a second report of site-1"):
-        join_reports(folder, one, other)
+        join_reports(folder, item, other)

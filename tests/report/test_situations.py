@@ -78,34 +78,34 @@ def test_simulation_report_shows_its_banner(command: Any, tmp_path: Path) -> Non
     assert 0 < report.epsilon < report.facts.target_epsilon
     site = folder / "sites/site-1"
     signed = ["--sign", str(site / "site_key.pem"), "--output", str(tmp_path / "own")]
-    for of, at in (([str(site / "site.toml"), *signed], tmp_path / "own"), ([str(folder)], folder)):
-        assert banner in " ".join(command("report", *of).out.split())
-        report = signing.parse_report((at / "report.json").read_bytes())
+    for arguments, target in (([str(site / "site.toml"), *signed], tmp_path / "own"), ([str(folder)], folder)):
+        assert banner in " ".join(command("report", *arguments).out.split())
+        report = signing.parse_report((target / "report.json").read_bytes())
         assert report.banners == ("simulation",)
         assert problems(report) == []
-        assert (at / "report.html").read_text().count(banner) == 1
+        assert (target / "report.html").read_text().count(banner) == 1
     # Two figures for one training, and page 1 of each says why.
     ours, theirs = (
-        signing.parse_report((at / "report.json").read_bytes()).epsilon for at in (folder, tmp_path / "own")
+        signing.parse_report((target / "report.json").read_bytes()).epsilon for target in (folder, tmp_path / "own")
     )
     assert ours < theirs
-    for at, kind in ((folder, "run"), (tmp_path / "own", "ledger")):
-        first = (at / "report.html").read_text().partition('<nav aria-labelledby="contents">')[0]
+    for target, kind in ((folder, "run"), (tmp_path / "own", "ledger")):
+        first = (target / "report.html").read_text().partition('<nav aria-labelledby="contents">')[0]
         assert load_catalog("en").text(f"publish.which_{kind}") in first
     # A policy that says nothing of it, as earlier versions wrote them for kept sites.
-    kept = tmp_path / "kept"
-    shutil.copytree(folder / "sites", kept)
+    kept_site = tmp_path / "kept"
+    shutil.copytree(folder / "sites", kept_site)
     text = (site / "site.toml").read_text()
     assert "simulated = true\n" in text
-    (kept / "receipts.json").unlink()
+    (kept_site / "receipts.json").unlink()
     text = text.replace("simulated = true\n", "") + "\n[asserted]\nno_person_at_another_site = true\n"
-    for ledger in kept.glob("*/ledger.db"):
+    for ledger in kept_site.glob("*/ledger.db"):
         ledger.unlink()
         (ledger.parent / "site.toml").write_text(text.replace("site-1", ledger.parent.name))
-    simulate(f"runtime.sites_dir={kept}", into=tmp_path, name="again")
-    own = from_ledger.build_ledger_report(kept / "site-1/site.toml")
-    assert own.banners == ("simulation",)
-    assert read_status(own, "policy_noted") == "verified"
+    simulate(f"runtime.sites_dir={kept_site}", into=tmp_path, name="again")
+    own_report = from_ledger.build_ledger_report(kept_site / "site-1/site.toml")
+    assert own_report.banners == ("simulation",)
+    assert read_status(own_report, "policy_noted") == "verified"
 
 
 def test_report_of_a_run_without_privacy_states_no_guarantee(tmp_path: Path) -> None:
@@ -114,19 +114,21 @@ def test_report_of_a_run_without_privacy_states_no_guarantee(tmp_path: Path) -> 
     assert (report.epsilon, report.facts.target_epsilon, report.randomness) == (None, None, "none")
     assert [site.spent.epsilon for site in report.sites] == [None, None], "unbounded, never 0"
     assert report.assumptions[0].code == "noise_in_every_step"
-    assert "unpredictable_randomness" not in {one.code for one in report.assumptions}, "there is none"
+    assert "unpredictable_randomness" not in {entry.code for entry in report.assumptions}, "there is none"
     for language in LANGUAGES:
-        said = load_catalog(language).texts
+        texts = load_catalog(language).texts
         text = read_shown_text(render(report, language=language))
-        assert said["where_no_noise"]["released__updates"] in text
+        assert texts["where_no_noise"]["released__updates"] in text
         for section, key in (("released", "updates"), ("assumption", "unpredictable_randomness")):
-            assert said[section][key] not in text
+            assert texts[section][key] not in text
         assert not re.search("noised|noisy|verrausch", text, re.IGNORECASE)
     # Every site refused it.
     charged = {"rounds": 0, "steps": 0, "epsilon": 0.0, "epsilon_pld": 0.0, "epsilon_rdp": 0.0}
     none = {"mechanisms": (), "curve": (), "steps": (), "releases": (), "meaning": None}
     sites = tuple(replace(site, spent=replace(site.spent, **charged), **none) for site in report.sites)
-    assert not any("unpredictable_randomness" in place for place in list_problem_places(replace(report, sites=sites)))
+    assert not any(
+        "unpredictable_randomness" in problem for problem in list_problem_places(replace(report, sites=sites))
+    )
 
 
 def test_report_of_a_seeded_study_states_no_guarantee(tmp_path: Path) -> None:
@@ -137,8 +139,8 @@ def test_report_of_a_seeded_study_states_no_guarantee(tmp_path: Path) -> None:
     assert [site.meaning for site in report.sites] == [None, None]
     assert (report.facts.seeded_noise, report.randomness) == (True, "seeded")
     for language in LANGUAGES:
-        said = load_catalog(language).texts["where_seeded"]["released__updates"]
-        assert said in read_shown_text(render(report, language=language))
+        texts = load_catalog(language).texts["where_seeded"]["released__updates"]
+        assert texts in read_shown_text(render(report, language=language))
 
 
 @pytest.fixture
@@ -155,7 +157,9 @@ def test_run_refused_by_one_site_charges_only_the_other_site(kept_site_runs: Pat
     report = check("refused_site", from_run.build_run_report(kept_site_runs / "second"))
     refusing, training = report.sites
     assert (refusing.verdict.reasons, refusing.spent.epsilon, refusing.spent.rounds) == (("nothing_spent",), 0.0, 0)
-    assert [(one.kind, one.reason, one.count) for one in refusing.releases] == [("refusal", "min_noise_multiplier", 2)]
+    assert [(entry.kind, entry.reason, entry.count) for entry in refusing.releases] == [
+        ("refusal", "min_noise_multiplier", 2)
+    ]
     assert training.spent.epsilon == report.epsilon > 0
     assert read_verdict(report) == ("within", ())
 
@@ -204,8 +208,8 @@ def test_run_with_noised_metrics_reports_the_released_scores(tmp_path: Path) -> 
     assert "noised_scores" in report.covers
     (mechanism,) = report.sites[0].mechanisms
     assert sorted(charge.count for charge in mechanism.charges) == [2, 4], "scores once a round, two steps a round"
-    of_site = check("noised_metrics_site", from_ledger.build_ledger_report(folder / "sites/site-1/site.toml"))
-    assert "noised_scores" in of_site.released
+    site_report = check("noised_metrics_site", from_ledger.build_ledger_report(folder / "sites/site-1/site.toml"))
+    assert "noised_scores" in site_report.released
 
 
 @pytest.mark.nightly
@@ -216,22 +220,22 @@ def test_chained_runs_report_the_held_out_scores_of_their_predecessors(tmp_path:
         folders.append(simulate(*noised, f"model.adapter='{folders[-1]}'", into=tmp_path, name=name))
     first, second, third = (from_run.build_run_report(folder) for folder in folders)
     assert first.facts.held_out is None, "it began with nothing, and is below all others"
-    assert [one.run for one in second.facts.held_out] == ["second"]
-    assert [one.run for one in third.facts.held_out] == ["second", "third"]
+    assert [entry.run for entry in second.facts.held_out] == ["second"]
+    assert [entry.run for entry in third.facts.held_out] == ["second", "third"]
     assert third.facts.held_out[0] == second.facts.held_out[0]
     assert third.utility.score_drop is not None
     assert problems(third) == []
     # What the sites released of both rounds, again by hand.
     rounds = read_run(folders[2]).rounds
-    shares = [share for one in rounds for share in one.site_scores.values()]
+    shares = [share for entry in rounds for share in entry.site_scores.values()]
     mean = sum(score for score, _ in shares) / sum(count for _, count in shares)
     assert third.facts.held_out[-1].mean == pytest.approx(mean)
-    alone = epsilon_pld(events.count_mechanisms([GaussianDpEvent(2.0)] * len(rounds)), third.facts.delta)
-    assert third.utility.held_out_epsilon == pytest.approx(alone)
+    own_epsilon = epsilon_pld(events.count_mechanisms([GaussianDpEvent(2.0)] * len(rounds)), third.facts.delta)
+    assert third.utility.held_out_epsilon == pytest.approx(own_epsilon)
     assert third.utility.held_out_epsilon < third.epsilon
     # Without the report of the run before, the line begins anew.
     (folders[1] / "report.json").unlink()
-    assert [one.run for one in from_run.build_run_report(folders[2]).facts.held_out] == ["third"]
+    assert [entry.run for entry in from_run.build_run_report(folders[2]).facts.held_out] == ["third"]
 
 
 # Ledgers.

@@ -26,10 +26,10 @@ ENTRY: dict[str, Any] = {"digest": DIGEST, "from": "a", "dataset": "b", "unit": 
 
 def derive(folder: Path) -> float | None:
     config = compose_run(list_tiny_overrides(into=folder.parent))
-    found: float | None = derive_start(replace(config, model=replace(config.model, adapter=str(folder))))[
+    epsilon: float | None = derive_start(replace(config, model=replace(config.model, adapter=str(folder))))[
         "start_epsilon"
     ]
-    return found
+    return epsilon
 
 
 def edit_state(folder: Path, change: Callable[[LeadState], LeadState]) -> None:
@@ -38,7 +38,7 @@ def edit_state(folder: Path, change: Callable[[LeadState], LeadState]) -> None:
 
 
 def edit_receipts(folder: Path, **changes: Any) -> None:
-    edit_state(folder, lambda s: replace(s, receipts={k: replace(one, **changes) for k, one in s.receipts.items()}))
+    edit_state(folder, lambda s: replace(s, receipts={k: replace(value, **changes) for k, value in s.receipts.items()}))
 
 
 def edit_epsilon(folder: Path, epsilon: float | None) -> None:
@@ -46,7 +46,7 @@ def edit_epsilon(folder: Path, epsilon: float | None) -> None:
 
 
 def move_adapter(state: LeadState) -> LeadState:
-    return replace(state, adapter=Adapter({name: one + 1 for name, one in state.adapter.tensors.items()}))
+    return replace(state, adapter=Adapter({name: value + 1 for name, value in state.adapter.tensors.items()}))
 
 
 def test_start_epsilon_is_derived_and_decides_the_name_of_the_run(folder: Path, tmp_path: Path) -> None:
@@ -61,21 +61,21 @@ def test_start_epsilon_is_derived_and_decides_the_name_of_the_run(folder: Path, 
     }, "one machine signed as all sites"
     assert compose_run([*words, f"privacy.start_delta={spent['delta']}"]) == config, "as in a saved config.yaml"
     for key in ("start_epsilon", "start_delta", "start_unit"):
-        without = replace(config, privacy=replace(config.privacy, **{key: None}))
-        assert without.digest() != config.digest(), "sites sign the name of the run"
+        no_start = replace(config, privacy=replace(config.privacy, **{key: None}))
+        assert no_start.digest() != config.digest(), "sites sign the name of the run"
     unknown = replace(config, privacy=replace(config.privacy, **dict.fromkeys(config.privacy.start)))
     with pytest.raises(ConfigError, match=r"privacy\.start_epsilon = 0\.1: must be"):
         compose_run([*words, "privacy.start_epsilon=0.1"])
     rounded = float(config.privacy.start_epsilon or 0.0) * (1 - 1e-7)
-    elsewhere = compose_run([*words, f"privacy.start_epsilon={rounded}"])
-    assert elsewhere.privacy.start_epsilon == rounded, "as derived on another machine"
-    alone = shutil.copytree(folder / "adapter", tmp_path / "alone" / "adapter")
-    loose = compose_run([*words, f"model.adapter={alone}"])
+    other_start = compose_run([*words, f"privacy.start_epsilon={rounded}"])
+    assert other_start.privacy.start_epsilon == rounded, "as derived on another machine"
+    adapter_only = shutil.copytree(folder / "adapter", tmp_path / "alone" / "adapter")
+    loose = compose_run([*words, f"model.adapter={adapter_only}"])
     assert (loose.digest(), loose.privacy.start_epsilon) == (unknown.digest(), None)
     with pytest.raises(
         ConfigError, match=r"start_epsilon = 0\.1: cannot be derived from the start's folder: set it to"
     ):
-        compose_run([*words, f"model.adapter={alone}", "privacy.start_epsilon=0.1"])
+        compose_run([*words, f"model.adapter={adapter_only}", "privacy.start_epsilon=0.1"])
     with pytest.raises(ConfigError, match=r"privacy\.start_unit = 'user': must be record"):
         compose_run([*words, "privacy.start_unit=user"])
     with pytest.raises(ConfigError, match=r"privacy\.start_keys = .*: cannot be derived"):
@@ -85,9 +85,9 @@ def test_start_epsilon_is_derived_and_decides_the_name_of_the_run(folder: Path, 
 def test_start_epsilon_requires_an_adapter_and_a_finite_number(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"privacy\.start_epsilon = 0\.1: requires model\.adapter"):
         compose_run(list_tiny_overrides("privacy.start_epsilon=0.1", into=tmp_path))
-    for wrong in (-0.1, math.inf, math.nan):
+    for invalid in (-0.1, math.inf, math.nan):
         with pytest.raises(ConfigError, match=r"start_epsilon = .*: must be a finite number of at least 0"):
-            PrivacySpec(start_epsilon=wrong)
+            PrivacySpec(start_epsilon=invalid)
 
 
 DEFECTS: dict[str, Callable[[Path], object]] = {

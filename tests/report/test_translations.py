@@ -30,11 +30,11 @@ KEYS = {(section, key) for section, texts in TEXTS["en"].items() for key in text
 
 STATES = get_args(get_type_hints(BudgetVerdict)["state"])
 ACCESS = load_page_layout()["access"]
-SEEN = {
+ACCESS_CODES = {
     code
     for noise in ("noised", "seeded", "no_noise", "masked")
-    for who, sees in ACCESS[noise].items()
-    for code in (who, *sees)
+    for observer, visible in ACCESS[noise].items()
+    for code in (observer, *visible)
 } | {"by_subtraction", "if_two_sites"}
 CODES: dict[str, set[str]] = {
     "kind": {"run", "ledger"},
@@ -58,7 +58,7 @@ CODES: dict[str, set[str]] = {
     "finding": {results.DATA_CHANGED, results.DIVERGED, results.WORSE, results.GUESS, FELL},
 }
 """Codes that types and rules list, by the section that has words for them."""
-WRITTEN = {
+CODE_PATHS = {
     "released": "released.*",
     "covers": "covers.*",
     "randomness": "randomness",
@@ -71,80 +71,80 @@ WRITTEN = {
     "audit_method": "facts.audit.method",
     "audit_score": "facts.audit.membership.*.score",
 }
-"""Sections of codes that builders write, and where they stand in a report."""
+"""Sections of the codes that builders write, and their paths in a report."""
 
 
-def list_sources() -> Iterator[str]:
+def read_sources() -> Iterator[str]:
     for path in [*PACKAGE.rglob("*.py"), PACKAGE / "page" / "page.toml", *PACKAGE.glob("page/templates/*.j2")]:
         yield path.read_text()
 
 
-ON_FILE = {path.stem: read_golden(path.stem) for path in GOLDEN.glob("*.json")}
+STORED_REPORTS = {path.stem: read_golden(path.stem) for path in GOLDEN.glob("*.json")}
 
 
-def find_in_parts(parts: dict[str, Any], place: str) -> Iterator[str]:
-    of_parts = [
+def find_in_parts(parts: dict[str, Any], path: str) -> Iterator[str]:
+    nested = [
         (f"{at}/{key}", value) for at, part in parts.items() if isinstance(part, dict) for key, value in part.items()
     ]
-    pattern = "/" + place.removesuffix(".*").replace(".", "/").replace("*", "[^/]+")
-    for at, value in [*parts.items(), *of_parts]:
+    pattern = "/" + path.removesuffix(".*").replace(".", "/").replace("*", "[^/]+")
+    for at, value in [*parts.items(), *nested]:
         if value is not None and re.fullmatch(pattern, at):
             yield from value if isinstance(value, list) else [value]
 
 
 def test_every_code_in_stored_reports_has_a_translation(language: str) -> None:
-    for name, parts in ON_FILE.items():
-        for section, place in WRITTEN.items():
-            assert set(find_in_parts(parts, place)) <= TEXTS[language][section].keys(), name
+    for name, parts in STORED_REPORTS.items():
+        for section, path in CODE_PATHS.items():
+            assert set(find_in_parts(parts, path)) <= TEXTS[language][section].keys(), name
     assert all(
-        any(list(find_in_parts(parts, place)) for parts in ON_FILE.values())
-        for place in WRITTEN.values()
-        if "audit" not in place
+        any(list(find_in_parts(parts, path)) for parts in STORED_REPORTS.values())
+        for path in CODE_PATHS.values()
+        if "audit" not in path
     )
 
 
 def test_translations_have_the_same_keys_and_placeholders(language: str) -> None:
     assert {(section, key) for section, texts in TEXTS[language].items() for key in texts} == KEYS
     for section, key in KEYS:
-        found = [sorted(re.findall(r"\{\w*\}", TEXTS[one][section][key])) for one in ("en", language)]
-        assert found[0] == found[1], (section, key)
+        english, translated = (sorted(re.findall(r"\{\w*\}", TEXTS[code][section][key])) for code in ("en", language))
+        assert english == translated, (section, key)
 
 
-SAID_IN_BOTH = tomllib.loads(Path(__file__).with_name("said_in_both.toml").read_text())
-"""What makes a text a stronger or a weaker one: no language says it alone."""
-LISTS = {"not_protected", "leaves_out", "covers", "access"}
-SHORTEST = 0.7
-"""Of the other language's letters; German needs more of them than English."""
+CLAIM_WORDS = tomllib.loads(Path(__file__).with_name("claim_words.toml").read_text())
+"""Words that strengthen or weaken a claim: both translations must contain them."""
+LIST_SECTIONS = {"not_protected", "leaves_out", "covers", "access"}
+MIN_LENGTH_RATIO = 0.7
+"""Length of the German text relative to the English one; German is usually longer."""
 
 
-def list_sentences(text: str) -> int:
-    """Without those dots that end a German abbreviation or a number."""
+def count_sentences(text: str) -> int:
+    """Count the sentences; dots that end a German abbreviation do not count."""
     return len(re.findall(r"[.!?](?= [A-ZÄÖÜ“„]|$)", re.sub(r"\b(Abs|Art|lit|Nr)\. (?=\w)", "", text)))
 
 
 def count_items(text: str) -> int:
-    _, colon, listed = text.partition(": ")
-    return len(re.split(r", | and | und ", listed)) if colon else 0
+    _, colon, items = text.partition(": ")
+    return len(re.split(r", | and | und ", items)) if colon else 0
 
 
 def test_translations_agree_in_hedges_and_completeness() -> None:
-    differ = []
+    mismatches = []
     for section, key in sorted(KEYS - {(name, key) for name, key in KEYS if name in ("language", "field", "word")}):
         english, german = (re.sub(r"\{\w+\}", "{}", TEXTS[language][section][key]) for language in ("en", "de"))
-        found = [
-            what
-            for what, (en, de) in SAID_IN_BOTH.items()
+        differences = [
+            word
+            for word, (en, de) in CLAIM_WORDS.items()
             if bool(re.search(en, english)) != bool(re.search(de, german))
         ]
-        if list_sentences(english) != list_sentences(german):
-            found.append("sentences")
-        if (section in LISTS or key == "against") and count_items(english) != count_items(german):
-            found.append("items")
-        if len(english) > 25 and not len(german) / len(english) > SHORTEST:
-            found.append("short")
-        if found:
-            differ.append((section, key, found))
-    assert differ == []
+        if count_sentences(english) != count_sentences(german):
+            differences.append("sentences")
+        if (section in LIST_SECTIONS or key == "against") and count_items(english) != count_items(german):
+            differences.append("items")
+        if len(english) > 25 and not len(german) / len(english) > MIN_LENGTH_RATIO:
+            differences.append("short")
+        if differences:
+            mismatches.append((section, key, differences))
+    assert mismatches == []
 
 
 @pytest.mark.parametrize("section", CODES)
@@ -153,54 +153,54 @@ def test_every_report_code_has_a_translation(language: str, section: str) -> Non
 
 
 def test_every_translation_key_is_used() -> None:
-    written = "\n".join(list_sources())
-    whole = {(section, key) for section, key in re.findall(r'"(\w+)\.(\w+)"', written)}
-    # Keys that are put together: "chart." ~ code, and the like.
+    sources = "\n".join(read_sources())
+    used = {(section, key) for section, key in re.findall(r'"(\w+)\.(\w+)"', sources)}
+    # Keys that are concatenated, such as "chart." ~ code.
     charts = {"epsilon_spent", "profile", "utility", "reliability", "learning"}
-    whole |= {("chart", f"{code}{end}") for code in charts for end in ("", "_desc", "_none")}
-    whole |= set(re.findall(r"\b(\w+)\.(\w+)", (PACKAGE / "page" / "page.toml").read_text()))
-    code_of_all = "\n".join(path.read_text() for path in PACKAGE.parent.rglob("*.py"))
-    whole |= {(section, code) for section in WRITTEN for code in re.findall(r'"(\w+)"', code_of_all)}
-    whole |= {("chart", key) for key in re.findall(r'"(\w+)"', (PACKAGE / "page" / "tables.py").read_text())}
-    whole |= {("access", key) for key in (*SEEN, *ACCESS["columns"])}
-    whole |= {("strength", band) for band in ("strong", "reasonable", "weak", "none")}
-    whole |= {("promise", key + unit) for unit in CODES["unit"] for key in ("", "unit_")}
-    whole |= {("meaning", f"{key}_note") for key in ("ceiling", "mechanism")}
+    used |= {("chart", f"{code}{end}") for code in charts for end in ("", "_desc", "_none")}
+    used |= set(re.findall(r"\b(\w+)\.(\w+)", (PACKAGE / "page" / "page.toml").read_text()))
+    all_code = "\n".join(path.read_text() for path in PACKAGE.parent.rglob("*.py"))
+    used |= {(section, code) for section in CODE_PATHS for code in re.findall(r'"(\w+)"', all_code)}
+    used |= {("chart", key) for key in re.findall(r'"(\w+)"', (PACKAGE / "page" / "tables.py").read_text())}
+    used |= {("access", key) for key in (*ACCESS_CODES, *ACCESS["columns"])}
+    used |= {("strength", band) for band in ("strong", "reasonable", "weak", "none")}
+    used |= {("promise", key + unit) for unit in CODES["unit"] for key in ("", "unit_")}
+    used |= {("meaning", f"{key}_note") for key in ("ceiling", "mechanism")}
     by_kind = [("verdict", "spent"), ("to_do", "weigh"), ("check", "owner"), ("publish", "heading")]
     by_kind += [("publish", "within"), ("publish", "which"), ("sign_off", "question")]
     by_kind += [("verdict", state) for state in STATES]
-    whole |= {(section, f"{key}_{kind}") for section, key in by_kind for kind in CODES["kind"]}
-    whole |= {("verdict", f"{kept}{state}") for kept in ("", "kept_") for state in STATES}
-    whole |= {(section, state) for section in ("to_do", "publish") for state in STATES}
-    whole |= {("to_do", code) for code in ("wait", "weigh", "full", "closed")}
-    whole |= {("verdict", kept + room) for kept in ("", "kept_") for room in get_args(verdicts.Room)}
-    whole |= {("hidden", f"question_{unit}") for unit in CODES["unit"]}
-    whole |= {("hidden", word) for word in ("well", "moderately", "poorly", "hardly")}
-    whole |= {("scale", key) for key in ("one", "two", "five")}
-    whole |= {("if_not", code) for section, code in KEYS if section == "question"}
-    whole |= {("glossary", term) for term in load_page_layout()["glossary"]["terms"]}
-    whole |= {("question", code) for section, code in KEYS if section == "assumption"}
-    whole |= {("language", key) for key in ("decimal", "group", "day", "moment", "months")}
-    whole |= {("cells", state + end) for state in get_args(CellState) for end in ("", "_means")}
-    whole |= {(section, code) for section, known in CODES.items() for code in known}
+    used |= {(section, f"{key}_{kind}") for section, key in by_kind for kind in CODES["kind"]}
+    used |= {("verdict", f"{kept}{state}") for kept in ("", "kept_") for state in STATES}
+    used |= {(section, state) for section in ("to_do", "publish") for state in STATES}
+    used |= {("to_do", code) for code in ("wait", "weigh", "full", "closed")}
+    used |= {("verdict", kept + room) for kept in ("", "kept_") for room in get_args(verdicts.Room)}
+    used |= {("hidden", f"question_{unit}") for unit in CODES["unit"]}
+    used |= {("hidden", word) for word in ("well", "moderately", "poorly", "hardly")}
+    used |= {("scale", key) for key in ("one", "two", "five")}
+    used |= {("if_not", code) for section, code in KEYS if section == "question"}
+    used |= {("glossary", term) for term in load_page_layout()["glossary"]["terms"]}
+    used |= {("question", code) for section, code in KEYS if section == "assumption"}
+    used |= {("language", key) for key in ("decimal", "group", "day", "moment", "months")}
+    used |= {("cells", state + end) for state in get_args(CellState) for end in ("", "_means")}
+    used |= {(section, code) for section, codes in CODES.items() for code in codes}
     templates = "\n".join(path.read_text() for path in PACKAGE.glob("page/templates/*.j2"))
-    put_together = templates + "".join(
+    page_code = templates + "".join(
         (PACKAGE / "page" / name).read_text() for name in ("translations.py", "view.py", "tables.py")
     )
     for section in ("formulae", "provenance", "sign_off", "utility", "page", "word", "cells", "ledger", "strength"):
-        whole |= {(section, key) for key in re.findall(r'"(\w+)"', put_together)}
-    whole |= {(section, "heading") for section in re.findall(r'"(\w+)"', templates)}
-    known = "".join((PACKAGE / "derive" / name).read_text() for name in ("dpia_fields.py", "dpia_fields.toml"))
-    whole |= {("value", key) for key in re.findall(r'"(\w+)"', known)}
-    whole |= {("value", "unbounded")}  # of `format_epsilon`
-    # Other words for a text that there is.
-    for of in ("by_user", "where_no_noise", "where_seeded"):
-        whole |= {(of, f"{section}__{key}") for section, key in KEYS}
-    assert KEYS - whole == set()
+        used |= {(section, key) for key in re.findall(r'"(\w+)"', page_code)}
+    used |= {(section, "heading") for section in re.findall(r'"(\w+)"', templates)}
+    dpia_code = "".join((PACKAGE / "derive" / name).read_text() for name in ("dpia_fields.py", "dpia_fields.toml"))
+    used |= {("value", key) for key in re.findall(r'"(\w+)"', dpia_code)}
+    used |= {("value", "unbounded")}  # of `format_epsilon`
+    # Variants of an existing text.
+    for variant in ("by_user", "where_no_noise", "where_seeded"):
+        used |= {(variant, f"{section}__{key}") for section, key in KEYS}
+    assert KEYS - used == set()
 
 
 def test_every_translation_key_in_use_exists() -> None:
-    for text in list_sources():
+    for text in read_sources():
         for section, key in re.findall(r'(?:\bt|\.text|heading=|absent=|zero=)\(?"(\w+)\.(\w+)"(?! ~)', text):
             assert (section, key) in KEYS
     for table in load_page_layout()["table"].values():
@@ -211,14 +211,14 @@ def test_every_translation_key_in_use_exists() -> None:
 
 
 def test_every_assertable_assumption_has_a_question(language: str) -> None:
-    """But for what the annex's figures alone rest on."""
-    sound = [parts for parts in ON_FILE.values() if "ledger_not_verified" not in parts["/verdict/reasons"]]
-    stated = [part for parts in sound for at, part in parts.items() if at.startswith("/assumptions/")]
-    assumed = {part["code"] for part in stated if part["status"] == "assumed"}
+    """Except the assumptions behind the annex's figures."""
+    verified = [parts for parts in STORED_REPORTS.values() if "ledger_not_verified" not in parts["/verdict/reasons"]]
+    assumptions = [part for parts in verified for at, part in parts.items() if at.startswith("/assumptions/")]
+    assumed = {part["code"] for part in assumptions if part["status"] == "assumed"}
     assert len(assumed) > 5
-    of_the_annex = {"runs_fixed_beforehand", "ends_independent_of_releases"}
-    assert assumed - of_the_annex <= TEXTS[language]["question"].keys()
-    assert of_the_annex.isdisjoint(TEXTS[language]["question"])
+    annex_only = {"runs_fixed_beforehand", "ends_independent_of_releases"}
+    assert assumed - annex_only <= TEXTS[language]["question"].keys()
+    assert annex_only.isdisjoint(TEXTS[language]["question"])
 
 
 CLAIMS = "anonym|complian|konform|impossible|unmöglich|✓|✔|guaranteed safe|vertretbar"
@@ -248,9 +248,11 @@ def test_losses_are_rounded_up_and_remaining_budgets_down(value: float) -> None:
     german = load_catalog("de")
     assert read(german.figure(value, "epsilon")) >= value
     assert read(german.figure(value, "left")) <= value
-    right = german.figure(value, "of_100")
-    assert value > 99.9999 if right == "unbegrenzt" else read(right.removesuffix("\N{NO-BREAK SPACE}%")) >= value
-    assert right != "100\N{NO-BREAK SPACE}%", "which would be certain"
+    percentage = german.figure(value, "of_100")
+    assert (
+        value > 99.9999 if percentage == "unbegrenzt" else read(percentage.removesuffix("\N{NO-BREAK SPACE}%")) >= value
+    )
+    assert percentage != "100\N{NO-BREAK SPACE}%", "100 % would mean certainty"
 
 
 @given(
@@ -262,14 +264,14 @@ def test_every_float_can_be_formatted(kind: str, value: float) -> None:
 
 
 def test_unknown_values_are_escaped_and_lists_are_joined_as_sentences() -> None:
-    words = load_catalog("en")
-    title = words.text("page.title", name="<b>{digest}</b>")
+    catalog = load_catalog("en")
+    title = catalog.text("page.title", name="<b>{digest}</b>")
     assert title == "Privacy report: &lt;b&gt;{digest}&lt;/b&gt;", "and not formatted again"
-    assert words.code("reason", "<new>") == "<code>&lt;new&gt;</code>"
+    assert catalog.code("reason", "<new>") == "<code>&lt;new&gt;</code>"
     assert load_catalog("de").code("reason", "no_noise").startswith("Es wurde kein Rauschen")
-    for codes, said in (
+    for codes, expected in (
         (["times", "bytes", "declared_sizes"], "recorded times, network traffic and declared dataset sizes"),
         ([], "none"),
     ):
-        assert words.listed("unprotected_figure", codes) == said
-    assert words.listed("unprotected_figure", ["times"]) == "recorded times"
+        assert catalog.listed("unprotected_figure", codes) == expected
+    assert catalog.listed("unprotected_figure", ["times"]) == "recorded times"

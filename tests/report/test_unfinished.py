@@ -51,9 +51,9 @@ def test_unfinished_page_shows_its_state_and_reloads(folder: Path, state: LeadSt
     assert re.search(r"Written \d+ \w+ \d{4}", html)
     assert f'<meta http-equiv="refresh" content="{run_page.AGAIN_S}">' in html
     assert load_catalog("en").texts["unfinished"]["no_verdict"] in html
-    of_report = render(from_run.build_run_report(folder), language="en")
+    finished_page = render(from_run.build_run_report(folder), language="en")
     for part in ('id="sign-off"', 'id="to-do"', 'id="verdict"'):
-        assert part in of_report
+        assert part in finished_page
         assert part not in html, "a run that goes on has neither a verdict nor lines to sign"
     for heading in ("learns", "costs"):
         assert load_catalog("en").texts["unfinished"][heading] in html
@@ -84,12 +84,12 @@ def test_run_stopped_before_its_first_round_writes_no_page(folder: Path, state: 
 def test_page_writing_takes_a_small_share_of_the_time(
     folder: Path, state: LeadState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now, at = 0.0, []
+    now, started = 0.0, []
 
     def write(self: UnfinishedReport, state: LeadState, *, goes_on: bool) -> None:
         nonlocal now
         now += 2.0
-        at.append(state.round)
+        started.append(state.round)
 
     monkeypatch.setattr(run_page.time, "monotonic", lambda: now)
     monkeypatch.setattr(UnfinishedReport, "_write_page", write)
@@ -97,41 +97,41 @@ def test_page_writing_takes_a_small_share_of_the_time(
     for number in range(1, 31):
         now += 5.0
         page.update(replace(state, round=number))
-    assert at == [4, 12, 20, 28], "each takes 2 s, so that the next comes 40 s after it"
+    assert started == [4, 12, 20, 28], "each takes 2 s, so that the next comes 40 s after it"
 
 
 def simulate_and_see(words: list[str], patched: Any, *, interrupt_after: int = 0) -> tuple[Path, list[str]]:
     """A run whose page is due after each round, and its page then."""
     patched.setattr(run_page, "_SHARE", 0)
-    config, seen, finished = compose_run(words), [], Display.on_round_finished
+    config, pages, finished = compose_run(words), [], Display.on_round_finished
     folder = find_run_folder(config)
 
     def see(self: Display, state: LeadState) -> None:
         finished(self, state)
-        seen.append(read_page(folder))
-        if len(seen) == interrupt_after:
+        pages.append(read_page(folder))
+        if len(pages) == interrupt_after:
             raise KeyboardInterrupt
 
     patched.setattr(Display, "on_round_finished", see)
     with pytest.raises(ReportedInterrupt) if interrupt_after else contextlib.nullcontext():
         run_simulation(config, folder, Console(file=io.StringIO()))
-    return folder, seen
+    return folder, pages
 
 
 @pytest.mark.by_day("en-Round {} of 3")
-@pytest.mark.parametrize(("language", "said"), [("en", "Round {} of 3"), ("de", "Runde {} von 3")])
-def test_page_is_written_after_every_round(tmp_path: Path, monkeypatch: Any, language: str, said: str) -> None:
+@pytest.mark.parametrize(("language", "text"), [("en", "Round {} of 3"), ("de", "Runde {} von 3")])
+def test_page_is_written_after_every_round(tmp_path: Path, monkeypatch: Any, language: str, text: str) -> None:
     words = list_tiny_overrides("federation.num_rounds=3", f"report.language={language}", into=tmp_path)
-    folder, seen = simulate_and_see(words, monkeypatch)
-    assert [said.format(number) in page for number, page in enumerate(seen, 1)] == [True, True, True]
+    folder, pages = simulate_and_see(words, monkeypatch)
+    assert [text.format(number) in page for number, page in enumerate(pages, 1)] == [True, True, True]
     assert 'id="state"' not in read_page(folder)
 
 
 def test_interrupted_run_leaves_a_page_with_its_last_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, seen = simulate_and_see(
+    folder, pages = simulate_and_see(
         list_tiny_overrides("federation.num_rounds=3", into=tmp_path), monkeypatch, interrupt_after=1
     )
-    assert "refresh" in seen[0]
+    assert "refresh" in pages[0]
     assert "has stopped" in read_page(folder)
     assert "Round 1 of 3" in read_page(folder)
     assert "refresh" not in read_page(folder)

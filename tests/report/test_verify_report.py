@@ -70,19 +70,19 @@ def list_other_values(value: Any) -> list[Any]:
 
 def change_values(report: Report, part: str) -> Iterator[tuple[str, Report]]:
     """The report with each value of its facts, or of what is derived, changed by itself, where it is one."""
-    whole = to_json(report)
-    derived = {key: value for key, value in whole.items() if key not in ("schema_version", "facts", "signature")}
-    for path, value in iter_places(whole["facts"] if part == "facts" else derived):
+    fields = to_json(report)
+    derived = {key: value for key, value in fields.items() if key not in ("schema_version", "facts", "signature")}
+    for path, value in iter_places(fields["facts"] if part == "facts" else derived):
         name = ".".join("*" if isinstance(key, int) else key for key in path)
-        for other in list_other_values(value):
-            edited = copy.deepcopy(whole)
-            put(edited["facts"] if part == "facts" else edited, path, other)
+        for altered in list_other_values(value):
+            edited = copy.deepcopy(fields)
+            put(edited["facts"] if part == "facts" else edited, path, altered)
             try:
                 found = from_json(json.dumps(edited))
             except ConfigError:
                 continue  # no report
-            if other != value:
-                yield f"{name}: {value!r} -> {other!r}", found
+            if altered != value:
+                yield f"{name}: {value!r} -> {altered!r}", found
 
 
 MADE = pytest.mark.parametrize("report", ["a_report", "a_ledger_report", "ledger_report"], indirect=True)
@@ -102,8 +102,8 @@ CHANGED = {
 @pytest.fixture(params=[*ON_FILE, "run_report", "ledger_report"])
 def report(request: pytest.FixtureRequest) -> Report:
     change, name = CHANGED.get(request.param, (replace, request.param))
-    made = request.getfixturevalue(name)
-    return change(made() if name in ON_FILE else made)
+    built = request.getfixturevalue(name)
+    return change(built() if name in ON_FILE else built)
 
 
 def test_unmodified_report_has_no_problems(report: Report) -> None:
@@ -113,28 +113,28 @@ def test_unmodified_report_has_no_problems(report: Report) -> None:
 @pytest.mark.by_day("a_report", "a_ledger_report")
 @pytest.mark.parametrize("report", ["a_report", "a_ledger_report", "ledger_report", *CHANGED], indirect=True)
 def test_changed_derived_values_are_detected(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
-    again = verify_report.derive_figures(report.facts)
-    monkeypatch.setattr(verify_report, "derive_figures", lambda _: again)  # the facts stay
+    derived_again = verify_report.derive_figures(report.facts)
+    monkeypatch.setattr(verify_report, "derive_figures", lambda _: derived_again)  # the facts stay
     monkeypatch.setattr(verify_report, "_check_amount_of_work", lambda _: ())
-    assert [name for name, other in change_values(report, "derived") if not problems(other)] == []
+    assert [name for name, altered in change_values(report, "derived") if not problems(altered)] == []
 
 
 @MADE
 def test_single_changed_facts_are_detected(report: Report) -> None:
-    found = [name for name, other in change_values(report, "facts") if not problems(other)]
-    assert [name for name in found if not is_listed(name, UNCHECKED["of_no_effect"])] == []
+    found = [name for name, altered in change_values(report, "facts") if not problems(altered)]
+    assert [name for name in found if not is_listed(name, UNCHECKED["without_effect"])] == []
 
 
 @MADE
 def test_consistent_forgeries_change_only_facts_covered_by_signatures(report: Report) -> None:
     passed = []
-    for name, other in change_values(report, "facts"):
+    for name, altered in change_values(report, "facts"):
         try:
-            forged = derive_report(other.facts)
+            forged = derive_report(altered.facts)
         except (ValueError, ArithmeticError, LookupError):
             continue
         passed += [] if problems(forged) else [name]
-    assert [name for name in passed if not is_listed(name, UNCHECKED["on_a_signature"])] == []
+    assert [name for name in passed if not is_listed(name, UNCHECKED["signature_only"])] == []
 
 
 def derive_from_facts(report: Report, **changes: Any) -> Report:
@@ -153,30 +153,35 @@ def test_rederived_epsilon_may_be_slightly_larger_but_never_smaller(a_report: Ma
 
 
 def test_changed_epsilon_problem_shows_both_values(a_report: Make) -> None:
-    right = a_report().sites[0].spent
-    (problem,) = problems(change_first_site(a_report(), spent=replace(right, epsilon_pld=1.0)))
-    assert problem == Problem("sites.north-hospital.spent.epsilon_pld", 1.0, pytest.approx(right.epsilon_pld))
+    spent = a_report().sites[0].spent
+    (problem,) = problems(change_first_site(a_report(), spent=replace(spent, epsilon_pld=1.0)))
+    assert problem == Problem("sites.north-hospital.spent.epsilon_pld", 1.0, pytest.approx(spent.epsilon_pld))
 
 
 def test_tolerances_never_accept_understated_figures(a_report: Make, a_ledger_report: Make) -> None:
     tiny = change_plan(a_report(), delta=1e-13)
     site = tiny.sites[0]
-    *others, last = site.curve
+    *earlier_points, last = site.curve
     for factor, fine in ((1 - 1e-5, True), (0.98, False)):
         less = replace(last, epsilon_pld=last.epsilon_pld * factor)
-        assert (list_problem_places(change_first_site(tiny, curve=(*others, less))) == set()) == fine
+        assert (list_problem_places(change_first_site(tiny, curve=(*earlier_points, less))) == set()) == fine
     noisier = replace(site.mechanisms[0], noise_multiplier=1.5 * (1 + 5e-7))
     assert list_problem_places(change_first_site(tiny, mechanisms=(noisier,)))
     # Nor is more left than the cap leaves.
     report = a_ledger_report()
     used_up = derive_from_facts(report, **change_approved(report.facts, max_epsilon=1.0))
     assert (used_up.sites[0].lifetime.remaining_epsilon, list_problem_places(used_up)) == (0.0, set())
-    for of, more, wrong in ((used_up, 1e-10, True), (report, 1e-6, True), (report, 0.1, True), (report, -1e-7, False)):
+    for of, more, invalid in (
+        (used_up, 1e-10, True),
+        (report, 1e-6, True),
+        (report, 0.1, True),
+        (report, -1e-7, False),
+    ):
         life = of.sites[0].lifetime
         found = list_problem_places(
             change_first_site(of, lifetime=replace(life, remaining_epsilon=life.remaining_epsilon + more))
         )
-        assert found == ({"sites.north-hospital.lifetime.remaining_epsilon"} if wrong else set())
+        assert found == ({"sites.north-hospital.lifetime.remaining_epsilon"} if invalid else set())
 
 
 def build_many_plans(report: Report, count: int) -> LedgerFacts:
@@ -196,14 +201,14 @@ def build_many_plans(report: Report, count: int) -> LedgerFacts:
 
 def test_report_verification_has_a_work_limit(a_ledger_report: Any, a_report: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(verify_report.profile, "epsilon_rdp", lambda *_: 50.0)  # of so many it takes a minute
-    many = build_many_plans(a_ledger_report(), 1000)
-    (problem,) = verify_report._check_amount_of_work(many)
+    large = build_many_plans(a_ledger_report(), 1000)
+    (problem,) = verify_report._check_amount_of_work(large)
     assert (problem.where, problem.expected) == ("facts", "fewer: verifying them would take hours")
-    assert problems(a_ledger_report(facts=many)) == [problem]
+    assert problems(a_ledger_report(facts=large)) == [problem]
     assert list(verify_report._check_amount_of_work(build_many_plans(a_ledger_report(), 200))) == []
     facts = a_report().facts
-    many = replace(facts, rounds=facts.rounds[:1] * 1000, sites=facts.sites[:1] * 501)
-    (problem,) = verify_report._check_amount_of_work(many)
+    large = replace(facts, rounds=facts.rounds[:1] * 1000, sites=facts.sites[:1] * 501)
+    (problem,) = verify_report._check_amount_of_work(large)
     assert problem.reported == "501000 table rows (sites times rounds)"
 
 
@@ -221,20 +226,20 @@ def test_uncomputable_charge_is_reported_without_a_crash(a_ledger_report: Make) 
         {"kind": "self_composed", "count": 10**8, "event": {"kind": "gaussian", "noise_multiplier": 0.1}},
         {},
     ):
-        lost = ChargedRounds(**of_lost, lost=(Charge(event=event, count=1),))
-        assert list_problem_places(a_ledger_report(facts=replace(facts, charges=(*facts.charges, lost)))) == {
+        lost_charge = ChargedRounds(**of_lost, lost=(Charge(event=event, count=1),))
+        assert list_problem_places(a_ledger_report(facts=replace(facts, charges=(*facts.charges, lost_charge)))) == {
             "facts"
         }, event
 
 
 def test_out_of_range_facts_are_refused(a_report: Make) -> None:
-    wrong = {"delta": (0.0, 1.0), "sampling_rate": (-0.1,), "noise_multiplier": (-1.5,)}
-    of_plan = [(("plan", key), value) for key, values in wrong.items() for value in values]
-    for path, value in (*of_plan, (("sites", 0, "receipt", "sequence"), "x")):
-        whole = to_json(a_report())
-        put(whole["facts"], path, value)
+    invalid = {"delta": (0.0, 1.0), "sampling_rate": (-0.1,), "noise_multiplier": (-1.5,)}
+    plan_cases = [(("plan", key), value) for key, values in invalid.items() for value in values]
+    for path, value in (*plan_cases, (("sites", 0, "receipt", "sequence"), "x")):
+        fields = to_json(a_report())
+        put(fields["facts"], path, value)
         with pytest.raises(ConfigError, match="facts"):
-            from_json(json.dumps(whole))
+            from_json(json.dumps(fields))
 
 
 SITES = ("north-hospital", "south-hospital")
@@ -242,14 +247,14 @@ SITES = ("north-hospital", "south-hospital")
 
 def drop_other_sites(facts: RunFacts, left: tuple[str, ...] = (), *, reasons: dict[str, str]) -> dict[str, Any]:
     """A run whose rounds hold the updates of the sites in `left` alone, since of the others the lead has no receipt."""
-    rounds = tuple(replace(one, sites=left, failed_sites=reasons) for one in facts.rounds)
+    rounds = tuple(replace(entry, sites=left, failed_sites=reasons) for entry in facts.rounds)
     sites = tuple(site if site.site in left else replace(site, receipt=None) for site in facts.sites)
     return {"rounds": rounds, "sites": sites}
 
 
-def add_round_4(facts: RunFacts, why: str) -> dict[str, Any]:
+def add_round_4(facts: RunFacts, reason: str) -> dict[str, Any]:
     """What came of the site whose receipt is of three rounds, in a run that is not over."""
-    last = replace(facts.rounds[3], failed_sites={SITES[1]: why})
+    last = replace(facts.rounds[3], failed_sites={SITES[1]: reason})
     return {"rounds": (*facts.rounds[:3], last), "final": {}, "files": {}}
 
 
@@ -257,15 +262,21 @@ def test_contradictory_run_facts_are_detected(a_report: Make) -> None:
     facts = a_report().facts
     north, south = facts.sites
     real, seeded = (
-        tuple(replace(one, receipt=sign_receipt(one.receipt, one.site, **said)) for one in facts.sites)
-        for said in ({"simulated": False}, {"seeded_noise": True})
+        tuple(
+            replace(entry, receipt=sign_receipt(entry.receipt, entry.site, **changes_to_receipt))
+            for entry in facts.sites
+        )
+        for changes_to_receipt in ({"simulated": False}, {"seeded_noise": True})
     )
-    by_itself = {"run": "another", "site": SITES[1], "plan": "12" * 32, "charged_rounds": 5}
-    wrong = [(key, sign_receipt(north.receipt, north.site, **{key: said})) for key, said in by_itself.items()]
-    wrong += [("plan", sign_receipt(north.receipt, north.site, plan=""))]
-    wrong += [("signature", replace(north.receipt, sequence=8))]
-    wrong += [("charged_rounds", sign_receipt(north.receipt, north.site, charged_rounds=3))]
-    for changes, place in (
+    inconsistent = {"run": "another", "site": SITES[1], "plan": "12" * 32, "charged_rounds": 5}
+    invalid = [
+        (key, sign_receipt(north.receipt, north.site, **{key: changes_to_receipt}))
+        for key, changes_to_receipt in inconsistent.items()
+    ]
+    invalid += [("plan", sign_receipt(north.receipt, north.site, plan=""))]
+    invalid += [("signature", replace(north.receipt, sequence=8))]
+    invalid += [("charged_rounds", sign_receipt(north.receipt, north.site, charged_rounds=3))]
+    for changes, path in (
         ({"held_out": (HeldOut(run="r", date="", mean=0.5, deviation=0.1),)}, "held_out"),
         ({"sites": ()}, "sites"),
         ({"sites": (*facts.sites, north)}, "sites"),
@@ -281,7 +292,10 @@ def test_contradictory_run_facts_are_detected(a_report: Make) -> None:
         (drop_other_sites(facts, SITES[:1], reasons={}), "rounds.2"),
         (add_round_4(facts, "beyond_plan"), f"sites.{SITES[1]}.receipt.charged_rounds"),
         (add_round_4(facts, "invalid_update"), f"sites.{SITES[1]}.receipt.charged_rounds"),
-        *(({"sites": (replace(north, receipt=one), south)}, f"sites.{SITES[0]}.receipt.{key}") for key, one in wrong),
+        *(
+            ({"sites": (replace(north, receipt=entry), south)}, f"sites.{SITES[0]}.receipt.{key}")
+            for key, entry in invalid
+        ),
         ({"settings": {"epsilon": "0.1"}}, "settings"),
         ({"settings": {"labels": "many"}}, "settings.labels"),
         ({"settings": {}}, "settings.runtime"),
@@ -294,17 +308,17 @@ def test_contradictory_run_facts_are_detected(a_report: Make) -> None:
         ({"sent": "{}"}, "sent"),
         ({"run": f"{facts.run}1"}, "run"),
     ):
-        assert place in list_problem_places(a_report(facts=replace(facts, **changes))), changes
+        assert path in list_problem_places(a_report(facts=replace(facts, **changes))), changes
 
 
 def test_secure_aggregation_plan_must_match_the_participating_sites(a_secure_report: Make) -> None:
     facts = a_secure_report().facts
-    (*sites, last), lost = facts.rounds[0].sites, "not_summed"
-    rounds = (replace(facts.rounds[0], sites=tuple(sites), failed_sites={last: lost}), *facts.rounds[1:])
-    for changes, place in (({"num_sites": 6}, "num_sites"), ({"threshold": 5, "num_sites": 5}, "threshold")):
+    (*sites, last), lost_charge = facts.rounds[0].sites, "not_summed"
+    rounds = (replace(facts.rounds[0], sites=tuple(sites), failed_sites={last: lost_charge}), *facts.rounds[1:])
+    for changes, path in (({"num_sites": 6}, "num_sites"), ({"threshold": 5, "num_sites": 5}, "threshold")):
         plan = replace(facts.plan, shared=replace(facts.plan.shared, **changes))
         facts = sign_by_sites(replace(facts, plan=plan, rounds=rounds))
-        assert list_problem_places(a_secure_report(facts=facts)) == {f"plan.shared.{place}"}
+        assert list_problem_places(a_secure_report(facts=facts)) == {f"plan.shared.{path}"}
 
 
 def change_approved(facts: LedgerFacts, **changes: Any) -> dict[str, Any]:
@@ -315,7 +329,7 @@ def test_contradictory_ledger_facts_are_detected(a_ledger_report: Make) -> None:
     facts = a_ledger_report().facts
     first, second = facts.charges
     rolled = replace(facts.verification, anchor_sequence=41)
-    for changes, place in (
+    for changes, path in (
         ({"delta": 0.0}, "delta"),
         ({"delta": 1e-6}, "runs.diagnosis.plan"),
         ({"order": 1.0}, "order"),
@@ -332,7 +346,7 @@ def test_contradictory_ledger_facts_are_detected(a_ledger_report: Make) -> None:
         ({"verification": rolled}, "verification.num_events"),
         ({"verification": replace(facts.verification, num_events=6)}, "verification.num_events"),
     ):
-        assert place in list_problem_places(a_ledger_report(facts=replace(facts, **changes))), changes
+        assert path in list_problem_places(a_ledger_report(facts=replace(facts, **changes))), changes
 
 
 def test_ledger_verdict_is_derived_from_its_facts(a_ledger_report: Make) -> None:
@@ -348,21 +362,25 @@ def test_ledger_verdict_is_derived_from_its_facts(a_ledger_report: Make) -> None
     ):
         assert derive_from_facts(a_ledger_report(), **changes).verdict.state == state, changes
     # A charge between two limits, of which the first was none, is found.
-    first, then = (Cap(time="2026-01-01", max_epsilon=cap, charges_before=0) for cap in (None, 6.0))
-    later = (first, replace(then, charges_before=4))
+    first, second_cap = (Cap(time="2026-01-01", max_epsilon=cap, charges_before=0) for cap in (None, 6.0))
+    later = (first, replace(second_cap, charges_before=4))
     assert derive_from_facts(a_ledger_report(), caps=later).verdict.reasons == ("no_lifetime_cap",)
-    assert derive_from_facts(a_ledger_report(), caps=(first, then)).verdict.state == "within"
+    assert derive_from_facts(a_ledger_report(), caps=(first, second_cap)).verdict.state == "within"
 
 
 def test_period_epsilon_counts_only_charges_within_the_period(a_ledger_report: Make) -> None:
     charges = a_ledger_report().facts.charges
-    for day, period, least in (("2026-02-28", "month", 0.1), ("2026-01-01", "month", 0.0), ("2026-01-01", "year", 1.6)):
+    for day, period, min_epsilon in (
+        ("2026-02-28", "month", 0.1),
+        ("2026-01-01", "month", 0.0),
+        ("2026-01-01", "year", 1.6),
+    ):
         last = replace(charges[1], day=day)
         of_period = change_approved(a_ledger_report().facts, period=period)
         report = derive_from_facts(a_ledger_report(), charges=(charges[0], last), date="2026-02-28", **of_period)
         found = report.sites[0].lifetime.period_epsilon
-        assert found >= least
-        assert (found > 0) == (least > 0)
+        assert found >= min_epsilon
+        assert (found > 0) == (min_epsilon > 0)
 
 
 def test_report_of_a_seeded_run_states_no_guarantee(run_report: Report) -> None:
@@ -382,10 +400,12 @@ def test_plan_above_the_target_is_exceeded_despite_lower_charges(a_report: Make)
 def test_simulation_report_claiming_real_sites_is_rejected(run_report: Report) -> None:
     posing = derive_from_facts(run_report, settings={**run_report.facts.settings, "runtime": "deployment"})
     assert posing.banners == run_report.banners == ("simulation",), "its sites signed that they are simulated"
-    without = tuple(replace(site, receipt=None) for site in run_report.facts.sites)
-    real = derive_from_facts(run_report, settings={**run_report.facts.settings, "runtime": "deployment"}, sites=without)
+    unsigned_sites = tuple(replace(site, receipt=None) for site in run_report.facts.sites)
+    real = derive_from_facts(
+        run_report, settings={**run_report.facts.settings, "runtime": "deployment"}, sites=unsigned_sites
+    )
     for report, simulated in ((run_report, True), (real, False)):
-        assert ("sites_run_their_own_software" in {one.code for one in report.assumptions}) != simulated
+        assert ("sites_run_their_own_software" in {entry.code for entry in report.assumptions}) != simulated
         assert ("simulation" in report.banners) == simulated
 
 

@@ -61,8 +61,8 @@ def test_threads_and_order_do_not_change_report_bytes(tmp_path: Path) -> None:
     for threads, order in (("1", ledgers), ("2", ledgers[::-1])):
         several = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)
         command, environment = [sys.executable, "-c", _DIGESTS, *order], os.environ | several
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
-        printed.add(done.stdout)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
+        printed.add(process.stdout)
     assert len(printed) == 1
 
 
@@ -71,8 +71,8 @@ def test_rounding_hides_last_digit_differences_in_the_report(last: int) -> None:
     share = 0.04296797538628186
     rate = Ceiling(operating_point=0.001, ceiling=1.0, mechanism=share + last * math.ulp(share))
     posterior = Ceiling(operating_point=0.5, ceiling=0.5)
-    more = 1 + abs(last) * math.ulp(1.0)
-    figures = {"correct_of_100_ceiling": 50 * more, "correct_of_100_for_2": 75 * more, "correct_of_100_for_5": 99.0}
+    factor = 1 + abs(last) * math.ulp(1.0)
+    figures = {"correct_of_100_ceiling": 50 * factor, "correct_of_100_for_2": 75 * factor, "correct_of_100_for_5": 99.0}
     failures = {"correct_of_100_mechanism": None, "expected_failures": 230 * 1e-05}
     stated = round_up_figures(Meaning(**figures, **failures, posterior=(posterior,), hit_rates=(rate,)))
     assert stated.hit_rates == (replace(rate, mechanism=0.0429679754),), "upwards, in nine digits"
