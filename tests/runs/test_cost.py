@@ -23,19 +23,19 @@ def burn_cpu(spec: CostSpec, seconds: float = 1.2) -> Energy | None:
 
 def test_energy_is_measured_without_network_access(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("codecarbon")
-    nobody = Mock(side_effect=OSError("no network"))
-    monkeypatch.setattr(socket.socket, "connect", nobody)
-    monkeypatch.setattr(socket, "getaddrinfo", nobody)
+    no_network = Mock(side_effect=OSError("no network"))
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.chdir(tmp_path)
     for key in ("CO2_SIGNAL_API_TOKEN", "ELECTRICITYMAPS_API_TOKEN"):
         monkeypatch.setenv(f"CODECARBON_{key}", "token")
     environment = {"EMISSIONS_ENDPOINT": "http://192.0.2.1/told", "OUTPUT_METHODS": "api,csv", "SAVE_TO_API": "true"}
     for key, value in environment.items():
         monkeypatch.setenv(f"CODECARBON_{key}", value)
-    found, untold = burn_cpu(CostSpec(energy=True, country="DEU")), burn_cpu(CostSpec(energy=True))
-    assert (untold.carbon_kg, untold.kwh > 0, found.kwh > 0) == (None, True, True)
-    assert 0.05 < found.carbon_kg / found.kwh < 1.0, "kg of CO2 per kWh in Germany"
-    assert (nobody.called, list(tmp_path.iterdir())) == (False, [])
+    with_country, without_country = burn_cpu(CostSpec(energy=True, country="DEU")), burn_cpu(CostSpec(energy=True))
+    assert (without_country.carbon_kg, without_country.kwh > 0, with_country.kwh > 0) == (None, True, True)
+    assert 0.05 < with_country.carbon_kg / with_country.kwh < 1.0, "kg of CO2 per kWh in Germany"
+    assert (no_network.called, list(tmp_path.iterdir())) == (False, [])
     assert burn_cpu(CostSpec(), seconds=0.0) is None, "energy must be measured only on request"
 
 

@@ -56,13 +56,13 @@ def test_only_new_environments_are_recorded_with_their_randomness(tmp_path: Path
     *_, of_real_sites = note(tmp_path, pinned, "runtime=deployment")  # the lead records nothing about them
     assert (of_real_sites.sampling, of_real_sites.randomness) == (None, None)
     monkeypatch.setattr(environment.platform, "python_version", lambda: "4.0.0")
-    assert [one.python for one in note(tmp_path, pinned)] == [noted.python] * 3 + ["4.0.0"]
+    assert [entry.python for entry in note(tmp_path, pinned)] == [noted.python] * 3 + ["4.0.0"]
 
 
 def test_damaged_environment_file_raises_a_run_error(tmp_path: Path) -> None:
-    no_list, older = {"schema_version": RUN_SCHEMA}, {"schema_version": RUN_SCHEMA - 1, "environments": []}
-    nothing: dict[str, Any] = {"environments": [{}]}
-    for content in ("", *map(json.dumps, ([], {}, no_list, older, no_list | nothing))):
+    no_list, old_schema = {"schema_version": RUN_SCHEMA}, {"schema_version": RUN_SCHEMA - 1, "environments": []}
+    empty: dict[str, Any] = {"environments": [{}]}
+    for content in ("", *map(json.dumps, ([], {}, no_list, old_schema, no_list | empty))):
         (tmp_path / "environment.json").write_text(content)
         with pytest.raises(RunError, match=r"environment\.json is damaged"):
             read_environments(tmp_path)

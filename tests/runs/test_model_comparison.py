@@ -25,40 +25,40 @@ SHORT = ("federation.num_rounds=1", "training.local_steps=1", "data.test_rows=20
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Two runs of one model with adapters of different ranks, and a third that reads less of each record."""
-    into, found = tmp_path_factory.mktemp("runs"), {}
+    into, comparison = tmp_path_factory.mktemp("runs"), {}
     for name, setting in (("four", "lora.rank=4"), ("two", "lora.rank=2"), ("short", "data.max_length=6")):
         folder = simulate(*SHORT, setting, into=into, name=name)
-        found[name] = load_finished_run(folder)
-    return found
+        comparison[name] = load_finished_run(folder)
+    return comparison
 
 
 def test_runs_on_one_base_share_its_scores(runs: Runs) -> None:
-    found = compare_runs({name: runs[name] for name in ("four", "two")})
-    assert list(found.measured) == ["base", "four", "two"]
-    assert (found.num_units, found.unit, found.scores[0]) == (20, "record", "accuracy")
-    most = max(Counter(record.fields["label"] for record in found.records).values())
-    assert found.constant == most / 20
+    comparison = compare_runs({name: runs[name] for name in ("four", "two")})
+    assert list(comparison.measured) == ["base", "four", "two"]
+    assert (comparison.num_units, comparison.unit, comparison.scores[0]) == (20, "record", "accuracy")
+    most_frequent = max(Counter(record.fields["label"] for record in comparison.records).values())
+    assert comparison.constant == most_frequent / 20
     for name in ("four", "two"):
         final = read_result(runs[name][1].parent)["final"]
-        assert found.estimate(name, "loss").value == pytest.approx(final["metrics"]["loss"])
-        assert found.estimate("base", "loss").value == pytest.approx(final["metrics_before"]["loss"])
+        assert comparison.estimate(name, "loss").value == pytest.approx(final["metrics"]["loss"])
+        assert comparison.estimate("base", "loss").value == pytest.approx(final["metrics_before"]["loss"])
 
 
 def test_different_tokenization_gets_a_separate_base(runs: Runs) -> None:
-    found = compare_runs({name: runs[name] for name in ("four", "short")})
-    assert list(found.measured) == ["base", "base of short", "four", "short"]
+    comparison = compare_runs({name: runs[name] for name in ("four", "short")})
+    assert list(comparison.measured) == ["base", "base of short", "four", "short"]
     before = read_result(runs["short"][1].parent)["final"]["metrics_before"]["loss"]
-    assert found.estimate("base of short", "loss").value == pytest.approx(before)
+    assert comparison.estimate("base of short", "loss").value == pytest.approx(before)
 
 
 def test_incomparable_scores_are_refused(runs: Runs) -> None:
     one, adapter = runs["four"]
-    turned = replace(one, data=replace(one.data, labels=tuple(reversed(one.data.labels))))
+    reversed_labels = replace(one, data=replace(one.data, labels=tuple(reversed(one.data.labels))))
     with pytest.raises(ConfigError, match=r"must have the first run's data\.labels"):
-        compare_runs({"four": runs["four"], "other": (turned, adapter)})
-    without = replace(one, data=replace(one.data, test_file=None))
+        compare_runs({"four": runs["four"], "other": (reversed_labels, adapter)})
+    no_test_file = replace(one, data=replace(one.data, test_file=None))
     with pytest.raises(ConfigError, match=r"data\.test_file = null: is missing: a comparison needs records"):
-        compare_runs({"four": (without, adapter)})
+        compare_runs({"four": (no_test_file, adapter)})
     data = replace(one.data, labels=(), columns={"text": "text", "target": "n"}, target_range=(0.0, 5.0))
     config = replace(one, task="regression", head=HeadSpec(center=False, init="zero"), data=data)
     wider = replace(config, data=replace(data, target_range=(0.0, 10.0)))  # another scale is not comparable, either
@@ -89,19 +89,19 @@ def test_group_column_is_read_for_existing_records(tmp_path: Path) -> None:
 
 
 def test_too_many_groups_are_refused(runs: Runs) -> None:
-    found = replace(compare_runs({"four": runs["four"]}), records=[Record({})] * 2000)
-    many = [str(number // 10) for number in range(2000)]
+    comparison = replace(compare_runs({"four": runs["four"]}), records=[Record({})] * 2000)
+    groups = [str(number // 10) for number in range(2000)]
     with pytest.raises(ConfigError, match=r"--smallest = 10: leaves 200 groups; raise it until at most 100 are left"):
-        found.score_by_group(many, smallest=10, pairs=[])
+        comparison.score_by_group(groups, smallest=10, pairs=[])
 
 
 def test_runs_tested_on_different_records_are_not_compared(tmp_path: Path) -> None:
     """Their settings select other test records, some of which the other run may have trained on."""
     of_file = ("data.test_file=null", "data.test_fraction=0.3", "data.test_rows=null", *SHORT[:2])
-    one = load_finished_run(simulate(*of_file, into=tmp_path, name="one"))
-    other = load_finished_run(
+    config = load_finished_run(simulate(*of_file, into=tmp_path, name="one"))
+    second = load_finished_run(
         simulate(*of_file, "data.columns={text: label, label: label}", into=tmp_path, name="other")
     )
-    for runs in ({"one": one, "other": other}, {"other": other, "one": one}):
+    for runs in ({"one": config, "other": second}, {"other": second, "one": config}):
         with pytest.raises(ConfigError, match="must select the first run's test records"):
             compare_runs(runs)

@@ -23,8 +23,8 @@ def build(*, charged: dict[str, int], loss: float = 0.5, plan: Plan | None = Non
     final = FinalResult(metrics={"loss": loss}, metrics_before={}, seconds=1.0, peak_memory_bytes=1)
     config: Any = SimpleNamespace(task="classification", digest=lambda: "00")
     config.federation, config.runtime = SimpleNamespace(active=tuple(charged)), SimpleNamespace(seeded_noise=False)
-    made = run_result(rounds=(), final=final, privacy=None).provenance
-    return asdict(RunResult.build(config, plan or run_plan(), state, final=final, provenance=made))
+    provenance = run_result(rounds=(), final=final, privacy=None).provenance
+    return asdict(RunResult.build(config, plan or run_plan(), state, final=final, provenance=provenance))
 
 
 def test_epsilon_of_a_run_is_its_largest_site_epsilon() -> None:
@@ -32,20 +32,20 @@ def test_epsilon_of_a_run_is_its_largest_site_epsilon() -> None:
     a, b = (privacy["sites"][name] for name in ("a", "b"))
     # Three of four planned rounds: the claim covers the whole plan, as proved in guarantee.md.
     assert privacy["epsilon"] == b["planned_epsilon"] > b["epsilon"] > a["epsilon"] > 0
-    nothing = dict.fromkeys(("epsilon", "epsilon_rdp", "rounds", "steps", "metrics_noise_multiplier"), 0)
-    nothing |= {"sampling_rate": 0.2, "noise_multiplier": 4.0, "upper_bound": False}
-    assert privacy["sites"]["c"] == nothing | {"planned_epsilon": privacy["sites"]["a"]["planned_epsilon"]}
-    without = build(charged={"a": 1, "b": 0}, plan=replace(run_plan(), noise_multiplier=0.0))["privacy"]
-    assert (without["epsilon"], without["sites"]["a"]["epsilon"]) == (None, None)
+    zeros = dict.fromkeys(("epsilon", "epsilon_rdp", "rounds", "steps", "metrics_noise_multiplier"), 0)
+    zeros |= {"sampling_rate": 0.2, "noise_multiplier": 4.0, "upper_bound": False}
+    assert privacy["sites"]["c"] == zeros | {"planned_epsilon": privacy["sites"]["a"]["planned_epsilon"]}
+    without_noise = build(charged={"a": 1, "b": 0}, plan=replace(run_plan(), noise_multiplier=0.0))["privacy"]
+    assert (without_noise["epsilon"], without_noise["sites"]["a"]["epsilon"]) == (None, None)
 
 
 def test_released_site_scores_are_shown_and_charged() -> None:
-    plain, plan = build(charged={"a": 1}), replace(run_plan(), metrics_noise_multiplier=3.0)
+    unnoised, plan = build(charged={"a": 1}), replace(run_plan(), metrics_noise_multiplier=3.0)
     measured = build(charged={"a": 1}, plan=plan, scores={"a": (0.5, 1.25)})
-    assert plain["rounds"][0]["site_scores"] == {}
+    assert unnoised["rounds"][0]["site_scores"] == {}
     assert json.loads(json.dumps(measured))["rounds"][0]["site_scores"] == {"a": [0.5, 1.25]}
-    assert measured["privacy"]["epsilon"] > plain["privacy"]["epsilon"]
-    assert plain["privacy"]["sites"]["a"]["metrics_noise_multiplier"] == 0.0
+    assert measured["privacy"]["epsilon"] > unnoised["privacy"]["epsilon"]
+    assert unnoised["privacy"]["sites"]["a"]["metrics_noise_multiplier"] == 0.0
     assert measured["privacy"]["sites"]["a"]["metrics_noise_multiplier"] == 3.0
 
 
@@ -61,7 +61,7 @@ START = {"accuracy": 0.3, "loss": 1.0}
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "found"),
+    ("before", "after", "problems"),
     [
         (START, GOOD, ()),
         (START, {"accuracy": 0.8, "loss": math.nan}, (DIVERGED,)),
@@ -77,9 +77,9 @@ START = {"accuracy": 0.3, "loss": 1.0}
     ],
 )
 def test_findings_are_derived_from_scores_before_and_after_training(
-    before: Any, after: Any, found: tuple[str, ...]
+    before: Any, after: Any, problems: tuple[str, ...]
 ) -> None:
-    assert find_problems((), before, after, primary_metric="accuracy", guess=0.5, rows=100) == found
+    assert find_problems((), before, after, primary_metric="accuracy", guess=0.5, rows=100) == problems
 
 
 def test_worse_scores_and_diverged_rounds_are_reported_as_findings() -> None:

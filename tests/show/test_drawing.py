@@ -25,8 +25,8 @@ def test_chart_bytes_do_not_depend_on_the_hash_seed() -> None:
         "two = Series(points=[(1, 2)], number=1, kind='limit')\n"
         "print(chart('x', Panel(series=[one, two], y='y'), named=('t', 'd'), number=str))"
     )
-    made = [run_python("-c", program, env={"PYTHONHASHSEED": seed}) for seed in ("1", "2")]
-    assert made[0] == made[1]
+    outputs = [run_python("-c", program, env={"PYTHONHASHSEED": seed}) for seed in ("1", "2")]
+    assert outputs[0] == outputs[1]
 
 
 def test_axis_ticks_are_round_numbers() -> None:
@@ -76,7 +76,7 @@ def test_line_labels_are_placed_next_to_their_ends_without_overlap() -> None:
         x, y = map(float, re.fullmatch(r"translate\(([\d.]+) ([\d.]+)\)", group.attrib["transform"]).groups())
         places["".join(group.itertext())] = y
         assert x > 150
-    assert set(places) == {"limit", *(one.label for one in series)}
+    assert set(places) == {"limit", *(line.label for line in series)}
     heights = sorted(places.values())
     assert all(below - above >= 9 for above, below in itertools.pairwise(heights))
     assert sorted(places, key=places.get)[0] == f"site-{drawing.MAX_LINES - 1}", "the highest line's is on top"

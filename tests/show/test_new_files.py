@@ -13,9 +13,9 @@ from fedtune.spec import ConfigError
 
 
 def test_new_files_are_created_together(tmp_path: Path) -> None:
-    first, second = places = [tmp_path / "new" / name for name in ("a", "b")]
-    with write_new_files(*(("--to", path) for path in places), mode=0o600) as texts:
-        assert not any(path.exists() for path in places)
+    first, second = paths = [tmp_path / "new" / name for name in ("a", "b")]
+    with write_new_files(*(("--to", path) for path in paths), mode=0o600) as texts:
+        assert not any(path.exists() for path in paths)
         texts |= {first: "one", second: "zwölf"}
     assert {path: path.read_text() for path in (tmp_path / "new").iterdir()} == {first: "one", second: "zwölf"}
     assert first.stat().st_mode & 0o777 == 0o600
@@ -46,5 +46,5 @@ def test_failed_write_leaves_no_new_files(tmp_path: Path, monkeypatch: pytest.Mo
 
     with pytest.raises((ConfigError, KeyboardInterrupt)):
         write_and_fail()
-    left = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
-    assert left == ({"b": "another's"} if "another" in fault else {})
+    remaining = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+    assert remaining == ({"b": "another's"} if "another" in fault else {})

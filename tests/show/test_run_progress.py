@@ -39,10 +39,10 @@ def config(tmp_path: Any) -> RunConfig:
 
 def make_state(round: int, **changes: Any) -> LeadState:
     sites = ("site-1", "site-2")
-    known = {"seconds": 2.0, "sites": sites, "bytes_up": 1, "metrics": {"loss": 1.23456, "macro_f1": 0.5}}
-    ends = (f"2026-01-01T00:{n // 2:02}:{30 * (n % 2):02}+00:00" for n in range(1, round + 1))
-    *earlier, last = (round_of(n, ended=end) for n, end in enumerate(ends, 1))
-    rounds = [*earlier, replace(last, **known | changes)]
+    common = {"seconds": 2.0, "sites": sites, "bytes_up": 1, "metrics": {"loss": 1.23456, "macro_f1": 0.5}}
+    end_times = (f"2026-01-01T00:{n // 2:02}:{30 * (n % 2):02}+00:00" for n in range(1, round + 1))
+    *earlier, last = (round_of(n, ended=end) for n, end in enumerate(end_times, 1))
+    rounds = [*earlier, replace(last, **common | changes)]
     receipts = {site: make_receipt(site, charged=round) for site in sites}
     return LeadState(round=round, adapter=Adapter({}), receipts=receipts, rounds=rounds, seconds=30.0 * round)
 
@@ -54,19 +54,21 @@ def make_model(values: int = 0, *, device: str = "cpu", keeps_states: bool = Tru
     return SimpleNamespace(initial_adapter=adapter, device=device, loaded=loaded, states_mib=1234.5)
 
 
-def show_rounds(config: RunConfig, *states: LeadState, of: Any = None, every_s: float | None = None, **how: Any) -> str:
+def show_rounds(
+    config: RunConfig, *states: LeadState, model: Any = None, every_s: float | None = None, **changes: Any
+) -> str:
     """Return the output for a run's rounds and, with `every_s`, for its preparation."""
-    begun = {key: how.pop(key) for key in ("round", "start_adapter", "data_changed") if key in how}
-    out, progress = io.StringIO(), {"shown": how.pop("progress", True)} | ({"every_s": every_s} if every_s else {})
-    display = Display(Console(file=out, **{"width": 200} | how), config, **progress)
+    start_fields = {key: changes.pop(key) for key in ("round", "start_adapter", "data_changed") if key in changes}
+    out, progress = io.StringIO(), {"shown": changes.pop("progress", True)} | ({"every_s": every_s} if every_s else {})
+    display = Display(Console(file=out, **{"width": 200} | changes), config, **progress)
     with display.show_progress_bar():
         if every_s:
             display.on_preparing("loading the model", 0, 0)
             for done in range(4):
                 display.on_preparing("checking the model on this machine", done, 3)
         proposal = config.proposal(lead="ab" * 32, plan=config.plan())
-        first: Any = {"round": 0, "adapter": Adapter({})} | begun
-        display.on_prepared(of or make_model(), proposal, LeadState(**first))
+        first: Any = {"round": 0, "adapter": Adapter({})} | start_fields
+        display.on_prepared(model or make_model(), proposal, LeadState(**first))
         for done in (1, 2) if every_s else ():
             display.on_preparing("site-1: running the frozen layers over the records", done, 2)
         for state in states:
@@ -96,7 +98,8 @@ def run_comparison(
     config: RunConfig, without_privacy: RunConfig, patched: pytest.MonkeyPatch
 ) -> Iterator[tuple[str, str]]:
     slow = replace(
-        make_state(5), rounds=[replace(one, seconds=100.0) for one in make_state(4).rounds] + make_state(5).rounds[4:]
+        make_state(5),
+        rounds=[replace(entry, seconds=100.0) for entry in make_state(4).rounds] + make_state(5).rounds[4:],
     )
     three = (make_state(3), slow, make_state(10))
     yield "three rounds: one of ten, a slow one, the last one", show_rounds(config, *three)
@@ -105,20 +108,20 @@ def run_comparison(
     yield "without privacy", show_rounds(without_privacy)
     patched.setattr("fedtune.model.frozen_linear._HAS_ONEDNN", True)
     for dtype in ("mixed", "bfloat16"):
-        other = replace(config, model=replace(config.model, dtype=dtype))
+        changed_config = replace(config, model=replace(config.model, dtype=dtype))
         for has in (False, True):
             for instructions in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
                 patched.setattr(torch.cpu, instructions, lambda has=has: has)
-            yield f"{dtype} on a CPU {'with' if has else 'without'} its instructions", show_rounds(other)
-        yield f"{dtype} on a GPU", show_rounds(other, of=make_model(device="cuda"))
-    about = {"digest": "ab" * 32, "head": False, "from": "first", "dataset": "letters", "unit": "record", "delta": 1e-5}
+            yield f"{dtype} on a CPU {'with' if has else 'without'} its instructions", show_rounds(changed_config)
+        yield f"{dtype} on a GPU", show_rounds(changed_config, model=make_model(device="cuda"))
+    start = {"digest": "ab" * 32, "head": False, "from": "first", "dataset": "letters", "unit": "record", "delta": 1e-5}
     for spent in ({"epsilon": 3.0}, {"epsilon": None}, {"epsilon": "unknown"}, {"epsilon": None, "public": True}):
-        yield f"a start that spent {spent}", show_rounds(config, start_adapter=about | spent)
+        yield f"a start that spent {spent}", show_rounds(config, start_adapter=start | spent)
     yield "other records than when it began", show_rounds(config, round=1, data_changed=("site-2",))
-    yield "noise that drowns the records", show_rounds(config, of=make_model(100_000, keeps_states=False))
-    once = replace(config, federation=replace(config.federation, num_rounds=1))
-    yield "frozen layers that run once for each record", show_rounds(once, of=make_model(keeps_states=False))
-    yield "noise that does not", show_rounds(config, of=make_model(100))
+    yield "noise that drowns the records", show_rounds(config, model=make_model(100_000, keeps_states=False))
+    one_round = replace(config, federation=replace(config.federation, num_rounds=1))
+    yield "frozen layers that run once for each record", show_rounds(one_round, model=make_model(keeps_states=False))
+    yield "noise that does not", show_rounds(config, model=make_model(100))
     yield "what takes long", show_rounds(config, every_s=1e-9)
     yield "what is soon done", show_rounds(config, every_s=1e9)
 
@@ -133,20 +136,25 @@ def list_results() -> Iterator[tuple[str, RunResult]]:
         yield f"finding {code}", replace(make_result(), final=replace(make_result().final, findings=(code,)))
 
 
-def compare_lines(usual: str, text: str) -> str:
+def compare_lines(reference: str, text: str) -> str:
     """Return the missing and the additional lines of a text."""
-    old, new = usual.splitlines(), text.splitlines()
-    lacking, more = ([line for line in one if line not in other] for one, other in ((old, new), (new, old)))
-    return "".join([*(f"- {line}\n" for line in lacking), *(f"+ {line}\n" for line in more)])
+    old, new = reference.splitlines(), text.splitlines()
+    removed, added = (
+        [line for line in entry if line not in changed_config] for entry, changed_config in ((old, new), (new, old))
+    )
+    return "".join([*(f"- {line}\n" for line in removed), *(f"+ {line}\n" for line in added)])
 
 
 def test_run_progress_matches_its_snapshot(config: RunConfig, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run, end = show_rounds(config), render_table(config, make_result())
     without_privacy = compose_run(list_tiny_overrides("federation.num_rounds=10", "privacy=none", into=tmp_path))
     of_runs = run_comparison(config, without_privacy, monkeypatch)
-    told = [f"# A run\n{run}", *(f"# {name}\n{compare_lines(run, text)}" for name, text in of_runs)]
-    of_results = [f"# {name}\n{compare_lines(end, render_table(config, other))}" for name, other in list_results()]
-    snapshots.check_output("run-progress", "".join([*told, f"# Its end\n{end}", *of_results]))
+    report = [f"# A run\n{run}", *(f"# {name}\n{compare_lines(run, text)}" for name, text in of_runs)]
+    of_results = [
+        f"# {name}\n{compare_lines(end, render_table(config, changed_config))}"
+        for name, changed_config in list_results()
+    ]
+    snapshots.check_output("run-progress", "".join([*report, f"# Its end\n{end}", *of_results]))
 
 
 def test_signal_strength_is_explained_by_studies_of_the_task() -> None:
@@ -178,7 +186,9 @@ def test_sweep_progress_shows_the_newest_line_of_a_run(config: RunConfig, monkey
 
 def test_verbose_output_explains_rdp_epsilon(config: RunConfig) -> None:
     verbose = replace(config, tracking=replace(config.tracking, log_level="debug"))
-    assert [ABOUT_RDP.format(counts="epsilon") in render_table(one, make_result()) for one in (config, verbose)] == [
+    assert [
+        ABOUT_RDP.format(counts="epsilon") in render_table(entry, make_result()) for entry in (config, verbose)
+    ] == [
         False,
         True,
     ]

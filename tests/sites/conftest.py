@@ -91,9 +91,9 @@ def make_letters(**groups: Any) -> RunConfig:
     return change_values(_make_letters(), **groups)
 
 
-def make_first_request(config: RunConfig, lead: SigningKey, **about: Any) -> RoundRequest:
+def make_first_request(config: RunConfig, lead: SigningKey, **fields: Any) -> RoundRequest:
     """Make a request for the first round of a run at the site north, with an arbitrary adapter."""
-    return round_request(config.proposal(lead=lead.public, plan=config.plan()), **{"site": "north"} | about)
+    return round_request(config.proposal(lead=lead.public, plan=config.plan()), **{"site": "north"} | fields)
 
 
 def write_records(path: Path, rows: Iterable[Sequence[str]], *, header: Iterable[str] = COLUMNS.values()) -> None:
@@ -108,8 +108,8 @@ def simulate_same_run(config: RunConfig, folder: Path, rows: Iterable[Sequence[s
     write_records(file, rows, header=columns)
     partition = PartitionSpec(kind="column", sites={"north": 0, "south": 1})
     data = {"train_file": str(file), "columns": columns, "partition": partition}
-    about = {"data": data, "runtime": {"kind": "simulation"}, "training": {"ignore_weak_signal": True}}
-    return Participants(change_values(config, **about), folder)
+    groups = {"data": data, "runtime": {"kind": "simulation"}, "training": {"ignore_weak_signal": True}}
+    return Participants(change_values(config, **groups), folder)
 
 
 @dataclass
@@ -150,10 +150,10 @@ class Station:
 
     def edit(self, *, machine: Any = MappingProxyType({}), **changes: Any) -> None:
         """Rewrite policy or machine settings: dicts change tables, and `dataset` changes the only data set."""
-        policy, there = read_policy(self.site_toml), read_site_settings(self.site_toml).machine
+        policy, machine_settings = read_policy(self.site_toml), read_site_settings(self.site_toml).machine
         dataset = replace(policy.dataset[0], **changes.pop("dataset", {}))
-        others = {"machine": asdict(replace(there, **machine))}
-        write_policy(change_values(policy, **changes, dataset=(dataset,)), self.site_toml, others=others)
+        tables = {"machine": asdict(replace(machine_settings, **machine))}
+        write_policy(change_values(policy, **changes, dataset=(dataset,)), self.site_toml, others=tables)
 
     def ledger(self) -> SiteLedger:
         return SiteFiles.from_site_toml(self.site_toml).open_ledger()
@@ -167,25 +167,25 @@ class Station:
         fields |= {key: value for key, value in about.items() if key not in of_proposal}
         return round_request(replace(proposal, **of_proposal), **fields)
 
-    def ask(self, config: RunConfig | None = None, *, settings: str | None = None, **about: Any) -> Reply:
+    def ask(self, config: RunConfig | None = None, *, settings: str | None = None, **fields: Any) -> Reply:
         """Return the answer to a request for a round, with an adapter and a signature.
 
         `settings` are sent instead of the configuration's own.
         """
-        adapter, key = about.pop("adapter", self.first), about.pop("key", self.lead)
-        request = self.request(config, adapter_digest=adapter.digest(), **about)
+        adapter, key = fields.pop("adapter", self.first), fields.pop("key", self.lead)
+        request = self.request(config, adapter_digest=adapter.digest(), **fields)
         text = json.dumps(select_settings_for_sites(config or self.config).to_json()) if settings is None else settings
         return answer(self.real.site(text), request.sign_with(key), adapter)
 
-    def update(self, config: RunConfig | None = None, **about: Any) -> Update:
+    def update(self, config: RunConfig | None = None, **fields: Any) -> Update:
         """Return the update, which must be the answer."""
-        reply = self.ask(config, **about)
+        reply = self.ask(config, **fields)
         assert isinstance(reply.body, Update), reply.body
         return reply.body
 
-    def refusal(self, config: RunConfig | None = None, **about: Any) -> Reason:
+    def refusal(self, config: RunConfig | None = None, **fields: Any) -> Reason:
         """Return the reason of the refusal, which must be the answer."""
-        reply = self.ask(config, **about)
+        reply = self.ask(config, **fields)
         assert isinstance(reply.body, Refusal)
         return reply.body.reason
 
@@ -208,19 +208,19 @@ def station(tmp_path: Path, lead_key: SigningKey, first_adapter: Adapter) -> Any
 
     def make(name: str = "north", **groups: Any) -> Station:
         config = make_letters(**groups)
-        made = Station(tmp_path / name, lead_key, first_adapter, name, config)
-        made.folder.mkdir()
+        new_station = Station(tmp_path / name, lead_key, first_adapter, name, config)
+        new_station.folder.mkdir()
         sent = select_settings_for_sites(config)
         policy = generate_policy(sent, sent.plan(), name, lead=lead_key.public)
         columns = COLUMNS if config.privacy.unit == "record" else {**COLUMNS, "user": "kind"}
         columns |= {} if config.privacy.cohorts is None else {"user": "who", "arrival": "came"}
         asserted = {"no_person_at_another_site": True}
-        others = {"machine": {"device": "cpu", "num_threads": 1}}
-        write_policy(change_values(policy, simulated=False, asserted=asserted), made.site_toml, others=others)
+        tables = {"machine": {"device": "cpu", "num_threads": 1}}
+        write_policy(change_values(policy, simulated=False, asserted=asserted), new_station.site_toml, others=tables)
         budget = {"max_epsilon": 10 * policy.budget.max_epsilon}
-        made.edit(dataset={"path": made.data.name, "columns": columns}, budget=budget)
-        write_records(made.data, [(f"letter {n} of {n % 7}", LABELS[n % 3]) for n in range(40)])
-        return made
+        new_station.edit(dataset={"path": new_station.data.name, "columns": columns}, budget=budget)
+        write_records(new_station.data, [(f"letter {n} of {n % 7}", LABELS[n % 3]) for n in range(40)])
+        return new_station
 
     return make
 
@@ -234,6 +234,8 @@ def config(tmp_path: Path) -> Any:
 @pytest.fixture
 def exact_scores(monkeypatch: pytest.MonkeyPatch) -> list[npt.NDArray[np.float64]]:
     """The exact scores that each round adds noise to."""
-    seen, original = list[npt.NDArray[np.float64]](), work.release_scores
-    monkeypatch.setattr(work, "release_scores", lambda scores, **rest: seen.append(scores) or original(scores, **rest))
-    return seen
+    released, original = list[npt.NDArray[np.float64]](), work.release_scores
+    monkeypatch.setattr(
+        work, "release_scores", lambda scores, **rest: released.append(scores) or original(scores, **rest)
+    )
+    return released

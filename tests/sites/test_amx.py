@@ -18,20 +18,22 @@ needs_minilm = pytest.mark.skipif(
 def test_amx_product_of_a_row_depends_on_the_number_of_rows() -> None:
     """The reason for the tests below; if this ever passes, tests of arbitrary row counts can include AMX."""
     weight, values = torch.randn(384, 1536).bfloat16(), torch.randn(512, 1536)
-    whole = multiply_bfloat16(values, weight, None)
-    assert any(not torch.equal(multiply_bfloat16(values[:rows], weight, None), whole[:rows]) for rows in range(2, 512))
-    again = multiply_bfloat16(values.clone(), weight, None)
-    assert torch.equal(again, whole), "the result for one row count must be repeatable"
+    all_rows = multiply_bfloat16(values, weight, None)
+    assert any(
+        not torch.equal(multiply_bfloat16(values[:rows], weight, None), all_rows[:rows]) for rows in range(2, 512)
+    )
+    repeated = multiply_bfloat16(values.clone(), weight, None)
+    assert torch.equal(repeated, all_rows), "the result for one row count must be repeatable"
 
 
 @needs_minilm
 @pytest.mark.parametrize("dtype", ["float32", "mixed", "nf4"])
 def test_each_length_has_a_fixed_row_count_and_one_trial(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tries, moved = [], LoadedModel._measure_influence
+    tries, measure = [], LoadedModel._measure_influence
     monkeypatch.setattr(
         LoadedModel,
         "_measure_influence",
-        lambda own, shapes, *told: (tries.append(shapes), moved(own, shapes, *told))[1],
+        lambda own, shapes, *told: (tries.append(shapes), measure(own, shapes, *told))[1],
     )
     settings = ["experiment=banks_intents", "privacy.noise_multiplier=4", f"model.dtype={dtype}"]
     shared = LoadedModel(compose_run([*settings, "runtime.num_threads=1", "runtime.num_devices=1"]))

@@ -35,16 +35,16 @@ STORE = Path("/srv/site/kit/models")
 def policy(lead_key: SigningKey) -> Policy:
     """A policy with its own paths and columns, and a second data set."""
     sent = select_settings_for_sites(make_letters())
-    made = generate_policy(sent, sent.plan(), "north", lead=lead_key.public)
+    generated = generate_policy(sent, sent.plan(), "north", lead=lead_key.public)
     letters_of_north = Dataset(id="letters", declared_size=40, path="private/mail.csv", columns=COLUMNS)
-    other = Dataset(id="notes", declared_size=40, path="/elsewhere/notes.jsonl")
-    return replace(made, dataset=(other, letters_of_north))
+    other_dataset = Dataset(id="notes", declared_size=40, path="/elsewhere/notes.jsonl")
+    return replace(generated, dataset=(other_dataset, letters_of_north))
 
 
-def localize_at_site(sent: RunConfig, policy: Policy, machine: Machine = Machine(), **about: Any) -> RunConfig:  # noqa: B008
+def localize_at_site(sent: RunConfig, policy: Policy, machine: Machine = Machine(), **options: Any) -> RunConfig:  # noqa: B008
     """Localize settings at a site without installed models, unless a keyword changes that."""
-    nothing = Mock(side_effect=ConfigError("base model", "ab", "is not installed"))
-    return localize_settings(sent, policy, machine, folder=FOLDER, **{"installed": nothing, **about})
+    not_installed = Mock(side_effect=ConfigError("base model", "ab", "is not installed"))
+    return localize_settings(sent, policy, machine, folder=FOLDER, **{"installed": not_installed, **options})
 
 
 def test_files_columns_and_machine_settings_come_from_the_site(policy: Policy) -> None:
@@ -63,8 +63,8 @@ def test_files_columns_and_machine_settings_come_from_the_site(policy: Policy) -
     assert (runtime.device, runtime.num_devices, runtime.num_threads) == ("cpu", 2, 3)
     assert runtime.micro_batch_tokens == 77
     assert runtime.kept_states_folder is None
-    there = replace(machine, kept_states_folder="fast")
-    assert localize_at_site(hostile, policy, there).runtime.kept_states_folder == "/srv/site/fast"
+    with_folder = replace(machine, kept_states_folder="fast")
+    assert localize_at_site(hostile, policy, with_folder).runtime.kept_states_folder == "/srv/site/fast"
     assert runtime.onednn
     assert not localize_at_site(hostile, policy, replace(machine, onednn=False)).runtime.onednn
     assert (runtime.kept_states_mib, runtime.gradient_checkpointing, runtime.sites_dir) == (5, True, None)
@@ -77,10 +77,10 @@ def test_only_columns_required_by_the_layout_are_read(policy: Policy) -> None:
     several = replace(policy, dataset=(policy.dataset[0], replace(policy.dataset[1], columns=columns)))
 
     def read(*roles: str, **data: object) -> dict[str, str]:
-        named = {"columns": {role: role for role in roles}, "labels": (), **data}
+        data_fields = {"columns": {role: role for role in roles}, "labels": (), **data}
         return dict(
             localize_at_site(
-                select_settings_for_sites(make_letters(task="causal_lm", data=named)), several
+                select_settings_for_sites(make_letters(task="causal_lm", data=data_fields)), several
             ).data.columns
         )
 
@@ -99,8 +99,8 @@ def test_site_without_the_second_text_column_is_refused(policy: Policy) -> None:
     assert read_refusal_reason(localize_at_site, sent, policy) is Reason.SETTINGS, (
         "single texts must not be trained on silently"
     )
-    both = replace(policy, dataset=(policy.dataset[0], replace(policy.dataset[1], columns=columns)))
-    assert dict(localize_at_site(sent, both).data.columns) == columns
+    changed_policy = replace(policy, dataset=(policy.dataset[0], replace(policy.dataset[1], columns=columns)))
+    assert dict(localize_at_site(sent, changed_policy).data.columns) == columns
 
 
 def test_data_set_named_by_the_run_is_used(policy: Policy) -> None:
@@ -113,8 +113,8 @@ def test_data_set_named_by_the_run_is_used(policy: Policy) -> None:
 def test_training_settings_are_unchanged_at_the_site(policy: Policy) -> None:
     sent = select_settings_for_sites(make_letters(lora={"rank": 3}, training={"local_steps": 1}))
     config = localize_at_site(sent, policy)
-    same = ("name", "task", "lora", "head", "privacy", "training", "federation", "seed")
-    assert all(getattr(config, key) == getattr(sent, key) for key in same)
+    unchanged_groups = ("name", "task", "lora", "head", "privacy", "training", "federation", "seed")
+    assert all(getattr(config, key) == getattr(sent, key) for key in unchanged_groups)
 
 
 PLACES = ["/", "/etc", "./models/x", "models/x", "../x", "~/x", "org/name", "minilm", "at-site", "package:a/..weights"]
@@ -151,8 +151,8 @@ def test_installed_model_replaces_the_path_of_the_lead(policy: Policy, path: str
 
 def test_package_and_random_models_need_no_installation(policy: Policy) -> None:
     packaged: dict[str, Any] = {"path": "package:some_weights/model", "sha256": HASH, "cache_dir": "/etc"}
-    taken = localize_at_site(make_letters(model={**packaged, "gguf_file": "a.gguf"}), policy).model
-    assert (taken.path, taken.cache_dir, taken.gguf_file) == ("package:some_weights/model", None, "a.gguf")
+    model = localize_at_site(make_letters(model={**packaged, "gguf_file": "a.gguf"}), policy).model
+    assert (model.path, model.cache_dir, model.gguf_file) == ("package:some_weights/model", None, "a.gguf")
     assert localize_at_site(make_letters(), policy).model.path == "random:bert"
 
 
@@ -164,10 +164,10 @@ GOOD = [(f"{20 + number}", "ab"[number % 2], LABELS[number % 3]) for number in r
 @pytest.fixture
 def site(station: Any) -> Any:
     """The site north, whose file has another name for the column age."""
-    made = station(**TABLE)
-    made.first = LoadedModel(make_letters(**TABLE)).initial_adapter
-    made.edit(dataset={"columns": {"label": "KIND", "feature:age": "AGE_YEARS"}})
-    return made
+    table_site = station(**TABLE)
+    table_site.first = LoadedModel(make_letters(**TABLE)).initial_adapter
+    table_site.edit(dataset={"columns": {"label": "KIND", "feature:age": "AGE_YEARS"}})
+    return table_site
 
 
 def write(site: Any, rows: list[tuple[str, ...]]) -> None:
@@ -178,7 +178,7 @@ def write(site: Any, rows: list[tuple[str, ...]]) -> None:
 def test_table_is_trained_with_the_column_names_of_the_site(site: Any) -> None:
     write(site, GOOD)
     update = site.update()
-    shapes = {name: one.shape for name, one in update.tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in update.tensors.items()}
     assert shapes == {"head.weight": (len(LABELS), 5), "head.bias": (len(LABELS),)}
     sent = select_settings_for_sites(site.config)
     assert sent.model.sha256 == hash_model(ModelSpec(path="none"))
@@ -202,10 +202,10 @@ def test_data_check_reads_the_file_as_training_does(site: Any) -> None:
 
 def test_unusable_rows_do_not_change_the_update(site: Any) -> None:
     write(site, GOOD)
-    without = site.update().tensors
-    bad = [("old", "a"), ("1e999", "a"), ("", "b"), ("nan", "a"), ("[1]", "b")]
+    original = site.update().tensors
+    bad_rows = [("old", "a"), ("1e999", "a"), ("", "b"), ("nan", "a"), ("[1]", "b")]
     site.edit(limits={"max_rounds": 99})
-    write(site, [*GOOD, *((*one, LABELS[0]) for one in bad), ("30", "a", "no label")])
-    found = site.update(replace(site.config, name="second"), round=1).tensors
-    for name, one in found.items():
-        np.testing.assert_array_equal(one, without[name])
+    write(site, [*GOOD, *((*tensor, LABELS[0]) for tensor in bad_rows), ("30", "a", "no label")])
+    changed = site.update(replace(site.config, name="second"), round=1).tensors
+    for name, tensor in changed.items():
+        np.testing.assert_array_equal(tensor, original[name])

@@ -49,44 +49,44 @@ def write(site: Any, people: dict[str, list[str]]) -> None:
 
 @pytest.fixture
 def site(station: Any) -> Any:
-    made = station(**make_cohort_settings("2024", "2025"))
-    write(made, PEOPLE)
-    return made
+    cohort_site = station(**make_cohort_settings("2024", "2025"))
+    write(cohort_site, PEOPLE)
+    return cohort_site
 
 
 @pytest.fixture
 def sampled_users(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """The users that each round trained on."""
-    seen: list[set[str]] = []
+    sampled: list[set[str]] = []
     limited = site_work.SiteWork._prepare_round
 
-    def watch_round(self: Any, *given: Any, **named: Any) -> Any:
+    def watch_round(self: Any, *args: Any, **kwargs: Any) -> Any:
         users = [record.fields["user"] for record in self.records.training]
-        made = limited(self, *given, **named)
-        assert len(made[0]) == len(set(users))
-        seen.append(set(users))
-        return made
+        selected = limited(self, *args, **kwargs)
+        assert len(selected[0]) == len(set(users))
+        sampled.append(set(users))
+        return selected
 
     monkeypatch.setattr(site_work.SiteWork, "_prepare_round", watch_round)
-    return seen
+    return sampled
 
 
 @pytest.mark.parametrize(
-    ("first", "last", "whom"),
+    ("first", "last", "expected"),
     [
         *(("2024", "2025", {"ann", "ben"}), ("2025", "2025", {"ben"}), (None, "2024", {"ann", "cy", "dora", "fay"})),
         *(("2026", "2030", {"eve"}), ("2030", "2030", set())),
     ],
 )
 def test_round_samples_only_admitted_cohorts(
-    station: Any, sampled_users: Any, first: Any, last: str, whom: set[str]
+    station: Any, sampled_users: Any, first: Any, last: str, expected: set[str]
 ) -> None:
     site = station(**make_cohort_settings(first, last))
     write(site, PEOPLE)
     site.update()
-    assert sampled_users == [whom]
+    assert sampled_users == [expected]
     with store.open_for_reading(site.folder / "ledger.db") as file:
-        assert len(register.read_rows(file)) == len(whom)
+        assert len(register.read_rows(file)) == len(expected)
 
 
 def test_corrected_arrival_date_does_not_reset_the_budget(site: Any, sampled_users: list[set[str]]) -> None:
@@ -117,20 +117,22 @@ def test_held_out_people_are_admitted_and_registered(station: Any, sampled_users
 
 def test_excluded_people_are_skipped_silently(site: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    one = site.ask()
+    first_reply = site.ask()
     write(site, {"eve": ["2026-01"]})
     site.restart()
-    other = site.ask(round=2)
-    assert len(one.body.to_bytes()) == len(other.body.to_bytes())
-    assert one.receipt.sequence + 2 == other.receipt.sequence, "the events must be the same with or without people"
+    second_reply = site.ask(round=2)
+    assert len(first_reply.body.to_bytes()) == len(second_reply.body.to_bytes())
+    assert first_reply.receipt.sequence + 2 == second_reply.receipt.sequence, (
+        "the events must be the same with or without people"
+    )
     assert not any(word in caplog.text for word in ("eve", "2026", "admitted", "cohort"))
 
 
 def test_arrival_dates_are_read_on_schedule_after_acceptance(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    held, work = site_round._pad_duration, SiteProcess.work
-    monkeypatch.setattr(site_round, "_pad_duration", lambda every_s: order.append("schedule") or held(every_s))
-    monkeypatch.setattr(SiteProcess, "work", lambda *given: order.append("records") or work(*given))
+    pad, work = site_round._pad_duration, SiteProcess.work
+    monkeypatch.setattr(site_round, "_pad_duration", lambda every_s: order.append("schedule") or pad(every_s))
+    monkeypatch.setattr(SiteProcess, "work", lambda *args: order.append("records") or work(*args))
     site.update()
     assert order == ["schedule", "records", "records"]
     site.update()
@@ -155,13 +157,13 @@ def test_cohort_settings_must_match_the_policy(site: Any) -> None:
         make_letters(
             **make_cohort_settings(None, "2026") | {"data": {"columns": {"text": "t", "label": "l", "user": "u"}}}
         )
-    everybody = make_letters(data={"columns": COLUMNS}, privacy={"unit": "user", "records_per_user": 5})
-    assert site.refusal(everybody) is Reason.COHORTS
+    without_cohorts = make_letters(data={"columns": COLUMNS}, privacy={"unit": "user", "records_per_user": 5})
+    assert site.refusal(without_cohorts) is Reason.COHORTS
     changed = dict(sent.to_json())
     changed["privacy"] = changed["privacy"] | {"cohorts": {"period": "year", "first": "2024", "last": "2026"}}
     assert site.refusal(settings=json.dumps(changed)) is Reason.PLAN_CHANGED
-    for wrong in ({"period": "year"}, {"period": "year", "last": 2026}, "2026", []):
-        changed["privacy"] = changed["privacy"] | {"cohorts": wrong}
+    for invalid in ({"period": "year"}, {"period": "year", "last": 2026}, "2026", []):
+        changed["privacy"] = changed["privacy"] | {"cohorts": invalid}
         assert site.refusal(settings=json.dumps(changed)) is Reason.SETTINGS
     assert read_policy(site.site_toml).population.arrivals == "year"
     assert site.ledger().history.runs == {}
@@ -231,17 +233,19 @@ def test_user_adds_one_score_regardless_of_record_count(lead_key: SigningKey, ex
     config = make_letters(data=data, privacy={"metrics": "noised", "unit": "user"})
     shared = RunModel(LoadedModel(config), config)
     for users in ({"one": 9, "another": 1}, {"one": 9}, {}):
-        own = SiteRecords(training=make_records({"third": 3}), heldout=make_records(users))
-        assert train_at_north(shared, lead_key, own).scores is not None
+        records = SiteRecords(training=make_records({"third": 3}), heldout=make_records(users))
+        assert train_at_north(shared, lead_key, records).scores is not None
         assert exact_scores[-1].shape == (len(users),)
         assert ((exact_scores[-1] >= 0) & (exact_scores[-1] <= 1)).all()
     assert exact_scores[0][0] == exact_scores[1][0], "one user must not affect another's score"
 
 
 def test_dropping_the_model_keeps_the_records_of_a_cohort() -> None:
-    of_site, shared = SiteRecords(training=make_records({"one": 2, "another": 1}), heldout=[]), Mock()
-    work = site_work.SiteWork("north", shared, of_site, declared_size=3, max_adapter_value=2.0)
+    site_records, shared = SiteRecords(training=make_records({"one": 2, "another": 1}), heldout=[]), Mock()
+    work = site_work.SiteWork("north", shared, site_records, declared_size=3, max_adapter_value=2.0)
     limited = work._restrict_to(frozenset({"one"}))
     work.drop_model()
-    assert not any(hasattr(one, "shared") for one in (work, limited)), "two models would fill the memory"
+    assert not any(hasattr(first_reply, "shared") for first_reply in (work, limited)), (
+        "two models would fill the memory"
+    )
     assert (len(work.records.training), len(limited.records.training)) == (3, 2)

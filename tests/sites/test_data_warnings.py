@@ -38,9 +38,9 @@ def make_skipped(count: int, *, rows: int) -> SkippedRows:
     return SkippedRows(rows=rows, reasons={"must not be blank": count})
 
 
-def make_partition(*sizes: int, **more: Any) -> Partitioned:
+def make_partition(*sizes: int, **fields: Any) -> Partitioned:
     sites = tuple(SiteRecords(make_records(*"a" * size), []) for size in sizes)
-    return Partitioned(sites, [], [], **{"left_out": NONE_LEFT_OUT} | more)
+    return Partitioned(sites, [], [], **{"left_out": NONE_LEFT_OUT} | fields)
 
 
 @pytest.fixture
@@ -59,16 +59,16 @@ def test_valid_data_raises_no_warnings(simulated_config: RunConfig) -> None:
         == []
     )
     assert list(list_site_data_warnings(simulated_config, make_partition(27, 59))) == []
-    gone = change_values(simulated_config, data={"test_file": "gone.csv"})
-    assert list(list_lead_data_warnings(gone, validation=None, test=make_lead_data("a", "b"))) == []
+    missing_file = change_values(simulated_config, data={"test_file": "gone.csv"})
+    assert list(list_lead_data_warnings(missing_file, validation=None, test=make_lead_data("a", "b"))) == []
 
 
 @pytest.mark.parametrize(("follows", "declared"), [(True, 40), (False, 40), (False, 6_000)])
 def test_lead_is_warned_of_labels_that_small_sites_cannot_learn(tmp_path: Path, follows: bool, declared: int) -> None:
     draws, words = np.random.default_rng(0), ("aaaa", "qqqq", "zzzz")
-    labels = [LABELS[place] for place in draws.integers(0, 3, size=90)]
-    shown = labels if follows else [LABELS[place] for place in draws.integers(0, 3, size=90)]
-    texts = [f"{words[LABELS.index(label)]} {number % 7}" for number, label in enumerate(shown)]
+    labels = [LABELS[index] for index in draws.integers(0, 3, size=90)]
+    labels_shown = labels if follows else [LABELS[index] for index in draws.integers(0, 3, size=90)]
+    texts = [f"{words[LABELS.index(label)]} {number % 7}" for number, label in enumerate(labels_shown)]
     rows = "".join(f"{text},{label}\n" for text, label in zip(texts, labels, strict=True))
     file = tmp_path / "test.csv"
     file.write_text(f"text,label\n{rows}")
@@ -83,9 +83,11 @@ def test_lead_is_warned_of_missing_tests_and_unusable_rows(simulated_config: Run
     assert note.startswith("no test records, so the run has no final score: set data.test_file or")
     (note,) = list_lead_data_warnings(simulated_config, validation=None, test=make_lead_data("a", "a"))
     assert note == "all test records have the label 'a': scores on them cannot tell models apart"
-    some, many = make_skipped(1, rows=10), make_skipped(1200, rows=9000)
+    few_skipped, many_skipped = make_skipped(1, rows=10), make_skipped(1200, rows=9000)
     notes = list_lead_data_warnings(
-        simulated_config, validation=make_lead_data("a", left_out=some), test=make_lead_data("a", "b", left_out=many)
+        simulated_config,
+        validation=make_lead_data("a", left_out=few_skipped),
+        test=make_lead_data("a", "b", left_out=many_skipped),
     )
     assert list(notes) == [
         "data.validation_file: 1 of 10 rows (10.0 %) cannot be used: 1 must not be blank; the run skips them",
@@ -94,25 +96,25 @@ def test_lead_is_warned_of_missing_tests_and_unusable_rows(simulated_config: Run
     ]
 
 
-@pytest.mark.parametrize("how", ["the same path", "a link", "the same content", "packed", "a part", "a site's own"])
-def test_file_containing_training_data_is_refused(simulated_config: RunConfig, tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("copy", ["the same path", "a link", "the same content", "packed", "a part", "a site's own"])
+def test_file_containing_training_data_is_refused(simulated_config: RunConfig, tmp_path: Path, copy: str) -> None:
     train, test = tmp_path / "train.csv", tmp_path / "test.csv"
     test.unlink()
     rows = [f"{word},{LABELS[0]}\n" for word in ("one", "two", "three")]
     train.write_text("".join(["text,label\n", *rows]))
     path = str(train)
-    if how == "a link":
+    if copy == "a link":
         test.symlink_to(train)
-    elif how == "packed":
+    elif copy == "packed":
         test = tmp_path / "test.csv.gz"
         test.write_bytes(gzip.compress(train.read_bytes()))
-    elif how == "a site's own":
+    elif copy == "a site's own":
         path = str(tmp_path / "{site}.csv")
         (tmp_path / "north.csv").write_text(f"text,label\none,{LABELS[0]}\n")
         train.rename(test := tmp_path / "south.csv")
     else:
-        test.write_text("".join(["text,label\n", *(rows[1:] if how == "a part" else rows)]))
-    file = train if how == "the same path" else test
+        test.write_text("".join(["text,label\n", *(rows[1:] if copy == "a part" else rows)]))
+    file = train if copy == "the same path" else test
     kind = replace(simulated_config.data.partition, kind="file" if "{site}" in path else "iid")
     config = change_values(simulated_config, data={"train_file": path, "partition": kind, "test_file": str(file)})
     (note,) = list_lead_data_warnings(config, validation=None, test=make_lead_data("a", "b"))

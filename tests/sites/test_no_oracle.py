@@ -29,9 +29,9 @@ LABELS = [{"labels": ("invoice", "complaint")}, {"labels": ("never", "declared")
 
 
 @pytest.mark.by_day("{'labels': ('never', 'declared')}", "{'max_length': 3}")
-@pytest.mark.parametrize("asked", [*LABELS, {"heldout_fraction": 0.999999}, {"max_length": 3}], ids=str)
-def test_no_run_setting_makes_a_record_fail(asked: dict[str, Any], station: Any) -> None:
-    site = station(data=asked)
+@pytest.mark.parametrize("data", [*LABELS, {"heldout_fraction": 0.999999}, {"max_length": 3}], ids=str)
+def test_no_run_setting_makes_a_record_fail(data: dict[str, Any], station: Any) -> None:
+    site = station(data=data)
     first = LoadedModel(select_settings_for_sites(site.config)).initial_adapter
     write_records(site.data, [("one letter", "praise"), ("", "praise"), ("two letters", ""), ("three", "unheard of")])
     site.update(adapter=first)
@@ -173,8 +173,8 @@ def test_annotated_text_cannot_end_a_round(case: str, station: Any, tmp_path: Pa
     folder.mkdir()
     for name, text in files.items():
         (folder / name).symlink_to(folder / name) if text is None else (folder / name).write_text(text)
-    (alone,) = [name for name in files if name in ("a.conll", "a.pubtator")] or [""]
-    site.edit(dataset={"path": f"notes/{alone}", "columns": columns})
+    (file_name,) = [name for name in files if name in ("a.conll", "a.pubtator")] or [""]
+    site.edit(dataset={"path": f"notes/{file_name}", "columns": columns})
     site.update(adapter=LoadedModel(make_letters(**run)).initial_adapter)
 
 
@@ -194,10 +194,10 @@ def site_with_model(folder: Path, station: Any, monkeypatch: pytest.MonkeyPatch)
     """Make a site whose store holds `folder`, for a run that names it by its current hash."""
 
     def make() -> Any:
-        made = station(model={"path": str(folder), "sha256": build_manifest(folder).sha256})
-        monkeypatch.setattr(made, "installed", lambda sha256: folder)
-        made.restart()
-        return made
+        new_site = station(model={"path": str(folder), "sha256": build_manifest(folder).sha256})
+        monkeypatch.setattr(new_site, "installed", lambda sha256: folder)
+        new_site.restart()
+        return new_site
 
     return make
 

@@ -73,30 +73,30 @@ def test_round_is_answered_with_an_update_and_a_receipt(site: Any, first_adapter
 
 
 def test_bfloat16_update_is_the_rounded_difference(site: Any, first_adapter: Adapter) -> None:
-    whole = site.update().tensors
+    update = site.update().tensors
     reply = site.ask(make_letters(federation={"update_dtype": "bfloat16"}))
-    expected = round_difference(whole, first_adapter.tensors)
+    expected = round_difference(update, first_adapter.tensors)
     assert isinstance(reply.body.tensors, Difference)
-    for name, half in expected.halves.items():
-        np.testing.assert_array_equal(reply.body.tensors.halves[name], half)
+    for name, rounded in expected.halves.items():
+        np.testing.assert_array_equal(reply.body.tensors.halves[name], rounded)
     assert reply.is_signed(), "the receipt must cover the rounded update"
 
 
 @pytest.mark.parametrize("length", [1, 160, 200, 201, 266])
 def test_overlong_run_name_is_refused_without_a_charge(station: Any, length: int) -> None:
-    site, plain, named = station(), make_letters(), "n" * length
+    site, plain, long_name = station(), make_letters(), "n" * length
     if length <= 200:
-        reply = site.ask(make_letters(name=named))
+        reply = site.ask(make_letters(name=long_name))
         assert isinstance(reply.body, Update)
         assert read_charged_rounds(reply) == 1
         return
     with pytest.raises(ConfigError, match="of at most 200 letters"):
-        make_letters(name=named)
+        make_letters(name=long_name)
     # A site refuses it before any charge, even if the lead does not check.
     digest = select_settings_for_sites(plain).digest()[:32]
-    text = json.dumps(select_settings_for_sites(plain).to_json() | {"name": named})
+    text = json.dumps(select_settings_for_sites(plain).to_json() | {"name": long_name})
     for _ in range(2):
-        assert site.refusal(settings=text, run=f"{named}-{digest}") is Reason.SETTINGS
+        assert site.refusal(settings=text, run=f"{long_name}-{digest}") is Reason.SETTINGS
     assert site.ledger().history.runs == {}
 
 
@@ -130,9 +130,9 @@ class Ours(Classification):
 
 def test_site_trains_an_allowed_and_installed_plugin_task(station: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TASKS, Ours.name, Ours())
-    site, other = station(task=Ours.name), station("south")
+    site, changed = station(task=Ours.name), station("south")
     site.update()
-    assert other.refusal(site.config) is Reason.TASKS, "its policy allows only classification"
+    assert changed.refusal(site.config) is Reason.TASKS, "its policy allows only classification"
     sent, request = json.dumps(select_settings_for_sites(site.config).to_json()), site.request(round=2)
     monkeypatch.delitem(TASKS, Ours.name)
     read_settings.cache_clear()
@@ -175,9 +175,9 @@ def test_refused_request_leaves_no_files(summing_site: Any) -> None:
 def test_stored_settings_omit_padding(site: Any) -> None:
     text = change_sent_text(site.config)
     site.update(settings=text + " " * (MAX_CHARACTERS - len(text)))
-    (kept,) = (site.folder / "runs").glob("*.json")
-    assert kept.stat().st_size <= len(text.encode())
-    assert json.loads(kept.read_bytes()) == json.loads(text)
+    (stored,) = (site.folder / "runs").glob("*.json")
+    assert stored.stat().st_size <= len(text.encode())
+    assert json.loads(stored.read_bytes()) == json.loads(text)
     site.end(site.first)
     assert len(list((site.folder / "adapters").iterdir())) == 1, "they are read again at the end of the run"
 
@@ -187,9 +187,9 @@ def test_settings_of_uncharged_runs_are_removed(site: Any) -> None:
     (charged_run,) = (site.folder / "runs").glob("*.json")
     (site.folder / "runs" / "never-charged.json").write_text("{}")
     site.update(replace(site.config, name="other", seed=5))
-    kept = {file.stem for file in (site.folder / "runs").glob("*.json")}
-    assert kept == set(site.ledger().history.runs)
-    assert charged_run.stem in kept
+    stored = {file.stem for file in (site.folder / "runs").glob("*.json")}
+    assert stored == set(site.ledger().history.runs)
+    assert charged_run.stem in stored
 
 
 def test_unsigned_settings_are_refused_as_another_run_or_plan(site: Any) -> None:
@@ -219,7 +219,7 @@ def touched_data(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("edit", "about", "reason"),
+    ("edit", "changes", "reason"),
     [
         ({}, {"lead": stranger_key.public, "key": stranger_key}, Reason.LEADS),
         ({}, {"key": stranger_key}, Reason.WRONG_SIGNATURE),
@@ -234,12 +234,12 @@ def touched_data(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ],
 )
 def test_refused_request_loads_no_model_or_records(
-    site: Any, touched_data: list[str], edit: Any, about: Any, reason: Reason
+    site: Any, touched_data: list[str], edit: Any, changes: Any, reason: Reason
 ) -> None:
     site.edit(**edit)
     if reason is Reason.PAUSED:
         site.paused.touch()
-    assert site.refusal(**about) is reason
+    assert site.refusal(**changes) is reason
     assert touched_data == []
     assert not list((site.folder / "runs").glob("*")), "its settings must not be stored"
     assert site.ledger().history.runs == {}
@@ -270,13 +270,13 @@ def test_secure_aggregation_step_cannot_replace_pending_settings(summing_site: A
     site.edit(approval="manual")
     session = {"session": "1" * 32}
     assert site.refusal(**session) is Reason.AWAITING_APPROVAL
-    shown, proposal = state.list_pending_runs(), site.request(**session).proposal
-    about = {"proposal": proposal, "site": "north", "expires": 1e12, "parts_digest": hash_parts([])}
-    join = SumRequest(**about, **session, step="join").sign_with(site.lead)
-    other = change_sent_text(site.config, data={"labels": ["invoice", "complaint", "harmless"]})
-    for text in (other, '{"data": {"note": "everything is fine"}}', ""):
+    pending, proposal = state.list_pending_runs(), site.request(**session).proposal
+    changes = {"proposal": proposal, "site": "north", "expires": 1e12, "parts_digest": hash_parts([])}
+    join = SumRequest(**changes, **session, step="join").sign_with(site.lead)
+    changed = change_sent_text(site.config, data={"labels": ["invoice", "complaint", "harmless"]})
+    for text in (changed, '{"data": {"note": "everything is fine"}}', ""):
         assert answer_step(site.real.site(text), join, []).reason is Reason.AWAITING_APPROVAL
-        assert state.list_pending_runs() == shown
+        assert state.list_pending_runs() == pending
 
 
 def test_allowed_request_loads_the_model(site: Any, touched_data: list[str]) -> None:
@@ -309,11 +309,11 @@ def test_unreadable_data_file_is_answered_with_an_error_without_details(
 @pytest.fixture
 def loaded_data(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record every model that is loaded and every data file that is read."""
-    seen: list[str] = []
+    reads: list[str] = []
     load, read = real_site.LoadedModel, real_site.read_own_records
-    monkeypatch.setattr(real_site, "LoadedModel", lambda *of, **rest: seen.append("model") or load(*of, **rest))
-    monkeypatch.setattr(real_site, "read_own_records", lambda *of, **rest: seen.append("records") or read(*of, **rest))
-    return seen
+    monkeypatch.setattr(real_site, "LoadedModel", lambda *of, **rest: reads.append("model") or load(*of, **rest))
+    monkeypatch.setattr(real_site, "read_own_records", lambda *of, **rest: reads.append("records") or read(*of, **rest))
+    return reads
 
 
 def test_model_and_records_are_cached_between_rounds(site: Any, loaded_data: list[str]) -> None:
@@ -323,8 +323,8 @@ def test_model_and_records_are_cached_between_rounds(site: Any, loaded_data: lis
     site.update(make_letters(name="second"))
     site.update(round=3)
     assert loaded_data == ["model", "records", "records", "records"], "only the newest run may stay in memory"
-    other = make_letters(name="third", seed=5)
-    site.update(other, adapter=LoadedModel(select_settings_for_sites(other)).initial_adapter)
+    changed = make_letters(name="third", seed=5)
+    site.update(changed, adapter=LoadedModel(select_settings_for_sites(changed)).initial_adapter)
     assert loaded_data[4:] == ["model", "records"]
 
 
@@ -360,9 +360,9 @@ def test_policy_change_applies_to_the_next_request(site: Any) -> None:
     assert site.refusal(round=2) is Reason.MAX_ROUNDS
     site.edit(limits={"max_rounds": 3}, dataset={"columns": {"text": "kind", "label": "kind"}})
     # The label column becomes the text: other records, another update.
-    other = site.update(round=2)
+    changed = site.update(round=2)
     site.edit(dataset={"columns": {"text": "body", "label": "kind"}})
-    assert Adapter(site.update(round=3).tensors).digest() != Adapter(other.tensors).digest()
+    assert Adapter(site.update(round=3).tensors).digest() != Adapter(changed.tensors).digest()
 
 
 def find_largest_value(update: Update) -> float:
@@ -422,11 +422,11 @@ def test_held_out_split_uses_a_secret_key_per_site(station: Any) -> None:
     assert north.data.read_bytes() == south.data.read_bytes()
     by_north, by_south = list_held_out_texts(north, north.config), list_held_out_texts(south, south.config)
     assert by_north != by_south
-    for site, kept in ((north, by_north), (south, by_south)):
+    for site, stored in ((north, by_north), (south, by_south)):
         records = site.real._warm[1].records
         key = SigningKey.load(site.folder / "site_key.pem").derive_secret("held-out split")
         by_key = split_heldout([*records.training, *records.heldout], fraction=0.5, key=key)[1]
-        assert kept == {record.fields["text"] for record in by_key}, "the secret in its key file must decide"
+        assert stored == {record.fields["text"] for record in by_key}, "the secret in its key file must decide"
     assert list_held_out_texts(north, make_letters(name="second", seed=7, **HELD_OUT)) == by_north, (
         "the lead's seed must not matter"
     )
@@ -443,12 +443,12 @@ def test_final_adapter_is_stored_and_can_be_scored(site: Any, restarted: bool) -
     assert site.end(final).charged_rounds == 1
     folder = Path(site.adapters / select_settings_for_sites(site.config).run_id())
     config = read_saved_config(folder)
-    found = compare_runs({"tuned": (config, folder / "adapter")}, file=str(site.data))
+    comparison = compare_runs({"tuned": (config, folder / "adapter")}, file=str(site.data))
     shared = RunModel(LoadedModel(config), config)
     data = LeadData.build(LeadRecords.read(str(site.data), config, key="data"), config, shared.tokenizer)
     after, before = shared.score(final, data), shared.score(shared.initial_adapter, data)
-    assert {name: found.estimate("tuned", name).value for name in found.scores} == after
-    assert {name: found.estimate("base", name).value for name in found.scores} == before
+    assert {name: comparison.estimate("tuned", name).value for name in comparison.scores} == after
+    assert {name: comparison.estimate("base", name).value for name in comparison.scores} == before
 
 
 @pytest.mark.parametrize("policy", ["keep", "decline"])
@@ -501,6 +501,6 @@ def test_unusable_row_counts_stay_in_the_site_log(site: Any, caplog: pytest.LogC
     with site.data.open("a", encoding="utf-8") as stream:
         stream.write(" ,invoice\n" * 10)
     site.update()
-    (warning,) = [one for one in caplog.records if "a large share" in one.getMessage()]
+    (warning,) = [record for record in caplog.records if "a large share" in record.getMessage()]
     assert (warning.name, warning.levelname) == ("fedtune.sites.real_site", "WARNING")
     assert (warning.__dict__["rows"], warning.__dict__["left_out"], warning.__dict__["share"]) == (50, 10, 0.2)

@@ -65,17 +65,17 @@ def test_sweep_runs_sharing_a_session_match_separate_runs(tmp_path: Path, work_c
         *((), ("training.learning_rate=0.5",), ("federation.participants=[site-2]",)),
         ("privacy.noise_multiplier=6.0", "federation.num_rounds=1"),
     )
-    alone = simulate_runs(tmp_path / "alone", *variants)
+    separate = simulate_runs(tmp_path / "alone", *variants)
     assert (work_counts["built"], work_counts["states"]) == (4, 7)
     work_counts.update(dict.fromkeys(work_counts, 0))
     shared_model._measured.clear()
     with RunCache() as cache:
-        together = simulate_runs(tmp_path / "together", *variants, cache=cache)
+        cached = simulate_runs(tmp_path / "together", *variants, cache=cache)
     # One model, tried once; records of two sites; scores before training, and per run after each round and at the end.
     assert work_counts == {"built": 1, "tried": 1, "states": 2, "scored": 1 + (2 + 1) * 3 + (1 + 1)}
-    for one, other in zip(alone, together, strict=True):
-        assert read_adapter_files(one) == read_adapter_files(other)
-        was, now = read_result(one), read_result(other)
+    for expected, actual in zip(separate, cached, strict=True):
+        assert read_adapter_files(expected) == read_adapter_files(actual)
+        was, now = read_result(expected), read_result(actual)
         assert [entry["metrics"] for entry in was["rounds"]] == [entry["metrics"] for entry in now["rounds"]]
         assert was["privacy"]["sites"] == now["privacy"]["sites"]
         for scores in ("metrics", "metrics_before"):
@@ -84,7 +84,7 @@ def test_sweep_runs_sharing_a_session_match_separate_runs(tmp_path: Path, work_c
 
 @pytest.mark.by_day("privacy.max_grad_norm=0.5-1-None")
 @pytest.mark.parametrize(
-    ("other", "built", "anew"),
+    ("actual", "built", "expected_work"),
     [
         # Another model or other shapes,
         *((other, 1, None) for other in ("lora.rank=3", "seed=1", "data.max_length=12", "privacy.max_grad_norm=0.5")),
@@ -98,21 +98,21 @@ def test_sweep_runs_sharing_a_session_match_separate_runs(tmp_path: Path, work_c
     ],
 )
 def test_session_rebuilds_only_changed_parts(
-    tmp_path: Path, work_counts: Any, other: str, built: int, anew: Any
+    tmp_path: Path, work_counts: Any, actual: str, built: int, expected_work: Any
 ) -> None:
-    (alone,) = simulate_runs(tmp_path / "alone", (other,))
+    (separate,) = simulate_runs(tmp_path / "alone", (actual,))
     with RunCache() as cache:
         simulate_runs(tmp_path / "together", (), cache=cache)
         before = dict(work_counts)
-        together = simulate(other, into=tmp_path / "together", name="other", cache=cache)
+        cached = simulate(actual, into=tmp_path / "together", name="other", cache=cache)
     assert work_counts["built"] == before["built"] + built
-    assert anew in (None, (work_counts["states"] - before["states"], work_counts["scored"] - before["scored"]))
-    assert read_adapter_files(alone) == read_adapter_files(together)
-    assert read_result(alone)["final"]["metrics"] == read_result(together)["final"]["metrics"]
+    assert expected_work in (None, (work_counts["states"] - before["states"], work_counts["scored"] - before["scored"]))
+    assert read_adapter_files(separate) == read_adapter_files(cached)
+    assert read_result(separate)["final"]["metrics"] == read_result(cached)["final"]["metrics"]
 
 
 def list_kept_examples(cache: RunCache) -> list[Any]:
-    return [kept for about, kept in cache._states.items() if about.startswith("examples")]
+    return [examples for key, examples in cache._states.items() if key.startswith("examples")]
 
 
 @pytest.mark.nightly

@@ -24,7 +24,7 @@ COPIES: dict[str, Any] = {
 
 
 def make_records(texts: Sequence[str | Record], role: str = "text") -> list[Record]:
-    return [one if isinstance(one, Record) else Record({role: one, "label": "a"}) for one in texts]
+    return [text if isinstance(text, Record) else Record({role: text, "label": "a"}) for text in texts]
 
 
 class Own(RunRecords):
@@ -44,11 +44,11 @@ class Own(RunRecords):
         yield from ((name, make_records(texts)) for name, texts in self.texts.items())
 
 
-def check(public: Sequence[str], own: Own, *, role: str = "text", allow_synthetic: bool = False) -> None:
-    file = own.folder / "public.jsonl"
+def check(public: Sequence[str], records: Own, *, role: str = "text", allow_synthetic: bool = False) -> None:
+    file = records.folder / "public.jsonl"
     file.touch()
     require_disjoint(
-        make_records(public, role), own, key="public.train_file", file=str(file), allow_synthetic=allow_synthetic
+        make_records(public, role), records, key="public.train_file", file=str(file), allow_synthetic=allow_synthetic
     )
 
 
@@ -56,10 +56,10 @@ def check(public: Sequence[str], own: Own, *, role: str = "text", allow_syntheti
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_public_file_copied_from_private_texts_is_refused(copied: Any, role: str, tmp_path: Path) -> None:
     """Regression: a file that neither was a part of the run's file nor contained all of it passed as public."""
-    own = Own(tmp_path, sites=PRIVATE)
+    records = Own(tmp_path, sites=PRIVATE)
     with pytest.raises(ConfigError, match=r"must not contain records of the run: it shares 9\d+ texts with sites"):
-        check([*map(copied, PRIVATE[1:]), FOREIGN[0]], own, role=role)
-    check(FOREIGN, own, role=role)
+        check([*map(copied, PRIVATE[1:]), FOREIGN[0]], records, role=role)
+    check(FOREIGN, records, role=role)
 
 
 @pytest.mark.parametrize("codes", [4, 200])
@@ -67,11 +67,13 @@ def test_public_file_with_private_completions_is_refused(codes: int, tmp_path: P
     """Regression: only one role was compared, the first of two that differ everywhere."""
     prompts = [f"Code {n % codes}" for n in range(200)]
     pairs = zip(prompts, PRIVATE, strict=True)
-    own = Own(tmp_path, sites=[Record({"prompt": prompt, "completion": completion}) for prompt, completion in pairs])
+    records = Own(
+        tmp_path, sites=[Record({"prompt": prompt, "completion": completion}) for prompt, completion in pairs]
+    )
     with pytest.raises(ConfigError, match="it shares 40 texts with sites"):
-        check([*PRIVATE[:40], *FOREIGN[:160]], own, role="completion")
+        check([*PRIVATE[:40], *FOREIGN[:160]], records, role="completion")
     if codes == 4:
-        check(prompts, own, role="prompt")
+        check(prompts, records, role="prompt")
 
 
 @pytest.mark.parametrize(
@@ -89,35 +91,35 @@ def test_public_file_with_private_completions_is_refused(codes: int, tmp_path: P
 def test_public_file_may_share_five_percent_of_its_texts(
     private: slice, foreign: int, refused: bool, tmp_path: Path
 ) -> None:
-    public, own = [*PRIVATE[private], *FOREIGN[:foreign]], Own(tmp_path, sites=PRIVATE)
+    public, records = [*PRIVATE[private], *FOREIGN[:foreign]], Own(tmp_path, sites=PRIVATE)
     if refused:
         with pytest.raises(ConfigError, match="must not contain records of the run"):
-            check(public, own)
+            check(public, records)
     else:
-        check(public, own)
+        check(public, records)
 
 
 def test_shared_texts_add_up_over_many_sites(tmp_path: Path) -> None:
     sites = {f"site{n}": [f"Site {n}, text {m}" for m in range(100)] for n in range(30)}
-    few = [texts[-1] for texts in sites.values()]
+    shared_texts = [texts[-1] for texts in sites.values()]
     with pytest.raises(ConfigError, match="it shares 1 text with site0"):
-        check([*few, *FOREIGN[:70]], Own(tmp_path, **sites))
-    check([*few[:2], *FOREIGN[:70]], Own(tmp_path, **sites))
+        check([*shared_texts, *FOREIGN[:70]], Own(tmp_path, **sites))
+    check([*shared_texts[:2], *FOREIGN[:70]], Own(tmp_path, **sites))
 
 
 def test_synthetic_texts_without_a_card_are_recognized_by_their_run(tmp_path: Path) -> None:
-    written, own = [f"A model wrote {n}" for n in range(40)], Own(tmp_path, sites=PRIVATE)
+    synthetic, records = [f"A model wrote {n}" for n in range(40)], Own(tmp_path, sites=PRIVATE)
     (tmp_path / "writer").mkdir()
-    record_generated_texts(tmp_path / "writer", written[:20])
-    record_generated_texts(tmp_path / "writer", written[20:])
+    record_generated_texts(tmp_path / "writer", synthetic[:20])
+    record_generated_texts(tmp_path / "writer", synthetic[20:])
     for allow_synthetic in (False, True):
         with pytest.raises(ConfigError, match=r"must contain public records: .*writer generated some of them"):
-            check([*map(str.upper, written[15:25]), *FOREIGN[:90]], own, allow_synthetic=allow_synthetic)
-    check([*written[:2], *FOREIGN[:90]], own)
+            check([*map(str.upper, synthetic[15:25]), *FOREIGN[:90]], records, allow_synthetic=allow_synthetic)
+    check([*synthetic[:2], *FOREIGN[:90]], records)
     find_card_path(tmp_path / "public.jsonl", ".json").touch()
-    check(written, own, allow_synthetic=True)  # its epsilon is read from the run
+    check(synthetic, records, allow_synthetic=True)  # its epsilon is read from the run
     with pytest.raises(ConfigError, match=r"public\.jsonl\.card\.json next to it lists the runs"):
-        check(written, own)
+        check(synthetic, records)
 
 
 def test_recording_generated_texts_requires_a_writable_folder(tmp_path: Path) -> None:

@@ -65,8 +65,10 @@ def test_weak_signal_is_refused_before_the_model_trial(trial_calls: Tries) -> No
     assert len(trial_calls) == 1
 
 
-@pytest.mark.parametrize("other", [{"lora": {"rank": 3}}, {"privacy": {"max_grad_norm": 0.25}}], ids=["rank", "clip"])
-def test_each_new_setting_undergoes_the_batch_invariance_trial(other: Any, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    "second_run", [{"lora": {"rank": 3}}, {"privacy": {"max_grad_norm": 0.25}}], ids=["rank", "clip"]
+)
+def test_each_new_setting_undergoes_the_batch_invariance_trial(second_run: Any, monkeypatch: Any) -> None:
     """Without a stub: a second setting that mixes records must be refused although the first one passed."""
     assert shared_model.max_batch_influence is batch_invariance.max_batch_influence
     assert shared_model.fit_to_memory is batch_invariance.fit_to_memory
@@ -81,7 +83,7 @@ def test_each_new_setting_undergoes_the_batch_invariance_trial(other: Any, monke
 
     monkeypatch.setattr(shared_model, "build_task_model", build_mixing)
     with pytest.raises(ConfigError, match=r"mixes the examples|differently depending on the other examples"):
-        LoadedModel(make_letters(**other))
+        LoadedModel(make_letters(**second_run))
 
 
 def test_failed_trial_is_repeated_and_refused_each_time(trial_calls: Tries) -> None:
@@ -118,14 +120,14 @@ def test_inexact_gradients_are_accepted_only_with_permission(trial_calls: Tries)
 
 
 def test_changed_chat_template_requires_a_checked_model() -> None:
-    plain, chats = (
+    without_template, chats = (
         make_letters(task="causal_lm", model=LLAMA, data={**PROMPTED, "chat_template": kind})
         for kind in ("none", "model")
     )
-    kept = LoadedModel(plain)
-    size = sum(plain.declared_sizes().values())
-    assert kept.is_reusable_for(plain, declared_size=size, inexact_allowed=False)
-    assert not kept.is_reusable_for(chats, declared_size=size, inexact_allowed=False)
+    loaded = LoadedModel(without_template)
+    size = sum(without_template.declared_sizes().values())
+    assert loaded.is_reusable_for(without_template, declared_size=size, inexact_allowed=False)
+    assert not loaded.is_reusable_for(chats, declared_size=size, inexact_allowed=False)
     with pytest.raises(ConfigError, match=r"data\.chat_template = 'model'"):
         LoadedModel(chats)
 
@@ -145,8 +147,8 @@ def test_run_starts_only_from_the_adapter_of_its_proposal(trial_calls: Tries, tm
 
 def test_runs_of_one_loaded_model_share_neither_settings_nor_records(trial_calls: Tries) -> None:
     loaded = LoadedModel(make_letters())
-    one, other = (RunModel(loaded, make_letters(seed=seed)) for seed in (1, 2))
-    assert (one.config.seed, other.config.seed, one.records is other.records) == (1, 2, False)
+    first_run, second_run = (RunModel(loaded, make_letters(seed=seed)) for seed in (1, 2))
+    assert (first_run.config.seed, second_run.config.seed, first_run.records is second_run.records) == (1, 2, False)
 
 
 def test_site_refuses_requests_without_charge_if_the_trial_fails(station: Any, trial_calls: Tries) -> None:
@@ -174,19 +176,19 @@ def test_model_trial_runs_when_a_private_run_follows_a_plain_run(station: Any, t
 
 
 def test_unusable_optional_devices_fall_back_to_one_process(monkeypatch: Any, caplog: Any) -> None:
-    others = Mock()  # processes of other devices, which turn out to be unusable
-    others.prepare_workers.side_effect = ConfigError(
+    other_devices = Mock()  # processes of other devices, which turn out to be unusable
+    other_devices.prepare_workers.side_effect = ConfigError(
         "runtime.num_devices",
         2,
         "must be 1 on this machine: its devices do not compute bit-identical gradients",
     )
-    monkeypatch.setattr(shared_model, "Devices", lambda *_, **__: others)
+    monkeypatch.setattr(shared_model, "Devices", lambda *_, **__: other_devices)
     with pytest.raises(ConfigError, match="num_devices = 2: must be 1 on this machine: its devices"):
         LoadedModel(make_letters(runtime={"num_devices": 2}))
     monkeypatch.setattr(shared_model, "choose_num_processes", lambda *_, **__: 2)
-    others.start_trials.reset_mock()
+    other_devices.start_trials.reset_mock()
     assert LoadedModel(make_letters()).devices is None
-    others.start_trials.assert_called_once()
+    other_devices.start_trials.assert_called_once()
     assert "the run continues in one process" in caplog.text
 
 

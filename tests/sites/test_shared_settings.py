@@ -23,7 +23,7 @@ from .conftest import make_letters
 
 HASH = "ab" * 32
 SETTINGS = yaml.safe_load(Path(__file__).with_name("settings.yaml").read_text())
-DECISIVE, NEUTRAL, WITH = SETTINGS["decisive"], SETTINGS["neutral"], SETTINGS["with"]
+DECISIVE, NEUTRAL, REQUIRED = SETTINGS["decisive"], SETTINGS["neutral"], SETTINGS["requires"]
 
 
 def change_letters(changes: Mapping[str, Any]) -> RunConfig:
@@ -35,7 +35,7 @@ def change_letters(changes: Mapping[str, Any]) -> RunConfig:
 
 
 def change_key(key: str, value: object) -> RunConfig:
-    return change_letters({**WITH.get(key, {}), key: value})
+    return change_letters({**REQUIRED.get(key, {}), key: value})
 
 
 def change_sent_text(sent: RunConfig, **leaf: object) -> str:
@@ -62,33 +62,33 @@ def test_every_setting_is_classified_as_decisive_or_neutral() -> None:
 
 @pytest.mark.parametrize("key", DECISIVE)
 def test_decisive_setting_changes_the_run_id(key: str) -> None:
-    without = make_letters() if key in ("task", "data.input") else change_letters(WITH.get(key, {}))
+    original = make_letters() if key in ("task", "data.input") else change_letters(REQUIRED.get(key, {}))
     assert (
         select_settings_for_sites(change_key(key, DECISIVE[key])).run_id()
-        != select_settings_for_sites(without).run_id()
+        != select_settings_for_sites(original).run_id()
     )
 
 
 @pytest.mark.parametrize("key", NEUTRAL)
 def test_neutral_settings_do_not_change_the_run_id_and_are_not_sent(key: str) -> None:
     sent = select_settings_for_sites(change_key(key, NEUTRAL[key]))
-    assert sent.run_id() == select_settings_for_sites(change_letters(WITH.get(key, {}))).run_id()
+    assert sent.run_id() == select_settings_for_sites(change_letters(REQUIRED.get(key, {}))).run_id()
     assert "canary" not in json.dumps(sent.to_json())
 
 
 def test_run_id_combines_name_and_settings() -> None:
-    one, other = select_settings_for_sites(make_letters()), select_settings_for_sites(make_letters(name="second"))
-    assert one.run_id().startswith("trial-")
-    assert one.run_id().removeprefix("trial") == other.run_id().removeprefix("second")
-    three = make_letters(federation={"num_sites": 3, "site_names": ("north", "south", "west")})
-    assert select_settings_for_sites(three).run_id() != one.run_id()
+    first, second = select_settings_for_sites(make_letters()), select_settings_for_sites(make_letters(name="second"))
+    assert first.run_id().startswith("trial-")
+    assert first.run_id().removeprefix("trial") == second.run_id().removeprefix("second")
+    three_sites = make_letters(federation={"num_sites": 3, "site_names": ("north", "south", "west")})
+    assert select_settings_for_sites(three_sites).run_id() != first.run_id()
 
 
 def test_local_model_path_of_the_lead_is_not_sent() -> None:
-    places = ("/home/ada/canary/minilm", "canary/minilm", "~/canary", "canary-labs/minilm")
+    paths = ("/home/ada/canary/minilm", "canary/minilm", "~/canary", "canary-labs/minilm")
     (text,) = {
         change_sent_text(select_settings_for_sites(make_letters(model={"path": path, "sha256": HASH})))
-        for path in places
+        for path in paths
     }
     assert "canary" not in text
     assert HASH in text
@@ -130,7 +130,7 @@ def test_settings_round_trip_to_the_site(key: str) -> None:
 
 def test_secure_vote_settings_keep_the_bound_of_their_plan() -> None:
     voting = {"task": "votes", "head.init": "label_names", "head.scale": 1.0, "privacy.sampling_rate": 1.0}
-    sent = select_settings_for_sites(change_letters(WITH["federation.threshold"] | voting))
+    sent = select_settings_for_sites(change_letters(REQUIRED["federation.threshold"] | voting))
     larger = replace(sent, data=replace(sent.data, declared_sizes=(600, 600, 600)))
     assert larger.plan().secure_noise.bound == 1200
     assert read_settings(change_sent_text(larger), plan=larger.plan(), task=larger.task) == larger
@@ -190,9 +190,9 @@ def test_settings_refusal_names_the_mismatched_keys(sent_settings: RunConfig) ->
 def test_cost_of_an_unsigned_plan_is_never_computed(sent_settings: RunConfig, monkeypatch: Any) -> None:
     # Some of these would need all of a machine's memory; a plan may not have so many steps.
     plan, steps = sent_settings.plan(), {"training.local_steps": 10**9, "federation.num_rounds": 10**12}
-    others = {"noise_multiplier": 0.01, "delta": 1e-7, "metrics": "noised", "unit": "user"}
+    other_settings = {"noise_multiplier": 0.01, "delta": 1e-7, "metrics": "noised", "unit": "user"}
     monkeypatch.setattr(accountant, "compute_epsilon_above_limit", None)
-    for path, value in (steps | {f"privacy.{key}": value for key, value in others.items()}).items():
+    for path, value in (steps | {f"privacy.{key}": value for key, value in other_settings.items()}).items():
         reason = read_refusal_reason(
             read_settings, change_sent_text(sent_settings, **{path: value}), plan=plan, task=sent_settings.task
         )

@@ -212,8 +212,8 @@ def allow_rounds(sites: VirtualSites, site: str, count: float) -> None:
 
 
 def test_run_within_budget_is_not_adjusted(kept_sites_config: Any, tmp_path: Path) -> None:
-    for wanted in ("stop", "fewer_rounds", "more_noise"):
-        config = kept_sites_config(f"federation.if_over_budget={wanted}", "privacy.noise_multiplier=null")
+    for mode in ("stop", "fewer_rounds", "more_noise"):
+        config = kept_sites_config(f"federation.if_over_budget={mode}", "privacy.noise_multiplier=null")
         assert fit_to_budgets(config, tmp_path / "run") == config
 
 
@@ -222,14 +222,14 @@ def test_run_over_budget_is_fitted_to_the_strictest_site(kept_sites_config: Any,
     sites = make_virtual_sites(config, tmp_path)
     allow_rounds(sites, "site-1", 3)
     allow_rounds(sites, "site-2", 2)
-    found = fit_to_budgets(config, tmp_path / "run")
-    assert found.federation.num_rounds == 2
-    assert replace(found, federation=replace(found.federation, num_rounds=4)) == config
-    found = fit_to_budgets(kept_sites_config("federation.if_over_budget=more_noise"), tmp_path / "run")
-    assert found.federation.num_rounds == 4
-    noise = found.privacy.noise_multiplier
+    errors = fit_to_budgets(config, tmp_path / "run")
+    assert errors.federation.num_rounds == 2
+    assert replace(errors, federation=replace(errors.federation, num_rounds=4)) == config
+    errors = fit_to_budgets(kept_sites_config("federation.if_over_budget=more_noise"), tmp_path / "run")
+    assert errors.federation.num_rounds == 4
+    noise = errors.privacy.noise_multiplier
     assert 4.0 < noise < 8.0
-    proposal = found.proposal(lead=sites.lead_key().public, plan=found.plan())
+    proposal = errors.proposal(lead=sites.lead_key().public, plan=errors.plan())
     for site in ("site-1", "site-2"):
         assert sites.ledger(site).make_offer(proposal).max_rounds == 4
     less = change_plan(proposal, noise_multiplier=noise * 0.999)
@@ -279,11 +279,11 @@ def test_site_with_exhausted_budget_is_excluded_if_enough_sites_remain(kept_site
         )
 
 
-@pytest.mark.parametrize("wanted", ["fewer_rounds", "more_noise"])
+@pytest.mark.parametrize("mode", ["fewer_rounds", "more_noise"])
 def test_run_exceeding_every_site_budget_is_refused_with_all_broken_rules(
-    kept_sites_config: Any, tmp_path: Path, wanted: str
+    kept_sites_config: Any, tmp_path: Path, mode: str
 ) -> None:
-    config = kept_sites_config(f"federation.if_over_budget={wanted}")
+    config = kept_sites_config(f"federation.if_over_budget={mode}")
     sites = make_virtual_sites(config, tmp_path)
     for site in ("site-1", "site-2"):
         strict = change_values(sites.files(site).policy, limits={"max_sampling_rate": 0.1})
@@ -295,9 +295,9 @@ def test_run_exceeding_every_site_budget_is_refused_with_all_broken_rules(
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("wanted", ["fewer_rounds", "more_noise"])
-def test_damaged_ledger_does_not_stop_other_sites(kept_sites_config: Any, tmp_path: Path, wanted: str) -> None:
-    config = kept_sites_config(f"federation.if_over_budget={wanted}")
+@pytest.mark.parametrize("mode", ["fewer_rounds", "more_noise"])
+def test_damaged_ledger_does_not_stop_other_sites(kept_sites_config: Any, tmp_path: Path, mode: str) -> None:
+    config = kept_sites_config(f"federation.if_over_budget={mode}")
     sites = make_virtual_sites(config, tmp_path)
     sites.check_partition()
     sites.files("site-1")
@@ -305,7 +305,7 @@ def test_damaged_ledger_does_not_stop_other_sites(kept_sites_config: Any, tmp_pa
     assert fit_to_budgets(config, tmp_path / "run").federation.num_rounds == 4
     with pytest.raises(RefusedError, match=r"site-1: ledger .* cannot be read or written"):
         fit_to_budgets(
-            kept_sites_config(f"federation.if_over_budget={wanted}", "federation.min_sites=2"), tmp_path / "run"
+            kept_sites_config(f"federation.if_over_budget={mode}", "federation.min_sites=2"), tmp_path / "run"
         )
 
 
@@ -326,15 +326,15 @@ def test_concurrent_runs_with_different_partitions_are_refused(config: Any, tmp_
     sites = [
         make_virtual_sites(config(f"runtime.sites_dir={tmp_path}/kept", f"seed={seed}"), tmp_path) for seed in (0, 1)
     ]
-    both = threading.Barrier(2)
+    barrier = threading.Barrier(2)
 
-    def deal(one: VirtualSites) -> None:
-        both.wait()
-        one.check_partition()
+    def deal(fingerprint: VirtualSites) -> None:
+        barrier.wait()
+        fingerprint.check_partition()
 
     with ThreadPoolExecutor(2) as pool:
-        found = [future.exception() for future in [pool.submit(deal, one) for one in sites]]
-    assert [getattr(error, "key", None) for error in found if error] == ["seed"]
+        errors = [future.exception() for future in [pool.submit(deal, fingerprint) for fingerprint in sites]]
+    assert [getattr(error, "key", None) for error in errors if error] == ["seed"]
 
 
 def test_invalid_or_missing_sites_folder_is_refused(config: Any, tmp_path: Path) -> None:
@@ -344,26 +344,26 @@ def test_invalid_or_missing_sites_folder_is_refused(config: Any, tmp_path: Path)
 
 
 def test_renewed_run_requires_the_ledgers_that_contain_its_charges(config: Any, tmp_path: Path) -> None:
-    kept, last = tmp_path / "kept", tmp_path / "last"
-    write_config(before := config(f"runtime.sites_dir={kept}"), last)
-    again = change_values(before, federation={"renewal": 1}, model={"adapter": str(last)})
+    confirmed, last = tmp_path / "kept", tmp_path / "last"
+    write_config(before := config(f"runtime.sites_dir={confirmed}"), last)
+    retried = change_values(before, federation={"renewal": 1}, model={"adapter": str(last)})
     match = r"runtime\.sites_dir = .*must be the ledger folder of the renewed run: no ledger"
-    for gone in (None, str(tmp_path / "moved" / "sites")):
+    for missing in (None, str(tmp_path / "moved" / "sites")):
         with pytest.raises(ConfigError, match=match):
-            make_virtual_sites(change_values(again, runtime={"sites_dir": gone}), tmp_path)
+            make_virtual_sites(change_values(retried, runtime={"sites_dir": missing}), tmp_path)
     sites = make_virtual_sites(before, tmp_path)
     sites.check_partition()
     with pytest.raises(ConfigError, match=f"{match} of site-1"):
-        make_virtual_sites(again, tmp_path)
+        make_virtual_sites(retried, tmp_path)
     ledgers = {site: sites.ledger(site) for site in before.federation.active}
     with pytest.raises(ConfigError, match=f"{match} with the run {before.run_id()}"):
-        make_virtual_sites(again, tmp_path)
+        make_virtual_sites(retried, tmp_path)
     proposal = replace(before.proposal(lead=sites.lead_key().public, plan=sites.plan), run=before.run_id())
     ledgers["site-2"].reserve(proposal, round=1, request="1")
-    assert make_virtual_sites(again, tmp_path).folder == kept
-    (kept / "site-1" / "ledger.db").unlink()
+    assert make_virtual_sites(retried, tmp_path).folder == confirmed
+    (confirmed / "site-1" / "ledger.db").unlink()
     with pytest.raises(ConfigError, match=f"{match} of site-1"):
-        make_virtual_sites(again, tmp_path)
+        make_virtual_sites(retried, tmp_path)
 
 
 # What virtual sites in one process share, and what is separate.
@@ -379,38 +379,38 @@ def test_simulated_sites_share_one_base_model(tmp_path: Path, monkeypatch: pytes
 
 def test_partition_assigns_every_record_to_one_site(config: Any, tmp_path: Path) -> None:
     def list_sizes(sites: int, *more: str) -> list[tuple[int, int]]:
-        everyone = Participants(config(f"federation.num_sites={sites}", *more), tmp_path)
-        return [(len(work.examples), work.examples.num_tokens) for work in everyone.work.values()]
+        participants = Participants(config(f"federation.num_sites={sites}", *more), tmp_path)
+        return [(len(work.examples), work.examples.num_tokens) for work in participants.work.values()]
 
-    parts, (whole,) = list_sizes(4), list_sizes(1)
+    parts, (single,) = list_sizes(4), list_sizes(1)
     assert list_sizes(4, "federation.participants=[site-3]") == parts[2:3], "other participants must not matter"
     assert len(parts) == 4
     assert min(parts) > (10, 0)
-    assert tuple(map(sum, zip(*parts, strict=True))) == whole
+    assert tuple(map(sum, zip(*parts, strict=True))) == single
 
 
 def test_simulated_site_has_a_separate_policy_key_and_ledger(config: Any, tmp_path: Path) -> None:
-    everyone = Participants(config(), tmp_path)
-    sites = [everyone.site(index) for index in (0, 1)]
+    participants = Participants(config(), tmp_path)
+    sites = [participants.site(index) for index in (0, 1)]
     names = [f"{site}/{name}" for site in ("site-1", "site-2") for name in ("ledger.db", "site.toml", "site_key.pem")]
     assert sorted(read_files(tmp_path / "sites")) == ["lead_key.pem", *names]
     receipts = [site.ledger.sign_receipt("r") for site in sites]
     assert len({receipt.site_key for receipt in receipts}) == 2
     assert [site.ledger.policy.site for site in sites] == ["site-1", "site-2"]
-    assert everyone.site(0).ledger.sign_receipt("r") == receipts[0], "reopening must write nothing"
+    assert participants.site(0).ledger.sign_receipt("r") == receipts[0], "reopening must write nothing"
     (tmp_path / "sites" / "site-1" / "ledger.db").write_bytes(b"no database" * 500)
-    assert everyone.list_changed_sites() == [], "a damaged ledger must only affect its own site"
+    assert participants.list_changed_sites() == [], "a damaged ledger must only affect its own site"
     with pytest.raises(RunError, match="cannot be read or written"):
-        everyone.site(0)
+        participants.site(0)
 
 
 def test_secure_aggregation_roster_follows_each_site_policy(config: Any, tmp_path: Path) -> None:
-    everyone = Participants(config("federation.site_names=[a,b]"), tmp_path)
-    own, other = everyone.identities, {"b": stranger_key.public}
-    known = change_values(everyone.sites.files("a").policy, trust={"members": other})
-    write_policy(known, tmp_path / "sites" / "a" / POLICY)
-    rosters = [site.sums.roster for site in (everyone.site(0), everyone.site(1)) if site.sums is not None]
-    assert rosters == [{"a": own["a"], **other}, own]
+    participants = Participants(config("federation.site_names=[a,b]"), tmp_path)
+    identities, foreign = participants.identities, {"b": stranger_key.public}
+    with_members = change_values(participants.sites.files("a").policy, trust={"members": foreign})
+    write_policy(with_members, tmp_path / "sites" / "a" / POLICY)
+    rosters = [site.sums.roster for site in (participants.site(0), participants.site(1)) if site.sums is not None]
+    assert rosters == [{"a": identities["a"], **foreign}, identities]
 
 
 def test_ledgers_in_one_folder_keep_separate_confirmations(site_policy: Any, tmp_path: Path) -> None:
@@ -419,66 +419,72 @@ def test_ledgers_in_one_folder_keep_separate_confirmations(site_policy: Any, tmp
         files = SiteFiles(policy, tmp_path / "site.toml")
         promise = SumConfirmation(session="ab" * 32, release=1, survivors=("east", "west"), confirmed=site == "east")
         site_work.make_sums_at_site(files, Parties(), members={}).keep(promise)
-    kept = {path.name: path.read_text().count('"confirmed": true') for path in tmp_path.glob("*promises.jsonl")}
-    assert kept == {"east.db.promises.jsonl": 1, "west.db.promises.jsonl": 0}
+    confirmed = {path.name: path.read_text().count('"confirmed": true') for path in tmp_path.glob("*promises.jsonl")}
+    assert confirmed == {"east.db.promises.jsonl": 1, "west.db.promises.jsonl": 0}
 
 
-def train(everyone: Participants, *, attempt: int = 1) -> TrainingResult:
+def train(participants: Participants, *, attempt: int = 1) -> TrainingResult:
     """Train the first site on the initial adapter in round 1."""
-    site = everyone.site(0)
-    request = make_first_request(everyone.config, everyone.sites.lead_key(), site=site.name)
+    site = participants.site(0)
+    request = make_first_request(participants.config, participants.sites.lead_key(), site=site.name)
     assert site.prepare(request).proposal == request.proposal
-    return site.train(request, everyone.shared.initial_adapter, attempt)
+    return site.train(request, participants.shared.initial_adapter, attempt)
 
 
 def test_round_scores_the_received_adapter_with_planned_noise(config: Any, tmp_path: Path) -> None:
-    everyone = Participants(config(*NOISED, "runtime.seeded_noise=true"), tmp_path)
-    shared = everyone.shared
-    trained = train(everyone)
+    participants = Participants(config(*NOISED, "runtime.seeded_noise=true"), tmp_path)
+    shared = participants.shared
+    trained = train(participants)
     assert trained.scores is not None
     shared.initial_adapter.load_into(shared.model)
-    heldout = everyone.work["site-1"]._heldout
+    heldout = participants.work["site-1"]._heldout
     exact = compute_unit_scores(shared.model, heldout, pad_id=shared.tokenizer.pad_token_id)
-    stream = SeededRandomness(everyone.config.seed).stream("site-1", 1, 1, "scores")
+    stream = SeededRandomness(participants.config.seed).stream("site-1", 1, 1, "scores")
     expected = release_scores(exact, declared_size=90 * 0.3, noise_multiplier=20.0, stream=stream)
     assert trained.scores == expected
     assert trained.adapter.digest() != shared.initial_adapter.digest()
-    again = train(everyone, attempt=2)
-    assert again.scores != expected, "a retry must draw fresh noise"
-    assert again.adapter.digest() != trained.adapter.digest()
+    retried = train(participants, attempt=2)
+    assert retried.scores != expected, "a retry must draw fresh noise"
+    assert retried.adapter.digest() != trained.adapter.digest()
 
 
 def test_nothing_is_scored_without_noised_metrics_or_test_files(config: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(site_work, "compute_unit_scores", None)
     files = ("data.validation_file=null", "data.test_file=null")
-    everyone = Participants(config("data.heldout_fraction=0.3", *files), tmp_path)
-    assert train(everyone).scores is None
-    assert everyone.shared.validation is None
-    assert everyone.shared.score(everyone.shared.initial_adapter, everyone.shared.test) == {}
+    participants = Participants(config("data.heldout_fraction=0.3", *files), tmp_path)
+    assert train(participants).scores is None
+    assert participants.shared.validation is None
+    assert participants.shared.score(participants.shared.initial_adapter, participants.shared.test) == {}
 
 
 def test_fingerprint_depends_on_records_and_site_key(config: Any, tmp_path: Path) -> None:
-    one = train(Participants(config(), tmp_path / "a")).fingerprint
-    assert train(Participants(config(), tmp_path / "a")).fingerprint == one
-    assert train(Participants(config(), tmp_path / "b")).fingerprint != one, "nobody without the key may test a guess"
-    assert train(Participants(config("seed=1"), tmp_path / "a")).fingerprint != one, "another split has other records"
+    fingerprint = train(Participants(config(), tmp_path / "a")).fingerprint
+    assert train(Participants(config(), tmp_path / "a")).fingerprint == fingerprint
+    assert train(Participants(config(), tmp_path / "b")).fingerprint != fingerprint, (
+        "nobody without the key may test a guess"
+    )
+    assert train(Participants(config("seed=1"), tmp_path / "a")).fingerprint != fingerprint, (
+        "another split has other records"
+    )
 
 
-@pytest.mark.parametrize("wrong", ["data.columns.text=nope", "data.test_file=gone.csv"])
+@pytest.mark.parametrize("override", ["data.columns.text=nope", "data.test_file=gone.csv"])
 def test_data_is_checked_before_the_model_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str
 ) -> None:
     monkeypatch.setattr(shared_model, "prepare_model", None)
-    assert wrong.partition("=")[2] in run_command("simulate", *list_tiny_overrides(wrong, into=tmp_path)).failed()
+    assert override.partition("=")[2] in run_command("simulate", *list_tiny_overrides(override, into=tmp_path)).failed()
 
 
 def test_slow_steps_are_reported_as_progress(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_model, "_measured", {})
     reported: list[str] = []
     settings = config("lora=last_layer", "federation.site_names=[a,b]")
-    everyone = Participants(settings, tmp_path / "run", progress=lambda what, done, total: reported.append(what))
-    work, adapter = everyone.work["a"], everyone.shared.initial_adapter
+    participants = Participants(
+        settings, tmp_path / "run", progress=lambda message, count, total: reported.append(message)
+    )
+    work, adapter = participants.work["a"], participants.shared.initial_adapter
     assert list(dict.fromkeys(reported)) == ["loading the model", "checking the model on this machine"]
-    request = make_first_request(everyone.config, everyone.sites.lead_key(), site="a")
+    request = make_first_request(participants.config, participants.sites.lead_key(), site="a")
     work.run_round(request, adapter, attempt=1, fingerprint_key=bytes(32))
     assert reported[-1] == "a: running the frozen layers over the records"

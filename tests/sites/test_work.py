@@ -38,13 +38,13 @@ def test_real_and_simulated_sites_train_identically(station: Any, tmp_path: Path
     site = station(**groups)
     site.first = LoadedModel(site.config).initial_adapter
     rows = [*((*letter, "north") for letter in LETTERS), ("elsewhere", "praise", "south")]
-    everyone, found = simulate_same_run(site.config, tmp_path, rows), set[str]()
+    participants, noise = simulate_same_run(site.config, tmp_path, rows), set[str]()
     for round in (1, 2):
-        request = make_first_request(everyone.config, everyone.sites.lead_key(), round=round)
-        trained = everyone.site(0).train(request, everyone.shared.initial_adapter, 1).adapter
+        request = make_first_request(participants.config, participants.sites.lead_key(), round=round)
+        trained = participants.site(0).train(request, participants.shared.initial_adapter, 1).adapter
         assert Adapter(site.update(round=round).tensors).digest() == trained.digest()
-        found.add(trained.digest())
-    assert len(found) == 2
+        noise.add(trained.digest())
+    assert len(noise) == 2
 
 
 @pytest.mark.nightly
@@ -54,25 +54,25 @@ def test_update_is_independent_of_the_number_of_devices(station: Any, tmp_path: 
     # A new ledger has no stored reply, so the same round is trained again.
     site.edit(ledger="another.db", machine={"num_devices": 2})
     assert Adapter(site.update().tensors).digest() == first.digest()
-    crew = site.real._model.devices._workers
-    ((process, _),) = crew._members
+    workers = site.real._model.devices._workers
+    ((process, _),) = workers._members
     site.edit(ledger="third.db")
-    ask = crew.ask
+    ask = workers.ask
 
-    def kill_device(rank: int, what: Callable[..., Any], *about: Any) -> None:
+    def kill_device(rank: int, what: Callable[..., Any], *args: Any) -> None:
         if what is _Device.sum_contributions:
             process.kill()
-        ask(rank, what, *about)
+        ask(rank, what, *args)
 
-    crew.ask = kill_device
+    workers.ask = kill_device
     assert site.refusal() is Reason.SITE_ERROR, "a round with a failed device must release nothing"
     (run,) = site.ledger().history.runs.values()
     assert run.charged_rounds == 1, "it must be charged before training"
     # The next round uses its devices again, even if one ended meanwhile.
     second = Adapter(site.update(round=2).tensors).digest()
-    ((again, _),) = site.real._model.devices._workers._members
-    again.kill()
-    again.join()
+    ((worker, _),) = site.real._model.devices._workers._members
+    worker.kill()
+    worker.join()
     site.edit(ledger="fourth.db")
     assert Adapter(site.update(round=2).tensors).digest() == second
 
@@ -91,8 +91,8 @@ def test_real_site_adds_exactly_the_charged_noise(station: Any, has_scale: Any) 
     write_records(north.data, [("a letter", "praise")])
     update, plan = north.update(), north.config.plan()
     assert north.ledger().history.count_total_charges() == events.count_mechanisms([plan.event()])
-    found = measure_noise(update, north.first, north.config) / plan.noise_multiplier
-    assert [has_scale(found, off) for off in (1 / 1.2, 1.0, 1.2)] == [False, True, False]
+    noise = measure_noise(update, north.first, north.config) / plan.noise_multiplier
+    assert [has_scale(noise, off) for off in (1 / 1.2, 1.0, 1.2)] == [False, True, False]
 
 
 @pytest.mark.parametrize("seeded", [True, False])
@@ -129,19 +129,22 @@ RECORDS = SiteRecords(training=read(LETTERS[:20]), heldout=read(LETTERS[20:]))
 def test_scores_use_held_out_records_and_updates_use_training_records(
     shared_model: RunModel, lead_key: SigningKey
 ) -> None:
-    whole = train_at_north(shared_model, lead_key, RECORDS)
+    fingerprint_all = train_at_north(shared_model, lead_key, RECORDS)
     others_held_out = train_at_north(shared_model, lead_key, replace(RECORDS, heldout=RECORDS.heldout[:5]))
-    assert others_held_out.adapter.digest() == whole.adapter.digest()
-    assert others_held_out.scores != whole.scores
+    assert others_held_out.adapter.digest() == fingerprint_all.adapter.digest()
+    assert others_held_out.scores != fingerprint_all.scores
     fewer_trained = train_at_north(shared_model, lead_key, replace(RECORDS, training=RECORDS.training[:5]))
-    assert fewer_trained.scores == whole.scores
-    assert fewer_trained.adapter.digest() != whole.adapter.digest()
+    assert fewer_trained.scores == fingerprint_all.scores
+    assert fewer_trained.adapter.digest() != fingerprint_all.adapter.digest()
 
 
 def test_fingerprint_covers_training_records_under_its_key(shared_model: RunModel, lead_key: Any) -> None:
-    one = train_at_north(shared_model, lead_key, RECORDS).fingerprint
-    without = train_at_north(shared_model, lead_key, replace(RECORDS, heldout=[]))
-    assert without.fingerprint == one
-    assert all(without.scores), "noise must be released anyway"
-    assert train_at_north(shared_model, lead_key, replace(RECORDS, training=RECORDS.training[1:])).fingerprint != one
-    assert train_at_north(shared_model, lead_key, RECORDS, key=b"another").fingerprint != one
+    fingerprint = train_at_north(shared_model, lead_key, RECORDS).fingerprint
+    no_heldout = train_at_north(shared_model, lead_key, replace(RECORDS, heldout=[]))
+    assert no_heldout.fingerprint == fingerprint
+    assert all(no_heldout.scores), "noise must be released anyway"
+    assert (
+        train_at_north(shared_model, lead_key, replace(RECORDS, training=RECORDS.training[1:])).fingerprint
+        != fingerprint
+    )
+    assert train_at_north(shared_model, lead_key, RECORDS, key=b"another").fingerprint != fingerprint
