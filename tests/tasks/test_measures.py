@@ -34,9 +34,9 @@ def test_auroc_matches_scikit_learn(reference: Any) -> None:
         expected = reference.roc_auc_score(marks, chances, average="macro")
         assert measures.auroc(chances, marks) == pytest.approx(expected, abs=1e-12)
         assert 0.5 < expected < 1
-    alone = measures.auroc(chances[:, :1], marks[:, :1])
+    single_label = measures.auroc(chances[:, :1], marks[:, :1])
     marks[:, 1], marks[:, 2], marks[:, 3] = True, False, True
-    assert measures.auroc(chances, marks) == alone, "a label that all or no records have must be ignored"
+    assert measures.auroc(chances, marks) == single_label, "a label that all or no records have must be ignored"
     assert measures.auroc(chances[:, 1:], marks[:, 1:]) == 0.5
 
 
@@ -45,12 +45,12 @@ def test_auroc_matches_scikit_learn(reference: Any) -> None:
 def test_quadratic_kappa_matches_scikit_learn(some: list[tuple[int, int]]) -> None:
     metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the reference here")
     truth, predicted = np.array(some).T
-    found = measures.compute_quadratic_kappa(truth, predicted, num_labels=LABELS)
+    actual = measures.compute_quadratic_kappa(truth, predicted, num_labels=LABELS)
     if len({*truth, *predicted}) == 1:
-        assert found == 0  # scikit-learn divides zero by zero here
+        assert actual == 0  # scikit-learn divides zero by zero here
         return
     expected = metrics.cohen_kappa_score(truth, predicted, weights="quadratic", labels=range(LABELS))
-    assert found == pytest.approx(expected, abs=1e-12)
+    assert actual == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -59,12 +59,14 @@ def test_per_label_scores_match_scikit_learn(reference: Any) -> None:
     marks[:, 3] = False
     predicted = chances > 0.5
     predicted[:, 2] = False
-    found = measures.compute_class_scores(marks, predicted, labels="abcd")
+    actual = measures.compute_class_scores(marks, predicted, labels="abcd")
     expected = reference.precision_recall_fscore_support(marks, predicted, zero_division=0)
     for name, column in zip(("precision", "recall", "f1", "support"), expected, strict=True):
-        assert [getattr(one, name) for one in found] == pytest.approx(column.tolist())
-    assert [one.label for one in found] == list("abcd")
-    averages = [reference.f1_score(marks, predicted, average=by, zero_division=0) for by in ("micro", "macro")]
+        assert [getattr(item, name) for item in actual] == pytest.approx(column.tolist())
+    assert [item.label for item in actual] == list("abcd")
+    averages = [
+        reference.f1_score(marks, predicted, average=average, zero_division=0) for average in ("micro", "macro")
+    ]
     assert [measures.micro_f1(marks, predicted), measures.multilabel_macro_f1(marks, predicted)] == pytest.approx(
         averages
     )
@@ -74,21 +76,21 @@ def test_per_label_scores_match_scikit_learn(reference: Any) -> None:
 
 def test_calibration_error_matches_a_manual_calculation() -> None:
     confidence = np.repeat([0.2, 0.9], [10, 10])
-    right = np.arange(20) % 10 < np.repeat([2, 5], 10)
-    bins = measures.reliability(confidence, right)
-    assert [one.count for one in bins] == [2] * 10
+    correct = np.arange(20) % 10 < np.repeat([2, 5], 10)
+    bins = measures.reliability(confidence, correct)
+    assert [item.count for item in bins] == [2] * 10
     # Each half is compared with its own accuracy: 2 of the first 10 and 5 of the others are correct.
-    apart = [abs(0.2 - share) for share in (1, 0, 0, 0, 0)] + [abs(0.9 - share) for share in (1, 1, 0.5, 0, 0)]
-    assert measures.compute_calibration_error(bins) == pytest.approx(np.mean(apart))
+    errors = [abs(0.2 - share) for share in (1, 0, 0, 0, 0)] + [abs(0.9 - share) for share in (1, 1, 0.5, 0, 0)]
+    assert measures.compute_calibration_error(bins) == pytest.approx(np.mean(errors))
 
 
 def test_reliability_bins_have_equal_counts_and_are_never_empty() -> None:
     draws = np.random.default_rng(5)
     confidence = draws.random(1003) ** 8  # most values are small: bins of equal width would be almost empty
     bins = measures.reliability(confidence, draws.random(1003) < confidence)
-    assert {one.count for one in bins} == {100, 101}
-    assert sum(one.count for one in bins) == 1003
-    assert [one.confidence for one in bins] == sorted(one.confidence for one in bins)
+    assert {item.count for item in bins} == {100, 101}
+    assert sum(item.count for item in bins) == 1003
+    assert [item.confidence for item in bins] == sorted(item.confidence for item in bins)
     assert measures.compute_calibration_error(bins) < 0.05, "a calibrated model must have a small error"
     assert measures.compute_calibration_error(measures.reliability(confidence, np.ones(1003, dtype=bool))) > 0.5
     assert len(measures.reliability(confidence[:3], np.ones(3, dtype=bool))) == 3
@@ -97,9 +99,9 @@ def test_reliability_bins_have_equal_counts_and_are_never_empty() -> None:
 
 
 def test_correlations_match_scipy_and_are_zero_for_constants() -> None:
-    one = np.array([1.0, 4.0, 2.0, 2.0, 9.0])
-    other = np.array([0.1, 0.2, 0.4, 0.1, 0.8])
-    assert measures.correlation(one, other) == pytest.approx(stats.pearsonr(one, other).statistic)
-    assert measures.rank_correlation(one, other) == pytest.approx(stats.spearmanr(one, other).statistic)
-    assert measures.correlation(one, np.full(5, 0.3)) == measures.rank_correlation(np.full(5, 0.3), one) == 0
-    assert np.isnan(measures.correlation(one, np.full(5, np.nan))), "a diverged model must remain visible"
+    item = np.array([1.0, 4.0, 2.0, 2.0, 9.0])
+    second = np.array([0.1, 0.2, 0.4, 0.1, 0.8])
+    assert measures.correlation(item, second) == pytest.approx(stats.pearsonr(item, second).statistic)
+    assert measures.rank_correlation(item, second) == pytest.approx(stats.spearmanr(item, second).statistic)
+    assert measures.correlation(item, np.full(5, 0.3)) == measures.rank_correlation(np.full(5, 0.3), item) == 0
+    assert np.isnan(measures.correlation(item, np.full(5, np.nan))), "a diverged model must remain visible"

@@ -144,9 +144,11 @@ class Shared(Classification):
     name = "shared"
 
     def tokenize(self, records: Any, tokenizer: Any, **options: Any) -> Any:
-        made = super().tokenize(records, tokenizer, **options)
-        made.targets[:] = len(records)
-        return made.select_examples([*range(len(made)), *(n for n in range(len(made)) if made.lengths[n] > 8)])
+        dataset = super().tokenize(records, tokenizer, **options)
+        dataset.targets[:] = len(records)
+        return dataset.select_examples(
+            [*range(len(dataset)), *(n for n in range(len(dataset)) if dataset.lengths[n] > 8)]
+        )
 
 
 def test_own_task_tokenizes_one_record_at_a_time_into_one_example(encoder_tokenizer: Any) -> None:

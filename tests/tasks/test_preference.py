@@ -45,8 +45,8 @@ PAIRS = get_task("preference")
 HIDDEN = UNSUPERVISED
 
 
-def make_settings(*roles: str, max_length: int = 30, **given: Any) -> DataSpec:
-    return make_data_spec(*(roles or PAIRS.roles), max_length=max_length, **given)
+def make_settings(*roles: str, max_length: int = 30, **overrides: Any) -> DataSpec:
+    return make_data_spec(*(roles or PAIRS.roles), max_length=max_length, **overrides)
 
 
 TURNS = make_settings("messages", "chosen", "rejected", chat_template="plain")
@@ -80,31 +80,34 @@ def test_chosen_and_rejected_answers_share_one_prompt(leading_tokenizer: Any) ->
 def test_prompt_is_truncated_for_the_longer_answer(
     leading_tokenizer: Any, decoder_tokenizer: Any, max_length: int
 ) -> None:
-    for tokenizer, begins in ((leading_tokenizer, [CLS]), (decoder_tokenizer, [])):
+    for tokenizer, first_ids in ((leading_tokenizer, [CLS]), (decoder_tokenizer, [])):
         for answers in (("lost", "there my name"), ("there my name", "lost")):
             data = make_settings(max_length=max_length)
             texts = list_rows(PAIRS.tokenize([make_pair("where is my card", *answers)], tokenizer, data=data))
             contexts = []
             for (ids, targets), answer in zip(texts, answers, strict=True):
-                learned = [target for target in targets if target != HIDDEN]
-                contexts.append(ids[: len(ids) - len(learned)])
+                supervised = [target for target in targets if target != HIDDEN]
+                contexts.append(ids[: len(ids) - len(supervised)])
                 assert len(ids) <= max_length
-                assert learned[0] == {"lost": LOST, "there my name": THERE}[answer], "the answer must be kept"
+                assert supervised[0] == {"lost": LOST, "there my name": THERE}[answer], "the answer must be kept"
             assert contexts[0] == contexts[1], "both answers must have the same context"
-            assert contexts[0][: len(begins)] == begins
+            assert contexts[0][: len(first_ids)] == first_ids
             assert len(contexts[0]) >= 1
 
 
 def test_prompts_and_conversations_produce_identical_pairs(leading_tokenizer: Any) -> None:
     plain = make_settings(chat_template="plain")
-    as_text = PAIRS.tokenize([make_pair("where", "lost", "my card")], leading_tokenizer, data=plain)
+    text_pair = PAIRS.tokenize([make_pair("where", "lost", "my card")], leading_tokenizer, data=plain)
     continued = make_chat_pair(make_answer("lost"), make_answer("my card"), messages=make_turns("where"))
-    assert list_rows(PAIRS.tokenize([continued], leading_tokenizer, data=TURNS)) == list_rows(as_text)
+    assert list_rows(PAIRS.tokenize([continued], leading_tokenizer, data=TURNS)) == list_rows(text_pair)
     shared = make_chat_pair(make_turns("where", "lost"), make_turns("where", "my card"))
-    assert list_rows(PAIRS.tokenize([shared], leading_tokenizer, data=WHOLE)) == list_rows(as_text)
+    assert list_rows(PAIRS.tokenize([shared], leading_tokenizer, data=WHOLE)) == list_rows(text_pair)
     longer = make_chat_pair(make_turns("where", "there", "is", "lost"), make_turns("where", "there", "is", "card"))
-    learned = [targets for _, targets in list_rows(PAIRS.tokenize([longer], leading_tokenizer, data=WHOLE))]
-    assert [[one for one in targets if one != HIDDEN] for targets in learned] == [[LOST, SEP], [CARD, SEP]], "the last"
+    supervised = [targets for _, targets in list_rows(PAIRS.tokenize([longer], leading_tokenizer, data=WHOLE))]
+    assert [[target for target in targets if target != HIDDEN] for targets in supervised] == [
+        [LOST, SEP],
+        [CARD, SEP],
+    ], "the last"
 
 
 @pytest.mark.parametrize(
@@ -178,9 +181,9 @@ def test_long_pairs_are_truncated_one_at_a_time(leading_tokenizer: Any) -> None:
         records = [make_pair(long, long, f"{long} lost") for _ in range(count)]
         tracemalloc.start()
         PAIRS.tokenize(records, leading_tokenizer, data=make_settings(max_length=200))
-        most = tracemalloc.get_traced_memory()[1]
+        peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        return most
+        return peak
 
     measure_peak(1)
     assert measure_peak(24) < 2 * measure_peak(6)
@@ -215,22 +218,22 @@ def test_reference_ignores_the_adapter_values(layers: tuple[int, ...] | None, tr
     batch = collate(make_dummy_pairs(model), range(6), pad_id=0)
     names, before = list(model.trainable()), model.logits(batch)
     model.losses(batch)
-    found = model.reference(batch)
+    reference = model.reference(batch)
     assert list(model.trainable()) == names
     assert torch.equal(model.logits(batch), before), "the adapters must be enabled again"
     with model.base.disable_adapter(), torch.no_grad():
         scores = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.log_softmax(dim=-1)
     for row, targets in enumerate(batch.targets):
-        places = (targets[1:] != HIDDEN).nonzero().flatten()
-        own = scores[row, places, targets[places + 1]].sum()
-        assert float(found.flatten()[row]) == pytest.approx(float(own), rel=1e-5)
+        positions = (targets[1:] != HIDDEN).nonzero().flatten()
+        expected = scores[row, positions, targets[positions + 1]].sum()
+        assert float(reference.flatten()[row]) == pytest.approx(float(expected), rel=1e-5)
     set_random_values(model, 3.0)
-    assert torch.equal(model.reference(batch), found)
+    assert torch.equal(model.reference(batch), reference)
     if layers:
-        behind = type(batch)(
+        padded = type(batch)(
             batch.input_ids, batch.attention_mask, batch.targets, model.compute_frozen_states(batch), texts=2
         )
-        torch.testing.assert_close(model.reference(behind), found)
+        torch.testing.assert_close(model.reference(padded), reference)
 
 
 def test_untrained_model_has_no_preference(model: TaskModel) -> None:
@@ -243,13 +246,13 @@ def test_untrained_model_has_no_preference(model: TaskModel) -> None:
 
 
 def test_cached_reference_does_not_change_scores(model: TaskModel) -> None:
-    dataset, kept = make_dummy_pairs(model), {}
-    first = evaluate_examples(model, dataset, pad_id=0, max_tokens=40, kept=kept)
-    assert all(batch.reference is not None for batch in kept.values())
+    dataset, cache = make_dummy_pairs(model), {}
+    first = evaluate_examples(model, dataset, pad_id=0, max_tokens=40, kept=cache)
+    assert all(batch.reference is not None for batch in cache.values())
     set_random_values(model, 0.7)
-    again = evaluate_examples(model, dataset, pad_id=0, max_tokens=40, kept=kept)
+    cached = evaluate_examples(model, dataset, pad_id=0, max_tokens=40, kept=cache)
     plain = evaluate_examples(model, dataset, pad_id=0, max_tokens=40)
-    np.testing.assert_allclose(again["margin"], plain["margin"], rtol=1e-5)
+    np.testing.assert_allclose(cached["margin"], plain["margin"], rtol=1e-5)
     assert not np.allclose(first["margin"], plain["margin"])
     # A unit's score is the model's probability of its preference.
     by_one = evaluate_examples(model, dataset, pad_id=0, max_tokens=1)["margin"]
@@ -258,16 +261,16 @@ def test_cached_reference_does_not_change_scores(model: TaskModel) -> None:
 
 def test_per_token_loss_uses_mean_log_probabilities_and_is_saved(tmp_path: Path) -> None:
     settings = [PreferenceSettings(beta=0.5, per_token=on) for on in (False, True)]
-    plain, mean = (make_trained("random:llama", "preference", texts=2, task_settings=own) for own in settings)
+    plain, mean = (make_trained("random:llama", "preference", texts=2, task_settings=expected) for expected in settings)
     dataset = make_dummy_pairs(plain)
     lengths = np.array([(targets[1:] != HIDDEN).sum() for targets in dataset.targets]).reshape(-1, 2)
     batch = collate(dataset, range(6), pad_id=0)
     with torch.no_grad():
-        own = torch.stack([-total for total, _ in sum_token_losses(plain, batch)]).view(-1, 2).numpy()
-    gains = own - plain.reference(batch).numpy()
-    for model, of_each in ((plain, gains), (mean, gains / lengths)):
+        expected = torch.stack([-total for total, _ in sum_token_losses(plain, batch)]).view(-1, 2).numpy()
+    gains = expected - plain.reference(batch).numpy()
+    for model, pair_gains in ((plain, gains), (mean, gains / lengths)):
         margins = evaluate_examples(model, dataset, pad_id=0, max_tokens=10_000)["margin"]
-        np.testing.assert_allclose(margins, 0.5 * (of_each[:, 0] - of_each[:, 1]), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(margins, 0.5 * (pair_gains[:, 0] - pair_gains[:, 1]), rtol=1e-4, atol=1e-5)
     save_task_model(mean, tmp_path / "adapter")
     spec = load_task_model(tmp_path / "adapter").spec
     assert (spec.task_settings, spec.texts) == (settings[1], 2)
@@ -281,33 +284,37 @@ def test_rows_without_targets_skip_the_output_layer(model: TaskModel) -> None:
         totals = torch.stack([total for total, _ in sum_token_losses(model, batch)])
     assert (scores.call_count, totals[6:].tolist()) == (6, [0.0] * 6)
     totals[6:].sum().backward()  # type: ignore[no-untyped-call]
-    assert all(not one.grad.any() for one in model.trainable().values() if one.grad is not None)
+    assert all(not target.grad.any() for target in model.trainable().values() if target.grad is not None)
     model.base.to(torch.bfloat16)
     assert {total.dtype for total, _ in sum_token_losses(model, batch)} == {torch.float32}
 
 
 def test_indistinguishable_pairs_are_not_scored(model: TaskModel) -> None:
     dataset = make_dummy_pairs(model)
-    targets = (*dataset.targets[:8], *(np.full_like(one, HIDDEN) for one in dataset.targets[8:]))
+    targets = (*dataset.targets[:8], *(np.full_like(target, HIDDEN) for target in dataset.targets[8:]))
     with_nothing = evaluate_examples(model, TextDataset(dataset.input_ids, targets, 2), pad_id=0, max_tokens=1)
     of_four = evaluate_examples(model, dataset.select_examples(range(4)), pad_id=0, max_tokens=1)
     assert model.task.scores(with_nothing, spec=model.spec) == model.task.scores(of_four, spec=model.spec)
-    drawn = {name: values[4:] for name, values in with_nothing.items()}
-    assert model.task.scores(drawn, spec=model.spec)["accuracy"] == 0.5, "a bootstrap draw must not end the evaluation"
+    sampled = {name: values[4:] for name, values in with_nothing.items()}
+    assert model.task.scores(sampled, spec=model.spec)["accuracy"] == 0.5, (
+        "a bootstrap draw must not end the evaluation"
+    )
     with pytest.raises(DataError, match="no distinguishable pair"):
         evaluate_examples(model, TextDataset(dataset.input_ids[8:], targets[8:], 2), pad_id=0, max_tokens=1)
 
 
 @given(st.lists(st.integers(-9, 9), min_size=1, max_size=30))
 def test_length_controlled_accuracy_ignores_preference_for_length(longer: list[int]) -> None:
-    apart = np.array(longer, dtype=np.float64)
-    by_length = (np.sign(apart) + 1) / 2
-    for right in (by_length, 1 - by_length):
-        assert compute_length_controlled_mean(right, apart, neutral=0.5) == pytest.approx(0.5)
+    difference = np.array(longer, dtype=np.float64)
+    by_length = (np.sign(difference) + 1) / 2
+    for accuracy in (by_length, 1 - by_length):
+        assert compute_length_controlled_mean(accuracy, difference, neutral=0.5) == pytest.approx(0.5)
     # A preference based on something else keeps its score.
-    right, apart = np.array([1.0, 1.0, 1.0, 0.0, 1.0]), np.array([4.0, 2.0, -1.0, -3.0, 0.0])
-    assert compute_length_controlled_mean(np.ones(5), apart, neutral=0.5) == 1.0
-    assert compute_length_controlled_mean(right, apart, neutral=0.5) == pytest.approx((4 * (1 + 0.5) / 2 + 1) / 5)
-    assert compute_length_controlled_mean(np.ones(3), apart[:2].repeat([1, 2]), neutral=0.5) == 0.5, (
+    accuracy, difference = np.array([1.0, 1.0, 1.0, 0.0, 1.0]), np.array([4.0, 2.0, -1.0, -3.0, 0.0])
+    assert compute_length_controlled_mean(np.ones(5), difference, neutral=0.5) == 1.0
+    assert compute_length_controlled_mean(accuracy, difference, neutral=0.5) == pytest.approx(
+        (4 * (1 + 0.5) / 2 + 1) / 5
+    )
+    assert compute_length_controlled_mean(np.ones(3), difference[:2].repeat([1, 2]), neutral=0.5) == 0.5, (
         "records of one kind give no estimate"
     )

@@ -40,26 +40,30 @@ def make_small_adapter(**changes: np.ndarray) -> Adapter:
 
 
 def test_adapter_digest_matches_its_documentation_and_ignores_order() -> None:
-    digest, one, other = make_small_adapter().digest(), np.ones(2, "<f4").tobytes(), np.arange(6, dtype="<f4").tobytes()
-    documented = b'["a","float32",[2]]\n' + one + b'["b","float32",[2,3]]\n' + other
+    digest, first, second = (
+        make_small_adapter().digest(),
+        np.ones(2, "<f4").tobytes(),
+        np.arange(6, dtype="<f4").tobytes(),
+    )
+    documented = b'["a","float32",[2]]\n' + first + b'["b","float32",[2,3]]\n' + second
     assert digest == hashlib.sha256(documented).hexdigest()
     assert Adapter(dict(reversed(make_small_adapter().tensors.items()))).digest() == digest
     assert Adapter.from_bytes(make_small_adapter().to_bytes()).digest() == digest
     assert make_small_adapter(b=np.asfortranarray(make_small_adapter().tensors["b"])).digest() == digest
-    others = [
+    variants = [
         make_small_adapter(a=np.zeros(2, np.float32)),
         make_small_adapter(a=np.ones((1, 2), np.float32)),
         make_small_adapter(c=np.ones(1, np.float32)),
     ]
-    assert len({digest, *(other.digest() for other in others)}) == 4
+    assert len({digest, *(second.digest() for second in variants)}) == 4
 
 
 def test_personalized_adapter_is_loaded_only_with_explicit_consent(tmp_path: Path) -> None:
     folder = tmp_path / "private"
     save_task_model(build_task_model(make_spec()), folder, private_to="north")
-    for read in (SavedAdapter.read, load_task_model, lambda folder: SavedAdapter.read_initial(str(folder))):
+    for features in (SavedAdapter.read, load_task_model, lambda folder: SavedAdapter.read_initial(str(folder))):
         with pytest.raises(ConfigError, match="is private to 'north' and has no guarantee"):
-            read(folder)
+            features(folder)
     assert SavedAdapter.read(folder, private=True).private_to == "north"
     load_task_model(folder, private=True)
 
@@ -88,10 +92,10 @@ def test_mismatched_adapter_is_refused_without_partial_loading() -> None:
     model = build_task_model(make_spec())
     before, tensors = Adapter.from_task_model(model), dict(Adapter.from_task_model(make_trained()).tensors)
     head = tensors.pop("head.weight")
-    wrong = [tensors, tensors | {"head.weight": head, "extra": head}, tensors | {"head.weight": head[:, :-1]}]
-    for each in wrong:
+    mismatched = [tensors, tensors | {"head.weight": head, "extra": head}, tensors | {"head.weight": head[:, :-1]}]
+    for tensors_given in mismatched:
         with pytest.raises(AdapterError, match=r"head\.weight|extra"):
-            Adapter(each).load_into(model)
+            Adapter(tensors_given).load_into(model)
     assert Adapter.from_task_model(model).digest() == before.digest()
 
 
@@ -122,15 +126,15 @@ def test_saved_adapter_produces_the_same_logits_in_plain_peft(tmp_path: Path, pa
         scale = json.loads((tmp_path / "adapter" / "fedtune.json").read_text())["head"]["scale"]
         hidden = output.last_hidden_state
         by_token = task == "token_classification"
-        read = hidden / hidden.shape[-1] ** 0.5 if by_token else mean_pool(hidden, batch.attention_mask)
-        logits = scale * read @ head.T
-    near = 1e-5 if LORAS[name].kind == "dora" else 1e-6  # PEFT sums in another order
-    torch.testing.assert_close(logits, model.logits(batch), rtol=near, atol=near)
-    adapter, other = Adapter.from_task_model(model), build_task_model(model.spec)
+        features = hidden / hidden.shape[-1] ** 0.5 if by_token else mean_pool(hidden, batch.attention_mask)
+        logits = scale * features @ head.T
+    tolerance = 1e-5 if LORAS[name].kind == "dora" else 1e-6  # PEFT sums in another order
+    torch.testing.assert_close(logits, model.logits(batch), rtol=tolerance, atol=tolerance)
+    adapter, second = Adapter.from_task_model(model), build_task_model(model.spec)
     assert list(adapter.tensors) == list(model.trainable()) == sorted(model.trainable())
-    adapter.load_into(other)
-    assert torch.equal(other.logits(batch), model.logits(batch)), "an adapter must change the outputs"
-    assert Adapter.from_task_model(other).digest() == adapter.digest()
+    adapter.load_into(second)
+    assert torch.equal(second.logits(batch), model.logits(batch)), "an adapter must change the outputs"
+    assert Adapter.from_task_model(second).digest() == adapter.digest()
 
 
 @pytest.mark.parametrize(("path", "task", "name"), EACH)
@@ -172,15 +176,19 @@ def test_saved_folder_follows_from_settings_and_tensors_alone(name: str, tmp_pat
 
 def test_adapter_config_may_name_another_place_of_a_packaged_base() -> None:
     packaged = ModelSpec(path="package:small_model/weights")
-    for place, right in (("/elsewhere/small_model/weights", True), ("small_model/weights", False), (None, False)):
-        assert is_public_location(packaged, place) is right
+    for location, is_allowed in (
+        ("/elsewhere/small_model/weights", True),
+        ("small_model/weights", False),
+        (None, False),
+    ):
+        assert is_public_location(packaged, location) is is_allowed
     assert is_public_location(replace(packaged, public_id="owner/small"), "owner/small")
     assert not is_public_location(ModelSpec(path="owner/small"), "owner/other")
 
 
 def test_saved_files_contain_no_local_paths_and_name_the_base_publicly(tmp_path: Path) -> None:
-    places = {"cache_dir": str(tmp_path / "cache"), "adapter": str(tmp_path / "earlier"), "adapter_sha256": "a" * 64}
-    save_task_model(make_trained(model=ModelSpec(path="random:bert", **places)), tmp_path / "one")
+    paths = {"cache_dir": str(tmp_path / "cache"), "adapter": str(tmp_path / "earlier"), "adapter_sha256": "a" * 64}
+    save_task_model(make_trained(model=ModelSpec(path="random:bert", **paths)), tmp_path / "one")
     for name in ("adapter_config.json", "fedtune.json"):
         text = (tmp_path / "one" / name).read_text()
         assert '"random:bert"' in text
@@ -200,14 +208,14 @@ def test_saved_files_contain_no_local_paths_and_name_the_base_publicly(tmp_path:
 def test_saving_is_reproducible_and_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("one", "two", "one"):
         save_task_model(make_trained(), tmp_path / folder)
-    written = read_files(tmp_path / "one")
-    assert sorted(written) == ["adapter_config.json", "adapter_model.safetensors", "fedtune.json", "head.safetensors"]
-    assert read_files(tmp_path / "two") == written
+    before = read_files(tmp_path / "one")
+    assert sorted(before) == ["adapter_config.json", "adapter_model.safetensors", "fedtune.json", "head.safetensors"]
+    assert read_files(tmp_path / "two") == before
     monkeypatch.setattr("fedtune.tasks.saved.asdict", Mock(side_effect=OSError("no space left on device")))
     with pytest.raises(OSError, match="no space"):
         save_task_model(build_task_model(make_spec()), tmp_path / "one")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
-    assert read_files(tmp_path / "one") == written
+    assert read_files(tmp_path / "one") == before
 
 
 def test_changed_adapter_folder_is_refused(tmp_path: Path) -> None:
@@ -215,8 +223,8 @@ def test_changed_adapter_folder_is_refused(tmp_path: Path) -> None:
     save_task_model(make_trained(), folder)
     with pytest.raises(ConfigError, match=r"model\.sha256"):  # a base at another location must have the same weights
         load_task_model(folder, model=ModelSpec(path="random:llama"))
-    here = load_task_model(folder, model=ModelSpec(path="random:bert", dtype="bfloat16"))
-    assert here.spec.model.dtype == "bfloat16"
+    local_model = load_task_model(folder, model=ModelSpec(path="random:bert", dtype="bfloat16"))
+    assert local_model.spec.model.dtype == "bfloat16"
     settings = json.loads((folder / "fedtune.json").read_text())
 
     changed: dict[str, Any]
@@ -266,6 +274,6 @@ def test_adapter_digest_matches_its_documentation(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_bytes(b"two")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "README.md").write_bytes(b"one")
-    one, two = (hashlib.sha256(content).hexdigest() for content in (b"one", b"two"))
-    documented = f"adapter/a/README.md\0{one}\nadapter/b.json\0{two}\n".encode()
+    first, two = (hashlib.sha256(content).hexdigest() for content in (b"one", b"two"))
+    documented = f"adapter/a/README.md\0{first}\nadapter/b.json\0{two}\n".encode()
     assert compute_adapter_digest(tmp_path) == hashlib.sha256(documented).hexdigest()

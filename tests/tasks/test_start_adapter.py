@@ -78,13 +78,13 @@ def test_run_starts_only_from_an_adapter_of_the_same_kind(tmp_path: Path, spec: 
 
 
 def test_head_is_reinitialized_for_other_labels(tuned_adapter: Path) -> None:
-    other = replace(SPEC, labels=("billing", "technical", "praise"))  # one label is missing
-    before, taken = Adapter.from_task_model(build_task_model(other)), begin_adapter(tuned_adapter, other)
-    assert taken.has_same_shapes(before)
-    for name, value in taken.tensors.items():
+    relabeled = replace(SPEC, labels=("billing", "technical", "praise"))  # one label is missing
+    before, started = Adapter.from_task_model(build_task_model(relabeled)), begin_adapter(tuned_adapter, relabeled)
+    assert started.has_same_shapes(before)
+    for name, value in started.tensors.items():
         expected = before.tensors[name] + (0.0 if name.startswith("head.") else 0.5)
         assert np.array_equal(value, expected), name
-    assert not SavedAdapter.read_initial(str(tuned_adapter)).can_reuse_head(other)
+    assert not SavedAdapter.read_initial(str(tuned_adapter)).can_reuse_head(relabeled)
 
 
 @pytest.mark.parametrize("labels", [OTHER_LABELS, SPEC.labels[::-1]])
@@ -94,19 +94,19 @@ def test_matching_labels_keep_head_rows_and_new_labels_are_initialized(
 ) -> None:
     was, now = replace(SPEC, **changes), replace(SPEC, **changes, labels=labels)
     save_task_model(build_moved(was), tmp_path)
-    fresh, taken, saved = (
+    fresh, started, saved = (
         Adapter.from_task_model(build_task_model(now)).tensors,
         begin_adapter(tmp_path, now).tensors,
         build_moved(was),
     )
-    outputs, before = (saved.task.name_outputs(one.labels) for one in (now, was))
+    outputs, before = (saved.task.name_outputs(labels_spec.labels) for labels_spec in (now, was))
     *layers, last = [
         name for name in saved.collect_adapter_parameters() if name.startswith("head.") and "weight" in name
     ]
-    for place, name in enumerate(outputs):
-        old = Adapter.from_task_model(saved).tensors[last][before.index(name)] if name in before else fresh[last][place]
-        assert np.array_equal(taken[last][place], old), name
-    assert all(np.array_equal(taken[name], Adapter.from_task_model(saved).tensors[name]) for name in layers)
+    for index, name in enumerate(outputs):
+        old = Adapter.from_task_model(saved).tensors[last][before.index(name)] if name in before else fresh[last][index]
+        assert np.array_equal(started[last][index], old), name
+    assert all(np.array_equal(started[name], Adapter.from_task_model(saved).tensors[name]) for name in layers)
     ordinal = replace(was, task="ordinal")  # its rows are thresholds between labels
     assert not SavedAdapter(tmp_path, ordinal, "").can_reuse_head(replace(ordinal, labels=labels))
 
@@ -167,9 +167,9 @@ def test_frozen_lora_a_must_match_the_start_adapter(tuned_adapter: Path, tmp_pat
     with pytest.raises(ConfigError, match=r"does not train .*lora_A.*the adapter has seed 0"):
         begin_adapter(tmp_path / "frozen", replace(frozen, seed=1))
     # A run that also trains A sends it, and so may start from any adapter.
-    both = begin_adapter(tmp_path / "frozen", replace(SPEC, seed=1))
+    both_trained = begin_adapter(tmp_path / "frozen", replace(SPEC, seed=1))
     expected = build_moved(frozen).collect_adapter_parameters()
-    assert all(np.array_equal(value, expected[name].detach().numpy()) for name, value in both.tensors.items())
+    assert all(np.array_equal(value, expected[name].detach().numpy()) for name, value in both_trained.tensors.items())
     with pytest.raises(ConfigError, match=r"does not train .*lora_A"):  # A was trained, and the run freezes it
         begin_adapter(tuned_adapter, frozen)
 
@@ -177,7 +177,7 @@ def test_frozen_lora_a_must_match_the_start_adapter(tuned_adapter: Path, tmp_pat
 @pytest.mark.parametrize("content", [None, "{", "[]", {}, {"model": 5}])
 def test_folder_without_a_saved_adapter_raises_a_one_line_error(tmp_path: Path, content: Any) -> None:
     if content is not None:
-        whole = json.dumps({"schema_version": RUN_SCHEMA, **content}) if isinstance(content, dict) else content
-        (tmp_path / "fedtune.json").write_text(whole)
+        content_text = json.dumps({"schema_version": RUN_SCHEMA, **content}) if isinstance(content, dict) else content
+        (tmp_path / "fedtune.json").write_text(content_text)
     with pytest.raises(ConfigError, match=r"^model\.adapter = .*must be (the folder of a fin|a saved adapter)"):
         SavedAdapter.read_initial(str(tmp_path))

@@ -24,18 +24,18 @@ SPEC = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=
 
 
 @pytest.mark.parametrize(
-    ("time", "event", "known"),
+    ("time", "event", "expected"),
     [
         *(("0.5", "1", [1, -100, -100]), ("1.0", "true", [1, -100, -100]), ("1.5", "1", [0, 1, -100])),
         *(("4", "1", [0, 0, 1]), ("9", "1", [0, 0, 0]), ("0.5", "0", [-100, -100, -100]), ("1", "0", [0, -100, -100])),
         *(("3.9", "false", [0, 0, -100]), ("4", "0", [0, 0, 0])),
     ],
 )
-def test_survival_targets_follow_from_time_and_event(time: str, event: str, known: list[int]) -> None:
+def test_survival_targets_follow_from_time_and_event(time: str, event: str, expected: list[int]) -> None:
     record = Record({"text": "a", "time": time, "event": event})
-    assert list(SURVIVAL.target(DATA)(record)) == known  # type: ignore[attr-defined]
-    for wrong in ({"time": "-1"}, {"event": "maybe"}, {"event": "2"}):
-        assert SURVIVAL.record_validator(DATA)(Record({**record.fields, **wrong})) is not None, (
+    assert list(SURVIVAL.target(DATA)(record)) == expected  # type: ignore[attr-defined]
+    for invalid in ({"time": "-1"}, {"event": "maybe"}, {"event": "2"}):
+        assert SURVIVAL.record_validator(DATA)(Record({**record.fields, **invalid})) is not None, (
             "a record without information must be refused"
         )
 
@@ -45,21 +45,24 @@ def test_survival_targets_follow_from_time_and_event(time: str, event: str, know
 )
 def test_event_column_accepts_declared_values(values: tuple[str, str]) -> None:
     data = make_data_spec("text", "time", "event", event_values=values)
-    lost, came = (Record({"text": "a", "time": "1.5", "event": value}) for value in values)
-    assert [SURVIVAL.target(data)(one).tolist() for one in (lost, came)] == [[0, -100, -100], [0, 1, -100]]  # type: ignore[attr-defined]
-    assert SURVIVAL.record_validator(data)(Record({**lost.fields, "event": "3"})) is not None
+    censored, occurred = (Record({"text": "a", "time": "1.5", "event": value}) for value in values)
+    assert [SURVIVAL.target(data)(record).tolist() for record in (censored, occurred)] == [
+        [0, -100, -100],
+        [0, 1, -100],
+    ]  # type: ignore[attr-defined]
+    assert SURVIVAL.record_validator(data)(Record({**censored.fields, "event": "3"})) is not None
     assert SURVIVAL.dummy_field("event", data, draw=lambda _: 1) == values[1]
-    for wrong in (("1",), ("1", "1.0"), ("true", "TRUE")):
+    for invalid in (("1",), ("1", "1.0"), ("true", "TRUE")):
         with pytest.raises(ConfigError, match=r"event_values = \[.*\]: must be two different values, or none"):
-            make_data_spec(event_values=wrong)
+            make_data_spec(event_values=invalid)
 
 
 def test_survival_loss_uses_only_known_intervals() -> None:
     logits, targets = torch.tensor([[0.3, -1.2, 2.0]] * 2), torch.tensor([[0, 1, -100], [-100] * 3], dtype=torch.int8)
     chance = torch.sigmoid(logits[0])
-    by_hand = -(torch.log(1 - chance[0]) + torch.log(chance[1])) / 3
-    found = SURVIVAL.loss(logits, targets, spec=SPEC)  # type: ignore[attr-defined]
-    torch.testing.assert_close(found, torch.stack([by_hand, torch.tensor(0.0)]))
+    expected = -(torch.log(1 - chance[0]) + torch.log(chance[1])) / 3
+    loss = SURVIVAL.loss(logits, targets, spec=SPEC)  # type: ignore[attr-defined]
+    torch.testing.assert_close(loss, torch.stack([expected, torch.tensor(0.0)]))
     # The targets contain how long each person was followed.
     followed, event = count_observed_intervals(
         np.array([[1, -100], [0, 1], [0, -100], [0, 0], [-100, -100]], dtype=float)
@@ -80,10 +83,13 @@ def test_concordance_counts_every_comparable_pair() -> None:
         risk, followed = draws.integers(0, 4, 12).astype(float), draws.integers(0, 4, 12)
         event = draws.random(12) < 0.5
         pairs = [
-            (one, other) for one in np.flatnonzero(event) for other in range(12) if followed[other] > followed[one]
+            (record, second)
+            for record in np.flatnonzero(event)
+            for second in range(12)
+            if followed[second] > followed[record]
         ]
-        right = [(risk[other] < risk[one]) + (risk[other] == risk[one]) / 2 for one, other in pairs]
-        assert concordance(risk, followed, event) == pytest.approx(np.mean(right) if right else 0.5)
+        concordant = [(risk[second] < risk[record]) + (risk[second] == risk[record]) / 2 for record, second in pairs]
+        assert concordance(risk, followed, event) == pytest.approx(np.mean(concordant) if concordant else 0.5)
 
 
 def test_integrated_brier_score_matches_a_manual_calculation() -> None:
@@ -126,9 +132,9 @@ def test_survival_run_on_a_table_learns_scores_and_generates(tmp_path: Path) -> 
         table = csv.writer(stream)
         table.writerow(["age", "months", "died"])
         for age in draws.uniform(20, 90, size=500):
-            time, lost = draws.exponential(200 / (age - 10) ** 0.9 * 3), draws.exponential(30)
-            table.writerow([f"{age:.1f}", f"{min(time, lost):.2f}", int(time <= lost)])
-    given = [
+            time, censored = draws.exponential(200 / (age - 10) ** 0.9 * 3), draws.exponential(30)
+            table.writerow([f"{age:.1f}", f"{min(time, censored):.2f}", int(time <= censored)])
+    rows = [
         *list_tiny_overrides("experiment=own_features", into=tmp_path, name="followed"),
         *("task=survival", f"data.train_file='{file}'", "data.columns={time: months, event: died}", "data.labels=[]"),
         *("data.features=[{columns: [age], range: [0, 110]}]", "task_settings.intervals=[5,10,20,40]"),
@@ -137,13 +143,15 @@ def test_survival_run_on_a_table_learns_scores_and_generates(tmp_path: Path) -> 
         *("privacy=none", "privacy.noise_multiplier=null", "training=adamw", "training.learning_rate=0.1"),
         *("federation.num_rounds=3", "training.local_steps=10", "runtime.seeded_noise=true"),
     ]
-    assert run_command("simulate", *given).printed
+    assert run_command("simulate", *rows).printed
     final = read_result(tmp_path / "followed")["final"]
     assert list(final["metrics"]) == ["concordance", "integrated_brier", "loss"]
     assert final["metrics"]["concordance"] > 0.6 > 0.5 == final["metrics_before"]["concordance"]
     assert final["metrics"]["integrated_brier"] < final["metrics_before"]["integrated_brier"]
     (tmp_path / "asked.csv").write_text("age\n25\n85\n")
-    told = run_command("generate", str(tmp_path / "followed"), "--file", str(tmp_path / "asked.csv"), "--json").printed
-    young, old = (next(iter(json.loads(line)["answers"].values())) for line in told.splitlines())
-    assert [one["until"] for one in old] == [5, 10, 20, 40]
-    assert all(one["survival"] > other["survival"] for one, other in zip(young, old, strict=True))
+    output = run_command(
+        "generate", str(tmp_path / "followed"), "--file", str(tmp_path / "asked.csv"), "--json"
+    ).printed
+    young, old = (next(iter(json.loads(line)["answers"].values())) for line in output.splitlines())
+    assert [record["until"] for record in old] == [5, 10, 20, 40]
+    assert all(record["survival"] > second["survival"] for record, second in zip(young, old, strict=True))

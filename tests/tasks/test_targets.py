@@ -24,11 +24,11 @@ LABELS = ("low", "mid", "high")
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [-3.0, -0.2, -0.1], [0.3, 0.2, 4.0]])
 
 
-def make_data(task: str, **given: Any) -> DataSpec:
+def make_data(task: str, **overrides: Any) -> DataSpec:
     roles = {"multi_label": "labels", "ordinal": "label", "regression": "target"}
     columns = {"text": "t", roles[task]: "a"}
     answers = {"target_range": (1.0, 5.0)} if task == "regression" else {"labels": LABELS}
-    return make_data_spec(**({"columns": columns} | answers | given))
+    return make_data_spec(**({"columns": columns} | answers | overrides))
 
 
 def make_spec(task: str, *, labels: tuple[str, ...] = LABELS) -> TaskModelSpec:
@@ -37,10 +37,12 @@ def make_spec(task: str, *, labels: tuple[str, ...] = LABELS) -> TaskModelSpec:
     return TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=task, **answers)
 
 
-def tokenize_answers(task: str, answers: list[str], tokenizer: Any, **given: Any) -> TextDataset:
-    settings = make_data(task, **given)
+def tokenize_answers(task: str, answers: list[str], tokenizer: Any, **overrides: Any) -> TextDataset:
+    settings = make_data(task, **overrides)
     role = next(iter(get_task(task).answers))
-    records = [Record({"text": "where is my card", role: one}, "a.csv", line) for line, one in enumerate(answers, 2)]
+    records = [
+        Record({"text": "where is my card", role: answer}, "a.csv", line) for line, answer in enumerate(answers, 2)
+    ]
     return get_task(task).tokenize(records, tokenizer, data=settings)
 
 
@@ -52,11 +54,11 @@ def test_multi_label_records_have_any_number_of_declared_labels(encoder_tokenize
         np.asarray(tokenize_answers("multi_label", ["mid|low"], encoder_tokenizer, label_separator="|").targets).sum()
         == 2
     )
-    most = tuple(f"label {number}" for number in range(1_000))
-    dataset = tokenize_answers("multi_label", ["label 7", "label 9"], encoder_tokenizer, labels=most)
+    labels = tuple(f"label {number}" for number in range(1_000))
+    dataset = tokenize_answers("multi_label", ["label 7", "label 9"], encoder_tokenizer, labels=labels)
     assert np.asarray(dataset.targets).nbytes == 2 * 1_000, "labels must be stored as one byte each"
     with pytest.raises(ConfigError, match=r"labels = 1001: must be at most 1000 for task multi_label"):
-        get_task("multi_label").check_data(make_data("multi_label", labels=(*most, "one more")))
+        get_task("multi_label").check_data(make_data("multi_label", labels=(*labels, "one more")))
 
 
 @pytest.mark.parametrize(
@@ -107,8 +109,8 @@ def test_multi_label_and_ordinal_losses_match_their_definitions() -> None:
     spec = make_spec("ordinal", labels=("a", "b", "c", "d"))
     logits = torch.tensor([[4.0, -4.0, -4.0]] * 4)  # predicts b
     losses = TASKS["ordinal"].loss(logits, torch.arange(4), spec=spec)  # type: ignore[attr-defined]
-    above = torch.tensor([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]])
-    expected = functional.binary_cross_entropy_with_logits(logits, above, reduction="none").mean(dim=1)
+    cumulative = torch.tensor([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]])
+    expected = functional.binary_cross_entropy_with_logits(logits, cumulative, reduction="none").mean(dim=1)
     torch.testing.assert_close(losses, expected)
     assert losses[1] < losses[0] < losses[3]
     assert losses[1] < losses[2] < losses[3]
@@ -120,10 +122,10 @@ def test_ordinal_probabilities_sum_to_one_and_the_median_is_predicted() -> None:
     chances, predicted = predictions["probabilities"], predictions["predicted"]
     assert (chances >= 0).all()
     torch.testing.assert_close(chances.sum(dim=1), torch.ones(200))
-    below = torch.cat([torch.zeros(200, 1), chances.cumsum(dim=1)], dim=1)
+    lower = torch.cat([torch.zeros(200, 1), chances.cumsum(dim=1)], dim=1)
     rows = torch.arange(200)
-    assert (below[rows, predicted] <= 0.5 + 1e-6).all()
-    assert (below[rows, predicted + 1] >= 0.5 - 1e-6).all()
+    assert (lower[rows, predicted] <= 0.5 + 1e-6).all()
+    assert (lower[rows, predicted + 1] >= 0.5 - 1e-6).all()
     start = TASKS["ordinal"].compute_initial_head_rows(torch.eye(3))  # type: ignore[attr-defined]
     assert start.shape == (2, 3)
     torch.testing.assert_close(start.norm(dim=1), torch.ones(2))
@@ -144,7 +146,7 @@ def test_regression_targets_are_scaled_to_their_range(encoder_tokenizer: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("task", "logits", "text", "told"),
+    ("task", "logits", "text", "expected"),
     [
         ("multi_label", [2.0, -1.0, 0.5], "low 0.881, high 0.622", ["low", "high"]),
         ("multi_label", [-2.0, -1.0, -1.5], "none (mid 0.269)", []),
@@ -152,13 +154,15 @@ def test_regression_targets_are_scaled_to_their_range(encoder_tokenizer: Any) ->
         ("classification", [2.0, -1.0, 0.5], "low 0.786 (high 0.175, mid 0.039)", ["low", "high", "mid"]),
     ],
 )
-def test_logits_are_converted_to_labeled_answers(task: str, logits: list[float], text: str, told: list[str]) -> None:
-    found, objects = TASKS[task].answer(torch.tensor(logits), spec=make_spec(task))
-    assert found == text
-    assert [one["label"] for one in objects] == told  # type: ignore[attr-defined]
+def test_logits_are_converted_to_labeled_answers(
+    task: str, logits: list[float], text: str, expected: list[str]
+) -> None:
+    predictions, objects = TASKS[task].answer(torch.tensor(logits), spec=make_spec(task))
+    assert predictions == text
+    assert [answer["label"] for answer in objects] == expected  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("task", "logits", "target", "score"), read_cases(__file__, "scores_of_a_unit"))
+@pytest.mark.parametrize(("task", "logits", "target", "score"), read_cases(__file__, "unit_scores"))
 def test_unit_score_matches_expected_values_between_0_and_1(
     task: str, logits: list[float], target: Any, score: float
 ) -> None:
@@ -171,15 +175,17 @@ def test_majority_baseline_is_the_best_constant_prediction() -> None:
     draws = np.random.default_rng(2)
     ids = tuple(np.array([5], dtype=np.int32) for _ in range(40))
     marks = (draws.random((40, 3)) < [0.6, 0.3, 0.1]).astype(np.float32)
-    sets = [np.array([place >> k & 1 for k in range(3)], dtype=bool) for place in range(1, 8)]
+    sets = [np.array([bits >> k & 1 for k in range(3)], dtype=bool) for bits in range(1, 8)]
     task = TASKS["multi_label"]
-    figures = [{"loss": np.zeros(40), "truth": marks, "probabilities": np.tile(one, (40, 1)) * 1.0} for one in sets]
-    best = max(task.scores(one, spec=make_spec("multi_label"))["micro_f1"] for one in figures)
+    figures = [
+        {"loss": np.zeros(40), "truth": marks, "probabilities": np.tile(answer, (40, 1)) * 1.0} for answer in sets
+    ]
+    best = max(task.scores(answer, spec=make_spec("multi_label"))["micro_f1"] for answer in figures)
     assert task.majority_baseline(TextDataset(ids, marks)) == pytest.approx(best)
 
     numbers = draws.uniform(-1, 1, size=40).astype(np.float32)
-    least = min(float(np.square(numbers - one).mean()) for one in np.linspace(-1, 1, 4001))
-    assert TASKS["regression"].majority_baseline(TextDataset(ids, numbers)) == pytest.approx(least, abs=1e-6)
+    min_error = min(float(np.square(numbers - answer).mean()) for answer in np.linspace(-1, 1, 4001))
+    assert TASKS["regression"].majority_baseline(TextDataset(ids, numbers)) == pytest.approx(min_error, abs=1e-6)
     assert TASKS["ordinal"].majority_baseline(TextDataset(ids, np.zeros(40, dtype=np.int64))) == 0
 
 
@@ -191,15 +197,15 @@ def test_final_scores_and_details_match_manual_calculations() -> None:
     assert TASKS["regression"].detail(of_number, spec=make_spec("regression")) is None
     task, spec = TASKS["ordinal"], make_spec("ordinal")
     predictions = task.predictions(LOGITS[:, :2], spec=spec)  # type: ignore[attr-defined]
-    figures = {name: one.numpy().astype(np.float64) for name, one in predictions.items()}
+    figures = {name: answer.numpy().astype(np.float64) for name, answer in predictions.items()}
     figures |= {"truth": np.array([1.0, 0, 1]), "loss": np.array([0.1, 0.2, 0.3])}
     scores = task.compute_final_scores(figures, spec=spec)
     assert list(scores) == ["quadratic_kappa", "accuracy", "mae", "auroc", "ece", "loss"]
     assert (scores["accuracy"], scores["mae"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
     detail = task.detail(figures, spec=spec)
     assert detail is not None
-    assert [(one.label, one.support) for one in detail.classes] == [("low", 1), ("mid", 2), ("high", 0)]
-    assert sum(one.count for one in detail.reliability) == 3
+    assert [(answer.label, answer.support) for answer in detail.classes] == [("low", 1), ("mid", 2), ("high", 0)]
+    assert sum(answer.count for answer in detail.reliability) == 3
     first = min(float(predictions["probabilities"][row, int(predictions["predicted"][row])]) for row in range(3))
     assert detail.reliability[0].confidence == pytest.approx(first), "not of the likeliest class"
 
@@ -217,11 +223,11 @@ def test_binary_losses_are_bitwise_equal_across_rows() -> None:
     logits = torch.randn(9, 37, generator=draws) * 4
     marks = torch.randint(0, 2, (9, 37), generator=draws, dtype=torch.int8)
     for row in range(9):
-        alone = logits[row : row + 1].clone().requires_grad_()
-        beside = logits.clone().requires_grad_()
-        compute_binary_losses(alone, marks[row : row + 1]).sum().backward()
-        compute_binary_losses(beside, marks).sum().backward()
-        assert torch.equal(alone.grad[0], beside.grad[row])  # type: ignore[index]
+        single = logits[row : row + 1].clone().requires_grad_()
+        batched = logits.clone().requires_grad_()
+        compute_binary_losses(single, marks[row : row + 1]).sum().backward()
+        compute_binary_losses(batched, marks).sum().backward()
+        assert torch.equal(single.grad[0], batched.grad[row])  # type: ignore[index]
         assert torch.equal(
-            compute_binary_losses(alone, marks[row : row + 1])[0], compute_binary_losses(beside, marks)[row]
+            compute_binary_losses(single, marks[row : row + 1])[0], compute_binary_losses(batched, marks)[row]
         )

@@ -33,13 +33,13 @@ kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 @pytest.mark.parametrize("task", ["classification", "multi_label", "regression", "ordinal", "token_classification"])
 def test_head_pads_small_batches_to_full_row_blocks(task: str) -> None:
     """The test counts rows, because this machine may use the same kernel for small batches."""
-    model, batch, seen = make_trained("random:bert", task), make_batch(task), set()
-    hook = model.head.register_forward_pre_hook(lambda _, given: seen.add(given[0].shape[0]))
-    for some in (batch, *(cut_example(batch, place) for place in range(len(batch)))):
-        model.losses(some)
+    model, batch, row_counts = make_trained("random:bert", task), make_batch(task), set()
+    hook = model.head.register_forward_pre_hook(lambda _, inputs: row_counts.add(inputs[0].shape[0]))
+    for part in (batch, *(cut_example(batch, index) for index in range(len(batch)))):
+        model.losses(part)
     hook.remove()
-    assert seen
-    assert {rows % (4 if task == "token_classification" else 32) for rows in seen} == {0}
+    assert row_counts
+    assert {rows % (4 if task == "token_classification" else 32) for rows in row_counts} == {0}
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,11 @@ def test_gradient_checkpointing_changes_no_loss_or_gradient(path: str, task: str
     model.enable_gradient_checkpointing()
     model = copy.deepcopy(model)
     torch.testing.assert_close(model.losses(batch), losses, rtol=0, atol=0)
-    again = record_example_gradients(model, batch)
-    assert list(again) == list(gradients)
-    first, second = (torch.cat([rows.flatten(1) for rows in each.values()], dim=1) for each in (again, gradients))
+    checkpointed = record_example_gradients(model, batch)
+    assert list(checkpointed) == list(gradients)
+    first, second = (
+        torch.cat([rows.flatten(1) for rows in each.values()], dim=1) for each in (checkpointed, gradients)
+    )
     assert ((first - second).norm(dim=1) <= 1e-5 * second.norm(dim=1)).all(), "of each example's norm"
     with torch.no_grad():
         torch.testing.assert_close(model.losses(batch), losses, rtol=0, atol=0)
@@ -73,9 +75,9 @@ def test_gradient_checkpointing_stores_fewer_values() -> None:
         return sum(call.args[0].numel() for call in pack.call_args_list)
 
     model = make_trained("random:llama", "classification")
-    plain = count_stored(model)
+    uncheckpointed = count_stored(model)
     model.enable_gradient_checkpointing()
-    assert count_stored(model) < plain / 3
+    assert count_stored(model) < uncheckpointed / 3
 
 
 @kinds
@@ -106,11 +108,13 @@ def test_bfloat16_base_keeps_adapter_head_and_losses_in_float32(path: str, task:
 
 def test_padding_is_masked_by_position_and_tied_embeddings_stay_frozen() -> None:
     model, batch = make_trained("random:llama", "causal_lm"), make_batch("causal_lm")
-    other = type(batch)(torch.where(batch.attention_mask == 1, batch.input_ids, 9), batch.attention_mask, batch.targets)
-    torch.testing.assert_close(model.losses(batch), model.losses(other), rtol=1e-6, atol=1e-6)
-    ended = batch.input_ids.clone()
-    ended[0, 3] = 1  # a real end-of-turn token with the padding token's id
-    assert model.losses(type(batch)(ended, batch.attention_mask, batch.targets))[0] != model.losses(batch)[0]
+    padded = type(batch)(
+        torch.where(batch.attention_mask == 1, batch.input_ids, 9), batch.attention_mask, batch.targets
+    )
+    torch.testing.assert_close(model.losses(batch), model.losses(padded), rtol=1e-6, atol=1e-6)
+    changed_end = batch.input_ids.clone()
+    changed_end[0, 3] = 1  # a real end-of-turn token with the padding token's id
+    assert model.losses(type(batch)(changed_end, batch.attention_mask, batch.targets))[0] != model.losses(batch)[0]
     base = model.base.get_base_model()
     assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
     assert not base.get_output_embeddings().weight.requires_grad
@@ -165,14 +169,14 @@ def test_modules_mixing_examples_or_never_used_are_refused() -> None:
 
 
 def test_head_center_is_the_mean_label_embedding_and_stays_frozen() -> None:
-    plain = build_task_model(make_spec(head=HeadSpec(init="label_names")))
+    uncheckpointed = build_task_model(make_spec(head=HeadSpec(init="label_names")))
     model = build_task_model(make_spec(head=HeadSpec(init="label_names", center=True)))
-    torch.testing.assert_close(model.center, plain.head.weight.mean(dim=0))
-    rows = torch.nn.functional.normalize(plain.head.weight - model.center, dim=-1)
+    torch.testing.assert_close(model.center, uncheckpointed.head.weight.mean(dim=0))
+    rows = torch.nn.functional.normalize(uncheckpointed.head.weight - model.center, dim=-1)
     torch.testing.assert_close(model.head.weight, rows)
     assert "center" not in model.trainable()
     ids = torch.tensor([[2, 7, 8, 3]])
-    embedded, uncentered = (EMBED(one, ids, torch.ones_like(ids)) for one in (model, plain))
+    embedded, uncentered = (EMBED(model_spec, ids, torch.ones_like(ids)) for model_spec in (model, uncheckpointed))
     torch.testing.assert_close(embedded, torch.nn.functional.normalize(uncentered - model.center, dim=-1))
 
 

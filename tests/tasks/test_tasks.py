@@ -31,23 +31,23 @@ def make_negatives(*texts: str) -> dict[str, Any]:
     return {"own": {"negatives": texts}}
 
 
-def check_task(task: str, roles: tuple[str, ...], *, own: Any = None, **given: Any) -> tuple[Task, DataSpec]:
-    learner, data = get_task(task, own), make_data_spec(*roles, **given)
+def check_task(task: str, roles: tuple[str, ...], *, own: Any = None, **data_settings: Any) -> tuple[Task, DataSpec]:
+    learner, data = get_task(task, own), make_data_spec(*roles, **data_settings)
     learner.check_own(data)
     learner.check_data(data)
     return learner, data
 
 
-WRONG = read_cases(__file__, "settings_that_do_not_fit")
+WRONG = read_cases(__file__, "invalid_settings")
 CASES = [(task, *case) for task, cases in WRONG.items() for case in cases]
 
 
-@pytest.mark.parametrize(("task", "roles", "given", "message"), CASES)
+@pytest.mark.parametrize(("task", "roles", "data_settings", "message"), CASES)
 def test_incompatible_data_settings_are_refused(
-    task: str, roles: tuple[str, ...], given: dict[str, Any], message: str
+    task: str, roles: tuple[str, ...], data_settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
-        check_task(task, roles, **given)
+        check_task(task, roles, **data_settings)
     assert str(error.value).startswith(message)
 
 
@@ -76,21 +76,23 @@ def draw_value(draws: random.Random) -> object:
     return draws.choice([*spans, *texts, number, number / 7, 1, 0, True, None, names, [turn, turn], turn, {name: 1}])
 
 
-def list_faults(task: str, roles: tuple[str, ...], given: dict[str, Any], *, seed: int) -> set[tuple[object, str]]:
-    learner, settings = check_task(task, roles, **given)
+def list_faults(
+    task: str, roles: tuple[str, ...], data_settings: dict[str, Any], *, seed: int
+) -> set[tuple[object, str]]:
+    learner, settings = check_task(task, roles, **data_settings)
     columns = learner.columns(settings, unit="user" if "user" in roles else "record")
-    fault, draws, found = learner.record_validator(settings), random.Random(seed), set()
+    fault, draws, faults = learner.record_validator(settings), random.Random(seed), set()
     for _ in range(4000):
         row = {column: draw_value(draws) for column in columns.values()}
         error = catch_row_error("", parse_record, row, columns, file="a.jsonl", line=1)
         error = error if isinstance(error, DataError) else fault(error)
-        found |= {(error.value, error.bound.partition("; ")[0])} if error else set()
-    return found
+        faults |= {(error.value, error.bound.partition("; ")[0])} if error else set()
+    return faults
 
 
-@pytest.mark.parametrize(("task", "roles", "given"), FAULTY, ids=lambda value: str(value)[:30])
-def test_fault_messages_quote_no_record_text(task: str, roles: tuple[str, ...], given: dict[str, Any]) -> None:
-    first, second = (list_faults(task, roles, given, seed=seed) for seed in (0, 1))
+@pytest.mark.parametrize(("task", "roles", "data_settings"), FAULTY, ids=lambda value: str(value)[:30])
+def test_fault_messages_quote_no_record_text(task: str, roles: tuple[str, ...], data_settings: dict[str, Any]) -> None:
+    first, second = (list_faults(task, roles, data_settings, seed=seed) for seed in (0, 1))
     assert first
     assert second - first == set()
     assert {task for task, *_ in FAULTY} == set(TASKS), "every task must be covered"
@@ -99,8 +101,8 @@ def test_fault_messages_quote_no_record_text(task: str, roles: tuple[str, ...], 
 def test_language_model_columns_follow_from_the_layout() -> None:
     task = get_task("causal_lm")
 
-    def list_roles(*named: str, **given: Any) -> set[str]:
-        return set(task.columns(make_data_spec(*named, **given)))
+    def list_roles(*roles: str, **data_settings: Any) -> set[str]:
+        return set(task.columns(make_data_spec(*roles, **data_settings)))
 
     assert list_roles("messages", "label", chat_template="plain") == {"messages"}
     assert list_roles("text", "label") == {"text"}

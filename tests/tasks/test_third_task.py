@@ -66,7 +66,7 @@ class TextLength(tasks.Task):
     def score_unit(self, model: tasks.Model, batch: tasks.Batch) -> float:
         return float(np.exp(-float(model.losses(batch)[0])))
 
-    def dummy_targets(self, input_ids: tasks.Ids, **about: Any) -> tasks.Targets:
+    def dummy_targets(self, input_ids: tasks.Ids, **options: Any) -> tasks.Targets:
         return self.list_targets(input_ids)
 
     def list_targets(self, input_ids: Sequence[np.ndarray]) -> np.ndarray:
@@ -123,8 +123,11 @@ def test_custom_task_setting_is_sent_to_sites_and_validated(folder: Path) -> Non
         recipe.write_text(f"task: {TextLength.name}\ntask_settings: {{{value}}}\ndata: {{labels: []}}\n")
         typed = (f"task={TextLength.name}", f"task_settings.{value.replace(': ', '=')}", "data.labels=[]")
         outcomes = [run_command("plan", *words) for words in (typed, (f"experiment={recipe}",))]
-        assert [one.code for one in outcomes] == [2, 2]
-        assert [one.message for one in outcomes] == [f"task_settings.{message}", f"{recipe}: task_settings.{message}"]
+        assert [outcome.code for outcome in outcomes] == [2, 2]
+        assert [outcome.message for outcome in outcomes] == [
+            f"task_settings.{message}",
+            f"{recipe}: task_settings.{message}",
+        ]
 
 
 def test_third_party_task_is_evaluated_planned_and_exported(folder: Path, tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ TAGGED, SPANNED = {"tokens": "w", "tags": "t"}, {"text": "w", "spans": "t"}
 TOKENS = ["my", "card", "is", "lost", "there"]
 
 
-def make_data(columns: dict[str, str] = TAGGED, **given: Any) -> DataSpec:
-    return make_data_spec(**({"labels": LABELS, "columns": columns} | given))
+def make_data(columns: dict[str, str] = TAGGED, **overrides: Any) -> DataSpec:
+    return make_data_spec(**({"labels": LABELS, "columns": columns} | overrides))
 
 
 def record(words: object, answer: object, columns: dict[str, str] = TAGGED) -> Record:
@@ -47,7 +47,7 @@ def record(words: object, answer: object, columns: dict[str, str] = TAGGED) -> R
 
 
 @pytest.mark.parametrize(
-    ("tags", "found"),
+    ("tags", "entities"),
     [
         (("B-drug", "I-drug", "O", "B-dose", "B-dose"), [(0, 2, 0), (3, 4, 1), (4, 5, 1)]),  # IOB2
         (("I-drug", "I-drug", "O", "I-dose", "B-dose"), [(0, 2, 0), (3, 4, 1), (4, 5, 1)]),  # IOB1
@@ -57,16 +57,16 @@ def record(words: object, answer: object, columns: dict[str, str] = TAGGED) -> R
         (("B_drug", "I_dose", "I_dose", "O", "O"), [(0, 1, 0), (1, 3, 1)]),
     ],
 )
-def test_tag_schemes_decode_to_the_same_entities(tags: tuple[str, ...], found: list[tuple[int, int, int]]) -> None:
-    words = [f"w{place}" for place in range(len(tags))]
+def test_tag_schemes_decode_to_the_same_entities(tags: tuple[str, ...], entities: list[tuple[int, int, int]]) -> None:
+    words = [f"w{index}" for index in range(len(tags))]
     _, marked = make_entity_reader(make_data())(record(words, [*tags]))
-    assert [(first // 3, (end + 1) // 3, label) for first, end, label in marked] == found
+    assert [(first // 3, (end + 1) // 3, label) for first, end, label in marked] == entities
     # A declared label may start like a tag of a scheme.
     labels = ("S-protein", "M_protein", "U-boot", "drug")
-    _, read = make_entity_reader(make_data(labels=labels))(
+    _, words_read = make_entity_reader(make_data(labels=labels))(
         record(TOKENS, ["S-protein", "S-protein", "M_protein", "S-drug", "U-boot"])
     )
-    assert [labels[label] for *_, label in read] == ["S-protein", "M_protein", "drug", "U-boot"]
+    assert [labels[label] for *_, label in words_read] == ["S-protein", "M_protein", "drug", "U-boot"]
 
 
 def test_tokens_are_joined_into_a_text_with_marked_spans() -> None:
@@ -132,8 +132,8 @@ def test_label_that_looks_like_a_tag_is_refused() -> None:
             TASK.check_model(make_model_spec(labels))
 
 
-def tokenize_records(*records: Record, tokenizer: Any, within: int | None = None, **given: Any) -> TextDataset:
-    return TASK.tokenize(records, tokenizer, data=make_data(**given), lenient_within=within)
+def tokenize_records(*records: Record, tokenizer: Any, within: int | None = None, **overrides: Any) -> TextDataset:
+    return TASK.tokenize(records, tokenizer, data=make_data(**overrides), lenient_within=within)
 
 
 def test_first_token_of_a_word_carries_its_tag() -> None:
@@ -143,30 +143,30 @@ def test_first_token_of_a_word_carries_its_tag() -> None:
     spans = [[13, 24, "drug"], [26, 33, "dose"]]
     dataset = tokenize_records(record(text, spans, SPANNED), tokenizer=tokenizer, **options)
     (targets,), (ids,) = dataset.targets, dataset.input_ids
-    learned = [
-        (str(tokenizer.convert_ids_to_tokens(int(one))), int(target))
-        for one, target in zip(ids, targets, strict=True)
+    supervised_targets = [
+        (str(tokenizer.convert_ids_to_tokens(int(item))), int(target))
+        for item, target in zip(ids, targets, strict=True)
         if target != UNSUPERVISED
     ]
-    assert [target for _, target in learned] == [0, 1, 2, 2, 0, 3]
-    assert not any(token.startswith("##") for token, _ in learned)
-    assert len(ids) > len(learned) + 2, "some words must have several tokens"
+    assert [target for _, target in supervised_targets] == [0, 1, 2, 2, 0, 3]
+    assert not any(token.startswith("##") for token, _ in supervised_targets)
+    assert len(ids) > len(supervised_targets) + 2, "some words must have several tokens"
 
 
 def test_windows_cover_each_word_once(encoder_tokenizer: Any) -> None:
-    words = [f"w{place}" for place in range(40)]
+    words = [f"w{index}" for index in range(40)]
     for count in range(1, 41):
-        tags = ["B-drug" if place % 2 else "O" for place in range(count)]
-        one = record(words[:count], tags)
+        tags = ["B-drug" if index % 2 else "O" for index in range(count)]
+        item = record(words[:count], tags)
         for max_length, windows, stride in ((8, 3, 2), (8, 2, 3), (12, 4, 0), (5, 8, 1), (3, 4, 0), (40, 1, 9)):
             options = {"max_length": max_length, "windows": windows, "stride": stride}
-            dataset = tokenize_records(one, tokenizer=encoder_tokenizer, **options)
+            dataset = tokenize_records(item, tokenizer=encoder_tokenizer, **options)
             assert (len(dataset), dataset.texts, len(dataset.input_ids)) == (1, windows, windows)
             assert dataset.lengths[0] <= max_length
             step = max_length - 2 - stride
-            read = min(count, max_length - 2 + (windows - 1) * step)
-            learned = [target for one in dataset.targets for target in one[one != UNSUPERVISED].tolist()]
-            assert learned == [place % 2 for place in range(read)]
+            words_read = min(count, max_length - 2 + (windows - 1) * step)
+            supervised_targets = [target for item in dataset.targets for target in item[item != UNSUPERVISED].tolist()]
+            assert supervised_targets == [index % 2 for index in range(words_read)]
             for ids, targets in zip(dataset.input_ids, dataset.targets, strict=True):
                 assert (ids[0], ids[-1]) == (2, 3) or targets.tolist() == [UNSUPERVISED]
     # Text in two windows is learned where it has more context.
@@ -179,11 +179,11 @@ def test_windows_cover_each_word_once(encoder_tokenizer: Any) -> None:
 
 
 def test_unencodable_text_adds_no_targets_at_a_real_site(encoder_tokenizer: Any) -> None:
-    odd, plain = Record({"text": "\ud800", "spans": "[]"}), Record({"text": "my card", "spans": "[]"})
+    malformed, plain = Record({"text": "\ud800", "spans": "[]"}), Record({"text": "my card", "spans": "[]"})
     blank = Record({"text": "\u00a0", "spans": "[]"})
     options = {"columns": SPANNED, "windows": 2}
-    dataset = tokenize_records(odd, plain, blank, tokenizer=encoder_tokenizer, within=258, **options)
-    assert [int((one != UNSUPERVISED).sum()) for one in dataset.targets] == [0, 0, 2, 0, 0, 0]
+    dataset = tokenize_records(malformed, plain, blank, tokenizer=encoder_tokenizer, within=258, **options)
+    assert [int((item != UNSUPERVISED).sum()) for item in dataset.targets] == [0, 0, 2, 0, 0, 0]
     with pytest.raises(DataError, match="must contain a token of the tokenizer"):
         tokenize_records(blank, tokenizer=encoder_tokenizer, **options)
 
@@ -192,19 +192,21 @@ def test_loss_is_the_mean_over_words_of_all_windows(encoder_tokenizer: Any) -> N
     model = make_trained("random:bert", TASK.name, texts=2)
     options = {"max_length": 8, "windows": 2, "stride": 2, "labels": model.spec.labels}
     tags = [f"B-{model.spec.labels[0]}", *["O"] * 8]
-    records = [record([f"w{place}" for place in range(9)], tags), record(["w1"], tags[:1])]
+    records = [record([f"w{index}" for index in range(9)], tags), record(["w1"], tags[:1])]
     dataset = tokenize_records(*records, tokenizer=encoder_tokenizer, **options)
     batch = collate(dataset, [0, 1], pad_id=0)
     logits = model.logits(batch).log_softmax(dim=-1)
     expected = []
     for rows in ([0, 1], [2, 3]):
-        learned = batch.targets[rows] != UNSUPERVISED
-        expected.append(-logits[rows][learned].gather(1, batch.targets[rows][learned][:, None]).mean())
+        supervised_targets = batch.targets[rows] != UNSUPERVISED
+        expected.append(
+            -logits[rows][supervised_targets].gather(1, batch.targets[rows][supervised_targets][:, None]).mean()
+        )
     torch.testing.assert_close(model.losses(batch), torch.stack(expected))
     hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
     scores = functional.linear(hidden, model.get_parameter("head.weight")) * 20 / hidden.shape[-1] ** 0.5
     torch.testing.assert_close(model.logits(batch), scores)  # the head reads each token independently
-    assert [int((batch.targets[2 * one : 2 * one + 2] != UNSUPERVISED).sum()) for one in (0, 1)] == [9, 1]
+    assert [int((batch.targets[2 * item : 2 * item + 2] != UNSUPERVISED).sum()) for item in (0, 1)] == [9, 1]
 
 
 COUNTED: list[tuple[Any, Any, Any, Any]] = [
@@ -232,25 +234,31 @@ def test_entity_counts_match_manual_counts_in_linear_time() -> None:
 
     for truth, predicted in ((draw_spans(), draw_spans()) for _ in range(300)):
         compute_all_gradients = count_entities(truth, predicted, num_labels=2)[2]
-        met, right = (
-            sum(any(one[0] < other[1] and other[0] < one[1] for other in others) for one in each)
-            for each, others in ((truth, predicted), (predicted, truth))
+        met, correct = (
+            sum(any(item[0] < second[1] and second[0] < item[1] for second in others) for item in overlaps)
+            for overlaps, others in ((truth, predicted), (predicted, truth))
         )
         assert (
             compute_all_gradients[0],
             compute_all_gradients[1],
             compute_all_gradients[3],
             compute_all_gradients[4],
-        ) == (len(truth), len(predicted), met, right)
-    began = time.process_time()
-    many = [(place, place + 1, place % 2) for place in range(20_000)]
-    assert count_entities(many, many[::2], num_labels=2)[2].tolist() == [20_000, 10_000, 10_000, 10_000, 10_000]
-    assert time.process_time() - began < 3
-    spans = [{"start": 3 * place, "end": 3 * place + 3, "labels": ["drug"]} for place in range(0, 400_000, 100)]
+        ) == (len(truth), len(predicted), met, correct)
+    start = time.process_time()
+    many_spans = [(index, index + 1, index % 2) for index in range(20_000)]
+    assert count_entities(many_spans, many_spans[::2], num_labels=2)[2].tolist() == [
+        20_000,
+        10_000,
+        10_000,
+        10_000,
+        10_000,
+    ]
+    assert time.process_time() - start < 3
+    spans = [{"start": 3 * index, "end": 3 * index + 3, "labels": ["drug"]} for index in range(0, 400_000, 100)]
     of_units = record("a\U0001f600" * 400_000, spans, SPANNED)
-    began = time.process_time()
+    start = time.process_time()
     assert make_entity_reader(make_data(SPANNED))(of_units)[1][-1] == (2 * 399_900, 2 * 399_900 + 2, 0)
-    assert time.process_time() - began < 3, "offsets in code units must be fast, too"
+    assert time.process_time() - start < 3, "offsets in code units must be fast, too"
 
 
 def test_entity_scores_match_their_counts() -> None:
@@ -260,13 +268,13 @@ def test_entity_scores_match_their_counts() -> None:
     counts = np.zeros((2, 3, 5))
     counts[0] = [(2, 2, 1, 2, 2), (0, 0, 0, 0, 0), (2, 2, 1, 2, 2)]
     counts[1] = [(1, 0, 0, 0, 0), (1, 2, 1, 1, 1), (2, 2, 2, 2, 2)]
-    found = TASK.compute_final_scores({"entities": counts, "loss": np.array([1.0, 3.0])}, spec=make_model_spec())
+    entities = TASK.compute_final_scores({"entities": counts, "loss": np.array([1.0, 3.0])}, spec=make_model_spec())
     strict, overlap = ([f"{kind}_{rate}" for rate in ("f1", "precision", "recall")] for kind in ("strict", "overlap"))
     untyped = {"untyped_strict_f1": 0.75, "untyped_overlap_f1": 1.0}
-    assert found == dict.fromkeys(strict, 0.5) | dict.fromkeys(overlap, 0.75) | untyped | {"loss": 2.0}
+    assert entities == dict.fromkeys(strict, 0.5) | dict.fromkeys(overlap, 0.75) | untyped | {"loss": 2.0}
     detail = TASK.detail({"entities": counts}, spec=make_model_spec())
     assert detail is not None
-    assert [(one.label, one.precision, one.recall, one.support) for one in detail.classes] == [
+    assert [(item.label, item.precision, item.recall, item.support) for item in detail.classes] == [
         ("drug", 0.5, pytest.approx(1 / 3), 3),
         ("dose", 0.5, 1.0, 1),
     ]
@@ -290,10 +298,10 @@ def test_predicted_boundaries_match_exhaustive_search(num_labels: int) -> None:
                 key=lambda states: states @ odds - SWITCH_COST * np.abs(np.diff((0, *states))).sum(),
             )
             starts = np.log(begin / inside) > SPLIT_ODDS
-            tags = [state and (1 if starts[place] else 2) for place, state in enumerate(likeliest)]
-            found = predict_entities(logits)
-            assert [span[:2] for span in found] == [span[:2] for span in decode_entities(tags)]
-            for first, end, label in found:
+            tags = [state and (1 if starts[index] else 2) for index, state in enumerate(likeliest)]
+            entities = predict_entities(logits)
+            assert [span[:2] for span in entities] == [span[:2] for span in decode_entities(tags)]
+            for first, end, label in entities:
                 each_label = shares[first:end, 1:].reshape(end - first, num_labels, 2).sum(axis=(0, 2))
                 assert label == each_label.argmax()
 
@@ -320,7 +328,7 @@ def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any, mo
     tags = [f"B-{labels[0]}", *[f"I-{labels[0]}"] * 7]
     options = {"max_length": 8, "windows": 2, "stride": 2, "labels": labels}
     dataset = tokenize_records(
-        record([f"w{place}" for place in range(8)], tags), tokenizer=encoder_tokenizer, **options
+        record([f"w{index}" for index in range(8)], tags), tokenizer=encoder_tokenizer, **options
     )
     figures = evaluate_examples(model, dataset, pad_id=0, max_tokens=64)
     assert figures["entities"][0].tolist() == [[1] * 5, *[[0] * 5] * (len(labels) - 1), [1] * 5]
@@ -328,8 +336,8 @@ def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any, mo
     assert TASK.majority_baseline(dataset) == 0.0
     outside = torch.nn.functional.one_hot(torch.zeros(2, 8, dtype=torch.int64), 1 + 2 * len(labels)).double()
     monkeypatch.setattr(model, "logits", lambda batch: 9 * outside[:, : batch.input_ids.shape[1]])
-    nothing = tokenize_records(record(["w1"], ["O"]), tokenizer=encoder_tokenizer, **options)
-    assert compute_unit_scores(model, nothing, pad_id=0).tolist() == [1.0]
+    empty = tokenize_records(record(["w1"], ["O"]), tokenizer=encoder_tokenizer, **options)
+    assert compute_unit_scores(model, empty, pad_id=0).tolist() == [1.0]
 
 
 @pytest.mark.parametrize("windows", [1, 2])
@@ -338,17 +346,22 @@ def test_overlapping_entities_in_one_word_train_once_and_count_twice(encoder_tok
     first, second, *_ = labels = model.spec.labels
     options = {"columns": SPANNED, "labels": labels, "windows": windows, "max_length": 8, "stride": 2}
     text, spans = "w1 w2 w3 w4 w5 w6 w7", [[3, 4, second], [4, 5, first], [6, 7, first], [7, 11, second]]
-    both = tokenize_records(record(text, spans, SPANNED), tokenizer=encoder_tokenizer, **options)
-    alone = tokenize_records(record(text, [spans[0], *spans[2:]], SPANNED), tokenizer=encoder_tokenizer, **options)
-    assert [TASK.find_ignored_annotations(one, data=make_data(**options)) for one in (both, alone)] == [[True], [False]]
-    batches = [collate(one, [0], pad_id=0) for one in (both, alone)]
+    dataset = tokenize_records(record(text, spans, SPANNED), tokenizer=encoder_tokenizer, **options)
+    without_overlap = tokenize_records(
+        record(text, [spans[0], *spans[2:]], SPANNED), tokenizer=encoder_tokenizer, **options
+    )
+    assert [TASK.find_ignored_annotations(item, data=make_data(**options)) for item in (dataset, without_overlap)] == [
+        [True],
+        [False],
+    ]
+    batches = [collate(item, [0], pad_id=0) for item in (dataset, without_overlap)]
     losses = [model.losses(batch) for batch in batches]
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
     counted = [TASK.outputs_per_example(model, batch)["entities"][0, :, 0].tolist() for batch in batches]
     assert (counted[0][:2], counted[0][-1]) == ([2, 2], 4)
     assert (counted[1][:2], counted[1][-1]) == ([1, 2], 3)
-    many = record("a" * 90, [[place, place + 1, second] for place in range(90)], SPANNED)
-    targets = tokenize_records(many, tokenizer=encoder_tokenizer, **options).targets
+    many_spans = record("a" * 90, [[index, index + 1, second] for index in range(90)], SPANNED)
+    targets = tokenize_records(many_spans, tokenizer=encoder_tokenizer, **options).targets
     assert max(int(row.max()) for row in targets) > 5 * 3**20, "many entities must fit into one target"
 
 
@@ -357,12 +370,12 @@ def test_predicted_entity_ends_with_its_word_despite_truncation() -> None:
     text, model = "unbelievably sore aspirin", make_trained("random:bert", TASK.name)
     for max_length in range(4, 12):
         data = make_data(SPANNED, max_length=max_length, labels=model.spec.labels)
-        asked = TASK.without_answer(Record({"text": text}), data)
-        (row,) = TASK.tokenize([asked], tokenizer, data=data).targets
+        prompt = TASK.without_answer(Record({"text": text}), data)
+        (row,) = TASK.tokenize([prompt], tokenizer, data=data).targets
         logits = functional.one_hot(torch.ones(1, len(row), dtype=torch.long), 1 + 2 * len(model.spec.labels)).float()
-        _, found = TASK.answer_record(asked, logits, tokenizer, data=data, spec=model.spec)
-        words = text.split()[: len(found)]  # type: ignore[arg-type]
-        assert [one["text"] for one in found] == words, max_length  # type: ignore[attr-defined]
+        _, entities = TASK.answer_record(prompt, logits, tokenizer, data=data, spec=model.spec)
+        words = text.split()[: len(entities)]  # type: ignore[arg-type]
+        assert [item["text"] for item in entities] == words, max_length  # type: ignore[attr-defined]
 
 
 def test_prompts_omit_answers_and_dummy_records_are_usable(encoder_tokenizer: Any) -> None:
@@ -370,13 +383,15 @@ def test_prompts_omit_answers_and_dummy_records_are_usable(encoder_tokenizer: An
         (TAGGED, "my card\nis", {"tokens": "my card\nis"}),
         (SPANNED, "my card", {"text": "my card"}),
     ):
-        given = make_data(columns)
-        asked = TASK.prompt_fields(text, given, at="--prompt")
-        assert asked == fields
-        assert set(TASK.list_input_columns(given)) == set(fields)
-        assert len(TASK.tokenize([TASK.without_answer(Record(asked), given)], encoder_tokenizer, data=given)) == 1
-        roles = TASK.list_required_roles(given)
-        made = {role: TASK.dummy_field(role, given, draw=lambda count: count - 1) or "my card" for role in roles}
-        assert TASK.record_validator(given)(Record(made)) is None
-        assert len(make_entity_reader(given)(Record(made))[1]) == 1
-    assert json.loads(made["spans"]) == [[0, 1, "dose"]]
+        overrides = make_data(columns)
+        prompt = TASK.prompt_fields(text, overrides, at="--prompt")
+        assert prompt == fields
+        assert set(TASK.list_input_columns(overrides)) == set(fields)
+        assert (
+            len(TASK.tokenize([TASK.without_answer(Record(prompt), overrides)], encoder_tokenizer, data=overrides)) == 1
+        )
+        roles = TASK.list_required_roles(overrides)
+        dummy = {role: TASK.dummy_field(role, overrides, draw=lambda count: count - 1) or "my card" for role in roles}
+        assert TASK.record_validator(overrides)(Record(dummy)) is None
+        assert len(make_entity_reader(overrides)(Record(dummy))[1]) == 1
+    assert json.loads(dummy["spans"]) == [[0, 1, "dose"]]

@@ -57,17 +57,17 @@ PAIRED = {"columns": {"text": "text", "text_pair": "other", "label": "label"}, "
 def test_text_pairs_are_encoded_and_truncated_separately(encoder_tokenizer: Any, length: int, ids: list[int]) -> None:
     records = [Record({"text": "where is my", "text_pair": "lost card", "label": "b"}) for _ in range(3)]
     records[1] = Record({"text": "x" * 9, "text_pair": "\ud800", "label": "a"})  # cannot be encoded by any tokenizer
-    found = tokenize_classification(records, encoder_tokenizer, max_length=length, within=99, **PAIRED)
-    assert [one.tolist() for one in found.input_ids] == [ids, [0], ids]
-    assert found.targets.tolist() == [1, UNSUPERVISED, 1]  # type: ignore[union-attr]
+    dataset = tokenize_classification(records, encoder_tokenizer, max_length=length, within=99, **PAIRED)
+    assert [item.tolist() for item in dataset.input_ids] == [ids, [0], ids]
+    assert dataset.targets.tolist() == [1, UNSUPERVISED, 1]  # type: ignore[union-attr]
 
 
 def test_prompt_template_joins_texts_before_encoding(encoder_tokenizer: Any) -> None:
     columns = {"text": "body", "input": "title", "label": "label"}
     joined = {"columns": columns, "prompt_template": "{input} is\n\n{text}", "max_length": 9, "labels": ("a", "b")}
     records = [Record({"text": "my card", "input": title, "label": "b"}) for title in ("lost", "")]
-    found = tokenize_classification(records, encoder_tokenizer, within=99, **joined)
-    assert [one.tolist() for one in found.input_ids] == [[CLS, LOST, IS, MY, CARD, SEP], [CLS, MY, CARD, SEP]]
+    dataset = tokenize_classification(records, encoder_tokenizer, within=99, **joined)
+    assert [item.tolist() for item in dataset.input_ids] == [[CLS, LOST, IS, MY, CARD, SEP], [CLS, MY, CARD, SEP]]
     task, settings = get_task("classification"), make_data_spec(**joined)
     task.check_data(settings)
     assert task.list_required_roles(settings) == ("text", "label", "input")
@@ -81,10 +81,10 @@ def test_prompt_template_joins_texts_before_encoding(encoder_tokenizer: Any) -> 
 @pytest.mark.parametrize("task", ["classification", "ordinal", "multi_label", "regression", "survival"])
 def test_text_pairs_require_a_separator_token(encoder_tokenizer: Any, leading_tokenizer: Any, task: str) -> None:
     columns = {role: role for role in ("text_pair", *get_task(task).roles)}
-    settings, one = make_data_spec(columns=columns), make_data_spec(*get_task(task).roles)
+    settings, item = make_data_spec(columns=columns), make_data_spec(*get_task(task).roles)
     assert get_task(task).list_required_roles(settings) == ("text", "text_pair", *get_task(task).roles[1:])
     get_task(task).check_tokenizer(encoder_tokenizer, data=settings)
-    get_task(task).check_tokenizer(leading_tokenizer, data=one)
+    get_task(task).check_tokenizer(leading_tokenizer, data=item)
     with pytest.raises(ConfigError, match="its tokenizer has no separator between two texts"):
         get_task(task).check_tokenizer(leading_tokenizer, data=settings)
 
@@ -126,10 +126,10 @@ def test_empty_data_and_braces_in_records_are_tokenized(encoder_tokenizer: Any, 
 
 def test_tokenization_does_not_depend_on_chunking(encoder_tokenizer: Any) -> None:
     rows = make_labeled_records(*[(" ".join("bcdefg"[: 1 + i % 6]), "a") for i in range(1030)])
-    together = tokenize_classification(rows, encoder_tokenizer, labels="ab", max_length=6)
+    all_rows = tokenize_classification(rows, encoder_tokenizer, labels="ab", max_length=6)
     for i in (0, 5, 1023, 1024, 1029):
-        alone = tokenize_classification(rows[i : i + 1], encoder_tokenizer, labels="ab", max_length=6)
-        assert np.array_equal(together.input_ids[i], alone.input_ids[0])
+        single = tokenize_classification(rows[i : i + 1], encoder_tokenizer, labels="ab", max_length=6)
+        assert np.array_equal(all_rows.input_ids[i], single.input_ids[0])
 
 
 class Failing:
@@ -141,7 +141,7 @@ class Failing:
 
     def __call__(self, text: list[str], **options: Any) -> Any:
         self.calls.append(text)
-        if any("bad" in one for one in text):
+        if any("bad" in item for item in text):
             self.fail()
         return self.sound(text, **options)
 
@@ -204,7 +204,7 @@ def test_text_expanded_by_normalization_is_skipped_alone(to: str, left_out: bool
     dataset = tokenize_classification(rows, tokenizer, labels="ab", max_length=9, within=99)
     plain = tokenize_classification(rows[::2], tokenizer, labels="ab", max_length=9)
     assert dataset.targets.tolist() == [0, UNSUPERVISED if left_out else 0, 1]
-    assert [dataset.input_ids[place].tolist() for place in (0, 2)] == [ids.tolist() for ids in plain.input_ids]
+    assert [dataset.input_ids[index].tolist() for index in (0, 2)] == [ids.tolist() for ids in plain.input_ids]
     assert (dataset.lengths[1] == 1) == left_out
     tokenizer.backend_tokenizer.normalizer = normalizers.NFKD()
     rows = make_labeled_records(("한국어 텍스트 " * 300, "a"), ("\ufdfa", "b"))  # expanded by Unicode normalization

@@ -48,12 +48,12 @@ def test_vote_gradient_selects_the_nearest_candidate() -> None:
     assert list(model.trainable()) == ["head.weight"], "training the base would change which candidate is nearest"
     with torch.no_grad():
         rows = model.task.embed(model, batch.input_ids, batch.attention_mask)
-    nearest = (rows @ model.get_buffer("candidates").T).argmax(dim=1)
+    expected = (rows @ model.get_buffer("candidates").T).argmax(dim=1)
     with record_gradients(model) as gradients:
-        found = gradients.compute_gradients(batch)["head.weight"][:, 0]
-    votes = -torch.nn.functional.one_hot(nearest, 3).float()
+        gradient = gradients.compute_gradients(batch)["head.weight"][:, 0]
+    votes = -torch.nn.functional.one_hot(expected, 3).float()
     votes[1] = 0
-    assert torch.equal(found, votes)
+    assert torch.equal(gradient, votes)
 
 
 @pytest.mark.parametrize("aggregation", ["plain", "secure"])
@@ -88,7 +88,7 @@ def test_repeated_votes_release_shares_and_are_charged_per_round(
 
 
 def test_vote_sum_bound_covers_all_records_of_a_site(shares: Path) -> None:
-    many = [*list_overrides(shares), "data.declared_sizes=70000", "federation.aggregation=secure"]
-    plan = compose_run(many).plan()
+    settings = [*list_overrides(shares), "data.declared_sizes=70000", "federation.aggregation=secure"]
+    plan = compose_run(settings).plan()
     assert plan.secure_noise.bound == plan.with_noise(9.0).secure_noise.bound >= 70_000
     assert compose_run(["federation.aggregation=secure"]).plan().secure_noise.bound < 70_000
