@@ -54,8 +54,8 @@ def build_fresh(
     return model
 
 
-def build_trained(*given: Any, size: float = 0.2, **changes: Any) -> TaskModel:
-    return set_random_values(build_fresh(*given, **changes), size)
+def build_trained(*args: Any, size: float = 0.2, **changes: Any) -> TaskModel:
+    return set_random_values(build_fresh(*args, **changes), size)
 
 
 class Table:
@@ -65,10 +65,10 @@ class Table:
         self._gradients = gradients
 
     def compute_gradients(self, batch: Any) -> dict[str, torch.Tensor]:
-        found = {name: value[batch.input_ids[:, 0]] for name, value in self._gradients.items()}
-        for one in found.values():
-            one[len(batch) :] = 0
-        return found
+        gradients = {name: value[batch.input_ids[:, 0]] for name, value in self._gradients.items()}
+        for gradient in gradients.values():
+            gradient[len(batch) :] = 0
+        return gradients
 
 
 def make_dummy_examples(task: str, count: int = 9, *, seed: int = 5) -> TextDataset:
@@ -124,8 +124,8 @@ def make_examples(
     if kept_by:
         examples.cache_frozen_states(kept_by)
         examples.cache_reference(kept_by)
-        kept = all(batch.prefix is not None for batch in examples.cut(np.arange(len(dataset))))
-        assert kept == kept_by.has_frozen_prefix
+        cached = all(batch.prefix is not None for batch in examples.cut(np.arange(len(dataset))))
+        assert cached == kept_by.has_frozen_prefix
     return examples
 
 

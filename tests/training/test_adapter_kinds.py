@@ -36,28 +36,28 @@ def make_lora(kind: str, *, keeps: bool = False, **changes: Any) -> LoraSpec:
 @tasks
 def test_per_example_gradients_match_a_loop(path: str, task: str, kind: str, keeps: bool) -> None:
     model, dataset = build_trained(path, task, lora=make_lora(kind, keeps=keeps)), make_dummy_examples(task)
-    looped = [compute_loop_gradient(model, dataset, place) for place in range(len(dataset))]
+    looped = [compute_loop_gradient(model, dataset, index) for index in range(len(dataset))]
     site = make_examples(dataset, SHAPES, kept_by=model if keeps else None)
     with record_gradients(model) as gradients:
         for batch in site.cut(np.arange(len(dataset))):
-            found = gradients.compute_all_gradients(batch)
-            assert list(found) == list(model.trainable())
-        for place, each in enumerate(looped):
-            alone = gradients.compute_all_gradients(collate(dataset, [place], pad_id=0))  # no padding
-            padded = gradients.compute_all_gradients(next(iter(site.cut(np.array([place])))))
-            for name, expected in each.items():
-                for one in (alone, padded):
-                    apart = np.abs(one[name][0].double().numpy() - expected).max()
-                    assert apart <= 2e-5 * max(0.1, np.abs(expected).max()), name
-    assert any(name.endswith(".scales.offset") for name in found)
-    assert kind == "dora" or not any("lora_" in name for name in found)
+            actual = gradients.compute_all_gradients(batch)
+            assert list(actual) == list(model.trainable())
+        for index, reference in enumerate(looped):
+            single = gradients.compute_all_gradients(collate(dataset, [index], pad_id=0))  # no padding
+            padded = gradients.compute_all_gradients(next(iter(site.cut(np.array([index])))))
+            for name, expected in reference.items():
+                for actual_rows in (single, padded):
+                    max_error = np.abs(actual_rows[name][0].double().numpy() - expected).max()
+                    assert max_error <= 2e-5 * max(0.1, np.abs(expected).max()), name
+    assert any(name.endswith(".scales.offset") for name in actual)
+    assert kind == "dora" or not any("lora_" in name for name in actual)
 
 
 @pytest.mark.parametrize("path", ["random:bert", "random:llama"])
 def test_dora_gradients_match_peft(path: str) -> None:
     # PEFT's unmodified forward pass, on equivalent parameters.
     model, dataset = build_trained(path, lora=make_lora("dora")), make_dummy_examples("classification")
-    ours = [compute_loop_gradient(model, dataset, place) for place in range(3)]
+    expected = [compute_loop_gradient(model, dataset, index) for index in range(3)]
     layers = [(name, layer) for name, layer in model.named_modules() if hasattr(layer, "scales")]
     for _, layer in layers:
         magnitude = layer.lora_magnitude_vector["default"]
@@ -65,29 +65,31 @@ def test_dora_gradients_match_peft(path: str) -> None:
             magnitude.weight.mul_(1 + layer.scales.offset)
         magnitude.weight.requires_grad_(True)
         layer.lora_variant["default"] = layer.resolve_lora_variant(config=model.base.peft_config["default"])
-    matrices = {name: one for name, one in model.trainable().items() if "lora_" in name}
-    for place in range(3):
-        batch = collate(dataset, [place], pad_id=0)
+    matrices = {name: actual_rows for name, actual_rows in model.trainable().items() if "lora_" in name}
+    for index in range(3):
+        batch = collate(dataset, [index], pad_id=0)
         lengths = [layer.lora_magnitude_vector["default"].weight for _, layer in layers]
-        found = torch.autograd.grad(model.losses(batch).sum(), [*matrices.values(), *lengths])
-        for name, gradient in zip(matrices, found, strict=False):
-            assert np.allclose(gradient.numpy(), ours[place][name], rtol=1e-3, atol=1e-5), name
-        for (name, layer), gradient in zip(layers, found[len(matrices) :], strict=True):
+        actual = torch.autograd.grad(model.losses(batch).sum(), [*matrices.values(), *lengths])
+        for name, gradient in zip(matrices, actual, strict=False):
+            assert np.allclose(gradient.numpy(), expected[index][name], rtol=1e-3, atol=1e-5), name
+        for (name, layer), gradient in zip(layers, actual[len(matrices) :], strict=True):
             # The parameter is relative to the initial length: by the chain rule, the gradient is that length times the
             # other one.
             start = lengths[0].new_tensor(1.0) * layer.lora_magnitude_vector["default"].weight
             start = start / (1 + layer.scales.offset)
             public = name.removeprefix("base.") + ".scales.offset"
-            assert np.allclose((gradient * start).detach().numpy(), ours[place][public], rtol=1e-3, atol=1e-5), name
+            assert np.allclose((gradient * start).detach().numpy(), expected[index][public], rtol=1e-3, atol=1e-5), name
 
 
 @kinds
 @pytest.mark.parametrize("keeps", [False, True])
 def test_dora_and_ia3_pass_the_batch_invariance_trial(kind: str, keeps: bool) -> None:
     model = build_fresh("random:llama", "causal_lm", lora=make_lora(kind, keeps=keeps))
-    before = {name: one.clone() for name, one in model.state_dict().items()}
+    before = {name: actual_rows.clone() for name, actual_rows in model.state_dict().items()}
     assert max_batch_influence(model, SHAPES, keeps_states=keeps, max_grad_norm=0.5) == 0.0
-    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items()), "values must be restored"
+    assert all(torch.equal(actual_rows, before[name]) for name, actual_rows in model.state_dict().items()), (
+        "values must be restored"
+    )
 
 
 def test_base_mixing_examples_is_refused_for_ia3(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +107,7 @@ def test_token_summation_order_depends_only_on_length() -> None:
     generator = torch.Generator().manual_seed(0)
     for length in range(1, 40):
         values = torch.randn(5, length, 3, generator=generator)
-        found = sum_by_halves(values)
-        assert torch.allclose(found, values.sum(dim=1), rtol=1e-5, atol=1e-5)
-        assert math.isclose(float(found[2, 1]), float(values[2, :, 1].double().sum()), rel_tol=1e-4, abs_tol=1e-5)
-        assert all(torch.equal(found[row], sum_by_halves(values[row : row + 1])[0]) for row in range(5))
+        actual = sum_by_halves(values)
+        assert torch.allclose(actual, values.sum(dim=1), rtol=1e-5, atol=1e-5)
+        assert math.isclose(float(actual[2, 1]), float(values[2, :, 1].double().sum()), rel_tol=1e-4, abs_tol=1e-5)
+        assert all(torch.equal(actual[row], sum_by_halves(values[row : row + 1])[0]) for row in range(5))

@@ -35,10 +35,10 @@ SGD = TrainingSpec(optimizer="sgd", learning_rate=0.5, local_steps=3)
 
 
 def run_federation(
-    name: str, *, rounds: int = 3, lost_in: int | None = None, plan: Any = PLAN, **own: float
+    name: str, *, rounds: int = 3, lost_in: int | None = None, plan: Any = PLAN, **settings: float
 ) -> tuple[Adapter, Mapping[str, Arrays]]:
     """Train two sites for several rounds with seeded noise; return the adapter and the sites' states."""
-    algorithm, model = get_algorithm(name, own or None), build_trained()
+    algorithm, model = get_algorithm(name, settings or None), build_trained()
     data = {
         site: make_examples(make_dummy_examples("classification", seed=number)) for number, site in enumerate(SIZES)
     }
@@ -49,8 +49,8 @@ def run_federation(
         frozen = list_frozen_tensors(model.spec.lora, algorithm, adapter.tensors, round=round, sent=sent)
         for site, size in SIZES.items():
             state = {} if round == lost_in else states.get(site, {})
-            about = {"site": site, "round": round, "plan": plan, "training": SGD, "declared_size": size}
-            work = make_work(**about, algorithm=algorithm, sent=sent, state=state, max_adapter_value=2.0)
+            common = {"site": site, "round": round, "plan": plan, "training": SGD, "declared_size": size}
+            work = make_work(**common, algorithm=algorithm, sent=sent, state=state, max_adapter_value=2.0)
             trained = train_round(model, adapter, data[site], work, randomness=SeededRandomness(5))
             updates[site], states[site] = trained
             bound = bound_round_update(
@@ -70,8 +70,15 @@ def run_federation(
                 for key in adapter.tensors
             }
         )  # fmt: skip
-        about = {"sites": tuple(SIZES), "sizes": SIZES, "training": SGD, "plan": plan, "round": round, "frozen": frozen}
-        kept = algorithm.compute_next_arrays(kept, describe_outcome(average, sent=adapter, **about))
+        common = {
+            "sites": tuple(SIZES),
+            "sizes": SIZES,
+            "training": SGD,
+            "plan": plan,
+            "round": round,
+            "frozen": frozen,
+        }
+        kept = algorithm.compute_next_arrays(kept, describe_outcome(average, sent=adapter, **common))
         adapter = average
     return adapter, states
 
@@ -84,12 +91,12 @@ def test_algorithms_produce_different_adapters_under_seeded_noise() -> None:
     settings = {"fedavg": {}, "fedprox": {"mu": 0.5}, "scaffold": {}, "aslora": {}}
     adapters = {name: run_federation(name, **own)[0] for name, own in settings.items()}
     start = Adapter.from_task_model(build_trained()).tensors
-    moves = {
-        name: math.hypot(*(float(np.linalg.norm(value - start[key])) for key, value in made.tensors.items()))
-        for name, made in adapters.items()
+    distances = {
+        name: math.hypot(*(float(np.linalg.norm(value - start[key])) for key, value in expected.tensors.items()))
+        for name, expected in adapters.items()
     }
-    assert moves == pytest.approx(GOLDEN_MOVES, rel=1e-3)
-    digests = {name: made.digest() for name, made in adapters.items()}
+    assert distances == pytest.approx(GOLDEN_MOVES, rel=1e-3)
+    digests = {name: expected.digest() for name, expected in adapters.items()}
     assert len(set(digests.values())) == len(settings)
     assert digests["scaffold"] == run_federation("scaffold")[0].digest(), "the same seed must give the same bits"
     assert digests["fedprox"] != run_federation("fedprox", mu=0.25)[0].digest()
@@ -101,13 +108,13 @@ def test_scaffold_differs_from_fedavg_only_after_the_first_round() -> None:
 
 
 def test_lost_scaffold_state_counts_as_zero() -> None:
-    _, whole = run_federation("scaffold")
-    _, lost = run_federation("scaffold", lost_in=3)
-    assert whole.keys() == lost.keys() == SIZES.keys()
+    _, without_loss = run_federation("scaffold")
+    _, with_loss = run_federation("scaffold", lost_in=3)
+    assert without_loss.keys() == with_loss.keys() == SIZES.keys()
     for site in SIZES:
-        assert lost[site].keys() == whole[site].keys()
-        assert any((lost[site][name] != value).any() for name, value in whole[site].items())
-        assert all(np.isfinite(value).all() for value in lost[site].values())
+        assert with_loss[site].keys() == without_loss[site].keys()
+        assert any((with_loss[site][name] != value).any() for name, value in without_loss[site].items())
+        assert all(np.isfinite(value).all() for value in with_loss[site].values())
 
 
 class Spy(LocalAlgorithm):
@@ -116,16 +123,16 @@ class Spy(LocalAlgorithm):
     name = "spy"
     seen: ClassVar[list[tuple[NoisedGradient, Arrays, SiteRound]]] = []
 
-    def correct_gradient(self, gradient: NoisedGradient, weights: Arrays, at: SiteRound) -> Arrays:
-        self.seen.append((gradient, weights, at))
+    def correct_gradient(self, gradient: NoisedGradient, weights: Arrays, round_state: SiteRound) -> Arrays:
+        self.seen.append((gradient, weights, round_state))
         return gradient.values
 
 
 def test_algorithm_receives_gradients_only_after_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     sums: list[tuple[Any, Any]] = []
 
-    def record_noise(given: Any, **about: Any) -> Any:
-        sums.append((given, noisy := add_gaussian_noise(given, **about)))
+    def record_noise(given: Any, **common: Any) -> Any:
+        sums.append((given, noisy := add_gaussian_noise(given, **common)))
         return noisy
 
     monkeypatch.setattr(dp_step, "add_gaussian_noise", record_noise)
@@ -138,16 +145,16 @@ def test_algorithm_receives_gradients_only_after_noise(monkeypatch: pytest.Monke
     )
     assert len(sums) == len(Spy.seen) == PLAN.local_steps
     cells = PLAN.sampling_rate * work.declared_size / compute_cell_width(PLAN.max_grad_norm)
-    for (bare, noisy), (gradient, weights, at) in zip(sums, Spy.seen, strict=True):
-        assert gradient.values.keys() == weights.keys() == at.adapter.keys()
+    for (summed, noisy), (gradient, weights, round_state) in zip(sums, Spy.seen, strict=True):
+        assert gradient.values.keys() == weights.keys() == round_state.adapter.keys()
         for name, value in gradient.values.items():
             np.testing.assert_array_equal(value, (noisy[name] / cells).astype(np.float32))
-            assert (value != (bare[name] / cells).astype(np.float32)).any()
+            assert (value != (summed[name] / cells).astype(np.float32)).any()
 
 
 def test_only_noisy_steps_create_noised_gradients() -> None:
     """The plain step of a run without privacy also creates one, and the third place averages noised gradients."""
-    made = {
+    expected = {
         (path.relative_to(PACKAGE).as_posix(), function.name)
         for path in PACKAGE.rglob("*.py")
         for function in ast.walk(ast.parse(path.read_text()))
@@ -155,7 +162,7 @@ def test_only_noisy_steps_create_noised_gradients() -> None:
         for call in ast.walk(function)
         if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "NoisedGradient"
     }
-    assert made == {
+    assert expected == {
         ("training/dp_step.py", "apply_gradient_sum"),
         ("training/local.py", "correct_plain_gradient"),
         ("training/local.py", "compute_next_state"),
@@ -190,10 +197,10 @@ def test_fedprox_pulls_towards_the_received_adapter() -> None:
 
 def test_scaffold_subtracts_site_and_adds_global_control_variate() -> None:
     scaffold, gradient = get_algorithm("scaffold"), NoisedGradient({"w": ONE})
-    at = make_round(sent={"w": TWO}, state={"w": 3 * THREE, "rests": THREE})
-    np.testing.assert_array_equal(scaffold.correct_gradient(gradient, {}, at)["w"], [-6, -6])
-    np.testing.assert_array_equal(scaffold.correct_gradient(gradient, {}, replace(at, state={}))["w"], THREE)
-    state = scaffold.compute_next_state(gradient, at)
+    round_state = make_round(sent={"w": TWO}, state={"w": 3 * THREE, "rests": THREE})
+    np.testing.assert_array_equal(scaffold.correct_gradient(gradient, {}, round_state)["w"], [-6, -6])
+    np.testing.assert_array_equal(scaffold.correct_gradient(gradient, {}, replace(round_state, state={}))["w"], THREE)
+    state = scaffold.compute_next_state(gradient, round_state)
     np.testing.assert_array_equal(state["w"], ONE)
     np.testing.assert_array_equal(state["rests"], THREE)
 
@@ -206,8 +213,8 @@ def test_lead_control_variate_is_the_mean_of_site_variates() -> None:
     scaffold, model = get_algorithm("scaffold"), build_trained()
     adapter = Adapter.from_task_model(model).tensors
     step = dict.fromkeys(adapter, 2.0)
-    moved = {name: value - 2.0 * mean[name] for name, value in adapter.items()}
-    outcome = RoundOutcome(adapter=adapter, average=moved, step_sizes=step, share=0.25, noise=0.0)
+    gains = {name: value - 2.0 * mean[name] for name, value in adapter.items()}
+    outcome = RoundOutcome(adapter=adapter, average=gains, step_sizes=step, share=0.25, noise=0.0)
     zero = scaffold.initial_arrays(adapter)
     for name, value in scaffold.compute_next_arrays(zero, outcome).items():
         np.testing.assert_allclose(value, mean[name] / 4, atol=1e-5)
@@ -250,16 +257,16 @@ def test_aslora_score_subtracts_the_expected_noise() -> None:
 def test_algorithm_arrays_share_one_digest_with_the_adapter() -> None:
     adapter, arrays = Adapter({"head.weight": ONE}), {"head.weight": TWO}
     packed = pack_adapter(adapter, arrays)
-    again, own = unpack_adapter(packed)
-    assert again.digest() == adapter.digest()
-    np.testing.assert_array_equal(own["head.weight"], TWO)
+    unpacked, settings = unpack_adapter(packed)
+    assert unpacked.digest() == adapter.digest()
+    np.testing.assert_array_equal(settings["head.weight"], TWO)
     assert packed.digest() != pack_adapter(adapter, {"head.weight": THREE}).digest()
     assert pack_adapter(adapter, {}) is adapter
     assert unpack_adapter(adapter) == (adapter, {})
     for algorithm in ALGORITHMS.values():
         factors = Adapter(FACTORS)
-        kept = algorithm.initial_arrays(FACTORS)
-        assert pack_adapter(factors, algorithm.select_sent_arrays(kept)).has_same_shapes(
+        state = algorithm.initial_arrays(FACTORS)
+        assert pack_adapter(factors, algorithm.select_sent_arrays(state)).has_same_shapes(
             pack_initial(factors, algorithm)
         )
 
@@ -274,8 +281,8 @@ def parse_federation(**changes: Any) -> RunConfig:
 def test_secure_aggregation_refuses_unsupported_algorithms(name: str) -> None:
     with pytest.raises(ConfigError) as refused:
         parse_federation(aggregation="secure", algorithm=name, num_sites=3)
-    why = ALGORITHMS[name].not_in_sums
-    assert str(refused.value) == f"federation.algorithm = '{name}': requires federation.aggregation = plain: {why}"
+    reason = ALGORITHMS[name].not_in_sums
+    assert str(refused.value) == f"federation.algorithm = '{name}': requires federation.aggregation = plain: {reason}"
 
 
 @pytest.mark.parametrize(

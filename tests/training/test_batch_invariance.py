@@ -32,14 +32,14 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 def check(
     model: TaskModel, *, shapes: Shapes = SHAPES, keeps: bool = False, inexact_allowed: bool = False, **settings: Any
 ) -> float:
-    moved = max_batch_influence(model, shapes, keeps_states=keeps, **({"max_grad_norm": 0.1} | settings))
-    require_batch_invariance(moved, path=model.spec.model.path, inexact_allowed=inexact_allowed)
-    return moved
+    influence = max_batch_influence(model, shapes, keeps_states=keeps, **({"max_grad_norm": 0.1} | settings))
+    require_batch_invariance(influence, path=model.spec.model.path, inexact_allowed=inexact_allowed)
+    return influence
 
 
-def require_refused(model: TaskModel, said: str, **settings: Any) -> None:
+def require_refused(model: TaskModel, message: str, **settings: Any) -> None:
     before = Adapter.from_task_model(model).digest()
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         check(model, **settings)
     assert Adapter.from_task_model(model).digest() == before, "values must be restored after a refusal, too"
 
@@ -65,7 +65,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, kernel: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(product in str(kernel) for product in ("mm", "linear")):
-            shapes = tuple((tuple(one.shape), one.stride()) for one in args if isinstance(one, torch.Tensor))
+            shapes = tuple((tuple(value.shape), value.stride()) for value in args if isinstance(value, torch.Tensor))
             self.seen.add((str(kernel), shapes))
         return kernel(*args, **(kwargs or {}))
 
@@ -82,11 +82,11 @@ def test_training_uses_only_matrix_shapes_covered_by_the_trial(onednn: bool) -> 
             check(model, seed=1, shapes=Shapes.from_limits(max_length=12, max_tokens=40))
         return products.seen
 
-    tried = record_products()
+    trial_shapes = record_products()
     for round in (1, 2):
         with model.freeze_tensors(list_frozen_tensors(lora, FEDAVG, model.trainable(), round=round, sent={})):
-            assert (seen := record_products()) <= tried
-        assert seen
+            assert (recorded := record_products()) <= trial_shapes
+        assert recorded
 
 
 @pytest.mark.by_day(
@@ -108,7 +108,9 @@ def test_ordinary_models_pass_the_batch_invariance_trial(
     assert check(model, keeps=keeps) == 0.0
     assert Adapter.from_task_model(model).digest() == before, "the adapter's values must be restored"
     expected = build_last_layer(path, task).state_dict()
-    assert all(torch.equal(one, expected[name]) for name, one in model.state_dict().items()), "weights must be restored"
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items()), (
+        "weights must be restored"
+    )
 
 
 OTHERS = {
@@ -180,9 +182,9 @@ def test_last_bit_dependence_is_refused_or_measured() -> None:
         # Changes every value of the first row, but only in large batches.
         if len(hidden) < 6:
             return hidden
-        other = hidden.clone()
-        other[0] = torch.nextafter(hidden[0].detach(), torch.tensor(torch.inf)) + (hidden[0] - hidden[0].detach())
-        return other
+        changed = hidden.clone()
+        changed[0] = torch.nextafter(hidden[0].detach(), torch.tensor(torch.inf)) + (hidden[0] - hidden[0].detach())
+        return changed
 
     model = change_layer(build_last_layer(), change_last_bit, number=-1)
     require_refused(model, r"gradient differently depending .*inexact_gradients = true")
@@ -216,11 +218,11 @@ def test_last_bit_change_in_a_vote_score_is_detected(monkeypatch: pytest.MonkeyP
     original = PerExampleGradients.compute_all_gradients
 
     def nudge_score(self: PerExampleGradients, batch: Any) -> dict[str, torch.Tensor]:
-        found = original(self, batch)
+        result = original(self, batch)
         if len(batch.input_ids) == SHAPES.rows(batch.input_ids.shape[1])[0]:
             value = self._model.decided_by[-1 - batch.empty_rows - (-len(batch.input_ids) % 32), candidate]
             value.copy_(torch.nextafter(value, torch.tensor(torch.inf)))
-        return found
+        return result
 
     monkeypatch.setattr(PerExampleGradients, "compute_all_gradients", nudge_score)
     require_refused(build_fresh("random:bert", "votes"), "mixes the examples", inexact_allowed=True)
@@ -230,14 +232,14 @@ def test_last_bit_change_in_one_gradient_value_is_detected(monkeypatch: pytest.M
     original = PerExampleGradients.compute_all_gradients
 
     def nudge_gradient(self: PerExampleGradients, batch: Any) -> dict[str, torch.Tensor]:
-        found = original(self, batch)
+        result = original(self, batch)
         if len(batch.input_ids) == SHAPES.rows(batch.input_ids.shape[1])[0]:
             # Change the smallest value: clipping then rounds to the same grid cell, so only the bit comparison can
             # detect it.
-            values = found["head.weight"][-1 - batch.empty_rows].flatten()
+            values = result["head.weight"][-1 - batch.empty_rows].flatten()
             value = values[values.abs().masked_fill(values == 0, torch.inf).argmin()]
             value.copy_(torch.nextafter(value, torch.tensor(torch.inf)))
-        return found
+        return result
 
     monkeypatch.setattr(PerExampleGradients, "compute_all_gradients", nudge_gradient)
     require_refused(build_last_layer(), "gradient differently depending")
@@ -252,13 +254,13 @@ def test_frozen_layers_with_cached_states_are_tested_in_varied_batches(keeps: bo
     require_refused(model, r"mixes the examples|gradient differently depending", keeps=keeps)
 
 
-@pytest.mark.parametrize("how", ["mixed", "rounded"])
-def test_preference_reference_is_checked_in_varied_batches(monkeypatch: Any, how: str) -> None:
+@pytest.mark.parametrize("fault", ["mixed", "rounded"])
+def test_preference_reference_is_checked_in_varied_batches(monkeypatch: Any, fault: str) -> None:
     model, plain = build_last_layer("random:llama", "preference"), TaskModel.reference
 
     def change_reference(self: TaskModel, batch: Any) -> torch.Tensor | None:
-        found = plain(self, batch)
-        return found + found.mean() if how == "mixed" else found * (1 + 1e-6 * len(found))
+        result = plain(self, batch)
+        return result + result.mean() if fault == "mixed" else result * (1 + 1e-6 * len(result))
 
     assert check(model, max_grad_norm=10.0) == 0.0
     monkeypatch.setattr(TaskModel, "reference", change_reference)
@@ -294,10 +296,10 @@ def test_record_dependent_failure_is_a_configuration_error(error: type[Exception
             raise error("no such id")
 
     handle = embedding.register_forward_pre_hook(fail_on_last)
-    kept = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    attributes_before = {name: sorted(vars(module)) for name, module in model.named_modules()}
     message = r"model\.path .*cannot be trained on examples of 24 tokens on this machine: .*no such id"
     require_refused(model, message, keeps=keeps)
-    assert {name: sorted(vars(module)) for name, module in model.named_modules()} == kept
+    assert {name: sorted(vars(module)) for name, module in model.named_modules()} == attributes_before
     handle.remove()
     assert check(model, keeps=keeps) == 0.0
 
@@ -331,8 +333,8 @@ def test_model_weights_cannot_hide_kernel_rounding() -> None:
 
     def enlarge_row(module: Any, inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
         # Like the last values of a tensor, which are in the last row and are rounded differently.
-        place = torch.arange(len(hidden), device=hidden.device) == len(hidden) - 1
-        return hidden + 1e-6 * place[:, None, None] * module.scale
+        is_last = torch.arange(len(hidden), device=hidden.device) == len(hidden) - 1
+        return hidden + 1e-6 * is_last[:, None, None] * module.scale
 
     model = build_last_layer()
     layer = list_layers(model)[-1]
@@ -365,13 +367,15 @@ def test_trial_covers_every_token_position_in_every_row(path: str, task: str) ->
 
 @pytest.mark.parametrize("chosen", [True, False])
 def test_trial_examples_are_redrawn_and_progress_is_reported(chosen: bool) -> None:
-    model, seen, reported = build_last_layer(), list[torch.Tensor](), list[tuple[int, int]]()
+    model, recorded, reported = build_last_layer(), list[torch.Tensor](), list[tuple[int, int]]()
     embeddings = model.base.get_base_model().get_input_embeddings()
-    embeddings.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
+    embeddings.register_forward_hook(lambda _, inputs, output: recorded.append(inputs[0]))
     total = (3 if chosen else 2) * len(SHAPES.lengths)
     for _ in range(2):
-        check(model, weights_chosen=chosen, told=lambda *so_far: reported.append(so_far))
+        check(model, weights_chosen=chosen, told=lambda *progress: reported.append(progress))
     assert reported == 2 * [(done, total) for done in range(1, total + 1)]
-    first = len(seen) // 2
-    same = sum(torch.equal(one, other) for one, other in zip(seen[:first], seen[first:], strict=True))
-    assert same <= first // 10, "at most a few one-token examples may be drawn twice"
+    first = len(recorded) // 2
+    num_equal = sum(
+        torch.equal(value, changed) for value, changed in zip(recorded[:first], recorded[first:], strict=True)
+    )
+    assert num_equal <= first // 10, "at most a few one-token examples may be drawn twice"

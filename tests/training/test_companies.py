@@ -59,21 +59,23 @@ def make_records(model: TaskModel, lengths: npt.NDArray[np.integer], *, seed: in
 def list_lengths(shapes: Shapes, length: int, count: int, *, seed: int = 0) -> npt.NDArray[np.integer]:
     """Return `count` numbers of tokens that are padded to `length`, including the smallest and the largest."""
     fitting = [tokens for tokens in range(1, length + (length == shapes.full)) if pad_length(shapes, tokens) == length]
-    drawn = np.random.default_rng(seed).choice(fitting, size=count)
-    drawn[0], drawn[-1] = fitting[0], fitting[-1]
-    return drawn
+    lengths = np.random.default_rng(seed).choice(fitting, size=count)
+    lengths[0], lengths[-1] = fitting[0], fitting[-1]
+    return lengths
 
 
 def compute_each(model: TaskModel, examples: SiteExamples, chosen: npt.NDArray[np.int64]) -> dict[int, Gradients]:
     """Compute the gradients of the selected records together, as a step does; return them by index."""
-    found = {}
+    gradients_by_record = {}
     with record_gradients(model) as gradients:
         for part in examples.parts(chosen):
             rows = gradients.compute_all_gradients(examples.batch(part))
-            for row, place in enumerate(part.places.tolist()):
-                found[place] = {name: one[row].clone() for name, one in rows.items()}
-            assert all(not one[len(part.places) :].any() for one in rows.values()), "an empty row must be zero"
-    return found
+            for row, record in enumerate(part.places.tolist()):
+                gradients_by_record[record] = {name: gradient[row].clone() for name, gradient in rows.items()}
+            assert all(not gradient[len(part.places) :].any() for gradient in rows.values()), (
+                "an empty row must be zero"
+            )
+    return gradients_by_record
 
 
 def are_same_bits(left: Gradients, right: Gradients) -> bool:
@@ -92,8 +94,8 @@ def require_batch_invariance(model: TaskModel, examples: SiteExamples, *, compan
     sizes = [1, 2, count - 1, *draws.integers(1, count, size=max(0, companies - 3), endpoint=True)]
     for size in sizes[:companies]:
         company = draws.permutation(count)[:size]
-        for place, gradient in compute_each(model, examples, company).items():
-            assert are_same_bits(gradient, expected[place]), (place, sorted(company.tolist()))
+        for record, gradient in compute_each(model, examples, company).items():
+            assert are_same_bits(gradient, expected[record]), (record, sorted(company.tolist()))
 
 
 @pytest.mark.parametrize("keeps", [False, True], ids=["uncached", "cached states"])
@@ -118,12 +120,12 @@ def test_cached_states_do_not_depend_on_other_records(path: str, task: str, thre
     )
     lengths = np.random.default_rng(4).integers(1, 31, size=40)
     dataset = make_records(model, lengths)
-    everyone = make_examples(dataset, shapes, kept_by=model)
-    expected = compute_each(model, everyone, np.arange(40, dtype=np.int64))
-    some = np.random.default_rng(5).permutation(40)[:11]
-    alone = make_examples(dataset.select_examples(some.tolist()), shapes, kept_by=model)
-    for row, gradient in compute_each(model, alone, np.arange(11, dtype=np.int64)).items():
-        assert are_same_bits(gradient, expected[int(some[row])])
+    all_examples = make_examples(dataset, shapes, kept_by=model)
+    expected = compute_each(model, all_examples, np.arange(40, dtype=np.int64))
+    chosen = np.random.default_rng(5).permutation(40)[:11]
+    separate = make_examples(dataset.select_examples(chosen.tolist()), shapes, kept_by=model)
+    for row, gradient in compute_each(model, separate, np.arange(11, dtype=np.int64)).items():
+        assert are_same_bits(gradient, expected[int(chosen[row])])
 
 
 OTHER_ADAPTERS = [replace(LAST, kind=kind, layers=layers) for kind in ("dora", "ia3") for layers in (None, (-1,))]
@@ -160,22 +162,25 @@ def test_user_mean_is_bitwise_equal_in_any_batch(path: str, task: str, threads: 
 
     def compute_means(chosen: list[int], most_users: int) -> dict[int, Gradients]:
         by_user = UserExamples(make_examples(dataset, shapes), users, most_records=8, most_users=most_users)
-        found: list[Gradients] = []
+        gradients_by_record: list[Gradients] = []
         with record_gradients(model) as gradients:
             for batch in by_user.batch_units([users[user] for user in chosen]):
-                each = UserGradients(gradients).compute_gradients(batch)
-                found += [{name: one[user].clone() for name, one in each.items()} for user in range(len(batch))]
-        return dict(zip(chosen, found, strict=True))
+                user_means = UserGradients(gradients).compute_gradients(batch)
+                gradients_by_record += [
+                    {name: gradient[user].clone() for name, gradient in user_means.items()}
+                    for user in range(len(batch))
+                ]
+        return dict(zip(chosen, gradients_by_record, strict=True))
 
     expected = compute_means(list(range(7)), 64)
     for chosen, most_users in (([3], 64), ([6, 1], 1), ([2, 3, 4, 5], 2), ([6, 5, 4, 3, 2, 1, 0], 64)):
         for user, mean in compute_means(chosen, most_users).items():
             assert are_same_bits(mean, expected[user]), (user, chosen, most_users)
-            alone, beside = (
-                compute_clipped_contributions({name: value[None] for name, value in one.items()}, 0.1)
-                for one in (mean, expected[user])
+            separate, in_batch = (
+                compute_clipped_contributions({name: value[None] for name, value in gradient.items()}, 0.1)
+                for gradient in (mean, expected[user])
             )
-            assert are_same_bits(alone, beside)
+            assert are_same_bits(separate, in_batch)
 
 
 def build_packaged(path: str, task: str, *, dtype: Any = "float32") -> TaskModel:

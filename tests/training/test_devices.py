@@ -56,13 +56,13 @@ class Room:
         return [int(process.pid or 0) for process, _ in self.devices.prepare_workers()._members]
 
 
-def start_devices(spec: TaskModelSpec, count: int, *, others: TaskModelSpec | None = None) -> Room:
+def start_devices(spec: TaskModelSpec, count: int, *, other_spec: TaskModelSpec | None = None) -> Room:
     runtime = RuntimeSpec(device="cpu", num_devices=count, num_threads=1)
     model = prepare_model(lambda: build_task_model(spec), runtime, max_length=15)
     trial = DeviceTrial(
         shapes=SHAPES, keeps_states=model.has_frozen_prefix, max_grad_norm=MAX_GRAD_NORM, pad_id=0, weights_chosen=True
     )
-    devices = Devices(model, others or spec, runtime, max_length=15)
+    devices = Devices(model, other_spec or spec, runtime, max_length=15)
     devices.start_trials(trial, trial.run_trial(model, 7))
     devices.prepare_workers()
     return Room(model, devices)
@@ -84,10 +84,10 @@ def fork_from_one_import() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def rooms() -> Iterator[dict[str, Room]]:
     """Rooms with two and three devices, shared by the tests."""
-    made = {kind: start_devices(KINDS[kind], count) for kind, count in (("cached states", 3), ("a reference", 2))}
-    yield made
-    for room in made.values():
-        room.devices._workers.end()
+    setups = {kind: start_devices(KINDS[kind], count) for kind, count in (("cached states", 3), ("a reference", 2))}
+    yield setups
+    for crew_room in setups.values():
+        crew_room.devices._workers.end()
 
 
 @pytest.fixture(params=KINDS)
@@ -110,27 +110,27 @@ def make_units(spec: TaskModelSpec, count: int, unit: str = "record", *, seed: i
 
 
 def run_round(
-    room: Room, units: Any, *, number: int = 1, start: Adapter | None = None, rank: int | None = None
+    crew_room: Room, units: Any, *, number: int = 1, start: Adapter | None = None, rank: int | None = None
 ) -> Adapter:
     planned = replace(make_work().plan, unit=units.unit, local_steps=3)
-    if room.model.has_frozen_prefix:
-        units.cache_frozen_states(room.model)
-    units.cache_reference(room.model)
+    if crew_room.model.has_frozen_prefix:
+        units.cache_frozen_states(crew_room.model)
+    units.cache_reference(crew_room.model)
     work = make_work(round=number, plan=planned, declared_size=30, rank=rank)
-    return release_round(room.model, units, work, adapter=start or FIRST[room.model.spec])
+    return release_round(crew_room.model, units, work, adapter=start or FIRST[crew_room.model.spec])
 
 
 FIRST = {spec: Adapter.from_task_model(build_task_model(spec)) for spec in KINDS.values()}
 
 
-def divide_units(room: Room, count: int = 41, unit: str = "record") -> DividedUnits:
-    return room.devices.divide_units(make_units(room.model.spec, count, unit), max_grad_norm=MAX_GRAD_NORM)
+def divide_units(crew_room: Room, count: int = 41, unit: str = "record") -> DividedUnits:
+    return crew_room.devices.divide_units(make_units(crew_room.model.spec, count, unit), max_grad_norm=MAX_GRAD_NORM)
 
 
 def has_ended(pid: int, *, within_s: float = 20.0) -> bool:
     """Whether a process ends in time; a zombie process counts as ended."""
-    until = time.monotonic() + within_s
-    while time.monotonic() < until:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
                 return True
@@ -144,36 +144,36 @@ def has_ended(pid: int, *, within_s: float = 20.0) -> bool:
 @pytest.mark.parametrize("unit", ["record", "user"])
 @pytest.mark.parametrize("count", [41, 2, 0])
 def test_several_devices_release_the_same_result_as_a_single_device(room: Room, unit: str, count: int) -> None:
-    here, there = make_units(room.model.spec, count, unit), divide_units(room, count, unit)
-    first = run_round(room, here)
-    assert run_round(room, there).digest() == first.digest()
-    second = run_round(room, here, number=2, start=first)
-    assert run_round(room, there, number=2, start=first).digest() == second.digest()
+    local_units, distributed = make_units(room.model.spec, count, unit), divide_units(room, count, unit)
+    first = run_round(room, local_units)
+    assert run_round(room, distributed).digest() == first.digest()
+    second = run_round(room, local_units, number=2, start=first)
+    assert run_round(room, distributed, number=2, start=first).digest() == second.digest()
     assert count == 0 or second.digest() != first.digest()
 
 
 def test_several_devices_train_the_rank_of_the_site(three_devices: Room) -> None:
-    here, there = make_units(three_devices.model.spec, 41), divide_units(three_devices)
-    part = run_round(three_devices, here, rank=1)
+    local_units, distributed = make_units(three_devices.model.spec, 41), divide_units(three_devices)
+    part = run_round(three_devices, local_units, rank=1)
     assert part.num_values < FIRST[three_devices.model.spec].num_values
-    assert run_round(three_devices, there, rank=1).digest() == part.digest()
+    assert run_round(three_devices, distributed, rank=1).digest() == part.digest()
 
 
 def test_every_device_contributes_to_the_sum(three_devices: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = divide_units(three_devices)
+    distributed = divide_units(three_devices)
     counted: list[int] = []
     answers = three_devices.devices._workers.collect_answers
 
     def note_answers() -> list[Any]:
-        found = answers()
-        counted.extend(one[0] for one in found if isinstance(one, tuple))
-        return found
+        answers_seen = answers()
+        counted.extend(answer[0] for answer in answers_seen if isinstance(answer, tuple))
+        return answers_seen
 
     monkeypatch.setattr(three_devices.devices._workers, "collect_answers", note_answers)
-    run_round(three_devices, there)
+    run_round(three_devices, distributed)
     assert len(counted) == 3 * 2, "three steps on each of the two other devices"
     assert min(counted) > 0
-    assert len(there._own) == 14
+    assert len(distributed._own) == 14
 
 
 @given(count=st.integers(0, 60), ranks=st.integers(1, 7), seed=st.integers(0, 99))
@@ -183,30 +183,30 @@ def test_each_unit_is_on_one_device_with_all_records(count: int, ranks: int, see
     for units in (examples, by_user):
         shares = [units.select_shard(rank, ranks, "cpu") for rank in range(ranks)]
         assert sum(len(own) for own, _ in shares) == len(units)
-        everything = np.concatenate([records for _, records in shares])
-        assert sorted(everything.tolist()) == list(range(count)), "each record must be on one device"
+        all_records = np.concatenate([records for _, records in shares])
+        assert sorted(all_records.tolist()) == list(range(count)), "each record must be on one device"
         for own, records in shares:
             assert (np.diff(records) > 0).all()
             assert own.num_tokens == sum(examples._dataset.lengths[records]) if isinstance(own, SiteExamples) else True
     for user, records in enumerate(by_user._users):
-        _, there = by_user.select_shard(assign_device(user, ranks), ranks, "cpu")
-        assert set(records.tolist()) <= set(there.tolist()), "a user's records must be on one device"
+        _, distributed = by_user.select_shard(assign_device(user, ranks), ranks, "cpu")
+        assert set(records.tolist()) <= set(distributed.tolist()), "a user's records must be on one device"
 
 
 def test_missing_unit_is_detected(three_devices: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = divide_units(three_devices)
-    by_rank = there._split_by_rank
-    monkeypatch.setattr(there, "_split_by_rank", lambda *about: [each[:-1] for each in by_rank(*about)])
+    distributed = divide_units(three_devices)
+    by_rank = distributed._split_by_rank
+    monkeypatch.setattr(distributed, "_split_by_rank", lambda *options: [shard[:-1] for shard in by_rank(*options)])
     with pytest.raises(AssertionError, match="each sampled unit must be counted exactly once"):
-        run_round(three_devices, there)
-    monkeypatch.setattr(there, "_split_by_rank", lambda *about: [by_rank(*about)[0]] * 3)
+        run_round(three_devices, distributed)
+    monkeypatch.setattr(distributed, "_split_by_rank", lambda *options: [by_rank(*options)[0]] * 3)
     with pytest.raises((AssertionError, RunError)):
-        run_round(three_devices, there)
+        run_round(three_devices, distributed)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("number", "message"),
     [
         (signal.SIGKILL, "its process ended .*nothing is released in this round"),
         (signal.SIGSTOP, "no answer in 1 s.*nothing is released in this round"),
@@ -214,48 +214,48 @@ def test_missing_unit_is_detected(three_devices: Room, monkeypatch: pytest.Monke
     ids=["dies", "hangs"],
 )
 def test_failed_or_hung_device_ends_only_the_current_round(
-    three_devices: Room, monkeypatch: pytest.MonkeyPatch, number: int, said: str
+    three_devices: Room, monkeypatch: pytest.MonkeyPatch, number: int, message: str
 ) -> None:
-    there = divide_units(three_devices)
+    distributed = divide_units(three_devices)
     expected = run_round(three_devices, make_units(three_devices.model.spec, 41))
-    pids, steps, own_cut = three_devices.pids, [], there._own.batch_units
+    pids, steps, own_cut = three_devices.pids, [], distributed._own.batch_units
 
-    def fail_in_second_step(drawn: Any) -> Any:
-        steps.append(len(drawn))
+    def fail_in_second_step(sampled: Any) -> Any:
+        steps.append(len(sampled))
         if len(steps) == 2:
             monkeypatch.setattr(devices_module, "HEARTBEAT_TIMEOUT_S", 90.0 if number == signal.SIGKILL else 1.0)
             os.kill(pids[1], number)
-        return own_cut(drawn)
+        return own_cut(sampled)
 
     with monkeypatch.context() as patched:
-        patched.setattr(there._own, "batch_units", fail_in_second_step)
-        with pytest.raises(RunError, match=said):
-            run_round(three_devices, there)
+        patched.setattr(distributed._own, "batch_units", fail_in_second_step)
+        with pytest.raises(RunError, match=message):
+            run_round(three_devices, distributed)
     assert len(steps) == 2, "no further step may run"
     assert all(has_ended(pid) for pid in pids)
     monkeypatch.setattr(devices_module, "HEARTBEAT_TIMEOUT_S", 90.0)
-    assert run_round(three_devices, there).digest() == expected.digest()
+    assert run_round(three_devices, distributed).digest() == expected.digest()
     assert not set(pids) & set(three_devices.pids)
 
 
 def test_long_computation_is_not_treated_as_a_hang(three_devices: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     """The assignment of long records determines the duration, and no record may decide whether a round succeeds."""
-    crew = three_devices.devices.prepare_workers()
-    process, pipe = crew._members[0]
+    workers = three_devices.devices.prepare_workers()
+    process, pipe = workers._members[0]
     monkeypatch.setattr(devices_module, "HEARTBEAT_TIMEOUT_S", 0.5)
-    ours, theirs = multiprocessing.Pipe()
+    own_end, other_end = multiprocessing.Pipe()
 
     def work_slowly() -> None:
         for _ in range(4):
             time.sleep(0.2)
-            theirs.send((devices_module._AT_WORK, None))
-        theirs.send((True, "done"))
+            other_end.send((devices_module._AT_WORK, None))
+        other_end.send((True, "done"))
 
     with monkeypatch.context() as patched:
-        patched.setattr(crew, "_members", [(process, ours), *crew._members[1:]])
+        patched.setattr(workers, "_members", [(process, own_end), *workers._members[1:]])
         threading.Thread(target=work_slowly).start()
-        assert crew._answer(1) == "done"
-    assert crew._members[0] == (process, pipe)
+        assert workers._answer(1) == "done"
+    assert workers._members[0] == (process, pipe)
     # A device reports progress after each micro-batch.
     units, signs = make_units(three_devices.model.spec, 41), Mock()
     device = _Device(three_devices.model, signs)
@@ -269,16 +269,16 @@ def test_long_computation_is_not_treated_as_a_hang(three_devices: Room, monkeypa
 def test_failure_on_the_first_device_discards_the_whole_step(
     three_devices: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there = divide_units(three_devices)
+    distributed = divide_units(three_devices)
     expected = run_round(three_devices, make_units(three_devices.model.spec, 41))
     monkeypatch.setattr(devices_module, "HEARTBEAT_TIMEOUT_S", 90.0)
 
     with monkeypatch.context() as patched:
-        patched.setattr(there._own, "batch_units", Mock(side_effect=MemoryError))
+        patched.setattr(distributed._own, "batch_units", Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
-            run_round(three_devices, there)
+            run_round(three_devices, distributed)
     assert three_devices.devices._workers.is_broken, "the other devices' sums of this step must be discarded"
-    assert run_round(three_devices, there).digest() == expected.digest()
+    assert run_round(three_devices, distributed).digest() == expected.digest()
 
 
 @pytest.mark.nightly
@@ -298,9 +298,9 @@ def test_failed_device_comparison_is_remembered(monkeypatch: pytest.MonkeyPatch)
 
 def test_device_with_different_gradients_is_refused() -> None:
     spec = KINDS["cached states"]
-    others = replace(spec, model=replace(spec.model, dtype="bfloat16"))
+    other_spec = replace(spec, model=replace(spec.model, dtype="bfloat16"))
     with pytest.raises(ConfigError, match=r"runtime\.num_devices = 2: must be 1 on this machine"):
-        start_devices(spec, 2, others=others)
+        start_devices(spec, 2, other_spec=other_spec)
 
 
 @pytest.mark.nightly
@@ -312,9 +312,9 @@ def test_device_processes_end_with_their_parent() -> None:
         "print(*room.pids, flush=True)\n"
         "sys.stdin.read()\n"
     )
-    about = {"env": os.environ | {"PYTHONPATH": str(REPOSITORY)}, "cwd": REPOSITORY, "text": True}
+    options = {"env": os.environ | {"PYTHONPATH": str(REPOSITORY)}, "cwd": REPOSITORY, "text": True}
     command = [sys.executable, "-c", code]
-    with Forked(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **about) as process:
+    with Forked(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options) as process:
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert pids
         process.kill()
@@ -327,13 +327,13 @@ def test_unused_units_are_freed_and_device_errors_are_reported(three_devices: Ro
     number = first._number
     del first
     run_round(three_devices, divide_units(three_devices, 9))
-    crew = three_devices.devices.prepare_workers()
-    crew.ask_all(_Device.cache_reference, number)
+    workers = three_devices.devices.prepare_workers()
+    workers.ask_all(_Device.cache_reference, number)
     with pytest.raises(RunError, match=f"device 1: KeyError: {number}"):
-        crew.collect_answers()
-    assert crew.is_broken
+        workers.collect_answers()
+    assert workers.is_broken
     with pytest.raises(RunError, match="a device on this machine failed"):
-        crew.ask_all(_Device.cache_reference, 0)
+        workers.ask_all(_Device.cache_reference, 0)
 
 
 def test_unavailable_gpu_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,6 +341,6 @@ def test_unavailable_gpu_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(machine, "find_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     two = choose_run_devices(RuntimeSpec(num_devices=2))
-    assert [str(place) for place in two] == ["cuda", "cuda:1"]
+    assert [str(device) for device in two] == ["cuda", "cuda:1"]
     with pytest.raises(ConfigError, match=r"runtime\.num_devices = 3: must be at most 2"):
         choose_run_devices(RuntimeSpec(num_devices=3))

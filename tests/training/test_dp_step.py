@@ -63,9 +63,10 @@ def compute_plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Te
 
 def log_probability(model: Any, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the summed log-probability of a text's supervised tokens."""
-    each = model.base(input_ids=ids).logits[0].log_softmax(dim=-1)
+    gradients = model.base(input_ids=ids).logits[0].log_softmax(dim=-1)
     return sum(
-        (each[place - 1, target] for place, target in enumerate(targets) if place and target != -100), each.sum() * 0.0
+        (gradients[index - 1, target] for index, target in enumerate(targets) if index and target != -100),
+        gradients.sum() * 0.0,
     )
 
 
@@ -77,15 +78,21 @@ def compute_loop_gradient(model: TaskModel, dataset: TextDataset, index: int) ->
 
 def require_sums_of_a_loop(model: TaskModel, dataset: TextDataset, **cut: Any) -> None:
     """Require that the clipped sum matches a loop, for any cut into micro-batches; only some examples are clipped."""
-    alone = [compute_loop_gradient(model, dataset, place) for place in range(len(dataset))]
-    norms = [float(np.sqrt(sum(np.sum(np.square(one)) for one in each.values()))) for each in alone]
+    references = [compute_loop_gradient(model, dataset, index) for index in range(len(dataset))]
+    norms = [
+        float(np.sqrt(sum(np.sum(np.square(gradient)) for gradient in gradients.values()))) for gradients in references
+    ]
     clip = float(np.median([norm for norm in norms if norm]))
     assert SMALLEST_NORM < clip < max(norms), "some gradients must be clipped, and some not"
     factors = [min(1.0, clip / norm) if norm else 1.0 for norm in norms]
     for max_tokens in (1, 40, 10_000):
         found = sum_examples(model, make_examples(dataset, max_tokens=max_tokens, **cut), clip)
         for name, total in found.items():
-            looped = sum(factor * each[name] for factor, each in zip(factors, alone, strict=True)) / clip * CELLS
+            looped = (
+                sum(factor * gradients[name] for factor, gradients in zip(factors, references, strict=True))
+                / clip
+                * CELLS
+            )
             assert np.abs(total.numpy() - looped).max() <= 1e-5 * CELLS * len(dataset), (name, max_tokens)
 
 
@@ -99,30 +106,30 @@ def test_clipped_sum_matches_a_loop_for_any_micro_batching(path: str, task: str)
 @kinds
 def test_unclipped_noiseless_step_matches_plain_peft_training(path: str, task: str, optimizer: str) -> None:
     clip = UNCLIPPED[task]
-    dataset, half = make_dummy_examples(task), make_plan(sampling_rate=0.5, max_grad_norm=clip)
+    dataset, plan = make_dummy_examples(task), make_plan(sampling_rate=0.5, max_grad_norm=clip)
     # With larger steps, gradients of cosines exceed the clip norm or vanish.
     rate = 0.01 if dataset.texts > 1 else 0.05
     settings = {"optimizer": optimizer, "learning_rate": rate, "weight_decay": 0.01}
     private = build_trained(path, task)
     before = {name: p.detach().clone() for name, p in private.trainable().items()}
-    after = take_private_steps(private, make_records(dataset, declared_size=14), half, steps=4, **settings)
+    after = take_private_steps(private, make_records(dataset, declared_size=14), plan, steps=4, **settings)
 
     model = build_trained(path, task)
     parameters = list(model.trainable().values())
-    plain = {
+    expected = {
         "sgd": lambda: torch.optim.SGD(parameters, lr=rate, weight_decay=0.01),
         "adamw": lambda: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01),
     }[optimizer]()
     sampling = SeededRandomness(1).stream("sampling")
     smallest = {name: torch.full_like(parameter, torch.inf) for name, parameter in model.trainable().items()}
     for _ in range(4):
-        plain.zero_grad()
+        expected.zero_grad()
         chosen = draw_poisson_sample(len(dataset), 0.5, sampling)
         assert len(chosen)
         (sum(compute_plain_loss(model, dataset, int(index)) for index in chosen) / (0.5 * 14)).backward()
         for name, parameter in model.trainable().items():
             smallest[name] = torch.minimum(smallest[name], parameter.grad.abs())
-        plain.step()
+        expected.step()
     compared = []
     for name, parameter in model.trainable().items():
         assert not torch.equal(after[name], before[name]), name
@@ -138,10 +145,10 @@ def test_optimizer_clipping_and_sum_use_the_same_tensors(monkeypatch: pytest.Mon
     parameters = build_trained().trainable()
     assert_same_tensors(parameters, make_optimizer(parameters, TrainingSpec()))
     without_head = {name: p for name, p in parameters.items() if name != "head.weight"}
-    more = parameters | {"buffer": torch.nn.Parameter(torch.zeros(1))}
-    for other in (without_head, more):
+    with_buffer = parameters | {"buffer": torch.nn.Parameter(torch.zeros(1))}
+    for wrong_parameters in (without_head, with_buffer):
         with pytest.raises(AssertionError, match="stepped tensors and clipped tensors differ"):
-            assert_same_tensors(parameters, make_optimizer(other, TrainingSpec()))
+            assert_same_tensors(parameters, make_optimizer(wrong_parameters, TrainingSpec()))
     cut = Mock(side_effect=AssertionError("records were read"))
     monkeypatch.setattr(conftest, "make_optimizer", lambda _, spec: make_optimizer(without_head, spec))
     with pytest.raises(AssertionError, match="stepped tensors"):

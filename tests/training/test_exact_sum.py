@@ -48,8 +48,8 @@ def make_dummy_gradients(draws: np.random.Generator, kind: str, size: float, uni
     elif kind == "largest":
         values = np.sign(values) * draws.choice([1e29, 1e30, 3e30, 3.4e38], size=(units, 1))
     elif kind == "odd":
-        odd = draws.choice([np.nan, np.inf, -np.inf, 1e38, 0.0], size=(units, count))
-        values = np.where(draws.random((units, count)) < 0.05, odd, values)
+        special = draws.choice([np.nan, np.inf, -np.inf, 1e38, 0.0], size=(units, count))
+        values = np.where(draws.random((units, count)) < 0.05, special, values)
     elif kind == "steps of a cell":
         values = np.round(values / size * 64) / CELLS * size
     with np.errstate(over="ignore"):
@@ -71,8 +71,8 @@ def sum_gradients(gradients: dict[str, torch.Tensor], clip: float) -> Cells:
     return sums
 
 
-def are_equal(left: Cells, right: Cells) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+def are_equal(left: Cells, compute_norms: Cells) -> bool:
+    return left.keys() == compute_norms.keys() and all(torch.equal(left[name], compute_norms[name]) for name in left)
 
 
 @pytest.mark.parametrize("clip", CLIPS)
@@ -81,12 +81,12 @@ def test_unit_contribution_never_exceeds_the_clip_norm(kind: str, clip: float) -
     draws = np.random.default_rng(1)
     longest = 0
     for relative in (1e-9, 1e-3, 1.0, 1 + 1e-6, 1 + 1e-7, 1e3, 1e9):
-        each = compute_clipped_contributions(
+        contributions = compute_clipped_contributions(
             split_tensors(make_dummy_gradients(draws, kind, clip * relative, 64)), clip
         )
-        found = compute_squares(each)
-        assert max(found) <= CELLS**2
-        longest = max(longest, *found)
+        squares = compute_squares(contributions)
+        assert max(squares) <= CELLS**2
+        longest = max(longest, *squares)
     # Gradients that can reach the bound must reach it, or the test would prove nothing.
     reaches = {"denormal": False, "largest": True, "steps of a cell": clip * 1e9 / CELLS > clip}
     if clip >= SMALLEST_NORM and reaches.get(kind, True):
@@ -115,17 +115,20 @@ def test_removing_a_unit_changes_the_sum_by_exactly_its_contribution(
 ) -> None:
     draws = np.random.default_rng(seed)
     values = make_dummy_gradients(draws, kind, clip * relative, units)
-    gone = int(draws.integers(units))
-    with_it, without = (sum_gradients(split_tensors(each), clip) for each in (values, np.delete(values, gone, axis=0)))
-    own = compute_clipped_contributions(split_tensors(values[gone : gone + 1]), clip)
-    moved = {name: with_it[name] - without[name] for name in with_it}
-    assert are_equal(moved, {name: own[name].to(torch.int64).reshape(SHAPES[name]) for name in own})
-    assert compute_squares({name: one[None] for name, one in moved.items()})[0] <= CELLS**2
+    removed = int(draws.integers(units))
+    with_record, without_record = (
+        sum_gradients(split_tensors(contributions), clip)
+        for contributions in (values, np.delete(values, removed, axis=0))
+    )
+    contribution = compute_clipped_contributions(split_tensors(values[removed : removed + 1]), clip)
+    change = {name: with_record[name] - without_record[name] for name in with_record}
+    assert are_equal(change, {name: contribution[name].to(torch.int64).reshape(SHAPES[name]) for name in contribution})
+    assert compute_squares({name: value[None] for name, value in change.items()})[0] <= CELLS**2
     sums = empty()
     for part in np.split(draws.permutation(units), sorted(cut for cut in cuts if cut < units)):
         if len(part):
             add_clipped(sums, split_tensors(values[part]), clip)
-    assert are_equal(sums, with_it), "order and batching must not change a cell"
+    assert are_equal(sums, with_record), "order and batching must not change a cell"
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -135,16 +138,19 @@ def test_contribution_does_not_depend_on_the_number_of_rows(threads: int, values
     torch.set_num_threads(threads)  # restored by an autouse fixture
     generator = torch.Generator().manual_seed(2)
     gradient = torch.randn((13, values), generator=generator)
-    many = {str(number): torch.randn((40, 50), generator=generator) * 3.0**-number for number in range(26)}
-    of_each = {"a": gradient, "b": gradient[:, :7] * 3}
-    each, norms = compute_clipped_contributions(of_each, 0.5), dp_step._compute_joint_norms(many)
+    many_tensors = {str(number): torch.randn((40, 50), generator=generator) * 3.0**-number for number in range(26)}
+    example_gradients = {"a": gradient, "b": gradient[:, :7] * 3}
+    contributions, norms = (
+        compute_clipped_contributions(example_gradients, 0.5),
+        dp_step._compute_joint_norms(many_tensors),
+    )
     for rows in (1, 2, 3, 4, 7, 12):
         for start in {0, 1, 13 - rows}:
             part = slice(start, start + rows)
-            fewer = compute_clipped_contributions({name: one[part] for name, one in of_each.items()}, 0.5)
-            assert all(torch.equal(fewer[name], one[part]) for name, one in each.items())
+            fewer = compute_clipped_contributions({name: value[part] for name, value in example_gradients.items()}, 0.5)
+            assert all(torch.equal(fewer[name], value[part]) for name, value in contributions.items())
             assert torch.equal(
-                dp_step._compute_joint_norms({name: one[part] for name, one in many.items()}), norms[part]
+                dp_step._compute_joint_norms({name: value[part] for name, value in many_tensors.items()}), norms[part]
             )
 
 
@@ -158,8 +164,8 @@ def test_contribution_does_not_depend_on_memory_layout(rows: int, monkeypatch: p
     by_column = gradient[:rows].t().contiguous().t()
     shifted = torch.empty(rows * 40_000 + 1)[1:].view(rows, -1).copy_(gradient[:rows])
     every_other = torch.stack([gradient, gradient], dim=1).flatten(0, 1)[::2][:rows]
-    for other in (by_column, shifted, every_other):
-        assert torch.equal(compute_clipped_contributions({"a": other}, 0.5)["a"], expected[:rows])
+    for variant in (by_column, shifted, every_other):
+        assert torch.equal(compute_clipped_contributions({"a": variant}, 0.5)["a"], expected[:rows])
     assert all(call.args[0].is_contiguous() for call in checked.call_args_list)
 
 
@@ -184,33 +190,35 @@ def test_user_changes_the_sum_by_only_its_contribution(
             add_clipped(sums, UserGradients(table).compute_gradients(batch), clip)
         return sums
 
-    everyone = list(range(len(sizes)))
-    whole, gone = sum_users(everyone), int(draws.integers(len(sizes)))
-    assert are_equal(whole, sum_users(everyone[::-1]))
-    rest, own = sum_users([user for user in everyone if user != gone]), sum_users([gone])
-    assert are_equal(own, {name: whole[name] - rest[name] for name in whole})
-    assert np.isfinite(values[users[gone]]).all() or not any(one.any() for one in own.values()), "NaN must count as 0"
-    assert compute_squares({name: one[None] for name, one in own.items()})[0] <= CELLS**2
+    all_users = list(range(len(sizes)))
+    total, removed = sum_users(all_users), int(draws.integers(len(sizes)))
+    assert are_equal(total, sum_users(all_users[::-1]))
+    remaining, contribution = sum_users([user for user in all_users if user != removed]), sum_users([removed])
+    assert are_equal(contribution, {name: total[name] - remaining[name] for name in total})
+    assert np.isfinite(values[users[removed]]).all() or not any(value.any() for value in contribution.values()), (
+        "NaN must count as 0"
+    )
+    assert compute_squares({name: value[None] for name, value in contribution.items()})[0] <= CELLS**2
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
-def test_sum_equals_its_contributions_despite_non_finite_gradients(bad: float) -> None:
+@pytest.mark.parametrize("bad_value", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_sum_equals_its_contributions_despite_non_finite_gradients(bad_value: float) -> None:
     """A sum processes one tensor at a time, and drops units only after the last tensor."""
     gradients = split_tensors(np.random.default_rng(6).normal(size=(9, sum(SIZES.values()))).astype(np.float32))
-    gradients["base.lora_B.weight"][2, 3] = gradients["base.lora_A.weight"][7, 0, 0] = bad
+    gradients["base.lora_B.weight"][2, 3] = gradients["base.lora_A.weight"][7, 0, 0] = bad_value
     for clip in (0.5, 1e-9, 100.0):
         sums = sum_gradients(gradients, clip)
-        for name, each in compute_clipped_contributions(gradients, clip).items():
-            assert torch.equal(sums[name].ravel(), each.sum(dim=0).to(torch.int64)), name
+        for name, contributions in compute_clipped_contributions(gradients, clip).items():
+            assert torch.equal(sums[name].ravel(), contributions.sum(dim=0).to(torch.int64)), name
 
 
 def test_overlong_contribution_is_dropped_without_affecting_other_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = {"a": torch.randn(6, 50, generator=torch.Generator().manual_seed(2))}
-    right = dp_step._compute_joint_norms
+    compute_norms = dp_step._compute_joint_norms
 
-    def shorten_one(some: Any) -> torch.Tensor:
-        found = right(some)
-        return torch.where(torch.arange(len(found)) == 3, 0.5 * found, found) if len(found) == 6 else found
+    def shorten_one(norms: Any) -> torch.Tensor:
+        squares = compute_norms(norms)
+        return torch.where(torch.arange(len(squares)) == 3, 0.5 * squares, squares) if len(squares) == 6 else squares
 
     expected = compute_clipped_contributions(gradients, 0.1)["a"]
     monkeypatch.setattr(dp_step, "_compute_joint_norms", shorten_one)

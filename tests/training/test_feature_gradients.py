@@ -53,7 +53,7 @@ def make_spec(task: str, hidden: tuple[int, ...] = (), *, seed: int = 3, wider: 
         labels=() if task in ("regression", "survival") else LABELS,
         target_range=(0.0, 4.0) if task == "regression" else None,
         input="features",
-        values=(*(value for one in FEATURES for value in one.iter_value_names()), *map(str, range(wider))),
+        values=(*(value for feature in FEATURES for value in feature.iter_value_names()), *map(str, range(wider))),
         seed=seed,
     )
 
@@ -74,16 +74,16 @@ def make_records(model: TaskModel, count: int) -> TextDataset:
 def require_gradients_of_a_loop(model: TaskModel, dataset: TextDataset, *, rtol: float, atol: float) -> Gradients:
     """Require that the gradients of all examples, none of them zero, match the gradients of single examples."""
     count = len(dataset)
-    found = record_example_gradients(model, collate(dataset, range(count), pad_id=0).to(DEVICE))
-    assert list(found) == list(model.trainable())
-    assert all(one.any() for one in found.values())
-    for place in range(count):
-        alone = model.losses(collate(dataset, [place], pad_id=0).to(DEVICE)).sum()
-        each = torch.autograd.grad(alone, list(model.trainable().values()))
-        largest = max(1.0, *(float(one.abs().max()) for one in each))  # the scale of rounding errors
-        for (name, _), one in zip(model.trainable().items(), each, strict=True):
-            torch.testing.assert_close(found[name][place], one, rtol=rtol, atol=atol * largest)
-    return found
+    gradients = record_example_gradients(model, collate(dataset, range(count), pad_id=0).to(DEVICE))
+    assert list(gradients) == list(model.trainable())
+    assert all(feature.any() for feature in gradients.values())
+    for index in range(count):
+        loss = model.losses(collate(dataset, [index], pad_id=0).to(DEVICE)).sum()
+        reference = torch.autograd.grad(loss, list(model.trainable().values()))
+        largest = max(1.0, *(float(feature.abs().max()) for feature in reference))  # the scale of rounding errors
+        for (name, _), feature in zip(model.trainable().items(), reference, strict=True):
+            torch.testing.assert_close(gradients[name][index], feature, rtol=rtol, atol=atol * largest)
+    return gradients
 
 
 @tasks
@@ -91,8 +91,8 @@ def require_gradients_of_a_loop(model: TaskModel, dataset: TextDataset, *, rtol:
 def test_feature_model_gradients_match_a_loop_and_pass_the_trial(task: str, hidden: tuple[int, ...]) -> None:
     model = build_trained(make_spec(task, hidden))
     dataset = make_records(model, 7)
-    found = require_gradients_of_a_loop(model, dataset, rtol=1e-5, atol=1e-6)
-    assert len(found) == 2 * (len(hidden) + 1), "each layer must have a weight and a bias"
+    gradients = require_gradients_of_a_loop(model, dataset, rtol=1e-5, atol=1e-6)
+    assert len(gradients) == 2 * (len(hidden) + 1), "each layer must have a weight and a bias"
     # The preflight must also find that no record affects another.
     shapes = replace(choose_micro_batch_shapes(model, RUNTIME, max_length=1), max_tokens=128)
     require_nothing_moved(model, shapes, keeps_states=False, weights_chosen=False)
@@ -126,11 +126,11 @@ def test_trial_detects_a_head_that_mixes_its_batch(monkeypatch: pytest.MonkeyPat
 
 
 def test_new_feature_model_has_zero_logits_and_is_determined_by_its_seed() -> None:
-    model, again, other = (build_task_model(make_spec("ordinal", (8,), seed=seed)) for seed in (1, 1, 2))
+    model, repeated, other_seed = (build_task_model(make_spec("ordinal", (8,), seed=seed)) for seed in (1, 1, 2))
     assert (
         Adapter.from_task_model(model).digest()
-        == Adapter.from_task_model(again).digest()
-        != Adapter.from_task_model(other).digest()
+        == Adapter.from_task_model(repeated).digest()
+        != Adapter.from_task_model(other_seed).digest()
     )
     assert not model.logits(collate(make_records(model, 4), range(4), pad_id=0)).any()
 
@@ -140,30 +140,43 @@ def test_invalid_feature_record_does_not_change_the_sum(monkeypatch: pytest.Monk
     spec, reader = make_data(*FEATURES, labels=("one", "two", "three")), NoTokenizer()
     draws = np.random.default_rng(1)
     rows = [
-        Record({f"feature:{name}": one.generate_dummies(draws.integers) for one in FEATURES for name in one.columns})
+        Record(
+            {
+                f"feature:{name}": feature.generate_dummies(draws.integers)
+                for feature in FEATURES
+                for name in feature.columns
+            }
+        )
         for _ in range(4)
     ]
-    good = [Record({**row.fields, "label": "two"}) for row in rows]
-    bad = Record({**good[1].fields, "feature:states": "[1, 2]"})
-    assert model.task.record_validator(spec)(bad) is not None
-    require_nothing_added(model, bad, good, reader, spec, monkeypatch)
+    good_records = [Record({**row.fields, "label": "two"}) for row in rows]
+    bad_record = Record({**good_records[1].fields, "feature:states": "[1, 2]"})
+    assert model.task.record_validator(spec)(bad_record) is not None
+    require_nothing_added(model, bad_record, good_records, reader, spec, monkeypatch)
 
 
 def require_nothing_added(
-    model: TaskModel, bad: Record, good: list[Record], reader: Any, spec: DataSpec, monkeypatch: pytest.MonkeyPatch
+    model: TaskModel,
+    bad_record: Record,
+    good_records: list[Record],
+    reader: Any,
+    spec: DataSpec,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Require that a bad record adds nothing, and that the other three records' contributions do not change."""
     task = model.task
-    assert [task.record_validator(spec)(one) for one in good] == [None] * 4
+    assert [task.record_validator(spec)(feature) for feature in good_records] == [None] * 4
     with monkeypatch.context() as patched:  # as if validation had accepted it
         patched.setattr(type(task), "record_validator", lambda self, data: lambda record: None)
-        mixed = task.tokenize([good[0], bad, *good[2:]], reader, data=spec, lenient_within=1)
-    read = (mixed, task.tokenize(good, reader, data=spec))
-    found, without = (record_example_gradients(model, collate(each, range(4), pad_id=0).to(DEVICE)) for each in read)
-    for name, one in found.items():
-        assert not one[1].any(), name
-        for place in (0, 2, 3):
-            assert torch.equal(one[place], without[name][place])
+        mixed = task.tokenize([good_records[0], bad_record, *good_records[2:]], reader, data=spec, lenient_within=1)
+    tokenized = (mixed, task.tokenize(good_records, reader, data=spec))
+    gradients, expected = (
+        record_example_gradients(model, collate(reference, range(4), pad_id=0).to(DEVICE)) for reference in tokenized
+    )
+    for name, feature in gradients.items():
+        assert not feature[1].any(), name
+        for index in (0, 2, 3):
+            assert torch.equal(feature[index], expected[name][index])
 
 
 Folders, Layers = dict[str, Path], tuple[int, ...] | None
@@ -188,24 +201,28 @@ def test_image_gradients_match_a_loop(folders: Folders, kind: str, task: str) ->
     model = make_image_spec(folders[kind], task)
     dataset = make_records(model, 4)
     assert dataset.lengths.tolist() == [MODELS[kind][2]] * 4
-    found = require_gradients_of_a_loop(model, dataset, rtol=1e-3, atol=1e-5)
-    assert len(found) == 1 + 2 * 2 * 6, "A and B of six linear layers in two blocks, and the head"
+    gradients = require_gradients_of_a_loop(model, dataset, rtol=1e-3, atol=1e-5)
+    assert len(gradients) == 1 + 2 * 2 * 6, "A and B of six linear layers in two blocks, and the head"
 
 
 @kinds
 @pytest.mark.parametrize("layers", [None, (-1,)])
 def test_image_is_bitwise_equal_in_any_batch(folders: Folders, kind: str, layers: Layers) -> None:
     model = make_image_spec(folders[kind], layers=layers)
-    places = MODELS[kind][2]
-    shapes = choose_micro_batch_shapes(model, RUNTIME, max_length=places)
-    most = 60 // places
-    assert (shapes.lengths, shapes.rows(places)[0], shapes.capacity(places, most)) == ((places,), most, most)
+    num_patches = MODELS[kind][2]
+    shapes = choose_micro_batch_shapes(model, RUNTIME, max_length=num_patches)
+    max_images = 60 // num_patches
+    assert (shapes.lengths, shapes.rows(num_patches)[0], shapes.capacity(num_patches, max_images)) == (
+        (num_patches,),
+        max_images,
+        max_images,
+    )
     dataset = make_records(model, 31)
-    everyone = compute_each(model, make_examples(dataset, shapes), np.arange(31))
+    all_gradients = compute_each(model, make_examples(dataset, shapes), np.arange(31))
     examples = make_examples(dataset, shapes, kept_by=model if layers else None)
     require_batch_invariance(model, examples, companies=5)
-    again = compute_each(model, examples, np.arange(31))  # possibly from cached states of the frozen layers
-    assert all(are_same_bits(one, everyone[place]) for place, one in again.items())
+    repeated = compute_each(model, examples, np.arange(31))  # possibly from cached states of the frozen layers
+    assert all(are_same_bits(feature, all_gradients[index]) for index, feature in repeated.items())
     if (kind, layers) in (("dinov2", None), ("vit", (-1,))):  # the trial must detect it, too
         require_nothing_moved(model, shapes, keeps_states=bool(layers))
 
@@ -214,11 +231,13 @@ def test_undecodable_image_does_not_change_the_sum(folders: Folders, monkeypatch
     model = make_image_spec(folders["vit"])
     spec = make_data(columns={"image": "i", "label": "y"}, max_length=5, input="image", labels=LABELS)
     reader = ImageReader(*load_processor(model.spec.model))
-    good = [
-        Record({"image": read_image_field(encode_image(make_picture(seed=place)), "image"), "label": "two"})
-        for place in range(4)
+    good_records = [
+        Record({"image": read_image_field(encode_image(make_picture(seed=index)), "image"), "label": "two"})
+        for index in range(4)
     ]
-    bad = Record({**good[1].fields, "image": read_image_field(encode_image(make_picture(seed=1))[:-40], "image")})
-    fault = model.task.record_validator(spec)(bad)
+    bad_record = Record(
+        {**good_records[1].fields, "image": read_image_field(encode_image(make_picture(seed=1))[:-40], "image")}
+    )
+    fault = model.task.record_validator(spec)(bad_record)
     assert "not a decodable image" in str(fault)
-    require_nothing_added(model, bad, good, reader, spec, monkeypatch)
+    require_nothing_added(model, bad_record, good_records, reader, spec, monkeypatch)

@@ -67,19 +67,21 @@ def test_nf4_gradients_match_autograd_on_the_dequantized_weights(
     formats = ("nf4", "bfloat16", "float32")
     model, coarse, exact = (disable_onednn(build_trained(path, task, dtype=dtype, lora=lora)) for dtype in formats)
     batch = make_micro_batch(make_dummy_examples(task, 8))
-    found, rounded = record_example_gradients(model, batch), record_example_gradients(exact, batch)
-    assert any(not torch.allclose(found[name], rounded[name], rtol=0.01) for name in found), "4 bits must be coarse"
+    gradients, rounded = record_example_gradients(model, batch), record_example_gradients(exact, batch)
+    assert any(not torch.allclose(gradients[name], rounded[name], rtol=0.01) for name in gradients), (
+        "4 bits must be coarse"
+    )
     # A loop alone would prove nothing: layers that pass no gradient to their input would match themselves.
     same = record_example_gradients(dequantize_model(model, coarse), batch)
-    assert all(torch.equal(found[name], same[name]) for name in found)
-    for one in (model, coarse):
-        parameters = one.trainable()
+    assert all(torch.equal(gradients[name], same[name]) for name in gradients)
+    for module in (model, coarse):
+        parameters = module.trainable()
         for row in range(8):
-            losses = one.losses(isolate_example(batch, row))
+            losses = module.losses(isolate_example(batch, row))
             expected = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, expected, strict=True):
                 assert gradient is not None, name
-                assert (found[name][row] - gradient).norm() <= 1e-5 * gradient.norm(), name
+                assert (gradients[name][row] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 @kinds
@@ -100,16 +102,16 @@ def test_trial_replaces_and_restores_nf4_codes(path: str, task: str) -> None:
     def copy_codes() -> Iterator[torch.Tensor]:
         return (one.clone() for layer in layers for one in (layer.codes, layer.scales))
 
-    own, changed = list(copy_codes()), []
+    original, changed = list(copy_codes()), []
 
     def see(_: Any) -> None:
-        changed.append([not torch.equal(one, before) for one, before in zip(copy_codes(), own, strict=True)])
+        changed.append([not torch.equal(one, before) for one, before in zip(copy_codes(), original, strict=True)])
 
     shapes = adapt_shapes_to_device(Shapes.from_limits(max_length=12, max_tokens=48))
     assert max_batch_influence(model, shapes, keeps_states=False, max_grad_norm=0.1, see=see) == 0.0
     assert not any(changed[0]), "the first pass must use its own codes"
     assert all(changed[-1]), "later passes must use random codes in every layer"
-    assert all(map(torch.equal, copy_codes(), own))
+    assert all(map(torch.equal, copy_codes(), original))
     layers[0].register_forward_hook(lambda module, inputs, output: output + output.mean(dim=0) / 8)
     mixed = max_batch_influence(model, shapes, keeps_states=False, max_grad_norm=0.1)
     assert mixed > 0.01, "the trial must detect layers that mix records"

@@ -24,7 +24,7 @@ LONGEST = 14
 RECORDS: dict[str, list[dict[str, Any]]] = yaml.safe_load(
     Path(__file__).with_name("layouts.yaml").read_text(encoding="utf-8")
 )
-GIVEN: dict[str, dict[str, Any]] = {
+DATA_SETTINGS: dict[str, dict[str, Any]] = {
     "chat": {"columns": {"messages": "m"}, "chat_template": "plain"},
     "text": {"columns": {"text": "t"}},
     "scored": {"columns": {"text": "t", "other": "o", "target": "s"}, "target_range": (0.0, 5.0)},
@@ -39,10 +39,10 @@ TASK_OF = {"scored": "embedding", "triplets": "embedding", "prompted": "preferen
 TASK_OF |= {"labels": "multi_label", "tagged": "token_classification", "marked": "token_classification"}
 """Other heads use a language model's layout; test_feature_gradients.py tests the losses of those heads."""
 SETTINGS: dict[str, dict[str, Any]] = {"scored": {"texts": 2}, "triplets": {"texts": 3}, "marked": {"texts": 2}}
-OWN: dict[str, Any] = {"triplets": {"margin": 1.5}, "prompted": {"beta": 2.0}}
-OWN |= {"continued": {"beta": 2.0, "per_token": True}}
+TASK_SETTINGS: dict[str, Any] = {"triplets": {"margin": 1.5}, "prompted": {"beta": 2.0}}
+TASK_SETTINGS |= {"continued": {"beta": 2.0, "per_token": True}}
 SETTINGS |= {"prompted": {"texts": 2}, "continued": {"texts": 2}}
-layouts = pytest.mark.parametrize("layout", GIVEN)
+layouts = pytest.mark.parametrize("layout", DATA_SETTINGS)
 keeping = pytest.mark.parametrize("keeps", [False, True], ids=["uncached", "cached states"])
 
 
@@ -52,15 +52,15 @@ def parse_role(role: str, value: Any) -> str:
 
 
 def make_dataset(layout: str) -> TextDataset:
-    data = DataSpec(dataset="d", train_file="f", declared_sizes=9, max_length=LONGEST, **GIVEN[layout])
-    records = [Record({role: parse_role(role, value) for role, value in one.items()}) for one in RECORDS[layout]]
-    task = get_task(TASK_OF.get(layout, "causal_lm"), OWN.get(layout))
+    data = DataSpec(dataset="d", train_file="f", declared_sizes=9, max_length=LONGEST, **DATA_SETTINGS[layout])
+    records = [Record({role: parse_role(role, value) for role, value in row.items()}) for row in RECORDS[layout]]
+    task = get_task(TASK_OF.get(layout, "causal_lm"), TASK_SETTINGS.get(layout))
     return task.tokenize(records, make_tokenizer(post="[CLS] $A"), data=data, lenient_within=258)
 
 
 def make_layout(layout: str, *, keeps: bool, size: float = 0.2) -> TaskModel:
     task, settings = TASK_OF.get(layout, "causal_lm"), SETTINGS.get(layout, {}) | ({"lora": LAST} if keeps else {})
-    learner = get_task(task, OWN.get(layout))
+    learner = get_task(task, TASK_SETTINGS.get(layout))
     base = "random:bert" if learner.has_head else "random:llama"
     return build_trained(base, task, size=size, task_settings=learner.own, **settings)
 

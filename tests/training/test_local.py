@@ -25,10 +25,10 @@ from .conftest import KINDS, build_fresh, make_dummy_examples, make_examples, ma
 kinds = pytest.mark.parametrize(("path", "task"), KINDS[:4])
 
 
-def watch_cuts(what: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[list[int]]]:
+def watch_cuts(target: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[list[int]]]:
     """Record the indices of each cut into micro-batches."""
-    cut = create_autospec(what.cut, side_effect=what.cut)
-    monkeypatch.setattr(what, "cut", cut)
+    cut = create_autospec(target.cut, side_effect=target.cut)
+    monkeypatch.setattr(target, "cut", cut)
     return lambda: [np.asarray(call.args[1]).tolist() for call in cut.call_args_list]
 
 
@@ -37,7 +37,7 @@ def test_only_trainable_tensors_change_in_a_round(path: str, task: str) -> None:
     # opacus#820: with the wrong order the loss falls and epsilon grows, and the adapters never change.
     model = build_fresh(path, task)
     start = Adapter.from_task_model(model)
-    others = {
+    other_tensors = {
         name: tensor.clone()
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
         if not tensor.requires_grad
@@ -47,8 +47,8 @@ def test_only_trainable_tensors_change_in_a_round(path: str, task: str) -> None:
     for name, tensor in after.tensors.items():
         assert (tensor != start.tensors[name]).any(), name
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name in others:
-            assert torch.equal(tensor, others[name]), name
+        if name in other_tensors:
+            assert torch.equal(tensor, other_tensors[name]), name
 
 
 def share(records: int, plan: Any, **changes: Any) -> dict[str, np.ndarray]:
@@ -65,21 +65,21 @@ TOGETHER = SecureAggregationSpec(num_sites=3, threshold=3, colluders=0).with_sha
 def test_secure_aggregation_share_repeats_from_its_seed(change: dict[str, Any]) -> None:
     """Changed settings draw other noise; tests below cover the streams of a round."""
     plan = dataclasses.replace(make_work().plan, local_steps=1, shared=TOGETHER)
-    one, again, other = share(0, plan), share(0, plan), share(0, plan, **change)
-    for name in one:
-        np.testing.assert_array_equal(one[name], again[name])
-        assert (one[name] != other[name]).any(), name
+    first, repeated, second = share(0, plan), share(0, plan), share(0, plan, **change)
+    for name in first:
+        np.testing.assert_array_equal(first[name], repeated[name])
+        assert (first[name] != second[name]).any(), name
 
 
 @pytest.mark.parametrize("noise", [0.5, 0.0], ids=["private", "plain"])
 def test_each_step_draws_a_new_poisson_sample(monkeypatch: pytest.MonkeyPatch, noise: float) -> None:
     # One sample for all local steps would be accounted as four independent ones.
-    drawn = watch_cuts(SiteExamples, monkeypatch)
+    sampled = watch_cuts(SiteExamples, monkeypatch)
     planned = make_plan(sampling_rate=0.5, noise_multiplier=noise, local_steps=4, num_rounds=2)
     release_round(build_fresh(), make_dummy_examples("classification", 30), make_work(plan=planned))
     stream = SeededRandomness(5).stream("bank_a", 1, 1, "sampling")
-    assert drawn() == [draw_poisson_sample(30, 0.5, stream).tolist() for _ in range(4)]
-    assert len({tuple(sample) for sample in drawn()}) == 4
+    assert sampled() == [draw_poisson_sample(30, 0.5, stream).tolist() for _ in range(4)]
+    assert len({tuple(sample) for sample in sampled()}) == 4
 
 
 def test_sampling_and_noise_use_separate_streams() -> None:
@@ -93,11 +93,11 @@ def test_sampling_and_noise_use_separate_streams() -> None:
 
 
 def test_added_record_changes_no_noise_or_other_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = watch_cuts(Shapes, monkeypatch)
+    sampled = watch_cuts(Shapes, monkeypatch)
     one_step = make_work(plan=dataclasses.replace(make_work().plan, local_steps=1))
     for count in (12, 13):
         release_round(build_fresh(), make_dummy_examples("classification", count), one_step)
-    assert [index for index in drawn()[1] if index < 12] == drawn()[0]
+    assert [index for index in sampled()[1] if index < 12] == sampled()[0]
 
 
 @pytest.mark.parametrize(("steps", "noise"), [(1, 0.5), (3, 0.5), (3, 0.0)])
@@ -117,8 +117,10 @@ def test_round_keeps_no_optimizer_state_from_the_previous_round() -> None:
     """Neither optimizer state nor earlier model values remain: a fresh process gives the same bytes."""
     model, dataset = build_fresh(), make_dummy_examples("classification")
     first = release_round(model, dataset, make_work())
-    second, anew = (release_round(one, dataset, make_work(round=2), adapter=first) for one in (model, build_fresh()))
-    assert second.digest() == anew.digest() != first.digest()
+    second, restarted = (
+        release_round(one, dataset, make_work(round=2), adapter=first) for one in (model, build_fresh())
+    )
+    assert second.digest() == restarted.digest() != first.digest()
 
 
 TURNS = LoraSpec(rank=2, alpha=4.0, alternate=True)
@@ -131,8 +133,8 @@ def test_alternating_rounds_train_a_and_b_in_turn(noise: float) -> None:
     before = Adapter.from_task_model(model)
     for round, rests in ((1, ".lora_A."), (2, ".lora_B."), (3, ".lora_A.")):
         after = release_round(model, dataset, make_work(plan=planned, round=round), adapter=before)
-        same = {name for name, value in after.tensors.items() if np.array_equal(value, before.tensors[name])}
-        assert same == {name for name in after.tensors if rests in name}
+        unchanged = {name for name, value in after.tensors.items() if np.array_equal(value, before.tensors[name])}
+        assert unchanged == {name for name in after.tensors if rests in name}
         before = after
 
 
@@ -158,8 +160,8 @@ def test_a_round_clips_only_lora_a_and_the_head(monkeypatch: pytest.MonkeyPatch)
     after = release_round(
         model, dataset, make_work(round=2, plan=one_record, training=sgd, declared_size=1), adapter=before
     )
-    moved = [np.linalg.norm(after.tensors[name] - before.tensors[name]) for name in after.tensors]
-    assert np.linalg.norm(moved) == pytest.approx(1.0, rel=1e-4)
+    norms_moved = [np.linalg.norm(after.tensors[name] - before.tensors[name]) for name in after.tensors]
+    assert np.linalg.norm(norms_moved) == pytest.approx(1.0, rel=1e-4)
 
 
 def test_noiseless_round_matches_plain_training() -> None:

@@ -46,21 +46,21 @@ def test_length_beyond_the_position_limit_is_refused(tmp_path: Path) -> None:
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     RobertaModel(RobertaConfig(vocab_size=32, max_position_embeddings=514, **shape)).save_pretrained(tmp_path)
     spec = replace(TINY, model=ModelSpec(path=str(tmp_path)))
-    most = prepare_spec().base.config.max_position_embeddings
-    for each, length, last in ((TINY, most + 1, most), (spec, 513, 512), (spec, 514, 512)):
+    max_positions = prepare_spec().base.config.max_position_embeddings
+    for model_spec, length, last in ((TINY, max_positions + 1, max_positions), (spec, 513, 512), (spec, 514, 512)):
         with pytest.raises(
             ConfigError, match=rf"data\.max_length = {length}: must be at most {last}, the model's maximum length"
         ):
-            prepare_spec(each, max_length=length)
+            prepare_spec(model_spec, max_length=length)
     shapes = choose_micro_batch_shapes(prepare_spec(spec, max_length=512), RuntimeSpec(), max_length=512)
     assert shapes.lengths[-1] == shapes.full == 512, "no length may exceed the last position"
 
 
 def test_default_micro_batch_grows_with_threads() -> None:
-    for threads, most in ((1, 512), (2, 1024), (64, 2048)):
+    for threads, max_positions in ((1, 512), (2, 1024), (64, 2048)):
         runtime = RuntimeSpec(num_threads=threads)
         with patch.object(torch, "get_num_threads", return_value=threads):
-            assert machine.micro_batch_tokens(runtime, torch.device("cpu")) == most
+            assert machine.micro_batch_tokens(runtime, torch.device("cpu")) == max_positions
             assert machine.micro_batch_tokens(replace(runtime, micro_batch_tokens=77), torch.device("cpu")) == 77
             assert machine.micro_batch_tokens(runtime, torch.device("cuda")) == 16384
 
@@ -103,13 +103,13 @@ def test_states_exceeding_memory_go_to_a_folder_with_space(tmp_path: Path, monke
     a_mib = 2**20 // (4 * model.base.config.hidden_size)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=20 * 2**20))
-    there = RuntimeSpec(kept_states_mib=0, kept_states_folder=str(tmp_path))
-    assert machine.find_frozen_states_folder(model, there, num_tokens=10 * a_mib) == tmp_path
-    assert machine.find_frozen_states_folder(model, there, num_tokens=10 * a_mib + a_mib) is None, (
+    on_disk = RuntimeSpec(kept_states_mib=0, kept_states_folder=str(tmp_path))
+    assert machine.find_frozen_states_folder(model, on_disk, num_tokens=10 * a_mib) == tmp_path
+    assert machine.find_frozen_states_folder(model, on_disk, num_tokens=10 * a_mib + a_mib) is None, (
         "at most half of the free space may be used"
     )
     assert machine.find_frozen_states_folder(model, RuntimeSpec(kept_states_mib=0), num_tokens=1) is None
-    missing = replace(there, kept_states_folder=str(tmp_path / "none"))
+    missing = replace(on_disk, kept_states_folder=str(tmp_path / "none"))
     with pytest.raises(
         ConfigError, match=r"runtime\.kept_states_folder = .*: must be a folder that this process can write to"
     ):
@@ -120,10 +120,10 @@ def test_states_on_disk_are_private_and_unnamed(tmp_path: Path, monkeypatch: pyt
     modes: list[int] = []
     unlink = os.unlink
     monkeypatch.setattr(os, "unlink", lambda name: (modes.append(os.stat(name).st_mode & 0o777), unlink(name)))
-    room = machine.allocate_states(5, 3, dtype=torch.bfloat16, folder=tmp_path)
-    room[:] = torch.arange(15).view(5, 3)
-    assert room.dtype == torch.bfloat16
-    assert room[4].tolist() == [12, 13, 14]
+    states = machine.allocate_states(5, 3, dtype=torch.bfloat16, folder=tmp_path)
+    states[:] = torch.arange(15).view(5, 3)
+    assert states.dtype == torch.bfloat16
+    assert states[4].tolist() == [12, 13, 14]
     assert modes == [0o600]
     assert list(tmp_path.iterdir()) == []
     assert machine.allocate_states(0, 3, dtype=torch.float32, folder=tmp_path).shape == (0, 3)
@@ -150,10 +150,12 @@ def test_process_on_one_core_uses_one_thread() -> None:
         os.sched_setaffinity(0, allowed)
 
 
-@pytest.mark.parametrize(("asked", "cores"), [("", 4), ("2", 2), ("9", 4), ("0", 4), ("2,1", 4)])
-def test_omp_num_threads_can_lower_the_core_count(monkeypatch: pytest.MonkeyPatch, asked: str, cores: int) -> None:
+@pytest.mark.parametrize(("threads_env", "cores"), [("", 4), ("2", 2), ("9", 4), ("0", 4), ("2,1", 4)])
+def test_omp_num_threads_can_lower_the_core_count(
+    monkeypatch: pytest.MonkeyPatch, threads_env: str, cores: int
+) -> None:
     monkeypatch.setattr("fedtune.system.cpu_affinity", lambda _: {0, 1, 2, 3})
-    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setenv("OMP_NUM_THREADS", threads_env)
     assert count_usable_cores() == cores
 
 

@@ -29,9 +29,9 @@ class Clock:
     def time(self, multiply: Callable[..., Any], seconds: float) -> Callable[..., Any]:
         """Run the product and advance the clock."""
 
-        def multiply_slowly(*given: Any) -> Any:
+        def multiply_slowly(*args: Any) -> Any:
             self.now += seconds
-            return multiply(*given)
+            return multiply(*args)
 
         return multiply_slowly
 
@@ -39,14 +39,14 @@ class Clock:
 @pytest.fixture
 def set_seconds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clock]:
     """Set the fake duration of a product in each format."""
-    plain, rounded = frozen_linear.multiply_frozen, frozen_linear.multiply_bfloat16
+    multiply_exactly, rounded = frozen_linear.multiply_frozen, frozen_linear.multiply_bfloat16
 
     def set_both(*, float32: float, mixed: float) -> Clock:
         clock = Clock()
-        monkeypatch.setattr(frozen_linear, "multiply_frozen", clock.time(plain, float32))
+        monkeypatch.setattr(frozen_linear, "multiply_frozen", clock.time(multiply_exactly, float32))
         monkeypatch.setattr(frozen_linear, "multiply_bfloat16", clock.time(rounded, mixed))
         monkeypatch.setattr(
-            number_format, "measure_products", lambda *args, **how: measure_products(*args, **how, clock=clock)
+            number_format, "measure_products", lambda *args, **kwargs: measure_products(*args, **kwargs, clock=clock)
         )
         number_format._measure_model.cache_clear()
         return clock
@@ -73,8 +73,8 @@ def test_faster_number_format_is_chosen_above_a_five_percent_gain(set_seconds: A
 
 def test_product_times_are_weighted_by_module_count(set_seconds: Any) -> None:
     set_seconds(float32=0.01, mixed=0.02)
-    found = number_format.measure_products(SHAPES, tokens=16, formats=("float32",))
-    assert found == {"float32": pytest.approx(0.04)}
+    seconds = number_format.measure_products(SHAPES, tokens=16, formats=("float32",))
+    assert seconds == {"float32": pytest.approx(0.04)}
 
 
 def test_measurement_ends_after_the_allowed_time(set_seconds: Any) -> None:
@@ -88,8 +88,10 @@ def test_measurement_ends_after_the_allowed_time(set_seconds: Any) -> None:
 
 def test_large_products_get_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    plain = frozen_linear.multiply_frozen
-    monkeypatch.setattr(frozen_linear, "multiply_frozen", lambda *given: rows.append(len(given[0])) or plain(*given))
+    multiply_exactly = frozen_linear.multiply_frozen
+    monkeypatch.setattr(
+        frozen_linear, "multiply_frozen", lambda *args: rows.append(len(args[0])) or multiply_exactly(*args)
+    )
     monkeypatch.setattr(number_format, "_MAX_OPERATIONS", 8 * 64 * 30)
     clock = iter(range(1000)).__next__  # each reading is a second later, which allows one pass
     measure_products({(8, 4): 1, (4, 8): 1}, tokens=512, formats=("float32",), clock=clock)
@@ -100,7 +102,9 @@ def test_large_products_get_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_number_format_is_measured_once_and_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     seconds = {"float32": 1.06, "mixed": 1.0}
-    monkeypatch.setattr(number_format, "measure_products", lambda shapes, **how: calls.append((shapes, how)) or seconds)
+    monkeypatch.setattr(
+        number_format, "measure_products", lambda shapes, **kwargs: calls.append((shapes, kwargs)) or seconds
+    )
     model, runtime, texts = (
         ModelSpec(path="random:bert", dtype="auto"),
         RuntimeSpec(num_threads=3, device="cpu"),

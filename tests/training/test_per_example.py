@@ -48,11 +48,11 @@ def list_leftovers(model: TaskModel) -> list[str]:
     ]
 
 
-def add_hook(model: TaskModel, within: str) -> Any:
-    if within == "between them":
+def add_hook(model: TaskModel, stage: str) -> Any:
+    if stage == "between them":
         return model.head.register_forward_hook
     query = next(module for name, module in model.named_modules() if name.endswith("layer.1.attention.self.query"))
-    return query.register_forward_pre_hook if within == "forward pass" else query.register_full_backward_pre_hook
+    return query.register_forward_pre_hook if stage == "forward pass" else query.register_full_backward_pre_hook
 
 
 @pytest.mark.parametrize(("path", "task"), [*KINDS, ("random:llama", "classification")])
@@ -63,35 +63,35 @@ def test_batches_are_independent_and_hooks_are_removed(path: str, task: str) -> 
         assert count_watched(model) > before
         first = gradients.compute_gradients(collate(dataset, [0, 1], pad_id=0))
         gradients.compute_gradients(collate(dataset, [2, 3, 4], pad_id=0))
-        again = gradients.compute_gradients(collate(dataset, [0, 1], pad_id=0))
+        repeated = gradients.compute_gradients(collate(dataset, [0, 1], pad_id=0))
         assert list_leftovers(model) == []
     assert count_watched(model) == before
-    assert all(torch.equal(gradient, again[name]) for name, gradient in first.items())
+    assert all(torch.equal(gradient, repeated[name]) for name, gradient in first.items())
 
 
 @pytest.mark.parametrize(
-    ("within", "error"),
+    ("stage", "error"),
     [
         *((place, MemoryError) for place in ("forward pass", "backward pass", "between them")),
         ("between them", RuntimeError),
     ],
 )
-def test_failed_pass_raises_and_leaves_no_hooks(within: str, error: type[Exception]) -> None:
+def test_failed_pass_raises_and_leaves_no_hooks(stage: str, error: type[Exception]) -> None:
     # A zero gradient for every record would release pure noise. All sites of a simulation share one base: a site that
     # runs out of memory must not end the others' rounds, nor leave its records' activations behind.
     model, dataset = build_trained(), make_dummy_examples("classification")
     small, large = collate(dataset, [0, 1], pad_id=0), collate(dataset, [2, 3, 4], pad_id=0)
     expected, before = record_example_gradients(model, small), count_watched(model)
-    kept = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    attributes_before = {name: sorted(vars(module)) for name, module in model.named_modules()}
 
-    handle = add_hook(model, within)(Mock(side_effect=error("out of memory")))
+    handle = add_hook(model, stage)(Mock(side_effect=error("out of memory")))
     with pytest.raises(error, match="out of memory"):
         record_example_gradients(model, large)
     handle.remove()
 
     assert count_watched(model) == before
     assert list_leftovers(model) == []
-    assert {name: sorted(vars(module)) for name, module in model.named_modules()} == kept
+    assert {name: sorted(vars(module)) for name, module in model.named_modules()} == attributes_before
     assert all(
         torch.equal(gradient, expected[name]) for name, gradient in record_example_gradients(model, small).items()
     )
@@ -100,7 +100,7 @@ def test_failed_pass_raises_and_leaves_no_hooks(within: str, error: type[Excepti
 def test_frozen_tensors_have_no_gradient_and_unused_tensors_are_refused() -> None:
     batch = collate(make_dummy_examples("classification"), [0, 1], pad_id=0)
     frozen_a = (LoraSpec(kind=kind, rank=2, layers=(-1,), train_a=False) for kind in ("lora", "dora", "ia3"))
-    for changes in (*({"lora": one} for one in frozen_a), {"head": HeadSpec(train=False)}):
+    for changes in (*({"lora": lora} for lora in frozen_a), {"head": HeadSpec(train=False)}):
         model = build_trained(**changes)
         assert list(record_example_gradients(model, batch)) == list(model.trainable())
     model = build_trained()
@@ -110,21 +110,21 @@ def test_frozen_tensors_have_no_gradient_and_unused_tensors_are_refused() -> Non
 
 
 # A record that cannot be computed counts as zero; the result must not reveal whether there is one.
-def fail_on(model: TaskModel, within: str) -> Any:
+def fail_on(model: TaskModel, stage: str) -> Any:
     """Make a pass fail if the token `BAD` is in the batch."""
-    seen = [False]
+    has_failed = [False]
 
     def detect_bad_token(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        seen[0] = bool((inputs[0] == BAD).any())
-        if seen[0] and within == "the embedding":
+        has_failed[0] = bool((inputs[0] == BAD).any())
+        if has_failed[0] and stage == "the embedding":
             raise IndexError("no such token")
 
     def fail_once_seen(*_: Any) -> None:
-        if seen[0]:
+        if has_failed[0]:
             raise RuntimeError("no such state")
 
     handles = [model.base.get_base_model().get_input_embeddings().register_forward_pre_hook(detect_bad_token)]
-    return handles if within == "the embedding" else [*handles, add_hook(model, within)(fail_once_seen)]
+    return handles if stage == "the embedding" else [*handles, add_hook(model, stage)(fail_once_seen)]
 
 
 PASSES = ("the embedding", "forward pass", "backward pass", "between them")
@@ -136,24 +136,24 @@ BAD_TEXTS = ((0,), (2,), (4,), (1, 3), (0, 1, 2, 3, 4))
     *(f"classification-{within}-(1, 3)" for within in PASSES), *("-".join(map(str, one)) for one in OF_TEXTS)
 )
 @pytest.mark.parametrize(
-    ("task", "within", "bad"),
+    ("task", "stage", "bad_value"),
     [*(("classification", within, bad) for within in PASSES for bad in BAD_TEXTS), *OF_TEXTS],
     ids=str,
 )
 def test_failed_example_has_zero_gradient_and_affects_no_other_example(
-    task: str, within: str, bad: tuple[int, ...]
+    task: str, stage: str, bad_value: tuple[int, ...]
 ) -> None:
     """Also covers examples of which only one text fails."""
     model, dataset = build_trained(task=task), make_dummy_examples(task, 6)
-    shape, without = (8, 16), {text // dataset.texts for text in bad}
+    shape, unaffected = (8, 16), {text // dataset.texts for text in bad_value}
     before = count_watched(model)
     # Registered first, because a backward hook changes the order in which gradients are summed.
-    handles = fail_on(model, within)
+    handles = fail_on(model, stage)
     expected = record_example_gradients(model, collate(insert_token(dataset), range(5), pad_id=0, shape=shape))
     embedding, shapes = model.base.get_base_model().get_input_embeddings(), set()
     handles.append(embedding.register_forward_pre_hook(lambda _, inputs: shapes.add(inputs[0].shape)))
-    kept = {name: sorted(vars(module)) for name, module in model.named_modules()}
-    batch = collate(insert_token(dataset, *bad), range(5), pad_id=0, shape=shape)
+    attributes_before = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    batch = collate(insert_token(dataset, *bad_value), range(5), pad_id=0, shape=shape)
     with record_gradients(model) as gradients:
         with pytest.raises((IndexError, RuntimeError), match="no such"):
             gradients.compute_all_gradients(batch)
@@ -163,14 +163,14 @@ def test_failed_example_has_zero_gradient_and_affects_no_other_example(
             for name, gradient in found.items():
                 assert gradient.shape == expected[name].shape == (8, *model.trainable()[name].shape)
                 for row in range(8):
-                    zero = row in without or row >= 5
+                    zero = row in unaffected or row >= 5
                     reference = torch.zeros_like(gradient[row]) if zero else expected[name][row]
                     assert torch.equal(gradient[row], reference), (name, row)
         after = gradients.compute_gradients(collate(insert_token(dataset), range(5), pad_id=0, shape=shape))
         assert all(torch.equal(after[name], expected[name]) for name in expected)
     assert shapes == {batch.input_ids.shape}, "retries of single examples must keep the shape and so the kernels"
     assert list_leftovers(model) == []
-    assert {name: sorted(vars(module)) for name, module in model.named_modules()} == kept
+    assert {name: sorted(vars(module)) for name, module in model.named_modules()} == attributes_before
     for handle in handles:
         handle.remove()
     assert count_watched(model) == before
@@ -180,26 +180,26 @@ def test_shared_module_sums_both_gradients() -> None:
     model, dataset = build_trained(), make_dummy_examples("classification")
     layers = find_layer_stack(model.base.get_base_model())[1]
     layers[1] = layers[0]
-    looped = [compute_loop_gradient(model, dataset, place) for place in range(3)]
-    found = record_example_gradients(model, collate(dataset, [0, 1, 2], pad_id=0))
-    for place, each in enumerate(looped):
-        for name, expected in each.items():
-            np.testing.assert_allclose(found[name][place].numpy(), expected, rtol=1e-4, atol=2e-5)
+    looped = [compute_loop_gradient(model, dataset, index) for index in range(3)]
+    gradient = record_example_gradients(model, collate(dataset, [0, 1, 2], pad_id=0))
+    for index, reference in enumerate(looped):
+        for name, expected in reference.items():
+            np.testing.assert_allclose(gradient[name][index].numpy(), expected, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_gradients_after_a_step_use_the_new_adapter(elsewhere: bool) -> None:
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_gradients_after_a_step_use_the_new_adapter(in_folder: bool) -> None:
     model, dataset = build_trained(), make_dummy_examples("classification")
     with record_gradients(model) as gradients:
         gradients.compute_gradients(collate(dataset, [0], pad_id=0))
         with torch.no_grad():
             for parameter in model.trainable().values():
-                if elsewhere:
+                if in_folder:
                     parameter.data = parameter.data.clone()
                 parameter.mul_(-2.0)  # in place, as in an optimizer
-        found = gradients.compute_gradients(collate(dataset, [0], pad_id=0))
+        gradient = gradients.compute_gradients(collate(dataset, [0], pad_id=0))
     for name, expected in compute_loop_gradient(model, dataset, 0).items():
-        np.testing.assert_allclose(found[name][0].numpy(), expected, rtol=1e-4, atol=2e-5)
+        np.testing.assert_allclose(gradient[name][0].numpy(), expected, rtol=1e-4, atol=2e-5)
 
 
 kinds = pytest.mark.parametrize(("path", "task"), KINDS[:2])
@@ -234,12 +234,12 @@ BOUND = 0.01
 @kinds
 def test_low_precision_changes_gradients_only_by_rounding(path: str, task: str) -> None:
     batch = collate(make_dummy_examples(task), range(8), pad_id=0)
-    found = {}
+    gradient = {}
     for dtype in ("float32", "mixed", "bfloat16"):
-        each = record_example_gradients(build_trained(path, task, dtype=dtype), batch)
-        found[dtype] = torch.cat([one.flatten() for one in each.values()])
-    whole = found["float32"].norm()
-    mixed, coarse = ((found[dtype] - found["float32"]).norm() / whole for dtype in ("mixed", "bfloat16"))
+        reference = record_example_gradients(build_trained(path, task, dtype=dtype), batch)
+        gradient[dtype] = torch.cat([lora.flatten() for lora in reference.values()])
+    norm = gradient["float32"].norm()
+    mixed, coarse = ((gradient[dtype] - gradient["float32"]).norm() / norm for dtype in ("mixed", "bfloat16"))
     assert 0 < mixed < 0.03, "measured: 0.009 (BERT) and 0.016 (llama)"
     assert mixed < coarse
 
@@ -250,11 +250,11 @@ def test_micro_batching_changes_the_sum_within_its_bound(path: str, task: str) -
     clip, worst = 0.1, 0.0
     for seed in range(2):
         dataset = make_dummy_examples(task, 16, seed=seed)
-        alone, *others = (
+        single, *batches_of_gradients = (
             sum_examples(build_trained(path, task, dtype="bfloat16"), make_examples(dataset, max_tokens=tokens), clip)
             for tokens in (1, 40, 10_000)
         )
-        for other in others:
-            apart = torch.cat([(other[name] - alone[name]).flatten() for name in alone]).double().norm()
-            worst = max(worst, float(apart) / (CELLS * len(dataset)))
+        for batched in batches_of_gradients:
+            difference = torch.cat([(batched[name] - single[name]).flatten() for name in single]).double().norm()
+            worst = max(worst, float(difference) / (CELLS * len(dataset)))
     assert worst <= BOUND

@@ -27,25 +27,25 @@ CELL = PLAN.max_grad_norm * 2.0**-PLAN.shared.cell_bits
 def test_optimizer_state_continues_after_a_checkpoint(optimizer: str, tmp_path: Path) -> None:
     """Two steps equal one step and another step from its checkpointed state."""
     training = TrainingSpec(optimizer=optimizer, learning_rate=0.1, momentum=0.9 if optimizer == "sgd" else 0.0)  # type: ignore[arg-type]
-    kept = Adapter({"a": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3), "head": np.ones(2, np.float32)})
-    parameters = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in kept.tensors.items()}
-    whole = make_optimizer(parameters, training)
+    adapter = Adapter({"a": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3), "head": np.ones(2, np.float32)})
+    parameters = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in adapter.tensors.items()}
+    uninterrupted = make_optimizer(parameters, training)
     draws = np.random.default_rng(3)
     state: Any = {}
     for number in range(1, 5):
         total = draws.integers(-60, 60, 8)
         saved = Checkpoints(tmp_path / "checkpoints", "x")
-        saved.save(LeadState(round=number, adapter=kept, strategy=state))
+        saved.save(LeadState(round=number, adapter=adapter, strategy=state))
         state = saved.load().strategy
-        kept, state = take_secure_server_step(
-            kept, total, state, training=training, plan=PLAN, step=number - 1, sites=3, most=50.0, declared_size=SIZE
+        adapter, state = take_secure_server_step(
+            adapter, total, state, training=training, plan=PLAN, step=number - 1, sites=3, most=50.0, declared_size=SIZE
         )
-        set_learning_rate(whole, compute_learning_rate_factor(training, step=number - 1, total_steps=4))
+        set_learning_rate(uninterrupted, compute_learning_rate_factor(training, step=number - 1, total_steps=4))
         scale = CELL / (PLAN.sampling_rate * SIZE)
         parameters["a"].grad = torch.tensor(total[:6].reshape(2, 3) * scale, dtype=torch.float32)
         parameters["head"].grad = torch.tensor(total[6:] * scale, dtype=torch.float32)
-        whole.step()
-    for name, value in kept.tensors.items():
+        uninterrupted.step()
+    for name, value in adapter.tensors.items():
         np.testing.assert_allclose(value, parameters[name].detach().numpy(), rtol=1e-6)
 
 
@@ -69,9 +69,9 @@ def test_honest_aggregate_is_not_limited(values: int, agreeing: float) -> None:
 def test_excessive_aggregate_is_scaled_to_the_bound() -> None:
     total = sum_honest_sites(values=1000, agreeing=0.5, seed=1)
     total[7] += round(1e6 / CELL)  # a million clip norms, which no units could contribute
-    held = limit_sum_length(total, PLAN, sites=3, declared_size=SIZE)
-    length = float(np.sqrt(np.square(held, dtype=np.float64).sum())) * CELL
+    limited = limit_sum_length(total, PLAN, sites=3, declared_size=SIZE)
+    length = float(np.sqrt(np.square(limited, dtype=np.float64).sum())) * CELL
     sampled = PLAN.sampling_rate * SIZE
-    most = sampled + 8 * (math.sqrt(sampled) + 1) + PLAN.noise_multiplier * math.sqrt(3) * (math.sqrt(1000) + 8)
-    assert length == pytest.approx(most, rel=1e-3)
-    assert held[7] > 0.99 * most / CELL, "scaling must keep the direction"
+    max_length = sampled + 8 * (math.sqrt(sampled) + 1) + PLAN.noise_multiplier * math.sqrt(3) * (math.sqrt(1000) + 8)
+    assert length == pytest.approx(max_length, rel=1e-3)
+    assert limited[7] > 0.99 * max_length / CELL, "scaling must keep the direction"

@@ -44,9 +44,9 @@ def test_site_releases_only_the_part_of_its_rank(noise: float) -> None:
 
 def test_plain_step_moves_the_part_as_the_whole_adapter() -> None:
     plan = make_plan(sampling_rate=0.6, local_steps=1)
-    whole = cut_to_rank(release(None, plan=plan, training=SGD)[1].tensors, 2)
+    full = cut_to_rank(release(None, plan=plan, training=SGD)[1].tensors, 2)
     for name, value in release(2, plan=plan, training=SGD)[1].tensors.items():
-        np.testing.assert_array_equal(value, whole[name])
+        np.testing.assert_array_equal(value, full[name])
 
 
 def test_smaller_rank_clips_and_noises_its_part_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,18 +62,18 @@ def test_smaller_rank_clips_and_noises_its_part_only(monkeypatch: pytest.MonkeyP
     start, after = release(1, units=make_dummy_examples("classification", 1), plan=plan, training=sgd, declared_size=1)
     part = cut_to_rank(start.tensors, 1)
     assert {name: value.shape for name, value in noised[0].items()} == {n: v.shape for n, v in part.items()}
-    moved = [np.linalg.norm(value - part[name]) for name, value in after.tensors.items()]
-    assert np.linalg.norm(moved) == pytest.approx(1.0, rel=1e-4), "one record must use the full clip norm"
+    norms = [np.linalg.norm(value - part[name]) for name, value in after.tensors.items()]
+    assert np.linalg.norm(norms) == pytest.approx(1.0, rel=1e-4), "one record must use the full clip norm"
 
 
 def test_later_rounds_of_one_model_train_their_own_ranks() -> None:
     """The sites of a simulation share a model, which must keep nothing of the previous site's rank."""
     model, dataset = build_trained(lora=BOTH), make_dummy_examples("classification")
     start = Adapter.from_task_model(model)
-    alone = {rank: release(rank)[1].digest() for rank in (1, None, 3)}
+    separate = {rank: release(rank)[1].digest() for rank in (1, None, 3)}
     assert {
-        rank: release_round(model, dataset, make_work(rank=rank), adapter=start).digest() for rank in alone
-    } == alone
+        rank: release_round(model, dataset, make_work(rank=rank), adapter=start).digest() for rank in separate
+    } == separate
 
 
 def test_users_and_alternating_factors_train_their_rank() -> None:
@@ -82,8 +82,8 @@ def test_users_and_alternating_factors_train_their_rank() -> None:
     plan = dataclasses.replace(make_work().plan, unit="user", records_per_user=1)
     assert release(2, units=users, plan=plan)[1].digest() == release(2)[1].digest()
     start, after = release(2, lora=dataclasses.replace(BOTH, alternate=True))
-    same = {n for n, v in cut_to_rank(start.tensors, 2).items() if np.array_equal(v, after.tensors[n])}
-    assert same == {name for name in after.tensors if ".lora_A." in name}
+    unchanged = {n for n, v in cut_to_rank(start.tensors, 2).items() if np.array_equal(v, after.tensors[n])}
+    assert unchanged == {name for name in after.tensors if ".lora_A." in name}
 
 
 def test_fedprox_pulls_the_part_of_the_rank() -> None:

@@ -51,30 +51,32 @@ def test_contributions_are_truncated_toward_zero() -> None:
 def test_tiny_clip_norm_does_not_amplify_rounding() -> None:
     clip = 1e-6
     gradient = {"a": torch.tensor([[3e-5, 4e-5], [0.6, 0.8]])}  # norms of 50 and of a million clip norms
-    found = compute_clipped_contributions(gradient, clip)["a"]
-    assert found[0].tolist() == pytest.approx([0.03 * CELLS, 0.04 * CELLS], rel=1e-5)
-    assert found[1].tolist() == pytest.approx([0.6 * CELLS, 0.8 * CELLS], rel=1e-5)
+    contributions = compute_clipped_contributions(gradient, clip)["a"]
+    assert contributions[0].tolist() == pytest.approx([0.03 * CELLS, 0.04 * CELLS], rel=1e-5)
+    assert contributions[1].tolist() == pytest.approx([0.6 * CELLS, 0.8 * CELLS], rel=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("size", [60_000, 1_000_000])
 def test_many_equal_values_stay_within_the_clip_norm(size: int, count: int) -> None:
-    found = compute_clipped_contributions({"a": torch.full((count, size), 0.1)}, 1.0)["a"].to(torch.int64)
-    assert all(0.99 * CELLS**2 < int(square) <= CELLS**2 for square in (found**2).sum(dim=1))
+    contributions = compute_clipped_contributions({"a": torch.full((count, size), 0.1)}, 1.0)["a"].to(torch.int64)
+    assert all(0.99 * CELLS**2 < int(square) <= CELLS**2 for square in (contributions**2).sum(dim=1))
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_non_finite_gradient_is_zeroed_and_affects_no_other_example(bad: float) -> None:
+@pytest.mark.parametrize("bad_value", [torch.nan, torch.inf, -torch.inf])
+def test_non_finite_gradient_is_zeroed_and_affects_no_other_example(bad_value: float) -> None:
     gradients = draw_gradients(5)
-    right = {name: one.clone() for name, one in compute_clipped_contributions(gradients, 1.0).items()}
-    gradients["head.weight"][2, 1, 1] = bad
-    for name, one in compute_clipped_contributions(gradients, 1.0).items():
-        assert not one[2].any()
-        assert torch.equal(one[[0, 1, 3, 4]], right[name][[0, 1, 3, 4]])
+    expected = {name: value.clone() for name, value in compute_clipped_contributions(gradients, 1.0).items()}
+    gradients["head.weight"][2, 1, 1] = bad_value
+    for name, value in compute_clipped_contributions(gradients, 1.0).items():
+        assert not value[2].any()
+        assert torch.equal(value[[0, 1, 3, 4]], expected[name][[0, 1, 3, 4]])
     largest = torch.finfo(torch.float32).max
-    found = compute_clipped_contributions({"a": torch.tensor([[largest, -largest, 0.0], [3.0, -3.0, 0.0]])}, 1.0)["a"]
-    assert torch.equal(found[0], found[1]), "the largest finite gradient must be clipped normally"
-    assert 0.99 * CELLS**2 < float(found[0].square().sum()) <= CELLS**2
+    contributions = compute_clipped_contributions(
+        {"a": torch.tensor([[largest, -largest, 0.0], [3.0, -3.0, 0.0]])}, 1.0
+    )["a"]
+    assert torch.equal(contributions[0], contributions[1]), "the largest finite gradient must be clipped normally"
+    assert 0.99 * CELLS**2 < float(contributions[0].square().sum()) <= CELLS**2
 
 
 make_plan = partial(conftest.make_plan, sampling_rate=0.5, max_grad_norm=0.7, local_steps=1)
@@ -88,7 +90,7 @@ class MadeUp:
     drawn: list[list[int]] = field(default_factory=list)
 
     def compute_gradients(self, batch: IndexArray) -> Gradients:
-        return {name: each[batch] for name, each in self.gradients.items()}
+        return {name: gradient[batch] for name, gradient in self.gradients.items()}
 
     def records(self, *, declared_size: int) -> Records:
         def cut(indices: IndexArray) -> Iterator[Any]:
@@ -102,41 +104,44 @@ class MadeUp:
 def measure_moves(units: MadeUp, plan: Plan, *, declared_size: int, steps: int = 1) -> npt.NDArray[np.float64]:
     """Measure the moves of plain gradient descent at rate 1 along each coordinate of the joint vector."""
     parameters = {
-        name: nn.Parameter(torch.zeros(each.shape[1:], dtype=torch.float64)) for name, each in units.gradients.items()
+        name: nn.Parameter(torch.zeros(gradient.shape[1:], dtype=torch.float64))
+        for name, gradient in units.gradients.items()
     }
     streams = {purpose: SeededRandomness(4).stream(purpose) for purpose in ("sampling", "noise")}
     optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
     for _ in range(steps):
         records = units.records(declared_size=declared_size)
         take_dp_sgd_step(units, records, plan, parameters=parameters, optimizer=optimizer, **streams)
-    return -np.concatenate([one.detach().numpy().ravel() for one in parameters.values()])
+    return -np.concatenate([value.detach().numpy().ravel() for value in parameters.values()])
 
 
 def test_step_is_the_sampled_sum_over_the_declared_size() -> None:
-    units = MadeUp({name: each.repeat(4, *[1] * (each.dim() - 1)) for name, each in draw_gradients(7).items()})
-    rows = [np.asarray(one, dtype=np.float64).reshape(len(one), -1) for one in units.gradients.values()]
+    units = MadeUp(
+        {name: gradient.repeat(4, *[1] * (gradient.dim() - 1)) for name, gradient in draw_gradients(7).items()}
+    )
+    rows = [np.asarray(value, dtype=np.float64).reshape(len(value), -1) for value in units.gradients.values()]
     exact = np.concatenate(rows, axis=1)  # (n, all values of a unit)
     clipped = exact * np.minimum(1, 0.7 / np.linalg.norm(exact, axis=1))[:, None]
-    found = measure_moves(units, make_plan(), declared_size=40)
-    drawn = draw_poisson_sample(28, 0.5, SeededRandomness(4).stream("sampling"))
-    assert units.drawn == [drawn.tolist()]
-    assert len(drawn) not in (0, 20, 28)
-    np.testing.assert_allclose(found, clipped[drawn].sum(axis=0) / (0.5 * 40), atol=1e-5)
+    contributions = measure_moves(units, make_plan(), declared_size=40)
+    sampled = draw_poisson_sample(28, 0.5, SeededRandomness(4).stream("sampling"))
+    assert units.drawn == [sampled.tolist()]
+    assert len(sampled) not in (0, 20, 28)
+    np.testing.assert_allclose(contributions, clipped[sampled].sum(axis=0) / (0.5 * 40), atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, 30])
 def test_step_adds_noise_once_for_any_sample(count: int) -> None:
     silent = MadeUp({"lora_A": torch.zeros(count, 60, 100), "head.weight": torch.zeros(count, 6000)})
-    found, of_two = (
+    contributions, of_two_samples = (
         measure_moves(silent, make_plan(noise_multiplier=1.3), declared_size=40, steps=steps) for steps in (1, 2)
     )
     assert (len(silent.drawn[0]) > 6) == (count > 0), "there must be several micro-batches"
     scale = 1.3 * 0.7 / (0.5 * 40)
-    for values in (found[:6000], found[6000:]):
+    for values in (contributions[:6000], contributions[6000:]):
         assert has_scale(values, scale)
         for factor in (0.9, 1.1, 1 / 0.7, 0.7, 0.5, 2.0):
             assert not has_scale(values, factor * scale)
-    assert (of_two - found != found).all(), "every step must add its own noise"
+    assert (of_two_samples - contributions != contributions).all(), "every step must add its own noise"
 
 
 def make_numbered_records(*lengths: int) -> TextDataset:
@@ -165,18 +170,18 @@ def test_adapter_values_never_exceed_the_site_bound(monkeypatch: pytest.MonkeyPa
     sgd = TrainingSpec(local_steps=6, optimizer="sgd", learning_rate=10.0)
     plan = make_plan(noise_multiplier=1.0, local_steps=6)
     after = release_round(model, examples, make_work(max_adapter_value=bound, plan=plan, training=sgd))
-    most = float(np.float32(bound))
-    assert before[0] <= most, "the received adapter must be clamped before records are used"
-    assert max(before[1:]) <= most, "every step must clamp the adapter"
-    assert max(float(np.abs(value).max()) for value in after.tensors.values()) == most
+    max_value = float(np.float32(bound))
+    assert before[0] <= max_value, "the received adapter must be clamped before records are used"
+    assert max(before[1:]) <= max_value, "every step must clamp the adapter"
+    assert max(float(np.abs(value).max()) for value in after.tensors.values()) == max_value
 
 
-@pytest.mark.parametrize("most", [0.25, float("inf")])
-def test_projection_changes_only_values_outside_the_bound(most: float) -> None:
+@pytest.mark.parametrize("max_value", [0.25, float("inf")])
+def test_projection_changes_only_values_outside_the_bound(max_value: float) -> None:
     values = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.1, -9.0, 0.25])
     parameter = nn.Parameter(values.clone())
-    local.clamp_parameters({"a": parameter}, most)
-    assert torch.equal(parameter.detach(), values.nan_to_num(0.0, torch.inf, -torch.inf).clamp(-most, most))
+    local.clamp_parameters({"a": parameter}, max_value)
+    assert torch.equal(parameter.detach(), values.nan_to_num(0.0, torch.inf, -torch.inf).clamp(-max_value, max_value))
     assert parameter.requires_grad
 
 
@@ -190,20 +195,20 @@ def test_micro_batch_shape_is_independent_of_its_contents() -> None:
             assert part.rows in examples._shapes.rows(part.length)
 
 
-@pytest.mark.parametrize("beside", [[], [1], [1, 2], [2, 3], [1, 2, 3]])
-def test_cancelling_user_mean_is_bitwise_equal_in_any_batch(beside: list[int]) -> None:
+@pytest.mark.parametrize("neighbors", [[], [1], [1, 2], [2, 3], [1, 2, 3]])
+def test_cancelling_user_mean_is_bitwise_equal_in_any_batch(neighbors: list[int]) -> None:
     """Records of several lengths cancel, so another order of summation would change the rounding error."""
     rows = torch.tensor([-1e8, 1e8, 1.0, 3e-7, *[5.0] * 16])[:, None].repeat(1, 3)
     lengths = [5, 13, 9, 30, *[13] * 8, *[30] * 5, *[5] * 3]
-    places = ([3, 1, 0, 2], range(4, 12), range(12, 17), range(17, 20))
+    batches = ([3, 1, 0, 2], range(4, 12), range(12, 17), range(17, 20))
     users = UserExamples(
-        make_examples(make_numbered_records(*lengths)), [np.array(each) for each in places], most_records=100
+        make_examples(make_numbered_records(*lengths)), [np.array(gradient) for gradient in batches], most_records=100
     )
 
     def compute_last_mean(*chosen: int) -> torch.Tensor:
         (batch,) = users.make_batcher(SeededRandomness(1).stream("records"))(np.array(chosen))
         return UserGradients(Table({"a": rows})).compute_gradients(batch)["a"][-1]  # type: ignore[arg-type]
 
-    assert torch.equal(compute_last_mean(*beside, 0), compute_last_mean(0))
+    assert torch.equal(compute_last_mean(*neighbors, 0), compute_last_mean(0))
     sums = {float(np.cumsum(rows[order, 0].double().numpy() / 4)[-1]) for order in ([0, 2, 1, 3], [0, 2, 3, 1])}
     assert len(sums) > 1, "the order must matter for these records"

@@ -67,10 +67,10 @@ def test_peak_memory_counts_live_tensors(monkeypatch: pytest.MonkeyPatch) -> Non
     def allocate_tensors() -> None:
         for _ in range(5):
             torch.zeros(MIB // 4)
-        kept = torch.zeros(MIB // 2)  # 2 MiB
-        view = kept[5:].view(-1)
+        live = torch.zeros(MIB // 2)  # 2 MiB
+        view = live[5:].view(-1)
         view.add_(1.0)
-        del kept
+        del live
         torch.zeros(MIB // 4)
 
     before = torch.zeros(MIB)
@@ -100,7 +100,7 @@ def test_default_step_memory_is_a_share_excluding_the_model(monkeypatch: pytest.
         files["/sys/fs/cgroup/memory.max"] = "max\n"
         assert machine._measure_memory_bytes() == 16 * 1024
     model = build_fresh()
-    of_model = sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()))
+    of_model = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     monkeypatch.setattr(machine, "_measure_memory_bytes", lambda: 8 * 2**30)
     assert compute_step_bytes(model, RuntimeSpec()) == (8 * 2**30 - of_model) // 4
     assert compute_step_bytes(model, RuntimeSpec(num_devices=2)) == (4 * 2**30 - of_model) // 4
@@ -117,15 +117,15 @@ def test_default_step_memory_is_a_share_excluding_the_model(monkeypatch: pytest.
 @kinds
 def test_every_micro_batch_stays_within_step_memory(path: str, task: str) -> None:
     model = build_fresh(path, task)
-    whole = fit_within(model, 1e12)
-    assert list_rows(whole) == list_rows(SHAPES), "with enough memory, only the token limit counts"
-    most = max(measure_step(model, SHAPES, *make_full_part(model, SHAPES, length)) for length in SHAPES.lengths)
+    unlimited = fit_within(model, 1e12)
+    assert list_rows(unlimited) == list_rows(SHAPES), "with enough memory, only the token limit counts"
+    peak = max(measure_step(model, SHAPES, *make_full_part(model, SHAPES, length)) for length in SHAPES.lengths)
     for share in (2, 5):
-        less = fit_within(model, most / share)
-        assert sum(list_rows(less)) < sum(list_rows(whole))
+        less = fit_within(model, peak / share)
+        assert sum(list_rows(less)) < sum(list_rows(unlimited))
         for length in less.lengths:
             dataset, part = make_full_part(model, less, length)
-            assert measure_step(model, less, dataset, part) <= most / share, (share, length)
+            assert measure_step(model, less, dataset, part) <= peak / share, (share, length)
 
 
 def make_full_part(model: TaskModel, shapes: Shapes, length: int) -> tuple[TextDataset, MicroBatch]:
@@ -154,10 +154,10 @@ def test_failed_record_needs_no_extra_memory(path: str, task: str, monkeypatch: 
         calls.append(len(batch))
         if len(calls) == 1:
             raise RuntimeError("a record that nobody can compute")
-        found = compute_all_gradients(self, batch)
+        gradients_seen = compute_all_gradients(self, batch)
         if len(calls) == 3:
-            next(iter(found.values()))[0] = torch.nan
-        return found
+            next(iter(gradients_seen.values()))[0] = torch.nan
+        return gradients_seen
 
     monkeypatch.setattr(PerExampleGradients, "compute_all_gradients", fail_first)
     # pytest's log capture would keep the exception's frames, and with them all tensors.
@@ -173,10 +173,10 @@ def test_insufficient_step_memory_error_names_the_setting(monkeypatch: pytest.Mo
         ConfigError, match=r"step_mib = 0: must be at least \d+ MiB, the memory for a micro-batch of 1 x 12 tokens"
     ):
         fit_within(model, 1000)
-    least = fit_within(
+    minimum = fit_within(
         model, 1.5 * measure_step(model, SHAPES, make_dataset(model, 24, 1), MicroBatch(np.arange(1), 1, 24))
     )
-    assert min(list_rows(least)) >= 1
+    assert min(list_rows(minimum)) >= 1
     full = replace(SHAPES, full=SHAPES.lengths[-1])  # a length without padding keeps its empty row
     with_room = fit_to_memory(build_fresh(), full, most_bytes=MIB // 2, keeps_states=False)
     assert with_room.rows(full.full)[-1] == 2

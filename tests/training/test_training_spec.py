@@ -11,7 +11,9 @@ from fedtune.training.spec import Machine, TrainingSpec, choose_learning_rate
 
 
 def test_automatic_learning_rate_gives_all_schedules_the_same_path() -> None:
-    constant, linear = (choose_learning_rate(steps=50, schedule=one, private=True) for one in ("constant", "linear"))
+    constant, linear = (
+        choose_learning_rate(steps=50, schedule=schedule, private=True) for schedule in ("constant", "linear")
+    )
     assert constant == pytest.approx(0.2 / 50**0.5)
     spec = TrainingSpec(schedule="linear")
     path = sum(linear * compute_learning_rate_factor(spec, step=step, total_steps=50) for step in range(50))
@@ -20,11 +22,13 @@ def test_automatic_learning_rate_gives_all_schedules_the_same_path() -> None:
     assert choose_learning_rate(steps=50, schedule="linear", private=False) == pytest.approx(linear / 2)
 
 
-@pytest.mark.parametrize("other", [{"optimizer": "sgd"}, {"head_learning_rate": 0.1}, {"unclipped_learning_rate": 0.1}])
-def test_automatic_learning_rate_requires_plain_adam(other: dict[str, Any]) -> None:
-    key = next(iter(other)).replace("optimizer", "learning_rate")
+@pytest.mark.parametrize(
+    "changes", [{"optimizer": "sgd"}, {"head_learning_rate": 0.1}, {"unclipped_learning_rate": 0.1}]
+)
+def test_automatic_learning_rate_requires_plain_adam(changes: dict[str, Any]) -> None:
+    key = next(iter(changes)).replace("optimizer", "learning_rate")
     with pytest.raises(ConfigError, match=rf"^{key} = "):
-        TrainingSpec(learning_rate="auto", **other)
+        TrainingSpec(learning_rate="auto", **changes)
 
 
 GOLDEN = [
@@ -79,7 +83,7 @@ def test_lora_and_head_have_separate_learning_rates() -> None:
     assert len(make_optimizer(parameters, TrainingSpec()).param_groups) == 1, "without a head, one group"
 
 
-@pytest.mark.parametrize(("key", "least"), [("num_devices", 1), ("num_threads", 0), ("step_mib", 0)])
-def test_machine_sizes_below_their_minimum_are_refused(key: str, least: int) -> None:
-    with pytest.raises(ConfigError, match=rf"^{key} = {least - 1}: must be a whole number of at least {least}$"):
-        Machine(**{key: least - 1})  # type: ignore[arg-type]
+@pytest.mark.parametrize(("key", "minimum"), [("num_devices", 1), ("num_threads", 0), ("step_mib", 0)])
+def test_machine_sizes_below_their_minimum_are_refused(key: str, minimum: int) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key} = {minimum - 1}: must be a whole number of at least {minimum}$"):
+        Machine(**{key: minimum - 1})  # type: ignore[arg-type]

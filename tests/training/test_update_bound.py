@@ -34,8 +34,8 @@ SPECS: list[dict[str, Any]] = [
 @pytest.fixture
 def sent_adapter() -> Adapter:
     draws, shapes = np.random.default_rng(0), {"a.lora_A": (4, 30), "head.weight": (3, 8)}
-    made = {name: draws.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    return Adapter(made | {"a.lora_B": np.zeros((30, 4), np.float32)})
+    tensors = {name: draws.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return Adapter(tensors | {"a.lora_B": np.zeros((30, 4), np.float32)})
 
 
 def train_optimizer(spec: TrainingSpec, sent: Adapter, gradients: Any, *, round: int) -> dict[str, np.ndarray]:
@@ -86,20 +86,20 @@ def test_norm_bound_limits_many_small_changes(sent_adapter: Adapter) -> None:
         TrainingSpec(optimizer="sgd", learning_rate=1.0), PLAN, round=1, declared_size=SIZE, sent=sent_adapter
     )
     size = bound.value["a.lora_A"] * 0.99
-    one = {name: np.array(value) for name, value in sent_adapter.tensors.items()}
-    one["a.lora_B"].flat[0] = size
-    assert bound.allows(one, sent=sent_adapter)
-    everything = {name: value + np.copysign(np.float32(size), value) for name, value in sent_adapter.tensors.items()}
-    assert not bound.allows(everything, sent=sent_adapter)
+    values_moved = {name: np.array(value) for name, value in sent_adapter.tensors.items()}
+    values_moved["a.lora_B"].flat[0] = size
+    assert bound.allows(values_moved, sent=sent_adapter)
+    all_moved = {name: value + np.copysign(np.float32(size), value) for name, value in sent_adapter.tensors.items()}
+    assert not bound.allows(all_moved, sent=sent_adapter)
 
 
 def test_changes_toward_zero_are_always_allowed(sent_adapter: Adapter) -> None:
-    nowhere = UpdateBound(value=dict.fromkeys(sent_adapter.tensors, 0.0), norm=0.0)
+    no_bound = UpdateBound(value=dict.fromkeys(sent_adapter.tensors, 0.0), norm=0.0)
     for factor in (1.0, 0.5, 0.0):
         smaller = {name: (factor * value).astype(np.float32) for name, value in sent_adapter.tensors.items()}
-        assert nowhere.allows(smaller, sent=sent_adapter)
+        assert no_bound.allows(smaller, sent=sent_adapter)
     other_sign = {name: (-0.01 * value).astype(np.float32) for name, value in sent_adapter.tensors.items()}
-    assert not nowhere.allows(other_sign, sent=sent_adapter)
+    assert not no_bound.allows(other_sign, sent=sent_adapter)
 
 
 def test_unclipped_or_fast_forgetting_training_has_no_bound(sent_adapter: Adapter) -> None:
@@ -126,14 +126,16 @@ def test_frozen_tensors_may_only_shrink(settings: TrainingSpec, sent_adapter: Ad
     frozen = list_frozen_tensors(LoraSpec(alternate=True), FEDAVG, sent_adapter.tensors, round=1, sent={})
     assert frozen == {resting}
     bound = bound_round_update(settings, PLAN, round=1, declared_size=SIZE, sent=sent_adapter, frozen=frozen)
-    for move in (0.01, -0.01):
-        moved = sent_adapter.tensors[resting] + np.copysign(np.float32(move), move * sent_adapter.tensors[resting])
-        assert not bound.allows({**sent_adapter.tensors, resting: moved}, sent=sent_adapter)
+    for step in (0.01, -0.01):
+        shifted = sent_adapter.tensors[resting] + np.copysign(np.float32(step), step * sent_adapter.tensors[resting])
+        assert not bound.allows({**sent_adapter.tensors, resting: shifted}, sent=sent_adapter)
     assert bound.allows({**sent_adapter.tensors, resting: sent_adapter.tensors[resting] / 2}, sent=sent_adapter), (
         "shrinking must stay allowed"
     )
-    others = Adapter({name: value for name, value in sent_adapter.tensors.items() if name != resting})
-    assert bound.norm == bound_round_update(settings, PLAN, round=1, declared_size=SIZE, sent=others).norm
+    incomplete = Adapter({name: value for name, value in sent_adapter.tensors.items() if name != resting})
+    assert bound.norm == bound_round_update(settings, PLAN, round=1, declared_size=SIZE, sent=incomplete).norm
     plain = replace(PLAN, noise_multiplier=0.0)
-    still = bound_round_update(settings, plain, round=1, declared_size=SIZE, sent=sent_adapter, frozen=frozen)
-    assert not still.allows({**sent_adapter.tensors, resting: sent_adapter.tensors[resting] * 1.01}, sent=sent_adapter)
+    unmoved = bound_round_update(settings, plain, round=1, declared_size=SIZE, sent=sent_adapter, frozen=frozen)
+    assert not unmoved.allows(
+        {**sent_adapter.tensors, resting: sent_adapter.tensors[resting] * 1.01}, sent=sent_adapter
+    )
