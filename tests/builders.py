@@ -24,10 +24,10 @@ from fedtune.training.per_example import record_gradients
 
 def run_result(**fields: Any) -> RunResult:
     """Build the content of a run.json; `rounds`, `final` and `privacy` are required."""
-    made = RunProvenance(
+    provenance = RunProvenance(
         dataset="letters", declared_sizes={}, base_model=BaseModel(path="random:bert", sha256="00" * 32)
     )
-    about = {"fedtune_version": "0", "config_sha256": "00", "task": "classification", "provenance": made}
+    about = {"fedtune_version": "0", "config_sha256": "00", "task": "classification", "provenance": provenance}
     return RunResult(**about | fields)
 
 
@@ -112,7 +112,7 @@ def _build_once(spec: TaskModelSpec, with_bfloat16: bool) -> TaskModel:
 
 def record_example_gradients(model: TaskModel, batch: Batch) -> dict[str, torch.Tensor]:
     with record_gradients(model) as gradients:
-        return {name: one.clone() for name, one in gradients.compute_gradients(batch).items()}
+        return {name: gradient.clone() for name, gradient in gradients.compute_gradients(batch).items()}
 
 
 def set_random_values(model: TaskModel, size: float, *, seed: int = 11) -> TaskModel:

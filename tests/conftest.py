@@ -70,9 +70,9 @@ _keys: dict[int, bytes] = {}
 
 @cache
 def _read(path: Path, columns: tuple[tuple[str, str], ...], lenient: bool) -> tuple[Any, ...]:
-    found = tuple(_judged(path, dict(columns), lenient=lenient))
-    _keys.update({id(one): _record_key(one) for _, one in found if isinstance(one, Record)})
-    return found
+    validated = tuple(_judged(path, dict(columns), lenient=lenient))
+    _keys.update({id(record): _record_key(record) for _, record in validated if isinstance(record, Record)})
+    return validated
 
 
 def _cache_plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
@@ -86,8 +86,8 @@ def _cache_validated_records(
     if REPOSITORY not in path.absolute().parents:
         yield from _judged(path, columns, fault=fault, lenient=lenient)
         return
-    for line, found in _read(path, tuple(columns.items()), lenient):
-        yield line, (fault(found) or found) if isinstance(found, Record) else found
+    for line, validated in _read(path, tuple(columns.items()), lenient):
+        yield line, (fault(validated) or validated) if isinstance(validated, Record) else validated
 
 
 # Hydra takes a third of a second to compose the same words again.
@@ -104,13 +104,13 @@ def _cache_composed_settings(words: Sequence[str] = (), **options: Any) -> DictC
     """
     if any(_BYPASSED.search(word) for word in words):
         return _compose_settings(words, **options)
-    folders = sorted({found for word in words for found in _OF_A_TEST.findall(word)}, key=len, reverse=True)
+    folders = sorted({match for word in words for match in _OF_A_TEST.findall(word)}, key=len, reverse=True)
     marks = {folder: f"/folder-{number}-of-a-test" for number, folder in enumerate(folders)}
     key = tuple(_replace_texts(word, marks) for word in words), *sorted(options.items())
     if key not in _composed:
         _composed[key] = OmegaConf.to_container(_compose_settings(key[0], **options))
-    back = {mark: folder for folder, mark in marks.items()}
-    return OmegaConf.create(_replace_texts(_composed[key], back))
+    folders_by_mark = {mark: folder for folder, mark in marks.items()}
+    return OmegaConf.create(_replace_texts(_composed[key], folders_by_mark))
 
 
 def _replace_texts(value: Any, pairs: Mapping[str, str]) -> Any:
@@ -119,8 +119,8 @@ def _replace_texts(value: Any, pairs: Mapping[str, str]) -> Any:
             value = value.replace(old, new)
         return value
     if isinstance(value, dict):
-        return {key: _replace_texts(one, pairs) for key, one in value.items()}
-    return [_replace_texts(one, pairs) for one in value] if isinstance(value, list) else value
+        return {key: _replace_texts(inner, pairs) for key, inner in value.items()}
+    return [_replace_texts(inner, pairs) for inner in value] if isinstance(value, list) else value
 
 
 compose.compose_settings = experiment_file.compose_settings = _cache_composed_settings  # type: ignore[assignment]
@@ -153,7 +153,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     git = partial(subprocess.run, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     counts = {kind: len(terminalreporter.stats.get(kind, [])) for kind in ("passed", "failed", "error", "skipped")}
-    bad = [*terminalreporter.stats.get("failed", []), *terminalreporter.stats.get("error", [])]
+    failed_reports = [*terminalreporter.stats.get("failed", []), *terminalreporter.stats.get("error", [])]
     result = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": git(["git", "rev-parse", "HEAD"]).stdout.strip(),
@@ -162,7 +162,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         **counts,
         "minutes": round((time.monotonic() - _BEGAN) / 60, 1),
         "cores": os.cpu_count(),
-        "not_passed": sorted({report.nodeid for report in bad}),
+        "not_passed": sorted({report.nodeid for report in failed_reports}),
     }
     file.write_text(json.dumps(result, indent=2) + "\n")
 
@@ -183,12 +183,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Refuse an id in `by_day(...)` that no case has, if whole files were collected."""
     if any("::" in argument for argument in config.args):
         return
-    named: dict[str, set[str]] = {}
+    selected: dict[str, set[str]] = {}
     for item in items:
         if by_day := item.get_closest_marker("by_day"):
-            left = named.setdefault(item.nodeid.partition("[")[0], set(map(str, by_day.args)))
-            left.discard(item.callspec.id)  # type: ignore[attr-defined]
-    if unknown := {test: left for test, left in named.items() if left}:
+            remaining = selected.setdefault(item.nodeid.partition("[")[0], set(map(str, by_day.args)))
+            remaining.discard(item.callspec.id)  # type: ignore[attr-defined]
+    if unknown := {test: remaining for test, remaining in selected.items() if remaining}:
         raise pytest.UsageError(f"by_day names cases that there are not: {unknown}")
 
 
@@ -214,10 +214,10 @@ def _check_empty_folder(_empty_folder: Path) -> Iterator[None]:
     """Check that a test leaves no files in the shared working folder."""
     yield
     assert Path.cwd() == _empty_folder
-    left = sorted(path.name for path in _empty_folder.iterdir())
-    for name in left:  # so that the next test does not fail
+    leftovers = sorted(path.name for path in _empty_folder.iterdir())
+    for name in leftovers:  # so that the next test does not fail
         shutil.rmtree(name) if (_empty_folder / name).is_dir() else (_empty_folder / name).unlink()
-    assert left == []
+    assert leftovers == []
 
 
 @dataclass(frozen=True)
@@ -272,12 +272,12 @@ def run_command(*arguments: str) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
-def run_python(*words: str | Path, **how: Any) -> str:
+def run_python(*words: str | Path, **kwargs: Any) -> str:
     """Run Python in a separate process, which must succeed, and return its output."""
     run = {"capture_output": True, "text": True, "timeout": 600, "check": False}
-    done = subprocess.run([sys.executable, *words], **run | how)
-    assert done.returncode == 0, done.stderr
-    return str(done.stdout)
+    process = subprocess.run([sys.executable, *words], **run | kwargs)
+    assert process.returncode == 0, process.stderr
+    return str(process.stdout)
 
 
 @contextlib.contextmanager
@@ -371,10 +371,12 @@ def run_plan() -> Plan:
 
 def run_proposal(**changes: Any) -> Proposal:
     """Build the lead's proposal for the run `r`; keywords override fields of the proposal or of its plan."""
-    of_plan = {field.name for field in fields(Plan)}
-    plan = replace(run_plan(), **{key: value for key, value in changes.items() if key in of_plan})
-    of_run = {"dataset": "patients", "base_model": "ab" * 32, "target_modules": ("query", "value"), "plan": plan}
-    return replace(make_proposal(), **of_run | {key: value for key, value in changes.items() if key not in of_plan})
+    plan_fields = {field.name for field in fields(Plan)}
+    plan = replace(run_plan(), **{key: value for key, value in changes.items() if key in plan_fields})
+    run_fields = {"dataset": "patients", "base_model": "ab" * 32, "target_modules": ("query", "value"), "plan": plan}
+    return replace(
+        make_proposal(), **run_fields | {key: value for key, value in changes.items() if key not in plan_fields}
+    )
 
 
 def name_run(run: str, settings: str) -> str:
@@ -457,9 +459,9 @@ def fail_where(
     """Make the function or method raise an error for arguments where `when` is true."""
     real = getattr(owner, name)
 
-    def fail_or_call(*given: Any, **named: Any) -> Any:
-        if when(*given, **named):
+    def fail_or_call(*args: Any, **kwargs: Any) -> Any:
+        if when(*args, **kwargs):
             raise error or OSError("away")
-        return real(*given, **named)
+        return real(*args, **kwargs)
 
     patched.setattr(owner, name, fail_or_call)

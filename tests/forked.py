@@ -70,18 +70,18 @@ class Forked(subprocess.Popen[Any]):
     The process handles Ctrl-C even if the shell that started pytest in the background ignores it for its children.
     """
 
-    def _execute_child(self, *given: Any) -> None:  # the only hook that leaves the rest of Popen unchanged
-        named = inspect.signature(super()._execute_child).bind(*given).arguments  # type: ignore[misc]
+    def _execute_child(self, *args: Any) -> None:  # the only hook that leaves the rest of Popen unchanged
+        named = inspect.signature(super()._execute_child).bind(*args).arguments  # type: ignore[misc]
         request = None if os.environ.get("FEDTUNE_TEST_FORK") == "no" else _request(named)
         if request is None:
-            super()._execute_child(*given)  # type: ignore[misc]
+            super()._execute_child(*args)  # type: ignore[misc]
             return
         pipes = [(named["p2cread"], 0), (named["c2pwrite"], 1), (named["errwrite"], 2)]
         with _FORKING:
-            self.pid = _ask_for_fork(request, [ours if end < 0 else end for end, ours in pipes])
+            self.pid = _ask_for_fork(request, [own_end if end < 0 else end for end, own_end in pipes])
         self._child_created = True
-        ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
-        self._close_pipe_fds(*(named[end] for end in ends))  # type: ignore[attr-defined]
+        pipe_names = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*(named[end] for end in pipe_names))  # type: ignore[attr-defined]
 
 
 def run_forked(words: Sequence[str], *, timeout_s: float, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -106,35 +106,37 @@ def write_forked_commands(folder: Path) -> Iterator[Path]:
     for name, before in (("fedtune", ["-m", "fedtune"]), ("python", [])):
         (commands / name).write_text(_SHIM.format(python=sys.executable, address=address, before=before))
         (commands / name).chmod(0o755)
-    begun: list[Forked] = []
+    started: list[Forked] = []
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
         door.bind(address)
         door.listen()
-        threading.Thread(target=_accept_connections, args=(door, begun), daemon=True).start()
+        threading.Thread(target=_accept_connections, args=(door, started), daemon=True).start()
         try:
             yield commands
         finally:
             door.shutdown(socket.SHUT_RDWR)
-            for process in begun:
+            for process in started:
                 process.kill()
 
 
-def _accept_connections(door: socket.socket, begun: list[Forked]) -> None:
+def _accept_connections(door: socket.socket, started: list[Forked]) -> None:
     """Fork for each command that a shell starts, until the socket is closed."""
     with contextlib.suppress(OSError):
         while True:
             channel, _ = door.accept()
-            threading.Thread(target=_impersonate_account, args=(channel, begun), daemon=True).start()
+            threading.Thread(target=_impersonate_account, args=(channel, started), daemon=True).start()
 
 
-def _impersonate_account(channel: socket.socket, begun: list[Forked]) -> None:
+def _impersonate_account(channel: socket.socket, started: list[Forked]) -> None:
     """Start the process of one command, and send it the pid and then the exit code."""
     with channel:
         message, streams, _, _ = socket.recv_fds(channel, _MAX_BYTES, 3)
-        asked = json.loads(message)
-        words = [sys.executable, *asked["words"]]
-        process = Forked(words, cwd=asked["cwd"], env=asked["environment"], **dict(zip(_STREAMS, streams, strict=True)))
-        begun.append(process)
+        request = json.loads(message)
+        words = [sys.executable, *request["words"]]
+        process = Forked(
+            words, cwd=request["cwd"], env=request["environment"], **dict(zip(_STREAMS, streams, strict=True))
+        )
+        started.append(process)
         for stream in streams:
             os.close(stream)
         channel.send(str(process.pid).encode())
@@ -163,22 +165,22 @@ def _request(named: dict[str, Any]) -> dict[str, Any] | None:
 @cache
 def _open_server_channel() -> socket.socket:
     """Return this process's channel to a fork server, which exits when the channel closes."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    own_end, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    words = [sys.executable, __file__, str(theirs.fileno())]
-    with theirs:
-        process = subprocess.Popen(words, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
-    atexit.register(lambda: (ours.close(), process.wait(timeout=30)))
-    return ours
+    words = [sys.executable, __file__, str(server_end.fileno())]
+    with server_end:
+        process = subprocess.Popen(words, pass_fds=[server_end.fileno()], env=environment, stdin=subprocess.DEVNULL)
+    atexit.register(lambda: (own_end.close(), process.wait(timeout=30)))
+    return own_end
 
 
 def _ask_for_fork(request: dict[str, Any], descriptors: Sequence[int]) -> int:
     """Ask the server to fork, and return the pid of the new process, which is a child of this one."""
-    server, given = _open_server_channel(), array.array("i", descriptors).tobytes()
+    server, ancillary = _open_server_channel(), array.array("i", descriptors).tobytes()
     control = ctypes.CDLL(None, use_errno=True).prctl
     assert control(_SUBREAPER, 1, 0, 0, 0) == 0, os.strerror(ctypes.get_errno())
     try:  # meanwhile, orphaned descendants also become children of this process
-        server.sendmsg([json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, given)])
+        server.sendmsg([json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, ancillary)])
         answer = server.recv(_MAX_BYTES)
     finally:
         control(_SUBREAPER, 0, 0, 0, 0)
@@ -218,8 +220,8 @@ def _apply_process_state(request: dict[str, Any]) -> None:
         os.setsid()
     if request["network"]:
         with open(f"/run/netns/{request['network']}") as network:
-            found = ctypes.CDLL(None, use_errno=True).setns(network.fileno(), _NEW_NETWORK)
-        assert found == 0, os.strerror(ctypes.get_errno())
+            result = ctypes.CDLL(None, use_errno=True).setns(network.fileno(), _NEW_NETWORK)
+        assert result == 0, os.strerror(ctypes.get_errno())
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(_SET_BY_IMPORTS | request["environment"])
@@ -275,8 +277,8 @@ def _run_server() -> None:
         code: object = None
         try:
             _run(*request["words"])
-        except SystemExit as asked:
-            code = asked.code
+        except SystemExit as exit_request:
+            code = exit_request.code
         if code is None or isinstance(code, int):
             _end(code or 0)
         sys.exit(code)  # Python prints a string

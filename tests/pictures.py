@@ -47,10 +47,10 @@ MODELS: dict[str, tuple[Any, Any, int]] = {
 
 def write_vision_folder(folder: Path, kind: str = "vit") -> Path:
     """Write a transformers folder with a model and its image processor; every call writes the same weights."""
-    make, processor, _ = MODELS[kind]
+    build_model, processor, _ = MODELS[kind]
     with silence_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        make().save_pretrained(folder)
+        build_model().save_pretrained(folder)
         processor.save_pretrained(folder)
     return folder
 
@@ -79,9 +79,9 @@ def write_pictures(folder: Path, name: str, count: int, *, seed: int) -> Path:
     with (folder / name).open("w", newline="") as stream:
         table = csv.writer(stream)
         table.writerow(["image", "label", "number", "several", "months", "died"])
-        for place in range(count):
-            tint, path = int(draws.integers(3)), f"images/{seed}-{place}.png"
-            (folder / path).write_bytes(encode_image(make_picture(seed=1000 * seed + place, tint=tint)))
+        for index in range(count):
+            tint, path = int(draws.integers(3)), f"images/{seed}-{index}.png"
+            (folder / path).write_bytes(encode_image(make_picture(seed=1000 * seed + index, tint=tint)))
             several = ";".join(color for color in COLORS[:2] if color == COLORS[tint])
             table.writerow([path, COLORS[tint], tint, several, 1 + 2 * tint, int(tint < 2)])
     return folder / name

@@ -35,11 +35,11 @@ def wait_for(
         time.sleep(0.02)
 
 
-def make_environment(**more: str) -> dict[str, str]:
+def make_environment(**extra: str) -> dict[str, str]:
     variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
     # The processes must not use a proxy of this machine.
-    own = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    return {**own, **variables, **more}
+    inherited = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    return {**inherited, **variables, **extra}
 
 
 class Process:
@@ -75,8 +75,10 @@ class Process:
         return self.log.read_bytes()[self._from :].decode(errors="replace")
 
     def lines(self, event: str) -> list[dict[str, Any]]:
-        whole = [line for line in self.text.splitlines(keepends=True) if line.endswith("\n") and line.startswith("{")]
-        return [line for line in map(json.loads, whole) if line["event"] == event]
+        complete = [
+            line for line in self.text.splitlines(keepends=True) if line.endswith("\n") and line.startswith("{")
+        ]
+        return [line for line in map(json.loads, complete) if line["event"] == event]
 
     def wait_for_text(self, text: str, *, count: int = 1, seconds: float = START_S) -> None:
         """Wait until the output contains `text` at least this many times."""

@@ -42,15 +42,15 @@ def get_relative_name(path: Path) -> str:
 def test_every_package_belongs_to_a_layer() -> None:
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]
     (layers,) = (contract["layers"] for contract in settings["contracts"] if contract.get("containers") == ["fedtune"])
-    named = {layer.strip() for line in layers for layer in line.split("|")}
+    listed = {layer.strip() for line in layers for layer in line.split("|")}
     present = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     present |= {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
-    assert present == named
+    assert present == listed
 
 
 def test_no_module_has_a_meaningless_name() -> None:
-    nothing = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
-    assert nothing & {path.stem for path in MODULES} == set()
+    meaningless = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
+    assert meaningless & {path.stem for path in MODULES} == set()
 
 
 @cache
@@ -93,15 +93,17 @@ def test_no_package_exceeds_its_line_budget() -> None:
 def test_package_contains_no_unused_code() -> None:
     tool = Vulture()
     tool.scavenge([str(PACKAGE)])
-    found = {item.name for item in tool.get_unused_code()}
+    unused = {item.name for item in tool.get_unused_code()}
     allowed = {name for names in ALLOWED_UNUSED.values() for name in names}
-    assert found - allowed == set(), "unused in fedtune/: delete these, or name their users in allowed_unused.py"
-    assert allowed - found == set(), "these no longer exist or are now used: remove them from allowed_unused.py"
+    assert unused - allowed == set(), "unused in fedtune/: delete these, or name their users in allowed_unused.py"
+    assert allowed - unused == set(), "these no longer exist or are now used: remove them from allowed_unused.py"
 
 
 def test_files_stay_below_the_line_limit() -> None:
     lines = {get_relative_name(path): count_code_lines(path) for path in MODULES}  # docstrings and comments are free
-    assert {name for name, most in lines.items() if most > LONG_FILES.get(name, MAX_CODE_LINES_OF_A_FILE)} == set()
+    assert {
+        name for name, num_lines in lines.items() if num_lines > LONG_FILES.get(name, MAX_CODE_LINES_OF_A_FILE)
+    } == set()
 
 
 def test_spec_modules_contain_no_assert_statements() -> None:

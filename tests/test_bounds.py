@@ -20,7 +20,7 @@ from .privacy.builders import make_policy, make_proposal, plan
 from .privacy.test_distributed_noise import FOUR
 
 BOUNDS: dict[str, dict[str, dict[str, list[Any]]]] = tomllib.loads(Path(__file__).with_name("bounds.toml").read_text())
-WITH: dict[str, Callable[..., object]] = {
+BUILDERS: dict[str, Callable[..., object]] = {
     "settings": PrivacySpec,
     "plan": plan,
     "shared_noise": lambda **value: replace(FOUR, **value),
@@ -42,16 +42,16 @@ WITH: dict[str, Callable[..., object]] = {
 
 
 @pytest.mark.parametrize(
-    ("what", "bound", "key", "value"),
+    ("target", "bound", "key", "value"),
     [
-        (what, bound, key, tuple(value) if isinstance(value, list) else value)
-        for what, bounds in BOUNDS.items()
+        (target, bound, key, tuple(value) if isinstance(value, list) else value)
+        for target, bounds in BOUNDS.items()
         for bound, keys in bounds.items()
         for key, values in keys.items()
         for value in values
     ],
 )
-def test_out_of_bounds_value_is_refused_with_its_key(what: str, bound: str, key: str, value: object) -> None:
-    with pytest.raises(ConfigError) as refused:
-        WITH[what](**{key: value}) if what in WITH else make_policy(**{what: {key: value}})
-    assert (refused.value.key, refused.value.bound) == (key, bound)
+def test_out_of_bounds_value_is_refused_with_its_key(target: str, bound: str, key: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        BUILDERS[target](**{key: value}) if target in BUILDERS else make_policy(**{target: {key: value}})
+    assert (caught.value.key, caught.value.bound) == (key, bound)

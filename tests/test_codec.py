@@ -56,7 +56,7 @@ def test_record_is_decoded_according_to_its_types() -> None:
     whole = decode(Whole, JSON)
     assert whole == Whole(Color.RED, ((1, "a"),), frozenset({(2, "b")}), {"r": 3}, 4.0)
     assert type(whole.cap) is float
-    assert [decode(Whole, JSON | {"layers": given}).layers for given in ([1], "all")] == [(1,), "all"]
+    assert [decode(Whole, JSON | {"layers": value}).layers for value in ([1], "all")] == [(1,), "all"]
     assert decode(Whole, JSON | {"part": {}}).part == Part(2.0), "a table leaves out values equal to their defaults"
 
 

@@ -24,11 +24,11 @@ BASE: dict[str, Any] = compose_run(["experiment=debug", "name=x"]).to_json()
 
 def change_base(**changes: Any) -> dict[str, Any]:
     """Return the base settings with `group__key` (or `key`) changed."""
-    made: dict[str, Any] = json.loads(json.dumps(BASE))
+    fields: dict[str, Any] = json.loads(json.dumps(BASE))
     for name, value in changes.items():
         group, _, key = name.rpartition("__")
-        (made[group] if group else made)[key] = value
-    return made
+        (fields[group] if group else fields)[key] = value
+    return fields
 
 
 _numbers = st.floats(min_value=1e-6, max_value=1e6, allow_nan=False)
@@ -74,10 +74,10 @@ def test_mutually_exclusive_settings_are_refused(typed: str) -> None:
 @settings(max_examples=150, deadline=None)
 def test_configuration_round_trips_through_json(changes: dict[str, Any]) -> None:
     config = parse(change_base(**changes))
-    again = parse(json.loads(json.dumps(config.to_json())))
-    assert again == config
-    assert again.digest() == config.digest()
-    assert again.run_id() == config.run_id()
+    reparsed = parse(json.loads(json.dumps(config.to_json())))
+    assert reparsed == config
+    assert reparsed.digest() == config.digest()
+    assert reparsed.run_id() == config.run_id()
 
 
 _NO_RESULT_CHANGES = [

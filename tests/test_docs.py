@@ -109,9 +109,9 @@ def test_entity_tutorial_commands_run_as_documented(tmp_path: Path, monkeypatch:
     lines = list_commands(read_section("other_tasks.md", "Parts of a text that name something"))
     assert len(lines) == 6
     for words in lines:
-        again = ["name=again"] if words[1:2] == ["experiment=own_entities"] else []
-        made = ["--model", "random_bert"] if words[:2] == ["data", "init"] else []
-        outcome = run_command(*words, *(small if words[0] == "simulate" else made), *again)
+        name_options = ["name=again"] if words[1:2] == ["experiment=own_entities"] else []
+        model_options = ["--model", "random_bert"] if words[:2] == ["data", "init"] else []
+        outcome = run_command(*words, *(small if words[0] == "simulate" else model_options), *name_options)
         assert outcome.code == 0, (words, outcome.err)
     assert (tmp_path / "runs/again/run.json").is_file()
     settings = (tmp_path / "notes.yaml").read_text()
@@ -123,18 +123,18 @@ def test_entity_tutorial_commands_run_as_documented(tmp_path: Path, monkeypatch:
 def test_table_tutorial_commands_run_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ages = [20 + 31 * number % 70 for number in range(120)]
     rows = [f"{age},{age}.5,{('surgery', 'medicine')[age % 2]},{('sepsis', 'none')[age > 55]}" for age in ages]
-    for name, some in (("labs", rows), ("more", rows[:40]), ("new", [row.rpartition(",")[0] for row in rows[:5]])):
+    for name, selected in (("labs", rows), ("more", rows[:40]), ("new", [row.rpartition(",")[0] for row in rows[:5]])):
         heads = "age,crp,ward" + ("" if name == "new" else ",diagnosis")
-        (tmp_path / f"{name}.csv").write_text("\n".join([heads, *some]) + "\n")
+        (tmp_path / f"{name}.csv").write_text("\n".join([heads, *selected]) + "\n")
     monkeypatch.chdir(tmp_path)
-    known = {"age": "range: [0, 110]", "crp": "range: [0, 400]", "ward": "categories: [surgery, medicine]"}
+    prompts = {"age": "range: [0, 110]", "crp": "range: [0, 400]", "ward": "categories: [surgery, medicine]"}
     for words in list_commands(read_section("other_tasks.md", TABLES)):
         outcome = run_command(*words, *(SMALL if words[0] == "simulate" else []))
         assert outcome.code == 0, (words, outcome.err)
         if words[:2] == ["data", "init"]:
             assert run_command("data", "check", "labs.yaml").code == 2, "placeholders must be filled in first"
             text = Path("labs.yaml").read_text()
-            for column, choice in known.items():
+            for column, choice in prompts.items():
                 text = re.sub(rf'(\["{column}"\]), \w+: "\?\?\?"', rf"\1, {choice}", text)
             Path("labs.yaml").write_text(text)
     assert outcome.out.count("none") + outcome.out.count("sepsis") >= 5, "each new row must have a prediction"
@@ -163,7 +163,7 @@ def test_documented_code_converts_npy_vectors_to_a_column(tmp_path: Path, monkey
     (block,) = re.findall(r"```python\n(import numpy.*?)\n```", read_section("other_tasks.md", TABLES), re.S)
     exec(block, {})
     roles = {"label": "label", "feature:states": "states"}
-    read = [json.loads(one.fields["feature:states"]) for one in iter_records(Path("slides.parquet"), roles)]
+    read = [json.loads(record.fields["feature:states"]) for record in iter_records(Path("slides.parquet"), roles)]
     assert read == vectors.tolist()
     with pytest.raises(DataError, match=r"\.npy.*must be a Parquet file with a column of lists"):
         iter_raw_rows(Path("vectors.npy"))
@@ -192,18 +192,18 @@ def test_decision_records_are_indexed_and_have_four_sections() -> None:
 
 def test_documentation_links_and_named_files_exist() -> None:
     for page in PAGES:
-        for target, place in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+        for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
             if not target.startswith(("http://", "https://")):
                 linked = page.parent / target if target else page
                 assert linked.exists(), f"{page.name} links to {target}, which does not exist"
-                headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE) if place else []
-                places = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
-                assert not place or place in places, f"{page.name} links to {target}#{place}, which does not exist"
+                headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE) if anchor else []
+                anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+                assert not anchor or anchor in anchors, f"{page.name} links to {target}#{anchor}, which does not exist"
         for name in re.findall(r"`((?:fedtune|conf|tests|docs|simulations)/[\w/.-]+)`", page.read_text()):
             assert (ROOT / name).exists(), f"{page.name} names {name}, which does not exist"
-    named = set(re.findall(r"tests/[\w/]+(?:\.py)?", (ROOT / "docs/threat_model.md").read_text()))
-    assert len(named) > 8
-    assert [name for name in named if not (ROOT / name).exists()] == []
+    test_paths = set(re.findall(r"tests/[\w/]+(?:\.py)?", (ROOT / "docs/threat_model.md").read_text()))
+    assert len(test_paths) > 8
+    assert [name for name in test_paths if not (ROOT / name).exists()] == []
 
 
 def test_readme_is_short_and_shows_the_main_commands() -> None:
@@ -244,14 +244,14 @@ def test_every_command_is_documented() -> None:
     pages = "\n".join(
         path.read_text() for path in PAGES if "decisions" not in path.parts and path.name != "CHANGELOG.md"
     )
-    context, lacking = click.Context(fedtune), []
+    context, undocumented = click.Context(fedtune), []
     for name in fedtune.list_commands(context):
-        found = fedtune.get_command(context, name)
-        for inner in found.commands if isinstance(found, click.Group) else [""]:
+        command = fedtune.get_command(context, name)
+        for inner in command.commands if isinstance(command, click.Group) else [""]:
             # "fedtune site pause | resume" and "`fedtune ledger show` and `spent`" each name two commands.
             if not re.search(rf"fedtune {name}\b[^\n]*\b{inner}\b", pages):
-                lacking.append(f"fedtune {name} {inner}")
-    assert lacking == ["fedtune synthesize generate", "fedtune report build"], (
+                undocumented.append(f"fedtune {name} {inner}")
+    assert undocumented == ["fedtune synthesize generate", "fedtune report build"], (
         "`fedtune synthesize` and `fedtune report` run these by default, so they need no entry"
     )
 
@@ -277,8 +277,8 @@ def test_documented_extension_points_list_few_files() -> None:
     }
     found = {kind: [file for files in lines for file in re.findall(r"`(.*?)`", files)] for kind, lines in named.items()}
     assert found.keys() == MAX_FILES.keys()
-    for kind, most in MAX_FILES.items():
-        assert 0 < len(set(found[kind])) <= most, kind
+    for kind, max_files in MAX_FILES.items():
+        assert 0 < len(set(found[kind])) <= max_files, kind
         for file in found[kind]:
             assert "<name>" in file or (ROOT / file).is_file(), file
 
@@ -299,9 +299,9 @@ def test_documented_label_shares_match_the_shipped_recipes(
 def test_figures_beside_published_ones_match_their_studies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "argv", ["collect.py", "--check"])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exited:
         runpy.run_path(str(ROOT / "simulations/known_ground/collect.py"), run_name="__main__")
-    assert ended.value.code == 0
+    assert exited.value.code == 0
 
 
 def test_simulation_scripts_import_existing_names() -> None:

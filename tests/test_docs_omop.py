@@ -53,8 +53,8 @@ def database(loaded: Any) -> Iterator[Any]:
 
 
 def list_blocks(language: str) -> list[str]:
-    found = re.findall(r"^```(\w*)\n(.*?)\n```$", PAGE, re.S | re.M)
-    return [block for its_language, block in found if its_language == language]
+    blocks = re.findall(r"^```(\w*)\n(.*?)\n```$", PAGE, re.S | re.M)
+    return [block for its_language, block in blocks if its_language == language]
 
 
 def select_features(database: Any, query: str = QUERY) -> list[tuple[Any, ...]]:
@@ -128,7 +128,7 @@ def test_records_after_the_index_date_change_no_feature(database: Any) -> None:
     assert (
         {outcome for outcome, _, _ in after.values()} == {"event"} != {outcome for outcome, _, _ in outcomes.values()}
     )
-    starts = [place.end() for place in re.finditer(re.escape(UPPER_BOUND), QUERY)]
+    starts = [match.end() for match in re.finditer(re.escape(UPPER_BOUND), QUERY)]
     assert len(starts) == 4, "visits, conditions, drugs and measurements"
     for end in starts:
         looking_ahead = f"{QUERY[: end - len(UPPER_BOUND)]}AND i.index_date + 30\n{QUERY[end:]}"

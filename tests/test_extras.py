@@ -136,16 +136,18 @@ def test_missing_text_metric_package_is_reported_before_loading_a_model(
 def test_run_without_text_scores_needs_no_text_packages(
     hide: Callable[[str, str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    began = Mock(side_effect=ConfigError("model", "tiny", "was built"))
-    monkeypatch.setattr("fedtune.sites.shared_model.build_task_model", began)
+    build = Mock(side_effect=ConfigError("model", "tiny", "was built"))
+    monkeypatch.setattr("fedtune.sites.shared_model.build_task_model", build)
     hide("text", "sacrebleu")
-    for least in (
+    for package in (
         ("data.test_file=null",),
         ("data.columns={text: mr}", "data.prompt_template='{prompt}'"),
         ("evaluation.generate=false",),
     ):
         assert (
-            run_command("simulate", *list_tiny_overrides(*WRITES, *least, into=tmp_path)).failed().endswith("was built")
+            run_command("simulate", *list_tiny_overrides(*WRITES, *package, into=tmp_path))
+            .failed()
+            .endswith("was built")
         )
 
 

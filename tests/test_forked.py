@@ -25,10 +25,10 @@ print(json.dumps({
 def run_forked(*words: str, **options: Any) -> Any:
     with Forked([sys.executable, *words], stdout=subprocess.PIPE, text=True, **options) as process:
         assert process.stdout is not None
-        about = json.loads(process.stdout.read())
+        report = json.loads(process.stdout.read())
     assert process.returncode == 0
-    assert about["pid"] == process.pid
-    return about
+    assert report["pid"] == process.pid
+    return report
 
 
 def test_forked_command_has_a_separate_folder_environment_and_arguments(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize(
-    ("command", "number", "expected", "said"),
+    ("command", "number", "expected", "output"),
     [
         ((sys.executable, "-c", "raise SystemExit(3)"), None, 3, ""),
         ((sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"), None, -signal.SIGKILL, ""),
@@ -74,12 +74,12 @@ except KeyboardInterrupt:
     ],
 )
 def test_forked_command_exits_and_handles_signals_like_python(
-    command: tuple[str, ...], number: Any, expected: int, said: str
+    command: tuple[str, ...], number: Any, expected: int, output: str
 ) -> None:
     with Forked(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         if number is not None:
             assert process.stdout.readline() == "up\n"
             process.send_signal(number)
-        assert process.stdout.read().endswith(said)
+        assert process.stdout.read().endswith(output)
     assert process.returncode == expected

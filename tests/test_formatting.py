@@ -16,7 +16,7 @@ from fedtune.show.lines import duration
 
 
 @pytest.mark.parametrize(
-    ("found", "text"),
+    ("formatted", "text"),
     [
         *((pluralize(1, "record"), "1 record"), (pluralize(0, "record"), "0 records")),
         *((pluralize(1200, "record"), "1,200 records"), (format_score_name("macro_f1"), "macro F1")),
@@ -33,8 +33,8 @@ from fedtune.show.lines import duration
         *((duration(0.0), "0.1 s"), (duration(11.2), "12 s"), (duration(150), "3 min"), (duration(18000), "5.0 h")),
     ],
 )
-def test_numbers_are_formatted_consistently(found: str, text: str) -> None:
-    assert found == text
+def test_numbers_are_formatted_consistently(formatted: str, text: str) -> None:
+    assert formatted == text
     assert [convert_infinite_to_none(value) for value in (1.5, 0, None, math.inf, -math.inf, math.nan)] == [
         1.5,
         0.0,

@@ -24,15 +24,15 @@ def call(into: Path, *words: str, script: tuple[str, ...] = (str(SCRIPT),)) -> s
 
 def test_gpu_script_runs_every_step_on_the_cpu(tmp_path: Path) -> None:
     into = tmp_path / "results.json"
-    done = call(into)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    process = call(into)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     (steps,) = json.loads(into.read_text()).values()
-    alone = [f"alone-{dtype}" for dtype in ("float32", "bfloat16", "nf4")]
-    checks = ["equal", "repeats", *alone, "alone-and-long", "moved-by-one", "several-devices"]
+    separate = [f"alone-{dtype}" for dtype in ("float32", "bfloat16", "nf4")]
+    checks = ["equal", "repeats", *separate, "alone-and-long", "moved-by-one", "several-devices"]
     assert list(steps) == [*checks, "speed-135m", "speed-1b", "speed-8b", "four-bit"]
     assert steps["several-devices"]["devices"] == 2
     assert steps["moved-by-one"]["exceeded"] == 0
-    for step in (*alone, "alone-and-long"):
+    for step in (*separate, "alone-and-long"):
         assert set(steps[step].values()) - {steps[step]["step_seconds"]} == {0.0}, step
     assert steps["speed-8b"]["4 rows"]["private_tokens_a_second"] > 0
     four = steps["four-bit"]
@@ -50,8 +50,8 @@ def test_failed_step_is_recorded_and_the_next_one_runs(tmp_path: Path) -> None:
         "run.STEPS['equal'] = fails\n"
         "run.main()\n"
     )
-    done = call(into, "--steps", "equal", "repeats", script=("-c", code))
+    process = call(into, "--steps", "equal", "repeats", script=("-c", code))
     (steps,) = json.loads(into.read_text()).values()
-    assert done.returncode == 1
+    assert process.returncode == 1
     assert steps["equal"]["error"] == "RuntimeError: no kernel"
     assert steps["repeats"]["random:bert classification"] is True

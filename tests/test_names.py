@@ -23,13 +23,13 @@ def test_retired_names_do_not_reappear() -> None:
     assert not word.search("straggler_grace_s")
     paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in TEXTS]
     # German texts contain the capitalized "Organisation", which the table does not retire.
-    found = {
+    retired = {
         f"{path.relative_to(ROOT)}: {match.group()}"
         for path in paths
         if path.name != "names.toml"
         for match in word.finditer(path.read_text(encoding="utf-8"))
     }
-    assert not found
+    assert not retired
 
 
 def test_class_names_are_unique() -> None:
@@ -38,4 +38,4 @@ def test_class_names_are_unique() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):
                 files[node.name].add(path.name)
-    assert {name: sorted(where) for name, where in files.items() if len(where) > 1} == {}
+    assert {name: sorted(paths) for name, paths in files.items() if len(paths) > 1} == {}

@@ -33,8 +33,8 @@ def test_every_file_has_the_current_version() -> None:
     citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
     assert citation["version"] == __version__
     for path in (REPOSITORY / "deployment").rglob("*.yaml"):
-        named = re.findall(r"(?:newTag|appVersion): (\S+)|fedtune:(\d\S*)\}", path.read_text())
-        assert {one or other for one, other in named} <= {__version__}, path
+        versions = re.findall(r"(?:newTag|appVersion): (\S+)|fedtune:(\d\S*)\}", path.read_text())
+        assert {one or other for one, other in versions} <= {__version__}, path
     pages = [REPOSITORY / "README.md", REPOSITORY / "SECURITY.md", *(REPOSITORY / "docs").glob("*.md")]
     assert [page.name for page in pages if re.search(r"\bunreleased\b", page.read_text())] == []
 

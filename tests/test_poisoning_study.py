@@ -29,9 +29,9 @@ def study(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_poisoning_study_resumes_and_refuses_updates_beyond_the_plan(study: dict[str, Any], tmp_path: Path) -> None:
-    places = ("--runs", str(tmp_path / "runs"), "--into", str(tmp_path))
-    study["main"]([*SIZES, *places, "--only", "average-scale"])
-    study["main"]([*SIZES, *places, "--only", "average-scale", "no_privacy-backdoor", "--missing"])
+    folders = ("--runs", str(tmp_path / "runs"), "--into", str(tmp_path))
+    study["main"]([*SIZES, *folders, "--only", "average-scale"])
+    study["main"]([*SIZES, *folders, "--only", "average-scale", "no_privacy-backdoor", "--missing"])
     lines = json.loads((tmp_path / "results.json").read_text())["lines"]
     assert list(lines) == ["no_privacy-backdoor", "average-scale"]
     scaled, planted = lines["average-scale"], lines["no_privacy-backdoor"]

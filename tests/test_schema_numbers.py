@@ -42,9 +42,9 @@ def test_ledger_or_anchor_with_another_schema_is_refused(tmp_path: Path) -> None
         tmp_path / "anchor.json",
         SigningKey.load_or_create(tmp_path / "key.pem"),
     )
-    whole = json.loads(SiteLedger(path, make_site_policy("north"), key).head().to_bytes())
+    fields = json.loads(SiteLedger(path, make_site_policy("north"), key).head().to_bytes())
     for number in list_wrong_numbers(LEDGER_SCHEMA):
-        anchor.write_text(json.dumps({"other": 1, **whole, "schema": number}))
+        anchor.write_text(json.dumps({"other": 1, **fields, "schema": number}))
         with pytest.raises(ConfigError, match=f"must be {LEDGER_SCHEMA}: {GO_ON}$"):
             Head.read(anchor)
     for number in (0, LEDGER_SCHEMA - 1, LEDGER_SCHEMA + 1):
@@ -60,9 +60,9 @@ def test_ledger_or_anchor_with_another_schema_is_refused(tmp_path: Path) -> None
 
 
 def test_report_with_another_schema_is_refused() -> None:
-    whole = json.loads(A_REPORT.read_text())
+    fields = json.loads(A_REPORT.read_text())
     for number in list_wrong_numbers(REPORT_SCHEMA):
-        changed = {**whole, "schema_version": number, "verdict": None}  # other versions may have other fields
+        changed = {**fields, "schema_version": number, "verdict": None}  # other versions may have other fields
         with pytest.raises(ConfigError, match=build_refusal_pattern("schema_version", REPORT_SCHEMA, of="report")):
             signing.parse_report(json.dumps(changed).encode())
 

@@ -78,10 +78,10 @@ def test_redirects_from_merged_pages_reach_existing_anchors() -> None:
     redirects = read_redirects()
     assert len(redirects) >= 16
     for old, new in redirects.items():
-        name, _, place = new.partition("#")
+        name, _, anchor = new.partition("#")
         assert not (DOCS / f"{old}.md").exists()
         assert (DOCS / f"{name}.md").is_file()
-        assert not place or place in list_anchors(DOCS / f"{name}.md"), new
+        assert not anchor or anchor in list_anchors(DOCS / f"{name}.md"), new
 
 
 def test_heading_anchors_are_unique_per_page() -> None:
@@ -124,16 +124,16 @@ def is_fedtune_name(node: ast.AST) -> bool:
 
 
 def test_api_page_documents_exactly_the_public_names() -> None:
-    named = re.findall(r"^\.\. auto\w+:: (\w+)$", (DOCS / "api.md").read_text(), re.M)
-    assert sorted(named) == sorted(fedtune.__all__)
+    documented = re.findall(r"^\.\. auto\w+:: (\w+)$", (DOCS / "api.md").read_text(), re.M)
+    assert sorted(documented) == sorted(fedtune.__all__)
 
 
 def test_readme_starts_with_summary_commands_image_and_four_links() -> None:
     first = (REPOSITORY / "README.md").read_text().partition("\n## ")[0]
     assert len(first.split()) <= 200
-    shown = [line for line in first.splitlines() if line.startswith("$ ")]
-    assert shown == ["$ fedtune data init tickets.csv", "$ fedtune simulate tickets.yaml"]
-    assert "\n".join(shown) in "\n".join(
+    commands = [line for line in first.splitlines() if line.startswith("$ ")]
+    assert commands == ["$ fedtune data init tickets.csv", "$ fedtune simulate tickets.yaml"]
+    assert "\n".join(commands) in "\n".join(
         line for line in (DOCS / "index.md").read_text().splitlines() if line[:2] == "$ "
     )
     assert first.count("<img ") == 1
@@ -167,7 +167,7 @@ def compute_contrast(one: str, other: str) -> float:
     """Compute the contrast ratio of two colors, each written as #rrggbb."""
 
     def compute_luminance(color: str) -> float:
-        parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        parts = [int(color[offset : offset + 2], 16) / 255 for offset in (1, 3, 5)]
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -201,8 +201,8 @@ def test_site_builds_without_a_warning_and_redirects(tmp_path: Path) -> None:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: the extra `docs` has it")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", str(tmp_path / "cache")]
-    done = subprocess.run([*command, str(DOCS), str(tmp_path / "html")], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    process = subprocess.run([*command, str(DOCS), str(tmp_path / "html")], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (0, "")
     api = (tmp_path / "html" / "api.html").read_text()
     assert all(f'id="fedtune.{name}"' in api for name in fedtune.__all__)
     assert "fedtune simulate" in (tmp_path / "html" / "commands.html").read_text()

@@ -74,9 +74,9 @@ def test_specs_are_frozen_and_keyword_only() -> None:
 )
 def test_values_in_errors_use_setting_syntax_and_are_shortened(value: object, said: str) -> None:
     assert str(ConfigError("k", value, "must be given").under("")) == said
-    moved = DataError("train_file", "x", "must exist").under("data").under("")
-    assert type(moved) is DataError
-    assert str(moved) == "data.train_file = 'x': must exist"
+    error = DataError("train_file", "x", "must exist").under("data").under("")
+    assert type(error) is DataError
+    assert str(error) == "data.train_file = 'x': must exist"
     message = str(ConfigError("labels", "x" * 1000, "must be short"))
     assert len(message) < 150
     assert message.endswith("…: must be short")

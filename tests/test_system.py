@@ -48,8 +48,8 @@ def test_platform_checks_are_confined_to_the_system_module() -> None:
         source = path.read_text()
         assert not pattern.search(source), path
         used = {ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
-        lacking = {name for name in NAMES if f"os.{name}" in used}
-        assert lacking <= (OF_ROOT if path.name == "files.py" else set()), path
+        missing = {name for name in NAMES if f"os.{name}" in used}
+        assert missing <= (OF_ROOT if path.name == "files.py" else set()), path
 
 
 def test_text_files_are_opened_with_an_encoding() -> None:
@@ -115,12 +115,12 @@ sys.exit(main(["simulate", "experiment=debug", "name=one"]))
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("system", "lacking"), [("darwin", set()), ("win32", OF_ROOT - {"getuid"})])
-def test_type_checks_pass_on_other_platforms(system: str, lacking: set[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("system", "missing"), [("darwin", set()), ("win32", OF_ROOT - {"getuid"})])
+def test_type_checks_pass_on_other_platforms(system: str, missing: set[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mypy", "--platform", system, "--cache-dir", str(tmp_path)]
-    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout
-    errors = [line for line in found.splitlines() if ": error: " in line]
-    assert {name for line in errors for name in re.findall(r'no attribute "(\w+)"', line)} == lacking
+    output = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout
+    errors = [line for line in output.splitlines() if ": error: " in line]
+    assert {name for line in errors for name in re.findall(r'no attribute "(\w+)"', line)} == missing
     assert all(line.startswith("fedtune/ops/files.py") for line in errors)
 
 

@@ -55,9 +55,9 @@ def list_expected(folder: Path) -> dict[str, list[float]]:
     """Compute the expected figures of each round, by name, from run.json alone."""
     rounds, plan = read_result(folder)["rounds"], read_saved_config(folder).plan()
     return {
-        "validation/accuracy": [one["metrics"]["accuracy"] for one in rounds],
-        "system/bytes_up": [one["bytes_up"] for one in rounds],
-        "privacy/epsilon": [compute_charged_epsilons(plan, one["round"])[0] for one in rounds],
+        "validation/accuracy": [record["metrics"]["accuracy"] for record in rounds],
+        "system/bytes_up": [record["bytes_up"] for record in rounds],
+        "privacy/epsilon": [compute_charged_epsilons(plan, record["round"])[0] for record in rounds],
     }
 
 
@@ -99,9 +99,11 @@ def test_mlflow_receives_settings_metrics_and_report(tracked_run: Callable[[str]
     assert run.data.params["training.local_steps"] == "2"
     assert run.data.params["data.train_file"] == "train.jsonl.gz", "local folder names must not be sent"
     for name, values in list_expected(folder).items():
-        require_rounds([(one.step, one.value) for one in client.get_metric_history(run.info.run_id, name)], values)
+        require_rounds(
+            [(record.step, record.value) for record in client.get_metric_history(run.info.run_id, name)], values
+        )
     assert {name: run.data.metrics[name] for name in list_final(folder)} == pytest.approx(list_final(folder))
-    assert {one.path for one in client.list_artifacts(run.info.run_id)} == FILES
+    assert {record.path for record in client.list_artifacts(run.info.run_id)} == FILES
     # The same command resumes the same tracked run without logging a round twice.
     assert run_command("simulate", f"resume={folder}").code == 0
     client, again = load_mlflow_run(folder)
@@ -120,7 +122,7 @@ def test_tensorboard_receives_settings_metrics_and_report(tracked_run: Callable[
     assert len(files) == 2
     assert socket.gethostname() not in "".join(path.name.partition("tfevents.")[2] for path in files)
     for name, values in list_expected(folder).items():
-        require_rounds([(one.step, one.value) for one in events.Scalars(name)], values)
+        require_rounds([(record.step, record.value) for record in events.Scalars(name)], values)
     for name, value in list_final(folder).items():
         assert events.Scalars(name)[-1].value == pytest.approx(value)
     texts = {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
@@ -132,7 +134,7 @@ def read_wandb_records(path: Path) -> list[Any]:
     """Read the records of an offline run: LevelDB's log format in 32 KiB blocks after wandb's seven-byte header."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, place, part, found = path.read_bytes(), 7, b"", []
+    data, place, part, records = path.read_bytes(), 7, b"", []
     while place + 7 <= len(data):
         if (left := 32768 - place % 32768) < 7:
             place += left
@@ -141,9 +143,9 @@ def read_wandb_records(path: Path) -> list[Any]:
         part += data[place + 7 : place + 7 + size]
         place += 7 + size
         if kind in (1, 4):  # a full record, or its last fragment
-            found.append(Record.FromString(part))
+            records.append(Record.FromString(part))
             part = b""
-    return found
+    return records
 
 
 @pytest.mark.nightly
@@ -165,10 +167,13 @@ def test_wandb_receives_settings_metrics_and_report(tracked_run: Callable[[str],
     assert configured["training.local_steps"] == "2"
     logged = index_items(item for one in records for item in one.summary.update)
     assert {name: json.loads(logged[name]) for name in list_final(folder)} == pytest.approx(list_final(folder))
-    held = path.read_bytes()
-    assert all(name.encode() in held for name in FILES)
-    (of_run,) = (one.run for one in records if one.WhichOneof("record_type") == "run")
-    assert (of_run.host, of_run.settings.username if hasattr(of_run.settings, "username") else "") == ("", "")
+    content = path.read_bytes()
+    assert all(name.encode() in content for name in FILES)
+    (run_record,) = (one.run for one in records if one.WhichOneof("record_type") == "run")
+    assert (run_record.host, run_record.settings.username if hasattr(run_record.settings, "username") else "") == (
+        "",
+        "",
+    )
     assert not any(one.WhichOneof("record_type") == "stats" for one in records), "no machine statistics may be sent"
     assert getpass.getuser() not in set(configured.values())
     assert not list(path.parent.glob("files/*requirements*")) + list(path.parent.glob("files/*metadata*"))

@@ -47,24 +47,24 @@ def compute_weights() -> list[Weight]:
         "other_text": sum(map(_lines, [p for p in _list_files("fedtune") if p.suffix not in {".py", *BINARY}])),
         "golden": sum(map(_lines, [p for p in _list_files("tests", *GOLDEN) if "mutant" not in str(p)])),
     }
-    most = _read_budgets()
-    unknown = set(rooms) - set(most) - set(BUDGETS["shell"])
+    budgets = _read_budgets()
+    unknown = set(rooms) - set(budgets) - set(BUDGETS["shell"])
     assert not unknown, f"rooms without a budget: {unknown}"
-    return [Weight(room, count, most[room]) for room, count in {**rooms, **sums}.items() if room in most]
+    return [Weight(room, count, budgets[room]) for room, count in {**rooms, **sums}.items() if room in budgets]
 
 
 def _read_budgets() -> dict[str, int]:
     """Read the budgets of rooms and sums, including the additions of the entries in `landed`."""
-    most = {**BUDGETS["rooms"], **BUDGETS["sums"]}
+    budgets = {**BUDGETS["rooms"], **BUDGETS["sums"]}
     for entry in BUDGETS["landed"]:
         for room, lines in BUDGETS["added"][entry].items():
             if room == "simulations":
-                most["simulations"] += lines
+                budgets["simulations"] += lines
                 continue
-            most["shell" if room in BUDGETS["shell"] else room] += lines
-            most["all"] += lines
-            most["tests"] += int(1.1 * lines)
-    return most
+            budgets["shell" if room in BUDGETS["shell"] else room] += lines
+            budgets["all"] += lines
+            budgets["tests"] += int(1.1 * lines)
+    return budgets
 
 
 @cache
