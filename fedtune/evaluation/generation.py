@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
@@ -40,8 +39,8 @@ def stream_tokens(
     """Generate the continuation of one prompt token by token, and stop at any of `end_ids` or at a length limit.
 
     The limits are `spec.max_new_tokens` and the model's number of positions. With a key-value cache, each token costs a
-    forward pass over a single position. The same seed gives the same text on the same machine. As in `generate`, the
-    model's own generation settings are ignored.
+    forward pass over a single position. The same seed gives the same text on the same machine. As in
+    `generate_batches`, the model's own generation settings are ignored.
 
     Args:
         task_model: a model whose task generates text; its adapter must not change between two tokens.
@@ -154,47 +153,6 @@ def group_by_prompt(
     return [np.array(prompt, dtype=np.int32) for prompt in kept], [groups[prompt] for prompt in kept]
 
 
-def generate(
-    task_model: TaskModel,
-    prompts: Sequence[np.ndarray],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    end_ids: frozenset[int],
-    max_new_tokens: int,
-    max_tokens: int,
-) -> list[str]:
-    """Generate a greedy continuation of each prompt, up to a token of `end_ids` or `max_new_tokens`.
-
-    Prompts are batched by length and padded on the left, so a text does not depend on the other prompts of its batch
-    beyond rounding (two tokens with equal logits may swap). The model's own generation settings (temperature,
-    penalties) are ignored.
-
-    Args:
-        task_model: a model whose task generates text.
-        prompts: the (t,) token ids of each prompt, t at least 1.
-        tokenizer: decodes the new tokens.
-        end_ids: tokens that end a text, as in training.
-        max_new_tokens: the maximum length of a text, in tokens.
-        max_tokens: the maximum number of padded tokens per batch, prompt and text together.
-
-    Returns:
-        One text per prompt, in order, without special tokens and surrounding space.
-
-    Raises:
-        ConfigError: a prompt and its text exceed the model's positions, or a batch exceeds the device's memory.
-    """
-    written = generate_batches(
-        task_model,
-        prompts,
-        tokenizer=tokenizer,
-        end_ids=end_ids,
-        max_new_tokens=max_new_tokens,
-        max_tokens=max_tokens,
-        choose=choose_greedily,
-    )
-    return [text for _, text, _ in sorted(written)]
-
-
 def sample_completions(
     task_model: TaskModel,
     prompts: Sequence[np.ndarray],
@@ -225,7 +183,7 @@ def sample_completions(
         `spec.max_new_tokens`.
 
     Raises:
-        ConfigError: as in `generate`.
+        ConfigError: as in `generate_batches`.
     """
     streams = [torch.Generator() for _ in prompts]
     for number, stream in enumerate(streams, first):
@@ -262,14 +220,30 @@ def generate_batches(
     end_ids: frozenset[int],
     max_new_tokens: int,
     max_tokens: int,
-    choose: Choose,
+    choose: Choose = choose_greedily,
     against: Sequence[np.ndarray] = (),
     begun: Sequence[np.ndarray] = (),
 ) -> Iterator[tuple[int, str, bool]]:
-    """Generate a text for each prompt, in batches of similar length.
+    """Generate a continuation of each prompt, up to a token of `end_ids` or `max_new_tokens`.
+
+    Prompts are batched by length and padded on the left, so a text does not depend on the other prompts of its batch
+    beyond rounding (two tokens with equal logits may swap). The model's own generation settings (temperature,
+    penalties) are ignored.
+
+    Args:
+        task_model: a model whose task generates text.
+        prompts: the (t,) token ids of each prompt, t at least 1.
+        tokenizer: decodes the new tokens.
+        end_ids: tokens that end a text, as in training.
+        max_new_tokens: the maximum length of a text, in tokens.
+        max_tokens: the maximum number of padded tokens per batch, prompt and text together.
+        choose: chooses the next tokens, as in `generate_batch`; the default is greedy.
+        against: empty, or one contrasting prompt per prompt.
+        begun: the initial tokens of each text; empty: the whole text is generated.
 
     Yields:
-        (index of the prompt, text with its given beginning, whether the text ended).
+        (index of the prompt, text with its given beginning, whether the text ended), without special tokens and
+        surrounding space.
 
     Raises:
         ConfigError: a prompt and its text exceed the model's positions, or a batch exceeds the device's memory.
@@ -285,25 +259,20 @@ def generate_batches(
         raise ConfigError("evaluation.max_new_tokens", max_new_tokens, bound)
     rows_each = 2 if against else 1
     for indices in cut_micro_batches(np.arange(len(prompts)), lengths * rows_each, max_tokens=max_tokens):
-
-        def choose_in_batch(logits: torch.Tensor, rows: IndexArray, indices: IndexArray = indices) -> torch.Tensor:
-            return choose(logits, indices[rows])
-
         with enter_evaluation_mode(task_model), report_out_of_memory(max_tokens):
             written = generate_batch(
-                task_model.base,
-                [prompts[index] for index in indices],
+                task_model,
+                {index: prompts[index] for index in indices.tolist()},
                 end_ids=end_ids,
                 pad_id=tokenizer.pad_token_id,
                 max_new_tokens=max_new_tokens,
-                device=task_model.device,
-                choose=choose_in_batch,
+                choose=choose,
                 against=[against[index] for index in indices] if against else (),
             )
-        for index, token_ids in zip(indices, written, strict=True):
+        for index, token_ids in written.items():
             text = list(takewhile(lambda token_id: token_id not in end_ids, token_ids))
             whole = _decode_tokens([*(begun[index] if begun else ()), *text], tokenizer)
-            yield int(index), whole, len(text) < len(token_ids)
+            yield index, whole, len(text) < len(token_ids)
 
 
 def compute_text_statistics(
@@ -351,36 +320,35 @@ def compute_text_scores(figures: Mapping[str, npt.NDArray[np.float64]]) -> dict[
 
 
 def generate_batch(
-    model: PeftModel,
-    prompts: Sequence[np.ndarray],
+    task_model: TaskModel,
+    prompts: Mapping[int, np.ndarray],
     *,
     end_ids: frozenset[int],
     pad_id: int,
     max_new_tokens: int,
-    device: torch.device,
     choose: Choose,
     against: Sequence[np.ndarray] = (),
-) -> list[list[int]]:
+) -> Mapping[int, list[int]]:
     """Append tokens to each prompt until each text has one of `end_ids`, or `max_new_tokens`.
 
     Transformers' own `generate` would apply a checkpoint's sampling settings and penalties, even under an explicit
     greedy configuration; this loop ignores them.
 
     Args:
-        model: the base with its adapter.
-        prompts: the (t,) token ids of each prompt.
+        task_model: a model in evaluation mode whose task generates text.
+        prompts: index of a prompt -> its (t,) token ids.
         end_ids: tokens that end a text.
         pad_id: pads shorter prompts.
         max_new_tokens: the maximum length of a text, in tokens.
-        device: the model's device.
-        choose: chooses each row's next token from (n, vocabulary) logits and the rows' indices among the prompts.  With
+        choose: chooses each row's next token from (n, vocabulary) logits and the indices of the rows' prompts.  With
             `against`, it gets (2n, vocabulary) logits: those of the prompts, then those of the contrasting prompts.
-        against: empty, or one contrasting prompt per prompt.
+        against: empty, or one contrasting prompt per prompt, in the same order.
 
     Returns:
-        The new token ids of each prompt, including the token that ends the text and any tokens after it.
+        Index of a prompt -> its new token ids, including the token that ends the text and any tokens after it.
     """
-    begun, halves = [*prompts, *against], 2 if against else 1  # both halves continue with the same text
+    model, device = task_model.base, task_model.device
+    begun, halves = [*prompts.values(), *against], 2 if against else 1  # both halves continue with the same text
     # Right-aligned, (n, longest), so that every row's last token is real.
     ids = [torch.from_numpy(prompt).long() for prompt in begun]
     token_ids = pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side="left").to(device)
@@ -389,8 +357,8 @@ def generate_batch(
     # Models that derive distances from the mask (ALiBi) have no position ids.
     takes_positions = "position_ids" in inspect.signature(model.get_base_model().forward).parameters
     cache = None
-    rows: list[list[int]] = [[] for _ in prompts]
-    places = np.arange(len(prompts))  # indices of the unfinished rows
+    rows: dict[int, list[int]] = {place: [] for place in prompts}
+    places = np.array([*prompts])  # indices of the unfinished rows' prompts
     for _ in range(max_new_tokens):
         placed = {"position_ids": positions} if takes_positions else {}
         # Only the last position's logits are computed; all of them would need prompt length x vocabulary.

@@ -21,9 +21,8 @@ from fedtune.config import RunConfig
 from fedtune.data import Record, Shapes, TextDataset
 from fedtune.data.bad_rows import NONE_LEFT_OUT, SkippedRows
 from fedtune.data.records import record_key
+from fedtune.evaluation import generation
 from fedtune.evaluation.bootstrap import Figures
-from fedtune.evaluation.generation import compute_text_scores, compute_text_statistics, group_by_prompt
-from fedtune.evaluation.generation import generate as generate_texts
 from fedtune.evaluation.label_signal import LabelSignal, has_enough_records, measure_label_signal
 from fedtune.evaluation.scoring import KeptBatches, embed_examples, evaluate_examples
 from fedtune.federation.planner import check_signal
@@ -457,11 +456,11 @@ class Evaluation:
         )
         if inputs is None:
             return cls(examples, {})
-        prompts, references = group_by_prompt(*inputs, rows=spec.generation_rows)
+        prompts, references = generation.group_by_prompt(*inputs, rows=spec.generation_rows)
         ends = model.task.get_eos_token_ids(tokenizer, data=config.data)
         sizes = {"max_new_tokens": spec.max_new_tokens, "max_tokens": most}
-        texts = generate_texts(model, prompts, tokenizer=tokenizer, end_ids=ends, **sizes)
-        return cls(examples, compute_text_statistics(texts, references))
+        written = sorted(generation.generate_batches(model, prompts, tokenizer=tokenizer, end_ids=ends, **sizes))
+        return cls(examples, generation.compute_text_statistics([text for _, text, _ in written], references))
 
     def scores(self, model: TaskModel) -> dict[str, float]:
         """Compute the scores of a round: name -> value."""
@@ -470,7 +469,7 @@ class Evaluation:
     def compute_final_scores(self, model: TaskModel) -> dict[str, float]:
         """Compute the scores of a finished run, including those of generated texts: name -> value."""
         return model.task.compute_final_scores(self.examples, spec=model.spec) | (
-            compute_text_scores(self.texts) if self.texts else {}
+            generation.compute_text_scores(self.texts) if self.texts else {}
         )
 
     def detail(self, model: TaskModel) -> Detail | None:

@@ -12,7 +12,7 @@ from fedtune.evaluation.generation import (
     compute_text_scores,
     compute_text_statistics,
     decode_stream,
-    generate,
+    generate_batches,
     group_by_prompt,
     sample_completions,
     stream_tokens,
@@ -24,7 +24,6 @@ from fedtune.tasks.task_model import TaskModel
 
 from .conftest import END
 
-CPU = torch.device("cpu")
 ENDS = frozenset({END})
 
 
@@ -49,18 +48,17 @@ def test_generated_rows_end_at_their_own_end_token(language_model: TaskModel, pr
     whole = [write_without_cache(language_model, prompt, 8) for prompt in prompts]
     ends = frozenset({end := whole[0][3], 999})
     written = generation.generate_batch(
-        language_model.base,
-        prompts,
+        language_model,
+        dict(enumerate(prompts)),
         end_ids=ends,
         pad_id=2,
         max_new_tokens=8,
-        device=CPU,
         choose=generation.choose_greedily,
     )
-    texts = [list(takewhile(lambda token: token not in ends, row)) for row in written]
+    texts = [list(takewhile(lambda token: token not in ends, row)) for row in written.values()]
     assert texts == [row[: row.index(end)] if end in row else row for row in whole]
     assert len(texts[0]) <= 3
-    assert min(map(len, written)) < 8, "finished texts must leave their batch"
+    assert min(map(len, written.values())) < 8, "finished texts must leave their batch"
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -156,7 +154,9 @@ def test_padding_cache_and_batching_do_not_change_texts(
         row = write_without_cache(model, prompt, 6)
         row = row[: row.index(2)] if 2 in row else row
         expected.append(tokenizer.decode(row, skip_special_tokens=True))
-    texts = generate(model, prompts, tokenizer=tokenizer, end_ids=ENDS, max_new_tokens=6, max_tokens=max_tokens)
+    settings = {"max_new_tokens": 6, "max_tokens": max_tokens}
+    written = sorted(generate_batches(model, prompts, tokenizer=tokenizer, end_ids=ENDS, **settings))
+    texts = [text for _, text, _ in written]
     assert texts == expected
     assert sum(text.startswith("w") for text in texts) > 10
 
@@ -224,7 +224,7 @@ def test_generation_ends_at_the_last_position_and_restores_flags(
         ConfigError,
         match=r"^evaluation.max_new_tokens = 30: must be smaller: the longest prompt has 8 of the model's 32 tokens",
     ):
-        generate(language_model, prompts, tokenizer=tokenizer, end_ids=ENDS, **lengths)
+        next(generate_batches(language_model, prompts, tokenizer=tokenizer, end_ids=ENDS, **lengths))
     with torch.no_grad():
         next(iter(language_model.trainable().values())).fill_(float("nan"))
     with pytest.raises(ConfigError, match="its training has diverged"):
