@@ -130,23 +130,21 @@ def score_draws(
     observed = {model: scores(figures) for model, figures in models.items()}
     num_records = len(next(iter(next(iter(models.values())).values())))
     num_units = num_records if units is None else len(units)
-    scored: dict[str, dict[str, list[float]]] = {model: {score: [] for score in observed[model]} for model in models}
-    generator = np.random.default_rng(0)
+    generator, drawn = np.random.default_rng(0), list[Mapping[str, Mapping[str, float]]]()
     for _ in range(resamples):
         chosen = generator.integers(0, num_units, size=num_units)
         places = chosen if units is None else np.concatenate([units[unit] for unit in chosen])
         # A draw may contain no record that can be scored, for example no supervised token.
         with suppress(DataError):
-            drawn = {
-                model: scores({name: values[places] for name, values in figures.items()})
-                for model, figures in models.items()
-            }
-            for model, lists in scored.items():
-                for score, values in lists.items():
-                    values.append(drawn[model][score])
+            drawn.append(
+                {
+                    model: scores({name: values[places] for name, values in figures.items()})
+                    for model, figures in models.items()
+                }
+            )
     draws = {
-        model: {score: np.array(values, dtype=np.float64) for score, values in lists.items()}
-        for model, lists in scored.items()
+        model: {score: np.array([one[model][score] for one in drawn], dtype=np.float64) for score in of_model}
+        for model, of_model in observed.items()
     }
     return Drawn(observed, draws, num_units)
 

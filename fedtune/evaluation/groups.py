@@ -119,10 +119,8 @@ def score_groups(
 
     codes: npt.NDArray[np.float64] = groups.codes.astype(np.float64)
     coded: dict[str, Figures] = {model: {**figures, _GROUP: codes} for model, figures in models.items()}
-    drawn, numbers = (
-        score_draws(coded, scores=score_each, units=units),
-        {name: n for n, name in enumerate(groups.names)},
-    )
+    drawn = score_draws(coded, scores=score_each, units=units)
+    numbers = {name: n for n, name in enumerate(groups.names)}
     # The minimum number of units applies to the group's own units.
     of_group = {n: Drawn(drawn.values, drawn.draws, num_units=size) for n, size in enumerate(groups.sizes)}
     return GroupScores(
