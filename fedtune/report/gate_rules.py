@@ -24,7 +24,7 @@ from fedtune.privacy.selection import compute_released_epsilon
 from fedtune.report import signing
 from fedtune.report.checks import SIGNED_ADAPTER, START, Check, TrustedValues, check_report, check_start
 from fedtune.report.derive import profile
-from fedtune.report.derive.verdicts import find_wrong_audit_bounds, list_refuted_bounds, read_audit
+from fedtune.report.derive.verdicts import exceeds_cap, find_wrong_audit_bounds, list_refuted_bounds, read_audit
 from fedtune.report.facts import Audit, RunFacts
 from fedtune.report.from_run import build_run_report, read_run
 from fedtune.report.group_scores import GroupScore, read_group_scores
@@ -37,7 +37,6 @@ from fedtune.version import find_config_folder
 
 Found = tuple[bool | None, str]
 """Whether a rule holds, and a sentence with the reason; None: the evidence for the rule is missing."""
-_LAST_DIGITS = 1e-9  # relative tolerance for rounding
 _STATES: Mapping[bool | None, Any] = {True: "passed", False: "failed", None: "missing"}
 _SIGNATURES = ("signature", "site keys")  # checks of a report that the rule `signed` judges
 _BY_AUDIT = "run fedtune audit with this run's settings, and pass its folder with --audit"
@@ -323,21 +322,30 @@ def _judge_assumptions(_: bool, given: Evidence, __: GateRules) -> Found:
     return not violated, f"known violations of assumptions: {', '.join(violated) or 'none'}"
 
 
-def _build_limit_judge(what: str, measure: Measure, remedy: str = "", *, is_least: bool = False) -> Judge:
-    """Return a judge that requires a measured value to be at most the rule's limit, or at least it if `is_least`."""
+def _at_most(what: str, measure: Measure, remedy: str = "") -> Judge:
+    """Return a judge that requires a measured value to be at most the rule's limit."""
 
     def judge(limit: float, given: Evidence, rules: GateRules) -> Found:
         if (value := measure(given, rules)) is None:
             return None, f"{what} is unknown: {remedy}"
-        if is_least:
-            return value >= limit, f"{what} is {value:,g} (limit: at least {limit:,})"
         said = "unbounded" if math.isinf(value) else f"{value:.4g}"
-        return value <= limit * (1 + _LAST_DIGITS), f"{what} is {said} (limit: at most {limit:g})"
+        return not exceeds_cap(value, limit), f"{what} is {said} (limit: at most {limit:g})"
 
     return judge
 
 
-def _build_gain_judge(attack: str, what: str, is_possible: Callable[[Task], bool] = lambda task: True) -> Judge:
+def _at_least(what: str, measure: Measure, remedy: str = "") -> Judge:
+    """Return a judge that requires a measured value to be at least the rule's limit."""
+
+    def judge(limit: float, given: Evidence, rules: GateRules) -> Found:
+        if (value := measure(given, rules)) is None:
+            return None, f"{what} is unknown: {remedy}"
+        return value >= limit, f"{what} is {value:,g} (limit: at least {limit:,})"
+
+    return judge
+
+
+def _limit_gain(attack: str, what: str, is_possible: Callable[[Task], bool] = lambda task: True) -> Judge:
     """Build a function that checks an attack's advantage over random guessing, at the upper confidence limit."""
 
     def judge(limit: float, given: Evidence, _: GateRules) -> Found:
@@ -354,7 +362,7 @@ def _build_gain_judge(attack: str, what: str, is_possible: Callable[[Task], bool
             return None, f"{what} was not attempted: {said}"
         gain = max(gains)
         said = f"the advantage of {what} over random guessing is up to {gain:.4g}, at most {limit:g}"
-        return gain <= limit * (1 + _LAST_DIGITS), said
+        return not exceeds_cap(gain, limit), said
 
     return judge
 
@@ -459,12 +467,8 @@ def _judge_statements(asked: Sequence[str], given: Evidence, _: GateRules) -> Fo
     about = dataclasses.asdict(given.config.report.about)
     if unknown := [name for name in asked if name not in about]:
         raise ConfigError("statements", unknown[0], f"must be one of {', '.join(about)}")
-    missing = [name for name in asked if not any(map(str.isalnum, about[name]))]
-    if missing:
-        return (
-            None,
-            f"{', '.join(missing)} is empty: fill in report.about in config.yaml, and run fedtune report again",
-        )
+    if missing := ", ".join(name for name in asked if not any(map(str.isalnum, about[name]))):
+        return None, f"{missing} is empty: fill in report.about in config.yaml, and run fedtune report again"
     return True, f"report.about states {', '.join(asked)}"
 
 
@@ -477,40 +481,30 @@ _JUDGES: Mapping[str, Judge] = {
     "signed": _judge_signatures,
     "guarantee": _judge_guarantee,
     "assumptions": _judge_assumptions,
-    "max_epsilon": _build_limit_judge("epsilon with all starts before this run", _measure_epsilon, _BY_FOLDER),
-    "max_expected_failures": _build_limit_judge(
+    "max_epsilon": _at_most("epsilon with all starts before this run", _measure_epsilon, _BY_FOLDER),
+    "max_expected_failures": _at_most(
         "delta with all starts before this run, times the largest declared size,",
         _measure_failures,
         f"set data.declared_sizes, or {_BY_FOLDER}",
     ),
-    "max_correct_of_100": _build_limit_judge(
-        "the number of correct guesses out of 100", _measure_right_guesses, _BY_FOLDER
-    ),
-    "max_lifetime_epsilon": _build_limit_judge(
-        "the largest epsilon of a site over all its runs", _measure_lifetime, _BY_SITE
-    ),
-    "max_secret_chance": _build_limit_judge("the probability of reconstructing a secret", _measure_secret, _BY_FOLDER),
-    "max_audit_bound": _build_limit_judge("the audit's largest lower bound on epsilon", _measure_audit, _BY_AUDIT),
-    "min_audit_canaries": _build_limit_judge(
-        "the audit's number of canaries", _measure_canaries, _BY_AUDIT, is_least=True
-    ),
-    "max_membership_auroc": _build_limit_judge(
+    "max_correct_of_100": _at_most("the number of correct guesses out of 100", _measure_right_guesses, _BY_FOLDER),
+    "max_lifetime_epsilon": _at_most("the largest epsilon of a site over all its runs", _measure_lifetime, _BY_SITE),
+    "max_secret_chance": _at_most("the probability of reconstructing a secret", _measure_secret, _BY_FOLDER),
+    "max_audit_bound": _at_most("the audit's largest lower bound on epsilon", _measure_audit, _BY_AUDIT),
+    "min_audit_canaries": _at_least("the audit's number of canaries", _measure_canaries, _BY_AUDIT),
+    "max_membership_auroc": _at_most(
         "the AUROC of the membership attack", _measure_membership, f"{_BY_ATTACK}, or {_BY_AUDIT}"
     ),
-    "max_reconstruction_advantage": _build_gain_judge("reconstruction", "reconstruction of a record from an update"),
-    "max_extraction_advantage": _build_gain_judge("extraction", "extraction", lambda task: task.predicts_tokens),
-    "max_attribute_advantage": _build_gain_judge(
+    "max_reconstruction_advantage": _limit_gain("reconstruction", "reconstruction of a record from an update"),
+    "max_extraction_advantage": _limit_gain("extraction", "extraction", lambda task: task.predicts_tokens),
+    "max_attribute_advantage": _limit_gain(
         "attribute", "attribute inference", lambda task: isinstance(task, Classification)
     ),
-    "max_group_gap": _build_limit_judge(
-        "the largest score gap between a group and all others", _measure_gap, _BY_GROUP
-    ),
-    "min_group_size": _build_limit_judge(
-        "the size of the smallest group", _measure_group_size, _BY_GROUP, is_least=True
-    ),
-    "min_sites": _build_limit_judge("the number of sites whose updates were used", _measure_sites, is_least=True),
-    "min_declared_size": _build_limit_judge(
-        "the smallest declared size of a site", _measure_declared_size, "set data.declared_sizes", is_least=True
+    "max_group_gap": _at_most("the largest score gap between a group and all others", _measure_gap, _BY_GROUP),
+    "min_group_size": _at_least("the size of the smallest group", _measure_group_size, _BY_GROUP),
+    "min_sites": _at_least("the number of sites whose updates were used", _measure_sites),
+    "min_declared_size": _at_least(
+        "the smallest declared size of a site", _measure_declared_size, "set data.declared_sizes"
     ),
     "licenses": _judge_license,
     "statements": _judge_statements,

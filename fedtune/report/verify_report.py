@@ -23,7 +23,7 @@ from fedtune.privacy.dp_library import DpEvent, GaussianDpEvent, LaplaceDpEvent,
 from fedtune.privacy.mechanism import MIN_SAMPLING_RATE
 from fedtune.privacy.selection import MAX_TRIALS
 from fedtune.report.derive import dpia_fields, ledger_figures, profile, run_figures
-from fedtune.report.derive.verdicts import find_audit_problems
+from fedtune.report.derive.verdicts import exceeds_cap, find_audit_problems
 from fedtune.report.facts import Cap, Facts, LedgerFacts, RunFacts, SiteFacts, SiteStatement
 from fedtune.report.model import Problem, Report, to_json
 from fedtune.spec import ConfigError
@@ -265,7 +265,7 @@ def _check_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> I
         # The ledger's epsilon includes this run.
         charged = events.count_mechanisms([plan.event(rounds=max(mine, default=0))])
         alone = convert_infinite_to_none(filter.epsilon_filter(charged, order=life.order, delta=plan.delta))
-        if not _is_within_limit(alone, life.epsilon):
+        if exceeds_cap(alone, life.epsilon):
             yield "lifetime.epsilon", life.epsilon, f"at least {alone}, the epsilon of this run alone"
     if not life.seeded and (seeded := [one.run for one in life.runs if one.seeded_noise]):
         yield "lifetime.seeded", False, ", ".join(seeded)
@@ -348,16 +348,13 @@ def _check_caps_and_entries(ledger: LedgerFacts | SiteStatement, caps: Sequence[
     approved, found, places = ledger.approved, ledger.verification, [cap.charges_before for cap in caps]
     # A ledger starts with two notes, and each charge is an event.
     if found and (found.num_events < charges + 2 or (found.anchor_sequence or 0) > found.num_events):
-        yield (
-            "verification.num_events",
-            found.num_events,
-            f"at least {charges + 2}, and no fewer than the anchor covers",
-        )
+        bound = f"at least {charges + 2}, and no fewer than the anchor covers"
+        yield "verification.num_events", found.num_events, bound
     if not places or [0, *places, charges] != sorted([0, *places, charges]):
         yield "caps", ", ".join(map(str, places)), f"at least one cap, in order, at {charges} charges or fewer"
     for newest in caps[-1:]:
         # The current policy may contain a smaller cap that the ledger has not recorded yet.
-        if not _is_within_limit(approved.max_epsilon, newest.max_epsilon):
+        if exceeds_cap(approved.max_epsilon, newest.max_epsilon):
             yield "approved.max_epsilon", approved.max_epsilon, f"at most {newest.max_epsilon}, the cap in the ledger"
 
 
@@ -393,8 +390,3 @@ def _find_differences(where: str, said: Any, found: Any, *, under: float = _LAST
             yield Problem(where, said, float(found))
     elif said != found:
         yield Problem(where, said, found)
-
-
-def _is_within_limit(epsilon: float | None, most: float | None) -> bool:
-    """Whether an epsilon is within a limit, up to rounding; None is unbounded."""
-    return most is None or (epsilon is not None and epsilon <= most * (1 + _LAST_DIGITS))

@@ -142,8 +142,11 @@ def _iter_true_codes(**known: bool) -> Iterator[str]:
 
 
 def exceeds_cap(epsilon: float | None, cap: float | None) -> bool:
-    """Whether an epsilon exceeds a cap by more than rounding errors; None means an unbounded epsilon, or no cap."""
-    return cap is not None and convert_none_to_infinite(epsilon) > cap * (1 + _LAST_DIGITS)
+    """Whether an epsilon exceeds a cap by more than rounding errors; None means an unbounded epsilon, or no cap.
+
+    NaN exceeds every cap.
+    """
+    return cap is not None and not convert_none_to_infinite(epsilon) <= cap * (1 + _LAST_DIGITS)
 
 
 def read_audit(folder: Path) -> Audit | None:
