@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -458,7 +458,7 @@ class Evaluation:
             return cls(examples, {})
         prompts, references = generation.group_by_prompt(*inputs, rows=spec.generation_rows)
         ends = model.task.get_eos_token_ids(tokenizer, data=config.data)
-        sizes = {"max_new_tokens": spec.max_new_tokens, "max_tokens": most}
+        sizes: dict[str, Any] = {"max_new_tokens": spec.max_new_tokens, "max_tokens": most}
         written = sorted(generation.generate_batches(model, prompts, tokenizer=tokenizer, end_ids=ends, **sizes))
         return cls(examples, generation.compute_text_statistics([text for _, text, _ in written], references))
 
