@@ -44,17 +44,12 @@ def build_registry_entry(report: Report, about: AboutSpec) -> dict[str, Any]:
     how = f"selected by {picked.primary_metric} out" if picked and picked.score is not None else "one"
     search = f"{how} of {picked.trials} trials of {picked.search}" if picked else ""
     by_people = dataclasses.asdict(about) | {"tuning": about.tuning or search}
+    first = ("curator", "description", "intended_use", "sector", "published", "channel", "acceptable_use")
     known = report.known
     return {
         "schema_version": SCHEMA_VERSION,
         "name": facts.name,
-        "curator": about.curator,
-        "description": about.description,
-        "intended_use": about.intended_use,
-        "sector": about.sector,
-        "published": about.published,
-        "channel": about.channel,
-        "acceptable_use": about.acceptable_use,
+        **{field: by_people[field] for field in first},
         "data_product": {
             "kind": "fine-tuned model" if of_run else "updates to models",
             "task": known.get("task"),

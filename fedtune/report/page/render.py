@@ -84,19 +84,10 @@ def render_live(
 
 
 def _render_page(template: str, words: Charts, **values: Any) -> str:
-    return (
-        create_template_environment()
-        .get_template(template)
-        .render(
-            _collect_template_values(words),
-            figure=words.figure,
-            code=words.code,
-            fields_of=partial(list_fields, words),
-            short=lambda name, most=28: shorten_middle(name, most),
-            banner=Markup(" ").join(words.code("banner", code) for code in words.report.banners),
-            **values,
-        )
-    )
+    banner = Markup(" ").join(words.code("banner", code) for code in words.report.banners)
+    functions = {"figure": words.figure, "fields_of": partial(list_fields, words)}
+    functions["short"] = lambda name, most=28: shorten_middle(name, most)
+    return _render(template, words, banner=banner, **functions, **values)
 
 
 def find_model_file(report: Report) -> tuple[str, str] | None:
@@ -105,11 +96,12 @@ def find_model_file(report: Report) -> tuple[str, str] | None:
     return next((one for one in files.items() if one[0].endswith(".safetensors")), None)
 
 
-def _collect_template_values(words: Words) -> dict[str, Any]:
-    """Return the template variables that pages and labels share."""
-    report, language = words.report, words.catalog.language
-    of_report = {"report": report, "facts": report.facts, "digest": signing.compute_report_digest(report)}
-    return {**of_report, "words": words, "t": words.text, "language": language}
+def _render(template: str, words: Words, **values: Any) -> str:
+    """Render a template with the variables that pages and labels share, and with `values`."""
+    report = words.report
+    values |= {"report": report, "facts": report.facts, "digest": signing.compute_report_digest(report)}
+    values |= {"words": words, "t": words.text, "code": words.code, "language": words.catalog.language}
+    return create_template_environment().get_template(template).render(values)
 
 
 def quote_css_string(text: str) -> Markup:
@@ -160,9 +152,8 @@ def write_all(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
         for name, content in files.items():
             write_durably(folder / name, content)
     except OSError as error:
-        raise ConfigError(
-            "--output", str(folder), f"is not writable ({error.strerror}): choose another folder"
-        ) from None
+        bound = f"is not writable ({error.strerror}): choose another folder"
+        raise ConfigError("--output", str(folder), bound) from None
     return [folder / name for name in files]
 
 
@@ -244,17 +235,14 @@ def render_label(report: Report, *, language: str) -> str:
     model = find_model_file(report)
     limits = [words.text("label.shared")] if words.shared and words.promises else []
     limits += [words.code("not_protected", code) for code in report.not_protected]
-    return (
-        create_template_environment()
-        .get_template("label.svg.j2")
-        .render(
-            _collect_template_values(words),
-            figure=words.catalog.figure,
-            model=model and group_hex(model[1][:16]),
-            reasons=Markup(" ").join(words.code("reason", code) for code in report.verdict.reasons),
-            data=report.known.get("dataset"),
-            limits=Markup("; ").join(limits),
-        )
+    return _render(
+        "label.svg.j2",
+        words,
+        figure=words.catalog.figure,
+        model=model and group_hex(model[1][:16]),
+        reasons=Markup(" ").join(words.code("reason", code) for code in report.verdict.reasons),
+        data=report.known.get("dataset"),
+        limits=Markup("; ").join(limits),
     )
 
 

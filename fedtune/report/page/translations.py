@@ -134,10 +134,8 @@ class Catalog:
         """Format a number without an exponent, or as 1.5 × 10⁻⁹ if it is below 1e-7."""
         if value and abs(value) < _SMALLEST_PLAIN:
             power = value.adjusted()
-            return (
-                self._localize_marks(f"{value.scaleb(-power).normalize():f}")
-                + f" {_TIMES} {format_power_of_ten(power)}"
-            )
+            factor = self._localize_marks(f"{value.scaleb(-power).normalize():f}")
+            return f"{factor} {_TIMES} {format_power_of_ten(power)}"
         whole = value.to_integral_value()
         return self._localize_marks(f"{whole:,f}" if whole == value else f"{value.normalize():,f}")
 

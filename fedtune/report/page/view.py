@@ -56,11 +56,8 @@ class Words:
         self.audit, self.attacks = (None, None) if isinstance(facts, LedgerFacts) else (facts.audit, facts.attacks)
         at_most = [] if isinstance(facts, LedgerFacts) else [facts.is_upper_bound(site) for site in facts.sites]
         self.silent = {f"/sites/{n}" for n, is_so in enumerate(at_most) if is_so}
-        figures = (
-            (convert_none_to_infinite(one.spent.epsilon), convert_none_to_infinite(one.spent.epsilon_pld))
-            for one in report.sites
-        )
-        losses = {f"/sites/{n}": both for n, both in enumerate(figures)}
+        spent = {f"/sites/{n}": (one.spent.epsilon, one.spent.epsilon_pld) for n, one in enumerate(report.sites)}
+        losses = {site: tuple(map(convert_none_to_infinite, both)) for site, both in spent.items()}
         # The site with the report's epsilon; among several, the first with a signed final receipt.
         self.worst = max(losses, key=lambda site: (losses[site], site not in self.silent))
         states = {f"/sites/{n}": WORST_FIRST.index(one.verdict.state) for n, one in enumerate(report.sites)}
