@@ -16,6 +16,7 @@ from fedtune.federation.drift import HeldOut
 from fedtune.federation.early_stopping import SelectedRound, count_rounds, select_round, should_stop
 from fedtune.federation.lead import RoundResult, Scores
 from fedtune.federation.spec import FederationSpec
+from fedtune.formatting import convert_none_to_infinite
 from fedtune.model.adapter_files import ADAPTER, combine_hashes
 from fedtune.privacy.cohorts import Calendar
 from fedtune.privacy.events import Charge
@@ -122,8 +123,7 @@ class Lifetime:
         """Whether a lifetime cap was raised after a charge, possibly because of that charge's release."""
         return any(
             later.charges_before > 0
-            and cap.max_epsilon is not None
-            and (later.max_epsilon is None or later.max_epsilon > cap.max_epsilon)
+            and convert_none_to_infinite(later.max_epsilon) > convert_none_to_infinite(cap.max_epsilon)
             for cap, later in pairwise(self.caps)
         )
 

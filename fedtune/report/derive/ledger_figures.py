@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 
-from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
+from fedtune.formatting import convert_infinite_to_none
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.cohorts import OLDEST, Calendar, Cohorts, compute_period_number, find_cohort_group_starts
 from fedtune.privacy.dp_library import DpEvent
@@ -62,10 +62,9 @@ def derive_ledger_report(facts: LedgerFacts) -> Report:
         lifetime=life,
         by_trust=trust,
     )
-    fixed, size = _was_fixed_beforehand(facts, ran), facts.declared_size
-    return rules.assemble_report(
-        facts, (rules.add_meaning(site, ran, charged, delta=delta, declared_size=size, fixed=fixed),)
-    )
+    fixed = charged if _was_fixed_beforehand(facts, ran) else None
+    site = rules.add_meaning(site, ran, fixed, delta=delta, declared_size=facts.declared_size)
+    return rules.assemble_report(facts, (site,))
 
 
 def _was_fixed_beforehand(facts: LedgerFacts, ran: Sequence[Mechanism]) -> bool:
@@ -266,12 +265,8 @@ def compute_steps(facts: LedgerFacts, life: Lifetime) -> tuple[EpsilonStep, ...]
     def figure(total: float, at_last: float | None) -> float | None:
         if number == len(charges) - 1 or not total:
             return at_last if total else 0.0
-        return convert_infinite_to_none(
-            min(
-                convert_none_to_infinite(at_last),
-                max(0.0, total + filter.compute_epsilon_conversion_term(order, delta)),
-            )
-        )
+        so_far = max(0.0, total + filter.compute_epsilon_conversion_term(order, delta))
+        return profile.find_smallest_epsilon(at_last, so_far)
 
     for number, entry in enumerate(charges):
         for charged, admitted in _iter_entry_charges(entry, plans, facts.arrivals):

@@ -158,8 +158,12 @@ def compute_epsilons_by_observer(
 
 def find_largest_epsilon(epsilons: Iterable[float | None]) -> float | None:
     """Return the largest epsilon; None means unbounded, and is larger than any number."""
-    values = list(epsilons)
-    return None if None in values else max((value for value in values if value is not None), default=0.0)
+    return convert_infinite_to_none(max(map(convert_none_to_infinite, epsilons), default=0.0))
+
+
+def find_smallest_epsilon(*epsilons: float | None) -> float | None:
+    """Return the smallest epsilon; None means unbounded."""
+    return convert_infinite_to_none(min(map(convert_none_to_infinite, epsilons)))
 
 
 def bound_posterior(epsilon: float, *, prior: float) -> float:
@@ -360,34 +364,33 @@ def bound_correct_of_100(spent: Spent) -> float | None:
 
 
 def compute_meaning(
-    spent: Spent,
+    spent: Spent | None,
     *,
     epsilon: float | None,
     delta: float,
     declared_size: int | None,
-    fixed: bool = True,
     others: tuple[Spent, float | None] | None = None,
 ) -> Meaning:
     """Express `epsilon` (None: unbounded) at `delta`, and the charges in `spent`, as success rates of attacks.
 
-    The mechanism's trade-off curve only bounds attacks if all charges were `fixed` beforehand. `others` are the charges
-    and their epsilon if all other sites reveal their noise shares; None without secure aggregation.
+    If the charges were not fixed beforehand, the mechanism's trade-off curve does not bound attacks, and `spent` is
+    None. `others` are the charges and their epsilon if all other sites reveal their noise shares; None without secure
+    aggregation.
     """
-    stated, known = convert_none_to_infinite(epsilon), spent if fixed else None
-    right, by_mechanism = _bound_right_guesses(known, stated, delta)
+    stated = convert_none_to_infinite(epsilon)
+    right, by_mechanism = _bound_right_guesses(spent, stated, delta)
     best = right if by_mechanism is None else by_mechanism
-    for_several = partial(bound_right_guesses_for_several, known, best, epsilon=stated, delta=delta)
+    for_several = partial(bound_right_guesses_for_several, spent, best, epsilon=stated, delta=delta)
     with_all_others, rates = None, []
     for alarms in FALSE_ALARMS:
         ceiling = compute_hit_rate_ceiling(stated, delta, false_positive_rate=alarms)
-        found = None if known is None else bound_hit_rate(known, false_positive_rate=alarms)
+        found = None if spent is None else bound_hit_rate(spent, false_positive_rate=alarms)
         found = None if found is None else min(found, ceiling)
         rates.append(Ceiling(operating_point=alarms, ceiling=ceiling, mechanism=found))
     if others is not None:
         told, of_told = others
-        bounds = _bound_right_guesses(
-            told if fixed and of_told is not None else None, convert_none_to_infinite(of_told), delta
-        )
+        fixed = None if spent is None or of_told is None else told
+        bounds = _bound_right_guesses(fixed, convert_none_to_infinite(of_told), delta)
         with_all_others = min(bound for bound in bounds if bound is not None)
     return Meaning(
         correct_of_100_ceiling=right,

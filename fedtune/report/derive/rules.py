@@ -86,7 +86,7 @@ def assemble_report(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Uti
 
 
 def add_meaning(
-    site: SiteReport, rows: Sequence[Mechanism], charged: Spent, *, declared_size: int | None, delta: float, fixed: bool
+    site: SiteReport, rows: Sequence[Mechanism], charged: Spent | None, *, declared_size: int | None, delta: float
 ) -> SiteReport:
     """Add the meaning of a site's epsilon to its report.
 
@@ -95,10 +95,10 @@ def add_meaning(
     Args:
         site: the site's report without its meaning.
         rows: the site's mechanisms.
-        charged: the charges of `rows`.
+        charged: the charges of `rows`; None: they were not fixed beforehand, so that the mechanism's trade-off curve is
+            not a valid bound.
         declared_size: the site's declared size; None: unknown.
         delta: the report's delta.
-        fixed: whether all charges were fixed beforehand, so that the mechanism's trade-off curve is a valid bound.
     """
     if site.verdict.state == "no_guarantee" and site.verdict.reasons != ("no_noise",):
         return site
@@ -107,7 +107,7 @@ def add_meaning(
         alone = profile.compute_charges_against_colluders(rows, colluders=MAX_SITES_OF_SUM)
         others = alone, site.by_trust.with_all_others
     meaning = profile.compute_meaning(
-        charged, epsilon=site.spent.epsilon, delta=delta, declared_size=declared_size, fixed=fixed, others=others
+        charged, epsilon=site.spent.epsilon, delta=delta, declared_size=declared_size, others=others
     )
     return replace(site, meaning=meaning)
 
@@ -146,11 +146,8 @@ def _list_run_assumptions(facts: RunFacts, sites: Sequence[SiteReport]) -> Itera
         signed: Status = "violated" if others or not digest else "verified"
         yield "adapter_signed", signed, ", ".join(others) or format_key_start(digest)
     if kept := facts.selected_round:
-        yield (
-            "chosen_by_the_leads_own_records",
-            "assumed",
-            f"{kept.primary_metric}, round {kept.round}; {facts.progress}",
-        )
+        evidence = f"{kept.primary_metric}, round {kept.round}; {facts.progress}"
+        yield "chosen_by_the_leads_own_records", "assumed", evidence
     if start := facts.provenance.start_adapter:
         code = "start_adapter_public" if start.public else "start_adapter_covered_elsewhere"
         yield code, "assumed", f"{start.run or NOT_RECORDED}: {start.digest}"

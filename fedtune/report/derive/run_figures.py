@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from fedtune.federation.drift import detect_score_drop
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
-from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
 from fedtune.privacy.dp_library import GaussianDpEvent
 from fedtune.report.derive import profile, rules, verdicts
 from fedtune.report.facts import NOT_RECORDED, Release, RunFacts, SiteFacts, SiteStatement, Source
@@ -84,7 +83,7 @@ def _derive_site_report(facts: RunFacts, site: SiteFacts) -> SiteReport:
         releases=() if statement else tuple(_group_releases(facts, site)),
         by_trust=trust,
     )
-    return rules.add_meaning(made, of_plan, promised, delta=plan.delta, declared_size=site.declared_size, fixed=True)
+    return rules.add_meaning(made, of_plan, promised, delta=plan.delta, declared_size=site.declared_size)
 
 
 def _derive_utility(facts: RunFacts, sites: Sequence[SiteReport]) -> Utility:
@@ -116,9 +115,7 @@ def _derive_steps(facts: RunFacts, site: SiteFacts, final: float | None) -> Iter
         shown = min(most, math.ceil(max(0, most - later) / every) * every)
         if shown not in epsilons:
             found = profile.epsilon_pld(profile.count_charged_events(plan, shown), plan.delta)
-            epsilons[shown] = convert_infinite_to_none(
-                min(convert_none_to_infinite(final), convert_none_to_infinite(found))
-            )
+            epsilons[shown] = profile.find_smallest_epsilon(final, found)
         yield EpsilonStep(run=facts.run, round=result.round, time=result.ended or None, epsilon=epsilons[shown])
 
 
