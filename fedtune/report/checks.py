@@ -104,10 +104,8 @@ def _check_signature(report: Report, key: str | None) -> Check:
         return Check("signature", "passed", f"The report is signed with the key {group_hex(key)} and was not changed.")
     text = "The report is not signed: anybody could have changed the values that cannot be recomputed."
     if signer is not None:
-        text = (
-            f"The signature matches the key in the file, {group_hex(signer)}, but this key was not checked: anybody "
-            "can sign with a key of their own. Pass the key that you trust with --key."
-        )
+        text = f"The signature matches the key in the file, {group_hex(signer)}, but this key was not checked: anybody"
+        text += " can sign with a key of their own. Pass the key that you trust with --key."
     return Check("signature", _choose_unchecked_state(report.facts), text)
 
 
@@ -166,13 +164,11 @@ def _check_site_keys(facts: RunFacts, keys: Mapping[str, str] | None, revoked: M
     """
     held, name = {site.site: site.receipt.site_key for site in facts.sites if site.receipt}, "site keys"
     if facts.simulated:
-        return Check(
-            name, _choose_unchecked_state(facts, keys), "One machine held all keys, so they do not identify real sites."
-        )
+        text = "One machine held all keys, so they do not identify real sites."
+        return Check(name, _choose_unchecked_state(facts, keys), text)
     if keys is None:
-        return Check(
-            name, "missing", "The keys that signed the receipts were not compared with a roster: pass --roster."
-        )
+        text = "The keys that signed the receipts were not compared with a roster: pass --roster."
+        return Check(name, "missing", text)
     left = "".join(f" {one} was revoked at {revoked[one]}." for one in facts.declared_sizes if one in revoked)
     found = [
         Problem(f"sites.{site.site}", held.get(site.site, "no receipt"), keys.get(site.site, "no such site"))
@@ -236,10 +232,12 @@ def _check_model_files(facts: RunFacts, model: Path | None, own: Path, config: R
     # An export may have been renamed since.
     named = there if model and there in folders.values() else folders.get(folder.name, folders[own.name])
     match = f"The {pluralize(len(there), 'file')} in {folder} match the report."
-    both = (
-        (name, named.get(name, "no such file"), there.get(name, "no such file")) for name in sorted({*named, *there})
-    )
-    if found := [Problem(f"{folder.name}/{name}", said, is_so) for name, said, is_so in both if said != is_so]:
+    found = [
+        Problem(f"{folder.name}/{name}", named.get(name, "no such file"), there.get(name, "no such file"))
+        for name in sorted({*named, *there})
+        if named.get(name) != there.get(name)
+    ]
+    if found:
         yield Check("files", "failed", f"The model in {folder} differs from the report's model:", tuple(found))
     elif there == folders[own.name]:
         try:
@@ -352,16 +350,14 @@ def find_settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Probl
 
         run = collect_sent_settings(config, plan, model_sha256=config.model.sha256 or str(made.model_sha256)).run_id()
     started = config.model.adapter_sha256, config.privacy.start, config.public.train_file is not None
+    of_facts, of_provenance = (
+        dpia_fields.derive_facts_from_settings(config, plan),
+        dpia_fields.derive_provenance(config),
+    )
     for where, is_so, asked in (
         *((f"plan.{key.name}", getattr(said, key.name), getattr(plan, key.name)) for key in dataclasses.fields(plan)),
-        *(
-            (key, getattr(facts, key), asked)
-            for key, asked in dpia_fields.derive_facts_from_settings(config, plan).items()
-        ),
-        *(
-            (f"provenance.{key}", getattr(made, key), asked)
-            for key, asked in dpia_fields.derive_provenance(config).items()
-        ),
+        *((key, getattr(facts, key), asked) for key, asked in of_facts.items()),
+        *((f"provenance.{key}", getattr(made, key), asked) for key, asked in of_provenance.items()),
         ("seeded_noise", facts.seeded_noise, facts.seeded_noise or config.runtime.seeded_noise),
         *dpia_fields.compare_start(made.start_adapter, *started),
         ("sites", facts.declared_sizes, dict(config.declared_sizes())),

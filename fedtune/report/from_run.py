@@ -296,16 +296,10 @@ def _find_group_scores(record: RunRecord) -> Mapping[str, float | None]:
     The scores are read from groups.json in the run's folder, or from compare.json in its parent folder. A comparison
     without this model is ignored.
     """
+    of_run = {"adapter_digest": record.adapter_digest, "primary_metric": record.config.primary_metric}
     for path in (record.folder / "groups.json", record.folder.parent / "compare.json"):
         with suppress(ConfigError):
-            found = read_group_scores(
-                path,
-                adapter_digest=record.adapter_digest,
-                primary_metric=record.config.primary_metric,
-                key=path.name,
-                bound="must be the JSON output of fedtune compare --by",
-            )
-            if found:
+            if found := read_group_scores(path, **of_run):
                 return {f"{one.column}: {one.name}": one.score for one in found}
     return {}
 

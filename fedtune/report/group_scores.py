@@ -9,6 +9,8 @@ from typing import NamedTuple
 from fedtune.codec import parse_json, read_bounded_file
 from fedtune.spec import ConfigError
 
+_BOUND = "must be the JSON output of fedtune compare --by"
+
 
 class GroupScore(NamedTuple):
     """The score of a model on one group of records or persons.
@@ -29,7 +31,7 @@ class GroupScore(NamedTuple):
 
 
 def read_group_scores(
-    path: Path, *, adapter_digest: str, primary_metric: str, key: str, bound: str
+    path: Path, *, adapter_digest: str, primary_metric: str, key: str = "groups", bound: str = _BOUND
 ) -> tuple[GroupScore, ...]:
     """Read the groups of a comparison, with the scores of the model whose adapter has this digest.
 
