@@ -371,12 +371,10 @@ def run_plan() -> Plan:
 
 def run_proposal(**changes: Any) -> Proposal:
     """Build the lead's proposal for the run `r`; keywords override fields of the proposal or of its plan."""
-    plan_fields = {field.name for field in fields(Plan)}
-    plan = replace(run_plan(), **{key: value for key, value in changes.items() if key in plan_fields})
-    run_fields = {"dataset": "patients", "base_model": "ab" * 32, "target_modules": ("query", "value"), "plan": plan}
-    return replace(
-        make_proposal(), **run_fields | {key: value for key, value in changes.items() if key not in plan_fields}
-    )
+    of_plan = {field.name for field in fields(Plan)}
+    plan = replace(run_plan(), **{key: value for key, value in changes.items() if key in of_plan})
+    of_run = {"dataset": "patients", "base_model": "ab" * 32, "target_modules": ("query", "value"), "plan": plan}
+    return replace(make_proposal(), **of_run | {key: value for key, value in changes.items() if key not in of_plan})
 
 
 def name_run(run: str, settings: str) -> str:

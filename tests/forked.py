@@ -127,16 +127,14 @@ def _accept_connections(door: socket.socket, started: list[Forked]) -> None:
             threading.Thread(target=_impersonate_account, args=(channel, started), daemon=True).start()
 
 
-def _impersonate_account(channel: socket.socket, started: list[Forked]) -> None:
+def _impersonate_account(channel: socket.socket, begun: list[Forked]) -> None:
     """Start the process of one command, and send it the pid and then the exit code."""
     with channel:
         message, streams, _, _ = socket.recv_fds(channel, _MAX_BYTES, 3)
-        request = json.loads(message)
-        words = [sys.executable, *request["words"]]
-        process = Forked(
-            words, cwd=request["cwd"], env=request["environment"], **dict(zip(_STREAMS, streams, strict=True))
-        )
-        started.append(process)
+        asked = json.loads(message)
+        words = [sys.executable, *asked["words"]]
+        process = Forked(words, cwd=asked["cwd"], env=asked["environment"], **dict(zip(_STREAMS, streams, strict=True)))
+        begun.append(process)
         for stream in streams:
             os.close(stream)
         channel.send(str(process.pid).encode())

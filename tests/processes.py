@@ -75,10 +75,8 @@ class Process:
         return self.log.read_bytes()[self._from :].decode(errors="replace")
 
     def lines(self, event: str) -> list[dict[str, Any]]:
-        complete = [
-            line for line in self.text.splitlines(keepends=True) if line.endswith("\n") and line.startswith("{")
-        ]
-        return [line for line in map(json.loads, complete) if line["event"] == event]
+        whole = [line for line in self.text.splitlines(keepends=True) if line.endswith("\n") and line.startswith("{")]
+        return [line for line in map(json.loads, whole) if line["event"] == event]
 
     def wait_for_text(self, text: str, *, count: int = 1, seconds: float = START_S) -> None:
         """Wait until the output contains `text` at least this many times."""

@@ -139,15 +139,13 @@ def test_run_without_text_scores_needs_no_text_packages(
     build = Mock(side_effect=ConfigError("model", "tiny", "was built"))
     monkeypatch.setattr("fedtune.sites.shared_model.build_task_model", build)
     hide("text", "sacrebleu")
-    for package in (
+    for least in (
         ("data.test_file=null",),
         ("data.columns={text: mr}", "data.prompt_template='{prompt}'"),
         ("evaluation.generate=false",),
     ):
         assert (
-            run_command("simulate", *list_tiny_overrides(*WRITES, *package, into=tmp_path))
-            .failed()
-            .endswith("was built")
+            run_command("simulate", *list_tiny_overrides(*WRITES, *least, into=tmp_path)).failed().endswith("was built")
         )
 
 

@@ -99,11 +99,9 @@ def test_mlflow_receives_settings_metrics_and_report(tracked_run: Callable[[str]
     assert run.data.params["training.local_steps"] == "2"
     assert run.data.params["data.train_file"] == "train.jsonl.gz", "local folder names must not be sent"
     for name, values in list_expected(folder).items():
-        require_rounds(
-            [(record.step, record.value) for record in client.get_metric_history(run.info.run_id, name)], values
-        )
+        require_rounds([(one.step, one.value) for one in client.get_metric_history(run.info.run_id, name)], values)
     assert {name: run.data.metrics[name] for name in list_final(folder)} == pytest.approx(list_final(folder))
-    assert {record.path for record in client.list_artifacts(run.info.run_id)} == FILES
+    assert {one.path for one in client.list_artifacts(run.info.run_id)} == FILES
     # The same command resumes the same tracked run without logging a round twice.
     assert run_command("simulate", f"resume={folder}").code == 0
     client, again = load_mlflow_run(folder)
@@ -167,13 +165,10 @@ def test_wandb_receives_settings_metrics_and_report(tracked_run: Callable[[str],
     assert configured["training.local_steps"] == "2"
     logged = index_items(item for one in records for item in one.summary.update)
     assert {name: json.loads(logged[name]) for name in list_final(folder)} == pytest.approx(list_final(folder))
-    content = path.read_bytes()
-    assert all(name.encode() in content for name in FILES)
-    (run_record,) = (one.run for one in records if one.WhichOneof("record_type") == "run")
-    assert (run_record.host, run_record.settings.username if hasattr(run_record.settings, "username") else "") == (
-        "",
-        "",
-    )
+    held = path.read_bytes()
+    assert all(name.encode() in held for name in FILES)
+    (of_run,) = (one.run for one in records if one.WhichOneof("record_type") == "run")
+    assert (of_run.host, of_run.settings.username if hasattr(of_run.settings, "username") else "") == ("", "")
     assert not any(one.WhichOneof("record_type") == "stats" for one in records), "no machine statistics may be sent"
     assert getpass.getuser() not in set(configured.values())
     assert not list(path.parent.glob("files/*requirements*")) + list(path.parent.glob("files/*metadata*"))

@@ -112,12 +112,10 @@ class Federation:
     def _site(self, context: Context, settings: str) -> Site:
         name = self._name(context)
         self.asked.append((name, settings))
-        options = {"declared_size": self.sizes[name], "update_dtype": self.spec.update_dtype}
-        prepared = PreparedRun(proposal=self.proposal, template=self.adapter, **options)
-        answering_site = MadeSite(self.ledger(name), prepare=lambda proposal: prepared, train=self._train)
-        return set_methods(
-            answering_site, store_adapter=lambda run, adapter: self.kept.update({name: (run, adapter.digest())})
-        )
+        about = {"declared_size": self.sizes[name], "update_dtype": self.spec.update_dtype}
+        prepared = PreparedRun(proposal=self.proposal, template=self.adapter, **about)
+        made = MadeSite(self.ledger(name), prepare=lambda proposal: prepared, train=self._train)
+        return set_methods(made, store_adapter=lambda run, adapter: self.kept.update({name: (run, adapter.digest())}))
 
     def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> TrainingResult:
         self.trained.append(request.site)

@@ -96,10 +96,7 @@ def make_questions(*numbers: int) -> list[Message]:
 
 
 def receive_words(grid: FlowerGrid, *numbers: int, timeout: float = 20) -> dict[int, str]:
-    return {
-        message.metadata.src_node_id: read_word(message)
-        for message in grid.receive(make_questions(*numbers), timeout=timeout)
-    }
+    return {one.metadata.src_node_id: read_word(one) for one in grid.receive(make_questions(*numbers), timeout=timeout)}
 
 
 def test_sites_are_numbered_by_the_roster() -> None:

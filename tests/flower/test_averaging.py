@@ -105,21 +105,19 @@ def test_piecewise_average_matches_flower_bit_for_bit(
     adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, piece_bytes: int
 ) -> None:
     monkeypatch.setattr("fedtune.flower.averaging._PIECE_BYTES", piece_bytes)
-    generator = np.random.default_rng(3)
+    draw = np.random.default_rng(3)
     sizes = {"a": 30, "b": 5, "c": 71, "d": 4}
     spec = FederationSpec(num_sites=len(sizes), **choose(algorithm))
-    uninterrupted, pieces = Average(spec, sizes)._strategy, Average(spec, sizes)
+    whole, pieces = Average(spec, sizes)._strategy, Average(spec, sizes)
     sent = adapter
     for round in (1, 2):
         updates = {
-            site: {
-                name: value + generator.standard_normal(value.shape, np.float32) for name, value in sent.tensors.items()
-            }
+            site: {name: value + draw.standard_normal(value.shape, np.float32) for name, value in sent.tensors.items()}
             for site in sizes
         }
-        uninterrupted.current_arrays = dict(sent.tensors) if algorithm == "fedadam" else to_arrays(sent.tensors)
+        whole.current_arrays = dict(sent.tensors) if algorithm == "fedadam" else to_arrays(sent.tensors)
         replies = [Message(build_weighted_record(updates[site], size), 1, "train") for site, size in sizes.items()]
-        arrays, _ = uninterrupted.aggregate_train(round, replies)
+        arrays, _ = whole.aggregate_train(round, replies)
         expected = {name: value.astype(np.float32) for name, value in from_arrays(arrays).items()}
         with UpdateStore(tmp_path / "arrived", sent) as arrived:
             for site in reversed(sizes):

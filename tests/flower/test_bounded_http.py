@@ -96,9 +96,7 @@ def limit_memory_growth() -> Iterator[None]:
 def test_compressed_response_is_not_read(serve: Any, tls: Tls, call: Called) -> None:
     # 256 KB that expand to 256 MB.
     bomb = gzip.compress(bytes(16 * MIB), mtime=0) * 16
-    server = serve(
-        lambda connection, path: connection.sendall(build_response(bomb, headers="content-encoding: gzip\r\n"))
-    )
+    server = serve(lambda conn, path: conn.sendall(build_response(bomb, headers="content-encoding: gzip\r\n")))
     with limit_memory_growth(), pytest.raises((Unreachable, ResponseLimitExceeded), match="compressed"):
         call(server.address, tls)
 
@@ -197,9 +195,7 @@ def test_connection_is_renewed_after_its_maximum_age(
     serve: Any, tls: Tls, own_authority: Authority, monkeypatch: Any
 ) -> None:
     """Otherwise a site would keep polling a server with an expired or replaced certificate."""
-    server = serve(
-        lambda connection, path: connection.sendall(build_response(ActivateNodeResponse(node_id=7).SerializeToString()))
-    )
+    server = serve(lambda conn, path: conn.sendall(build_response(ActivateNodeResponse(node_id=7).SerializeToString())))
     fleet = Fleet(server.address, tls)
     for _ in range(3):
         fleet.activate()
@@ -215,9 +211,7 @@ def test_connection_is_renewed_after_its_maximum_age(
 
 
 def test_proxied_calls_have_the_same_limits(serve: Any, tls: Tls, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = serve(
-        lambda connection, path: connection.sendall(build_response(b"{}", headers="content-encoding: gzip\r\n"))
-    )
+    server = serve(lambda conn, path: conn.sendall(build_response(b"{}", headers="content-encoding: gzip\r\n")))
     with serve_answer(b"HTTP/1.1 200 OK\r\n\r\n", tunnel=True) as (proxy, requests):
         monkeypatch.setenv("HTTPS_PROXY", f"http://{proxy}")
         monkeypatch.delenv("NO_PROXY", raising=False)
@@ -246,8 +240,7 @@ def test_client_accepts_only_the_server_of_its_federation(
     }.get(peer, lambda: own_authority.issue("server", address=LOOPBACK))()
     max_version = ssl.TLSVersion.TLSv1_2 if peer == "with old TLS" else ssl.TLSVersion.TLSv1_3
     server = Hostile(
-        make_server_context(tls, newest=max_version),
-        lambda connection, path: connection.sendall(build_response(b'{"site": "a"}')),
+        make_server_context(tls, newest=max_version), lambda conn, path: conn.sendall(build_response(b'{"site": "a"}'))
     )
     if peer == "of ours":
         assert ask_site_name(server.address, own_authority.issue("a")) == "a"
@@ -279,19 +272,18 @@ def test_interrupted_connection_is_not_reported_as_a_refusal(serve: Any, tls: Tl
 
 
 @pytest.mark.parametrize(
-    ("peer", "reason"),
-    [("stranger", "unknown ca"), ("ended", "certificate expired"), ("without", "certificate required")],
+    ("who", "says"), [("stranger", "unknown ca"), ("ended", "certificate expired"), ("without", "certificate required")]
 )
 def test_certificate_refusal_is_named_in_the_error(
-    serve: Any, own_authority: Authority, other_authority: Authority, peer: str, reason: str
+    serve: Any, own_authority: Authority, other_authority: Authority, who: str, says: str
 ) -> None:
     """With TLS 1.3, the refusal arrives after the handshake."""
-    site = own_authority.issue("a", days=-1 if peer == "ended" else 5)
-    if peer == "stranger":
-        certificate = other_authority.issue("a")
-        site = Tls(ca=own_authority.file, certificate=certificate.certificate, key=certificate.key)
+    site = own_authority.issue("a", days=-1 if who == "ended" else 5)
+    if who == "stranger":
+        cert = other_authority.issue("a")
+        site = Tls(ca=own_authority.file, certificate=cert.certificate, key=cert.key)
     context = site.create_client_context()
-    if peer == "without":
+    if who == "without":
         context = ssl.create_default_context(cafile=str(site.ca))
     server = serve(cut)
     for _ in range(5):  # repeated, because it is a race
@@ -299,7 +291,7 @@ def test_certificate_refusal_is_named_in_the_error(
         bound_client(client)
         with client, pytest.raises(httpx.ConnectError) as caught:
             client.get(f"https://{server.address}/")
-        assert explain_tls_refusal(caught.value) == f"it does not accept this site's certificate: {reason}"
+        assert explain_tls_refusal(caught.value) == f"it does not accept this site's certificate: {says}"
 
 
 def test_hang_up_after_the_handshake_is_reported_as_a_possible_refusal(own_authority: Authority) -> None:

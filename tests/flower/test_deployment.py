@@ -98,23 +98,21 @@ def test_update_is_final_and_reported_with_size_and_charge(line: Line) -> None:
     assert details["num_bytes"] > sum(value.nbytes for value in line.adapter.tensors.values())
 
 
-@pytest.mark.parametrize(
-    "event", ["no receipt", "another answer's", "another key's", "another round", "another site's"]
-)
-def test_update_without_a_matching_signed_receipt_is_rejected(line: Line, event: str) -> None:
+@pytest.mark.parametrize("what", ["no receipt", "another answer's", "another key's", "another round", "another site's"])
+def test_update_without_a_matching_signed_receipt_is_rejected(line: Line, what: str) -> None:
     body = line.update()
-    if event == "no receipt":
+    if what == "no receipt":
         reply = Reply(body=body, receipt=None)
-    elif event == "another answer's":
+    elif what == "another answer's":
         reply = replace(line.signed(line.update(round=2)), body=body)
-    elif event == "another key's":
+    elif what == "another key's":
         line.sites[0].site_key = stranger_key.public
         reply = line.signed(body)
     else:
-        reply = line.signed(line.update(round=2) if event == "another round" else line.update("south"))
+        reply = line.signed(line.update(round=2) if what == "another round" else line.update("south"))
     assert line.hear_reply(1, reply) == Answered(good=False)
-    forged = event in ("another round", "another site's")
-    assert line.heard[0][2]["charged_rounds"] == (2 if forged else None), "an unsigned charge must not be reported"
+    own = what in ("another round", "another site's")
+    assert line.heard[0][2]["charged_rounds"] == (2 if own else None), "an unsigned charge must not be reported"
 
 
 def test_implausible_charge_is_not_reported(line: Line) -> None:

@@ -239,16 +239,14 @@ def test_random_bytes_are_refused_with_a_reason(member: Member, path: str) -> No
 def test_upload_started_before_a_server_restart_can_finish(
     network: Loopback, member: Member, question: Question
 ) -> None:
-    part, unsigned = make_object(100), make_object(101)
-    session = member.read_session(member.push(member.build_answer(question, part, unsigned)))
+    part, other = make_object(100), make_object(101)
+    session = member.read_session(member.push(member.build_answer(question, part, other)))
     assert member.push_object(question, session, part).status_code == 200
     network.process.kill()
     network.start()
-    assert member.push_object(question, "ab" * 18, unsigned).status_code == 409, "another site's object must be refused"
-    assert member.push_object(question, session, unsigned).status_code == 200
-    stored = (
-        f"SELECT is_available FROM objects WHERE object_id IN ('{get_object_id(part)}', '{get_object_id(unsigned)}')"
-    )
+    assert member.push_object(question, "ab" * 18, other).status_code == 409, "another site's object must be refused"
+    assert member.push_object(question, session, other).status_code == 200
+    stored = f"SELECT is_available FROM objects WHERE object_id IN ('{get_object_id(part)}', '{get_object_id(other)}')"
     assert network.rows(stored) == [(1,), (1,)]
 
 
@@ -297,31 +295,29 @@ def test_honest_message_is_reassembled() -> None:
 def test_shared_object_parts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading the parts of these 302 objects once per reference would take hours."""
 
-    def make_body(kind: str, number: int, children: list[str], body: object) -> str:
+    def put(kind: str, number: int, children: list[str], body: object) -> str:
         id, text = f"{kind}-{number}", b"" if kind == "ArrayChunk" else json.dumps(body).encode()
         objects[id] = f"{kind} {','.join(children)} {len(text)}".encode() + b"\x00" + text
         return id
 
     objects: Objects = {}
-    chunks = [make_body("ArrayChunk", number, [], None) for number in range(100)]
+    chunks = [put("ArrayChunk", number, [], None) for number in range(100)]
     named = {"dtype": "float32", "shape": [0], "stype": "numpy.ndarray", "arraychunk_ids": list(range(100))}
-    arrays = [make_body("Array", number, chunks, named | {"number": number}) for number in range(100)]
-    records = [
-        make_body("ArrayRecord", number, arrays, {f"{number}/{id}": id for id in arrays}) for number in range(100)
-    ]
-    content = make_body("RecordDict", 0, records, {id: id for id in records})
-    message = make_body("Message", 0, [content], {})
-    parsed: list[bytes] = []
+    arrays = [put("Array", number, chunks, named | {"number": number}) for number in range(100)]
+    records = [put("ArrayRecord", number, arrays, {f"{number}/{id}": id for id in arrays}) for number in range(100)]
+    content = put("RecordDict", 0, records, {id: id for id in records})
+    message = put("Message", 0, [content], {})
+    read: list[bytes] = []
     original = message_objects._list_named_parts
     monkeypatch.setattr(
         message_objects,
         "_list_named_parts",
-        lambda kind, data, below: parsed.append(data) or original(kind, data, below),
+        lambda kind, data, below: read.append(data) or original(kind, data, below),
     )
     tree = ObjectTree(object_id=message, children=[ObjectTree(object_id=id) for id in objects if id != message])
     with pytest.raises(ResponseLimitExceeded, match=r"the message has [0-9]+ bytes"):
         pull_message(tree, objects.__getitem__, lambda id: None, most_bytes=1 << 20)
-    assert len(parsed) == len(set(parsed)) == 202
+    assert len(read) == len(set(read)) == 202
 
 
 CHANGES: dict[str, Callable[[ObjectTree, Objects], Any]] = {

@@ -88,28 +88,26 @@ def test_arrays_round_trip_and_nodes_are_numbered_by_the_roster(network: Loopbac
 def test_run_continues_with_a_renewed_lead_certificate(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded_http, "MAX_AGE_S", 0.0)  # each call opens a connection
     network.site("a")
-    original, renewed = network.lead_tls, network.authority.issue("lead renewed")
+    own, renewed = network.lead_tls, network.authority.issue("lead renewed")
     kept, checks = (
-        (original.certificate.read_bytes(), original.key.read_bytes()),
+        (own.certificate.read_bytes(), own.key.read_bytes()),
         itertools.chain([True], itertools.repeat(False)),
     )
     with network.grid(["a"]) as grid:
         assert list_answering_sites(list(grid.receive(make_questions(1), timeout=30))) == {1: "a"}
         session = grid._session
-        original.certificate.write_bytes(renewed.certificate.read_bytes())
-        original.key.write_bytes(renewed.key.read_bytes())
+        own.certificate.write_bytes(renewed.certificate.read_bytes())
+        own.key.write_bytes(renewed.key.read_bytes())
         monkeypatch.setattr(grid, "_has_new_certificate", lambda: next(checks))
         try:
             assert list_answering_sites(list(grid.receive(make_questions(1), timeout=30))) == {1: "a"}
         finally:
-            original.certificate.write_bytes(kept[0])
-            original.key.write_bytes(kept[1])
+            own.certificate.write_bytes(kept[0])
+            own.key.write_bytes(kept[1])
         assert grid._session is session, "the run must continue"
 
     def was_renewed() -> bool:
-        return any(
-            event.get("certificate") == "lead renewed" for event in network.audit() if event["event"] == "connected"
-        )
+        return any(one.get("certificate") == "lead renewed" for one in network.audit() if one["event"] == "connected")
 
     wait_for(was_renewed, what="the new certificate")
 

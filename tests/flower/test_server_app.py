@@ -206,13 +206,11 @@ _LAST_WORDS: dict[str, Any] = {  # a text, or changes of the receipt
 }
 
 
-@pytest.mark.parametrize("tampering", list(_LAST_WORDS))
-def test_invalid_final_receipt_changes_nothing(federation: Any, tamper: Any, tampering: str) -> None:
+@pytest.mark.parametrize("what", list(_LAST_WORDS))
+def test_invalid_final_receipt_changes_nothing(federation: Any, tamper: Any, what: str) -> None:
     def spoil(messages: list[Message]) -> list[Message]:
-        record, receipts = messages[1].content.config_records[flower_records.RECEIPT], _LAST_WORDS[tampering]
-        record["json"] = (
-            json.dumps(json.loads(str(record["json"])) | receipts) if isinstance(receipts, dict) else receipts
-        )
+        record, said = messages[1].content.config_records[flower_records.RECEIPT], _LAST_WORDS[what]
+        record["json"] = json.dumps(json.loads(str(record["json"])) | said) if isinstance(said, dict) else said
         return messages
 
     fed = federation()

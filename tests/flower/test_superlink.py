@@ -120,10 +120,8 @@ def test_flower_telemetry_is_disabled() -> None:
     # Flower reads the variable on import, and would otherwise send telemetry at every start.
     code = "import fedtune.ops.wire.superlink, flwr.supercore.telemetry as t; print(t.FLWR_TELEMETRY_ENABLED)"
     environment = {**os.environ, "FLWR_TELEMETRY_ENABLED": "1"}
-    output = subprocess.check_output(
-        [sys.executable, "-W", "ignore", "-c", code], env=environment, text=True, timeout=60
-    )
-    assert output.strip() == "0"
+    out = subprocess.check_output([sys.executable, "-W", "ignore", "-c", code], env=environment, text=True, timeout=60)
+    assert out.strip() == "0"
 
 
 def read_state(folder: Path) -> LinkState:

@@ -40,10 +40,8 @@ def mutate_json(draw: st.DrawFn, valid: Any) -> bytes:
             case "add" if isinstance(container, dict):
                 container[draw(st.sampled_from(("x", "", "__class__", "self", "version")))] = draw(_draw_small_value())
             case _:
-                other_holder, name = places[draw(st.integers(0, len(places) - 1))]
-                container[key] = (
-                    copy.deepcopy(other_holder[name]) if other_holder is not holder else draw(_draw_small_value())
-                )
+                other, name = places[draw(st.integers(0, len(places) - 1))]
+                container[key] = copy.deepcopy(other[name]) if other is not holder else draw(_draw_small_value())
     text = json.dumps(holder[0])
     for mark, raw in _RAW.items():
         text = text.replace(mark, raw)

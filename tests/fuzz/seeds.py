@@ -125,13 +125,8 @@ def run_folder() -> Path:
     from fedtune.report import from_run, signing
 
     small = {"data.train_fraction": 0.02, "data.declared_sizes": 90, "data.validation_rows": 10, "data.test_rows": 10}
-    local_settings = {
-        "runtime.device": "cpu",
-        "runtime.num_threads": 1,
-        "privacy.noise_multiplier": 4.0,
-        "data.max_length": 16,
-    }
-    naming = {"name": "run", "tracking": "quiet", "tracking.output_dir": str(make_folder())}
-    into: Path = fedtune.simulate("debug", small | local_settings | naming).folder
+    here = {"runtime.device": "cpu", "runtime.num_threads": 1, "privacy.noise_multiplier": 4.0, "data.max_length": 16}
+    named = {"name": "run", "tracking": "quiet", "tracking.output_dir": str(make_folder())}
+    into: Path = fedtune.simulate("debug", small | here | named).folder
     (into / "report.json").write_text(signing.report_to_json(from_run.build_run_report(into)))
     return into

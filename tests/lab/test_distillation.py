@@ -100,43 +100,39 @@ def measure_difference(distilled: torch.Tensor, reference: torch.Tensor) -> floa
 
 @pytest.mark.nightly
 def test_exported_student_agrees_with_its_teacher(taught_student: Taught, distill_student: Any, finished: Path) -> None:
-    folder, summary = taught_student
-    request = {"format": "sentence-transformers", "texts": TEXTS}
-    requests = {
-        str(result): {**request, "folder": str(result)} for result in (distill_student("--passes", "1")[0], folder)
-    }
+    folder, told = taught_student
+    asked = {"format": "sentence-transformers", "texts": TEXTS}
+    given = {str(one): {**asked, "folder": str(one)} for one in (distill_student("--passes", "1")[0], folder)}
     loaded, teacher = (
-        json.loads(run_elsewhere(cwd=folder.parent, given=json.dumps(requests))),
+        json.loads(run_elsewhere(cwd=folder.parent, given=json.dumps(given))),
         compute_teacher_logits(finished),
     )
-    before, after = (measure_difference(torch.tensor(result["logits"]), teacher) for result in loaded.values())
+    before, after = (measure_difference(torch.tensor(one["logits"]), teacher) for one in loaded.values())
     assert after < before / 4, "it learns what the teacher says"
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 1, "half of two"
     assert (folder / "labels.txt").read_text().splitlines() == list(read_saved_config(finished).data.labels)
-    (teacher_folder, small), scores = summary["served"], summary["scores"]
-    assert (teacher_folder["file"], small["file"]) == ("teacher", "student")
-    assert teacher_folder["bytes"] > small["bytes"] > 0
+    (whole, small), scores = told["served"], told["scores"]
+    assert (whole["file"], small["file"]) == ("teacher", "student")
+    assert whole["bytes"] > small["bytes"] > 0
     assert small["scores"]["accuracy"] == scores["accuracy"]["tuned"]["value"]
-    of_teacher = {name: result["base"]["value"] for name, result in scores.items()}
+    of_teacher = {name: one["base"]["value"] for name, one in scores.items()}
     assert of_teacher == pytest.approx(read_result(finished)["final"]["metrics"], abs=1e-4), "as in its run"
     test = RunRecords(read_saved_config(finished)).test
     assert test is not None
-    assert (summary["texts"], summary["records"]) == (len(TEXTS), len(test.records))
+    assert (told["texts"], told["records"]) == (len(TEXTS), len(test.records))
 
 
 def test_student_card_describes_its_texts_and_teacher(taught_student: Taught, finished: Path) -> None:
-    folder, summary = taught_student
+    folder, told = taught_student
     card = ModelCard.load(folder / "README.md")
     text = card.text.replace("\\", "")
     assert "(the lowest 1 of the base's 2 layers), trained without noise" in text
-    assert f"{len(TEXTS)} texts of public_*.txt (SHA-256 {summary['sha256']})" in text
+    assert f"{len(TEXTS)} texts of public_*.txt (SHA-256 {told['sha256']})" in text
     assert "Its teacher is a tuned model of random:bert." in text
     assert r"public\_\*.txt" in card.text, "a name is no markup"
     assert "## Privacy" in card.text
-    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert results == {name: result["tuned"]["value"] for name, result in summary["scores"].items()}, (
-        "not its teacher's"
-    )
+    shown = {one.metric_type: one.metric_value for one in card.data.eval_results}
+    assert shown == {name: one["tuned"]["value"] for name, one in told["scores"].items()}, "not its teacher's"
     assert (folder / "label.svg").read_bytes() == (finished / "adapter" / "label.svg").read_bytes()
 
 
@@ -163,17 +159,15 @@ def test_student_card_adds_the_cost_of_synthetic_texts(
     teacher = describe_run(run.report(), SavedAdapter.read(run.adapter).digest)
     (link := tmp_path / "link.txt").symlink_to(write_card(tmp_path / "texts.txt", *[teacher] * labeled))
     folder = distill_student("--passes", "1", "--texts", str(link))[0]
-    text, teacher_result = ModelCard.load(folder / "README.md").text.replace("\\", ""), run.privacy
-    assert teacher_result.epsilon is not None
-    promised = (
-        f"{format_epsilon(2 + teacher_result.epsilon * labeled)} at delta {1e-6 + teacher_result.delta * labeled:f}"
-    )
+    text, own = ModelCard.load(folder / "README.md").text.replace("\\", ""), run.privacy
+    assert own.epsilon is not None
+    promised = f"{format_epsilon(2 + own.epsilon * labeled)} at delta {1e-6 + own.delta * labeled:f}"
     assert f"The card of these texts states epsilon {promised} for each record of the runs" in text
-    (totals,) = re.findall(r"\(writer_2[^)]*\)\. The student's total privacy loss is at most: epsilon (\S+) at", text)
-    assert float(totals) == pytest.approx(teacher_result.epsilon + 2, abs=2e-3)
+    (both,) = re.findall(r"\(writer_2[^)]*\)\. The student's total privacy loss is at most: epsilon (\S+) at", text)
+    assert float(both) == pytest.approx(own.epsilon + 2, abs=2e-3)
     assert "as the person who provided them declared" not in text
     start = build_start_lineage(replace(run.config, model=ModelSpec(path=str(folder)))) or {}
-    assert sum_start_losses(start) == pytest.approx((teacher_result.epsilon + 2, teacher_result.delta + 1e-6))
+    assert sum_start_losses(start) == pytest.approx((own.epsilon + 2, own.delta + 1e-6))
     assert (start["from"], start["start_adapter"]["from"]) == (run.config.name, "writer_2")
     assert not (folder / "label.svg").exists(), "it would say what its teacher owes"
     assert "label.svg" not in text
@@ -215,7 +209,7 @@ def test_invalid_distillation_is_refused_without_files(finished: Path, texts: Pa
     paths = {name: str(tmp_path / f"{name}.txt") for name in outputs} | {"test": str(config.data.test_file)}
     faults: Any = {"none": {"epsilon": None}, "user": {"unit": "user"}, "changed": {"text": "one more\n"}}
     paths |= {name: str(write_card(tmp_path / f"{name}.txt", **fault)) for name, fault in faults.items()}
-    (tmp_path / "renamed.jsonl").write_text("".join(json.dumps({"body": result}) + "\n" for result in outputs["part"]))
+    (tmp_path / "renamed.jsonl").write_text("".join(json.dumps({"body": one}) + "\n" for one in outputs["part"]))
     (tmp_path / "brat").mkdir()
     (tmp_path / "brat" / "one.txt").write_text(TEXTS[0])
     (tmp_path / "brat" / "one.ann").touch()
@@ -228,12 +222,10 @@ def test_invalid_distillation_is_refused_without_files(finished: Path, texts: Pa
         {"DEEP": "[" * 20_000}.get(word, paths.get(word.lower(), word) if word.isupper() else word)
         for word in shlex.split(typed)
     ]
-    summary = run_command(
-        "distill", str(finished), "--texts", str(texts), "--to", str(tmp_path / "new"), *words
-    ).failed()
+    told = run_command("distill", str(finished), "--texts", str(texts), "--to", str(tmp_path / "new"), *words).failed()
     for name, path in paths.items():
-        summary = summary.replace(path, name.upper())
-    snapshots.check_message("mistakes-distill", typed, summary)
+        told = told.replace(path, name.upper())
+    snapshots.check_message("mistakes-distill", typed, told)
     assert not (tmp_path / "new").exists()
 
 

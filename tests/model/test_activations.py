@@ -30,12 +30,10 @@ def has_moved(activation: nn.Module, shape: tuple[int, ...]) -> bool:
     """Whether any row's bits differ from those of the row alone."""
     draws = torch.Generator().manual_seed(3)
     row, slope = (3 * torch.randn(1, *shape, generator=draws) for _ in range(2))
-    separate = multiply_both_ways(activation, row, slope)
+    alone = multiply_both_ways(activation, row, slope)
     for rows in (2, 5, 21):
         together = multiply_both_ways(activation, row.repeat(rows, 1, 1), slope.repeat(rows, 1, 1))
-        if not all(
-            torch.equal(batched, single.expand_as(batched)) for batched, single in zip(together, separate, strict=True)
-        ):
+        if not all(torch.equal(one, other.expand_as(one)) for one, other in zip(together, alone, strict=True)):
             return True
     return False
 

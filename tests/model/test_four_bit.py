@@ -39,14 +39,12 @@ def quantize_module(module: nn.Module) -> FourBit:
 def test_nf4_levels_are_normal_quantiles() -> None:
     # Appendix E of arXiv 2305.14314: from 0.9677 to 0.5 in 8 steps below zero and 7 steps above it, plus the largest
     # value.
-    max_quantile = NormalDist().inv_cdf(0.9677083)
+    most = NormalDist().inv_cdf(0.9677083)
 
     def compute_quantiles(steps: int) -> list[float]:
-        return [
-            NormalDist().inv_cdf(0.9677083 + (0.5 - 0.9677083) * step / steps) / max_quantile for step in range(steps)
-        ]
+        return [NormalDist().inv_cdf(0.9677083 + (0.5 - 0.9677083) * step / steps) / most for step in range(steps)]
 
-    expected = [*(-tensor for tensor in compute_quantiles(7)), 0.0, *reversed(compute_quantiles(8))]
+    expected = [*(-one for one in compute_quantiles(7)), 0.0, *reversed(compute_quantiles(8))]
     assert torch.tensor(LEVELS).tolist() == list(LEVELS), "levels must be float32 numbers"
     assert pytest.approx(expected, abs=2e-7) == LEVELS
 

@@ -27,10 +27,7 @@ CASES |= {
         "index": json.dumps({"weight_map": {"w": "a" * 300 + ".safetensors"}}),
         "refused": "names safetensors files next to it",
     },
-    "deeply nested shard index": {
-        "index": "[" * 50_000,
-        "refused": "model.safetensors.index.json is not readable JSON",
-    },
+    "deep shard index": {"index": "[" * 50_000, "refused": "model.safetensors.index.json is not readable JSON"},
     "truncated weights": {"cut": 100, "refused": "cannot be loaded"},
 }
 

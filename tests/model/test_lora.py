@@ -73,9 +73,7 @@ def test_zero_adapter_leaves_outputs_bitwise_unchanged(path: str, dtype: Any, ki
 def adapt_query(**lora: Any) -> tuple[TaskModel, Any]:
     """Return a model with a single adapted module, and that module."""
     model = build_task_model(make_spec(lora=LoraSpec(target_modules=("query",), layers=(0,), **lora)))
-    return model, next(
-        module for name, module in model.named_modules() if name.endswith("layer.0.attention.self.query")
-    )
+    return model, next(one for name, one in model.named_modules() if name.endswith("layer.0.attention.self.query"))
 
 
 def test_ia3_offset_scales_the_module_output() -> None:

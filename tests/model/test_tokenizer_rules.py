@@ -72,10 +72,7 @@ REFUSED |= {
         make_word_tokenizer(normalizer=make_sequence(*2 * [make_replace("a", "\ufdfa"), {"type": "NFKC"}])),
         "turn one character into up to 324",
     ),
-    "many normalizers": (
-        make_word_tokenizer(normalizer=make_sequence(*17 * [{"type": "Strip"}])),
-        "more than 16 steps",
-    ),
+    "many steps": (make_word_tokenizer(normalizer=make_sequence(*17 * [{"type": "Strip"}])), "more than 16 steps"),
     "nested sequences": (
         make_word_tokenizer(normalizer=make_sequence(make_sequence(*9 * [{"type": "Nmt"}]), *8 * [make_sequence()])),
         "16",

@@ -182,12 +182,10 @@ class Mailbox(Hostile):
         self.clock_ahead_s = 0.0
         super().__init__(context, self._said)  # type: ignore[arg-type]
 
-    def _said(self, connection: ssl.SSLSocket, path: str) -> None:
+    def _said(self, conn: ssl.SSLSocket, path: str) -> None:
         status, content = self.says() if path == HELLO else (404, {"reason": "no"})
         date = formatdate(time.time() + self.clock_ahead_s, usegmt=True)
-        connection.sendall(
-            build_response(json.dumps(content).encode(), headers=f"date: {date}\r\n", status=f"{status} Said")
-        )
+        conn.sendall(build_response(json.dumps(content).encode(), headers=f"date: {date}\r\n", status=f"{status} Said"))
 
 
 @pytest.fixture

@@ -95,15 +95,13 @@ def test_site_and_server_certificates_are_not_interchangeable(
 def test_site_cannot_issue_certificates(make_authorities: World) -> None:
     site = make_authorities.holder("site", name="north")
     key = generate_connection_key()
-    certificate = x509.load_pem_x509_certificate(site.certificate.read_bytes())
-    posing = Authority(key=certificates.read_connection_key(site.key), certificate=certificate)
+    cert = x509.load_pem_x509_certificate(site.certificate.read_bytes())
+    posing = Authority(key=certificates.read_connection_key(site.key), certificate=cert)
     forged = posing.issue(key.public_key(), kind="site", name="forged", days=1, now=datetime.now(UTC))
     with pytest.raises(ConfigError, match="must be issued by the authority"):
         certificates.check_issued(forged, ca=make_authorities.authority.certificate, key="site.pem")
     with pytest.raises(ssl.SSLError, match="invalid CA certificate"):
-        shake_hands(
-            make_authorities, client=make_authorities.files("forged", encode_private_pem(key), forged, certificate)
-        )
+        shake_hands(make_authorities, client=make_authorities.files("forged", encode_private_pem(key), forged, cert))
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="the command openssl is not installed")

@@ -228,18 +228,14 @@ def test_existing_backup_is_kept_and_tampered_backup_is_refused(north_site: Here
     assert "already exists" in north_site.does("backup", file).failed()
     north_site.ledger.unlink()
     with zipfile.ZipFile(file) as archive:
-        contents = {name: archive.read(name) for name in archive.namelist()}
-    listed, empty_hash = json.loads(contents["backup.json"]), hashlib.sha256().hexdigest()
+        held = {name: archive.read(name) for name in archive.namelist()}
+    listed, nothing = json.loads(held["backup.json"]), hashlib.sha256().hexdigest()
     for name, changed in {
-        "content": {**contents, "site.toml": contents["site.toml"] + b"#"},
-        "missing": {name: data for name, data in contents.items() if name != "ledger.db"},
-        "outside": {
-            **contents,
-            "../x": b"",
-            "backup.json": json.dumps({**listed, "sha256": {"../x": empty_hash}}).encode(),
-        },
-        "another's": {**contents, "backup.json": json.dumps({**listed, "kind": "server"}).encode()},
-        "no list": {name: data for name, data in contents.items() if name != "backup.json"},
+        "content": {**held, "site.toml": held["site.toml"] + b"#"},
+        "missing": {name: data for name, data in held.items() if name != "ledger.db"},
+        "outside": {**held, "../x": b"", "backup.json": json.dumps({**listed, "sha256": {"../x": nothing}}).encode()},
+        "another's": {**held, "backup.json": json.dumps({**listed, "kind": "server"}).encode()},
+        "no list": {name: data for name, data in held.items() if name != "backup.json"},
     }.items():
         with zipfile.ZipFile(north_site.folder / "changed.zip", "w") as archive:
             for entry, data in changed.items():

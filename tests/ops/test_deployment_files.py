@@ -113,19 +113,13 @@ def test_site_unit_behind_a_supernode_has_no_network(tmp_path: Path) -> None:
 
 def test_nginx_passes_only_calls_of_a_registered_supernode() -> None:
     client = (Path(flwr.__file__).parent / "supernode/fleet_http_client.py").read_text()
-    own_calls = set(re.findall(r'path="/v1/fleet/([\w-]+)"', client)) - {"register-node", "unregister-node"}
+    own = set(re.findall(r'path="/v1/fleet/([\w-]+)"', client)) - {"register-node", "unregister-node"}
     passed_on, refused = re.findall(r"^    location (.*?) \{", (FLOWER / "nginx.conf").read_text(), re.MULTILINE)
     (pattern,) = re.findall(r"^~ (\S+)$", passed_on)
-    assert len(own_calls) == 10
-    assert {name for name in own_calls if re.search(pattern, f"/v1/fleet/{name}")} == own_calls
-    other_calls = (
-        "/v1/control/list-nodes",
-        "/v1/fleet/register-node",
-        "/v1/runtime/get-nodes",
-        "/v1/fleet/get-run/x",
-        "/",
-    )
-    assert [path for path in other_calls if re.search(pattern, path)] == []
+    assert len(own) == 10
+    assert {name for name in own if re.search(pattern, f"/v1/fleet/{name}")} == own
+    others = ("/v1/control/list-nodes", "/v1/fleet/register-node", "/v1/runtime/get-nodes", "/v1/fleet/get-run/x", "/")
+    assert [path for path in others if re.search(pattern, path)] == []
     assert refused == "/"
 
 
@@ -224,9 +218,7 @@ def test_compose_services_are_read_only_and_unprivileged() -> None:
     assert services["server"]["ports"] == ["9092:9092"]
     (records,) = (volume for volume in services["site"]["volumes"] if volume["target"] == "/records")
     assert records["read_only"] is True
-    kit, data = (
-        {item["target"]: item for item in services["server"]["volumes"]}[folder] for folder in ("/kit", "/data")
-    )
+    kit, data = ({one["target"]: one for one in services["server"]["volumes"]}[folder] for folder in ("/kit", "/data"))
     assert kit["read_only"] is True
     assert not data.get("read_only")
 
@@ -333,10 +325,8 @@ def test_deployment_files_use_only_existing_command_line_options() -> None:
 
 def test_operations_page_matches_actual_logs_and_health_output() -> None:
     text = (ROOT / "docs/operations.md").read_text()
-    outputs = [
-        json.loads(line) for block in re.findall(r"```json\n(.*?)```", text, re.S) for line in block.splitlines()
-    ]
-    lines, healths = [item for item in outputs if "logger" in item], [item for item in outputs if "logger" not in item]
+    shown = [json.loads(line) for block in re.findall(r"```json\n(.*?)```", text, re.S) for line in block.splitlines()]
+    lines, healths = [one for one in shown if "logger" in one], [one for one in shown if "logger" not in one]
     assert len(lines) == 3
     for line in lines:
         assert list(line)[:4] == ["time", "level", "logger", "event"]

@@ -20,11 +20,10 @@ from .conftest import check_snapshot
 GIB, MIB = 2**30, 2**20
 
 
-def check_lines(name: str, checks: dict[object, DoctorCheck]) -> None:
+def check_lines(name: str, found: dict[object, DoctorCheck]) -> None:
     """Compare findings and fixes with a snapshot."""
     lines = [
-        f"{case}: {check.status}, {check.found}" + (f" -> {check.fix}" if check.fix else "")
-        for case, check in checks.items()
+        f"{case}: {one.status}, {one.found}" + (f" -> {one.fix}" if one.fix else "") for case, one in found.items()
     ]
     check_snapshot(name, "\n".join(lines))
 

@@ -67,19 +67,17 @@ def test_connection_key_can_be_rotated_and_replaced_after_loss(desk: Desk, north
 
 def test_site_can_be_moved_to_another_machine(north_folder: Path, tmp_path: Path) -> None:
     open_ledger(north_folder, 1)
-    new_folder = tmp_path / "another machine"
+    moved = tmp_path / "another machine"
     with lock_ledger(north_folder / "ledger.db"):
         pass  # no process serves the old one
-    shutil.copytree(north_folder, new_folder)
-    (new_folder / "site.toml").write_text(
-        (new_folder / "site.toml").read_text().replace(str(north_folder), str(new_folder))
-    )
-    Kit.read(new_folder / "kit", kind="site").check_certificate(datetime.now(UTC))
-    reopened = open_ledger(new_folder, 2)
-    assert reopened.history.charged_rounds("r") == 2
+    shutil.copytree(north_folder, moved)
+    (moved / "site.toml").write_text((moved / "site.toml").read_text().replace(str(north_folder), str(moved)))
+    Kit.read(moved / "kit", kind="site").check_certificate(datetime.now(UTC))
+    there = open_ledger(moved, 2)
+    assert there.history.charged_rounds("r") == 2
     # If the old site is started by mistake, a lead's receipt from the new site reveals it.
     with pytest.raises(Refused, match="ledger_behind_receipt"):
-        open_ledger(north_folder).require_receipt(reopened.sign_receipt("r"))
+        open_ledger(north_folder).require_receipt(there.sign_receipt("r"))
 
 
 def test_doctor_changes_nothing_on_a_running_site(north_folder: Path) -> None:

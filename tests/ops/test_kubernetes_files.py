@@ -50,7 +50,7 @@ def list_mounts(container: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def built_overlays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def overlays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The output of kubectl for each folder, by name."""
     into, built = tmp_path_factory.mktemp("made"), {}
     for folder in OVERLAYS:
@@ -59,28 +59,26 @@ def built_overlays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return built
 
 
-def test_manifests_match_the_kubernetes_schema(built_overlays: dict[str, Path], tmp_path: Path) -> None:
+def test_manifests_match_the_kubernetes_schema(overlays: dict[str, Path], tmp_path: Path) -> None:
     command = (find_tool("kubernetes-validate"), *VALIDATE)
-    plain_lines = [path for path in KUBERNETES.rglob("*.yaml") if path.name != "kustomization.yaml"]
-    run_tool(*command, *plain_lines, *built_overlays.values())
+    manifests = [path for path in KUBERNETES.rglob("*.yaml") if path.name != "kustomization.yaml"]
+    run_tool(*command, *manifests, *overlays.values())
     broken = tmp_path / "broken.yaml"
-    for path in plain_lines:
+    for path in manifests:
         broken.write_text(path.read_text().replace("spec:\n", "spec:\n  replcas: 1\n", 1))
         assert run(*command, broken).returncode != 0, path
 
 
 @pytest.mark.parametrize("folder", [folder.name for folder in OVERLAYS])
-def test_kubectl_builds_every_overlay(folder: str, built_overlays: dict[str, Path]) -> None:
-    (manifest,) = (
-        document for document in read_documents(built_overlays[folder]) if document["kind"] in PROCESSES.values()
-    )
-    pod = find_pod_template(manifest)["spec"]
+def test_kubectl_builds_every_overlay(folder: str, put_together: dict[str, Path]) -> None:
+    (made,) = (one for one in read_documents(put_together[folder]) if one["kind"] in PROCESSES.values())
+    pod = find_pod_template(made)["spec"]
     containers = [*pod.get("initContainers", ()), *pod["containers"]]
     assert {container["image"] for container in containers} == {f"registry.example.org/fedtune:{__version__}"}
     gpus = [container.get("resources", {}).get("limits", {}).get("nvidia.com/gpu") for container in containers]
     assert gpus[-1] == ("1" if folder == "site-gpu" else None)
     assert not any(gpus[:-1])
-    assert len({document["metadata"]["namespace"] for document in read_documents(built_overlays[folder])}) == 1
+    assert len({one["metadata"]["namespace"] for one in read_documents(put_together[folder])}) == 1
 
 
 @pytest.mark.parametrize("path", PROCESSES, ids=name_of)
@@ -110,7 +108,7 @@ def test_pods_meet_the_restricted_standard_and_only_the_server_is_reachable(path
     # Network reachability.
     labels = find_pod_template(read_only_document(path, PROCESSES[path]))["metadata"]["labels"]
     policies = [read_only_document(file, "NetworkPolicy")["spec"] for file in POLICIES]
-    (policy,) = (document for document in policies if document["podSelector"]["matchLabels"].items() <= labels.items())
+    (policy,) = (item for item in policies if item["podSelector"]["matchLabels"].items() <= labels.items())
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     reached = [port["port"] for rule in policy["ingress"] for port in rule["ports"]]
     ports = {port["port"] for rule in policy["egress"] for port in rule["ports"]}
@@ -195,7 +193,7 @@ def test_server_init_container_links_roster_and_certificate(desk: Desk, tmp_path
     assert roster.read_newest().sites == ()
     desk.join("north")
     provisioning.renew_own_certificate(desk.folder, "server", days=400, now=desk.now)
-    assert [document.site for document in roster.read_newest().sites] == ["north"]
+    assert [site.site for site in roster.read_newest().sites] == ["north"]
     assert certificate.is_new()
     # The server must not be able to write to its kit.
     (container,) = find_pod(KUBERNETES / "server/server.yaml")["containers"]
@@ -244,22 +242,20 @@ BACKUPS = {"site": ("--kit=/site/kit", "--site=/site/site.toml"), "server": ("--
 @pytest.mark.parametrize("role", BACKUPS)
 def test_backup_job_runs_next_to_its_process_and_keeps_recent_files(role: str, tmp_path: Path) -> None:
     path, process = KUBERNETES / f"{role}-backup/backup.yaml", KUBERNETES / role / f"{role}.yaml"
-    pod, manifest = find_pod(path), read_only_document(process, "StatefulSet")
+    pod, made = find_pod(path), read_only_document(process, "StatefulSet")
     labels = find_pod_template(read_only_document(path, "CronJob"))["metadata"]["labels"]
-    assert not manifest["spec"]["selector"]["matchLabels"].items() <= labels.items(), "the selector must not match"
-    (affinity,) = pod["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
-    assert affinity["topologyKey"] == "kubernetes.io/hostname"
-    assert (
-        affinity["labelSelector"]["matchLabels"].items() <= manifest["spec"]["template"]["metadata"]["labels"].items()
-    )
-    claims = {f"{claim['metadata']['name']}-fedtune-{role}-0" for claim in manifest["spec"]["volumeClaimTemplates"]}
+    assert not made["spec"]["selector"]["matchLabels"].items() <= labels.items(), "the selector must not match"
+    (near,) = pod["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert near["topologyKey"] == "kubernetes.io/hostname"
+    assert near["labelSelector"]["matchLabels"].items() <= made["spec"]["template"]["metadata"]["labels"].items()
+    claims = {f"{claim['metadata']['name']}-fedtune-{role}-0" for claim in made["spec"]["volumeClaimTemplates"]}
     used = {volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if volume["name"] != "tmp"}
     assert used == {*claims, "fedtune-backup"}
     (container,) = pod["containers"]
-    (sidecar,) = manifest["spec"]["template"]["spec"]["containers"]
-    own_mounts, sidecar_mounts = list_mounts(container), list_mounts(sidecar)
-    for folder in own_mounts.keys() - {"/tmp", "/backup"}:
-        assert own_mounts[folder]["name"] == sidecar_mounts[folder]["name"]
+    (beside,) = made["spec"]["template"]["spec"]["containers"]
+    ours, theirs = list_mounts(container), list_mounts(beside)
+    for folder in ours.keys() - {"/tmp", "/backup"}:
+        assert ours[folder]["name"] == theirs[folder]["name"]
     assert read_only_document(path, "CronJob")["spec"]["concurrencyPolicy"] == "Forbid"
     # It writes a new file, and only then removes old ones.
     (keep,) = container["env"]
@@ -272,19 +268,17 @@ def test_backup_job_runs_next_to_its_process_and_keeps_recent_files(role: str, t
     (fedtune := tmp_path / "commands" / "fedtune").parent.mkdir()
     script = read_script(container, backup=folder)
     environment = {**os.environ, "PATH": f"{fedtune.parent}:{os.environ['PATH']}", keep["name"]: keep["value"]}
-    old, young, unrelated = (folder / name for name in (f"{role}-old.zip", f"{role}-young.zip", "notes.zip"))
-    for path, days in ((old, 40), (young, 20), (unrelated, 40)):
+    old, young, other = (folder / name for name in (f"{role}-old.zip", f"{role}-young.zip", "notes.zip"))
+    for path, days in ((old, 40), (young, 20), (other, 40)):
         path.touch()
         os.utime(path, (time.time() - days * 86400,) * 2)
-    for exit_code, remaining in ((1, {old, young, unrelated}), (0, {young, unrelated})):
+    for ends, rest in ((1, {old, young, other}), (0, {young, other})):
         # The fake command records its arguments and writes a file.
-        fedtune.write_text(
-            f'#!/bin/sh\n[ {exit_code} = 0 ] || exit {exit_code}\necho "$@" > "{tmp_path}/asked"\n: > "$3"\n'
-        )
+        fedtune.write_text(f'#!/bin/sh\n[ {ends} = 0 ] || exit {ends}\necho "$@" > "{tmp_path}/asked"\n: > "$3"\n')
         fedtune.chmod(0o755)
-        assert run("sh", "-euc", script, env=environment).returncode == exit_code
-        assert {old, young, unrelated} & set(folder.iterdir()) == remaining
-    (new,) = set(folder.iterdir()) - {young, unrelated}
+        assert run("sh", "-euc", script, env=environment).returncode == ends
+        assert {old, young, other} & set(folder.iterdir()) == rest
+    (new,) = set(folder.iterdir()) - {young, other}
     assert re.fullmatch(rf"{role}-\d{{8}}T\d{{6}}Z\.zip", new.name)
     assert (tmp_path / "asked").read_text().split()[:3] == [role, "backup", str(new)]
 
@@ -318,10 +312,10 @@ def render_chart(folder: Path, role: str, values: dict[str, Any]) -> Path:
 def test_chart_values_match_the_schema_and_the_plain_manifests(tmp_path: Path) -> None:
     checker, schema = find_tool("check-jsonschema"), CHART / "values.schema.json"
     run_tool(checker, "--check-metaschema", schema)
-    plain_lines, file = (CHART / "values.yaml").read_text(), tmp_path / "values.yaml"
+    plain, file = (CHART / "values.yaml").read_text(), tmp_path / "values.yaml"
 
     def change_values(*changes: tuple[str, str]) -> int:
-        text = plain_lines
+        text = plain
         for old, new in changes:
             assert text.count(old) == 1, old
             text = text.replace(old, new)
@@ -358,14 +352,12 @@ def test_chart_values_match_the_schema_and_the_plain_manifests(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("role", ROLE_VALUES)
-def test_default_chart_renders_the_plain_manifests(role: str, built_overlays: dict[str, Path], tmp_path: Path) -> None:
+def test_default_chart_renders_the_plain_manifests(role: str, overlays: dict[str, Path], tmp_path: Path) -> None:
     def index_documents(*paths: Path) -> dict[tuple[str, str], Any]:
         return {(doc["kind"], doc["metadata"]["name"]): doc for path in paths for doc in read_documents(path)}
 
-    plain_lines = (
-        [built_overlays["lead"]] if role == "lead" else [built_overlays[role], built_overlays[f"{role}-backup"]]
-    )
-    assert index_documents(render_chart(tmp_path, role, VALUES["plain"][role])) == index_documents(*plain_lines)
+    plain = [overlays["lead"]] if role == "lead" else [overlays[role], overlays[f"{role}-backup"]]
+    assert index_documents(render_chart(tmp_path, role, VALUES["plain"][role])) == index_documents(*plain)
 
 
 def list_leaves(values: Any) -> list[str]:
@@ -377,11 +369,11 @@ def list_leaves(values: Any) -> list[str]:
 
 @pytest.mark.parametrize("role", ROLE_VALUES)
 def test_every_chart_value_changes_valid_manifests(role: str, tmp_path: Path) -> None:
-    plain_lines = set(render_chart(tmp_path, role, VALUES["plain"][role]).read_text().splitlines())
+    plain = set(render_chart(tmp_path, role, VALUES["plain"][role]).read_text().splitlines())
     rendered = render_chart(tmp_path, role, VALUES["common"] | ROLE_VALUES[role])
     run_tool(find_tool("kubernetes-validate"), *VALIDATE, rendered)
     text = rendered.read_text()
     assert "registry.example.org" not in text, "every container must have the other image"
-    new = "\n".join(line for line in text.splitlines() if line not in plain_lines)
+    new = "\n".join(line for line in text.splitlines() if line not in plain)
     for value in set(list_leaves(VALUES["common"] | ROLE_VALUES[role])) - {"True"}:
         assert re.search(rf"(?<![\w.]){re.escape(value)}(?![\w.])", new), value

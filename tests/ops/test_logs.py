@@ -157,11 +157,8 @@ def test_unreadable_data_leaves_no_cell_contents_in_the_log(rows: str, tmp_path:
 
 
 def test_configuration_errors_keep_their_text_in_the_log() -> None:
-    config_error, ledger = (
-        ConfigError("server", "fl.example.org", "must be host:port"),
-        RunError("/srv/ledger.db is damaged"),
-    )
-    for error in (config_error, ledger, Refused(Reason.LEADS, requested="ab" * 32)):
+    wrong, ledger = ConfigError("server", "fl.example.org", "must be host:port"), RunError("/srv/ledger.db is damaged")
+    for error in (wrong, ledger, Refused(Reason.LEADS, requested="ab" * 32)):
         with capture_log() as lines:
             own.error("cannot start", exc_info=error)
             own.error("cannot start: %s", error)

@@ -203,21 +203,19 @@ def test_alert_rules_and_dashboard_use_existing_metrics(north_folder: Path, fede
         lead.collect_values,
     )
     assert {name for process in figures for name, _ in process()} == set(FIGURES), "together they must be complete"
-    known_names, used = {f"{name}_total" if figure.grows else name for name, figure in FIGURES.items()}, set[str]()
+    known, used = {f"{name}_total" if figure.grows else name for name, figure in FIGURES.items()}, set[str]()
     for rule in GROUP["rules"]:
         assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"]["summary"]
         used |= list_metrics(rule["expr"])
-    assert used < known_names
+    assert used < known
     needed = {"remaining_runs", "contact_age_seconds", "ledger_usable"}
     assert {f"fedtune_site_{name}" for name in needed} < used
     assert {"fedtune_certificate_days_left", "fedtune_server_site_silent_seconds"} < used
     board = json.loads((MONITORING / "grafana_dashboard.json").read_text())
     panels = [panel for panel in board["panels"] if panel["type"] != "row"]
-    assert {
-        name for panel in panels for target in panel["targets"] for name in list_metrics(target["expr"])
-    } == known_names
+    assert {name for panel in panels for target in panel["targets"] for name in list_metrics(target["expr"])} == known
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
 
 

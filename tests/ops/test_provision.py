@@ -150,11 +150,9 @@ def test_offline_authority_is_required_and_must_match_the_federation(
     desk.revoke("north")
     (federation.parent / "offline").rename(federation / "authority")
     desk.add(federation.parent / "south/kit/join_request.json")
-    other_federation = provisioning.init_federation(
-        federation_toml, out=federation_toml.parent / "other", now=desk.now
-    ).folder
+    other = provisioning.init_federation(federation_toml, out=federation_toml.parent / "other", now=desk.now).folder
     for name in ("ca_key.pem", "ca.pem"):
-        (other_federation / "authority" / name).replace(federation / "authority" / name)
+        (other / "authority" / name).replace(federation / "authority" / name)
     with pytest.raises(ConfigError, match="must be the authority of this federation"):
         provisioning.renew_own_certificate(federation, "lead", days=None, now=desk.now)
 

@@ -97,13 +97,10 @@ def make_policy(**changes: Any) -> Policy:
     return change_values(_make_policy(), **changes)
 
 
-def make_user_policy(*datasets: tuple[str, str, str], **changes: Any) -> Policy:
+def make_user_policy(*named: tuple[str, str, str], **changes: Any) -> Policy:
     """Build a user-level policy; each data set has an id, a file, and the column with the user of a record."""
     columns = {"text": "body", "label": "code"}
-    data = (
-        Dataset(id=id, declared_size=2000, path=path, columns=columns | {"user": column})
-        for id, path, column in datasets
-    )
+    data = (Dataset(id=id, declared_size=2000, path=at, columns=columns | {"user": who}) for id, at, who in named)
     return make_policy(population={"unit": "user"}, dataset=tuple(data), **changes)
 
 

@@ -64,11 +64,9 @@ def log_moment(rate: float, noise: float, order: float) -> mpmath.mpf:
         return (ratio**a - 1 - a * (ratio - 1)) * mpmath.npdf(x)
 
     bends = {0.0, order / noise, noise * math.log(1 / rate - 1) + 0.5 / noise}
-    limits = {-16.0, order / noise + 16}
-    nearby = {bend + step for bend in bends for step in (-16, -8, -4, 0, 4, 8, 16)}
-    return mpmath.log1p(
-        mpmath.quad(distance_from_chord, sorted(limits | {x for x in nearby if min(limits) < x < max(limits)}))
-    )
+    ends = {-16.0, order / noise + 16}
+    near = {bend + step for bend in bends for step in (-16, -8, -4, 0, 4, 8, 16)}
+    return mpmath.log1p(mpmath.quad(distance_from_chord, sorted(ends | {x for x in near if min(ends) < x < max(ends)})))
 
 
 def find_best_tilt(rate: float, noise: float, steps: int, epsilon: float, *, adding: bool) -> float:

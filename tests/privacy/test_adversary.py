@@ -143,12 +143,12 @@ def move(game: Game, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
     action = draw(st.sampled_from(["exact", "exact", "more", "any", "next", "next", "retry", "end", "time", "reopen"]))
     if action in ("exact", "more", "any"):
         plan = draw(st.sampled_from(SETTINGS))
-        largest = make_proposal(run=name, plan=plan | {"num_rounds": 20})
-        fits = run_acceptance.find_max_rounds(largest, game.would_accept)
+        wanted = make_proposal(run=name, plan=plan | {"num_rounds": 20})
+        fits = run_acceptance.find_max_rounds(wanted, game.would_accept)
         count = {"exact": fits, "more": fits + 1, "any": draw(st.integers(1, 20))}[action]
         if not 1 <= count <= 20:
             return
-        asked = dataclasses.replace(largest, plan=dataclasses.replace(largest.plan, num_rounds=count))
+        asked = dataclasses.replace(wanted, plan=dataclasses.replace(wanted.plan, num_rounds=count))
         reason = game.ask(asked, 1, request=name, reply=draw(st.booleans()))
         assert (reason is None) == (count <= fits), (reason, count, fits)
     elif action in ("next", "retry") and game.started:
@@ -161,13 +161,8 @@ def move(game: Game, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
         game.end(draw(st.sampled_from(game.started)))
     elif action == "time":
         game.clock.time += timedelta(days=draw(st.sampled_from([-400, -1, 20, 31, 400])))
-        clock_times = [
-            game.clock.time,
-            game.clock.time + timedelta(days=400),
-            game.clock.time - timedelta(days=31),
-            None,
-        ]
-        game.server = draw(st.sampled_from(clock_times))
+        lies = [game.clock.time, game.clock.time + timedelta(days=400), game.clock.time - timedelta(days=31), None]
+        game.server = draw(st.sampled_from(lies))
     elif action == "reopen":
         game.ledger = SiteLedger(game.path, game.policy, site_key)
         game.check()

@@ -182,10 +182,8 @@ def test_waiting_runs_are_recorded_once_per_day_and_reason(open_manual: Any, pat
     refuse(Reason.PAUSED, "r", "r", "s", "s")
     open_manual().approve(make_proposal())
     refuse(Reason.PAUSED, "s")
-    refusals = [(event.run, event.detail["reason"]) for event in verify(path).events if event.kind is Kind.REFUSAL]
-    assert refusals == [("r", "awaiting_approval"), ("r", "paused"), ("s", "paused")], (
-        "each must be recorded once a day"
-    )
+    seen = [(event.run, event.detail["reason"]) for event in verify(path).events if event.kind is Kind.REFUSAL]
+    assert seen == [("r", "awaiting_approval"), ("r", "paused"), ("s", "paused")], "each must be recorded once a day"
 
 
 def test_only_pending_approval_and_pause_count_as_waiting() -> None:

@@ -69,15 +69,13 @@ def test_event_hash_covers_every_field_except_hash_and_signature() -> None:
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(run=st.text(max_size=4), request=st.text(max_size=4), dataset=st.text(max_size=4))
 def test_event_hash_separates_adjacent_fields(run: str, request: str, dataset: str) -> None:
-    event_hash = make_event(run=run, request=request, dataset=dataset)
+    one = make_event(run=run, request=request, dataset=dataset)
     for value in (
         make_event(run=run + request, request="", dataset=dataset),
         make_event(run=run, request=request + dataset, dataset=""),
         make_event(run=request, request=run, dataset=dataset),
     ):
-        assert (event_hash.compute_hash_after(chain.START) == value.compute_hash_after(chain.START)) == (
-            event_hash == value
-        )
+        assert (one.compute_hash_after(chain.START) == value.compute_hash_after(chain.START)) == (one == value)
 
 
 def test_canonical_json_is_unique_and_rejects_infinity() -> None:

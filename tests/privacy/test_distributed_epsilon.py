@@ -56,7 +56,7 @@ CELLS = 8.0
 
 def compute_value_outcomes(contribution: float, others: list[float]) -> exact_sums.Values:
     """Compute probabilities of one value of a sum, for a site's contribution and arbitrary contributions of others."""
-    return exact_sums.compute_sum_outcomes([contribution, *others], CELLS, max_noise=110)
+    return exact_sums.compute_sum_outcomes([contribution, *others], CELLS, most=110)
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.3, 0.05])
@@ -80,35 +80,26 @@ def test_charge_of_one_release_tightly_bounds_the_exact_delta(rate: float, hones
 def test_values_of_one_unit_are_charged_by_their_joint_norm(rate: float, direction: tuple[float, float]) -> None:
     honest, clip_norm = 2, 16.0
     event = build_secure_aggregation_event(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
-    without_unit = exact_sums.join_outcomes(*(compute_value_outcomes(0.0, [4.0]) for _ in direction))
+    absent = exact_sums.join_outcomes(*(compute_value_outcomes(0.0, [4.0]) for _ in direction))
     with_unit = exact_sums.join_outcomes(*(compute_value_outcomes(clip_norm * part, [4.0]) for part in direction))
-    taking_part = exact_sums.sample_outcomes(with_unit, without_unit, rate)
+    taking_part = exact_sums.sample_outcomes(with_unit, absent, rate)
     for epsilon in (0.1, 1.0, 2.0):
-        exact, claimed = (
-            exact_sums.compute_delta(epsilon, taking_part, without_unit),
-            compute_claimed_delta(event, epsilon),
-        )
+        exact, claimed = exact_sums.compute_delta(epsilon, taking_part, absent), compute_claimed_delta(event, epsilon)
         assert 0.97 * claimed - 1e-9 <= exact <= claimed + 1e-12
     too_long = exact_sums.join_outcomes(*(compute_value_outcomes(1.1 * clip_norm * part, [4.0]) for part in direction))
     assert exact_sums.compute_delta(
-        1.0, exact_sums.sample_outcomes(too_long, without_unit, rate), without_unit
+        1.0, exact_sums.sample_outcomes(too_long, absent, rate), absent
     ) > compute_claimed_delta(event, 1.0)
 
 
 def test_two_releases_are_charged_as_a_composition() -> None:
     rate, honest, clip_norm = 0.3, 3, 16.0
     event = build_secure_aggregation_event(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
-    without_unit, with_unit = compute_value_outcomes(0.0, [1.0, 2.0]), compute_value_outcomes(clip_norm, [1.0, 2.0])
-    one_round = exact_sums.sample_outcomes(with_unit, without_unit, rate)
-    two_rounds, without_twice = (
-        exact_sums.join_outcomes(one_round, one_round),
-        exact_sums.join_outcomes(without_unit, without_unit),
-    )
+    absent, with_unit = compute_value_outcomes(0.0, [1.0, 2.0]), compute_value_outcomes(clip_norm, [1.0, 2.0])
+    once = exact_sums.sample_outcomes(with_unit, absent, rate)
+    twice, never = exact_sums.join_outcomes(once, once), exact_sums.join_outcomes(absent, absent)
     for epsilon in (0.1, 0.5, 1.0):
-        exact, claimed = (
-            exact_sums.compute_delta(epsilon, two_rounds, without_twice),
-            compute_claimed_delta(event, epsilon, times=2),
-        )
+        exact, claimed = exact_sums.compute_delta(epsilon, twice, never), compute_claimed_delta(event, epsilon, times=2)
         assert 0.96 * claimed - 1e-9 <= exact <= claimed + 1e-12
 
 
@@ -117,13 +108,13 @@ def test_noise_shares_smaller_than_a_cell_are_refused() -> None:
     for sites, deviation in ((25, 0.2), (100, 0.1)):
         assert deviation * math.sqrt(sites) == pytest.approx(1.0)
         without_unit, with_unit = (
-            exact_sums.compute_sum_outcomes([contribution] + [0.0] * (sites - 1), deviation, max_noise=6)
+            exact_sums.compute_sum_outcomes([contribution] + [0.0] * (sites - 1), deviation, most=6)
             for contribution in (0.0, 1.0)
         )
         event = build_secure_aggregation_event(sampling_rate=1.0, noise_multiplier=deviation, honest=sites)
         assert exact_sums.compute_delta(1.0, with_unit, without_unit) > 2.5 * compute_claimed_delta(event, 1.0)
         # The claim would hold only for noise that the server rounds once.
-        one_round = [exact_sums.compute_site_outcomes(contribution, 1.0, max_noise=30) for contribution in (0.0, 1.0)]
+        one_round = [exact_sums.compute_site_outcomes(contribution, 1.0, most=30) for contribution in (0.0, 1.0)]
         assert exact_sums.compute_delta(1.0, *one_round) <= compute_claimed_delta(event, 1.0)
         with pytest.raises(ValueError, match="rounding removes the noise shares"):
             DistributedNoise(
@@ -180,12 +171,10 @@ def cache_epsilons(*honest: int) -> float:
 
 
 def test_each_epsilon_counts_only_the_noise_of_honest_sites() -> None:
-    epsilons = compute_figures({6: 2, 5: 1, 4: 3})
+    found = compute_figures({6: 2, 5: 1, 4: 3})
     expected = cache_epsilons(6, 6, 5, 4, 4, 4), cache_epsilons(5, 5, 4, 3, 3, 3), cache_epsilons(1, 1, 1, 1, 1, 1)
-    assert (epsilons.server_alone, epsilons.with_colluders, epsilons.with_all_others) == pytest.approx(
-        expected, rel=1e-6
-    )
-    assert epsilons.server_alone < epsilons.with_colluders < epsilons.with_all_others
+    assert (found.server_alone, found.with_colluders, found.with_all_others) == pytest.approx(expected, rel=1e-6)
+    assert found.server_alone < found.with_colluders < found.with_all_others
 
 
 def test_releases_with_fewer_survivors_are_charged_more() -> None:
@@ -226,18 +215,16 @@ def attack_two_steps(sites: int, trials: int, *, unit: bool, threshold: float) -
     return float((total > threshold * CLIP_NORM).mean())
 
 
-@pytest.mark.parametrize(("sites", "hit_rate", "max_rate"), [(10, 0.943, 0.434), (5, 0.868, 0.617)])
-def test_multiple_local_steps_get_no_credit_for_noise_of_other_sites(
-    sites: int, hit_rate: float, max_rate: float
-) -> None:
+@pytest.mark.parametrize(("sites", "hit", "most"), [(10, 0.943, 0.434), (5, 0.868, 0.617)])
+def test_multiple_local_steps_get_no_credit_for_noise_of_other_sites(sites: int, hit: float, most: float) -> None:
     trials = 20_000
-    epsilons, false_alarm = (attack_two_steps(sites, trials, unit=unit, threshold=0.0) for unit in (True, False))
-    assert epsilons == pytest.approx(hit_rate, abs=0.01)
-    assert false_alarm == pytest.approx(1 - hit_rate, abs=0.01)
+    found, false_alarm = (attack_two_steps(sites, trials, unit=unit, threshold=0.0) for unit in (True, False))
+    assert found == pytest.approx(hit, abs=0.01)
+    assert false_alarm == pytest.approx(1 - hit, abs=0.01)
 
     def is_refuted(event: DpEvent) -> bool:
         return any(
-            epsilons - math.exp(epsilon) * false_alarm > compute_claimed_delta(event, epsilon) + 0.02
+            found - math.exp(epsilon) * false_alarm > compute_claimed_delta(event, epsilon) + 0.02
             for epsilon in np.linspace(0, 3, 13)
         )
 
@@ -249,7 +236,7 @@ def test_multiple_local_steps_get_no_credit_for_noise_of_other_sites(
     assert events.count_mechanisms([credited, credited]) == events.count_mechanisms([two_credited])
     assert is_refuted(two_credited), "the attack must refute a credit for two local steps"
     # Two Gaussian mechanisms of noise 1 allow at most this much at the attack's false positive rate.
-    assert stats.norm.cdf(math.sqrt(2) + stats.norm.ppf(1 - hit_rate)) == pytest.approx(max_rate, abs=0.002)
+    assert stats.norm.cdf(math.sqrt(2) + stats.norm.ppf(1 - hit)) == pytest.approx(most, abs=0.002)
     own_shares = events.build_dp_sgd_event(sampling_rate=1.0, noise_multiplier=share, steps=2)
     assert not is_refuted(own_shares), "without the credit the claim must hold"
 

@@ -45,8 +45,8 @@ def test_sum_of_rounded_shares_matches_the_rounded_sum_within_the_gap(values: An
     """Covers deviations small enough for a visible gap, and sums that are not integers."""
     max_value = 30
     for shift in (HALF_UP, 0.5 + 1 / 16):
-        exact = compute_sum_outcomes(values, deviation, max_noise=max_value, shift=shift)
-        rounded = compute_rounded_outcomes(sum(values), deviation, len(values), max_noise=max_value, shift=shift)
+        exact = compute_sum_outcomes(values, deviation, most=max_value, shift=shift)
+        rounded = compute_rounded_outcomes(sum(values), deviation, len(values), most=max_value, shift=shift)
         assert rounded.sum() == pytest.approx(1, abs=1e-9)
         gap = compute_total_variation(exact, rounded)
         assert gap <= (len(values) - 1) * math.exp(-((math.pi * deviation) ** 2)) + 1e-12
@@ -54,8 +54,8 @@ def test_sum_of_rounded_shares_matches_the_rounded_sum_within_the_gap(values: An
 
 def test_rounding_gap_is_negligible_at_the_coarsest_cell_size() -> None:
     for values in ((0.0, 0.0), (0.3, 0.45, -8.2, 5.5)):
-        exact = compute_sum_outcomes(values, MIN_CELLS, max_noise=100)
-        rounded = compute_rounded_outcomes(sum(values), MIN_CELLS, len(values), max_noise=100)
+        exact = compute_sum_outcomes(values, MIN_CELLS, most=100)
+        rounded = compute_rounded_outcomes(sum(values), MIN_CELLS, len(values), most=100)
         assert compute_total_variation(exact, rounded) < 1e-12
     assert Fraction(2) ** 70 * Fraction(math.exp(-((math.pi * MIN_CELLS) ** 2))) < Fraction(1, 10**250)
 

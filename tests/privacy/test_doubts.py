@@ -187,10 +187,8 @@ def test_restore_keeps_the_user_columns(open_ledger: Any, path: Path) -> None:
 
 
 def test_record_level_anchor_has_no_user_columns(open_ledger: Any, path: Path) -> None:
-    by_user = Dataset(
-        id="notes", declared_size=2000, path="notes.csv", columns={"text": "t", "label": "l", "user": "u"}
-    )
-    assert open_ledger(policy=make_policy(dataset=(by_user,))).head().users == ()
+    named = Dataset(id="notes", declared_size=2000, path="notes.csv", columns={"text": "t", "label": "l", "user": "u"})
+    assert open_ledger(policy=make_policy(dataset=(named,))).head().users == ()
 
 
 # Backups restored several times, and copies that diverged: every branch is charged, and no ledger becomes unusable.
@@ -204,15 +202,12 @@ def count_charged_rounds(ledger: SiteLedger) -> float:
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_two_branches_of_one_backup_are_both_charged(backups: Backups, order: tuple[int, int]) -> None:
-    lost_head = [
-        backups.branch(make_proposal(run="long"), 1, 2, 3, 4),
-        backups.branch(make_proposal(run="short"), 1, 2),
-    ]
+    gone = [backups.branch(make_proposal(run="long"), 1, 2, 3, 4), backups.branch(make_proposal(run="short"), 1, 2)]
     ledger = backups.put_back()
     for number in order:
-        assert ledger.charge_gap(lost_head[number][0]), "each branch must have charges beyond the backup"
+        assert ledger.charge_gap(gone[number][0]), "each branch must have charges beyond the backup"
     assert count_charged_rounds(ledger) == 1 + 4 + 2
-    for head, receipt in lost_head:
+    for head, receipt in gone:
         ledger.require_receipt(receipt)
         assert verify(backups.path, anchor=head).anchor_sequence is not None
         assert not ledger.charge_gap(head), "no event may be charged twice"

@@ -75,10 +75,8 @@ def test_grouping_counts_every_occurrence_of_a_mechanism(history: list[DpEvent])
 
 
 def test_grouping_flattens_compositions_but_not_sampled_events() -> None:
-    gaussian = Gaussian(1.0)
-    assert events.count_mechanisms(
-        {SelfComposed(gaussian, 4): 3, ComposedDpEvent((gaussian, gaussian)): 5, gaussian: 1}
-    ) == {gaussian: 23}
+    one = Gaussian(1.0)
+    assert events.count_mechanisms({SelfComposed(one, 4): 3, ComposedDpEvent((one, one)): 5, one: 1}) == {one: 23}
     # Sampling does not commute with composition: two mechanisms on one sample are not two samples.
     event = PoissonSampledDpEvent(0.1, SelfComposed(Gaussian(1.0), 2))
     assert events.count_mechanisms([event, event]) == {event: 2}

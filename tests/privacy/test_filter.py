@@ -110,15 +110,13 @@ def test_ledger_accepts_as_many_runs_as_its_policy_promises(reference: tuple[flo
     caps = {"max_epsilon": cap, "max_epsilon_per_period": cap if math.isfinite(cap) else None}
     site = make_policy(budget={"reference": typical, **caps})
     history, amount = History.empty(site), compute_amount(site)
-    max_divergence = filter.compute_max_divergence(cap, order=history.order, delta=history.delta)
+    room = filter.compute_max_divergence(cap, order=history.order, delta=history.delta)
     for rate, noise, steps in _PLANS:
         event = events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)
         assert 0 < history.divergence([event]) < math.inf, (event, history.order)
     assert amount.runs_in_lifetime == amount.runs_in_period
     if (runs := amount.runs_in_lifetime) is not None:
-        assert (
-            history.divergence({typical.event: runs}) <= max_divergence < history.divergence({typical.event: runs + 1})
-        )
+        assert history.divergence({typical.event: runs}) <= room < history.divergence({typical.event: runs + 1})
 
 
 # Rates and noise multipliers from typical to extreme; few of each, so that divergences are computed once.

@@ -366,13 +366,10 @@ def test_period_cap_reserves_what_open_runs_may_still_spend(open_ledger: Any, cl
     four = filter.epsilon_filter([make_proposal().plan.event()] * 4, order=open_ledger().history.order, delta=1e-5)
     monthly = make_policy(budget={"max_epsilon_per_period": four + 1e-9, "period": "month"})
     train(open_ledger(policy=monthly, server=clock.time), make_proposal(plan={"num_rounds": 3}), 1)
-    other_value = make_proposal(run="2", plan={"num_rounds": 2})
-    assert (
-        read_refusal(open_ledger(policy=monthly, server=clock.time), other_value).reason
-        is Reason.MAX_EPSILON_PER_PERIOD
-    )
+    other = make_proposal(run="2", plan={"num_rounds": 2})
+    assert read_refusal(open_ledger(policy=monthly, server=clock.time), other).reason is Reason.MAX_EPSILON_PER_PERIOD
     clock.forward(days=25)  # February: one round fewer is reserved
-    train(open_ledger(policy=monthly, server=clock.time), other_value, 1)
+    train(open_ledger(policy=monthly, server=clock.time), other, 1)
 
 
 def test_lowering_the_cap_stops_a_run_with_reserved_rounds(open_ledger: Any, path: Path) -> None:
@@ -419,10 +416,8 @@ def test_changing_the_reference_keeps_the_order_of_the_filter(open_ledger: Any) 
     order = open_ledger().history.order
     reference = dataclasses.replace(make_policy().budget.reference, noise_multiplier=30.0)
     assert open_ledger(policy=make_policy(budget={"reference": reference})).history.order == order
-    other_value = make_policy(budget={"reference": reference}).budget.reference.event
-    assert filter.find_best_order(other_value, epsilon=11.0, delta=1e-5) != order, (
-        "a new ledger would choose another order"
-    )
+    other = make_policy(budget={"reference": reference}).budget.reference.event
+    assert filter.find_best_order(other, epsilon=11.0, delta=1e-5) != order, "a new ledger would choose another order"
 
 
 def test_run_without_privacy_is_accepted_only_without_a_cap(open_ledger: Any, path: Path) -> None:

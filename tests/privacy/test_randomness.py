@@ -157,18 +157,16 @@ def test_box_muller_float_error_stays_within_its_bound(deviation: float) -> None
     )
     spare = np.inf
     with mpmath.workprec(200):
-        for index, (stream_one, reference) in enumerate(pairs):
+        for index, (one, ref) in enumerate(pairs):
             if not np.isfinite(error[index]):
-                assert stream_one == 0 or float(stream_one) == 2.0**64, "only the extreme words may always be in doubt"
+                assert one == 0 or float(one) == 2.0**64, "only the extreme words may always be in doubt"
                 assert not error[index] < 0
                 continue
-            for radius, angle in itertools.product(
-                (stream_one, stream_one + 1), (reference, reference + 1)
-            ):  # corners of the uncertainty
+            for radius, angle in itertools.product((one, one + 1), (ref, ref + 1)):  # corners of the uncertainty
                 corner = transform_pair(Fraction(radius, 2**64), Fraction(angle, 2**64), precision=200)
                 for value, exact in zip(values[:, index], corner, strict=True):
                     away = abs(mpmath.mpf(float(value)) - deviation * exact)
-                    assert away <= float(error[index]), (stream_one, reference)
+                    assert away <= float(error[index]), (one, ref)
                     spare = min(spare, float(error[index]) / max(float(away), 1e-300))
     assert spare < 100, "the error bound must not be uselessly wide"
 
@@ -233,17 +231,11 @@ OTHERS: list[tuple[str | int, ...]] = [
 def test_seeded_streams_repeat_and_differ_by_seed_and_purpose() -> None:
     source: Randomness = SeededRandomness(7)
     assert source.seeded, "a seeded source must be marked"
-    stream_one = source.stream(*PURPOSE)
+    one = source.stream(*PURPOSE)
     # torch's CPU generator draws the same values for these two seeds.
-    streams = [
-        stream_one,
-        SeededRandomness(2**40 + 7).stream(*PURPOSE),
-        *(source.stream(*reference) for reference in OTHERS),
-    ]
-    draws = [source_stream.uniform64(9).tolist() for source_stream in streams]
-    assert len({*map(tuple, draws), tuple(stream_one.uniform64(9).tolist())}) == len(streams) + 1, (
-        "streams must move on"
-    )
+    streams = [one, SeededRandomness(2**40 + 7).stream(*PURPOSE), *(source.stream(*ref) for ref in OTHERS)]
+    draws = [each.uniform64(9).tolist() for each in streams]
+    assert len({*map(tuple, draws), tuple(one.uniform64(9).tolist())}) == len(streams) + 1, "streams must move on"
     assert source.stream(*PURPOSE).uniform64(9).tolist() == draws[0]
 
 

@@ -221,28 +221,18 @@ def test_linked_anchor_is_written_in_its_own_folder(open_anchored: Any, anchor: 
 def test_forged_receipt_is_refused_for_its_signature(open_ledger: Any, tmp_path: Path) -> None:
     ledger = open_ledger()
     train(ledger, make_proposal(), 1)
-    receipt, other_ledger = (
-        ledger.sign_receipt("r"),
-        open_ledger(path=tmp_path / "o.db", key=make_key(9)).sign_receipt("r"),
-    )
+    receipt, second = ledger.sign_receipt("r"), open_ledger(path=tmp_path / "o.db", key=make_key(9)).sign_receipt("r")
     changes = {"sequence": receipt.sequence + 1, "charged_rounds": 0, "signature": receipt.signature[::-1]}
     unsigned = dataclasses.replace(receipt, signature="")
-    for forged in (
-        other_ledger,
-        unsigned,
-        *(dataclasses.replace(receipt, **{key: value}) for key, value in changes.items()),
-    ):
+    for forged in (second, unsigned, *(dataclasses.replace(receipt, **{key: value}) for key, value in changes.items())):
         assert read_refusal_reason(ledger.require_receipt, forged) is Reason.WRONG_SIGNATURE
 
 
 def test_receipt_of_another_population_raises_no_doubt(open_ledger: Any, tmp_path: Path) -> None:
-    ledger, other_ledger = (
-        open_ledger(),
-        open_ledger(path=tmp_path / "staff.db", policy=make_policy(site="north-staff")),
-    )
-    for lost_event in (ledger, other_ledger):
+    ledger, second = open_ledger(), open_ledger(path=tmp_path / "staff.db", policy=make_policy(site="north-staff"))
+    for lost_event in (ledger, second):
         train(lost_event, make_proposal(), 1)
-    assert read_refusal_reason(ledger.require_receipt, other_ledger.sign_receipt("r")) is Reason.WRONG_SIGNATURE
+    assert read_refusal_reason(ledger.require_receipt, second.sign_receipt("r")) is Reason.WRONG_SIGNATURE
     train(ledger, make_proposal(), 2)
 
 
@@ -384,14 +374,11 @@ def test_restore_keeps_all_permanent_marks(open_ledger: Any, path: Path) -> None
     ledger.record_refusal(Refused(Reason.PAUSED), run="3", round=1, request="q", lead=lead)
     ledger.end_run("3", lead=lead)
     ledger.freeze("why")
-    marks, newest_event = ledger.history.marks, ledger.head()
+    marks, event = ledger.history.marks, ledger.head()
     assert {kind for kind, _ in marks} == {"inexact_gradients", "seeded", "limits_loosened", "never", "frozen"}
     assert ledger.sign_receipt("3", lead=lead).ended
     assert not backups.put_back().history.marks
-    assert (
-        read_refusal_reason(reserve, backups.put_back(anchor=newest_event), make_proposal(run="3"), 1)
-        is Reason.RUN_ENDED
-    )
+    assert read_refusal_reason(reserve, backups.put_back(anchor=event), make_proposal(run="3"), 1) is Reason.RUN_ENDED
     assert verify(path).history.marks == marks
 
 

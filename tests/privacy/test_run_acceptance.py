@@ -100,18 +100,14 @@ def test_max_rounds_is_the_largest_accepted_number(fits: int) -> None:
 
 @pytest.mark.parametrize("bound", [0.0, 1.0, 1.00005, 1.23456, 7.0, 8000.0])
 def test_min_noise_is_accepted_and_nearly_minimal(bound: float) -> None:
-    min_noise = run_acceptance.find_min_noise(
-        make_proposal(), lambda proposal_tried: proposal_tried.plan.noise_multiplier >= bound
-    )
-    assert min_noise >= max(bound, 1.0), "the noise must not be below the requested minimum"
-    assert min_noise <= max(bound, 1.0) * 1.0002 + 1e-4
-    assert min_noise == round(min_noise, 4)
+    found = run_acceptance.find_min_noise(make_proposal(), lambda each: each.plan.noise_multiplier >= bound)
+    assert found >= max(bound, 1.0), "the noise must not be below the requested minimum"
+    assert found <= max(bound, 1.0) * 1.0002 + 1e-4
+    assert found == round(found, 4)
 
 
 def test_min_noise_is_none_if_no_noise_is_accepted() -> None:
-    assert run_acceptance.find_min_noise(make_proposal(), lambda proposal_tried: False) is None
+    assert run_acceptance.find_min_noise(make_proposal(), lambda each: False) is None
     silent = make_proposal(plan={"noise_multiplier": 0.0})
-    min_noise = run_acceptance.find_min_noise(
-        silent, lambda proposal_tried: proposal_tried.plan.noise_multiplier >= 0.5
-    )
-    assert min_noise == pytest.approx(0.5, abs=2e-4)
+    found = run_acceptance.find_min_noise(silent, lambda each: each.plan.noise_multiplier >= 0.5)
+    assert found == pytest.approx(0.5, abs=2e-4)

@@ -46,19 +46,16 @@ def test_every_plan_field_is_in_its_json() -> None:
     of_sums = plan(local_steps=1, noise_multiplier=1.0, shared=shared)
     assert of_sums.to_json()["shared"] == dataclasses.asdict(shared)
     assert Plan.from_json(json.loads(json.dumps(of_sums.to_json()))) == of_sums
-    for invalid in (None, {}, {**dataclasses.asdict(shared), "threshold": True}):
+    for bad in (None, {}, {**dataclasses.asdict(shared), "threshold": True}):
         with pytest.raises(ConfigError):
-            Plan.from_json({**of_sums.to_json(), "shared": invalid})
+            Plan.from_json({**of_sums.to_json(), "shared": bad})
     for changes, bound in (({"local_steps": 2}, "must be 1"), ({"noise_multiplier": 2.0}, "must equal")):
         with pytest.raises(ConfigError, match=bound):
             plan(**{"local_steps": 1, "noise_multiplier": 1.0, "shared": shared} | changes)
     assert Plan.from_json(json.loads(json.dumps(by_user.to_json()))) == by_user
     for run_plan in (plan(), by_user):
         assert Plan.from_json(run_plan.to_json()) == run_plan
-    assert (
-        len({plan(unit="user", records_per_user=max_records).digest() for max_records in (1, 8)} | {plan().digest()})
-        == 3
-    )
+    assert len({plan(unit="user", records_per_user=limit).digest() for limit in (1, 8)} | {plan().digest()}) == 3
     assert "records_per_user" not in plan().to_json(), "a record-level plan must not have user fields"
     assert Plan.from_json({**plan().to_json(), "records_per_user": 1}) == plan()
     assert "runs" not in plan().to_json(), "only more than one run is serialized"
@@ -70,14 +67,9 @@ def test_planned_runs_compose_to_the_target_epsilon(metrics: Any) -> None:
     privacy = PrivacySpec(
         epsilon=4.0, planned_runs=5, sampling_rate=0.1, metrics=metrics, metrics_noise_multiplier=10.0
     )
-    derived = Plan.from_privacy(privacy, local_steps=4, num_rounds=3, spare_rounds=1)
-    assert (
-        3.98
-        < epsilon_pld([derived.full_event] * 5, derived.delta)
-        <= 4.0
-        < epsilon_pld([derived.full_event] * 6, derived.delta)
-    )
-    assert events.count_mechanisms([derived.full_event] * 5) == events.count_mechanisms([derived.all_runs_event])
+    made = Plan.from_privacy(privacy, local_steps=4, num_rounds=3, spare_rounds=1)
+    assert 3.98 < epsilon_pld([made.full_event] * 5, made.delta) <= 4.0 < epsilon_pld([made.full_event] * 6, made.delta)
+    assert events.count_mechanisms([made.full_event] * 5) == events.count_mechanisms([made.all_runs_event])
     with pytest.raises(ConfigError, match=r"runs = 121: must be at most 120"):
         PrivacySpec(planned_runs=121)
 

@@ -33,23 +33,17 @@ def compute_plan_rdp(plan: Plan) -> dict[int, float]:
 
 
 def test_search_trials_are_charged_as_a_composition_of_all_steps() -> None:
-    second_plan = replace(run_plan(), local_steps=5, noise_multiplier=3.0)
-    price = compute_search_cost([run_plan(), second_plan, run_plan()])
-    divergences = {
-        a: 2 * divergence + compute_plan_rdp(second_plan)[a] for a, divergence in compute_plan_rdp(run_plan()).items()
-    }
+    other = replace(run_plan(), local_steps=5, noise_multiplier=3.0)
+    price = compute_search_cost([run_plan(), other, run_plan()])
+    both = {a: 2 * one + compute_plan_rdp(other)[a] for a, one in compute_plan_rdp(run_plan()).items()}
     # Canonne, Kamath, Steinke 2020, Proposition 12.
-    expected = min(
-        rho + math.log1p(-1 / a) - math.log(run_plan().delta * a) / (a - 1) for a, rho in divergences.items()
-    )
-    assert price.epsilon_rdp == pytest.approx(expected, rel=1e-3)
+    ref = min(rho + math.log1p(-1 / a) - math.log(run_plan().delta * a) / (a - 1) for a, rho in both.items())
+    assert price.epsilon_rdp == pytest.approx(ref, rel=1e-3)
     assert price.epsilon < price.epsilon_rdp < price.epsilon_filter * (1 + 1e-9)
-    assert price.epsilon_of_one == accountant.epsilon_pld([second_plan.full_event], second_plan.delta) < price.epsilon
-    assert price.epsilon == accountant.epsilon_pld(
-        {run_plan().full_event: 2, second_plan.full_event: 1}, run_plan().delta
-    )
-    every = ComposedDpEvent((run_plan().full_event, second_plan.full_event, run_plan().full_event))
+    assert price.epsilon_of_one == accountant.epsilon_pld([other.full_event], other.delta) < price.epsilon
+    assert price.epsilon == accountant.epsilon_pld({run_plan().full_event: 2, other.full_event: 1}, run_plan().delta)
+    every = ComposedDpEvent((run_plan().full_event, other.full_event, run_plan().full_event))
     assert price.epsilon_filter == filter.find_smallest_cap(every, delta=1e-5)[0]
     assert price.trials == 3
-    without_noise = compute_search_cost([replace(run_plan(), noise_multiplier=0.0)] * 2)
-    assert (without_noise.private, without_noise.epsilon) == (False, math.inf)
+    without = compute_search_cost([replace(run_plan(), noise_multiplier=0.0)] * 2)
+    assert (without.private, without.epsilon) == (False, math.inf)

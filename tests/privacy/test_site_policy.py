@@ -83,10 +83,8 @@ def test_proposal_unit_must_match_the_population() -> None:
 
 def test_site_limits_the_records_per_user() -> None:
     strict = make_user_policy(BY_USER, limits={"max_records_per_user": 8})
-    for max_records, expected in ((8, []), (9, [(Reason.MAX_RECORDS_PER_USER, "9", "at most 8")])):
-        assert (
-            list_broken_rules(strict, make_proposal(plan={"unit": "user", "records_per_user": max_records})) == expected
-        )
+    for limit, expected in ((8, []), (9, [(Reason.MAX_RECORDS_PER_USER, "9", "at most 8")])):
+        assert list_broken_rules(strict, make_proposal(plan={"unit": "user", "records_per_user": limit})) == expected
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 2.0, 16.0, 1e4])

@@ -123,18 +123,16 @@ def test_verification_changes_nothing_and_accepts_rewritten_rows(victim_ledger: 
 def list_other_values(column: str, value: Any) -> list[Any]:
     if isinstance(value, int):
         return [value + 1, -1 if value == 0 else 0, 2**40]
-    variants = [value + "x", "", "x" + value[1:], value.swapcase(), value.replace("1", "2"), value + " ", " " + value]
+    others = [value + "x", "", "x" + value[1:], value.swapcase(), value.replace("1", "2"), value + " ", " " + value]
     if column == "time":
-        variants += [value.replace("+00:00", "Z"), value.replace("T", " "), "2020" + value[4:]]
+        others += [value.replace("+00:00", "Z"), value.replace("T", " "), "2020" + value[4:]]
     if column == "kind":
-        variants += [kind.value for kind in Kind]
+        others += [kind.value for kind in Kind]
     if column == "detail":
         fields = json.loads(value)
-        variants += [json.dumps(fields), "{}", "[]", "null", value.replace(":", ": ", 1), value.replace("0", "00", 1)]
-        variants += [
-            chain.to_canonical_json({k: v for k, v in fields.items() if k != name}).decode() for name in fields
-        ]
-    return [variant for variant in dict.fromkeys(variants) if variant != value]
+        others += [json.dumps(fields), "{}", "[]", "null", value.replace(":", ": ", 1), value.replace("0", "00", 1)]
+        others += [chain.to_canonical_json({k: v for k, v in fields.items() if k != one}).decode() for one in fields]
+    return [other for other in dict.fromkeys(others) if other != value]
 
 
 @pytest.mark.parametrize("column", COLUMNS)
@@ -142,21 +140,19 @@ def test_tampered_value_is_detected_in_every_column_and_event_kind(
     complete_ledger: Any, victim_ledger: Path, column: str
 ) -> None:
     pristine = complete_ledger.read_bytes()
-    num_tried = 0
+    tried = 0
     for row in read_rows(complete_ledger):
-        for variant in list_other_values(column, row[column]):
+        for other in list_other_values(column, row[column]):
             victim_ledger.write_bytes(pristine)
             try:
                 tamper(
-                    victim_ledger,
-                    f"UPDATE events SET {column} = ? WHERE sequence = {row['sequence']}",
-                    values=(variant,),
+                    victim_ledger, f"UPDATE events SET {column} = ? WHERE sequence = {row['sequence']}", values=(other,)
                 )
             except sqlite3.IntegrityError:
                 continue  # another row has this sequence
-            num_tried += 1
+            tried += 1
             read_verify_error(victim_ledger)
-    assert num_tried >= len(read_rows(complete_ledger))
+    assert tried >= len(read_rows(complete_ledger))
 
 
 @pytest.mark.parametrize("sql", read_cases(__file__, "replies"))
@@ -220,10 +216,8 @@ def test_ledger_resigned_by_another_key_is_detected(
     replace_rows(
         victim_ledger, [row | {"signature": forger.sign(chain.EVENT, row["hash"].encode())} for row in fitting]
     )
-    verification = verify(victim_ledger)
-    assert (verification.site_key, verification.key_expected) == (forger.public, False), (
-        "a ledger alone cannot prove its owner"
-    )
+    check = verify(victim_ledger)
+    assert (check.site_key, check.key_expected) == (forger.public, False), "a ledger alone cannot prove its owner"
     assert read_verify_error(victim_ledger, site_key=site_key.public).endswith(
         f"names site key {forger.public}, not {site_key.public}"
     )
@@ -284,11 +278,9 @@ def test_invalid_event_leaves_the_history_unchanged(open_ledger: Any, path: Path
     ledger.reserve(make_proposal(), round=1, request="q")
     original, before = path.read_bytes(), ledger.history.count_total_charges()
     row = read_rows(path)[-1]
-    invalid = row | {"sequence": 5, "attempt": 7, "kind": Kind.RESERVE, "detail": json.loads(row["detail"])}
-    event = chain.Event(**invalid).compute_hash_after(row["hash"])
-    signed = dataclasses.replace(
-        chain.Event(**invalid), hash=event, signature=site_key.sign(chain.EVENT, event.encode())
-    )
+    bad = row | {"sequence": 5, "attempt": 7, "kind": Kind.RESERVE, "detail": json.loads(row["detail"])}
+    event = chain.Event(**bad).compute_hash_after(row["hash"])
+    signed = dataclasses.replace(chain.Event(**bad), hash=event, signature=site_key.sign(chain.EVENT, event.encode()))
     with store.open_for_writing(path) as file:
         store.insert_event(file, signed)
     for check in (lambda: ledger.end_run("r"), lambda: verify(path)):

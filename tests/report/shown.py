@@ -138,16 +138,16 @@ def build_reports() -> dict[str, Report]:
     run, ledger = load_report_on_file("run")(), change_facts(load_report_on_file("ledger")(), simulated=True)
     exceeded = BudgetVerdict(state="exceeded", reasons=("above_target",))
     seeded = BudgetVerdict(state="no_guarantee", reasons=("seeded_noise",))
-    study_sites = tuple(replace(site, verdict=seeded, meaning=None) for site in run.sites)
+    of_study = tuple(replace(site, verdict=seeded, meaning=None) for site in run.sites)
     silent = BudgetVerdict(state="within", reasons=("site_silent",))
-    first_unheard = (replace(run.facts.sites[0], receipt=None), *run.facts.sites[1:])
+    unheard = (replace(run.facts.sites[0], receipt=None), *run.facts.sites[1:])
     return {
         "within": fill_report(run),
         "exceeded": change_facts(
             fill_report(change_first_site(run, verdict=exceeded), verdict=exceeded), target_epsilon=1.0
         ),
         "no_guarantee": change_facts(
-            fill_report(replace(run, randomness="seeded"), verdict=seeded, sites=study_sites), seeded_noise=True
+            fill_report(replace(run, randomness="seeded"), verdict=seeded, sites=of_study), seeded_noise=True
         ),
         "unbounded": fill_report(
             load_report_on_file("run_without_privacy")(
@@ -155,8 +155,7 @@ def build_reports() -> dict[str, Report]:
             )
         ),
         "upper_bound": fill_report(
-            change_facts(change_first_site(run, verdict=silent, source="not_released"), sites=first_unheard),
-            verdict=silent,
+            change_facts(change_first_site(run, verdict=silent, source="not_released"), sites=unheard), verdict=silent
         ),
         "ledger": fill_report(ledger),
         "by_user": count_by_user(run),

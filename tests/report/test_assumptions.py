@@ -67,10 +67,8 @@ def test_assumption_statuses_have_one_meaning_in_both_reports(run_folder: Path) 
 
 def read_clipping(statuses: tuple[Assumption, ...]) -> tuple[str, str]:
     """Code and status of what is said about clipping."""
-    (assumption,) = (
-        assumption for assumption in statuses if assumption.code in ("clipping_exact", "clipping_but_for_rounding")
-    )
-    return assumption.code, assumption.status
+    (item,) = (item for item in statuses if item.code in ("clipping_exact", "clipping_but_for_rounding"))
+    return item.code, item.status
 
 
 def test_clipping_is_assumed_when_all_sites_accept_inexact_gradients(folder: Path) -> None:
@@ -156,14 +154,10 @@ def test_unsigned_receipts_large_deltas_and_accountant_mismatches_are_reported(r
     )
     facts = from_run.collect_run_facts(run_folder, record, own={})
     large = replace(facts, sites=tuple(replace(site, declared_size=200_000) for site in facts.sites))
-    of_delta = {assumption.code: assumption for assumption in rules.list_assumptions(large, sites)}[
-        "delta_below_one_over_size"
-    ]
+    of_delta = {one.code: one for one in rules.list_assumptions(large, sites)}["delta_below_one_over_size"]
     assert (of_delta.status, of_delta.evidence) == ("violated", "delta=1e-05; declared_size=200000")
-    mismatch = replace(sites[0], spent=replace(sites[0].spent, epsilon_rdp=0.01))
-    assert (
-        list_statuses(list_assumptions(run_folder, record, [mismatch, *sites[1:]]))["accountants_agree"] == "violated"
-    )
+    wrong = replace(sites[0], spent=replace(sites[0].spent, epsilon_rdp=0.01))
+    assert list_statuses(list_assumptions(run_folder, record, [wrong, *sites[1:]]))["accountants_agree"] == "violated"
 
 
 def test_simulation_ignores_assertions_about_people_at_other_sites(folder: Path) -> None:

@@ -80,20 +80,17 @@ def test_epsilon_chart_shows_the_limit_in_force_at_each_run(ledger: Report) -> N
 
 def test_epsilon_chart_labels_rounds_and_whole_runs_differently(language: str, ledger: Report) -> None:
     (site,) = ledger.sites
-    last, labels = site.steps[-1], load_catalog(language).texts["chart"]
+    last, said = site.steps[-1], load_catalog(language).texts["chart"]
     for rounds, axis in (([1, 2, 3], "axis_charged"), ([None, None], "axis_run"), ([None, 1, 2], "axis_charged")):
         steps = tuple(
-            replace(last, run="r" if element else "q", round=element, epsilon=last.epsilon + n)
-            for n, element in enumerate(rounds)
+            replace(last, run="r" if one else "q", round=one, epsilon=last.epsilon + n) for n, one in enumerate(rounds)
         )
         report = change_first_site(ledger, steps=steps)
-        chart_texts = list_texts(parse_chart(report, "epsilon_spent", language))
-        texts_by_id = {
-            element for element in chart_texts if element in [labels[key] for key in labels if key.startswith("axis_")]
-        }
-        assert texts_by_id == {labels["axis_epsilon"], labels[axis]}
+        shown = list_texts(parse_chart(report, "epsilon_spent", language))
+        named = {one for one in shown if one in [said[key] for key in said if key.startswith("axis_")]}
+        assert named == {said["axis_epsilon"], said[axis]}
         rows = [[re.sub("<[^>]*>", "", cell) for cell in row] for row in draw_chart(report, "epsilon_spent").rows]
-        assert [row[:2] for row in rows] == [["r", str(element)] if element else ["q", "all"] for element in rounds]
+        assert [row[:2] for row in rows] == [["r", str(one)] if one else ["q", "all"] for one in rounds]
 
 
 def test_arrival_cohorts_have_separate_lines_over_the_calendar(a_ledger_report: Make) -> None:
@@ -158,20 +155,17 @@ def test_charts_without_data_or_bounds_are_omitted(code: str, run: Report, a_rep
 
 
 def test_identical_lines_are_drawn_once(run: Report, language: str) -> None:
-    labels = {"en": "all 3 sites alike", "de": "alle 3 Einrichtungen gleich"}[language]
+    said = {"en": "all 3 sites alike", "de": "alle 3 Einrichtungen gleich"}[language]
     three = [f"clinic-{n}" for n in range(3)]
-    three_sites = parse_chart(change_sites(run, [0] * 3, three), "epsilon_spent", language)
-    assert labels in list_texts(three_sites)
+    alone = parse_chart(change_sites(run, [0] * 3, three), "epsilon_spent", language)
+    assert said in list_texts(alone)
     caps = parse_chart(change_sites(run, [0] * 3 + [1], [*three, "south-hospital"]), "epsilon_spent", language)
     assert {"clinic-0 (+2)", "south-hospital"} <= set(list_texts(caps))
 
     def count_lines(svg: ElementTree.Element) -> int:
-        return sum(
-            element.attrib.get("stroke-width") == "1.4" and "L" in element.attrib["d"]
-            for element in svg.iter(f"{SVG}path")
-        )
+        return sum(one.attrib.get("stroke-width") == "1.4" and "L" in one.attrib["d"] for one in svg.iter(f"{SVG}path"))
 
-    assert (count_lines(three_sites), count_lines(caps)) == (1, 2)
+    assert (count_lines(alone), count_lines(caps)) == (1, 2)
 
 
 def test_hostile_site_names_are_escaped_and_chart_lines_are_limited() -> None:

@@ -177,9 +177,7 @@ def test_valid_report_passes_both_verifiers(run: Deployed) -> None:
 
 def change_sites(facts: RunFacts, change: Callable[[SiteFacts], SiteFacts], *names: str) -> RunFacts:
     """The facts with some sites changed; without names, all."""
-    return replace(
-        facts, sites=tuple(change(entry) if entry.site in (names or SITES) else entry for entry in facts.sites)
-    )
+    return replace(facts, sites=tuple(change(item) if item.site in (names or SITES) else item for item in facts.sites))
 
 
 def resign_receipts(facts: RunFacts, *names: str, key: str = "", **changes: Any) -> RunFacts:
@@ -222,10 +220,8 @@ def change_settings(facts: RunFacts, change: Callable[[dict[str, Any]], object])
 def exclude_updates(facts: RunFacts, site: str, reason: str) -> RunFacts:
     """A site whose updates of all rounds but the first are called something else."""
     first, *rest = facts.rounds
-    changed_rounds = [
-        replace(entry, sites=tuple(s for s in entry.sites if s != site), failed_sites={site: reason}) for entry in rest
-    ]
-    return replace(facts, rounds=(first, *changed_rounds))
+    said = [replace(one, sites=tuple(s for s in one.sites if s != site), failed_sites={site: reason}) for one in rest]
+    return replace(facts, rounds=(first, *said))
 
 
 def remove_site(facts: RunFacts, site: str) -> RunFacts:
@@ -394,11 +390,9 @@ def test_report_without_the_signature_of_the_lead_is_rejected(run: Deployed, key
 
 
 def test_revoked_site_of_a_run_is_named(run: Deployed, capsys: Any) -> None:
-    trusted = {"key": run.lead.public, "site_keys": {site: make_site_key(site).public for site in SITES}}
-    problem = run.checks(
-        **trusted, revoked={"south": "2026-01-01T00:00:00+00:00", "other": "2026-01-01T00:00:00+00:00"}
-    )
-    (keys,) = [check for check in problem if check.name == "site keys"]
+    known = {"key": run.lead.public, "site_keys": {site: make_site_key(site).public for site in SITES}}
+    found = run.checks(**known, revoked={"south": "2026-01-01T00:00:00+00:00", "other": "2026-01-01T00:00:00+00:00"})
+    (keys,) = [check for check in found if check.name == "site keys"]
     assert keys.state == "passed", "a site may leave after a run"
     assert keys.text.endswith("in the roster. south was revoked at 2026-01-01T00:00:00+00:00.")
     write_roster(run.roster, run.lead, south="2026-01-01T00:00:00+00:00")
@@ -445,9 +439,7 @@ def add_to_weights(folder: Path) -> None:
     tensors = load_file(path)
     changed = next(name for name in tensors if ".lora_B." in name)
     save_file(tensors | {changed: tensors[changed] + 1}, path)
-    heads = {
-        f"head.{name}": entry for name, entry in load_file(folder / "head.safetensors").items() if name != "center"
-    }
+    heads = {f"head.{name}": item for name, item in load_file(folder / "head.safetensors").items() if name != "center"}
     edit_json(folder / "fedtune.json", trained_sha256=Adapter(load_file(path) | heads).digest())
 
 
@@ -578,13 +570,11 @@ def test_independent_verifier_knows_the_settings_that_peft_reads(
     modules = [f"encoder.layer.{layer}.attention.self.{name}" for layer in (0, 11) for name in ("query", "value")]
     config = make_peft_config(lora, modules, predicts_tokens=predicts_tokens, transposed=False).to_dict()
     config |= {"inference_mode": True, "revision": "main", "peft_version": "9", "base_model_name_or_path": "a/b"}
-    canonical = {key: sorted(entry) if isinstance(entry, set) else entry for key, entry in config.items()}
+    own = {key: sorted(one) if isinstance(one, set) else one for key, one in config.items()}
     sent = {"task": "preference" if predicts_tokens else "votes", "lora": json.loads(json.dumps(asdict(lora)))}
-    verify_report.check_peft_settings(canonical, sent, {"revision": "main"}, modules)
+    verify_report.check_peft_settings(own, sent, {"revision": "main"}, modules)
     with pytest.raises(verify_report.Wrong, match="modules"):
-        verify_report.check_peft_settings(
-            canonical | {"target_modules": modules[:1]}, sent, {"revision": "main"}, modules
-        )
+        verify_report.check_peft_settings(own | {"target_modules": modules[:1]}, sent, {"revision": "main"}, modules)
 
 
 def test_independent_verifier_knows_the_values_of_features() -> None:

@@ -109,7 +109,7 @@ def test_releases_and_refusals_are_counted_by_run_and_reason(charged_ledger: Boo
         charged_ledger.refuse(Reason.MAX_RANK, run=run)
     charged_ledger.open().make_offer(run_proposal(run="t"))
     report = from_ledger.build_ledger_report(charged_ledger.ledger)
-    assert {(entry.run, entry.kind, entry.reason): entry.count for entry in report.facts.releases} == {
+    assert {(item.run, item.kind, item.reason): item.count for item in report.facts.releases} == {
         ("r", "update", None): 2,
         ("s", "update", None): 1,
         ("s", "reservation_without_update", None): 1,
@@ -120,9 +120,7 @@ def test_releases_and_refusals_are_counted_by_run_and_reason(charged_ledger: Boo
     }
     assert report.sites[0].spent.rounds == 4, "a round that was reserved is charged"
     days = {event.time[:10] for event in verify(charged_ledger.ledger).events}
-    assert all(
-        entry.first in days and entry.last in days and entry.first <= entry.last for entry in report.facts.releases
-    )
+    assert all(item.first in days and item.last in days and item.first <= item.last for item in report.facts.releases)
 
 
 def test_report_contains_no_record_data_paths_or_times_of_day(charged_ledger: Books) -> None:
@@ -145,27 +143,21 @@ def test_report_contains_no_record_data_paths_or_times_of_day(charged_ledger: Bo
 
 
 def test_site_policy_supplies_the_expected_key_and_anchor(books: Any) -> None:
-    site_books = books(anchor="elsewhere/anchor.json")
-    site_books.charge(run_proposal(), 1)
-    without_anchor = from_ledger.build_ledger_report(site_books.ledger).facts
-    assert (without_anchor.verification.key_expected, without_anchor.verification.rollback_excluded) == (False, False)
-    report = from_ledger.build_ledger_report(site_books.site_toml)
-    verification = report.facts.verification
-    assert (verification.key_expected, verification.rollback_excluded, verification.anchor_sequence) == (
-        True,
-        True,
-        verification.num_events,
-    )
+    made = books(anchor="elsewhere/anchor.json")
+    made.charge(run_proposal(), 1)
+    alone = from_ledger.build_ledger_report(made.ledger).facts
+    assert (alone.verification.key_expected, alone.verification.rollback_excluded) == (False, False)
+    report = from_ledger.build_ledger_report(made.site_toml)
+    check = report.facts.verification
+    assert (check.key_expected, check.rollback_excluded, check.anchor_sequence) == (True, True, check.num_events)
     assert (read_status(report, "no_event_missing"), read_status(report, "policy_noted")) == ("verified", "verified")
-    explicit = from_ledger.build_ledger_report(
-        site_books.ledger, anchor=site_books.folder / "elsewhere" / "anchor.json"
-    )
-    assert explicit.facts.verification.rollback_excluded
+    by_hand = from_ledger.build_ledger_report(made.ledger, anchor=made.folder / "elsewhere" / "anchor.json")
+    assert by_hand.facts.verification.rollback_excluded
     # Under another key than the site's it is not verified.
-    (site_books.folder / "site_key.pem").unlink()
-    SigningKey.load_or_create(site_books.folder / "site_key.pem")
-    assert from_ledger.build_ledger_report(site_books.ledger).verdict.state == "within"
-    assert from_ledger.build_ledger_report(site_books.site_toml).verdict.reasons == ("ledger_not_verified",)
+    (made.folder / "site_key.pem").unlink()
+    SigningKey.load_or_create(made.folder / "site_key.pem")
+    assert from_ledger.build_ledger_report(made.ledger).verdict.state == "within"
+    assert from_ledger.build_ledger_report(made.site_toml).verdict.reasons == ("ledger_not_verified",)
 
 
 def test_unrecorded_policy_change_is_reported_as_violated(charged_ledger: Books) -> None:
@@ -263,12 +255,11 @@ def test_old_anchor_excludes_rollback_only_up_to_its_event(books: Any, tmp_path:
     site_books.charge(run_proposal(), 3)
     shutil.copy(backup, site_books.ledger)  # the third round is gone, and the old anchor cannot tell
     report = require_sound(from_ledger.build_ledger_report(site_books.ledger, anchor=Path(old)))
-    verification = report.facts.verification
-    assert (verification.rollback_excluded, verification.num_events - verification.anchor_sequence) == (False, 2)
+    check = report.facts.verification
+    assert (check.rollback_excluded, check.num_events - check.anchor_sequence) == (False, 2)
     assert read_status(report, "no_event_missing") == "assumed"
     assert (
-        find_assumption(report, "no_event_missing").evidence
-        == f"anchor: {verification.anchor_sequence} / {verification.num_events}"
+        find_assumption(report, "no_event_missing").evidence == f"anchor: {check.anchor_sequence} / {check.num_events}"
     )
     assert report.known["rollback_excluded"] == "up_to_the_anchor"
 

@@ -200,10 +200,8 @@ def exceed(evidence: Evidence) -> Evidence:
 
 
 def state_curator(evidence: Evidence, curator: str) -> Evidence:
-    start_fields = AboutSpec(curator=curator, access="everybody")
-    return evidence._replace(
-        config=replace(evidence.config, report=replace(evidence.config.report, about=start_fields))
-    )
+    about = AboutSpec(curator=curator, access="everybody")
+    return evidence._replace(config=replace(evidence.config, report=replace(evidence.config.report, about=about)))
 
 
 def keep_one_receipt(evidence: Evidence) -> tuple[SiteFacts, ...]:
@@ -402,18 +400,14 @@ def test_secret_chance_is_the_least_over_the_whole_trade_off_curve(evidence: Evi
     for candidates in (10, 1000, 10**6):
         rules = GateRules(name="one", max_secret_chance=1.0, secret_candidates=candidates)
         chance = gate_rules._measure_secret(evidence, rules)
-        pairs = [
-            (check.epsilon_pld, check.delta)
-            for check in evidence.report.sites[0].curve
-            if check.epsilon_pld is not None
-        ]
+        pairs = [(one.epsilon_pld, one.delta) for one in evidence.report.sites[0].curve if one.epsilon_pld is not None]
         ceilings = [compute_hit_rate_ceiling(*pair, false_positive_rate=1 / candidates) for pair in pairs]
         assert chance is not None
         assert 1 / candidates < chance <= min(ceilings) * (1 + 1e-6)
         assert chance < 0.9 * compute_hit_rate_ceiling(epsilon, delta, false_positive_rate=1 / candidates)
         for limit, state in ((chance, "passed"), (chance * 0.99, "failed")):
-            (checks,) = judge_run(replace(rules, max_secret_chance=limit), evidence)
-            assert checks.state == state
+            (found,) = judge_run(replace(rules, max_secret_chance=limit), evidence)
+            assert found.state == state
 
 
 def test_guesses_and_secrets_are_judged_by_the_sum_with_starts_and_search(evidence: Evidence) -> None:

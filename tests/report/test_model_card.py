@@ -45,11 +45,11 @@ def test_model_card_loads_in_hub_tools_and_matches_the_report(run_folder: Any, r
     assert card.data.library_name == "peft"
     assert card.data.datasets == ["banking77"]
     assert card.data.model_name == "run"
-    assert {result.metric_type: result.metric_value for result in card.data.eval_results} == run_report.facts.final
+    assert {one.metric_type: one.metric_value for one in card.data.eval_results} == run_report.facts.final
     # It says what the report says and shows its label.
     text = card.text
-    expected = f"was kept, epsilon {format_epsilon(run_report.epsilon)} at delta 0.00001, for one record"
-    assert f"![Privacy label: The lead's limit for this run {expected}" in text
+    ref = f"was kept, epsilon {format_epsilon(run_report.epsilon)} at delta 0.00001, for one record"
+    assert f"![Privacy label: The lead's limit for this run {ref}" in text
     assert "](label.svg)" in text
     label = (run_folder / "adapter" / "label.svg").read_text()
     assert label == render_label(run_report, language="en")
@@ -64,8 +64,7 @@ def test_model_card_loads_in_hub_tools_and_matches_the_report(run_folder: Any, r
     assert "On 10 records of the lead's own test file" in text
     assert "site-1 80, site-2 90" in text
     assert all(
-        result in text
-        for result in (run_report.facts.provenance.config_sha256, run_report.facts.provenance.model_sha256)
+        one in text for one in (run_report.facts.provenance.config_sha256, run_report.facts.provenance.model_sha256)
     )
 
 

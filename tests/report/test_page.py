@@ -79,19 +79,15 @@ def test_page_numbers_come_only_from_figures_or_fixed_texts(shown: tuple[Report,
     """Outside of figures there are numbers only in fixed texts, names, and how many rows are left out."""
     report, html = shown
 
-    def is_known(element: Element) -> bool:
-        return (
-            "data-at" in element.attrib
-            or element.tag in ("code", "svg")
-            or element.attrib.get("class", "").endswith("rows")
-        )
+    def is_known(node: Element) -> bool:
+        return "data-at" in node.attrib or node.tag in ("code", "svg") or node.attrib.get("class", "").endswith("rows")
 
     fixed = " ".join(text for texts in load_catalog(language).texts.values() for text in texts.values())
     named = " ".join([report.facts.name, *(site.site for site in report.sites), *report.facts.provenance.libraries])
-    named += " ".join(element.dates for element in made.list_periods(report))
+    named += " ".join(node.dates for node in made.list_periods(report))
     source = "arXiv 2303.00654"
-    remaining = " ".join(main(html).texts(without=is_known))
-    assert set(list_numbers(remaining)) <= set(list_numbers(f"{fixed} {named} {source}"))
+    rest = " ".join(main(html).texts(without=is_known))
+    assert set(list_numbers(rest)) <= set(list_numbers(f"{fixed} {named} {source}"))
 
 
 def test_page_tables_match_the_rows_of_the_json(shown: tuple[Report, str]) -> None:
@@ -110,10 +106,8 @@ def test_page_tables_match_the_rows_of_the_json(shown: tuple[Report, str]) -> No
         if len(report.sites) == 1:
             assert len(shown_rows) == (len(rows) if len(rows) <= MAX_ROWS else ROWS_OF_LONGER), prefix
         else:  # what several sites have alike is one line
-            told, all_rows = (
-                {json.dumps(look_up(data, row)) for row in listed_rows} for listed_rows in (shown_rows, rows)
-            )
-            assert told == all_rows, prefix
+            told, full = ({json.dumps(look_up(data, row)) for row in listed_rows} for listed_rows in (shown_rows, rows))
+            assert told == full, prefix
     assert report.utility is None or html.count("/facts/rounds/") > 3
     # No row mixes the figures of two sites, runs or rounds.
     kinds = re.compile(r"(/facts)?/sites/\d+(/(statement/)?(mechanisms|releases|lifetime/runs|curve)/\d+)?")
@@ -121,7 +115,7 @@ def test_page_tables_match_the_rows_of_the_json(shown: tuple[Report, str]) -> No
         found = [cell.attrib.get("data-at", "") for cell in row.iter()]
         paths = {match.group() for match in map(kinds.match, found) if match}
         paths = {path.removeprefix("/facts").replace("/statement", "") for path in paths}
-        longest = {element for element in paths if not any(longer.startswith(f"{element}/") for longer in paths)}
+        longest = {node for node in paths if not any(longer.startswith(f"{node}/") for longer in paths)}
         assert len(longest) <= 1 or any("/steps/" in path for path in found)
 
 
@@ -203,12 +197,10 @@ def test_scale_shows_bounds_for_one_two_and_five_records(language: str) -> None:
     means = report.sites[0].meaning
     shown = (means.correct_of_100_ceiling, means.correct_of_100_for_2, means.correct_of_100_for_5)
     assert all(words.figure(value, "of_100").replace("\N{NO-BREAK SPACE}", " ") in join_words(scale) for value in shown)
-    marks = [float(element.attrib["cx"]) for element in scale.all("circle")]
+    marks = [float(one.attrib["cx"]) for one in scale.all("circle")]
     assert marks == sorted(marks), "the more records, the nearer to certainty"
-    worst = [element.attrib["data-at"] for row in first.all("tr", **{"class": "worst"}) for element in row.all("data")]
-    assert [prefix for prefix in worst if prefix.endswith("ceiling")] == [
-        f"/sites/0/meaning/posterior/{n}/ceiling" for n in (2, 0)
-    ]
+    worst = [one.attrib["data-at"] for row in first.all("tr", **{"class": "worst"}) for one in row.all("data")]
+    assert [at for at in worst if at.endswith("ceiling")] == [f"/sites/0/meaning/posterior/{n}/ceiling" for n in (2, 0)]
 
 
 @pytest.mark.parametrize(("right", "five", "text"), [(60.0, 60.1, "Well for one"), (80.1, 99.9, "Poorly for one")])
@@ -295,7 +287,7 @@ def test_uninformative_ceiling_is_not_shown_as_a_figure(language: str) -> None:
         shown = change_first_site(report, meaning=means)
         html = main(render.render(shown, language=language))
         (first,) = html.all("section", id="page-1")
-        ceilings = [element for element in first.all("data") if "correct_of_100" in element.attrib["data-at"]]
+        ceilings = [one for one in first.all("data") if "correct_of_100" in one.attrib["data-at"]]
         assert bool(ceilings) == bool(first.all(id="scale")) == is_shown
         section = words.texts["curve"]["heading"]
         said = words.text("meaning.several_runs", section=section).unescape()
@@ -305,10 +297,8 @@ def test_uninformative_ceiling_is_not_shown_as_a_figure(language: str) -> None:
             assert bool(re.search(r"\b99\s%", text)) == is_shown
             assert not re.search(r"\b100\s%", text)
         assert html.all("data", data_at="/sites/0/meaning/correct_of_100_ceiling"), "in the annex"
-    one_mechanism = replace(site, mechanisms=site.mechanisms[:1])
-    said = join_words(
-        find_by_id(main(render.render(replace(report, sites=(one_mechanism,)), language=language)), "ceiling")
-    )
+    once = replace(site, mechanisms=site.mechanisms[:1])
+    said = join_words(find_by_id(main(render.render(replace(report, sites=(once,)), language=language)), "ceiling"))
     assert said == words.text("meaning.open_end", section=section).unescape(), "of a run that may have ended early"
 
 
@@ -389,22 +379,15 @@ def test_page_one_shows_the_commands_and_key_for_verification(a_report: Make, la
 
 def test_identical_sites_share_one_line_in_the_annex(language: str) -> None:
     engineer = find_by_id(main(render_page("alike", language)), "engineer")
-    for prefix in (
-        "spent/epsilon_pld",
-        "verdict/state",
-        "mechanisms/0/noise_multiplier",
-        "meaning/hit_rates/0/ceiling",
-    ):
-        shown = [path for path in range(33) if engineer.all(data_at=f"/sites/{path}/{prefix}")]
-        assert shown in ([1], [0, 1], [1, 0]), (
-            f"of 32 equal sites the annex tells {prefix} once, of the other perhaps, too"
-        )
+    for at in ("spent/epsilon_pld", "verdict/state", "mechanisms/0/noise_multiplier", "meaning/hit_rates/0/ceiling"):
+        shown = [path for path in range(33) if engineer.all(data_at=f"/sites/{path}/{at}")]
+        assert shown in ([1], [0, 1], [1, 0]), f"of 32 equal sites the annex tells {at} once, of the other perhaps, too"
     table = find_by_id(find_by_id(main(render_page("alike", "en")), "engineer"), "chart-epsilon_spent").all("table")[0]
-    headings = [join_words(element) for element in table.all("thead")[0].all("th")]
+    headings = [join_words(one) for one in table.all("thead")[0].all("th")]
     assert headings == ["Site", "Round", "Date", "Epsilon so far"]
     sites = {join_words(row.all("th")[0]) for row in table.all("tbody")[0].all("tr")}
     assert sites == {*(f"clinic-1 and {count} more, all alike" for count in (31, 32)), "south-hospital"}
-    assert {element.attrib["data-label"] for element in table.all("td")} == set(headings[1:])
+    assert {one.attrib["data-label"] for one in table.all("td")} == set(headings[1:])
     secure = find_by_id(main(render_page("secure", "en")), "chart-epsilon_spent").all("tbody")[0]
     assert all(join_words(row.all("th")[0]).endswith("and 4 more, all alike") for row in secure.all("tr"))
     assert len(build_reports()["secure"].sites) == 5
@@ -415,13 +398,11 @@ def test_unknown_values_are_grayed_out_in_the_annex(a_report: Make, language: st
     known = a_report().facts.provenance
     unknown = replace(known, model=None, machine="not_recorded", config_sha256=None, libraries={})
     html = main(render.render(made.change_facts(a_report(), provenance=unknown), language=language))
-    (machine,) = [
-        element for element in html.all("div") if join_words(element).startswith(texts["provenance"]["machine"])
-    ]
+    (machine,) = [node for node in html.all("div") if join_words(node).startswith(texts["provenance"]["machine"])]
     assert join_words(machine.all("span", **{"class": "absent"})[0]) == texts["value"]["not_recorded"]
     for section, field in (("fact", "base_model"), ("provenance", "config_sha256"), ("fact", "libraries")):
         name = texts[section][field]
-        match = [element for element in html.all("div") if [join_words(dt) for dt in element.all("dt")] == [name]]
+        match = [node for node in html.all("div") if [join_words(dt) for dt in node.all("dt")] == [name]]
         assert [join_words(gray) for gray in match[0].all("span", **{"class": "absent"})] == [texts["word"]["unknown"]]
 
 

@@ -179,21 +179,17 @@ def test_profile_epsilons_match_the_accountant(spent_mechanisms: dict[DpEvent, i
 
 
 def test_equal_histories_produce_identical_figures() -> None:
-    history = {
-        **count_sampled_mechanism(0.05, 1.5, 40),
-        GaussianDpEvent(20.0): 4,
-        **count_sampled_mechanism(0.1, 2.0, 7),
-    }
-    listed = [event for event, count in reversed(history.items()) for _ in range(count)]
+    one = {**count_sampled_mechanism(0.05, 1.5, 40), GaussianDpEvent(20.0): 4, **count_sampled_mechanism(0.1, 2.0, 7)}
+    other = [event for event, count in reversed(one.items()) for _ in range(count)]
     forget()
     first = (
-        profile.compute_meaning(history, epsilon=2.0, delta=1e-5, declared_size=1000),
-        profile.compute_epsilon_curve(history, 1e-5),
+        profile.compute_meaning(one, epsilon=2.0, delta=1e-5, declared_size=1000),
+        profile.compute_epsilon_curve(one, 1e-5),
     )
     forget()
     assert first == (
-        profile.compute_meaning(listed, epsilon=2.0, delta=1e-5, declared_size=1000),
-        profile.compute_epsilon_curve(listed, 1e-5),
+        profile.compute_meaning(other, epsilon=2.0, delta=1e-5, declared_size=1000),
+        profile.compute_epsilon_curve(other, 1e-5),
     )
 
 
@@ -271,14 +267,12 @@ def test_group_bound_is_the_smaller_of_epsilon_and_triangle_bounds() -> None:
     """(1.6, 1e-5) for one record is (3.2, 6e-5) for two: 96 of 100, where the triangle inequality allows 100."""
     for epsilon, members in ((1.6, 2), (1.6, 5), (0.1, 2), (8.0, 2)):
         bound = profile.bound_correct_guesses_per_100(epsilon, 1e-5)
-        estimate = profile.bound_right_guesses_for_several(None, bound, epsilon=epsilon, delta=1e-5, members=members)
-        group_bound = profile.bound_correct_guesses_per_100(
-            *profile.apply_group_privacy(epsilon, 1e-5, members=members)
-        )
-        assert estimate == min(100, 50 + members * (bound - 50), group_bound)
-        assert bound < estimate
-    mechanisms = {PoissonSampledDpEvent(0.01, GaussianDpEvent(1 + number)): 1 for number in range(9)}
-    assert bound_for_several(mechanisms, 2) == 50 + 2 * (profile.bound_correct_of_100(mechanisms) - 50), (
+        found = profile.bound_right_guesses_for_several(None, bound, epsilon=epsilon, delta=1e-5, members=members)
+        for_all = profile.bound_correct_guesses_per_100(*profile.apply_group_privacy(epsilon, 1e-5, members=members))
+        assert found == min(100, 50 + members * (bound - 50), for_all)
+        assert bound < found
+    many = {PoissonSampledDpEvent(0.01, GaussianDpEvent(1 + number)): 1 for number in range(9)}
+    assert bound_for_several(many, 2) == 50 + 2 * (profile.bound_correct_of_100(many) - 50), (
         "of so many plans no curve is computed"
     )
     assert profile._bound_by_mixture(((GaussianDpEvent(0.1), 1),), 2) is None, "nor of next to no noise"

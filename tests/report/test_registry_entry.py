@@ -29,11 +29,11 @@ def list_values(part: Any) -> list[Any]:
 
 
 def test_unanswered_registry_fields_are_empty_and_listed_as_missing(report: Report) -> None:
-    answered, entry = registry.build_registry_entry(report, ANSWERS), registry.build_registry_entry(report, AboutSpec())
-    assert answered["missing"] == []
-    assert set(dataclasses.asdict(ANSWERS).values()) <= set(list_values(answered))
+    full, entry = registry.build_registry_entry(report, ANSWERS), registry.build_registry_entry(report, AboutSpec())
+    assert full["missing"] == []
+    assert set(dataclasses.asdict(ANSWERS).values()) <= set(list_values(full))
     assert set(entry["missing"]) == ASKED
-    assert list_values(entry).count("") - list_values(answered).count("") == len(ASKED)
+    assert list_values(entry).count("") - list_values(full).count("") == len(ASKED)
     assert registry.build_registry_entry(report, AboutSpec(sector=" "))["missing"] == entry["missing"], (
         "a blank says nothing"
     )
@@ -45,13 +45,11 @@ def test_registry_entry_figures_match_the_report(report: Report) -> None:
     assert entry["privacy"]["epsilon"] == (report.epsilon if promised else None)
     assert (entry["privacy"]["delta"], entry["privacy"]["sites"]) == (report.facts.delta, len(report.sites))
     rows = [row for site in report.sites for row in site.mechanisms]
-    assert {
-        (mechanism["sampling_rate"], mechanism["noise_multiplier"]) for mechanism in entry["privacy"]["mechanisms"]
-    } == {(row.sampling_rate, row.noise_multiplier) for row in rows}
+    assert {(one["sampling_rate"], one["noise_multiplier"]) for one in entry["privacy"]["mechanisms"]} == {
+        (row.sampling_rate, row.noise_multiplier) for row in rows
+    }
     words = load_catalog("en")
-    assert entry["accounting"]["leaves_out"] == [
-        words.code("leaves_out", mechanism).unescape() for mechanism in report.leaves_out
-    ]
+    assert entry["accounting"]["leaves_out"] == [words.code("leaves_out", key).unescape() for key in report.leaves_out]
     assert len(entry["not_protected"]) == len(report.not_protected)
     assert entry["privacy"]["holds_for"].startswith("a simulation") == ("simulation" in report.banners)
     assert entry["report_sha256"] == hashlib.sha256(signing.report_to_json(report).encode()).hexdigest()
@@ -61,5 +59,5 @@ def test_registry_entry_figures_match_the_report(report: Report) -> None:
 
 def test_registry_entry_of_a_noiseless_run_names_no_mechanism() -> None:
     entry = registry.build_registry_entry(build_reports()["unbounded"], ANSWERS)
-    assert {mechanism["name"] for mechanism in entry["privacy"]["mechanisms"]} == {"none"}
+    assert {used["name"] for used in entry["privacy"]["mechanisms"]} == {"none"}
     assert "adds no noise" in entry["privacy"]["model"]

@@ -81,30 +81,25 @@ def list_answers(*given: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize(("name", "number"), REQUIREMENTS)
 def test_removing_a_fact_changes_only_its_answer_to_missing(name: str, number: str) -> None:
-    requirement = read_map(name)["requirement"][number]
-    known = {fact: f"the {fact}" for fact in requirement.get("facts", ())}
-    all_answers = list_answers(requirement, known, ABOUT)
-    assert [answer for answer in all_answers if answer[0] == "missing"] == []
+    asked = read_map(name)["requirement"][number]
+    known = {fact: f"the {fact}" for fact in asked.get("facts", ())}
+    whole = list_answers(asked, known, ABOUT)
+    assert [answer for answer in whole if answer[0] == "missing"] == []
     for index, fact in enumerate(known):
-        assert all_answers[index] == ("design" if fact in BY_DESIGN else "auto", fact, f"the {fact}")
-        fewer_answers = list_answers(requirement, {key: known[key] for key in known if key != fact}, ABOUT)
-        assert fewer_answers[index] == ("missing", fact, "")
-        assert [*fewer_answers[:index], *fewer_answers[index + 1 :]] == [
-            *all_answers[:index],
-            *all_answers[index + 1 :],
-        ]
-    for field in requirement.get("stated", ()):
-        expected = ("site", f"report.about.{field}", f"the {field}")
-        assert expected in all_answers
-        silent = list_answers(requirement, known, ABOUT | {field: " "})
-        assert [entry for entry in silent if entry not in all_answers] == [("site", f"report.about.{field}", "")]
+        assert whole[index] == ("design" if fact in BY_DESIGN else "auto", fact, f"the {fact}")
+        without = list_answers(asked, {key: known[key] for key in known if key != fact}, ABOUT)
+        assert without[index] == ("missing", fact, "")
+        assert [*without[:index], *without[index + 1 :]] == [*whole[:index], *whole[index + 1 :]]
+    for field in asked.get("stated", ()):
+        ref = ("site", f"report.about.{field}", f"the {field}")
+        assert ref in whole
+        silent = list_answers(asked, known, ABOUT | {field: " "})
+        assert [one for one in silent if one not in whole] == [("site", f"report.about.{field}", "")]
 
 
 def test_every_required_fact_can_be_derived_from_a_report(report: Report) -> None:
-    requirement = {
-        fact for name in MAPS for entry in read_map(name)["requirement"].values() for fact in entry.get("facts", ())
-    }
-    assert requirement - collect_known_facts(sign(report), make_verdict(sign(report))).keys() == NEVER_KNOWN
+    asked = {fact for name in MAPS for one in read_map(name)["requirement"].values() for fact in one.get("facts", ())}
+    assert asked - collect_known_facts(sign(report), make_verdict(sign(report))).keys() == NEVER_KNOWN
 
 
 def sign(report: Report) -> Report:
@@ -129,15 +124,13 @@ def test_missing_report_values_are_not_collected_as_known_facts(fact: str, chang
 
 
 def test_every_fact_in_a_cell_flips_its_answers_when_it_is_removed(report: Report) -> None:
-    requirement = {
-        fact for name in MAPS for entry in read_map(name)["requirement"].values() for fact in entry.get("facts", ())
-    }
+    asked = {fact for name in MAPS for one in read_map(name)["requirement"].values() for fact in one.get("facts", ())}
     signed = sign(report)
-    known, in_cells = collect_known_facts(signed, None), sorted(requirement & signed.known.keys())
+    known, in_cells = collect_known_facts(signed, None), sorted(asked & signed.known.keys())
     assert len(in_cells) > 30
     for fact in in_cells:
-        removed = known.keys() - collect_known_facts(remove_cells(signed, fact), None).keys()
-        assert removed == {fact, *(("extraction",) if fact == "epsilon" else ())}
+        gone = known.keys() - collect_known_facts(remove_cells(signed, fact), None).keys()
+        assert gone == {fact, *(("extraction",) if fact == "epsilon" else ())}
 
 
 def change_first_fact(report: Report, **changes: Any) -> Report:

@@ -69,30 +69,28 @@ def derive_changed(folder: Path, **changes: Any) -> Report:
 
 
 def test_released_site_figures_are_merged_into_the_run_report(folder: Path) -> None:
-    without_reports = from_run.build_run_report(folder / "second")
-    own_report = write_signed_report(folder)
-    report = require_sound(join_reports(folder, own_report))
+    alone = from_run.build_run_report(folder / "second")
+    own = write_signed_report(folder)
+    report = require_sound(join_reports(folder, own))
     joined, other = report.sites
     assert (joined.source, other.source) == ("signed_site_report", "charged_by_receipts")
-    statement, missing = (site.statement for site in report.facts.sites)
-    assert (statement.approved, statement.lifetime) == (own_report.facts.approved, own_report.sites[0].lifetime)
-    assert statement.approved.max_epsilon == 2.0
-    assert statement.verification.site_key == load_site_key(folder, "site-1").public
-    assert statement.asserted == {}, "nobody can state anything for a made-up site"
+    said, missing = (site.statement for site in report.facts.sites)
+    assert (said.approved, said.lifetime) == (own.facts.approved, own.sites[0].lifetime)
+    assert said.approved.max_epsilon == 2.0
+    assert said.verification.site_key == load_site_key(folder, "site-1").public
+    assert said.asserted == {}, "nobody can state anything for a made-up site"
     # This run's own figures stay what they were, and all runs' stand beside them.
-    assert joined.spent == without_reports.sites[0].spent
-    assert joined.mechanisms == without_reports.sites[0].mechanisms
-    assert statement.lifetime.epsilon > joined.spent.epsilon
-    assert [run.rounds for run in statement.lifetime.runs] == [1, 1]
-    assert {release.run for release in statement.releases} == {joined.mechanisms[0].run}
+    assert joined.spent == alone.sites[0].spent
+    assert joined.mechanisms == alone.sites[0].mechanisms
+    assert said.lifetime.epsilon > joined.spent.epsilon
+    assert [run.rounds for run in said.lifetime.runs] == [1, 1]
+    assert {release.run for release in said.releases} == {joined.mechanisms[0].run}
     assert (joined.releases, missing) == ((), None)
     assert {release.run for release in other.releases} == {other.mechanisms[0].run}
     assert report.verdict.state == "within"
-    with_both = join_reports(folder, own_report, write_signed_report(folder, "site-2"))
-    assert [read_status(item, "units_at_one_site_only") for item in (without_reports, report, with_both)] == [
-        "assumed"
-    ] * 3
-    assert read_status(with_both, "site_reports_agree") == "verified"
+    both = join_reports(folder, own, write_signed_report(folder, "site-2"))
+    assert [read_status(one, "units_at_one_site_only") for one in (alone, report, both)] == ["assumed"] * 3
+    assert read_status(both, "site_reports_agree") == "verified"
 
 
 def test_site_reports_are_read_from_the_run_folder(folder: Path) -> None:
@@ -218,7 +216,7 @@ def test_verification_names_figures_taken_from_a_site_report(folder: Path) -> No
     path = folder / "second" / "report.json"
 
     def find_taken(report: Report) -> Check | None:
-        return next((item for item in check_report(path, report, TrustedValues()) if item.name == "taken"), None)
+        return next((one for one in check_report(path, report, TrustedValues()) if one.name == "taken"), None)
 
     match = find_taken(joined)
     assert match.state == "skipped"
@@ -227,16 +225,14 @@ def test_verification_names_figures_taken_from_a_site_report(folder: Path) -> No
     assert find_taken(from_run.build_run_report(folder / "second")) is None
     # Beside the reports that the sites signed, they are compared.
     (path.parent / "site_reports").mkdir()
-    own_report = path.parent / "site_reports" / "site-1.json"
-    own_report.write_text(signing.report_to_json(write_signed_report(folder)))
+    own = path.parent / "site_reports" / "site-1.json"
+    own.write_text(signing.report_to_json(write_signed_report(folder)))
     assert find_taken(joined).state == "passed"
     first, *rest = joined.facts.sites
     cheaper = replace(first.statement, approved=replace(first.statement.approved, max_epsilon_per_run=0.1))
     forged = replace(joined.facts, sites=(replace(first, statement=cheaper), *rest))
     assert find_taken(derive_report(forged)).state == "failed"
-    own_report.write_text(
-        signing.report_to_json(signing.sign_report(report_of(folder), load_site_key(folder, "site-2")))
-    )
+    own.write_text(signing.report_to_json(signing.sign_report(report_of(folder), load_site_key(folder, "site-2"))))
     assert find_taken(joined).state == "failed"
 
 

@@ -114,21 +114,19 @@ def test_report_of_a_run_without_privacy_states_no_guarantee(tmp_path: Path) -> 
     assert (report.epsilon, report.facts.target_epsilon, report.randomness) == (None, None, "none")
     assert [site.spent.epsilon for site in report.sites] == [None, None], "unbounded, never 0"
     assert report.assumptions[0].code == "noise_in_every_step"
-    assert "unpredictable_randomness" not in {entry.code for entry in report.assumptions}, "there is none"
+    assert "unpredictable_randomness" not in {one.code for one in report.assumptions}, "there is none"
     for language in LANGUAGES:
-        texts = load_catalog(language).texts
+        said = load_catalog(language).texts
         text = read_shown_text(render(report, language=language))
-        assert texts["where_no_noise"]["released__updates"] in text
+        assert said["where_no_noise"]["released__updates"] in text
         for section, key in (("released", "updates"), ("assumption", "unpredictable_randomness")):
-            assert texts[section][key] not in text
+            assert said[section][key] not in text
         assert not re.search("noised|noisy|verrausch", text, re.IGNORECASE)
     # Every site refused it.
     charged = {"rounds": 0, "steps": 0, "epsilon": 0.0, "epsilon_pld": 0.0, "epsilon_rdp": 0.0}
     none = {"mechanisms": (), "curve": (), "steps": (), "releases": (), "meaning": None}
     sites = tuple(replace(site, spent=replace(site.spent, **charged), **none) for site in report.sites)
-    assert not any(
-        "unpredictable_randomness" in problem for problem in list_problem_places(replace(report, sites=sites))
-    )
+    assert not any("unpredictable_randomness" in place for place in list_problem_places(replace(report, sites=sites)))
 
 
 def test_report_of_a_seeded_study_states_no_guarantee(tmp_path: Path) -> None:
@@ -157,9 +155,7 @@ def test_run_refused_by_one_site_charges_only_the_other_site(kept_site_runs: Pat
     report = check("refused_site", from_run.build_run_report(kept_site_runs / "second"))
     refusing, training = report.sites
     assert (refusing.verdict.reasons, refusing.spent.epsilon, refusing.spent.rounds) == (("nothing_spent",), 0.0, 0)
-    assert [(entry.kind, entry.reason, entry.count) for entry in refusing.releases] == [
-        ("refusal", "min_noise_multiplier", 2)
-    ]
+    assert [(one.kind, one.reason, one.count) for one in refusing.releases] == [("refusal", "min_noise_multiplier", 2)]
     assert training.spent.epsilon == report.epsilon > 0
     assert read_verdict(report) == ("within", ())
 

@@ -248,11 +248,9 @@ def test_losses_are_rounded_up_and_remaining_budgets_down(value: float) -> None:
     german = load_catalog("de")
     assert read(german.figure(value, "epsilon")) >= value
     assert read(german.figure(value, "left")) <= value
-    percentage = german.figure(value, "of_100")
-    assert (
-        value > 99.9999 if percentage == "unbegrenzt" else read(percentage.removesuffix("\N{NO-BREAK SPACE}%")) >= value
-    )
-    assert percentage != "100\N{NO-BREAK SPACE}%", "100 % would mean certainty"
+    share = german.figure(value, "of_100")
+    assert value > 99.9999 if share == "unbegrenzt" else read(share.removesuffix("\N{NO-BREAK SPACE}%")) >= value
+    assert share != "100\N{NO-BREAK SPACE}%", "100 % would mean certainty"
 
 
 @given(

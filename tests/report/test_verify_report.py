@@ -171,17 +171,12 @@ def test_tolerances_never_accept_understated_figures(a_report: Make, a_ledger_re
     report = a_ledger_report()
     used_up = derive_from_facts(report, **change_approved(report.facts, max_epsilon=1.0))
     assert (used_up.sites[0].lifetime.remaining_epsilon, list_problem_places(used_up)) == (0.0, set())
-    for of, more, invalid in (
-        (used_up, 1e-10, True),
-        (report, 1e-6, True),
-        (report, 0.1, True),
-        (report, -1e-7, False),
-    ):
+    for of, more, bad in ((used_up, 1e-10, True), (report, 1e-6, True), (report, 0.1, True), (report, -1e-7, False)):
         life = of.sites[0].lifetime
         found = list_problem_places(
             change_first_site(of, lifetime=replace(life, remaining_epsilon=life.remaining_epsilon + more))
         )
-        assert found == ({"sites.north-hospital.lifetime.remaining_epsilon"} if invalid else set())
+        assert found == ({"sites.north-hospital.lifetime.remaining_epsilon"} if bad else set())
 
 
 def build_many_plans(report: Report, count: int) -> LedgerFacts:
@@ -262,20 +257,14 @@ def test_contradictory_run_facts_are_detected(a_report: Make) -> None:
     facts = a_report().facts
     north, south = facts.sites
     real, seeded = (
-        tuple(
-            replace(entry, receipt=sign_receipt(entry.receipt, entry.site, **changes_to_receipt))
-            for entry in facts.sites
-        )
-        for changes_to_receipt in ({"simulated": False}, {"seeded_noise": True})
+        tuple(replace(one, receipt=sign_receipt(one.receipt, one.site, **said)) for one in facts.sites)
+        for said in ({"simulated": False}, {"seeded_noise": True})
     )
-    inconsistent = {"run": "another", "site": SITES[1], "plan": "12" * 32, "charged_rounds": 5}
-    invalid = [
-        (key, sign_receipt(north.receipt, north.site, **{key: changes_to_receipt}))
-        for key, changes_to_receipt in inconsistent.items()
-    ]
-    invalid += [("plan", sign_receipt(north.receipt, north.site, plan=""))]
-    invalid += [("signature", replace(north.receipt, sequence=8))]
-    invalid += [("charged_rounds", sign_receipt(north.receipt, north.site, charged_rounds=3))]
+    by_itself = {"run": "another", "site": SITES[1], "plan": "12" * 32, "charged_rounds": 5}
+    bad = [(key, sign_receipt(north.receipt, north.site, **{key: said})) for key, said in by_itself.items()]
+    bad += [("plan", sign_receipt(north.receipt, north.site, plan=""))]
+    bad += [("signature", replace(north.receipt, sequence=8))]
+    bad += [("charged_rounds", sign_receipt(north.receipt, north.site, charged_rounds=3))]
     for changes, path in (
         ({"held_out": (HeldOut(run="r", date="", mean=0.5, deviation=0.1),)}, "held_out"),
         ({"sites": ()}, "sites"),
@@ -292,10 +281,7 @@ def test_contradictory_run_facts_are_detected(a_report: Make) -> None:
         (drop_other_sites(facts, SITES[:1], reasons={}), "rounds.2"),
         (add_round_4(facts, "beyond_plan"), f"sites.{SITES[1]}.receipt.charged_rounds"),
         (add_round_4(facts, "invalid_update"), f"sites.{SITES[1]}.receipt.charged_rounds"),
-        *(
-            ({"sites": (replace(north, receipt=entry), south)}, f"sites.{SITES[0]}.receipt.{key}")
-            for key, entry in invalid
-        ),
+        *(({"sites": (replace(north, receipt=one), south)}, f"sites.{SITES[0]}.receipt.{key}") for key, one in bad),
         ({"settings": {"epsilon": "0.1"}}, "settings"),
         ({"settings": {"labels": "many"}}, "settings.labels"),
         ({"settings": {}}, "settings.runtime"),
@@ -370,17 +356,13 @@ def test_ledger_verdict_is_derived_from_its_facts(a_ledger_report: Make) -> None
 
 def test_period_epsilon_counts_only_charges_within_the_period(a_ledger_report: Make) -> None:
     charges = a_ledger_report().facts.charges
-    for day, period, min_epsilon in (
-        ("2026-02-28", "month", 0.1),
-        ("2026-01-01", "month", 0.0),
-        ("2026-01-01", "year", 1.6),
-    ):
+    for day, period, least in (("2026-02-28", "month", 0.1), ("2026-01-01", "month", 0.0), ("2026-01-01", "year", 1.6)):
         last = replace(charges[1], day=day)
         of_period = change_approved(a_ledger_report().facts, period=period)
         report = derive_from_facts(a_ledger_report(), charges=(charges[0], last), date="2026-02-28", **of_period)
         found = report.sites[0].lifetime.period_epsilon
-        assert found >= min_epsilon
-        assert (found > 0) == (min_epsilon > 0)
+        assert found >= least
+        assert (found > 0) == (least > 0)
 
 
 def test_report_of_a_seeded_run_states_no_guarantee(run_report: Report) -> None:
@@ -400,12 +382,10 @@ def test_plan_above_the_target_is_exceeded_despite_lower_charges(a_report: Make)
 def test_simulation_report_claiming_real_sites_is_rejected(run_report: Report) -> None:
     posing = derive_from_facts(run_report, settings={**run_report.facts.settings, "runtime": "deployment"})
     assert posing.banners == run_report.banners == ("simulation",), "its sites signed that they are simulated"
-    unsigned_sites = tuple(replace(site, receipt=None) for site in run_report.facts.sites)
-    real = derive_from_facts(
-        run_report, settings={**run_report.facts.settings, "runtime": "deployment"}, sites=unsigned_sites
-    )
+    without = tuple(replace(site, receipt=None) for site in run_report.facts.sites)
+    real = derive_from_facts(run_report, settings={**run_report.facts.settings, "runtime": "deployment"}, sites=without)
     for report, simulated in ((run_report, True), (real, False)):
-        assert ("sites_run_their_own_software" in {entry.code for entry in report.assumptions}) != simulated
+        assert ("sites_run_their_own_software" in {one.code for one in report.assumptions}) != simulated
         assert ("simulation" in report.banners) == simulated
 
 

@@ -81,9 +81,9 @@ def test_cohort_window_advances_unless_specified(make_last_run: Any) -> None:
     )
 
 
-@pytest.mark.parametrize(("first", "override"), [(None, ""), ("2025", "privacy.cohorts.first=2026 ")])
+@pytest.mark.parametrize(("first", "named"), [(None, ""), ("2025", "privacy.cohorts.first=2026 ")])
 def test_future_cohort_at_real_sites_must_be_set_explicitly(
-    make_last_run: Any, first: str | None, override: str, monkeypatch: pytest.MonkeyPatch
+    make_last_run: Any, first: str | None, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedtune.privacy.cohorts.datetime", Mock(now=lambda _: datetime(2026, 12, 31, 23, tzinfo=UTC)))
     real = {"runtime": {"kind": "deployment"}}
@@ -94,13 +94,11 @@ def test_future_cohort_at_real_sites_must_be_set_explicitly(
         is not None
     )
     folder = make_last_run(**make_cohort_settings(first, "2026"), **real)
-    words = (
-        f"does not charge this year by default. To charge it now, set the window: {override}privacy.cohorts.last=2027$"
-    )
+    words = f"does not charge this year by default. To charge it now, set the window: {named}privacy.cohorts.last=2027$"
     with pytest.raises(ConfigError, match=words):
         renew_config(folder, {})
-    expected = {"privacy.cohorts.last": "2027"} | ({"privacy.cohorts.first": "2026"} if first else {})
-    assert str(renew_config(folder, expected).privacy.cohorts) == f"{'2026' if first else ''}..2027"
+    ref = {"privacy.cohorts.last": "2027"} | ({"privacy.cohorts.first": "2026"} if first else {})
+    assert str(renew_config(folder, ref).privacy.cohorts) == f"{'2026' if first else ''}..2027"
     simulated = make_last_run(**make_cohort_settings(first, "2026"), runtime={"kind": "simulation"})
     assert renew_config(simulated, {}).privacy.cohorts is not None, "a simulation's people are synthetic"
 

@@ -54,21 +54,19 @@ def make_model(values: int = 0, *, device: str = "cpu", keeps_states: bool = Tru
     return SimpleNamespace(initial_adapter=adapter, device=device, loaded=loaded, states_mib=1234.5)
 
 
-def show_rounds(
-    config: RunConfig, *states: LeadState, model: Any = None, every_s: float | None = None, **changes: Any
-) -> str:
+def show_rounds(config: RunConfig, *states: LeadState, of: Any = None, every_s: float | None = None, **how: Any) -> str:
     """Return the output for a run's rounds and, with `every_s`, for its preparation."""
-    start_fields = {key: changes.pop(key) for key in ("round", "start_adapter", "data_changed") if key in changes}
-    out, progress = io.StringIO(), {"shown": changes.pop("progress", True)} | ({"every_s": every_s} if every_s else {})
-    display = Display(Console(file=out, **{"width": 200} | changes), config, **progress)
+    begun = {key: how.pop(key) for key in ("round", "start_adapter", "data_changed") if key in how}
+    out, progress = io.StringIO(), {"shown": how.pop("progress", True)} | ({"every_s": every_s} if every_s else {})
+    display = Display(Console(file=out, **{"width": 200} | how), config, **progress)
     with display.show_progress_bar():
         if every_s:
             display.on_preparing("loading the model", 0, 0)
             for done in range(4):
                 display.on_preparing("checking the model on this machine", done, 3)
         proposal = config.proposal(lead="ab" * 32, plan=config.plan())
-        first: Any = {"round": 0, "adapter": Adapter({})} | start_fields
-        display.on_prepared(model or make_model(), proposal, LeadState(**first))
+        first: Any = {"round": 0, "adapter": Adapter({})} | begun
+        display.on_prepared(of or make_model(), proposal, LeadState(**first))
         for done in (1, 2) if every_s else ():
             display.on_preparing("site-1: running the frozen layers over the records", done, 2)
         for state in states:
@@ -98,8 +96,7 @@ def run_comparison(
     config: RunConfig, without_privacy: RunConfig, patched: pytest.MonkeyPatch
 ) -> Iterator[tuple[str, str]]:
     slow = replace(
-        make_state(5),
-        rounds=[replace(entry, seconds=100.0) for entry in make_state(4).rounds] + make_state(5).rounds[4:],
+        make_state(5), rounds=[replace(row, seconds=100.0) for row in make_state(4).rounds] + make_state(5).rounds[4:]
     )
     three = (make_state(3), slow, make_state(10))
     yield "three rounds: one of ten, a slow one, the last one", show_rounds(config, *three)
@@ -113,15 +110,15 @@ def run_comparison(
             for instructions in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
                 patched.setattr(torch.cpu, instructions, lambda has=has: has)
             yield f"{dtype} on a CPU {'with' if has else 'without'} its instructions", show_rounds(changed_config)
-        yield f"{dtype} on a GPU", show_rounds(changed_config, model=make_model(device="cuda"))
+        yield f"{dtype} on a GPU", show_rounds(changed_config, of=make_model(device="cuda"))
     start = {"digest": "ab" * 32, "head": False, "from": "first", "dataset": "letters", "unit": "record", "delta": 1e-5}
     for spent in ({"epsilon": 3.0}, {"epsilon": None}, {"epsilon": "unknown"}, {"epsilon": None, "public": True}):
         yield f"a start that spent {spent}", show_rounds(config, start_adapter=start | spent)
     yield "other records than when it began", show_rounds(config, round=1, data_changed=("site-2",))
-    yield "noise that drowns the records", show_rounds(config, model=make_model(100_000, keeps_states=False))
+    yield "noise that drowns the records", show_rounds(config, of=make_model(100_000, keeps_states=False))
     one_round = replace(config, federation=replace(config.federation, num_rounds=1))
-    yield "frozen layers that run once for each record", show_rounds(one_round, model=make_model(keeps_states=False))
-    yield "noise that does not", show_rounds(config, model=make_model(100))
+    yield "frozen layers that run once for each record", show_rounds(one_round, of=make_model(keeps_states=False))
+    yield "noise that does not", show_rounds(config, of=make_model(100))
     yield "what takes long", show_rounds(config, every_s=1e-9)
     yield "what is soon done", show_rounds(config, every_s=1e9)
 
@@ -136,25 +133,20 @@ def list_results() -> Iterator[tuple[str, RunResult]]:
         yield f"finding {code}", replace(make_result(), final=replace(make_result().final, findings=(code,)))
 
 
-def compare_lines(reference: str, text: str) -> str:
+def compare_lines(ref: str, text: str) -> str:
     """Return the missing and the additional lines of a text."""
-    old, new = reference.splitlines(), text.splitlines()
-    removed, added = (
-        [line for line in entry if line not in changed_config] for entry, changed_config in ((old, new), (new, old))
-    )
-    return "".join([*(f"- {line}\n" for line in removed), *(f"+ {line}\n" for line in added)])
+    old, new = ref.splitlines(), text.splitlines()
+    removed, more = ([line for line in one if line not in other] for one, other in ((old, new), (new, old)))
+    return "".join([*(f"- {line}\n" for line in removed), *(f"+ {line}\n" for line in more)])
 
 
 def test_run_progress_matches_its_snapshot(config: RunConfig, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run, end = show_rounds(config), render_table(config, make_result())
     without_privacy = compose_run(list_tiny_overrides("federation.num_rounds=10", "privacy=none", into=tmp_path))
     of_runs = run_comparison(config, without_privacy, monkeypatch)
-    report = [f"# A run\n{run}", *(f"# {name}\n{compare_lines(run, text)}" for name, text in of_runs)]
-    of_results = [
-        f"# {name}\n{compare_lines(end, render_table(config, changed_config))}"
-        for name, changed_config in list_results()
-    ]
-    snapshots.check_output("run-progress", "".join([*report, f"# Its end\n{end}", *of_results]))
+    told = [f"# A run\n{run}", *(f"# {name}\n{compare_lines(run, text)}" for name, text in of_runs)]
+    of_results = [f"# {name}\n{compare_lines(end, render_table(config, other))}" for name, other in list_results()]
+    snapshots.check_output("run-progress", "".join([*told, f"# Its end\n{end}", *of_results]))
 
 
 def test_signal_strength_is_explained_by_studies_of_the_task() -> None:
@@ -186,9 +178,7 @@ def test_sweep_progress_shows_the_newest_line_of_a_run(config: RunConfig, monkey
 
 def test_verbose_output_explains_rdp_epsilon(config: RunConfig) -> None:
     verbose = replace(config, tracking=replace(config.tracking, log_level="debug"))
-    assert [
-        ABOUT_RDP.format(counts="epsilon") in render_table(entry, make_result()) for entry in (config, verbose)
-    ] == [
+    assert [ABOUT_RDP.format(counts="epsilon") in render_table(item, make_result()) for item in (config, verbose)] == [
         False,
         True,
     ]

@@ -234,8 +234,6 @@ def config(tmp_path: Path) -> Any:
 @pytest.fixture
 def exact_scores(monkeypatch: pytest.MonkeyPatch) -> list[npt.NDArray[np.float64]]:
     """The exact scores that each round adds noise to."""
-    released, original = list[npt.NDArray[np.float64]](), work.release_scores
-    monkeypatch.setattr(
-        work, "release_scores", lambda scores, **rest: released.append(scores) or original(scores, **rest)
-    )
-    return released
+    seen, original = list[npt.NDArray[np.float64]](), work.release_scores
+    monkeypatch.setattr(work, "release_scores", lambda scores, **rest: seen.append(scores) or original(scores, **rest))
+    return seen

@@ -18,12 +18,10 @@ needs_minilm = pytest.mark.skipif(
 def test_amx_product_of_a_row_depends_on_the_number_of_rows() -> None:
     """The reason for the tests below; if this ever passes, tests of arbitrary row counts can include AMX."""
     weight, values = torch.randn(384, 1536).bfloat16(), torch.randn(512, 1536)
-    all_rows = multiply_bfloat16(values, weight, None)
-    assert any(
-        not torch.equal(multiply_bfloat16(values[:rows], weight, None), all_rows[:rows]) for rows in range(2, 512)
-    )
-    repeated = multiply_bfloat16(values.clone(), weight, None)
-    assert torch.equal(repeated, all_rows), "the result for one row count must be repeatable"
+    full = multiply_bfloat16(values, weight, None)
+    assert any(not torch.equal(multiply_bfloat16(values[:rows], weight, None), full[:rows]) for rows in range(2, 512))
+    rerun = multiply_bfloat16(values.clone(), weight, None)
+    assert torch.equal(rerun, full), "the result for one row count must be repeatable"
 
 
 @needs_minilm

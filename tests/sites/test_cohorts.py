@@ -117,14 +117,12 @@ def test_held_out_people_are_admitted_and_registered(station: Any, sampled_users
 
 def test_excluded_people_are_skipped_silently(site: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    first_reply = site.ask()
+    one = site.ask()
     write(site, {"eve": ["2026-01"]})
     site.restart()
-    second_reply = site.ask(round=2)
-    assert len(first_reply.body.to_bytes()) == len(second_reply.body.to_bytes())
-    assert first_reply.receipt.sequence + 2 == second_reply.receipt.sequence, (
-        "the events must be the same with or without people"
-    )
+    other = site.ask(round=2)
+    assert len(one.body.to_bytes()) == len(other.body.to_bytes())
+    assert one.receipt.sequence + 2 == other.receipt.sequence, "the events must be the same with or without people"
     assert not any(word in caplog.text for word in ("eve", "2026", "admitted", "cohort"))
 
 
@@ -241,11 +239,9 @@ def test_user_adds_one_score_regardless_of_record_count(lead_key: SigningKey, ex
 
 
 def test_dropping_the_model_keeps_the_records_of_a_cohort() -> None:
-    site_records, shared = SiteRecords(training=make_records({"one": 2, "another": 1}), heldout=[]), Mock()
-    work = site_work.SiteWork("north", shared, site_records, declared_size=3, max_adapter_value=2.0)
+    of_site, shared = SiteRecords(training=make_records({"one": 2, "another": 1}), heldout=[]), Mock()
+    work = site_work.SiteWork("north", shared, of_site, declared_size=3, max_adapter_value=2.0)
     limited = work._restrict_to(frozenset({"one"}))
     work.drop_model()
-    assert not any(hasattr(first_reply, "shared") for first_reply in (work, limited)), (
-        "two models would fill the memory"
-    )
+    assert not any(hasattr(one, "shared") for one in (work, limited)), "two models would fill the memory"
     assert (len(work.records.training), len(limited.records.training)) == (3, 2)

@@ -83,11 +83,9 @@ def test_lead_is_warned_of_missing_tests_and_unusable_rows(simulated_config: Run
     assert note.startswith("no test records, so the run has no final score: set data.test_file or")
     (note,) = list_lead_data_warnings(simulated_config, validation=None, test=make_lead_data("a", "a"))
     assert note == "all test records have the label 'a': scores on them cannot tell models apart"
-    few_skipped, many_skipped = make_skipped(1, rows=10), make_skipped(1200, rows=9000)
+    some, many = make_skipped(1, rows=10), make_skipped(1200, rows=9000)
     notes = list_lead_data_warnings(
-        simulated_config,
-        validation=make_lead_data("a", left_out=few_skipped),
-        test=make_lead_data("a", "b", left_out=many_skipped),
+        simulated_config, validation=make_lead_data("a", left_out=some), test=make_lead_data("a", "b", left_out=many)
     )
     assert list(notes) == [
         "data.validation_file: 1 of 10 rows (10.0 %) cannot be used: 1 must not be blank; the run skips them",

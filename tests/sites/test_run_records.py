@@ -67,13 +67,11 @@ def test_public_file_with_private_completions_is_refused(codes: int, tmp_path: P
     """Regression: only one role was compared, the first of two that differ everywhere."""
     prompts = [f"Code {n % codes}" for n in range(200)]
     pairs = zip(prompts, PRIVATE, strict=True)
-    records = Own(
-        tmp_path, sites=[Record({"prompt": prompt, "completion": completion}) for prompt, completion in pairs]
-    )
+    own = Own(tmp_path, sites=[Record({"prompt": prompt, "completion": completion}) for prompt, completion in pairs])
     with pytest.raises(ConfigError, match="it shares 40 texts with sites"):
-        check([*PRIVATE[:40], *FOREIGN[:160]], records, role="completion")
+        check([*PRIVATE[:40], *FOREIGN[:160]], own, role="completion")
     if codes == 4:
-        check(prompts, records, role="prompt")
+        check(prompts, own, role="prompt")
 
 
 @pytest.mark.parametrize(

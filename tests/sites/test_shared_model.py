@@ -65,10 +65,8 @@ def test_weak_signal_is_refused_before_the_model_trial(trial_calls: Tries) -> No
     assert len(trial_calls) == 1
 
 
-@pytest.mark.parametrize(
-    "second_run", [{"lora": {"rank": 3}}, {"privacy": {"max_grad_norm": 0.25}}], ids=["rank", "clip"]
-)
-def test_each_new_setting_undergoes_the_batch_invariance_trial(second_run: Any, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("second", [{"lora": {"rank": 3}}, {"privacy": {"max_grad_norm": 0.25}}], ids=["rank", "clip"])
+def test_each_new_setting_undergoes_the_batch_invariance_trial(second: Any, monkeypatch: Any) -> None:
     """Without a stub: a second setting that mixes records must be refused although the first one passed."""
     assert shared_model.max_batch_influence is batch_invariance.max_batch_influence
     assert shared_model.fit_to_memory is batch_invariance.fit_to_memory
@@ -83,7 +81,7 @@ def test_each_new_setting_undergoes_the_batch_invariance_trial(second_run: Any, 
 
     monkeypatch.setattr(shared_model, "build_task_model", build_mixing)
     with pytest.raises(ConfigError, match=r"mixes the examples|differently depending on the other examples"):
-        LoadedModel(make_letters(**second_run))
+        LoadedModel(make_letters(**second))
 
 
 def test_failed_trial_is_repeated_and_refused_each_time(trial_calls: Tries) -> None:

@@ -458,14 +458,10 @@ def test_nothing_is_scored_without_noised_metrics_or_test_files(config: Any, tmp
 
 
 def test_fingerprint_depends_on_records_and_site_key(config: Any, tmp_path: Path) -> None:
-    fingerprint = train(Participants(config(), tmp_path / "a")).fingerprint
-    assert train(Participants(config(), tmp_path / "a")).fingerprint == fingerprint
-    assert train(Participants(config(), tmp_path / "b")).fingerprint != fingerprint, (
-        "nobody without the key may test a guess"
-    )
-    assert train(Participants(config("seed=1"), tmp_path / "a")).fingerprint != fingerprint, (
-        "another split has other records"
-    )
+    one = train(Participants(config(), tmp_path / "a")).fingerprint
+    assert train(Participants(config(), tmp_path / "a")).fingerprint == one
+    assert train(Participants(config(), tmp_path / "b")).fingerprint != one, "nobody without the key may test a guess"
+    assert train(Participants(config("seed=1"), tmp_path / "a")).fingerprint != one, "another split has other records"
 
 
 @pytest.mark.parametrize("override", ["data.columns.text=nope", "data.test_file=gone.csv"])
@@ -480,11 +476,9 @@ def test_slow_steps_are_reported_as_progress(config: Any, tmp_path: Path, monkey
     monkeypatch.setattr(shared_model, "_measured", {})
     reported: list[str] = []
     settings = config("lora=last_layer", "federation.site_names=[a,b]")
-    participants = Participants(
-        settings, tmp_path / "run", progress=lambda message, count, total: reported.append(message)
-    )
-    work, adapter = participants.work["a"], participants.shared.initial_adapter
+    members = Participants(settings, tmp_path / "run", progress=lambda error, count, total: reported.append(error))
+    work, adapter = members.work["a"], members.shared.initial_adapter
     assert list(dict.fromkeys(reported)) == ["loading the model", "checking the model on this machine"]
-    request = make_first_request(participants.config, participants.sites.lead_key(), site="a")
+    request = make_first_request(members.config, members.sites.lead_key(), site="a")
     work.run_round(request, adapter, attempt=1, fingerprint_key=bytes(32))
     assert reported[-1] == "a: running the frozen layers over the records"

@@ -36,12 +36,10 @@ def build_model(*, rank: int = 16) -> TaskModel:
 
 def release_sums(model: TaskModel, dataset: TextDataset, plan: Plan, *, steps: int = 1) -> list[Arrays]:
     """The noisy sum of each of some steps, of fresh noise, on a dataset or on nobody's."""
-    released, parameters = list[Arrays](), model.trainable()
+    seen, parameters = list[Arrays](), model.trainable()
     optimizer = torch.optim.SGD(parameters.values(), lr=0.0)  # parameters stay where they are
     optimizer.register_step_post_hook(
-        lambda *_: released.append(
-            {name: p.grad.double().numpy() for name, p in parameters.items() if p.grad is not None}
-        )
+        lambda *_: seen.append({name: p.grad.double().numpy() for name, p in parameters.items() if p.grad is not None})
     )
     # A denominator of one, so that the gradient is the sum.
     records = Records(count=len(dataset), declared_size=1, cut=make_examples(dataset).cut)
@@ -49,7 +47,7 @@ def release_sums(model: TaskModel, dataset: TextDataset, plan: Plan, *, steps: i
     with record_gradients(model) as gradients:
         for _ in range(steps):
             take_dp_sgd_step(gradients, records, plan, parameters=parameters, optimizer=optimizer, **streams)
-    return [{name: plan.sampling_rate * mean for name, mean in means.items()} for means in released]
+    return [{name: plan.sampling_rate * mean for name, mean in means.items()} for means in seen]
 
 
 def release_step_round(

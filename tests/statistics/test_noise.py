@@ -56,9 +56,7 @@ def test_noise_on_real_records_has_the_stated_scale() -> None:
     noisy = release_sums(model, records, plan(sampling_rate=1.0), steps=8)
     assert any(total.any() for total in exact.values())
     for part in ("lora_A", "lora_B"):
-        noise = np.concatenate(
-            [(release[name] - exact[name]).ravel() for release in noisy for name in exact if part in name]
-        )
+        noise = np.concatenate([(one[name] - exact[name]).ravel() for one in noisy for name in exact if part in name])
         test = Scale(noise.size, FALSE_ALARM / 4)
         assert min(test.power(0.9), test.power(1.1)) >= POWER
         assert test.accepts(noise, SCALE)
@@ -77,11 +75,7 @@ def find_related_pairs(releases: Mapping[Any, Values]) -> list[tuple[Any, Any]]:
     count = min(values.size for values in releases.values())
     test = Unrelated(count, FALSE_ALARM / len(pairs))
     assert test.power(0.1) >= POWER, "a tenth that is shared is found"
-    return [
-        (release, second)
-        for release, second in pairs
-        if not test.accepts(releases[release][:count], releases[second][:count])
-    ]
+    return [(one, other) for one, other in pairs if not test.accepts(releases[one][:count], releases[other][:count])]
 
 
 def flatten_tensors(tensors: Mapping[str, npt.NDArray[Any]]) -> Values:

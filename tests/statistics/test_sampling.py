@@ -67,11 +67,9 @@ def has_unit_sampling_rates(sampled: Joined) -> bool:
     return all(test.accepts(int(count)) for count in sampled.sum(axis=0))
 
 
-def has_binomial_sizes(sampled: Joined) -> bool:
+def has_binomial_sizes(seen: Joined) -> bool:
     """As a binomial: how often a batch's size is more than 1.3 standard deviations off."""
-    return Rate(len(sampled), compute_outside_probability(), ALARM).accepts(
-        int(np.sum(is_outside(sampled.sum(axis=1))))
-    )
+    return Rate(len(seen), compute_outside_probability(), ALARM).accepts(int(np.sum(is_outside(seen.sum(axis=1)))))
 
 
 def is_outside(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

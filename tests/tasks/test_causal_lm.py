@@ -150,10 +150,7 @@ def test_system_column_becomes_the_first_turn(leading_tokenizer: Any) -> None:
 def test_record_text_is_bounded_before_encoding(fields: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     options, tokenizer = {"chat_template": "plain"} if "messages" in fields else {}, make_tokenizer(post=None)
     short = {role: text.replace("P", "my name").replace("A", "lost") for role, text in fields.items()}
-    row = [
-        tokenize_one(short, tokenizer, make_settings(*fields, max_length=max_length, **options))
-        for max_length in (20, 500)
-    ]
+    row = [tokenize_one(short, tokenizer, make_settings(*fields, max_length=limit, **options)) for limit in (20, 500)]
     assert row[0] == row[1], "an example that fits must not depend on the maximum"
     encoded = Mock(wraps=tokenization._encode_each)
     monkeypatch.setattr(tokenization, "_encode_each", encoded)
@@ -234,17 +231,14 @@ HOSTILE = {
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_invalid_messages_have_no_targets_and_affect_no_other_record(leading_tokenizer: Any, text: str) -> None:
     data = make_settings("messages", chat_template="plain")
-    other_records = [Record(make_chat("where", "lost")), Record(make_chat("is", "there"))]
-    with_bad = LM.tokenize(
-        [other_records[0], Record({"messages": text}), other_records[1]],
-        leading_tokenizer,
-        data=data,
-        lenient_within=99,
+    others = [Record(make_chat("where", "lost")), Record(make_chat("is", "there"))]
+    mixed = LM.tokenize(
+        [others[0], Record({"messages": text}), others[1]], leading_tokenizer, data=data, lenient_within=99
     )
-    alone_dataset = LM.tokenize(other_records, leading_tokenizer, data=data, lenient_within=99)
-    assert [list_rows(with_bad)[index] for index in (0, 2)] == list_rows(alone_dataset)
+    alone = LM.tokenize(others, leading_tokenizer, data=data, lenient_within=99)
+    assert [list_rows(mixed)[index] for index in (0, 2)] == list_rows(alone)
     if text != HOSTILE["half a pair"]:  # this tokenizer has no such word in any form
-        assert list_rows(with_bad)[1] == ([SEP], [HIDDEN])
+        assert list_rows(mixed)[1] == ([SEP], [HIDDEN])
         with pytest.raises(DataError, match=r"^a\.jsonl:3, messages = .*must alternate user and assistant") as error:
             LM.tokenize([Record({"messages": text}, file="a.jsonl", line=3)], leading_tokenizer, data=data)
         assert "content" not in str(error.value), "record text must not be quoted"

@@ -152,17 +152,15 @@ def test_examples_contain_the_text_rendered_by_the_template(template: str, turns
         expected = expected.replace(expected[: expected.index("\n")], "<s>Today: 26 Jul", 1)
     dataset = LM.tokenize([Record(make_messages(turns))], tokenizer, data=make_settings())
     stretches = groupby(dataset.targets[0].tolist(), lambda target: target >= 0)
-    supervised = [tokenizer.decode(list(ids)) for is_learned, ids in stretches if is_learned]
-    full_text = tokenizer.decode(dataset.input_ids[0])
+    learned = [tokenizer.decode(list(ids)) for is_learned, ids in stretches if is_learned]
+    whole = tokenizer.decode(dataset.input_ids[0])
     ends_by_line = template == IGNORES_SYSTEM  # it ends a turn with only a line break
-    written_too = full_text.removesuffix("</s>") if ends_by_line else full_text
+    written_too = whole.removesuffix("</s>") if ends_by_line else whole
     assert expected.startswith(written_too)
     assert len(expected) - len(written_too) <= 1, "only the line break after the end may differ"
-    for text, turn in zip(
-        supervised, [turn for turn in turns if turn["role"] == "assistant"], strict=True
-    ):  # all answers
+    for text, turn in zip(learned, [turn for turn in turns if turn["role"] == "assistant"], strict=True):  # all answers
         assert turn["content"].strip() in text
-        if not ends_by_line or text == supervised[-1]:
+        if not ends_by_line or text == learned[-1]:
             assert text.endswith(("<|im_end|>", "<|end|>", "</s>")), "its end must be a target, too"
 
 
@@ -240,21 +238,19 @@ CHANGES_SOME = {
 @pytest.mark.parametrize(("template", "turns"), CHANGES_SOME.values(), ids=CHANGES_SOME)
 def test_chat_altered_by_the_template_is_skipped_alone(template: str, turns: list[dict[str, str]]) -> None:
     tokenizer = build_tokenizer(template)
-    valid_records = [Record(make_messages(turns)) for turns in (build_chat("a", "b"), build_chat("c", "d"))]
+    others = [Record(make_messages(turns)) for turns in (build_chat("a", "b"), build_chat("c", "d"))]
     changed = Record(make_messages(turns), "chats.jsonl", 7)
     with pytest.raises(DataError, match=r"^chats\.jsonl:7, messages = \"turns that the model's own template changes\""):
-        LM.tokenize([valid_records[0], changed], tokenizer, data=make_settings())
+        LM.tokenize([others[0], changed], tokenizer, data=make_settings())
     with pytest.raises(DataError, match=r"2 rows cannot be used, in lines 7, 9"):
         LM.tokenize([changed, replace(changed, line=9)], tokenizer, data=make_settings())
-    first, left_out, second = (
+    one, left_out, other = (
         LM.tokenize(records, tokenizer, data=make_settings(), lenient_within=10**6).targets[0]
-        for records in ([valid_records[0]], [changed], [valid_records[1]])
+        for records in ([others[0]], [changed], [others[1]])
     )
     assert (left_out == UNSUPERVISED).all()
-    among = LM.tokenize(
-        [valid_records[0], changed, valid_records[1]], tokenizer, data=make_settings(), lenient_within=10**6
-    ).targets
-    assert [target.tolist() for target in among] == [target.tolist() for target in (first, left_out, second)]
+    among = LM.tokenize([others[0], changed, others[1]], tokenizer, data=make_settings(), lenient_within=10**6).targets
+    assert [target.tolist() for target in among] == [target.tolist() for target in (one, left_out, other)]
     pair = {"chosen": encode_turns(turns), "rejected": encode_turns([*turns[:-1], {**turns[-1], "content": "No."}])}
     data = make_settings(columns={role: role for role in pair})
     pairs = get_task("preference").tokenize([Record(pair)], tokenizer, data=data, lenient_within=10**6)

@@ -69,10 +69,7 @@ def test_layout_determines_text_count_and_primary_metric() -> None:
 
 
 def make_scored_records(*scores: str) -> list[Record]:
-    return [
-        Record({"text": f"my card {index}", "other": "is lost", "target": target})
-        for index, target in enumerate(scores)
-    ]
+    return [Record({"text": f"my card {index}", "other": "is lost", "target": one}) for index, one in enumerate(scores)]
 
 
 def test_scores_are_scaled_to_cosines_and_out_of_range_records_skipped(encoder_tokenizer: Any) -> None:
@@ -147,10 +144,8 @@ def test_triplet_scores_rank_each_positive_among_all() -> None:
     figures = evaluate_examples(model, dataset, pad_id=0, max_tokens=200)
     assert {name: values.shape for name, values in figures.items()} == dict.fromkeys(("loss", "nearer", "rank"), (40,))
     with torch.no_grad():
-        embeddings_by_text = (
-            torch.cat([model.logits(collate(dataset, [index], pad_id=0)) for index in range(40)]).double().numpy()
-        )
-    cosines = embeddings_by_text[0::3] @ embeddings_by_text[1::3].T
+        each = torch.cat([model.logits(collate(dataset, [index], pad_id=0)) for index in range(40)]).double().numpy()
+    cosines = each[0::3] @ each[1::3].T
     expected = [1 + int((row > row[index] + 1e-6).sum()) for index, row in enumerate(cosines)]
     assert figures["rank"].tolist() == expected
     scores = TASK.scores(figures, spec=model.spec)
@@ -158,10 +153,7 @@ def test_triplet_scores_rank_each_positive_among_all() -> None:
     assert scores["recall_at_10"] == np.mean(np.array(expected) <= 10)
     gains = [1 / np.log2(1 + rank) if rank <= 10 else 0.0 for rank in expected]
     assert scores["ndcg_at_10"] == pytest.approx(np.mean(gains))
-    assert scores["nearer"] == np.mean(
-        (embeddings_by_text[0::3] * embeddings_by_text[1::3]).sum(1)
-        > (embeddings_by_text[0::3] * embeddings_by_text[2::3]).sum(1)
-    )
+    assert scores["nearer"] == np.mean((each[0::3] * each[1::3]).sum(1) > (each[0::3] * each[2::3]).sum(1))
 
 
 def test_identical_embeddings_rank_in_the_middle() -> None:

@@ -59,14 +59,12 @@ def test_per_label_scores_match_scikit_learn(reference: Any) -> None:
     marks[:, 3] = False
     predicted = chances > 0.5
     predicted[:, 2] = False
-    actual = measures.compute_class_scores(marks, predicted, labels="abcd")
+    found = measures.compute_class_scores(marks, predicted, labels="abcd")
     expected = reference.precision_recall_fscore_support(marks, predicted, zero_division=0)
     for name, column in zip(("precision", "recall", "f1", "support"), expected, strict=True):
-        assert [getattr(item, name) for item in actual] == pytest.approx(column.tolist())
-    assert [item.label for item in actual] == list("abcd")
-    averages = [
-        reference.f1_score(marks, predicted, average=average, zero_division=0) for average in ("micro", "macro")
-    ]
+        assert [getattr(one, name) for one in found] == pytest.approx(column.tolist())
+    assert [one.label for one in found] == list("abcd")
+    averages = [reference.f1_score(marks, predicted, average=by, zero_division=0) for by in ("micro", "macro")]
     assert [measures.micro_f1(marks, predicted), measures.multilabel_macro_f1(marks, predicted)] == pytest.approx(
         averages
     )

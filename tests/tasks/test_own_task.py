@@ -144,11 +144,9 @@ class Shared(Classification):
     name = "shared"
 
     def tokenize(self, records: Any, tokenizer: Any, **options: Any) -> Any:
-        dataset = super().tokenize(records, tokenizer, **options)
-        dataset.targets[:] = len(records)
-        return dataset.select_examples(
-            [*range(len(dataset)), *(n for n in range(len(dataset)) if dataset.lengths[n] > 8)]
-        )
+        data = super().tokenize(records, tokenizer, **options)
+        data.targets[:] = len(records)
+        return data.select_examples([*range(len(data)), *(n for n in range(len(data)) if data.lengths[n] > 8)])
 
 
 def test_own_task_tokenizes_one_record_at_a_time_into_one_example(encoder_tokenizer: Any) -> None:

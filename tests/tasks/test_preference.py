@@ -97,17 +97,14 @@ def test_prompt_is_truncated_for_the_longer_answer(
 
 def test_prompts_and_conversations_produce_identical_pairs(leading_tokenizer: Any) -> None:
     plain = make_settings(chat_template="plain")
-    text_pair = PAIRS.tokenize([make_pair("where", "lost", "my card")], leading_tokenizer, data=plain)
+    as_text = PAIRS.tokenize([make_pair("where", "lost", "my card")], leading_tokenizer, data=plain)
     continued = make_chat_pair(make_answer("lost"), make_answer("my card"), messages=make_turns("where"))
-    assert list_rows(PAIRS.tokenize([continued], leading_tokenizer, data=TURNS)) == list_rows(text_pair)
+    assert list_rows(PAIRS.tokenize([continued], leading_tokenizer, data=TURNS)) == list_rows(as_text)
     shared = make_chat_pair(make_turns("where", "lost"), make_turns("where", "my card"))
-    assert list_rows(PAIRS.tokenize([shared], leading_tokenizer, data=WHOLE)) == list_rows(text_pair)
+    assert list_rows(PAIRS.tokenize([shared], leading_tokenizer, data=WHOLE)) == list_rows(as_text)
     longer = make_chat_pair(make_turns("where", "there", "is", "lost"), make_turns("where", "there", "is", "card"))
-    supervised = [targets for _, targets in list_rows(PAIRS.tokenize([longer], leading_tokenizer, data=WHOLE))]
-    assert [[target for target in targets if target != HIDDEN] for targets in supervised] == [
-        [LOST, SEP],
-        [CARD, SEP],
-    ], "the last"
+    learned = [targets for _, targets in list_rows(PAIRS.tokenize([longer], leading_tokenizer, data=WHOLE))]
+    assert [[one for one in targets if one != HIDDEN] for targets in learned] == [[LOST, SEP], [CARD, SEP]], "the last"
 
 
 @pytest.mark.parametrize(
@@ -291,30 +288,26 @@ def test_rows_without_targets_skip_the_output_layer(model: TaskModel) -> None:
 
 def test_indistinguishable_pairs_are_not_scored(model: TaskModel) -> None:
     dataset = make_dummy_pairs(model)
-    targets = (*dataset.targets[:8], *(np.full_like(target, HIDDEN) for target in dataset.targets[8:]))
+    targets = (*dataset.targets[:8], *(np.full_like(one, HIDDEN) for one in dataset.targets[8:]))
     with_nothing = evaluate_examples(model, TextDataset(dataset.input_ids, targets, 2), pad_id=0, max_tokens=1)
     of_four = evaluate_examples(model, dataset.select_examples(range(4)), pad_id=0, max_tokens=1)
     assert model.task.scores(with_nothing, spec=model.spec) == model.task.scores(of_four, spec=model.spec)
-    sampled = {name: values[4:] for name, values in with_nothing.items()}
-    assert model.task.scores(sampled, spec=model.spec)["accuracy"] == 0.5, (
-        "a bootstrap draw must not end the evaluation"
-    )
+    drawn = {name: values[4:] for name, values in with_nothing.items()}
+    assert model.task.scores(drawn, spec=model.spec)["accuracy"] == 0.5, "a bootstrap draw must not end the evaluation"
     with pytest.raises(DataError, match="no distinguishable pair"):
         evaluate_examples(model, TextDataset(dataset.input_ids[8:], targets[8:], 2), pad_id=0, max_tokens=1)
 
 
 @given(st.lists(st.integers(-9, 9), min_size=1, max_size=30))
 def test_length_controlled_accuracy_ignores_preference_for_length(longer: list[int]) -> None:
-    difference = np.array(longer, dtype=np.float64)
-    by_length = (np.sign(difference) + 1) / 2
-    for accuracy in (by_length, 1 - by_length):
-        assert compute_length_controlled_mean(accuracy, difference, neutral=0.5) == pytest.approx(0.5)
+    apart = np.array(longer, dtype=np.float64)
+    by_length = (np.sign(apart) + 1) / 2
+    for right in (by_length, 1 - by_length):
+        assert compute_length_controlled_mean(right, apart, neutral=0.5) == pytest.approx(0.5)
     # A preference based on something else keeps its score.
-    accuracy, difference = np.array([1.0, 1.0, 1.0, 0.0, 1.0]), np.array([4.0, 2.0, -1.0, -3.0, 0.0])
-    assert compute_length_controlled_mean(np.ones(5), difference, neutral=0.5) == 1.0
-    assert compute_length_controlled_mean(accuracy, difference, neutral=0.5) == pytest.approx(
-        (4 * (1 + 0.5) / 2 + 1) / 5
-    )
-    assert compute_length_controlled_mean(np.ones(3), difference[:2].repeat([1, 2]), neutral=0.5) == 0.5, (
+    right, apart = np.array([1.0, 1.0, 1.0, 0.0, 1.0]), np.array([4.0, 2.0, -1.0, -3.0, 0.0])
+    assert compute_length_controlled_mean(np.ones(5), apart, neutral=0.5) == 1.0
+    assert compute_length_controlled_mean(right, apart, neutral=0.5) == pytest.approx((4 * (1 + 0.5) / 2 + 1) / 5)
+    assert compute_length_controlled_mean(np.ones(3), apart[:2].repeat([1, 2]), neutral=0.5) == 0.5, (
         "records of one kind give no estimate"
     )

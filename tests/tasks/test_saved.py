@@ -40,22 +40,18 @@ def make_small_adapter(**changes: np.ndarray) -> Adapter:
 
 
 def test_adapter_digest_matches_its_documentation_and_ignores_order() -> None:
-    digest, first, second = (
-        make_small_adapter().digest(),
-        np.ones(2, "<f4").tobytes(),
-        np.arange(6, dtype="<f4").tobytes(),
-    )
-    documented = b'["a","float32",[2]]\n' + first + b'["b","float32",[2,3]]\n' + second
+    digest, one, other = make_small_adapter().digest(), np.ones(2, "<f4").tobytes(), np.arange(6, dtype="<f4").tobytes()
+    documented = b'["a","float32",[2]]\n' + one + b'["b","float32",[2,3]]\n' + other
     assert digest == hashlib.sha256(documented).hexdigest()
     assert Adapter(dict(reversed(make_small_adapter().tensors.items()))).digest() == digest
     assert Adapter.from_bytes(make_small_adapter().to_bytes()).digest() == digest
     assert make_small_adapter(b=np.asfortranarray(make_small_adapter().tensors["b"])).digest() == digest
-    variants = [
+    others = [
         make_small_adapter(a=np.zeros(2, np.float32)),
         make_small_adapter(a=np.ones((1, 2), np.float32)),
         make_small_adapter(c=np.ones(1, np.float32)),
     ]
-    assert len({digest, *(second.digest() for second in variants)}) == 4
+    assert len({digest, *(other.digest() for other in others)}) == 4
 
 
 def test_personalized_adapter_is_loaded_only_with_explicit_consent(tmp_path: Path) -> None:
@@ -176,12 +172,8 @@ def test_saved_folder_follows_from_settings_and_tensors_alone(name: str, tmp_pat
 
 def test_adapter_config_may_name_another_place_of_a_packaged_base() -> None:
     packaged = ModelSpec(path="package:small_model/weights")
-    for location, is_allowed in (
-        ("/elsewhere/small_model/weights", True),
-        ("small_model/weights", False),
-        (None, False),
-    ):
-        assert is_public_location(packaged, location) is is_allowed
+    for path, is_allowed in (("/elsewhere/small_model/weights", True), ("small_model/weights", False), (None, False)):
+        assert is_public_location(packaged, path) is is_allowed
     assert is_public_location(replace(packaged, public_id="owner/small"), "owner/small")
     assert not is_public_location(ModelSpec(path="owner/small"), "owner/other")
 

@@ -45,16 +45,13 @@ def test_survival_targets_follow_from_time_and_event(time: str, event: str, expe
 )
 def test_event_column_accepts_declared_values(values: tuple[str, str]) -> None:
     data = make_data_spec("text", "time", "event", event_values=values)
-    censored, occurred = (Record({"text": "a", "time": "1.5", "event": value}) for value in values)
-    assert [SURVIVAL.target(data)(record).tolist() for record in (censored, occurred)] == [
-        [0, -100, -100],
-        [0, 1, -100],
-    ]  # type: ignore[attr-defined]
-    assert SURVIVAL.record_validator(data)(Record({**censored.fields, "event": "3"})) is not None
+    lost, came = (Record({"text": "a", "time": "1.5", "event": value}) for value in values)
+    assert [SURVIVAL.target(data)(one).tolist() for one in (lost, came)] == [[0, -100, -100], [0, 1, -100]]  # type: ignore[attr-defined]
+    assert SURVIVAL.record_validator(data)(Record({**lost.fields, "event": "3"})) is not None
     assert SURVIVAL.dummy_field("event", data, draw=lambda _: 1) == values[1]
-    for invalid in (("1",), ("1", "1.0"), ("true", "TRUE")):
+    for bad in (("1",), ("1", "1.0"), ("true", "TRUE")):
         with pytest.raises(ConfigError, match=r"event_values = \[.*\]: must be two different values, or none"):
-            make_data_spec(event_values=invalid)
+            make_data_spec(event_values=bad)
 
 
 def test_survival_loss_uses_only_known_intervals() -> None:
@@ -83,13 +80,10 @@ def test_concordance_counts_every_comparable_pair() -> None:
         risk, followed = draws.integers(0, 4, 12).astype(float), draws.integers(0, 4, 12)
         event = draws.random(12) < 0.5
         pairs = [
-            (record, second)
-            for record in np.flatnonzero(event)
-            for second in range(12)
-            if followed[second] > followed[record]
+            (one, other) for one in np.flatnonzero(event) for other in range(12) if followed[other] > followed[one]
         ]
-        concordant = [(risk[second] < risk[record]) + (risk[second] == risk[record]) / 2 for record, second in pairs]
-        assert concordance(risk, followed, event) == pytest.approx(np.mean(concordant) if concordant else 0.5)
+        right = [(risk[other] < risk[one]) + (risk[other] == risk[one]) / 2 for one, other in pairs]
+        assert concordance(risk, followed, event) == pytest.approx(np.mean(right) if right else 0.5)
 
 
 def test_integrated_brier_score_matches_a_manual_calculation() -> None:
@@ -149,9 +143,7 @@ def test_survival_run_on_a_table_learns_scores_and_generates(tmp_path: Path) -> 
     assert final["metrics"]["concordance"] > 0.6 > 0.5 == final["metrics_before"]["concordance"]
     assert final["metrics"]["integrated_brier"] < final["metrics_before"]["integrated_brier"]
     (tmp_path / "asked.csv").write_text("age\n25\n85\n")
-    output = run_command(
-        "generate", str(tmp_path / "followed"), "--file", str(tmp_path / "asked.csv"), "--json"
-    ).printed
-    young, old = (next(iter(json.loads(line)["answers"].values())) for line in output.splitlines())
+    out = run_command("generate", str(tmp_path / "followed"), "--file", str(tmp_path / "asked.csv"), "--json").printed
+    young, old = (next(iter(json.loads(line)["answers"].values())) for line in out.splitlines())
     assert [record["until"] for record in old] == [5, 10, 20, 40]
     assert all(record["survival"] > second["survival"] for record, second in zip(young, old, strict=True))

@@ -37,12 +37,10 @@ def make_spec(task: str, *, labels: tuple[str, ...] = LABELS) -> TaskModelSpec:
     return TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=task, **answers)
 
 
-def tokenize_answers(task: str, answers: list[str], tokenizer: Any, **overrides: Any) -> TextDataset:
-    settings = make_data(task, **overrides)
+def tokenize_answers(task: str, answers: list[str], tokenizer: Any, **given: Any) -> TextDataset:
+    settings = make_data(task, **given)
     role = next(iter(get_task(task).answers))
-    records = [
-        Record({"text": "where is my card", role: answer}, "a.csv", line) for line, answer in enumerate(answers, 2)
-    ]
+    records = [Record({"text": "where is my card", role: one}, "a.csv", line) for line, one in enumerate(answers, 2)]
     return get_task(task).tokenize(records, tokenizer, data=settings)
 
 
@@ -146,7 +144,7 @@ def test_regression_targets_are_scaled_to_their_range(encoder_tokenizer: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("task", "logits", "text", "expected"),
+    ("task", "logits", "text", "ref"),
     [
         ("multi_label", [2.0, -1.0, 0.5], "low 0.881, high 0.622", ["low", "high"]),
         ("multi_label", [-2.0, -1.0, -1.5], "none (mid 0.269)", []),
@@ -154,12 +152,10 @@ def test_regression_targets_are_scaled_to_their_range(encoder_tokenizer: Any) ->
         ("classification", [2.0, -1.0, 0.5], "low 0.786 (high 0.175, mid 0.039)", ["low", "high", "mid"]),
     ],
 )
-def test_logits_are_converted_to_labeled_answers(
-    task: str, logits: list[float], text: str, expected: list[str]
-) -> None:
+def test_logits_are_converted_to_labeled_answers(task: str, logits: list[float], text: str, ref: list[str]) -> None:
     predictions, objects = TASKS[task].answer(torch.tensor(logits), spec=make_spec(task))
     assert predictions == text
-    assert [answer["label"] for answer in objects] == expected  # type: ignore[attr-defined]
+    assert [answer["label"] for answer in objects] == ref  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("task", "logits", "target", "score"), read_cases(__file__, "unit_scores"))
@@ -177,15 +173,13 @@ def test_majority_baseline_is_the_best_constant_prediction() -> None:
     marks = (draws.random((40, 3)) < [0.6, 0.3, 0.1]).astype(np.float32)
     sets = [np.array([bits >> k & 1 for k in range(3)], dtype=bool) for bits in range(1, 8)]
     task = TASKS["multi_label"]
-    figures = [
-        {"loss": np.zeros(40), "truth": marks, "probabilities": np.tile(answer, (40, 1)) * 1.0} for answer in sets
-    ]
-    best = max(task.scores(answer, spec=make_spec("multi_label"))["micro_f1"] for answer in figures)
+    figures = [{"loss": np.zeros(40), "truth": marks, "probabilities": np.tile(one, (40, 1)) * 1.0} for one in sets]
+    best = max(task.scores(one, spec=make_spec("multi_label"))["micro_f1"] for one in figures)
     assert task.majority_baseline(TextDataset(ids, marks)) == pytest.approx(best)
 
     numbers = draws.uniform(-1, 1, size=40).astype(np.float32)
-    min_error = min(float(np.square(numbers - answer).mean()) for answer in np.linspace(-1, 1, 4001))
-    assert TASKS["regression"].majority_baseline(TextDataset(ids, numbers)) == pytest.approx(min_error, abs=1e-6)
+    least = min(float(np.square(numbers - one).mean()) for one in np.linspace(-1, 1, 4001))
+    assert TASKS["regression"].majority_baseline(TextDataset(ids, numbers)) == pytest.approx(least, abs=1e-6)
     assert TASKS["ordinal"].majority_baseline(TextDataset(ids, np.zeros(40, dtype=np.int64))) == 0
 
 

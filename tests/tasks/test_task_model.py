@@ -57,11 +57,9 @@ def test_gradient_checkpointing_changes_no_loss_or_gradient(path: str, task: str
     model.enable_gradient_checkpointing()
     model = copy.deepcopy(model)
     torch.testing.assert_close(model.losses(batch), losses, rtol=0, atol=0)
-    checkpointed = record_example_gradients(model, batch)
-    assert list(checkpointed) == list(gradients)
-    first, second = (
-        torch.cat([rows.flatten(1) for rows in each.values()], dim=1) for each in (checkpointed, gradients)
-    )
+    again = record_example_gradients(model, batch)
+    assert list(again) == list(gradients)
+    first, second = (torch.cat([rows.flatten(1) for rows in each.values()], dim=1) for each in (again, gradients))
     assert ((first - second).norm(dim=1) <= 1e-5 * second.norm(dim=1)).all(), "of each example's norm"
     with torch.no_grad():
         torch.testing.assert_close(model.losses(batch), losses, rtol=0, atol=0)
@@ -108,13 +106,11 @@ def test_bfloat16_base_keeps_adapter_head_and_losses_in_float32(path: str, task:
 
 def test_padding_is_masked_by_position_and_tied_embeddings_stay_frozen() -> None:
     model, batch = make_trained("random:llama", "causal_lm"), make_batch("causal_lm")
-    padded = type(batch)(
-        torch.where(batch.attention_mask == 1, batch.input_ids, 9), batch.attention_mask, batch.targets
-    )
-    torch.testing.assert_close(model.losses(batch), model.losses(padded), rtol=1e-6, atol=1e-6)
-    changed_end = batch.input_ids.clone()
-    changed_end[0, 3] = 1  # a real end-of-turn token with the padding token's id
-    assert model.losses(type(batch)(changed_end, batch.attention_mask, batch.targets))[0] != model.losses(batch)[0]
+    other = type(batch)(torch.where(batch.attention_mask == 1, batch.input_ids, 9), batch.attention_mask, batch.targets)
+    torch.testing.assert_close(model.losses(batch), model.losses(other), rtol=1e-6, atol=1e-6)
+    ended = batch.input_ids.clone()
+    ended[0, 3] = 1  # a real end-of-turn token with the padding token's id
+    assert model.losses(type(batch)(ended, batch.attention_mask, batch.targets))[0] != model.losses(batch)[0]
     base = model.base.get_base_model()
     assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
     assert not base.get_output_embeddings().weight.requires_grad

@@ -76,18 +76,16 @@ def draw_value(draws: random.Random) -> object:
     return draws.choice([*spans, *texts, number, number / 7, 1, 0, True, None, names, [turn, turn], turn, {name: 1}])
 
 
-def list_faults(
-    task: str, roles: tuple[str, ...], data_settings: dict[str, Any], *, seed: int
-) -> set[tuple[object, str]]:
-    learner, settings = check_task(task, roles, **data_settings)
+def list_faults(task: str, roles: tuple[str, ...], given: dict[str, Any], *, seed: int) -> set[tuple[object, str]]:
+    learner, settings = check_task(task, roles, **given)
     columns = learner.columns(settings, unit="user" if "user" in roles else "record")
-    fault, draws, faults = learner.record_validator(settings), random.Random(seed), set()
+    fault, draws, found = learner.record_validator(settings), random.Random(seed), set()
     for _ in range(4000):
         row = {column: draw_value(draws) for column in columns.values()}
         error = catch_row_error("", parse_record, row, columns, file="a.jsonl", line=1)
         error = error if isinstance(error, DataError) else fault(error)
-        faults |= {(error.value, error.bound.partition("; ")[0])} if error else set()
-    return faults
+        found |= {(error.value, error.bound.partition("; ")[0])} if error else set()
+    return found
 
 
 @pytest.mark.parametrize(("task", "roles", "data_settings"), FAULTY, ids=lambda value: str(value)[:30])

@@ -123,11 +123,8 @@ def test_custom_task_setting_is_sent_to_sites_and_validated(folder: Path) -> Non
         recipe.write_text(f"task: {TextLength.name}\ntask_settings: {{{value}}}\ndata: {{labels: []}}\n")
         typed = (f"task={TextLength.name}", f"task_settings.{value.replace(': ', '=')}", "data.labels=[]")
         outcomes = [run_command("plan", *words) for words in (typed, (f"experiment={recipe}",))]
-        assert [outcome.code for outcome in outcomes] == [2, 2]
-        assert [outcome.message for outcome in outcomes] == [
-            f"task_settings.{message}",
-            f"{recipe}: task_settings.{message}",
-        ]
+        assert [one.code for one in outcomes] == [2, 2]
+        assert [one.message for one in outcomes] == [f"task_settings.{message}", f"{recipe}: task_settings.{message}"]
 
 
 def test_third_party_task_is_evaluated_planned_and_exported(folder: Path, tmp_path: Path) -> None:

@@ -198,15 +198,13 @@ def test_loss_is_the_mean_over_words_of_all_windows(encoder_tokenizer: Any) -> N
     logits = model.logits(batch).log_softmax(dim=-1)
     expected = []
     for rows in ([0, 1], [2, 3]):
-        supervised_targets = batch.targets[rows] != UNSUPERVISED
-        expected.append(
-            -logits[rows][supervised_targets].gather(1, batch.targets[rows][supervised_targets][:, None]).mean()
-        )
+        learned = batch.targets[rows] != UNSUPERVISED
+        expected.append(-logits[rows][learned].gather(1, batch.targets[rows][learned][:, None]).mean())
     torch.testing.assert_close(model.losses(batch), torch.stack(expected))
     hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
     scores = functional.linear(hidden, model.get_parameter("head.weight")) * 20 / hidden.shape[-1] ** 0.5
     torch.testing.assert_close(model.logits(batch), scores)  # the head reads each token independently
-    assert [int((batch.targets[2 * item : 2 * item + 2] != UNSUPERVISED).sum()) for item in (0, 1)] == [9, 1]
+    assert [int((batch.targets[2 * one : 2 * one + 2] != UNSUPERVISED).sum()) for one in (0, 1)] == [9, 1]
 
 
 COUNTED: list[tuple[Any, Any, Any, Any]] = [
@@ -234,25 +232,19 @@ def test_entity_counts_match_manual_counts_in_linear_time() -> None:
 
     for truth, predicted in ((draw_spans(), draw_spans()) for _ in range(300)):
         compute_all_gradients = count_entities(truth, predicted, num_labels=2)[2]
-        met, correct = (
-            sum(any(item[0] < second[1] and second[0] < item[1] for second in others) for item in overlaps)
-            for overlaps, others in ((truth, predicted), (predicted, truth))
+        met, right = (
+            sum(any(one[0] < other[1] and other[0] < one[1] for other in others) for one in each)
+            for each, others in ((truth, predicted), (predicted, truth))
         )
         assert (
             compute_all_gradients[0],
             compute_all_gradients[1],
             compute_all_gradients[3],
             compute_all_gradients[4],
-        ) == (len(truth), len(predicted), met, correct)
+        ) == (len(truth), len(predicted), met, right)
     start = time.process_time()
-    many_spans = [(index, index + 1, index % 2) for index in range(20_000)]
-    assert count_entities(many_spans, many_spans[::2], num_labels=2)[2].tolist() == [
-        20_000,
-        10_000,
-        10_000,
-        10_000,
-        10_000,
-    ]
+    many = [(index, index + 1, index % 2) for index in range(20_000)]
+    assert count_entities(many, many[::2], num_labels=2)[2].tolist() == [20_000, 10_000, 10_000, 10_000, 10_000]
     assert time.process_time() - start < 3
     spans = [{"start": 3 * index, "end": 3 * index + 3, "labels": ["drug"]} for index in range(0, 400_000, 100)]
     of_units = record("a\U0001f600" * 400_000, spans, SPANNED)
@@ -346,22 +338,17 @@ def test_overlapping_entities_in_one_word_train_once_and_count_twice(encoder_tok
     first, second, *_ = labels = model.spec.labels
     options = {"columns": SPANNED, "labels": labels, "windows": windows, "max_length": 8, "stride": 2}
     text, spans = "w1 w2 w3 w4 w5 w6 w7", [[3, 4, second], [4, 5, first], [6, 7, first], [7, 11, second]]
-    dataset = tokenize_records(record(text, spans, SPANNED), tokenizer=encoder_tokenizer, **options)
-    without_overlap = tokenize_records(
-        record(text, [spans[0], *spans[2:]], SPANNED), tokenizer=encoder_tokenizer, **options
-    )
-    assert [TASK.find_ignored_annotations(item, data=make_data(**options)) for item in (dataset, without_overlap)] == [
-        [True],
-        [False],
-    ]
-    batches = [collate(item, [0], pad_id=0) for item in (dataset, without_overlap)]
+    data = tokenize_records(record(text, spans, SPANNED), tokenizer=encoder_tokenizer, **options)
+    alone = tokenize_records(record(text, [spans[0], *spans[2:]], SPANNED), tokenizer=encoder_tokenizer, **options)
+    assert [TASK.find_ignored_annotations(one, data=make_data(**options)) for one in (data, alone)] == [[True], [False]]
+    batches = [collate(one, [0], pad_id=0) for one in (data, alone)]
     losses = [model.losses(batch) for batch in batches]
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
     counted = [TASK.outputs_per_example(model, batch)["entities"][0, :, 0].tolist() for batch in batches]
     assert (counted[0][:2], counted[0][-1]) == ([2, 2], 4)
     assert (counted[1][:2], counted[1][-1]) == ([1, 2], 3)
-    many_spans = record("a" * 90, [[index, index + 1, second] for index in range(90)], SPANNED)
-    targets = tokenize_records(many_spans, tokenizer=encoder_tokenizer, **options).targets
+    many = record("a" * 90, [[index, index + 1, second] for index in range(90)], SPANNED)
+    targets = tokenize_records(many, tokenizer=encoder_tokenizer, **options).targets
     assert max(int(row.max()) for row in targets) > 5 * 3**20, "many entities must fit into one target"
 
 
@@ -383,15 +370,13 @@ def test_prompts_omit_answers_and_dummy_records_are_usable(encoder_tokenizer: An
         (TAGGED, "my card\nis", {"tokens": "my card\nis"}),
         (SPANNED, "my card", {"text": "my card"}),
     ):
-        overrides = make_data(columns)
-        prompt = TASK.prompt_fields(text, overrides, at="--prompt")
+        kwargs = make_data(columns)
+        prompt = TASK.prompt_fields(text, kwargs, at="--prompt")
         assert prompt == fields
-        assert set(TASK.list_input_columns(overrides)) == set(fields)
-        assert (
-            len(TASK.tokenize([TASK.without_answer(Record(prompt), overrides)], encoder_tokenizer, data=overrides)) == 1
-        )
-        roles = TASK.list_required_roles(overrides)
-        dummy = {role: TASK.dummy_field(role, overrides, draw=lambda count: count - 1) or "my card" for role in roles}
-        assert TASK.record_validator(overrides)(Record(dummy)) is None
-        assert len(make_entity_reader(overrides)(Record(dummy))[1]) == 1
+        assert set(TASK.list_input_columns(kwargs)) == set(fields)
+        assert len(TASK.tokenize([TASK.without_answer(Record(prompt), kwargs)], encoder_tokenizer, data=kwargs)) == 1
+        roles = TASK.list_required_roles(kwargs)
+        dummy = {role: TASK.dummy_field(role, kwargs, draw=lambda count: count - 1) or "my card" for role in roles}
+        assert TASK.record_validator(kwargs)(Record(dummy)) is None
+        assert len(make_entity_reader(kwargs)(Record(dummy))[1]) == 1
     assert json.loads(dummy["spans"]) == [[0, 1, "dose"]]

@@ -85,11 +85,9 @@ def test_dora_gradients_match_peft(path: str) -> None:
 @pytest.mark.parametrize("keeps", [False, True])
 def test_dora_and_ia3_pass_the_batch_invariance_trial(kind: str, keeps: bool) -> None:
     model = build_fresh("random:llama", "causal_lm", lora=make_lora(kind, keeps=keeps))
-    before = {name: actual_rows.clone() for name, actual_rows in model.state_dict().items()}
+    before = {name: one.clone() for name, one in model.state_dict().items()}
     assert max_batch_influence(model, SHAPES, keeps_states=keeps, max_grad_norm=0.5) == 0.0
-    assert all(torch.equal(actual_rows, before[name]) for name, actual_rows in model.state_dict().items()), (
-        "values must be restored"
-    )
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items()), "values must be restored"
 
 
 def test_base_mixing_examples_is_refused_for_ia3(monkeypatch: pytest.MonkeyPatch) -> None:

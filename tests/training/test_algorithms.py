@@ -35,10 +35,10 @@ SGD = TrainingSpec(optimizer="sgd", learning_rate=0.5, local_steps=3)
 
 
 def run_federation(
-    name: str, *, rounds: int = 3, lost_in: int | None = None, plan: Any = PLAN, **settings: float
+    name: str, *, rounds: int = 3, lost_in: int | None = None, plan: Any = PLAN, **own: float
 ) -> tuple[Adapter, Mapping[str, Arrays]]:
     """Train two sites for several rounds with seeded noise; return the adapter and the sites' states."""
-    algorithm, model = get_algorithm(name, settings or None), build_trained()
+    algorithm, model = get_algorithm(name, own or None), build_trained()
     data = {
         site: make_examples(make_dummy_examples("classification", seed=number)) for number, site in enumerate(SIZES)
     }
@@ -49,8 +49,8 @@ def run_federation(
         frozen = list_frozen_tensors(model.spec.lora, algorithm, adapter.tensors, round=round, sent=sent)
         for site, size in SIZES.items():
             state = {} if round == lost_in else states.get(site, {})
-            common = {"site": site, "round": round, "plan": plan, "training": SGD, "declared_size": size}
-            work = make_work(**common, algorithm=algorithm, sent=sent, state=state, max_adapter_value=2.0)
+            about = {"site": site, "round": round, "plan": plan, "training": SGD, "declared_size": size}
+            work = make_work(**about, algorithm=algorithm, sent=sent, state=state, max_adapter_value=2.0)
             trained = train_round(model, adapter, data[site], work, randomness=SeededRandomness(5))
             updates[site], states[site] = trained
             bound = bound_round_update(
@@ -70,15 +70,8 @@ def run_federation(
                 for key in adapter.tensors
             }
         )  # fmt: skip
-        common = {
-            "sites": tuple(SIZES),
-            "sizes": SIZES,
-            "training": SGD,
-            "plan": plan,
-            "round": round,
-            "frozen": frozen,
-        }
-        kept = algorithm.compute_next_arrays(kept, describe_outcome(average, sent=adapter, **common))
+        about = {"sites": tuple(SIZES), "sizes": SIZES, "training": SGD, "plan": plan, "round": round, "frozen": frozen}
+        kept = algorithm.compute_next_arrays(kept, describe_outcome(average, sent=adapter, **about))
         adapter = average
     return adapter, states
 

@@ -49,8 +49,8 @@ def test_gradients_are_batch_invariant_for_every_architecture(name: str, dtype: 
     shape = SHAPE.get(name) or (TINY if encoder else {**TINY, "num_key_value_heads": 1, "head_dim": 16})
     kind = CONFIG_MAPPING[name]
     settings = {**shape, "max_position_embeddings": 64, "pad_token_id": 0, "initializer_range": 0.2}
-    known_fields = {field.name for field in dataclasses.fields(kind)} | {*kind.attribute_map, "global_head_dim"}
-    config = kind(**{key: value for key, value in settings.items() if key in known_fields})
+    known = {field.name for field in dataclasses.fields(kind)} | {*kind.attribute_map, "global_head_dim"}
+    config = kind(**{key: value for key, value in settings.items() if key in known})
     torch.manual_seed(0)
     (AutoModel if encoder else AutoModelForCausalLM).from_config(config).save_pretrained(tmp_path)
     build_tiny_tokenizer("random:bert" if encoder else "random:llama").save_pretrained(tmp_path)
@@ -60,14 +60,12 @@ def test_gradients_are_batch_invariant_for_every_architecture(name: str, dtype: 
     base = model.base.get_base_model()
     in_four_bits = [module for module in base.modules() if isinstance(module, FourBit)]
     assert bool(in_four_bits) == (dtype == "nf4")
-    coded = [buffer for module in in_four_bits for buffer in module.buffers()]
-    values = [*model.parameters(), *list_frozen_values(model).values(), *coded]
-    weights = {buffer.data_ptr() for buffer in values}
-    in_batches = [
-        key
-        for key, buffer in base.state_dict().items()
-        if buffer.is_floating_point() and buffer.data_ptr() not in weights
+    coded = [one for module in in_four_bits for one in module.buffers()]
+    drawn = [*model.parameters(), *list_frozen_values(model).values(), *coded]
+    weights = {one.data_ptr() for one in drawn}
+    beside = [
+        key for key, one in base.state_dict().items() if one.is_floating_point() and one.data_ptr() not in weights
     ]
-    assert in_batches == [], "the trial must replace all values of a weights file"
+    assert beside == [], "the trial must replace all values of a weights file"
     shapes = Shapes.from_limits(max_length=12, max_tokens=64, positions=60)
     assert max_batch_influence(model, shapes, keeps_states=False, max_grad_norm=1.0) == 0.0

@@ -108,9 +108,7 @@ def test_ordinary_models_pass_the_batch_invariance_trial(
     assert check(model, keeps=keeps) == 0.0
     assert Adapter.from_task_model(model).digest() == before, "the adapter's values must be restored"
     expected = build_last_layer(path, task).state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items()), (
-        "weights must be restored"
-    )
+    assert all(torch.equal(one, expected[name]) for name, one in model.state_dict().items()), "weights must be restored"
 
 
 OTHERS = {
@@ -367,15 +365,13 @@ def test_trial_covers_every_token_position_in_every_row(path: str, task: str) ->
 
 @pytest.mark.parametrize("chosen", [True, False])
 def test_trial_examples_are_redrawn_and_progress_is_reported(chosen: bool) -> None:
-    model, recorded, reported = build_last_layer(), list[torch.Tensor](), list[tuple[int, int]]()
+    model, log, reported = build_last_layer(), list[torch.Tensor](), list[tuple[int, int]]()
     embeddings = model.base.get_base_model().get_input_embeddings()
-    embeddings.register_forward_hook(lambda _, inputs, output: recorded.append(inputs[0]))
+    embeddings.register_forward_hook(lambda _, inputs, output: log.append(inputs[0]))
     total = (3 if chosen else 2) * len(SHAPES.lengths)
     for _ in range(2):
         check(model, weights_chosen=chosen, told=lambda *progress: reported.append(progress))
     assert reported == 2 * [(done, total) for done in range(1, total + 1)]
-    first = len(recorded) // 2
-    num_equal = sum(
-        torch.equal(value, changed) for value, changed in zip(recorded[:first], recorded[first:], strict=True)
-    )
+    first = len(log) // 2
+    num_equal = sum(torch.equal(value, changed) for value, changed in zip(log[:first], log[first:], strict=True))
     assert num_equal <= first // 10, "at most a few one-token examples may be drawn twice"

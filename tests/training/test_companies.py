@@ -71,10 +71,8 @@ def compute_each(model: TaskModel, examples: SiteExamples, chosen: npt.NDArray[n
         for part in examples.parts(chosen):
             rows = gradients.compute_all_gradients(examples.batch(part))
             for row, record in enumerate(part.places.tolist()):
-                gradients_by_record[record] = {name: gradient[row].clone() for name, gradient in rows.items()}
-            assert all(not gradient[len(part.places) :].any() for gradient in rows.values()), (
-                "an empty row must be zero"
-            )
+                gradients_by_record[record] = {name: grad[row].clone() for name, grad in rows.items()}
+            assert all(not grad[len(part.places) :].any() for grad in rows.values()), "an empty row must be zero"
     return gradients_by_record
 
 
@@ -162,25 +160,22 @@ def test_user_mean_is_bitwise_equal_in_any_batch(path: str, task: str, threads: 
 
     def compute_means(chosen: list[int], most_users: int) -> dict[int, Gradients]:
         by_user = UserExamples(make_examples(dataset, shapes), users, most_records=8, most_users=most_users)
-        gradients_by_record: list[Gradients] = []
+        found: list[Gradients] = []
         with record_gradients(model) as gradients:
             for batch in by_user.batch_units([users[user] for user in chosen]):
-                user_means = UserGradients(gradients).compute_gradients(batch)
-                gradients_by_record += [
-                    {name: gradient[user].clone() for name, gradient in user_means.items()}
-                    for user in range(len(batch))
-                ]
-        return dict(zip(chosen, gradients_by_record, strict=True))
+                each = UserGradients(gradients).compute_gradients(batch)
+                found += [{name: one[user].clone() for name, one in each.items()} for user in range(len(batch))]
+        return dict(zip(chosen, found, strict=True))
 
     expected = compute_means(list(range(7)), 64)
     for chosen, most_users in (([3], 64), ([6, 1], 1), ([2, 3, 4, 5], 2), ([6, 5, 4, 3, 2, 1, 0], 64)):
         for user, mean in compute_means(chosen, most_users).items():
             assert are_same_bits(mean, expected[user]), (user, chosen, most_users)
-            separate, in_batch = (
-                compute_clipped_contributions({name: value[None] for name, value in gradient.items()}, 0.1)
-                for gradient in (mean, expected[user])
+            alone, beside = (
+                compute_clipped_contributions({name: value[None] for name, value in one.items()}, 0.1)
+                for one in (mean, expected[user])
             )
-            assert are_same_bits(separate, in_batch)
+            assert are_same_bits(alone, beside)
 
 
 def build_packaged(path: str, task: str, *, dtype: Any = "float32") -> TaskModel:

@@ -63,10 +63,9 @@ def compute_plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Te
 
 def log_probability(model: Any, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the summed log-probability of a text's supervised tokens."""
-    gradients = model.base(input_ids=ids).logits[0].log_softmax(dim=-1)
+    each = model.base(input_ids=ids).logits[0].log_softmax(dim=-1)
     return sum(
-        (gradients[index - 1, target] for index, target in enumerate(targets) if index and target != -100),
-        gradients.sum() * 0.0,
+        (each[index - 1, target] for index, target in enumerate(targets) if index and target != -100), each.sum() * 0.0
     )
 
 
@@ -79,20 +78,14 @@ def compute_loop_gradient(model: TaskModel, dataset: TextDataset, index: int) ->
 def require_sums_of_a_loop(model: TaskModel, dataset: TextDataset, **cut: Any) -> None:
     """Require that the clipped sum matches a loop, for any cut into micro-batches; only some examples are clipped."""
     references = [compute_loop_gradient(model, dataset, index) for index in range(len(dataset))]
-    norms = [
-        float(np.sqrt(sum(np.sum(np.square(gradient)) for gradient in gradients.values()))) for gradients in references
-    ]
+    norms = [float(np.sqrt(sum(np.sum(np.square(grad)) for grad in grads.values()))) for grads in references]
     clip = float(np.median([norm for norm in norms if norm]))
     assert SMALLEST_NORM < clip < max(norms), "some gradients must be clipped, and some not"
     factors = [min(1.0, clip / norm) if norm else 1.0 for norm in norms]
     for max_tokens in (1, 40, 10_000):
         found = sum_examples(model, make_examples(dataset, max_tokens=max_tokens, **cut), clip)
         for name, total in found.items():
-            looped = (
-                sum(factor * gradients[name] for factor, gradients in zip(factors, references, strict=True))
-                / clip
-                * CELLS
-            )
+            looped = sum(factor * grads[name] for factor, grads in zip(factors, references, strict=True)) / clip * CELLS
             assert np.abs(total.numpy() - looped).max() <= 1e-5 * CELLS * len(dataset), (name, max_tokens)
 
 

@@ -115,20 +115,17 @@ def test_removing_a_unit_changes_the_sum_by_exactly_its_contribution(
 ) -> None:
     draws = np.random.default_rng(seed)
     values = make_dummy_gradients(draws, kind, clip * relative, units)
-    removed = int(draws.integers(units))
-    with_record, without_record = (
-        sum_gradients(split_tensors(contributions), clip)
-        for contributions in (values, np.delete(values, removed, axis=0))
-    )
-    contribution = compute_clipped_contributions(split_tensors(values[removed : removed + 1]), clip)
-    change = {name: with_record[name] - without_record[name] for name in with_record}
-    assert are_equal(change, {name: contribution[name].to(torch.int64).reshape(SHAPES[name]) for name in contribution})
-    assert compute_squares({name: value[None] for name, value in change.items()})[0] <= CELLS**2
+    gone = int(draws.integers(units))
+    larger, smaller = (sum_gradients(split_tensors(each), clip) for each in (values, np.delete(values, gone, axis=0)))
+    own = compute_clipped_contributions(split_tensors(values[gone : gone + 1]), clip)
+    moved = {name: larger[name] - smaller[name] for name in larger}
+    assert are_equal(moved, {name: own[name].to(torch.int64).reshape(SHAPES[name]) for name in own})
+    assert compute_squares({name: one[None] for name, one in moved.items()})[0] <= CELLS**2
     sums = empty()
     for part in np.split(draws.permutation(units), sorted(cut for cut in cuts if cut < units)):
         if len(part):
             add_clipped(sums, split_tensors(values[part]), clip)
-    assert are_equal(sums, with_record), "order and batching must not change a cell"
+    assert are_equal(sums, larger), "order and batching must not change a cell"
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -140,15 +137,12 @@ def test_contribution_does_not_depend_on_the_number_of_rows(threads: int, values
     gradient = torch.randn((13, values), generator=generator)
     many_tensors = {str(number): torch.randn((40, 50), generator=generator) * 3.0**-number for number in range(26)}
     example_gradients = {"a": gradient, "b": gradient[:, :7] * 3}
-    contributions, norms = (
-        compute_clipped_contributions(example_gradients, 0.5),
-        dp_step._compute_joint_norms(many_tensors),
-    )
+    parts, norms = compute_clipped_contributions(example_gradients, 0.5), dp_step._compute_joint_norms(many_tensors)
     for rows in (1, 2, 3, 4, 7, 12):
         for start in {0, 1, 13 - rows}:
             part = slice(start, start + rows)
             fewer = compute_clipped_contributions({name: value[part] for name, value in example_gradients.items()}, 0.5)
-            assert all(torch.equal(fewer[name], value[part]) for name, value in contributions.items())
+            assert all(torch.equal(fewer[name], value[part]) for name, value in parts.items())
             assert torch.equal(
                 dp_step._compute_joint_norms({name: value[part] for name, value in many_tensors.items()}), norms[part]
             )
@@ -190,15 +184,13 @@ def test_user_changes_the_sum_by_only_its_contribution(
             add_clipped(sums, UserGradients(table).compute_gradients(batch), clip)
         return sums
 
-    all_users = list(range(len(sizes)))
-    total, removed = sum_users(all_users), int(draws.integers(len(sizes)))
-    assert are_equal(total, sum_users(all_users[::-1]))
-    remaining, contribution = sum_users([user for user in all_users if user != removed]), sum_users([removed])
-    assert are_equal(contribution, {name: total[name] - remaining[name] for name in total})
-    assert np.isfinite(values[users[removed]]).all() or not any(value.any() for value in contribution.values()), (
-        "NaN must count as 0"
-    )
-    assert compute_squares({name: value[None] for name, value in contribution.items()})[0] <= CELLS**2
+    everyone = list(range(len(sizes)))
+    total, gone = sum_users(everyone), int(draws.integers(len(sizes)))
+    assert are_equal(total, sum_users(everyone[::-1]))
+    rest, own = sum_users([user for user in everyone if user != gone]), sum_users([gone])
+    assert are_equal(own, {name: total[name] - rest[name] for name in total})
+    assert np.isfinite(values[users[gone]]).all() or not any(one.any() for one in own.values()), "NaN must count as 0"
+    assert compute_squares({name: one[None] for name, one in own.items()})[0] <= CELLS**2
 
 
 @pytest.mark.parametrize("bad_value", [float("nan"), float("inf"), -float("inf"), 3e38])

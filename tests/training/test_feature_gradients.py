@@ -140,43 +140,30 @@ def test_invalid_feature_record_does_not_change_the_sum(monkeypatch: pytest.Monk
     spec, reader = make_data(*FEATURES, labels=("one", "two", "three")), NoTokenizer()
     draws = np.random.default_rng(1)
     rows = [
-        Record(
-            {
-                f"feature:{name}": feature.generate_dummies(draws.integers)
-                for feature in FEATURES
-                for name in feature.columns
-            }
-        )
+        Record({f"feature:{name}": one.generate_dummies(draws.integers) for one in FEATURES for name in one.columns})
         for _ in range(4)
     ]
-    good_records = [Record({**row.fields, "label": "two"}) for row in rows]
-    bad_record = Record({**good_records[1].fields, "feature:states": "[1, 2]"})
-    assert model.task.record_validator(spec)(bad_record) is not None
-    require_nothing_added(model, bad_record, good_records, reader, spec, monkeypatch)
+    good = [Record({**row.fields, "label": "two"}) for row in rows]
+    bad = Record({**good[1].fields, "feature:states": "[1, 2]"})
+    assert model.task.record_validator(spec)(bad) is not None
+    require_nothing_added(model, bad, good, reader, spec, monkeypatch)
 
 
 def require_nothing_added(
-    model: TaskModel,
-    bad_record: Record,
-    good_records: list[Record],
-    reader: Any,
-    spec: DataSpec,
-    monkeypatch: pytest.MonkeyPatch,
+    model: TaskModel, bad: Record, good: list[Record], reader: Any, spec: DataSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Require that a bad record adds nothing, and that the other three records' contributions do not change."""
     task = model.task
-    assert [task.record_validator(spec)(feature) for feature in good_records] == [None] * 4
+    assert [task.record_validator(spec)(one) for one in good] == [None] * 4
     with monkeypatch.context() as patched:  # as if validation had accepted it
         patched.setattr(type(task), "record_validator", lambda self, data: lambda record: None)
-        mixed = task.tokenize([good_records[0], bad_record, *good_records[2:]], reader, data=spec, lenient_within=1)
-    tokenized = (mixed, task.tokenize(good_records, reader, data=spec))
-    gradients, expected = (
-        record_example_gradients(model, collate(reference, range(4), pad_id=0).to(DEVICE)) for reference in tokenized
-    )
-    for name, feature in gradients.items():
-        assert not feature[1].any(), name
+        mixed = task.tokenize([good[0], bad, *good[2:]], reader, data=spec, lenient_within=1)
+    read = (mixed, task.tokenize(good, reader, data=spec))
+    grads, without = (record_example_gradients(model, collate(ref, range(4), pad_id=0).to(DEVICE)) for ref in read)
+    for name, one in grads.items():
+        assert not one[1].any(), name
         for index in (0, 2, 3):
-            assert torch.equal(feature[index], expected[name][index])
+            assert torch.equal(one[index], without[name][index])
 
 
 Folders, Layers = dict[str, Path], tuple[int, ...] | None
@@ -209,20 +196,16 @@ def test_image_gradients_match_a_loop(folders: Folders, kind: str, task: str) ->
 @pytest.mark.parametrize("layers", [None, (-1,)])
 def test_image_is_bitwise_equal_in_any_batch(folders: Folders, kind: str, layers: Layers) -> None:
     model = make_image_spec(folders[kind], layers=layers)
-    num_patches = MODELS[kind][2]
-    shapes = choose_micro_batch_shapes(model, RUNTIME, max_length=num_patches)
-    max_images = 60 // num_patches
-    assert (shapes.lengths, shapes.rows(num_patches)[0], shapes.capacity(num_patches, max_images)) == (
-        (num_patches,),
-        max_images,
-        max_images,
-    )
+    places = MODELS[kind][2]
+    shapes = choose_micro_batch_shapes(model, RUNTIME, max_length=places)
+    most = 60 // places
+    assert (shapes.lengths, shapes.rows(places)[0], shapes.capacity(places, most)) == ((places,), most, most)
     dataset = make_records(model, 31)
-    all_gradients = compute_each(model, make_examples(dataset, shapes), np.arange(31))
+    grads = compute_each(model, make_examples(dataset, shapes), np.arange(31))
     examples = make_examples(dataset, shapes, kept_by=model if layers else None)
     require_batch_invariance(model, examples, companies=5)
-    repeated = compute_each(model, examples, np.arange(31))  # possibly from cached states of the frozen layers
-    assert all(are_same_bits(feature, all_gradients[index]) for index, feature in repeated.items())
+    rerun = compute_each(model, examples, np.arange(31))  # possibly from cached states of the frozen layers
+    assert all(are_same_bits(one, grads[index]) for index, one in rerun.items())
     if (kind, layers) in (("dinov2", None), ("vit", (-1,))):  # the trial must detect it, too
         require_nothing_moved(model, shapes, keeps_states=bool(layers))
 
@@ -231,13 +214,11 @@ def test_undecodable_image_does_not_change_the_sum(folders: Folders, monkeypatch
     model = make_image_spec(folders["vit"])
     spec = make_data(columns={"image": "i", "label": "y"}, max_length=5, input="image", labels=LABELS)
     reader = ImageReader(*load_processor(model.spec.model))
-    good_records = [
+    good = [
         Record({"image": read_image_field(encode_image(make_picture(seed=index)), "image"), "label": "two"})
         for index in range(4)
     ]
-    bad_record = Record(
-        {**good_records[1].fields, "image": read_image_field(encode_image(make_picture(seed=1))[:-40], "image")}
-    )
-    fault = model.task.record_validator(spec)(bad_record)
+    bad = Record({**good[1].fields, "image": read_image_field(encode_image(make_picture(seed=1))[:-40], "image")})
+    fault = model.task.record_validator(spec)(bad)
     assert "not a decodable image" in str(fault)
-    require_nothing_added(model, bad_record, good_records, reader, spec, monkeypatch)
+    require_nothing_added(model, bad, good, reader, spec, monkeypatch)

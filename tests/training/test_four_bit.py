@@ -67,13 +67,11 @@ def test_nf4_gradients_match_autograd_on_the_dequantized_weights(
     formats = ("nf4", "bfloat16", "float32")
     model, coarse, exact = (disable_onednn(build_trained(path, task, dtype=dtype, lora=lora)) for dtype in formats)
     batch = make_micro_batch(make_dummy_examples(task, 8))
-    gradients, rounded = record_example_gradients(model, batch), record_example_gradients(exact, batch)
-    assert any(not torch.allclose(gradients[name], rounded[name], rtol=0.01) for name in gradients), (
-        "4 bits must be coarse"
-    )
+    grads, rounded = record_example_gradients(model, batch), record_example_gradients(exact, batch)
+    assert any(not torch.allclose(grads[name], rounded[name], rtol=0.01) for name in grads), "4 bits must be coarse"
     # A loop alone would prove nothing: layers that pass no gradient to their input would match themselves.
     same = record_example_gradients(dequantize_model(model, coarse), batch)
-    assert all(torch.equal(gradients[name], same[name]) for name in gradients)
+    assert all(torch.equal(grads[name], same[name]) for name in grads)
     for module in (model, coarse):
         parameters = module.trainable()
         for row in range(8):
@@ -81,7 +79,7 @@ def test_nf4_gradients_match_autograd_on_the_dequantized_weights(
             expected = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, expected, strict=True):
                 assert gradient is not None, name
-                assert (gradients[name][row] - gradient).norm() <= 1e-5 * gradient.norm(), name
+                assert (grads[name][row] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 @kinds

@@ -88,10 +88,8 @@ def test_measurement_ends_after_the_allowed_time(set_seconds: Any) -> None:
 
 def test_large_products_get_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    multiply_exactly = frozen_linear.multiply_frozen
-    monkeypatch.setattr(
-        frozen_linear, "multiply_frozen", lambda *args: rows.append(len(args[0])) or multiply_exactly(*args)
-    )
+    plain = frozen_linear.multiply_frozen
+    monkeypatch.setattr(frozen_linear, "multiply_frozen", lambda *args: rows.append(len(args[0])) or plain(*args))
     monkeypatch.setattr(number_format, "_MAX_OPERATIONS", 8 * 64 * 30)
     clock = iter(range(1000)).__next__  # each reading is a second later, which allows one pass
     measure_products({(8, 4): 1, (4, 8): 1}, tokens=512, formats=("float32",), clock=clock)
@@ -102,9 +100,7 @@ def test_large_products_get_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_number_format_is_measured_once_and_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     seconds = {"float32": 1.06, "mixed": 1.0}
-    monkeypatch.setattr(
-        number_format, "measure_products", lambda shapes, **kwargs: calls.append((shapes, kwargs)) or seconds
-    )
+    monkeypatch.setattr(number_format, "measure_products", lambda shapes, **how: calls.append((shapes, how)) or seconds)
     model, runtime, texts = (
         ModelSpec(path="random:bert", dtype="auto"),
         RuntimeSpec(num_threads=3, device="cpu"),

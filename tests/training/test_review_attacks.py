@@ -34,22 +34,17 @@ def attack_model(model: TaskModel, clip: float, *, seed: int, first_id: int, cla
     ids = tuple(draws.integers(first_id, model.num_ids, size=length).astype(np.int32) for length in lengths)
     targets = draws.integers(0, classes, size=len(ids))
     shapes = Shapes.from_limits(max_length=LONGEST, max_tokens=2048)
-    few_examples, many_examples = (
-        make_examples(TextDataset(ids[:count], targets[:count]), shapes) for count in (OTHERS, OTHERS + 1)
-    )
-    after = compute_each(model, many_examples, np.arange(OTHERS + 1))
-    for index, gradient in compute_each(model, few_examples, np.arange(OTHERS)).items():
+    few, many = (make_examples(TextDataset(ids[:count], targets[:count]), shapes) for count in (OTHERS, OTHERS + 1))
+    after = compute_each(model, many, np.arange(OTHERS + 1))
+    for index, gradient in compute_each(model, few, np.arange(OTHERS)).items():
         assert are_same_bits(gradient, after[index]), f"record {index} affected another"
-    contributions = compute_clipped_contributions({name: one[None] for name, one in after[OTHERS].items()}, clip)
-    with_few, with_all = sum_examples(model, few_examples, clip), sum_examples(model, many_examples, clip)
-    for name, one in with_all.items():
-        one -= with_few[name]
-        assert torch.equal(one.flatten(), contributions[name].flatten().to(torch.int64))
-    norms = [
-        float(torch.cat([one.flatten() for one in example_gradients.values()]).double().norm())
-        for example_gradients in after.values()
-    ]
-    return sum(value**2 for one in with_all.values() for value in one.flatten().tolist()), norms
+    own = compute_clipped_contributions({name: one[None] for name, one in after[OTHERS].items()}, clip)
+    without, moved = sum_examples(model, few, clip), sum_examples(model, many, clip)
+    for name, one in moved.items():
+        one -= without[name]
+        assert torch.equal(one.flatten(), own[name].flatten().to(torch.int64))
+    norms = [float(torch.cat([one.flatten() for one in each.values()]).double().norm()) for each in after.values()]
+    return sum(value**2 for one in moved.values() for value in one.flatten().tolist()), norms
 
 
 @pytest.mark.nightly

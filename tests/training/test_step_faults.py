@@ -66,17 +66,15 @@ def test_many_equal_values_stay_within_the_clip_norm(size: int, count: int) -> N
 @pytest.mark.parametrize("bad_value", [torch.nan, torch.inf, -torch.inf])
 def test_non_finite_gradient_is_zeroed_and_affects_no_other_example(bad_value: float) -> None:
     gradients = draw_gradients(5)
-    expected = {name: value.clone() for name, value in compute_clipped_contributions(gradients, 1.0).items()}
+    ref = {name: value.clone() for name, value in compute_clipped_contributions(gradients, 1.0).items()}
     gradients["head.weight"][2, 1, 1] = bad_value
     for name, value in compute_clipped_contributions(gradients, 1.0).items():
         assert not value[2].any()
-        assert torch.equal(value[[0, 1, 3, 4]], expected[name][[0, 1, 3, 4]])
+        assert torch.equal(value[[0, 1, 3, 4]], ref[name][[0, 1, 3, 4]])
     largest = torch.finfo(torch.float32).max
-    contributions = compute_clipped_contributions(
-        {"a": torch.tensor([[largest, -largest, 0.0], [3.0, -3.0, 0.0]])}, 1.0
-    )["a"]
-    assert torch.equal(contributions[0], contributions[1]), "the largest finite gradient must be clipped normally"
-    assert 0.99 * CELLS**2 < float(contributions[0].square().sum()) <= CELLS**2
+    parts = compute_clipped_contributions({"a": torch.tensor([[largest, -largest, 0.0], [3.0, -3.0, 0.0]])}, 1.0)["a"]
+    assert torch.equal(parts[0], parts[1]), "the largest finite gradient must be clipped normally"
+    assert 0.99 * CELLS**2 < float(parts[0].square().sum()) <= CELLS**2
 
 
 make_plan = partial(conftest.make_plan, sampling_rate=0.5, max_grad_norm=0.7, local_steps=1)
@@ -104,8 +102,7 @@ class MadeUp:
 def measure_moves(units: MadeUp, plan: Plan, *, declared_size: int, steps: int = 1) -> npt.NDArray[np.float64]:
     """Measure the moves of plain gradient descent at rate 1 along each coordinate of the joint vector."""
     parameters = {
-        name: nn.Parameter(torch.zeros(gradient.shape[1:], dtype=torch.float64))
-        for name, gradient in units.gradients.items()
+        name: nn.Parameter(torch.zeros(grad.shape[1:], dtype=torch.float64)) for name, grad in units.gradients.items()
     }
     streams = {purpose: SeededRandomness(4).stream(purpose) for purpose in ("sampling", "noise")}
     optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
@@ -116,17 +113,15 @@ def measure_moves(units: MadeUp, plan: Plan, *, declared_size: int, steps: int =
 
 
 def test_step_is_the_sampled_sum_over_the_declared_size() -> None:
-    units = MadeUp(
-        {name: gradient.repeat(4, *[1] * (gradient.dim() - 1)) for name, gradient in draw_gradients(7).items()}
-    )
+    units = MadeUp({name: grad.repeat(4, *[1] * (grad.dim() - 1)) for name, grad in draw_gradients(7).items()})
     rows = [np.asarray(value, dtype=np.float64).reshape(len(value), -1) for value in units.gradients.values()]
     exact = np.concatenate(rows, axis=1)  # (n, all values of a unit)
     clipped = exact * np.minimum(1, 0.7 / np.linalg.norm(exact, axis=1))[:, None]
-    contributions = measure_moves(units, make_plan(), declared_size=40)
+    parts = measure_moves(units, make_plan(), declared_size=40)
     sampled = draw_poisson_sample(28, 0.5, SeededRandomness(4).stream("sampling"))
     assert units.drawn == [sampled.tolist()]
     assert len(sampled) not in (0, 20, 28)
-    np.testing.assert_allclose(contributions, clipped[sampled].sum(axis=0) / (0.5 * 40), atol=1e-5)
+    np.testing.assert_allclose(parts, clipped[sampled].sum(axis=0) / (0.5 * 40), atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, 30])

@@ -11,9 +11,7 @@ from fedtune.training.spec import Machine, TrainingSpec, choose_learning_rate
 
 
 def test_automatic_learning_rate_gives_all_schedules_the_same_path() -> None:
-    constant, linear = (
-        choose_learning_rate(steps=50, schedule=schedule, private=True) for schedule in ("constant", "linear")
-    )
+    constant, linear = (choose_learning_rate(steps=50, schedule=one, private=True) for one in ("constant", "linear"))
     assert constant == pytest.approx(0.2 / 50**0.5)
     spec = TrainingSpec(schedule="linear")
     path = sum(linear * compute_learning_rate_factor(spec, step=step, total_steps=50) for step in range(50))
@@ -22,13 +20,11 @@ def test_automatic_learning_rate_gives_all_schedules_the_same_path() -> None:
     assert choose_learning_rate(steps=50, schedule="linear", private=False) == pytest.approx(linear / 2)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"optimizer": "sgd"}, {"head_learning_rate": 0.1}, {"unclipped_learning_rate": 0.1}]
-)
-def test_automatic_learning_rate_requires_plain_adam(changes: dict[str, Any]) -> None:
-    key = next(iter(changes)).replace("optimizer", "learning_rate")
+@pytest.mark.parametrize("other", [{"optimizer": "sgd"}, {"head_learning_rate": 0.1}, {"unclipped_learning_rate": 0.1}])
+def test_automatic_learning_rate_requires_plain_adam(other: dict[str, Any]) -> None:
+    key = next(iter(other)).replace("optimizer", "learning_rate")
     with pytest.raises(ConfigError, match=rf"^{key} = "):
-        TrainingSpec(learning_rate="auto", **changes)
+        TrainingSpec(learning_rate="auto", **other)
 
 
 GOLDEN = [

@@ -127,15 +127,13 @@ def test_frozen_tensors_may_only_shrink(settings: TrainingSpec, sent_adapter: Ad
     assert frozen == {resting}
     bound = bound_round_update(settings, PLAN, round=1, declared_size=SIZE, sent=sent_adapter, frozen=frozen)
     for step in (0.01, -0.01):
-        shifted = sent_adapter.tensors[resting] + np.copysign(np.float32(step), step * sent_adapter.tensors[resting])
-        assert not bound.allows({**sent_adapter.tensors, resting: shifted}, sent=sent_adapter)
+        moved = sent_adapter.tensors[resting] + np.copysign(np.float32(step), step * sent_adapter.tensors[resting])
+        assert not bound.allows({**sent_adapter.tensors, resting: moved}, sent=sent_adapter)
     assert bound.allows({**sent_adapter.tensors, resting: sent_adapter.tensors[resting] / 2}, sent=sent_adapter), (
         "shrinking must stay allowed"
     )
-    incomplete = Adapter({name: value for name, value in sent_adapter.tensors.items() if name != resting})
-    assert bound.norm == bound_round_update(settings, PLAN, round=1, declared_size=SIZE, sent=incomplete).norm
+    others = Adapter({name: value for name, value in sent_adapter.tensors.items() if name != resting})
+    assert bound.norm == bound_round_update(settings, PLAN, round=1, declared_size=SIZE, sent=others).norm
     plain = replace(PLAN, noise_multiplier=0.0)
-    unmoved = bound_round_update(settings, plain, round=1, declared_size=SIZE, sent=sent_adapter, frozen=frozen)
-    assert not unmoved.allows(
-        {**sent_adapter.tensors, resting: sent_adapter.tensors[resting] * 1.01}, sent=sent_adapter
-    )
+    still = bound_round_update(settings, plain, round=1, declared_size=SIZE, sent=sent_adapter, frozen=frozen)
+    assert not still.allows({**sent_adapter.tensors, resting: sent_adapter.tensors[resting] * 1.01}, sent=sent_adapter)

@@ -57,15 +57,12 @@ def test_membership_attack_detects_full_memorization() -> None:
 
 
 def test_membership_attack_without_classes_uses_only_losses() -> None:
-    without_classes = [
-        ScoredRecords(scores.before, scores.after, scores.embeddings[:, :0], np.full(50, -1), np.full(50, -1))
-        for scores in (score_records(50, memorized=0.0, seed=seed) for seed in (6, 7))
+    plain = [
+        ScoredRecords(one.before, one.after, one.embeddings[:, :0], np.full(50, -1), np.full(50, -1))
+        for one in (score_records(50, memorized=0.0, seed=seed) for seed in (6, 7))
     ]
-    assert [scores.name for scores in rank_records(*without_classes, shadows=4, seed=0)] == [
-        "loss",
-        "ratio to the base",
-    ]
-    assert "no declared label set" in describe_attribute(*without_classes).sentence
+    assert [one.name for one in rank_records(*plain, shadows=4, seed=0)] == ["loss", "ratio to the base"]
+    assert "no declared label set" in describe_attribute(*plain).sentence
 
 
 @pytest.mark.parametrize(("memorized", "detected"), [(2.0, True), (0.0, False)])

@@ -27,9 +27,7 @@ def remove_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 def remove_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
     def add_up(gradients: Any, max_grad_norm: float) -> dict[str, torch.Tensor]:
         cell = compute_cell_width(max_grad_norm)
-        return {
-            name: (gradient.double() / cell).round().to(torch.int64).sum(dim=0) for name, gradient in gradients.items()
-        }
+        return {name: (grad.double() / cell).round().to(torch.int64).sum(dim=0) for name, grad in gradients.items()}
 
     monkeypatch.setattr(dp_step, "sum_clipped", add_up)
 

@@ -137,15 +137,13 @@ def test_audit_detects_a_memorizing_model(run_audit: Any, inject_fault: Break) -
 
 
 def test_audit_findings_appear_in_the_report(sound_audit: Any) -> None:
-    _, audit_result, folder = sound_audit
+    _, result, folder = sound_audit
     stored = json.loads((folder / "audit.json").read_text())
     assert stored["schema_version"] == RUN_SCHEMA
     assert (stored["confidence"], stored["delta"], stored["seeded"]) == (0.95, 1e-5, False)
     in_report = json.loads((folder / "report.json").read_text())["facts"]["audit"]
     assert in_report == {key: value for key, value in stored.items() if key != "schema_version"}
-    assert [bound["lower_bound"] for bound in in_report["bounds"]] == [
-        bound.lower_bound for bound in audit_result.bounds
-    ]
+    assert [bound["lower_bound"] for bound in in_report["bounds"]] == [bound.lower_bound for bound in result.bounds]
     page = (folder / "report.html").read_text()
     assert "Claimed epsilon, and epsilon shown by the attack" in page
     assert 'data-at="/facts/audit/bounds/2/lower_bound"' in page

@@ -146,18 +146,16 @@ def test_lengths_are_measured_before_truncation(tickets: Tickets) -> None:
 
 def test_duplicate_and_contradictory_pairs_are_reported(tmp_path: Path) -> None:
     pairs = ["a hotel, an inn, 4", "a car, a bus, 2", "an inn, a bus, 9", "a house, a hut, 3", "a car, an inn, 1"]
-    rows = [
-        {"a": finding, "b": other, "s": int(score)} for finding, other, score in (pair.split(", ") for pair in pairs)
-    ]
+    rows = [{"a": one, "b": other, "s": int(score)} for one, other, score in (pair.split(", ") for pair in pairs)]
     scored = ("experiment=own_pairs", "model=random_bert", "data.target_range=[0,5]", "federation.num_sites=2")
     scored += ("data.columns={text: a, other: b, target: s}",)
-    checks = check_config(compose_over_rows(tmp_path, rows, *scored))
-    ((key, problem, bound),) = checks.files[0].errors
-    assert (key.endswith(":3, target"), problem) == (True, "outside the range")
+    some = check_config(compose_over_rows(tmp_path, rows, *scored))
+    ((key, what, bound),) = some.files[0].errors
+    assert (key.endswith(":3, target"), what) == (True, "outside the range")
     assert bound == "must be in data.target_range: 0 to 5"
-    assert summarize_findings(checks) == ["shared (one is in 2) 5=1"]
-    rechecked = check_config(compose_over_rows(tmp_path, [*rows, rows[0], rows[3] | {"s": 5}], *scored))
-    assert {"same 6=1", "contradiction 7=4"} < set(summarize_findings(rechecked)), "the same texts with another score"
+    assert summarize_findings(some) == ["shared (one is in 2) 5=1"]
+    again = check_config(compose_over_rows(tmp_path, [*rows, rows[0], rows[3] | {"s": 5}], *scored))
+    assert {"same 6=1", "contradiction 7=4"} < set(summarize_findings(again)), "the same texts with another score"
 
 
 def test_invalid_spans_are_counted_without_quoting_text(tmp_path: Path) -> None:
@@ -171,21 +169,17 @@ def test_invalid_spans_are_counted_without_quoting_text(tmp_path: Path) -> None:
     rows = [{"text": text, "spans": spans} for text, spans in texts.items()]
     marked = ("experiment=own_entities", "data.columns={text: text, spans: spans}", "data.labels=[card,place]")
     checks = check_config(compose_over_rows(tmp_path, rows, *marked, "model=random_bert"))
-    (findings,) = checks.files
+    (found,) = checks.files
     assert "hidden 5" in summarize_findings(checks), "of two parts in one word one is learned"
-    assert [finding[1] for finding in findings.errors] == [
-        "spans that overlap",
-        "a span outside the text",
-        "not declared",
-    ]
-    assert sum(findings.num_errors.values()) == 3
-    assert "secret" not in repr(findings)
-    assert findings.labels == {"card": 2, "place": 2}
+    assert [one[1] for one in found.errors] == ["spans that overlap", "a span outside the text", "not declared"]
+    assert sum(found.num_errors.values()) == 3
+    assert "secret" not in repr(found)
+    assert found.labels == {"card": 2, "place": 2}
 
 
 def test_inconsistent_tags_and_truncated_words_are_reported(tmp_path: Path) -> None:
     tags = [["B-x", "I-x"], ["O", "I-x"], ["B-y", "I-x"], ["B-x", "L-x", "L-x"], ["U-x", "B-x", "E-x"], ["x", "x"]]
-    rows = [{"tokens": ["a"] * len(finding), "tags": finding} for finding in tags]
+    rows = [{"tokens": ["a"] * len(one), "tags": one} for one in tags]
     rows.append({"tokens": ["a"] * 20, "tags": ["O"] * 20})
     tagged = (
         "experiment=own_entities",
@@ -197,11 +191,7 @@ def test_inconsistent_tags_and_truncated_words_are_reported(tmp_path: Path) -> N
 
     def list_found(windows: int) -> list[str]:
         config = compose_over_rows(tmp_path, rows, *tagged, f"data.windows={windows}")
-        return [
-            finding
-            for finding in summarize_findings(check_config(config))
-            if finding.startswith(("scheme", "cut", "lost"))
-        ]
+        return [one for one in summarize_findings(check_config(config)) if one.startswith(("scheme", "cut", "lost"))]
 
     assert list_found(1) == ["cut 7", "lost 7", "scheme 2 3 4"]
     assert list_found(3) == ["scheme 2 3 4"], "windows have room for all"

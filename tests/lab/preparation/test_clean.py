@@ -123,20 +123,15 @@ def test_cleaning_without_remaining_rows_writes_no_file(tmp_path: Path) -> None:
 
 def test_json_text_is_masked_inside_and_stays_valid(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "write to\na@b.example"}, {"role": "assistant", "content": "done"}]
-    details = {"from": {"mail": "c@d.example", "phone": 493012345678, "n": 3}, "odd": "[not json"}
+    about = {"from": {"mail": "c@d.example", "phone": 493012345678, "n": 3}, "odd": "[not json"}
     calm = '{"spaces":1 ,  "kept": [true]}'
-    rows_in = {
-        "chosen": json.dumps(turns),
-        "rejected": json.dumps(turns[:1]),
-        "about": json.dumps(details),
-        "calm": calm,
-    }
-    _, (masked,) = clean_file(
-        write_rows(tmp_path, rows_in), mask=True, columns={role: role for role in ("chosen", "rejected")}
+    given = {"chosen": json.dumps(turns), "rejected": json.dumps(turns[:1]), "about": json.dumps(about), "calm": calm}
+    _, (kept,) = clean_file(
+        write_rows(tmp_path, given), mask=True, columns={role: role for role in ("chosen", "rejected")}
     )
-    assert json.loads(masked["chosen"])[0] == {"role": "user", "content": "write to\n[e-mail]"}
-    assert json.loads(masked["chosen"])[1] == turns[1]
-    assert json.loads(masked["rejected"]) == json.loads(masked["chosen"])[:1]
-    inner = json.loads(masked["about"])
+    assert json.loads(kept["chosen"])[0] == {"role": "user", "content": "write to\n[e-mail]"}
+    assert json.loads(kept["chosen"])[1] == turns[1]
+    assert json.loads(kept["rejected"]) == json.loads(kept["chosen"])[:1]
+    inner = json.loads(kept["about"])
     assert (inner["from"]["mail"], inner["from"]["n"], inner["odd"]) == ("[e-mail]", 3, "[not json")
-    assert masked["calm"] == calm, "as it was, where nothing is masked"
+    assert kept["calm"] == calm, "as it was, where nothing is masked"

@@ -58,7 +58,7 @@ def test_misleading_column_layouts_are_refused(tmp_path: Path, columns: dict[str
 
 
 @pytest.mark.parametrize(
-    ("columns", "name", "reason"),
+    ("columns", "name", "why"),
     [
         ({"messages": [ASK, SAY | {"reasoning_content": "hm"}]}, "messages: reasoning_content", "runs ignore it"),
         ({"messages": [ASK, SAY | {"masked": 1}]}, "messages: masked", "runs ignore it"),
@@ -73,10 +73,8 @@ def test_misleading_column_layouts_are_refused(tmp_path: Path, columns: dict[str
         ),
     ],
 )
-def test_unused_columns_are_listed_with_a_reason(
-    tmp_path: Path, columns: dict[str, Any], name: str, reason: str
-) -> None:
-    assert reason in dict(detect_in_file(tmp_path, columns).unread)[name]
+def test_unused_columns_are_listed_with_a_reason(tmp_path: Path, columns: dict[str, Any], name: str, why: str) -> None:
+    assert why in dict(detect_in_file(tmp_path, columns).unread)[name]
 
 
 @pytest.mark.parametrize(

@@ -372,19 +372,12 @@ KINDS = st.lists(st.sampled_from(["whole", *NOTED]), min_size=12, max_size=20)
 @given(kinds=KINDS, names=st.sampled_from([("text", "spans"), ("content", "entities")]))
 def test_damaged_rows_are_counted_in_any_order(tmp_path: Path, kinds: Any, names: Any) -> None:
     """Offsets are compared with word boundaries, and encoding damage is reported."""
-    plain_text, texts = (
-        "cards are lost",
-        {"damaged": "f\u00c3\u00bcr are lost", "marked_up": "cards are<br/>lost &amp; gone"},
-    )
-    cells = [
-        [f"{texts.get(kind, plain_text)} {n}", [[0, 4 if kind == "torn" else 9, "x"]]] for n, kind in enumerate(kinds)
-    ]
-    (tmp_path / "rows.jsonl").write_text(
-        "".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in cells)
-    )
-    notes = write_experiment(tmp_path / "rows.jsonl").notes
+    lost, texts = "cards are lost", {"damaged": "f\u00c3\u00bcr are lost", "marked_up": "cards are<br/>lost &amp; gone"}
+    made = [[f"{texts.get(kind, lost)} {n}", [[0, 4 if kind == "torn" else 9, "x"]]] for n, kind in enumerate(kinds)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in made))
+    told = write_experiment(tmp_path / "rows.jsonl").notes
     for kind, note in NOTED.items():
-        counted = [line for line in notes.splitlines() if note in line]
+        counted = [line for line in told.splitlines() if note in line]
         assert bool(counted) == (kind in kinds)
         assert all(f"{kinds.count(kind)} of " in line for line in counted)
 

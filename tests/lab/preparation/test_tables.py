@@ -72,24 +72,20 @@ def test_ranges_are_declared_globally_or_per_column(tmp_path: Path, labs_file: P
 
 def test_undeclared_ranges_are_requested_before_the_run(labs_file: Path, command: Any) -> None:
     assert command("data", "init", "labs.json", "--label", "diagnosis").code == 0
-    others = ", ".join(f"data.features[{finding}" for finding in ("crp].range", "sex].categories", "states].range"))
-    message = f"data.features[age].range = '': is required (also missing: {others}): replace ??? in the experiment file"
-    assert command("simulate", "experiment=./labs.yaml").failed().startswith(message)
+    others = ", ".join(f"data.features[{one}" for one in ("crp].range", "sex].categories", "states].range"))
+    said = f"data.features[age].range = '': is required (also missing: {others}): replace ??? in the experiment file"
+    assert command("simulate", "experiment=./labs.yaml").failed().startswith(said)
     page = labs_file.read_text().replace('"age"], range: "???"', '"age"], range: [0, 60]')
     page = page.replace('"crp"], range: "???"', '"crp"], range: [0, 2000]')
     page = page.replace('categories: "???"', "categories: [zqf]").replace('range: "???"', "range: [-20, 20]")
     labs_file.write_text(page)
-    printed = command("data", "check", "labs.yaml", "--json").printed
-    (file,) = json.loads(printed)["checked"]["files"]
+    told = command("data", "check", "labs.yaml", "--json").printed
+    (file,) = json.loads(told)["checked"]["files"]
     assert file["lengths"] is None
-    counts = {
-        (finding["what"], finding["column"]): finding["count"]
-        for finding in file["findings"]
-        if finding["kind"] == "declared"
-    }
-    assert counts == {("beyond its range", "age"): 40, ("missing", "crp"): 18, ("not declared", "sex"): 60}
-    printed = command("data", "check", "labs.yaml")
-    assert "undeclared categories become `other`" in " ".join(printed.out.split())
+    found = {(one["what"], one["column"]): one["count"] for one in file["findings"] if one["kind"] == "declared"}
+    assert found == {("beyond its range", "age"): 40, ("missing", "crp"): 18, ("not declared", "sex"): 60}
+    told = command("data", "check", "labs.yaml")
+    assert "undeclared categories become `other`" in " ".join(told.out.split())
     assert command("plan", "experiment=./labs.yaml", "--json").printed
 
 

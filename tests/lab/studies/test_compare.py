@@ -92,15 +92,13 @@ def test_comparison_lists_all_pairwise_differences(comparison_json: Any) -> None
 
 def test_compared_runs_differ_only_in_their_participants(words: list[str]) -> None:
     runs = {line.name: line.run.config for line in plan_runs(words, without_privacy=True, leave_out=())}
-    federated, separate, pooled, plain = (
-        runs[name] for name in ("federated", "site-2 alone", "pooled", "pooled, no privacy")
-    )
-    assert separate.federation.active == ("site-2",)
+    joint, alone, pooled, plain = (runs[name] for name in ("federated", "site-2 alone", "pooled", "pooled, no privacy"))
+    assert alone.federation.active == ("site-2",)
     assert pooled.data.declared_sizes == 180
     assert (pooled.federation.names, pooled.federation.min_sites) == (("all",), 1)
     assert plain.privacy.mechanism == "none"
     assert len({config.data.columns["text"] for config in runs.values()}) == 1
-    assert {config.plan() for config in (federated, separate, pooled)} == {federated.plan()}
+    assert {config.plan() for config in (joint, alone, pooled)} == {joint.plan()}
     # Rates that are left to fedtune fit each run.
     lines = plan_runs([*words, "name=rates", "training.learning_rate=auto"], without_privacy=False, leave_out=())
     rates = {line.name: line.run.config.training.learning_rate for line in lines}
@@ -110,22 +108,20 @@ def test_compared_runs_differ_only_in_their_participants(words: list[str]) -> No
 def test_repeated_compare_reruns_nothing_and_resumes(
     comparison_json: Any, words: list[str], folder: Path, tmp_path: Path
 ) -> None:
-    modified = (folder / "both" / "both-pooled" / "run.json").stat().st_mtime_ns
-    repeated = run_command("compare", *words, "--without-privacy", "--smallest", "10", "--json")
-    assert json.loads(repeated.out) == comparison_json
-    assert "of 8, " not in repeated.err
-    assert (folder / "both" / "both-pooled" / "run.json").stat().st_mtime_ns == modified
+    made = (folder / "both" / "both-pooled" / "run.json").stat().st_mtime_ns
+    rerun = run_command("compare", *words, "--without-privacy", "--smallest", "10", "--json")
+    assert json.loads(rerun.out) == comparison_json
+    assert "of 8, " not in rerun.err
+    assert (folder / "both" / "both-pooled" / "run.json").stat().st_mtime_ns == made
     shutil.copytree(folder / "both", tmp_path / "both")
     shutil.rmtree(tmp_path / "both" / "both-pooled")
     (tmp_path / "both" / "both-federated" / "run.json").unlink()
-    words_here = [
-        f"tracking.output_dir='{tmp_path}'" if word.startswith("tracking.output_dir") else word for word in words
-    ]
-    repeated = run_command("compare", *words_here, "--leave-out", "alone", "--json")
-    assert repeated.code == 0, repeated.err
-    assert [model["name"] for model in json.loads(repeated.out)["models"]] == ["base", "federated", "pooled"]
-    heading, spends, *lines = repeated.err.splitlines()
-    assert heading.endswith("one after the other: federated, pooled.")
+    here = [f"tracking.output_dir='{tmp_path}'" if word.startswith("tracking.output_dir") else word for word in words]
+    rerun = run_command("compare", *here, "--leave-out", "alone", "--json")
+    assert rerun.code == 0, rerun.err
+    assert [model["name"] for model in json.loads(rerun.out)["models"]] == ["base", "federated", "pooled"]
+    about, spends, *lines = rerun.err.splitlines()
+    assert about.endswith("one after the other: federated, pooled.")
     assert spends.startswith("Each spends epsilon ")
     assert [line.partition(":")[0] for line in lines[:2]] == ["1 of 2, federated", "2 of 2, pooled"]
 

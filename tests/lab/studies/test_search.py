@@ -103,11 +103,9 @@ def test_report_of_the_selected_run_includes_the_search_cost(outcome: Any, folde
     assert "The run was picked by accuracy on the lead's own validation file, out of 3 trials" in card
     assert run_command("report", "verify", str(best)).code == 0
     for trial in {*(folder / "s").glob("s-trial-*")} - {best}:  # whoever uses one has seen all of them
-        assert (
-            describe_run(output := from_json((trial / "report.json").read_text()), "")["epsilon"] == selection.epsilon
-        )
-        assert isinstance(output.facts, RunFacts)
-        assert output.facts.selection == replace(selection, score=None)
+        assert describe_run(out := from_json((trial / "report.json").read_text()), "")["epsilon"] == selection.epsilon
+        assert isinstance(out.facts, RunFacts)
+        assert out.facts.selection == replace(selection, score=None)
         card = (trial / "adapter/README.md").read_text()
         assert "3 trials of a search on the same records, which picked another" in card
         assert "search s (random). The search selected another run, or none" in (trial / "report.html").read_text()
@@ -140,28 +138,25 @@ def test_report_understating_its_search_is_detected(outcome: Any, folder: Path, 
 
 def test_repeated_search_charges_nothing(outcome: Any, words: list[str], folder: Path) -> None:
     """The number of trials is fixed before the first trial."""
-    original_files, message = (
-        read_files(folder),
-        f"is taken: {folder / 's/search.json'} belongs to a search with other settings",
-    )
-    assert run_command("search", *words, "--trials", "4").failed() == f"name = 's': {message}: choose another name"
+    whole, error = read_files(folder), f"is taken: {folder / 's/search.json'} belongs to a search with other settings"
+    assert run_command("search", *words, "--trials", "4").failed() == f"name = 's': {error}: choose another name"
     assert run_command("search", *words, "--trials", "3", "--method", "tpe").code == 2
     assert run_command("search", *words, "--trials", "3", "lora.alpha=4").code == 2
     (folder / "mine").mkdir()
     (folder / "mine/notes.txt").write_text("mine")
     assert "exists and is not a search" in run_command("search", *words, "name=mine", "--trials", "3").message
     shutil.rmtree(folder / "mine")
-    assert read_files(folder) == original_files
+    assert read_files(folder) == whole
     before = {path: path.stat().st_mtime_ns for path in folder.glob("s/*/*.json")}
     spent = list_charges(folder / "s/sites")
-    repeated = run_command("search", *words, "--trials", "3", "--json")
-    assert (repeated.code, len([path for path in before if path.name == "run.json"])) == (0, 3)
+    rerun = run_command("search", *words, "--trials", "3", "--json")
+    assert (rerun.code, len([path for path in before if path.name == "run.json"])) == (0, 3)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("s/*/*.json")} == before, "a signature is kept, too"
     assert list_charges(folder / "s/sites") == spent
-    output = json.loads(repeated.out)
-    assert [run["state"] for run in output["runs"]] == ["finished"] * 3
-    assert output["best"].endswith(json.loads((folder / "s/search.json").read_text())["picked"])
-    assert output["cost"]["trials"] == 3
+    out = json.loads(rerun.out)
+    assert [run["state"] for run in out["runs"]] == ["finished"] * 3
+    assert out["best"].endswith(json.loads((folder / "s/search.json").read_text())["picked"])
+    assert out["cost"]["trials"] == 3
 
 
 def test_interrupted_selection_is_completed(outcome: Any, words: Any, folder: Path) -> None:
@@ -214,20 +209,18 @@ def write_roomy_policies(runs: int, words: list[str], sites: Path) -> list[str]:
 def test_search_is_refused_if_its_trials_exceed_the_budget(tmp_path: Path) -> None:
     words = write_roomy_policies(8, list_tiny_overrides(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
     before = read_files(tmp_path)
-    command_line = [*words, SPACE[0]]
+    argv = [*words, SPACE[0]]
     for method in ("random", "tpe"):
-        message = run_command("search", *command_line, "--trials", "12", "--method", method).failed(3)
-        refusal = (
-            "--trials = 12: site site-1 has budget for 8 of these trials; nothing was started (max_epsilon: asked "
-        )
-        assert message.startswith(refusal)
+        said = run_command("search", *argv, "--trials", "12", "--method", method).failed(3)
+        begun = "--trials = 12: site site-1 has budget for 8 of these trials; nothing was started (max_epsilon: asked "
+        assert said.startswith(begun)
     rates = "training.learning_rate=" + ",".join(f"0.{number:02}" for number in range(1, 13))
     assert run_command("search", *words, rates, "--method", "grid").code == 3
     assert read_files(tmp_path) == before
     for method in ("random", "tpe"):
-        Search.from_overrides(command_line, method, trials=8).check_room()
+        Search.from_overrides(argv, method, trials=8).check_room()
         with pytest.raises(RefusedError):
-            Search.from_overrides(command_line, method, trials=9).check_room()
+            Search.from_overrides(argv, method, trials=9).check_room()
 
 
 def test_policy_limits_and_prior_spending_count_before_the_first_trial(tmp_path: Path) -> None:
