@@ -19,9 +19,9 @@ def compose_sweep(overrides: Sequence[str]) -> list[RunConfig]:
     return [trial.config for trial in Trials.from_sweep(overrides).rows.values()]
 
 
-OWN = ["data.train_file=mine.csv", "data.declared_sizes=500", "data.labels=[yes,no]"]
+OWN_DATA = ["data.train_file=mine.csv", "data.declared_sizes=500", "data.labels=[yes,no]"]
 """Mandatory settings of `experiment=own_data`."""
-WRITES = ["task=causal_lm", "data.labels=[]", "data.columns={prompt: text, completion: text}"]
+CAUSAL_LM = ["task=causal_lm", "data.labels=[]", "data.columns={prompt: text, completion: text}"]
 """Settings of a language model."""
 
 
@@ -37,17 +37,17 @@ def test_yaml_round_trip_preserves_value_types(tmp_path: Path) -> None:
     assert read_saved_config(tmp_path) == config
     config = compose_recipe("debug", {"name": "x", "report.about.curator": "a\x85b\u2028ä"})
     write_config(config, tmp_path)
-    assert read_saved_config(tmp_path) == config, "a line's end that YAML would read as a space"
-    config = compose_run(["experiment=debug", "name=x", *WRITES, "data.prompt_template='{prompt}: a # b'"])
+    assert read_saved_config(tmp_path) == config, "line separators that YAML would fold into a space"
+    config = compose_run(["experiment=debug", "name=x", *CAUSAL_LM, "data.prompt_template='{prompt}: a # b'"])
     write_config(config, tmp_path)
     assert read_saved_config(tmp_path) == config
 
 
-@pytest.mark.parametrize("missing", OWN)
+@pytest.mark.parametrize("missing", OWN_DATA)
 def test_missing_required_settings_are_named(missing: str) -> None:
     key = missing.partition("=")[0]
     with pytest.raises(ConfigError) as error:
-        compose_run(["experiment=own_data", *(override for override in OWN if override != missing)])
+        compose_run(["experiment=own_data", *(override for override in OWN_DATA if override != missing)])
     assert error.value.key == key
     assert "is required" in error.value.bound
 
@@ -64,17 +64,17 @@ def test_unnamed_run_gets_a_timestamp() -> None:
 
 
 def test_blank_overrides_are_ignored() -> None:
-    # `make simulate OVERRIDES=` hands over an empty word.
+    # `make simulate OVERRIDES=` passes an empty argument.
     assert compose_run(["", "experiment=debug", "name=x", " "]) == compose_run(["experiment=debug", "name=x"])
 
 
 def test_sweep_combines_all_values_and_names_its_runs() -> None:
     runs = compose_sweep(["experiment=debug", "name=s", "privacy.epsilon=1,3", "training=adamw,sgd"])
-    wanted = [*product((1, 3), ("adamw", "sgd"))]
-    assert [(run.privacy.epsilon, run.training.optimizer) for run in runs] == wanted
-    assert [run.name for run in runs] == [f"s-privacy.epsilon={one},training={other}" for one, other in wanted]
+    expected = [*product((1, 3), ("adamw", "sgd"))]
+    assert [(run.privacy.epsilon, run.training.optimizer) for run in runs] == expected
+    assert [run.name for run in runs] == [f"s-privacy.epsilon={eps},training={name}" for eps, name in expected]
     (run,) = compose_sweep(["experiment=debug", "privacy.epsilon=3"])
-    assert run.name.endswith("-run"), "one value each makes one run"
+    assert run.name.endswith("-run"), "single values make one run"
 
 
 @pytest.mark.nightly
@@ -83,15 +83,15 @@ def test_sweep_runs_never_share_a_folder() -> None:
         ["privacy.epsilon=1,3"],
         ["name=same", "privacy.epsilon=1,3"],
         ["lora.target_modules=[query],[key]"],
-        [*WRITES, "data.prompt_template='a b','c/d'"],
+        [*CAUSAL_LM, "data.prompt_template='a b','c/d'"],
         ["seed=range(0,3)"],
     ]
     for sweep in sweeps:
         names = [run.name for run in compose_sweep(["experiment=debug", *sweep])]
         assert len(set(names)) == len(names) > 1
-    for again in ("privacy={epsilon: 3}", "+privacy.epsilon=3"):
+    for repeated in ("privacy={epsilon: 3}", "+privacy.epsilon=3"):
         with pytest.raises(ConfigError, match=r"^privacy\.epsilon: has several values and is set again"):
-            compose_sweep(["experiment=debug", "+privacy.epsilon=1,2", again])
+            compose_sweep(["experiment=debug", "+privacy.epsilon=1,2", repeated])
     options = compose_sweep(["experiment=debug", "privacy=none,dp_sgd", "privacy={epsilon: 3}"])
     assert [(run.privacy.mechanism, run.privacy.epsilon) for run in options] == [("none", 3.0), ("dp_sgd", 3.0)]
     with pytest.raises(ConfigError, match="name = 'a': is used by two runs of the sweep"):
@@ -100,48 +100,48 @@ def test_sweep_runs_never_share_a_folder() -> None:
 
 def test_resumed_run_accepts_overrides_but_keeps_its_name(tmp_path: Path) -> None:
     folder = tmp_path / "renamed, first's"
-    words = ["experiment=debug", "privacy.epsilon=2.5", "federation.num_rounds=7"]
-    config = compose_run([*words, "name=first"])
+    overrides = ["experiment=debug", "privacy.epsilon=2.5", "federation.num_rounds=7"]
+    config = compose_run([*overrides, "name=first"])
     write_config(config, folder)
     resume = f'resume="{folder}"'
     resumed = compose_run([resume])
     assert (resumed.resume, resumed.name) == (str(folder), "first")
-    assert resumed.run_id() == config.run_id(), "ledgers know the run by this"
-    assert compose_run([resume, *words]) == resumed
+    assert resumed.run_id() == config.run_id(), "the ledgers' key for the run"
+    assert compose_run([resume, *overrides]) == resumed
     resumed = compose_run([resume, "runtime.num_threads=1"])
     assert (resumed.runtime.num_threads, resumed.digest()) == (1, config.digest())
     assert compose_run([resume, "privacy.epsilon=3"]).privacy.epsilon == 3
-    for wrong, message in (("n=3", r"privacy\.epsilonn"), ("=1,3", r"privacy\.epsilon = '1,3': has several values")):
+    for ending, message in (("n=3", r"privacy\.epsilonn"), ("=1,3", r"privacy\.epsilon = '1,3': has several values")):
         with pytest.raises(ConfigError, match=message):
-            compose_run([resume, f"privacy.epsilon{wrong}"])
+            compose_run([resume, f"privacy.epsilon{ending}"])
     with pytest.raises(ConfigError, match=r"privacy\.epsilon = '1,3': has several values"):
         compose_run(["renew=x", "privacy.epsilon=1,3"])
     quiet = compose_run([resume, "tracking=quiet"])
-    assert (quiet.tracking.progress, quiet.digest()) == (False, config.digest()), "an option replaces that group alone"
-    # By another name its sites' ledgers would not know it, and count from zero.
+    assert (quiet.tracking.progress, quiet.digest()) == (False, config.digest()), "an option replaces only its group"
+    # Under another name the sites' ledgers would charge it as a new run.
     assert compose_run([resume, "name=second"]).name == "first"
-    (again,) = compose_sweep([resume])
-    assert again.name == "first"
+    (swept,) = compose_sweep([resume])
+    assert swept.name == "first"
 
 
 def test_automatic_learning_rate_is_resolved_before_the_run(tmp_path: Path) -> None:
-    run = ["experiment=own_data", "name=x", *OWN, "data.declared_sizes=80"]
-    loud, clear = (compose_run([*run, f"privacy.epsilon={epsilon}"]) for epsilon in (1, 8))
-    rates = loud.training.compute_peak_rates(clipped=True)
+    base = ["experiment=own_data", "name=x", *OWN_DATA, "data.declared_sizes=80"]
+    noisy, quiet = (compose_run([*base, f"privacy.epsilon={epsilon}"]) for epsilon in (1, 8))
+    rates = noisy.training.compute_peak_rates(clipped=True)
     assert rates[1] == pytest.approx(8 * rates[0], rel=1e-2)
-    assert rates == clear.training.compute_peak_rates(clipped=True)
+    assert rates == quiet.training.compute_peak_rates(clipped=True)
     assert rates[1] == pytest.approx(0.0283)
-    write_config(loud, tmp_path)  # which says what was chosen, so that a resumed run has it again
+    write_config(noisy, tmp_path)  # stores the chosen rates for a resumed run
     assert read_saved_config(tmp_path).training.compute_peak_rates(clipped=True) == rates
-    larger = compose_run([*run, "privacy.epsilon=1", "lora.alpha=8"])
+    larger = compose_run([*base, "privacy.epsilon=1", "lora.alpha=8"])
     assert larger.training.compute_peak_rates(clipped=True) == (pytest.approx(rates[0] / 4, rel=1e-2), rates[1])
-    assert compose_run([*run, "training.learning_rate=0.01"]).training.compute_peak_rates(clipped=True) == (0.01, 0.01)
+    assert compose_run([*base, "training.learning_rate=0.01"]).training.compute_peak_rates(clipped=True) == (0.01, 0.01)
 
 
-@pytest.mark.parametrize("many", ["privacy.epsilon=range(1,1000000000)", "seed=range(0,40)"])
-def test_sweep_with_too_many_runs_is_refused(many: str) -> None:
+@pytest.mark.parametrize("sweep", ["privacy.epsilon=range(1,1000000000)", "seed=range(0,40)"])
+def test_sweep_with_too_many_runs_is_refused(sweep: str) -> None:
     with pytest.raises(ConfigError, match="must produce at most 1000 runs in all"):
-        compose_sweep(["experiment=debug", many, "privacy.delta=range(1,30)"])
+        compose_sweep(["experiment=debug", sweep, "privacy.delta=range(1,30)"])
 
 
 SECURE = "federation.aggregation=secure"
@@ -157,38 +157,38 @@ def list_secure_choices(*overrides: str) -> tuple[int, int, int | None, str, flo
 
 
 def test_secure_aggregation_selects_rounds_steps_and_learning_rates() -> None:
-    by_hand = ["federation.threshold=4", "training.local_steps=1", "federation.num_rounds=20"]
-    by_hand += ["training.learning_rate=8.33", "training.head_learning_rate=66.7"]
+    explicit = ["federation.threshold=4", "training.local_steps=1", "federation.num_rounds=20"]
+    explicit += ["training.learning_rate=8.33", "training.head_learning_rate=66.7"]
     assert list_secure_choices(SECURE) == (20, 1, 4, "constant", 8.33, 66.7)  # simulations/banks_intents
-    assert compose_run([SECURE, "name=x"]) == compose_run([SECURE, "name=x", *by_hand])
-    slower = list_secure_choices(SECURE, "federation.num_sites=2", "federation.site_names=[]")
-    assert slower == (20, 1, 2, "constant", 7.07, 56.6), "noise is less by the root of the number of sites"
+    assert compose_run([SECURE, "name=x"]) == compose_run([SECURE, "name=x", *explicit])
+    two_sites = list_secure_choices(SECURE, "federation.num_sites=2", "federation.site_names=[]")
+    assert two_sites == (20, 1, 2, "constant", 7.07, 56.6), "noise shrinks with the root of the number of sites"
     assert list_secure_choices(SECURE, "federation.colluders=1")[-1] == 66.7
     sampled = list_secure_choices(SECURE, "privacy.sampling_rate=0.3")
-    assert sampled[3] == "linear", "a falling rate, unless each step uses every record"
+    assert sampled[3] == "linear", "the rate decays unless each step uses every record"
     five = ("experiment=debug", "federation.num_sites=5", "federation.enough_sites=4")
-    assert list_secure_choices(SECURE, *five)[2] == 4, "a sum of as many as are enough"
+    assert list_secure_choices(SECURE, *five)[2] == 4, "the threshold follows enough_sites"
     adam = list_secure_choices(SECURE, "experiment=debug", "federation.num_sites=4")
-    assert adam == (4, 1, 4, "linear", 0.01, None), "Adam moves as far whatever the noise"
-    labels = [*OWN, "experiment=own_data"]
+    assert adam == (4, 1, 4, "linear", 0.01, None), "Adam's step does not depend on the noise"
+    labels = [*OWN_DATA, "experiment=own_data"]
     assert compose_run([SECURE, "name=x", *labels]).training.learning_rate != "auto"
 
 
 def test_explicit_settings_override_secure_aggregation_defaults(tmp_path: Path) -> None:
-    given = ("federation.num_rounds=7", "training.head_learning_rate=9")
-    assert list_secure_choices(SECURE, *given) == (7, 1, 4, "constant", 8.33, 9.0)
-    assert list_secure_choices(SECURE, "training.local_steps=1") == (10, 1, None, "constant", 5.0, 40.0), "all by hand"
+    explicit = ("federation.num_rounds=7", "training.head_learning_rate=9")
+    assert list_secure_choices(SECURE, *explicit) == (7, 1, 4, "constant", 8.33, 9.0)
+    assert list_secure_choices(SECURE, "training.local_steps=1") == (10, 1, None, "constant", 5.0, 40.0), "plain rounds"
     with pytest.raises(ConfigError, match=r"training\.local_steps = 5: must be 1 with federation\.aggregation"):
         compose_run([SECURE, "training.local_steps=5", "name=x"])
     plain, secure = tmp_path / "plain.yaml", tmp_path / "secure.yaml"
     plain.write_text("defaults: [banks_intents]\nfederation: {num_rounds: 3}\n")
     secure.write_text("defaults: [banks_intents]\nfederation: {aggregation: secure, num_rounds: 3}\n")
-    assert list_secure_choices(f"experiment={plain}", SECURE)[0] == 6, "the file had plain rounds in mind"
+    assert list_secure_choices(f"experiment={plain}", SECURE)[0] == 6, "the file sets the rounds of a plain run"
     assert list_secure_choices(f"experiment={secure}")[:3] == (3, 1, 4)
     maps = ("federation={aggregation: secure, num_rounds: 7}", "training={learning_rate: 1.5}")
     assert list_secure_choices(*maps)[-2:] == (1.5, 66.7)
-    said = {"federation": {"aggregation": "secure", "num_rounds": 7}, "training": {"learning_rate": 1.5}}
-    config = compose_recipe("banks_intents", said)
+    settings = {"federation": {"aggregation": "secure", "num_rounds": 7}, "training": {"learning_rate": 1.5}}
+    config = compose_recipe("banks_intents", settings)
     assert (config.federation.num_rounds, config.training.learning_rate) == (7, 1.5)
 
 
@@ -202,7 +202,7 @@ def test_run_without_privacy_has_its_own_steps_schedule_and_sampling_rate() -> N
     assert list_choices("privacy=none", "training.local_steps=3", "privacy.sampling_rate=0.7") == (3, "linear", 0.7)
     changed = compose_run(["name=x"], changed={"privacy.mechanism": "none", "training.schedule": "cosine"})
     assert (changed.training.local_steps, changed.training.schedule) == (5, "cosine"), "as `compare` does"
-    assert list_choices("privacy=none", "experiment=hospitals_abstracts") == (5, "linear", 0.3), "none of its own"
+    assert list_choices("privacy=none", "experiment=hospitals_abstracts") == (5, "linear", 0.3), "no own values"
 
 
 PUBLIC = "public.train_file=public.csv"
@@ -211,8 +211,8 @@ PUBLIC = "public.train_file=public.csv"
 def compose_rates_with_public_stage(*overrides: str) -> tuple[object, object]:
     """Return the learning rates of adapter and head, as (public stage, sites)."""
     config = compose_run([PUBLIC, "name=x", *overrides])
-    own = config.training.compute_peak_rates(clipped=config.privacy.private)
-    return (config.public.learning_rate, config.public.head_learning_rate), own
+    rates = config.training.compute_peak_rates(clipped=config.privacy.private)
+    return (config.public.learning_rate, config.public.head_learning_rate), rates
 
 
 def test_public_stage_lowers_the_learning_rates() -> None:
@@ -220,30 +220,30 @@ def test_public_stage_lowers_the_learning_rates() -> None:
     assert compose_rates_with_public_stage() == ((2.7, 4.7), (1.7, 13.0))
     assert compose_rates_with_public_stage("privacy=none") == ((2.7, 4.7), (2.7, 4.7))
     assert compose_rates_with_public_stage("training.learning_rate=2.5") == ((2.7, 4.7), (2.5, 13.0)), (
-        "a rate that is given stays"
+        "an explicit rate is kept"
     )
     assert compose_rates_with_public_stage("public.head_learning_rate=7") == ((2.7, 7.0), (1.7, 13.0))
-    without = compose_run([*OWN, "experiment=own_data", "privacy=none"]).training.compute_peak_rates(clipped=False)
-    private = compose_run([*OWN, "experiment=own_data"]).training.compute_peak_rates(clipped=True)
+    without = compose_run([*OWN_DATA, "experiment=own_data", "privacy=none"]).training.compute_peak_rates(clipped=False)
+    private = compose_run([*OWN_DATA, "experiment=own_data"]).training.compute_peak_rates(clipped=True)
     auto = [tuple(float(f"{rate / 3:.2g}") for rate in rates) for rates in (without, private)]
-    for said in ((), ("training.learning_rate=auto",)):
-        assert [*compose_rates_with_public_stage(*OWN, "experiment=own_data", *said)] == auto
+    for overrides in ((), ("training.learning_rate=auto",)):
+        assert [*compose_rates_with_public_stage(*OWN_DATA, "experiment=own_data", *overrides)] == auto
     assert compose_rates_with_public_stage(SECURE) == ((2.7, 4.7), (2.8, 22.0))
-    given = (("training.local_steps=3",), 3), (("public.local_steps=2",), 2)
-    for overrides, steps in (((), 5), ((SECURE,), 5), *given):
+    explicit = (("training.local_steps=3",), 3), (("public.local_steps=2",), 2)
+    for overrides, steps in (((), 5), ((SECURE,), 5), *explicit):
         public = compose_run([PUBLIC, "name=x", *overrides]).public
-        assert (public.num_rounds, public.local_steps) == (10, steps), "those of a plain run"
+        assert (public.num_rounds, public.local_steps) == (10, steps), "the defaults of a plain run"
 
 
 def test_rates_in_a_file_with_a_public_stage_are_kept(tmp_path: Path) -> None:
     (tmp_path / "public.csv").touch()
     path = tmp_path / "x.yaml"
     path.write_text("defaults: [banks_intents]\nname: x\ntraining: {learning_rate: 2.0}\n")
-    assert compose_run([f"experiment={path}", PUBLIC]).training.learning_rate == 0.67, "the file had no start in mind"
+    assert compose_run([f"experiment={path}", PUBLIC]).training.learning_rate == 0.67, "the file has no public stage"
     path.write_text(path.read_text() + "public: {train_file: public.csv, columns: {text: body, label: kind}}\n")
     config = compose_run([f"experiment={path}"])
     assert config.training.compute_peak_rates(clipped=True) == (2.0, 13.0)
-    assert config.public.train_file == str(tmp_path / "public.csv"), "beside the file"
+    assert config.public.train_file == str(tmp_path / "public.csv"), "relative to the experiment file"
     assert config.public.columns == {"text": "body", "label": "kind"}
 
 
@@ -253,21 +253,21 @@ def test_complete_configuration_keeps_its_rates_with_a_public_stage() -> None:
     assert (after.training, after.public.learning_rate) == (before.training, 2.7)
     assert compose_recipe(after, {"name": "y"}).public == after.public
     assert after.digest() != before.digest()
-    begun = replace(before, model=replace(before.model, adapter="runs/x"))
+    warm_started = replace(before, model=replace(before.model, adapter="runs/x"))
     with pytest.raises(ConfigError, match=r"model\.adapter = 'runs/x': must be null with public\.train_file"):
-        compose_recipe(begun, {"public.train_file": "public.csv"})
+        compose_recipe(warm_started, {"public.train_file": "public.csv"})
 
 
 def test_paths_may_start_at_home_and_contain_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     paths = {"tracking.output_dir": "~/r", "runtime.sites_dir": "~/s", "runtime.kept_states_folder": "~/k"}
     paths |= {f"data.{part}_file": f"~/My Files, 2024/({part}).csv" for part in ("train", "test")}
-    config = compose_run(["experiment=own_data", *OWN[1:], *(f"{key}={path}" for key, path in paths.items())])
+    config = compose_run(["experiment=own_data", *OWN_DATA[1:], *(f"{key}={path}" for key, path in paths.items())])
     for key, path in paths.items():
         group, name = key.split(".")
         assert getattr(getattr(config, group), name) == path.replace("~", str(tmp_path))
-    again = compose_run(["experiment=own_data", *OWN, f"runtime.sites_dir={tmp_path}/s"])
-    assert again.runtime.sites_dir == config.runtime.sites_dir, "one folder, so one budget"
+    absolute = compose_run(["experiment=own_data", *OWN_DATA, f"runtime.sites_dir={tmp_path}/s"])
+    assert absolute.runtime.sites_dir == config.runtime.sites_dir, "one folder, so one budget"
     folder = tmp_path / "My Files, 2024"
     folder.mkdir()
     (folder / "x.yaml").write_text(
@@ -275,14 +275,14 @@ def test_paths_may_start_at_home_and_contain_commas(tmp_path: Path, monkeypatch:
     )
     for name in (folder / "x.yaml", "~/My Files, 2024/x.yaml"):
         assert compose_run([f"experiment={name}", "data.labels=[a,b]"]).data.train_file == f"{tmp_path}/a.csv"
-    assert compose_run(["experiment=own_data", *OWN, "data.test_file=null"]).data.test_file is None
-    runs = compose_sweep(["experiment=own_data", *OWN[1:], "data.train_file=a.csv,~/b.csv"])
+    assert compose_run(["experiment=own_data", *OWN_DATA, "data.test_file=null"]).data.test_file is None
+    runs = compose_sweep(["experiment=own_data", *OWN_DATA[1:], "data.train_file=a.csv,~/b.csv"])
     assert [run.data.train_file for run in runs] == ["a.csv", f"{tmp_path}/b.csv"]
     with pytest.raises(ConfigError, match="must be a run folder"):
         compose_run(["resume=~/none"])
-    for given in ("experiment=~no one/x.yaml", "tracking.output_dir=~no one/o", "resume=~no one/x"):
+    for override in ("experiment=~no one/x.yaml", "tracking.output_dir=~no one/o", "resume=~no one/x"):
         with pytest.raises(ConfigError, match="starts with the home folder of an unknown user"):
-            compose_run([given] if given[0] != "t" else ["experiment=own_data", *OWN, given])
+            compose_run([override] if override[0] != "t" else ["experiment=own_data", *OWN_DATA, override])
     write_config(config, tmp_path / "r" / "x")
     assert compose_run(["resume=~/r/x"]).resume == str(tmp_path / "r" / "x")
 
@@ -290,9 +290,9 @@ def test_paths_may_start_at_home_and_contain_commas(tmp_path: Path, monkeypatch:
 def test_make_override_refuses_values_without_json_form() -> None:
     config = compose_recipe("debug", {"data.labels": np.array(["a", "b"]), "privacy.noise_multiplier": np.float32(3)})
     assert (config.data.labels, config.privacy.noise_multiplier) == (("a", "b"), 3.0)
-    itself: list[object] = []
-    itself.append(itself)
-    for value in (object(), {1, 2}, itself, {("a", "b"): "c"}):
+    cycle: list[object] = []
+    cycle.append(cycle)
+    for value in (object(), {1, 2}, cycle, {("a", "b"): "c"}):
         with pytest.raises(ConfigError, match=r"^model\.path = .*: must be text, a number, true, false, None"):
             compose_recipe("debug", {"model.path": value})
     deep: list[object] = []
@@ -308,20 +308,20 @@ def test_make_override_refuses_values_without_json_form() -> None:
 def test_model_path_clears_the_license_and_public_id_of_other_weights(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("defaults: [debug, override /model: minilm]\nmodel: {path: ./mine, sha256: null}\n")
-    pinned, other = compose_run(["model=minilm"]).model, ["model.path=owner/other", "model.sha256=null"]
+    pinned, unpinned = compose_run(["model=minilm"]).model, ["model.path=owner/other", "model.sha256=null"]
     assert (pinned.license, pinned.public_id) == ("Apache-2.0", "sentence-transformers/all-MiniLM-L6-v2")
-    kept = compose_run(["model.path=./copy"]).model
-    assert (kept.license, kept.public_id) == (pinned.license, pinned.public_id), "its hash still pins the weights"
+    copied = compose_run(["model.path=./copy"]).model
+    assert (copied.license, copied.public_id) == (pinned.license, pinned.public_id), "its hash still pins the weights"
     for changed in (
-        compose_run(other),
+        compose_run(unpinned),
         compose_run(["model.path=./mine", f"model.sha256={'ab' * 32}"]),
         compose_run([f"experiment={file}"]),
         compose_recipe(None, {"model.path": "random:bert", "model.sha256": None}),
         compose_recipe(compose_run([]), {"model.path": "./mine", "model.sha256": None}),
     ):
         assert (changed.model.license, changed.model.public_id) == (None, None), changed.model.path
-    stated = compose_run([*other, "model.license=MIT", "model.public_id=owner/small"]).model
-    assert (stated.license, stated.public_id) == ("MIT", "owner/small")
+    explicit = compose_run([*unpinned, "model.license=MIT", "model.public_id=owner/small"]).model
+    assert (explicit.license, explicit.public_id) == ("MIT", "owner/small")
 
 
 @pytest.mark.parametrize(

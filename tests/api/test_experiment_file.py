@@ -11,7 +11,7 @@ from fedtune.spec import ConfigError
 
 from ..cli import snapshots
 
-PAGE = """\
+EXPERIMENT = """\
 defaults:
   - own_data
   - override /model: random_bert
@@ -22,91 +22,91 @@ data:
   labels: [0, 1]
   declared_sizes: 100
 """
-WRONG = yaml.safe_load(Path(__file__).with_name("wrong_files.yaml").read_text())
+INVALID = yaml.safe_load(Path(__file__).with_name("invalid_experiments.yaml").read_text())
 
 
 @pytest.fixture
-def page(tmp_path: Path) -> Path:
+def path(tmp_path: Path) -> Path:
     file = tmp_path / "tickets.yaml"
-    file.write_text(PAGE)
+    file.write_text(EXPERIMENT)
     (tmp_path / "tickets.csv").write_text("body,team\na,0\n")
     return file
 
 
-def test_experiment_file_composes_like_a_packaged_experiment(page: Path) -> None:
-    config = compose_run([f"experiment={page}"])
+def test_experiment_file_composes_like_a_packaged_experiment(path: Path) -> None:
+    config = compose_run([f"experiment={path}"])
     assert (config.name, config.model.path, config.training.optimizer) == ("tickets", "random:bert", "adamw")
     assert config.data.columns == {"text": "body", "label": "team"}
-    assert config.data.labels == ("0", "1"), "whole numbers are taken as text"
-    assert config.data.train_file == str(page.parent / "tickets.csv"), "found beside the file"
+    assert config.data.labels == ("0", "1"), "whole numbers become text"
+    assert config.data.train_file == str(path.parent / "tickets.csv"), "relative to the experiment file"
 
 
-def test_escaped_dollar_sign_is_taken_literally(page: Path) -> None:
-    page.write_text(PAGE.replace("[0, 1]", "['\\${seed}', 2026-11-28, 010, 1:30, 0x1F, 1_000, yes, 3.0.0]"))
+def test_escaped_dollar_sign_is_taken_literally(path: Path) -> None:
+    path.write_text(EXPERIMENT.replace("[0, 1]", "['\\${seed}', 2026-11-28, 010, 1:30, 0x1F, 1_000, yes, 3.0.0]"))
     config = compose_run(
-        [f"experiment={page}", "report.about.curator='\\${name}'", "data.columns.site='${oc.env:HOME}'"]
+        [f"experiment={path}", "report.about.curator='\\${name}'", "data.columns.site='${oc.env:HOME}'"]
     )
     assert config.data.labels == ("${seed}", "2026-11-28", "010", "1:30", "0x1F", "1_000", "yes", "3.0.0")
     assert (config.report.about.curator, config.data.columns["site"]) == ("${name}", "${oc.env:HOME}")
 
 
-def test_command_line_overrides_win_over_the_file(page: Path) -> None:
-    typed = ["data.declared_sizes=50", "data.train_file=other.csv", "lora={rank: 3}", "lora=qv"]
-    config = compose_run([f"experiment={page}", *typed])
+def test_command_line_overrides_win_over_the_file(path: Path) -> None:
+    overrides = ["data.declared_sizes=50", "data.train_file=other.csv", "lora={rank: 3}", "lora=qv"]
+    config = compose_run([f"experiment={path}", *overrides])
     assert (config.data.declared_sizes, config.data.train_file) == (50, "other.csv")
     assert (config.lora.rank, config.lora.target_modules) == (3, ("query", "value"))
-    page.write_text(f"{PAGE}report: {{about: {{curator: Ann}}}}\nseed: 4\n")
-    config = compose_run([f"experiment={page}", "report.language=de"])
+    path.write_text(f"{EXPERIMENT}report: {{about: {{curator: Ann}}}}\nseed: 4\n")
+    config = compose_run([f"experiment={path}", "report.language=de"])
     assert (config.report.about.curator, config.report.language, config.seed) == ("Ann", "de", 4)
 
 
-def test_mapping_in_a_file_replaces_the_default_in_sweeps(page: Path) -> None:
-    page.write_text(PAGE.replace("{text: body, label: team}", "{text: body, label: team, site: org}"))
-    runs = [trial.config for trial in Trials.from_sweep([f"experiment={page}", "privacy.epsilon=1,3"]).rows.values()]
+def test_mapping_in_a_file_replaces_the_default_in_sweeps(path: Path) -> None:
+    path.write_text(EXPERIMENT.replace("{text: body, label: team}", "{text: body, label: team, site: org}"))
+    runs = [trial.config for trial in Trials.from_sweep([f"experiment={path}", "privacy.epsilon=1,3"]).rows.values()]
     assert [run.privacy.epsilon for run in runs] == [1.0, 3.0]
     assert all(run.data.columns == {"text": "body", "label": "team", "site": "org"} for run in runs)
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=str)
-def test_invalid_experiment_file_is_named(page: Path, wrong: dict[str, str]) -> None:
-    whole = PAGE.replace(wrong.get("old", ""), wrong.get("new", "")) + wrong.get("added", "")
-    page.write_text(wrong.get("text", whole))
+@pytest.mark.parametrize("case", INVALID, ids=str)
+def test_invalid_experiment_file_is_named(path: Path, case: dict[str, str]) -> None:
+    content = EXPERIMENT.replace(case.get("old", ""), case.get("new", "")) + case.get("added", "")
+    path.write_text(case.get("text", content))
     with pytest.raises(ConfigError) as error:
-        compose_run([f"experiment={page}"])
-    assert str(page) in str(error.value)
-    assert wrong["key"] in error.value.key
-    assert wrong["told"] in error.value.bound
+        compose_run([f"experiment={path}"])
+    assert str(path) in str(error.value)
+    assert case["key"] in error.value.key
+    assert case["message"] in error.value.bound
 
 
 @snapshots.parametrize_mistakes("mistakes-typed")
-def test_misspelled_experiment_keys_suggest_the_known_key(page: Path, typed: str) -> None:
+def test_misspelled_experiment_keys_suggest_the_known_key(path: Path, typed: str) -> None:
     with pytest.raises(ConfigError) as error:
-        compose_run([f"experiment={page}", "federation.num_sites=2", typed.replace("NINES", "9" * 5000)])
+        compose_run([f"experiment={path}", "federation.num_sites=2", typed.replace("NINES", "9" * 5000)])
     snapshots.check_message("mistakes-typed", typed, str(error.value))
 
 
-def test_invalid_override_error_does_not_name_the_experiment_file(page: Path) -> None:
-    for typed in ("data.labels=[1.5]", "data={max_length: -1}"):
+def test_invalid_override_error_does_not_name_the_experiment_file(path: Path) -> None:
+    for override in ("data.labels=[1.5]", "data={max_length: -1}"):
         with pytest.raises(ConfigError) as error:
-            compose_run([f"experiment={page}", typed])
+            compose_run([f"experiment={path}", override])
         assert str(error.value).startswith("data.")
-    page.write_text(PAGE + "  validation_fraction: 0.1")
-    given = compose_run([f"experiment={page}", "data.validation_file=own.csv"]).data
-    assert (given.validation_file, given.validation_fraction) == ("own.csv", 0.0), "a file takes a share's place"
-    page.write_text(PAGE + "  validation_file: " + "x" * 300)
-    assert compose_run([f"experiment={page}"]).data.validation_file == "x" * 300, "its reader refuses it"
+    path.write_text(EXPERIMENT + "  validation_fraction: 0.1")
+    data = compose_run([f"experiment={path}", "data.validation_file=own.csv"]).data
+    assert (data.validation_file, data.validation_fraction) == ("own.csv", 0.0), "a file replaces the fraction"
+    path.write_text(EXPERIMENT + "  validation_file: " + "x" * 300)
+    assert compose_run([f"experiment={path}"]).data.validation_file == "x" * 300, "checked when it is read"
 
 
-def test_experiment_overrides_are_parsed_like_command_line_overrides(page: Path) -> None:
+def test_experiment_overrides_are_parsed_like_command_line_overrides(path: Path) -> None:
     def compose_data(*overrides: str) -> object:
-        return compose_run([f"experiment={page}", *overrides]).data
+        return compose_run([f"experiment={path}", *overrides]).data
 
-    writes = ["task=causal_lm", "training.learning_rate=1", "data.labels=[]", "data.columns={prompt: a, completion: b}"]
-    assert compose_data(*writes, "data.prompt_template=Q: {prompt}\\nA:").prompt_template == "Q: {prompt}\nA:"  # type: ignore[attr-defined]
-    assert compose_data(*writes, "data.prompt_template='Q: {prompt}\\nA:'").prompt_template == "Q: {prompt}\nA:"  # type: ignore[attr-defined]
+    writer = ["task=causal_lm", "training.learning_rate=1", "data.labels=[]", "data.columns={prompt: a, completion: b}"]
+    assert compose_data(*writer, "data.prompt_template=Q: {prompt}\\nA:").prompt_template == "Q: {prompt}\nA:"  # type: ignore[attr-defined]
+    assert compose_data(*writer, "data.prompt_template='Q: {prompt}\\nA:'").prompt_template == "Q: {prompt}\nA:"  # type: ignore[attr-defined]
     assert compose_data("data.labels=[Störung,'a ä']").labels == ("Störung", "a ä")  # type: ignore[attr-defined]
-    by_column = ("data.columns.site=org", "data.partition.kind=column", "data.partition.sites={o: 0, p: 1, q: 2, r: 3}")
-    columns = compose_data("data.columns={text: a, label: b}", *by_column).columns  # type: ignore[attr-defined]
+    by_site = ("data.columns.site=org", "data.partition.kind=column", "data.partition.sites={o: 0, p: 1, q: 2, r: 3}")
+    columns = compose_data("data.columns={text: a, label: b}", *by_site).columns  # type: ignore[attr-defined]
     assert columns == {"text": "a", "label": "b", "site": "org"}
 
 

@@ -38,31 +38,31 @@ def test_documented_hydra_features_have_at_most_six_refusals() -> None:
     assert sum(row[2].startswith("refused: ") for row in ROWS[1:]) <= 6
 
 
-@pytest.mark.parametrize(("what", "typed", "expected"), ROWS[1:], ids=lambda value: str(value)[:40])
-def test_hydra_syntax_behaves_as_documented(what: str, typed: str, expected: str, capsys: Any) -> None:
-    words = shlex.split(typed.strip("`"))
+@pytest.mark.parametrize(("feature", "overrides", "expected"), ROWS[1:], ids=lambda value: str(value)[:40])
+def test_hydra_syntax_behaves_as_documented(feature: str, overrides: str, expected: str, capsys: Any) -> None:
+    arguments = shlex.split(overrides.strip("`"))
     if expected.startswith(("refused: ", "open: ")):
         with pytest.raises(ConfigError) as caught:
-            compose_run(words)
+            compose_run(arguments)
         assert "\n" not in str(caught.value)
-    elif words[0] == "-m":
-        assert f"{len(Trials.from_sweep(words[1:]).rows)} runs" == expected
-    elif any(word.startswith("--") for word in words):
-        assert main(["simulate", *words]) == 0
+    elif arguments[0] == "-m":
+        assert f"{len(Trials.from_sweep(arguments[1:]).rows)} runs" == expected
+    elif any(word.startswith("--") for word in arguments):
+        assert main(["simulate", *arguments]) == 0
         assert expected.strip("`") in capsys.readouterr().out
     else:
         key, _, value = expected.strip("`").partition(": ")
-        config = compose_run([*words, *([] if "name" in typed else ["name=x"])])
-        found = dict(flatten(config.to_json()))[key]
-        found = list(found) if isinstance(found, tuple) else found
-        assert found == (value if "$" in value else yaml.safe_load(value)), what
+        config = compose_run([*arguments, *([] if "name" in overrides else ["name=x"])])
+        actual = dict(flatten(config.to_json()))[key]
+        actual = list(actual) if isinstance(actual, tuple) else actual
+        assert actual == (value if "$" in value else yaml.safe_load(value)), feature
 
 
 def test_literal_interpolation_from_data_init_is_read_back() -> None:
     table = "${note},team\nhow do I pay,a${x}\nwhere is my card,b\n" + "a word or two more,b\n" * 20
     Path("elsewhere").mkdir()
     Path("elsewhere/${in}.csv").write_text(table)
-    words = [
+    arguments = [
         "data",
         "init",
         "elsewhere/${in}.csv",
@@ -73,7 +73,7 @@ def test_literal_interpolation_from_data_init_is_read_back() -> None:
         "--label",
         "team",
     ]
-    assert main(words) == 0
+    assert main(arguments) == 0
     config = compose_run(["experiment=elsewhere/own.yaml"])
     assert config.data.columns == {"text": "${note}", "label": "team"}
     assert config.data.labels == ("a${x}", "b")
@@ -84,9 +84,9 @@ def test_literal_interpolation_from_data_init_is_read_back() -> None:
 @pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
 def test_hydra_application_works_with_its_launchers(launcher: str, tmp_path: Path) -> None:
     script = REPOSITORY / "simulations" / "hydra_application" / "application.py"
-    words = ["-m", "experiment=debug", "seed=0,1", "federation.num_rounds=1", "name=job-${seed}"]
-    run_python(script, *words, f"hydra/launcher={launcher}")
-    assert sorted(one.name for one in (tmp_path / "runs").iterdir()) == ["job-0", "job-1"]
+    arguments = ["-m", "experiment=debug", "seed=0,1", "federation.num_rounds=1", "name=job-${seed}"]
+    run_python(script, *arguments, f"hydra/launcher={launcher}")
+    assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == ["job-0", "job-1"]
 
 
 @pytest.mark.parametrize(

@@ -55,22 +55,22 @@ def read(data: Any) -> list[dict[str, Any]]:
 
 
 def test_simulate_trains_on_in_memory_tables_of_two_sites(settings: dict[str, Any], private: Path) -> None:
-    seen = dict[str, int]()
+    modes = dict[str, int]()
 
-    def look(told: fedtune.Progress) -> None:
+    def record_modes(event: fedtune.Progress) -> None:
         for path in private.rglob("*"):
-            seen[path.name] = stat.S_IMODE(path.stat().st_mode)
-        seen["folder"] = stat.S_IMODE(next(private.iterdir()).stat().st_mode)
+            modes[path.name] = stat.S_IMODE(path.stat().st_mode)
+        modes["folder"] = stat.S_IMODE(next(private.iterdir()).stat().st_mode)
 
     test = pyarrow.Table.from_pylist(make_tickets(20, first=200))
-    run = fedtune.simulate(sites=SITES, settings=settings, test=test, progress=look)
+    run = fedtune.simulate(sites=SITES, settings=settings, test=test, progress=record_modes)
     assert run.config.federation.names == ("north", "south")
     assert run.config.data.columns == {"text": "body", "label": "team"}
     assert run.config.data.labels == TEAMS
     assert all(0 < size <= count for size, count in zip(run.config.data.declared_sizes, (60, 50), strict=True))
     assert run.metrics["accuracy"] is not None
-    assert seen["north.jsonl"] == seen["test.jsonl"] == seen["own.yaml"] == 0o600
-    assert seen["folder"] == seen["sites"] == 0o700
+    assert modes["north.jsonl"] == modes["test.jsonl"] == modes["own.yaml"] == 0o600
+    assert modes["folder"] == modes["sites"] == 0o700
     assert list(private.iterdir()) == []
     assert "about billing" not in (run.folder / "log.txt").read_text()
     assert fedtune.load(run.folder).report().epsilon == run.privacy.epsilon
@@ -79,20 +79,20 @@ def test_simulate_trains_on_in_memory_tables_of_two_sites(settings: dict[str, An
 def test_interrupted_in_memory_run_resumes_with_the_same_records(settings: dict[str, Any], private: Path) -> None:
     settings["federation.num_rounds"] = 2
 
-    def interrupt(told: fedtune.Progress) -> None:
-        if told.stage == "round":
+    def interrupt(event: fedtune.Progress) -> None:
+        if event.stage == "round":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         fedtune.simulate(sites=SITES, settings=settings, progress=interrupt)
     assert list(private.iterdir()) == []
-    again = {"resume": settings["tracking.output_dir"] / "run"}
+    resume = {"resume": settings["tracking.output_dir"] / "run"}
     with pytest.raises(DataError, match=r"in-memory/sites/north\.jsonl'.*: pass the same records again \(sites="):
-        fedtune.simulate(settings=again)
+        fedtune.simulate(settings=resume)
     with pytest.raises(ConfigError, match="must name the sites of the run: north, south"):
-        fedtune.simulate(settings=again, sites={"north": SITES["north"]})
-    run = fedtune.simulate(settings=again, sites=SITES)
-    assert [one.round for one in run.rounds] == [1, 2]
+        fedtune.simulate(settings=resume, sites={"north": SITES["north"]})
+    run = fedtune.simulate(settings=resume, sites=SITES)
+    assert [entry.round for entry in run.rounds] == [1, 2]
 
 
 def test_recipe_with_in_memory_records_keeps_its_model(settings: dict[str, Any]) -> None:
@@ -109,9 +109,9 @@ def test_recipe_with_in_memory_records_keeps_its_model(settings: dict[str, Any])
     assert (run.config.data.test_fraction, run.config.data.train_fraction) == (0.2, 1.0)
     assert run.config.data.declared_sizes == (40, 40)
     assert run.rounds[0].metrics["accuracy"] is not None
-    for own in ({"data.declared_sizes": {"a": 40}}, {"data.declared_sizes.a": 40}):
+    for override in ({"data.declared_sizes": {"a": 40}}, {"data.declared_sizes.a": 40}):
         with pytest.raises(ConfigError, match=r"data\.declared_sizes"):
-            fedtune.simulate("debug", {**settings, **own, "name": "never"}, sites=sites)
+            fedtune.simulate("debug", {**settings, **override, "name": "never"}, sites=sites)
     with pytest.raises(ConfigError, match=r"sites = .*must be omitted: the run reads data\.train_file"):
         fedtune.simulate(settings={"resume": _run_on_files(settings)}, sites=sites)
 
@@ -127,8 +127,8 @@ def _run_on_files(settings: Mapping[str, Any]) -> Path:
 
 
 def test_simulate_trains_on_arrays_with_declared_ranges(settings: dict[str, Any]) -> None:
-    draws = np.random.default_rng(1)
-    inputs = draws.normal(size=(60, 2))
+    generator = np.random.default_rng(1)
+    inputs = generator.normal(size=(60, 2))
     labels = (inputs[:, 0] > 0).astype(int)
     ranges = {"data.features": [{"columns": ["x0", "x1"], "range": [-3, 3]}]}
     del settings["model"], settings["data.max_length"]
@@ -233,10 +233,10 @@ def test_write_rows_converts_cells_to_json() -> None:
 HUGE = (10**5000, -(10**300), math.inf, np.float32("inf"), *map(Decimal, ("Infinity", "-1e1000000")))
 
 
-class Own:
-    """A value whose `tolist` returns itself, as that of numpy's longdouble does."""
+class ReturnsItself:
+    """A value whose `tolist` returns itself, like numpy's longdouble."""
 
-    def tolist(self) -> "Own":
+    def tolist(self) -> "ReturnsItself":
         return self
 
 
@@ -271,7 +271,7 @@ def make_nested() -> dict[str, Any]:
         ({"a": np.array(3)}, "data = 'int': must be a list or an array"),
         ((np.eye(2), np.array(3)), "data, y = 'int': must be a list or an array"),
         *(([{"a": cell}], "column 'a' = '.*': must be a finite number below 1e300") for cell in HUGE),
-        ([{"a": Own()}], "column 'a' = 'Own': must be text, a number"),
+        ([{"a": ReturnsItself()}], "column 'a' = 'ReturnsItself': must be text, a number"),
         *(([{"a": cell}], "column 'a' = '.*': must not contain itself") for cell in (make_cycle(), make_nested())),
     ],
 )
@@ -327,10 +327,10 @@ def test_ambiguous_columns_error_suggests_settings(settings: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(
-    ("first", "meant"), [({"north": make_tickets(3)}, "sites"), ({"privacy.epsilon": 3}, "settings")]
+    ("first", "suggestion"), [({"north": make_tickets(3)}, "sites"), ({"privacy.epsilon": 3}, "settings")]
 )
-def test_dict_as_recipe_is_refused_with_a_suggestion(first: Any, meant: str) -> None:
-    with pytest.raises(ConfigError, match=rf"recipe = 'a dict': .*did you mean {meant}=\.\.\.\?"):
+def test_dict_as_recipe_is_refused_with_a_suggestion(first: Any, suggestion: str) -> None:
+    with pytest.raises(ConfigError, match=rf"recipe = 'a dict': .*did you mean {suggestion}=\.\.\.\?"):
         fedtune.simulate(first)
 
 

@@ -60,7 +60,7 @@ def test_stored_pictures_can_be_read_and_have_a_description(path: Path) -> None:
 
 @by_name
 def test_notebooks_contain_no_local_paths(path: Path) -> None:
-    assert [one for one in LOCAL_PATHS if one in path.read_text(encoding="utf-8")] == []
+    assert [prefix for prefix in LOCAL_PATHS if prefix in path.read_text(encoding="utf-8")] == []
 
 
 @by_name
@@ -89,8 +89,8 @@ def make_stream(text: str, name: str = "stdout") -> dict[str, str]:
 
 
 def make_result(**data: str) -> dict[str, Any]:
-    named = {kind.replace("_", "/", 1): text for kind, text in data.items()}
-    return {"output_type": "execute_result", "execution_count": 9, "data": named, "metadata": {}}
+    by_type = {kind.replace("_", "/", 1): text for kind, text in data.items()}
+    return {"output_type": "execute_result", "execution_count": 9, "data": by_type, "metadata": {}}
 
 
 def test_normalized_outputs_have_no_paths_colors_times_or_standard_error(tmp_path: Path) -> None:
@@ -121,8 +121,8 @@ def test_normalized_outputs_have_no_paths_colors_times_or_standard_error(tmp_pat
 def test_outputs_are_compared_by_text_or_kind(
     before: Any, after: Any, tags: tuple[str, ...], differs: bool, tmp_path: Path
 ) -> None:
-    one, other = (tool.normalize_notebook(make_notebook(output, tags=tags), tmp_path) for output in (before, after))
-    assert bool(tool.list_differences(one, other)) is differs
+    stored, fresh = (tool.normalize_notebook(make_notebook(output, tags=tags), tmp_path) for output in (before, after))
+    assert bool(tool.list_differences(stored, fresh)) is differs
 
 
 @pytest.mark.nightly
@@ -140,7 +140,7 @@ def test_notebook_prints_its_stored_outputs_again(path: Path, tmp_path: Path, mo
 def test_example_application_selects_the_smallest_sufficient_epsilon(tmp_path: Path) -> None:
     application = shutil.copy(DOCS / "notebooks" / "application.py", tmp_path)
     assert len(Path(application).read_text().splitlines()) <= 40
-    printed = run_python(application, "debug", "--needs", "0", "--epsilon", "1", "8", cwd=tmp_path)
-    assert printed.splitlines()[-1].startswith("epsilon 1: ")
+    output = run_python(application, "debug", "--needs", "0", "--epsilon", "1", "8", cwd=tmp_path)
+    assert output.splitlines()[-1].startswith("epsilon 1: ")
     assert (tmp_path / "runs" / "debug-at-1" / "report.html").is_file()
-    assert not (tmp_path / "runs" / "debug-at-8").exists(), "a weaker promise was not needed"
+    assert not (tmp_path / "runs" / "debug-at-8").exists(), "a weaker guarantee was not needed"

@@ -25,8 +25,8 @@ from ..conftest import run_python
 TINY: Mapping[str, Any] = json.loads(Path(__file__).with_name("tiny.json").read_text())
 
 
-def make_tiny_settings(folder: Path, **others: Any) -> dict[str, Any]:
-    return {**TINY, "tracking.output_dir": folder, "name": "run", **others}
+def make_tiny_settings(folder: Path, **overrides: Any) -> dict[str, Any]:
+    return {**TINY, "tracking.output_dir": folder, "name": "run", **overrides}
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +36,13 @@ def progress_messages() -> list[fedtune.Progress]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, progress_messages: list[fedtune.Progress]) -> fedtune.Run:
-    settings = make_tiny_settings(tmp_path_factory.mktemp("door"), **{"privacy.planned_runs": 2})
+    settings = make_tiny_settings(tmp_path_factory.mktemp("public"), **{"privacy.planned_runs": 2})
     return fedtune.simulate("debug", settings, progress=progress_messages.append)
 
 
 def test_simulate_returns_metrics_rounds_privacy_and_report(run: fedtune.Run) -> None:
     assert set(run.metrics) >= {"accuracy", "loss"}
-    assert [one.round for one in run.rounds] == [1, 2]
+    assert [entry.round for entry in run.rounds] == [1, 2]
     assert run.privacy.epsilon is not None
     assert 0 < run.privacy.epsilon < 8
     assert (run.adapter / "adapter_config.json").is_file()
@@ -53,24 +53,24 @@ def test_simulate_returns_metrics_rounds_privacy_and_report(run: fedtune.Run) ->
 def test_progress_events_follow_the_order_of_the_run(
     run: fedtune.Run, progress_messages: list[fedtune.Progress]
 ) -> None:
-    rounds = [one for one in progress_messages if one.stage == "round"]
-    assert [one.round for one in rounds] == list(run.rounds)
-    assert [(one.done, one.total) for one in rounds] == [(1, 2), (2, 2)]
+    rounds = [event for event in progress_messages if event.stage == "round"]
+    assert [event.round for event in rounds] == list(run.rounds)
+    assert [(event.done, event.total) for event in rounds] == [(1, 2), (2, 2)]
     assert progress_messages.index(
-        next(one for one in progress_messages if one.stage == "training")
+        next(event for event in progress_messages if event.stage == "training")
     ) < progress_messages.index(rounds[0])
 
 
 def test_progress_total_includes_the_spare_rounds_of_failed_rounds() -> None:
     config = compose_recipe("debug", {"federation.num_rounds": 2, "federation.spare_rounds": 1})
-    told = list[fedtune.Progress]()
-    listener = public.CallbackListener(config, told.append)
+    events = list[fedtune.Progress]()
+    listener = public.CallbackListener(config, events.append)
     rounds: tuple[Any, ...] = ()
     for number, sites in enumerate((("site-1",), (), ("site-1",)), 1):
         rounds = (*rounds, SimpleNamespace(sites=sites))
         listener.on_round_finished(cast(Any, SimpleNamespace(round=number, rounds=rounds)))
     listener.on_prepared(None, None, cast(Any, SimpleNamespace(round=2, rounds=rounds[:2])))
-    assert [(one.done, one.total) for one in told] == [(1, 2), (2, 3), (3, 3), (2, 3)]
+    assert [(event.done, event.total) for event in events] == [(1, 2), (2, 3), (3, 3), (2, 3)]
 
 
 def test_data_warnings_point_to_the_calling_code() -> None:
@@ -83,7 +83,7 @@ def test_data_warnings_point_to_the_calling_code() -> None:
 def test_distill_method_has_the_arguments_of_the_function() -> None:
     from fedtune.lab.distillation import distill
 
-    method, function = (inspect.signature(one).parameters for one in (fedtune.Run.distill, distill))
+    method, function = (inspect.signature(target).parameters for target in (fedtune.Run.distill, distill))
     assert {*method} - {"self"} == {*function} - {"config", "adapter"}
     for name in ("columns", "format", "int8", "seed", "passes"):
         assert method[name].default == function[name].default
@@ -97,10 +97,10 @@ def test_classifier_predicts_labels_and_refuses_to_generate(run: fedtune.Run) ->
         run.generate("Hello")
     with pytest.raises(ValueError, match="must not be blank"):
         run.predict([" "])
-    assert run.predict("Where is my money?") == [second], "one text is one"
-    for nothing in (None, [None], [3]):
+    assert run.predict("Where is my money?") == [second], "a single text is one record"
+    for value in (None, [None], [3]):
         with pytest.raises(ValueError, match="must be a text"):
-            run.predict(nothing)  # type: ignore[arg-type]
+            run.predict(value)  # type: ignore[arg-type]
 
 
 def test_run_is_loaded_from_its_folder_or_adapter(run: fedtune.Run) -> None:
@@ -110,33 +110,33 @@ def test_run_is_loaded_from_its_folder_or_adapter(run: fedtune.Run) -> None:
 
 
 def test_runs_are_compared_on_the_same_records(run: fedtune.Run) -> None:
-    told = list[fedtune.Progress]()
-    found = fedtune.compare({"tuned": run}, progress=told.append)
-    assert [one.stage for one in told] == ["scoring tuned"]
-    assert found.estimate("tuned", "accuracy").value == pytest.approx(run.metrics["accuracy"])
-    difference = found.compare_models("base", "tuned").difference
+    events = list[fedtune.Progress]()
+    comparison = fedtune.compare({"tuned": run}, progress=events.append)
+    assert [event.stage for event in events] == ["scoring tuned"]
+    assert comparison.estimate("tuned", "accuracy").value == pytest.approx(run.metrics["accuracy"])
+    difference = comparison.compare_models("base", "tuned").difference
     assert difference.low <= difference.value <= difference.high
-    for wrong in ({}, {"base": run}):
+    for models in ({}, {"base": run}):
         with pytest.raises(ValueError, match="must contain at least one run, and base is reserved for the base model"):
-            fedtune.compare(wrong)
+            fedtune.compare(models)
     with pytest.raises(ValueError, match=r"score = 'precision': must be one of accuracy"):
-        found.compare_models("base", "tuned", "precision")
+        comparison.compare_models("base", "tuned", "precision")
 
 
 @pytest.mark.nightly
 def test_personalize_creates_an_adapter_for_one_site(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"data.declared_sizes": 180, "data.train_fraction": 0.04, "federation.num_rounds": 1}
-    run, told = fedtune.simulate("debug", make_tiny_settings(tmp_path, **settings)), list[fedtune.Progress]()
-    (found,) = fedtune.personalize(run, ["site-2"], progress=told.append).values()
-    assert set(found.sides.measured) == {"base", "alone", "shared", "own"}
-    difference = found.sides.compare_models("shared", "own").difference
+    run, events = fedtune.simulate("debug", make_tiny_settings(tmp_path, **settings)), list[fedtune.Progress]()
+    (personalized,) = fedtune.personalize(run, ["site-2"], progress=events.append).values()
+    assert set(personalized.sides.measured) == {"base", "alone", "shared", "own"}
+    difference = personalized.sides.compare_models("shared", "own").difference
     assert difference.low <= difference.value <= difference.high
-    assert any("site-2: training its personalized adapter" in one.stage for one in told)
-    own = fedtune.load(found.folder)
-    assert own.folder == run.folder / "private_to_site-2"
-    assert own.predict(["I lost my card"])[0]
+    assert any("site-2: training its personalized adapter" in event.stage for event in events)
+    loaded = fedtune.load(personalized.folder)
+    assert loaded.folder == run.folder / "private_to_site-2"
+    assert loaded.predict(["I lost my card"])[0]
     with pytest.raises(ValueError, match="is private to 'site-2' and has no guarantee"):
-        fedtune.personalize(own)
+        fedtune.personalize(loaded)
     assert tuple(capsys.readouterr()) == ("", "")
 
 
@@ -144,16 +144,16 @@ def test_rounds_and_ledger_events_convert_to_data_frames(run: fedtune.Run) -> No
     pandas = pytest.importorskip("pandas")
     rounds = run.to_frame()
     assert isinstance(rounds, pandas.DataFrame)
-    assert list(rounds["sites"]) == [len(one.sites) for one in run.rounds]
+    assert list(rounds["sites"]) == [len(entry.sites) for entry in run.rounds]
     events = fedtune.Ledger(run.folder / "sites" / "site-1" / "ledger.db").to_frame()
     assert list(events["kind"]).count("commit") == 2
-    none = to_data_frame([], ("round", "seconds"), vars)
-    assert (none.index.name, list(none.columns), len(none)) == ("round", ["seconds"], 0)
+    empty = to_data_frame([], ("round", "seconds"), vars)
+    assert (empty.index.name, list(empty.columns), len(empty)) == ("round", ["seconds"], 0)
 
 
 def test_audit_run_returns_the_run_and_its_findings(tmp_path: Path) -> None:
-    found, audit = audit_run("debug", make_tiny_settings(tmp_path), attack={"canaries": 20})
-    assert found.rounds
+    run, audit = audit_run("debug", make_tiny_settings(tmp_path), attack={"canaries": 20})
+    assert run.rounds
     assert not audit.exceeded
     with pytest.raises(ValueError, match="canaries"):
         audit_run("debug", make_tiny_settings(tmp_path, name="other"), attack={"canaries": 1})
@@ -169,7 +169,7 @@ def test_ledger_read_writes_no_files(run: fedtune.Run) -> None:
     path = run.folder / "sites" / "site-1" / "ledger.db"
     before = path.read_bytes()
     ledger = fedtune.Ledger(path)
-    assert [one.rounds for one in ledger.spending.runs] == [2]
+    assert [charged.rounds for charged in ledger.spending.runs] == [2]
     assert path.read_bytes() == before
     with pytest.raises(ValueError, match=r"must be a ledger\.db"):
         fedtune.Ledger(run.folder / "none.db")
@@ -177,11 +177,11 @@ def test_ledger_read_writes_no_files(run: fedtune.Run) -> None:
 
 def test_finished_run_is_renewed_with_the_same_ledgers(run: fedtune.Run, capfd: pytest.CaptureFixture[str]) -> None:
     settings = {"renew": run.folder, "name": "later"}
-    assert [one.number for one in fedtune.plan(settings=settings).calendar] == [2]
+    assert [period.number for period in fedtune.plan(settings=settings).calendar] == [2]
     later = fedtune.simulate(settings=settings, progress=True)
-    assert "round 2/2 | 2/2 sites | validation: " in capfd.readouterr().err, "the lines of the command"
-    known = fedtune.Ledger(run.folder / "sites" / "site-1" / "ledger.db").spending.runs
-    assert [one.run for one in known] == [run.config.run_id(), later.config.run_id()]
+    assert "round 2/2 | 2/2 sites | validation: " in capfd.readouterr().err, "the same lines as the command"
+    runs = fedtune.Ledger(run.folder / "sites" / "site-1" / "ledger.db").spending.runs
+    assert [charged.run for charged in runs] == [run.config.run_id(), later.config.run_id()]
     with pytest.raises(ValueError, match=r"renew = .*was the last of privacy\.planned_runs = 2"):
         fedtune.simulate(settings={"renew": later.folder})
 
@@ -191,9 +191,9 @@ def test_invalid_setting_raises_value_error_with_the_command_line_message(tmp_pa
         ((key, value),) = settings.items()
         with pytest.raises(ConfigError) as raised:
             fedtune.simulate("debug", make_tiny_settings(tmp_path, **settings))
-        typed = "null" if value is None else f"'{value}'" if isinstance(value, str) else value
-        words = [f"{name}={word}" for name, word in make_tiny_settings(tmp_path).items()]
-        outcome = command("simulate", "experiment=debug", *words, f"{key}={typed}")
+        argument = "null" if value is None else f"'{value}'" if isinstance(value, str) else value
+        arguments = [f"{name}={word}" for name, word in make_tiny_settings(tmp_path).items()]
+        outcome = command("simulate", "experiment=debug", *arguments, f"{key}={argument}")
         assert outcome.code == 2
         assert " ".join(str(raised.value).split()) in " ".join(outcome.err.split())
     assert list(tmp_path.iterdir()) == []
@@ -255,8 +255,8 @@ def test_docstring_examples_of_every_module_are_correct() -> None:
         assert not doctest.testmod(import_module(".".join(parts).removesuffix(".__init__"))).failed, path
 
 
-@pytest.mark.parametrize("module", [fedtune, public], ids=["fedtune", "door"])
+@pytest.mark.parametrize("module", [fedtune, public], ids=["fedtune", "public"])
 def test_docstring_examples_are_correct(module: Any) -> None:
-    done = doctest.testmod(module)
-    assert done.attempted >= 2
-    assert not done.failed
+    result = doctest.testmod(module)
+    assert result.attempted >= 2
+    assert not result.failed

@@ -37,15 +37,15 @@ def create_ledger(folder: Path, **changes: object) -> fedtune.Ledger:
 @pytest.mark.filterwarnings("ignore")  # Opacus's own
 def test_documented_examples_charge_the_same_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    counted, opened, trained = BLOCKS
-    exec(counted, {})
+    count_example, open_example, train_example = BLOCKS
+    exec(count_example, {})
     for _ in range(2):
-        exec(opened, names := {})
+        exec(open_example, names := {})
     assert names["ledger"].receipt("over-65").charged_rounds == 1
     first = names["ledger"].spending
     assert first.epsilon > 1.345
     assert 0.18 < first.runs[0].epsilon < 0.19
-    exec(trained, {})
+    exec(train_example, {})
     runs = fedtune.Ledger("registry/ledger.db").spending.runs
     assert [run.run for run in runs] == ["count over-65", "histogram decades", "dp_sgd opacus-1"]
     assert [run.steps for run in runs] == [1, 1, 40]
@@ -111,15 +111,15 @@ def test_repeated_release_returns_the_stored_answer(tmp_path: Path) -> None:
     count = ledger.count("many", values >= 1000, noise_multiplier=5)
     assert abs(count - 4000) < 60
     assert fedtune.Ledger.open(tmp_path / "site.toml").count("many", [], noise_multiplier=5) == count
-    found = ledger.histogram("kinds", values % 3, bins=[0, 1, 2, 3], noise_multiplier=5, noise="laplace")
-    assert [abs(found[kind] - true) < 100 for kind, true in enumerate((1667, 1667, 1666, 0))] == [True] * 4
-    assert ledger.histogram("kinds", [], bins=[0, 1, 2, 3], noise_multiplier=5, noise="laplace") == found
+    histogram = ledger.histogram("kinds", values % 3, bins=[0, 1, 2, 3], noise_multiplier=5, noise="laplace")
+    assert [abs(histogram[kind] - expected) < 100 for kind, expected in enumerate((1667, 1667, 1666, 0))] == [True] * 4
+    assert ledger.histogram("kinds", [], bins=[0, 1, 2, 3], noise_multiplier=5, noise="laplace") == histogram
     with pytest.raises(ConfigError, match="'kinds': was charged with other settings"):
         ledger.histogram("kinds", values % 3, bins=[0, 1, 3, 2], noise_multiplier=5, noise="laplace")
     total = ledger.sum(
         "sum", np.array([[3.0, 0.0], [0.0, -1.0], [np.nan, 1e300]] * 1000), bound=2.0, noise_multiplier=5
     )
-    assert np.abs(np.array(total) - [2000.0, 1000.0]).max() < 100, "3 is scaled to 2, and 1e300 beside no number, too"
+    assert np.abs(np.array(total) - [2000.0, 1000.0]).max() < 100, "3 and 1e300 are clipped to 2, and NaN counts as 0"
     assert len(ledger.spending.runs) == 3
     assert len(json.dumps(ledger.receipt("sum sum").to_json())) > 0
     assert ledger.receipt("sum sum").has_valid_signature()
@@ -128,17 +128,17 @@ def test_repeated_release_returns_the_stored_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("build", [np.array, pandas.DataFrame, lambda rows: pandas.DataFrame(rows, dtype=object)])
 def test_sum_without_records_has_the_columns_of_its_table(tmp_path: Path, build: Callable[[object], object]) -> None:
     ledger, rows = create_ledger(tmp_path, epsilon=100.0), np.ones((2, 3))
-    found = ledger.sum("rows", build(rows), bound=1.0, noise_multiplier=10)
-    assert len(found) == 3
-    assert ledger.sum("rows", build(rows[:0]), bound=1.0, noise_multiplier=10) == found
+    total = ledger.sum("rows", build(rows), bound=1.0, noise_multiplier=10)
+    assert len(total) == 3
+    assert ledger.sum("rows", build(rows[:0]), bound=1.0, noise_multiplier=10) == total
     assert len(ledger.sum("none", build(rows[:0]), bound=1.0, noise_multiplier=10)) == 3
     assert len(ledger.sum("numbers", [], bound=1.0, noise_multiplier=10)) == 1
 
 
 def test_wrong_values_are_refused_without_quoting_them_or_charging(tmp_path: Path) -> None:
     ledger, by_user = create_ledger(tmp_path), create_ledger(tmp_path / "users", unit="user")
-    wrong = ([{"a": 1}], [1j], np.array([1j]), [[1, 2], [3]], [[1, 2]], np.ones((2, 2, 2)), ["x"], "x", 5, [10**400])
-    for values in (*wrong, np.array(["2024"], dtype="datetime64[D]"), np.ones((2, 0)), np.float64(1)):
+    invalid = ([{"a": 1}], [1j], np.array([1j]), [[1, 2], [3]], [[1, 2]], np.ones((2, 2, 2)), ["x"], "x", 5, [10**400])
+    for values in (*invalid, np.array(["2024"], dtype="datetime64[D]"), np.ones((2, 0)), np.float64(1)):
         with pytest.raises(ConfigError, match=r"^values: must be") as caught:
             ledger.sum("a", values, bound=1.0, noise_multiplier=10)
         assert caught.value.__cause__ is None
@@ -164,8 +164,8 @@ def test_user_level_ledger_counts_each_user_once(tmp_path: Path) -> None:
     for users in ({}, {"users": None}):
         with pytest.raises(ConfigError, match="users: must contain the user of each record"):
             ledger.count("a", [1, 1, 1], noise_multiplier=5, **users)
-    whose = [number % 10 for number in range(5000)]
-    assert abs(ledger.count("a", [1] * 5000, users=whose, noise_multiplier=5) - 10) < 60
+    users_of_rows = [number % 10 for number in range(5000)]
+    assert abs(ledger.count("a", [1] * 5000, users=users_of_rows, noise_multiplier=5) - 10) < 60
     spellings = [7, "7", 7.0, np.int64(7), " 7 ", *[float("nan"), None, pandas.NA, pandas.NaT, ""] * 1000]
     ones = [1] * len(spellings)
     assert abs(ledger.count("one", ones, users=spellings, noise_multiplier=5) - 1) < 60, (
@@ -173,8 +173,8 @@ def test_user_level_ledger_counts_each_user_once(tmp_path: Path) -> None:
     )
     assert abs(ledger.sum("two", ones, users=spellings, bound=1, noise_multiplier=5)[0] - 1) < 60
     marks = [True, np.bool_(True), 1, 1.0, *[False, 0, None, float("nan"), pandas.NA] * 1000]
-    own = create_ledger(tmp_path / "marks", epsilon=100.0)
-    assert abs(own.count("marks", marks, noise_multiplier=5) - 4) < 60
+    marks_ledger = create_ledger(tmp_path / "marks", epsilon=100.0)
+    assert abs(marks_ledger.count("marks", marks, noise_multiplier=5) - 4) < 60
     with pytest.raises(ConfigError, match="users: must contain the user of each record"):
         create_ledger(tmp_path / "records").count("a", [1], users=[1], noise_multiplier=5)
 
@@ -183,8 +183,8 @@ def test_refused_release_charges_nothing(tmp_path: Path) -> None:
     ledger = create_ledger(tmp_path)
     ledger.charge("training", noise_multiplier=1.5, sampling_rate=0.01, steps=100)
     before = ledger.spending.epsilon
-    total = r"release 'gaussian again' .*max_epsilon: epsilon would be \d+\.\d+ in total, at most 3, of which \d.*spent"
-    with pytest.raises(fedtune.RefusedError, match=total) as caught:
+    cause = r"release 'gaussian again' .*max_epsilon: epsilon would be \d+\.\d+ in total, at most 3, of which \d.*spent"
+    with pytest.raises(fedtune.RefusedError, match=cause) as caught:
         ledger.charge("again", noise_multiplier=0.2)
     assert type(caught.value) is fedtune.RefusedError
     with pytest.raises(ConfigError, match="was already charged: give a repeated release a new name"):
@@ -194,7 +194,7 @@ def test_refused_release_charges_nothing(tmp_path: Path) -> None:
     for options in (
         {"sampling_rate": 0.01},
         {"metrics_noise_multiplier": 1.0},
-    ):  # a sum is of all units, whatever is said
+    ):  # a count covers all records: it has no sampling rate
         with pytest.raises(TypeError, match="unexpected keyword argument"):
             ledger.count("a", [1], noise_multiplier=20, **options)
     with pytest.raises(ConfigError, match="noise = 'laplace': must be gaussian if units are sampled"):
@@ -206,11 +206,11 @@ def test_refused_release_charges_nothing(tmp_path: Path) -> None:
 
 def test_invalid_noise_and_steps_errors_name_the_arguments(tmp_path: Path) -> None:
     ledger = create_ledger(tmp_path)
-    for ask in (partial(ledger.charge, "a"), partial(ledger.count, "a", [1])):
+    for charge in (partial(ledger.charge, "a"), partial(ledger.count, "a", [1])):
         with pytest.raises(ConfigError, match=r"noise_multiplier = 0: must be in \[0\.01"):
-            ask(noise_multiplier=0)
+            charge(noise_multiplier=0)
         with pytest.raises(TypeError, match="noise_multiplier"):
-            ask()
+            charge()
     for steps in (1.5, 0):
         with pytest.raises(ConfigError, match=rf"^steps = {steps}: must be"):
             ledger.charge("a", noise_multiplier=1, steps=steps)
@@ -236,35 +236,35 @@ def test_receipt_requires_an_unambiguous_release_name(tmp_path: Path) -> None:
 def test_crash_before_storing_the_answer_keeps_the_charge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = create_ledger(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(SiteLedger, "commit", lambda *ignored: sys.exit("killed"))
+        patched.setattr(SiteLedger, "commit", lambda *arguments: sys.exit("killed"))
         with pytest.raises(SystemExit):
             ledger.count("a", [1], noise_multiplier=20)
-    again = fedtune.Ledger.open(tmp_path / "site.toml")
-    assert again.spending.epsilon > 0
+    reopened = fedtune.Ledger.open(tmp_path / "site.toml")
+    assert reopened.spending.epsilon > 0
     with pytest.raises(ConfigError, match="its result was lost in a crash: choose another name"):
-        again.count("a", [1], noise_multiplier=20)
+        reopened.count("a", [1], noise_multiplier=20)
 
 
 def test_ledger_commands_and_report_show_releases(tmp_path: Path) -> None:
     ledger = create_ledger(tmp_path)
     ledger.histogram("kinds", ["a"], bins=["a"], noise_multiplier=20, noise="laplace")
     report = build_ledger_report(tmp_path / "site.toml")
-    assert {one.code: one.status for one in report.assumptions}["poisson_sampling"] == "ensured"
+    assert {assumption.code: assumption.status for assumption in report.assumptions}["poisson_sampling"] == "ensured"
     ledger.charge("opacus", noise_multiplier=1.5, sampling_rate=0.01, steps=100)
-    for words, text in (
+    for command, text in (
         ("show", "histogram on population, 1 noised sum"),
         ("show", "result stored at the site"),
         ("show", "charge complete: other software computes the release"),
         ("spent", "dp_sgd opacus"),
         ("verify", "Checked"),
     ):
-        said = " ".join(run_command("ledger", words, str(tmp_path / "ledger.db")).out.split())
-        assert text in said
-        assert "ready to send" not in said
+        output = " ".join(run_command("ledger", command, str(tmp_path / "ledger.db")).out.split())
+        assert text in output
+        assert "ready to send" not in output
     report = build_ledger_report(tmp_path / "site.toml")
     assert not problems(report)
-    told = {one.code: (one.status, one.evidence) for one in report.assumptions}
-    assert told["poisson_sampling"] == told["clipping_exact"] == ("assumed", "dp_sgd opacus")
+    assumptions = {item.code: (item.status, item.evidence) for item in report.assumptions}
+    assert assumptions["poisson_sampling"] == assumptions["clipping_exact"] == ("assumed", "dp_sgd opacus")
     assert "own_releases" in report.released
-    assert [one.kind for one in report.facts.releases] == ["own_release", "own_release"]
-    assert [one.sampling_run for one in report.sites[0].mechanisms] == ["poisson", "not_recorded"]
+    assert [release.kind for release in report.facts.releases] == ["own_release", "own_release"]
+    assert [mechanism.sampling_run for mechanism in report.sites[0].mechanisms] == ["poisson", "not_recorded"]

@@ -35,13 +35,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
 
 
 @pytest.fixture(scope="module")
-def writer(tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
+def causal_lm_run(tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
     """A finished run of a language model."""
     rows = [{"prompt": f"number {number}", "completion": f"answer {number % 3} "} for number in range(60)]
     settings = {"model": "random_llama", "lora": "all_linear", "data.max_length": 16, "federation.num_rounds": 1}
     settings |= {"training.local_steps": 1, "training.ignore_weak_signal": True, "privacy.noise_multiplier": 4.0}
     settings |= {"data.chat_template": "none", "lora.layers": None, "runtime.num_threads": 1, "runtime.device": "cpu"}
-    settings |= {"tracking.output_dir": tmp_path_factory.mktemp("writer"), "name": "run"}
+    settings |= {"tracking.output_dir": tmp_path_factory.mktemp("causal_lm"), "name": "run"}
     settings |= {"data.columns": {"prompt": "prompt", "completion": "completion"}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it has no test records
@@ -67,12 +67,12 @@ def test_predict_accepts_texts_and_table_rows(run: fedtune.Run, data: Any) -> No
 
 
 def test_predict_proba_returns_one_column_per_label(run: fedtune.Run) -> None:
-    found = run.predict_proba([CARD, MONEY])
+    probabilities = run.predict_proba([CARD, MONEY])
     labels = run.config.data.labels
-    assert found.shape == (2, len(labels))
-    assert found.sum(axis=1) == pytest.approx([1.0, 1.0])
+    assert probabilities.shape == (2, len(labels))
+    assert probabilities.sum(axis=1) == pytest.approx([1.0, 1.0])
     (best, *_), *_ = run.predict(CARD)  # type: ignore[misc]
-    assert labels[found[0].argmax()] == best["label"]
+    assert labels[probabilities[0].argmax()] == best["label"]
     assert run.predict_proba([]).shape == (0, len(labels))
     with pytest.raises(fedtune.DataError, match=r"data:1, column 'text' = 'absent'"):
         run.predict([{"body": CARD}])
@@ -80,15 +80,15 @@ def test_predict_proba_returns_one_column_per_label(run: fedtune.Run) -> None:
 
 def test_evaluate_scores_in_memory_records_like_a_file(run: fedtune.Run, tmp_path: Path) -> None:
     labels, columns = run.config.data.labels, run.config.data.columns
-    named = {f"question {number}": labels[number % 3] for number in range(12)}
-    frame = pandas.DataFrame({columns["text"]: named.keys(), columns["label"]: named.values()})
-    found = fedtune.compare({"a<b": run}, frame)
-    right = [labels[row.argmax()] for row in run.predict_proba(frame)] == frame[columns["label"]]
-    assert found.estimate("a<b", "accuracy").value == pytest.approx(right.mean())
-    assert run.evaluate(frame).estimate("tuned", "accuracy") == found.estimate("a<b", "accuracy")
-    assert "a&lt;b" in found._repr_html_()
-    assert "a&lt;b" in found.plot("accuracy").svg
-    assert_drawing(found.plot())
+    labels_by_text = {f"question {number}": labels[number % 3] for number in range(12)}
+    frame = pandas.DataFrame({columns["text"]: labels_by_text.keys(), columns["label"]: labels_by_text.values()})
+    comparison = fedtune.compare({"a<b": run}, frame)
+    correct = [labels[row.argmax()] for row in run.predict_proba(frame)] == frame[columns["label"]]
+    assert comparison.estimate("a<b", "accuracy").value == pytest.approx(correct.mean())
+    assert run.evaluate(frame).estimate("tuned", "accuracy") == comparison.estimate("a<b", "accuracy")
+    assert "a&lt;b" in comparison._repr_html_()
+    assert "a&lt;b" in comparison.plot("accuracy").svg
+    assert_drawing(comparison.plot())
 
 
 def assert_drawing(figure: Any) -> None:
@@ -111,21 +111,21 @@ def test_plot_returns_the_charts_of_the_report(run: fedtune.Run, tmp_path: Path)
 def test_comparison_plot_leaves_out_values_that_are_not_finite(
     run: fedtune.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compared = fedtune.compare({"tuned": run})
-    assert_drawing(compared.plot())
-    whole = compared.plot("loss").svg
+    comparison = fedtune.compare({"tuned": run})
+    assert_drawing(comparison.plot())
+    finite = comparison.plot("loss").svg
     monkeypatch.setattr(ComparedModels, "estimate", lambda *_: Estimate(1.0, math.nan, math.inf))
-    assert_drawing(compared.plot("loss"))
-    assert compared.plot("loss").svg != whole
+    assert_drawing(comparison.plot("loss"))
+    assert comparison.plot("loss").svg != finite
 
 
 def test_html_tables_are_short_and_escaped(run: fedtune.Run, tmp_path: Path) -> None:
     ledger = fedtune.Ledger(run.folder / "sites" / "site-1" / "ledger.db")
-    shown = (run, run.report(), ledger, fedtune.plan(run.config), fedtune.verify(run.folder))
-    for one in shown:
-        text = one._repr_html_()  # type: ignore[attr-defined]
-        assert ElementTree.fromstring(text).tag == "table"
-        assert len(text) < 3000
+    displayed = (run, run.report(), ledger, fedtune.plan(run.config), fedtune.verify(run.folder))
+    for value in displayed:
+        html = value._repr_html_()  # type: ignore[attr-defined]
+        assert ElementTree.fromstring(html).tag == "table"
+        assert len(html) < 3000
     assert f"epsilon</td><td>{run.privacy.epsilon:.2f}"[:-1] in run._repr_html_()
     (tmp_path / "config.yaml").write_text((run.folder / "config.yaml").read_text())
     assert "not finished" in fedtune.load(tmp_path)._repr_html_()
@@ -137,39 +137,39 @@ def test_report_checks_print_names_and_states(run: fedtune.Run) -> None:
     assert re.search(r"^figures +passed +Each epsilon", str(checks), re.MULTILINE)
 
 
-def test_peft_model_generates_text_with_transformers(writer: fedtune.Run) -> None:
-    model, tokenizer = writer.model()
+def test_peft_model_generates_text_with_transformers(causal_lm_run: fedtune.Run) -> None:
+    model, tokenizer = causal_lm_run.model()
     assert isinstance(model, PeftModel)
     prompt = tokenizer("number 5", return_tensors="pt")
     ids = {name: prompt[name] for name in ("input_ids", "attention_mask")}
-    (written,) = model.generate(**ids, max_new_tokens=5, do_sample=False).tolist()
+    (generated,) = model.generate(**ids, max_new_tokens=5, do_sample=False).tolist()
     with torch.no_grad():
         likeliest = int(model(**ids).logits[0, -1].argmax())
-    place = ids["input_ids"].shape[1]
-    assert 0 < len(written) - place <= 5
-    assert written[place] == likeliest
+    prompt_length = ids["input_ids"].shape[1]
+    assert 0 < len(generated) - prompt_length <= 5
+    assert generated[prompt_length] == likeliest
     with pytest.raises(ValueError, match="task = 'causal_lm': predicts no label or number"):
-        writer.predict("number 5")
+        causal_lm_run.predict("number 5")
     with pytest.raises(ValueError, match="task = 'causal_lm': predicts no probabilities of labels"):
-        writer.predict_proba("number 5")
+        causal_lm_run.predict_proba("number 5")
 
 
-def test_merged_model_runs_in_a_transformers_pipeline(writer: fedtune.Run) -> None:
-    merged, tokenizer = writer.model("merged")
-    model, _ = writer.model()
+def test_merged_model_runs_in_a_transformers_pipeline(causal_lm_run: fedtune.Run) -> None:
+    merged, tokenizer = causal_lm_run.model("merged")
+    model, _ = causal_lm_run.model()
     ids = tokenizer("number 5", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-4)
     with pytest.raises(ValueError, match=r"form = 'sentence-transformers': must be one of peft, merged"):
-        writer.model("sentence-transformers")
+        causal_lm_run.model("sentence-transformers")
 
 
 def test_sentence_transformer_export_predicts_the_same_labels(run: fedtune.Run) -> None:
     pytest.importorskip("sentence_transformers")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        whole, tokenizer = run.model("sentence-transformers")
-        scores = whole.encode([CARD, MONEY])
+        model, tokenizer = run.model("sentence-transformers")
+        scores = model.encode([CARD, MONEY])
     assert scores.argmax(axis=1).tolist() == run.predict_proba([CARD, MONEY]).argmax(axis=1).tolist()
     assert tokenizer(CARD)["input_ids"]
 
@@ -183,9 +183,9 @@ def test_export_method_writes_the_same_files_as_the_command(run: fedtune.Run, tm
     ):
         with pytest.raises(ValueError, match=message):
             run.export(tmp_path / "other", **options)  # type: ignore[arg-type]
-    for inside, message in ((run.adapter, "must be outside the run's adapter"), (tmp_path, "the run's own folder")):
+    for folder, message in ((run.adapter, "must be outside the run's adapter"), (tmp_path, "the run's own folder")):
         with pytest.raises(ValueError, match=message):
-            run.export(inside / "adapter")
+            run.export(folder / "adapter")
 
 
 def test_exceptions_are_exported_at_top_level() -> None:
@@ -212,7 +212,7 @@ class Shell:
     def __init__(self) -> None:
         self.shown = list[str]()
 
-    def display(self, what: str, *, display_id: bool) -> SimpleNamespace:
+    def display(self, html: str, *, display_id: bool) -> SimpleNamespace:
         return SimpleNamespace(update=self.shown.append)
 
 
@@ -223,9 +223,9 @@ def test_progress_true_shows_a_bar_in_notebooks(monkeypatch: pytest.MonkeyPatch,
     library = SimpleNamespace(display=shell.display, HTML=str)
     monkeypatch.setitem(sys.modules, "IPython.display", library)  # type: ignore[arg-type]
     assert public.is_notebook()
-    move: Callable[[fedtune.Progress], None] = public.make_notebook_bar()
-    move(fedtune.Progress(stage="loading <model>"))
-    move(fedtune.Progress(stage="round", done=1, total=2, round=run.rounds[0]))
+    update: Callable[[fedtune.Progress], None] = public.make_notebook_bar()
+    update(fedtune.Progress(stage="loading <model>"))
+    update(fedtune.Progress(stage="round", done=1, total=2, round=run.rounds[0]))
     assert shell.shown[0] == '<progress value="0" max="1"></progress> loading &lt;model&gt;'
     assert re.match(r'<progress value="1" max="2"></progress> round 1 of 2: accuracy 0\.\d{4}', shell.shown[1])
 

@@ -75,12 +75,12 @@ class SiteFolder(Books):
         about |= {"lora_scale": 2.0, "head_scale": 20.0, "lead": self.lead.public, "seeded_noise": seeded_noise}
         return make_proposal(run=run, plan=usual | plan, **about)
 
-    def ask_too_much(self, asked: Proposal, *, named: str | None = None) -> None:
+    def ask_too_much(self, proposal: Proposal, *, named: str | None = None) -> None:
         """Request a run that exceeds the policy, and record the refusal."""
         ledger = self.open()
         with pytest.raises(Refused) as caught:
-            ledger.reserve(asked, round=1, request="x")
-        ledger.record_refusal(caught.value, run=named or asked.run, round=1, request="x")
+            ledger.reserve(proposal, round=1, request="x")
+        ledger.record_refusal(caught.value, run=named or proposal.run, round=1, request="x")
 
 
 class Here(Books):
@@ -108,12 +108,12 @@ def join_site(tmp_path: Path) -> Callable[..., Here]:
     """Return a function that creates sites of a federation with manual approval."""
 
     def make(name: str, *, days_ago: int = 0) -> Here:
-        begun = datetime.now(UTC).replace(microsecond=0) - timedelta(days=days_ago)
+        joined = datetime.now(UTC).replace(microsecond=0) - timedelta(days=days_ago)
         federation = tmp_path / "federation"
         if not federation.exists():
             (tmp_path / "federation.toml").write_text('name = "cardiology"\nserver = "127.0.0.1:9"\n')
-            provisioning.init_federation(tmp_path / "federation.toml", out=federation, now=begun)
-        return Here(Desk(federation, begun).join(name, approval="manual").parent)
+            provisioning.init_federation(tmp_path / "federation.toml", out=federation, now=joined)
+        return Here(Desk(federation, joined).join(name, approval="manual").parent)
 
     return make
 
@@ -137,10 +137,10 @@ def run_folder(finished_run: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def site(tmp_path: Path) -> SiteFolder:
     """A site with a policy and without a ledger."""
-    made = SiteFolder(tmp_path / "north")
-    made.folder.mkdir()
-    made.write_policy()
-    return made
+    folder = SiteFolder(tmp_path / "north")
+    folder.folder.mkdir()
+    folder.write_policy()
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ _VARYING_LETTERS = re.compile(
 
 def find_wide_lines(text: str) -> list[str]:
     """Return the lines wider than the terminal, except for lines with an unbreakable path, key or hash."""
-    return [line for line in text.splitlines() if len(_COPIED.sub(lambda found: found[0][:20], line)) > COLUMNS]
+    return [line for line in text.splitlines() if len(_COPIED.sub(lambda match: match[0][:20], line)) > COLUMNS]
 
 
 def check_text(name: str, text: str) -> None:
@@ -51,7 +51,7 @@ def check_text(name: str, text: str) -> None:
 def check_output(name: str, text: str) -> None:
     """Compare terminal output with a snapshot, and check that it fits a narrow terminal."""
     assert os.environ["COLUMNS"] != str(COLUMNS) or find_wide_lines(re.sub(r"(?m)^\$ .*", "", text)) == []
-    check_text(f"{name}.txt", _VARYING_LETTERS.sub(lambda found: re.sub(r"\w", "x", found[0]), text))
+    check_text(f"{name}.txt", _VARYING_LETTERS.sub(lambda match: re.sub(r"\w", "x", match[0]), text))
 
 
 def check_json(name: str, text: str, *, folder: Path) -> None:
@@ -62,23 +62,23 @@ def check_json(name: str, text: str, *, folder: Path) -> None:
 
 def parametrize_mistakes(name: str) -> pytest.MarkDecorator:
     """Parametrize a test by the invalid command lines of a snapshot file, which start with `$`."""
-    typed = re.findall(r"^\$ (.*)$", (FOLDER / f"{name}.txt").read_text(encoding="utf-8"), re.MULTILINE)
-    return pytest.mark.parametrize("typed", typed, ids=lambda line: line[:60])
+    lines = re.findall(r"^\$ (.*)$", (FOLDER / f"{name}.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    return pytest.mark.parametrize("typed", lines, ids=lambda line: line[:60])
 
 
 def check_message(name: str, typed: str, message: str) -> None:
     """Compare an error message with the snapshot for its command line, or update the snapshot."""
     path = FOLDER / f"{name}.txt"
     before, line, rest = path.read_text(encoding="utf-8").partition(f"$ {typed}\n")
-    told, _, behind = rest.partition("\n")
-    for place, called in ((REPOSITORY, "REPOSITORY"), (Path.cwd(), "HERE")):
-        message = message.replace(str(place), called)
+    expected, _, after = rest.partition("\n")
+    for place, mask in ((REPOSITORY, "REPOSITORY"), (Path.cwd(), "HERE")):
+        message = message.replace(str(place), mask)
     message = re.sub(r"/\S*/pytest-\d+/(popen-gw\d+/)?[^/]+", "MADE", message)  # a test's or a module's own folder
-    message = _VARYING_LETTERS.sub(lambda found: re.sub(r"\w", "x", found[0]), message)
+    message = _VARYING_LETTERS.sub(lambda match: re.sub(r"\w", "x", match[0]), message)
     if os.environ.get("FEDTUNE_WRITE_SNAPSHOTS"):
-        path.write_text(f"{before}{line}{message}\n{behind}", encoding="utf-8")
+        path.write_text(f"{before}{line}{message}\n{after}", encoding="utf-8")
     else:
-        assert message == told
+        assert message == expected
 
 
 def _mask_value(value: Any, folder: str) -> Any:
@@ -90,8 +90,8 @@ def _mask_value(value: Any, folder: str) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, str):
-        shown = value.replace(folder, "<folder>")
+        masked = value.replace(folder, "<folder>")
         for pattern, mask in _VARYING:
-            shown = pattern.sub(mask, shown)
-        return shown
+            masked = pattern.sub(mask, masked)
+        return masked
     return value

@@ -27,11 +27,11 @@ from . import snapshots
 def iter_leaves(group: click.Group, *path: str) -> Iterator[tuple[str, click.Command]]:
     context = click.Context(group)
     for name in group.list_commands(context):
-        found = group.get_command(context, name)
-        if isinstance(found, click.Group):
-            yield from iter_leaves(found, *path, name)
-        elif found is not None:
-            yield " ".join((*path, name)), found
+        command = group.get_command(context, name)
+        if isinstance(command, click.Group):
+            yield from iter_leaves(command, *path, name)
+        elif command is not None:
+            yield " ".join((*path, name)), command
 
 
 def describe_kind(param: click.Parameter) -> str | list[str] | None:
@@ -51,19 +51,19 @@ def describe_kind(param: click.Parameter) -> str | list[str] | None:
 def build_table() -> str:
     """Build the content of conf/completions.json, one line per command."""
     lines, commands = [], dict(iter_leaves(fedtune))
-    for path, found in commands.items():
-        options = [one for one in found.params if isinstance(one, click.Option)]
-        arguments = [one for one in found.params if isinstance(one, click.Argument)]
-        about = {
-            "help": COMMANDS.get(path) or found.short_help,
+    for path, command in commands.items():
+        options = [one for one in command.params if isinstance(one, click.Option)]
+        arguments = [one for one in command.params if isinstance(one, click.Argument)]
+        entry = {
+            "help": COMMANDS.get(path) or command.short_help,
             "argument": next((describe_kind(one) for one in reversed(arguments) if describe_kind(one)), None),
             "options": [[one.opts, describe_kind(one), one.help] for one in options],
         }
-        lines.append(f"  {json.dumps(path)}: {json.dumps(about)}")
+        lines.append(f"  {json.dumps(path)}: {json.dumps(entry)}")
     keys = [f"{key}=" for key in sorted({key for key, _ in flatten(compose_default_settings())} | PATHS)]
     options = {group: list_options(group) for group in list_config_groups()} | {"task": sorted(TASKS)}
     options["federation.algorithm"] = [*ALGORITHMS]
-    keys += [f"{group}={option}" for group, named in options.items() for option in named]
+    keys += [f"{group}={option}" for group, names in options.items() for option in names]
     settings = json.dumps(keys)
     return '{\n "commands": {\n' + ",\n".join(lines) + f'\n }},\n "settings": {settings}\n}}\n'
 
@@ -117,21 +117,21 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_completion_covers_commands_options_settings_and_files(folder: Path) -> None:
-    asked = {}
+    requests = {}
     for line in CASES:
         words = line.split()
-        asked[line] = {shell: {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)} for shell in ("bash", "zsh")}
-        asked[line]["fish"] = {"COMP_WORDS": line, "COMP_CWORD": words[-1]}
+        requests[line] = {shell: {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)} for shell in ("bash", "zsh")}
+        requests[line]["fish"] = {"COMP_WORDS": line, "COMP_CWORD": words[-1]}
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    found, slow = json.loads(run_python("-c", RUN, input=json.dumps(asked), cwd=folder, env=environment))
+    answers, slow = json.loads(run_python("-c", RUN, input=json.dumps(requests), cwd=folder, env=environment))
     assert slow == []
     for line, (values, kinds) in CASES.items():
         word = line.split()[-1]
-        wanted = [*(f"plain,{value}" for value in values), *(f"{one},{word}" for one in kinds)]
-        assert found[f"bash {line}"] == wanted
-        zsh = found[f"zsh {line}"]
-        assert [",".join(item) for item in zip(zsh[::3], zsh[1::3], strict=True)] == wanted
-        assert [answer.partition("\t")[0] for answer in found[f"fish {line}"]] == wanted
+        expected = [*(f"plain,{value}" for value in values), *(f"{kind},{word}" for kind in kinds)]
+        assert answers[f"bash {line}"] == expected
+        zsh = answers[f"zsh {line}"]
+        assert [",".join(item) for item in zip(zsh[::3], zsh[1::3], strict=True)] == expected
+        assert [answer.partition("\t")[0] for answer in answers[f"fish {line}"]] == expected
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")

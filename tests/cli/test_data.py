@@ -81,19 +81,19 @@ def test_data_init_output_matches_its_snapshot(data_folder: Path, narrow_termina
 
 
 def test_data_init_overwrites_only_with_force(data_folder: Path) -> None:
-    typed = ("data", "init", "tickets.csv", "--model", "random_bert", "--out", "first.yaml")
-    run_command(*typed)
+    command = ("data", "init", "tickets.csv", "--model", "random_bert", "--out", "first.yaml")
+    run_command(*command)
     written = (data_folder / "first.yaml").read_text()
     (data_folder / "first.yaml").write_text("name: mine")
     assert (
         "already exists; choose another name with --out, or move the file away, or use --force"
-        in run_command(*typed).failed()
+        in run_command(*command).failed()
     )
-    run_command(*typed, "--force")
+    run_command(*command, "--force")
     assert (data_folder / "first.yaml").read_text() == written
     assert "dataset: tickets " in written
     (data_folder / "x.yaml").mkdir()
-    assert "exists" in run_command(*typed[:-1], "x.yaml", "--force").failed()
+    assert "exists" in run_command(*command[:-1], "x.yaml", "--force").failed()
 
 
 def test_data_check_output_matches_its_snapshot(
@@ -104,12 +104,12 @@ def test_data_check_output_matches_its_snapshot(
         "fedtune.lab.preparation.check_data.build_install_command", lambda extra: f"COMMAND FOR {extra}"
     )
     before = read_files(written_experiment)
-    shown, told = (run_command("data", "check", "tickets.yaml", *more).out for more in ((), ("--json",)))
-    (file,) = json.loads(told)["checked"]["files"]
+    text, as_json = (run_command("data", "check", "tickets.yaml", *options).out for options in ((), ("--json",)))
+    (file,) = json.loads(as_json)["checked"]["files"]
     assert (file["rows"], file["num_errors"]) == (63, {"must not be blank (role text)": 1})
     assert file["labels"] == {"billing": 30, "sales": 32}
-    assert "xyzzy" not in (shown + told).lower(), "no record's text"
-    snapshots.check_output("data-check", shown)
+    assert "xyzzy" not in (text + as_json).lower(), "no text of a record is printed"
+    snapshots.check_output("data-check", text)
     assert run_command("data", "check", "experiment=./tickets.yaml", "data.max_length=8").code == 0
     assert read_files(written_experiment) == before, "a check changes nothing"
 
@@ -119,10 +119,10 @@ def test_cleaned_file_runs_with_the_same_experiment(written_experiment: Path) ->
     assert "depends on earlier records" in " ".join(
         run_command("data", "clean", "tickets.yaml", *words).printed.split()
     )
-    again = run_command("data", "check", "tickets.yaml", "data.train_file=kept.jsonl", "--json")
-    (file,) = json.loads(again.out)["checked"]["files"]
+    outcome = run_command("data", "check", "tickets.yaml", "data.train_file=kept.jsonl", "--json")
+    (file,) = json.loads(outcome.out)["checked"]["files"]
     assert (file["rows"], file["num_errors"]) == (61, {})
-    assert not {"personal", "same"} & {one["kind"] for one in file["findings"]}
+    assert not {"personal", "same"} & {finding["kind"] for finding in file["findings"]}
 
 
 @snapshots.parametrize_mistakes("mistakes-data")
@@ -192,11 +192,11 @@ def test_long_rows_and_many_columns_are_abbreviated(data_folder: Path) -> None:
 def test_data_check_warns_of_many_unusable_rows_with_reasons(data_folder: Path) -> None:
     rows = [{"body": None if number % 3 else f"text {number}", "team": TEAMS[number % 2]} for number in range(60)]
     (data_folder / "holes.json").write_text(json.dumps(rows))
-    made = run_command("data", "init", "holes.json", "--model", "random_bert")
-    assert "null" in made.out
-    assert "None" not in made.out
-    shown = " ".join(run_command("data", "check", "holes.yaml").out.split())
-    assert "A LARGE PART, 40 of 60 rows (66.7 %), cannot be used: 40 must not be null (role text)." in shown
+    outcome = run_command("data", "init", "holes.json", "--model", "random_bert")
+    assert "null" in outcome.out
+    assert "None" not in outcome.out
+    output = " ".join(run_command("data", "check", "holes.yaml").out.split())
+    assert "A LARGE PART, 40 of 60 rows (66.7 %), cannot be used: 40 must not be null (role text)." in output
     (data_folder / "cut.json").write_text(json.dumps(rows)[:-1])
     for words in (["check", "holes.yaml", "data.train_file=cut.json"], ["init", "cut.json", "--model", "random_bert"]):
         assert run_command("data", *words).failed().endswith("it is truncated, and lacks ] at its end")
@@ -207,7 +207,7 @@ OWN = "please write to me at anna@example.org as my parcel number 4711 never cam
 
 @pytest.fixture
 def copied_texts(data_folder: Path, narrow_terminal: None) -> Path:
-    """Synthetic texts, one of which repeats most of an own record with its e-mail address."""
+    """Synthetic texts, one of which repeats most of an own record including its e-mail address."""
     with (data_folder / "tickets.csv").open("a", encoding="utf-8") as stream:
         stream.write(f"{OWN},sales\n,sales\n")
     texts = ["nothing that anybody here wrote", f"Hello, {OWN.upper()}!", "ticket 3 about sales"]
@@ -222,21 +222,21 @@ COPIES = ("data", "copies", "made.jsonl", "tickets.csv", "--own-columns", "{text
 def test_data_copies_writes_to_the_terminal_json_or_a_private_file(copied_texts: Path) -> None:
     before, outcome = read_files(copied_texts), run_command(*COPIES)
     assert (outcome.code, outcome.err) == (0, "")
-    assert read_files(copied_texts) == before, "nothing is written without a word"
+    assert read_files(copied_texts) == before, "no file is written without --out"
     snapshots.check_output("data-copies", outcome.out)
     outcome = run_command(*COPIES, "--json", "--out", "found.json")
     assert (outcome.code, (copied_texts / "found.json").read_text()) == (0, outcome.out), outcome.err
     assert (copied_texts / "found.json").stat().st_mode & 0o777 == 0o600
-    told = json.loads(outcome.out)
-    assert told["read"][str(copied_texts / "tickets.csv")] == {
+    result = json.loads(outcome.out)
+    assert result["read"][str(copied_texts / "tickets.csv")] == {
         "rows": 62,
         "reasons": {"must not be blank (role text)": 1},
     }
-    worst = told["synthetic"][0]
+    worst = result["synthetic"][0]
     assert (worst["place"], worst["of"], worst["words"]) == ("made.jsonl:2", "tickets.csv:62", 21)
     assert worst["details"] == [["e-mail", 1, "tickets.csv:62"]]
-    assert len(told["ordinary"]) == 31, "every second own record, beside the others"
-    assert "must not leave the site" in told["about"][0]
+    assert len(result["ordinary"]) == 31, "every second own record, compared with the others"
+    assert "must not leave the site" in result["about"][0]
 
 
 def test_data_copies_command_reads_a_site_data_file(copied_texts: Path) -> None:
@@ -245,9 +245,9 @@ def test_data_copies_command_reads_a_site_data_file(copied_texts: Path) -> None:
     (copied_texts / "kept" / "letters.json").write_text(json.dumps(texts))
     site = SiteFolder(copied_texts)
     site.write_policy(path='"kept/letters.json"')
-    told = json.loads(run_command("data", "copies", "made.jsonl", "--site", "site.toml", "--json").out)
-    assert told["synthetic"][0]["of"] == "letters.json:2", "a row, where rows share a line"
-    assert told["read"]["kept/letters.json"]["rows"] == 3
+    result = json.loads(run_command("data", "copies", "made.jsonl", "--site", "site.toml", "--json").out)
+    assert result["synthetic"][0]["of"] == "letters.json:2", "the row number, because all rows are on one line"
+    assert result["read"]["kept/letters.json"]["rows"] == 3
 
 
 @snapshots.parametrize_mistakes("mistakes-data-copies")
@@ -274,15 +274,15 @@ def write_codes(texts: list[str], *words: str) -> list[dict[str, str]]:
 def test_codes_are_independent_of_other_records(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model processes one record at a time, so that codes are bitwise independent of other records."""
     embed, batches = PooledTask.embed, []
-    monkeypatch.setattr(PooledTask, "embed", lambda *given: batches.append(len(given[2])) or embed(*given))
+    monkeypatch.setattr(PooledTask, "embed", lambda *arguments: batches.append(len(arguments[2])) or embed(*arguments))
     texts = [*TOPICS, "two words", "four words, don't say five", OWN]
-    whole = write_codes(texts)
+    all_rows = write_codes(texts)
     assert batches[-len(texts) :] == [1] * len(texts)
-    assert [row["topic"] for row in whole[:3]] == [*TOPICS]
+    assert [row["topic"] for row in all_rows[:3]] == [*TOPICS]
     few, some, many = "up to 2 words", "3 to 4 words", "over 4 words"
-    assert [row["length"] for row in whole] == [some, few, many, few, many, many]
+    assert [row["length"] for row in all_rows] == [some, few, many, few, many, many]
     for others in (texts[::-1], texts[4:5]):
-        assert write_codes(others) == [whole[texts.index(text)] for text in others]
+        assert write_codes(others) == [all_rows[texts.index(text)] for text in others]
 
 
 def test_data_codes_output_with_a_model_matches_its_snapshot(data_folder: Path, narrow_terminal: None) -> None:
@@ -294,7 +294,7 @@ def test_data_codes_output_with_a_model_matches_its_snapshot(data_folder: Path, 
     snapshots.check_output("data-codes", outcome.out)
     assert json.loads((data_folder / "coded.jsonl").read_text().splitlines()[1]).items() >= rows[1].items()
     read = list(iter_records(data_folder / "coded.jsonl", {"prompt": "topic", "input": "length", "completion": "body"}))
-    assert [one.fields["completion"] for one in read] == [rows[place]["body"] for place in (0, 1, 3)]
+    assert [record.fields["completion"] for record in read] == [rows[index]["body"] for index in (0, 1, 3)]
     assert dict(read[1].fields) == {"prompt": "sales", "input": "up to 2 words", "completion": "sales"}
 
 

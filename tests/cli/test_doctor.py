@@ -44,7 +44,7 @@ def test_doctor_lines_fit_a_narrow_terminal_and_json_lists_all_checks(
     snapshots.check_json("site-doctor", capsys.readouterr().out, folder=tmp_path)
     site_actions.print_checks(CHECKS[:2], as_json=True)
     assert json.loads(capsys.readouterr().out)["ok"] is True
-    # What others wrote steers no terminal.
+    # Text from other parties cannot control the terminal.
     check = build_passed_check("kit", "for \x1b[31mred\x1b[0m [bold]and bold[/bold]\n\rnorth")
     site_actions.print_checks([check], as_json=False)
     assert capsys.readouterr().out.splitlines()[0].endswith("for ?[31mred?[0m [bold]and bold[/bold]??north")
@@ -73,15 +73,15 @@ def test_doctor_in_an_empty_folder_reports_missing_kit_and_policy(tmp_path: Path
 def test_doctor_accepts_overrides_anywhere_and_rejects_unknown_keys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    named = ["--kit", str(tmp_path), "--site", "site.toml"]
-    seen = parse_command("site", "doctor", "lora.rank=4", *named, "experiment=debug")
-    assert seen["overrides"] == ("lora.rank=4", "experiment=debug")
-    seen = parse_command("site", "doctor", *named)
-    assert (seen["overrides"], seen["import_model"]) == ((), None)
+    options = ["--kit", str(tmp_path), "--site", "site.toml"]
+    parsed = parse_command("site", "doctor", "lora.rank=4", *options, "experiment=debug")
+    assert parsed["overrides"] == ("lora.rank=4", "experiment=debug")
+    parsed = parse_command("site", "doctor", *options)
+    assert (parsed["overrides"], parsed["import_model"]) == ((), None)
     visits: list[Any] = []
     monkeypatch.setattr(site_actions.Examination, "run_checks", lambda visit: visits.append(visit) or [])
     for word in ("lora.rnak=4", "model.dtype=auto", "sites=[north,south]"):
-        assert run_command("site", "doctor", word, *named, "experiment=debug").code == 0
+        assert run_command("site", "doctor", word, *options, "experiment=debug").code == 0
     with pytest.raises(FedtuneError, match=r"lora\.rnak"):
         visits[0].run()
     assert visits[1].run().model.dtype == "float32"

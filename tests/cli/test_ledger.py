@@ -49,15 +49,15 @@ def test_ledger_export_writes_one_file_and_overwrites_none(site_with_history: An
 
     output, shown = tmp_path / "ledger.json", read_export("show")
     assert run_command("ledger", "export", str(site_with_history.ledger), "--output", str(output)).code == 0
-    whole = json.loads(output.read_text())
-    assert whole["events"] == shown["events"]
+    exported = json.loads(output.read_text())
+    assert exported["events"] == shown["events"]
     assert [event["sequence"] for event in shown["events"]] == list(range(1, shown["num_events"] + 1))
     assert read_export("show", "--last", "3")["events"] == shown["events"][-3:], "the newest"
     assert run_command("ledger", "show", str(site_with_history.ledger), "--last", "0").code == 2
-    assert whole["head"] == whole["events"][-1]
-    assert whole["spending"].items() <= read_export("spent").items()
-    assert whole["verification"]["rollback_excluded"] is False
-    assert json.loads(run_command("ledger", "export", str(site_with_history.ledger)).out) == whole
+    assert exported["head"] == exported["events"][-1]
+    assert exported["spending"].items() <= read_export("spent").items()
+    assert exported["verification"]["rollback_excluded"] is False
+    assert json.loads(run_command("ledger", "export", str(site_with_history.ledger)).out) == exported
     for name in ("ledger.db", "site_key.pem"):
         before = (site_with_history.folder / name).read_bytes()
         message = run_command(
@@ -135,11 +135,11 @@ def test_freeze_requires_a_reason_and_leaves_no_budget(site_with_history: Any) -
 
 def test_ledger_verify_lists_checks_and_detects_a_wrong_site_key(site_with_history: Any) -> None:
     verified = ("ledger", "verify", str(site_with_history.ledger))
-    known = ("--anchor", str(site_with_history.anchor), "--site-key", site_with_history.key.public)
-    told = json.loads(run_command(*verified, "--json", *known).out)
-    assert (told["rollback_excluded"], told["anchor_sequence"]) == (True, told["num_events"])
-    assert (told["site_key"], told["key_expected"]) == (site_with_history.key.public, True)
-    assert "Not checked:" not in run_command(*verified, *known).out
+    expected = ("--anchor", str(site_with_history.anchor), "--site-key", site_with_history.key.public)
+    result = json.loads(run_command(*verified, "--json", *expected).out)
+    assert (result["rollback_excluded"], result["anchor_sequence"]) == (True, result["num_events"])
+    assert (result["site_key"], result["key_expected"]) == (site_with_history.key.public, True)
+    assert "Not checked:" not in run_command(*verified, *expected).out
     assert "names site key" in run_command(*verified, "--site-key", "ab" * 32).failed(1), (
         "another site's ledger is found"
     )
@@ -150,25 +150,25 @@ def test_anchor_is_not_replaced_by_an_older_head(put_back: Any) -> None:
     verified = ("ledger", "verify", str(put_back.ledger), "--anchor")
     assert "rolled back to an older copy" in run_command(*verified, str(put_back.anchor)).failed(1)
     assert run_command(*verified, str(put_back.folder / "none.json")).code == 2
-    own = ("--key", str(put_back.folder / "site_key.pem"), "--output", str(put_back.anchor))
+    options = ("--key", str(put_back.folder / "site_key.pem"), "--output", str(put_back.anchor))
     before = put_back.anchor.read_bytes()
-    assert "rolled back to an older copy" in run_command("ledger", "anchor", str(put_back.ledger), *own).failed(1)
+    assert "rolled back to an older copy" in run_command("ledger", "anchor", str(put_back.ledger), *options).failed(1)
     assert put_back.anchor.read_bytes() == before
 
 
 def test_manual_anchor_requires_the_key_of_the_ledger(site_with_history: Any, tmp_path: Path) -> None:
-    made, key = tmp_path / "anchor.json", site_with_history.folder / "site_key.pem"
+    anchor, key = tmp_path / "anchor.json", site_with_history.folder / "site_key.pem"
     words = ("ledger", "anchor", str(site_with_history.ledger))
-    assert run_command(*words, "--key", str(site_with_history.folder / "lead.pem"), "--output", str(made)).code == 1
-    assert not made.exists()
+    assert run_command(*words, "--key", str(site_with_history.folder / "lead.pem"), "--output", str(anchor)).code == 1
+    assert not anchor.exists()
     before = key.read_bytes()
     assert run_command(*words, "--key", str(key), "--output", str(key)).code == 2
     assert key.read_bytes() == before
-    assert run_command(*words, "--key", str(key), "--output", str(made)).code == 0
-    assert made.read_bytes() == site_with_history.anchor.read_bytes()
+    assert run_command(*words, "--key", str(key), "--output", str(anchor)).code == 0
+    assert anchor.read_bytes() == site_with_history.anchor.read_bytes()
     key.unlink()
     assert run_command("ledger", "show", str(site_with_history.ledger)).code == 0
-    with pytest.raises(RunError, match="is not signed by the site's key"):  # no new key takes the place of the old one
+    with pytest.raises(RunError, match="is not signed by the site's key"):  # the old key is not replaced by a new key
         site_with_history.open()
 
 
@@ -211,8 +211,8 @@ def test_restore_uses_the_policy_anchor_if_it_is_newer(put_back: Any, tmp_path: 
     older.write_bytes(verify(put_back.ledger).history.head(put_back.key).to_bytes())
     assert Head.read(older).sequence < newest.sequence
     assert restore_ledger(put_back, "--anchor", str(older)).code == 0
-    known = {events.from_json(event): count for event, count in newest.charged}
-    assert verify(put_back.ledger, anchor=newest).history.count_total_charges() == known
+    expected = {events.from_json(event): count for event, count in newest.charged}
+    assert verify(put_back.ledger, anchor=newest).history.count_total_charges() == expected
 
 
 @pytest.mark.parametrize(("typed", "confirmed"), [("y\n", True), ("n\n", False), ("", False)])
@@ -225,18 +225,18 @@ def test_confirm_date_opens_the_period_after_a_clock_jump(
             return datetime(2099, 7, 1, tzinfo=tz)
 
     monkeypatch.setattr("fedtune.privacy.ledger.history.datetime", Far)
-    told = "charges count for the year of"
-    assert told in " ".join(run_command("ledger", "spent", str(site_with_history.ledger)).out.split())
+    warning = "charges count for the year of"
+    assert warning in " ".join(run_command("ledger", "spent", str(site_with_history.ledger)).out.split())
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     outcome = run_command("ledger", "confirm-date", "--policy", str(site_with_history.site_toml))
     assert "clock says 2099-07-01 00:00 UTC" in " ".join(outcome.out.split())
     assert outcome.code == (0 if confirmed else 1)
     assert ("the date was not confirmed" in outcome.err) is not confirmed
     assert (
-        told in " ".join(run_command("ledger", "spent", str(site_with_history.ledger)).out.split())
+        warning in " ".join(run_command("ledger", "spent", str(site_with_history.ledger)).out.split())
     ) is not confirmed
-    noted = "a person at the site confirmed the date"
-    assert (noted in run_command("ledger", "show", str(site_with_history.ledger)).out) is confirmed
+    confirmation = "a person at the site confirmed the date"
+    assert (confirmation in run_command("ledger", "show", str(site_with_history.ledger)).out) is confirmed
 
 
 def test_displayed_epsilons_are_rounded_up() -> None:

@@ -29,10 +29,10 @@ from . import snapshots
 def test_version_includes_a_digest_of_the_source_code(tmp_path: Path) -> None:
     assert re.fullmatch(rf"fedtune {re.escape(__version__)}\+[0-9a-f]{{12}}\n", run_command("--version").printed)
     package = shutil.copytree(REPOSITORY / "fedtune", tmp_path / "fedtune")
-    told = "from fedtune.version import build; print(build())"
+    script = "from fedtune.version import build; print(build())"
 
     def print_build() -> str:
-        return run_python("-c", told, cwd=tmp_path).strip()
+        return run_python("-c", script, cwd=tmp_path).strip()
 
     same = print_build()
     assert run_command("--version").printed == f"fedtune {same}\n"
@@ -50,14 +50,14 @@ def test_invalid_command_line_prints_one_line_and_exits_with_code_two(typed: str
 
 @pytest.mark.parametrize("words", ["-m a=1 b=2", "a=1 -m b=2", "a=1 b=2 -m", "a=1 --multirun b=2"])
 def test_overrides_are_accepted_before_and_after_a_flag(words: str) -> None:
-    found = parse_command("simulate", *words.split())
-    assert (found["overrides"], found["multirun"]) == (("a=1", "b=2"), True)
+    parsed = parse_command("simulate", *words.split())
+    assert (parsed["overrides"], parsed["multirun"]) == (("a=1", "b=2"), True)
 
 
 @pytest.mark.parametrize("name", ["simulate", "plan", "run", "search", "audit"])
 def test_experiment_file_and_epsilon_have_short_forms(name: str) -> None:
-    found = parse_command(name, "own/tickets.yaml", "seed=1", "--epsilon", "3")
-    words = found.get("overrides", found.get("words"))
+    parsed = parse_command(name, "own/tickets.yaml", "seed=1", "--epsilon", "3")
+    words = parsed.get("overrides", parsed.get("words"))
     assert words == ("experiment=own/tickets.yaml", "seed=1", "privacy.epsilon=3")
 
 
@@ -77,13 +77,13 @@ def test_short_form_conflicts_with_its_long_form(typed: str) -> None:
 def test_command_parameters_match_their_function_signatures() -> None:
     context = click.Context(fedtune)
     for name in fedtune.list_commands(context):
-        found = fedtune.get_command(context, name)
-        for one in found.commands.values() if isinstance(found, click.Group) else [found]:
-            given = inspect.signature(one.callback).parameters
-            taken = [each.name for each in one.params if each not in SETTINGS_OPTIONS]
-            names = [name for name, each in given.items() if each.kind is not each.VAR_KEYWORD]
-            assert taken[: len(names)] == names
-            assert len(taken) == len(names) or len(names) < len(given), "others by their names"
+        group = fedtune.get_command(context, name)
+        for command in group.commands.values() if isinstance(group, click.Group) else [group]:
+            signature = inspect.signature(command.callback).parameters
+            params = [each.name for each in command.params if each not in SETTINGS_OPTIONS]
+            names = [name for name, each in signature.items() if each.kind is not each.VAR_KEYWORD]
+            assert params[: len(names)] == names
+            assert len(params) == len(names) or len(names) < len(signature), "the others are passed by keyword"
 
 
 @pytest.mark.parametrize(("error", "code"), [(RunError("few"), 1), (RefusedError("no"), 3), (KeyboardInterrupt(), 1)])
@@ -97,8 +97,8 @@ def start_python(*words: str, to: Any = subprocess.PIPE, closed: str = "", **var
     command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, *words]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **variables}
     pipes = {"stdout": to, "stderr": subprocess.PIPE, "timeout": 300, "cwd": REPOSITORY}
-    done = subprocess.run(command, env=environment, check=False, encoding="latin-1", **pipes)
-    return done.returncode, done.stdout or "", done.stderr
+    process = subprocess.run(command, env=environment, check=False, encoding="latin-1", **pipes)
+    return process.returncode, process.stdout or "", process.stderr
 
 
 def test_help_and_errors_avoid_slow_imports() -> None:
@@ -108,11 +108,11 @@ def test_help_and_errors_avoid_slow_imports() -> None:
         "import sys; from fedtune.cli.main import main\n"
         "for words in ([], ['site'], ['site', 'doctor'], ['server', 'start'], ['model-hash'], ['simulate']):\n"
         "    assert main([*words, '--help']) == 0\n"
-        f"found = [name for name in {slow} if name in sys.modules]\n"
+        f"imported = [name for name in {slow} if name in sys.modules]\n"
         "for name in 'plan audit evaluate ledger report provision run'.split(): assert main([name, '--help']) == 0\n"
         "assert main(['plan', 'experiment=debug', 'privacy.noise_multiplier=4.0', 'name=x']) == 0\n"
-        "of_models = [name for name in ('torch', 'transformers', 'peft', 'flwr', 'opacus') if name in sys.modules]\n"
-        "print(main(['simulate', 'privacy.epsilon=0']), found, of_models, 'flwr' in sys.modules)",
+        "model_libs = [name for name in ('torch', 'transformers', 'peft', 'flwr', 'opacus') if name in sys.modules]\n"
+        "print(main(['simulate', 'privacy.epsilon=0']), imported, model_libs, 'flwr' in sys.modules)",
     )
     assert out.endswith("\n2 [] [] False\n"), err
     assert err == "fedtune: privacy.epsilon = 0.0: must be a finite number greater than 0\n"
@@ -123,19 +123,19 @@ class Terminal(io.StringIO):
 
     def __init__(self) -> None:
         super().__init__()
-        self.said = threading.Event()
+        self.written = threading.Event()
 
     def isatty(self) -> bool:
         return True
 
     def write(self, text: str) -> int:
-        self.said.set()
+        self.written.set()
         return super().write(text)
 
 
 def test_slow_import_prints_a_message_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     def import_slowly(name: str) -> Any:
-        assert screen.said.wait(60), "it is said while they are loaded"
+        assert screen.written.wait(60), "the message is printed during the import"
         return importlib.import_module(name)
 
     monkeypatch.setattr("sys.stderr", screen := Terminal())
@@ -148,9 +148,9 @@ def test_slow_import_prints_a_message_on_a_terminal(monkeypatch: pytest.MonkeyPa
 def test_closed_output_stream_causes_no_traceback() -> None:
     read, write = os.pipe()
     os.close(read)
-    done = start_python("-m", "fedtune", "site", "template", to=write)
+    result = start_python("-m", "fedtune", "site", "template", to=write)
     os.close(write)
-    assert done == (1, "", "")
+    assert result == (1, "", "")
     for closed in (">&-", "2>&-"):
         assert start_python("-m", "fedtune", "model-hash", "--help", closed=closed)[0] == 0
 
@@ -183,7 +183,7 @@ def test_imported_library_objects_are_frozen_for_garbage_collection(
     monkeypatch.setattr(gc, "freeze", lambda: frozen_at.append(len(sys.modules)))
     with pause_garbage_collection():
         for number in range(new):
-            monkeypatch.setitem(sys.modules, f"a_part_of_a_library_{number}", sys)
+            monkeypatch.setitem(sys.modules, f"library_module_{number}", sys)
     assert bool(frozen_at) is frozen
 
 
@@ -201,16 +201,16 @@ def test_unencodable_characters_are_printed_as_question_marks(encoding: str) -> 
 def test_full_disk_is_named_in_the_error_message(
     site_with_history: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again = "free some space and run the command again"
+    hint = "free some space and run the command again"
     with open("/dev/full", "wb") as full:
-        assert start_python("-m", "fedtune", "--version", to=full) == (1, "", f"fedtune: the disk is full: {again}\n")
+        assert start_python("-m", "fedtune", "--version", to=full) == (1, "", f"fedtune: the disk is full: {hint}\n")
     folder = tmp_path / "disk"
     folder.mkdir()
     target = folder / "ledger.json"
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "nobody")
     monkeypatch.setattr("fedtune.privacy.durable.os.fsync", Mock(side_effect=error))
     message = run_command("ledger", "export", str(site_with_history.ledger), "--output", str(target)).failed(1)
-    assert message == f"the disk is full: no room for {target}: {again}"
+    assert message == f"the disk is full: no room for {target}: {hint}"
     assert list(folder.iterdir()) == []
 
 

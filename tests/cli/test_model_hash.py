@@ -25,17 +25,17 @@ def test_model_hash_covers_weights_configuration_and_tokenizer(tmp_path: Path) -
     assert digest == build_manifest(folder).sha256 == hash_model(ModelSpec(path=str(folder)))
     assert (blank, title) == ("", "Hashed files:")
     assert [line.split()[1] for line in files] == ["config.json", "model.safetensors", "tokenizer.json"]
-    said = json.loads(run_command("model-hash", str(folder), "--json").out)
-    assert (said["sha256"], said["files"]) == (digest, dict(build_manifest(folder).files))
+    result = json.loads(run_command("model-hash", str(folder), "--json").out)
+    assert (result["sha256"], result["files"]) == (digest, dict(build_manifest(folder).files))
     assert run_command("model-hash", str(folder), "--json", "--files").code == 2
     assert run_command("model-hash", "random:bert").out == f"{hash_model(ModelSpec(path='random:bert'))}\n"
-    # Anybody can compute it from the files; that of a GGUF file is what sha256sum prints.
+    # The hash can be recomputed from the files; a GGUF file's hash is what sha256sum prints.
     assert hashlib.sha256(run_command("model-hash", str(folder), "--files").out.encode()).hexdigest() == digest
-    for wrong in (tmp_path, tmp_path / "no"):
-        assert run_command("model-hash", str(wrong)).code == 2
+    for missing in (tmp_path, tmp_path / "no"):
+        assert run_command("model-hash", str(missing)).code == 2
     gguf.write_bytes(b"GGUF")
     for path in (tmp_path, gguf):
         assert run_command("model-hash", str(path)).out.splitlines()[0] == hashlib.sha256(b"GGUF").hexdigest()
-    # One that a site would refuse has none.
+    # A model that sites refuse has no hash.
     (folder / "config.json").write_text('{"transformers_weights": "README.safetensors"}')
     assert "has transformers_weights" in run_command("model-hash", str(folder)).failed()

@@ -47,29 +47,29 @@ def plan_json(plan: Run) -> Run:
 def test_plan_predicts_the_privacy_results_of_the_run(plan_json: Run, finished_run: Path) -> None:
     (run,) = json.loads((finished_run.parent / "printed.json").read_text())["runs"]
     assert run == {"folder": str(finished_run), "result": read_result(finished_run)}
-    promised, privacy = plan_json(), run["result"]["privacy"]
-    assert promised["epsilon"] == privacy["epsilon"]
+    planned, privacy = plan_json(), run["result"]["privacy"]
+    assert planned["epsilon"] == privacy["epsilon"]
     for name, site in privacy["sites"].items():
         for key in ("epsilon", "epsilon_rdp", "steps", "sampling_rate", "noise_multiplier"):
-            assert promised["sites"][name][key] == site[key]
+            assert planned["sites"][name][key] == site[key]
 
 
 def test_plan_solves_for_rounds_beyond_the_configured_epsilon(plan: Run, plan_json: Run, tmp_path: Path) -> None:
     target = ("--target=rounds", "privacy.epsilon=1")
-    # Twenty rounds would pass epsilon 1, which a run says is wrong; here it is the question.
-    said = plan_json(*target, "federation.num_rounds=20")
-    assert 0.9 < said["epsilon"] <= 1.0
-    more = Plan(**(said["plan"] | {"num_rounds": said["plan"]["num_rounds"] + 1}))
+    # A run refuses twenty rounds, which exceed epsilon 1; here the rounds are solved for.
+    output = plan_json(*target, "federation.num_rounds=20")
+    assert 0.9 < output["epsilon"] <= 1.0
+    more = Plan(**(output["plan"] | {"num_rounds": output["plan"]["num_rounds"] + 1}))
     assert planner.compute_target_epsilon(more) > 1.0
     secure = ("federation.aggregation=secure", "training.local_steps=1", "federation.num_sites=4")
-    said = plan_json(*target, *secure)
-    assert said["plan"]["shared"]["num_sites"] == 4, "whose noise is counted"
-    assert 0.9 < said["epsilon"] <= 1.0
-    # What was solved for can be pasted.
-    found = re.search(r"use it +(\S+) (\S+) *\n", plan(*target).out)
-    assert found
+    output = plan_json(*target, *secure)
+    assert output["plan"]["shared"]["num_sites"] == 4, "the noise of all four sites is counted"
+    assert 0.9 < output["epsilon"] <= 1.0
+    # The printed setting can be pasted.
+    match = re.search(r"use it +(\S+) (\S+) *\n", plan(*target).out)
+    assert match
     assert (
-        compose_run(list_tiny_overrides("privacy.epsilon=1", *found.groups(), into=tmp_path)).federation.num_rounds > 2
+        compose_run(list_tiny_overrides("privacy.epsilon=1", *match.groups(), into=tmp_path)).federation.num_rounds > 2
     )
 
 
@@ -93,45 +93,45 @@ def test_plan_output_matches_its_snapshot(
 def test_plan_reads_no_data_and_lists_only_participants(plan_json: Run, tmp_path: Path) -> None:
     sites = ("federation.num_sites=3", "data.declared_sizes=[90,80,70]", "federation.participants=[site-2]")
     missing = (f"data.train_file='{tmp_path}/missing.csv'", f"data.test_file='{tmp_path}/missing.csv'")
-    said = plan_json(*sites, *missing)
-    assert [(name, site["weight"]) for name, site in said["sites"].items()] == [("site-2", 1.0)]
+    output = plan_json(*sites, *missing)
+    assert [(name, site["weight"]) for name, site in output["sites"].items()] == [("site-2", 1.0)]
     stage = plan_json("public.train_file=public.csv", "public.num_rounds=3")["public_stage"]
     assert [*stage.values()] == ["public.csv", None, 3, 2, 0.0033, None]
-    assert said["public_stage"] is None
+    assert output["public_stage"] is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_plan_without_privacy_prints_no_epsilon(plan: Run, plan_json: Run) -> None:
     plain = ("privacy=none", "privacy.noise_multiplier=null")
-    shown, said = plan(*plain).out, plan_json(*plain)
-    assert "No epsilon is promised" in shown
-    assert "Epsilon after each round" not in shown
-    assert (said["epsilon"], said["rounds"], said["target_epsilon"]) == (None, [], None)
-    # Nor is anything guaranteed where noise comes from a seed.
+    text, output = plan(*plain).out, plan_json(*plain)
+    assert "No epsilon is promised" in text
+    assert "Epsilon after each round" not in text
+    assert (output["epsilon"], output["rounds"], output["target_epsilon"]) == (None, [], None)
+    # Seeded noise has no guarantee, either.
     assert plan("runtime.seeded_noise=true").out.splitlines()[1].startswith("NO GUARANTEE")
     assert not plan_json("runtime.seeded_noise=true")["guaranteed"]
 
 
 def test_plan_with_an_epsilon_of_zero_is_printed(plan_json: Run) -> None:
     small = ("privacy.noise_multiplier=1", "privacy.sampling_rate=0.000001", "training.local_steps=1")
-    said = plan_json(*small, "federation.num_rounds=2", "training.ignore_weak_signal=true")
-    assert (said["epsilon"], said["what_if"]) == (0, [])
+    output = plan_json(*small, "federation.num_rounds=2", "training.ignore_weak_signal=true")
+    assert (output["epsilon"], output["what_if"]) == (0, [])
 
 
 @pytest.fixture
 def policy_file(tmp_path: Path, lead_key: SigningKey) -> Callable[[], Path]:
     """Return a function that writes a site.toml that permits the debug run."""
 
-    def make() -> Path:
+    def write() -> Path:
         config = compose_run(list_tiny_overrides(into=tmp_path))
-        asked = config.proposal(lead=lead_key.public, plan=config.plan())
-        allow = {"leads": (lead_key.public,), "base_models": (asked.base_model,)}
-        allow["target_modules"] = asked.target_modules
-        datasets = (Dataset(id=asked.dataset, declared_size=90),)
+        proposal = config.proposal(lead=lead_key.public, plan=config.plan())
+        allow = {"leads": (lead_key.public,), "base_models": (proposal.base_model,)}
+        allow["target_modules"] = proposal.target_modules
+        datasets = (Dataset(id=proposal.dataset, declared_size=90),)
         write_policy(make_site_policy("site-1", allow=allow, dataset=datasets), tmp_path / "site.toml")
         return tmp_path / "site.toml"
 
-    return make
+    return write
 
 
 def test_plan_checks_a_policy_and_suggests_acceptable_settings(
@@ -139,18 +139,18 @@ def test_plan_checks_a_policy_and_suggests_acceptable_settings(
 ) -> None:
     policy = f"--policy={policy_file()}"
     outcome = plan(policy, f"--lead={stranger_key.public}")
-    assert outcome.code == 0, "the question was answered"
+    assert outcome.code == 0, "a refusal is a valid answer"
     assert "site-1 would refuse the run" in outcome.out
     assert "(leads)" in outcome.out
     assert "Neither fewer rounds nor more noise alone would be accepted." in outcome.out
-    # It is asked about the plan that was solved for.
+    # The policy is checked against the plan that was solved for.
     outcome = plan("--target=rounds", "privacy.epsilon=1", policy)
     assert "max_rounds" in outcome.out
     assert "Acceptable: 4 rounds, with all other settings as planned." in outcome.out
-    said = plan_json("model.dtype=auto", policy)
-    (told,) = said["policies"]
-    assert [told[key] for key in ("allowed", "site", "ledger", "lead")] == [True, "site-1", "new", lead_key.public]
-    assert said["lead_assumed"]
+    output = plan_json("model.dtype=auto", policy)
+    (result,) = output["policies"]
+    assert [result[key] for key in ("allowed", "site", "ledger", "lead")] == [True, "site-1", "new", lead_key.public]
+    assert output["lead_assumed"]
 
 
 def test_plan_prints_the_strictest_site_and_a_common_epsilon(
@@ -162,46 +162,46 @@ def test_plan_prints_the_strictest_site_and_a_common_epsilon(
         limits = replace(allowed.limits, min_noise_multiplier=0.1)
         write_policy(replace(allowed, site=site, budget=budget, limits=limits), tmp_path / f"{site}.toml")
         policies.append(f"--policy={tmp_path / site}.toml")
-    said = plan_json(*policies)
-    assert (said["strictest_site"], said["epsilon_for_all_sites"]) == ("site-2", 0.2)
-    named = "Strictest site: site-2 (max_epsilon_per_run: at most 0.2); all 3 sites accept this run up to"
-    assert f"{named} privacy.epsilon=0.2." in " ".join(plan(*policies).out.split())
-    more = plan_json("privacy.noise_multiplier=null", "privacy.epsilon=0.21", *policies)
-    assert [one["allowed"] for one in more["policies"]] == [True, False, True]
-    never = " ".join(plan("lora.rank=64", *policies[:2]).out.split())
-    assert "Strictest: site-1, site-2 would refuse this run at every epsilon because of the rules above." in never
+    output = plan_json(*policies)
+    assert (output["strictest_site"], output["epsilon_for_all_sites"]) == ("site-2", 0.2)
+    sentence = "Strictest site: site-2 (max_epsilon_per_run: at most 0.2); all 3 sites accept this run up to"
+    assert f"{sentence} privacy.epsilon=0.2." in " ".join(plan(*policies).out.split())
+    higher = plan_json("privacy.noise_multiplier=null", "privacy.epsilon=0.21", *policies)
+    assert [result["allowed"] for result in higher["policies"]] == [True, False, True]
+    refused = " ".join(plan("lora.rank=64", *policies[:2]).out.split())
+    assert "Strictest: site-1, site-2 would refuse this run at every epsilon because of the rules above." in refused
     assert "Strictest" not in plan("privacy=none", "privacy.noise_multiplier=null", *policies).out
 
 
 def test_plan_with_a_model_reports_signal_forecast_and_digest(plan: Run, plan_json: Run) -> None:
     weak = " ".join(plan("privacy.noise_multiplier=400", "privacy.epsilon=8", model=True).out.split())
     assert "the run will likely learn nothing; it requires training.ignore_weak_signal=true" in weak
-    loaded, known = plan_json(model=True), hash_model(ModelSpec(path="random:bert"))
+    loaded, digest = plan_json(model=True), hash_model(ModelSpec(path="random:bert"))
     assert loaded["signal_to_noise"] > 0
-    assert (loaded["forecast"]["device"], loaded["model_sha256"]) == ("cpu", known)
+    assert (loaded["forecast"]["device"], loaded["model_sha256"]) == ("cpu", digest)
     without = plan_json()
     assert [without[key] for key in ("signal_to_noise", "forecast", "model_sha256")] == [None] * 3
-    assert plan_json(f"model.sha256={known}")["model_sha256"] == known, "unless the settings pin it"
+    assert plan_json(f"model.sha256={digest}")["model_sha256"] == digest, "the settings pin it"
 
 
 def test_plan_compares_noise_with_secure_aggregation(plan: Run, plan_json: Run) -> None:
     four = ("federation.num_sites=4", "data.declared_sizes=80")
-    sums = plan_json(*four)["secure_aggregation"]
-    assert sums["plan"]["local_steps"] == 1
-    assert sums["noise_in_average"] == pytest.approx(0.5, abs=1e-3), "the root of four sites less"
-    shown = " ".join(plan(*four).out.split())
-    assert "requires 50% of this noise in the average" in shown
-    assert "federation.aggregation=secure" in shown
-    given = ("privacy.noise_multiplier=6", "federation.num_rounds=3")
-    assert plan_json(*four, *given)["secure_aggregation"]["noise_in_average"] == pytest.approx(0.5, abs=1e-2)
-    for none in (("privacy=none",), ("federation.num_sites=1",), ("federation.aggregation=secure", *four)):
-        assert plan_json(*none)["secure_aggregation"] is None, none
+    secure = plan_json(*four)["secure_aggregation"]
+    assert secure["plan"]["local_steps"] == 1
+    assert secure["noise_in_average"] == pytest.approx(0.5, abs=1e-3), "less by the root of four sites"
+    text = " ".join(plan(*four).out.split())
+    assert "requires 50% of this noise in the average" in text
+    assert "federation.aggregation=secure" in text
+    overrides = ("privacy.noise_multiplier=6", "federation.num_rounds=3")
+    assert plan_json(*four, *overrides)["secure_aggregation"]["noise_in_average"] == pytest.approx(0.5, abs=1e-2)
+    for incompatible in (("privacy=none",), ("federation.num_sites=1",), ("federation.aggregation=secure", *four)):
+        assert plan_json(*incompatible)["secure_aggregation"] is None, incompatible
 
 
 def test_plan_shows_the_privacy_cost_of_a_search() -> None:
     words = ("plan", "experiment=debug", "privacy.noise_multiplier=4.0")
     assert "search" not in json.loads(run_command(*words, "--json").out)
-    told = json.loads(run_command(*words, "--trials", "8", "--json").out)
-    assert told["search"]["trials"] == 8
-    assert told["search"]["epsilon_of_one"] == told["epsilon"] < told["search"]["epsilon"]
+    output = json.loads(run_command(*words, "--trials", "8", "--json").out)
+    assert output["search"]["trials"] == 8
+    assert output["search"]["epsilon_of_one"] == output["epsilon"] < output["search"]["epsilon"]
     assert run_command(*words, "--trials", "0").message.startswith("--trials = 0: must be")

@@ -43,39 +43,39 @@ def find_hex_groups(text: str) -> set[str]:
 def test_site_and_lead_display_the_same_fingerprints(provision: Any, request_of: Any) -> None:
     provision("init", "federation.toml")
     request = request_of("north")
-    at_the_site = find_hex_groups(describe_next_steps(request.parent))
-    at_the_lead = find_hex_groups(provision("add-site", "--compared", str(request), "--federation", "cardiology"))
-    in_the_kit = find_hex_groups(Path("cardiology/sites/north/README.md").read_text())
-    assert len(at_the_site) == 2
-    assert at_the_site < at_the_lead  # connection key and site key, and then those of lead and authority
-    assert len(at_the_lead) == 4
-    assert len(in_the_kit) == 3
-    assert in_the_kit < at_the_lead
-    assert len(in_the_kit & at_the_site) == 1  # the connection key
-    assert find_hex_groups(Path("cardiology/lead/README.md").read_text()) == at_the_lead - at_the_site
-    # And the commands in the READMEs exist.
+    site_groups = find_hex_groups(describe_next_steps(request.parent))
+    lead_groups = find_hex_groups(provision("add-site", "--compared", str(request), "--federation", "cardiology"))
+    kit_groups = find_hex_groups(Path("cardiology/sites/north/README.md").read_text())
+    assert len(site_groups) == 2
+    assert site_groups < lead_groups  # plus the keys of lead and authority
+    assert len(lead_groups) == 4
+    assert len(kit_groups) == 3
+    assert kit_groups < lead_groups
+    assert len(kit_groups & site_groups) == 1  # the connection key
+    assert find_hex_groups(Path("cardiology/lead/README.md").read_text()) == lead_groups - site_groups
+    # The commands in the READMEs exist.
     text = "".join(path.read_text() for path in Path("cardiology").rglob("README.md"))
-    found = set(re.findall(r"`fedtune (provision renew-[^`]+)`", text))  # add-site is named without its request
-    assert {one.split()[1] for one in found} == {"renew-server", "renew-lead", "renew-site"}
-    for one in found:
-        parse_command(*one.split())
+    commands = set(re.findall(r"`fedtune (provision renew-[^`]+)`", text))  # add-site: without a request
+    assert {command.split()[1] for command in commands} == {"renew-server", "renew-lead", "renew-site"}
+    for command in commands:
+        parse_command(*command.split())
 
 
 @pytest.mark.parametrize("typed", ["n\n", "\n", "", None])
-@pytest.mark.parametrize("what", ["add-site", "renew-site north"])
+@pytest.mark.parametrize("action", ["add-site", "renew-site north"])
 def test_provisioning_changes_nothing_before_confirmation(
-    provision: Any, request_of: Any, what: str, typed: str | None, monkeypatch: pytest.MonkeyPatch
+    provision: Any, request_of: Any, action: str, typed: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     provision("init", "federation.toml")
     first = request_of("north")
-    if what != "add-site":
+    if action != "add-site":
         provision("add-site", "--compared", str(first), "--federation", "cardiology")
-    request = first if what == "add-site" else request_of("north", kit="new")
+    request = first if action == "add-site" else request_of("north", kit="new")
     closed = io.StringIO("")
     closed.close()
     monkeypatch.setattr("sys.stdin", closed if typed is None else io.StringIO(typed))
     before = read_files(Path("cardiology"))
-    words = [*what.split(), str(request), "--federation", "cardiology"]
+    words = [*action.split(), str(request), "--federation", "cardiology"]
     outcome = run_command("provision", *words)
     assert outcome.code == 1
     assert outcome.message.startswith(

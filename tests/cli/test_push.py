@@ -31,14 +31,14 @@ def push(run_folder: Path) -> Push:
 @pytest.mark.parametrize("public", [False, True])
 def test_push_uploads_exactly_the_exported_files(push: Push, hub: StandInHub, tmp_path: Path, public: bool) -> None:
     words = ["--public"] if public else []
-    printed = push("--to", str(tmp_path / "out"), "--yes", *words).printed
+    output = push("--to", str(tmp_path / "out"), "--yes", *words).printed
     assert hub.repositories == {NAME: Repository(private=not public, files=read_files(tmp_path / "out"))}
     for name in hub.repositories[NAME].files:
-        assert name in printed
-    assert f"{hub.address}/{NAME}" in printed
+        assert name in output
+    assert f"{hub.address}/{NAME}" in output
     assert hub.tokens == {f"Bearer {TOKEN}"}
     assert sum(path.endswith("/commit/main") for _, path in hub.asked) == 1
-    assert TOKEN not in printed
+    assert TOKEN not in output
     card = ModelCard(hub.repositories[NAME].files["README.md"].decode())
     assert "differential-privacy" in card.data.tags
 
@@ -48,8 +48,8 @@ def test_push_without_folder_leaves_no_files(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
-    printed = push().printed
-    assert f"to {NAME}, a new private repository? [y/N]" in printed
+    output = push().printed
+    assert f"to {NAME}, a new private repository? [y/N]" in output
     assert len(hub.repositories[NAME].files) > 5
     assert [path.name for path in tmp_path.iterdir()] == ["one"], "the run, which is in the same folder"
 
@@ -76,19 +76,19 @@ def _mark_as_personalized(run: Path) -> None:
     edit_json(run / "run.json", adapter_digest=compute_adapter_digest(run / "adapter"))
 
 
-@pytest.mark.parametrize(("spoil", "told"), [(_mark_as_audit, "is an audit"), (_mark_as_personalized, "private to")])
+@pytest.mark.parametrize(("spoil", "reason"), [(_mark_as_audit, "is an audit"), (_mark_as_personalized, "private to")])
 @pytest.mark.parametrize("words", [["--yes"], ["--yes", "--without-guarantee"]])
 def test_push_refuses_audited_and_personalized_adapters(
-    push: Push, hub: StandInHub, run_folder: Path, spoil: Callable[[Path], None], told: str, words: list[str]
+    push: Push, hub: StandInHub, run_folder: Path, spoil: Callable[[Path], None], reason: str, words: list[str]
 ) -> None:
     spoil(run_folder)
-    assert told in push(*words).failed()
+    assert reason in push(*words).failed()
     assert hub.asked == []
 
 
 def test_push_refuses_a_repository_named_like_the_adapter_folder(run_folder: Path, hub: StandInHub) -> None:
-    refused = run_command("export", str(run_folder), "--push", "bank/adapter", "--yes").failed()
-    assert "--push = 'bank/adapter': has the name of the run's own folder" in refused
+    message = run_command("export", str(run_folder), "--push", "bank/adapter", "--yes").failed()
+    assert "--push = 'bank/adapter': has the name of the run's own folder" in message
     assert hub.asked == []
 
 
@@ -96,34 +96,34 @@ def _seed_noise(run: Path) -> None:
     edit_config(run, runtime={"seeded_noise": True})
 
 
-def _begin_in_unprotected_adapter(run: Path) -> None:
-    about = {"digest": "a" * 64, "from": "other", "dataset": "mails", "unit": "record", "delta": 1e-5, "epsilon": None}
-    edit_json(run / "run.json", provenance=read_result(run)["provenance"] | {"start_adapter": about})
+def _start_from_unprotected_adapter(run: Path) -> None:
+    start = {"digest": "a" * 64, "from": "other", "dataset": "mails", "unit": "record", "delta": 1e-5, "epsilon": None}
+    edit_json(run / "run.json", provenance=read_result(run)["provenance"] | {"start_adapter": start})
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
-    [(_seed_noise, "The noise came from a seed"), (_begin_in_unprotected_adapter, "The privacy loss of an adapter")],
+    ("spoil", "reason"),
+    [(_seed_noise, "The noise came from a seed"), (_start_from_unprotected_adapter, "The privacy loss of an adapter")],
 )
 def test_push_without_guarantee_requires_consent_and_a_private_repository(
     push: Push,
     hub: StandInHub,
     run_folder: Path,
     spoil: Callable[[Path], None],
-    told: str,
+    reason: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())
     spoil(run_folder)
     message = push("--yes").failed()
-    assert told in message
+    assert reason in message
     assert "--without-guarantee" in message
     message = push("--public", "--without-guarantee").failed()
     assert "requires a model with a privacy guarantee" in message
     assert hub.asked == []
     outcome = push("--without-guarantee")
     assert outcome.failed(1) == f"nothing was uploaded to {NAME}"
-    assert told in outcome.out
+    assert reason in outcome.out
     assert "a new private repository" in outcome.out
 
 
@@ -136,5 +136,5 @@ def test_push_refuses_a_noiseless_run(
 
 
 def test_push_json_contains_the_repository_address(push: Push, hub: StandInHub) -> None:
-    found = json.loads(push("--yes", "--json").printed)
-    assert (found["repository"], found["public"], found["folder"]) == (f"{hub.address}/{NAME}", False, None)
+    result = json.loads(push("--yes", "--json").printed)
+    assert (result["repository"], result["public"], result["folder"]) == (f"{hub.address}/{NAME}", False, None)

@@ -61,11 +61,11 @@ def judge(folder: Path, rules: Path, *words: str) -> Outcome:
     return run_command("gate", str(folder), str(rules), *words)
 
 
-def verdict_in(folder: Path) -> GateVerdict:
+def parse_verdict(folder: Path) -> GateVerdict:
     return decode(GateVerdict, json.loads((folder / "gate.json").read_text()))
 
 
-def card_in(folder: Path) -> str:
+def read_card(folder: Path) -> str:
     return (folder / "adapter" / "README.md").read_text()
 
 
@@ -146,7 +146,7 @@ def lose_receipts(folder: Path) -> None:
 
 def hide_audit(folder: Path) -> None:
     """Leave the results of an audit, whose canaries AUDIT.txt would name."""
-    write_audit(folder, right=60)
+    write_audit(folder, correct=60)
     write_report(folder)
 
 
@@ -179,17 +179,17 @@ DEFECTS: dict[str, tuple[str, Callable[[Path], None]]] = {
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_gate_fails_a_defective_run_folder(defect: str, run_folder: Path, rules: Path) -> None:
-    named, change = DEFECTS[defect]
+    rule, change = DEFECTS[defect]
     change(run_folder)
-    said = judge(run_folder, rules).failed(1)
-    assert named in said.partition("these rules fail: ")[2].split(", ")
+    message = judge(run_folder, rules).failed(1)
+    assert rule in message.partition("these rules fail: ")[2].split(", ")
 
 
 def edit_settings(adapter: Path, group: str = "", *, file: str = "fedtune.json", **values: Any) -> None:
     """Change settings in one of the adapter's files, in the form in which fedtune writes it."""
-    told = json.loads((adapter / file).read_text())
-    told |= {group: told[group] | values} if group else values
-    (adapter / file).write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
+    settings = json.loads((adapter / file).read_text())
+    settings |= {group: settings[group] | values} if group else values
+    (adapter / file).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 edit_for_peft = partial(edit_settings, file="adapter_config.json")
@@ -202,22 +202,24 @@ def edit_tensors(adapter: Path, name: str, change: Callable[[Tensors], Tensors],
 
 
 def add_noise(tensors: Tensors) -> Tensors:
-    return {name: one + 1 for name, one in tensors.items()}
+    return {name: tensor + 1 for name, tensor in tensors.items()}
 
 
 def swap_head(adapter: Path) -> None:
     """Move the true head into the file of the adapter, where a head that is not trained leaves it in the hash."""
-    true = {f"head.{name}": one for name, one in load_file(adapter / "head.safetensors").items() if name == "weight"}
+    head = {
+        f"head.{name}": value for name, value in load_file(adapter / "head.safetensors").items() if name == "weight"
+    }
     edit_settings(adapter, "head", train=False)
-    edit_tensors(adapter, "adapter_model", lambda tensors: tensors | true)
+    edit_tensors(adapter, "adapter_model", lambda tensors: tensors | head)
     edit_tensors(adapter, "head", add_noise)
 
 
 def swap_base(adapter: Path) -> None:
     edit_settings(adapter, "model", sha256="ee" * 32)
-    told = json.loads((adapter.parent / "run.json").read_text())["provenance"]
-    told["base_model"]["sha256"] = "ee" * 32
-    edit_json(adapter.parent / "run.json", provenance=told)
+    provenance = json.loads((adapter.parent / "run.json").read_text())["provenance"]
+    provenance["base_model"]["sha256"] = "ee" * 32
+    edit_json(adapter.parent / "run.json", provenance=provenance)
 
 
 def add_magnitudes(adapter: Path) -> None:
@@ -225,14 +227,14 @@ def add_magnitudes(adapter: Path) -> None:
     edit_tensors(
         adapter,
         "adapter_model",
-        lambda own: own | {f"{next(iter(own))}.lora_magnitude_vector": next(iter(own.values()))},
+        lambda old: old | {f"{next(iter(old))}.lora_magnitude_vector": next(iter(old.values()))},
     )
 
 
 def shadow_offsets(adapter: Path) -> None:
     """Let the offsets' file hold the true A and B, and the adapter's file others."""
-    true = {name: one for name, one in load_file(adapter / "adapter_model.safetensors").items() if "lora_m" not in name}
-    edit_tensors(adapter, "offsets", lambda tensors: tensors | true)
+    factors = {key: t for key, t in load_file(adapter / "adapter_model.safetensors").items() if "lora_m" not in key}
+    edit_tensors(adapter, "offsets", lambda tensors: tensors | factors)
     edit_tensors(adapter, "adapter_model", add_noise)
 
 
@@ -274,55 +276,55 @@ def forge(folder: Path, change: Forgery) -> None:
 
 
 @pytest.fixture
-def files_alone(rules: Path) -> Path:
+def files_only(rules: Path) -> Path:
     rules.write_text('name = "files"\nfiles = true\n')
     return rules
 
 
 @pytest.mark.parametrize("forgery", FORGERIES)
-def test_gate_refuses_a_forged_adapter_in_consistent_records(forgery: str, run_folder: Path, files_alone: Path) -> None:
+def test_gate_refuses_a_forged_adapter_in_consistent_records(forgery: str, run_folder: Path, files_only: Path) -> None:
     forge(run_folder, FORGERIES[forgery])
-    assert judge(run_folder, files_alone).failed(1).endswith("these rules fail: files")
+    assert judge(run_folder, files_only).failed(1).endswith("these rules fail: files")
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
-def test_gate_refuses_tensors_that_shadow_the_trained_ones(kind: str, files_alone: Path, tmp_path: Path) -> None:
+def test_gate_refuses_tensors_that_shadow_the_trained_ones(kind: str, files_only: Path, tmp_path: Path) -> None:
     folder = simulate(f"lora.kind={kind}", "lora.train_a=false", into=tmp_path)
     write_report(folder)
-    assert judge(folder, files_alone).failed(1).endswith(HOLDS)
+    assert judge(folder, files_only).failed(1).endswith(HOLDS)
     shadow: dict[str, Forgery] = {
         "lora": lambda adapter: shutil.copy(adapter / "head.safetensors", adapter / "offsets.safetensors")
     }
     shadow |= {"dora": shadow_offsets, "ia3": lambda adapter: edit_tensors(adapter, "adapter_model", add_noise)}
     forge(folder, shadow[kind])
-    assert judge(folder, files_alone).failed(1).endswith("these rules fail: files")
+    assert judge(folder, files_only).failed(1).endswith("these rules fail: files")
 
 
-def test_gate_refuses_a_repeated_key_in_the_result(run_folder: Path, files_alone: Path) -> None:
+def test_gate_refuses_a_repeated_key_in_the_result(run_folder: Path, files_only: Path) -> None:
     repeat_key(run_folder / "run.json", "adapter_digest", '"evil"')
-    assert "run.json is damaged" in judge(run_folder, files_alone).failed(1)
+    assert "run.json is damaged" in judge(run_folder, files_only).failed(1)
 
 
-def test_gate_refuses_an_undecodable_file_name(run_folder: Path, files_alone: Path) -> None:
+def test_gate_refuses_an_undecodable_file_name(run_folder: Path, files_only: Path) -> None:
     with open(os.fsencode(run_folder) + b"/adapter/\xff", "wb"):
-        assert "is not a printable name" in judge(run_folder, files_alone).failed(2)
+        assert "is not a printable name" in judge(run_folder, files_only).failed(2)
 
 
 def test_gate_refuses_an_adapter_that_was_exchanged_after_hashing(
-    run_folder: Path, files_alone: Path, monkeypatch: pytest.MonkeyPatch
+    run_folder: Path, files_only: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true, told = shutil.copytree(run_folder / "adapter", run_folder / "true"), (run_folder / "run.json").read_bytes()
+    copy, result = shutil.copytree(run_folder / "adapter", run_folder / "true"), (run_folder / "run.json").read_bytes()
     forge(run_folder, lambda adapter: edit_tensors(adapter, "adapter_model", add_noise))
     verify = checks._verify_adapter_folder
 
-    def exchange(*given: Any, **named: Any) -> str:
+    def exchange(*arguments: Any, **options: Any) -> str:
         shutil.rmtree(run_folder / "adapter")
-        shutil.copytree(true, run_folder / "adapter")
-        (run_folder / "run.json").write_bytes(told)
-        return verify(*given, **named)
+        shutil.copytree(copy, run_folder / "adapter")
+        (run_folder / "run.json").write_bytes(result)
+        return verify(*arguments, **options)
 
     monkeypatch.setattr(checks, "_verify_adapter_folder", exchange)
-    assert judge(run_folder, files_alone).failed(1).endswith("these rules fail: files")
+    assert judge(run_folder, files_only).failed(1).endswith("these rules fail: files")
 
 
 def test_cards_of_several_exports_repeat_the_signed_verdict(
@@ -333,36 +335,35 @@ def test_cards_of_several_exports_repeat_the_signed_verdict(
     for name in ("first", "second"):
         assert run_command("export", str(run_folder), "--to", str(tmp_path / name)).code == 0
         assert f"**By the rules own, the model {HOLDS}**" in (tmp_path / name / "README.md").read_text()
-    assert run_command("report", str(run_folder)).code == 0, "it lists the exports, and is unsigned"
-    assert "all rules hold" not in card_in(run_folder)
+    assert run_command("report", str(run_folder)).code == 0, "the new report lists the exports and is unsigned"
+    assert "all rules hold" not in read_card(run_folder)
     assert run_command("report", "verify", str(run_folder)).code == 0
 
 
 def test_gate_updates_the_card_of_a_simulation_that_meets_all_rules(
     run_folder: Path, rules: Path, key_file: Path
 ) -> None:
-    assert "## Release" not in card_in(run_folder)
+    assert "## Release" not in read_card(run_folder)
     key = SigningKey.load(key_file).public
     assert run_command("report", str(run_folder), "--sign", str(key_file)).code == 0
     assert judge(run_folder, rules, "--sign", str(key_file)).failed(1) == f"the model of {run_folder} {HOLDS}"
-    verdict = verdict_in(run_folder)
+    verdict = parse_verdict(run_folder)
     assert (verdict.failed, verdict.rules, verdict.limits["max_epsilon"]) == ((), "own", "1.0")
     assert set(verdict.results) == {line.split(" = ")[0] for line in RULES.splitlines()[1:]}
-    assert f"Report that was judged | SHA-256 {signing.compute_report_digest(build_run_report(run_folder))}" in card_in(
-        run_folder
-    )
-    assert f"**By the rules own, the model {HOLDS}**" in card_in(run_folder)
+    digest = signing.compute_report_digest(build_run_report(run_folder))
+    assert f"Report that was judged | SHA-256 {digest}" in read_card(run_folder)
+    assert f"**By the rules own, the model {HOLDS}**" in read_card(run_folder)
     real = replace(verdict, simulated=False)
     assert (verdict.passed, real.passed, real.decision) == (False, True, "may be released")
-    assert f"signed with the key {key}" in card_in(run_folder)
-    assert run_command("report", "verify", str(run_folder)).code == 0, "the card is the one that fedtune draws"
+    assert f"signed with the key {key}" in read_card(run_folder)
+    assert run_command("report", "verify", str(run_folder)).code == 0, "the card is unchanged output of fedtune"
     assert run_command("report", str(run_folder)).code == 0
-    assert "## Release" in card_in(run_folder), "a report that is written anew keeps the verdict"
-    assert "report has changed" not in card_in(run_folder)
+    assert "## Release" in read_card(run_folder), "a rewritten report keeps the verdict"
+    assert "report has changed" not in read_card(run_folder)
     other = replace(verdict, report_sha256="0" * 64).sign(SigningKey.load(key_file))
     (run_folder / "gate.json").write_bytes(verdict_to_json(other))
     assert run_command("report", str(run_folder)).code == 0
-    assert "**The report has changed since**: run `fedtune gate` again." in card_in(run_folder)
+    assert "**The report has changed since**: run `fedtune gate` again." in read_card(run_folder)
 
 
 def test_gate_writes_failed_rules_to_verdict_and_card(run_folder: Path, rules: Path, key_file: Path) -> None:
@@ -372,12 +373,12 @@ def test_gate_writes_failed_rules_to_verdict_and_card(run_folder: Path, rules: P
     assert outcome.failed(1) == f"the model of {run_folder} must not be released: these rules fail: max_epsilon"
     (line,) = [line for line in outcome.out.splitlines() if "FAILS" in line]
     assert line.split()[:2] == ["max_epsilon", "FAILS"]
-    assert verdict_in(run_folder).failed == ("max_epsilon",)
-    assert "**By the rules own, the model must not be released: these rules fail: max\\_epsilon**" in card_in(
+    assert parse_verdict(run_folder).failed == ("max_epsilon",)
+    assert "**By the rules own, the model must not be released: these rules fail: max\\_epsilon**" in read_card(
         run_folder
     )
-    told = json.loads(judge(run_folder, rules, "--json").out)
-    assert (told["passed"], told["verdict"]["results"]["max_epsilon"]) == (False, "failed")
+    output = json.loads(judge(run_folder, rules, "--json").out)
+    assert (output["passed"], output["verdict"]["results"]["max_epsilon"]) == (False, "failed")
 
 
 def test_card_repeats_only_a_verdict_signed_with_the_key_of_the_report(
@@ -387,15 +388,15 @@ def test_card_repeats_only_a_verdict_signed_with_the_key_of_the_report(
     assert run_command("report", str(run_folder), "--sign", str(key_file)).code == 0
     rules.write_text(RULES.replace("max_epsilon = 1.0", "max_epsilon = 0.1"))
     assert judge(run_folder, rules, "--sign", str(key_file)).code == 1
-    right = replace(verdict_in(run_folder), results=dict.fromkeys(verdict_in(run_folder).results, "passed"))
-    for forged in (right, replace(right, signature=None), right.sign(stranger), None):
+    good = replace(parse_verdict(run_folder), results=dict.fromkeys(parse_verdict(run_folder).results, "passed"))
+    for forged in (good, replace(good, signature=None), good.sign(stranger), None):
         (run_folder / "gate.json").write_bytes(verdict_to_json(forged) if forged else b"{}")
         assert run_command("report", str(run_folder)).code == 0
-        assert "all rules hold" not in card_in(run_folder)
-        assert "No verdict of `fedtune gate` on this model is signed" in card_in(run_folder)
+        assert "all rules hold" not in read_card(run_folder)
+        assert "No verdict of `fedtune gate` on this model is signed" in read_card(run_folder)
         assert read_verdict(run_folder, build_run_report(run_folder)) is None
-    (run_folder / "gate.json").write_bytes(verdict_to_json(right.sign(SigningKey.load(key_file))))
-    assert "adapter/README.md" in run_command("report", "verify", str(run_folder)).failed(1), "a card without it"
+    (run_folder / "gate.json").write_bytes(verdict_to_json(good.sign(SigningKey.load(key_file))))
+    assert "adapter/README.md" in run_command("report", "verify", str(run_folder)).failed(1), "the verdict is missing"
 
 
 def test_verdict_on_another_model_is_omitted_from_the_card(run_folder: Path, rules: Path, key_file: Path) -> None:
@@ -448,9 +449,9 @@ def make_bound(right: int, *, claimed: float = 0.4) -> AuditBound:
     )
 
 
-def write_audit(folder: Path, *, right: int) -> None:
-    found = {"method": "x", "confidence": 0.95, "delta": 1e-5, "seeded": False, "exceeded": False, "membership": ()}
-    audit = Audit(bounds=(make_bound(right),), **found)  # type: ignore[arg-type]
+def write_audit(folder: Path, *, correct: int) -> None:
+    fields = {"method": "x", "confidence": 0.95, "delta": 1e-5, "seeded": False, "exceeded": False, "membership": ()}
+    audit = Audit(bounds=(make_bound(correct),), **fields)  # type: ignore[arg-type]
     (folder / "audit.json").write_text(json.dumps({"schema_version": RUN_SCHEMA, **asdict(audit)}))
 
 
@@ -459,15 +460,15 @@ def test_gate_accepts_only_audits_of_the_same_plan(run_folder: Path, rules: Path
     assert "fedtune audit" in " ".join(judge(run_folder, rules).out.split())
     audited = Path(shutil.copytree(run_folder, tmp_path / "audited"))
     assert "audit.json" in judge(run_folder, rules, "--audit", str(audited)).failed(2)
-    write_audit(audited, right=60)
+    write_audit(audited, correct=60)
     assert judge(run_folder, rules, "--audit", str(audited)).failed(1).endswith(HOLDS)
-    write_audit(audited, right=100)
-    assert judge(run_folder, rules, "--audit", str(audited)).failed(1), "its counts refute the claim"
+    write_audit(audited, correct=100)
+    assert judge(run_folder, rules, "--audit", str(audited)).failed(1), "the audit's counts refute the claim"
     edit_json(audited / "audit.json", bounds=[asdict(make_bound(100, claimed=500.0))])
     assert "unbounded" in judge(run_folder, rules, "--audit", str(audited)).out, "the run claims less than the audit"
     edit_json(audited / "audit.json", bounds=[{**asdict(make_bound(100)), "lower_bound": 0.0}])
     assert "do not follow from its counts" in judge(run_folder, rules, "--audit", str(audited)).failed(2)
-    write_audit(audited, right=60)
+    write_audit(audited, correct=60)
     settings = yaml.safe_load((audited / "config.yaml").read_text())
     edit_config(audited, lora={"rank": settings["lora"]["rank"] * 2})
     assert "another plan, model or training" in judge(run_folder, rules, "--audit", str(audited)).failed(2)
@@ -482,8 +483,8 @@ def test_gate_refuses_bad_input_and_writes_nothing(run_folder: Path, rules: Path
     assert "--groups" in judge(run_folder, rules, "--groups", str(rules)).failed(2)
     digest = json.loads((run_folder / "run.json").read_text())["adapter_digest"]
     group = {"name": "y", "units": 5, "scores": {"a": {"value": 0.5}}, "gaps": {"a": {"value": float("nan")}}}
-    told = {"models": [{"name": "a", "adapter_digest": digest}], "groups": {"x": {"groups": [group]}}}
-    (tmp_path / "groups.json").write_text(json.dumps({**told, "primary_metric": "accuracy"}))
+    groups = {"models": [{"name": "a", "adapter_digest": digest}], "groups": {"x": {"groups": [group]}}}
+    (tmp_path / "groups.json").write_text(json.dumps({**groups, "primary_metric": "accuracy"}))
     assert "--groups" in judge(run_folder, rules, "--groups", str(tmp_path / "groups.json")).failed(2)
     rules.write_text("max_epsilon = 1.0\n")
     assert "name" in judge(run_folder, rules).failed(2)
@@ -500,16 +501,16 @@ def test_signed_report_still_verifies_after_the_gate(run_folder: Path, rules: Pa
     assert run_command("report", str(run_folder), "--sign", str(key_file)).code == 0
     for _ in range(2):
         assert judge(run_folder, rules, "--key", key).failed(1).endswith(HOLDS), (
-            "its card is the one that fedtune renders"
+            "the card is unchanged output of fedtune"
         )
     assert run_command("report", "verify", str(run_folder), "--key", key).code == 0
-    assert "report has changed" not in card_in(run_folder)
+    assert "report has changed" not in read_card(run_folder)
 
 
 def test_gate_refuses_damaged_files_without_a_traceback(run_folder: Path, rules: Path) -> None:
     environment = run_folder / "environment.json"
-    told = environment.read_text()
-    environment.write_text(told.replace('"python": "', '"python": "\\ud800', 1))
+    original = environment.read_text()
+    environment.write_text(original.replace('"python": "', '"python": "\\ud800', 1))
     assert "not Unicode" in judge(run_folder, rules).failed(1)
     assert "not Unicode" in run_command("report", str(run_folder)).failed(1)
     assert not (run_folder / "gate.json").exists()
@@ -517,13 +518,13 @@ def test_gate_refuses_damaged_files_without_a_traceback(run_folder: Path, rules:
     environment.mkdir()
     assert "environment.json is damaged" in judge(run_folder, rules).failed(1)
     environment.rmdir()
-    environment.write_text(told)
+    environment.write_text(original)
     (run_folder / "adapter" / "head.safetensors").unlink()
     os.mkfifo(run_folder / "adapter" / "head.safetensors")
     assert "a pipe or a device" in judge(run_folder, rules).failed(2)
 
 
-def test_gate_judges_what_follows_from_the_folder(run_folder: Path, rules: Path) -> None:
+def test_gate_uses_figures_recomputed_from_the_folder(run_folder: Path, rules: Path) -> None:
     rules.write_text('name = "bounded"\nmax_epsilon = 0.1\n')
     change_digit(run_folder)
-    assert "max_epsilon" in judge(run_folder, rules).failed(1), "report.json claims a tenth"
+    assert "max_epsilon" in judge(run_folder, rules).failed(1), "report.json claims a tenth of the true epsilon"

@@ -62,14 +62,14 @@ def edit_json_value(path: Path, *keys: Any, to: Any) -> None:
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")  # as fedtune writes it
 
 
-@pytest.mark.parametrize("said", ["runs/a", "build runs/a", "./verify", "--pdf runs/a"])
-def test_report_build_subcommand_may_be_omitted(said: str) -> None:
-    seen = parse_command("report", *said.split())
-    assert (str(seen["path"]), seen["pdf"]) == (said.split()[-1].removeprefix("./"), "--pdf" in said)
+@pytest.mark.parametrize("arguments", ["runs/a", "build runs/a", "./verify", "--pdf runs/a"])
+def test_report_build_subcommand_may_be_omitted(arguments: str) -> None:
+    parsed = parse_command("report", *arguments.split())
+    assert (str(parsed["path"]), parsed["pdf"]) == (arguments.split()[-1].removeprefix("./"), "--pdf" in arguments)
 
 
 @pytest.mark.parametrize(
-    ("kind", "state", "said"),
+    ("kind", "state", "expected"),
     [
         ("run", "within", "The lead's limit for this run was kept: "),
         ("ledger", "within", "The site's own limit for all runs was kept: "),
@@ -79,22 +79,22 @@ def test_report_build_subcommand_may_be_omitted(said: str) -> None:
     ],
 )
 def test_verdict_line_matches_the_text_of_the_page(
-    kind: str, state: Any, said: str, run_folder: Path, site_with_history: Any
+    kind: str, state: Any, expected: str, run_folder: Path, site_with_history: Any
 ) -> None:
     report = report_in(run_folder) if kind == "run" else from_ledger.build_ledger_report(site_with_history.ledger)
     verdict = BudgetVerdict(state=state, reasons=() if state == "within" else ("x",))
-    assert format_verdict(replace(report, verdict=verdict))[0].startswith(said)
+    assert format_verdict(replace(report, verdict=verdict))[0].startswith(expected)
 
 
 def test_report_of_a_run_is_written_to_its_folder(run_folder: Path) -> None:
     for name in ("report.json", "report.html"):
         (run_folder / name).unlink(missing_ok=True)
-    banner, verdict, two_figures, *others = run_command("report", str(run_folder)).printed.splitlines()
+    banner, verdict, two_figures, *paths = run_command("report", str(run_folder)).printed.splitlines()
     assert banner == load_catalog("en").texts["banner"]["simulation"]
     assert verdict.startswith("The lead's limit for this run was kept: epsilon 0.")
     assert "at delta 1e-05 for each record" in verdict
     assert two_figures == load_catalog("en").texts["publish"]["which_run"]
-    assert [line.split()[-1] for line in others] == [f"{run_folder}/report.{ending}" for ending in ("json", "html")]
+    assert [line.split()[-1] for line in paths] == [f"{run_folder}/report.{ending}" for ending in ("json", "html")]
     digest = hashlib.sha256((run_folder / "report.json").read_bytes()).hexdigest()
     assert digest in (run_folder / "report.html").read_text()
     assert report_in(run_folder).facts.kind == "run"
@@ -111,7 +111,7 @@ def test_registry_entry_lists_fields_for_manual_completion(run_folder: Path, tmp
     assert entry["curator"] == "Hospital of the North"
     assert "curator" not in entry["missing"]
     assert entry["report_sha256"] == hashlib.sha256((folder / "report.json").read_bytes()).hexdigest()
-    assert entry["privacy"]["result"] == "within", "the configuration is still the one that ran"
+    assert entry["privacy"]["result"] == "within", "the configuration has not changed since the run"
 
 
 def test_registry_fields_of_a_site_come_from_its_policy(site_with_history: Any, tmp_path: Path) -> None:
@@ -122,8 +122,8 @@ def test_registry_fields_of_a_site_come_from_its_policy(site_with_history: Any, 
     entry = json.loads((tmp_path / "registry.json").read_text())
     assert (entry["curator"], "sector" in entry["missing"]) == ("Hospital of the North", True)
     assert "in [about] of site.toml: description" in " ".join(out.split())
-    told = json.loads((tmp_path / "report.json").read_text())["assumptions"]
-    assert not any(one["code"] == "policy_noted" and one["status"] == "violated" for one in told)
+    assumptions = json.loads((tmp_path / "report.json").read_text())["assumptions"]
+    assert not any(item["code"] == "policy_noted" and item["status"] == "violated" for item in assumptions)
 
 
 def test_report_is_reproducible_and_changes_to_page_or_label_are_detected(run_folder: Path, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_report_is_reproducible_and_changes_to_page_or_label_are_detected(run_fo
     label = (a / "label.svg").read_text()
     assert "Datenschutz-Etikett" in label
     assert hashlib.sha256((a / "report.json").read_bytes()).hexdigest() in label
-    # A page and a label that say something else are found.
+    # A changed page or label is detected.
     assert run_command("report", "verify", str(a)).code == 0
     for name in ("report.html", "label.svg"):
         (a / name).write_text((a / name).read_text().replace("0", "1"))
@@ -148,24 +148,24 @@ def test_report_is_reproducible_and_changes_to_page_or_label_are_detected(run_fo
 
 def test_ledger_report_is_signed_by_its_site_or_fails_verification(site_with_history: Any, key_file: Path) -> None:
     before, folder = site_with_history.ledger.read_bytes(), site_with_history.folder / "ledger.db.report"
-    own, key = ("--sign", str(site_with_history.folder / "site_key.pem")), ("--key", site_with_history.key.public)
+    site_key, key = ("--sign", str(site_with_history.folder / "site_key.pem")), ("--key", site_with_history.key.public)
     assert f"not by {site_with_history.key.public}" in run_command(
         "report", str(site_with_history.ledger), "--sign", str(key_file)
     ).failed(1)
     assert not folder.exists()
-    for path, signed in (
+    for path, sign in (
         (site_with_history.ledger, ()),
         (site_with_history.folder, ()),
-        (site_with_history.site_toml, own),
-        (site_with_history.ledger, own),
+        (site_with_history.site_toml, site_key),
+        (site_with_history.ledger, site_key),
     ):
-        anchor = ("--anchor", str(site_with_history.anchor)) if path == site_with_history.ledger and signed else ()
-        assert run_command("report", str(path), *anchor, *signed).code == 0
+        anchor = ("--anchor", str(site_with_history.anchor)) if path == site_with_history.ledger and sign else ()
+        assert run_command("report", str(path), *anchor, *sign).code == 0
         report = report_in(folder)
         assert (report.facts.kind, report.sites[0].source) == ("ledger", "own_ledger")
-        assert report.facts.verification.rollback_excluded is bool(signed), "by the anchor alone"
-        outcome = run_command("report", "verify", str(folder), *(key if signed else ()))
-        assert (outcome.code == 0) == bool(signed), "unsigned, it is nobody's word"
+        assert report.facts.verification.rollback_excluded is bool(sign), "only with an anchor"
+        outcome = run_command("report", "verify", str(folder), *(key if sign else ()))
+        assert (outcome.code == 0) == bool(sign), "an unsigned ledger report proves nothing"
     assert site_with_history.ledger.read_bytes() == before
 
 
@@ -177,24 +177,24 @@ def test_invalid_report_command_is_refused(typed: str, run_folder: Path, site_wi
 
 
 def test_missing_or_changed_signature_is_reported(signed_run: Path, key_file: Path) -> None:
-    key, whole = SigningKey.load(key_file).public, signing.parse_report(signed_run.read_bytes())
-    verified = ("report", "verify", str(signed_run))
-    assert run_command(*verified, "--key", key).code == 0
-    made = f"The signature matches the key in the file, {group_hex(key)}, but this key was not checked"
-    assert re.search(f"signature +not checked +{made}", " ".join(run_command(*verified).printed.split()))
-    for of_the_signed in ("report.html", "adapter/README.md", "adapter/label.svg"):
-        (signed_run.parent / of_the_signed).unlink()
+    key, report = SigningKey.load(key_file).public, signing.parse_report(signed_run.read_bytes())
+    verify = ("report", "verify", str(signed_run))
+    assert run_command(*verify, "--key", key).code == 0
+    expected = f"The signature matches the key in the file, {group_hex(key)}, but this key was not checked"
+    assert re.search(f"signature +not checked +{expected}", " ".join(run_command(*verify).printed.split()))
+    for name in ("report.html", "adapter/README.md", "adapter/label.svg"):
+        (signed_run.parent / name).unlink()
     edit_json_value(signed_run, "signature", to=None)
-    assert re.search("signature +not checked +The report is not signed", run_command(*verified).printed)
-    assert run_command(*verified, "--key", key).code == 1
-    signed_run.write_text(signing.report_to_json(signing.sign_report(whole, other)))
-    assert run_command(*verified).code == 0  # whose it is was not asked
-    outcome = run_command(*verified, "--key", key)
+    assert re.search("signature +not checked +The report is not signed", run_command(*verify).printed)
+    assert run_command(*verify, "--key", key).code == 1
+    signed_run.write_text(signing.report_to_json(signing.sign_report(report, other)))
+    assert run_command(*verify).code == 0  # the expected key is not given
+    outcome = run_command(*verify, "--key", key)
     assert (outcome.code, f"The report is signed by {other.public}" in outcome.out) == (1, True)
     edit_json_value(
         signed_run, "signature", "signature", to=lambda text: text[:-2] + ("00" if text[-2:] != "00" else "01")
     )
-    assert "the report or the signature was changed" in run_command(*verified).out
+    assert "the report or the signature was changed" in run_command(*verify).out
 
 
 @pytest.mark.parametrize(("signature", "state"), [("signed", "failed"), ("unsigned", "skipped")])
@@ -204,28 +204,28 @@ def test_changed_figures_are_reported_by_verify(signature: str, state: str, sign
         edit_json_value(signed_run, "signature", to=None)
     outcome = run_command("report", "verify", str(signed_run))
     assert "does not hold" in outcome.failed(1)
-    assert "found" in outcome.out  # both figures, whatever became of the signature
+    assert "found" in outcome.out  # the message names both figures
     checks = {
         one["name"]: one for one in json.loads(run_command("report", "verify", str(signed_run), "--json").out)["checks"]
     }
     states = {"schema": "passed", "signature": state, "figures": "failed", "verdict": "passed"}
     states |= {"site keys": "skipped", "configuration": "passed", "files": "passed"}
     assert {name: check["state"] for name, check in checks.items()} == states
-    where, said, found = checks["figures"]["problems"][0]
-    assert (where, said) == ("sites.site-1.spent.epsilon_pld", 0.25)
-    assert found > 0.25
+    key, reported, recomputed = checks["figures"]["problems"][0]
+    assert (key, reported) == ("sites.site-1.spent.epsilon_pld", 0.25)
+    assert recomputed > 0.25
 
 
 def test_report_with_another_configuration_is_reported(signed_run: Path, looser_run: Path, tmp_path: Path) -> None:
-    of_another = shutil.copytree(looser_run, tmp_path / "two")
-    shutil.copy(signed_run, of_another)
-    assert run_command("report", "verify", str(of_another)).failed(1).endswith("does not hold: configuration, files")
-    said = signing.parse_report(signed_run.read_bytes()).facts.provenance.config_sha256
-    assert said
-    assert run_command("report", "verify", str(signed_run), "--config", said).code == 0
+    other_run = shutil.copytree(looser_run, tmp_path / "two")
+    shutil.copy(signed_run, other_run)
+    assert run_command("report", "verify", str(other_run)).failed(1).endswith("does not hold: configuration, files")
+    digest = signing.parse_report(signed_run.read_bytes()).facts.provenance.config_sha256
+    assert digest
+    assert run_command("report", "verify", str(signed_run), "--config", digest).code == 0
     outcome = run_command("report", "verify", str(signed_run), "--config", HASH)
     assert outcome.code == 1
-    assert f"provenance.config_sha256 is {said}, but {HASH} was found" in outcome.out
+    assert f"provenance.config_sha256 is {digest}, but {HASH} was found" in outcome.out
     settings = signed_run.with_name("config.yaml")
     settings.write_text(settings.read_text().replace("local_steps: 2", "local_steps: 3"))
     assert run_command("report", "verify", str(signed_run)).code == 1
@@ -234,7 +234,7 @@ def test_report_with_another_configuration_is_reported(signed_run: Path, looser_
 
 
 def test_report_is_verified_with_the_roster_key(join_site: Any, signed_run: Path, key_file: Path) -> None:
-    """So a raised cap under another key is not the site's word."""
+    """A report with a raised cap that is signed with another key is refused."""
     here = join_site("a")
     here.start_run(run_proposal(), 1)
     assert run_command("report", str(here.site_toml), "--sign", str(here.folder / "site_key.pem")).code == 0
@@ -261,7 +261,7 @@ def test_report_is_verified_with_the_roster_key(join_site: Any, signed_run: Path
     roster.write_bytes(Roster.read(roster).sign_roster(SigningKey.load(key_file)).to_bytes())
     outcome = run_command("report", "verify", str(signed_run), *by_roster)
     assert re.search("signature +passed", outcome.out)
-    assert outcome.failed(1).endswith("not compared: site keys"), "a simulation's keys are no real site's"
+    assert outcome.failed(1).endswith("not compared: site keys"), "a roster does not list a simulation's site keys"
 
 
 def test_report_name_cannot_inject_terminal_control_sequences(signed_run: Path) -> None:
@@ -276,8 +276,8 @@ def test_report_name_cannot_inject_terminal_control_sequences(signed_run: Path) 
 
 @pytest.fixture(scope="module")
 def looser_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    changed = ("privacy.noise_multiplier=3.0", "training.learning_rate=0.5")
-    return simulate(*changed, into=tmp_path_factory.mktemp("runs"), name="two")
+    overrides = ("privacy.noise_multiplier=3.0", "training.learning_rate=0.5")
+    return simulate(*overrides, into=tmp_path_factory.mktemp("runs"), name="two")
 
 
 @pytest.mark.usefixtures("narrow_terminal")
@@ -288,14 +288,14 @@ def test_report_tables_fit_the_terminal_width(run_folder: Path, monkeypatch: pyt
 
 
 def test_malformed_report_files_are_refused(run_folder: Path, tmp_path: Path) -> None:
-    whole, path = (run_folder / "report.json").read_text(), tmp_path / "a.json"
+    report, path = (run_folder / "report.json").read_text(), tmp_path / "a.json"
     for content, message in (
         (None, "must be a report.json, or a folder with one"),
         ("{}", f"schema_version = 'absent': does not match report schema version {REPORT_SCHEMA}"),
         ("[1]", f"report = 'another value': does not match report schema version {REPORT_SCHEMA}"),
         ('{\n"a', "report = 'text that is not JSON from line 2 on': must be a complete report.json"),
         ("[" * 100_000, "report = 'not JSON in UTF-8': must be a complete report.json"),
-        (whole.replace('"rounds": 2', f'"rounds": {"9" * 4200}', 1), "at most 19 digits"),
+        (report.replace('"rounds": 2', f'"rounds": {"9" * 4200}', 1), "at most 19 digits"),
         ("sparse", "at most 64 MiB"),
     ):
         if content is None:
@@ -317,8 +317,8 @@ def test_standalone_verifier_runs_without_fedtune(run_folder: Path, tmp_path: Pa
     blocked = tmp_path / "fedtune.py"
     blocked.write_text("raise ImportError('fedtune')")
     words = [sys.executable, "-P", str(program), str(run_folder)]
-    done = subprocess.run(words, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)}, check=False)
-    assert (done.returncode, done.stdout.split()[:2]) == (0, ["HOLDS", "within:"]), done.stdout + done.stderr
+    result = subprocess.run(words, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)}, check=False)
+    assert (result.returncode, result.stdout.split()[:2]) == (0, ["HOLDS", "within:"]), result.stdout + result.stderr
 
 
 def test_registry_entry_and_model_card_are_compared_with_the_report(
@@ -328,10 +328,10 @@ def test_registry_entry_and_model_card_are_compared_with_the_report(
     assert run_command("report", "verify", str(run_folder)).code == 0
     for name in ("registry.json", "adapter/README.md"):
         path = run_folder / name
-        right = path.read_bytes()
-        path.write_bytes(right.replace(b"simulat", b"deploy"))
+        original = path.read_bytes()
+        path.write_bytes(original.replace(b"simulat", b"deploy"))
         assert run_command("report", "verify", str(run_folder)).failed(1).endswith(f"does not hold: {name}")
-        path.write_bytes(right)
+        path.write_bytes(original)
     copy = shutil.copytree(run_folder / "adapter", tmp_path / "model")
     assert run_command("report", "verify", str(run_folder), "--model", str(copy)).code == 0
     other = ("report", "verify", str(run_folder), "--model", str(looser_run / "adapter"))

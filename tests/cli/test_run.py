@@ -55,15 +55,15 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
     return Kit.read(desk.folder / "lead", kind="lead")
 
 
-def list_run_words(*more: str) -> list[str]:
-    return ["experiment=debug", "name=one", "privacy.noise_multiplier=4.0", *more]
+def run_overrides(*overrides: str) -> list[str]:
+    return ["experiment=debug", "name=one", "privacy.noise_multiplier=4.0", *overrides]
 
 
 @pytest.mark.parametrize(
     "sites", ["[west,north]", "west,north", "['west','north']", '["west", "north"]', "[ west , north ]", "'west',north"]
 )
 def test_sites_option_accepts_several_list_notations(kit: Kit, sites: str) -> None:
-    config = compose_for_sites(list_run_words(f"sites={sites}"), kit=kit)
+    config = compose_for_sites(run_overrides(f"sites={sites}"), kit=kit)
     assert config.federation.active == ("west", "north")
     assert config.declared_sizes() == {"west": 90, "north": 230}
     assert (config.runtime.kind, config.federation.num_sites) == ("deployment", 2)
@@ -75,26 +75,24 @@ def test_run_over_real_sites_needs_no_training_file(kit: Kit, tmp_path: Path) ->
     text = page.partition("```yaml\n")[2].partition("```")[0]
     assert "triage_notes" in text
     (tmp_path / "triage.yaml").write_text(text.replace("triage_notes", "banking77"))
-    own = [f"experiment={tmp_path / 'triage.yaml'}", "name=one", "privacy.noise_multiplier=4.0", "sites=[north,west]"]
-    config = compose_for_sites(own, kit=kit)
+    words = [f"experiment={tmp_path / 'triage.yaml'}", "name=one", "privacy.noise_multiplier=4.0", "sites=[north,west]"]
+    config = compose_for_sites(words, kit=kit)
     assert config.declared_sizes() == {"north": 230, "west": 90}
     assert (config.data.train_file, config.data.test_file, config.data.labels) == (AT_SITE, None, ("urgent", "routine"))
     assert select_settings_for_sites(config).data.train_file == AT_SITE
-    assert compose_for_sites([*own[:-1], "sites=[south]"], kit=kit).declared_sizes() == {"south": 180}
+    assert compose_for_sites([*words[:-1], "sites=[south]"], kit=kit).declared_sizes() == {"south": 180}
     with pytest.raises(ConfigError, match=r"data\.train_file = 'gone\.csv': is set by each site's policy"):
-        compose_for_sites([*own, "data.train_file=gone.csv"], kit=kit)
+        compose_for_sites([*words, "data.train_file=gone.csv"], kit=kit)
 
 
 @pytest.mark.parametrize("prefix", ["", "++"])
 def test_explicit_declared_sizes_override_the_roster(kit: Kit, prefix: str) -> None:
-    for sizes, found in (("70", {"west": 70, "north": 70}), ("[70,80]", {"west": 70, "north": 80})):
-        config = compose_for_sites(
-            list_run_words(f"{prefix}data.declared_sizes={sizes}", "sites=[west,north]"), kit=kit
-        )
-        assert config.declared_sizes() == found
-    # Also for a data set that no site declared: the sites will say no.
-    unheard = list_run_words(f"{prefix}data.declared_sizes=70", "data.dataset=unheard")
-    assert compose_for_sites(unheard, kit=kit).data.dataset == "unheard"
+    for sizes, expected in (("70", {"west": 70, "north": 70}), ("[70,80]", {"west": 70, "north": 80})):
+        config = compose_for_sites(run_overrides(f"{prefix}data.declared_sizes={sizes}", "sites=[west,north]"), kit=kit)
+        assert config.declared_sizes() == expected
+    # A data set that no site declared is accepted here; the sites refuse it.
+    undeclared = run_overrides(f"{prefix}data.declared_sizes=70", "data.dataset=undeclared")
+    assert compose_for_sites(undeclared, kit=kit).data.dataset == "undeclared"
 
 
 @snapshots.parametrize_mistakes("mistakes-run")
@@ -102,40 +100,40 @@ def test_invalid_run_command_starts_no_run(kit: Kit, typed: str) -> None:
     """Unknown sites, settings of real sites, and a missing kit, folder or name."""
     places = {"KIT": str(kit.folder), "SERVER": str(kit.folder.parent / "server")}
     message = run_command("run", *(places.get(word, word) for word in shlex.split(typed))).failed()
-    for name, place in places.items():
-        message = message.replace(place, name)
+    for name, path in places.items():
+        message = message.replace(path, name)
     snapshots.check_message("mistakes-run", typed, message)
     assert not Path("runs").exists()
 
 
 def test_all_active_sites_take_part_by_default(kit: Kit) -> None:
-    given = list_run_words("runtime.num_threads=1", "federation.min_sites=2", "federation.num_rounds=1")
-    config = compose_for_sites(given, kit=kit)
+    overrides = run_overrides("runtime.num_threads=1", "federation.min_sites=2", "federation.num_rounds=1")
+    config = compose_for_sites(overrides, kit=kit)
     assert config.declared_sizes() == SIZES
     assert (config.runtime.num_threads, config.federation.min_sites, config.federation.num_rounds) == (1, 2, 1)
-    last = compose_for_sites(list_run_words("sites=[west]", "sites=south"), kit=kit)
-    assert last.declared_sizes() == {"south": 180}, "the last word counts"
-    config = compose_for_sites(list_run_words("data.dataset=letters", "sites=[north,south]"), kit=kit)
-    assert config.declared_sizes() == {"north": 11, "south": 11}, "of the data set"
-    # How a simulation deals records out is left behind.
+    last = compose_for_sites(run_overrides("sites=[west]", "sites=south"), kit=kit)
+    assert last.declared_sizes() == {"south": 180}, "the last override wins"
+    config = compose_for_sites(run_overrides("data.dataset=letters", "sites=[north,south]"), kit=kit)
+    assert config.declared_sizes() == {"north": 11, "south": 11}, "the sizes of this data set"
+    # Settings that partition records in a simulation are dropped.
     by_column = ("data.partition.kind=column", "+data.partition.sites.a=0", "+data.columns.site=x")
-    for more in (("data.partition.kind=dirichlet", "data.partition.proportions=[1,2]"), by_column):
-        partition = compose_for_sites(list_run_words(*more), kit=kit).data.partition
+    for partitioned in (("data.partition.kind=dirichlet", "data.partition.proportions=[1,2]"), by_column):
+        partition = compose_for_sites(run_overrides(*partitioned), kit=kit).data.partition
         assert (partition.kind, partition.proportions, partition.sites) == ("iid", (), {})
 
 
 def test_run_without_a_server_can_be_resumed(kit: Kit, tmp_path: Path) -> None:
     small = ("sites=[north]", "data.validation_rows=2", "data.test_rows=2", f"tracking.output_dir='{tmp_path}'")
-    small += ("federation.round_timeout_s=1",)  # for so long it is waited for
-    outcome = run_command("run", "--kit", str(kit.folder), *list_run_words(*small))
+    small += ("federation.round_timeout_s=1",)  # the time to wait for the server
+    outcome = run_command("run", "--kit", str(kit.folder), *run_overrides(*small))
     assert outcome.code == 1
     assert "127.0.0.1:9 cannot be reached" in outcome.err.splitlines()[-1]
     assert f"Continue with: fedtune run resume {tmp_path / 'one'} --kit {kit.folder}" in outcome.out
     assert read_saved_config(tmp_path / "one").federation.active == ("north",)
     assert not (tmp_path / "one" / "running.json").exists()
-    assert "name = 'one': is taken" in run_command("run", "--kit", str(kit.folder), *list_run_words(*small)).failed()
-    again = run_command("run", "resume", str(tmp_path / "one"), "--kit", str(kit.folder))
-    assert (again.code, "127.0.0.1:9 cannot be reached" in again.err.splitlines()[-1]) == (1, True)
+    assert "name = 'one': is taken" in run_command("run", "--kit", str(kit.folder), *run_overrides(*small)).failed()
+    resumed = run_command("run", "resume", str(tmp_path / "one"), "--kit", str(kit.folder))
+    assert (resumed.code, "127.0.0.1:9 cannot be reached" in resumed.err.splitlines()[-1]) == (1, True)
     other = ("training.local_steps=9", "--kit", str(kit.folder))
     message = run_command("run", "resume", str(tmp_path / "one"), *other).failed()
     assert "has a different configuration (training.local_steps was 2, is 9)" in message
@@ -157,7 +155,7 @@ def test_sweep_over_real_sites_prints_its_privacy_cost_first(kit: Kit, tmp_path:
 def folder(tmp_path: Path, kit: Kit) -> Path:
     """Folder of a newly created run over real sites."""
     folder = tmp_path / "one"
-    write_config(compose_for_sites(list_run_words(f"tracking.output_dir='{tmp_path}'"), kit=kit), folder)
+    write_config(compose_for_sites(run_overrides(f"tracking.output_dir='{tmp_path}'"), kit=kit), folder)
     return folder
 
 
@@ -189,11 +187,11 @@ def runner(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 def test_or_resume_skips_site_count_checks_of_a_started_run(
     kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun: list[Any] = []
-    monkeypatch.setattr("fedtune.cli.real_run.start_run", lambda words, **_: begun.append(words))
-    typed = list_run_words(f"tracking.output_dir='{tmp_path}'", "data.declared_sizes=[9,8,7]", "federation.min_sites=3")
-    assert run_command("run", "--kit", str(kit.folder), "--or-resume", *typed).code == 0
-    assert begun == [tuple(typed)]
+    started: list[Any] = []
+    monkeypatch.setattr("fedtune.cli.real_run.start_run", lambda words, **_: started.append(words))
+    words = run_overrides(f"tracking.output_dir='{tmp_path}'", "data.declared_sizes=[9,8,7]", "federation.min_sites=3")
+    assert run_command("run", "--kit", str(kit.folder), "--or-resume", *words).code == 0
+    assert started == [tuple(words)]
 
 
 def test_oversized_settings_are_not_sent_to_sites(kit: Kit, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,15 +221,15 @@ def test_run_stop_ends_only_the_recorded_process(folder: Path, runner: Any, monk
 @pytest.fixture
 def ended_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, FederationSpec]]:
     """Record the runs that were ended per site; south does not receive the message."""
-    asked: list[tuple[str, FederationSpec]] = []
+    ended: list[tuple[str, FederationSpec]] = []
 
-    def tell(lead: LeadService, run: str, *, timeout_s: float) -> list[str]:
-        asked.append((run, lead.federation))
-        assert not RunFolder(folder).is_running, "first it is stopped"
+    def announce(lead: LeadService, run: str, *, timeout_s: float) -> list[str]:
+        ended.append((run, lead.federation))
+        assert not RunFolder(folder).is_running, "the run is stopped first"
         return [site.site for site in lead.sites if site.site != "south"]
 
-    monkeypatch.setattr(LeadService, "announce_end", tell)
-    return asked
+    monkeypatch.setattr(LeadService, "announce_end", announce)
+    return ended
 
 
 SILENT = "Not reached: {}; their budget is released when the run expires."
@@ -240,9 +238,9 @@ SILENT = "Not reached: {}; their budget is released when the run expires."
 def test_stop_for_good_prints_the_notified_sites(kit: Kit, folder: Path, runner: Any, ended_runs: list[Any]) -> None:
     runner()
     config, stop = read_saved_config(folder), ("run", "stop", str(folder), "--for-good", "--kit", str(kit.folder))
-    stopped, *said = run_command(*stop).printed.splitlines()
+    stopped, *lines = run_command(*stop).printed.splitlines()
     assert "is stopped" in stopped
-    assert said == ["Sites that were notified of the end of the run: north, west.", SILENT.format("south")]
+    assert lines == ["Sites that were notified of the end of the run: north, west.", SILENT.format("south")]
     names = ("gone", *config.federation.active[1:])
     write_config(replace(config, federation=replace(config.federation, site_names=names)), folder)
     assert run_command(*stop).printed.splitlines()[1:] == [
@@ -254,10 +252,10 @@ def test_stop_for_good_prints_the_notified_sites(kit: Kit, folder: Path, runner:
 
 
 def test_run_without_its_folder_can_be_ended_with_the_lead_kit(kit: Kit, ended_runs: list[Any], tmp_path: Path) -> None:
-    whole, stop = f"trial-{'a' * 32}", ("run", "stop", "--for-good", "--kit", str(kit.folder))
-    # By the name that a site's ledger has; by the run's own name, if a receipt knows it.
+    name, stop = f"trial-{'a' * 32}", ("run", "stop", "--for-good", "--kit", str(kit.folder))
+    # By the full name in a site's ledger, or by the run's own name if a receipt contains it.
     assert (
-        run_command(*stop, whole).out
+        run_command(*stop, name).out
         == f"Sites that were notified of the end of the run: north, west.\n{SILENT.format('south')}\n"
     )
     message = run_command(*stop, "runs/trial").failed()
@@ -265,14 +263,14 @@ def test_run_without_its_folder_can_be_ended_with_the_lead_kit(kit: Kit, ended_r
     ledger = SiteLedger(
         tmp_path / "ledger.db", make_site_policy("north"), SigningKey.load_or_create(tmp_path / "key.pem")
     )
-    book = kit.folder / "receipts.json"
-    save_receipts(book, {"north": ledger.sign_receipt(whole)})
+    receipts = kit.folder / "receipts.json"
+    save_receipts(receipts, {"north": ledger.sign_receipt(name)})
     try:
         assert run_command(*stop, "runs/trial").code == 0
-        assert f"the latest runs are {whole}" in run_command(*stop, "runs/other").failed()
+        assert f"the latest runs are {name}" in run_command(*stop, "runs/other").failed()
     finally:
-        book.unlink()
-    assert [(run, federation.active) for run, federation in ended_runs] == [(whole, ("north", "south", "west"))] * 2
+        receipts.unlink()
+    assert [(run, federation.active) for run, federation in ended_runs] == [(name, ("north", "south", "west"))] * 2
 
 
 def test_run_status_shows_online_sites(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,8 +279,8 @@ def test_run_status_shows_online_sites(kit: Kit, monkeypatch: pytest.MonkeyPatch
     )
     rows = run_command("run", "status", "--kit", str(kit.folder)).out.splitlines()[-3:]
     assert [row.split() for row in rows] == [["north", "online"], ["south", "no", "response"], ["west", "online"]]
-    shown = json.loads(run_command("run", "status", "--kit", str(kit.folder), "--json").out)
-    assert shown["online"] == {"north": True, "south": False, "west": True}
+    status = json.loads(run_command("run", "status", "--kit", str(kit.folder), "--json").out)
+    assert status["online"] == {"north": True, "south": False, "west": True}
     assert run_command("run", "status").code == 2
 
 
@@ -303,17 +301,17 @@ def test_simulations_and_real_runs_cannot_resume_each_other(kit: Kit, folder: Pa
         message == "runtime = 'deployment': requires real sites: start the run with fedtune run --kit LEAD sites=[...]"
     )
     simulated = tmp_path / "simulated"
-    write_config(replace(compose_run(list_run_words("privacy.planned_runs=2")), name="simulated"), simulated)
+    write_config(replace(compose_run(run_overrides("privacy.planned_runs=2")), name="simulated"), simulated)
     message = run_command("run", "resume", str(simulated), "--kit", str(kit.folder)).failed()
     assert "is not a run over real sites: resume it with fedtune simulate resume=" in message
-    save_task_model(build_task_model(compose_run(list_run_words()).task_model()), simulated / "adapter")
+    save_task_model(build_task_model(compose_run(run_overrides()).task_model()), simulated / "adapter")
     with pytest.raises(ConfigError, match="is not a run over real sites: resume it with fedtune simulate renew="):
         compose_for_sites([f"renew='{simulated}'"], kit=kit)
 
 
 def test_run_status_refuses_a_folder_without_a_run(kit: Kit, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "one"
-    folder.mkdir(parents=True)  # with no run beside it, which would be named
+    folder.mkdir(parents=True)  # without other runs in the folder, which the message would name
     for action in ("status", "stop"):
         assert (
             run_command("run", action, str(folder)).failed()
@@ -328,22 +326,22 @@ def test_public_stage_runs_only_at_the_lead(kit: Kit, tmp_path: Path, monkeypatc
     """The lead trains the public stage before contacting sites, and the run starts from its adapter."""
     public = tmp_path / "public.jsonl"
     public.write_text('{"text": "a", "label": "card_arrival"}\n' * 3)
-    typed = list_run_words("sites=[north,west]", f"public.train_file={public}", f"tracking.output_dir={tmp_path}")
-    typed.append("runtime.sites_dir=kept")
-    begun: list[RunConfig] = []
+    overrides = run_overrides("sites=[north,west]", f"public.train_file={public}", f"tracking.output_dir={tmp_path}")
+    overrides.append("runtime.sites_dir=kept")
+    started: list[RunConfig] = []
 
     def record_stage(stage: RunConfig, folder: Path, console: Any, *, again: str) -> None:
-        begun.append(stage)
-        assert again == shlex.join(["fedtune", "run", "--kit", str(kit.folder), "--or-resume", *typed])
+        started.append(stage)
+        assert again == shlex.join(["fedtune", "run", "--kit", str(kit.folder), "--or-resume", *overrides])
         run_simulation(stage, folder, console, again=again)
 
     monkeypatch.setattr("fedtune.cli.interruptible_run.run_simulation", record_stage)
     monkeypatch.setattr(LeadService, "fit_to_budgets", lambda self, config: config)
-    monkeypatch.setattr("fedtune.cli.real_run.show_run", lambda config, *arguments, **others: begun.append(config))
-    start_run(typed, kit=kit, metrics=None)
-    stage, run = begun
+    monkeypatch.setattr("fedtune.cli.real_run.show_run", lambda config, *arguments, **others: started.append(config))
+    start_run(overrides, kit=kit, metrics=None)
+    stage, run = started
     assert (stage.declared_sizes(), stage.runtime.kind, stage.privacy.private) == ({"lead": 3}, "simulation", False)
-    assert stage.runtime.sites_dir is None, "the lead's ledger is none of the sites'"
+    assert stage.runtime.sites_dir is None, "the lead's ledger is not in the sites' folder"
     assert (run.declared_sizes(), run.runtime.kind) == ({"north": 230, "west": 90}, "deployment")
     assert run.model.adapter_sha256 == SavedAdapter.read(tmp_path / "one-public" / "adapter").digest
     assert select_settings_for_sites(run).public == PublicSpec(train_file=AT_SITE), "the file stays with the lead"
@@ -351,13 +349,13 @@ def test_public_stage_runs_only_at_the_lead(kit: Kit, tmp_path: Path, monkeypatc
 
 def test_renewed_run_keeps_its_sites_with_current_sizes(kit: Kit, tmp_path: Path) -> None:
     before = compose_for_sites(
-        list_run_words("sites=[north,south]", "data.declared_sizes=[5,6]", "privacy.planned_runs=2"), kit=kit
+        run_overrides("sites=[north,south]", "data.declared_sizes=[5,6]", "privacy.planned_runs=2"), kit=kit
     )
     write_config(before, tmp_path / "one")
     save_task_model(build_task_model(before.task_model()), tmp_path / "one" / "adapter")
     renew = [f"renew='{tmp_path / 'one'}'", "name=two"]
-    after = compose_for_sites(renew, kit=kit)
-    assert after.declared_sizes() == {"north": 230, "south": 180}
-    assert (after.name, after.runtime.kind, after.federation.renewal) == ("two", "deployment", 1)
-    assert after.model.adapter_sha256 == SavedAdapter.read(tmp_path / "one" / "adapter").digest
+    renewed = compose_for_sites(renew, kit=kit)
+    assert renewed.declared_sizes() == {"north": 230, "south": 180}
+    assert (renewed.name, renewed.runtime.kind, renewed.federation.renewal) == ("two", "deployment", 1)
+    assert renewed.model.adapter_sha256 == SavedAdapter.read(tmp_path / "one" / "adapter").digest
     assert compose_for_sites([*renew, "sites=[west]"], kit=kit).declared_sizes() == {"west": 90}

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("own_process")
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words", "message"),
+    ("problem", "words", "message"),
     [
         ("no kit", (), "^kit = '.*': must be the folder of a server's kit; it has no kit.toml$"),
         ("a lead's", (), "lead/kit.toml: kind = 'lead': must be 'server', because this command needs a server's kit$"),
@@ -21,10 +21,10 @@ pytestmark = pytest.mark.usefixtures("own_process")
     ],
 )
 def test_invalid_server_kit_or_database_path_is_refused(
-    join_site: Any, wrong: str, words: tuple[str, ...], message: str
+    join_site: Any, problem: str, words: tuple[str, ...], message: str
 ) -> None:
-    federation = join_site("north", days_ago=400 if wrong == "expired" else 0).folder.parent / "federation"
-    kit = federation / {"a lead's": "lead", "no kit": ""}.get(wrong, "server")
+    federation = join_site("north", days_ago=400 if problem == "expired" else 0).folder.parent / "federation"
+    kit = federation / {"a lead's": "lead", "no kit": ""}.get(problem, "server")
     assert re.search(message, run_command("server", "start", "--kit", str(kit), *words).failed())
     assert not (kit / "server.db").exists()
     assert run_command("server", "start").code == 2

@@ -61,32 +61,32 @@ def test_pending_runs_are_listed_with_their_epsilon(north: Here) -> None:
     north.state.queue_for_approval(propose_run("follow-up"), SETTINGS)
     plan = propose_run().plan
     listed = json.loads(approve(north, "--json").out)["waiting"]
-    assert {one["run"] for one in listed} == {TRIAGE, name_run("follow-up", SETTINGS)}
-    assert {one["epsilon"] for one in listed} == {epsilon_pld([plan.full_event], plan.delta)}
+    assert {entry["run"] for entry in listed} == {TRIAGE, name_run("follow-up", SETTINGS)}
+    assert {entry["epsilon"] for entry in listed} == {epsilon_pld([plan.full_event], plan.delta)}
     assert approve(north, TRIAGE, "--json").code == 2
 
 
 def test_approval_shows_the_epsilon_and_lets_the_run_start(north: Here) -> None:
-    earlier, asked = propose_run("earlier"), propose_run("triage", spare_rounds=0)
+    earlier, proposal = propose_run("earlier"), propose_run("triage", spare_rounds=0)
     north.start_run(earlier, 1)
-    north.state.queue_for_approval(asked, SETTINGS)
-    assert read_refusal_reason(reserve, north.open(), asked) is Reason.AWAITING_APPROVAL
+    north.state.queue_for_approval(proposal, SETTINGS)
+    assert read_refusal_reason(reserve, north.open(), proposal) is Reason.AWAITING_APPROVAL
     out = approve(north, TRIAGE, "--yes").printed
     ledger = north.open()
-    delta, order = asked.plan.delta, ledger.history.order
+    delta, order = proposal.plan.delta, ledger.history.order
     before = epsilon_filter([earlier.plan.full_event], order=order, delta=delta)
-    after = epsilon_filter([earlier.plan.full_event, asked.plan.full_event], order=order, delta=delta)
+    after = epsilon_filter([earlier.plan.full_event, proposal.plan.full_event], order=order, delta=delta)
     assert 0 < before < after < 5
-    price = format_epsilon(epsilon_pld([asked.plan.full_event], delta))
-    assert f"epsilon {price} at delta 1e-05 for each record, for the whole run" in out
+    cost = format_epsilon(epsilon_pld([proposal.plan.full_event], delta))
+    assert f"epsilon {cost} at delta 1e-05 for each record, for the whole run" in out
     assert f"epsilon {format_epsilon(before)} is spent, {format_epsilon(after)} with this run" in out
-    assert set(ledger.history.approved) == {earlier.digest(), asked.digest()}
-    assert reserve(ledger, asked)
+    assert set(ledger.history.approved) == {earlier.digest(), proposal.digest()}
+    assert reserve(ledger, proposal)
     assert north.state.list_pending_runs() == []
 
 
 @pytest.mark.parametrize(
-    ("name", "policy", "asked"),
+    ("name", "policy", "changes"),
     [
         ("head", {"allow": {"adapters": ("none",), "target_modules": ()}}, {"adapter": "none", "target_modules": ()}),
         ("seeded", {"allow": {"seeded_noise": True}}, {"seeded_noise": True}),
@@ -94,15 +94,15 @@ def test_approval_shows_the_epsilon_and_lets_the_run_start(north: Here) -> None:
     ],
 )
 def test_check_policy_and_approve_output_match_snapshots(
-    north: Here, name: str, policy: Any, asked: Any, monkeypatch: Any
+    north: Here, name: str, policy: Any, changes: Any, monkeypatch: Any
 ) -> None:
     """A head-only run, and runs without a guarantee, which have no price."""
     monkeypatch.chdir(north.folder)
     north.edit(**policy)
-    north.state.queue_for_approval(propose_run(**asked), SETTINGS)
-    said = run_command("site", "check-policy", "site.toml").printed
-    said += "".join(approve(north, *words).printed for words in ((), (R, "--yes")))
-    snapshots.check_output(f"site-approve-{name}", said)
+    north.state.queue_for_approval(propose_run(**changes), SETTINGS)
+    output = run_command("site", "check-policy", "site.toml").printed
+    output += "".join(approve(north, *words).printed for words in ((), (R, "--yes")))
+    snapshots.check_output(f"site-approve-{name}", output)
 
 
 def test_long_settings_are_shown_in_full_for_approval(north: Here) -> None:
@@ -127,11 +127,11 @@ def test_run_over_budget_cannot_be_approved_and_stays_pending(north: Here) -> No
     north.edit(budget={"max_epsilon": 0.5}, limits={"max_rounds": 2})
     outcome = approve(north, R, "--yes")
     assert outcome.failed(3).startswith("the policy or the budget refuses this run: ")
-    for words in ("the lifetime budget would be exceeded", "too many rounds (requested 4, allowed at most 2)"):
-        assert words in outcome.message
+    for reason in ("the lifetime budget would be exceeded", "too many rounds (requested 4, allowed at most 2)"):
+        assert reason in outcome.message
     assert "epsilon 0.000 is spent" in outcome.out
     assert len(north.state.list_pending_runs()) == 1
-    assert not (north.folder / "ledger.db").exists(), "asking made no ledger"
+    assert not (north.folder / "ledger.db").exists(), "the check created no ledger"
     north.edit(dataset=(replace(read_policy(north.site_toml).dataset[0], id="others"),))
     assert "the site has no such data set (requested patients" in approve(north, R, "--yes").failed(3)
     (north.folder / "ledger.db").write_bytes(b"no ledger" * 1000)
@@ -139,17 +139,17 @@ def test_run_over_budget_cannot_be_approved_and_stays_pending(north: Here) -> No
 
 
 def test_proposals_with_one_run_name_are_approved_separately(north: Here) -> None:
-    one, other = propose_run(), propose_run(lead=stranger_key.public)
-    north.edit(allow={"leads": (one.lead, other.lead)})
-    for proposal in (one, other):
+    first, other = propose_run(), propose_run(lead=stranger_key.public)
+    north.edit(allow={"leads": (first.lead, other.lead)})
+    for proposal in (first, other):
         north.state.queue_for_approval(proposal, SETTINGS)
     message = approve(north, R, "--yes").failed()
     assert "has 2 proposals" in message
-    for proposal in (one, other):
+    for proposal in (first, other):
         assert f"{proposal.digest()[:12]} (lead {format_key_start(proposal.lead)})" in message
     assert approve(north, other.digest()[:12], "--yes").code == 0
     assert set(north.open().history.approved) == {other.digest()}
-    assert [pending.proposal for pending in north.state.list_pending_runs()] == [one]
+    assert [pending.proposal for pending in north.state.list_pending_runs()] == [first]
 
 
 @pytest.mark.parametrize("name", ["[bold]r[/bold]", "[/]", "a [red]b", "r\\"])
@@ -172,11 +172,11 @@ def test_denial_records_its_reason_and_removes_the_pending_run(north: Here) -> N
         assert "must be one line of at most 300 characters" in message
     assert approve(north, TRIAGE, by="deny").code == 2
     assert len(north.state.list_pending_runs()) == 2
-    told = approve(north, TRIAGE, "--reason", "not [red] in summer", by="deny")
-    assert told.printed.startswith("Denied, and recorded in the ledger.")
+    outcome = approve(north, TRIAGE, "--reason", "not [red] in summer", by="deny")
+    assert outcome.printed.startswith("Denied, and recorded in the ledger.")
     assert [pending.proposal for pending in north.state.list_pending_runs()] == [other]
-    for proposal, why in ((denied, Reason.DENIED), (other, Reason.AWAITING_APPROVAL)):
-        assert read_refusal_reason(reserve, north.open(), proposal) is why
+    for proposal, refusal in ((denied, Reason.DENIED), (other, Reason.AWAITING_APPROVAL)):
+        assert read_refusal_reason(reserve, north.open(), proposal) is refusal
     shown = " ".join(run_command("ledger", "show", str(north.folder / "ledger.db")).out.split())
     assert "denied the run as it was proposed: not [red] in summer" in shown
     assert not north.open().history.count_total_charges()
@@ -186,19 +186,19 @@ def test_denial_records_its_reason_and_removes_the_pending_run(north: Here) -> N
 
 def test_denial_of_a_started_run_records_the_responsible_person(north: Here, monkeypatch: Any) -> None:
     monkeypatch.setenv("SUDO_USER", "mkeller")
-    asked, other = propose_run("triage"), propose_run("other")
-    for proposal in (asked, other):
+    triage, other = propose_run("triage"), propose_run("other")
+    for proposal in (triage, other):
         north.state.queue_for_approval(proposal, SETTINGS)
     for option in ("--by", "--ticket", "--reason"):
         assert "must be one line" in approve(north, TRIAGE, "--yes", option, " ").failed()
-    words = ("--by", "Anna Weber", "--ticket", "DPO-7", "--reason", "ethics vote of May")
-    assert approve(north, TRIAGE, "--yes", *words).code == 0
+    options = ("--by", "Anna Weber", "--ticket", "DPO-7", "--reason", "ethics vote of May")
+    assert approve(north, TRIAGE, "--yes", *options).code == 0
     assert approve(north, OTHER, "--yes").code == 0
-    north.charge(asked, 1, committed=False)
+    north.charge(triage, 1, committed=False)
     north.charge(other, 1, committed=False)
-    said = approve(north, TRIAGE, "--reason", "consent withdrawn", by="deny")
-    assert "no further round is charged, and no further reply is sent" in " ".join(said.printed.split())
-    assert read_refusal_reason(reserve, north.open(), asked, 2) is Reason.DENIED
+    outcome = approve(north, TRIAGE, "--reason", "consent withdrawn", by="deny")
+    assert "no further round is charged, and no further reply is sent" in " ".join(outcome.printed.split())
+    assert read_refusal_reason(reserve, north.open(), triage, 2) is Reason.DENIED
     reserve(north.open(), other, 2)
     assert f"waits for approval or has begun: {OTHER}" in approve(north, TRIAGE, "--reason", "x", by="deny").failed()
     ledger = str(north.folder / "ledger.db")
@@ -206,14 +206,14 @@ def test_denial_of_a_started_run_records_the_responsible_person(north: Here, mon
     assert "Anna Weber approved the run as it was proposed: ticket DPO-7; ethics vote of May" in shown
     assert "mkeller denied the run as it was proposed: consent withdrawn" in shown
     runs = run_command("ledger", "spent", ledger).out
-    assert all(who in runs for who in ("approved by Anna Weber", "denied by mkeller", "approved by mkeller"))
+    assert all(entry in runs for entry in ("approved by Anna Weber", "denied by mkeller", "approved by mkeller"))
 
 
 def test_pause_and_resume_are_idempotent_and_report_the_state(north: Here) -> None:
-    for word, said in (("pause", "Paused: "), ("resume", "The site takes part again.\n")):
+    for command, message in (("pause", "Paused: "), ("resume", "The site takes part again.\n")):
         for _ in range(2):
-            assert run_command("site", word, *north.kit).printed.startswith(said)
-            assert north.state.paused_file.exists() is (word == "pause")
+            assert run_command("site", command, *north.kit).printed.startswith(message)
+            assert north.state.paused_file.exists() is (command == "pause")
 
 
 def test_leaving_ends_open_runs_and_releases_their_reserves(north: Here) -> None:
@@ -238,9 +238,9 @@ def test_leaving_ends_open_runs_and_releases_their_reserves(north: Here) -> None
 def test_site_commands_refuse_the_policy_of_another_site(join_site: Any) -> None:
     north, south = join_site("north"), join_site("south")
     north.state.queue_for_approval(propose_run(), SETTINGS)
-    told = f"{south.site_toml}: site = 'south': must be north, as in the kit"
+    message = f"{south.site_toml}: site = 'south': must be north, as in the kit"
     for words in (("start",), ("approve", "r", "--yes"), ("leave",)):
-        assert run_command("site", *words, *north.kit, "--site", str(south.site_toml)).failed() == told
+        assert run_command("site", *words, *north.kit, "--site", str(south.site_toml)).failed() == message
     assert not (south.folder / "ledger.db").exists()
     assert not north.state.left_file.exists()
 
@@ -261,8 +261,8 @@ def test_site_start_refuses_expired_certificates_and_missing_keys(
 ) -> None:
     """Expired certificate, locked ledger, missing or readable key, and missing package."""
     old, north = join_site("old", days_ago=400), join_site("north")
-    told = "must be in the future: the certificate has expired: ask the lead for a new kit"
-    assert told in run_command("site", "start", *old.words).failed()
+    expired = "must be in the future: the certificate has expired: ask the lead for a new kit"
+    assert expired in run_command("site", "start", *old.words).failed()
     assert not (old.folder / "ledger.db").exists()
     with lock_ledger(north.folder / "ledger.db"):
         outcome = run_command("site", "start", *north.words)
@@ -286,22 +286,22 @@ def test_site_start_refuses_expired_certificates_and_missing_keys(
         (north.folder / path).unlink()
     key.unlink()
     assert f"site_key = {str(key)!r}: is missing" in run_command("site", "start", *north.words).failed()
-    assert not key.exists(), "another key would be another site's"
+    assert not key.exists(), "no new key is created"
 
 
 def test_site_start_refuses_a_missing_or_different_ledger(north: Here) -> None:
     north.state.check_ledger(north.open().history.opening.ledger)
     ledger = north.folder / "ledger.db"
     ledger.unlink()
-    gone = run_command("site", "start", *north.words)
-    assert gone.code == 1
-    assert gone.err.splitlines()[-1].endswith(
+    missing = run_command("site", "start", *north.words)
+    assert missing.code == 1
+    assert missing.err.splitlines()[-1].endswith(
         f"ledger {ledger} is missing, but this site used a ledger before: restore it"
     )
-    assert not ledger.exists(), "nor is a new one made"
+    assert not ledger.exists(), "no new ledger is created"
     north.open()
-    another = run_command("site", "start", *north.words)
-    assert (another.code, "restore the old ledger, or remove" in another.err) == (1, True)
+    different = run_command("site", "start", *north.words)
+    assert (different.code, "restore the old ledger, or remove" in different.err) == (1, True)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in folders")
@@ -320,7 +320,7 @@ def test_unusable_state_file_is_named_in_one_line(north: Here, command: str, fil
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
     path.parent.mkdir(exist_ok=True)
-    makers: dict[str, Callable[[], object]] = {
+    actions: dict[str, Callable[[], object]] = {
         "folder": path.mkdir,
         "file": path.touch,
         "loop": lambda: path.symlink_to(path),
@@ -328,10 +328,10 @@ def test_unusable_state_file_is_named_in_one_line(north: Here, command: str, fil
         "pipe": lambda: os.mkfifo(path),
     }
     north.open()
-    makers[kind]()
-    shown = run_command("site", command, *(north.words if command == "start" else north.kit))
-    assert shown.code == (1 if kind == "bytes" else 2)
-    assert str(path) in shown.err.splitlines()[-1]
+    actions[kind]()
+    outcome = run_command("site", command, *(north.words if command == "start" else north.kit))
+    assert outcome.code == (1 if kind == "bytes" else 2)
+    assert str(path) in outcome.err.splitlines()[-1]
 
 
 def list_keys(table: Any, prefix: str = "") -> set[str]:
@@ -347,30 +347,30 @@ def test_policy_template_is_commented_and_incomplete_until_filled_in(tmp_path: P
     assert out == (find_config_folder() / "site.toml").read_text(encoding="utf-8")
     file.write_text(out)
     fresh = run_command("site", "check-policy", str(file), "--json")
-    open_ = {"asserted.no_person_at_another_site", "allow.leads", "allow.base_models"}
-    assert (fresh.code, {one["key"] for one in json.loads(fresh.out)["warnings"]}) == (0, open_)
+    unanswered = {"asserted.no_person_at_another_site", "allow.leads", "allow.base_models"}
+    assert (fresh.code, {one["key"] for one in json.loads(fresh.out)["warnings"]}) == (0, unanswered)
     answered = out.replace("# no_person_at_another_site = ?", "no_person_at_another_site = true")
     file.write_text(answered)
     assert read_policy(file).site == "north-hospital"
-    told = json.loads(run_command("site", "check-policy", str(file), "--json").out)["warnings"]
-    warnings = {warning["key"]: warning["text"] for warning in told}
+    entries = json.loads(run_command("site", "check-policy", str(file), "--json").out)["warnings"]
+    warnings = {warning["key"]: warning["text"] for warning in entries}
     assert warnings.keys() == {"allow.leads", "allow.base_models"}
     assert warnings["allow.leads"] == "empty: every request is refused"
-    # It sets and explains every key.
-    known = asdict(read_policy(file)) | asdict(read_site_settings(file))
-    assert list_keys(tomllib.loads(answered)) == list_keys(known)
+    # The template sets and explains every key.
+    parsed = asdict(read_policy(file)) | asdict(read_site_settings(file))
+    assert list_keys(tomllib.loads(answered)) == list_keys(parsed)
     for before, line in pairwise(out.splitlines()):
-        explained = re.match(r"#|(max_local_steps|path|max_epsilon_per_period|max_lora_scale) = ", before)
-        assert explained or not re.match(r"\w+ = ", line), line
+        commented = re.match(r"#|(max_local_steps|path|max_epsilon_per_period|max_lora_scale) = ", before)
+        assert commented or not re.match(r"\w+ = ", line), line
 
 
 @pytest.mark.parametrize("words", [("init", "--site"), ("doctor", "--kit", "kit", "--site")])
 def test_only_check_policy_accepts_an_incomplete_policy(words: tuple[str, ...], site: Any) -> None:
     site.write_policy(no_person_at_another_site=None)
     outcome = run_command("site", *words, str(site.site_toml))
-    said = " ".join((outcome.out + outcome.err).split())
+    output = " ".join((outcome.out + outcome.err).split())
     assert outcome.code == 2
-    assert re.search(r"asserted.no_person_at_another_site:? must be true", said)
+    assert re.search(r"asserted.no_person_at_another_site:? must be true", output)
     assert not (site.folder / "kit").exists()
 
 
@@ -379,21 +379,21 @@ def test_check_policy_figures_match_the_ledger(site: Any) -> None:
     amount = json.loads(run_command("site", "check-policy", str(site.site_toml), "--json").out)["amount"]
     assert amount["reference_pld"] == epsilon_pld([reference.event], 1e-5)
     assert site.open().history.order == amount["order"]
-    left = json.loads(run_command("ledger", "spent", str(site.ledger), "--json").out)["reference_remaining_runs"]
-    assert left == amount["runs_in_lifetime"]
+    remaining = json.loads(run_command("ledger", "spent", str(site.ledger), "--json").out)["reference_remaining_runs"]
+    assert remaining == amount["runs_in_lifetime"]
     assert asdict(compute_amount(read_policy(site.site_toml))) == amount
 
 
 @snapshots.parametrize_mistakes("site-warnings")
 def test_check_policy_warns_about_risky_settings(typed: str, site: Any) -> None:
-    site.write_policy(**{"anchor": '"elsewhere/anchor.json"', **json.loads(typed)})  # by itself there is no warning
+    site.write_policy(**{"anchor": '"elsewhere/anchor.json"', **json.loads(typed)})  # this anchor causes no warning
     out = run_command("site", "check-policy", str(site.site_toml), "--json").printed
     (warning,) = json.loads(out)["warnings"]
     snapshots.check_message("site-warnings", typed, f"{warning['key']}: {warning['text']}")
 
 
 def test_placeholder_lead_key_is_refused_at_start(site: Any) -> None:
-    # Only zeros is a point of small order: anybody can make signatures that verify under it.
+    # The all-zero key is a point of small order: anybody can make signatures that verify under it.
     site.write_policy(leads=f'["{"0" * 64}"]')
     outcome = run_command("site", "check-policy", str(site.site_toml))
     assert outcome.code == 2 or "anybody can sign for it" in outcome.out
@@ -406,8 +406,8 @@ def test_check_policy_refuses_a_ledger_of_another_site_or_policy(typed: str, sit
     message = outcome.failed().removeprefix(f"{site_with_history.site_toml}: ")
     snapshots.check_message("site-ledgers", typed, message)
     assert "It does not match this policy" in outcome.out
-    told = json.loads(run_command("site", "check-policy", str(site_with_history.site_toml), "--json").out)["ledger"]
-    assert [difference["key"] for difference in told["differences"]] == [message.partition(" = ")[0]]
+    ledger = json.loads(run_command("site", "check-policy", str(site_with_history.site_toml), "--json").out)["ledger"]
+    assert [difference["key"] for difference in ledger["differences"]] == [message.partition(" = ")[0]]
 
 
 def test_check_policy_refuses_a_wrong_site_key(site_with_history: Any) -> None:
@@ -416,8 +416,8 @@ def test_check_policy_refuses_a_wrong_site_key(site_with_history: Any) -> None:
     assert "site_key" in run_command("site", "check-policy", str(site_with_history.site_toml)).failed()
     for path in (site_with_history.anchor, key):
         path.unlink()
-    told = json.loads(run_command("site", "check-policy", str(site_with_history.site_toml), "--json").out)["warnings"]
-    assert {warning["key"] for warning in told} == {"site_key", "anchor"}
+    listed = json.loads(run_command("site", "check-policy", str(site_with_history.site_toml), "--json").out)["warnings"]
+    assert {warning["key"] for warning in listed} == {"site_key", "anchor"}
 
 
 def test_check_policy_fails_for_a_rolled_back_ledger(put_back: Any) -> None:
@@ -433,18 +433,18 @@ def site_here(join_site: Any, finished_run: Path) -> Any:
         {"text": f"my card number {number} is late", "label": labels[number % 2], "ward": f"w{number % 3 // 2}"}
         for number in range(120)
     ]
-    broken = ['{"text": 3, "label": "none"}', "no JSON at all", json.dumps({"text": "x", "label": "no such label"})]
-    (site.folder / "letters.jsonl").write_text("\n".join([*map(json.dumps, rows), *broken]) + "\n")
-    kept = site.folder / "kit" / "adapters" / "first"
-    shutil.copytree(finished_run, kept, ignore=shutil.ignore_patterns("run.json", "report*", "checkpoints", "sites"))
-    edit_config(kept, data={"train_file": str(site.folder / "letters.jsonl"), "heldout_fraction": 0.5})
+    unusable = ['{"text": 3, "label": "none"}', "no JSON at all", json.dumps({"text": "x", "label": "no such label"})]
+    (site.folder / "letters.jsonl").write_text("\n".join([*map(json.dumps, rows), *unusable]) + "\n")
+    adapter = site.folder / "kit" / "adapters" / "first"
+    shutil.copytree(finished_run, adapter, ignore=shutil.ignore_patterns("run.json", "report*", "checkpoints", "sites"))
+    edit_config(adapter, data={"train_file": str(site.folder / "letters.jsonl"), "heldout_fraction": 0.5})
     return site
 
 
 def test_site_score_uses_the_held_out_records_of_the_site(site_here: Any) -> None:
     before = read_files(site_here.folder)
     out = run_command("site", "score", "first", *site_here.words, "--by", "ward", "--smallest", "10", "--json").printed
-    told = json.loads(out)
+    result = json.loads(out)
     from fedtune.config import read_saved_config
     from fedtune.tasks.registry import get_task
 
@@ -452,16 +452,16 @@ def test_site_score_uses_the_held_out_records_of_the_site(site_here: Any) -> Non
     data = read_saved_config(site_here.folder / "kit" / "adapters" / "first").data
     fault = get_task("classification").record_validator(data)
     expected = read_own_records(data, columns=dict(data.columns), fault=fault, key=key).heldout
-    assert told["records"] == len(expected) > 30
-    assert [model["name"] for model in told["models"]] == ["base", "tuned"]
-    groups = told["groups"]["by ward"]["groups"]
+    assert result["records"] == len(expected) > 30
+    assert [model["name"] for model in result["models"]] == ["base", "tuned"]
+    groups = result["groups"]["by ward"]["groups"]
     assert {group["name"] for group in groups} == {"w0", "w1"}
     assert sum(group["units"] for group in groups) == len(expected)
     assert read_files(site_here.folder) == before, "nothing is charged, and nothing is written"
-    # For people, in words.
+    # Terminal output.
     out = run_command("site", "score", "first", *site_here.words).printed
     assert "Tuned " in out
-    assert "Cost" not in out, "the site knows no run.json"
+    assert "Cost" not in out, "the site has no run.json"
 
 
 def test_score_without_adapter_or_held_out_records_is_refused(site_here: Any) -> None:
@@ -478,13 +478,13 @@ def test_score_without_adapter_or_held_out_records_is_refused(site_here: Any) ->
 def test_personalized_adapter_is_created_at_the_site(site_here: Any) -> None:
     before = read_files(site_here.folder)
     out = run_command("site", "personalize", "first", *site_here.words, "--json").printed
-    told = json.loads(out)["sites"]["north"]
+    result = json.loads(out)["sites"]["north"]
     folder = site_here.folder / "kit" / "private_to_north" / "first"
-    assert (told["folder"], set(told["values"])) == (str(folder), {"base", "alone", "shared", "own"})
-    assert told["scored_records_were_trained_on"] is False
-    noted = json.loads((site_here.folder / "own_adapters.json").read_text())
-    assert [set(one) for one in noted] == [{"run", "made"}], "no digest, no score"
+    assert (result["folder"], set(result["values"])) == (str(folder), {"base", "alone", "shared", "own"})
+    assert result["scored_records_were_trained_on"] is False
+    record = json.loads((site_here.folder / "own_adapters.json").read_text())
+    assert [set(entry) for entry in record] == [{"run", "made"}], "no digest, no score"
     after = read_files(site_here.folder)
-    assert {name: after[name] for name in before} == before, "the ledger and the kept adapter stay as they are"
-    again = run_command("site", "personalize", "first", *site_here.words, "--json")
-    assert json.loads(again.out) == {**json.loads(out)}, "the same records give the same adapter"
+    assert {name: after[name] for name in before} == before, "the ledger and the stored adapter do not change"
+    repeated = run_command("site", "personalize", "first", *site_here.words, "--json")
+    assert json.loads(repeated.out) == {**json.loads(out)}, "the same records give the same adapter"

@@ -13,7 +13,7 @@ import pytest
 import fedtune.cli.ledger
 import fedtune.cli.site
 
-# A process that gave root up may not be able to read modules any more.
+# A process that gave up root may no longer be able to read modules.
 import fedtune.cli.site_actions
 import fedtune.ops.doctor.examination
 import fedtune.ops.kits.models  # noqa: F401
@@ -42,7 +42,7 @@ def tmp_path() -> Iterator[Path]:
 @pytest.fixture
 def served_site(join_site: Any, monkeypatch: pytest.MonkeyPatch) -> Here:
     """A site whose files are owned by the account of its process."""
-    # This Python may lie in root's own folder; what is needed of it is imported.
+    # This Python may be in root's own folder; the modules that are needed are imported already.
     monkeypatch.setattr(files, "_is_python_readable", lambda: True)
     here = join_site("north")
     here.edit(anchor="anchor.json")
@@ -64,8 +64,8 @@ def run_in_child(work: Callable[[], object], *, account: int = 0) -> int:
                 os.setresuid(account, account, account)
             result = work()
             code = result if isinstance(result, int) else 0
-        except SystemExit as left:
-            code = int(left.code or 0)
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -90,22 +90,22 @@ def waiting_proposal(served_site: Here) -> Proposal:
 
 @pytest.mark.parametrize("command", ["approve", "pause", "resume", "leave", "doctor", "init"])
 def test_site_commands_as_root_keep_file_ownership(served_site: Here, waiting_proposal: Proposal, command: str) -> None:
-    words = (
+    kit_options = (
         served_site.kit
         if command in ("pause", "resume")
         else served_site.words[2:]
         if command == "init"
         else served_site.words
     )
-    more = {"approve": (waiting_proposal.run, "--yes"), "init": ("--out", str(served_site.folder / "new-kit"))}.get(
+    options = {"approve": (waiting_proposal.run, "--yes"), "init": ("--out", str(served_site.folder / "new-kit"))}.get(
         command, ()
     )
-    code = call_command("site", command, *more, *words)
+    code = call_command("site", command, *options, *kit_options)
     if command == "approve":
         assert (code, served_site.state.list_pending_runs()) == (0, [])
     if command == "init":
         assert (code, (served_site.folder / "new-kit/join_request.json").is_file()) == (0, True)
-    # All is the account's, and its process goes on with the ledger.
+    # The account owns all files, and its process can continue the ledger.
     assert list_owners(served_site.folder) == {SERVICE}
     assert run_in_child(lambda: served_site.start_run(waiting_proposal, 1), account=SERVICE) == 0
 
@@ -115,8 +115,8 @@ def test_ledger_commands_as_root_keep_file_ownership(
     served_site: Here, waiting_proposal: Proposal, command: str
 ) -> None:
     ledger, policy = str(served_site.folder / "ledger.db"), ("--policy", str(served_site.site_toml))
-    own = ("--key", str(served_site.folder / "site_key.pem"), "--output", str(served_site.folder / "anchor.json"))
-    words = {"restore": policy, "freeze": (*policy, "--why", "withdrawn"), "anchor": (ledger, *own)}
+    key = ("--key", str(served_site.folder / "site_key.pem"), "--output", str(served_site.folder / "anchor.json"))
+    words = {"restore": policy, "freeze": (*policy, "--why", "withdrawn"), "anchor": (ledger, *key)}
     assert call_command("ledger", command, *words[command]) == 0
     assert list_owners(served_site.folder) == {SERVICE}
     verify(served_site.folder / "ledger.db")
@@ -125,13 +125,13 @@ def test_ledger_commands_as_root_keep_file_ownership(
 def test_root_commands_do_not_follow_symbolic_links(
     served_site: Here, waiting_proposal: Proposal, tmp_path: Path
 ) -> None:
-    own = tmp_path / "root's own"
-    own.write_text("secret")
-    own.chmod(0o600)
+    target = tmp_path / "root's own"
+    target.write_text("secret")
+    target.chmod(0o600)
     (served_site.folder / "anchor.json").unlink()
-    os.symlink(own, served_site.folder / "anchor.json")
+    os.symlink(target, served_site.folder / "anchor.json")
     assert call_command("site", "approve", "r", "--yes", *served_site.words) != 0
-    assert own.read_text() == "secret"
+    assert target.read_text() == "secret"
 
 
 def test_unreadable_python_is_reported_before_dropping_privileges(
@@ -151,6 +151,6 @@ def test_replaced_file_keeps_its_owner_and_mode(tmp_path: Path) -> None:
     os.chown(new.parent, SERVICE, SERVICE)
     for path in (file, new):
         write_durably(path, b"new")
-    found = file.stat()
-    assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (SERVICE, SERVICE + 1, 0o640)
+    status = file.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (SERVICE, SERVICE + 1, 0o640)
     assert new.stat().st_uid == SERVICE

@@ -1,6 +1,6 @@
 """Reviewed snapshots of every command's help, terminal output and JSON output.
 
-A terminal has 80 columns here; nothing is wider but what is copied, which is whole.
+The terminal has 80 columns; only values to copy, which are never cut, may be wider.
 """
 
 import json
@@ -27,8 +27,8 @@ def list_commands() -> list[str]:
     """List all commands as words; the empty list is `fedtune` itself."""
     context, names = click.Context(fedtune), [""]
     for name in fedtune.list_commands(context):
-        found = fedtune.get_command(context, name)
-        names += [name, *(f"{name} {inner}" for inner in getattr(found, "commands", ()))]
+        command = fedtune.get_command(context, name)
+        names += [name, *(f"{name} {inner}" for inner in getattr(command, "commands", ()))]
     return names
 
 
@@ -38,26 +38,26 @@ def test_help_text_matches_its_snapshot(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     assert main([*command.split(), "--help"]) == 0
-    name, shown = "-".join(["fedtune", *command.split()]), capsys.readouterr().out
-    own, title, groups = shown.partition("\nGroups (key=option):\n")  # which all commands over settings share
+    name, output = "-".join(["fedtune", *command.split()]), capsys.readouterr().out
+    own, title, groups = output.partition("\nGroups (key=option):\n")  # the same groups in every command with settings
     snapshots.check_text(f"{name}.txt", own)
     if title:
         snapshots.check_text("fedtune-groups.txt", groups)
-    assert snapshots.find_wide_lines(shown) == [], "also where the terminal is wider"
+    assert snapshots.find_wide_lines(output) == [], "although the terminal is wider"
 
 
 def print_commands(*lines: str, options: tuple[str, ...] = ()) -> str:
     """Return the concatenated output of these commands, each with `options` appended."""
-    said = ""
+    output = ""
     for line in lines:
         outcome = run_command(*line.split(), *options)
         assert (outcome.code, outcome.err) == (0, ""), line
         assert snapshots.find_wide_lines(outcome.out) == [], line
-        said += f"$ fedtune {line}\n{outcome.out}\n"
-    return said
+        output += f"$ fedtune {line}\n{outcome.out}\n"
+    return output
 
 
-OF_A_SITE = [
+SITE_COMMANDS = [
     "ledger show ledger.db",
     "ledger spent ledger.db",
     "ledger verify ledger.db",
@@ -66,7 +66,7 @@ OF_A_SITE = [
 ]
 
 
-@pytest.mark.parametrize("words", OF_A_SITE)
+@pytest.mark.parametrize("words", SITE_COMMANDS)
 def test_site_ledger_commands_match_their_snapshots(
     words: str, site_with_history: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,15 +76,15 @@ def test_site_ledger_commands_match_their_snapshots(
         read_files(site_with_history.folder),
     )
     snapshots.check_output(name, print_commands(words))
-    assert read_files(site_with_history.folder) == before, "looking writes nothing"
+    assert read_files(site_with_history.folder) == before, "read-only commands write nothing"
 
 
 def test_json_of_policy_ledger_and_plan_matches_snapshots(site_with_history: Any, tmp_path: Path) -> None:
     """`export` contains the output of all other commands; the snapshot keeps the first event of each kind."""
-    told = json.loads(run_command("ledger", "export", str(site_with_history.ledger)).out)
+    export = json.loads(run_command("ledger", "export", str(site_with_history.ledger)).out)
     kind = itemgetter("kind")
-    told["events"] = [next(group) for _, group in groupby(sorted(told["events"], key=kind), key=kind)]
-    snapshots.check_json("ledger-export", json.dumps(told), folder=site_with_history.folder)
+    export["events"] = [next(group) for _, group in groupby(sorted(export["events"], key=kind), key=kind)]
+    snapshots.check_json("ledger-export", json.dumps(export), folder=site_with_history.folder)
     checked = run_command("site", "check-policy", str(site_with_history.site_toml), "--json")
     snapshots.check_json("site-check-policy", checked.out, folder=site_with_history.folder)
     planned = run_command(
@@ -113,8 +113,8 @@ def test_calendar_output_matches_its_snapshot(tmp_path: Path) -> None:
     )
     window = "privacy.cohorts={period: quarter, first: '2025-Q3', last: '2026-Q1'}"
     out = run_command("plan", *words, "privacy.planned_runs=4", "privacy.noise_multiplier=null", window).printed
-    part = out.partition("Four runs a year")
-    snapshots.check_output("plan-calendar", "".join(part[1:]).partition("\nWhat if")[0])
+    split = out.partition("Four runs a year")
+    snapshots.check_output("plan-calendar", "".join(split[1:]).partition("\nWhat if")[0])
 
 
 def test_approval_output_matches_its_snapshot(join_site: Any) -> None:
@@ -122,10 +122,10 @@ def test_approval_output_matches_its_snapshot(join_site: Any) -> None:
     settings = '{"training": {"learning_rate": 0.5}, "data": {"labels": ["a", "b"]}}'
     triage, later = name_run("triage", settings), name_run("follow-up", settings)
     here.state.queue_for_approval(run_proposal(run=triage), settings)
-    said = print_commands("site approve", f"site approve {triage} --yes", options=here.words)
+    output = print_commands("site approve", f"site approve {triage} --yes", options=here.words)
     here.state.queue_for_approval(run_proposal(run=later), settings)
-    said += print_commands(f"site deny {later} --reason x", "site approve", options=here.words)
-    snapshots.check_output("site-approve", said)
+    output += print_commands(f"site deny {later} --reason x", "site approve", options=here.words)
+    snapshots.check_output("site-approve", output)
 
 
 def test_provisioning_output_matches_its_snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,9 +134,9 @@ def test_provisioning_output_matches_its_snapshots(tmp_path: Path, monkeypatch: 
     for name in ("north", "south"):
         (tmp_path / name).mkdir()
         write_policy(make_site_policy(name), tmp_path / name / "site.toml")
-    for kit in ("kit", "new"):  # a site that comes in again brings another connection key
+    for kit in ("kit", "new"):  # a site that joins again has a new connection key
         initialize_site(tmp_path / "south" / "site.toml", out=tmp_path / "south" / kit)
-    said = print_commands(
+    output = print_commands(
         *("provision init federation.toml", "site init --site north/site.toml"),
         f"provision add-site north/kit/{REQUEST} --federation cardiology --days 20 --compared",
         f"provision add-site south/kit/{REQUEST} --federation cardiology --days 40 --compared",
@@ -146,7 +146,7 @@ def test_provisioning_output_matches_its_snapshots(tmp_path: Path, monkeypatch: 
         *("provision revoke-site south --federation cardiology", "provision list --federation cardiology"),
         f"provision renew-site south south/new/{REQUEST} --federation cardiology --compared",
     )
-    snapshots.check_output("provision", said)
-    machine = run_command("provision", "list", "--federation", "cardiology", "--json")
-    assert "PRIVATE" not in machine.out
-    snapshots.check_json("provision-list", machine.out, folder=tmp_path)
+    snapshots.check_output("provision", output)
+    listing = run_command("provision", "list", "--federation", "cardiology", "--json")
+    assert "PRIVATE" not in listing.out
+    snapshots.check_json("provision-list", listing.out, folder=tmp_path)

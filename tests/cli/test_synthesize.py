@@ -55,29 +55,29 @@ KINDS = [{"column": "label", "by": "kinds"}]
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a language model (`writer`), and a run of votes on two of its codes (`shares`).
 
-    The column of the codes is called as a role that they do not have.
+    The codes' column has the name of a role that these runs do not use.
     """
     into = tmp_path_factory.mktemp("runs")
     with gzip.open(REPOSITORY / "simulations/data/e2e_nlg/train.jsonl.gz", "rt") as lines:
-        own_words = [f'{{"messages": "a {one} one", "ref": "once"}}\n' for one in ("gray", "pink")]
-        renamed = [line.replace('{"mr":', '{"messages":') for line in [*lines, *own_words]]
+        unique = [f'{{"messages": "a {color} one", "ref": "once"}}\n' for color in ("gray", "pink")]
+        renamed = [line.replace('{"mr":', '{"messages":') for line in [*lines, *unique]]
     (into / "tables.jsonl").write_text("".join(renamed))
-    own = (f"data.train_file={into}/tables.jsonl", "data.validation_file=null", "data.test_file=null")
+    own_data = (f"data.train_file={into}/tables.jsonl", "data.validation_file=null", "data.test_file=null")
     short = ("data.max_length=64", "federation.num_rounds=1", "training.learning_rate=0.2")
     model = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.declared_sizes=40")
-    simulate(*model, *short, *own, "data.columns={prompt: messages, completion: ref}", into=into, name="writer")
+    simulate(*model, *short, *own_data, "data.columns={prompt: messages, completion: ref}", into=into, name="writer")
     codes = [f'{{"messages": "a {one} one"}}\n' for one in ("red", "blue", "blue")]
     (into / "codes.jsonl").write_text("".join(codes))
-    votes = ("experiment=votes", "model=random_bert", "data.columns={text: messages}", own[0])
+    votes = ("experiment=votes", "model=random_bert", "data.columns={text: messages}", own_data[0])
     simulate(*votes, "data.labels=[a blue one, a red one]", into=into, name="shares")
     vote(into / "shares", 3.0, 1.0)
     return into
 
 
 def vote(run: Path, *weights: float) -> None:
-    head, told = run / "adapter" / "head.safetensors", {"weight": np.array([weights], dtype=np.float32)}
-    save_file(load_file(head) | told, head)
-    edit_json(run / "adapter" / "fedtune.json", trained_sha256=Adapter({"head.weight": told["weight"]}).digest())
+    head, weight = run / "adapter" / "head.safetensors", {"weight": np.array([weights], dtype=np.float32)}
+    save_file(load_file(head) | weight, head)
+    edit_json(run / "adapter" / "fedtune.json", trained_sha256=Adapter({"head.weight": weight["weight"]}).digest())
     edit_json(run / "run.json", adapter_digest=compute_adapter_digest(run / "adapter"))
 
 
@@ -86,41 +86,41 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the tiny model's invalid bytes by texts; of five, one is truncated and one is broken."""
 
     def draw_texts(
-        self: SavedModel, prompts: Any, spec: Any, *, first: int, against: Any, begun: Any
+        self: SavedModel, prompts: Any, spec: Any, *, first: int, against: Any, starts: Any
     ) -> Iterator[tuple[int, str | None]]:
         assert all(len(prompt) for prompt in prompts)
         codes = {prompt.tobytes() for prompt in prompts}
         assert len(against) == (len(prompts) if spec.guidance and (first or len(codes) > 1) else 0)
         assert not any(np.array_equal(*pair) for pair in zip(prompts, against, strict=False)), "one of another code"
-        for place in range(len(prompts)):
-            number = first + place
-            kind = {3: None, 4: "\N{REPLACEMENT CHARACTER}"}
-            start = self.tokenizer.decode(begun[place]) if begun else ""
-            yield place, kind.get(number % 5, f"{start}seed {spec.seed} number {number}")
+        for index in range(len(prompts)):
+            number = first + index
+            defects = {3: None, 4: "\N{REPLACEMENT CHARACTER}"}
+            start = self.tokenizer.decode(starts[index]) if starts else ""
+            yield index, defects.get(number % 5, f"{start}seed {spec.seed} number {number}")
 
     monkeypatch.setattr(SavedModel, "sample_texts", draw_texts)
 
 
 def write_records(runs: Path, to: Path, *options: str, codes: bool = True) -> list[dict[str, str]]:
-    named = ("--prompts", str(runs / "codes.jsonl")) if codes else ()
-    assert run_command("synthesize", str(runs / "writer"), "--to", str(to), *named, *options).printed
+    prompts = ("--prompts", str(runs / "codes.jsonl")) if codes else ()
+    assert run_command("synthesize", str(runs / "writer"), "--to", str(to), *prompts, *options).printed
     return [json.loads(line) for line in to.read_text().splitlines()]
 
 
 def test_synthesized_texts_follow_prompt_shares_and_have_a_card(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dealt = []
+    partitioned = []
     monkeypatch.setattr(
         run_records,
         "partition_training_files",
-        lambda *given, **named: dealt.append(given) or partition_training_files(*given, **named),
+        lambda *arguments, **options: partitioned.append(arguments) or partition_training_files(*arguments, **options),
     )
     to = tmp_path / "texts.jsonl"
     public = tmp_path / "public.jsonl"
     public.write_text('{"messages": "a green one", "ref": "said of it"}\n' * 2)
     rows = write_records(runs, to, "--rows", "9", "--beside", str(public))
-    assert len(dealt) == 1, "the run's own records are read once"
+    assert len(partitioned) == 1, "the run's own records are read once"
     assert Counter(row["messages"] for row in rows) == {"a red one": 3, "a blue one": 6}
     assert len({row["ref"] for row in rows}) == 9
     card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())
@@ -133,11 +133,11 @@ def test_synthesized_texts_follow_prompt_shares_and_have_a_card(
     assert "no more about a record or person than the promises below allow.**" in text
     assert f"| texts | 9 | {beside} |" in text
     assert "learned from these records gives 0.0 % of public.jsonl their prompt. The prompt" in text, (
-        "which none here has"
+        "no synthetic record has this prompt"
     )
     copy = shutil.copy(to, tmp_path / "copy.jsonl")  # without its card
-    asked = ("--to", str(tmp_path / "more.jsonl"), "--rows", "2", "--beside", str(copy))
-    message = run_command("synthesize", str(runs / "writer"), "--prompts", str(runs / "codes.jsonl"), *asked).failed()
+    more = ("--to", str(tmp_path / "more.jsonl"), "--rows", "2", "--beside", str(copy))
+    message = run_command("synthesize", str(runs / "writer"), "--prompts", str(runs / "codes.jsonl"), *more).failed()
     assert "must contain public records" in message
     assert "writer generated some of them. Put their card next to the file" in message
 
@@ -156,33 +156,33 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
     choose = ("synthesize", "select", str(runs / "writer"), "--votes", str(folder), "--candidates")
     public = tmp_path / "public.jsonl"
     public.write_text('{"messages": "a green one", "ref": "said of it"}\n')
-    said = run_command(*choose, str(to), "--rows", "2", "--to", str(best), "--beside", str(public), "--json").printed
+    output = run_command(*choose, str(to), "--rows", "2", "--to", str(best), "--beside", str(public), "--json").printed
     assert [json.loads(line) for line in best.read_text().splitlines()] == [rows[1], rows[3]]
     text = (tmp_path / "best.jsonl.card.md").read_text()
     assert "from 4 candidates" in text
     assert "which are epsilon" in text
     spent = api.load(runs / "shares").privacy
-    told = f"epsilon {format_epsilon(spent.epsilon)} at delta 0.00001 for each record"
-    assert f"- shares (votes), by the candidates' card: {told}" in text, "rounded up"
+    loss = f"epsilon {format_epsilon(spent.epsilon)} at delta 0.00001 for each record"
+    assert f"- shares (votes), by the candidates' card: {loss}" in text, "rounded up"
     assert "their shares are the noisy votes of shares |" in text
     card = json.loads((tmp_path / "best.jsonl.card.json").read_text())
-    behind = [api.load(one).privacy for one in (runs / "writer", folder, runs / "shares")]
-    both = {"epsilon": sum(one.epsilon or 0.0 for one in behind), "delta": sum(one.delta for one in behind)}
-    assert card["together"] == pytest.approx(both)
-    assert json.loads(said) == card
+    losses = [api.load(run).privacy for run in (runs / "writer", folder, runs / "shares")]
+    total = {"epsilon": sum(run.epsilon or 0.0 for run in losses), "delta": sum(run.delta for run in losses)}
+    assert card["together"] == pytest.approx(total)
+    assert json.loads(output) == card
     made = {key: card["made"][key] for key in ("seed", "shares", "candidates", "rows", "missing")}
     assert made == {"seed": 7, "shares": "voted", "candidates": 4, "rows": 2, "missing": 0}
     assert card["figures"]["public.jsonl"]["texts"] == 1
     vote(shutil.copytree(folder, tmp_path / "anew" / "liked"), 0.4, 0.1, -0.2, 0.3)  # of the same settings
-    for again, times in ((folder, 1), (tmp_path / "anew" / "liked", 2)):
-        one = tmp_path / f"{times}.jsonl"
-        by = ("--candidates", str(best), "--votes", str(again), "--rows", "1", "--to", str(one), "--json")
-        behind_it = json.loads(run_command("synthesize", "select", str(runs / "writer"), *by).printed)
-        assert [one["run"] for one in behind_it["runs"]] == ["writer", *["liked"] * times, "shares"]
-        more = (times - 1) * (api.load(folder).privacy.epsilon or 0.0)
-        assert behind_it["together"]["epsilon"] == pytest.approx(card["together"]["epsilon"] + more)
+    for voted_run, times in ((folder, 1), (tmp_path / "anew" / "liked", 2)):
+        run = tmp_path / f"{times}.jsonl"
+        selection = ("--candidates", str(best), "--votes", str(voted_run), "--rows", "1", "--to", str(run), "--json")
+        later_card = json.loads(run_command("synthesize", "select", str(runs / "writer"), *selection).printed)
+        assert [run["run"] for run in later_card["runs"]] == ["writer", *["liked"] * times, "shares"]
+        extra = (times - 1) * (api.load(folder).privacy.epsilon or 0.0)
+        assert later_card["together"]["epsilon"] == pytest.approx(card["together"]["epsilon"] + extra)
     refused = (*choose, str(to), "--to", str(tmp_path / "no.jsonl"))
-    for options, said in (
+    for options, output in (
         (("--rows", "5"), "--rows = 5: must be at most 4, the number of candidates of the voting experiment"),
         (("--rows", "0"), "--rows = 0: must be a finite number of at least 1"),
         (("--rows", "2", "--to", str(best)), "already exists: choose a new file"),
@@ -193,7 +193,7 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
         (("--rows", "2", "--beside", str(runs / "tables.jsonl")), "it shares 103 texts with data.train_file"),
         (("--rows", "2", "--candidates", str(public)), "must be an unchanged output of fedtune synthesize"),
     ):
-        assert said in run_command(*refused, *options).failed()
+        assert output in run_command(*refused, *options).failed()
         assert not (tmp_path / "no.jsonl").exists()
     to.write_text(to.read_text().replace("seed 7", "private text"))
     message = run_command(*refused, "--rows", "2").failed()
@@ -203,13 +203,13 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
 
 @pytest.mark.nightly
 def test_synthesis_card_adds_the_epsilon_of_variations_and_votes(runs: Path, tmp_path: Path) -> None:
-    behind, options, rounds = [api.load(runs / "writer")], ("--prompts", str(runs / "codes.jsonl")), []
+    charged, options, rounds = [api.load(runs / "writer")], ("--prompts", str(runs / "codes.jsonl")), []
     for number in range(2):
         to, best, voting = (tmp_path / f"{number}-{name}" for name in ("texts.jsonl", "best.jsonl", "vote.yaml"))
         rounds.append(write_records(runs, to, "--rows", "4", "--voting-experiment", str(voting), *options, codes=False))
         liked = simulate(f"experiment={voting}", "model=random_bert", into=tmp_path, name=f"liked-{number}")
         vote(liked, 0.4, 0.1, -0.2, 0.3)
-        behind.append(api.load(liked))
+        charged.append(api.load(liked))
         choose = (
             "synthesize",
             "select",
@@ -226,20 +226,20 @@ def test_synthesis_card_adds_the_epsilon_of_variations_and_votes(runs: Path, tmp
     (red, *_, blue), second = rounds
     assert [row["messages"] for row in second] == ["a red one"] * 2 + ["a blue one"] * 2
     for row, parent, number in zip(second, (red, red, blue, blue), (0, 1, 2, 5), strict=True):
-        begun = row["ref"].removesuffix(f"seed 0 number {number}")
-        assert parent["ref"].startswith(begun)
-        assert len(parent["ref"]) // 4 <= len(begun) < 3 / 4 * len(parent["ref"]), "a token is a letter"
-    assert len({row["ref"].index("seed", 1) for row in second}) > 2, "each has a share of its own"
+        prefix = row["ref"].removesuffix(f"seed 0 number {number}")
+        assert parent["ref"].startswith(prefix)
+        assert len(parent["ref"]) // 4 <= len(prefix) < 3 / 4 * len(parent["ref"]), "each token is one letter"
+    assert len({row["ref"].index("seed", 1) for row in second}) > 2, "each text keeps a different share"
     card = json.loads((tmp_path / "1-best.jsonl.card.json").read_text())
     made = [card["made"][key] for key in ("shares", "prompts_file", "candidates", "chosen_by")]
     assert made == ["varied", "0-best.jsonl", 4, "liked-1"]
     assert [one["run"] for one in card["runs"]] == ["writer", "liked-1", "liked-0"]
-    assert card["together"]["epsilon"] == pytest.approx(sum(run.privacy.epsilon or 0.0 for run in behind))
+    assert card["together"]["epsilon"] == pytest.approx(sum(run.privacy.epsilon or 0.0 for run in charged))
     text = (tmp_path / "1-texts.jsonl.card.md").read_text()
     assert f"0-best.jsonl, SHA-256 {card['made']['prompts_sha256']}; each text begins with a quarter to" in text
     assert "- liked-0 (votes), by the varied records' card: epsilon 0.927 at delta" in text
     assert "% of them, each fifth of them by what the rest taught, their prompt. The prompt that is most" in text
-    again = synthesize(behind[0], variations_of=[red], rows=1, spec=WRITING)  # one code has none to be set apart from
+    again = synthesize(charged[0], variations_of=[red], rows=1, spec=WRITING)  # one code has no contrast
     assert (again.wanted, again.rows) == ({("a red one",): 1}, (second[0],))
     refused = ("synthesize", str(runs / "writer"), *options, "--to", str(tmp_path / "no.jsonl"))
     for more in (("--prompts", str(runs / "codes.jsonl")), ("--votes", str(runs / "shares"))):
@@ -249,19 +249,19 @@ def test_synthesis_card_adds_the_epsilon_of_variations_and_votes(runs: Path, tmp
 def test_relabeling_with_a_classifier_adds_its_epsilon(runs: Path, tmp_path: Path) -> None:
     to, best = tmp_path / "texts.jsonl", tmp_path / "labeled.jsonl"
     rows = write_records(runs, to, "--rows", "6")
-    old = tmp_path / "texts.jsonl.card.json"  # which need not name what is empty in it
+    old = tmp_path / "texts.jsonl.card.json"  # empty fields may be omitted
     old.write_text("".join(line for line in old.read_text().splitlines(True) if not line.endswith(" null,\n")))
     folder = simulate(into=tmp_path, name="kinds")
     choose = ("synthesize", "select", str(runs / "writer"), "--candidates", str(to), "--labels")
     card = json.loads(run_command(*choose, str(folder), "--to", str(best), "--json").printed)
-    classifier, found = api.load(folder), [json.loads(line) for line in best.read_text().splitlines()]
+    classifier, labeled = api.load(folder), [json.loads(line) for line in best.read_text().splitlines()]
     answers: Any = classifier.predict([row["ref"] for row in rows])
-    assert found == [{**row, "label": answer[0]["label"]} for row, answer in zip(rows, answers, strict=True)]
-    both = [api.load(one).privacy.epsilon or 0.0 for one in (runs / "writer", folder)]
-    assert card["together"]["epsilon"] == pytest.approx(sum(both))
+    assert labeled == [{**row, "label": answer[0]["label"]} for row, answer in zip(rows, answers, strict=True)]
+    losses = [api.load(one).privacy.epsilon or 0.0 for one in (runs / "writer", folder)]
+    assert card["together"]["epsilon"] == pytest.approx(sum(losses))
     assert (card["made"]["labels"], card["made"]["prompts"], card["made"]["missing"]) == (KINDS, 2, 0)
     assert "in column label, by what the classifier kinds says" in (tmp_path / "labeled.jsonl.card.md").read_text()
-    for options, said in (
+    for options, message in (
         ((), "--votes = null: is missing: give --votes to select records, or --labels"),
         (("--votes", str(runs / "shares")), "--rows = null: is required with --votes"),
         (("--labels", str(folder), "--rows", "2"), "--rows = 2: is required with --votes, and not allowed without it"),
@@ -273,7 +273,7 @@ def test_relabeling_with_a_classifier_adds_its_epsilon(runs: Path, tmp_path: Pat
     ):
         outcome = run_command(*choose[:-1], "--to", str(tmp_path / "no.jsonl"), *options)
         assert (outcome.code, (tmp_path / "no.jsonl").exists()) == (2, False), options
-        assert said in outcome.err
+        assert message in outcome.err
 
 
 @pytest.mark.nightly
@@ -284,10 +284,10 @@ def test_each_relabeling_adds_a_column(runs: Path, tmp_path: Path) -> None:
     sort = (f"data.train_file={tmp_path}/sorts.jsonl", "data.columns={text: text, label: sort}")
     simulate(into=tmp_path, name="kinds")
     simulate(*sort, "data.validation_file=null", "data.test_file=null", into=tmp_path, name="sorts")
-    for place, name in enumerate(("kinds", "sorts", "sorts")):
-        places = ("--candidates", str(tmp_path / f"{place}.jsonl"), "--to", str(tmp_path / f"{place + 1}.jsonl"))
-        by = (*places, "--labels", str(tmp_path / name), "--json")
-        card = json.loads(run_command("synthesize", "select", str(runs / "writer"), *by).out)
+    for number, name in enumerate(("kinds", "sorts", "sorts")):
+        places = ("--candidates", str(tmp_path / f"{number}.jsonl"), "--to", str(tmp_path / f"{number + 1}.jsonl"))
+        options = (*places, "--labels", str(tmp_path / name), "--json")
+        card = json.loads(run_command("synthesize", "select", str(runs / "writer"), *options).out)
     assert card["made"]["labels"] == [*KINDS, {"column": "sort", "by": "sorts"}]
     rows = [json.loads(line) for line in (tmp_path / "3.jsonl").read_text().splitlines()]
     assert [list(row) for row in rows] == [["messages", "ref", "label", "sort"]] * 6
@@ -297,8 +297,8 @@ def test_each_relabeling_adds_a_column(runs: Path, tmp_path: Path) -> None:
 def test_edited_synthesis_card_is_refused(runs: Path, tmp_path: Path) -> None:
     to, card = tmp_path / "texts.jsonl", tmp_path / "texts.jsonl.card.json"
     write_records(runs, to, "--rows", "4", "--votes", str(runs / "shares"), codes=False)
-    whole = json.loads(card.read_text())
-    writer, shares = whole["runs"]
+    original = json.loads(card.read_text())
+    writer, shares = original["runs"]
     choose = (
         "synthesize",
         "select",
@@ -324,18 +324,18 @@ def test_edited_synthesis_card_is_refused(runs: Path, tmp_path: Path) -> None:
         ({"runs": [writer, {"run": "shares"}]}, "is required"),
         ({"runs": []}, "must be the sum of the runs' privacy losses"),
         (
-            {"made": whole["made"] | {"labels": [{"column": "ref"}]}},
+            {"made": original["made"] | {"labels": [{"column": "ref"}]}},
             'must each have exactly the keys "column" and "by"',
         ),
-        ({"made": whole["made"] | {"missing": -5, "left_out": {"missing": 0}}}, "made.missing = -5: must be"),
+        ({"made": original["made"] | {"missing": -5, "left_out": {"missing": 0}}}, "made.missing = -5: must be"),
         ({"made": None}, "must be a table"),
         ({"runs": [writer | {"run": "twin"}, shares]}, "with its card next to it (texts.jsonl.card.json)"),
     ):
-        card.write_text(json.dumps(whole | changes))
+        card.write_text(json.dumps(original | changes))
         assert said in select_and_fail()
     card.write_text("[" * 100_000)
     assert "must be JSON" in select_and_fail()
-    with card.open("wb") as file:  # of holes alone
+    with card.open("wb") as file:  # a sparse file
         file.truncate(MAX_BYTES + 1)
     assert "of at most 64 MiB" in select_and_fail()
     card.unlink()
@@ -346,46 +346,46 @@ def test_edited_synthesis_card_is_refused(runs: Path, tmp_path: Path) -> None:
 def test_run_selected_by_a_search_inherits_the_search_cost(runs: Path, tmp_path: Path) -> None:
     picked, to = shutil.copytree(runs / "writer", tmp_path / "picked"), tmp_path / "texts.jsonl"
     alone, config = api.load(picked).privacy, api.load(picked).config
-    begun = replace(config, model=replace(config.model, adapter=str(picked)))
-    price = compute_search_cost([config.plan()] * 3)
-    told: Any = {"search": "s", "method": "grid", "primary_metric": "loss", "score": 0.5}
-    selection = Selection.from_cost(price, [config.plan()] * 3, **told)
+    started = replace(config, model=replace(config.model, adapter=str(picked)))
+    cost = compute_search_cost([config.plan()] * 3)
+    fields: Any = {"search": "s", "method": "grid", "primary_metric": "loss", "score": 0.5}
+    selection = Selection.from_cost(cost, [config.plan()] * 3, **fields)
     (picked / "selection.json").write_text(json.dumps(asdict(selection)))
-    assert price.epsilon > (alone.epsilon or 0.0)
+    assert cost.epsilon > (alone.epsilon or 0.0)
     options = ("--prompts", str(runs / "codes.jsonl"), "--rows", "2", "--to", str(to))
     assert run_command("synthesize", str(picked), *options).printed
     card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())
-    assert card["runs"][0]["epsilon"] == card["together"]["epsilon"] == price.epsilon
+    assert card["runs"][0]["epsilon"] == card["together"]["epsilon"] == cost.epsilon
     text = (tmp_path / "texts.jsonl.card.md").read_text()
-    assert f"It is a trial of a search, whose trials come to epsilon {format_epsilon(price.epsilon)} at delta" in text
-    assert f"which are epsilon {format_epsilon(price.epsilon)} at delta" in text
-    # So does a run that begins in it, and one that begins in that.
-    first = build_start_lineage(begun) or {}
-    assert (first["epsilon"], first["delta"]) == (price.epsilon, price.delta)
+    assert f"It is a trial of a search, whose trials come to epsilon {format_epsilon(cost.epsilon)} at delta" in text
+    assert f"which are epsilon {format_epsilon(cost.epsilon)} at delta" in text
+    # Runs that start from its adapter inherit the cost, directly or through another run.
+    first = build_start_lineage(started) or {}
+    assert (first["epsilon"], first["delta"]) == (cost.epsilon, cost.delta)
     after = json.loads((picked / "run.json").read_text())["provenance"]
     edit_json(picked / "run.json", provenance=after | {"start_adapter": first})
     (picked / "selection.json").write_text(json.dumps(asdict(replace(selection, epsilon=99.0, delta=2e-5))))
-    both = pytest.approx((99.0 + price.epsilon, 2e-5 + price.delta))
-    assert sum_start_losses(build_start_lineage(begun) or {}) == both
+    total = pytest.approx((99.0 + cost.epsilon, 2e-5 + cost.delta))
+    assert sum_start_losses(build_start_lineage(started) or {}) == total
 
 
 def test_adapter_not_named_in_run_json_is_refused(runs: Path, tmp_path: Path) -> None:
     other = shutil.copytree(runs / "shares", tmp_path / "other")
-    config, told = api.load(other).config, json.loads((other / "run.json").read_text())
+    config, result = api.load(other).config, json.loads((other / "run.json").read_text())
     votes = ("synthesize", str(runs / "writer"), "--votes", str(other), "--to", str(tmp_path / "no.jsonl"))
-    for named, said in (
-        (told | {"adapter_digest": "0" * 64}, "its adapter does not match adapter_digest"),
-        (told | {"adapter_digest": None}, "its adapter does not match adapter_digest"),
+    for changed, message in (
+        (result | {"adapter_digest": "0" * 64}, "its adapter does not match adapter_digest"),
+        (result | {"adapter_digest": None}, "its adapter does not match adapter_digest"),
         ({"schema_version": 3}, "its adapter does not match adapter_digest"),
         (None, "has no run.json with its adapter's digest"),
     ):
-        (other / "run.json").write_text(json.dumps(named)) if named else (other / "run.json").unlink()
-        assert said in run_command(*votes).failed()
-        with pytest.raises(ConfigError, match=rf"^model\.adapter = .*{re.escape(said)}"):
+        (other / "run.json").write_text(json.dumps(changed)) if changed else (other / "run.json").unlink()
+        assert message in run_command(*votes).failed()
+        with pytest.raises(ConfigError, match=rf"^model\.adapter = .*{re.escape(message)}"):
             add_start_adapter(replace(config, model=replace(config.model, adapter=str(other))))
-    copy = shutil.copytree(other, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))  # as a site's
+    copy = shutil.copytree(other, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))  # like a site's copy
     assert "has no checkpoint" in run_command(*votes, "--votes", str(copy)).failed()
-    assert run_command("simulate", f"resume={other}").code == 0, "as the messages say"
+    assert run_command("simulate", f"resume={other}").code == 0, "as the messages suggest"
     assert api.load(other).adapter
     vote(other, 3.0, 1.0)
     assert compute_vote_shares(api.load(other)) == {"a blue one": 0.75, "a red one": 0.25}
@@ -406,9 +406,9 @@ def test_votes_with_another_privacy_unit_are_refused(
         data = replace(run.config.data, columns={**run.config.data.columns, "user": "who"})
         return replace(run, config=replace(run.config, data=data, privacy=replace(run.config.privacy, unit="user")))
 
-    monkeypatch.setattr(api, "load", load_by_user)  # which only --votes calls by this name
-    named = ("--votes", str(runs / "shares"), "--to", str(tmp_path / "no.jsonl"))
-    message = run_command("synthesize", words[0], str(runs / "writer"), *words[1:], *named).failed()
+    monkeypatch.setattr(api, "load", load_by_user)  # only --votes calls it by this name
+    options = ("--votes", str(runs / "shares"), "--to", str(tmp_path / "no.jsonl"))
+    message = run_command("synthesize", words[0], str(runs / "writer"), *words[1:], *options).failed()
     assert "must have privacy.unit=record, like RUN" in message
 
 
@@ -429,7 +429,7 @@ def test_texts_breaking_the_pattern_are_redrawn_or_missing(runs: Path, tmp_path:
 def test_invalid_synthesize_command_fails_before_generation(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
 ) -> None:
-    monkeypatch.setattr(SavedModel, "sample_texts", lambda *given, **named: pytest.fail("it writes"))
+    monkeypatch.setattr(SavedModel, "sample_texts", lambda *args, **kwargs: pytest.fail("texts were generated"))
     monkeypatch.chdir(tmp_path)
     for name in ("codes.jsonl", "tables.jsonl", "writer", "shares"):
         Path(name).symlink_to(runs / name)
@@ -443,8 +443,8 @@ def test_invalid_synthesize_command_fails_before_generation(
     with Path("tables.jsonl").open() as lines, Path("part.jsonl").open("w") as part:  # of which the run uses some
         part.writelines(islice(lines, 100))
     own = list(map(json.loads, Path("part.jsonl").read_text().splitlines()))
-    for name, role, given in (("recoded.jsonl", "messages", "another code"), ("voted.jsonl", "ref", "another text")):
-        Path(name).write_text("".join(f"{json.dumps(row | {role: given})}\n" for row in own))
+    for name, role, value in (("recoded.jsonl", "messages", "another code"), ("voted.jsonl", "ref", "another text")):
+        Path(name).write_text("".join(f"{json.dumps(row | {role: value})}\n" for row in own))
     before = set(tmp_path.iterdir())
     message = run_command("synthesize", "writer", "--to", "texts.jsonl", *shlex.split(typed)).failed()
     snapshots.check_message("mistakes-synthesize", typed, message)
@@ -459,12 +459,12 @@ def make_adapter_private(run: Path, to: Path) -> Path:
 
 
 def test_personalized_or_incomplete_adapter_cannot_synthesize(runs: Path, tmp_path: Path) -> None:
-    asked = ("--to", str(tmp_path / "texts.jsonl"), "--prompts", str(runs / "tables.jsonl"))
-    own = make_adapter_private(runs / "writer", tmp_path / "own")
-    assert "is private to" in run_command("synthesize", str(own), *asked).failed()
-    lost = shutil.copytree(runs / "writer", tmp_path / "lost") / "config.yaml"
-    lost.write_text(lost.read_text().replace("tables.jsonl", "gone.jsonl"))
-    message = run_command("synthesize", str(lost.parent), *asked).failed()
+    options = ("--to", str(tmp_path / "texts.jsonl"), "--prompts", str(runs / "tables.jsonl"))
+    personalized = make_adapter_private(runs / "writer", tmp_path / "own")
+    assert "is private to" in run_command("synthesize", str(personalized), *options).failed()
+    config = shutil.copytree(runs / "writer", tmp_path / "lost") / "config.yaml"
+    config.write_text(config.read_text().replace("tables.jsonl", "gone.jsonl"))
+    message = run_command("synthesize", str(config.parent), *options).failed()
     assert message.startswith(f"data.train_file = '{runs}/gone.jsonl': no such file")
 
 
@@ -482,21 +482,21 @@ def test_allot_rows_returns_integers_and_merges_equal_texts(runs: Path, tmp_path
 def test_voting_experiment_keeps_the_unit_and_excludes_unusable_texts(runs: Path, tmp_path: Path) -> None:
     run, file = api.load(runs / "writer"), tmp_path / "vote.yaml"
     partition = PartitionSpec(kind="column", sites={"north": 0, "south": 1})
-    aside: dict[str, Any] = {"test_fraction": 0.1, "test_rows": 5, "validation_fraction": 0.2}
-    aside |= {"heldout_fraction": 0.3, "train_fraction": 0.5}
+    held_back: dict[str, Any] = {"test_fraction": 0.1, "test_rows": 5, "validation_fraction": 0.2}
+    held_back |= {"heldout_fraction": 0.3, "train_fraction": 0.5}
     columns = {**run.config.data.columns, "user": "who", "site": "where"}
-    by_user = replace(run.config.data, columns=columns, partition=partition, **aside)
+    by_user = replace(run.config.data, columns=columns, partition=partition, **held_back)
     config = replace(run.config, data=by_user, privacy=replace(run.config.privacy, unit="user"), seed=7)
     rows = [{"messages": "a", "ref": text} for text in ("a blue one", "???", "a red one")]
     file.write_text(render_voting_experiment([*rows, {"messages": "a", "ref": "next\x85 ${line}"}], "ref", config))
     voting = compose_run([f"experiment={file}", "model=random_bert"])
     assert voting.head.label_texts == ("a blue one", "a red one", "next\x85 ${line}")
-    dealt, voters = select_partition_settings(config), select_partition_settings(voting)
-    assert voters.pop("data.columns") == {"text": "ref", "user": "who", "site": "where"} != dealt.pop("data.columns")
-    assert voters == dealt, "a user has a vote where it was trained on, and only there"
-    assert {key: getattr(voting.data, key) for key in aside} == aside
-    kept = select_by_votes(load_synthetic(rows, ("messages", "ref")), "ref", api.load(runs / "shares"), keep=2).rows
-    assert kept == (rows[0], rows[2])
+    own, voters = select_partition_settings(config), select_partition_settings(voting)
+    assert voters.pop("data.columns") == {"text": "ref", "user": "who", "site": "where"} != own.pop("data.columns")
+    assert voters == own, "each user votes at the site that trained on its records"
+    assert {key: getattr(voting.data, key) for key in held_back} == held_back
+    selected = select_by_votes(load_synthetic(rows, ("messages", "ref")), "ref", api.load(runs / "shares"), keep=2).rows
+    assert selected == (rows[0], rows[2])
 
 
 RED = [("a", "Red ball."), ("a", "red car"), ("a", "red sun")]
@@ -504,16 +504,16 @@ BLUE = [("b", "blue ball"), ("b", "Blue, sky")]
 
 
 def test_measured_accuracy_matches_multinomial_naive_bayes() -> None:
-    """Six words: of a code with n of them, k times this one, it has a chance of (k + 1) / (n + 6)."""
+    """Six words in all: P(word | code) = (k + 1) / (n + 6) for k occurrences among the code's n words."""
     public = [
         ("a", "red sky"),  # a: 3/5 4/12 1/12 = 0.017, b: 2/5 1/10 2/10 = 0.008
         ("b", "blue car"),  # a: 3/5 1/12 2/12 = 0.008, b: 2/5 3/10 1/10 = 0.012
         ("b", "sky car car"),  # a: 3/5 1/12 2/12 2/12 = 0.0014, b: 2/5 2/10 1/10 1/10 = 0.0008: wrong
-        ("c", "green ? hill"),  # a code that came once was not learned, nor were its words
+        ("c", "green ? hill"),  # a code that occurs once is not learned, and neither are its words
     ]
     learned = [*BLUE, ("c", "green hill"), *RED]
     assert measure_classifier_accuracy(learned, public) == {"right": 2 / 4, "commonest": 1 / 4}
-    # Each is tested alone.  Wrong is "blue ball" alone: a: 3/4 1/12 2/12 = 0.010, b: 1/4 2/8 1/8 = 0.008.
+    # Leave-one-out. Only "blue ball" is wrong: a: 3/4 1/12 2/12 = 0.010, b: 1/4 2/8 1/8 = 0.008.
     assert measure_classifier_accuracy(learned) == {"right": 4 / 5, "commonest": 3 / 5}
     assert measure_classifier_accuracy([*RED, ("b", "blue ball"), ("c", "green hill")]) is None
     assert measure_classifier_accuracy([("a", "!"), ("b", "?")] * 2) == {"right": 0, "commonest": 1 / 2}, "no words"

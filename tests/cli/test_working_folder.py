@@ -48,7 +48,7 @@ def test_folder_of_a_run_killed_before_its_start_is_removed(config: RunConfig, f
     RunFolder(folder).create(format_config_yaml(config))
     with RunFolder(folder).hold_lock(), pytest.raises(ConfigError, match="is running in another process"):
         RunFolder(folder).has_begun()
-    assert SearchTrial.from_config(config).state == "not begun", "nor does it end a search"
+    assert SearchTrial.from_config(config).state == "not begun", "a search does not end because of it"
     RunFolder(folder).create(format_config_yaml(config))
     assert find_run_folder(config) == folder, "the same command starts again"
     assert not folder.exists()
@@ -56,7 +56,7 @@ def test_folder_of_a_run_killed_before_its_start_is_removed(config: RunConfig, f
     for other in (RunFolder(folder).audit_mark, folder / "weights.bin"):
         other.touch()
         assert not RunFolder(folder).has_begun()
-        assert other.exists(), "neither an audit nor another program's results are rubbish"
+        assert other.exists(), "audits and other programs' results are kept"
         other.unlink()
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "round-0000.safetensors").touch()
@@ -65,7 +65,7 @@ def test_folder_of_a_run_killed_before_its_start_is_removed(config: RunConfig, f
     assert folder.exists()
     shutil.rmtree(folder / "checkpoints")
     (folder / "run.json").touch()
-    assert RunFolder(folder).has_begun(), "a result without its checkpoints is no rubbish"
+    assert RunFolder(folder).has_begun(), "a result without checkpoints is kept"
 
 
 def test_run_folder_is_locked_by_a_single_process(config: RunConfig, folder: Path) -> None:
@@ -73,7 +73,7 @@ def test_run_folder_is_locked_by_a_single_process(config: RunConfig, folder: Pat
     for name in ("thesis.txt", "config.yaml"):
         (folder / name).write_text("mine")
         assert not RunFolder(folder).has_begun()
-        assert (folder / name).exists(), "it is no run's"
+        assert (folder / name).exists(), "the file does not belong to a run"
     shutil.rmtree(folder)
     RunFolder(folder).create(format_config_yaml(config))
     assert not RunFolder(folder).is_running
@@ -86,7 +86,7 @@ def test_run_folder_is_locked_by_a_single_process(config: RunConfig, folder: Pat
                 pytest.fail("two processes run one folder")
         assert not RunFolder(folder).is_running
     (folder / "log.txt").chmod(0o400)
-    assert not RunFolder(folder).is_running, "one that may only be read can be looked at"
+    assert not RunFolder(folder).is_running, "a read-only log can be checked"
 
 
 def test_run_folder_is_created_with_its_configuration(config: RunConfig, folder: Path) -> None:
@@ -100,8 +100,8 @@ def test_run_folder_is_created_with_its_configuration(config: RunConfig, folder:
     with pytest.raises(ConfigError, match=rf"name = 'one': is taken.*resume={folder}"):
         find_run_folder(config)
     with pytest.raises(ConfigError, match=r"name = 'one': is taken"):
-        RunFolder(folder).create(format_config_yaml(config))  # somebody else was faster
-    # A resumed run keeps what decides its result.
+        RunFolder(folder).create(format_config_yaml(config))  # another process created it first
+    # A resumed run keeps the settings that determine its result.
     resumed = compose_run([f"resume={folder}", "runtime.micro_batch_tokens=7", "tracking.log_level=debug"])
     assert find_run_folder(resumed) == folder
     with pytest.raises(ConfigError, match=r"\(training\.local_steps was 2, is 9, seed was 0, is 4\)$"):
@@ -112,10 +112,10 @@ def run_until_error(
     config: RunConfig, folder: Path, work: Any, error: type[BaseException], match: str | None = None
 ) -> str:
     """Run work that fails, and return the output."""
-    said = io.StringIO()
+    output = io.StringIO()
     with pytest.raises(error, match=match):
-        show_run(config, folder, Console(file=said, width=250), work=work, again="fedtune AGAIN", began=0.0)
-    return said.getvalue()
+        show_run(config, folder, Console(file=output, width=250), work=work, again="fedtune AGAIN", began=0.0)
+    return output.getvalue()
 
 
 def end_with_error(config: RunConfig, folder: Path, error: BaseException, *, begun: bool = False) -> str:
@@ -155,13 +155,13 @@ def test_failed_start_leaves_no_folder_and_started_run_can_resume(
     config: RunConfig, folder: Path, error: BaseException, hint: bool
 ) -> None:
     before = read_process_state()
-    said = end_with_error(config, folder, error)
+    output = end_with_error(config, folder, error)
     assert not folder.parent.exists()
-    assert ("Nothing has been trained yet." in said) is hint
-    assert ("Interrupted." in said) is isinstance(error, KeyboardInterrupt)
-    said = end_with_error(config, folder, error, begun=True)
+    assert ("Nothing has been trained yet." in output) is hint
+    assert ("Interrupted." in output) is isinstance(error, KeyboardInterrupt)
+    output = end_with_error(config, folder, error, begun=True)
     assert read_process_state() == before
-    assert ("Continue with: fedtune AGAIN" in said) is hint
+    assert ("Continue with: fedtune AGAIN" in output) is hint
     assert read_saved_config(folder) == config
     assert "INFO fedtune.somewhere it was here" in (folder / "log.txt").read_text()
 
@@ -192,8 +192,8 @@ def test_scores_are_printed_before_the_report_is_written(
 
     monkeypatch.setattr("fedtune.show.run_progress.show_result", lambda console, *_, **__: console.print("the scores"))
     monkeypatch.setattr("fedtune.report.model_card.write_report_and_card", Mock(side_effect=make_disk_full_error()))
-    said = run_until_error(config, folder, write_checkpoint, OSError, "No space")
-    assert said.splitlines()[-2:] == ["the scores", "Continue with: fedtune AGAIN"]
+    output = run_until_error(config, folder, write_checkpoint, OSError, "No space")
+    assert output.splitlines()[-2:] == ["the scores", "Continue with: fedtune AGAIN"]
 
 
 def test_existing_folders_survive_a_failed_start(config: RunConfig, folder: Path) -> None:
@@ -202,8 +202,8 @@ def test_existing_folders_survive_a_failed_start(config: RunConfig, folder: Path
         end_with_error(config, folder, RunError("no server"))
         assert earlier.is_dir(), "it was there before"
         assert not folder.exists()
-        for left in folder.parent.iterdir():
-            left.rmdir()
+        for remaining in folder.parent.iterdir():
+            remaining.rmdir()
     RunFolder(folder).create(format_config_yaml(config))
     run_until_error(config, folder, lambda *_: pytest.fail("it ran"), ConfigError, "is taken")
     assert read_saved_config(folder) == config
@@ -213,7 +213,7 @@ def test_existing_folders_survive_a_failed_start(config: RunConfig, folder: Path
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_run_stopped_while_loading_leaves_no_folder(tmp_path: Path, number: signal.Signals) -> None:
-    # Its micro-batches have many shapes, each of which is tried: that takes seconds.
+    # The preflight tries each of the many micro-batch shapes, which takes seconds.
     slow = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.max_length=400")
     words = [sys.executable, "-m", "fedtune", "simulate", *list_tiny_overrides(*slow, into=tmp_path / "new" / "runs")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
@@ -221,9 +221,9 @@ def test_run_stopped_while_loading_leaves_no_folder(tmp_path: Path, number: sign
         assert "loading" in process.stdout.readline()
         assert (tmp_path / "new" / "runs" / "run" / "log.txt").exists()
         process.send_signal(number)
-        said, error = process.communicate(timeout=120)
+        output, error = process.communicate(timeout=120)
     assert (process.returncode, error) == (1, "")
-    assert "Interrupted. Nothing has been trained yet." in said
+    assert "Interrupted. Nothing has been trained yet." in output
     assert list(tmp_path.iterdir()) == []
 
 
@@ -238,7 +238,7 @@ def test_interrupt_in_a_destructor_ends_the_run(
     def wait_for_signal(*_: object) -> Any:
         Dying()
         time.sleep(20)
-        raise RunError("it went on")
+        raise RunError("the run continued")
 
     run_until_error(config, folder, wait_for_signal, KeyboardInterrupt)
     assert capfd.readouterr() == ("", "")
@@ -251,14 +251,14 @@ def read_status(folder: Path) -> Any:
 def test_status_of_a_finished_run_matches_its_result(finished_run: Path) -> None:
     out = run_command("run", "status", str(finished_run)).printed
     assert f"{finished_run}: finished, 2 of 2 rounds are done" in out
-    told = read_status(finished_run)
-    settled = {**told, "metrics": sorted(told["metrics"])}  # scores of another machine differ in their last digits
-    snapshots.check_json("run-status", json.dumps(settled), folder=finished_run)
+    status = read_status(finished_run)
+    masked = {**status, "metrics": sorted(status["metrics"])}  # scores of another machine differ in their last digits
+    snapshots.check_json("run-status", json.dumps(masked), folder=finished_run)
     result = read_result(finished_run)
-    assert told["metrics"] == result["rounds"][-1]["metrics"]
-    for site, about in told["sites"].items():
-        assert about["epsilon"] == result["privacy"]["sites"][site]["epsilon"] > 0
-        assert f"{about['epsilon']:.2f}"[:3] in out
+    assert status["metrics"] == result["rounds"][-1]["metrics"]
+    for site, entry in status["sites"].items():
+        assert entry["epsilon"] == result["privacy"]["sites"][site]["epsilon"] > 0
+        assert f"{entry['epsilon']:.2f}"[:3] in out
 
 
 def test_status_of_a_running_run_shows_site_answers(run_folder: Path) -> None:
@@ -269,20 +269,20 @@ def test_status_of_a_running_run_shows_site_answers(run_folder: Path) -> None:
     answers = {"site-2": {"what": "awaiting_approval", "time": "2030-01-02T03:04:05+00:00"}}
     (run_folder / "answers.json").write_text(json.dumps(answers))
     before = sorted(path.name for path in run_folder.iterdir())
-    told = read_status(run_folder)["sites"]["site-2"]
-    assert (told["last_answer"], told["at"]) == ("awaiting_approval", "2030-01-02T03:04:05+00:00")
+    status = read_status(run_folder)["sites"]["site-2"]
+    assert (status["last_answer"], status["at"]) == ("awaiting_approval", "2030-01-02T03:04:05+00:00")
     assert "awaiting_approval" in print_status()
-    assert sorted(path.name for path in run_folder.iterdir()) == before, "it changes nothing"
-    for newest in (run_folder / "checkpoints").glob("round-0002*"):
-        newest.unlink()
+    assert sorted(path.name for path in run_folder.iterdir()) == before, "the status command writes nothing"
+    for checkpoint in (run_folder / "checkpoints").glob("round-0002*"):
+        checkpoint.unlink()
     assert "stopped, 1 of 2 rounds are done" in print_status()
     with (run_folder / "log.txt").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "running, 1 of 2 rounds are done" in print_status()
-    told = read_status(run_folder)
-    assert (told["running"], told["finished"], told["round"]) == (False, False, 1)
-    # The second round was asked for, and the checkpoint does not know its receipts.
-    assert all(about["upper_bound"] for about in told["sites"].values())
+    status = read_status(run_folder)
+    assert (status["running"], status["finished"], status["round"]) == (False, False, 1)
+    # The second round was requested, but its receipts are not in the checkpoint.
+    assert all(entry["upper_bound"] for entry in status["sites"].values())
     assert "at most" in print_status()
     shutil.rmtree(run_folder / "checkpoints")
     assert "has no checkpoint: start a new run" in run_command("run", "status", str(run_folder)).failed()
