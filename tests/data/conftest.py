@@ -25,16 +25,16 @@ CLS, SEP, CARD, LOST, MY, IS, WHERE, NAME, THERE = range(2, 11)
 """The ids of its words."""
 
 
-def make_data_spec(*roles: str, **given: Any) -> DataSpec:
+def make_data_spec(*roles: str, **overrides: Any) -> DataSpec:
     """Make data settings in which each role has a column of the same name."""
-    usual = {"dataset": "d", "train_file": "f", "columns": {role: role for role in roles}, "declared_sizes": 9}
-    return DataSpec(**(usual | {"max_length": 12} | given))
+    defaults = {"dataset": "d", "train_file": "f", "columns": {role: role for role in roles}, "declared_sizes": 9}
+    return DataSpec(**(defaults | {"max_length": 12} | overrides))
 
 
 def build_chat(*contents: str, first: str = "user", system: str | None = None) -> list[dict[str, str]]:
     """Build turns of user and assistant."""
     roles = ("user", "assistant") if first == "user" else ("assistant", "user")
-    turns = [{"role": roles[place % 2], "content": text} for place, text in enumerate(contents)]
+    turns = [{"role": roles[index % 2], "content": text} for index, text in enumerate(contents)]
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
@@ -48,8 +48,8 @@ def write_jsonl(path: Path, rows: Iterable[object]) -> Path:
     return path
 
 
-def encode_parquet(table: pyarrow.Table, **how: Any) -> bytes:
-    parquet.write_table(table, sink := pyarrow.BufferOutputStream(), **how)
+def encode_parquet(table: pyarrow.Table, **options: Any) -> bytes:
+    parquet.write_table(table, sink := pyarrow.BufferOutputStream(), **options)
     return bytes(sink.getvalue())
 
 

@@ -17,7 +17,7 @@ CLASSES = TextDataset(IDS, np.array([0, 2, 1]))
 TOKENS = TextDataset(IDS, tuple(np.where(ids > 6, ids, UNSUPERVISED).astype(np.int64) for ids in IDS))
 
 SEVERAL = TextDataset((*IDS, *IDS[::-1]), np.array([0.5, 0.25, 1.0], dtype=np.float32), 2)
-A_TOKEN_EACH = TextDataset((*IDS, *IDS[::-1]), (*TOKENS.targets, *TOKENS.targets[::-1]), 2)
+TOKENS_EACH = TextDataset((*IDS, *IDS[::-1]), (*TOKENS.targets, *TOKENS.targets[::-1]), 2)
 
 
 def test_multi_text_record_has_the_length_of_its_longest_text() -> None:
@@ -25,10 +25,10 @@ def test_multi_text_record_has_the_length_of_its_longest_text() -> None:
     assert SEVERAL.text_lengths.tolist() == [[3, 2], [4, 4], [2, 3]]
     assert SEVERAL.lengths.tolist() == [3, 4, 3]
     assert SEVERAL.find_text_indices([2, 0]).tolist() == [4, 5, 0, 1]
-    taken = SEVERAL.select_examples([2, 0])
-    assert [ids.tolist() for ids in taken.input_ids] == [SEVERAL.input_ids[text].tolist() for text in (4, 5, 0, 1)]
-    assert (taken.texts, taken.targets.tolist()) == (2, [1.0, 0.5])
-    assert [len(row) for row in A_TOKEN_EACH.select_examples([1]).targets] == [4, 4]
+    selected = SEVERAL.select_examples([2, 0])
+    assert [ids.tolist() for ids in selected.input_ids] == [SEVERAL.input_ids[text].tolist() for text in (4, 5, 0, 1)]
+    assert (selected.texts, selected.targets.tolist()) == (2, [1.0, 0.5])
+    assert [len(row) for row in TOKENS_EACH.select_examples([1]).targets] == [4, 4]
     with pytest.raises(AssertionError, match="one target"):
         TextDataset(IDS, np.zeros(3), 2)
     assert len(TextDataset((), np.zeros(0), 3)) == 0
@@ -41,7 +41,7 @@ def test_collate_places_texts_of_a_record_in_consecutive_rows() -> None:
     assert batch.input_ids[1].tolist() == [5, 6, PAD, 0, 0]
     assert batch.targets.tolist() == [1.0, 0.5, 0.0]
     assert (len(batch.to("meta")), batch.to("meta").texts) == (2, 2)
-    tokens = collate(A_TOKEN_EACH, [0], pad_id=0, shape=(2, 4))
+    tokens = collate(TOKENS_EACH, [0], pad_id=0, shape=(2, 4))
     assert tokens.targets.shape == (4, 4)
     assert (tokens.targets[2:] == UNSUPERVISED).all()
 
@@ -60,9 +60,9 @@ def test_collate_pads_on_the_right() -> None:
 
 
 @pytest.mark.parametrize(("dataset", "shape"), [(CLASSES, (0,)), (TOKENS, (0, 1))])
-@pytest.mark.parametrize("nobody", [[], np.array([], dtype=np.int64)])
-def test_empty_batch_has_the_usual_dtypes(dataset: TextDataset, shape: tuple[int, ...], nobody: Any) -> None:
-    batch = collate(dataset, nobody, pad_id=0)
+@pytest.mark.parametrize("no_indices", [[], np.array([], dtype=np.int64)])
+def test_empty_batch_has_the_usual_dtypes(dataset: TextDataset, shape: tuple[int, ...], no_indices: Any) -> None:
+    batch = collate(dataset, no_indices, pad_id=0)
     assert batch.input_ids.shape == batch.attention_mask.shape == (0, 1)
     assert batch.targets.shape == shape
     assert {batch.input_ids.dtype, batch.attention_mask.dtype, batch.targets.dtype} == {torch.int64}
@@ -97,23 +97,23 @@ def test_batch_with_a_fixed_shape_is_filled_with_empty_rows(dataset: TextDataset
     assert (len(batch.to("meta")), batch.to("meta").empty_rows) == (2, 2)
 
 
-@pytest.mark.parametrize("dataset", [CLASSES, TOKENS, SEVERAL, A_TOKEN_EACH], ids=["class", "tokens", "value", "both"])
-@pytest.mark.parametrize("place", [0, 1, None])
-def test_isolated_example_keeps_its_shape_without_other_records(dataset: TextDataset, place: int | None) -> None:
-    rows, taken = 4 * dataset.texts, int(place is not None)
+@pytest.mark.parametrize("dataset", [CLASSES, TOKENS, SEVERAL, TOKENS_EACH], ids=["class", "tokens", "value", "both"])
+@pytest.mark.parametrize("index", [0, 1, None])
+def test_isolated_example_keeps_its_shape_without_other_records(dataset: TextDataset, index: int | None) -> None:
+    rows, count = 4 * dataset.texts, int(index is not None)
     batch = collate(dataset, [2, 0], pad_id=9, shape=(4, 8))
     prefix = torch.arange(rows * 8 * 2, dtype=torch.float32).reshape(rows, 8, 2) + 1
     batch = dataclasses.replace(batch, prefix=prefix.clone())
-    one = isolate_example(batch, place)
-    assert (len(one), one.texts, one.empty_rows) == (taken, dataset.texts, rows - taken * dataset.texts)
+    isolated = isolate_example(batch, index)
+    assert (len(isolated), isolated.texts, isolated.empty_rows) == (count, dataset.texts, rows - count * dataset.texts)
     for name in ("input_ids", "attention_mask", "targets", "prefix"):
-        here, there = getattr(one, name), getattr(batch, name)
-        of_each = len(there) // 4
-        assert here.shape == there.shape
-        if place is not None:
-            assert torch.equal(here[:of_each], there[place * of_each : (place + 1) * of_each]), name
-        assert name == "attention_mask" or not here[taken * of_each :].any(), name
-    rest = one.attention_mask[taken * dataset.texts :]
+        value, full = getattr(isolated, name), getattr(batch, name)
+        size = len(full) // 4
+        assert value.shape == full.shape
+        if index is not None:
+            assert torch.equal(value[:size], full[index * size : (index + 1) * size]), name
+        assert name == "attention_mask" or not value[count * size :].any(), name
+    rest = isolated.attention_mask[count * dataset.texts :]
     assert rest[:, 0].eq(1).all()
     assert rest.sum(dim=1).eq(1).all()
     assert torch.equal(batch.prefix, prefix), "the batch must not be changed"

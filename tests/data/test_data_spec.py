@@ -6,8 +6,8 @@ from fedtune.data.partition import PartitionSpec
 from fedtune.data.spec import DataSpec
 from fedtune.spec import ConfigError
 
-GIVEN: dict[str, Any] = {"dataset": "banking77", "train_file": "train.jsonl", "declared_sizes": 100, "max_length": 32}
-GIVEN |= {"columns": {"text": "text", "label": "label"}, "labels": ("a", "b")}
+VALID: dict[str, Any] = {"dataset": "banking77", "train_file": "train.jsonl", "declared_sizes": 100, "max_length": 32}
+VALID |= {"columns": {"text": "text", "label": "label"}, "labels": ("a", "b")}
 NAN, INF = float("nan"), float("inf")
 NO_RANGES = ((1.0, 1.0), (2.0, 1.0), (NAN, 1.0), (0.0, INF), (-1.7e308, 1.7e308), (0.0, 5e-324), (1e9, 1e9 + 1))
 BY_COLUMN, BY_LABEL = PartitionSpec(kind="column", sites={"a": 0}), PartitionSpec(kind="dirichlet")
@@ -16,7 +16,7 @@ GENERATION = {"columns": {"prompt": "mr", "completion": "ref"}, "labels": ()}
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("invalid", "message"),
     [
         *(
             ({"dataset": name}, f"dataset = '{name}': must consist of at most")
@@ -50,16 +50,16 @@ GENERATION = {"columns": {"prompt": "mr", "completion": "ref"}, "labels": ()}
         (GENERATION | {"partition": BY_LABEL}, "partition.kind = 'dirichlet': requires data.columns.label"),
     ],
 )
-def test_invalid_data_settings_are_refused(wrong: dict[str, Any], message: str) -> None:
+def test_invalid_data_settings_are_refused(invalid: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        DataSpec(**GIVEN | wrong)
+        DataSpec(**VALID | invalid)
     assert str(error.value).startswith(message)
 
 
 def test_declared_sizes_must_match_the_number_of_sites() -> None:
-    assert DataSpec(**GIVEN).list_site_sizes(3) == (100, 100, 100)
-    assert DataSpec(**GIVEN | {"declared_sizes": (5, 6)}).list_site_sizes(2) == (5, 6)
+    assert DataSpec(**VALID).list_site_sizes(3) == (100, 100, 100)
+    assert DataSpec(**VALID | {"declared_sizes": (5, 6)}).list_site_sizes(2) == (5, 6)
     with pytest.raises(ConfigError, match=r"declared_sizes = \[5, 6\]: must be one number, or one for each of 3 sites"):
-        DataSpec(**GIVEN | {"declared_sizes": (5, 6)}).list_site_sizes(3)
+        DataSpec(**VALID | {"declared_sizes": (5, 6)}).list_site_sizes(3)
     with pytest.raises(ConfigError, match=r"partition\.proportions = \[1\.0, 2\.0\]: must have one number for each"):
-        DataSpec(**GIVEN | {"partition": PartitionSpec(proportions=(1.0, 2.0))}).list_site_sizes(3)
+        DataSpec(**VALID | {"partition": PartitionSpec(proportions=(1.0, 2.0))}).list_site_sizes(3)

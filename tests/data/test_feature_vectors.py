@@ -34,20 +34,20 @@ def read_vector(tmp_path: Path, row: dict[str, Any], *features: FeatureSpec) -> 
     """Return a row's vector without its normalization."""
     rows = write_jsonl(tmp_path / "rows.jsonl", [row])
     (record,) = iter_records(rows, make_data(*features).map_required_columns(()))
-    found = encode_features(record, features)
-    assert found.dtype == np.float32
-    return [round(float(one), 5) for one in found * math.sqrt(sum(one.num_numbers for one in features))]
+    vector = encode_features(record, features)
+    assert vector.dtype == np.float32
+    return [round(float(value), 5) for value in vector * math.sqrt(sum(feature.num_numbers for feature in features))]
 
 
 def test_feature_values_follow_declared_order_and_scale(tmp_path: Path) -> None:
-    values = [value for one in ALL for value in one.iter_value_names()]
+    values = [value for feature in ALL for value in feature.iter_value_names()]
     assert values == [
         "age in 0.0 to 100.0",
         *("crp in -1.0 to 1.0", "crp: missing", "ldh in -1.0 to 1.0", "ldh: missing"),
         *("sex = female", "sex = male", "sex: other", "sex: missing"),
         *("states[0] in -2.0 to 2.0", "states[1] in -2.0 to 2.0", "states[2] in -2.0 to 2.0"),
     ]
-    assert sum(one.width for one in ALL) == len(values) == 12
+    assert sum(feature.width for feature in ALL) == len(values) == 12
     assert read_vector(tmp_path, ROW | {"states": "[2, 0.5, -9]"}, *ALL) == read_vector(tmp_path, ROW, *ALL), (
         "a list in text form must be accepted"
     )
@@ -55,9 +55,9 @@ def test_feature_values_follow_declared_order_and_scale(tmp_path: Path) -> None:
 
 
 # Invalid numbers, categories and lists: test_malformed_tables.py.
-@pytest.mark.parametrize(("value", "found"), [(0, -1), (100, 1), ("50", 0), (" 1e2 ", 1), (-5, -1), (1e300, 1)])
-def test_numbers_are_clipped_to_their_range(tmp_path: Path, value: Any, found: float) -> None:
-    assert read_vector(tmp_path, {"age": value}, AGE) == [found]
+@pytest.mark.parametrize(("value", "expected"), [(0, -1), (100, 1), ("50", 0), (" 1e2 ", 1), (-5, -1), (1e300, 1)])
+def test_numbers_are_clipped_to_their_range(tmp_path: Path, value: Any, expected: float) -> None:
+    assert read_vector(tmp_path, {"age": value}, AGE) == [expected]
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", "NA", "nan", math.nan, "?"])
@@ -68,9 +68,9 @@ def test_missing_values_are_errors_or_set_the_indicator(tmp_path: Path, value: A
         read_vector(tmp_path, {"age": value}, AGE)
 
 
-@pytest.mark.parametrize(("value", "found"), [("female", [1, 0, 0, 0]), (" male ", [0, 1, 0, 0]), ("x", [0, 0, 1, 0])])
-def test_undeclared_categories_are_encoded_as_other(tmp_path: Path, value: str, found: list[float]) -> None:
-    assert read_vector(tmp_path, {"sex": value}, SEX) == found
+@pytest.mark.parametrize(("value", "vector"), [("female", [1, 0, 0, 0]), (" male ", [0, 1, 0, 0]), ("x", [0, 0, 1, 0])])
+def test_undeclared_categories_are_encoded_as_other(tmp_path: Path, value: str, vector: list[float]) -> None:
+    assert read_vector(tmp_path, {"sex": value}, SEX) == vector
     declared = FeatureSpec(columns=("sex",), categories=("1", "?"))
     assert read_vector(tmp_path, {"sex": "?"}, declared) == [0, 1, 0], "and no indicator of a missing value"
 
@@ -93,18 +93,18 @@ def test_category_names_follow_the_json_form_of_values(tmp_path: Path, kind: str
         file.write_text(f"grade\n{value}\n" if kind == ".csv" else f"{json.dumps({'grade': value})}\n")
     grade = FeatureSpec(columns=("grade",), categories=("1", "true", "2.5"))
     for record in iter_usable_records(file, make_data(grade).map_required_columns(())):
-        found = encode_features(record, (grade,))
-        assert found.tolist() == [*(float(name == one) for one in grade.categories), 0.0]
+        vector = encode_features(record, (grade,))
+        assert vector.tolist() == [*(float(name == category) for category in grade.categories), 0.0]
 
 
 def test_feature_vectors_have_norm_at_most_one(tmp_path: Path) -> None:
-    draws = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for _ in range(50):
-        fields = {f"feature:{name}": one.generate_dummies(draws.integers) for one in ALL for name in one.columns}
+        fields = {f"feature:{name}": spec.generate_dummies(rng.integers) for spec in ALL for name in spec.columns}
         assert np.linalg.norm(encode_features(Record(fields), ALL)) <= 1 + 1e-6
 
 
-WRONG: list[tuple[dict[str, Any], str]] = [
+INVALID: list[tuple[dict[str, Any], str]] = [
     *(({"columns": ()}, "columns"), ({"columns": ("a", "a")}, "columns"), ({"range": None}, "range")),
     *(({"categories": ("x",)}, "range"), ({"range": (1.0, 1.0)}, "range"), ({"range": (1.0, 0.0)}, "range")),
     *(({"range": (0.0, math.inf)}, "range"), ({"range": (0.0, 1e13)}, "range")),
@@ -116,7 +116,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "key"), WRONG)
+@pytest.mark.parametrize(("changes", "key"), INVALID)
 def test_invalid_feature_declarations_are_refused(changes: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         FeatureSpec(**{"columns": ("a",), "range": (0.0, 1.0)} | changes)

@@ -119,15 +119,15 @@ COLUMNS_WITH_FAULTS = {
 @pytest.mark.parametrize("case", COLUMNS_WITH_FAULTS)
 @pytest.mark.parametrize("name", ["a.parquet", "folder"])
 def test_invalid_arrow_row_is_skipped_alone(tmp_path: Path, name: str, case: str) -> None:
-    role, column, kept = COLUMNS_WITH_FAULTS[case]
+    role, column, valid = COLUMNS_WITH_FAULTS[case]
     rows = pyarrow.table({role: column})
     if name == "folder":
         save_dataset(tmp_path / name, rows)
     else:
         parquet.write_table(rows, tmp_path / name)
-    found = list(iter_usable_records(tmp_path / name, {role: role}))
-    assert [record.line for record in found] == kept
-    with pytest.raises(DataError, match=rf"{name}:{min({1, 2, 3, 4} - set(kept))}"):
+    records = list(iter_usable_records(tmp_path / name, {role: role}))
+    assert [record.line for record in records] == valid
+    with pytest.raises(DataError, match=rf"{name}:{min({1, 2, 3, 4} - set(valid))}"):
         list(iter_records(tmp_path / name, {role: role}))
 
 
@@ -157,8 +157,8 @@ def test_json_arrays_are_split_correctly_at_any_block_size(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_rows, "_BLOCK_BYTES", piece)
         cut = [raw for _, raw, mark in text_rows.cut_elements(path) if raw is not None and mark]
-    found = [json.loads(raw) for raw in cut if raw.strip()]
-    assert found == (values if whole else values[: len(found)])
+    parsed = [json.loads(raw) for raw in cut if raw.strip()]
+    assert parsed == (values if whole else values[: len(parsed)])
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "set"])
@@ -177,8 +177,8 @@ def test_conversation_has_one_text_form_in_every_format(tmp_path: Path, name: st
         turns = [{"from": who, "value": turn["content"]} for who, turn in zip(("human", "gpt"), TURNS, strict=True)]
         chats.append(turns)
     (tmp_path / name).write_bytes(WRITERS[name]([{"chat": chat} for chat in chats]))
-    found = list(iter_records(tmp_path / name, {"messages": "chat"}))
-    assert found == [Record({"messages": CANONICAL})] * len(chats)
+    records = list(iter_records(tmp_path / name, {"messages": "chat"}))
+    assert records == [Record({"messages": CANONICAL})] * len(chats)
 
 
 @pytest.mark.parametrize("row", [{}, {"in": None}, {"in": ""}, {"in": " \n"}])

@@ -31,9 +31,9 @@ def decode_record_image(record: Record) -> Any:
 
 
 def decode(content: bytes) -> Image.Image:
-    found = decode_record_image(Record({"image": read_image_field(content, "image")}))
-    assert found.mode == "RGB"
-    return found
+    image = decode_record_image(Record({"image": read_image_field(content, "image")}))
+    assert image.mode == "RGB"
+    return image
 
 
 def list_pixels(image: Image.Image) -> list[Any]:
@@ -43,9 +43,9 @@ def list_pixels(image: Image.Image) -> list[Any]:
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 def test_supported_image_formats_are_decoded(format: str) -> None:
     image = make_picture()
-    found = decode(encode_image(image, format))
-    assert found.size == image.size
-    assert np.abs(np.asarray(found).astype(int) - np.asarray(image)).mean() < (1e-9 if format == "PNG" else 60)
+    decoded = decode(encode_image(image, format))
+    assert decoded.size == image.size
+    assert np.abs(np.asarray(decoded).astype(int) - np.asarray(image)).mean() < (1e-9 if format == "PNG" else 60)
 
 
 def test_images_are_rotated_by_exif_and_converted_to_rgb() -> None:
@@ -55,13 +55,13 @@ def test_images_are_rotated_by_exif_and_converted_to_rgb() -> None:
     image = make_picture()
     few, clear = image.quantize(8), image.copy()
     clear.putalpha(0)  # the colors below stay visible, as in transformers
-    for one in (image.convert("L"), few, clear, image.convert("1")):
-        assert list_pixels(decode(encode_image(one))) == list_pixels(one.convert("RGB"))
+    for mode in (image.convert("L"), few, clear, image.convert("1")):
+        assert list_pixels(decode(encode_image(mode))) == list_pixels(mode.convert("RGB"))
     assert list_pixels(decode(encode_image(few, transparency=bytes(range(8))))) == list_pixels(few.convert("RGB"))
     assert decode(encode_image(image.convert("CMYK"), "JPEG")).size == image.size
     deep = np.array([[0, 255, 256], [0x1234, 0xFF00, 0xFFFF]], dtype=np.uint16)
-    found = list_pixels(decode(encode_image(Image.fromarray(deep))))
-    assert found == [[[upper] * 3 for upper in row] for row in ([0, 0, 1], [0x12, 0xFF, 0xFF])], "the upper 8 bits"
+    pixels = list_pixels(decode(encode_image(Image.fromarray(deep))))
+    assert pixels == [[[upper] * 3 for upper in row] for row in ([0, 0, 1], [0x12, 0xFF, 0xFF])], "the upper 8 bits"
 
 
 WHOLE, JPEG = encode_image(make_picture()), encode_image(make_picture(size=(90, 90)), "JPEG")
@@ -90,7 +90,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_unusable_image_raises_one_error_without_content(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # must not allow truncated images here
-    content, found = BROKEN[name]
+    content, reason = BROKEN[name]
     (tmp_path / "secret.png").write_bytes(content)
     (tmp_path / "good.png").write_bytes(WHOLE)
     rows = [{"picture": name, "y": "a"} for name in ("good.png", "secret.png", "good.png")]
@@ -98,9 +98,10 @@ def test_unusable_image_raises_one_error_without_content(name: str, tmp_path: Pa
     _, record, _ = iter_records(file, COLUMNS)
     with pytest.raises(DataError) as caught:
         decode_record_image(record)
-    assert str(caught.value).startswith(f"{file}:2, image = '{found}': must ")
+    assert str(caught.value).startswith(f"{file}:2, image = '{reason}': must ")
     assert "secret" not in str(caught.value)
-    assert [one.line for one in iter_usable_records(file, COLUMNS, fault=make_validator(decode_record_image))] == [1, 3]
+    usable = iter_usable_records(file, COLUMNS, fault=make_validator(decode_record_image))
+    assert [good.line for good in usable] == [1, 3]
 
 
 def test_oversized_images_are_refused_and_missing_pillow_is_named(
@@ -145,11 +146,11 @@ def test_image_paths_must_stay_below_the_table_folder(path: str, found: str, tmp
     assert str(caught.value).startswith(f"{file}:7, image = '{found}': must ")
 
 
-@pytest.mark.parametrize(("path", "why"), [("sub\\in.png", "must separate folders"), ("sub/IN.PNG", "only in case")])
-def test_missing_image_path_error_explains_the_difference(tmp_path: Path, path: str, why: str) -> None:
+@pytest.mark.parametrize(("path", "reason"), [("sub\\in.png", "must separate folders"), ("sub/IN.PNG", "only in case")])
+def test_missing_image_path_error_explains_the_difference(tmp_path: Path, path: str, reason: str) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "in.png").write_bytes(WHOLE)
-    with pytest.raises(DataError, match=why):
+    with pytest.raises(DataError, match=reason):
         decode_record_image(Record({"image": path}, file=str(tmp_path / "rows.csv"), line=7))
 
 
@@ -159,9 +160,9 @@ def test_class_folders_yield_one_record_per_image(tmp_path: Path, monkeypatch: p
         (tmp_path / "scans" / name).write_bytes(WHOLE)
     monkeypatch.chdir(tmp_path / "scans")
     for folder in (tmp_path / "scans", Path()):
-        found = list(iter_records(folder, {"image": "image", "label": "label"}))
-        assert [record.fields["label"] for record in found] == ["sick", "sick", "well"]
-        assert [decode_record_image(record).size for record in found] == [make_picture().size] * 3
+        records = list(iter_records(folder, {"image": "image", "label": "label"}))
+        assert [record.fields["label"] for record in records] == ["sick", "sick", "well"]
+        assert [decode_record_image(record).size for record in records] == [make_picture().size] * 3
         assert [file.name for file in list_data_files(folder)] == ["a.PNG", "b.png", "c.png"]
     (tmp_path / "scans" / "labels.csv").write_text("image,label\n")
     assert detect_format(tmp_path / "scans") == "brat", "next to a table, images must not be separate records"
@@ -180,8 +181,8 @@ def test_parquet_rows_contain_image_bytes_or_paths(tmp_path: Path) -> None:
     ]
     parquet.write_table(pyarrow.table({"picture": rows, "y": ["a"] * 4}), tmp_path / "rows.parquet")
     parquet.write_table(pyarrow.table({"picture": [WHOLE, b"x"], "y": ["a"] * 2}), tmp_path / "plain.parquet")
-    found = list(iter_usable_records(tmp_path / "rows.parquet", COLUMNS))
-    assert [list_pixels(decode_record_image(one)) for one in found] == [
+    records = list(iter_usable_records(tmp_path / "rows.parquet", COLUMNS))
+    assert [list_pixels(decode_record_image(record)) for record in records] == [
         list_pixels(make_picture(seed=seed)) for seed in (1, 2)
     ]
     first, second = iter_records(tmp_path / "plain.parquet", COLUMNS)
@@ -201,7 +202,7 @@ def test_image_metadata_uses_bounded_memory(format: str) -> None:
     tracemalloc.start()
     try:
         images.decode_image(content, file="", at="x")
-        most = tracemalloc.get_traced_memory()[1]
+        peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert most < 3_000_000
+    assert peak < 3_000_000

@@ -139,18 +139,18 @@ def test_truncated_json_array_is_refused_except_at_real_sites(tmp_path: Path) ->
     for on_bad_record in ("error", "skip"):
         with pytest.raises(DataError, match=r"json:1 = 'the end of the file'.*lacks the rest of this record, and \]"):
             partition_spec(make_spec(path, on_bad_record=on_bad_record))
-    own = read_own_records(make_spec(path), columns=COLUMNS, fault=find_undeclared_label, key=b"k")
-    assert list_texts(own.training) == TEXTS[:4]
-    assert (own.left_out.rows, own.left_out.count, own.left_out.exceeds_threshold) == (5, 1, True)
+    records = read_own_records(make_spec(path), columns=COLUMNS, fault=find_undeclared_label, key=b"k")
+    assert list_texts(records.training) == TEXTS[:4]
+    assert (records.left_out.rows, records.left_out.count, records.left_out.exceeds_threshold) == (5, 1, True)
 
 
 def test_lead_rows_are_selected_by_their_hash() -> None:
     records = [Record({"text": text}) for text in TEXTS]
-    some = sample_rows(records, 30)
-    assert some == [record for record in records if record in some], "the order must be kept"
-    assert len(some) == 30
-    assert some != records[:30]
-    assert sample_rows(records[500:] + records[:500], 30) != some
-    assert {record.fields["text"] for record in sample_rows(records[::-1], 30)} == {*list_texts(some)}
-    assert set(list_texts(sample_rows(records, 10))) < set(list_texts(some))
+    sample = sample_rows(records, 30)
+    assert sample == [record for record in records if record in sample], "the order must be kept"
+    assert len(sample) == 30
+    assert sample != records[:30]
+    assert sample_rows(records[500:] + records[:500], 30) != sample
+    assert {record.fields["text"] for record in sample_rows(records[::-1], 30)} == {*list_texts(sample)}
+    assert set(list_texts(sample_rows(records, 10))) < set(list_texts(sample))
     assert sample_rows(records, None) == sample_rows(records, 5000) == records

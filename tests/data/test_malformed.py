@@ -97,14 +97,14 @@ CASES = [(name, number) for name, cases in FILES.items() for number in range(len
 
 @pytest.mark.parametrize(("name", "number"), CASES)
 def test_malformed_file_error_gives_position_and_rule(tmp_path: Path, name: str, number: int) -> None:
-    content, where, why = FILES[name][number]
+    content, where, reason = FILES[name][number]
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError) as error:
         read_lead_records(str(path), columns=COLUMNS, key="file")
     message = str(error.value)
     assert message.startswith(f"{path}{where}")
-    assert why in message
+    assert reason in message
     assert "\n" not in message
     assert SECRET not in message.removeprefix(str(path)), "no record text may be quoted"
 
@@ -128,8 +128,8 @@ def make_folder(name: str, content: bytes) -> Callable[[Path], object]:
 
 
 def listen_at(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as one:
-        one.bind(str(path))
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
 
 
 SEVERAL = make_folder("dataset_dict.json", b'{"splits": ["train", "test"]}')
@@ -147,13 +147,13 @@ PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("case", PLACES)
 def test_unsuitable_path_errors_describe_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    make, why = PLACES[case]
+    make, reason = PLACES[case]
     monkeypatch.chdir(tmp_path)  # so that the socket's name is short
     path = Path("a.jsonl")
     make(path)
     with pytest.raises(DataError, match=r"^data\.test_file = 'a\.jsonl': ") as error:
         resolve_file("a.jsonl", key="data.test_file")
-    assert why.format(path=tmp_path / path) in str(error.value)
+    assert reason.format(path=tmp_path / path) in str(error.value)
     if case == "a folder":
         assert list(iter_records(path, COLUMNS)) == [], "a site must not reveal whether a folder has texts"
         return
@@ -163,10 +163,10 @@ def test_unsuitable_path_errors_describe_the_path(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("state", ["[", "{}", "../data.arrow", "..", "\ud800", "a selection"])
 def test_damaged_data_set_index_is_refused(tmp_path: Path, state: str) -> None:
-    chosen: dict[str, Any] = {"_data_files": [{"filename": "a.arrow" if state == "a selection" else state}]}
+    index: dict[str, Any] = {"_data_files": [{"filename": "a.arrow" if state == "a selection" else state}]}
     if state == "a selection":
-        chosen["_indices_data_files"] = [{"filename": "indices.arrow"}]
-    (tmp_path / "state.json").write_text(state if state in ("[", "{}") else json.dumps(chosen))
+        index["_indices_data_files"] = [{"filename": "indices.arrow"}]
+    (tmp_path / "state.json").write_text(state if state in ("[", "{}") else json.dumps(index))
     message = (
         "call flatten_indices" if state == "a selection" else r"state\.json = 'damaged': must list the files of the set"
     )
@@ -178,11 +178,11 @@ def test_truncated_or_corrupted_arrow_file_is_refused(tmp_path: Path) -> None:
     copy = Path(shutil.copytree(SAVED, tmp_path / "set"))
     (arrow,) = copy.glob("*.arrow")
     whole = arrow.read_bytes()
-    for kept in (0, 100, 700, -300):
-        arrow.write_bytes(whole[:kept])
+    for end in (0, 100, 700, -300):
+        arrow.write_bytes(whole[:end])
         with pytest.raises(DataError, match="must be a complete Arrow file"):
             list(iter_usable_records(copy, {"text": "text"}))
-    for place in range(len(whole) - 600, len(whole)):  # a reader that trusts these bytes crashes
-        arrow.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+    for position in range(len(whole) - 600, len(whole)):  # a reader that trusts these bytes crashes
+        arrow.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
         with contextlib.suppress(DataError):
             list(iter_usable_records(copy, {"text": "text", "label": "label", "messages": "messages"}))

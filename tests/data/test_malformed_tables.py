@@ -31,7 +31,7 @@ def make_csv(row: str) -> bytes:
 
 def make_jsonl(**other: object) -> bytes:
     """Make a JSON lines file with changed values in line 2, among valid records."""
-    return "".join(json.dumps(one) + "\n" for one in (GOOD, GOOD | other, GOOD)).encode()
+    return "".join(json.dumps(row) + "\n" for row in (GOOD, GOOD | other, GOOD)).encode()
 
 
 def make_parquet(**columns: list[Any]) -> bytes:

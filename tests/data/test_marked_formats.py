@@ -30,8 +30,8 @@ SPANNED, TAGGED = {"text": "text", "spans": "spans"}, {"tokens": "tokens", "tags
 def list_span_objects(
     start: str, end: str, label: str, places: list[tuple[int, int, str]] = PLACES
 ) -> list[dict[str, Any]]:
-    named = [one[2] if label == "label" else [one[2]] for one in places]
-    return [{start: one[0], end: one[1], label: name} for one, name in zip(places, named, strict=True)]
+    labels = [place[2] if label == "label" else [place[2]] for place in places]
+    return [{start: place[0], end: place[1], label: name} for place, name in zip(places, labels, strict=True)]
 
 
 def write_conll(*tags: str, columns: str = "", comma: str = " ") -> str:
@@ -59,7 +59,7 @@ PUBTATOR = "7|t|Aspirin cures 😀\n7|a|colds, not asthma\n" + "".join(
 
 def make_bioc_document(*marks: tuple[int, int, str], sentences: bool = False, **other: Any) -> dict[str, Any]:
     """Make a document with two passages that are separated by two characters."""
-    noted = [
+    annotations = [
         {
             "id": str(first),
             "infons": {"type": label, "identifier": "D1"},
@@ -69,8 +69,8 @@ def make_bioc_document(*marks: tuple[int, int, str], sentences: bool = False, **
         for first, end, label in marks
     ]
     parts = [
-        {"offset": 100, "text": TEXT[:15], "annotations": noted[:1]},
-        {"offset": 118, "text": TEXT[16:], "annotations": noted[1:]},
+        {"offset": 100, "text": TEXT[:15], "annotations": annotations[:1]},
+        {"offset": 118, "text": TEXT[16:], "annotations": annotations[1:]},
     ]
     if sentences:
         parts = [{"offset": 100, "infons": {}, "text": "", "annotations": [], "sentences": parts}]
@@ -232,13 +232,13 @@ def test_damaged_document_does_not_affect_its_neighbors(suffix: str, junk: bytes
 
 def test_unannotated_text_differs_from_text_without_entities(tmp_path: Path) -> None:
     skipped = {"was_cancelled": True, "result": []}
-    done = {"was_cancelled": False, "result": RESULT}
-    given = ([], [skipped], [skipped, done], [{"result": []}], [done, skipped])
-    tasks = [{"data": {"text": TEXT}, "annotations": annotations, "predictions": []} for annotations in given]
+    finished = {"was_cancelled": False, "result": RESULT}
+    cases = ([], [skipped], [skipped, finished], [{"result": []}], [finished, skipped])
+    tasks = [{"data": {"text": TEXT}, "annotations": annotations, "predictions": []} for annotations in cases]
     (tmp_path / "a.json").write_text(json.dumps(tasks))
-    read = [row for _, row in validate_rows(tmp_path / "a.json", {"text": "data", "spans": "annotations"})]
-    found = [str(one.value) if isinstance(one, DataError) else find_spans(one) for one in read]
-    assert found == ["null", "skipped", [*FOUND], [], [*FOUND]]
+    rows = [row for _, row in validate_rows(tmp_path / "a.json", {"text": "data", "spans": "annotations"})]
+    spans = [str(r.value) if isinstance(r, DataError) else find_spans(r) for r in rows]
+    assert spans == ["null", "skipped", [*FOUND], [], [*FOUND]]
 
 
 CARD = '[{"text": "my card", "spans": [%s]}]'
@@ -250,7 +250,7 @@ WHOLE, MOVED = (
     make_bioc_collection(make_bioc_document((1, 8, "drug"))).replace("101", "102"),
 )
 # Invalid tags and spans of a record: tests/tasks/test_token_classification.py.
-WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
+INVALID: dict[str, tuple[str, str, dict[str, str], str]] = {
     "numbers for tags": ("a.jsonl", '{"tokens": ["my"], "tags": [3]}', TAGGED, "must be tag names"),
     "no tags": ("a.jsonl", '{"tokens": ["my"]}', TAGGED, "is missing (role tags)"),
     "a label that nobody declared": ("a.conll", "my B-other\n", TAGGED, "must be one of the 2 labels in data.labels"),
@@ -286,9 +286,9 @@ def read_refusal(path: Path, columns: dict[str, str]) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", INVALID)
 def test_invalid_annotation_file_raises_one_error(tmp_path: Path, name: str) -> None:
-    file, text, columns, bound = WRONG[name]
+    file, text, columns, bound = INVALID[name]
     (tmp_path / file).write_bytes(text.encode(errors="surrogateescape"))
     message = read_refusal(tmp_path / file, columns)
     assert bound in message

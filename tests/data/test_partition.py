@@ -49,10 +49,10 @@ def test_added_record_does_not_move_any_other(
 ) -> None:
     """Compares site, side and tokens of all records with and without an additional record at any position."""
 
-    def trace_records(given: list[Record]) -> list[tuple[int, list[Record], list[list[int]], list[int]]]:
+    def trace_records(records: list[Record]) -> list[tuple[int, list[Record], list[list[int]], list[int]]]:
         return [
             (site, side, [ids.tolist() for ids in dataset.input_ids], list(dataset.targets))
-            for site, held in enumerate(partition_records(given, spec, num_sites=3, key=KEY))
+            for site, held in enumerate(partition_records(records, spec, num_sites=3, key=KEY))
             for side in split_heldout(held, fraction=0.4, key=KEY)
             for dataset in [get_task("classification").tokenize(side, encoder_tokenizer, data=DATA)]
         ]
@@ -62,9 +62,9 @@ def test_added_record_does_not_move_any_other(
     for before, after in zip(trace_records(rows), trace_records(longer), strict=True):
         (_, side, ids, targets), (_, side_after, ids_after, targets_after) = before, after
         if len(side_after) > len(side):
-            gone = next(i for i, record in enumerate(side_after) if record is new)
-            for each in (side_after, ids_after, targets_after):
-                del each[gone]
+            position = next(i for i, record in enumerate(side_after) if record is new)
+            for column in (side_after, ids_after, targets_after):
+                del column[position]
             added += 1
         assert (side, ids, targets) == (side_after, ids_after, targets_after)
     assert added == 1
@@ -93,13 +93,13 @@ def test_site_sizes_follow_proportions_under_dirichlet_skew() -> None:
     sizes = [len(site) / 6000 for site in partition_records(rows, SPECS[1], num_sites=3, key=KEY)]
     assert sum(sizes) == pytest.approx(1)
     assert np.allclose(sizes, [1 / 6, 2 / 6, 3 / 6], atol=0.04)
-    for alpha, off in ((0.3, 0.12), (1e6, 0.03)):
+    for alpha, tolerance in ((0.3, 0.12), (1e6, 0.03)):
         spec = PartitionSpec(kind="dirichlet", alpha=alpha, proportions=(6, 3, 1))
         sites = partition_records(rows, spec, num_sites=3, key=KEY)
-        assert np.allclose([len(site) / 6000 for site in sites], [0.6, 0.3, 0.1], atol=off)
+        assert np.allclose([len(site) / 6000 for site in sites], [0.6, 0.3, 0.1], atol=tolerance)
         counts = [Counter(record.fields["label"] for record in site) for site in sites]
-        most = [max(one[str(label)] for one in counts) / sum(one[str(label)] for one in counts) for label in range(60)]
-        assert (np.mean(most) > 0.75) == (alpha < 1)
+        top = [max(c[str(label)] for c in counts) / sum(c[str(label)] for c in counts) for label in range(60)]
+        assert (np.mean(top) > 0.75) == (alpha < 1)
 
 
 @given(alpha=st.floats(1e-6, 1e6), num_sites=st.integers(1, 40), label=st.text(max_size=3))

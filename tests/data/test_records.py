@@ -35,9 +35,9 @@ JSONL += b'{"id": [1], "intent": 7, "question": "lost\\nit \\u2028 \xc3\xa9"}'
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.JSONL", "a.csv", "a.csv.gz"])
 def test_jsonl_and_csv_files_of_other_programs_are_read(tmp_path: Path, name: str) -> None:
-    found = list_fields(write(tmp_path, name, CSV if "csv" in name else JSONL))
-    of_csv = [('two\r\nlines, "quoted"', "a", 2), ("plain", "b", 6)]
-    assert found == (of_csv if "csv" in name else [("where is my card", "arrival", 1), ("lost\nit \u2028 é", "7", 4)])
+    read = list_fields(write(tmp_path, name, CSV if "csv" in name else JSONL))
+    rows = [('two\r\nlines, "quoted"', "a", 2), ("plain", "b", 6)]
+    assert read == (rows if "csv" in name else [("where is my card", "arrival", 1), ("lost\nit \u2028 é", "7", 4)])
 
 
 def test_open_quote_swallows_rows_up_to_the_next_quote(tmp_path: Path) -> None:
@@ -134,16 +134,16 @@ def test_unusable_record_is_skipped_alone(tmp_path: Path, name: str, number: int
     lines = {"a.csv": ROWS, "a.tsv": [row.replace(b",", b"\t") for row in ROWS]}.get(name, LINES)
     expected = list_usable(tmp_path, name, *lines)
     assert len(expected) == 2
-    bad, why = UNUSABLE[name][number]
+    bad, reason = UNUSABLE[name][number]
     blank = (BLANK[name],) if name in BLANK else ()
     content = (*lines[:place], bad, *blank, *lines[place:])
     assert list_usable(tmp_path, f"{name}.gz", *content) == expected
     assert list_usable(tmp_path, name, *content) == expected
     with pytest.raises(DataError) as caught:  # the lead's own files are parsed strictly
         list(iter_records(tmp_path / name, COLUMNS))
-    assert why in str(caught.value)
-    at = f"{tmp_path / name}:{1 + name.endswith('sv')}"
-    assert str(caught.value).startswith(at) or place
+    assert reason in str(caught.value)
+    prefix = f"{tmp_path / name}:{1 + name.endswith('sv')}"
+    assert str(caught.value).startswith(prefix) or place
     assert "caf" not in str(caught.value), "no record text may be quoted"
 
 
@@ -152,8 +152,8 @@ def test_very_long_text_is_one_record(tmp_path: Path, name: str) -> None:
     before, text = csv.field_size_limit(131_072), "word " * 300_000
     try:
         lines = {"a.csv": [f'"{text}",b', f"{text},b"], "a.jsonl": [json.dumps({"question": text, "intent": "b"})]}
-        found = list_usable(tmp_path, name, *[line.encode() for line in lines[name]])
-        assert found == [(text, "b")] * len(lines[name])
+        texts = list_usable(tmp_path, name, *[line.encode() for line in lines[name]])
+        assert texts == [(text, "b")] * len(lines[name])
         csv.field_size_limit(1 << 30)
         list_usable(tmp_path, name)
         assert csv.field_size_limit() == 1 << 30, "the process-wide limit must not be lowered"
@@ -167,7 +167,7 @@ ROW = st.tuples(CELL, CELL)
 
 @given(st.lists(ROW, max_size=4), ROW, st.integers(0, 4), st.integers(1, 7))
 def test_quoted_csv_row_does_not_affect_other_rows(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], more: tuple[str, str], place: int, piece: int
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], new: tuple[str, str], place: int, piece: int
 ) -> None:
     def read(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
         buffer = io.StringIO(newline="")
@@ -182,7 +182,7 @@ def test_quoted_csv_row_does_not_affect_other_rows(
         # Blocks may end anywhere, for instance within a doubled quote.
         patch.setattr(text_rows, "_BLOCK_BYTES", piece)
         assert read(rows) == filter_rows(rows)
-        assert read([*rows[:place], more, *rows[place:]]) == filter_rows([*rows[:place], more, *rows[place:]])
+        assert read([*rows[:place], new, *rows[place:]]) == filter_rows([*rows[:place], new, *rows[place:]])
 
 
 @given(content=st.text('",\nab', max_size=30), piece=st.integers(1, 7))

@@ -51,9 +51,9 @@ def test_each_record_is_batched_exactly_once_in_its_length_bucket(run: Any, data
         batch = collate(dataset, part.places, pad_id=0, shape=(part.rows, part.length))
         assert (batch.attention_mask.sum(dim=1) >= 1).all(), "each row must attend to at least one token"
         # Without padding, attention uses another code path, which would compute a record differently.
-        for one in (batch, *(isolate_example(batch, row) for row in (None, 0, len(batch) - 1))):
-            assert one.input_ids.shape == (part.rows, part.length)
-            assert (one.attention_mask == 0).any()
+        for part_batch in (batch, *(isolate_example(batch, row) for row in (None, 0, len(batch) - 1))):
+            assert part_batch.input_ids.shape == (part.rows, part.length)
+            assert (part_batch.attention_mask == 0).any()
     for length in shapes.lengths:  # records of one length keep their order
         together = [int(place) for part in parts if part.length == length for place in part.places]
         assert together == [place for place in chosen if pad_length(shapes, int(lengths[place])) == length]
@@ -119,13 +119,13 @@ def test_shape_cutting_minimizes_work(run: tuple[Shapes, int], count: int, data:
     def compute_work(numbers: list[int]) -> int:
         return sum(rows * length + 100 for rows in numbers)
 
-    found = [part.rows for part in shapes.cut(np.arange(count, dtype=np.int64), lengths)]
-    assert found == sorted(found, reverse=True)
+    cut = [part.rows for part in shapes.cut(np.arange(count, dtype=np.int64), lengths)]
+    assert cut == sorted(cut, reverse=True)
     most = shapes.rows(length)[0]
-    full, left = divmod(count, shapes.capacity(length, most))
+    full, rest = divmod(count, shapes.capacity(length, most))
     for rows in shapes.rows(length):
         room = shapes.capacity(length, rows)
-        assert compute_work(found) <= compute_work([rows] * -(-count // room)), "a single row count must not be cheaper"
-        assert compute_work(found) <= compute_work([most] * full + [rows] * -(-left // room)), (
+        assert compute_work(cut) <= compute_work([rows] * -(-count // room)), "a single row count must not be cheaper"
+        assert compute_work(cut) <= compute_work([most] * full + [rows] * -(-rest // room)), (
             "a single row count for the rest must not be cheaper"
         )

@@ -19,19 +19,19 @@ from fedtune.spec import DataError
 
 from .conftest import write_jsonl
 
-ASKED, TURN_ROLES = {"role": "user", "content": "where?"}, {"role": "assistant", "content": "here"}
+QUESTION, TURN_ROLES = {"role": "user", "content": "where?"}, {"role": "assistant", "content": "here"}
 CHAT = '[{"role":"user","content":"where?"},{"role":"assistant","content":"here"}]'
 NOT_LEARNED = CHAT.replace('"here"', '"here","train":false')
 ONE = '[{"role":"assistant","content":"here"}]'
 NAN, DEEP = float("nan"), "[" * 100_000
-PRINTED = str([ASKED, TURN_ROLES])
+PRINTED = str([QUESTION, TURN_ROLES])
 LISTED = '["late","lost"]'
 SECRET = "secret"
 """A part of the values, which no message may quote."""
 
 
-def build_answer(content: Any, **more: Any) -> list[Any]:
-    return [ASKED, {"role": "assistant", "content": content} | more]
+def build_answer(content: Any, **extra: Any) -> list[Any]:
+    return [QUESTION, {"role": "assistant", "content": content} | extra]
 
 
 READ: dict[str, list[tuple[object, str]]] = {
@@ -50,12 +50,12 @@ READ: dict[str, list[tuple[object, str]]] = {
         ([{"from": "human", "value": "where?"}, {"from": "gpt", "value": "here"}], CHAT),
         ([{"role": " User", "content": "where?"}, {"role": "Assistant", "content": "here"}], CHAT),
         ([{"role": "user", "content": [{"type": "text", "text": "where?"}]}, TURN_ROLES | {"role": "model"}], CHAT),
-        ([{**turn, "name": None, "from": None} for turn in (ASKED, TURN_ROLES)], CHAT),
+        ([{**turn, "name": None, "from": None} for turn in (QUESTION, TURN_ROLES)], CHAT),
         ({"role": ["user", "assistant"], "content": ["where?", "here"]}, CHAT),
         ({"from": ["human", "gpt"], "value": ["where?", "here"]}, CHAT),
         (json.dumps({"role": ["user", "assistant"], "content": ["where?", "here"]}), CHAT),
         (
-            [{"role": "developer", "content": "be brief"}, ASKED],
+            [{"role": "developer", "content": "be brief"}, QUESTION],
             '[{"role":"system","content":"be brief"},{"role":"user","content":"where?"}]',
         ),
         # Marks of other programs for answers that are not to be learned.
@@ -115,15 +115,15 @@ NOT_READ: dict[str, list[tuple[object, str]]] = {
     ],
     "messages": [
         *((value, "a list of turns (role messages)") for value in (3, {"role": ["user"], "content": []})),
-        *((value, "must be a JSON list of turns") for value in (SECRET, PRINTED, f"array({[ASKED]})")),
-        ([ASKED, ASKED], "turn 2 = 'user': must be assistant: user and assistant must alternate"),
+        *((value, "must be a JSON list of turns") for value in (SECRET, PRINTED, f"array({[QUESTION]})")),
+        ([QUESTION, QUESTION], "turn 2 = 'user': must be assistant: user and assistant must alternate"),
         ([TURN_ROLES], "turn 1 = 'assistant': must be user"),
-        ([ASKED, {"role": "system", "content": "a"}], "turn 2 = 'system': must be assistant"),
-        ([ASKED, {"role": "tool", "content": SECRET}], "turn 2, role = 'an unknown speaker'"),
+        ([QUESTION, {"role": "system", "content": "a"}], "turn 2 = 'system': must be assistant"),
+        ([QUESTION, {"role": "tool", "content": SECRET}], "turn 2, role = 'an unknown speaker'"),
         ([{"who": "user"}], "turn 1 = 'no speaker or no text': must have role and content, or from and value"),
         ([SECRET], "turn 1 = 'string': must be an object"),
-        ([ASKED | {"content": None}], "turn 1, content = 'null': must be text"),
-        ([ASKED | {"content": [{"type": "text", "text": SECRET}] * 2}], "turn 1, content = 'array': must be text"),
+        ([QUESTION | {"content": None}], "turn 1, content = 'null': must be text"),
+        ([QUESTION | {"content": [{"type": "text", "text": SECRET}] * 2}], "turn 1, content = 'array': must be text"),
         *(
             (build_answer([{"type": "image"}, *more]), "images and other parts are not")
             for more in ([], [{"text": SECRET}])
@@ -182,11 +182,11 @@ def test_values_in_alternative_formats_are_normalized(role: str) -> None:
 
 @pytest.mark.parametrize("role", NOT_READ)
 def test_unreadable_value_error_explains_without_quoting(role: str) -> None:
-    for value, why in NOT_READ[role]:
+    for value, reason in NOT_READ[role]:
         with pytest.raises(DataError) as caught:
             read(value, role)
         message = str(caught.value)
-        assert why in message, f"{value!r:.200}"
+        assert reason in message, f"{value!r:.200}"
         assert message.startswith("a.jsonl:3, column 'c'")
         assert SECRET not in message, "a record's content must not be quoted"
 
@@ -213,27 +213,27 @@ def test_unicode_variants_of_an_id_are_one_user(tmp_path: Path) -> None:
         assert unicodedata.is_normalized("NFC", normalize_name(text))
 
 
-def call_deeper(deeper: int, reader: Callable[..., Any], *given: str) -> Any:
+def call_deeper(deeper: int, reader: Callable[..., Any], *arguments: str) -> Any:
     """Call the reader on a deeper stack, which must not change its result; None if it refuses the value."""
     try:
-        return call_deeper(deeper - 1, reader, *given) if deeper else reader(*given)
+        return call_deeper(deeper - 1, reader, *arguments) if deeper else reader(*arguments)
     except DataError:
         return None
 
 
 def test_nested_answers_are_parsed_equally_at_any_stack_depth() -> None:
-    found = set()
+    answers = set()
     for depth in range(880, 1050, 3):
         nested = "[" * depth + "]" * depth
         text = '[{"role": "assistant", "content": "here", "more": ' + nested + "}]"
         for deeper in range(0, 60, 7):
             assert call_deeper(deeper, read_labels, nested, "labels") is None, depth
-            found.add(answer := call_deeper(deeper, read_continuation, text, "chosen"))
+            answers.add(answer := call_deeper(deeper, read_continuation, text, "chosen"))
             if answer is not None:
                 assert all(
                     call_deeper(other, parse_continuation, answer) == json.loads(ONE) for other in (0, 30, 60)
                 ), depth
-    assert found == {None, ONE}
+    assert answers == {None, ONE}
 
 
 def test_plain_text_answer_is_not_parsed_as_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,9 +255,9 @@ def test_database_types_are_converted(tmp_path: Path) -> None:
     }
     parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
     columns = {"target": "price", "labels": "tags", "user": "id"}
-    found = [dict(one.fields) for one in iter_records(tmp_path / "a.parquet", columns)]
-    assert found[0] == {"target": "3.7", "labels": '["late"]', "user": "7"}
-    assert [one.fields["text"] for one in iter_usable_records(tmp_path / "a.parquet", {"text": "body"})] == [
+    fields = [dict(record.fields) for record in iter_records(tmp_path / "a.parquet", columns)]
+    assert fields[0] == {"target": "3.7", "labels": '["late"]', "user": "7"}
+    assert [record.fields["text"] for record in iter_usable_records(tmp_path / "a.parquet", {"text": "body"})] == [
         "caf\u00e9"
     ]
     with pytest.raises(DataError, match="= 'bytes': must be text"):

@@ -18,7 +18,7 @@ CHANCE = 1e-4
 
 
 @pytest.mark.parametrize(
-    ("canaries", "guesses", "right", "delta", "printed"),
+    ("canaries", "guesses", "right", "delta", "published"),
     [
         (100, 100, 75, 0.0, 0.702),  # appendix D
         (100, 100, 75, 1e-4, 0.699),
@@ -27,10 +27,10 @@ CHANCE = 1e-4
     ],
 )
 def test_lower_bounds_match_the_published_figures(
-    canaries: int, guesses: int, right: int, delta: float, printed: float
+    canaries: int, guesses: int, right: int, delta: float, published: float
 ) -> None:
-    found = compute_epsilon_lower_bound(canaries, guesses, right, delta=delta, confidence=0.95)
-    assert found == pytest.approx(printed, abs=1e-3)
+    actual = compute_epsilon_lower_bound(canaries, guesses, right, delta=delta, confidence=0.95)
+    assert actual == pytest.approx(published, abs=1e-3)
 
 
 @pytest.mark.parametrize(("canaries", "most"), [(1000, 5.78), (5000, 7.28), (15_000, 8.08)])
@@ -86,7 +86,7 @@ def test_bound_on_randomized_response_fails_five_percent_of_the_time() -> None:
 def test_bound_on_a_gaussian_mechanism_keeps_its_confidence(guesses: int) -> None:
     epsilon, trials, canaries = 2.0, 400, 400
     sigma = calibrate_noise(epsilon=epsilon, delta=DELTA, sampling_rate=1.0, steps=1)
-    wrong = sum(shown > epsilon for shown in simulate_gaussian_bounds(sigma, trials, canaries, guesses))
+    wrong = sum(bound > epsilon for bound in simulate_gaussian_bounds(sigma, trials, canaries, guesses))
     assert wrong <= max_failures(trials)
     # A mechanism with a tenth of the noise is refuted.
     assert min(simulate_gaussian_bounds(sigma / 10, 20, canaries, guesses)) > epsilon
@@ -106,15 +106,15 @@ def test_bounds_match_jax_privacy_golden_values(shift: int, golden: float) -> No
     """The other auditor used exact normal scores: "in" above the best threshold on the ROC's hull, with Bonferroni."""
     quantiles = stats.norm.ppf((np.arange(10_000) + 0.5) / 10_000)
     thresholds = np.concatenate([np.sort(np.concatenate([quantiles, quantiles + shift])), [np.inf]])
-    found = 10_000 - np.searchsorted(quantiles + shift, thresholds)
+    actual = 10_000 - np.searchsorted(quantiles + shift, thresholds)
     false_positive_rate = 10_000 - np.searchsorted(quantiles, thresholds)
-    corners = ConvexHull(np.stack([false_positive_rate, found], axis=1)).vertices.tolist()
+    corners = ConvexHull(np.stack([false_positive_rate, actual], axis=1)).vertices.tolist()
     error, best = 0.05 / len(corners), 0.0
-    precision = {place: found[place] / max(1, found[place] + false_positive_rate[place]) for place in corners}
+    precision = {place: actual[place] / max(1, actual[place] + false_positive_rate[place]) for place in corners}
     for place in sorted(corners, key=lambda place: -precision[place]):
         if precision[place] <= 1 / (1 + np.exp(-best)):
             break  # no later threshold can refute more
-        right, guesses = int(found[place]), int(found[place] + false_positive_rate[place])
+        right, guesses = int(actual[place]), int(actual[place] + false_positive_rate[place])
         if compute_p_value(20_000, guesses, right, epsilon=best, delta=1e-6) < error:
             best = compute_epsilon_lower_bound(20_000, guesses, right, delta=1e-6, confidence=1 - error)
     assert best == pytest.approx(golden, rel=1e-5)
@@ -126,7 +126,7 @@ def test_simultaneous_bounds_share_the_allowed_error(sites: list[str | None]) ->
     assert len(errors) == len(sites)
     assert sum(errors) == pytest.approx(0.05 if sites else 0.0)
     assert all(0 < error <= 0.05 + 1e-12 for error in errors)
-    of_site, _ = audit_bound.split_error_probability(0.95, ["a", None])
-    assert compute_p_value(15_000, 15_000, 15_000, epsilon=8.0, delta=1e-5) < of_site, (
+    site_error, _ = audit_bound.split_error_probability(0.95, ["a", None])
+    assert compute_p_value(15_000, 15_000, 15_000, epsilon=8.0, delta=1e-5) < site_error, (
         "a claim of 8 must still be refutable"
     )

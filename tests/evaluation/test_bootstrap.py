@@ -31,10 +31,10 @@ def make_figures(values: np.ndarray) -> dict[str, np.ndarray]:
 
 def test_scores_use_all_records_and_lower_losses_are_better() -> None:
     base, tuned = np.arange(20) < 5, np.arange(20) < 15
-    found = compare_by_scores(make_figures(base), make_figures(tuned), scores=compute_mean)["accuracy"]
-    assert (found.base.value, found.tuned.value, found.difference.value) == (0.25, 0.75, 0.5)
-    assert found.base.low < 0.25 < found.base.high
-    assert found.verdict == "better"
+    result = compare_by_scores(make_figures(base), make_figures(tuned), scores=compute_mean)["accuracy"]
+    assert (result.base.value, result.tuned.value, result.difference.value) == (0.25, 0.75, 0.5)
+    assert result.base.low < 0.25 < result.base.high
+    assert result.verdict == "better"
     low, high = make_figures(np.linspace(1, 1.1, 50)), make_figures(np.linspace(2, 2.1, 50))
     assert compare_by_scores(high, low, scores=compute_loss)["loss"].verdict == "better"
     assert compare_by_scores(low, high, scores=compute_loss)["loss"].verdict == "worse"
@@ -45,19 +45,19 @@ def test_scores_use_all_records_and_lower_losses_are_better() -> None:
 def test_bootstrap_is_paired_across_models() -> None:
     """Variation that all models share does not widen the interval of a paired difference."""
     common = np.random.default_rng(1).normal(0.0, 10.0, size=100)
-    found = compare_by_scores(make_figures(common), make_figures(common + 1.0), scores=compute_mean)["accuracy"]
-    assert found.difference.low == pytest.approx(1.0)
-    assert found.difference.high == pytest.approx(1.0)
-    assert found.tuned.high - found.tuned.low > 1.0
+    result = compare_by_scores(make_figures(common), make_figures(common + 1.0), scores=compute_mean)["accuracy"]
+    assert result.difference.low == pytest.approx(1.0)
+    assert result.difference.high == pytest.approx(1.0)
+    assert result.tuned.high - result.tuned.low > 1.0
     assert (
-        found == compare_by_scores(make_figures(common), make_figures(common + 1.0), scores=compute_mean)["accuracy"]
+        result == compare_by_scores(make_figures(common), make_figures(common + 1.0), scores=compute_mean)["accuracy"]
     ), "draws must repeat"
     # Several models share the draws, and so does their mean.
     several = score_draws({"one": make_figures(common), "other": make_figures(common + 2.0)}, scores=compute_mean)
     several = several.with_mean("both", ["one", "other"])
     assert several.values["both"]["accuracy"] == pytest.approx(common.mean() + 1.0)
-    beside = several.compare_scores("one", "both", "accuracy").difference
-    assert (beside.low, beside.high) == (pytest.approx(1.0), pytest.approx(1.0))
+    paired = several.compare_scores("one", "both", "accuracy").difference
+    assert (paired.low, paired.high) == (pytest.approx(1.0), pytest.approx(1.0))
     assert several.compare_scores("one", "both", "accuracy", judged="loss").verdict == "worse"
 
 
@@ -156,25 +156,25 @@ def test_intervals_are_corrected_for_bootstrap_bias() -> None:
 
 
 def test_interval_that_cannot_be_computed_stays_without_ends() -> None:
-    found = Drawn({"base": {"macro_f1": 0.5}}, {"base": {"macro_f1": np.array([0.5, np.nan])}}, num_units=40)
-    estimate = found.estimate("base", "macro_f1")
+    drawn = Drawn({"base": {"macro_f1": 0.5}}, {"base": {"macro_f1": np.array([0.5, np.nan])}}, num_units=40)
+    estimate = drawn.estimate("base", "macro_f1")
     assert estimate.value == 0.5
     assert math.isnan(estimate.low)
     assert math.isnan(estimate.high)
 
 
 def test_group_intervals_are_corrected_for_bootstrap_bias() -> None:
-    draws = np.random.default_rng(4)
-    answers = draw_answers(draws, draws.integers(0, 40, 800))
+    rng = np.random.default_rng(4)
+    answers = draw_answers(rng, rng.integers(0, 40, 800))
     groups = merge_values([*["a"] * 400, *["b"] * 400], smallest=20)
-    found = score_groups(
+    result = score_groups(
         {"base": answers, "tuned": answers}, groups, score="macro_f1", scores=compute_f1, pairs=[("base", "tuned")]
     )
-    own = {name: values[:400] for name, values in answers.items()}
-    alone = score_draws({"base": own}, scores=compute_f1).estimate("base", "macro_f1")
-    for one in (found.scores["a"]["base"], found.changes["a"]["base", "tuned"].base):
-        assert one.value == alone.value
-        assert (one.low, one.high) == pytest.approx((alone.low, alone.high), abs=0.01), "the correction is 0.03"
+    subset = {name: values[:400] for name, values in answers.items()}
+    alone = score_draws({"base": subset}, scores=compute_f1).estimate("base", "macro_f1")
+    for estimate in (result.scores["a"]["base"], result.changes["a"]["base", "tuned"].base):
+        assert estimate.value == alone.value
+        assert (estimate.low, estimate.high) == pytest.approx((alone.low, alone.high), abs=0.01), "corrects 0.03"
 
 
 def compute_f1(drawn: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -193,15 +193,15 @@ def draw_answers(draws: np.random.Generator, truth: np.ndarray) -> dict[str, np.
 @pytest.mark.parametrize("number", [20, 100, 400])
 def test_equivalent_models_rarely_get_a_verdict(number: int) -> None:
     """With few records in 40 classes the bias exceeds the interval, and must not give a verdict."""
-    draws, different = np.random.default_rng(6), 0
+    generator, different = np.random.default_rng(6), 0
     for _ in range(100):
-        truth = draws.integers(0, 40, number)
-        models = {name: draw_answers(draws, truth) for name in ("base", "tuned")}
-        found = score_draws(models, scores=compute_f1, resamples=200).compare_scores("base", "tuned", "macro_f1")
-        different += found.verdict != "cannot be told apart"
-        for one in (found.base, found.tuned):
-            assert one.low <= one.value <= one.high <= 1
-            assert one.high - one.low > 0.01
+        truth = generator.integers(0, 40, number)
+        models = {name: draw_answers(generator, truth) for name in ("base", "tuned")}
+        result = score_draws(models, scores=compute_f1, resamples=200).compare_scores("base", "tuned", "macro_f1")
+        different += result.verdict != "cannot be told apart"
+        for estimate in (result.base, result.tuned):
+            assert estimate.low <= estimate.value <= estimate.high <= 1
+            assert estimate.high - estimate.low > 0.01
     assert different < 20, "at most 20 of 100 may differ"
 
 
@@ -209,14 +209,14 @@ MANY = [*["ward a"] * 60, *["ward b"] * 30, *["c"] * 12, *["d"] * 9, *["e"] * 4]
 
 
 def test_small_groups_are_merged_up_to_the_minimum_size() -> None:
-    found = merge_values(MANY, smallest=20)
-    assert (found.names, found.sizes, found.merged) == (("ward a", "ward b", OTHERS), (60, 30, 25), ("c", "d", "e"))
-    assert found.codes.tolist() == [0] * 60 + [1] * 30 + [2] * 25
+    groups = merge_values(MANY, smallest=20)
+    assert (groups.names, groups.sizes, groups.merged) == (("ward a", "ward b", OTHERS), (60, 30, 25), ("c", "d", "e"))
+    assert groups.codes.tolist() == [0] * 60 + [1] * 30 + [2] * 25
     joined = merge_values([*["a"] * 60, *["b"] * 30, *["c"] * 12, "d"], smallest=20)
     assert (joined.names, joined.sizes, joined.merged) == (("a", OTHERS), (60, 43), ("b", "c", "d"))
-    assert found.smallest == OTHERS
+    assert groups.smallest == OTHERS
     # Only the sizes count.
-    assert merge_values([value[::-1] for value in MANY], smallest=20).sizes == found.sizes
+    assert merge_values([value[::-1] for value in MANY], smallest=20).sizes == groups.sizes
     assert merge_values(["a", "b"], smallest=20).names == (OTHERS,)
     assert merge_values([*["a"] * 20, *[OTHERS] * 25], smallest=20).names == ("a", OTHERS), "a value may have any name"
     # A user counts once per group.
@@ -232,14 +232,14 @@ def test_group_scores_and_changes_use_only_their_records() -> None:
     groups = merge_values([*["a"] * 50, *["b"] * 50], smallest=20)
     base = {"right": np.r_[np.ones(25), np.zeros(25), np.ones(40), np.zeros(10)]}
     tuned = {"right": np.r_[np.ones(25), np.zeros(25), np.ones(50)]}
-    found = score_groups(
+    result = score_groups(
         {"base": base, "tuned": tuned}, groups, score="accuracy", scores=compute_mean, pairs=[("base", "tuned")]
     )
-    assert {name: one["tuned"].value for name, one in found.scores.items()} == {"b": 1.0, "a": 0.5}
-    assert found.gaps["a"]["base"].value == pytest.approx(-0.3)
-    assert found.gaps["a"]["tuned"].value == pytest.approx(-0.5)
-    assert found.gaps["b"]["tuned"].high > found.gaps["b"]["tuned"].value == pytest.approx(0.5)
+    assert {name: scores["tuned"].value for name, scores in result.scores.items()} == {"b": 1.0, "a": 0.5}
+    assert result.gaps["a"]["base"].value == pytest.approx(-0.3)
+    assert result.gaps["a"]["tuned"].value == pytest.approx(-0.5)
+    assert result.gaps["b"]["tuned"].high > result.gaps["b"]["tuned"].value == pytest.approx(0.5)
     pair = ("base", "tuned")
-    assert found.changes["b"][pair].verdict == "better"
-    assert found.changes["a"][pair].verdict == "cannot be told apart"
-    assert found.changes["a"][pair].difference.high == 0.0, "within the group nothing changed"
+    assert result.changes["b"][pair].verdict == "better"
+    assert result.changes["a"][pair].verdict == "cannot be told apart"
+    assert result.changes["a"][pair].difference.high == 0.0, "within the group nothing changed"

@@ -38,10 +38,10 @@ def test_bounds_match_jax_privacy_golden_values(shift: int, golden: float) -> No
     """
     quantiles = stats.norm.ppf((np.arange(10_000) + 0.5) / 10_000)
     thresholds = np.concatenate([np.sort(np.concatenate([quantiles, quantiles + shift])), [np.inf]])
-    found = 10_000 - np.searchsorted(quantiles + shift, thresholds)
+    hits = 10_000 - np.searchsorted(quantiles + shift, thresholds)
     false_positive_rate = 10_000 - np.searchsorted(quantiles, thresholds)
-    corners = ConvexHull(np.stack([false_positive_rate, found], axis=1)).vertices
-    right, guesses = found[corners], (found + false_positive_rate)[corners]
+    corners = ConvexHull(np.stack([false_positive_rate, hits], axis=1)).vertices
+    right, guesses = hits[corners], (hits + false_positive_rate)[corners]
     for claim, expected in ((golden * (1 - 1e-5), True), (golden * (1 + 1e-5), False)):
         mu = calibrate_mu(claim, delta=1e-6)
         refuted = refutes_gaussian(20_000, guesses, right, mu, error=0.05 / len(corners))
@@ -61,9 +61,9 @@ def test_bound_with_15_000_canaries_reaches_half_of_epsilon_8(seed: int) -> None
     before.
     """
     counts = count_gaussian_guesses(MU_AT_CLAIM, canaries=15_000, guesses=1500, seed=seed)
-    shown = compute_fdp_lower_bound(*counts, delta=DELTA, confidence=0.95)
-    assert 0.6 * CLAIM < shown < CLAIM
-    assert shown > 1.3 * compute_epsilon_lower_bound(*counts, delta=DELTA, confidence=0.95)
+    bound = compute_fdp_lower_bound(*counts, delta=DELTA, confidence=0.95)
+    assert 0.6 * CLAIM < bound < CLAIM
+    assert bound > 1.3 * compute_epsilon_lower_bound(*counts, delta=DELTA, confidence=0.95)
 
 
 @pytest.mark.parametrize("guesses", [40, 400])
@@ -71,11 +71,11 @@ def test_true_gaussian_claim_is_refuted_within_the_error_rate(guesses: int) -> N
     trials, mu = 400, 1.0
     counts = [count_gaussian_guesses(mu, canaries=400, guesses=guesses, seed=seed) for seed in range(trials)]
     right = np.array([count[2] for count in counts])
-    wrong = int(refutes_gaussian(400, guesses, right, mu, error=0.05).sum())
-    assert wrong <= stats.binom(trials, 0.05).isf(1e-4)
+    refuted = int(refutes_gaussian(400, guesses, right, mu, error=0.05).sum())
+    assert refuted <= stats.binom(trials, 0.05).isf(1e-4)
     # A mechanism with a third of the noise is refuted, given enough guesses.
-    (_, _, found) = count_gaussian_guesses(3 * mu, canaries=400, guesses=400, seed=0)
-    assert refutes_gaussian(400, 400, found, mu, error=0.05)
+    (_, _, hits) = count_gaussian_guesses(3 * mu, canaries=400, guesses=400, seed=0)
+    assert refutes_gaussian(400, 400, hits, mu, error=0.05)
 
 
 def test_profile_test_matches_gaussian_test() -> None:
@@ -86,9 +86,9 @@ def test_profile_test_matches_gaussian_test() -> None:
     by_curve = refutes_gaussian(4000, guesses, right, mu, error=0.05)
     limit = int(right[by_curve].min())
     for count, expected in ((limit - 1, False), (limit + 1, True)):
-        of_profile = epsilons[epsilons >= 0], deltas[epsilons >= 0]
-        found = refutes_profile(4000, guesses, count, epsilons=of_profile[0], deltas=of_profile[1], error=0.05)
-        assert found == expected
+        profile = epsilons[epsilons >= 0], deltas[epsilons >= 0]
+        refuted = refutes_profile(4000, guesses, count, epsilons=profile[0], deltas=profile[1], error=0.05)
+        assert refuted == expected
 
 
 def test_refutation_matches_the_recursion_of_the_paper() -> None:

@@ -176,8 +176,8 @@ def test_bleu_and_rouge_match_manual_calculations() -> None:
     assert score_hypotheses(["a b c d e"], references[1:]) == pytest.approx({"bleu": 100.0, "rouge_l": 1.0})
     assert score_hypotheses([""], references[:1]) == {"bleu": 0.0, "rouge_l": 0.0}
     words = ["the", "a", "cat", "dog", "sat", "ran", "on", "mat", ".", "It's"]
-    draws = np.random.default_rng(3)
-    texts = [" ".join(draws.choice(words, size=size)) for size in draws.integers(1, 20, size=60)]
+    generator = np.random.default_rng(3)
+    texts = [" ".join(generator.choice(words, size=size)) for size in generator.integers(1, 20, size=60)]
     some, firsts, seconds = texts[:20], texts[20:40], texts[40:]
     expected = BLEU().corpus_score(some, [firsts, seconds]).score
     assert 0 < expected < 100
@@ -187,12 +187,12 @@ def test_bleu_and_rouge_match_manual_calculations() -> None:
 
 
 def test_repeated_prompt_is_generated_once_with_all_references() -> None:
-    asked = [np.array(row, dtype=np.int32) for row in ([5, 6], [5], [5, 6])]
+    rows = [np.array(row, dtype=np.int32) for row in ([5, 6], [5], [5, 6])]
     texts = ["first", "other", "second"]
-    prompts, references = group_by_prompt(asked, texts)
+    prompts, references = group_by_prompt(rows, texts)
     assert references == [["first", "second"], ["other"]]
     assert [ids.tolist() for ids in prompts] == [[5, 6], [5]]
-    assert group_by_prompt(asked, texts, rows=1)[1] == [["first", "second"]]
+    assert group_by_prompt(rows, texts, rows=1)[1] == [["first", "second"]]
     with pytest.raises(DataError, match="must contain at least one prompt"):
         group_by_prompt([], [])
 
@@ -273,12 +273,12 @@ def test_streamed_text_parts_are_whole_characters(text: str) -> None:
     assert "".join(decode_stream([*ids[:-1], ids[0]], tokenizer)) == "ab\N{REPLACEMENT CHARACTER}a"
 
 
-WRONG = ("max_new_tokens=0", "max_new_tokens=1000001", "temperature=-1.0", "temperature=nan", "top_p=0.0")
+INVALID = ("max_new_tokens=0", "max_new_tokens=1000001", "temperature=-1.0", "temperature=nan", "top_p=0.0")
 
 
-@pytest.mark.parametrize("wrong", [*WRONG, "guidance=-1", "guidance=1e10", f"seed={2**63}"])
-def test_invalid_generation_option_is_named(wrong: str) -> None:
-    key, value = wrong.split("=")
+@pytest.mark.parametrize("option", [*INVALID, "guidance=-1", "guidance=1e10", f"seed={2**63}"])
+def test_invalid_generation_option_is_named(option: str) -> None:
+    key, value = option.split("=")
     with pytest.raises(ConfigError, match=f"^--{key.replace('_', '-')} = "):
         WritingSpec(**{key: int(value) if value.isdecimal() else float(value)})
     for size in ("max_tokens", "max_new_tokens", "generation_rows"):

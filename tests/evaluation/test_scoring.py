@@ -65,19 +65,19 @@ def test_batches_contain_every_example_once_within_the_budget(labeled_texts: Tex
         next(iter_batches_by_length(empty, pad_id=0, max_tokens=30))
 
 
-@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
 def test_cpu_scoring_uses_small_batches_with_equal_results(
-    classifier: TaskModel, labeled_texts: TextDataset, keeps: bool, monkeypatch: pytest.MonkeyPatch
+    classifier: TaskModel, labeled_texts: TextDataset, cached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def score_in_batches(most: int) -> tuple[dict[str, Any], list[int]]:
         monkeypatch.setattr(scoring_module, "_MAX_ON_CPU", most)
-        kept: scoring_module.KeptBatches | None = {} if keeps else None
+        cache: scoring_module.KeptBatches | None = {} if cached else None
         with enter_evaluation_mode(classifier):
             batches = scoring_module.iter_batches_with_cache(
-                classifier, labeled_texts, pad_id=0, max_tokens=10**6, kept=kept
+                classifier, labeled_texts, pad_id=0, max_tokens=10**6, kept=cache
             )
             sizes = [batch.input_ids.numel() for _, batch in batches]
-        return evaluate_examples(classifier, labeled_texts, pad_id=0, max_tokens=10**6, kept=kept), sizes
+        return evaluate_examples(classifier, labeled_texts, pad_id=0, max_tokens=10**6, kept=cache), sizes
 
     (many, one), (few, several) = score_in_batches(10**6), score_in_batches(30)
     assert len(one) == 1
@@ -162,14 +162,14 @@ def test_batched_scores_match_single_examples(
 
 def compute_token_losses(model: TaskModel, dataset: TextDataset) -> list[np.ndarray]:
     """Compute each example's supervised token losses from the plain base model, one example at a time."""
-    found = []
+    results = []
     for input_ids, target in zip(dataset.input_ids, dataset.targets, strict=True):
         with torch.no_grad():
             logits = model.base(input_ids=torch.as_tensor(input_ids, dtype=torch.int64)[None]).logits[0, :-1]
         shifted = torch.as_tensor(target)[1:]
         losses = torch.nn.functional.cross_entropy(logits, shifted, reduction="none", ignore_index=-100)
-        found.append(losses[shifted != -100].double().numpy())
-    return found
+        results.append(losses[shifted != -100].double().numpy())
+    return results
 
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
@@ -198,8 +198,8 @@ def test_diverged_model_has_infinite_perplexity(
         monkeypatch.setattr(
             language_model, "losses", lambda batch, loss=loss: torch.full((len(batch.input_ids),), loss)
         )
-        found = score_model(language_model, completion_texts, pad_id=2, max_tokens=100)["perplexity"]
-        assert found == pytest.approx(perplexity, nan_ok=True)
+        score = score_model(language_model, completion_texts, pad_id=2, max_tokens=100)["perplexity"]
+        assert score == pytest.approx(perplexity, nan_ok=True)
 
 
 @pytest.mark.parametrize("names", [("classifier", "labeled_texts"), ("language_model", "completion_texts")])
@@ -210,8 +210,8 @@ def test_unit_scores_are_bounded_and_batch_invariant(names: tuple[str, str], req
     assert (whole.shape, whole.dtype) == ((len(dataset),), np.float64)
     assert ((whole >= 0) & (whole <= 1)).all()
     assert len(set(whole.tolist())) > 1, "scores must vary, or nothing is tested"
-    for left_out in (0, 7, len(dataset) - 1):
-        others = [index for index in range(len(dataset)) if index != left_out]
+    for omitted in (0, 7, len(dataset) - 1):
+        others = [index for index in range(len(dataset)) if index != omitted]
         assert score(dataset.select_examples(others)).tobytes() == whole[others].tobytes()
     order = np.random.default_rng(3).permutation(len(dataset))
     assert score(dataset.select_examples(order)).tobytes() == whole[order].tobytes()

@@ -48,10 +48,10 @@ def write_price_overrides(into: Path) -> tuple[str, ...]:
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
     """Run folders by name: tiny models of several tasks, and in nightly tests MiniLM, if installed."""
-    into, made = tmp_path_factory.mktemp("runs"), Runs()
+    into, folders = tmp_path_factory.mktemp("runs"), Runs()
 
     def make(name: str, *words: str) -> None:
-        made[name] = simulate(*words, into=into, name=name)
+        folders[name] = simulate(*words, into=into, name=name)
 
     for name, path, causal in (("bert", "random:bert", False), ("llama", "random:llama", True)):
         base = into / f"base-{name}"
@@ -59,8 +59,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
         load_tokenizer(ModelSpec(path=path)).save_pretrained(base)
     head = ("head.center=true", "head.init=label_names", "training.learning_rate=0.1")
     make("bert", f"model.path='{into}/base-bert'", *head)
-    writes = ("model=random_llama", f"model.path='{into}/base-llama'", "data=e2e_nlg", "task=causal_lm")
-    make("llama", *writes, "data.max_length=256", "data.declared_sizes=40", head[2], "lora.kind=dora")
+    causal_lm = ("model=random_llama", f"model.path='{into}/base-llama'", "data=e2e_nlg", "task=causal_lm")
+    make("llama", *causal_lm, "data.max_length=256", "data.declared_sizes=40", head[2], "lora.kind=dora")
     rows = [{"a": TEXTS[n % 2], "b": TEXTS[n // 2 % 2], "s": n % 3} for n in range(60)]
     (into / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     make(
@@ -90,28 +90,28 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     if has_minilm and "not nightly" not in request.config.option.markexpr:
         minilm = ("model=minilm", "lora=last_layer", "federation.num_rounds=1", "training.local_steps=1")
         make("minilm", *minilm, *head[:2], "training.learning_rate=0.01")
-    return made
+    return folders
 
 
 @pytest.fixture(scope="session")
 def exports(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Exports:
     """(run, format) -> folder."""
     pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
-    into, made = tmp_path_factory.mktemp("exports"), {}
+    into, folders = tmp_path_factory.mktemp("exports"), {}
     for name, run in runs.items():
         for format in FORMATS[name]:
-            made[name, format] = into / f"{name}-{format}"
-            assert run_command("export", str(run), "--to", str(made[name, format]), "--format", format).printed
-    return made
+            folders[name, format] = into / f"{name}-{format}"
+            assert run_command("export", str(run), "--to", str(folders[name, format]), "--format", format).printed
+    return folders
 
 
 @pytest.fixture(scope="session")
 def loaded_exports(exports: Exports) -> Loaded:
     """Output of `elsewhere.py` for all exports, except adapters with a head, which need the card's code."""
-    asked = {
+    requests = {
         f"{name} {format}": {"format": format, "folder": str(folder), "texts": TEXTS}
         for (name, format), folder in exports.items()
         if format != "peft" or name == "llama"
     }
-    found: Loaded = json.loads(run_elsewhere(cwd=next(iter(exports.values())).parent, given=json.dumps(asked)))
-    return found
+    results: Loaded = json.loads(run_elsewhere(cwd=next(iter(exports.values())).parent, given=json.dumps(requests)))
+    return results

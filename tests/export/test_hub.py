@@ -13,7 +13,7 @@ from ..conftest import read_files
 from .stand_in_hub import TOKEN, Repository, StandInHub, stand_in_hub
 
 NAME = "bank/tickets"
-OTHERS = {"model.bin": b"of somebody"}
+OTHERS = {"model.bin": b"existing"}
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_only_listed_files_are_uploaded(hub: StandInHub, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "status", "error", "told"),
+    ("call", "status", "error", "message"),
     [
         ("/repos/create", 401, ConfigError, "hf auth login"),
         ("/repos/create", 403, ConfigError, "a token with write access"),
@@ -56,13 +56,13 @@ def test_only_listed_files_are_uploaded(hub: StandInHub, folder: Path) -> None:
     ],
 )
 def test_failed_upload_explains_the_error_and_uploads_no_file(
-    hub: StandInHub, folder: Path, call: str, status: int, error: type[Exception], told: str
+    hub: StandInHub, folder: Path, call: str, status: int, error: type[Exception], message: str
 ) -> None:
     hub.refusals[call], hub.has_large_files = status, call == "/objects/batch"
-    with pytest.raises(error, match=told) as raised:
+    with pytest.raises(error, match=message) as raised:
         push_all(folder)
     assert TOKEN not in str(raised.value)
-    assert [one.files for one in hub.repositories.values()] == [{}] * len(hub.repositories)
+    assert [repository.files for repository in hub.repositories.values()] == [{}] * len(hub.repositories)
     hub.refusals, hub.has_large_files = {}, False
     push_all(folder)
     assert hub.repositories == {NAME: Repository(private=True, files=read_files(folder))}

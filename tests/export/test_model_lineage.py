@@ -55,16 +55,16 @@ def export_merged(run: Path, to: Path) -> Path:
     return to
 
 
-def mark_of(folder: Path) -> Any:
+def read_mark(folder: Path) -> Any:
     return json.loads((folder / "config.json").read_text())[OWED]
 
 
 def read_lineage(run: Path) -> dict[str, Any]:
     """Return the lineage entry of a run, as a later run should report it."""
-    told = read_result(run)
-    spent = {key: told["privacy"][key] for key in ("unit", "delta", "epsilon")}
-    about = {"from": run.name, "dataset": told["provenance"]["dataset"]}
-    return {"digest": told["adapter_digest"]} | about | spent
+    result = read_result(run)
+    spent = {key: result["privacy"][key] for key in ("unit", "delta", "epsilon")}
+    fields = {"from": run.name, "dataset": result["provenance"]["dataset"]}
+    return {"digest": result["adapter_digest"]} | fields | spent
 
 
 def with_base(config: RunConfig, base: Path, **model: Any) -> RunConfig:
@@ -72,16 +72,16 @@ def with_base(config: RunConfig, base: Path, **model: Any) -> RunConfig:
 
 
 def test_run_on_a_merged_model_states_its_prior_spending(first_run: Path, merged_base: Path, second_run: Any) -> None:
-    run, printed = second_run
-    assert mark_of(merged_base) == read_result(run)["provenance"]["start_adapter"] == read_lineage(first_run)
+    run, output = second_run
+    assert read_mark(merged_base) == read_result(run)["provenance"]["start_adapter"] == read_lineage(first_run)
     epsilon = read_lineage(first_run)["epsilon"]
     assert (
         "starts from a base model derived from the adapter "
-        f"{read_lineage(first_run)['digest'][:12]} of first; its training on" in printed
+        f"{read_lineage(first_run)['digest'][:12]} of first; its training on" in output
     )
     report = json.loads((run / "report.json").read_text())
-    told = {("run" if key == "from" else key): value for key, value in read_lineage(first_run).items()}
-    assert report["facts"]["provenance"]["start_adapter"] == told | {"public": False}
+    expected = {("run" if key == "from" else key): value for key, value in read_lineage(first_run).items()}
+    assert report["facts"]["provenance"]["start_adapter"] == expected | {"public": False}
     assert "began_in_an_adapter" in report["verdict"]["reasons"]
     assert run_command("report", "verify", str(run)).code == 0
     card = (run / "adapter" / "README.md").read_text()
@@ -94,27 +94,27 @@ def test_run_on_a_merged_model_states_its_prior_spending(first_run: Path, merged
 def test_lineage_keeps_every_prior_run_once(first_run: Any, merged_base: Any, second_run: Any, tmp_path: Path) -> None:
     run = second_run[0]
     both = read_lineage(run) | {"start_adapter": read_lineage(first_run)}
-    assert mark_of(export_merged(run, tmp_path / "again")) == both
+    assert read_mark(export_merged(run, tmp_path / "again")) == both
     config = read_saved_config(run)
     digest = read_lineage(run)["digest"]
-    on_top = build_start_lineage(with_base(config, merged_base, adapter=str(run), adapter_sha256=digest)) or {}
-    assert on_top == both | {"head": None}, "an adapter on a base that owes"
+    both_runs = build_start_lineage(with_base(config, merged_base, adapter=str(run), adapter_sha256=digest)) or {}
+    assert both_runs == both | {"head": None}, "an adapter on a base that owes"
     alone = shutil.copytree(run / "adapter", tmp_path / "handed" / "on")
-    handed = build_start_lineage(with_base(config, merged_base, adapter=str(alone), adapter_sha256=digest)) or {}
-    assert (handed["epsilon"], handed["start_adapter"]) == ("unknown", read_lineage(first_run))
-    silent = shutil.copytree(run, tmp_path / "silent")
-    edit_json(silent / "run.json", provenance=read_result(run)["provenance"] | {"start_adapter": None})
-    assert build_start_lineage(with_base(config, merged_base, adapter=str(silent), adapter_sha256=digest)) == on_top
+    copy = build_start_lineage(with_base(config, merged_base, adapter=str(alone), adapter_sha256=digest)) or {}
+    assert (copy["epsilon"], copy["start_adapter"]) == ("unknown", read_lineage(first_run))
+    edited = shutil.copytree(run, tmp_path / "silent")
+    edit_json(edited / "run.json", provenance=read_result(run)["provenance"] | {"start_adapter": None})
+    assert build_start_lineage(with_base(config, merged_base, adapter=str(edited), adapter_sha256=digest)) == both_runs
 
 
 def test_exported_search_trial_inherits_the_search_cost(first_run: Path, tmp_path: Path) -> None:
     picked, plan = shutil.copytree(first_run, tmp_path / "first"), read_saved_config(first_run).plan()
-    told: Any = {"search": "s", "method": "grid", "primary_metric": "loss", "score": 0.5}
-    price = compute_search_cost([plan] * 3)
-    (picked / "selection.json").write_text(json.dumps(asdict(Selection.from_cost(price, [plan] * 3, **told))))
-    assert price.epsilon > read_lineage(first_run)["epsilon"]
-    mark = mark_of(export_merged(picked, tmp_path / "base"))
-    assert (mark["epsilon"], mark["delta"]) == (price.epsilon, price.delta)
+    fields: Any = {"search": "s", "method": "grid", "primary_metric": "loss", "score": 0.5}
+    cost = compute_search_cost([plan] * 3)
+    (picked / "selection.json").write_text(json.dumps(asdict(Selection.from_cost(cost, [plan] * 3, **fields))))
+    assert cost.epsilon > read_lineage(first_run)["epsilon"]
+    mark = read_mark(export_merged(picked, tmp_path / "base"))
+    assert (mark["epsilon"], mark["delta"]) == (cost.epsilon, cost.delta)
 
 
 @pytest.mark.parametrize(
@@ -154,24 +154,24 @@ def test_long_lineage_is_truncated_to_the_size_limit(merged_base: Path) -> None:
     debts = [DEBT | {"epsilon": float(number)} for number in range(60)]
     fields = json.loads((merged_base / "config.json").read_text()) | {OWED: build_lineage(debts)}
     check_content("config.json", json.dumps(fields).encode(), folder="base")
-    kept = [*walk_lineage(fields[OWED])]
-    assert kept == [*debts[:23], UNKNOWN]
+    truncated = [*walk_lineage(fields[OWED])]
+    assert truncated == [*debts[:23], UNKNOWN]
     assert build_lineage([*debts[:2], *debts[:2]]) == debts[0] | {"start_adapter": debts[1]}
 
 
 def test_run_on_synthetic_records_inherits_their_spending(first_run: Path, tmp_path: Path) -> None:
     texts = Path(shutil.copy(REPOSITORY / read_saved_config(first_run).data.train_file, tmp_path))
-    told = {"sha256": hashlib.sha256(texts.read_bytes()).hexdigest()}
-    told["runs"] = [describe_run(build_run_report(first_run), read_lineage(first_run)["digest"])]
-    find_card_path(texts, ".json").write_text(json.dumps(told))
+    card = {"sha256": hashlib.sha256(texts.read_bytes()).hexdigest()}
+    card["runs"] = [describe_run(build_run_report(first_run), read_lineage(first_run)["digest"])]
+    find_card_path(texts, ".json").write_text(json.dumps(card))
     owed = read_lineage(first_run) | {"dataset": "unknown"}
     words = [*WRITER, f"data.train_file='{texts}'", "tracking.progress=true"]
-    printed = run_command("simulate", *list_tiny_overrides(*words, into=tmp_path, name="run")).printed
+    output = run_command("simulate", *list_tiny_overrides(*words, into=tmp_path, name="run")).printed
     run = tmp_path / "run"
     assert read_result(run)["provenance"]["start_adapter"] == owed
     assert (
         f"starts from a base model derived from the adapter {owed['digest'][:12]} of first; its training spent epsilon"
-        in printed
+        in output
     )
     assert run_command("report", "verify", str(run)).code == 0
     config = read_saved_config(run)
@@ -179,7 +179,7 @@ def test_run_on_synthetic_records_inherits_their_spending(first_run: Path, tmp_p
     with pytest.raises(ConfigError, match=r"data.train_file = .* must contain a run's own records"):
         build_public_stage_config(public)
     for damaged in ({"sha256": "0" * 64}, {"runs": []}, {"runs": [{}]}, {"runs": 5}):
-        find_card_path(texts, ".json").write_text(json.dumps(told | damaged))
+        find_card_path(texts, ".json").write_text(json.dumps(card | damaged))
         assert build_start_lineage(config) == UNKNOWN
     find_card_path(texts, ".json").unlink()
     assert build_start_lineage(config) is None
