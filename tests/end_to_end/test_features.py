@@ -24,7 +24,7 @@ FEATURES = (
     " {columns: [states], range: [-1, 1], size: 2}]"
 )
 JUDGED = dict(zip(COLUMNS, ("accuracy", "micro_f1", "quadratic_kappa", "spearman"), strict=True))
-SCORES = tomllib.loads(Path(__file__).with_name("scores_of_features.toml").read_text())
+SCORES = tomllib.loads(Path(__file__).with_name("feature_task_scores.toml").read_text())
 
 
 def make_patients(count: int, *, seed: int) -> list[dict[str, Any]]:

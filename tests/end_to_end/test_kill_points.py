@@ -50,7 +50,7 @@ def test_kill_points_cover_every_write_training_and_send_phase(sample: Any) -> N
     assert any(hit["setting"] == "arrivals" and any(hit["begun"].values()) for hit in sample["hits"]), "no arrivals"
 
 
-ORDERS = tomllib.loads(Path(__file__).with_name("wrong_orders.toml").read_text())
+ORDERS = tomllib.loads(Path(__file__).with_name("invalid_orders.toml").read_text())
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -41,7 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 ALL = {"data init", "data check", "simulate", "generate", "evaluate", "export"}
-FILES = tomllib.loads(Path(__file__).with_name("examples.toml").read_text())
+FILES = tomllib.loads(Path(__file__).with_name("example_runs.toml").read_text())
 
 
 @pytest.mark.parametrize("file", [file.name for file in EXAMPLES.iterdir() if file.name != "README.md"])
