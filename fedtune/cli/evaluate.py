@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fedtune.api.public import make_stage_callback
 from fedtune.cli.command import AsJson, Option, print_answer
@@ -52,7 +52,7 @@ def evaluate(
     scores = {name: found.compare_models("base", "tuned", name) for name in in_order}
     num_prompts, detail = len(tuned.texts.get("rouge_l", ())), found.detailed(tuned.examples)
     of_tuned = {name: one.tuned.value for name, one in scores.items()}
-    figures = {"run": str(run), "data": data, "scores": of_tuned}
+    figures: dict[str, Any] = {"run": str(run), "data": data, "scores": of_tuned}
     figures |= {"beside_base": scores, "records": len(found.records), "prompts": num_prompts}
     figures |= {"unit": found.unit, "units": found.num_units}
     if found.constant is not None:

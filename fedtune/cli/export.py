@@ -92,7 +92,7 @@ def export(
         files = write(adapter, config, folder, format=chosen, private=private, int8=int8)
         graphs = measure_folder(folder, adapter, config, records) if records else []
         rows = [(str(path.relative_to(folder)), format_size(path.stat().st_size)) for path in files]
-        figures = {"run": str(run), "folder": to and str(to), "format": chosen}
+        figures: dict[str, Any] = {"run": str(run), "folder": to and str(to), "format": chosen}
         figures |= {"files": [name for name, _ in rows], "graphs": graphs}
         sections = [Section(title=f"{run} as {chosen}, in {to or push}", headings=("file", "size"), rows=rows)]
         if graphs:
