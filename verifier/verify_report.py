@@ -46,6 +46,9 @@ PEFT |= {"megatron_core": "megatron.core", "qalora_group_size": 16}
 PRETRAINED = {"digest": "vaultgemma", "unit": "sequence of 1,024 tokens", "delta": 1.1e-10, "epsilon": 2.0}
 WITH_HEAD = ("classification", "multi_label", "ordinal", "regression", "survival", "votes", "token_classification")
 HEADS = dict.fromkeys(("causal_lm", "preference", "embedding"), False) | dict.fromkeys(WITH_HEAD, True)  # of each task
+COUNTS = {"rounds", "count", "local_steps", "num_rounds", "spare_rounds", "lost_rounds", "charged_rounds"}
+PRIME, OF_ORDER_8 = 2**255 - 19, 0x05FC536D880238B13933C6D305ACDFD5F098EFF289F4C345B027B2C28F95E826
+SMALL_ORDER = {0, 1, PRIME - 1, PRIME, PRIME + 1, OF_ORDER_8, PRIME - OF_ORDER_8}  # anybody can sign under these keys
 MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
 Json = dict[str, Any]
 LAPLACE = 0.0
@@ -65,23 +68,33 @@ def read_json(path: Path) -> Json:
     """An object of a file; a pipe would be waited for."""
     require(path.is_file(), f"{path} is not a file")
 
-    def without_repeats(pairs: list[tuple[str, Any]]) -> Json:  # whoever repeats a key changes no signed byte
+    def checked(pairs: list[tuple[str, Any]]) -> Json:  # whoever repeats a key changes no signed byte
         require(len(dict(pairs)) == len(pairs), f"{path} repeats a key")
+        counts = {key: one for key, one in pairs if key in COUNTS and not isinstance(one, list)}
+        odd = [f"{key} {one}" for key, one in counts.items() if type(one) is not int or one < 0]
+        require(not odd, f"{path} has counts that are none: {odd}")
         return dict(pairs)
 
-    found = json.loads(path.read_bytes(), object_pairs_hook=without_repeats)
+    found = json.loads(path.read_bytes(), object_pairs_hook=checked)
     require(isinstance(found, dict), f"{path} is not an object")
+    if "verdict" in found:  # a report
+        text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        require(path.read_bytes() == text.encode(), f"{path} is not written as fedtune writes a report")
     return dict(found)
 
 
 def is_signed(key: str, purpose: str, message: bytes, signature: str) -> bool:
     """Whether `signature` is an Ed25519 signature by `key`, in the frame that names its purpose."""
+    if not re.fullmatch("[0-9a-f]{64}", key) or not re.fullmatch("[0-9a-f]{128}", signature):
+        return False
+    if int.from_bytes(bytes.fromhex(key), "little") % 2**255 in SMALL_ORDER:
+        return False
     try:
         holder = Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))
         holder.verify(bytes.fromhex(signature), b"fedtune " + purpose.encode() + b"\0" + message)
     except (InvalidSignature, ValueError):
         return False
-    return key == key.lower()
+    return True
 
 
 def signer_of(report: Json) -> str:
@@ -89,6 +102,7 @@ def signer_of(report: Json) -> str:
     fields = {key: value for key, value in report.items() if key != "signature"}
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     key, signature = report["signature"]["key"], report["signature"]["signature"]
+    require(len(report["signature"]) == 2, "its signature has other fields than a key and a signature")
     require(is_signed(key, "report", text.encode(), signature), "its signature does not fit the report")
     return str(key)
 
@@ -115,7 +129,7 @@ def events_of(plan: Json, rounds: int) -> dict[Event, int]:
     noise, shared = float(plan["noise_multiplier"]), plan["shared"]
     if shared is not None:
         noise = shared["noise_multiplier"] * math.sqrt(max(1, shared["threshold"] - shared["colluders"]))
-    rate = LAPLACE if plan.get("noise") == "laplace" else float(plan["sampling_rate"])
+    rate = {"laplace": LAPLACE, "gaussian": float(plan["sampling_rate"])}[plan.get("noise", "gaussian")]
     found = {(rate, noise): plan["local_steps"] * rounds}
     if (of_scores := float(plan["metrics_noise_multiplier"])) > 0:
         found[1.0, of_scores] = found.get((1.0, of_scores), 0) + rounds
@@ -292,6 +306,8 @@ def rounds_of(facts: Json, site: Json) -> int:
     told = [one["rounds"] for one in runs if one["run"] == facts["run"]]
     rounds = max([int(charged if receipt["ended"] else most), *told])
     require(max(updates, charged) <= rounds, f"more left {name} than it was charged for")
+    old = site["statement"] and not told and max(updates, charged)
+    require(not old, f"the report of {name} over all its runs was made before this run")
     return rounds
 
 
@@ -358,7 +374,8 @@ def check_run(report: Json, keys: dict[str, str] | None, folder: Path) -> tuple[
     check_sent(facts, keys)
     check_statements(facts, folder / "site_reports")
     reported = {site["site"]: site for site in report["sites"]}
-    require([*reported] == [site["site"] for site in facts["sites"]], "figures of other sites")
+    same = [site["site"] for site in facts["sites"]] == [site["site"] for site in report["sites"]] == [*reported]
+    require(same, "figures of other sites")
     of_rounds = cache(lambda rounds: epsilon_of(events_of(plan, rounds), delta))
     for site in facts["sites"]:
         rounds, spent = rounds_of(facts, site), reported[site["site"]]["spent"]
@@ -403,6 +420,7 @@ def check_ledger(report: Json, keys: dict[str, str] | None, signer: str) -> tupl
     site, found, delta = facts["site"], facts["verification"], facts["delta"]
     require(found is None or not signer or found["site_key"] == signer, "its ledger is another key's")
     require(keys is None or keys.get(site) == signer, f"the roster has another key of {site}")
+    check_charges(facts)
     epsilon_by_filter = partial(filter_epsilon, order=facts["order"], delta=delta)
     cohorts = [0, *(span_of(run["plan"])[0] for run in facts["runs"])]
     of_all = [[charged_to(facts, cohort, period=period) for cohort in cohorts] for period in (False, True)]
@@ -426,6 +444,23 @@ def check_ledger(report: Json, keys: dict[str, str] | None, signer: str) -> tupl
         check_epsilon(f"the plan of {run['run']}", planned[run["run"]], whole)
         above.append(is_above(whole, number(run["max_epsilon"]) * (1 + 1e-3)))
     return ("exceeded" if any(above) else "within"), epsilon
+
+
+def check_charges(facts: Json) -> None:
+    """Refuse a ledger that contradicts itself: a run twice or without its charges, or charges that are of nothing."""
+    plans, charges, delta = {run["run"]: run["plan"] for run in facts["runs"]}, facts["charges"], facts["delta"]
+    require("" not in plans and len(plans) == len(facts["runs"]), "it lists a run twice")
+    require(0 < delta < 1, f"its delta is {delta}")
+    for name, plan in plans.items():
+        rounds = sum(one["rounds"] for one in charges if one["run"] == name)
+        sent = sum(one["count"] for one in facts["releases"] if (one["kind"], one["run"]) == ("update", name))
+        require(sent <= rounds <= max_rounds(plan), f"{name} was charged {rounds} rounds, and {sent} updates left")
+        require((plan["unit"], plan["delta"]) == (facts["unit"], delta), f"{name} has another unit or delta")
+    for one in charges:
+        of_run = one["run"] in plans and one["rounds"] > 0 and not one["lost"]
+        require(of_run == (one["entry"] is None), "a charge is neither of a run nor of lost rounds")
+    days = [one["day"][:10] for one in (*charges, {"day": facts["date"]})]
+    require(days == sorted(days), "its charges are not in order, or later than the report")
 
 
 def charged_to(facts: Json, cohort: int, *, period: bool) -> dict[Event, int]:

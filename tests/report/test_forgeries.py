@@ -752,9 +752,89 @@ def test_independent_verifier_refuses_slightly_smaller_epsilons(share: float, tm
     for site in text["sites"]:
         site["spent"]["epsilon"] *= share
         site["spent"]["epsilon_pld"] *= share
-    (tmp_path / "report.json").write_text(json.dumps(text))
+    write_json(tmp_path / "report.json", text)
     assert verify_report.main([str(tmp_path)]) == 1
     assert "found at most" in capsys.readouterr().out
+
+
+def write_json(path: Path, fields: Any) -> None:
+    """Write a report's fields as fedtune formats them."""
+    path.write_text(json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
+
+
+def rename_charges(facts: Any) -> None:
+    for charge in facts["charges"]:
+        charge["run"] = ""
+
+
+CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "no charges": ("was charged 0 rounds, and", lambda facts: facts["charges"].clear()),
+    "first charge missing": ("updates left", lambda facts: facts["charges"].pop(0)),
+    "charges of no run": ("updates left", rename_charges),
+    "charge of an unknown run": (
+        "neither of a run nor of lost rounds",
+        lambda facts: facts["charges"].append(facts["charges"][-1] | {"run": "unknown"}),
+    ),
+    "negative rounds": ("has counts that are none: ['rounds -1']", lambda facts: facts["charges"][0].update(rounds=-1)),
+    "fractional rounds": ("has counts that are none", lambda facts: facts["charges"][0].update(rounds=0.5)),
+    "delta of 2": ("its delta is 2.0", lambda facts: facts.update(delta=2.0)),
+    "another delta": ("has another unit or delta", lambda facts: facts["runs"][0]["plan"].update(delta=1e-3)),
+    "unknown noise": ("KeyError: 'no'", lambda facts: facts["runs"][0]["plan"].update(noise="no")),
+    "later charge": (
+        "not in order, or later than the report",
+        lambda facts: facts["charges"][-1].update(day="2999-01-01"),
+    ),
+    "run twice": ("it lists a run twice", lambda facts: facts["runs"].append(facts["runs"][0])),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_independent_verifier_refuses_contradictory_ledgers(name: str, tmp_path: Path, capsys: Any) -> None:
+    message, contradict = CONTRADICTIONS[name]
+    report = derive_report(replace(load_report_on_file("ledger")().facts, simulated=True))
+    fields = json.loads(signing.report_to_json(report))
+    contradict(fields["facts"])
+    write_json(tmp_path / "report.json", fields)
+    assert verify_report.main([str(tmp_path)]) == 1
+    assert message in capsys.readouterr().out
+
+
+def test_independent_verifier_refuses_other_bytes_and_weak_signatures(tmp_path: Path, capsys: Any) -> None:
+    report = signing.sign_report(derive_report(replace(load_report_on_file("ledger")().facts, simulated=True)), LEAD)
+    path, text = tmp_path / "report.json", signing.report_to_json(report)
+    signature = report.signature.signature
+    for changed, message in (
+        (text.replace(": ", ":  ", 1), "is not written as fedtune writes a report"),
+        (text[:-1], "is not written as fedtune writes a report"),
+        (text.replace(signature, signature.upper()), "its signature does not fit the report"),
+        (text.replace(LEAD.public, "01" + "00" * 31), "its signature does not fit the report"),
+    ):
+        assert changed != text
+        path.write_text(changed)
+        assert verify_report.main([str(path)]) == 1
+        assert message in capsys.readouterr().out
+    fields = json.loads(text)
+    fields["signature"]["note"] = "approved"
+    write_json(path, fields)
+    assert verify_report.main([str(path)]) == 1
+    assert "has other fields than a key and a signature" in capsys.readouterr().out
+
+
+def test_independent_verifier_knows_the_keys_of_small_order() -> None:
+    message, trivial = b"fedtune report\0{}", "01" + "00" * 63
+    for key in keys._SMALL_ORDER:
+        for encoded in (key, key[:62] + f"{int(key[62:], 16) | 0x80:02x}"):
+            assert not verify_report.is_signed(encoded, "report", message, trivial)
+            assert int.from_bytes(bytes.fromhex(encoded), "little") % 2**255 in verify_report.SMALL_ORDER
+    assert len(verify_report.SMALL_ORDER) == len(keys._SMALL_ORDER)
+
+
+def test_independent_verifier_refuses_a_site_report_from_before_the_run() -> None:
+    facts = json.loads(signing.report_to_json(load_report_on_file("run")()))["facts"]
+    site, this_run = facts["sites"][0], {"run": facts["run"], "rounds": 1}
+    assert verify_report.rounds_of(facts, site | {"statement": {"lifetime": {"runs": [this_run]}}}) > 0
+    with pytest.raises(verify_report.Wrong, match="was made before this run"):
+        verify_report.rounds_of(facts, site | {"statement": {"lifetime": {"runs": []}}})
 
 
 def test_verdict_of_the_independent_verifier_follows_from_its_own_epsilon() -> None:
