@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 from fedtune.api.compose import Settings
+from fedtune.codec import require
 from fedtune.data.records import IN_MEMORY, memory_folder
 from fedtune.data.spec import SITE
 from fedtune.extras import require_extra
@@ -57,14 +58,15 @@ def write_private_files(sites: Mapping[str, Data], *, validation: Data = None, t
     """
     if not isinstance(sites, Mapping) or not sites:
         raise ConfigError("sites", NOT_GIVEN, 'must map each site to its records: {"north": frame, "south": frame}')
-    for site in map(str, sites):
+    for site in (names := [str(site) for site in sites]):
         check_name("sites", site)
+    require("sites", ", ".join(names), len({*names}) == len(names), "must be distinct names")
     tables = {TRAIN_FILE.replace(SITE, str(site)): (str(site), data) for site, data in sites.items()}
     others = {"validation": validation, "test": test}
     tables |= {_LEAD_FILES[name]: (name, data) for name, data in others.items() if data is not None}
-    names = {file: name for file, (name, _) in tables.items()}
-    names |= dict(zip(DETECTED, ("sites", "detected settings"), strict=True))
-    with make_private_folder() as folder, _rename_files_in_errors(folder, names):
+    shown = {file: name for file, (name, _) in tables.items()}
+    shown |= dict(zip(DETECTED, ("sites", "detected settings"), strict=True))
+    with make_private_folder() as folder, _rename_files_in_errors(folder, shown):
         (folder / IN_MEMORY / "sites").mkdir(parents=True, mode=0o700)
         for file, (name, data) in tables.items():
             write_rows(folder / file, data, at=name)
@@ -242,7 +244,7 @@ def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str) -> Iterator[dict[s
     frame X keeps its column names.
     """
     values, kind = _convert_to_list(answers, at=f"{at}, y"), getattr(getattr(answers, "dtype", None), "kind", None)
-    if any(isinstance(one, list) for one in values):
+    if isinstance(answers, Mapping) or getattr(answers, "ndim", 1) > 1 or any(isinstance(one, list) for one in values):
         raise DataError(f"{at}, y", "a table", "must have one value for each row")
     is_float = kind == "f" if kind else bool(values) and all(type(one) is float for one in values)
     column = str(getattr(answers, "name", None) or ("target" if is_float else "label"))
@@ -252,7 +254,11 @@ def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str) -> Iterator[dict[s
     if len(rows) != len(values):
         bound = f"must have one value for each of the {len(rows)} rows of X"
         raise DataError(f"{at}, y", f"{len(values)} values", bound)
-    for row, value in zip(rows, values, strict=True):
+    for number, (row, value) in enumerate(zip(rows, values, strict=True), 1):
+        if not isinstance(row, Mapping):
+            raise DataError(f"{at}:{number}", type(row).__name__, "must be a mapping from column to value")
+        if column in map(str, row):
+            raise DataError(f"{at}, y", column, "must have another name than the columns of X")
         yield {**row, column: value}
 
 
@@ -272,17 +278,20 @@ def _convert_to_list(values: Any, *, at: str) -> list[Any]:
         values = dense()
     methods = (getattr(values, name, None) for name in ("to_list", "to_pylist"))
     values = next((convert() for convert in methods if callable(convert)), values)
-    values = _convert_from_numpy(values)
+    values = _convert_from_numpy(values, at)
     try:
         return list(values)
     except TypeError:  # an array without dimensions
         raise DataError(at, type(values).__name__, "must be a list or an array of values") from None
 
 
-def _convert_from_numpy(value: Any) -> Any:
+def _convert_from_numpy(value: Any, at: str) -> Any:
     """Convert an array, or a number or date of numpy, to Python values; return any other value unchanged."""
-    if type(value).__module__ == "numpy" and value.dtype.kind == "M":
-        value = value.astype("datetime64[us]")  # tolist makes integers of dates in nanoseconds
+    # tolist makes integers of other dates, and leaves numbers of more than 64 bits as they are.
+    if type(value).__module__ == "numpy" and (same := {"M": "datetime64[us]", "f": "float64"}.get(value.dtype.kind)):
+        value = value.astype(same)
+        if same != "float64" and any(isinstance(one, int) for one in value.ravel().tolist()):
+            raise DataError(at, "a date", "must be in the years 1 to 9999")
     return convert() if callable(convert := getattr(value, "tolist", None)) else value
 
 
@@ -311,7 +320,7 @@ def convert_cell(value: Any, at: str, above: tuple[int, ...] = ()) -> Any:
         return {str(key): inner(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [inner(one) for one in value]
-    if (converted := _convert_from_numpy(value)) is not value:
+    if (converted := _convert_from_numpy(value, at)) is not value:
         return inner(converted)
     bound = "must be text, a number, a date, a list or a mapping; records with bytes or images need a file"
     raise DataError(at, type(value).__name__, bound)

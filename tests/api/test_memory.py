@@ -219,11 +219,12 @@ def test_write_rows_converts_cells_to_json() -> None:
         "price": Decimal("1.50"),
         "count": Decimal("2e2"),
         "zero": np.array(3),
+        "long": np.longdouble(1.5),
     }
     (row,) = read([cells])
     assert row["turns"] == [{"role": "user", "content": "a"}]
     assert [row[name] for name in ("none", "nan", "never", "quiet", "signaling")] == [None] * 5
-    assert [row[name] for name in ("price", "count", "zero")] == [1.5, 200, 3]
+    assert [row[name] for name in ("price", "count", "zero", "long")] == [1.5, 200, 3, 1.5]
     assert (row["when"], row["of_numpy"], row["day"]) == ("2026-03-14T00:00:00", "2026-03-14T00:00:00", "2026-03-14")
     columns = {"text": ["a"], "when": np.array(["2026-03-14"], "datetime64[ns]")}
     assert read(columns) == [{"text": "a", "when": "2026-03-14T00:00:00"}]
@@ -234,7 +235,7 @@ HUGE = (10**5000, -(10**300), math.inf, np.float32("inf"), *map(Decimal, ("Infin
 
 
 class ReturnsItself:
-    """A value whose `tolist` returns itself, like numpy's longdouble."""
+    """A value whose `tolist` returns itself."""
 
     def tolist(self) -> "ReturnsItself":
         return self
@@ -271,6 +272,13 @@ def make_nested() -> dict[str, Any]:
         ({"a": np.array(3)}, "data = 'int': must be a list or an array"),
         ((np.eye(2), np.array(3)), "data, y = 'int': must be a list or an array"),
         *(([{"a": cell}], "column 'a' = '.*': must be a finite number below 1e300") for cell in HUGE),
+        ((pandas.DataFrame({"a": [1, 2]}), pandas.Series([0, 1], name="a")), "data, y = 'a': must have another name"),
+        (
+            (np.eye(2), pandas.DataFrame({"a": [0, 1], "b": [1, 0]})),
+            "data, y = 'a table': must have one value for each",
+        ),
+        (((text for text in "ab"), ["x", "y"]), "data:1 = 'str': must be a mapping from column to value"),
+        ([{"a": np.datetime64("99999-01-01")}], "column 'a' = 'a date': must be in the years 1 to 9999"),
         ([{"a": ReturnsItself()}], "column 'a' = 'ReturnsItself': must be text, a number"),
         *(([{"a": cell}], "column 'a' = '.*': must not contain itself") for cell in (make_cycle(), make_nested())),
     ],
