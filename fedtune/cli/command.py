@@ -99,6 +99,12 @@ Metrics = Annotated[
 HealthAnywhere = Annotated[bool, Option("allow other machines to reach --health")]
 
 
+def check_reason(option: str, given: str) -> None:
+    """Check a text that the ledger will store; raise ConfigError unless it is a short, printable line."""
+    if not (given.strip() and given.isprintable() and len(given) <= 300):
+        raise ConfigError(option, given, "must be one line of at most 300 characters")
+
+
 def print_answer(figures: Mapping[str, Any], sections: Iterable[Section], *, as_json: bool, heading: str = "") -> None:
     """Print a command's result as JSON or as tables.
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from fedtune.cli.command import Argument, AsJson, Option, command, group, print_answer
+from fedtune.cli.command import Argument, AsJson, Option, check_reason, command, group, print_answer
 from fedtune.cli.plain_words import convert_spending_to_json, describe_event, explain_guarantee, render_page
 from fedtune.federation.run_folder import suggest_run_folders
 from fedtune.formatting import convert_none_to_infinite, pluralize
@@ -171,8 +171,7 @@ def freeze(
 
     Earlier releases are not affected.
     """
-    if not why.strip() or not why.isprintable():
-        raise ConfigError("--why", why, "must be one line of printable text: give the reason, which the ledger stores")
+    check_reason("--why", why)
     site = _open_own_site(policy)
     verify(site.ledger)
     site.open_ledger().freeze(why)
@@ -218,10 +217,9 @@ def find_ledger(name: str) -> Path:
 
 def _open_own_site(policy: Path) -> SiteFiles:
     files = SiteFiles.from_site_toml(policy)
-    if not files.ledger.is_file():  # open_ledger would create it
+    if not files.ledger.is_file():
         raise ConfigError("ledger", str(files.ledger), f"is missing: {policy} names this ledger")
     act_as_owner(files.site_key, files.ledger)
-    files.load_key()  # open_ledger would create a missing key
     return files
 
 

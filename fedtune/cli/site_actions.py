@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fedtune.api.compose import compose_run
-from fedtune.cli.command import print_answer
+from fedtune.cli.command import check_reason, print_answer
 from fedtune.cli.finished_run import load_finished_run
 from fedtune.cli.personalize import print_personalization
 from fedtune.cli.plain_words import explain_refusal, render_page
@@ -45,7 +45,6 @@ _MARKS = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "
 _NAME, _FOUND, _FIX = 8, 28, 11  # column positions of a check's name, result and fix
 _NARROWEST = 20
 _MAX_TEXT = 1000
-_MAX_REASON = 300
 
 
 class SiteActions:
@@ -97,7 +96,7 @@ class SiteActions:
             raise RefusedError(f"the policy or the budget refuses this run: {'; '.join(rules)}")
         if not yes:
             require_confirmation("Approve this run?", otherwise="not approved: the run still waits")
-        self.files.open_ledger().approve(pending.proposal, **said)
+        self.state.open_ledger(self.files).approve(pending.proposal, **said)
         self.state.remove_pending(pending.proposal)
         say("Approved, and recorded in the ledger. The run starts with the lead's next request.")
 
@@ -107,7 +106,7 @@ class SiteActions:
         begun = [one.proposal for one in history.runs.values() if one.is_open(history.clock)]
         waiting = [pending.proposal for pending in self.state.list_pending_runs()]
         asked = _find_proposal([*waiting, *begun], run, "waits for approval or has begun")
-        self.files.open_ledger().deny(asked, **said)
+        self.state.open_ledger(self.files).deny(asked, **said)
         self.state.remove_pending(asked)
         then = "The lead receives 'denied' at its next request; the reason stays here."
         say(f"Denied, and recorded in the ledger. {then}")
@@ -197,8 +196,8 @@ def _check_decision(by: str | None, ticket: str | None, reason: str | None) -> d
     """
     by = by or get_current_account()
     for option, given in (("--by", by), ("--ticket", ticket), ("--reason", reason)):
-        if given is not None and not (given.strip() and given.isprintable() and len(given) <= _MAX_REASON):
-            raise ConfigError(option, given, f"must be one line of at most {_MAX_REASON} characters")
+        if given is not None:
+            check_reason(option, given)
     return {"by": by, "ticket": ticket or "", "why": reason or ""}
 
 

@@ -341,6 +341,10 @@ def back_up_federation(target: Path, *, federation: Path) -> None:
         ConfigError: the folder is not a federation folder, or `target` cannot be written.
     """
     with FederationFolder.open_locked(federation) as held:
+        if target.resolve().is_relative_to(held.folder.resolve()):
+            raise ConfigError(
+                "FILE", str(target), "must be outside the federation's folder, which later backups contain"
+            )
         write_backup(target, kind="lead", files=list_backup_files(held.folder, under="federation"))
 
 

@@ -272,6 +272,8 @@ def test_federation_folder_round_trips_through_a_backup(federation: Path, north_
     assert file.stat().st_mode & 0o777 == 0o600, "the backup contains the authority's key"
     assert run_command("provision", "restore", str(file), "--out", str(new)).code == 0
     assert read_files(new) == read_files(federation)
+    inside = run_command("provision", "backup", str(federation / "backup"), "--federation", str(federation)).failed()
+    assert "must be outside the federation's folder" in inside
     assert list_modes(new) == list_modes(federation), "the server's account must keep its access, but no key"
     Kit.read(new / "lead", kind="lead")
     assert run_command("provision", "renew-site", "north", "--federation", str(new)).code == 0
