@@ -50,7 +50,7 @@ class Books:
         return SigningKey.load_or_create(SiteFiles.from_site_toml(self.site_toml).site_key)
 
     def open(self) -> SiteLedger:
-        return SiteFiles.from_site_toml(self.site_toml).open_ledger()
+        return SiteFiles.from_site_toml(self.site_toml).open_ledger(create=True)
 
     def edit(self, *, adopt: bool = False, **changes: Any) -> None:
         """Change the policy file as its owner would (tables as dicts); `record_change`: also in its ledger."""

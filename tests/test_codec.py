@@ -8,6 +8,7 @@ from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import Mock
 
 import pytest
 
@@ -125,7 +126,7 @@ def test_named_pipe_in_the_state_of_a_site_is_refused(tmp_path: Path) -> None:
     assert state.list_pending_runs() == []
     os.mkfifo(state.folder / "ledger_id")
     with pytest.raises(OSError, match="not a regular file"):
-        state.check_ledger("0" * 32)
+        state.open_ledger(Mock())
 
 
 @pytest.mark.parametrize("size", [None, MAX_BYTES + 1])

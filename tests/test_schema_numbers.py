@@ -42,7 +42,7 @@ def test_ledger_or_anchor_with_another_schema_is_refused(tmp_path: Path) -> None
         tmp_path / "anchor.json",
         SigningKey.load_or_create(tmp_path / "key.pem"),
     )
-    fields = json.loads(SiteLedger(path, make_site_policy("north"), key).head().to_bytes())
+    fields = json.loads(SiteLedger(path, make_site_policy("north"), key, create=True).head().to_bytes())
     for number in list_wrong_numbers(LEDGER_SCHEMA):
         anchor.write_text(json.dumps({"other": 1, **fields, "schema": number}))
         with pytest.raises(ConfigError, match=f"must be {LEDGER_SCHEMA}: {GO_ON}$"):
@@ -52,7 +52,7 @@ def test_ledger_or_anchor_with_another_schema_is_refused(tmp_path: Path) -> None
             file.execute(f"PRAGMA user_version = {number}")
         file.close()
         before = path.read_bytes()
-        for opened in (lambda: verify(path), lambda: SiteLedger(path, make_site_policy("north"), key)):
+        for opened in (lambda: verify(path), lambda: SiteLedger(path, make_site_policy("north"), key, create=True)):
             with pytest.raises(ConfigError) as caught:
                 opened()
             assert str(caught.value) == f"{path}: schema = {number}: must be {LEDGER_SCHEMA}: {GO_ON}"

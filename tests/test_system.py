@@ -75,7 +75,7 @@ from tests.privacy.builders import make_key, make_policy, make_proposal, train
 
 assert main(["--help"]) == 0
 assert main(["simulate", "experiment=debug", "--cfg", "job"]) == 0
-train(SiteLedger(Path("ledger.db"), make_policy(), make_key(1)), make_proposal(), 1, 2)
+train(SiteLedger(Path("ledger.db"), make_policy(), make_key(1), create=True), make_proposal(), 1, 2)
 assert len(verify(Path("ledger.db")).history.count_total_charges()) == 1
 folder = RunFolder(Path.cwd())
 with folder.hold_lock():

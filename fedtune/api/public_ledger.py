@@ -89,18 +89,20 @@ class Ledger:
         self._opened: SiteLedger | None = None
 
     @classmethod
-    def open(cls, site_toml: str | Path) -> Ledger:
-        """Open a site's ledger for charging, and create the ledger or its key if it is missing.
+    def open(cls, site_toml: str | Path, *, create: bool = False) -> Ledger:
+        """Open a site's ledger for charging.
 
         Args:
             site_toml: the site's policy, which contains the paths of the ledger and the key.
+            create: begin a new ledger, with a new key if the site has none, if the ledger is missing.  Without it, a
+                lost ledger is an error, not a new budget.
 
         Raises:
             ValueError: the policy, the key or the ledger cannot be used.
             RunError: the ledger is damaged, was modified or rolled back, or cannot be written.
         """
         files = SiteFiles.from_site_toml(Path(site_toml))
-        opened = files.open_ledger()
+        opened = files.open_ledger(create=create)
         ledger = cls(files.ledger)
         ledger._opened = opened
         return ledger
@@ -112,7 +114,8 @@ class Ledger:
         """Create a policy, a key (mode 0600) and a ledger in a folder, and open the ledger for charging.
 
         The policy is the template of `fedtune site template` with these values.  It permits no lead to train, and its
-        accounting is tuned for queries.  For any other policy, write a site.toml and use `Ledger.open`.
+        accounting is tuned for queries.  For any other policy, write a site.toml, and use `Ledger.open` with
+        `create=True`.
 
         Args:
             folder: the folder for the three files.
@@ -140,7 +143,7 @@ class Ledger:
             bound = f"already contains {path.name}: open the ledger with fedtune.Ledger.open"
             require("folder", str(folder), not path.exists(), bound)
         write_policy(policy, site_toml)
-        return cls.open(site_toml)
+        return cls.open(site_toml, create=True)
 
     def charge(
         self,

@@ -245,7 +245,7 @@ def leave(kit: KitFolder, site: PolicyFile) -> None:
     """
     own, state = _read_own_kit(kit), _load_site_state(kit)
     files = own.find_site_files(site)
-    ledger = files.open_ledger()
+    ledger = state.open_ledger(files)
     state.left_file.touch()  # first, so that no run starts during the shutdown
     open_runs = [name for name, run in ledger.history.runs.items() if run.is_open(ledger.history.now())]
     for name in open_runs:

@@ -25,19 +25,19 @@ def require_disk_space(folder: Path, num_bytes: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
-def write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     """Replace the content of `path` atomically, with fsync.
 
     After a crash, the file contains either the old or the new bytes.
 
     An existing file retains its owner, group and mode, as far as the current account may set them. A new file that root
-    creates gets the owner of its folder.
+    creates gets the owner of its folder; `mode` is the mode of a new file, before the umask.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may write one file
     temporary.unlink(missing_ok=True)  # left behind by a killed process with this id
     # O_EXCL and O_NOFOLLOW: never write through a planted link.
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | system.NO_FOLLOW, 0o666)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | system.NO_FOLLOW, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
             copy_ownership(descriptor, path)

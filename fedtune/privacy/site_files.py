@@ -16,7 +16,7 @@ from fedtune.spec import name_file_in_errors
 
 
 class SiteFiles:
-    """The files of a site. Relative paths in the policy start at the policy's folder.
+    """The files of a site. Relative paths in the policy start at the folder of the policy's file, also if it is a link.
 
     Attributes:
         policy: the policy of the site.
@@ -27,7 +27,8 @@ class SiteFiles:
     """
 
     def __init__(self, policy: Policy, site_toml: Path) -> None:
-        folder = site_toml.parent
+        # A link to a policy has the policy's ledger, not a second one.
+        folder = (site_toml.resolve() if site_toml.is_symlink() else site_toml).parent
         self.policy, self.site_toml = policy, site_toml
         self.ledger, self.site_key = folder / policy.ledger, folder / policy.site_key
         self.anchor = resolve_anchor(folder / policy.anchor) if policy.anchor else None
@@ -67,9 +68,14 @@ class SiteFiles:
         command = () if self.policy.simulated else self.policy.key_command
         return read(self.site_key, command=command, named_in=self.site_toml)
 
-    def open_ledger(self) -> SiteLedger:
-        """Open the ledger for training, and create a missing ledger or key."""
-        return SiteLedger(self.ledger, self.policy, self.load_key(make=True), anchor=self.anchor)
+    def open_ledger(self, *, create: bool = False) -> SiteLedger:
+        """Open the ledger for training. Only with `create`, a missing ledger or key is created.
+
+        Raises:
+            ConfigError: the key is missing or cannot be read.
+            RunError: the ledger cannot be used (`SiteLedger`).
+        """
+        return SiteLedger(self.ledger, self.policy, self.load_key(make=create), anchor=self.anchor, create=create)
 
     def verify_ledger(self) -> VerifiedLedger | None:
         """Verify the ledger, and compare it with its anchor if the policy has one.

@@ -22,6 +22,7 @@ from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.site_round import PreparedRun, Site, TrainingResult
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import write_durably
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_files import SiteFiles
@@ -50,6 +51,7 @@ class SiteProcess:
     adapters: Path  # folder for final adapters
     # callback for a run that awaits approval, with its settings and the lead's version of fedtune
     awaits: Callable[[Proposal, str, str], None]
+    open_ledger: Callable[[SiteFiles], SiteLedger]  # raises RunError for a ledger that was lost or replaced
     _warm: tuple[str, SiteWork] | None = field(default=None, init=False)
     _model: LoadedModel | None = field(default=None, init=False)
     parties: Parties = field(default_factory=Parties, init=False)
@@ -159,7 +161,7 @@ class RealSite(WorkingSite):
     """A site with records of real people, opened for one request."""
 
     def __init__(self, process: SiteProcess, files: SiteFiles, machine: Machine, settings: str) -> None:
-        super().__init__(files, files.open_ledger(), process.parties, members=files.policy.trust.members)
+        super().__init__(files, process.open_ledger(files), process.parties, members=files.policy.trust.members)
         self._process, self._files, self._machine, self._settings = process, files, machine, settings
 
     @property

@@ -135,7 +135,7 @@ class VirtualSites:
 
     def ledger(self, site: str) -> SiteLedger:
         """Open the ledger of a site under its current policy."""
-        ledger = self.files(site).open_ledger()
+        ledger = self.files(site).open_ledger(create=True)
         ledger.set_server_time(time.time())  # this machine is also the server
         return ledger
 

@@ -82,7 +82,7 @@ def write_ledger(folder: Path) -> tuple[Policy, SigningKey, list[float]]:
     """A ledger of 10,000 reservations and commits; seconds of every hundredth pair."""
     key, lead = SigningKey.load_or_create(folder / "site.pem"), SigningKey.load_or_create(folder / "lead.pem")
     policy, pairs = a_policy(lead.public), []
-    ledger = SiteLedger(folder / "ledger.db", policy, key)
+    ledger = SiteLedger(folder / "ledger.db", policy, key, create=True)
     for number in range(SETTINGS):
         proposal = Proposal(
             run=f"run-{number}",

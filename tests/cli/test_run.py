@@ -261,7 +261,10 @@ def test_run_without_its_folder_can_be_ended_with_the_lead_kit(kit: Kit, ended_r
     message = run_command(*stop, "runs/trial").failed()
     assert "must be a run folder, or the full name of a run as in a site's `fedtune ledger show`" in message
     ledger = SiteLedger(
-        tmp_path / "ledger.db", make_site_policy("north"), SigningKey.load_or_create(tmp_path / "key.pem")
+        tmp_path / "ledger.db",
+        make_site_policy("north"),
+        SigningKey.load_or_create(tmp_path / "key.pem"),
+        create=True,
     )
     receipts = kit.folder / "receipts.json"
     save_receipts(receipts, {"north": ledger.sign_receipt(name)})

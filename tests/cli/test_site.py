@@ -27,6 +27,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
+from fedtune.privacy.site_files import SiteFiles
 from fedtune.show.budget_text import compute_amount
 from fedtune.sites.site_settings import read_site_settings
 from fedtune.version import find_config_folder
@@ -290,14 +291,13 @@ def test_site_start_refuses_expired_certificates_and_missing_keys(
 
 
 def test_site_start_refuses_a_missing_or_different_ledger(north: Here) -> None:
-    north.state.check_ledger(north.open().history.opening.ledger)
+    north.state.open_ledger(SiteFiles.from_site_toml(north.folder / "site.toml"))
     ledger = north.folder / "ledger.db"
     ledger.unlink()
     missing = run_command("site", "start", *north.words)
     assert missing.code == 1
-    assert missing.err.splitlines()[-1].endswith(
-        f"ledger {ledger} is missing, but this site used a ledger before: restore it"
-    )
+    bound = "training is not possible without it: restore it from a backup"
+    assert missing.err.splitlines()[-1].endswith(f"ledger {ledger} is missing; {bound}")
     assert not ledger.exists(), "no new ledger is created"
     north.open()
     different = run_command("site", "start", *north.words)

@@ -95,7 +95,7 @@ class Station:
         return None
 
     def ledger(self) -> SiteLedger:
-        return SiteLedger(self.path, self.policy, self.key)
+        return SiteLedger(self.path, self.policy, self.key, create=True)
 
     def open(self, train: Train | None = None) -> Site:
         def prepare(proposal: Proposal) -> PreparedRun:

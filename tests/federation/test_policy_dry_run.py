@@ -38,7 +38,10 @@ def ask(tmp_path: Path) -> Ask:
 @pytest.fixture
 def open_ledger(tmp_path: Path) -> Callable[[Policy], SiteLedger]:
     return lambda policy: SiteLedger(
-        tmp_path / policy.ledger, policy, SigningKey.load_or_create(tmp_path / policy.site_key)
+        tmp_path / policy.ledger,
+        policy,
+        SigningKey.load_or_create(tmp_path / policy.site_key),
+        create=True,
     )
 
 

@@ -107,7 +107,7 @@ class Federation:
         policy, folder = self.policies[name], self.folder / name
         anchor = folder / policy.anchor if policy.anchor else None
         key = SigningKey.load_or_create(folder / policy.site_key)
-        return SiteLedger(folder / policy.ledger, policy, key, anchor=anchor)
+        return SiteLedger(folder / policy.ledger, policy, key, anchor=anchor, create=True)
 
     def _site(self, context: Context, settings: str) -> Site:
         name = self._name(context)

@@ -49,7 +49,7 @@ def site(tmp_path: Path, adapter: Adapter) -> Callable[..., Site]:
 
     def make(train: Train = train_by_adding_one) -> Site:
         key = SigningKey.load_or_create(tmp_path / "site_key.pem")
-        ledger = SiteLedger(tmp_path / "ledger.db", make_site_policy("a"), key)
+        ledger = SiteLedger(tmp_path / "ledger.db", make_site_policy("a"), key, create=True)
         prepared = PreparedRun(proposal=run_proposal(), template=adapter, declared_size=100, update_dtype="float32")
         return MadeSite(ledger, prepare=lambda proposal: prepared, train=train)
 

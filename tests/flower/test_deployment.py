@@ -80,7 +80,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ledger(folder: Path) -> SiteLedger:
     """A ledger with two charged rounds, which signs both sites' receipts."""
-    new_ledger = SiteLedger(folder / "ledger.db", make_site_policy(), SigningKey.load_or_create(folder / "key.pem"))
+    new_ledger = SiteLedger(
+        folder / "ledger.db", make_site_policy(), SigningKey.load_or_create(folder / "key.pem"), create=True
+    )
     for round in (1, 2):
         new_ledger.reserve(run_proposal(), round=round, request=f"{round}")
     return new_ledger

@@ -104,7 +104,7 @@ def _read_ledger(path: Path) -> None:
     problems = []
     for read in (
         lambda: verify(path).history.count_total_charges(),
-        lambda: SiteLedger(path, seeds.make_policy(), seeds.key(2)).history.epsilon(),
+        lambda: SiteLedger(path, seeds.make_policy(), seeds.key(2), create=True).history.epsilon(),
     ):
         try:
             read()

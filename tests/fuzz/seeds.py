@@ -105,7 +105,7 @@ def make_ledger() -> bytes:
     """Make the file of a ledger with two charged rounds; its anchor is next to it as ledger.anchor."""
     path = make_folder() / "seed" / "ledger.db"
     path.parent.mkdir()
-    ledger = SiteLedger(path, make_policy(), key(2), anchor=path.with_suffix(".anchor"))
+    ledger = SiteLedger(path, make_policy(), key(2), anchor=path.with_suffix(".anchor"), create=True)
     train(ledger, request().proposal, 1, 2, reply=update().to_bytes())
     return path.read_bytes()
 

@@ -58,7 +58,7 @@ def _answer_request(data: bytes) -> None:
         raise Refused(Reason.BASE_MODEL_MISSING)
 
     signed = Signed(text=_decode_text(data), signature=seeds.key(1).sign(RoundRequest.purpose, data))
-    ledger = SiteLedger(seeds.make_folder() / "answering.db", seeds.make_policy(), seeds.key(2))
+    ledger = SiteLedger(seeds.make_folder() / "answering.db", seeds.make_policy(), seeds.key(2), create=True)
     site = MadeSite(
         ledger, prepare=refuse_settings, train=lambda request, adapter, attempt: TrainingResult(adapter=adapter)
     )

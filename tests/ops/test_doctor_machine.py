@@ -145,7 +145,7 @@ def site(tmp_path: Path, site_policy: Any) -> Path:
         (tmp_path / folder).mkdir()
     (tmp_path / "kit" / "connection_key.pem").touch(mode=0o600)
     write_policy(site_policy("north", anchor="other disk/anchor.json"), tmp_path / "site.toml")
-    SiteFiles.from_site_toml(tmp_path / "site.toml").open_ledger()
+    SiteFiles.from_site_toml(tmp_path / "site.toml").open_ledger(create=True)
     return tmp_path
 
 

@@ -29,9 +29,7 @@ def open_ledger(folder: Path, *rounds: int, **fields: Any) -> SiteLedger:
     """Open the ledger as the site's process does, after these rounds of a run."""
     files, state = SiteFiles.from_site_toml(folder / "site.toml"), SiteState.in_kit(folder / "kit")
     assert not state.left_file.exists()
-    assert files.ledger.is_file() or not state.has_served()
-    ledger = files.open_ledger()
-    state.check_ledger(ledger.history.opening.ledger)
+    ledger = state.open_ledger(files)
     train(ledger, run_proposal(**fields), *rounds)
     return ledger
 

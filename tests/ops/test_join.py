@@ -67,7 +67,7 @@ def test_exposed_or_missing_site_key_is_refused(tmp_path: Path, site_policy: Any
     with pytest.raises(ConfigError, match=r"site_key\.pem = 'mode 644': must be readable only by its owner"):
         initialize_site(site_toml, out=None)
     assert {path.name for path in tmp_path.iterdir()} == {"site.toml", "site_key.pem"}
-    SiteLedger(tmp_path / "ledger.db", read_policy(site_toml), key)
+    SiteLedger(tmp_path / "ledger.db", read_policy(site_toml), key, create=True)
     file.unlink()
     with pytest.raises(ConfigError, match="restore it from its backup"):
         initialize_site(site_toml, out=None)
@@ -80,7 +80,7 @@ def test_site_with_a_key_command_has_no_key_file(tmp_path: Path, site_policy: An
     write_policy(site_policy("north", key_command=("/bin/cat", str(key_file))), site_toml)
     kit = initialize_site(site_toml, out=None)
     assert JoinRequest.read(kit / "join_request.json").site_key == read_signing_key(site_toml).public == public
-    assert SiteFiles.from_site_toml(site_toml).open_ledger().history.opening.site_key == public
+    assert SiteFiles.from_site_toml(site_toml).open_ledger(create=True).history.opening.site_key == public
     assert SiteFiles.from_site_toml(site_toml).public_key is None, "reading a policy must not run the command"
     secret = {path.name for path in tmp_path.rglob("*") if path.is_file() and b"PRIVATE" in path.read_bytes()}
     assert secret == {"kept.pem", "connection_key.pem"}

@@ -96,7 +96,7 @@ def test_site_budget_metrics_match_the_ledger(north_folder: Path, run_proposal: 
     assert list_values(scrape_figures(metrics.collect_values), "fedtune_site_ledger_usable") == {"": 0.0}, (
         "there is no ledger yet"
     )
-    ledger, proposal = SiteFiles.from_site_toml(north_folder / "site.toml").open_ledger(), run_proposal()
+    ledger, proposal = SiteFiles.from_site_toml(north_folder / "site.toml").open_ledger(create=True), run_proposal()
     assert list_values(scrape_figures(metrics.collect_values), "fedtune_site_epsilon_spent") == {
         "charged": 0.0,
         "with_reserved": 0.0,
@@ -121,7 +121,7 @@ def test_site_budget_metrics_match_the_ledger(north_folder: Path, run_proposal: 
 def test_exhausted_ledger_reports_zero_runs_and_damaged_ledger_no_budget(north_folder: Path, run_proposal: Any) -> None:
     metrics, ledger = (
         make_site_metrics(north_folder),
-        SiteFiles.from_site_toml(north_folder / "site.toml").open_ledger(),
+        SiteFiles.from_site_toml(north_folder / "site.toml").open_ledger(create=True),
     )
     with pytest.raises(Refused) as refused:
         _ = [ledger.reserve(run_proposal(run=f"r{number}"), round=1, request="1") for number in range(100)]
@@ -195,7 +195,7 @@ def list_metrics(expression: str) -> set[str]:
 
 
 def test_alert_rules_and_dashboard_use_existing_metrics(north_folder: Path, federation: Path) -> None:
-    SiteFiles.from_site_toml(north_folder / "site.toml").open_ledger()
+    SiteFiles.from_site_toml(north_folder / "site.toml").open_ledger(create=True)
     lead = LeadMetrics(kit=Kit.read(federation / "lead", kind="lead"))
     figures = (
         make_site_metrics(north_folder).collect_values,

@@ -27,10 +27,11 @@ def open_ledger(path: Path) -> Callable[..., SiteLedger]:
     """Open the ledger as a new process would; keywords change its policy, key, path, anchor or the server's time."""
 
     def make(**changes: Any) -> SiteLedger:
-        values = {"path": path, "policy": make_policy(), "key": site_key, "anchor": None, "server": None} | changes
-        ledger = SiteLedger(values["path"], values["policy"], values["key"], anchor=values["anchor"])
-        if values["server"] is not None:
-            ledger.set_server_time(values["server"].timestamp())
+        values = {"path": path, "policy": make_policy(), "key": site_key, "create": True} | changes
+        server = values.pop("server", None)
+        ledger = SiteLedger(values.pop("path"), values.pop("policy"), values.pop("key"), **values)
+        if server is not None:
+            ledger.set_server_time(server.timestamp())
         return ledger
 
     return make

@@ -53,7 +53,7 @@ class Game:
         self.path, self.policy = path, policy
         self.clock = Clock(datetime(2030, 1, 10, tzinfo=UTC))
         self.server: datetime | None = self.clock.time
-        self.ledger = SiteLedger(path, policy, site_key)
+        self.ledger = SiteLedger(path, policy, site_key, create=True)
         self.order = self.ledger.history.order
         self.charged: list[tuple[datetime, str, DpEvent]] = []
         self.started: list[Proposal] = []
@@ -164,7 +164,7 @@ def move(game: Game, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
         lies = [game.clock.time, game.clock.time + timedelta(days=400), game.clock.time - timedelta(days=31), None]
         game.server = draw(st.sampled_from(lies))
     elif action == "reopen":
-        game.ledger = SiteLedger(game.path, game.policy, site_key)
+        game.ledger = SiteLedger(game.path, game.policy, site_key, create=True)
         game.check()
 
 

@@ -146,9 +146,9 @@ def test_single_clock_never_opens_a_period(tmp_path_factory: Any, period: Any, m
     clock, path = Clock(JANUARY), tmp_path_factory.mktemp("clocks") / "ledger.db"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(history, "datetime", clock)
-        SiteLedger(path, site, site_key)
+        SiteLedger(path, site, site_key, create=True)
         for local, server, move in moves:
-            clock.time, ledger = local, SiteLedger(path, site, site_key)
+            clock.time, ledger = local, SiteLedger(path, site, site_key, create=True)
             before = ledger.history.last_time
             ledger.set_server_time(server.timestamp() if server else float("nan"))
             if move == "confirm":

@@ -45,7 +45,7 @@ class Site:
         self.made = 0
 
     def open(self, *, anchored: bool = True) -> SiteLedger:
-        return SiteLedger(self.path, self.policy, site_key, anchor=self.anchor if anchored else None)
+        return SiteLedger(self.path, self.policy, site_key, anchor=self.anchor if anchored else None, create=True)
 
     def move(self) -> None:
         names = ["arrive", "correct", "leave", "run", "run", "run", "next", "crash", "back_up", "back_up", "restore"]

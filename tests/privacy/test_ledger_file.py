@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -23,11 +23,13 @@ from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Head, Kind
 from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.ledger.verify import verify
+from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RunError
 from fedtune.spec import describe_full_disk as what_is_full
 
-from .builders import list_kinds, make_proposal, read_refusal_reason, reserve, tamper, train
+from .builders import list_kinds, make_policy, make_proposal, read_refusal_reason, reserve, tamper, train
 
 
 class PowerCut(Exception):
@@ -35,13 +37,51 @@ class PowerCut(Exception):
 
 
 def test_rollback_journal_and_full_synchronization_are_enabled(path: Path) -> None:
-    path.parent.mkdir()
+    store.create_ledger_file(path)
     with store.open_for_writing(path) as file:
         assert file.execute("PRAGMA journal_mode").fetchone() == ("delete",)
         assert file.execute("PRAGMA synchronous").fetchone() == (3,), "synchronous must be EXTRA"
         assert file.in_transaction
         file.execute("INSERT INTO replies VALUES ('r', 'q', x'00', x'')")
         assert sorted(p.name for p in path.parent.iterdir()) == ["ledger.db", "ledger.db-journal"]
+
+
+@pytest.mark.parametrize(
+    ("lose", "message"),
+    [
+        (lambda path: path.unlink(), "is missing; training is not possible without it"),
+        (lambda path: path.write_bytes(b""), "does not have the tables of a ledger"),
+        (lambda path: (path.unlink(), store.create_ledger_file(path)), "has no events"),
+    ],
+    ids=["missing", "empty", "without events"],
+)
+def test_lost_ledger_is_not_replaced_by_a_new_one(
+    open_ledger: Any, path: Path, lose: Callable[[Path], object], message: str
+) -> None:
+    train(open_ledger(), make_proposal(), 1)
+    lose(path)
+    lost = path.read_bytes() if path.exists() else None
+    with pytest.raises(RunError, match=message):
+        open_ledger(create=False)
+    assert (path.read_bytes() if path.exists() else None) == lost
+
+
+def test_emptied_ledger_file_is_no_new_ledger(open_ledger: Any, path: Path) -> None:
+    path.parent.mkdir()
+    path.touch()
+    with pytest.raises(RunError, match="does not have the tables of a ledger"):
+        open_ledger()
+    assert path.read_bytes() == b""
+
+
+def test_link_to_a_policy_has_the_ledger_and_the_key_of_the_policy(tmp_path: Path) -> None:
+    policy = tmp_path / "real" / "site.toml"
+    write_policy(make_policy(), policy)
+    link = tmp_path / "site.toml"
+    link.symlink_to(policy)
+    files = SiteFiles.from_site_toml(link)
+    assert files.ledger == policy.parent / "ledger.db"
+    assert files.site_key.parent == policy.parent
 
 
 def test_ledger_leaves_no_extra_files_and_is_readable_only_by_owner(open_ledger: Any, path: Path) -> None:

@@ -178,6 +178,9 @@ def test_template_policy_accepts_a_typical_run(tmp_path: Path, filled_template: 
     plan |= {"noise_multiplier": reference.noise_multiplier, "num_rounds": reference.steps // 10}
     model = {"base_model": allow.base_models[0], "target_modules": allow.target_modules}
     proposal = make_proposal(dataset=template.dataset[0].id, task=allow.tasks[0], plan=plan, **model)
-    reserve(SiteLedger(tmp_path / "ledger.db", replace(waits, approval="automatic"), site_key), proposal)
+    reserve(SiteLedger(tmp_path / "ledger.db", replace(waits, approval="automatic"), site_key, create=True), proposal)
     for strict, reason in ((template, Reason.LEADS), (waits, Reason.AWAITING_APPROVAL)):
-        assert read_refusal_reason(reserve, SiteLedger(tmp_path / f"{reason}.db", strict, site_key), proposal) is reason
+        assert (
+            read_refusal_reason(reserve, SiteLedger(tmp_path / f"{reason}.db", strict, site_key, create=True), proposal)
+            is reason
+        )

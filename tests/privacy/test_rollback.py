@@ -87,10 +87,9 @@ def test_branch_other_than_the_anchored_one_raises_a_run_error(
 def test_missing_ledger_or_missing_anchor_raises_a_run_error(open_anchored: Any, path: Path, anchor: Path) -> None:
     train(open_anchored(), make_proposal(), 1)
     ledger = path.read_bytes()
-    for lose in (path.unlink, lambda: path.write_bytes(b"")):
-        lose()
-        with pytest.raises(RunError, match=r"is missing, but anchor .* covers 5 of its events"):
-            open_anchored()
+    path.unlink()
+    with pytest.raises(RunError, match=r"is missing, but anchor .* covers 5 of its events"):
+        open_anchored()
     path.write_bytes(ledger)
     anchor.unlink()
     with pytest.raises(RunError, match=r"anchor .* is missing, and ledger .* is not new"):

@@ -29,7 +29,7 @@ LATER = {"limits": {"max_rounds": 19}}
 def complete_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ledger with every kind of event and permanent note, and a head from before its last five events."""
     path = tmp_path_factory.mktemp("whole") / "ledger.db"
-    ledger = SiteLedger(path, make_policy(), site_key)
+    ledger = SiteLedger(path, make_policy(), site_key, create=True)
 
     def answer_round(proposal: Any, round: int) -> None:
         ledger.commit(reserve(ledger, proposal, round), b"reply %d" % round, fingerprint="f")
@@ -39,7 +39,7 @@ def complete_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answer_round(make_proposal(), 2)
     lost_head = ledger.head()
     path.write_bytes(backup)
-    ledger = SiteLedger(path, make_policy(**LATER), site_key)
+    ledger = SiteLedger(path, make_policy(**LATER), site_key, create=True)
     ledger.charge_gap(lost_head)
     two = make_proposal(run="2", dataset="letters", plan={"num_rounds": 3})
     answer_round(two, 1)
@@ -223,7 +223,7 @@ def test_ledger_resigned_by_another_key_is_detected(
     )
     assert read_verify_error(victim_ledger, anchor=newest_head) == "the anchor belongs to another ledger"
     with pytest.raises(RunError, match="is not signed by the site's key"):
-        SiteLedger(victim_ledger, make_policy(**LATER), site_key)
+        SiteLedger(victim_ledger, make_policy(**LATER), site_key, create=True)
 
 
 def test_event_signed_by_another_key_is_detected(complete_ledger: Path, victim_ledger: Path) -> None:
@@ -261,7 +261,7 @@ def test_anchor_without_the_signature_of_its_site_key_is_refused(newest_head: He
 
 def test_opening_a_ledger_for_training_detects_tampering(complete_ledger: Path, victim_ledger: Path) -> None:
     rows = read_rows(complete_ledger)
-    SiteLedger(victim_ledger, make_policy(**LATER), site_key)
+    SiteLedger(victim_ledger, make_policy(**LATER), site_key, create=True)
     for forged in (
         [rows[0] | {"code": "x"}, *rows[1:]],
         rehash_rows([rows[0] | {"code": "x"}, *rows[1:]]),
@@ -269,7 +269,7 @@ def test_opening_a_ledger_for_training_detects_tampering(complete_ledger: Path, 
     ):
         replace_rows(victim_ledger, forged)
         with pytest.raises(RunError, match="training is not possible with a damaged ledger"):
-            SiteLedger(victim_ledger, make_policy(**LATER), site_key)
+            SiteLedger(victim_ledger, make_policy(**LATER), site_key, create=True)
 
 
 def test_invalid_event_leaves_the_history_unchanged(open_ledger: Any, path: Path) -> None:
@@ -295,6 +295,5 @@ def test_invalid_event_leaves_the_history_unchanged(open_ledger: Any, path: Path
 def test_empty_or_missing_ledger_raises_a_run_error(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     assert read_verify_error(path) == f"ledger {path} does not exist"
-    with store.open_for_writing(path):
-        pass
+    store.create_ledger_file(path)
     assert read_verify_error(path) == f"ledger {path} is empty"

@@ -127,7 +127,7 @@ def test_ledgers_count_runs_across_parallel_renewals(make_last_run: Any) -> None
     config = read_saved_config(folder)
     plan = config.plan()
     sites = VirtualSites.create(config, folder, plan)
-    ledger, lead = sites.files("north").open_ledger(), sites.lead_key().public
+    ledger, lead = sites.files("north").open_ledger(create=True), sites.lead_key().public
     proposal = config.proposal(lead=lead, plan=plan)
     for runs, name in enumerate(("last", "branch", "another branch"), 1):
         ledger.reserve(replace(proposal, run=name), round=1, request="a request")

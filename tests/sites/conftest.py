@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -143,6 +143,7 @@ class Station:
             runs=self.folder / "runs",
             adapters=self.adapters,
             awaits=lambda proposal, settings, software: self.waits(proposal, settings),
+            open_ledger=partial(SiteFiles.open_ledger, create=True),
         )
 
     def installed(self, sha256: str) -> Path:
@@ -156,7 +157,7 @@ class Station:
         write_policy(change_values(policy, **changes, dataset=(dataset,)), self.site_toml, others=tables)
 
     def ledger(self) -> SiteLedger:
-        return SiteFiles.from_site_toml(self.site_toml).open_ledger()
+        return SiteFiles.from_site_toml(self.site_toml).open_ledger(create=True)
 
     def request(self, config: RunConfig | None = None, *, round: int = 1, **about: Any) -> RoundRequest:
         """Build the lead's request; `about` are fields of the request or of its proposal."""

@@ -97,7 +97,7 @@ def test_generated_policy_allows_exactly_its_run(config: Any, tmp_path: Path, ov
     cost, _ = find_smallest_cap(proposal.plan.full_event, delta=proposal.plan.delta)  # infinite without privacy
     assert cost <= policy.budget.max_epsilon
     assert policy.budget.max_epsilon <= cost + 0.1 or overrides == MUCH_SCORED  # its order suits the training alone
-    ledger = SiteLedger(tmp_path / "ledger.db", policy, SigningKey.load_or_create(tmp_path / "key.pem"))
+    ledger = SiteLedger(tmp_path / "ledger.db", policy, SigningKey.load_or_create(tmp_path / "key.pem"), create=True)
     for round in range(1, proposal.plan.max_rounds + 1):
         ledger.reserve(proposal, round=round, request=f"{round}")
         if math.isfinite(cost):  # also at the order that the ledger uses

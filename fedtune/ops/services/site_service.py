@@ -75,9 +75,7 @@ class SiteService:
         if self.kit.lead not in files.policy.allow.leads:
             log.warning("the policy's allow.leads does not contain the kit's lead: all its requests will be refused")
         with lock_ledger(files.ledger), _stop_on_signal() as stop:
-            if state.has_served() and not files.ledger.is_file():
-                raise RunError(f"ledger {files.ledger} is missing, but this site used a ledger before: restore it")
-            state.check_ledger(files.open_ledger().history.opening.ledger)
+            state.open_ledger(files)
             process = cache(lambda: self._create_site_process(state))
             app = SiteApp(lambda settings: process().site(settings), name=files.policy.site)
             trouble = partial(find_write_problem, files.ledger, *([files.anchor] if files.anchor else []))
@@ -135,6 +133,7 @@ class SiteService:
             runs=state.run_settings_folder,
             adapters=self.kit.folder / "adapters",
             awaits=partial(_queue_for_approval, state),
+            open_ledger=state.open_ledger,
         )
 
     def _check_files(self, state: SiteState) -> SiteFiles:

@@ -16,7 +16,9 @@ from fedtune import system
 from fedtune.codec import decode, parse_json, read_regular_file
 from fedtune.ops.files import translate_write_errors
 from fedtune.privacy.durable import write_durably
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RunError
 
 log = logging.getLogger(__name__)
@@ -105,23 +107,27 @@ class SiteState:
         """Remove a run from the approval queue."""
         self._find_pending_path(proposal).unlink(missing_ok=True)
 
-    def check_ledger(self, ledger: str) -> None:
-        """Check that the site uses the same ledger as before, and store the ledger's id for the next check.
+    def open_ledger(self, files: SiteFiles) -> SiteLedger:
+        """Open the site's ledger. Only a site that never had a ledger gets a new one, whose id is stored.
+
+        Guarantee: a ledger that is lost or replaced while the site is in use is an error, not a new budget.
 
         Raises:
-            RunError: the ledger has another id, so that it does not contain the budget that is already spent.
+            ConfigError: the key is missing or cannot be read.
+            RunError: the ledger is missing or cannot be used, or is not the one that this site used before.
         """
         path = self.folder / "ledger_id"
-        if path.exists() and read_regular_file(path).strip() != ledger.encode():  # a link's content is not quoted
+        before = read_regular_file(path).strip() if path.exists() else None
+        opened = files.open_ledger(create=before is None)
+        ledger = opened.history.opening.ledger
+        if before is None:
+            write_durably(path, f"{ledger}\n".encode())
+        elif before != ledger.encode():  # a link's content is not quoted
             raise RunError(
                 f"this site used another ledger before, but now has ledger {ledger}: restore the old ledger, or "
                 f"remove {path} if the old ledger's budget has really ended"
             )
-        write_durably(path, f"{ledger}\n".encode())
-
-    def has_served(self) -> bool:
-        """Return True if a process of this site has used a ledger before."""
-        return (self.folder / "ledger_id").exists()
+        return opened
 
     def _list_pending_files(self) -> set[Path]:
         return set((self.folder / "pending").glob("*.json"))

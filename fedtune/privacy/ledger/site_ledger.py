@@ -27,7 +27,7 @@ from fedtune.privacy.ledger import run_acceptance
 from fedtune.privacy.ledger.chain import Arrivals, Doubt, Head, Kind, RestoreNote, iter_charges, list_charge_rows
 from fedtune.privacy.ledger.history import AcceptedRun, History
 from fedtune.privacy.ledger.register import LedgerHeader
-from fedtune.privacy.ledger.store import EventStore
+from fedtune.privacy.ledger.store import EventStore, create_ledger_file
 from fedtune.privacy.policy_file import build_never_accepted_mark
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refused
@@ -67,21 +67,29 @@ class SiteLedger:
     """The ledger of a site, opened for training.
 
     Args:
-        path: the SQLite file; created if it is missing.
+        path: the SQLite file.
         policy: the site's policy. A changed policy is recorded; unit, delta, population and filter order cannot change.
         key: the site's signing key, which must be the key that created the ledger.
         anchor: file for the newest signed head, preferably on another disk; None: no anchor.
+        create: begin a new ledger if the file is missing. Without it, a lost ledger is an error, not a new budget.
 
     Raises:
         ConfigError: the ledger has the format of another version.
-        RunError: the file is damaged, was changed or rolled back, or is not writable. Training is impossible then.
+        RunError: the file is missing, damaged, was changed or rolled back, or is not writable. Training is impossible
+            then.
     """
 
-    def __init__(self, path: Path, policy: Policy, key: SigningKey, *, anchor: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, policy: Policy, key: SigningKey, *, anchor: Path | None = None, create: bool = False
+    ) -> None:
         self.policy = policy
         self._key, self._store = key, EventStore(path, key, anchor)
+        if create:
+            create_ledger_file(path)
         with self._store.transaction():
             if not self.history.length:
+                if not create:
+                    raise RunError(f"ledger {path} has no events; training is not possible without a ledger")
                 opened = LedgerHeader.from_policy(policy, ledger=secrets.token_hex(16), site_key=key.public)
                 self._store.append_note("opened", **opened.to_json())
                 if opened.arrivals:

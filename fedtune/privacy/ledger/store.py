@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -61,20 +61,49 @@ BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END""",
 )
 
 
+def create_ledger_file(path: Path) -> None:
+    """Create a ledger without events at `path`, completely or not at all; an existing file is left unchanged.
+
+    Raises:
+        RunError: the file cannot be created.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lock_folder(path.parent):
+            if not os.path.lexists(path):
+                write_durably(path, _build_empty_ledger(), mode=0o600)
+    except (ConfigError, OSError) as error:
+        raise RunError(
+            f"ledger {path} cannot be created ({error}); training is not possible without a ledger"
+        ) from error
+
+
+def _build_empty_ledger() -> bytes:
+    with closing(sqlite3.connect(":memory:")) as file:
+        file.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        file.execute(f"PRAGMA user_version = {LEDGER_SCHEMA}")
+        for statement in SCHEMA:
+            file.execute(statement)
+        return file.serialize()
+
+
 @contextmanager
 def open_for_writing(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open an exclusive transaction on the ledger at `path`, and create a missing file.
+    """Open an exclusive transaction on the existing ledger at `path`.
 
     The transaction is durable when the block ends, and is rolled back if the block raises.
+
+    Guarantee: a missing or empty file is never replaced by a new ledger, which would lack the epsilon that was spent.
 
     Raises:
         ConfigError: the ledger has the format of another version.
         RunError: the file cannot be opened, locked or written, or is not a ledger.
     """
+    if not path.exists():
+        raise RunError(f"ledger {path} is missing; training is not possible without it: restore it from a backup")
     try:
-        if not path.exists():
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
-        file = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None)
+        address = f"{path.resolve().as_uri()}?mode=rw"
+        file = sqlite3.connect(address, uri=True, timeout=LOCK_TIMEOUT_S, isolation_level=None)
     except (sqlite3.Error, OSError) as error:
         raise RunError(
             f"ledger {path} cannot be opened ({error}); training is not possible without a ledger"
@@ -85,11 +114,6 @@ def open_for_writing(path: Path) -> Iterator[sqlite3.Connection]:
         file.execute("PRAGMA journal_mode = DELETE")
         file.execute("PRAGMA synchronous = EXTRA")
         file.execute("BEGIN IMMEDIATE")
-        if file.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-            file.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            file.execute(f"PRAGMA user_version = {LEDGER_SCHEMA}")
-            for statement in SCHEMA:
-                file.execute(statement)
         _check_tables(file, path)
         yield file
         file.execute("COMMIT")
@@ -208,7 +232,7 @@ class EventStore:
     """Transactional access to the events of one ledger file.
 
     Args:
-        path: the SQLite file; created if it is missing.
+        path: the existing SQLite file.
         key: the site's key, which signs each event.
         anchor: file for the newest signed head, outside the ledger; None: no anchor.
 
@@ -222,12 +246,6 @@ class EventStore:
         self.server_time: datetime | None = None
         self._key, self._anchor = key, anchor and resolve_anchor(anchor)
         self._open_file: sqlite3.Connection | None = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(
-                f"ledger {path} cannot be created ({error.strerror}); training is not possible without a ledger"
-            ) from error
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
