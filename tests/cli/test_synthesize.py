@@ -86,7 +86,7 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the tiny model's invalid bytes by texts; of five, one is truncated and one is broken."""
 
     def draw_texts(
-        self: SavedModel, prompts: Any, spec: Any, *, first: int, against: Any, starts: Any
+        self: SavedModel, prompts: Any, spec: Any, *, first: int, against: Any, begun: Any
     ) -> Iterator[tuple[int, str | None]]:
         assert all(len(prompt) for prompt in prompts)
         codes = {prompt.tobytes() for prompt in prompts}
@@ -95,7 +95,7 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> None:
         for index in range(len(prompts)):
             number = first + index
             defects = {3: None, 4: "\N{REPLACEMENT CHARACTER}"}
-            start = self.tokenizer.decode(starts[index]) if starts else ""
+            start = self.tokenizer.decode(begun[index]) if begun else ""
             yield index, defects.get(number % 5, f"{start}seed {spec.seed} number {number}")
 
     monkeypatch.setattr(SavedModel, "sample_texts", draw_texts)
