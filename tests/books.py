@@ -52,11 +52,11 @@ class Books:
     def open(self) -> SiteLedger:
         return SiteFiles.from_site_toml(self.site_toml).open_ledger(create=True)
 
-    def edit(self, *, adopt: bool = False, **changes: Any) -> None:
-        """Change the policy file as its owner would (tables as dicts); `record_change`: also in its ledger."""
+    def edit(self, *, recorded: bool = False, **changes: Any) -> None:
+        """Change the policy file as its owner would (tables as dicts); `recorded`: also in its ledger."""
         others = {key: value for key, value in read_toml(self.site_toml, key="").items() if key in OTHER_TABLES}
         write_policy(builders.change_values(read_policy(self.site_toml), **changes), self.site_toml, others=others)
-        if adopt:
+        if recorded:
             self.open()
 
     def charge(self, proposal: Proposal, *rounds: int, committed: bool = True) -> None:

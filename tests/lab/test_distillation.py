@@ -93,9 +93,9 @@ def compute_teacher_logits(run: Path) -> torch.Tensor:
         return model.logits(collate(rows, range(len(rows)), pad_id=tokenizer.pad_token_id))
 
 
-def measure_difference(distilled: torch.Tensor, reference: torch.Tensor) -> float:
+def measure_difference(actual: torch.Tensor, reference: torch.Tensor) -> float:
     """Return the mean squared difference, relative to the variance over the texts."""
-    return float((distilled - reference).square().mean() / reference.var(dim=0).mean())
+    return float((actual - reference).square().mean() / reference.var(dim=0).mean())
 
 
 @pytest.mark.nightly

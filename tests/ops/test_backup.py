@@ -173,7 +173,7 @@ def test_restored_policy_reports_denied_runs_and_the_lifetime_cap(north_site: He
     assert "then at most 2.5" in spent, "the ledger must remember that the cap was lower"
     assert "site.toml is not the policy" not in restore().out, "the policy must now match"
     # If only the policy is lost, its ledger has it.
-    north_site.edit(record_change=True, budget={"max_epsilon": 1.5})
+    north_site.edit(recorded=True, budget={"max_epsilon": 1.5})
     site_toml.unlink()
     output = restore().out
     assert "is intact and was not replaced" in output

@@ -54,9 +54,9 @@ def make_loop(connection: Any, folder: Path, stop: Any, *, ends: datetime | None
     return _Loop(connection, bell, app, SiteState.in_kit(folder), health, stop, until=lambda: ends)
 
 
-def run_loop(fleet: Any, folder: Path, *, deadline: str, ends: datetime | None = None) -> Told:
+def run_loop(fleet: Any, folder: Path, *, final_state: str, ends: datetime | None = None) -> Told:
     """Run a site with this connection until it reaches a state."""
-    health = Told(stop := threading.Event(), deadline)
+    health = Told(stop := threading.Event(), final_state)
     make_loop(fleet, folder, stop, health=health, ends=ends).run()
     return health
 
@@ -64,13 +64,13 @@ def run_loop(fleet: Any, folder: Path, *, deadline: str, ends: datetime | None =
 def test_unreachable_server_makes_the_site_disconnected(tmp_path: Path, caplog: Any) -> None:
     """The ways to be unreachable: tests/flower/test_bounded_http.py."""
     fleet = SimpleNamespace(activate=lambda: None, receive=Mock(side_effect=Unreachable("no connection to the server")))
-    assert run_loop(fleet, tmp_path, deadline="disconnected").states == ["connected", "disconnected"]
+    assert run_loop(fleet, tmp_path, final_state="disconnected").states == ["connected", "disconnected"]
     assert "no contact: no connection to the server" in caplog.text
 
 
 def test_site_with_an_expired_certificate_reports_it(tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
     expired = datetime.now(UTC) - timedelta(minutes=1)
-    assert run_loop(None, tmp_path, deadline="expired", ends=expired).states == ["expired"]
+    assert run_loop(None, tmp_path, final_state="expired", ends=expired).states == ["expired"]
     assert f"this site's certificate expired at {expired:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit" in caplog.text
     assert "trying again" not in caplog.text
     caplog.clear()

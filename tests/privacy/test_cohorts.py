@@ -385,20 +385,20 @@ def test_second_restore_remembers_that_rows_were_lost(backups: Backups) -> None:
     assert charge_round(second_run, ask("three", "2026", "2026"), {"ben": 2026}) == set()
 
 
-def restore_beside_lost_ledger(backups: Backups, *, lost_person: str, reopened: str) -> tuple[SiteLedger, Head]:
+def restore_beside_lost_ledger(backups: Backups, *, lost_person: str, restored_person: str) -> tuple[SiteLedger, Head]:
     """Restore a ledger from its backup next to the head of a lost branch; each has admitted somebody since."""
     opened = backups.open()
     charge_round(opened, ask("lost", "2025", "2025"), {lost_person: 2025})
     lost_head = opened.head()
     restored = backups.put_back()
-    charge_round(restored, ask("here", "2026", "2026"), {reopened: 2026})
+    charge_round(restored, ask("here", "2026", "2026"), {restored_person: 2026})
     backups.back_up()
     return restored, lost_head
 
 
 def test_doubts_of_a_lost_ledger_survive_a_second_restore(backups: Backups) -> None:
     """Entries after an event are in doubt; the newer backup contains that event, too."""
-    restored, lost_head = restore_beside_lost_ledger(backups, lost_person="ben", reopened="ben")
+    restored, lost_head = restore_beside_lost_ledger(backups, lost_person="ben", restored_person="ben")
     restored.charge_gap(lost_head)
     second_run = backups.put_back(anchor=restored.head())
     assert charge_round(second_run, ask("three", "2026", "2026"), {"ben": 2026}) == set()
@@ -406,7 +406,7 @@ def test_doubts_of_a_lost_ledger_survive_a_second_restore(backups: Backups) -> N
 
 def test_local_doubts_cover_charges_of_another_branch(backups: Backups) -> None:
     """A register entry in doubt here counts for the oldest cohort even if another branch never doubted it."""
-    restored, lost_head = restore_beside_lost_ledger(backups, lost_person="ann", reopened="ben")
+    restored, lost_head = restore_beside_lost_ledger(backups, lost_person="ann", restored_person="ben")
     doubting = backups.path.with_name("doubting.db")
     restored.charge_gap(lost_head)
     shutil.copy(backups.path, doubting)

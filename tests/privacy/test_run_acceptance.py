@@ -88,10 +88,10 @@ def test_remaining_budget_matches_accepted_runs(open_ledger: Any) -> None:
 def test_max_rounds_is_the_largest_accepted_number(fits: int) -> None:
     tried, proposal = list[int](), make_proposal(plan={"num_rounds": 20, "spare_rounds": 2})
 
-    def accepts(proposal_tried: Proposal) -> bool:
-        rounds = proposal_tried.plan.num_rounds
+    def accepts(candidate: Proposal) -> bool:
+        rounds = candidate.plan.num_rounds
         tried.append(rounds)
-        assert proposal_tried == replace(proposal, plan=replace(proposal.plan, num_rounds=rounds))
+        assert candidate == replace(proposal, plan=replace(proposal.plan, num_rounds=rounds))
         return rounds <= fits
 
     assert run_acceptance.find_max_rounds(proposal, accepts) == min(fits, 20)

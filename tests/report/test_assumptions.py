@@ -25,8 +25,8 @@ from .shown import find_assumption, read_status
 REPOSITORY = Path(__file__).parents[2]
 
 
-def list_statuses(statuses: Iterable[Assumption]) -> dict[str, str]:
-    return {assumption.code: assumption.status for assumption in statuses}
+def list_statuses(assumptions: Iterable[Assumption]) -> dict[str, str]:
+    return {assumption.code: assumption.status for assumption in assumptions}
 
 
 def list_assumptions(folder: Path, record: RunRecord, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
@@ -65,9 +65,9 @@ def test_assumption_statuses_have_one_meaning_in_both_reports(run_folder: Path) 
                 assert "tests/" not in evidence, "a test of the program is no check of this report"
 
 
-def read_clipping(statuses: tuple[Assumption, ...]) -> tuple[str, str]:
+def read_clipping(assumptions: tuple[Assumption, ...]) -> tuple[str, str]:
     """Code and status of what is said about clipping."""
-    (item,) = (item for item in statuses if item.code in ("clipping_exact", "clipping_but_for_rounding"))
+    (item,) = (item for item in assumptions if item.code in ("clipping_exact", "clipping_but_for_rounding"))
     return item.code, item.status
 
 
@@ -89,7 +89,7 @@ def test_clipping_is_assumed_for_a_ledger_with_inexact_gradients(books: Any) -> 
         "clipping_but_for_rounding",
         "assumed",
     )
-    site_books.edit(record_change=True, allow={"inexact_gradients": False})
+    site_books.edit(recorded=True, allow={"inexact_gradients": False})
     assert read_clipping(from_ledger.build_ledger_report(site_books.ledger).assumptions) == (
         "clipping_but_for_rounding",
         "assumed",

@@ -192,7 +192,7 @@ def test_report_uses_the_period_of_the_current_policy(charged_ledger: Books) -> 
     assert report.verdict.reasons == ("above_period_cap",)
     assert (report.facts.approved.period, report.sites[0].lifetime.period) == ("month", "month")
     # And loosens nothing noted.
-    charged_ledger.edit(record_change=True, budget={"period": "year"})
+    charged_ledger.edit(recorded=True, budget={"period": "year"})
     charged_ledger.edit(budget={"period": "month", "max_epsilon_per_period": 39.0})
     report = from_ledger.build_ledger_report(charged_ledger.site_toml)
     assert report.verdict.reasons == ("above_period_cap",)
@@ -227,10 +227,10 @@ def test_verdict_follows_the_caps_before_and_after_spending(
     opened: Any, before: Any, after: Any, verdict: Any, books: Any
 ) -> None:
     site_books = books(budget=opened)
-    site_books.edit(record_change=True, budget=before)
+    site_books.edit(recorded=True, budget=before)
     site_books.charge(run_proposal(), 1, 2)
     site_books.charge(run_proposal(run="s", noise_multiplier=6.0), 1)
-    site_books.edit(record_change=True, budget=after)
+    site_books.edit(recorded=True, budget=after)
     report = require_sound(from_ledger.build_ledger_report(site_books.ledger))
     (site,) = report.sites
     assert (report.verdict.state, report.verdict.reasons) == verdict

@@ -108,7 +108,7 @@ def test_site_reports_are_read_from_the_run_folder(folder: Path) -> None:
 
 
 def test_site_above_its_own_cap_determines_the_run_verdict(folder: Path) -> None:
-    Books(folder / "sites" / "site-1").edit(record_change=True, budget={"max_epsilon": 0.36})
+    Books(folder / "sites" / "site-1").edit(recorded=True, budget={"max_epsilon": 0.36})
     report = require_sound(join_reports(folder, write_signed_report(folder)))
     assert (report.verdict.state, report.verdict.reasons) == ("exceeded", ("above_lifetime_cap",))
     assert [site.verdict.state for site in report.sites] == ["exceeded", "within"]

@@ -328,9 +328,9 @@ def test_concurrent_runs_with_different_partitions_are_refused(config: Any, tmp_
     ]
     barrier = threading.Barrier(2)
 
-    def deal(fingerprint: VirtualSites) -> None:
+    def deal(site: VirtualSites) -> None:
         barrier.wait()
-        fingerprint.check_partition()
+        site.check_partition()
 
     with ThreadPoolExecutor(2) as pool:
         errors = [future.exception() for future in [pool.submit(deal, fingerprint) for fingerprint in sites]]

@@ -124,8 +124,8 @@ class Spy(LocalAlgorithm):
 def test_algorithm_receives_gradients_only_after_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     sums: list[tuple[Any, Any]] = []
 
-    def record_noise(given: Any, **common: Any) -> Any:
-        sums.append((given, noisy := add_gaussian_noise(given, **common)))
+    def record_noise(given: Any, **kwargs: Any) -> Any:
+        sums.append((given, noisy := add_gaussian_noise(given, **kwargs)))
         return noisy
 
     monkeypatch.setattr(dp_step, "add_gaussian_noise", record_noise)

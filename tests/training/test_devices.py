@@ -86,8 +86,8 @@ def rooms() -> Iterator[dict[str, Room]]:
     """Rooms with two and three devices, shared by the tests."""
     setups = {kind: start_devices(KINDS[kind], count) for kind, count in (("cached states", 3), ("a reference", 2))}
     yield setups
-    for crew_room in setups.values():
-        crew_room.devices._workers.end()
+    for setup in setups.values():
+        setup.devices._workers.end()
 
 
 @pytest.fixture(params=KINDS)
@@ -110,21 +110,21 @@ def make_units(spec: TaskModelSpec, count: int, unit: str = "record", *, seed: i
 
 
 def run_round(
-    crew_room: Room, units: Any, *, number: int = 1, start: Adapter | None = None, rank: int | None = None
+    setup: Room, units: Any, *, number: int = 1, start: Adapter | None = None, rank: int | None = None
 ) -> Adapter:
     planned = replace(make_work().plan, unit=units.unit, local_steps=3)
-    if crew_room.model.has_frozen_prefix:
-        units.cache_frozen_states(crew_room.model)
-    units.cache_reference(crew_room.model)
+    if setup.model.has_frozen_prefix:
+        units.cache_frozen_states(setup.model)
+    units.cache_reference(setup.model)
     work = make_work(round=number, plan=planned, declared_size=30, rank=rank)
-    return release_round(crew_room.model, units, work, adapter=start or FIRST[crew_room.model.spec])
+    return release_round(setup.model, units, work, adapter=start or FIRST[setup.model.spec])
 
 
 FIRST = {spec: Adapter.from_task_model(build_task_model(spec)) for spec in KINDS.values()}
 
 
-def divide_units(crew_room: Room, count: int = 41, unit: str = "record") -> DividedUnits:
-    return crew_room.devices.divide_units(make_units(crew_room.model.spec, count, unit), max_grad_norm=MAX_GRAD_NORM)
+def divide_units(setup: Room, count: int = 41, unit: str = "record") -> DividedUnits:
+    return setup.devices.divide_units(make_units(setup.model.spec, count, unit), max_grad_norm=MAX_GRAD_NORM)
 
 
 def has_ended(pid: int, *, within_s: float = 20.0) -> bool:

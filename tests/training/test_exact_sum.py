@@ -71,8 +71,8 @@ def sum_gradients(gradients: dict[str, torch.Tensor], clip: float) -> Cells:
     return sums
 
 
-def are_equal(left: Cells, compute_norms: Cells) -> bool:
-    return left.keys() == compute_norms.keys() and all(torch.equal(left[name], compute_norms[name]) for name in left)
+def are_equal(left: Cells, right: Cells) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.mark.parametrize("clip", CLIPS)

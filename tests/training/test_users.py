@@ -45,11 +45,11 @@ def compute_norm(gradient: Gradients) -> float:
 
 
 # The definition in numpy: for each sampled user, the mean over its sampled records, clipped.
-def define_sum(record_gradients_all: Sequence[Gradients], users: Sequence[Sequence[int]], *, clip: float) -> Gradients:
+def define_sum(gradients: Sequence[Gradients], users: Sequence[Sequence[int]], *, clip: float) -> Gradients:
     """Compute the sum before noise from all record gradients and the sampled records of each participating user."""
-    total = {name: np.zeros_like(value) for name, value in record_gradients_all[0].items()}
+    total = {name: np.zeros_like(value) for name, value in gradients[0].items()}
     for records in users:
-        mean = {name: sum(record_gradients_all[record][name] for record in records) / len(records) for name in total}
+        mean = {name: sum(gradients[record][name] for record in records) / len(records) for name in total}
         factor = min(1.0, clip / compute_norm(mean)) if compute_norm(mean) else 1.0
         for name in total:
             total[name] += factor * mean[name]
