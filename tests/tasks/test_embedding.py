@@ -203,7 +203,7 @@ def simulate_pairs(folder: Path, layout: str, *overrides: str) -> list[str]:
 
 
 @pytest.mark.nightly
-@pytest.mark.by_day("listed-more3")
+@pytest.mark.by_day("listed-extra3")
 @pytest.mark.parametrize(
     ("layout", "extra"),
     [
