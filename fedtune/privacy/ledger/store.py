@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from fedtune.privacy.ledger.chain import (
 )
 from fedtune.privacy.ledger.history import History
 from fedtune.spec import LEDGER_SCHEMA, ConfigError, RunError
+from fedtune.system import fsync_folder
 from fedtune.version import __version__
 
 LOCK_TIMEOUT_S = 60.0
@@ -67,12 +68,16 @@ def create_ledger_file(path: Path) -> None:
     Raises:
         RunError: the file cannot be created.
     """
+    if os.path.lexists(path):
+        return
+    building = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with lock_folder(path.parent):
-            if not os.path.lexists(path):
-                write_durably(path, _build_empty_ledger(), mode=0o600)
-    except (ConfigError, OSError) as error:
+        write_durably(building, _build_empty_ledger(), mode=0o600)
+        with suppress(FileExistsError):  # a link never replaces a ledger that another process has created meanwhile
+            os.link(building, path)
+        building.unlink()
+        fsync_folder(path.parent)
+    except OSError as error:
         raise RunError(
             f"ledger {path} cannot be created ({error}); training is not possible without a ledger"
         ) from error
