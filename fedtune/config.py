@@ -488,7 +488,7 @@ def parse(settings: Mapping[str, Any], *, for_real_sites: bool = False) -> RunCo
         config = _ADAPTER.validate_python(_convert_labels_to_text(expand_home_paths(settings)))
     except ValidationError as error:
         raise convert_first_error(error) from None
-    reject_booleans(settings, config.to_json())
+    _reject_booleans(settings, config.to_json())
     # Real sites compute on other machines, and a seeded run must be reproducible on any machine.
     if for_real_sites or config.runtime.kind != "simulation" or config.runtime.seeded_noise:
         config = config.with_number_format("float32")
@@ -545,13 +545,13 @@ def _check_secure(config: RunConfig) -> None:
             raise ConfigError(key, value, f"must be {shown} with federation.aggregation = secure: {why}")
 
 
-def reject_booleans(value: Any, validated: Any, key: str = "") -> None:
+def _reject_booleans(value: Any, validated: Any, key: str = "") -> None:
     """Reject booleans for numeric settings, which pydantic would convert to 1 and 0."""
     if isinstance(value, bool) and not isinstance(validated, bool):
         raise ConfigError(key, value, "must be a number")
     parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
     for name, item in parts:
-        reject_booleans(item, validated[name], f"{key}.{name}".lstrip("."))
+        _reject_booleans(item, validated[name], f"{key}.{name}".lstrip("."))
 
 
 def convert_first_error(error: ValidationError) -> ConfigError:

@@ -275,8 +275,8 @@ def test_read_only_ledger_stops_training_but_still_issues_receipts(
     connect = sqlite3.connect
 
     def read_only(path: Any, **settings: Any) -> sqlite3.Connection:
-        if path == fed.find_ledger_path("site-2"):
-            return connect(f"{path.as_uri()}?mode=ro", uri=True, **settings)
+        if path == f"{fed.find_ledger_path('site-2').resolve().as_uri()}?mode=rw":
+            path = path.replace("mode=rw", "mode=ro")
         return connect(path, **settings)
 
     monkeypatch.setattr(store.sqlite3, "connect", read_only)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 from fedtune.api.compose import parse_override_key, parse_override_value
 from fedtune.codec import require
-from fedtune.config import RunConfig, convert_first_error, reject_booleans
+from fedtune.config import RunConfig, convert_first_error
 from fedtune.report.attacks import check_confidence
 from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
 
@@ -56,12 +56,12 @@ class AuditSpec:
         if other := [key for key in given if key not in known]:
             bound = f"is not an audit setting ({', '.join(known)})"
             raise ConfigError(f"audit.{other[0]}", given[other[0]], bound)
+        for key, value in given.items():  # no setting is a boolean, which pydantic would convert to 1 or 0
+            require(f"audit.{key}", value, not isinstance(value, bool), "must be a number")
         try:
-            spec = TypeAdapter(cls).validate_python(dict(given))
+            return TypeAdapter(cls).validate_python(dict(given))
         except ValidationError as error:
             raise convert_first_error(error).under("audit") from None
-        reject_booleans(given, asdict(spec), "audit")
-        return spec
 
     def __post_init__(self) -> None:
         check_at_least("tries", self.tries, 1)
