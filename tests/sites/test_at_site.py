@@ -12,6 +12,7 @@ from fedtune.config import RunConfig
 from fedtune.lab.preparation.check_data import check
 from fedtune.model.base_model import hash_model
 from fedtune.model.spec import ModelSpec
+from fedtune.ops.services.site_state import SiteState
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Reason, Refused
@@ -19,7 +20,7 @@ from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.sites.shared_model import LoadedModel
 from fedtune.sites.shared_settings import derive_settings_for_own_site, localize_settings, select_settings_for_sites
 from fedtune.sites.virtual_site import generate_policy
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, RunError
 from fedtune.tasks.inputs import NoTokenizer
 from fedtune.training.spec import Machine
 
@@ -191,13 +192,27 @@ def test_table_is_trained_with_the_column_names_of_the_site(site: Any) -> None:
 def test_data_check_reads_the_file_as_training_does(site: Any) -> None:
     write(site, [*GOOD, ("old", "a", LABELS[0])])
     config = derive_settings_for_own_site(site.config, read_policy(site.site_toml), folder=site.folder)
-    (file,) = check(config, NoTokenizer(), within=1).files
+    (file,) = check(config, NoTokenizer()).files
     assert (file.rows, file.uses, sum(file.num_errors.values())) == (41, {"train": 40}, 1)
     sent = select_settings_for_sites(site.config)
     trained = localize_settings(
         sent, read_policy(site.site_toml), Machine(), folder=site.folder, installed=lambda sha256: site.folder
     )
     assert replace(config.data, declared_sizes=trained.data.declared_sizes) == trained.data
+
+
+def test_lost_ledger_is_noticed_at_the_next_request(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(site, GOOD)
+    site.update()
+    state = SiteState.in_kit(site.folder)
+    monkeypatch.setattr(site.real, "open_ledger", state.open_ledger)
+    site.real.site("{}")
+    (site.folder / "ledger.db").unlink()
+    with pytest.raises(RunError, match="is missing; training is not possible without it"):
+        site.real.site("{}")
+    site.ledger()  # another ledger in its place
+    with pytest.raises(RunError, match="this site used another ledger before"):
+        site.real.site("{}")
 
 
 def test_unusable_rows_do_not_change_the_update(site: Any) -> None:
