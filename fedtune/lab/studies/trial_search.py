@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import product, repeat
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -106,16 +106,19 @@ class Search:
         check_decision_scores(asked)
         search = cls(fixed=tuple(fixed), asked=asked, searched=searched, method=method, trials=trials)
         search._check_name()
-        if trials is None:
-            tried = list_combinations(searched)
-        elif method == "tpe":  # it chooses values later, so extreme values stand for them
+        if method == "tpe" and trials is not None:
             tried = combine_extreme_values(searched)
+            shapes = tuple(search.trial("shape", values) for values in tried)
+            search._check_compatible(shapes)
+            return replace(search, shapes=shapes, plans=(_find_common_plan(tried, shapes),) * trials)
+        if trials is None:
+            listed = list_combinations(searched)
         else:
-            tried = draw_random_trials(searched, seed=str(asked.seed), number=trials)
-        search = replace(search, listed=() if method == "tpe" else tuple(tried))
-        shapes = tuple(map(search.trial, repeat("shape") if method == "tpe" else search.names, tried))
-        plans = search._check_compatible(tried, shapes)
-        return replace(search, shapes=shapes, plans=plans * search.number if method == "tpe" else plans)
+            listed = draw_random_trials(searched, seed=str(asked.seed), number=trials)
+        search = replace(search, listed=tuple(listed))
+        shapes = tuple(search.trial(name, values) for name, values in zip(search.names, listed, strict=True))
+        search._check_compatible(shapes)
+        return replace(search, shapes=shapes, plans=tuple(shape.plan() for shape in shapes))
 
     @property
     def number(self) -> int:
@@ -214,15 +217,7 @@ class Search:
         kept = {"method": self.method, "trials": self.trials, "searched": [*map(asdict, self.searched)]}
         return dict(json.loads(json.dumps(kept))) | {"settings": self.asked.digest()}
 
-    def _check_compatible(self, tried: Sequence[Values], shapes: Sequence[RunConfig]) -> tuple[Plan, ...]:
-        """Check that trials with these values can share ledgers and be compared.
-
-        Returns:
-            The plans of the trials; for TPE, their common plan.
-
-        Raises:
-            ConfigError: a setting that must be fixed differs between trials.
-        """
+    def _check_compatible(self, shapes: Sequence[RunConfig]) -> None:
         from fedtune.sites.virtual_site import select_partition_settings  # torch takes seconds to import
 
         active = [{"federation.participants": list(one.federation.active)} for one in shapes]
@@ -241,15 +236,6 @@ class Search:
         if len(set(map(build_comparability_key, shapes))) > 1:
             bound = "must not change the task or the validation records, which makes scores incomparable"
             raise ConfigError("KEY=VALUE", ", ".join(one.key for one in self.searched), bound)
-        plans = tuple(shape.plan() for shape in shapes)
-        if self.method != "tpe":
-            return plans
-        for values, plan in zip(tried, plans, strict=True):
-            if plan != plans[0]:
-                key = ", ".join(key for key, value in values.items() if value != tried[0][key])
-                bound = "determines a trial's cost, which --method tpe must know first: use random or grid"
-                raise ConfigError(key, NOT_GIVEN, bound)
-        return plans[:1]
 
     def _create_sites(self, config: RunConfig) -> VirtualSites:
         from fedtune.sites.virtual_site import VirtualSites
@@ -295,6 +281,21 @@ def check_trials(trials: int) -> None:
     """Raise a ConfigError for an invalid number of trials."""
     check_at_least("--trials", trials, 1)
     check_at_most("--trials", trials, MAX_TRIALS)
+
+
+def _find_common_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> Plan:
+    """Return the common plan of all trials of a TPE search, which chooses values later.
+
+    Raises:
+        ConfigError: a setting in the search space changes the privacy cost of a trial.
+    """
+    plan = shapes[0].plan()
+    for values, shape in zip(tried, shapes, strict=True):
+        if shape.plan() != plan:
+            key = ", ".join(key for key, value in values.items() if value != tried[0][key])
+            bound = "determines a trial's cost, which --method tpe must know first: use random or grid"
+            raise ConfigError(key, NOT_GIVEN, bound)
+    return plan
 
 
 def build_cost_section(price: SearchCost, *, seeded_noise: bool) -> Section:
