@@ -68,18 +68,19 @@ def read_json(path: Path) -> Json:
     """An object of a file; a pipe would be waited for."""
     require(path.is_file(), f"{path} is not a file")
 
-    def checked(pairs: list[tuple[str, Any]]) -> Json:  # whoever repeats a key changes no signed byte
-        require(len(dict(pairs)) == len(pairs), f"{path} repeats a key")
+    def check_object(pairs: list[tuple[str, Any]]) -> Json:
+        require(len(dict(pairs)) == len(pairs), f"{path} repeats a key")  # the signed bytes would not show it
         counts = {key: one for key, one in pairs if key in COUNTS and not isinstance(one, list)}
         odd = [f"{key} {one}" for key, one in counts.items() if type(one) is not int or one < 0]
-        require(not odd, f"{path} has counts that are none: {odd}")
+        require(not odd, f"{path} has invalid counts: {odd}")
         return dict(pairs)
 
-    found = json.loads(path.read_bytes(), object_pairs_hook=checked)
+    data = path.read_bytes()
+    found = json.loads(data, object_pairs_hook=check_object)
     require(isinstance(found, dict), f"{path} is not an object")
     if "verdict" in found:  # a report
         text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        require(path.read_bytes() == text.encode(), f"{path} is not written as fedtune writes a report")
+        require(data == text.encode(), f"{path} is not written as fedtune writes a report")
     return dict(found)
 
 
@@ -447,7 +448,7 @@ def check_ledger(report: Json, keys: dict[str, str] | None, signer: str) -> tupl
 
 
 def check_charges(facts: Json) -> None:
-    """Refuse a ledger that contradicts itself: a run twice or without its charges, or charges that are of nothing."""
+    """Refuse contradictory facts of a ledger: a run listed twice or without its charges, or charges without a run."""
     plans, charges, delta = {run["run"]: run["plan"] for run in facts["runs"]}, facts["charges"], facts["delta"]
     require("" not in plans and len(plans) == len(facts["runs"]), "it lists a run twice")
     require(0 < delta < 1, f"its delta is {delta}")
@@ -458,7 +459,7 @@ def check_charges(facts: Json) -> None:
         require((plan["unit"], plan["delta"]) == (facts["unit"], delta), f"{name} has another unit or delta")
     for one in charges:
         of_run = one["run"] in plans and one["rounds"] > 0 and not one["lost"]
-        require(of_run == (one["entry"] is None), "a charge is neither of a run nor of lost rounds")
+        require(of_run == (one["entry"] is None), "a charge belongs neither to a run nor to lost rounds")
     days = [one["day"][:10] for one in (*charges, {"day": facts["date"]})]
     require(days == sorted(days), "its charges are not in order, or later than the report")
 

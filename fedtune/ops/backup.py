@@ -342,9 +342,8 @@ def back_up_federation(target: Path, *, federation: Path) -> None:
     """
     with FederationFolder.open_locked(federation) as held:
         if target.resolve().is_relative_to(held.folder.resolve()):
-            raise ConfigError(
-                "FILE", str(target), "must be outside the federation's folder, which later backups contain"
-            )
+            bound = "must be outside the federation's folder: later backups would contain this one"
+            raise ConfigError("FILE", str(target), bound)
         write_backup(target, kind="lead", files=list_backup_files(held.folder, under="federation"))
 
 

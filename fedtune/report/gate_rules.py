@@ -346,7 +346,7 @@ def _at_least(what: str, measure: Measure, remedy: str = "") -> Judge:
 
 
 def _limit_gain(attack: str, what: str, is_possible: Callable[[Task], bool] = lambda task: True) -> Judge:
-    """Build a function that checks an attack's advantage over random guessing, at the upper confidence limit."""
+    """Return a judge that limits an attack's advantage over random guessing, at the upper confidence limit."""
 
     def judge(limit: float, given: Evidence, _: GateRules) -> Found:
         if given.facts.attacks is None:

@@ -142,7 +142,7 @@ def _iter_true_codes(**known: bool) -> Iterator[str]:
 
 
 def exceeds_cap(epsilon: float | None, cap: float | None) -> bool:
-    """Whether an epsilon exceeds a cap by more than rounding errors; None means an unbounded epsilon, or no cap.
+    """Whether an epsilon, or another figure, exceeds a cap by more than rounding errors; None: unbounded, or no cap.
 
     NaN exceeds every cap.
     """
