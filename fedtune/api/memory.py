@@ -158,12 +158,16 @@ def write_rows(path: Path, data: Data, *, at: str) -> None:
     """
     with open(path, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         for number, row in enumerate(iter_rows(data, at=at), 1):
-            if not isinstance(row, Mapping):
-                raise DataError(f"{at}:{number}", type(row).__name__, "must be a mapping from column to value")
+            _require_mapping(row, f"{at}:{number}")
             named = {str(key): convert_cell(value, f"{at}:{number}, column {str(key)!r}") for key, value in row.items()}
             if len(named) < len(row):
                 raise DataError(f"{at}:{number}", "a duplicate column", "must have distinct column names")
             file.write(json.dumps(named) + "\n")
+
+
+def _require_mapping(row: Any, at: str) -> None:
+    if not isinstance(row, Mapping):
+        raise DataError(at, type(row).__name__, "must be a mapping from column to value")
 
 
 def iter_rows(data: Data, *, at: str) -> Iterator[Any]:
@@ -255,9 +259,8 @@ def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str) -> Iterator[dict[s
         bound = f"must have one value for each of the {len(rows)} rows of X"
         raise DataError(f"{at}, y", f"{len(values)} values", bound)
     for number, (row, value) in enumerate(zip(rows, values, strict=True), 1):
-        if not isinstance(row, Mapping):
-            raise DataError(f"{at}:{number}", type(row).__name__, "must be a mapping from column to value")
-        if column in map(str, row):
+        _require_mapping(row, f"{at}:{number}")
+        if column in row:
             raise DataError(f"{at}, y", column, "must have another name than the columns of X")
         yield {**row, column: value}
 
@@ -287,10 +290,12 @@ def _convert_to_list(values: Any, *, at: str) -> list[Any]:
 
 def _convert_from_numpy(value: Any, at: str) -> Any:
     """Convert an array, or a number or date of numpy, to Python values; return any other value unchanged."""
-    # tolist makes integers of other dates, and leaves numbers of more than 64 bits as they are.
-    if type(value).__module__ == "numpy" and (same := {"M": "datetime64[us]", "f": "float64"}.get(value.dtype.kind)):
-        value = value.astype(same)
-        if same != "float64" and any(isinstance(one, int) for one in value.ravel().tolist()):
+    kind = value.dtype.kind if type(value).__module__ == "numpy" else ""
+    if kind == "f":
+        value = value.astype("float64")  # tolist returns long doubles unchanged
+    if kind == "M":
+        value = value.astype("datetime64[us]")  # tolist converts dates in nanoseconds to integers
+        if any(isinstance(one, int) for one in value.ravel().tolist()):
             raise DataError(at, "a date", "must be in the years 1 to 9999")
     return convert() if callable(convert := getattr(value, "tolist", None)) else value
 

@@ -41,6 +41,7 @@ class ReportedInterrupt(KeyboardInterrupt):
 
 
 _WITHOUT_EPSILON = ("privacy=none", "privacy.mechanism=none")  # overrides that conflict with --epsilon
+_MAX_REASON = 300
 _LARGE = 100  # number of new modules that indicates a large library, whose objects are never freed
 
 
@@ -101,8 +102,8 @@ HealthAnywhere = Annotated[bool, Option("allow other machines to reach --health"
 
 def check_reason(option: str, given: str) -> None:
     """Check a text that the ledger will store; raise ConfigError unless it is a short, printable line."""
-    if not (given.strip() and given.isprintable() and len(given) <= 300):
-        raise ConfigError(option, given, "must be one line of at most 300 characters")
+    if not (given.strip() and given.isprintable() and len(given) <= _MAX_REASON):
+        raise ConfigError(option, given, f"must be one line of at most {_MAX_REASON} characters")
 
 
 def print_answer(figures: Mapping[str, Any], sections: Iterable[Section], *, as_json: bool, heading: str = "") -> None:

@@ -33,7 +33,7 @@ from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.ledger.chain import Event, Head
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.run_acceptance import compute_spent_fraction
-from fedtune.privacy.ledger.store import lock_anchor, resolve_anchor
+from fedtune.privacy.ledger.store import lock_anchor, resolve_link
 from fedtune.privacy.ledger.verify import VerifiedLedger, verify
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report.page.translations import load_catalog
@@ -134,7 +134,7 @@ def write_anchor(
 
     An existing anchor file is checked first: if the ledger does not contain its event, the ledger was rolled back.
     """
-    file, own, output = find_ledger(path), read_signing_key(key), resolve_anchor(output)
+    file, own, output = find_ledger(path), read_signing_key(key), resolve_link(output)
     with lock_anchor(output):
         before = Head.read(output) if output.exists() else None
         verified = verify(file, anchor=before, site_key=own.public)

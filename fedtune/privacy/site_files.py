@@ -8,7 +8,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.site_ledger import SiteLedger
-from fedtune.privacy.ledger.store import resolve_anchor
+from fedtune.privacy.ledger.store import resolve_link
 from fedtune.privacy.ledger.verify import VerifiedLedger, verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_policy import Policy
@@ -27,11 +27,10 @@ class SiteFiles:
     """
 
     def __init__(self, policy: Policy, site_toml: Path) -> None:
-        # A link to a policy has the policy's ledger, not a second one.
-        folder = (site_toml.resolve() if site_toml.is_symlink() else site_toml).parent
+        folder = resolve_link(site_toml).parent  # a link to a policy has the policy's ledger, not a second one
         self.policy, self.site_toml = policy, site_toml
         self.ledger, self.site_key = folder / policy.ledger, folder / policy.site_key
-        self.anchor = resolve_anchor(folder / policy.anchor) if policy.anchor else None
+        self.anchor = resolve_link(folder / policy.anchor) if policy.anchor else None
 
     @classmethod
     def from_site_toml(cls, site_toml: Path, *, may_be_unanswered: bool = False) -> SiteFiles:

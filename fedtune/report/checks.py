@@ -350,10 +350,8 @@ def find_settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Probl
 
         run = collect_sent_settings(config, plan, model_sha256=config.model.sha256 or str(made.model_sha256)).run_id()
     started = config.model.adapter_sha256, config.privacy.start, config.public.train_file is not None
-    of_facts, of_provenance = (
-        dpia_fields.derive_facts_from_settings(config, plan),
-        dpia_fields.derive_provenance(config),
-    )
+    of_facts = dpia_fields.derive_facts_from_settings(config, plan)
+    of_provenance = dpia_fields.derive_provenance(config)
     for where, is_so, asked in (
         *((f"plan.{key.name}", getattr(said, key.name), getattr(plan, key.name)) for key in dataclasses.fields(plan)),
         *((key, getattr(facts, key), asked) for key, asked in of_facts.items()),

@@ -73,9 +73,11 @@ def create_ledger_file(path: Path) -> None:
     building = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         write_durably(building, _build_empty_ledger(), mode=0o600)
-        with suppress(FileExistsError):  # a link never replaces a ledger that another process has created meanwhile
-            os.link(building, path)
-        building.unlink()
+        try:
+            with suppress(FileExistsError):  # another process has created a ledger, which a link never replaces
+                os.link(building, path)
+        finally:
+            building.unlink()
         fsync_folder(path.parent)
     except OSError as error:
         raise RunError(
@@ -215,9 +217,9 @@ def _name_anchor_in_errors(anchor: Path | None) -> Iterator[None]:
         raise RunError(f"anchor {anchor} cannot be used ({error.strerror}); training is not possible") from error
 
 
-def resolve_anchor(anchor: Path) -> Path:
-    """Return the file that an anchor's path links to, so that a write replaces this file, and not the link to it."""
-    return Path(os.path.realpath(anchor)) if anchor.is_symlink() else anchor
+def resolve_link(path: Path) -> Path:
+    """Return the file that a path links to; a path that is no link stays as it is."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def lock_anchor(anchor: Path | None) -> AbstractContextManager[None]:
@@ -249,7 +251,7 @@ class EventStore:
     def __init__(self, path: Path, key: SigningKey, anchor: Path | None) -> None:
         self.path, self.history = path, History()
         self.server_time: datetime | None = None
-        self._key, self._anchor = key, anchor and resolve_anchor(anchor)
+        self._key, self._anchor = key, anchor and resolve_link(anchor)
         self._open_file: sqlite3.Connection | None = None
 
     @contextmanager
