@@ -46,7 +46,7 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
     from fedtune.lab.audit.spec import PREFIX, parse_audit_spec
     from fedtune.report.derive.verdicts import read_audit
     from fedtune.runs.run_paths import find_run_folder
-    from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json, say
+    from fedtune.show.terminal_tables import print_json, say
 
     spec = parse_audit_spec([one for one in overrides if one.lstrip("+").startswith(PREFIX)])
     config = compose_run([one for one in overrides if not one.lstrip("+").startswith(PREFIX)])
@@ -66,7 +66,7 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
     result = read_audit(folder)
     assert result is not None, "a finished audit has written its result"
     if as_json:
-        print_json({"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": result})
+        print_json({"folder": str(folder), "result": result})
     else:
         show_findings(console, result, folder)
     require_not_refuted(result)

@@ -110,15 +110,15 @@ def print_answer(figures: Mapping[str, Any], sections: Iterable[Section], *, as_
     """Print a command's result as JSON or as tables.
 
     Args:
-        figures: the result; its JSON starts with the schema version.
+        figures: the result.
         sections: the tables, built lazily.
         as_json: whether to print JSON.
         heading: line above the tables.
     """
-    from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json, say, show  # rich takes a while to import
+    from fedtune.show.terminal_tables import print_json, say, show  # rich takes a while to import
 
     if as_json:
-        print_json({"schema_version": SCHEMA_VERSION, **figures})
+        print_json(figures)
         return
     if heading:
         say(heading, style="bold")

@@ -12,7 +12,7 @@ from fedtune.cli.command import AsJson, Option
 from fedtune.cli.finished_run import Adapters, Columns, Device, MaxNewTokens, Run, Seed, Temperature, TopP
 from fedtune.data.records import Record
 from fedtune.evaluation.spec import WritingSpec
-from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
+from fedtune.show.terminal_tables import print_json
 from fedtune.spec import ConfigError
 
 
@@ -88,7 +88,7 @@ def generate(
         return answers
 
     if prompt is not None and as_json:
-        print_json({"schema_version": SCHEMA_VERSION, "run": str(run), "prompt": prompt, "answers": answer_record(0)})
+        print_json({"run": str(run), "prompt": prompt, "answers": answer_record(0)})
     elif prompt is not None:
         for name in names:
             sys.stdout.write(f"[{name}]\n" if len(names) > 1 else "")

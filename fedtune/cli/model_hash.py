@@ -30,14 +30,14 @@ def model_hash(
     from fedtune.model.base_model import hash_model
     from fedtune.model.manifest import build_manifest
     from fedtune.model.source import find_model_folder, resolve_model
-    from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
+    from fedtune.show.terminal_tables import print_json
 
     spec = resolve_model(model)
     manifest = None if spec.is_built_in else build_manifest(find_model_folder(spec), gguf_file=spec.gguf_file)
     digest = hash_model(spec) if manifest is None else manifest.sha256
     covered = () if manifest is None else manifest.files
     if as_json:
-        print_json({"schema_version": SCHEMA_VERSION, "sha256": digest, "files": dict(covered)})
+        print_json({"sha256": digest, "files": dict(covered)})
     elif files and manifest is not None:
         sys.stdout.write(manifest.text)
     else:

@@ -32,7 +32,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import compute_search_cost
 from fedtune.show.budget_text import SEEDED, describe_contribution, describe_noise, describe_trust, explain_signal
 from fedtune.show.lines import duration, to_printable
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, build_key_value_section, print_json, say, show
+from fedtune.show.terminal_tables import Section, build_key_value_section, print_json, say, show
 from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import get_input_for
 from fedtune.version import __version__
@@ -102,7 +102,6 @@ class PlanForecast:
         common |= {key: getattr(price, key) for key in ("steps", "epsilon", "epsilon_rdp", "epsilon_filter")}
         figures: dict[str, Any] = convert_to_jsonable(
             {
-                "schema_version": SCHEMA_VERSION,
                 "fedtune_version": __version__,
                 "run": config.name,
                 "config_sha256": config.digest(),

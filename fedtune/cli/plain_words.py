@@ -24,7 +24,7 @@ from fedtune.report.page.translations import load_catalog
 from fedtune.show import budget_text
 from fedtune.show.budget_text import Amount, Differences, format_cap, format_mechanism, format_rounded_down
 from fedtune.show.lines import to_printable
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, build_key_value_section, print_json, say, show
+from fedtune.show.terminal_tables import Section, build_key_value_section, print_json, say, show
 from fedtune.spec import ConfigError
 
 if TYPE_CHECKING:  # it takes a while to import
@@ -149,7 +149,7 @@ def check_policy(file: Path, *, as_json: bool) -> None:
             different = [{"key": key, "ledger": made, "policy": asked} for key, made, asked in differences]
             ledger = {**budget_text.convert_identity_to_json(files.ledger, verified), "fits": not differences}
             ledger |= {"differences": different, "spending": convert_spending_to_json(verified)}
-        figures = {"schema_version": SCHEMA_VERSION, "path": str(file), "sha256": policy.digest()}
+        figures = {"path": str(file), "sha256": policy.digest()}
         warned = [{"key": key, "text": text} for key, text in cautions]
         figures |= {"policy": policy.to_json(), "machine": machine, "amount": amount}
         print_json(figures | {"warnings": warned, "ledger": ledger})

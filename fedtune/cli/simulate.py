@@ -41,7 +41,7 @@ def simulate(
     )
     from fedtune.lab.studies.trials import Trials
     from fedtune.runs.run_paths import find_run_folder
-    from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
+    from fedtune.show.terminal_tables import print_json
     from fedtune.sites.run_cache import RunCache
 
     console = Console(stderr=as_json)
@@ -60,4 +60,4 @@ def simulate(
     folder = find_run_folder(config)
     result = run_simulation(config, folder, console)
     if as_json:
-        print_json({"schema_version": SCHEMA_VERSION, "runs": [{"folder": str(folder), "result": result}]})
+        print_json({"runs": [{"folder": str(folder), "result": result}]})

@@ -150,9 +150,9 @@ def require_confirmation(question: str, *, otherwise: str) -> None:
         raise RunError(otherwise)
 
 
-def print_json(value: Any) -> None:
-    """Print a value as JSON."""
-    sys.stdout.write(to_json_text(value))
+def print_json(figures: Mapping[str, Any]) -> None:
+    """Print a command's answer as one JSON object, which starts with the schema version."""
+    sys.stdout.write(to_json_text({"schema_version": SCHEMA_VERSION, **figures}))
 
 
 def to_json_text(value: Any) -> str:
