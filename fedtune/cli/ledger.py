@@ -180,7 +180,7 @@ def freeze(
 
 @command(app, "confirm this machine's date", name="confirm-date")
 def confirm_date(policy: PolicyFile, yes: Annotated[bool, Option("do not ask")] = False) -> None:
-    """Start the budget period that contains this machine's date.
+    """Start the budget period that contains this machine's date, also if the ledger's newest event is from a later one.
 
     A clock that is set forward would open a new period with a full budget. A site therefore opens only the next period
     automatically, and only if the server's time is in the same period; every other period requires this command.
@@ -188,7 +188,7 @@ def confirm_date(policy: PolicyFile, yes: Annotated[bool, Option("do not ask")] 
     """
     site = _open_own_site(policy)
     history = verify(site.ledger).history
-    clock = f"This machine's clock says {history.clock:%Y-%m-%d %H:%M} UTC"
+    clock = f"This machine's clock says {history.machine_clock:%Y-%m-%d %H:%M} UTC"
     say(f"{clock}; the ledger's newest event is from {history.last_time:%Y-%m-%d %H:%M} UTC. This cannot be undone.")
     if not yes:
         otherwise = "nothing was changed: the date was not confirmed"

@@ -149,7 +149,7 @@ def check_policy(file: Path, *, as_json: bool) -> None:
             different = [{"key": key, "ledger": made, "policy": asked} for key, made, asked in differences]
             ledger = {**budget_text.convert_identity_to_json(files.ledger, verified), "fits": not differences}
             ledger |= {"differences": different, "spending": convert_spending_to_json(verified)}
-        figures = {"path": str(file), "sha256": policy.digest()}
+        figures: dict[str, Any] = {"path": str(file), "sha256": policy.digest()}
         warned = [{"key": key, "text": text} for key, text in cautions]
         figures |= {"policy": policy.to_json(), "machine": machine, "amount": amount}
         print_json(figures | {"warnings": warned, "ledger": ledger})

@@ -223,13 +223,16 @@ class SecureAggregator:
         release = Summation(self._begun, release=round)
         _add_messages(uploads, release.add_upload)
         if (uploaded := len(release.survivors)) < (least := self._lead.asked.federation.required_sites):
-            raise UnmaskingError(round, f"{uploaded} sites uploaded, but {least} are required")
+            without = ", ".join(site for site in self._ready if site not in release.survivors)
+            raise UnmaskingError(
+                round, f"{uploaded} sites uploaded, but {least} are required; no usable upload from {without}"
+            )
         request = release.build_confirm_request()
         # Sites without an upload may also confirm and reveal shares.
-        confirmed, _ = self._request_step(CONFIRM, self.session, dict.fromkeys(self._ready, (request,)))
+        confirmed = self._request_help(CONFIRM, dict.fromkeys(self._ready, (request,)))
         _add_messages(confirmed, release.add_confirmation)
         requests = {site: (release.build_unmask_request(site),) for site in confirmed}
-        revealed, _ = self._request_step(UNMASK, self.session, requests)
+        revealed = self._request_help(UNMASK, requests)
         _add_messages(revealed, release.add_revealed)
         try:
             return release.compute_total(), tuple(release.survivors)
@@ -259,6 +262,13 @@ class SecureAggregator:
             log.error("%s is excluded from all further rounds: its secure aggregation shares are wrong", dealer)
             self.left_out |= {dealer}
         self._save_session()
+
+    def _request_help(self, step: str, parts: Mapping[str, Iterable[bytes]]) -> dict[str, bytes]:
+        """Send the request of a step that enough sites can answer for the others, and name those that do not."""
+        answers, missing = self._request_step(step, self.session, parts)
+        for site, why in _describe_missing(missing).items():
+            log.warning("secure aggregation: %s did not answer the step %r: %s", site, step, why)
+        return answers
 
     def _request_step(
         self, step: str, session: str, parts: Mapping[str, Iterable[bytes]]

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from fedtune.privacy.release import MAX_HEADER_BYTES
 from fedtune.spec import FedtuneError
 
 if TYPE_CHECKING:  # a lead's `run status` and `run stop` read adapters, and need neither torch nor PEFT
@@ -107,8 +108,10 @@ class Adapter:
         """Parse an adapter in safetensors format.
 
         Raises:
-            AdapterError: the bytes are not an adapter in safetensors format.
+            AdapterError: the bytes are not an adapter in safetensors format, or their header is too long.
         """
+        if int.from_bytes(data[:8], "little") > MAX_HEADER_BYTES:
+            raise AdapterError(f"not an adapter in safetensors format: its header exceeds {MAX_HEADER_BYTES} bytes")
         try:
             return cls(load(data))
         except (SafetensorError, KeyError, ValueError, TypeError) as error:

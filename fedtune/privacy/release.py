@@ -161,7 +161,7 @@ class Difference:
     halves: Mapping[str, npt.NDArray[np.uint16]]
 
 
-_MAX_HEADER_BYTES = 1 << 20  # names and shapes become Python objects of many times that size
+MAX_HEADER_BYTES = 1 << 20  # of an update or adapter: its names and shapes become objects of many times that size
 _MASKED, _BFLOAT16 = "masked", "bfloat16"
 """Markers in an update's header: "masked" replaces the tensor shapes, and {"bfloat16": shapes} announces a difference.
 """
@@ -224,7 +224,7 @@ class Update:
         start = len(_MAGIC) + 8
         try:
             (size,) = struct.unpack("<Q", data[len(_MAGIC) : start])
-            if not data.startswith(_MAGIC) or size > _MAX_HEADER_BYTES:
+            if not data.startswith(_MAGIC) or size > MAX_HEADER_BYTES:
                 raise ValueError("wrong magic bytes or header size")
             header = json.loads(data[start : start + size])
             update = cls(

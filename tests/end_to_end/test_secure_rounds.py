@@ -307,8 +307,8 @@ def test_sum_of_fewer_than_min_sites_is_not_unmasked(tmp_path: Path, monkeypatch
     four = (*FOUR, "federation.min_sites=4")
     done = run_command("simulate", *list_tiny_overrides(*SECURE, *four, into=tmp_path))
     assert (
-        "the sum of secure aggregation release 2 cannot be computed: 3 sites uploaded, but 4 are required"
-        in done.failed(1)
+        "the sum of secure aggregation release 2 cannot be computed: 3 sites uploaded, but 4 are required; "
+        "no usable upload from site-2" in done.failed(1)
     )
 
 

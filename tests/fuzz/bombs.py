@@ -57,6 +57,8 @@ def list_bombs() -> Iterator[tuple[str, Target, bytes]]:
     yield "an update whose header has 4 GB", TARGETS["update"], b"fedtune-update-2\n" + struct.pack("<Q", 1 << 32)
     tensor = json.dumps({"b": {"dtype": "F32", "shape": [1 << 30], "data_offsets": [0, 1 << 32]}}).encode()
     yield "safetensors of 4 GB", TARGETS["adapter"], struct.pack("<Q", len(tensor)) + tensor
+    empty = json.dumps({f"b{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(10**6)}).encode()
+    yield "safetensors of a million empty tensors", TARGETS["adapter"], struct.pack("<Q", len(empty)) + empty
     yield "a safetensors header of 4 GB", TARGETS["adapter"], struct.pack("<Q", 1 << 32)
     # Nine levels of nine references each: 400 million values.
     laughs = ["l0: &l0 [x, x, x, x, x, x, x, x, x]", "name: *l8"]

@@ -120,7 +120,7 @@ def train(ledger: SiteLedger, proposal: Proposal, *rounds: int, reply: bytes = b
 def advance_head(ledger: SiteLedger, refusals: int = 170) -> Head:
     """Return the ledger's head as it would be after this many further events without cost."""
     for number in range(refusals):
-        ledger.record_refusal(Refused(Reason.TASKS, requested=str(number)), run="x", round=1, request="q")
+        ledger.record_refusal(Refused(Reason.TASKS, requested=str(number)), run="x", round=1, request=f"q{number}")
     return ledger.head()
 
 

@@ -112,12 +112,34 @@ def test_confirming_the_date_opens_the_current_period(full_ledger: Any, clock: C
     assert charge(full_ledger(server=MARCH), make_proposal(run="more", plan=ONE_ROUND)) is Reason.MAX_EPSILON_PER_PERIOD
 
 
-def test_clocks_may_disagree_without_a_cap_per_period(open_ledger: Any, clock: Clock) -> None:
+def test_fast_clock_does_not_move_the_ledger_past_the_server(open_ledger: Any, clock: Clock) -> None:
+    """Without a cap per period too: otherwise one refusal at a wrong time would end all runs and daily limits."""
+    clock.time = JANUARY
     open_ledger()
     clock.time = datetime(2099, 1, 1, tzinfo=UTC)
-    ledger = open_ledger(server=JANUARY)
+    ledger = open_ledger(server=FEBRUARY)
     assert charge(ledger, make_proposal(plan=ONE_ROUND)) is None
-    assert (ledger.history.last_time, ledger.explain_pending_period) == (clock.time, "")
+    assert (ledger.history.last_time, ledger.explain_pending_period) == (FEBRUARY, "")
+    clock.time = JANUARY  # behind the newest event, whose time remains
+    assert charge(open_ledger(server=MARCH), make_proposal(run="again", plan=ONE_ROUND)) is None
+    assert open_ledger().history.last_time == FEBRUARY
+
+
+@pytest.mark.parametrize("capped", [False, True])
+def test_person_can_set_the_date_back_after_a_clock_was_ahead(open_ledger: Any, clock: Clock, capped: bool) -> None:
+    clock.time = datetime(2099, 1, 1, tzinfo=UTC)
+    budget = {"max_epsilon_per_period": 100.0, "period": "month"} if capped else {}
+    ledger = partial(open_ledger, policy=make_policy(budget=budget))
+    assert charge(ledger(server=clock.time), make_proposal(run="early", plan=ONE_ROUND)) is None
+    clock.time = FEBRUARY
+    assert "newest event is from 2099-01-01" in ledger(server=FEBRUARY).explain_pending_period
+    ledger(server=None).confirm_date()
+    assert ledger(server=FEBRUARY).explain_pending_period == ""
+    assert charge(ledger(server=FEBRUARY), make_proposal(run="next", plan=ONE_ROUND)) is None
+    history = ledger(server=None).history
+    in_february = history.count_charges_in_period("month", FEBRUARY)
+    assert (history.last_time, in_february.total() > 0) == (FEBRUARY, True)
+    assert history.count_total_charges() == in_february + in_february
 
 
 def test_restored_charges_count_in_the_period_of_the_anchor(full_ledger: Any, clock: Clock, path: Path) -> None:
@@ -156,11 +178,12 @@ def test_single_clock_never_opens_a_period(tmp_path_factory: Any, period: Any, m
             else:
                 ledger.record_refusal(Refused(Reason.SITE_ERROR), run=move, round=1, request="x")
             after = ledger.history.last_time
+            if move == "confirm":
+                assert after == local, "a person may also set the date back"
+                continue
             assert before <= after <= max(before, local), "the server's time must not move the ledger past both clocks"
             old, new = compute_period_number(before, period), compute_period_number(after, period)
             if move != "confirm" and new > old:
                 assert server is not None
                 assert new == old + 1
                 assert new <= min(compute_period_number(local, period), compute_period_number(server, period))
-            if move == "confirm":
-                assert after == max(before, local)

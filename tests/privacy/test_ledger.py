@@ -219,12 +219,22 @@ def test_recorded_refusals_are_limited_per_day_and_in_length(
     monkeypatch.setattr(ledger_module, limit, 3)
     refused = Refused(Reason.LEADS if "STRANGERS" in limit else Reason.TASKS, requested="\ud800" + "x" * 100_000)
     for _ in range(3):
-        for _ in range(5):
-            open_ledger().record_refusal(refused, run="r", round=1, request="q")
+        for number in range(5):
+            open_ledger().record_refusal(refused, run="r", round=1, request=f"q{number}")
         clock.forward(days=1)
     refusals = [event for event in verify(path).events if event.kind is Kind.REFUSAL]
     assert [event.time[:10] for event in refusals] == ["2030-01-10"] * 3 + ["2030-01-11"] * 3 + ["2030-01-12"] * 3
     assert all(len(str(event.detail)) < 1000 for event in refusals)
+
+
+def test_replayed_request_is_recorded_once_a_day(open_ledger: Any, path: Path, clock: Any) -> None:
+    """A relay could otherwise use up the day's refusals with one old request of the lead."""
+    for _ in range(2):
+        for reason in (Reason.REQUEST_EXPIRED, Reason.REQUEST_EXPIRED, Reason.WRONG_SITE, Reason.REQUEST_EXPIRED):
+            open_ledger().record_refusal(Refused(reason), run="r", round=1, request="q", lead="ab")
+        clock.forward(days=1)
+    reasons = [event.detail["reason"] for event in verify(path).events if event.kind is Kind.REFUSAL]
+    assert reasons == ["request_expired", "wrong_site"] * 2
 
 
 # Data sets: one budget for one population.

@@ -11,7 +11,7 @@ import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from itertools import groupby
 
 from fedtune.codec import decode, decode_value
@@ -40,6 +40,8 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import FedtuneError, RunError
 
+_AHEAD = timedelta(days=1)  # a ledger's lead on this machine's clock above which a clock must have been wrong
+_IF_RIGHT = "If the clock is right, confirm it with `fedtune ledger confirm-date --policy site.toml`"
 _FIRST = ("opened", "policy")  # the first two notes of every ledger
 
 
@@ -124,7 +126,7 @@ class History:
         policies: lifetime caps, oldest first, as (time, max_epsilon, number of earlier charged rounds and restores);
             caps of a lost branch have the time of the restore.
         answers: number of refusals and offers, by day and by whether the recipient was a stranger.
-        refused: (day, run, lead, reason) of each recorded refusal.
+        refused: (day, run, lead, reason, request) of each recorded refusal; no request if the reason is that it waits.
         approved: digest of each proposal that a person at the site approved -> time of the approval.
         denied: digests of the proposals that a person at the site denied.
         marks: permanent marks of the ledger: ("seeded", ""), ("frozen", ""), the marks of each policy
@@ -132,7 +134,7 @@ class History:
             (`build_never_accepted_mark`).
         decided: digest of a proposal -> decisions of people at the site: `what` ("approved" or "denied"), `day`, `by`,
             `ticket` and `why`, each None if missing.
-        last_time: time of the newest event.
+        last_time: time of the newest event, the largest since a person last confirmed the date.
         register: digest of the register of arrivals.
         lost_rows: for each restore that may have lost register rows: (newest event with complete rows, sequence number
             of the restore note).
@@ -152,7 +154,7 @@ class History:
         self.path: list[tuple[int, str]] = []
         self.last_time: datetime | None = None
         self.answers: Counter[tuple[date, bool]] = Counter()
-        self.refused: set[tuple[date, str, str, str]] = set()
+        self.refused: set[tuple[date, str, str, Reason, str]] = set()
         self.approved: dict[str, datetime] = {}
         self.denied: set[str] = set()
         self.marks: set[tuple[str, str]] = set()
@@ -185,7 +187,8 @@ class History:
 
     def _dispatch_event(self, event: Event) -> None:
         moment = datetime.fromisoformat(event.time)
-        if self.last_time is not None and moment < self.last_time:
+        confirmed = (event.kind, event.detail.get("what")) == (Kind.NOTE, "date_confirmed")
+        if self.last_time is not None and moment < self.last_time and not confirmed:
             raise ValueError("the event's time is before the previous event's time")
         self.last_time = moment
         if event.sequence <= 2 and (event.kind, event.detail.get("what")) != (Kind.NOTE, _FIRST[event.sequence - 1]):
@@ -209,10 +212,10 @@ class History:
                 run.replies[event.request] = str(event.detail["reply_sha256"])
                 run.state_charged = run.charged[event.round]
             case Kind.REFUSAL | Kind.RELEASE:
-                stranger = Reason(event.detail.get("reason", Reason.SITE_ERROR)).is_from_stranger
-                self.answers[moment.date(), stranger] += 1
-                lead, reason = str(event.detail.get("lead", "")), str(event.detail.get("reason"))
-                self.refused.add((moment.date(), event.run, lead, reason))
+                lead, reason = str(event.detail.get("lead", "")), Reason(event.detail.get("reason", Reason.SITE_ERROR))
+                self.answers[moment.date(), reason.is_from_stranger] += 1
+                request = "" if reason.is_waiting else event.request
+                self.refused.add((moment.date(), event.run, lead, reason, request))
             case Kind.NOTE:
                 self._apply_note(event, moment)
 
@@ -367,7 +370,7 @@ class History:
 
     def has_refused(self, run: str, lead: str) -> bool:
         """Whether the site has refused a proposal with this run name from this lead."""
-        return any((name, who) == (run, lead) for _, name, who, _ in self.refused)
+        return any((name, who) == (run, lead) for _, name, who, *_ in self.refused)
 
     def count_rounds_up_to(self, sequence: int) -> Counter[str]:
         """Count each run's charged rounds up to event number `sequence`, excluding rounds on lost branches."""
@@ -460,23 +463,38 @@ class History:
         return spendings[0] if len(spendings) == 1 else max(spendings, key=self.divergence)
 
     @property
+    def machine_clock(self) -> datetime:
+        """The time of this machine's clock, which may be wrong."""
+        return datetime.now(UTC)
+
+    @property
     def clock(self) -> datetime:
         """The time of this machine's clock, or the time of the newest event if it is later."""
-        now = datetime.now(UTC)
-        return now if self.last_time is None else max(now, self.last_time)
+        return self.machine_clock if self.last_time is None else max(self.machine_clock, self.last_time)
+
+    @property
+    def caps_periods(self) -> bool:
+        """Whether the policy has a cap for each calendar period."""
+        return self.policy is not None and self.policy.budget.max_epsilon_per_period is not None
 
     def now(self, *, server: datetime | None = None) -> datetime:
-        """Return the ledger's time: this machine's clock, unless that would open a budget period too early.
+        """Return the ledger's time: this machine's clock, unless it may be ahead.
+
+        Without a cap per calendar period, it is the earlier of this machine's clock and the `server`'s time, if
+        available, so that a clock that is ahead when an event is written does not move the ledger ahead.
 
         Guarantee: the time is never before the newest event, so that setting the clock back opens no period. Under a
         cap per calendar period, a new period begins only if it directly follows the period of the newest event, and if
         both the clock and the `server`'s time, if available, are in it. So neither clock nor server can open a period
         alone, a server that skips ahead month after month opens no period while the clock is right, and both together
-        open only the next period. For a later period, a person has to confirm the date, which adds an event.
+        open only the next period. For any other period, earlier ones included, a person has to confirm the date, which
+        adds an event.
         """
         clock, last = self.clock, self.last_time
-        if last is None or self.policy is None or self.policy.budget.max_epsilon_per_period is None:
+        if last is None or self.policy is None:
             return clock
+        if not self.caps_periods:
+            return clock if server is None else max(last, min(clock, server))
         reported = server or clock
         last_period, reported_period, clock_period = (
             compute_period_number(moment, self.policy.budget.period) for moment in (last, reported, clock)
@@ -486,20 +504,25 @@ class History:
         return max(last, min(clock, reported)) if reported_period == last_period else last
 
     def explain_pending_period(self, *, server: datetime | None = None) -> str:
-        """Explain why the budget period of the current date has not begun, and how to open it.
+        """Explain why the budget period of the current date has not begun, or has passed, and how to open it.
 
-        The text is empty if the period has begun.
+        The text is empty if the ledger is in the period, and not more than a day ahead of this machine's clock.
         """
         if self.policy is None or self.last_time is None:
             return ""
-        clock, time, period = self.clock, self.now(server=server), self.policy.budget.period
-        if compute_period_number(clock, period) <= compute_period_number(time, period):
+        clock, time, period = self.machine_clock, self.now(server=server), self.policy.budget.period
+        if self.last_time - clock > _AHEAD:
+            return (
+                f"this machine's clock says {clock:%Y-%m-%d %H:%M} UTC, and the ledger's newest event is from "
+                f"{self.last_time:%Y-%m-%d}, when a clock was wrong: budget periods and daily limits follow the later "
+                f"date. {_IF_RIGHT}"
+            )
+        if not self.caps_periods or compute_period_number(clock, period) <= compute_period_number(time, period):
             return ""
         server_time = f", the server's time is {server:%Y-%m-%d %H:%M}" if server else ""
         return (
             f"this machine's clock says {clock:%Y-%m-%d %H:%M} UTC{server_time}, and the ledger's newest event is from "
-            f"{self.last_time:%Y-%m-%d}: charges count for the {period} of {time:%Y-%m-%d}. If the clock is right, "
-            "confirm it with `fedtune ledger confirm-date --policy site.toml`"
+            f"{self.last_time:%Y-%m-%d}: charges count for the {period} of {time:%Y-%m-%d}. {_IF_RIGHT}"
         )
 
     def covers_receipt(

@@ -212,11 +212,12 @@ class SiteLedger:
     def record_refusal(self, refused: Refused, *, run: str, round: int, request: str, lead: str = "") -> None:
         """Record the refusal of a lead's request, up to a daily limit.
 
-        A repeated refusal because a run awaits approval or the site is paused is recorded once a day.
+        The refusal of the same request for the same reason is recorded once a day, so that replays do not use up the
+        limit; if a run awaits approval or the site is paused, the refusal of any request is.
         """
         with self._store.transaction():
-            today = self._store.now().date()
-            if refused.reason.is_waiting and (today, run, lead, refused.reason.value) in self.history.refused:
+            of_which = "" if refused.reason.is_waiting else request
+            if (self._store.now().date(), run, lead, refused.reason, of_which) in self.history.refused:
                 return
             requested = refused.requested and refused.requested[:_MAX_TEXT]  # untrusted text from a server
             detail = {"reason": refused.reason.value, "requested": requested, "allowed": refused.allowed, "lead": lead}
@@ -284,9 +285,12 @@ class SiteLedger:
             self._store.server_time = None
 
     def confirm_date(self) -> None:
-        """Record a person's confirmation of this machine's date, which opens the budget period of that date."""
+        """Record a person's confirmation of this machine's date, which opens the budget period of that date.
+
+        It may set the ledger's date back, after a clock was ahead when an event was written.
+        """
         with self._store.transaction():
-            self._store.append_note("date_confirmed", not_before=self.history.clock)
+            self._store.append_note("date_confirmed", at=self.history.machine_clock)
 
     @property
     def explain_pending_period(self) -> str:
@@ -375,8 +379,8 @@ class SiteLedger:
             if len(doubts) < _MAX_DOUBTS:
                 doubts = frozenset(doubt for doubt in doubts if not self._store.covers_receipt(doubt, besides=restored))
             # The gap counts in the anchor's budget period, or in a later one.
-            then = datetime.fromisoformat(anchor.time)
-            self._store.append_note("restored", not_before=then, **replace(restored, doubts=doubts).to_json())
+            then = max(self._store.now(), datetime.fromisoformat(anchor.time))
+            self._store.append_note("restored", at=then, **replace(restored, doubts=doubts).to_json())
             self._require_fixed_settings()
         return sum((Counter({event: count}) for (event, _), count in gap.items()), Counter[DpEvent]())
 

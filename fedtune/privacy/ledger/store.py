@@ -297,20 +297,20 @@ class EventStore:
 
     def now(self) -> datetime:
         """Return the time for the next event. Without the server's time, no new budget period begins."""
-        return self.history.now(server=self.server_time or self.history.last_time)
+        alone = self.history.last_time if self.history.caps_periods else None
+        return self.history.now(server=self.server_time or alone)
 
     def append_event(
-        self, kind: Kind, detail: dict[str, Any], *, not_before: datetime | None = None, **about: str | int
+        self, kind: Kind, detail: dict[str, Any], *, at: datetime | None = None, **about: str | int
     ) -> None:
         """Append an event to the chain, and apply it to the history.
 
-        The keyword arguments `about` set further fields of `Event`.
+        The keyword arguments `about` set further fields of `Event`; its time is `at`, by default `now`.
         """
-        now = self.now()
         unsigned: dict[str, Any] = {
             "sequence": self.history.length + 1,
             "kind": kind,
-            "time": max(now, not_before or now).isoformat(),
+            "time": (at or self.now()).isoformat(),
             "code": __version__,
             "detail": json.loads(to_canonical_json(detail)),
             **about,
@@ -320,9 +320,9 @@ class EventStore:
         insert_event(self._file, event)
         self.history.apply_event(event)
 
-    def append_note(self, what: str, *, run: str = "", not_before: datetime | None = None, **detail: Any) -> None:
+    def append_note(self, what: str, *, run: str = "", at: datetime | None = None, **detail: Any) -> None:
         """Append a note, an event of kind "note" with the type `what`."""
-        self.append_event(Kind.NOTE, {"what": what, **detail}, not_before=not_before, run=run)
+        self.append_event(Kind.NOTE, {"what": what, **detail}, at=at, run=run)
 
     def store_reply(self, *, run: str, request: str, reply: bytes, state: bytes = b"") -> None:
         """Store the newest reply of a run with the algorithm's state, replacing the previous reply and state."""
