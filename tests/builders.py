@@ -54,8 +54,8 @@ class MadeSite(Site):
     ) -> None:
         super().__init__(ledger, sums=sums)
         self._prepare, self._train, self._paused = prepare, train, paused
-        self.kept: list[tuple[str, str]] = []
-        self.awaited: list[Proposal] = []
+        self.stored: list[tuple[str, str]] = []
+        self.submitted: list[Proposal] = []
 
     @property
     def paused(self) -> bool:
@@ -73,10 +73,10 @@ class MadeSite(Site):
         return self._prepare(self.ledger.history.runs[run].proposal).template.shapes
 
     def store_adapter(self, run: str, adapter: Adapter) -> None:
-        self.kept.append((run, adapter.digest()))
+        self.stored.append((run, adapter.digest()))
 
     def await_approval(self, proposal: Proposal, *, software: str) -> None:
-        self.awaited.append(proposal)
+        self.submitted.append(proposal)
 
 
 def set_methods(site: Site, **methods: Callable[..., Any]) -> Site:

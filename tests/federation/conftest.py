@@ -31,8 +31,8 @@ NONCE = "0a" * 16
 
 def round_of(number: int, **changes: Any) -> RoundResult:
     """Build the result of a round with the single site `a` and no scores."""
-    about = {"round": number, "seconds": 1.0, "sites": ("a",), "failed_sites": {}, "bytes_down": 1, "bytes_up": 2}
-    return RoundResult(**about | {"metrics": {}, "ended": "2026-01-01T00:00:00+00:00"} | changes)
+    fields = {"round": number, "seconds": 1.0, "sites": ("a",), "failed_sites": {}, "bytes_down": 1, "bytes_up": 2}
+    return RoundResult(**fields | {"metrics": {}, "ended": "2026-01-01T00:00:00+00:00"} | changes)
 
 
 def read_reason(reply: Reply) -> Reason:
@@ -74,12 +74,12 @@ class Station:
     lead: SigningKey
     template: Adapter
     declared_size: int = 100
-    ready: dict[str, Any] = field(default_factory=lambda: {"update_dtype": "float32"})
+    preparation: dict[str, Any] = field(default_factory=lambda: {"update_dtype": "float32"})
     trained: list[tuple[int, int]] = field(default_factory=list)  # (round, attempt) of each training
     before_training: list[list[Kind]] = field(default_factory=list)  # ledger kinds before each training
     prepared: list[str] = field(default_factory=list)  # the run of each preparation
-    kept: list[tuple[str, str]] = field(default_factory=list)  # (run, digest) of each final adapter that it stored
-    awaited: list[Proposal] = field(default_factory=list)  # runs submitted for approval
+    stored: list[tuple[str, str]] = field(default_factory=list)  # (run, digest) of each final adapter that it stored
+    submitted: list[Proposal] = field(default_factory=list)  # runs submitted for approval
     paused: bool = False
 
     @property
@@ -100,38 +100,38 @@ class Station:
     def open(self, train: Train | None = None) -> Site:
         def prepare(proposal: Proposal) -> PreparedRun:
             self.prepared.append(proposal.run)
-            same = self.propose(lead=proposal.lead)
-            return PreparedRun(proposal=same, template=self.template, declared_size=self.declared_size, **self.ready)
+            derived = self.propose(lead=proposal.lead)
+            return PreparedRun(
+                proposal=derived, template=self.template, declared_size=self.declared_size, **self.preparation
+            )
 
-        opened = MadeSite(
-            self.ledger(), prepare=prepare, train=train or self._train, paused=self.paused, sums=self.sums
-        )
-        opened.kept, opened.awaited = self.kept, self.awaited
-        return opened
+        site = MadeSite(self.ledger(), prepare=prepare, train=train or self._train, paused=self.paused, sums=self.sums)
+        site.stored, site.submitted = self.stored, self.submitted
+        return site
 
     def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> TrainingResult:
         self.trained.append((request.round, attempt))
         self.before_training.append(self.kinds())
-        moved = Adapter({name: value + np.float32(1) for name, value in adapter.tensors.items()})
-        return TrainingResult(adapter=moved, fingerprint="hmac of the records")
+        updated = Adapter({name: value + np.float32(1) for name, value in adapter.tensors.items()})
+        return TrainingResult(adapter=updated, fingerprint="hmac of the records")
 
-    def request(self, round: int = 1, *, adapter: Any = None, about: Any = None, **changes: Any) -> RoundRequest:
-        """Build a request of the lead; `changes` apply to the proposal, `about` to other fields."""
-        fields = {"round": round, "site": self.policy.site, "adapter_digest": (adapter or self.template).digest()}
-        return round_request(self.propose(**changes), **fields | (about or {}))
+    def request(self, round: int = 1, *, adapter: Any = None, fields: Any = None, **changes: Any) -> RoundRequest:
+        """Build a request of the lead; `changes` apply to the proposal, `fields` to other fields."""
+        defaults = {"round": round, "site": self.policy.site, "adapter_digest": (adapter or self.template).digest()}
+        return round_request(self.propose(**changes), **defaults | (fields or {}))
 
-    def ask(self, round: int = 1, *, train: Train | None = None, key: SigningKey | None = None, **asked: Any) -> Reply:
-        signed = self.request(round, **asked).sign_with(key or self.lead)
-        return self.send(signed, adapter=asked.get("adapter"), train=train)
+    def ask(self, round: int = 1, *, train: Train | None = None, key: SigningKey | None = None, **more: Any) -> Reply:
+        signed = self.request(round, **more).sign_with(key or self.lead)
+        return self.send(signed, adapter=more.get("adapter"), train=train)
 
     def send(self, signed: Signed, *, adapter: Adapter | None = None, train: Train | None = None) -> Reply:
         return answer(self.open(train), signed, adapter or self.template)
 
-    def invite(self, *, key: SigningKey | None = None, about: dict[str, Any] | None = None, **changes: Any) -> Reply:
-        """Answer an invitation; `changes` apply to the proposal, `about` to other fields."""
-        fields: dict[str, Any] = {"proposal": self.propose(**changes), "site": self.policy.site}
-        fields |= {"expires": 1e12, "nonce": NONCE}
-        return answer_invitation(self.open(), Invitation(**(fields | (about or {}))).sign_with(key or self.lead))
+    def invite(self, *, key: SigningKey | None = None, fields: dict[str, Any] | None = None, **changes: Any) -> Reply:
+        """Answer an invitation; `changes` apply to the proposal, `fields` to other fields."""
+        defaults: dict[str, Any] = {"proposal": self.propose(**changes), "site": self.policy.site}
+        defaults |= {"expires": 1e12, "nonce": NONCE}
+        return answer_invitation(self.open(), Invitation(**(defaults | (fields or {}))).sign_with(key or self.lead))
 
     def end(self, *, run: str = "r", key: Any = None, adapter: Any = None, digest: str = "") -> Receipt | None:
         """Send the site an end-of-run notice signed by the lead, or by `key`; `adapter` is attached."""

@@ -27,7 +27,7 @@ def checkpoints(folder: Path) -> Checkpoints:
     return Checkpoints(folder, "digest")
 
 
-def state(round: int) -> LeadState:
+def make_state(round: int) -> LeadState:
     results = [
         round_of(
             number,
@@ -38,24 +38,24 @@ def state(round: int) -> LeadState:
         for number in range(1, round + 1)
     ]
     moments = {"m/head": np.arange(4, dtype=np.float64) / 3, "v/head": np.ones(4, np.float32)}
-    about = {
+    fields = {
         "strategy": moments,
         "receipts": {"a": make_receipt(charged=round)},
         "unanswered": {"b": 1},
         "seconds": 1.5,
     }
-    return LeadState(round=round, adapter=make_adapter(), rounds=results, metrics_before={"loss": 1 / 3}, **about)
+    return LeadState(round=round, adapter=make_adapter(), rounds=results, metrics_before={"loss": 1 / 3}, **fields)
 
 
 def test_checkpoint_round_trips_through_its_file(checkpoints: Checkpoints) -> None:
     def to_plain(state: LeadState) -> Any:
         arrays = {name: (value.dtype, value.tobytes()) for name, value in state.strategy.items()}
-        others = (state.round, state.receipts, state.unanswered, state.seconds, state.metrics_before)
-        return state.adapter.digest(), arrays, others, repr(list(state.rounds))
+        fields = (state.round, state.receipts, state.unanswered, state.seconds, state.metrics_before)
+        return state.adapter.digest(), arrays, fields, repr(list(state.rounds))
 
-    checkpoints.save(state(2))
+    checkpoints.save(make_state(2))
     loaded = checkpoints.load()
-    assert to_plain(loaded) == to_plain(state(2))
+    assert to_plain(loaded) == to_plain(make_state(2))
     assert loaded.strategy["m/head"].dtype == np.float64, "a moment rounded to float32 would change the next round"
     assert loaded.receipts["a"].has_valid_signature(), "the site must be able to verify its own receipt"
 
@@ -63,7 +63,7 @@ def test_checkpoint_round_trips_through_its_file(checkpoints: Checkpoints) -> No
 def test_newest_checkpoint_is_loaded_and_its_predecessor_kept(checkpoints: Checkpoints, folder: Path) -> None:
     # The newest checkpoint has the largest number, which is not the last name.
     for round in (9998, 9999, 10_000, 10_001):
-        checkpoints.save(replace(state(1), round=round))
+        checkpoints.save(replace(make_state(1), round=round))
     assert checkpoints.load().round == 10_001
     assert sorted(path.stem for path in folder.iterdir()) == ["round-10000", "round-10001"]
     assert [path.stem for path in RunFolder(folder.parent).saved_checkpoints] == ["round-10000", "round-10001"]
@@ -80,20 +80,20 @@ def test_newest_checkpoint_is_loaded_and_its_predecessor_kept(checkpoints: Check
 def test_invalid_counts_in_a_checkpoint_are_reported_as_damage(
     checkpoints: Checkpoints, folder: Path, name: str, value: Any
 ) -> None:
-    checkpoints.save(state(1))
+    checkpoints.save(make_state(1))
     (path,) = folder.glob("round-*")
     data = path.read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    about = json.loads(header["__metadata__"]["fedtune"])
-    about[name] = {"a": about["receipts"]["a"] | value["a"]} if name == "receipts" else value
-    path.write_bytes(save(load(data), metadata={"fedtune": json.dumps(about)}))
+    metadata = json.loads(header["__metadata__"]["fedtune"])
+    metadata[name] = {"a": metadata["receipts"]["a"] | value["a"]} if name == "receipts" else value
+    path.write_bytes(save(load(data), metadata={"fedtune": json.dumps(metadata)}))
     with pytest.raises(RunError, match="is damaged"):
         checkpoints.load()
 
 
 def test_rounds_requested_after_the_checkpoint_count_as_unanswered(checkpoints: Checkpoints) -> None:
     checkpoints.record_request(1, ["a", "b"])
-    checkpoints.save(state(1))
+    checkpoints.save(make_state(1))
     for _ in range(2):
         checkpoints.record_request(2, ["a", "b"])
     assert checkpoints.load().unanswered == {"a": 2, "b": 3}
@@ -102,24 +102,24 @@ def test_rounds_requested_after_the_checkpoint_count_as_unanswered(checkpoints: 
 def test_missing_or_mismatched_checkpoint_is_refused(checkpoints: Checkpoints, folder: Path) -> None:
     with pytest.raises(ConfigError, match="has no checkpoint: start a new run"):
         checkpoints.load()
-    checkpoints.save(state(1))
+    checkpoints.save(make_state(1))
     with pytest.raises(ConfigError, match="has a checkpoint of a different configuration"):
         Checkpoints(folder, "other").load()
     (folder / "round-0002.safetensors.partial").write_bytes(b"half")
     assert checkpoints.load().round == 1, "a partially written checkpoint must not count"
 
 
-@pytest.mark.parametrize("left", [0, 4, 200, -1])
-def test_truncated_checkpoint_is_reported_as_damaged(checkpoints: Checkpoints, folder: Path, left: int) -> None:
-    checkpoints.save(state(1))
+@pytest.mark.parametrize("end", [0, 4, 200, -1])
+def test_truncated_checkpoint_is_reported_as_damaged(checkpoints: Checkpoints, folder: Path, end: int) -> None:
+    checkpoints.save(make_state(1))
     file = folder / "round-0001.safetensors"
-    file.write_bytes(file.read_bytes()[:left])
+    file.write_bytes(file.read_bytes()[:end])
     with pytest.raises(RunError, match=r"round-0001\.safetensors is damaged"):
         checkpoints.load()
 
 
 def test_truncated_journal_line_is_dropped_by_the_next_request(checkpoints: Checkpoints, folder: Path) -> None:
-    checkpoints.save(state(1))
+    checkpoints.save(make_state(1))
     (folder / "asked.jsonl").write_bytes(b'[2, ["a"]]\n[2, ["b')
     assert checkpoints.load().unanswered == {"a": 1, "b": 1}, "a request truncated by a crash was never sent"
     checkpoints.record_request(2, ["a", "b"])
@@ -158,9 +158,9 @@ def runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_similar_run_folders_are_suggested(runs_folder: Path, name: str, hint: str) -> None:
     assert suggest_run_folders(Path(name)) == hint
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as error:
         read_saved_settings(Path(name))
-    assert str(caught.value) == f"run folder = {name!r}: must contain a config.yaml{hint}"
+    assert str(error.value) == f"run folder = {name!r}: must contain a config.yaml{hint}"
 
 
 def test_number_of_suggested_run_folders_is_limited(tmp_path: Path) -> None:

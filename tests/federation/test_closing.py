@@ -13,7 +13,7 @@ from ..cli import snapshots
 
 # A round of four sites, one line per check of the lead: seconds elapsed, good updates, sites at work, other sites, and
 # whether the round is over.
-STORIES: dict[str, list[tuple[float, int, int, int, bool]]] = {
+SCENARIOS: dict[str, list[tuple[float, int, int, int, bool]]] = {
     "every site at work is waited for": [(1000, 3, 1, 0, False)] * 10,
     "enough updates are waited for": [(1000, 1, 0, 3, False)] * 10,
     "one absent site costs the grace period": [(0, 3, 0, 1, False), (59.9, 3, 0, 1, False), (0.2, 3, 0, 1, True)],
@@ -27,22 +27,22 @@ STORIES: dict[str, list[tuple[float, int, int, int, bool]]] = {
 }
 
 
-@pytest.mark.parametrize("story", STORIES)
-def test_stopping_rule_ends_the_wait_as_specified(story: str) -> None:
-    clock, enough = Mock(return_value=100.0), 3 if story == "three are enough" else None
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_stopping_rule_ends_the_wait_as_specified(scenario: str) -> None:
+    clock, enough_sites = Mock(return_value=100.0), 3 if scenario == "three are enough" else None
     rule = StoppingRule(
-        FederationSpec(num_sites=4, min_sites=2, straggler_grace_s=60.0, enough_sites=enough), clock=clock
+        FederationSpec(num_sites=4, min_sites=2, straggler_grace_s=60.0, enough_sites=enough_sites), clock=clock
     )
-    for number, (seconds, good, at_work, others, over) in enumerate(STORIES[story]):
+    for number, (seconds, good, at_work, others, over) in enumerate(SCENARIOS[scenario]):
         clock.return_value += seconds
         assert rule.is_over(good=good, at_work=at_work, others=others) is over, number
 
 
 def test_participants_keep_the_order_of_site_names() -> None:
     assert FederationSpec(num_sites=2).names == FederationSpec(num_sites=2).active == ("site-1", "site-2")
-    named = FederationSpec(num_sites=3, site_names=("a", "b", "c"), participants=("c", "a"))
-    assert named.names == ("a", "b", "c")
-    assert named.active == ("a", "c"), "the order of names determines the sum of updates"
+    spec = FederationSpec(num_sites=3, site_names=("a", "b", "c"), participants=("c", "a"))
+    assert spec.names == ("a", "b", "c")
+    assert spec.active == ("a", "c"), "the order of names determines the sum of updates"
 
 
 @snapshots.parametrize_mistakes("mistakes-closing")

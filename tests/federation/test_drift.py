@@ -25,11 +25,11 @@ def test_held_out_scores_are_pooled_over_sites_and_rounds() -> None:
         make_scored_round(2, a=(0.7, 0.9)),
         make_scored_round(3),
     ]
-    found = pool_held_out_scores(rounds, {"a": 100.0, "b": 50.0}, noise=2.0, run="r")
+    pooled = pool_held_out_scores(rounds, {"a": 100.0, "b": 50.0}, noise=2.0, run="r")
     # 50 + 45 + 70 correct of 100 + 55 + 90; three releases, each with noise of 2 root 2 units on both sums.
     units, mean, noise = 245.0, 165 / 245, 2.0 * math.sqrt(6)
     deviation = math.sqrt((1 + mean**2) * (noise / units) ** 2 + mean * (1 - mean) / (units / 2))
-    assert found == HeldOut(run="r", date="2026-01-03", mean=mean, deviation=deviation)
+    assert pooled == HeldOut(run="r", date="2026-01-03", mean=mean, deviation=deviation)
     assert pool_held_out_scores(rounds, {"a": 100.0, "b": 50.0}, noise=21.0, run="r") is None, (
         "the noise is too large for so few units"
     )
@@ -37,14 +37,14 @@ def test_held_out_scores_are_pooled_over_sites_and_rounds() -> None:
 
 
 def test_reported_deviation_matches_simulated_runs() -> None:
-    draws, means, deviations = np.random.default_rng(5), [], []
+    rng, means, deviations = np.random.default_rng(5), [], []
     for _ in range(2000):
-        right = np.full((4, 1), draws.binomial(100, 0.7)) / 100
-        noise = draws.normal(0, 10 * math.sqrt(2), (4, 2)) / 100
-        rounds = [make_scored_round(n + 1, a=(right[n, 0] + noise[n, 0], 1 + noise[n, 1])) for n in range(4)]
-        found = pool_held_out_scores(rounds, {"a": 100.0}, noise=10.0, run="r")
-        means.append(found.mean)
-        deviations.append(found.deviation)
+        correct = np.full((4, 1), rng.binomial(100, 0.7)) / 100
+        noise = rng.normal(0, 10 * math.sqrt(2), (4, 2)) / 100
+        rounds = [make_scored_round(n + 1, a=(correct[n, 0] + noise[n, 0], 1 + noise[n, 1])) for n in range(4)]
+        pooled = pool_held_out_scores(rounds, {"a": 100.0}, noise=10.0, run="r")
+        means.append(pooled.mean)
+        deviations.append(pooled.deviation)
     assert np.mean(means) == pytest.approx(0.7, abs=0.01)
     assert np.std(means) == pytest.approx(np.mean(deviations), rel=0.06)
 
@@ -59,12 +59,12 @@ def test_newest_two_runs_are_compared_with_all_earlier_runs() -> None:
     assert not detect_score_drop(make_runs(0.8, 0.8, 0.8, 0.79, 0.79)).significant  # type: ignore[union-attr]
     assert not detect_score_drop(make_runs(0.7, 0.8)).significant  # type: ignore[union-attr]
     # A run with little information has little weight.
-    vague = HeldOut(run="v", date="", mean=0.1, deviation=1.0)
-    found = detect_score_drop([*make_runs(0.8, 0.8), vague, *make_runs(0.8, 0.8)])
-    assert abs(found.change) < 1e-3
+    imprecise = HeldOut(run="v", date="", mean=0.1, deviation=1.0)
+    drop = detect_score_drop([*make_runs(0.8, 0.8), imprecise, *make_runs(0.8, 0.8)])
+    assert abs(drop.change) < 1e-3
 
 
 def test_drift_test_has_a_false_alarm_rate_of_five_percent() -> None:
-    draws = np.random.default_rng(7)
-    found = [detect_score_drop(make_runs(*draws.normal(0.8, 0.01, 6))) for _ in range(4000)]
-    assert np.mean([one.significant for one in found if one]) == pytest.approx(0.05, abs=0.012)
+    rng = np.random.default_rng(7)
+    drops = [detect_score_drop(make_runs(*rng.normal(0.8, 0.01, 6))) for _ in range(4000)]
+    assert np.mean([drop.significant for drop in drops if drop]) == pytest.approx(0.05, abs=0.012)

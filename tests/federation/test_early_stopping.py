@@ -20,7 +20,7 @@ def make_rounds(*scores: float | None, name: str = "accuracy", lost: Collection[
     ]
 
 
-def find_kept(*scores: float | None, name: str = "accuracy", **settings: Any) -> SelectedRound | None:
+def select_from_scores(*scores: float | None, name: str = "accuracy", **settings: Any) -> SelectedRound | None:
     federation = FederationSpec(**({"num_rounds": 9, "checkpoint_selection": "best"} | settings))
     return select_round(make_rounds(*scores, name=name), federation, primary_metric=name)
 
@@ -36,42 +36,42 @@ def find_kept(*scores: float | None, name: str = "accuracy", **settings: Any) ->
     ],
 )
 def test_best_round_is_the_first_with_the_best_score(scores: Sequence[float | None], name: str, best: int) -> None:
-    found = find_kept(*scores, name=name)
-    assert (found.round, found.primary_metric, found.stopped_early) == (best, name, False)
+    selected = select_from_scores(*scores, name=name)
+    assert (selected.round, selected.primary_metric, selected.stopped_early) == (best, name, False)
 
 
 def test_no_checkpoint_is_selected_without_the_settings() -> None:
-    assert find_kept(0.5, 0.25, checkpoint_selection="last") is None
-    assert find_kept() is None
+    assert select_from_scores(0.5, 0.25, checkpoint_selection="last") is None
+    assert select_from_scores() is None
     # After the last planned round nothing is stopped early.
-    found = find_kept(0.5, 0.25, 0.25, early_stopping_patience=2, num_rounds=3)
-    assert found == SelectedRound(round=1, primary_metric="accuracy", score=0.5, stopped_early=False)
+    selected = select_from_scores(0.5, 0.25, 0.25, early_stopping_patience=2, num_rounds=3)
+    assert selected == SelectedRound(round=1, primary_metric="accuracy", score=0.5, stopped_early=False)
 
 
 def test_early_stopping_ends_after_rounds_without_improvement() -> None:
-    ended = {
-        scores: find_kept(*scores, early_stopping_patience=2)
+    selections = {
+        scores: select_from_scores(*scores, early_stopping_patience=2)
         for scores in ((0.5, 0.25), (0.5, 0.25, 0.5), (0.5, 0.25, 0.75))
     }
-    assert [found.stopped_early for found in ended.values() if found] == [False, True, False]
+    assert [selected.stopped_early for selected in selections.values() if selected] == [False, True, False]
     # Early stopping does not determine which round is kept.
-    last = find_kept(0.5, 0.25, 0.375, early_stopping_patience=2, checkpoint_selection="last")
-    assert last == SelectedRound(round=3, primary_metric="accuracy", score=0.375, stopped_early=True)
+    selected = select_from_scores(0.5, 0.25, 0.375, early_stopping_patience=2, checkpoint_selection="last")
+    assert selected == SelectedRound(round=3, primary_metric="accuracy", score=0.375, stopped_early=True)
 
 
 def test_rounds_without_updates_do_not_count_toward_early_stopping() -> None:
     """Such a round keeps the previous score; a restart of the lead can cause several in a row."""
     federation = FederationSpec(num_rounds=9, early_stopping_patience=1)
-    for lost, over in (((3, 4), False), ((), True), ((4,), True)):
-        found = select_round(make_rounds(0.25, 0.5, 0.5, 0.5, lost=lost), federation, primary_metric="accuracy")
-        assert found.stopped_early is over
+    for lost, stopped in (((3, 4), False), ((), True), ((4,), True)):
+        selected = select_round(make_rounds(0.25, 0.5, 0.5, 0.5, lost=lost), federation, primary_metric="accuracy")
+        assert selected.stopped_early is stopped
 
 
 def test_run_ends_after_its_last_round_or_early_stopping() -> None:
     stopping = FederationSpec(num_rounds=4, early_stopping_patience=1)
     scores = (0.5, 0.75, 0.75)
-    over = [should_stop(make_rounds(*scores[:count]), stopping, primary_metric="accuracy") for count in range(4)]
-    assert over == [False, False, False, True]
+    stops = [should_stop(make_rounds(*scores[:count]), stopping, primary_metric="accuracy") for count in range(4)]
+    assert stops == [False, False, False, True]
     plain = FederationSpec(num_rounds=3)
     assert [should_stop(make_rounds(*scores[:count]), plain, primary_metric="accuracy") for count in (2, 3)] == [
         False,
@@ -87,10 +87,10 @@ def test_exhausted_plan_ends_the_run_and_the_missing_round_is_explained() -> Non
     assert "Round 3 of 4 is missing" in reason
     assert "which exhausted the plan of a." in reason
     assert "Set federation.spare_rounds=2 in the next run" in reason
-    for others in (
+    for rounds in (
         make_rounds(0.5, 0.5),
         make_rounds(0.5, 0.5, 0.5, lost=(3,)),
         [round_of(1, sites=("b",), failed_sites={"a": "plan_exhausted"}, metrics={})],
     ):
-        assert not should_stop(others, federation, primary_metric="accuracy")
-        assert explain_exhausted_plan(others, federation) == ""
+        assert not should_stop(rounds, federation, primary_metric="accuracy")
+        assert explain_exhausted_plan(rounds, federation) == ""

@@ -28,73 +28,73 @@ def make_tiny_spec(task: str = "classification", *, layers: Any = None, dtype: A
 
 
 def forecast_plan(
-    model: TaskModel, plan: Plan | None = None, runtime: RuntimeSpec | None = None, **more: Any
+    model: TaskModel, plan: Plan | None = None, runtime: RuntimeSpec | None = None, **changes: Any
 ) -> Forecast:
-    about = {"declared_sizes": SIZES, "max_length": 8, "runtime": runtime or RuntimeSpec(), "traffic": (700, 300)}
-    about |= {"ranks": dict.fromkeys(SIZES)}
-    return forecast(plan or run_plan(), model, **about | more)
+    fields = {"declared_sizes": SIZES, "max_length": 8, "runtime": runtime or RuntimeSpec(), "traffic": (700, 300)}
+    fields |= {"ranks": dict.fromkeys(SIZES)}
+    return forecast(plan or run_plan(), model, **fields | changes)
 
 
 def test_forecast_traffic_covers_all_sites_and_rounds() -> None:
     model = make_tiny_spec()
-    found = forecast_plan(model)
-    assert found.values == sum(array.size for array in Adapter.from_task_model(model).tensors.values())
-    assert found.site_values == dict.fromkeys(SIZES, found.values), "every site must train the whole adapter"
+    costs = forecast_plan(model)
+    assert costs.values == sum(array.size for array in Adapter.from_task_model(model).tensors.values())
+    assert costs.site_values == dict.fromkeys(SIZES, costs.values), "every site must train the whole adapter"
     smaller = forecast_plan(model, ranks=dict.fromkeys(SIZES, 1)).site_values
-    assert all(0 < value < found.values for value in smaller.values())
-    assert found.bytes_total == (found.bytes_down + found.bytes_up) * 2 * 3, "two sites, three rounds, no spare rounds"
+    assert all(0 < value < costs.values for value in smaller.values())
+    assert costs.bytes_total == (costs.bytes_down + costs.bytes_up) * 2 * 3, "two sites, three rounds, no spare rounds"
 
 
 def test_forecast_model_memory_follows_the_dtype() -> None:
-    formats = ("float32", "bfloat16", "nf4")
-    found = {dtype: forecast_plan(make_tiny_spec("causal_lm", dtype=dtype)).model_bytes for dtype in formats}
-    adapter = 4 * sum(one.numel() for one in make_tiny_spec("causal_lm").trainable().values())
-    assert found["float32"] - found["bfloat16"] == pytest.approx(found["bfloat16"] - adapter, rel=0.01)
-    assert adapter < found["nf4"] < found["bfloat16"]
+    dtypes = ("float32", "bfloat16", "nf4")
+    sizes = {dtype: forecast_plan(make_tiny_spec("causal_lm", dtype=dtype)).model_bytes for dtype in dtypes}
+    adapter = 4 * sum(tensor.numel() for tensor in make_tiny_spec("causal_lm").trainable().values())
+    assert sizes["float32"] - sizes["bfloat16"] == pytest.approx(sizes["bfloat16"] - adapter, rel=0.01)
+    assert adapter < sizes["nf4"] < sizes["bfloat16"]
 
 
 def test_forecast_times_follow_expected_batch_sizes() -> None:
-    found = forecast_plan(make_tiny_spec())
-    assert found.step_seconds["a"] == pytest.approx(2 * found.step_seconds["b"])
-    assert found.round_seconds["a"] == pytest.approx(2 * found.step_seconds["a"])
-    steps = 3 * sum(found.round_seconds.values())
-    assert found.seconds_one_after_another == pytest.approx(found.first_seconds + steps)
-    assert found.step_seconds["a"] > 0
+    costs = forecast_plan(make_tiny_spec())
+    assert costs.step_seconds["a"] == pytest.approx(2 * costs.step_seconds["b"])
+    assert costs.round_seconds["a"] == pytest.approx(2 * costs.step_seconds["a"])
+    steps = 3 * sum(costs.round_seconds.values())
+    assert costs.seconds_one_after_another == pytest.approx(costs.first_seconds + steps)
+    assert costs.step_seconds["a"] > 0
     assert forecast_plan(make_tiny_spec("causal_lm")).step_seconds["b"] > 0
 
 
 def test_forecast_counts_all_permitted_records_of_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast_module, "measure_example_seconds", lambda *_, **__: (0.5, 2.0))
-    by_user = replace(run_plan(), unit="user", records_per_user=8)
-    once, many = (forecast_plan(make_tiny_spec(), plan) for plan in (run_plan(), by_user))
-    assert many.step_seconds == {site: pytest.approx(8 * seconds) for site, seconds in once.step_seconds.items()}
-    assert many.first_seconds == pytest.approx(8 * once.first_seconds)
+    user_plan = replace(run_plan(), unit="user", records_per_user=8)
+    single, several = (forecast_plan(make_tiny_spec(), plan) for plan in (run_plan(), user_plan))
+    assert several.step_seconds == {site: pytest.approx(8 * seconds) for site, seconds in single.step_seconds.items()}
+    assert several.first_seconds == pytest.approx(8 * single.first_seconds)
 
 
 def test_forecast_cost_grows_with_texts_per_record(monkeypatch: pytest.MonkeyPatch) -> None:
     batches, collate = list[Any](), machine.collate
-    monkeypatch.setattr(machine, "collate", lambda *of, **how: batches.append(collate(*of, **how)) or batches[-1])
+    monkeypatch.setattr(machine, "collate", lambda *a, **kw: batches.append(collate(*a, **kw)) or batches[-1])
     spec = replace(make_tiny_spec(layers=(-1,)).spec, task="embedding", labels=(), texts=3)
     model = build_task_model(spec)
     width = model.base.config.hidden_size * 4
     records = sum(SIZES.values()) * run_plan().records_per_user
-    for texts, kept in ((3, True), (2, False)):
-        room = RuntimeSpec(kept_states_mib=records * 8 * texts * width / 2**20, micro_batch_tokens=1024)
-        found = forecast_plan(model, runtime=room)
-        assert found.frozen_states_kept == kept
+    for texts, cached in ((3, True), (2, False)):
+        setup = RuntimeSpec(kept_states_mib=records * 8 * texts * width / 2**20, micro_batch_tokens=1024)
+        costs = forecast_plan(model, runtime=setup)
+        assert costs.frozen_states_kept == cached
     assert tuple(batches[0].input_ids.shape) == (512 // 24 * 3, 8)
 
 
 def test_forecast_runs_cached_frozen_layers_once_per_record(tmp_path: Path) -> None:
-    before = Adapter.from_task_model(model := make_tiny_spec(layers=(-1,))).digest()
-    kept = forecast_plan(model)
-    assert kept.frozen_states_kept
-    assert kept.first_seconds > 0
-    without = replace(RuntimeSpec(), kept_states_mib=0)
-    again = forecast_plan(model, runtime=without)
-    assert not again.frozen_states_kept
-    assert again.first_seconds == 0
-    on_disk = replace(without, kept_states_folder=str(tmp_path))
+    digest = Adapter.from_task_model(model := make_tiny_spec(layers=(-1,))).digest()
+    cached = forecast_plan(model)
+    assert cached.frozen_states_kept
+    assert cached.first_seconds > 0
+    no_cache = replace(RuntimeSpec(), kept_states_mib=0)
+    uncached = forecast_plan(model, runtime=no_cache)
+    assert not uncached.frozen_states_kept
+    assert uncached.first_seconds == 0
+    on_disk = replace(no_cache, kept_states_folder=str(tmp_path))
     assert forecast_plan(model, runtime=on_disk).frozen_states_kept
-    assert Adapter.from_task_model(model).digest() == before, "a timing pass must not change the model"
+    assert Adapter.from_task_model(model).digest() == digest, "a timing pass must not change the model"
     assert all(parameter.grad is None for parameter in model.parameters())

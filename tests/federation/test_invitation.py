@@ -21,8 +21,8 @@ from .conftest import NONCE, read_reason
 def test_site_without_objections_offers_the_whole_plan(site: Any) -> None:
     reply = site.invite()
     plan = site.propose().plan
-    whole = {"max_rounds": plan.num_rounds, "min_noise": plan.noise_multiplier}
-    assert reply.body == Offer(site="a", run="r", nonce=NONCE, software=build(), **whole)
+    offered = {"max_rounds": plan.num_rounds, "min_noise": plan.noise_multiplier}
+    assert reply.body == Offer(site="a", run="r", nonce=NONCE, software=build(), **offered)
     assert reply.is_signed()
     assert reply.receipt.charged_rounds == 0
     assert site.kinds() == [], "nothing may be charged, reserved or recorded"
@@ -31,7 +31,7 @@ def test_site_without_objections_offers_the_whole_plan(site: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "changes", "about", "rule"),
+    ("policy", "changes", "fields", "rule"),
     [
         ({}, {"noise_multiplier": 0.5}, {}, Reason.MIN_NOISE_MULTIPLIER),
         ({}, {"rank": 64}, {}, Reason.MAX_RANK),
@@ -44,17 +44,17 @@ def test_site_without_objections_offers_the_whole_plan(site: Any) -> None:
     ids=str,
 )
 def test_invitation_is_refused_for_the_same_reasons_as_a_round(
-    station: Any, policy: Any, changes: Any, about: Any, rule: Reason
+    station: Any, policy: Any, changes: Any, fields: Any, rule: Reason
 ) -> None:
     site = station(**policy)
-    reply = site.invite(about=about, **changes)
+    reply = site.invite(fields=fields, **changes)
     assert read_reason(reply) is rule
-    if "software" in about:
+    if "software" in fields:
         assert "(fedtune 0.3.0+7c1f)" in reply.body.requested
         assert f"(fedtune {build()})" in reply.body.allowed
     assert reply.is_signed()
     assert site.kinds() == [Kind.REFUSAL]
-    assert (len(site.awaited) == 1) is (rule is Reason.AWAITING_APPROVAL)
+    assert (len(site.submitted) == 1) is (rule is Reason.AWAITING_APPROVAL)
     site.paused = True
     assert read_reason(site.invite()) is Reason.PAUSED
 
@@ -68,7 +68,7 @@ def test_unknown_lead_receives_no_receipt(site: Any) -> None:
 def test_site_with_insufficient_budget_offers_a_smaller_plan_on_request(station: Any) -> None:
     site = station(budget={"max_epsilon": 0.4})
     assert read_reason(site.invite()) is Reason.MAX_EPSILON
-    reply = site.invite(about={"less": True})
+    reply = site.invite(fields={"less": True})
     plan = site.propose().plan
     assert reply.is_signed()
     assert reply.body.max_rounds < plan.num_rounds

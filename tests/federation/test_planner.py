@@ -29,48 +29,48 @@ golden = partial(
 
 
 def test_privacy_cost_covers_one_round_and_all_rounds() -> None:
-    price = planner.compute_cost(golden(), SIZES, before=0)
-    assert price.epsilon_of_one_round == pytest.approx(1.43, abs=0.005)
-    assert price.epsilon == pytest.approx(5.62, abs=0.005)
-    assert price.steps == 2000
+    cost = planner.compute_cost(golden(), SIZES, before=0)
+    assert cost.epsilon_of_one_round == pytest.approx(1.43, abs=0.005)
+    assert cost.epsilon == pytest.approx(5.62, abs=0.005)
+    assert cost.steps == 2000
 
 
 def test_round_costs_increase_to_the_cost_of_the_whole_plan() -> None:
-    price = planner.compute_cost(run_plan(), SIZES, before=0)
-    whole = run_plan().event(rounds=run_plan().max_rounds)
-    assert price.epsilon_filter == pytest.approx(filter.find_smallest_cap(whole, delta=run_plan().delta)[0])
-    assert price.filter_order in filter.ORDERS
-    assert [one.round for one in price.rounds] == [1, 2, 3, 4]
-    assert [one.steps for one in price.rounds] == [2, 4, 6, 8]
-    assert [one.spare for one in price.rounds] == [False, False, False, True]
-    for figures in zip(*((one.pld, one.rdp, one.filter) for one in price.rounds), strict=True):
+    cost = planner.compute_cost(run_plan(), SIZES, before=0)
+    event = run_plan().event(rounds=run_plan().max_rounds)
+    assert cost.epsilon_filter == pytest.approx(filter.find_smallest_cap(event, delta=run_plan().delta)[0])
+    assert cost.filter_order in filter.ORDERS
+    assert [row.round for row in cost.rounds] == [1, 2, 3, 4]
+    assert [row.steps for row in cost.rounds] == [2, 4, 6, 8]
+    assert [row.spare for row in cost.rounds] == [False, False, False, True]
+    for figures in zip(*((row.pld, row.rdp, row.filter) for row in cost.rounds), strict=True):
         assert list(figures) == sorted(figures)
-    last = price.rounds[-1]
-    assert last.pld == pytest.approx(price.epsilon, abs=1e-3)
-    assert last.pld >= price.epsilon, "the coarse grid must be the more pessimistic one"
-    assert (last.rdp, last.filter) == pytest.approx((price.epsilon_rdp, price.epsilon_filter))
+    final = cost.rounds[-1]
+    assert final.pld == pytest.approx(cost.epsilon, abs=1e-3)
+    assert final.pld >= cost.epsilon, "the coarse grid must be the more pessimistic one"
+    assert (final.rdp, final.filter) == pytest.approx((cost.epsilon_rdp, cost.epsilon_filter))
     # A site's noise depends on its declared size.
-    largest = price.sites["a"]
+    largest = cost.sites["a"]
     assert largest.expected_batch == pytest.approx(0.2 * 1200)
     assert largest.weight == pytest.approx(1200 / 2080)
     assert largest.expected_failures == pytest.approx(0.012)
     assert largest.step_noise == pytest.approx(4.0 * 1.0 / 240)
-    assert sum(site.weight for site in price.sites.values()) == pytest.approx(1)
+    assert sum(site.weight for site in cost.sites.values()) == pytest.approx(1)
 
 
 def test_long_round_tables_are_shortened_but_keep_both_ends() -> None:
     plan = golden(noise_multiplier=4.0, local_steps=1, num_rounds=997, spare_rounds=3)
-    shown = [one.round for one in planner.compute_cost(plan, SIZES, before=0).rounds]
-    assert len(shown) <= 22
-    assert (shown[0], shown[-2], shown[-1]) == (1, 997, 1000)
+    rounds = [row.round for row in planner.compute_cost(plan, SIZES, before=0).rounds]
+    assert len(rounds) <= 22
+    assert (rounds[0], rounds[-2], rounds[-1]) == (1, 997, 1000)
 
 
 def test_noiseless_plan_has_infinite_epsilon() -> None:
-    price = planner.compute_cost(replace(run_plan(), noise_multiplier=0.0), SIZES, before=0)
-    assert price.rounds == ()
-    assert price.filter_order is None
-    assert {price.epsilon, price.epsilon_rdp, price.epsilon_filter, price.epsilon_of_one_round} == {math.inf}
-    assert price.sites["b"].expected_batch == pytest.approx(112)
+    cost = planner.compute_cost(replace(run_plan(), noise_multiplier=0.0), SIZES, before=0)
+    assert cost.rounds == ()
+    assert cost.filter_order is None
+    assert {cost.epsilon, cost.epsilon_rdp, cost.epsilon_filter, cost.epsilon_of_one_round} == {math.inf}
+    assert cost.sites["b"].expected_batch == pytest.approx(112)
 
 
 def test_alternatives_stay_within_epsilon() -> None:
@@ -80,8 +80,8 @@ def test_alternatives_stay_within_epsilon() -> None:
     batches = ["batches x 1.5 (rate 0.15)", "batches x 2 (rate 0.2)"]
     assert list(changes) == ["5 rounds", "6 rounds", *batches, "delta 1e-06", f"epsilon {epsilon / 2:.4g}"]
     for change in changes.values():
-        needed = replace(change.plan, noise_multiplier=change.noise_needed)
-        assert accountant.epsilon_pld([needed.event(rounds=needed.max_rounds)], needed.delta) <= change.epsilon
+        noised = replace(change.plan, noise_multiplier=change.noise_needed)
+        assert accountant.epsilon_pld([noised.event(rounds=noised.max_rounds)], noised.delta) <= change.epsilon
         assert change.same_noise_epsilon == planner.compute_target_epsilon(change.plan)
     assert changes["5 rounds"].plan.num_rounds == 5
     assert changes["delta 1e-06"].plan.delta == pytest.approx(1e-6)
@@ -100,9 +100,9 @@ def test_alternative_sampling_rate_is_capped_at_one() -> None:
 
 def test_alternatives_without_a_computable_epsilon_are_skipped() -> None:
     plan = golden(delta=1e-21 * 2 * 4, noise_multiplier=8.0, local_steps=2, num_rounds=2)
-    whats = [change.what for change in planner.compute_alternatives(plan, epsilon=2.0)]
-    assert whats[0] == "3 rounds"
-    assert not any(what.startswith("delta") for what in whats)
+    names = [change.what for change in planner.compute_alternatives(plan, epsilon=2.0)]
+    assert names[0] == "3 rounds"
+    assert not any(name.startswith("delta") for name in names)
 
 
 def test_epsilon_of_zero_has_no_alternatives() -> None:
@@ -113,34 +113,34 @@ def test_epsilon_of_zero_has_no_alternatives() -> None:
 
 def test_signal_to_noise_matches_simulated_noise() -> None:
     plan = golden(noise_multiplier=3.0, sampling_rate=0.1, max_grad_norm=0.5, local_steps=5, num_rounds=4)
-    sizes, values, draws = {"a": 300, "b": 100}, 400, np.random.default_rng(0)
-    moved = np.zeros(values)
+    sizes, values, rng = {"a": 300, "b": 100}, 400, np.random.default_rng(0)
+    movement = np.zeros(values)
     for _ in range(plan.local_steps * plan.num_rounds):
         for size in sizes.values():
-            noise = draws.normal(0, plan.noise_multiplier * plan.max_grad_norm, values) / (plan.sampling_rate * size)
-            moved += size / 400 * noise / 20
+            noise = rng.normal(0, plan.noise_multiplier * plan.max_grad_norm, values) / (plan.sampling_rate * size)
+            movement += size / 400 * noise / 20
     ratio = planner.compute_signal_to_noise(plan, sizes, values=values)
-    assert ratio == pytest.approx(plan.max_grad_norm / np.linalg.norm(moved), rel=0.15)
+    assert ratio == pytest.approx(plan.max_grad_norm / np.linalg.norm(movement), rel=0.15)
 
 
 def test_signal_to_noise_scales_with_rounds_noise_and_parameters() -> None:
-    plain = planner.compute_signal_to_noise(golden(), SIZES, values=1000)
-    assert planner.compute_signal_to_noise(golden(), SIZES, values=4000) == pytest.approx(plain / 2)
-    assert planner.compute_signal_to_noise(golden(num_rounds=80), SIZES, values=1000) == pytest.approx(plain * 2)
-    assert planner.compute_signal_to_noise(golden(noise_multiplier=2.0), SIZES, values=1000) == pytest.approx(plain / 2)
-    assert planner.compute_signal_to_noise(golden(max_grad_norm=9.0), SIZES, values=1000) == pytest.approx(plain)
+    ratio = planner.compute_signal_to_noise(golden(), SIZES, values=1000)
+    assert planner.compute_signal_to_noise(golden(), SIZES, values=4000) == pytest.approx(ratio / 2)
+    assert planner.compute_signal_to_noise(golden(num_rounds=80), SIZES, values=1000) == pytest.approx(ratio * 2)
+    assert planner.compute_signal_to_noise(golden(noise_multiplier=2.0), SIZES, values=1000) == pytest.approx(ratio / 2)
+    assert planner.compute_signal_to_noise(golden(max_grad_norm=9.0), SIZES, values=1000) == pytest.approx(ratio)
     assert planner.compute_signal_to_noise(golden(noise_multiplier=0.0), SIZES, values=1000) == math.inf
 
 
 def test_run_with_a_weak_signal_is_refused() -> None:
-    clear = planner.compute_signal_to_noise(golden(), SIZES, values=1000)
-    just_enough = golden(noise_multiplier=clear / planner.MIN_SIGNAL)
-    planner.check_signal(just_enough, SIZES, values=1000)
+    ratio = planner.compute_signal_to_noise(golden(), SIZES, values=1000)
+    weakest = golden(noise_multiplier=ratio / planner.MIN_SIGNAL)
+    planner.check_signal(weakest, SIZES, values=1000)
     planner.check_signal(golden(noise_multiplier=0.0), SIZES, values=10**9)
     with pytest.raises(
         ConfigError, match=r"false: the signal is too weak at this size and epsilon.* set this to true to train anyway$"
     ):
-        planner.check_signal(just_enough, SIZES, values=1010)
+        planner.check_signal(weakest, SIZES, values=1010)
 
 
 # Solving for noise, rounds or rate: within the target, and closer to it than one unit in the last digit.
@@ -182,14 +182,14 @@ def test_solved_rounds_are_the_maximum_within_epsilon(plan: Plan) -> None:
     solved = planner.solve_rounds(plan, epsilon=5.0)
     assert compute_epsilon(solved) <= 5.0 < compute_epsilon(replace(solved, num_rounds=solved.num_rounds + 1))
     assert replace(solved, num_rounds=plan.num_rounds) == plan
-    spared = planner.solve_rounds(replace(plan, spare_rounds=2), epsilon=5.0)
-    assert spared.num_rounds == solved.num_rounds - 2, "spare rounds must be paid for first"
+    with_spares = planner.solve_rounds(replace(plan, spare_rounds=2), epsilon=5.0)
+    assert with_spares.num_rounds == solved.num_rounds - 2, "spare rounds must be paid for first"
     with pytest.raises(
         ConfigError, match=r"privacy\.noise_multiplier = 1\.5: exceeds privacy\.epsilon = 0\.1 with one"
     ):
         planner.solve_rounds(plan, epsilon=0.1)
-    endless = replace(plan, noise_multiplier=9000.0, sampling_rate=1e-4, local_steps=1)
-    assert planner.solve_rounds(endless, epsilon=8.0).num_rounds > planner.MAX_ROUNDS / 2, "only MAX_ROUNDS limits it"
+    cheap = replace(plan, noise_multiplier=9000.0, sampling_rate=1e-4, local_steps=1)
+    assert planner.solve_rounds(cheap, epsilon=8.0).num_rounds > planner.MAX_ROUNDS / 2, "only MAX_ROUNDS limits it"
 
 
 def test_solved_sampling_rate_is_the_largest_within_epsilon(plan: Plan) -> None:
@@ -198,10 +198,10 @@ def test_solved_sampling_rate_is_the_largest_within_epsilon(plan: Plan) -> None:
     assert rate == float(f"{rate:.4g}"), "the rate must have four digits"
     assert compute_epsilon(solved) <= 3.0 < compute_epsilon(replace(plan, sampling_rate=rate * 1.001))
     # High noise allows every rate, and low noise none.
-    loud, quiet = (replace(plan, noise_multiplier=noise) for noise in (50.0, 0.5))
-    assert planner.solve_sampling_rate(loud, epsilon=3.0, least=0.001).sampling_rate == 1.0
+    noisy, precise = (replace(plan, noise_multiplier=noise) for noise in (50.0, 0.5))
+    assert planner.solve_sampling_rate(noisy, epsilon=3.0, least=0.001).sampling_rate == 1.0
     with pytest.raises(ConfigError, match=r"exceeds privacy\.epsilon = 0\.1 at every sampling rate down to 0\.01"):
-        planner.solve_sampling_rate(quiet, epsilon=0.1, least=0.01)
+        planner.solve_sampling_rate(precise, epsilon=0.1, least=0.01)
 
 
 # A calendar of runs: moving windows, and what their people will have spent.
@@ -213,7 +213,7 @@ def make_plan(*, runs: int, first: str | None = "2025", **changes: Any) -> Plan:
     return replace(Plan.from_privacy(privacy, local_steps=5, num_rounds=2), **changes)
 
 
-def list_spent(plan: Plan, *runs: int) -> list[float]:
+def list_epsilons(plan: Plan, *runs: int) -> list[float]:
     return [accountant.epsilon_pld([plan.full_event] * count, plan.delta) for count in runs]
 
 
@@ -227,23 +227,23 @@ def test_calendar_charges_oldest_and_newest_cohorts_per_run() -> None:
     plan = make_plan(runs=4)
     rows = list_calendar_runs(plan)
     assert [str(row.cohorts) for row in rows] == ["2025..2027", "2026..2028", "2027..2029", "2028..2030"]
-    assert [row.oldest for row in rows] == list_spent(plan, 1, 2, 3, 3)
-    assert [row.newest for row in rows] == list_spent(plan, 1, 1, 1, 1)
+    assert [row.oldest for row in rows] == list_epsilons(plan, 1, 2, 3, 3)
+    assert [row.newest for row in rows] == list_epsilons(plan, 1, 1, 1, 1)
     # After two renewals the oldest people have already been in two runs.
     later = planner.compute_cost(plan, {"a": 100}, before=2).calendar
     assert [(row.number, row.oldest) for row in later] == list(
-        zip((3, 4, 5, 6), list_spent(plan, 3, 3, 3, 3), strict=True)
+        zip((3, 4, 5, 6), list_epsilons(plan, 3, 3, 3, 3), strict=True)
     )
 
 
 def test_calendar_without_window_ends_with_the_last_planned_run() -> None:
     plan = make_plan(runs=4, cohorts=None)
-    assert [row.oldest for row in list_calendar_runs(plan)] == list_spent(plan, 1, 2, 3, 4)
-    assert [row.newest for row in list_calendar_runs(plan, before=3)] == list_spent(plan, 4)
+    assert [row.oldest for row in list_calendar_runs(plan)] == list_epsilons(plan, 1, 2, 3, 4)
+    assert [row.newest for row in list_calendar_runs(plan, before=3)] == list_epsilons(plan, 4)
     # A window without a start does not move, either; one with a start may follow more runs than share an epsilon.
     assert [row.number for row in list_calendar_runs(make_plan(runs=4, first=None), before=2)] == [3, 4]
-    long = make_plan(runs=2, first="1800")
-    assert [row.oldest for row in list_calendar_runs(long, before=150)] == list_spent(long, 151, 152)
+    old_window = make_plan(runs=2, first="1800")
+    assert [row.oldest for row in list_calendar_runs(old_window, before=150)] == list_epsilons(old_window, 151, 152)
     assert next(describe_calendar(plan)).endswith("everyone is in at most 4 runs, epsilon 5.999 in all.")
     assert list_calendar_runs(replace(plan, runs=1)) == list_calendar_runs(replace(plan, noise_multiplier=0.0)) == ()
 
@@ -268,5 +268,5 @@ def test_solved_plans_meet_the_target_over_all_planned_runs() -> None:
         planner.solve_sampling_rate(plan, epsilon=8.0, least=0.01),
         replace(plan, noise_multiplier=planner.find_min_noise_for_target(plan, epsilon=8.0)),
     ):
-        assert 6.0 < list_spent(solved, 3)[0] <= 8.0
+        assert 6.0 < list_epsilons(solved, 3)[0] <= 8.0
     assert planner.compute_alternatives(plan, epsilon=6.0)[-1].same_noise_epsilon == pytest.approx(6.0, abs=0.02)

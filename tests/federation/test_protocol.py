@@ -30,7 +30,7 @@ def test_signed_round_request_round_trips(request_: RoundRequest) -> None:
 
 
 def test_request_digest_covers_every_requested_field(request_: RoundRequest) -> None:
-    proposals = [{"proposal": run_proposal(**one)} for one in ({"run": "s"}, {"max_grad_norm": 2.0})]
+    proposals = [{"proposal": run_proposal(**change)} for change in ({"run": "s"}, {"max_grad_norm": 2.0})]
     changes = [*proposals, {"round": 3}, {"site": "b"}, {"adapter_digest": "cd" * 32}]
     digests = {replace(request_, **change).digest() for change in changes}
     assert len(digests | {request_.digest()}) == 6
@@ -48,9 +48,9 @@ def test_session_is_required_exactly_for_secure_aggregation(request_: RoundReque
     assert RoundRequest.from_signed(secure.sign_with(lead_key)) == secure
     other = replace(secure, session="cd" * 16)
     assert RoundRequest.from_signed(other.sign_with(lead_key)).digest() != secure.digest()
-    for wrong in (replace(request_, session="ab" * 16), replace(secure, session=""), replace(secure, session="x")):
+    for bad in (replace(request_, session="ab" * 16), replace(secure, session=""), replace(secure, session="x")):
         with pytest.raises(ConfigError, match="must be a lead's round request"):
-            RoundRequest.from_signed(wrong.sign_with(lead_key))
+            RoundRequest.from_signed(bad.sign_with(lead_key))
 
 
 def resign_request(request: RoundRequest, change: Callable[[dict[str, Any]], str]) -> Signed:
@@ -87,7 +87,7 @@ def test_malformed_request_is_refused_despite_a_valid_signature(request_: RoundR
 def test_round_request_must_be_signed_by_its_named_lead(request_: RoundRequest) -> None:
     signed = request_.sign_with(lead_key)
     notice = EndOfRun(run="r", lead=lead_key.public).sign_with(lead_key)
-    for wrong in (
+    for bad in (
         request_.sign_with(stranger_key),
         replace(signed, signature=""),
         replace(signed, signature="not hex"),
@@ -96,7 +96,7 @@ def test_round_request_must_be_signed_by_its_named_lead(request_: RoundRequest) 
         replace(signed, signature=notice.signature),
         replace(signed, signature=lead_key.sign(EndOfRun.purpose, signed.text.encode())),
     ):
-        assert read_refusal_reason(RoundRequest.from_signed, wrong) is Reason.WRONG_SIGNATURE
+        assert read_refusal_reason(RoundRequest.from_signed, bad) is Reason.WRONG_SIGNATURE
 
 
 def test_end_of_run_notice_must_be_signed_by_its_lead() -> None:
@@ -104,27 +104,27 @@ def test_end_of_run_notice_must_be_signed_by_its_lead() -> None:
     assert EndOfRun.from_signed(notice.sign_with(lead_key)) == notice
     signed = notice.sign_with(lead_key)
     other = replace(notice, adapter_digest="00" * 32).sign_with(lead_key).text
-    for wrong in (notice.sign_with(stranger_key), replace(signed, signature="00" * 64), replace(signed, text=other)):
-        assert read_refusal_reason(EndOfRun.from_signed, wrong) is Reason.WRONG_SIGNATURE
+    for bad in (notice.sign_with(stranger_key), replace(signed, signature="00" * 64), replace(signed, text=other)):
+        assert read_refusal_reason(EndOfRun.from_signed, bad) is Reason.WRONG_SIGNATURE
     for text in ("{", "[]", "null", "{}", json.dumps({"run": "r"}), " " * 70_000):
         with pytest.raises(ConfigError, match="must be a lead's end of run"):
             EndOfRun.from_signed(Signed(text=text, signature=lead_key.sign(EndOfRun.purpose, text.encode())))
 
 
-@pytest.mark.parametrize(("spoken", "older"), [(1, "lead"), (WIRE_SCHEMA - 1, "lead"), (WIRE_SCHEMA + 1, "site")])
-def test_protocol_mismatch_names_the_side_to_upgrade(request_: RoundRequest, spoken: int, older: str) -> None:
-    asked = Invitation(proposal=request_.proposal, site="a", expires=1e9, nonce="0a" * 16)
-    other = {"protocol": spoken, "software": "0.3.0+7c1f", "what": "only a later protocol knows"}
-    invitation = json.dumps(json.loads(asked.sign_with(lead_key).text) | other)
+@pytest.mark.parametrize(("protocol", "older"), [(1, "lead"), (WIRE_SCHEMA - 1, "lead"), (WIRE_SCHEMA + 1, "site")])
+def test_protocol_mismatch_names_the_side_to_upgrade(request_: RoundRequest, protocol: int, older: str) -> None:
+    invitation = Invitation(proposal=request_.proposal, site="a", expires=1e9, nonce="0a" * 16)
+    newer = {"protocol": protocol, "software": "0.3.0+7c1f", "what": "only a later protocol knows"}
+    text = json.dumps(json.loads(invitation.sign_with(lead_key).text) | newer)
     for read, signed in (
-        (RoundRequest.from_signed, resign_request(request_, lambda fields: json.dumps(fields | other))),
-        (Invitation.from_signed, Signed(text=invitation, signature="")),
+        (RoundRequest.from_signed, resign_request(request_, lambda fields: json.dumps(fields | newer))),
+        (Invitation.from_signed, Signed(text=text, signature="")),
     ):
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(Refused) as error:
             read(signed)
-        assert refused.value.reason is Reason.MALFORMED_REQUEST
-        assert refused.value.requested == f"protocol {spoken} (fedtune 0.3.0+7c1f)"
-        assert refused.value.allowed == f"protocol {WIRE_SCHEMA} (fedtune {build()}): upgrade the {older}"
-    for nonsense in (True, 2.0, "2", 0, -1, [], 10**30):
+        assert error.value.reason is Reason.MALFORMED_REQUEST
+        assert error.value.requested == f"protocol {protocol} (fedtune 0.3.0+7c1f)"
+        assert error.value.allowed == f"protocol {WIRE_SCHEMA} (fedtune {build()}): upgrade the {older}"
+    for value in (True, 2.0, "2", 0, -1, [], 10**30):
         with pytest.raises(ConfigError, match="must be a lead's round request"):
-            RoundRequest.from_signed(resign_request(request_, lambda f, n=nonsense: json.dumps(f | {"protocol": n})))
+            RoundRequest.from_signed(resign_request(request_, lambda f, v=value: json.dumps(f | {"protocol": v})))

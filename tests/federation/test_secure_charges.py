@@ -24,7 +24,7 @@ from fedtune.privacy.release import Update
 
 from .test_secure_site import NAMES, VECTOR, Federation, SecureSite, make_federation
 
-CHANCE = st.randoms(use_true_random=True)
+RANDOM_SITES = st.randoms(use_true_random=True)
 """Random choice of sites; hypothesis's own draws would rarely get as far as a sum."""
 
 
@@ -46,100 +46,101 @@ class WatchedSite(SecureSite):
 class Charges(RuleBasedStateMachine):
     """A lead that sends arbitrary requests to sites that restart and fail."""
 
-    made: ClassVar[Callable[[], Federation]]
+    make_new: ClassVar[Callable[[], Federation]]
     sums_read: ClassVar[int] = 0
 
-    @initialize(chance=CHANCE)
-    def begin(self, chance: random.Random) -> None:
-        self.federation = type(self).made()
+    @initialize(rng=RANDOM_SITES)
+    def begin(self, rng: random.Random) -> None:
+        self.federation = type(self).make_new()
         self.sessions: list[tuple[str, KeyAgreement, list[bytes]]] = []
-        self.left: dict[str, dict[bytes, np.ndarray]] = {site: {} for site in NAMES}
-        self.newest = 0
-        self._begin_a_session()
-        self._play(1, chance)
+        self.released: dict[str, dict[bytes, np.ndarray]] = {site: {} for site in NAMES}
+        self.newest_release = 0
+        self._begin_session()
+        self._play(1, rng)
 
     # Actions.
 
-    @rule(chance=CHANCE)
-    def begin_another_session(self, chance: random.Random) -> None:
-        self._begin_a_session(*self._draw_sites(chance))
+    @rule(rng=RANDOM_SITES)
+    def begin_new_session(self, rng: random.Random) -> None:
+        self._begin_session(*self._draw_sites(rng))
 
-    @rule(chance=CHANCE)
-    def restore_earlier_session(self, chance: random.Random) -> None:
+    @rule(rng=RANDOM_SITES)
+    def restore_earlier_session(self, rng: random.Random) -> None:
         if self.sessions:
-            name, _, announced = chance.choice(self.sessions)
+            name, _, announcements = rng.choice(self.sessions)
             self.federation.name = name
-            for site in self._draw_sites(chance):
-                self.federation.step(site, JOIN, *announced)
+            for site in self._draw_sites(rng):
+                self.federation.step(site, JOIN, *announcements)
 
-    @rule(chance=CHANCE)
-    def restart(self, chance: random.Random) -> None:
-        self.federation.sites[chance.choice(NAMES)].parties = Parties()
+    @rule(rng=RANDOM_SITES)
+    def restart(self, rng: random.Random) -> None:
+        self.federation.sites[rng.choice(NAMES)].parties = Parties()
 
-    @rule(chance=CHANCE)
-    def fail(self, chance: random.Random) -> None:
-        site = self.federation.sites[chance.choice(NAMES)]
+    @rule(rng=RANDOM_SITES)
+    def fail(self, rng: random.Random) -> None:
+        site = self.federation.sites[rng.choice(NAMES)]
         site.fails = True
 
-    @rule(chance=CHANCE)
-    def ask_for_uploads(self, chance: random.Random) -> None:
-        for site in self._draw_sites(chance):
-            self._upload(site, chance.randint(1, 9))
+    @rule(rng=RANDOM_SITES)
+    def ask_for_uploads(self, rng: random.Random) -> None:
+        for site in self._draw_sites(rng):
+            self._upload(site, rng.randint(1, 9))
 
-    @rule(chance=CHANCE)
-    def ask_to_confirm(self, chance: random.Random) -> None:
+    @rule(rng=RANDOM_SITES)
+    def ask_to_confirm(self, rng: random.Random) -> None:
         """Request confirmations of arbitrary survivors from some sites, before any upload."""
         if self.sessions:
             session = self.sessions[-1][1]
-            survivors = sorted(chance.sample(NAMES, chance.choice([2, 3])))
-            request = ConfirmRequest(session=session.digest, release=chance.randint(1, 9), survivors=survivors)
-            for site in self._draw_sites(chance):
+            survivors = sorted(rng.sample(NAMES, rng.choice([2, 3])))
+            request = ConfirmRequest(session=session.digest, release=rng.randint(1, 9), survivors=survivors)
+            for site in self._draw_sites(rng):
                 self.federation.step(site, CONFIRM, request.to_bytes())
 
-    @rule(chance=CHANCE)
-    def run_release(self, chance: random.Random) -> None:
+    @rule(rng=RANDOM_SITES)
+    def run_release(self, rng: random.Random) -> None:
         """Run a release from uploads, some requested twice, to the sum if possible; often in a new session."""
-        if chance.random() < 0.6:
-            self._begin_a_session()
-        self._play(self.newest + 1 if chance.random() < 0.7 else chance.randint(1, 8), chance)
+        if rng.random() < 0.6:
+            self._begin_session()
+        self._play(self.newest_release + 1 if rng.random() < 0.7 else rng.randint(1, 8), rng)
 
-    def _play(self, release: int, chance: random.Random) -> None:
-        self.newest = max(self.newest, release)
-        current = [session for name, session, _ in self.sessions if name == self.federation.name]
-        if not current:
+    def _play(self, release: int, rng: random.Random) -> None:
+        self.newest_release = max(self.newest_release, release)
+        sessions = [session for name, session, _ in self.sessions if name == self.federation.name]
+        if not sessions:
             return
-        made, of_sum = Summation(current[0], release=release), list[tuple[str, bytes]]()
+        summation, uploads = Summation(sessions[0], release=release), list[tuple[str, bytes]]()
         try:
-            for site in NAMES + self._draw_sites(chance):
-                if (data := self._upload(site, release)) is not None and site not in dict(of_sum):
-                    made.add_upload(site, data)
-                    of_sum.append((site, data))
-            question = made.build_confirm_request()
+            for site in NAMES + self._draw_sites(rng):
+                if (data := self._upload(site, release)) is not None and site not in dict(uploads):
+                    summation.add_upload(site, data)
+                    uploads.append((site, data))
+            request = summation.build_confirm_request()
             for site in NAMES:
-                if isinstance(answer := self.federation.step(site, CONFIRM, question), bytes):
-                    made.add_confirmation(site, answer)
+                if isinstance(answer := self.federation.step(site, CONFIRM, request), bytes):
+                    summation.add_confirmation(site, answer)
             for site in NAMES:
-                if isinstance(answer := self.federation.step(site, UNMASK, made.build_unmask_request(site)), bytes):
-                    made.add_revealed(site, answer)
-            total = made.compute_total()
+                request = summation.build_unmask_request(site)
+                if isinstance(answer := self.federation.step(site, UNMASK, request), bytes):
+                    summation.add_revealed(site, answer)
+            total = summation.compute_total()
         except (Rejected, UnmaskingError):
             return
-        np.testing.assert_array_equal(total, sum(self.left[site][data] for site, data in of_sum))
-        assert len(of_sum) == len(NAMES), "a sum must have as many sites as the plan assumes"
+        np.testing.assert_array_equal(total, sum(self.released[site][data] for site, data in uploads))
+        assert len(uploads) == len(NAMES), "a sum must have as many sites as the plan assumes"
         type(self).sums_read += 1
 
-    def _begin_a_session(self, *joining: str) -> None:
+    def _begin_session(self, *sites: str) -> None:
         name, federation = secrets.token_hex(16), self.federation
-        answers = {site: federation.step(site, ANNOUNCE, name=name) for site in NAMES}
-        announced = {site: one for site, one in answers.items() if isinstance(one, bytes)}
-        if len(announced) < len(NAMES):
+        replies = {site: federation.step(site, ANNOUNCE, name=name) for site in NAMES}
+        announcements = {site: reply for site, reply in replies.items() if isinstance(reply, bytes)}
+        if len(announcements) < len(NAMES):
             return
-        keys = {site: one.key.public for site, one in federation.sites.items()}
-        terms = derive_terms(federation.asked(), members=keys, length=VECTOR.size)
-        self.sessions.append((name, build_session(terms, announced), list(announced.values())))
+        keys = {site: member.key.public for site, member in federation.sites.items()}
+        terms = derive_terms(federation.propose(), members=keys, length=VECTOR.size)
+        self.sessions.append((name, build_session(terms, announcements), list(announcements.values())))
         federation.name = name
-        for site in joining or NAMES:
-            federation.step(site, JOIN, *announced.values(), name=name)
+        for site in sites or NAMES:
+            federation.step(site, JOIN, *announcements.values(), name=name)
 
     def _upload(self, site: str, release: int) -> bytes | None:
         """Request an upload and record it with its vector, the newest vector unless the upload is a repeat."""
@@ -148,28 +149,28 @@ class Charges(RuleBasedStateMachine):
             return None
         assert isinstance(body.tensors, bytes)
         watched = self.federation.sites[site]
-        self.left[site].setdefault(body.tensors, watched.vectors[-1])
+        self.released[site].setdefault(body.tensors, watched.vectors[-1])
         return body.tensors
 
-    def _draw_sites(self, chance: random.Random) -> tuple[str, ...]:
-        return NAMES if chance.random() < 0.5 else tuple(site for site in NAMES if chance.random() < 0.7)
+    def _draw_sites(self, rng: random.Random) -> tuple[str, ...]:
+        return NAMES if rng.random() < 0.5 else tuple(site for site in NAMES if rng.random() < 0.7)
 
     # Invariants.
 
     @invariant()
     def check_all_is_charged(self) -> None:
-        if not hasattr(self, "newest"):
+        if not hasattr(self, "newest_release"):
             return
         for name, site in self.federation.sites.items():
             charged = self.federation.count_charged_rounds(name)
-            assert len(site.vectors) <= charged <= self.federation.asked().plan.max_rounds
-            assert len(self.left[name]) <= len(site.vectors), "one vector was released under two masks"
-            assert len({vector.tobytes() for vector in self.left[name].values()}) == len(self.left[name])
+            assert len(site.vectors) <= charged <= self.federation.propose().plan.max_rounds
+            assert len(self.released[name]) <= len(site.vectors), "one vector was released under two masks"
+            assert len({vector.tobytes() for vector in self.released[name].values()}) == len(self.released[name])
 
 
 @pytest.mark.parametrize("histories", [3, pytest.param(40, marks=pytest.mark.nightly)])
 def test_random_secure_histories_release_only_charged_updates(histories: int, tmp_path: Path) -> None:
-    def make_in_new_folder() -> Federation:
+    def make_new_federation() -> Federation:
         folder = tmp_path / secrets.token_hex(8)
         folder.mkdir()
         return make_federation(folder, WatchedSite, num_rounds=5, spare_rounds=3)
@@ -177,9 +178,9 @@ def test_random_secure_histories_release_only_charged_updates(histories: int, tm
     class Histories(Charges):
         pass
 
-    Histories.made = staticmethod(make_in_new_folder)
-    few = settings(
+    Histories.make_new = staticmethod(make_new_federation)
+    options = settings(
         max_examples=histories, stateful_step_count=15, deadline=None, database=None, phases=[Phase.generate]
     )
-    run_state_machine_as_test(Histories, settings=few)
+    run_state_machine_as_test(Histories, settings=options)
     assert Histories.sums_read >= histories // 2, "too few histories reached a sum"

@@ -21,7 +21,7 @@ from fedtune.spec import ConfigError
 
 from ..conftest import make_site_policy, run_proposal
 from .conftest import make_update, read_reason
-from .test_replies import ANYWHERE, sign_body
+from .test_replies import UNBOUNDED, sign_body
 
 SENT = Adapter(
     {
@@ -36,7 +36,7 @@ RANKS = {"rank": 4, "ranks": {"a": 2, "b": 4}}
 def receive(folder: Path, tensors: Any, *, dtype: str) -> tuple[dict[str, str], Any]:
     """Return the lead's failures and, if there are none, the adapter that it keeps of site a."""
     with UpdateStore(folder / "arrived", SENT) as arrived:
-        fields = {"round": 1, "sent": SENT, "reaches": {"a": ANYWHERE}, "update_dtype": dtype}
+        fields = {"round": 1, "sent": SENT, "reaches": {"a": UNBOUNDED}, "update_dtype": dtype}
         replies = RoundReplies(proposal=run_proposal(**RANKS), arrived=arrived, **fields)
         replies.add_reply("a", sign_body(make_update(tensors=tensors)))
         if replies.failures:
@@ -46,15 +46,15 @@ def receive(folder: Path, tensors: Any, *, dtype: str) -> tuple[dict[str, str], 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_update_of_a_smaller_rank_is_padded_with_the_sent_adapter(tmp_path: Path, dtype: str) -> None:
-    part = {name: value + 1 for name, value in cut_to_rank(SENT.tensors, 2).items()}
-    sent = part if dtype == "float32" else round_difference(part, cut_to_rank(SENT.tensors, 2))
-    failures, kept = receive(tmp_path, sent, dtype=dtype)
+    trained = {name: value + 1 for name, value in cut_to_rank(SENT.tensors, 2).items()}
+    sent = trained if dtype == "float32" else round_difference(trained, cut_to_rank(SENT.tensors, 2))
+    failures, received = receive(tmp_path, sent, dtype=dtype)
     assert failures == {}
-    assert kept.has_same_shapes(SENT)
-    moved = {name: (kept.tensors[name] - value).tolist() for name, value in SENT.tensors.items()}
-    assert moved["b.lora_A.weight"] == [[1] * 3, [1] * 3, [0] * 3, [0] * 3]
-    assert moved["b.lora_B.weight"] == [[1, 1, 0, 0]] * 2
-    assert moved["head.weight"] == [1] * 4
+    assert received.has_same_shapes(SENT)
+    change = {name: (received.tensors[name] - value).tolist() for name, value in SENT.tensors.items()}
+    assert change["b.lora_A.weight"] == [[1] * 3, [1] * 3, [0] * 3, [0] * 3]
+    assert change["b.lora_B.weight"] == [[1, 1, 0, 0]] * 2
+    assert change["head.weight"] == [1] * 4
 
 
 @pytest.mark.parametrize("rank", [1, 3, None])
@@ -64,42 +64,42 @@ def test_update_of_another_rank_is_invalid(tmp_path: Path, rank: int | None) -> 
 
 
 def test_proposal_names_ranks_only_if_they_differ() -> None:
-    ranked, same = run_proposal(**RANKS), run_proposal()
-    assert "ranks" not in same.to_json()
+    ranked, plain = run_proposal(**RANKS), run_proposal()
+    assert "ranks" not in plain.to_json()
     assert decode(Proposal, json.loads(json.dumps(ranked.to_json()))) == ranked
     assert ranked.digest() != run_proposal(rank=4).digest()
-    assert (ranked.find_rank("a"), ranked.find_rank("c"), same.find_rank("a")) == (2, None, None)
+    assert (ranked.find_rank("a"), ranked.find_rank("c"), plain.find_rank("a")) == (2, None, None)
     for rank in (0, 5):
         with pytest.raises(ConfigError, match="ranks"):
             run_proposal(rank=4, ranks={"a": rank})
 
 
 def test_policy_limits_the_rank_of_its_own_site() -> None:
-    of_a, of_b, of_c = (make_site_policy(site, allow={"max_rank": 2}) for site in "abc")
+    policy_a, policy_b, policy_c = (make_site_policy(site, allow={"max_rank": 2}) for site in "abc")
     proposal = run_proposal(**RANKS)
-    of_a.check(proposal)
-    for policy in (of_b, of_c):  # c has no rank in the run, so it would train the whole adapter
-        (refused,) = policy.find_broken_rules(proposal)
-        assert (refused.reason, refused.requested, refused.allowed) == (Reason.MAX_RANK, "4", "at most 2")
-    assert of_b.lower_rank(proposal).ranks == {"a": 2, "b": 2}
-    assert of_c.lower_rank(proposal) == proposal
+    policy_a.check(proposal)
+    for policy in (policy_b, policy_c):  # c has no rank in the run, so it would train the whole adapter
+        (violation,) = policy.find_broken_rules(proposal)
+        assert (violation.reason, violation.requested, violation.allowed) == (Reason.MAX_RANK, "4", "at most 2")
+    assert policy_b.lower_rank(proposal).ranks == {"a": 2, "b": 2}
+    assert policy_c.lower_rank(proposal) == proposal
 
 
 def test_policy_limits_the_shared_rank_by_the_rank_of_its_own_site() -> None:
     policy = make_site_policy("a", allow={"max_rank": 2})
     policy.check(run_proposal(rank=32, ranks={"a": 2}))
-    (refused,) = policy.find_broken_rules(run_proposal(rank=33, ranks={"a": 2, "b": 33}))
-    assert refused.reason is Reason.MAX_RANK
-    assert (refused.requested, refused.allowed) == ("a shared adapter of rank 33", "at most 32")
+    (violation,) = policy.find_broken_rules(run_proposal(rank=33, ranks={"a": 2, "b": 33}))
+    assert violation.reason is Reason.MAX_RANK
+    assert (violation.requested, violation.allowed) == ("a shared adapter of rank 33", "at most 32")
 
 
 def test_site_of_a_smaller_largest_rank_offers_it_on_request(station: Any) -> None:
     site = station(allow={"max_rank": 1})
     assert read_reason(site.invite(**RANKS)) is Reason.MAX_RANK
-    offer = site.invite(about={"less": True}, **RANKS).body
+    offer = site.invite(fields={"less": True}, **RANKS).body
     assert isinstance(offer, Offer)
     assert (offer.rank, offer.max_rounds) == (1, site.propose().plan.num_rounds)
-    assert read_reason(site.invite(about={"less": True}, rank=4)) is Reason.MAX_RANK, "ranks must not differ here"
+    assert read_reason(site.invite(fields={"less": True}, rank=4)) is Reason.MAX_RANK, "ranks must not differ here"
 
 
 def compose(*overrides: str) -> Any:
@@ -118,14 +118,14 @@ def test_settings_name_each_sites_rank() -> None:
 def test_lead_lowers_ranks_to_the_offers() -> None:
     config = compose("federation.num_sites=3", "federation.ranks=[1,4]")
 
-    def offer(site: str, rank: int | None) -> Offer:
+    def make_offer(site: str, rank: int | None) -> Offer:
         return Offer(site=site, run="r", max_rounds=1, min_noise=4.0, rank=rank)
 
-    assert config.can_use_offer(offer("site-2", 2))
-    fitted = config.fit_to_offers([offer("site-1", 1), offer("site-2", 2)])
+    assert config.can_use_offer(make_offer("site-2", 2))
+    fitted = config.fit_to_offers([make_offer("site-1", 1), make_offer("site-2", 2)])
     assert fitted.federation.ranks == (1, 2, 1)
     assert fitted.federation.num_rounds == config.federation.num_rounds
-    assert config.fit_to_offers([offer("site-2", 4)]) == config
+    assert config.fit_to_offers([make_offer("site-2", 4)]) == config
 
 
 @pytest.mark.parametrize(
@@ -140,10 +140,10 @@ def test_lead_lowers_ranks_to_the_offers() -> None:
         (["federation.ranks=[2]", "federation.aggregation=secure", "training.local_steps=1"], "aggregation = plain"),
     ],
 )
-def test_ranks_are_refused_where_they_are_not_right(overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as refused:
+def test_invalid_rank_settings_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
         compose(*overrides)
-    assert refused.value.key == "federation.ranks"
+    assert error.value.key == "federation.ranks"
 
 
 def test_settings_of_ranks_survive_a_round_trip() -> None:

@@ -110,8 +110,8 @@ def test_reply_time_is_rounded_up_to_the_interval(
             raise error
         return TrainingResult(adapter=adapter)
 
-    began, reply = clock.now, station(releases={"reply_after_s": 60.0}).ask(train=train)
-    assert clock.now - began == pytest.approx(reply_s)
+    start, reply = clock.now, station(releases={"reply_after_s": 60.0}).ask(train=train)
+    assert clock.now - start == pytest.approx(reply_s)
     if error:
         assert read_reason(reply) is getattr(error, "reason", Reason.SITE_ERROR)
     else:
@@ -146,7 +146,7 @@ def list_end_notes(site: Any) -> list[dict[str, Any]]:
 def test_final_adapter_is_kept_and_its_digest_recorded(site: Any, final: Adapter) -> None:
     site.ask()
     receipt = site.end(adapter=final, digest=final.digest())
-    assert site.kept == [("r", final.digest())]
+    assert site.stored == [("r", final.digest())]
     assert list_end_notes(site) == [{"what": "run_ended", "adapter_sha256": final.digest()}]
     assert (receipt.run, receipt.charged_rounds, receipt.reply) == ("r", 1, final.digest())
     assert receipt.has_valid_signature()
@@ -156,7 +156,7 @@ def test_final_adapter_is_kept_and_its_digest_recorded(site: Any, final: Adapter
 
 def test_receipts_state_their_plan_and_whether_the_run_ended(site: Any) -> None:
     plan = site.propose().plan.digest()
-    states = [(one.ended, one.plan, one.simulated, one.seeded_noise) for one in (site.ask().receipt, site.end())]
+    states = [(r.ended, r.plan, r.simulated, r.seeded_noise) for r in (site.ask().receipt, site.end())]
     assert states == [(False, plan, False, False), (True, plan, False, False)]
 
 
@@ -169,8 +169,8 @@ def test_refused_run_cannot_start_after_its_lead_ended_it(station: Any) -> None:
     assert receipt.has_valid_signature()
     site.ledger().approve(site.propose())
     assert read_reason(site.ask()) is Reason.RUN_ENDED, "the receipt stated that nothing is charged"
-    again = site.end()
-    assert (again.ended, again.charged_rounds) == (True, 0)
+    repeated = site.end()
+    assert (repeated.ended, repeated.charged_rounds) == (True, 0)
     assert len(list_end_notes(site)) == 1
 
 
@@ -193,25 +193,25 @@ def test_end_of_run_is_recorded_without_an_adapter(station: Any, final: Adapter,
     digest = final.digest() if declines else ""
     assert site.end(adapter=final if declines else None, digest=digest).charged_rounds == 1
     assert list_end_notes(site) == [{"what": "run_ended", "adapter_sha256": digest}]
-    assert site.kept == []
+    assert site.stored == []
 
 
-@pytest.mark.parametrize("wrong", ["no adapter", "names", "shapes", "values", "digest"])
-def test_invalid_final_adapter_ends_the_run_unsigned(site: Any, final: Adapter, wrong: str) -> None:
+@pytest.mark.parametrize("fault", ["no adapter", "names", "shapes", "values", "digest"])
+def test_invalid_final_adapter_ends_the_run_unsigned(site: Any, final: Adapter, fault: str) -> None:
     site.ask()
     changed = {
         "names": {f"x.{name}": value for name, value in final.tensors.items()},
         "shapes": {name: np.repeat(value, 2) for name, value in final.tensors.items()},
         "values": {name: value * np.float32("nan") for name, value in final.tensors.items()},
     }
-    adapter = Adapter(changed.get(wrong, final.tensors))
+    adapter = Adapter(changed.get(fault, final.tensors))
     receipt = site.end(
-        adapter=None if wrong == "no adapter" else adapter, digest="00" * 32 if wrong == "digest" else adapter.digest()
+        adapter=None if fault == "no adapter" else adapter, digest="00" * 32 if fault == "digest" else adapter.digest()
     )
     assert (receipt.ended, receipt.reply) == (True, "")
     assert list_end_notes(site) == [{"what": "run_ended", "adapter_sha256": ""}]
     assert site.ledger().history.runs["r"].expires is None, "the reserve must be released"
-    assert site.kept == []
+    assert site.stored == []
 
 
 def test_second_end_notice_is_ignored(site: Any, final: Adapter) -> None:
@@ -223,27 +223,27 @@ def test_second_end_notice_is_ignored(site: Any, final: Adapter) -> None:
     other = Adapter({name: value + 1 for name, value in final.tensors.items()})
     assert site.end(adapter=other, digest=other.digest()) == first, "the site must sign the adapter in its ledger"
     assert site.events() == before
-    assert set(site.kept) == {("r", final.digest())}
+    assert set(site.stored) == {("r", final.digest())}
 
 
 def test_unauthorized_lead_cannot_end_a_run_or_deliver_an_adapter(station: Any, final: Adapter) -> None:
     site = station(allow={"leads": (lead_key.public, stranger_key.public)})
     site.ask()
-    without = replace(site.policy, allow=replace(site.policy.allow, leads=(stranger_key.public,)))
-    for key, policy in ((stranger_key, site.policy), (lead_key, without)):
+    narrowed = replace(site.policy, allow=replace(site.policy.allow, leads=(stranger_key.public,)))
+    for key, policy in ((stranger_key, site.policy), (lead_key, narrowed)):
         site.policy = policy
         assert read_refusal_reason(site.end, key=key, adapter=final, digest=final.digest()) is Reason.LEADS
     forged = EndOfRun(run="r", lead=lead_key.public).sign_with(stranger_key)
     assert read_refusal_reason(end_run, site.open(), forged, final) is Reason.WRONG_SIGNATURE
-    assert site.kept == list_end_notes(site) == []
+    assert site.stored == list_end_notes(site) == []
 
 
 def test_adapter_storage_failure_allows_a_retry(site: Any, final: Adapter) -> None:
-    full = Mock(side_effect=OSError("no space left on device"))
+    store_adapter = Mock(side_effect=OSError("no space left on device"))
     site.ask()
     notice = EndOfRun(run="r", lead=site.lead.public, adapter_digest=final.digest()).sign_with(site.lead)
     with pytest.raises(OSError, match="no space left"):
-        end_run(set_methods(site.open(), store_adapter=full), notice, final)
+        end_run(set_methods(site.open(), store_adapter=store_adapter), notice, final)
     assert site.ledger().history.runs["r"].expires is None, "the reserve must be released anyway"
     end_run(site.open(), notice, final)
-    assert site.kept == [("r", final.digest())]
+    assert site.stored == [("r", final.digest())]

@@ -53,31 +53,31 @@ def test_run_continues_unchanged_after_a_pause(site: Any) -> None:
 
 def test_repeated_request_is_answered_after_approval(manual_site: Any) -> None:
     signed = manual_site.request().sign_with(manual_site.lead)
-    waiting = [manual_site.send(signed) for _ in range(3)]
-    assert [read_reason(reply) for reply in waiting] == [Reason.AWAITING_APPROVAL] * 3
-    assert waiting[-1].receipt.charged_rounds == 0
+    replies = [manual_site.send(signed) for _ in range(3)]
+    assert [read_reason(reply) for reply in replies] == [Reason.AWAITING_APPROVAL] * 3
+    assert replies[-1].receipt.charged_rounds == 0
     assert manual_site.kinds() == [Kind.REFUSAL], "three refusals must be recorded once"
     manual_site.ledger().approve(manual_site.request().proposal)
     reply = manual_site.send(signed)
     assert isinstance(reply.body, Update)
     assert manual_site.trained == [(1, 1)]
     assert manual_site.kinds() == [Kind.REFUSAL, Kind.NOTE, Kind.PLAN, Kind.RESERVE, Kind.COMMIT]
-    again = manual_site.send(signed)
-    assert again.body.to_bytes() == reply.body.to_bytes(), "the stored reply must be resent without a charge"
+    repeated = manual_site.send(signed)
+    assert repeated.body.to_bytes() == reply.body.to_bytes(), "the stored reply must be resent without a charge"
     assert isinstance(manual_site.ask(2).body, Update), "later rounds must not need another approval"
 
 
 def test_only_acceptable_proposals_are_submitted_for_approval(manual_site: Any) -> None:
     assert read_reason(manual_site.ask()) is Reason.AWAITING_APPROVAL
-    assert manual_site.awaited == [manual_site.request().proposal]
+    assert manual_site.submitted == [manual_site.request().proposal]
     assert read_reason(manual_site.ask(rank=64)) is Reason.MAX_RANK
     manual_site.paused = True
     manual_site.ask()
-    assert len(manual_site.awaited) == 1, "a run that is refused anyway must not be submitted"
+    assert len(manual_site.submitted) == 1, "a run that is refused anyway must not be submitted"
     manual_site.paused = False
     manual_site.ledger().approve(manual_site.request().proposal)
     assert isinstance(manual_site.ask().body, Update)
-    assert len(manual_site.awaited) == 1
+    assert len(manual_site.submitted) == 1
 
 
 def test_denied_run_is_refused_and_the_reason_stays_at_the_site(manual_site: Any) -> None:
@@ -90,7 +90,7 @@ def test_denied_run_is_refused_and_the_reason_stays_at_the_site(manual_site: Any
         assert (reply.body.requested, reply.body.allowed, reply.receipt.charged_rounds) == (None, None, 0)
         assert b"ethics" not in reply.body.to_bytes()
     assert Reason.DENIED.is_final, "a denied lead must stop asking"
-    assert len(manual_site.awaited) == 1, "a denied run must not be submitted again"
+    assert len(manual_site.submitted) == 1, "a denied run must not be submitted again"
     # A later approval, or a policy without manual approval, does not revoke the denial.
     manual_site.ledger().approve(proposal)
     assert read_reason(manual_site.ask()) is Reason.DENIED
@@ -100,31 +100,31 @@ def test_denied_run_is_refused_and_the_reason_stays_at_the_site(manual_site: Any
 
 
 @pytest.fixture
-def reading_times(monkeypatch: pytest.MonkeyPatch) -> Mock:
+def check_settings(monkeypatch: pytest.MonkeyPatch) -> Mock:
     """Count how often the site reads a run's settings."""
-    monkeypatch.setattr(MadeSite, "check_settings", made := Mock())
-    return made
+    monkeypatch.setattr(MadeSite, "check_settings", mock := Mock())
+    return mock
 
 
-def test_invalid_settings_are_refused_before_approval(manual_site: Any, reading_times: Mock) -> None:
-    reading_times.side_effect = Refused(Reason.SETTINGS)
+def test_invalid_settings_are_refused_before_approval(manual_site: Any, check_settings: Mock) -> None:
+    check_settings.side_effect = Refused(Reason.SETTINGS)
     assert read_reason(manual_site.ask()) is Reason.SETTINGS
-    assert [one.args[0].run for one in reading_times.call_args_list] == ["r"]
-    assert manual_site.awaited == manual_site.prepared == []
+    assert [call.args[0].run for call in check_settings.call_args_list] == ["r"]
+    assert manual_site.submitted == manual_site.prepared == []
     manual_site.ledger().approve(manual_site.request().proposal)
     assert read_reason(manual_site.ask()) is Reason.SETTINGS
 
 
-def test_settings_are_not_read_for_refused_requests(site: Any, reading_times: Mock) -> None:
+def test_settings_are_not_read_for_refused_requests(site: Any, check_settings: Mock) -> None:
     site.ask(rank=64)
     site.ask(key=stranger_key, lead=stranger_key.public)
-    site.ask(about={"expires": 1.0})
+    site.ask(fields={"expires": 1.0})
     site.paused = True
     site.ask()
-    reading_times.assert_not_called()
+    check_settings.assert_not_called()
     site.paused = False
     assert isinstance(site.ask().body, Update)
-    reading_times.assert_called_once()
+    check_settings.assert_called_once()
 
 
 def test_preparation_refusals_are_reported_and_errors_hidden(site: Any, monkeypatch: Any) -> None:
@@ -157,8 +157,8 @@ def test_denied_run_in_progress_is_charged_no_further_rounds(site: Any) -> None:
         assert b"board" not in reply.body.to_bytes()
     history = site.ledger().history
     assert not history.runs["r"].count_remaining_charges(history.clock), "the reserve of its plan must be released"
-    ((denied,),) = history.decided.values()
-    assert (denied["what"], denied["by"], denied["ticket"]) == ("denied", "Anna Weber", "DPO-7")
+    ((decision,),) = history.decided.values()
+    assert (decision["what"], decision["by"], decision["ticket"]) == ("denied", "Anna Weber", "DPO-7")
     assert site.end().charged_rounds == 1, "the lead must still get its receipt"
     assert history.runs["other"].is_open(history.clock), "other runs must stay open"
     site.ledger().reserve(other, round=2, request="1" * 64)
@@ -167,7 +167,7 @@ def test_denied_run_in_progress_is_charged_no_further_rounds(site: Any) -> None:
 
 
 def test_run_denied_during_training_sends_nothing(site: Any) -> None:
-    def train(*asked: Any) -> TrainingResult:
+    def train(*args: Any) -> TrainingResult:
         site.ledger().deny(site.request().proposal, "stop")
         return TrainingResult(adapter=site.template)
 

@@ -26,7 +26,7 @@ PRIME = 2**61 - 1
 
 
 @dataclass
-class Sent:
+class RecordedUpload:
     """An upload of an honest site, with its plain vector for the test."""
 
     site: str
@@ -48,10 +48,10 @@ class Knowledge:
     colluders: frozenset[str]
     sites: tuple[str, ...]
     bits: int
-    sent: list[Sent] = field(default_factory=list)
+    sent: list[RecordedUpload] = field(default_factory=list)
     revealed: dict[tuple[str, int, str, str], dict[int, int]] = field(default_factory=dict)
 
-    def hear(self, answer: bytes) -> None:
+    def record_answer(self, answer: bytes) -> None:
         fields: dict[str, Any] = json.loads(answer)
         for dealer, by_site in fields["shares"].items():
             for other, value in by_site.items():
@@ -63,56 +63,56 @@ class Knowledge:
 
     def seeds(self) -> set[bytes]:
         """Reconstruct every seed from the revealed shares, for each possible degree of the polynomial."""
-        found = set()
+        recovered = set()
         for (session, release, dealer, other), values in self.revealed.items():
             row = self.sites.index(other)
             published = [
-                one.upload.digests[row][0]
-                for one in self.sent
-                if (one.site, one.upload.session, one.upload.release) == (dealer, session, release)
+                record.upload.digests[row][0]
+                for record in self.sent
+                if (record.site, record.upload.session, record.upload.release) == (dealer, session, release)
             ]
             places = sorted(values)
             for degree in range(len(places)):
                 seed = shares.combine_shares({place: values[place] for place in places[: degree + 1]})
                 if shares.hash_share(seed, session, release, dealer, other, 0) in published and seed < 2**256:
-                    found.add(seed.to_bytes(32))
-        return found
+                    recovered.add(seed.to_bytes(32))
+        return recovered
 
     def find_readable_sums(self) -> list[dict[int, int]]:
         """Compute a reduced basis of the combinations of uploads whose masks are all known, as coefficient by
         upload.
         """
         known, rows = self.seeds(), list[dict[str | int, int]]()
-        for number, one in enumerate(self.sent):
+        for number, record in enumerate(self.sent):
             unknown = {
-                seed.hex(): _mask_sign(one.site, other, seed)
-                for other, seed in one.seeds.items()
+                seed.hex(): _mask_sign(record.site, other, seed)
+                for other, seed in record.seeds.items()
                 if seed not in known and other not in self.colluders
             }
             rows.append({**{mask: sign for mask, sign in unknown.items() if sign}, number: 1})
         return _find_kernel(rows)
 
-    def read(self, combination: Mapping[int, int]) -> npt.NDArray[np.int64]:
+    def unmask(self, combination: Mapping[int, int]) -> npt.NDArray[np.int64]:
         """Remove the known masks from a combination of uploads.
 
         Unknown masks are removed, too; they must cancel, because otherwise the combination would not be readable.
         """
         total: npt.NDArray[np.uint64] = np.zeros(len(self.sent[0].vector), np.uint64)
         for number, coefficient in combination.items():
-            one, factor = self.sent[number], np.array(coefficient).astype(np.int64).astype(np.uint64)
-            numbers = unpack_residues(one.upload.vector, len(one.vector), self.bits)
+            record, factor = self.sent[number], np.array(coefficient).astype(np.int64).astype(np.uint64)
+            numbers = unpack_residues(record.upload.vector, len(record.vector), self.bits)
             known = self.seeds()
-            seeds = {other: seed for other, seed in one.seeds.items() if seed in known or other in self.colluders}
-            total += factor * (numbers - sum_masks(one.site, seeds, length=len(one.vector)))
+            seeds = {other: seed for other, seed in record.seeds.items() if seed in known or other in self.colluders}
+            total += factor * (numbers - sum_masks(record.site, seeds, length=len(record.vector)))
         return to_signed_integers(reduce_residues(total, self.bits), self.bits)
 
 
 def _mask_sign(site: str, other: str, seed: bytes) -> int:
     """Return the sign (+1, -1 or 0) of a mask in the upload of a site."""
-    alone, stream = sum_masks(site, {other: seed}, length=4), sum_masks("a", {"a": seed}, length=4)
-    if not alone.any():
+    mask, positive = sum_masks(site, {other: seed}, length=4), sum_masks("a", {"a": seed}, length=4)
+    if not mask.any():
         return 0
-    return 1 if np.array_equal(alone, stream) else -1
+    return 1 if np.array_equal(mask, positive) else -1
 
 
 def _find_kernel(rows: list[dict[str | int, int]]) -> list[dict[int, int]]:
@@ -120,17 +120,17 @@ def _find_kernel(rows: list[dict[str | int, int]]) -> list[dict[int, int]]:
 
     Gaussian elimination over a prime field, with the text keys before the numbers.
     """
-    done: list[tuple[str | int, dict[str | int, int]]] = []
+    reduced: list[tuple[str | int, dict[str | int, int]]] = []
     for row in rows:
-        for pivot, other in done:
+        for pivot, other in reduced:
             row = _subtract_row(row, other, row.get(pivot, 0))
         pivot = next((name for name in row if isinstance(name, str)), None) or min(row)  # type: ignore[type-var]
         row = _subtract_row({}, row, -pow(row[pivot], -1, PRIME))
-        done = [(at, _subtract_row(other, row, other.get(pivot, 0))) for at, other in done]
-        done.append((pivot, row))
+        reduced = [(key, _subtract_row(other, row, other.get(pivot, 0))) for key, other in reduced]
+        reduced.append((pivot, row))
     return [
-        {at: (value + PRIME // 2) % PRIME - PRIME // 2 for at, value in row.items() if isinstance(at, int)}
-        for pivot, row in done
+        {key: (value + PRIME // 2) % PRIME - PRIME // 2 for key, value in row.items() if isinstance(key, int)}
+        for pivot, row in reduced
         if isinstance(pivot, int)
     ]
 
@@ -144,11 +144,11 @@ def _subtract_row(row: dict[Any, int], other: dict[Any, int], factor: int) -> di
 @contextmanager
 def watch_seeds() -> Iterator[list[dict[str, bytes]]]:
     """Record the seeds of all masks that a site adds during the block."""
-    seen: list[dict[str, bytes]] = []
+    recorded: list[dict[str, bytes]] = []
 
     def record_seeds(site: str, seeds: Mapping[str, bytes], *, length: int) -> npt.NDArray[np.uint64]:
-        seen.append(dict(seeds))
+        recorded.append(dict(seeds))
         return sum_masks(site, seeds, length=length)
 
     with patch.object(party, "sum_masks", record_seeds):
-        yield seen
+        yield recorded

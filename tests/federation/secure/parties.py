@@ -49,22 +49,22 @@ class Federation:
     terms: Terms
     demand: Demand = ANY
     parties: dict[str, Party] = field(default_factory=dict)
-    kept: dict[str, list[SumConfirmation]] = field(default_factory=dict)
+    promises: dict[str, list[SumConfirmation]] = field(default_factory=dict)
     session: KeyAgreement = field(init=False)
 
     def __post_init__(self) -> None:
         for site in self.terms.sites:
             self.restart(site)
-        self.set_up()
+        self.begin_session()
 
     def restart(self, site: str) -> Party:
         """Replace a site's process; all of its memory is lost."""
-        kept = self.kept.setdefault(site, [])
-        about = {"terms": self.terms, "roster": self.terms.members, "demand": self.demand}
-        self.parties[site] = Party(site, identity=make_identity(site), keep=kept.append, **about)
+        promises = self.promises.setdefault(site, [])
+        fields = {"terms": self.terms, "roster": self.terms.members, "demand": self.demand}
+        self.parties[site] = Party(site, identity=make_identity(site), keep=promises.append, **fields)
         return self.parties[site]
 
-    def set_up(self) -> None:
+    def begin_session(self) -> None:
         """Begin a new session of all current sites."""
         announced = {site: party.announce() for site, party in self.parties.items()}
         self.session = build_session(self.terms, announced)
@@ -99,14 +99,14 @@ class Federation:
         """Compute the expected sum at the lead."""
         return np.sum([self.make_vector(site) for site in sites], axis=0)
 
-    def asked(self, release: int, survivors: Sequence[str]) -> ConfirmRequest:
+    def request(self, release: int, survivors: Sequence[str]) -> ConfirmRequest:
         return ConfirmRequest(session=self.session.digest, release=release, survivors=list(survivors))
 
-    def forge_question(self, asked: ConfirmRequest, signers: Collection[str], sealed: dict[str, str]) -> bytes:
+    def forge_unmask_request(self, request: ConfirmRequest, signers: Collection[str], sealed: dict[str, str]) -> bytes:
         """Build an unmask request with signatures in the name of these sites."""
-        signatures = {site: make_identity(site).sign(CONFIRMATION, asked.to_bytes()) for site in signers}
-        about = {"session": asked.session, "release": asked.release, "survivors": asked.survivors}
-        return UnmaskRequest(**about, confirmations=signatures, sealed=sealed).to_bytes()
+        signatures = {site: make_identity(site).sign(CONFIRMATION, request.to_bytes()) for site in signers}
+        fields = {"session": request.session, "release": request.release, "survivors": request.survivors}
+        return UnmaskRequest(**fields, confirmations=signatures, sealed=sealed).to_bytes()
 
 
 def change_message(message: bytes, **fields: Any) -> bytes:

@@ -30,11 +30,11 @@ from .parties import ANY, Federation, change_message, expect_rejection, make_ide
 @given(st.integers(2, 20), st.data())
 def test_least_threshold_rules_out_two_confirmed_survivor_sets(num_sites: int, data: st.DataObject) -> None:
     colluders = data.draw(st.integers(0, num_sites - 1))
-    least = min_threshold(num_sites, colluders=colluders)
+    minimum = min_threshold(num_sites, colluders=colluders)
     honest = num_sites - colluders
-    for threshold in range(least, num_sites + 1):  # of a set's t confirmations, all but c are from honest sites
+    for threshold in range(minimum, num_sites + 1):  # of a set's t confirmations, all but c are from honest sites
         assert 2 * (threshold - colluders) > honest
-    assert 2 * (least - 1 - colluders) <= honest or least - 1 < colluders
+    assert 2 * (minimum - 1 - colluders) <= honest or minimum - 1 < colluders
 
 
 def test_least_threshold_requires_an_honest_site() -> None:
@@ -116,14 +116,14 @@ def test_equal_announced_keys_define_the_same_session() -> None:
 
 
 @pytest.mark.parametrize(
-    "other",
+    "changes",
     [{"run": "s"}, {"proposal": "1" * 64}, {"threshold": 2}, {"length": 5}, {"largest": 7}],
     ids=lambda change: next(iter(change)),
 )
-def test_announced_key_is_bound_to_run_proposal_terms_and_protocol(other: dict[str, Any], monkeypatch: Any) -> None:
+def test_announced_key_is_bound_to_run_proposal_terms_and_protocol(changes: dict[str, Any], monkeypatch: Any) -> None:
     terms = make_terms(3, 3)
     with expect_rejection(RejectionReason.WRONG_TERMS):
-        build_session(terms, announce_all(replace(terms, **other)))
+        build_session(terms, announce_all(replace(terms, **changes)))
     messages = announce_all(terms)
     monkeypatch.setattr(agreement, "WIRE_SCHEMA", 1)
     with expect_rejection(RejectionReason.WRONG_TERMS):
@@ -146,11 +146,11 @@ def test_announced_key_is_bound_to_run_proposal_terms_and_protocol(other: dict[s
 )
 def test_tampered_announcement_is_rejected_and_attributed(change: dict[str, Any], reason: RejectionReason) -> None:
     messages = announce_all(terms := make_terms(3, 3))
-    shown = {**messages, "b": change_message(messages["b"], **change)}
+    received = {**messages, "b": change_message(messages["b"], **change)}
     with expect_rejection(reason):
-        make_party(terms).join(list(shown.values()))
+        make_party(terms).join(list(received.values()))
     with expect_rejection(reason) as error:
-        build_session(terms, shown)
+        build_session(terms, received)
     assert error.value.site == "b", "the lead must learn the site"
 
 
@@ -159,38 +159,38 @@ def test_announcement_is_bound_to_its_site_and_signature_purpose() -> None:
     with expect_rejection(RejectionReason.WRONG_KEY) as error:
         build_session(terms, {**messages, "a": messages["b"], "b": messages["a"]})
     assert error.value.site == "a"
-    one = read_announcement(messages["b"])
+    message = read_announcement(messages["b"])
     for purpose in ("receipt", "secure aggregation survivors"):
-        other = replace(one, signature=make_identity("b").sign(purpose, replace(one, signature="").to_bytes()))
+        other = replace(message, signature=make_identity("b").sign(purpose, replace(message, signature="").to_bytes()))
         with expect_rejection(RejectionReason.WRONG_SIGNATURE):
             KeyAgreement.from_announcements(terms, [other])
 
 
 def test_site_joins_once_with_exactly_one_key_per_member() -> None:
     terms = make_terms(3, 3)
-    a, messages, others = make_party(terms), announce_all(terms), announce_all(terms)
-    own = {**messages, "a": a.announce()}
+    party, messages, later = make_party(terms), announce_all(terms), announce_all(terms)
+    current = {**messages, "a": party.announce()}
     cases = [
         (list(messages.values()), RejectionReason.WRONG_KEY),  # the key of its previous process
-        ([own["a"], own["b"]], RejectionReason.KEY_MISSING),
-        ([own["a"], own["b"], own["b"]], RejectionReason.REPEATED),
-        ([own["a"], own["b"], own["c"], others["c"]], RejectionReason.REPEATED),
+        ([current["a"], current["b"]], RejectionReason.KEY_MISSING),
+        ([current["a"], current["b"], current["b"]], RejectionReason.REPEATED),
+        ([current["a"], current["b"], current["c"], later["c"]], RejectionReason.REPEATED),
     ]
-    for given_keys, reason in cases:
+    for keys, reason in cases:
         with expect_rejection(reason):
-            a.join(given_keys)
-    assert a.join(list(own.values())) == a.join(list(own.values()))
+            party.join(keys)
+    assert party.join(list(current.values())) == party.join(list(current.values()))
     with expect_rejection(RejectionReason.SESSION_DIFFERS):
-        a.join([own["a"], own["b"], others["c"]])
+        party.join([current["a"], current["b"], later["c"]])
 
 
 def test_site_that_has_not_joined_rejects_every_request() -> None:
     federation = Federation(make_terms(3, 2))
     summation = federation.start_release(1, "abc")
     party = federation.restart("a")
-    for ask in (
+    for call in (
         lambda: party.upload(2, federation.make_vector("a")),
         lambda: party.confirm(summation.build_confirm_request()),
     ):
         with expect_rejection(RejectionReason.SESSION_DIFFERS):
-            ask()
+            call()

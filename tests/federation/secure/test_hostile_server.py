@@ -13,7 +13,7 @@ from fedtune.federation.secure.messages import Upload
 from fedtune.federation.secure.summation import Summation
 
 from ...privacy.builders import draw_json
-from .knowledge import Knowledge, Sent, watch_seeds
+from .knowledge import Knowledge, RecordedUpload, watch_seeds
 from .parties import Federation, change_message, expect_rejection, make_identity, make_terms
 
 
@@ -32,13 +32,13 @@ class Adversary:
                 data = self.federation.parties[site].upload(release, self.federation.make_vector(site))
             self.uploads[release, site] = data
             upload = Upload.from_bytes(data, self.federation.session)
-            self.knowledge.sent.append(Sent(site, upload, self.federation.make_vector(site), seeds[0]))
+            self.knowledge.sent.append(RecordedUpload(site, upload, self.federation.make_vector(site), seeds[0]))
 
     def confirm(self, release: int, survivors: Collection[str], by: Collection[str]) -> dict[str, str]:
         signatures = {}
         for site in by:
             try:
-                answer = self.federation.parties[site].confirm(self.federation.asked(release, survivors).to_bytes())
+                answer = self.federation.parties[site].confirm(self.federation.request(release, survivors).to_bytes())
             except Rejected:
                 continue
             signatures[site] = json.loads(answer)["signature"]
@@ -55,7 +55,7 @@ class Adversary:
     def unmask(self, release: int, survivors: Collection[str], signatures: dict[str, str], by: Collection[str]) -> None:
         for site in by:
             request = self.request(release, survivors, signatures, site)
-            self.knowledge.hear(self.federation.parties[site].unmask(request))
+            self.knowledge.record_answer(self.federation.parties[site].unmask(request))
 
     def find_refusal(
         self, release: int, survivors: Collection[str], signatures: dict[str, str], site: str
@@ -85,7 +85,7 @@ def test_site_confirms_only_one_survivor_set_per_release() -> None:
     server.unmask(1, "abcd", signatures, by="abcd")
     for site in "abcd":
         with expect_rejection(RejectionReason.SURVIVORS_CHANGED):
-            server.federation.parties[site].confirm(server.federation.asked(1, "abc").to_bytes())
+            server.federation.parties[site].confirm(server.federation.request(1, "abc").to_bytes())
     assert server.confirm(1, "abcd", by="abcd") == signatures  # a repeated request gives the same signatures
     assert server.knowledge.find_readable_sums() == [{0: 1, 1: 1, 2: 1, 3: 1}]
 
@@ -117,12 +117,12 @@ def test_skipping_confirmation_would_let_a_server_unmask_two_sites() -> None:
     server.upload(1, "abcde")
     genuine = {site: server.confirm(1, survivors, by=site) for site, survivors in sets.items()}
     for site, survivors in sets.items():
-        together = server.confirm(1, survivors, by="abcde")
-        assert len(together) < 3
+        signatures = server.confirm(1, survivors, by="abcde")
+        assert len(signatures) < 3
         assert server.find_refusal(1, survivors, genuine[site], site) is RejectionReason.NOT_CONFIRMED
     assert server.knowledge.find_readable_sums() == []
     for site, survivors in sets.items():  # as if enough other sites had confirmed each one's set
-        request = server.federation.asked(1, survivors)
+        request = server.federation.request(1, survivors)
         forged = {
             other: make_identity(other).sign("secure aggregation survivors", request.to_bytes()) for other in "abcde"
         }
@@ -135,13 +135,13 @@ def test_unmasking_requires_threshold_many_valid_confirmations(threshold: int) -
     server = Adversary(3, threshold)
     server.upload(1, "abc")
     signatures = server.confirm(1, "abc", by="abc")
-    enough = dict(list(signatures.items())[:threshold])
-    fewer = dict(list(signatures.items())[: threshold - 1])
-    assert server.find_refusal(1, "abc", fewer, "a") is RejectionReason.NOT_CONFIRMED
-    assert server.find_refusal(1, "abc", {**fewer, "z": signatures["a"]}, "a") is RejectionReason.NOT_A_MEMBER
-    assert server.find_refusal(1, "abc", {**fewer, "c": signatures["a"]}, "a") is RejectionReason.WRONG_SIGNATURE
-    assert server.find_refusal(1, "abc", {**fewer, "c": ""}, "a") is RejectionReason.WRONG_SIGNATURE
-    server.unmask(1, "abc", enough, by="a")
+    sufficient = dict(list(signatures.items())[:threshold])
+    too_few = dict(list(signatures.items())[: threshold - 1])
+    assert server.find_refusal(1, "abc", too_few, "a") is RejectionReason.NOT_CONFIRMED
+    assert server.find_refusal(1, "abc", {**too_few, "z": signatures["a"]}, "a") is RejectionReason.NOT_A_MEMBER
+    assert server.find_refusal(1, "abc", {**too_few, "c": signatures["a"]}, "a") is RejectionReason.WRONG_SIGNATURE
+    assert server.find_refusal(1, "abc", {**too_few, "c": ""}, "a") is RejectionReason.WRONG_SIGNATURE
+    server.unmask(1, "abc", sufficient, by="a")
 
 
 def test_confirmations_are_not_valid_for_another_release_or_session() -> None:
@@ -153,14 +153,14 @@ def test_confirmations_are_not_valid_for_another_release_or_session() -> None:
     assert server.find_refusal(2, "abc", old, "a") is RejectionReason.WRONG_SIGNATURE
     assert server.find_refusal(1, "abc", old, "a") is RejectionReason.NOT_PROMISED  # release 1 is over
     with expect_rejection(RejectionReason.RELEASE_OVER):
-        server.federation.parties["a"].confirm(server.federation.asked(1, "abc").to_bytes())
+        server.federation.parties["a"].confirm(server.federation.request(1, "abc").to_bytes())
     for site in "abc":
         server.federation.restart(site)
-    server.federation.set_up()
+    server.federation.begin_session()
     with expect_rejection(RejectionReason.SESSION_DIFFERS):
         server.federation.parties["a"].confirm(
             change_message(
-                server.federation.asked(1, "abc").to_bytes(), session=server.knowledge.sent[0].upload.session
+                server.federation.request(1, "abc").to_bytes(), session=server.knowledge.sent[0].upload.session
             )
         )
     server.upload(1, "abc")
@@ -171,7 +171,7 @@ def test_confirmations_are_not_valid_for_another_release_or_session() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        *(({"survivors": list(few)}, RejectionReason.TOO_FEW_SURVIVORS) for few in ("ab", "a", "")),
+        *(({"survivors": list(sites)}, RejectionReason.TOO_FEW_SURVIVORS) for sites in ("ab", "a", "")),
         *(
             ({"survivors": list(other)}, RejectionReason.MALFORMED)
             for other in ("aab", "bac", ("a", "b", 3), ("a", "b", ["c"]))
@@ -184,7 +184,7 @@ def test_confirmations_are_not_valid_for_another_release_or_session() -> None:
 def test_invalid_survivor_sets_are_rejected(change: dict[str, Any], reason: RejectionReason) -> None:
     federation = Federation(make_terms(4, 3))
     with expect_rejection(reason):
-        federation.parties["a"].confirm(change_message(federation.asked(1, "abc").to_bytes(), **change))
+        federation.parties["a"].confirm(change_message(federation.request(1, "abc").to_bytes(), **change))
 
 
 def test_site_reveals_only_one_kind_of_share_per_survivor() -> None:
@@ -193,12 +193,12 @@ def test_site_reveals_only_one_kind_of_share_per_survivor() -> None:
     signatures = server.confirm(1, "abcd", by="abcde")
     request = server.request(1, "abcd", signatures, "a")
     answer = server.federation.parties["a"].unmask(request)
-    given_shares = {dealer: set(shares) for dealer, shares in json.loads(answer)["shares"].items()}
+    revealed = {dealer: set(shares) for dealer, shares in json.loads(answer)["shares"].items()}
     # For each survivor: the seed of its own mask and of its mask with the dropped site, and no other pair's seed.
-    assert given_shares == {"a": {"a", "e"}, "b": {"b", "e"}, "c": {"c", "e"}, "d": {"d", "e"}}
+    assert revealed == {"a": {"a", "e"}, "b": {"b", "e"}, "c": {"c", "e"}, "d": {"d", "e"}}
     # Nor instead of a survivor's share: what e sealed for a, presented as if d had sealed it.
-    of_e = json.loads(server.request(1, "abcde", signatures, "a"))["sealed"]["e"]
-    swapped = change_message(request, sealed={**json.loads(request)["sealed"], "d": of_e})
+    sealed_by_e = json.loads(server.request(1, "abcde", signatures, "a"))["sealed"]["e"]
+    swapped = change_message(request, sealed={**json.loads(request)["sealed"], "d": sealed_by_e})
     assert json.loads(server.federation.parties["a"].unmask(swapped))["shares"]["d"] == {}
 
 
@@ -210,10 +210,10 @@ def test_shares_of_an_earlier_release_are_not_revealed_later() -> None:
     server.upload(2, "abcd")
     signatures = server.confirm(2, "abcd", by="abcd")
     for site in "abcd":
-        old = server.request(1, "abcd", signatures, site)
-        request = change_message(server.request(2, "abcd", signatures, site), sealed=json.loads(old)["sealed"])
+        earlier = server.request(1, "abcd", signatures, site)
+        request = change_message(server.request(2, "abcd", signatures, site), sealed=json.loads(earlier)["sealed"])
         answer = server.federation.parties[site].unmask(request)
-        assert all(given == {} for given in json.loads(answer)["shares"].values())
+        assert all(share == {} for share in json.loads(answer)["shares"].values())
     assert server.knowledge.find_readable_sums() == [{0: 1, 1: 1, 2: 1}]
 
 
@@ -247,48 +247,48 @@ def list_messages(federation: Federation) -> dict[str, bytes]:
     }
 
 
-def deliver_message(federation: Federation, what: str, data: bytes) -> None:
+def deliver_message(federation: Federation, step: str, data: bytes) -> None:
     summation = federation.start_release(2, "ab")
     federation.add_confirmations(summation, by="a")
-    if what == "join":
+    if step == "join":
         federation.restart("a").join([data])
-    elif what in ("confirm", "unmask"):
-        getattr(federation.parties["a"], what)(data)
+    elif step in ("confirm", "unmask"):
+        getattr(federation.parties["a"], step)(data)
     else:
-        getattr(summation, what)("b", data)
+        getattr(summation, step)("b", data)
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(["join", "confirm", "unmask", "add_upload", "add_confirmation", "add_revealed"]), st.data())
-def test_arbitrary_messages_are_accepted_or_rejected_with_a_known_reason(what: str, data: st.DataObject) -> None:
+def test_arbitrary_messages_are_accepted_or_rejected_with_a_known_reason(step: str, data: st.DataObject) -> None:
     federation = Federation(make_terms(3, 2))
-    genuine = list_messages(federation)[what]
+    genuine = list_messages(federation)[step]
     kind = data.draw(st.sampled_from(["bytes", "cut", "flipped", "field", "large"]))
     if kind == "bytes":
         message = data.draw(st.binary(max_size=200))
     elif kind == "cut":
         message = genuine[: data.draw(st.integers(0, len(genuine) - 1))]
     elif kind == "flipped":
-        place = data.draw(st.integers(0, len(genuine) - 1))
-        message = genuine[:place] + bytes([genuine[place] ^ data.draw(st.integers(1, 255))]) + genuine[place + 1 :]
-    elif kind == "field" and what != "add_upload":
+        index = data.draw(st.integers(0, len(genuine) - 1))
+        message = genuine[:index] + bytes([genuine[index] ^ data.draw(st.integers(1, 255))]) + genuine[index + 1 :]
+    elif kind == "field" and step != "add_upload":
         fields = json.loads(genuine)
         name = data.draw(st.sampled_from(sorted(fields)))
         fields[name] = data.draw(draw_json())
         message = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
     else:
         message = genuine + b" " * (1 << 20)
-    found = None
+    rejection = None
     try:
-        deliver_message(federation, what, message)
+        deliver_message(federation, step, message)
     except Rejected as error:
-        found = error
-    assert found is None or str(found) == f"secure aggregation: {RejectionReason(found.wrong)}"
-    assert found is not None or kind not in ("cut", "large")
+        rejection = error
+    assert rejection is None or str(rejection) == f"secure aggregation: {RejectionReason(rejection.wrong)}"
+    assert rejection is not None or kind not in ("cut", "large")
 
 
-@pytest.mark.parametrize("what", ["join", "confirm", "unmask", "add_confirmation", "add_revealed"])
+@pytest.mark.parametrize("step", ["join", "confirm", "unmask", "add_confirmation", "add_revealed"])
 @pytest.mark.parametrize("data", [b"[" * 100_000, b"1" * 5000, b"\xff\xfe{}", b'{"a":1,"a":1}', b"NaN", b"null", b""])
-def test_undecodable_messages_are_rejected_as_malformed(what: str, data: bytes) -> None:
+def test_undecodable_messages_are_rejected_as_malformed(step: str, data: bytes) -> None:
     with expect_rejection(RejectionReason.MALFORMED):
-        deliver_message(Federation(make_terms(3, 2)), what, data)
+        deliver_message(Federation(make_terms(3, 2)), step, data)

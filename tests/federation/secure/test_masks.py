@@ -86,13 +86,13 @@ def test_mask_is_the_chacha20_keystream_and_pairs_cancel() -> None:
     seed = os.urandom(32)
     stream = Cipher(algorithms.ChaCha20(seed, bytes(16)), mode=None).encryptor().update(bytes(8 * 5))
     assert sum_masks("a", {"a": seed}, length=5).tobytes() == stream
-    for place in (0, 3, 31):  # a seed truncated to fewer bits would ignore some of them
-        other = bytes(byte ^ (place == at) for at, byte in enumerate(seed))
+    for index in (0, 3, 31):  # a seed truncated to fewer bits would ignore some of them
+        other = bytes(byte ^ (index == position) for position, byte in enumerate(seed))
         assert not np.any(sum_masks("a", {"a": other}, length=5) == sum_masks("a", {"a": seed}, length=5))
     # The masks of a pair cancel; a site's own mask does not.
-    own = os.urandom(32)
-    first, second = sum_masks("a", {"b": seed, "a": own}, length=9), sum_masks("b", {"a": seed}, length=9)
-    assert np.array_equal(first + second, sum_masks("a", {"a": own}, length=9))
+    own_seed = os.urandom(32)
+    first, second = sum_masks("a", {"b": seed, "a": own_seed}, length=9), sum_masks("b", {"a": seed}, length=9)
+    assert np.array_equal(first + second, sum_masks("a", {"a": own_seed}, length=9))
     assert np.any(second != 0)
 
 
@@ -106,15 +106,15 @@ def test_masked_uploads_and_their_differences_are_uniform() -> None:
     """A chi-square test over 2^8 cells of the lowest and of the highest bits, with a false alarm rate of 10^-7 each."""
     federation = Federation(make_terms(3, 2, length=1 << 16, largest=10_000))
     assert federation.terms.bits == 16
-    one, two, other = mask_vector(federation, 1), mask_vector(federation, 2), mask_vector(federation, 2, "b")
+    first, second, other = mask_vector(federation, 1), mask_vector(federation, 2), mask_vector(federation, 2, "b")
     bits = federation.terms.bits
     for numbers in (
-        one,
-        two,
+        first,
+        second,
         other,
-        reduce_residues(one - two, bits),
-        reduce_residues(two - other, bits),
-        reduce_residues(two + other, bits),
+        reduce_residues(first - second, bits),
+        reduce_residues(second - other, bits),
+        reduce_residues(second + other, bits),
     ):
         for byte in (numbers & np.uint64(255), numbers >> np.uint64(8)):
             counts = np.bincount(byte.astype(np.int64), minlength=256)
@@ -131,8 +131,8 @@ def test_packed_values_round_trip_in_the_fewest_bytes(bits: int, values: list[in
     data = pack_residues(numbers, bits)
     assert len(data) == compute_packed_size(len(values), bits) == (len(values) * bits + 7) // 8
     assert unpack_residues(data, len(values), bits).tolist() == [value % 2**bits for value in values]
-    as_one = sum(int(number) << place * bits for place, number in enumerate(numbers))
-    assert int.from_bytes(data, "little") == as_one, "values must be packed without gaps"
+    packed = sum(int(number) << place * bits for place, number in enumerate(numbers))
+    assert int.from_bytes(data, "little") == packed, "values must be packed without gaps"
 
 
 @pytest.mark.parametrize("bits", [1, 17, 31, 33, 64])
@@ -164,32 +164,32 @@ def test_shamir_field_order_is_prime() -> None:
         odd, twos = odd // 2, twos + 1
     for _ in range(40):  # Miller and Rabin: a composite number passes one trial with probability below 1/4
         power = pow(random.randrange(2, PRIME - 1), odd, PRIME)
-        seen = [pow(power, 2**doubled, PRIME) for doubled in range(twos)]
-        assert power == 1 or PRIME - 1 in seen
+        squares = [pow(power, 2**exponent, PRIME) for exponent in range(twos)]
+        assert power == 1 or PRIME - 1 in squares
     assert 2**256 < PRIME < 2 ** (8 * shares.SHARE_BYTES)
 
 
 @settings(deadline=None)
 @given(st.binary(min_size=32, max_size=32), st.integers(1, 6), st.integers(0, 3), st.randoms())
 def test_any_threshold_of_shares_recovers_the_secret(
-    secret: bytes, threshold: int, more: int, chance: random.Random
+    secret: bytes, threshold: int, extra: int, rng: random.Random
 ) -> None:
-    values = split_secret(secret, threshold=threshold, num_shares=threshold + more)
+    values = split_secret(secret, threshold=threshold, num_shares=threshold + extra)
     assert values[0] == int.from_bytes(secret)
-    places = chance.sample(range(1, threshold + more + 1), threshold)
-    assert combine_shares({place: values[place] for place in places}) == values[0]
+    points = rng.sample(range(1, threshold + extra + 1), threshold)
+    assert combine_shares({point: values[point] for point in points}) == values[0]
 
 
 def test_fewer_shares_than_the_threshold_reveal_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     # In a field of seven elements: all polynomials, and what two of three shares reveal about the secret.
     monkeypatch.setattr(shares, "PRIME", 7)
-    seen: Counter[tuple[int, int, int]] = Counter()
+    counts: Counter[tuple[int, int, int]] = Counter()
     for secret, *coefficients in itertools.product(range(7), repeat=3):
         draws = iter(coefficients)
         monkeypatch.setattr(shares.secrets, "randbelow", lambda bound, draws=draws: next(draws))
         values = split_secret(secret.to_bytes(32), threshold=3, num_shares=4)
-        seen[values[0], values[2], values[4]] += 1
-    assert seen == Counter(itertools.product(range(7), repeat=3))
+        counts[values[0], values[2], values[4]] += 1
+    assert counts == Counter(itertools.product(range(7), repeat=3))
     bounds: list[int] = []
     monkeypatch.undo()
     monkeypatch.setattr(shares.secrets, "randbelow", lambda bound: bounds.append(bound) or 1)
@@ -201,5 +201,5 @@ def test_wrong_share_changes_the_secret_and_its_digest() -> None:
     values = split_secret(os.urandom(32), threshold=2, num_shares=3)
     assert combine_shares({1: values[1], 2: (values[2] + 1) % PRIME}) != values[0]
     assert hash_share(values[1], "a", 1) == hash_share(values[1], "a", 1)
-    others = [hash_share(values[1] ^ 1, "a", 1), hash_share(values[1], "a", 2), hash_share(values[1], "b", 1)]
-    assert hash_share(values[1], "a", 1) not in others
+    digests = [hash_share(values[1] ^ 1, "a", 1), hash_share(values[1], "a", 2), hash_share(values[1], "b", 1)]
+    assert hash_share(values[1], "a", 1) not in digests

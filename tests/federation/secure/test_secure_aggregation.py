@@ -26,7 +26,7 @@ from .parties import LARGEST, Federation, change_message, expect_rejection, make
 def test_masks_cancel_for_all_survivor_and_helper_sets(num_sites: int, threshold: int) -> None:
     federation = Federation(make_terms(num_sites, threshold))
     sites = federation.terms.sites
-    sets = [chosen for size in range(threshold, num_sites + 1) for chosen in itertools.combinations(sites, size)]
+    sets = [subset for size in range(threshold, num_sites + 1) for subset in itertools.combinations(sites, size)]
     for release, (survivors, helpers) in enumerate(itertools.product(sets, sets), start=1):
         summation = federation.add_confirmations(federation.start_release(release, survivors), by=helpers)
         total = federation.add_shares(summation, by=helpers).compute_total()
@@ -81,9 +81,9 @@ def test_too_few_messages_end_only_the_current_release() -> None:
     with pytest.raises(UnmaskingError, match=r"release 1 .* 2 sites uploaded, but 3 are required"):
         Federation(make_terms(4, 3)).start_release(1, "ab").build_confirm_request()
     federation = Federation(make_terms(4, 3))
-    few = federation.add_confirmations(federation.start_release(1, "abcd"), by="ab")
+    incomplete = federation.add_confirmations(federation.start_release(1, "abcd"), by="ab")
     with pytest.raises(UnmaskingError, match="2 sites confirmed the survivors, but 3 are required"):
-        few.build_unmask_request("a")
+        incomplete.build_unmask_request("a")
     summation = federation.add_shares(
         federation.add_confirmations(federation.start_release(2, "abcd"), by="abc"), by="ab"
     )
@@ -106,7 +106,7 @@ def test_restarted_site_is_excluded_until_a_new_session() -> None:
     old = federation.session.digest
     for site in "ab":
         federation.restart(site)
-    federation.set_up()
+    federation.begin_session()
     assert federation.session.digest != old
     summation = federation.add_confirmations(federation.start_release(2, "abc"), by="abc")
     assert federation.add_shares(summation, by="abc").compute_total().tolist() == federation.add_vectors("abc").tolist()
@@ -121,10 +121,10 @@ def test_wrong_shares_are_detected_attributed_and_ignored() -> None:
     federation.add_shares(summation, by="abc")
     for liar in "de":
         answer = federation.parties[liar].unmask(summation.build_unmask_request(liar))
-        given_shares = json.loads(answer)["shares"]
-        given_shares["a"]["e"] = f"{(int(given_shares['a']['e'], 16) + 1) % PRIME:066x}"
-        given_shares["b"]["b"] = f"{PRIME - 1:066x}"
-        summation.add_revealed(liar, resign_answer(answer, shares=given_shares))
+        shares = json.loads(answer)["shares"]
+        shares["a"]["e"] = f"{(int(shares['a']['e'], 16) + 1) % PRIME:066x}"
+        shares["b"]["b"] = f"{PRIME - 1:066x}"
+        summation.add_revealed(liar, resign_answer(answer, shares=shares))
     assert summation.compute_total().tolist() == federation.add_vectors("abcd").tolist()
     assert summation.wrong_shares == {("d", "a"), ("d", "b"), ("e", "a"), ("e", "b")}
 
@@ -189,10 +189,10 @@ def test_lead_accepts_each_message_once_from_its_own_site() -> None:
     federation.add_confirmations(summation, by="bc")
     with expect_rejection(RejectionReason.RELEASE_OVER):
         summation.add_upload("d", late)
-    own = federation.parties["d"].confirm(summation.build_confirm_request())
+    confirmation = federation.parties["d"].confirm(summation.build_confirm_request())
     with expect_rejection(RejectionReason.NOT_A_MEMBER):
-        summation.add_confirmation("a", own)
-    summation.add_confirmation("d", own)
+        summation.add_confirmation("a", confirmation)
+    summation.add_confirmation("d", confirmation)
     answer = federation.parties["d"].unmask(summation.build_unmask_request("d"))
     with expect_rejection(RejectionReason.NOT_A_MEMBER):
         summation.add_revealed("b", answer)
@@ -208,13 +208,13 @@ def test_shares_are_accepted_only_with_the_signature_of_their_site() -> None:
     federation.add_shares(summation, by="abc")
     answer = federation.parties["d"].unmask(summation.build_unmask_request("d"))
     shares, signature = json.loads(answer)["shares"], json.loads(answer)["signature"]
-    other_s = json.loads(federation.parties["c"].unmask(summation.build_unmask_request("c")))["signature"]
+    other_signature = json.loads(federation.parties["c"].unmask(summation.build_unmask_request("c")))["signature"]
     confirmation = json.loads(federation.parties["d"].confirm(summation.build_confirm_request()))["signature"]
     changes: list[dict[str, Any]] = [
         {"shares": {**shares, "a": {"a": "0" * 66}}},
         {"shares": {**shares, "a": {}}},
         {"shares": {}},
-        *({"signature": made} for made in ("", signature.upper(), "0" * 128, other_s, confirmation)),
+        *({"signature": value} for value in ("", signature.upper(), "0" * 128, other_signature, confirmation)),
     ]
     for change in changes:
         with expect_rejection(RejectionReason.WRONG_SIGNATURE):
@@ -225,31 +225,29 @@ def test_shares_are_accepted_only_with_the_signature_of_their_site() -> None:
         summation.add_revealed("d", change_message(answer, release=2))
 
 
-class Faulty:
+class FaultyRelease:
     """A release with random faults in the sites' messages and an honest lead."""
 
     def __init__(self, seed: int) -> None:
-        self.chance = random.Random(seed)
+        self.rng = random.Random(seed)
         self.federation = Federation(make_terms(5, 3))
         self.sites = list(self.federation.terms.sites)
-        self.faulty = self.chance.sample(self.sites, self.chance.randint(0, 3))
+        self.faulty = self.rng.sample(self.sites, self.rng.randint(0, 3))
         self.summation = Summation(self.federation.session, release=1)
 
-    def send(self, add: Callable[[str, bytes], None], site: str, made: Callable[[Party], bytes]) -> None:
+    def send(self, add: Callable[[str, bytes], None], site: str, build: Callable[[Party], bytes]) -> None:
         """Deliver one message, possibly modified; a rejected message counts as lost."""
-        fault = (
-            self.chance.choice(["drops", "restarts", "garbage", "flips", "swaps", ""]) if site in self.faulty else ""
-        )
+        fault = self.rng.choice(["drops", "restarts", "garbage", "flips", "swaps", ""]) if site in self.faulty else ""
         if fault == "restarts":
             self.federation.restart(site)
         with contextlib.suppress(Rejected):
-            data = made(self.federation.parties[site])
+            data = build(self.federation.parties[site])
             if fault == "flips":
-                place = self.chance.randrange(len(data))
-                data = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+                index = self.rng.randrange(len(data))
+                data = data[:index] + bytes([data[index] ^ 1]) + data[index + 1 :]
             elif fault in ("drops", "garbage"):
                 data = fault.encode()
-            add(self.chance.choice(self.sites) if fault == "swaps" else site, data)
+            add(self.rng.choice(self.sites) if fault == "swaps" else site, data)
 
     def total(self) -> npt.NDArray[np.int64]:
         for site in self.sites:
@@ -259,8 +257,8 @@ class Faulty:
         for site in self.sites:
             self.send(self.summation.add_confirmation, site, lambda party: party.confirm(request))
         for site in self.sites:
-            asked = self.summation.build_unmask_request(site)
-            self.send(self.summation.add_revealed, site, lambda party, asked=asked: party.unmask(asked))
+            unmask = self.summation.build_unmask_request(site)
+            self.send(self.summation.add_revealed, site, lambda party, unmask=unmask: party.unmask(unmask))
         return self.summation.compute_total()
 
 
@@ -268,25 +266,25 @@ class Faulty:
 @given(st.integers(0, 2**32))
 def test_release_with_faulty_sites_is_correct_or_raises_unreadable(seed: int) -> None:
     """Sites drop out in any phase, restart, and send garbage, wrong shares or messages in another site's name."""
-    run = Faulty(seed)
+    release = FaultyRelease(seed)
     error = None
     try:
-        total = run.total()
+        total = release.total()
     except UnmaskingError as unreadable:
         error = unreadable
-    honest = set(run.sites) - set(run.faulty)
+    honest = set(release.sites) - set(release.faulty)
     if error is not None:
         assert str(error).startswith("the sum of secure aggregation release 1 cannot be computed: ")
-        assert run.faulty
+        assert release.faulty
         # With three honest sites, only the faulty one's own seeds can be wrong; a site named with certainty is faulty.
-        assert len(honest) < 3 or error.site is not None or run.summation.wrong_shares
-        assert error.site is None or error.site in run.faulty
-        assert all(set(pair) & set(run.faulty) for pair in run.summation.wrong_shares)
+        assert len(honest) < 3 or error.site is not None or release.summation.wrong_shares
+        assert error.site is None or error.site in release.faulty
+        assert all(set(pair) & set(release.faulty) for pair in release.summation.wrong_shares)
         return
-    assert honest <= set(run.summation.survivors)
+    assert honest <= set(release.summation.survivors)
     # A faulty site can change its own vector undetected, but no other vector.
-    if not set(run.summation.survivors) & set(run.faulty):
-        assert np.array_equal(total, run.federation.add_vectors(honest))
+    if not set(release.summation.survivors) & set(release.faulty):
+        assert np.array_equal(total, release.federation.add_vectors(honest))
 
 
 def test_confirmations_are_stored_before_they_are_sent() -> None:
@@ -294,16 +292,16 @@ def test_confirmations_are_stored_before_they_are_sent() -> None:
     summation = federation.add_confirmations(federation.start_release(1, "abc"), by="ab")
     session, survivors = federation.session.digest, ("a", "b", "c")
     promised = SumConfirmation(session=session, release=1, survivors=survivors, confirmed=False)
-    assert federation.kept == {"a": [promised], "b": [promised], "c": []}
+    assert federation.promises == {"a": [promised], "b": [promised], "c": []}
     federation.add_shares(summation, by="a")
     confirmed = SumConfirmation(session=session, release=1, survivors=survivors, confirmed=True)
-    assert federation.kept == {"a": [promised, confirmed], "b": [promised], "c": []}
+    assert federation.promises == {"a": [promised, confirmed], "b": [promised], "c": []}
 
 
 def test_confirmation_that_cannot_be_stored_is_not_sent() -> None:
     federation = Federation(make_terms(4, 3))
     summation = federation.add_confirmations(federation.start_release(1, "abcd"), by="bcd")
-    full = federation.kept["a"]
+    promises = federation.promises["a"]
 
     def fail(_: SumConfirmation) -> None:
         raise OSError("disk full")
@@ -311,11 +309,11 @@ def test_confirmation_that_cannot_be_stored_is_not_sent() -> None:
     federation.parties["a"]._keep = fail
     with pytest.raises(OSError, match="disk full"):
         federation.parties["a"].confirm(summation.build_confirm_request())
-    federation.parties["a"]._keep = full.append
+    federation.parties["a"]._keep = promises.append
     with expect_rejection(RejectionReason.SURVIVORS_CHANGED):
-        federation.parties["a"].confirm(federation.asked(1, "abc").to_bytes())
+        federation.parties["a"].confirm(federation.request(1, "abc").to_bytes())
     federation.add_confirmations(summation, by="a")
-    assert len(full) == 1
+    assert len(promises) == 1
     federation.parties["a"]._keep = fail
     with pytest.raises(OSError, match="disk full"):
         federation.parties["a"].unmask(summation.build_unmask_request("a"))

@@ -16,12 +16,12 @@ from fedtune.federation.secure.messages import ConfirmRequest, Upload, read_anno
 from fedtune.federation.secure.shares import SHARE_BYTES
 from fedtune.privacy.threshold import min_threshold
 
-from .knowledge import Knowledge, Sent, watch_seeds
+from .knowledge import Knowledge, RecordedUpload, watch_seeds
 from .parties import ANY, Federation, change_message, make_identity, make_terms
 
 pytestmark = pytest.mark.nightly
 
-CHANCE = st.randoms(use_true_random=True)
+RANDOM_SITES = st.randoms(use_true_random=True)
 """Random choice of sites; hypothesis's own draws would rarely get as far as a sum."""
 
 
@@ -37,7 +37,7 @@ class Transcript(RuleBasedStateMachine):
         self.honest = [site for site in terms.sites if site not in self.colluders]
         self.knowledge = Knowledge(threshold, self.colluders, terms.sites, terms.bits)
         self.keys = {site: [party.announce()] for site, party in self.federation.parties.items()}
-        self.uploads, self.signatures, self.asked, self.release = {}, {}, [], 1
+        self.uploads, self.signatures, self.requests, self.release = {}, {}, [], 1
         self.sessions = {self.federation.session.digest: self.federation.session}
         self.joined = dict.fromkeys(self.honest, self.federation.session.digest)
         # The adversary has all keys of a colluder; its first key belongs to a party, whose memory it has.
@@ -45,88 +45,88 @@ class Transcript(RuleBasedStateMachine):
             site: {self.federation.session.digest: self.federation.parties[site]._require_joined()[1]}
             for site in self.colluders
         }
-        self.second: dict[str, MaskKey] = {}
+        self.second_keys: dict[str, MaskKey] = {}
 
     # Actions of the server.
 
-    @rule(chance=CHANCE)
-    def restart(self, chance: random.Random) -> None:
+    @rule(rng=RANDOM_SITES)
+    def restart(self, rng: random.Random) -> None:
         """Restart a site, or restore it from a backup; in both cases it loses all sessions."""
-        site = chance.choice(self.honest)
+        site = rng.choice(self.honest)
         self.keys[site].append(self.federation.restart(site).announce())
         self.joined.pop(site, None)
 
     @rule()
-    def show_two_keys(self) -> None:
+    def announce_second_key(self) -> None:
         for site in self.colluders:
-            key = self.second.setdefault(site, MaskKey())
+            key = self.second_keys.setdefault(site, MaskKey())
             other = Announcement.create_signed(site, self.federation.terms, key.public, identity=make_identity(site))
             self.keys[site].append(other.to_bytes())
 
-    @rule(chance=CHANCE)
-    def join(self, chance: random.Random) -> None:
+    @rule(rng=RANDOM_SITES)
+    def join(self, rng: random.Random) -> None:
         """Show some sites old and new keys of the server's choice."""
-        newest = chance.random() < 0.7
-        chosen = [keys[-1] if newest else chance.choice(keys) for keys in self.keys.values()]
-        for site in self._draw_sites(chance):
+        newest = rng.random() < 0.7
+        announcements = [keys[-1] if newest else rng.choice(keys) for keys in self.keys.values()]
+        for site in self._draw_sites(rng):
             try:
-                digest = self.federation.parties[site].join(chosen)
+                digest = self.federation.parties[site].join(announcements)
             except Rejected:
                 continue
             self.joined[site] = digest
             self.sessions[digest] = session = KeyAgreement.from_announcements(
-                self.federation.terms, [read_announcement(one) for one in chosen]
+                self.federation.terms, [read_announcement(announcement) for announcement in announcements]
             )
             for colluder in self.colluders:
-                key = self.second.get(colluder)
+                key = self.second_keys.get(colluder)
                 if key is not None and session.keys[colluder] == key.public:
                     self.secrets[colluder][digest] = key.derive_secrets(digest, session.keys)
                 else:
-                    own = self.federation.parties[colluder]._key
-                    self.secrets[colluder][digest] = own.derive_secrets(digest, session.keys)
+                    first_key = self.federation.parties[colluder]._key
+                    self.secrets[colluder][digest] = first_key.derive_secrets(digest, session.keys)
 
-    @rule(chance=CHANCE)
-    def run_release(self, chance: random.Random) -> None:
+    @rule(rng=RANDOM_SITES)
+    def run_release(self, rng: random.Random) -> None:
         """Run all steps of a release twice, with one set of survivors each, in sequence or interleaved."""
-        self.release += chance.random() < 0.7
-        first, second = self._draw_set(chance, self.release), self._draw_set(chance, self.release)
-        self._upload(self.release, self._draw_sites(chance), chance)
-        self._confirm(first, self._draw_sites(chance))
-        if chance.random() < 0.5:
-            self._unmask(first, self._draw_sites(chance), stuffed=chance.random() < 0.3)
-        self._upload(self.release, self._draw_sites(chance), chance)
-        self._confirm(second, self._draw_sites(chance))
+        self.release += rng.random() < 0.7
+        first, second = self._draw_set(rng, self.release), self._draw_set(rng, self.release)
+        self._upload(self.release, self._draw_sites(rng), rng)
+        self._confirm(first, self._draw_sites(rng))
+        if rng.random() < 0.5:
+            self._unmask(first, self._draw_sites(rng), padded=rng.random() < 0.3)
+        self._upload(self.release, self._draw_sites(rng), rng)
+        self._confirm(second, self._draw_sites(rng))
         for survivors in (second, first):
-            self._unmask(survivors, self._draw_sites(chance), stuffed=chance.random() < 0.3)
+            self._unmask(survivors, self._draw_sites(rng), padded=rng.random() < 0.3)
 
-    @rule(chance=CHANCE)
-    def ask_for_uploads(self, chance: random.Random) -> None:
+    @rule(rng=RANDOM_SITES)
+    def ask_for_uploads(self, rng: random.Random) -> None:
         """Request uploads for the current or a past release."""
-        self._upload(chance.randint(1, self.release), self._draw_sites(chance), chance)
+        self._upload(rng.randint(1, self.release), self._draw_sites(rng), rng)
 
-    @rule(chance=CHANCE)
-    def ask_to_confirm(self, chance: random.Random) -> None:
+    @rule(rng=RANDOM_SITES)
+    def ask_to_confirm(self, rng: random.Random) -> None:
         """Request confirmations of one set from some sites for the current or a past release, and then their shares."""
-        asked = self._draw_set(chance, chance.randint(1, self.release))
-        self._confirm(asked, self._draw_sites(chance))
-        self._unmask(asked, self._draw_sites(chance), stuffed=False)
+        request = self._draw_set(rng, rng.randint(1, self.release))
+        self._confirm(request, self._draw_sites(rng))
+        self._unmask(request, self._draw_sites(rng), padded=False)
 
-    @rule(chance=CHANCE)
-    def ask_to_unmask(self, chance: random.Random) -> None:
+    @rule(rng=RANDOM_SITES)
+    def ask_to_unmask(self, rng: random.Random) -> None:
         """Request shares for a set that some site has confirmed, or for any set."""
-        asked = self._draw_set(chance, chance.randint(1, self.release))
-        if self.signatures and chance.random() < 0.7:
-            asked = ConfirmRequest(**json.loads(chance.choice(sorted(self.signatures))))
-        self._unmask(asked, self._draw_sites(chance), stuffed=chance.random() < 0.3)
+        request = self._draw_set(rng, rng.randint(1, self.release))
+        if self.signatures and rng.random() < 0.7:
+            request = ConfirmRequest(**json.loads(rng.choice(sorted(self.signatures))))
+        self._unmask(request, self._draw_sites(rng), padded=rng.random() < 0.3)
 
-    @rule(chance=CHANCE)
-    def ask_again(self, chance: random.Random) -> None:
-        for _ in range(min(len(self.asked), 5)):
-            self._ask(*chance.choice(self.asked))
+    @rule(rng=RANDOM_SITES)
+    def repeat_requests(self, rng: random.Random) -> None:
+        for _ in range(min(len(self.requests), 5)):
+            self._ask(*rng.choice(self.requests))
 
-    def _upload(self, release: int, sites: list[str], chance: random.Random) -> None:
+    def _upload(self, release: int, sites: list[str], rng: random.Random) -> None:
         for site in sites:
-            vector = np.array([1 << self.federation.terms.sites.index(site), chance.randint(-50, 50)])
+            vector = np.array([1 << self.federation.terms.sites.index(site), rng.randint(-50, 50)])
             try:
                 with watch_seeds() as seeds:
                     sent = self.federation.parties[site].upload(release, vector)
@@ -134,7 +134,7 @@ class Transcript(RuleBasedStateMachine):
                 continue
             session = self.sessions[self.joined[site]]
             upload = Upload.from_bytes(sent, session)
-            self.knowledge.sent.append(Sent(site, upload, vector, seeds[-1]))
+            self.knowledge.sent.append(RecordedUpload(site, upload, vector, seeds[-1]))
             self.uploads.setdefault((session.digest, release, site), []).append(upload)
             self._open(upload, session)
 
@@ -146,58 +146,58 @@ class Transcript(RuleBasedStateMachine):
             text = pairs.unseal(
                 upload.sealed[sites.index(colluder)], sender=upload.site, receiver=colluder, release=upload.release
             )
-            for place, other in enumerate(sites):
-                value = int.from_bytes(text[place * SHARE_BYTES : (place + 1) * SHARE_BYTES])
+            for index, other in enumerate(sites):
+                value = int.from_bytes(text[index * SHARE_BYTES : (index + 1) * SHARE_BYTES])
                 self.knowledge.learn(session.digest, upload.release, upload.site, other, {colluder: value})
 
-    def _confirm(self, asked: ConfirmRequest, sites: list[str]) -> None:
+    def _confirm(self, request: ConfirmRequest, sites: list[str]) -> None:
         for site in sites:
-            self._ask(site, "confirm", asked.to_bytes())
+            self._ask(site, "confirm", request.to_bytes())
 
-    def _unmask(self, asked: ConfirmRequest, sites: list[str], *, stuffed: bool) -> None:
+    def _unmask(self, request: ConfirmRequest, sites: list[str], *, padded: bool) -> None:
         """Send an unmask request with all known confirmations, optionally padded with other signatures of the same
         sites.
         """
-        signed = dict(self.signatures.get(asked.to_bytes(), {}))
-        for others in self.signatures.values() if stuffed else ():
-            signed = {**others, **signed}
+        signed = dict(self.signatures.get(request.to_bytes(), {}))
+        for signatures in self.signatures.values() if padded else ():
+            signed = {**signatures, **signed}
         for site in sites:
             sealed = {}
-            for survivor in asked.survivors:
-                there = self.uploads.get((asked.session, asked.release, survivor), [])
-                place = self.federation.terms.sites.index(site)
-                sealed[survivor] = base64.b64encode(there[-1].sealed[place]).decode() if there else ""
-            request = self.federation.forge_question(asked, self.colluders, sealed)
+            for survivor in request.survivors:
+                uploads = self.uploads.get((request.session, request.release, survivor), [])
+                index = self.federation.terms.sites.index(site)
+                sealed[survivor] = base64.b64encode(uploads[-1].sealed[index]).decode() if uploads else ""
+            forged = self.federation.forge_unmask_request(request, self.colluders, sealed)
             self._ask(
                 site,
                 "unmask",
-                change_message(request, confirmations={**signed, **json.loads(request)["confirmations"]}),
+                change_message(forged, confirmations={**signed, **json.loads(forged)["confirmations"]}),
             )
 
-    def _ask(self, site: str, what: str, request: bytes) -> None:
-        self.asked.append((site, what, request))
+    def _ask(self, site: str, step: str, request: bytes) -> None:
+        self.requests.append((site, step, request))
         party = self.federation.parties[site]
         try:
-            answer = party.confirm(request) if what == "confirm" else party.unmask(request)
+            answer = party.confirm(request) if step == "confirm" else party.unmask(request)
         except Rejected:
             return
-        if what == "confirm":
+        if step == "confirm":
             fields = json.loads(answer)
-            about = ConfirmRequest(**{key: fields[key] for key in ("session", "release", "survivors")}).to_bytes()
-            self.signatures.setdefault(about, {})[site] = fields["signature"]
+            signed = ConfirmRequest(**{key: fields[key] for key in ("session", "release", "survivors")}).to_bytes()
+            self.signatures.setdefault(signed, {})[site] = fields["signature"]
         else:
-            self.knowledge.hear(answer)
+            self.knowledge.record_answer(answer)
 
-    def _draw_sites(self, chance: random.Random) -> list[str]:
-        return self.honest if chance.random() < 0.5 else [site for site in self.honest if chance.random() < 0.7]
+    def _draw_sites(self, rng: random.Random) -> list[str]:
+        return self.honest if rng.random() < 0.5 else [site for site in self.honest if rng.random() < 0.7]
 
-    def _draw_set(self, chance: random.Random, release: int) -> ConfirmRequest:
+    def _draw_set(self, rng: random.Random, release: int) -> ConfirmRequest:
         """Draw a set of survivors, mostly from the sites' session, often all sites or all but one."""
         joined = sorted(self.joined.values())
-        session = chance.choice(joined if joined and chance.random() < 0.9 else sorted(self.sessions))
+        session = rng.choice(joined if joined and rng.random() < 0.9 else sorted(self.sessions))
         sites = self.federation.terms.sites
-        left_out = chance.sample(sites, chance.choice([0, 0, 1, 1, 2]))
-        survivors = [site for site in sites if site not in left_out]
+        dropped = rng.sample(sites, rng.choice([0, 0, 1, 1, 2]))
+        survivors = [site for site in sites if site not in dropped]
         return ConfirmRequest(session=session, release=release, survivors=survivors)
 
     # Invariants.
@@ -206,16 +206,16 @@ class Transcript(RuleBasedStateMachine):
     def check_one_sum_per_release(self) -> None:
         if not hasattr(self, "knowledge"):
             return
-        seen: set[int] = set()
+        used: set[int] = set()
         for combination in self.knowledge.find_readable_sums():
             uploads = [self.knowledge.sent[number] for number in combination]
             assert set(combination.values()) == {1}, "only sums may be readable, no other combination"
-            assert len({(one.upload.session, one.upload.release) for one in uploads}) == 1
+            assert len({(record.upload.session, record.upload.release) for record in uploads}) == 1
             assert len(uploads) >= self.knowledge.threshold - len(self.colluders)
-            assert not seen & set(combination), "no upload may be in two sums"
-            seen |= set(combination)
-            vectors = np.sum([one.vector for one in uploads], axis=0)
-            assert self.knowledge.read(combination).tolist() == vectors.tolist()
+            assert not used & set(combination), "no upload may be in two sums"
+            used |= set(combination)
+            vectors = np.sum([record.vector for record in uploads], axis=0)
+            assert self.knowledge.unmask(combination).tolist() == vectors.tolist()
 
 
 TestTranscript = Transcript.TestCase
