@@ -84,7 +84,7 @@ class StockDrill:
                     begun = folder.joinpath("config.yaml").exists()  # else its ServerApp died before it was a run
                     words = [f"resume={folder}"] if begun else WORDS
                     again = f"{run}-{self.resumed[run]}" if begun else run
-                    self.numbers[run] = self.made.submit(again, words, begins=not begun)
+                    self.numbers[run] = self.made.submit(again, words, new_run=not begun)
                     self.resumed[run] += 1
         self.looked = time.monotonic()
 

@@ -28,7 +28,7 @@ def check_books(federation: Federation, run: str, *, uncounted: Any = None, aver
         _check_average(federation, run)
     result = federation.result(run)
     receipts = json.loads((federation.lead_kit / "receipts.json").read_bytes())
-    for name, about in result["privacy"]["sites"].items():
+    for name, spent in result["privacy"]["sites"].items():
         site = federation.sites[name]
         events = site.events(run)
         reserved = [(e.round, e.attempt) for e in events if e.kind.value == "reserve"]
@@ -39,7 +39,7 @@ def check_books(federation: Federation, run: str, *, uncounted: Any = None, aver
         assert not Counter(committed) - Counter({round: 1 for round, _ in reserved})
         assert Counter(committed) - Counter(counted) == Counter((uncounted or {}).get(name, ())), name
         assert not Counter(counted) - Counter(committed), f"{name} is counted in a round that it never committed"
-        assert (about["upper_bound"], about["rounds"]) == (False, len(reserved)), name
+        assert (spent["upper_bound"], spent["rounds"]) == (False, len(reserved)), name
         if receipts[name]["run"].rpartition("-")[0] == run:
             assert receipts[name]["charged_rounds"] == len(reserved), name
         receipt = Receipt.from_json(receipts[name])
@@ -47,13 +47,13 @@ def check_books(federation: Federation, run: str, *, uncounted: Any = None, aver
         assert receipt.sequence <= len(site.verified().events)
 
 
-def check_whole(federation: Any, run: str, *, rounds: int = 2, charged: Any = None, averaged: bool = True) -> None:
+def check_full_run(federation: Any, run: str, *, rounds: int = 2, charged: Any = None, averaged: bool = True) -> None:
     """Check that all sites took part in all rounds of a run and were charged once per round, or as given."""
     check_books(federation, run, averaged=averaged)
     result, names = federation.result(run), list(federation.sites)
-    assert [one["sites"] for one in result["rounds"]] == [names] * rounds
-    paid = {name: about["rounds"] for name, about in result["privacy"]["sites"].items()}
-    assert paid == (charged or dict.fromkeys(names, rounds))
+    assert [entry["sites"] for entry in result["rounds"]] == [names] * rounds
+    charges = {name: spent["rounds"] for name, spent in result["privacy"]["sites"].items()}
+    assert charges == (charged or dict.fromkeys(names, rounds))
 
 
 def _check_average(federation: Federation, run: str) -> None:
@@ -85,11 +85,11 @@ def check_same_adapter(federation: Federation, name: str, simulated_folder: Path
     """Check that the adapters of a real run and a simulation are equal up to a tolerance per value."""
     config = read_saved_config(simulated_folder)
     expected = Checkpoints(simulated_folder / "checkpoints", config.digest()).load().adapter.tensors
-    found = read_adapter(federation, name)
-    assert list(found) == list(expected)
-    assert any(np.abs(value).max() > 1e-4 for value in found.values())
+    actual = read_adapter(federation, name)
+    assert list(actual) == list(expected)
+    assert any(np.abs(value).max() > 1e-4 for value in actual.values())
     for key, value in expected.items():
-        np.testing.assert_allclose(found[key], value, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(actual[key], value, rtol=0, atol=tolerance)
 
 
 def _read_last_update(site: SiteFolder, run: str) -> Update:

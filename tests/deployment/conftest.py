@@ -26,32 +26,32 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 @pytest.fixture(scope="module")
 def make_federation(tmp_path_factory: pytest.TempPathFactory, command: Any) -> Iterator[Callable[..., Federation]]:
     """Create federations for the module; with `held`, they are started with sites whose training can be paused."""
-    made: list[Federation] = []
+    federations: list[Federation] = []
 
     def make(*, held: bool | None = None, **arguments: Any) -> Federation:
-        made.append(Federation(tmp_path_factory.mktemp("federation"), command, **arguments))
+        federations.append(Federation(tmp_path_factory.mktemp("federation"), command, **arguments))
         if held is not None:
-            made[-1].start(held=held)
-        return made[-1]
+            federations[-1].start(held=held)
+        return federations[-1]
 
     yield make
-    for federation in reversed(made):
+    for federation in reversed(federations):
         federation.close()
 
 
 @pytest.fixture(scope="module")
 def run_in_one_process(tmp_path_factory: pytest.TempPathFactory, command: Callable[..., Any]) -> Callable[..., Path]:
-    into = tmp_path_factory.mktemp("simulated")
+    folder = tmp_path_factory.mktemp("simulated")
 
     def run(name: str, *overrides: str) -> Path:
-        outcome = command("simulate", *simulate_same_run(*overrides), f"name={name}", f"tracking.output_dir='{into}'")
+        outcome = command("simulate", *simulate_same_run(*overrides), f"name={name}", f"tracking.output_dir='{folder}'")
         assert outcome.code == 0, outcome.err
-        return into / name
+        return folder / name
 
     return run
 
 
 @pytest.fixture(scope="session")
 def make_networks() -> None:
-    if why := "FEDTUNE_TEST_NETWORK=loopback" if needs_loopback() else explain_missing_namespaces():
-        pytest.skip(why)
+    if reason := "FEDTUNE_TEST_NETWORK=loopback" if needs_loopback() else explain_missing_namespaces():
+        pytest.skip(reason)

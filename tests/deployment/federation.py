@@ -27,7 +27,7 @@ from .networks import SERVER, Network, choose_network
 from .site_folder import SiteFolder
 
 LEAD, NAMES = "lead", ("north", "south", "west")
-DECLARED = 230
+DECLARED_SIZE = 230
 MINILM = "69dbedbf1fe8d9d0599e7b8c2a45c5b6c70d9ffc4fa6d0e72f04e2c8fa51c194"
 Command = Callable[..., Any]
 """Runs `fedtune` in the test's own process."""
@@ -45,15 +45,15 @@ def list_settings(*overrides: str) -> list[str]:
 def simulate_same_run(*overrides: str, names: Sequence[str] = NAMES) -> list[str]:
     """Simulate the same run with the same records at each site."""
     sites = [f"federation.num_sites={len(names)}", f"federation.site_names=[{','.join(names)}]"]
-    return [*overrides, *sites, f"data.declared_sizes={DECLARED}", "data.train_fraction=0.05"]
+    return [*overrides, *sites, f"data.declared_sizes={DECLARED_SIZE}", "data.train_fraction=0.05"]
 
 
 @cache
 def partition_records(names: tuple[str, ...]) -> dict[str, list[Record]]:
     """Partition the records among the sites as a simulation does."""
     config = compose_run(simulate_same_run(*list_settings("name=dealt"), names=names))
-    of_sites = partition_run_records(config).sites
-    return {name: records.training for name, records in zip(names, of_sites, strict=True)}
+    site_records = partition_run_records(config).sites
+    return {name: records.training for name, records in zip(names, site_records, strict=True)}
 
 
 ONE_THREAD = {"machine": {"num_threads": 1}}
@@ -105,23 +105,23 @@ class Federation:
     """Members whose processes may be running; a failed test shows their logs."""
 
     def __init__(
-        self, folder: Path, command: Any, *, names: Any = NAMES, network: Any = None, made: Any = None
+        self, folder: Path, command: Any, *, names: Any = NAMES, network: Any = None, created: Any = None
     ) -> None:
         self.folder, self._command = folder, command
         self.home, self.lead_kit = folder / "banks", folder / "banks" / "lead"
         self.server: Any = None
         self.sites: dict[str, SiteFolder] = {}
-        self._begun: list[Process] = []
+        self._processes: list[Process] = []
         self.network: Network = network or choose_network([LEAD, *names])
         self.address = f"{self.network.address}:{self.network.port}"
         self.active.append(self)
         try:
             file = folder / "federation.toml"
             file.write_text(f'name = "banks"\nserver = "{self.address}"\n')
-            if made is None:
+            if created is None:
                 self.do("provision", "init", str(file), "--out", str(self.home))
             else:
-                provisioning.init_federation(file, out=self.home, now=made)
+                provisioning.init_federation(file, out=self.home, now=created)
             self.lead_key: str = tomllib.loads((self.lead_kit / "kit.toml").read_text())["lead"]
             self.sites = {name: self.join(name, records) for name, records in partition_records(tuple(names)).items()}
         except BaseException:
@@ -151,8 +151,8 @@ class Federation:
         """Start a process of a member; its log is NAME.log in the federation's folder."""
         flower = {"FLWR_HOME": str(self.folder / "flower" / name), **(env or {})}
         command = self.network.inside(member, words)
-        self._begun.append(Process(name, command, log=self.folder / f"{name}.log", cwd=self.folder, env=flower))
-        return self._begun[-1]
+        self._processes.append(Process(name, command, log=self.folder / f"{name}.log", cwd=self.folder, env=flower))
+        return self._processes[-1]
 
     def start_server(self, *options: str) -> None:
         words = [*FEDTUNE, "server", "start", "--kit", str(self.home / "server"), "--host", self.network.address]
@@ -173,8 +173,8 @@ class Federation:
         return lead
 
     def lead(self, name: str, *overrides: str, program: Sequence[str] = FEDTUNE) -> Process:
-        where = f"tracking.output_dir='{self.folder / 'runs'}'"
-        words = ["run", "--kit", str(self.lead_kit), *(overrides or list_settings()), f"name={name}", where]
+        output = f"tracking.output_dir='{self.folder / 'runs'}'"
+        words = ["run", "--kit", str(self.lead_kit), *(overrides or list_settings()), f"name={name}", output]
         return self.run(f"lead-{name}", LEAD, [*program, *words])
 
     def resume(self, name: str) -> Process:
@@ -194,10 +194,10 @@ class Federation:
         try:
             for site in self.sites.values():
                 site.hold(False)
-            others = [process for process in self._begun if process is not self.server]
-            for process in others:
+            processes = [process for process in self._processes if process is not self.server]
+            for process in processes:
                 process.ask_to_end()
-            for process in [*others, *([self.server] if self.server else [])]:
+            for process in [*processes, *([self.server] if self.server else [])]:
                 process.stop()
         finally:
             self.network.close()

@@ -17,14 +17,14 @@ from fedtune.cli.main import main
 _HOLD, _FAIL = Path(sys.argv[1]) / "hold", Path(sys.argv[1]) / "fail"
 
 
-def hold_training(trains: Callable[..., Any]) -> Callable[..., Any]:
-    def train(*given: Any, **more: Any) -> Any:
-        trained = trains(*given, **more)
+def hold_training(train_function: Callable[..., Any]) -> Callable[..., Any]:
+    def train(*args: Any, **kwargs: Any) -> Any:
+        result = train_function(*args, **kwargs)
         while _HOLD.exists():
             time.sleep(0.02)
         if _FAIL.exists():
             raise ValueError(_FAIL.read_text())
-        return trained
+        return result
 
     return train
 

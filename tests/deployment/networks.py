@@ -120,8 +120,8 @@ def needs_loopback() -> bool:
 
 def _remove_leftovers() -> None:
     for path in _NAMED.glob("fedtune-*-*-*") if _NAMED.is_dir() else ():
-        found = re.fullmatch(r"fedtune-(\d+)-\d+-.*", path.name)
-        if found and not Path(f"/proc/{found[1]}").exists():
+        match = re.fullmatch(r"fedtune-(\d+)-\d+-.*", path.name)
+        if match and not Path(f"/proc/{match[1]}").exists():
             with contextlib.suppress(subprocess.CalledProcessError):
                 _run_ip("netns", "delete", path.name)
 

@@ -36,14 +36,14 @@ class Call:
     @property
     def request(self) -> Any:
         """Decode the protobuf message of the call, without unknown or trailing bytes."""
-        found = CALLS[self.path].FromString(self.body)
-        assert found.SerializeToString(deterministic=True) is not None
+        message = CALLS[self.path].FromString(self.body)
+        assert message.SerializeToString(deterministic=True) is not None
         # Protobuf keeps fields that this version of Flower does not know, and serializes them again.
         known = CALLS[self.path]()
-        known.CopyFrom(found)
+        known.CopyFrom(message)
         known.DiscardUnknownFields()
-        assert known.ByteSize() == found.ByteSize() == len(self.body), self.path
-        return found
+        assert known.ByteSize() == message.ByteSize() == len(self.body), self.path
+        return message
 
 
 def read_calls(path: Path) -> list[Call]:
@@ -100,20 +100,20 @@ def list_texts(message: Proto) -> Iterator[str]:
 
 def _iter_values(message: Proto) -> Iterator[tuple[str, Any]]:
     for field, value in message.ListFields():
-        for one in value if field.is_repeated else [value]:
-            if isinstance(one, Proto):
-                yield from _iter_values(one)
+        for item in value if field.is_repeated else [value]:
+            if isinstance(item, Proto):
+                yield from _iter_values(item)
             else:
-                yield field.full_name, one
+                yield field.full_name, item
 
 
 def iter_leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
-        for key, one in value.items():
+        for key, item in value.items():
             yield key
-            yield from iter_leaves(one)
+            yield from iter_leaves(item)
     elif isinstance(value, list):
-        for one in value:
-            yield from iter_leaves(one)
+        for item in value:
+            yield from iter_leaves(item)
     else:
         yield value

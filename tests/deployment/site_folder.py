@@ -36,12 +36,12 @@ class SiteFolder(Books):
         return self.folder / "kit"
 
     @property
-    def own(self) -> tuple[str, ...]:
+    def args(self) -> tuple[str, ...]:
         return ("--kit", str(self.kit), "--site", str(self.site_toml))
 
     def start(self, *options: str, held: bool = False, wait: bool = True, env: dict[str, str] | None = None) -> Process:
         program = [sys.executable, str(HELD_SITE), str(self.folder)] if held else list(FEDTUNE)
-        words = [*program, "site", "start", *self.own, *options]
+        words = [*program, "site", "start", *self.args, *options]
         self.up = self.federation.run(self.name, self.name, words, env=env)
         if wait:
             self.wait_until_up()
@@ -85,15 +85,15 @@ class SiteFolder(Books):
 
         wait_for(has_event, seconds=RUN_S, what=f"{self.name} to {kind} round {round} of {run}", needs=lead)
 
-    def answered(self, what: str, run: str) -> int:
+    def count_answers(self, kind: str, run: str) -> int:
         lines = self.up.lines("answered")
-        return sum(line["what"] == what and line.get("run", "").rpartition("-")[0] == run for line in lines)
+        return sum(line["what"] == kind and line.get("run", "").rpartition("-")[0] == run for line in lines)
 
 
 def _stat_file(path: Path) -> tuple[int, int]:
     """Return a file's modification time and size; zeros if it does not exist."""
     try:
-        about = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         return (0, 0)
-    return (about.st_mtime_ns, about.st_size)
+    return (status.st_mtime_ns, status.st_size)

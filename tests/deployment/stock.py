@@ -46,8 +46,8 @@ def explain_missing_users() -> str:
     if os.geteuid() or shutil.which("setpriv") is None:
         return "users of their own need root and setpriv"
     words = [*AS_NODE, "env", sys.executable, "-c", "import fedtune.flower.site_app"]  # `env` runs as that user
-    done = subprocess.run(words, cwd="/", env=make_environment(), capture_output=True, check=False)
-    return "" if done.returncode == 0 else "other users cannot run this Python"
+    result = subprocess.run(words, cwd="/", env=make_environment(), capture_output=True, check=False)
+    return "" if result.returncode == 0 else "other users cannot run this Python"
 
 
 class Named(Network):
@@ -76,25 +76,25 @@ class StockFederation(Federation):
         (home / "config.toml").write_text(f'[superlink]\ndefault = "banks"\n[superlink.banks]\n{connection}')
         self.do("flower-app", str(folder / "app"))
 
-    def call(self, *words: str, cwd: Path | None = None, **more: str) -> str:
+    def call(self, *words: str, cwd: Path | None = None, **variables: str) -> str:
         """Run a Flower command to its end."""
-        done = subprocess.run(
+        result = subprocess.run(
             words,
             cwd=cwd or self.folder,
-            env=make_environment(**{**QUIET, "FLWR_HOME": str(self.folder / "home"), **more}),
+            env=make_environment(**{**QUIET, "FLWR_HOME": str(self.folder / "home"), **variables}),
             capture_output=True,
             text=True,
             timeout=120,
             check=False,
         )
-        assert done.returncode == 0, (words, done.stdout, done.stderr)
-        return done.stdout
+        assert result.returncode == 0, (words, result.stdout, result.stderr)
+        return result.stdout
 
     def flower(self, name: str, *words: str, home: Path | None = None) -> Process:
-        own = str(home or self.folder / f"{name}-home")
-        env = {**QUIET, "FLWR_HOME": own, "HOME": own}
-        self._begun.append(Process(name, words, log=self.folder / f"{name}.log", cwd=home or self.folder, env=env))
-        return self._begun[-1]
+        flower_home = str(home or self.folder / f"{name}-home")
+        env = {**QUIET, "FLWR_HOME": flower_home, "HOME": flower_home}
+        self._processes.append(Process(name, words, log=self.folder / f"{name}.log", cwd=home or self.folder, env=env))
+        return self._processes[-1]
 
     def start_superlink(self) -> None:
         kit = self.home / "server"
@@ -110,12 +110,12 @@ class StockFederation(Federation):
         """Start nginx, if installed, in front of the SuperLink with the deployed configuration; return its address."""
         port, folder, kit = find_free_port(), self.folder / "nginx", self.home / "server"
         text = (REPOSITORY / "deployment/flower/nginx.conf").read_text()
-        own = {"listen 443": f"listen 127.0.0.1:{port}", "ssl_name fl.example.org": "ssl_name localhost"}
-        own |= {"/etc/nginx/fl.example.org.pem": f"{kit}/server.pem", "/etc/nginx/superlink_ca.pem": str(self.ca)}
-        own |= {"/etc/nginx/fl.example.org.key": f"{kit}/server_key.pem", "127.0.0.1:8000": self.address}
-        for delivered, here in own.items():
-            assert delivered in text
-            text = text.replace(delivered, here)
+        edits = {"listen 443": f"listen 127.0.0.1:{port}", "ssl_name fl.example.org": "ssl_name localhost"}
+        edits |= {"/etc/nginx/fl.example.org.pem": f"{kit}/server.pem", "/etc/nginx/superlink_ca.pem": str(self.ca)}
+        edits |= {"/etc/nginx/fl.example.org.key": f"{kit}/server_key.pem", "127.0.0.1:8000": self.address}
+        for old, new in edits.items():
+            assert old in text
+            text = text.replace(old, new)
         folder.mkdir()
         (folder / "flower.conf").write_text(text)
         shutil.copy(Path(__file__).with_name("nginx.conf"), folder)
@@ -134,7 +134,7 @@ class StockFederation(Federation):
         socket = self.public / f"{site.name}-socket" / "site.sock"
         write_policy(replace(read_policy(site.site_toml), socket=str(socket)), site.site_toml, others=ONE_THREAD)
         program = [*AS_GROUP, sys.executable, str(HELD_SITE), str(site.folder)]
-        site.up = self.run(site.name, site.name, ["unshare", "--net", *program, "site", "start", *site.own])
+        site.up = self.run(site.name, site.name, ["unshare", "--net", *program, "site", "start", *site.args])
 
     def start_node(self, site: SiteFolder) -> None:
         home, socket = self.public / site.name, self.public / f"{site.name}-socket" / "site.sock"
@@ -150,7 +150,7 @@ class StockFederation(Federation):
         os.killpg(process.pid, signal.SIGKILL)
         process.end(seconds=30)
 
-    def bring_back(self, site: SiteFolder) -> None:
+    def restart_node(self, site: SiteFolder) -> None:
         """Restart a SuperNode as its unit does, repeatedly while the server counts the killed SuperNode as online."""
         self.start_node(site)
         while "SuperNode ID" not in (node := self.nodes[site.name]).text:
@@ -164,10 +164,10 @@ class StockFederation(Federation):
             self.front = self.start_front()
         for site in self.sites.values():
             home, socket = self.public / site.name, self.public / f"{site.name}-socket"
-            for place, group in ((home, NODE_USER), (socket, SOCKET_GROUP), (home / "apps", NODE_USER)):
-                place.mkdir()
-                place.chmod(0o770 if place.name == "apps" and site.name != STRICT else 0o750)
-                os.chown(place, 0, group)
+            for path, group in ((home, NODE_USER), (socket, SOCKET_GROUP), (home / "apps", NODE_USER)):
+                path.mkdir()
+                path.chmod(0o770 if path.name == "apps" and site.name != STRICT else 0o750)
+                os.chown(path, 0, group)
             key = home / "node_key"
             shutil.copy(self.ca, home)
             (home / "ca.pem").chmod(0o644)
@@ -177,7 +177,7 @@ class StockFederation(Federation):
             self.call("flwr", "supernode", "register", f"{key}.pub", "banks", "--name", site.name)
             os.chown(key, NODE_USER, NODE_USER)
             if site.name == STRICT:
-                self.install_ours(home)
+                self.install_bundle(home)
             self.start_site(site)
             self.start_node(site)
         self.start_lead()
@@ -185,19 +185,19 @@ class StockFederation(Federation):
             site.wait_until_up()
             self.nodes[site.name].wait_for_text("SuperNode ID")
 
-    def install_ours(self, home: Path) -> None:
+    def install_bundle(self, home: Path) -> None:
         """Install the bundle as root, for a SuperNode that cannot write to its app folder."""
-        (built := self.folder / "built").mkdir()
-        self.call("flwr", "build", "--app", str(self.folder / "app"), cwd=built)
-        self.call("flwr", "install", *map(str, built.iterdir()), FLWR_HOME=str(home))
+        (output := self.folder / "built").mkdir()
+        self.call("flwr", "build", "--app", str(self.folder / "app"), cwd=output)
+        self.call("flwr", "install", *map(str, output.iterdir()), FLWR_HOME=str(home))
         for path in (home / "apps").rglob("*"):
             path.chmod(0o755)
 
-    def submit(self, name: str, settings: Sequence[str], *, begins: bool = True) -> str:
+    def submit(self, name: str, settings: Sequence[str], *, new_run: bool = True) -> str:
         """Start a run with `flwr run`; return its number at the SuperLink."""
-        where = [f"name={name}", f"tracking.output_dir={self.folder / 'runs'}"] if begins else []
+        overrides = [f"name={name}", f"tracking.output_dir={self.folder / 'runs'}"] if new_run else []
         file = self.folder / f"{name}.toml"
-        file.write_text(f"kit = {json.dumps(str(self.lead_kit))}\nsettings = {json.dumps([*settings, *where])}\n")
+        file.write_text(f"kit = {json.dumps(str(self.lead_kit))}\nsettings = {json.dumps([*settings, *overrides])}\n")
         return self.submit_app(self.folder / "app", f'run="{file}"')
 
     def submit_app(self, app: Path, run_config: str) -> str:
@@ -211,14 +211,14 @@ class StockFederation(Federation):
 
     def wait_until_over(self, run: str, *, seconds: float = 400.0) -> str:
         """Wait for the end of a run and return its final status."""
-        found: list[str] = []
+        statuses: list[str] = []
 
         def has_finished() -> bool:
-            found[:] = [self.status(run)]
-            return found[0].startswith("finished")
+            statuses[:] = [self.status(run)]
+            return statuses[0].startswith("finished")
 
         wait_for(has_finished, seconds=seconds, what=f"run {run}")
-        return found[0]
+        return statuses[0]
 
     def close(self) -> None:
         super().close()

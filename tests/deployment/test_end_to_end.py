@@ -21,7 +21,7 @@ from fedtune.sites.shared_settings import select_settings_for_sites
 from fedtune.sites.virtual_site import generate_policy
 
 from ..pictures import COLORS, encode_image, make_picture, write_pictures, write_vision_folder
-from .books import check_books, check_same_adapter, check_whole
+from .books import check_books, check_full_run, check_same_adapter
 from .federation import NAMES, Federation
 
 MACHINE = ("runtime.device=cpu", "runtime.num_threads=1", "runtime.seeded_noise=true")
@@ -56,14 +56,14 @@ def test_three_real_sites_match_the_simulation_adapter(finished: Federation, run
 
 
 def test_run_is_sent_only_to_the_named_sites(finished: Federation) -> None:
-    left_out = finished.sites["south"]
-    assert left_out.answered("update", "one") == 2
-    before, log = left_out.verified().events, left_out.up.text
+    excluded = finished.sites["south"]
+    assert excluded.count_answers("update", "one") == 2
+    before, log = excluded.verified().events, excluded.up.text
     finished.finish("two", *DEBUG, "federation.num_rounds=1", "sites=[north,west]")
     check_books(finished, "two")
     assert finished.result("two")["rounds"][0]["sites"] == ["north", "west"]
-    assert left_out.verified().events == before
-    assert left_out.up.text == log
+    assert excluded.verified().events == before
+    assert excluded.up.text == log
     # The other two runs reuse the loaded model.
     assert len(finished.sites["west"].up.lines("the base model is loaded")) == 1
 
@@ -118,16 +118,16 @@ def write_dummy_rows(kind: str, count: int, folder: Path) -> list[dict[str, Any]
             return list(csv.DictReader(table))
     draws = np.random.default_rng(count)
     notes = [[str(word) for word in draws.choice(["take", "aspirin", "daily", "stop"], 9)] for _ in range(count)]
-    return [{"tokens": one, "tags": ["B-drug" if word == "aspirin" else "O" for word in one]} for one in notes]
+    return [{"tokens": note, "tags": ["B-drug" if word == "aspirin" else "O" for word in note]} for note in notes]
 
 
 def format_record(record: Record, kind: str) -> dict[str, Any]:
     """Format a record as a line of a site's own file, with the site's own column names."""
-    several = kind == "token_classification"
-    return {f"own {role}": text.split("\n") if several else text for role, text in record.fields.items()}
+    is_list = kind == "token_classification"
+    return {f"own {role}": text.split("\n") if is_list else text for role, text in record.fields.items()}
 
 
-def write(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
+def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return file
 
@@ -137,7 +137,7 @@ def test_real_sites_train_every_task_like_simulated_sites(
     banks: Federation, command: Any, tmp_path: Path, kind: str
 ) -> None:
     files = {
-        name: write(tmp_path / f"{name}.jsonl", write_dummy_rows(kind, count, tmp_path))
+        name: write_rows(tmp_path / f"{name}.jsonl", write_dummy_rows(kind, count, tmp_path))
         for name, count in (("in", 120), ("out", 20))
     }
     model = [f"model.path='{write_vision_folder(tmp_path / 'model')}'"] if kind == "image" else []
@@ -153,21 +153,21 @@ def test_real_sites_train_every_task_like_simulated_sites(
     assert command("simulate", *simulated).code == 0
     config = compose_run(simulated)
     for site, records in zip(banks.sites.values(), partition_run_records(config).sites, strict=True):
-        rows = [format_record(one, kind) for one in records.training]
-        broken = [{f"own {name}": value for name, value in one.items()} for one in BROKEN[kind]]
-        write(site.folder / "own.jsonl", [*rows, *broken])
+        rows = [format_record(record, kind) for record in records.training]
+        broken = [{f"own {name}": value for name, value in row.items()} for row in BROKEN[kind]]
+        write_rows(site.folder / "own.jsonl", [*rows, *broken])
         sent = select_settings_for_sites(config)
         if kind == "image":
             shutil.copytree(tmp_path / "images", site.folder / "images")
             (site.folder / "images" / "cut.png").write_bytes(encode_image(make_picture())[:-60])
             shutil.copytree(tmp_path / "model", find_model_store_path(site.kit, str(sent.model.sha256)))
-        own = generate_policy(sent, config.plan(), site.name, lead=banks.lead_key)
+        policy = generate_policy(sent, config.plan(), site.name, lead=banks.lead_key)
         columns = {role: f"own {role}" for role in records.training[0].fields}
-        dataset = (replace(own.dataset[0], path="own.jsonl", columns=columns),)
-        site.edit(dataset=dataset, limits=own.limits, allow=own.allow)
+        dataset = (replace(policy.dataset[0], path="own.jsonl", columns=columns),)
+        site.edit(dataset=dataset, limits=policy.limits, allow=policy.allow)
 
     banks.finish(kind, *overrides)
 
-    check_whole(banks, kind, rounds=ROUNDS)
+    check_full_run(banks, kind, rounds=ROUNDS)
     # The simulation's records do not include the broken ones.
     check_same_adapter(banks, kind, tmp_path / kind, tolerance=0)

@@ -14,7 +14,7 @@ import pytest
 from fedtune.privacy.trust import Trust
 
 from ..processes import FEDTUNE, REPOSITORY, RUN_S, Process
-from .books import check_same_adapter, check_whole
+from .books import check_full_run, check_same_adapter
 from .federation import LEAD, Federation, list_settings, partition_records
 from .networks import Namespaces
 
@@ -22,17 +22,17 @@ pytestmark = pytest.mark.nightly
 
 
 @pytest.fixture(scope="module")
-def whole(make_federation: Callable[..., Federation]) -> Federation:
+def shared_federation(make_federation: Callable[..., Federation]) -> Federation:
     return make_federation(held=True)
 
 
 @pytest.fixture
-def federation(whole: Federation) -> Iterator[Federation]:
+def federation(shared_federation: Federation) -> Iterator[Federation]:
     """The module's federation with all processes running and no paused site, whatever the previous test did."""
-    assert whole.server.code is None
-    assert all(site.up.code is None for site in whole.sites.values())
-    yield whole
-    for site in whole.sites.values():
+    assert shared_federation.server.code is None
+    assert all(site.up.code is None for site in shared_federation.sites.values())
+    yield shared_federation
+    for site in shared_federation.sites.values():
         site.hold(False)
 
 
@@ -44,28 +44,28 @@ def test_killed_site_resumes_and_is_charged_for_started_rounds(federation: Feder
     site.hold(False)
     site.start(held=True)
     assert lead.end() == 0, lead.text
-    check_whole(federation, "site-killed", charged={"north": 3, "south": 2, "west": 2})
+    check_full_run(federation, "site-killed", charged={"north": 3, "south": 2, "west": 2})
     reserved = [(event.round, event.attempt) for event in site.events("site-killed", "reserve")]
     assert reserved == [(1, 1), (1, 2), (2, 1)]
 
 
 def test_disconnected_site_resumes_without_a_restart(make_networks: None, federation: Federation) -> None:
-    site, cut_s = federation.sites["south"], 22.0  # the server drops a site after twenty seconds
+    site, outage_s = federation.sites["south"], 22.0  # the server drops a site after twenty seconds
     pid, contacts = site.up.pid, site.up.text.count("no contact")
     lead = site.hold_in_first_round("cut-off")
     federation.network.connect("south", up=False)
-    began = time.monotonic()
+    start = time.monotonic()
     try:
         site.hold(False)
         site.wait_for("cut-off", "commit", round=1)
-        time.sleep(max(0.0, began + cut_s - time.monotonic()))
+        time.sleep(max(0.0, start + outage_s - time.monotonic()))
         assert not federation.run_folder("cut-off").joinpath("checkpoints", "round-0001.safetensors").exists()
     finally:
         federation.network.connect("south", up=True)
     assert lead.end(seconds=RUN_S) == 0, lead.text
     assert site.up.pid == pid
     assert site.up.text.count("no contact") > contacts
-    check_whole(federation, "cut-off")
+    check_full_run(federation, "cut-off")
 
 
 def test_server_restored_from_a_backup_completes_the_run(federation: Federation) -> None:
@@ -78,32 +78,32 @@ def test_server_restored_from_a_backup_completes_the_run(federation: Federation)
     north.hold(False)
     north.wait_for("backed-up", "commit", round=1)
     federation.server.kill()
-    lost = list(kit.glob("server.db*"))
-    assert lost
-    for path in lost:
+    databases = list(kit.glob("server.db*"))
+    assert databases
+    for path in databases:
         path.unlink()
     federation.do("server", "restore", str(file), "--kit", str(kit))
     assert (kit / "server.db").is_file()
     federation.start_server()
     assert lead.end(seconds=RUN_S) == 0, lead.text
     assert "trying again" in (federation.run_folder("backed-up") / "log.txt").read_text()
-    check_whole(federation, "backed-up")
+    check_full_run(federation, "backed-up")
 
 
 # A lead started by its systemd unit, and a standby server.
 
 UNIT = REPOSITORY / "deployment/systemd/fedtune-lead@.service"
-TWO, STANDBY = ("north", "south"), "standby"
+TWO_SITES, STANDBY = ("north", "south"), "standby"
 
 
-def find_start_command(federation: Federation, more: list[str]) -> Process:
-    """Return the command of systemd's unit `fedtune-lead@served`, with SETTINGS from a file."""
+def run_unit_command(federation: Federation, settings: list[str]) -> Process:
+    """Start the command of systemd's unit `fedtune-lead@served`, with SETTINGS from a file."""
     unit = configparser.RawConfigParser(strict=False, interpolation=None, delimiters=("=",))
     unit.read_string(UNIT.read_text())
     program, *words = shlex.split(unit["Service"]["execstart"].replace("%i", "served"))
     assert program == "/opt/fedtune/bin/fedtune"
     assert words[-1] == "$SETTINGS", "systemd splits only an unbraced word of its own"
-    return federation.run("lead-served", LEAD, [*FEDTUNE, *words[:-1], *more])
+    return federation.run("lead-served", LEAD, [*FEDTUNE, *words[:-1], *settings])
 
 
 def test_killed_lead_resumes_and_completes_once(federation: Federation) -> None:
@@ -112,32 +112,32 @@ def test_killed_lead_resumes_and_completes_once(federation: Federation) -> None:
     shutil.copy(REPOSITORY / "conf/experiment/debug.yaml", federation.folder / "served.yaml")
     public = federation.folder / "public.csv"
     public.write_text("text,label\nWhere is my card?,card_arrival\nIs it lost?,lost_or_stolen_card\n")
-    more = [word for word in list_settings("federation.num_rounds=2") if not word.startswith("experiment=")]
-    more.append(f"public.train_file={public}")
-    held = federation.sites["north"]
-    held.hold(True)
-    lead = find_start_command(federation, more)
-    held.wait_for("served", "reserve", round=1, lead=lead)
+    settings = [word for word in list_settings("federation.num_rounds=2") if not word.startswith("experiment=")]
+    settings.append(f"public.train_file={public}")
+    north = federation.sites["north"]
+    north.hold(True)
+    lead = run_unit_command(federation, settings)
+    north.wait_for("served", "reserve", round=1, lead=lead)
     lead.kill()
-    held.hold(False)
-    held.wait_for("served", "commit", round=1)
-    held.hold(True)
-    again = find_start_command(federation, more)
-    held.wait_for("served", "reserve", round=2, lead=again)
-    again.kill()
-    held.hold(False)
-    last = find_start_command(federation, more)
-    assert last.end() == 0, last.text
-    assert ["Public stage" in one.text for one in (lead, again, last)] == [True, False, False]
-    check_whole(federation, "served")
+    north.hold(False)
+    north.wait_for("served", "commit", round=1)
+    north.hold(True)
+    second = run_unit_command(federation, settings)
+    north.wait_for("served", "reserve", round=2, lead=second)
+    second.kill()
+    north.hold(False)
+    third = run_unit_command(federation, settings)
+    assert third.end() == 0, third.text
+    assert ["Public stage" in process.text for process in (lead, second, third)] == [True, False, False]
+    check_full_run(federation, "served")
     for site in federation.sites.values():
         assert [event.round for event in site.events("served", "reserve")] == [1, 2], "no round may be charged twice"
     # When a machine boots and starts a finished run again, nothing changes.
     before = [len(site.events("served")) for site in federation.sites.values()]
     result = (federation.run_folder("served") / "run.json").read_bytes()
-    after = find_start_command(federation, more)
-    assert after.end(seconds=120) == 0, after.text
-    assert "served is finished." in after.text
+    finished = run_unit_command(federation, settings)
+    assert finished.end(seconds=120) == 0, finished.text
+    assert "served is finished." in finished.text
     assert [len(site.events("served")) for site in federation.sites.values()] == before
     assert (federation.run_folder("served") / "run.json").read_bytes() == result
 
@@ -145,25 +145,25 @@ def test_killed_lead_resumes_and_completes_once(federation: Federation) -> None:
 @pytest.mark.usefixtures("make_networks")  # on loopback the address could not move
 def test_standby_server_takes_over_within_a_round(make_federation: Callable[..., Federation]) -> None:
     """The standby has a kit that is older than the last roster, and no database."""
-    federation = make_federation(names=TWO, network=Namespaces([LEAD, *TWO, STANDBY]))
-    gone = federation.join("gone", partition_records(TWO)["north"][:20])
-    kit, data = federation.folder / STANDBY, federation.folder / "data of the standby"
+    federation = make_federation(names=TWO_SITES, network=Namespaces([LEAD, *TWO_SITES, STANDBY]))
+    revoked = federation.join("gone", partition_records(TWO_SITES)["north"][:20])
+    kit, data_folder = federation.folder / STANDBY, federation.folder / "data of the standby"
     shutil.copytree(federation.home / "server", kit)
-    data.mkdir()
-    federation.do("provision", "revoke-site", gone.name, "--federation", str(federation.home))
-    federation.start(*TWO, held=True)
+    data_folder.mkdir()
+    federation.do("provision", "revoke-site", revoked.name, "--federation", str(federation.home))
+    federation.start(*TWO_SITES, held=True)
 
     north = federation.sites["north"]
     lead = north.hold_in_first_round("first", *list_settings("federation.num_rounds=2"))
     federation.server.kill()
     federation.network.hand_over(STANDBY)
-    words = [*FEDTUNE, "server", "start", "--kit", str(kit), "--data", str(data)]
+    words = [*FEDTUNE, "server", "start", "--kit", str(kit), "--data", str(data_folder)]
     standby = federation.run(STANDBY, STANDBY, [*words, "--host", federation.network.address])
     standby.wait_for_text("the server is listening")
     assert "gone is registered" in standby.text, "it must only know its copy of the kit"
     north.hold(False)
     assert lead.end(seconds=RUN_S) == 0, lead.text
-    check_whole(federation, "first")
+    check_full_run(federation, "first")
 
     # The page's last step copies the roster that it missed.
     assert "gone was revoked" not in standby.text
@@ -188,15 +188,15 @@ def test_secure_round_survives_a_killed_server(
         members = {name: other.site_key for name, other in federation.sites.items() if other is not site}
         site.edit(trust=Trust(secure=True, members=members))
     federation.start(held=True)
-    last = federation.sites["west"]
-    last.hold(True)
+    west = federation.sites["west"]
+    west.hold(True)
     lead = federation.lead("server-killed", *SECURE)
     for site in federation.sites.values():
-        site.wait_for("server-killed", "commit" if site is not last else "reserve", round=1, lead=lead)
+        site.wait_for("server-killed", "commit" if site is not west else "reserve", round=1, lead=lead)
     federation.server.kill()
-    last.hold(False)
-    last.wait_for("server-killed", "commit", round=1)
+    west.hold(False)
+    west.wait_for("server-killed", "commit", round=1)
     federation.start_server()
     assert lead.end() == 0, lead.text
-    check_whole(federation, "server-killed", rounds=3, averaged=False)
+    check_full_run(federation, "server-killed", rounds=3, averaged=False)
     check_same_adapter(federation, "server-killed", run_in_one_process("same", *SECURE), tolerance=0)

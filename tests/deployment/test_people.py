@@ -29,7 +29,7 @@ def print_status(federation: Federation, run: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def careful_site(federation: Federation) -> Iterator[SiteFolder]:
+def manual_site(federation: Federation) -> Iterator[SiteFolder]:
     """The site north, where a person approves each run."""
     site = federation.sites["north"]
     site.edit(approval="manual")
@@ -37,31 +37,31 @@ def careful_site(federation: Federation) -> Iterator[SiteFolder]:
     site.edit(approval="automatic")
 
 
-def test_run_waits_for_approval_and_then_continues(federation: Federation, careful_site: SiteFolder) -> None:
+def test_run_waits_for_approval_and_then_continues(federation: Federation, manual_site: SiteFolder) -> None:
     """The output is tested in tests/cli/test_site.py."""
-    site, loaded = careful_site, len(careful_site.up.lines("the base model is loaded"))
+    site, loaded = manual_site, len(manual_site.up.lines("the base model is loaded"))
     lead = federation.lead("asked", *list_settings("federation.num_rounds=1", "data.max_length=17"))
     site.up.wait_for_text("a run waits for approval")
     wait_for(lambda: "south: would_take_part" in lead.text, seconds=RUN_S, what="south's offer", needs=lead)
     # Before all sites have approved the run, this site has done nothing, and no site was charged.
-    assert not [each for each in federation.sites.values() if each.events("asked", "plan")]
+    assert not [member for member in federation.sites.values() if member.events("asked", "plan")]
     assert len(site.up.lines("the base model is loaded")) == loaded
-    (waiting,) = (event.run for event in site.events("asked", "refusal"))
-    assert "Approved, and recorded in the ledger" in federation.do("site", "approve", waiting, *site.own, "--yes").out
+    (run,) = (event.run for event in site.events("asked", "refusal"))
+    assert "Approved, and recorded in the ledger" in federation.do("site", "approve", run, *site.args, "--yes").out
     assert lead.end() == 0, lead.text
     assert "awaiting_approval" in lead.text
     check_books(federation, "asked")
     order = [event.detail.get("what", event.kind.value) for event in site.events("asked")]
     assert order == ["refusal", "approved", "plan", "reserve", "commit", "run_ended"]
     assert len(site.up.lines("the base model is loaded")) == loaded + 1
-    assert "No run waits for approval" in federation.do("site", "approve", *site.own).out
+    assert "No run waits for approval" in federation.do("site", "approve", *site.args).out
 
 
-def test_run_denied_by_a_site_ends(federation: Federation, careful_site: SiteFolder) -> None:
+def test_run_denied_by_a_site_ends(federation: Federation, manual_site: SiteFolder) -> None:
     lead = federation.lead("denied", *list_settings("federation.num_rounds=1", "federation.min_sites=2"))
-    wait_for(lambda: careful_site.answered("awaiting_approval", "denied"), seconds=RUN_S, what="it to wait", needs=lead)
-    (waiting,) = (event.run for event in careful_site.events("denied", "refusal"))
-    words = [*FEDTUNE, "site", "deny", waiting, "--reason", "no quorum of the board", *careful_site.own]
+    wait_for(lambda: manual_site.count_answers("awaiting_approval", "denied"), seconds=RUN_S, what="a wait", needs=lead)
+    (run,) = (event.run for event in manual_site.events("denied", "refusal"))
+    words = [*FEDTUNE, "site", "deny", run, "--reason", "no quorum of the board", *manual_site.args]
     denial = federation.run("denial", "north", words)
     assert denial.end() == 0, denial.text
     # The lead asks again automatically, receives the denial, and stops.
@@ -70,9 +70,9 @@ def test_run_denied_by_a_site_ends(federation: Federation, careful_site: SiteFol
     assert "north: denied" in output
     assert "nothing was charged for this run" in output
     assert "board" not in lead.text + (federation.run_folder("denied") / "answers.json").read_text()
-    assert careful_site.answered("denied", "denied") == 1
-    assert careful_site.notes("denied") == ["denied"]
-    assert not [each for each in federation.sites.values() if each.events("denied", "plan")]
+    assert manual_site.count_answers("denied", "denied") == 1
+    assert manual_site.notes("denied") == ["denied"]
+    assert not [site for site in federation.sites.values() if site.events("denied", "plan")]
 
 
 def test_site_withdraws_from_an_accepted_run_and_the_other_site_continues(federation: Federation) -> None:
@@ -83,7 +83,7 @@ def test_site_withdraws_from_an_accepted_run_and_the_other_site_continues(federa
     )
     (run,) = (event.run for event in site.events("ended", "plan"))
     words = [*FEDTUNE, "site", "deny", run, "--reason", "consent withdrawn", "--by", "Anna Weber", "--ticket", "DPO-7"]
-    denial = federation.run("ending", "north", [*words, *site.own])
+    denial = federation.run("ending", "north", [*words, *site.args])
     assert denial.end() == 0, denial.text
     site.hold(False)
     assert lead.end() == 0, lead.text
@@ -95,8 +95,8 @@ def test_site_withdraws_from_an_accepted_run_and_the_other_site_continues(federa
     history = site.verified().history
     assert history.runs[run].charged_rounds == 1
     assert not history.count_remaining_charges(history.clock), "the reserve must be released"
-    (denied,) = history.decided[history.runs[run].proposal.digest()]
-    assert (denied["what"], denied["by"], denied["ticket"]) == ("denied", "Anna Weber", "DPO-7")
+    (decision,) = history.decided[history.runs[run].proposal.digest()]
+    assert (decision["what"], decision["by"], decision["ticket"]) == ("denied", "Anna Weber", "DPO-7")
     assert other.verified().history.runs[run].charged_rounds == 2
     check_books(federation, "ended")
 
@@ -118,13 +118,13 @@ def test_run_is_inspected_stopped_and_resumed(federation: Federation) -> None:
     assert not (folder / "adapter").exists()
     site.hold(False)
     site.wait_for(run, "commit", round=1)
-    again = federation.resume(run)
-    assert again.end() == 0, again.text
+    resumed = federation.resume(run)
+    assert resumed.end() == 0, resumed.text
     after = print_status(federation, run)
     assert (after["running"], after["finished"], after["round"]) == (False, True, 2)
-    assert {name: about["last_answer"] for name, about in after["sites"].items()} == dict.fromkeys(SITES, "update")
+    assert {name: status["last_answer"] for name, status in after["sites"].items()} == dict.fromkeys(SITES, "update")
     # Rounds that had been answered before the stop are neither trained nor charged again.
-    assert {name: about["rounds_charged"] for name, about in after["sites"].items()} == dict.fromkeys(SITES, 2)
+    assert {name: status["rounds_charged"] for name, status in after["sites"].items()} == dict.fromkeys(SITES, 2)
     check_books(federation, run)
 
 
@@ -135,7 +135,7 @@ def test_paused_site_is_skipped_and_stopped_run_ends_everywhere(federation: Fede
     federation.do("site", "pause", "--kit", str(paused.kit))
     lead = federation.lead(run, *list_settings("federation.straggler_grace_s=3"))
     held.wait_for(run, "reserve", round=1, lead=lead)
-    wait_for(lambda: paused.answered("paused", run), seconds=RUN_S, what="north to pause", needs=lead)
+    wait_for(lambda: paused.count_answers("paused", run), seconds=RUN_S, what="north to pause", needs=lead)
     assert not paused.events(run, "plan")
     federation.do("site", "resume", "--kit", str(paused.kit))
     paused.wait_for(run, "commit", round=1, lead=lead)
@@ -161,10 +161,10 @@ def test_paused_site_is_skipped_and_stopped_run_ends_everywhere(federation: Fede
 def test_site_that_leaves_shuts_down_cleanly(federation: Federation) -> None:
     site = federation.sites["north"]
     site.hold(True)
-    few = ("federation.num_rounds=2", "federation.min_sites=1", "federation.straggler_grace_s=3")
-    lead = federation.lead("left", *list_settings(*few))
+    settings = ("federation.num_rounds=2", "federation.min_sites=1", "federation.straggler_grace_s=3")
+    lead = federation.lead("left", *list_settings(*settings))
     site.wait_for("left", "reserve", round=1, lead=lead)
-    leaving = federation.run("leaving", "north", [*FEDTUNE, "site", "leave", *site.own])
+    leaving = federation.run("leaving", "north", [*FEDTUNE, "site", "leave", *site.args])
     assert leaving.end() == 0, leaving.text
     assert "north has left banks; 1 open run ended" in leaving.text
     site.hold(False)

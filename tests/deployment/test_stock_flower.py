@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.ops.doctor.connection_checks import check_control_api
 
-from .books import check_same_adapter, check_whole
+from .books import check_full_run, check_same_adapter
 from .stock import NODE_USER, STRICT, StockFederation, explain_missing_users
 
 DEBUG = (
@@ -22,14 +22,14 @@ pytestmark = pytest.mark.nightly
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory, command: Any) -> Iterator[StockFederation]:
-    if why := explain_missing_users():
-        pytest.skip(why)
-    made = StockFederation(tmp_path_factory.mktemp("stock"), command)
+    if reason := explain_missing_users():
+        pytest.skip(reason)
+    federation = StockFederation(tmp_path_factory.mktemp("stock"), command)
     try:
-        made.start()
-        yield made
+        federation.start()
+        yield federation
     finally:
-        made.close()
+        federation.close()
 
 
 def test_stock_supernodes_match_the_simulation_adapter_next_to_a_stock_app(
@@ -43,11 +43,11 @@ def test_stock_supernodes_match_the_simulation_adapter_next_to_a_stock_app(
     run = stock.submit("one", DEBUG)
     assert stock.wait_until_over(run) == "finished:completed", stock.call("flwr", "log", run, "banks", "--show")
     check_same_adapter(stock, "one", run_in_one_process("one", *DEBUG), tolerance=0)
-    check_whole(stock, "one", rounds=2)
-    assert [site.answered("update", "one") for site in stock.sites.values()] == [2, 2, 2]
+    check_full_run(stock, "one", rounds=2)
+    assert [site.count_answers("update", "one") for site in stock.sites.values()] == [2, 2, 2]
     assert stock.wait_until_over(other) == "finished:completed", stock.call("flwr", "log", other, "banks", "--show")
-    found = json.loads((stock.folder / "found.json").read_text())
-    assert found == {"averaged": [1.0] * 3, "files": 0, "processes": 0, "modules": 0, "user": NODE_USER}
+    report = json.loads((stock.folder / "found.json").read_text())
+    assert report == {"averaged": [1.0] * 3, "files": 0, "processes": 0, "modules": 0, "user": NODE_USER}
     assert f"Permission denied: '{stock.public / STRICT / 'apps'}" in stock.call(
         "flwr", "log", other, "banks", "--show"
     )
@@ -64,7 +64,7 @@ def test_killed_flower_processes_cause_no_loss_or_double_charge(
     run = stock.submit("two", DEBUG)
     north.wait_for("two", "reserve", round=1)
     stock.kill(stock.nodes["north"])
-    stock.bring_back(north)
+    stock.restart_node(north)
     stock.kill(stock.server)
     stock.start_superlink()
     north.hold(False)
@@ -72,10 +72,10 @@ def test_killed_flower_processes_cause_no_loss_or_double_charge(
     stock.kill(stock.superexec)
     assert stock.wait_until_over(run) == "finished:failed"
     stock.start_lead()
-    again = stock.submit("two-again", [f"resume={stock.run_folder('two')}"], begins=False)
-    assert stock.wait_until_over(again) == "finished:completed", stock.call("flwr", "log", again, "banks", "--show")
+    rerun = stock.submit("two-again", [f"resume={stock.run_folder('two')}"], new_run=False)
+    assert stock.wait_until_over(rerun) == "finished:completed", stock.call("flwr", "log", rerun, "banks", "--show")
     check_same_adapter(stock, "two", run_in_one_process("two", *DEBUG), tolerance=0)
-    check_whole(stock, "two", rounds=2)
+    check_full_run(stock, "two", rounds=2)
 
 
 def test_killed_site_is_asked_again_and_charged_for_started_rounds(stock: StockFederation) -> None:
@@ -87,4 +87,4 @@ def test_killed_site_is_asked_again_and_charged_for_started_rounds(stock: StockF
     north.hold(False)
     stock.start_site(north)
     assert stock.wait_until_over(run) == "finished:completed", stock.call("flwr", "log", run, "banks", "--show")
-    check_whole(stock, "three", charged={"north": 3, "south": 2, "west": 2})
+    check_full_run(stock, "three", charged={"north": 3, "south": 2, "west": 2})

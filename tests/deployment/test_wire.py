@@ -40,7 +40,7 @@ from .site_folder import SiteFolder
 
 HERE = Path(__file__).parent
 SITES = ("north", "south")
-COUNT = 137
+NUM_RECORDS = 137
 """The true number of north's records; it appears nowhere else."""
 PLANTED = "zebra-quartz-4711 owes the hospital money"
 EXCEPTION = f"could not read {PLANTED!r} out of a cell"
@@ -50,7 +50,7 @@ HEADERS = {
     *("flwr-component-name", "flwr-package-name", "flwr-package-version"),
     *("flwr-public-key", "flwr-signature", "flwr-timestamp"),
 }
-NOT_WORDS = {"content-length", "flwr-public-key", "flwr-signature", "flwr-timestamp"}
+OPAQUE_HEADERS = {"content-length", "flwr-public-key", "flwr-signature", "flwr-timestamp"}
 ANSWERS = [
     *((0, "offer"), (1, "update"), (2, "site_error"), (3, "max_local_steps"), (4, "paused"), (4, "site_error")),
     (0, "end"),
@@ -73,10 +73,10 @@ class Wire:
 def wire(make_federation: Callable[..., Federation]) -> Wire:
     federation = make_federation(names=SITES)
     north, south = (federation.sites[name] for name in SITES)
-    few = [*partition_records(SITES)["north"][: COUNT - 1], Record({"text": PLANTED, "label": "age_limit"})]
-    write_records(north.folder / "questions.csv", few)
-    recorded = federation.folder / "recorded.jsonl"
-    _start_proxy(federation, north, recorded)
+    records = [*partition_records(SITES)["north"][: NUM_RECORDS - 1], Record({"text": PLANTED, "label": "age_limit"})]
+    write_records(north.folder / "questions.csv", records)
+    log = federation.folder / "recorded.jsonl"
+    _start_proxy(federation, north, log)
     federation.start(held=True)
     _run(federation)
     listening = {
@@ -86,14 +86,14 @@ def wire(make_federation: Callable[..., Federation]) -> Wire:
     for site in (north, south):
         site.up.ask_to_end()
         assert site.up.end(seconds=60) == 0
-    calls = outbound.read_calls(recorded)
+    calls = outbound.read_calls(log)
     waits = [call for call in calls if call.path.startswith(f"{WAIT}?")]
     return Wire(federation, north, [call for call in calls if call not in waits], waits, listening)
 
 
 def list_listening_ports(pid: int, *, whole_network: bool) -> list[int]:
     """List the TCP ports on which the process `pid`, or any process in its network namespace, listens, from /proc."""
-    inodes, found = set(), []
+    inodes, ports = set(), []
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):  # closed in the meantime
             inodes.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
@@ -101,8 +101,8 @@ def list_listening_ports(pid: int, *, whole_network: bool) -> list[int]:
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
             words = line.split()
             if words[3] == "0A" and (whole_network or words[9] in inodes):
-                found.append(int(words[1].rpartition(":")[2], 16))
-    return found
+                ports.append(int(words[1].rpartition(":")[2], 16))
+    return ports
 
 
 def _run(federation: Federation) -> None:
@@ -112,8 +112,8 @@ def _run(federation: Federation) -> None:
     south.hold(True)
     lead = federation.lead(RUN, *list_settings("federation.num_rounds=4", "federation.min_sites=1"))
 
-    def wait_for_answer(what: str) -> None:
-        wait_for(lambda: north.answered(what, RUN), seconds=RUN_S, what=f"north's {what}", needs=lead)
+    def wait_for_answer(kind: str) -> None:
+        wait_for(lambda: north.count_answers(kind, RUN), seconds=RUN_S, what=f"north's {kind}", needs=lead)
 
     def release_next_round(round: int) -> None:
         """Let south finish its paused round, and pause it again in the next round."""
@@ -146,20 +146,20 @@ def _start_proxy(federation: Federation, site: SiteFolder, recorded: Path) -> No
     """Start a proxy between one site and the server, and point the site's kit to the proxy."""
     listen = f"127.0.0.1:{find_free_port()}"
     authority, key = Authority.load(federation.home / "authority"), generate_connection_key()
-    about = {"kind": "server", "name": "server", "hosts": ["127.0.0.1"], "days": 1, "now": datetime.now(UTC)}
-    certificate = authority.issue(key.public_key(), **about)  # type: ignore[arg-type]
+    subject = {"kind": "server", "name": "server", "hosts": ["127.0.0.1"], "days": 1, "now": datetime.now(UTC)}
+    certificate = authority.issue(key.public_key(), **subject)  # type: ignore[arg-type]
     kit = Kit.read(site.kit, kind="site")
-    own = Tls(ca=kit.ca, certificate=federation.folder / "proxy.pem", key=federation.folder / "proxy_key.pem")
-    own.certificate.write_bytes(encode_certificate_pem(certificate))
-    own.key.write_bytes(encode_private_pem(key))
-    given = {
+    proxy = Tls(ca=kit.ca, certificate=federation.folder / "proxy.pem", key=federation.folder / "proxy_key.pem")
+    proxy.certificate.write_bytes(encode_certificate_pem(certificate))
+    proxy.key.write_bytes(encode_private_pem(key))
+    settings = {
         "listen": listen,
         "server": federation.address,
-        "own": {name: str(path) for name, path in asdict(own).items()},
+        "proxy": {name: str(path) for name, path in asdict(proxy).items()},
         "site": {name: str(path) for name, path in asdict(kit.tls()).items()},
         "records": str(recorded),
     }
-    (federation.folder / "proxy.json").write_text(json.dumps(given))
+    (federation.folder / "proxy.json").write_text(json.dumps(settings))
     words = [sys.executable, str(HERE / "recording_proxy.py"), str(federation.folder / "proxy.json")]
     federation.run("proxy", site.name, words).wait_for_text("the proxy listens")
     file = site.kit / "kit.toml"
@@ -204,13 +204,13 @@ def test_wait_request_contains_only_the_question_count(wire: Wire) -> None:
 
 
 def test_site_answers_use_only_fedtune_types(wire: Wire) -> None:
-    found = []
+    answers = []
     for request, content in outbound.collect_messages(wire.calls):
         assert list(request.clientapp_runtime_list) == [0.0]
         assert list(content.metric_records) == []
-        found.append(check_answer(content))
+        answers.append(check_answer(content))
     # A waiting site repeats its answer.
-    assert [one for at, one in enumerate(found) if at == 0 or one != found[at - 1]] == ANSWERS
+    assert [answer for index, answer in enumerate(answers) if index == 0 or answer != answers[index - 1]] == ANSWERS
     objects = outbound.collect_objects(wire.calls)
     kinds = sorted(map(outbound.read_object_kind, objects.values()))
     assert set(kinds) == {"Message", "RecordDict", "ConfigRecord", "ArrayRecord", "Array", "ArrayChunk"}
@@ -253,10 +253,10 @@ def check_answer(content: Any) -> tuple[int, str]:
 
 def list_secrets(wire: Wire) -> list[str]:
     """List texts that must never leave the site."""
-    own = [str(wire.north.folder), str(wire.federation.folder), str(Path.home()), socket.gethostname()]
+    names = [str(wire.north.folder), str(wire.federation.folder), str(Path.home()), socket.gethostname()]
     with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
-        own.append(getpass.getuser())
-    return [PLANTED, PLANTED.split()[0], EXCEPTION, EXCEPTION[:14], "ValueError", "Traceback", "questions.csv", *own]
+        names.append(getpass.getuser())
+    return [PLANTED, PLANTED.split()[0], EXCEPTION, EXCEPTION[:14], "ValueError", "Traceback", "questions.csv", *names]
 
 
 def test_no_record_path_name_or_exception_leaves_the_site(wire: Wire) -> None:
@@ -265,18 +265,18 @@ def test_no_record_path_name_or_exception_leaves_the_site(wire: Wire) -> None:
     for secret in list_secrets(wire):
         # Short names would also occur by chance in numbers and signatures.
         pattern = re.compile(rb"(?<![a-z0-9])" + re.escape(secret.lower().encode()) + rb"(?![a-z0-9])")
-        assert not any(pattern.search(each.lower()) for each in (everything if len(secret) > 7 else texts)), secret
-    assert any(b"max_local_steps" in each for each in everything)  # the search would find a match
-    assert any(b"max_local_steps" in each for each in texts)
+        assert not any(pattern.search(data.lower()) for data in (everything if len(secret) > 7 else texts)), secret
+    assert any(b"max_local_steps" in data for data in everything)  # the search would find a match
+    assert any(b"max_local_steps" in data for data in texts)
 
 
 def test_true_record_count_does_not_leave_the_site(wire: Wire) -> None:
-    assert len((wire.north.folder / "questions.csv").read_bytes().splitlines()) == COUNT + 1
-    assert all(number != COUNT for _, number in list_all_numbers(wire))
+    assert len((wire.north.folder / "questions.csv").read_bytes().splitlines()) == NUM_RECORDS + 1
+    assert all(number != NUM_RECORDS for _, number in list_all_numbers(wire))
     assert {"flwr.proto.Node.node_id", "json", "shape"} < {name for name, _ in list_all_numbers(wire)}
     for text in list_all_texts(wire):
         # Not within longer numbers, hashes and signatures.
-        assert not re.search(rf"(?<![\w.+/=]){COUNT}(?![\w.+/=])", text), text
+        assert not re.search(rf"(?<![\w.+/=]){NUM_RECORDS}(?![\w.+/=])", text), text
 
 
 def list_all_numbers(wire: Wire) -> Iterator[tuple[str, float]]:
@@ -305,7 +305,7 @@ def list_all_texts(wire: Wire) -> Iterator[str]:
         # It must be the length of the body.
         assert ("content-length", str(len(call.body))) in call.headers
         assert {name for name, _ in call.headers} <= HEADERS
-        yield from (value for name, value in call.headers if name not in NOT_WORDS)
+        yield from (value for name, value in call.headers if name not in OPAQUE_HEADERS)
         yield from outbound.list_texts(call.request)
     for _, content in outbound.collect_messages(wire.calls):
         yield from (str(config["json"]) for config in content.config_records.values())

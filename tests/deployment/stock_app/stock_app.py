@@ -16,22 +16,22 @@ client = ClientApp()
 server = ServerApp()
 
 
-def can_read(place: Path) -> bool:
+def can_read(path: Path) -> bool:
     with suppress(OSError):
-        return place.stat().st_uid != os.geteuid() and bool(place.read_bytes())
+        return path.stat().st_uid != os.geteuid() and bool(path.read_bytes())
     return False
 
 
 @client.train()
 def train(message: Message, context: Context) -> Message:
     (weights,) = message.content.array_records["arrays"].to_numpy_ndarrays()
-    found = {
-        "files": sum(can_read(Path(place)) for place in str(context.run_config["secrets"]).split("|")),
+    result = {
+        "files": sum(can_read(Path(path)) for path in str(context.run_config["secrets"]).split("|")),
         "processes": sum(map(can_read, Path("/proc").glob("*/environ"))),
         "modules": sum(name.startswith("fedtune") for name in sys.modules),
         "user": os.geteuid(),
     }
-    metrics = MetricRecord({"num-examples": 10, **found})
+    metrics = MetricRecord({"num-examples": 10, **result})
     return Message(RecordDict({"arrays": ArrayRecord([weights + 1.0]), "metrics": metrics}), reply_to=message)
 
 
