@@ -22,23 +22,23 @@ def folder(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def find_run_folder(given: list[str]) -> Path:
+def find_run_folder(arguments: list[str]) -> Path:
     """Return the folder of the finished run with these overrides."""
-    overrides = dict(one.partition("=")[::2] for one in given)
+    overrides = dict(argument.partition("=")[::2] for argument in arguments)
     return Path(overrides["tracking.output_dir"].strip("'"), overrides["name"])
 
 
 @pytest.fixture(scope="module")
 def run(settings: Callable[..., list[str]]) -> Callable[..., Path]:
     """Return the folder of the finished run with these overrides; the run is made on first use."""
-    made: dict[tuple[Any, ...], Path] = {}
+    folders: dict[tuple[Any, ...], Path] = {}
 
     def make(*overrides: str, task: str = "classification") -> Path:
         key = (*overrides, task)
-        if key not in made:
-            given = settings(*overrides, task=task, name=f"run-{len(made)}")
-            assert run_command("simulate", *given).code == 0
-            made[key] = find_run_folder(given)
-        return made[key]
+        if key not in folders:
+            arguments = settings(*overrides, task=task, name=f"run-{len(folders)}")
+            assert run_command("simulate", *arguments).code == 0
+            folders[key] = find_run_folder(arguments)
+        return folders[key]
 
     return make

@@ -21,8 +21,8 @@ def note_node(context: Context, kind: str, created_at: float, content: RecordDic
     actor = ray.get_runtime_context()
     gpus = "+".join(actor.get_accelerator_ids()["GPU"])
     site = context.node_config["partition-id"]
-    into = Path(str(context.run_config["run"])).parents[3] / "noted"
-    Path(into, f"{kind},{site},{actor.get_node_id()},{os.getpid()},{gpus}").touch()
+    folder = Path(str(context.run_config["run"])).parents[3] / "noted"
+    Path(folder, f"{kind},{site},{actor.get_node_id()},{os.getpid()},{gpus}").touch()
     return forward_message(context, kind, created_at, content)
 
 

@@ -37,17 +37,17 @@ BLOCKS = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 def extract_script(page: str) -> str:
     """Extract the steps of the page in order: files to write and commands to type."""
-    parts = ["set -eu", "trap 'echo \"FAILED: $BASH_COMMAND\"' ERR"]
+    lines = ["set -eu", "trap 'echo \"FAILED: $BASH_COMMAND\"' ERR"]
     for language, content in BLOCKS.findall(page):
         if language == "toml":
             name = content.splitlines()[0].removeprefix("# ")
             assert re.fullmatch(r"[\w./-]+\.toml", name), f"a file's first line must be its name: {name}"
-            parts.append(f"cat > {name} <<'WHOLE FILE'\n{content}WHOLE FILE")
+            lines.append(f"cat > {name} <<'WHOLE FILE'\n{content}WHOLE FILE")
         elif language == "sh":
-            parts.append(content)
+            lines.append(content)
         else:
             assert language == "text", f"a block must be a file, a command or output: {content}"
-    return "\n".join(parts)
+    return "\n".join(lines)
 
 
 def test_step_summary_names_every_step_of_the_page() -> None:
@@ -65,13 +65,13 @@ def test_step_summary_names_every_step_of_the_page() -> None:
 @pytest.fixture(scope="module")
 def pasted_page(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The output of pasting the page into a shell."""
-    folder, beside = tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("beside")
+    folder, outside = tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("beside")
     bash = ["bash", "-c", extract_script(PAGE.read_text()).replace(PORT, str(find_free_port()))]
-    with write_forked_commands(beside) as commands:
-        way = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment = {"HF_HUB_OFFLINE": "1", "COLUMNS": "120", "PATH": way}
+    with write_forked_commands(outside) as commands:
+        path = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {"HF_HUB_OFFLINE": "1", "COLUMNS": "120", "PATH": path}
         # In its own process group, so that everything it started can be killed.
-        shell = Process("shell", bash, log=beside / "output.txt", cwd=folder, env=environment)
+        shell = Process("shell", bash, log=outside / "output.txt", cwd=folder, env=environment)
         try:
             code = shell.end(seconds=MAX_S)
             logs = "".join(f"\n{log}:\n{log.read_text()}" for log in sorted(folder.rglob("*.log")))
@@ -86,9 +86,9 @@ def pasted_page(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_every_site_takes_part_in_every_round_within_its_budget(pasted_page: Any) -> None:
     result = read_result(pasted_page.folder / "runs" / "first")
-    assert [one["round"] for one in result["rounds"]] == [1, 2]
-    for one in result["rounds"]:
-        assert (sorted(one["sites"]), one["failed_sites"]) == (list(SITES), {})
+    assert [entry["round"] for entry in result["rounds"]] == [1, 2]
+    for entry in result["rounds"]:
+        assert (sorted(entry["sites"]), entry["failed_sites"]) == (list(SITES), {})
     privacy = result["privacy"]
     assert privacy["seeded_noise"] is False
     assert sorted(privacy["sites"]) == list(SITES)
@@ -96,8 +96,8 @@ def test_every_site_takes_part_in_every_round_within_its_budget(pasted_page: Any
         files = SiteFiles.from_site_toml(pasted_page.folder / site / "site.toml")
         history = verify(files.ledger, anchor=Head.read(files.anchor)).history
         assert sum(history.count_total_charges().values()) == spent["steps"] == 10
-        most = files.policy.budget.max_epsilon_per_run
-        assert 0.9 * most < spent["epsilon"] <= most
+        cap = files.policy.budget.max_epsilon_per_run
+        assert 0.9 * cap < spent["epsilon"] <= cap
         charged = filter.epsilon_filter(history.count_total_charges(), order=history.order, delta=history.delta)
         assert 0 < charged <= files.policy.budget.max_epsilon
 
@@ -129,16 +129,16 @@ def test_policy_differs_from_the_template_only_in_documented_lines(pasted_page: 
             else:
                 yield f"{prefix}{key}", value
 
-    ours, template = (
+    policy, template = (
         dict(flatten_table(tomllib.loads((pasted_page.folder / name).read_text())))
         for name in ("south-hospital/site.toml", "template.toml")
     )
-    answered = {"asserted.no_person_at_another_site"}  # the template does not answer it
-    later = {"about", "population.arrivals", "socket", "key_command"}  # omitted, as the page says
-    assert ours.keys() == template.keys() - later | answered
-    listed = re.findall(r"^\| (`[^|]*) \|", PAGE.read_text(), re.MULTILINE)
-    named = {key for cell in listed for key in re.findall(r"`([\w.]+)`", cell)}
-    assert named == {key for key in ours if ours[key] != template.get(key)}
+    added = {"asserted.no_person_at_another_site"}  # the template does not answer it
+    omitted = {"about", "population.arrivals", "socket", "key_command"}  # omitted, as the page says
+    assert policy.keys() == template.keys() - omitted | added
+    cells = re.findall(r"^\| (`[^|]*) \|", PAGE.read_text(), re.MULTILINE)
+    documented = {key for cell in cells for key in re.findall(r"`([\w.]+)`", cell)}
+    assert documented == {key for key in policy if policy[key] != template.get(key)}
 
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -148,11 +148,11 @@ def list_typed_commands(text: str) -> Iterator[str]:
     """List the fedtune commands in a page's code blocks, without comments, pipes and redirections."""
     for _, content in BLOCKS.findall(text):
         joined = re.sub(r"\\\n\s*", "", content)
-        for found in re.findall(r"^(?:\S*\w=\$\()?(?:\S*/)?(fedtune \S.*)$", joined, re.MULTILINE):
-            words = re.split(r"   +|\s+#|\s+[12]?>|\s+[&|;)]", found)[0]
+        for command in re.findall(r"^(?:\S*\w=\$\()?(?:\S*/)?(fedtune \S.*)$", joined, re.MULTILINE):
+            words = re.split(r"   +|\s+#|\s+[12]?>|\s+[&|;)]", command)[0]
             # `show|spent PATH` means two commands.
-            several = re.search(r"\w+(\|\w+)+", words)
-            yield from [words.replace(several[0], one) for one in several[0].split("|")] if several else [words]
+            choice = re.search(r"\w+(\|\w+)+", words)
+            yield from [words.replace(choice[0], word) for word in choice[0].split("|")] if choice else [words]
 
 
 def list_named_commands(text: str) -> Iterator[str]:
@@ -177,12 +177,12 @@ def test_every_documented_command_can_be_parsed(page: Path) -> None:
     for command in list_typed_commands(text):
         assert not find_mistake(command), command
     for command in list_named_commands(text):
-        found = find_mistake(command)
-        assert not found or found.startswith("Missing "), f"{command}: {found}"
+        mistake = find_mistake(command)
+        assert not mistake or mistake.startswith("Missing "), f"{command}: {mistake}"
 
 
 def test_command_search_finds_commands_and_detects_mistakes() -> None:
     assert len(list(list_typed_commands(PAGE.read_text()))) > 25
     assert len(list(list_named_commands(PAGE.read_text()))) > 5
-    for wrong in ("fedtune site begin", "fedtune site doctor --kits x", "fedtune ledger show --json"):
-        assert find_mistake(wrong)
+    for command in ("fedtune site begin", "fedtune site doctor --kits x", "fedtune ledger show --json"):
+        assert find_mistake(command)

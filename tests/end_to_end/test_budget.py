@@ -48,17 +48,17 @@ def run(kept_sites: Path, tmp_path: Path) -> Callable[..., Any]:
     return start
 
 
-def verify_ledger(kept: Path, site: str) -> VerifiedLedger:
-    return verify(kept / site / "ledger.db")
+def verify_ledger(folder: Path, site: str) -> VerifiedLedger:
+    return verify(folder / site / "ledger.db")
 
 
-def read_events(kept: Path) -> dict[str, tuple[Event, ...]]:
-    return {site: verify_ledger(kept, site).events for site in SITES}
+def read_events(folder: Path) -> dict[str, tuple[Event, ...]]:
+    return {site: verify_ledger(folder, site).events for site in SITES}
 
 
-def allow_rounds(kept: Path, site: str, count: float) -> None:
+def allow_rounds(folder: Path, site: str, count: float) -> None:
     """Raise a site's lifetime cap to the cost of this number of rounds, as its owner would in an editor."""
-    history, path = verify_ledger(kept, site).history, kept / site / "site.toml"
+    history, path = verify_ledger(folder, site).history, folder / site / "site.toml"
     (first, *_) = history.runs.values()
     cap = count * compute_total_divergence([first.plan.event()], history.order) + compute_epsilon_conversion_term(
         history.order, history.delta
@@ -111,8 +111,8 @@ def test_changed_partition_is_refused_next_to_existing_ledgers(
 def test_invalid_policy_stops_the_run_before_training(run: Any, kept_sites: Path, tmp_path: Path) -> None:
     path = kept_sites / "site-1" / "site.toml"
     path.write_text(path.read_text().replace("max_rounds", "max_round"))
-    for wanted in ("fewer_rounds", "more_noise"):
-        outcome = run(wanted, f"federation.if_over_budget={wanted}")
+    for choice in ("fewer_rounds", "more_noise"):
+        outcome = run(choice, f"federation.if_over_budget={choice}")
         assert str(path) in outcome.failed()
         assert "max_round: is not a known key" in outcome.message
-        assert not (tmp_path / "runs" / wanted).exists()
+        assert not (tmp_path / "runs" / choice).exists()

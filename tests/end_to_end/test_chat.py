@@ -45,13 +45,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tune_model(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def run(*overrides: str) -> Path:
-        given = (
+        settings = (
             *("model=random_llama", "data=e2e_nlg", "task=causal_lm", f"data.train_file='{files / 'train.csv'}'"),
             *(f"data.{name}_file='{files / 'test.csv'}'" for name in ("validation", "test")),
             *("data.prompt_template='{prompt}'", "data.train_fraction=1.0", "data.declared_sizes=30"),
             *("data.max_length=80", "training.learning_rate=0.05", "federation.num_rounds=3"),
         )
-        return simulate(*given, *overrides, into=tmp_path_factory.mktemp("runs"))
+        return simulate(*settings, *overrides, into=tmp_path_factory.mktemp("runs"))
 
     return run
 
@@ -73,11 +73,11 @@ def test_chat_and_text_runs_train_and_report_scores(tune_model: Any, layout: tup
     assert (result["privacy"]["epsilon"] is None) != private
     if not private:
         assert scores["loss"] < before["loss"] - 0.3, "the run must learn"
-    for one in result["rounds"]:
-        assert not one["failed_sites"]
-        assert set(one["metrics"]) == {"loss", "perplexity"}, "generation in each round is too slow"
-        assert set(one["site_scores"]) == ({"site-1", "site-2"} if private else set())
-        assert np.isfinite([*one["site_scores"].values()]).all()
+    for entry in result["rounds"]:
+        assert not entry["failed_sites"]
+        assert set(entry["metrics"]) == {"loss", "perplexity"}, "generation in each round is too slow"
+        assert set(entry["site_scores"]) == ({"site-1", "site-2"} if private else set())
+        assert np.isfinite([*entry["site_scores"].values()]).all()
     template = result["provenance"]["template"]
     assert template["sha256"] == hashlib.sha256(template["prompt"].encode()).hexdigest()
 
@@ -85,7 +85,7 @@ def test_chat_and_text_runs_train_and_report_scores(tune_model: Any, layout: tup
 # Preferences, from files in each format to a scored and usable model, with and without privacy.
 
 
-GOOD, BAD = ("red", "green", "blue"), ("one", "two", "three four")
+COLORS, NUMBERS = ("red", "green", "blue"), ("one", "two", "three four")
 SCORES = ["accuracy", "accuracy_length_controlled", "margin", "margin_length_controlled", "loss"]
 
 
@@ -97,12 +97,12 @@ def make_pairs(form: str) -> list[dict[str, Any]]:
     """Create ninety preference pairs that prefer colors to numbers; in a third of them the color is the longer
     answer.
     """
-    found: list[dict[str, Any]] = []
+    pairs: list[dict[str, Any]] = []
     for number in range(90):
-        prompt, answers = f"say {number}", {"better": GOOD[number % 3], "worse": BAD[number // 3 % 3]}
-        whole = {name: [make_turn("user", prompt), make_turn("assistant", text)] for name, text in answers.items()}
-        found.append(whole if form == "whole" else {"asked": prompt, **answers})
-    return found
+        prompt, answers = f"say {number}", {"better": COLORS[number % 3], "worse": NUMBERS[number // 3 % 3]}
+        chats = {name: [make_turn("user", prompt), make_turn("assistant", text)] for name, text in answers.items()}
+        pairs.append(chats if form == "whole" else {"asked": prompt, **answers})
+    return pairs
 
 
 COLUMNS = {
@@ -114,10 +114,10 @@ COLUMNS = {
 @pytest.fixture(scope="module")
 def list_pair_overrides(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     """List the overrides of a tiny run on preference pairs of this format."""
-    into = tmp_path_factory.mktemp("files")
+    folder = tmp_path_factory.mktemp("files")
 
     def make(form: str, *overrides: str) -> list[str]:
-        file = into / f"{form}.jsonl"
+        file = folder / f"{form}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in make_pairs(form)))
         return [
             *("experiment=own_preferences", "model=random_llama", "lora=all_linear", "lora.layers=null"),
@@ -148,7 +148,7 @@ def test_private_preference_run_is_scored_charged_and_reported(private_run: Path
     assert result["final"]["metrics_before"]["accuracy"] == 0.5
     assert result["final"]["metrics"] != result["final"]["metrics_before"]
     assert 0 < result["privacy"]["epsilon"] < 8
-    assert not any(one["failed_sites"] for one in result["rounds"])
+    assert not any(entry["failed_sites"] for entry in result["rounds"])
     assert run_command("report", "verify", str(private_run / "report.json")).code == 0
 
 
@@ -156,10 +156,10 @@ def test_preference_run_without_privacy_learns(list_pair_overrides: Any, tmp_pat
     learns = ("privacy=none", "privacy.noise_multiplier=null", "training.learning_rate=0.5", "training.local_steps=6")
     beta = ("task_settings.beta=0.5", "lora.layers=[-1]", "evaluation.generate=true", "evaluation.max_new_tokens=4")
     # Sampling decides how much a run learns in so few steps: with fresh samples some runs learn too little.
-    plain = simulate(
+    folder = simulate(
         *list_pair_overrides("whole", *learns, *beta, "runtime.seeded_noise=true"), into=tmp_path, name="plain"
     )
-    final = read_result(plain)["final"]
+    final = read_result(folder)["final"]
     assert list(final["metrics"]) == [*SCORES, "bleu", "rouge_l"]
     for score in ("accuracy", "accuracy_length_controlled"):
         assert final["metrics"][score] > final["metrics_before"][score] + 0.3, "on answers of any length"

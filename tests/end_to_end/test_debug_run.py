@@ -25,8 +25,8 @@ def printed_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a run with calibrated noise, and its terminal output."""
     runs = tmp_path_factory.mktemp("runs")
     arguments = ("experiment=debug", f"tracking.output_dir={runs}", "name=whole", "runtime.device=cpu")
-    further = ("runtime.num_threads=1", "head.center=true", "data.test_rows=40", "federation.num_rounds=3")
-    outcome = run_command("simulate", *arguments, *further)
+    more = ("runtime.num_threads=1", "head.center=true", "data.test_rows=40", "federation.num_rounds=3")
+    outcome = run_command("simulate", *arguments, *more)
     assert outcome.err == ""
     return runs / "whole", outcome.printed
 
@@ -42,8 +42,8 @@ def result(folder: Path) -> Any:
 
 
 def test_run_folder_contains_the_documented_files(folder: Path) -> None:
-    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    snapshots.check_text("run-folder.txt", "\n".join(found) + "\n")
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    snapshots.check_text("run-folder.txt", "\n".join(paths) + "\n")
     for key in folder.rglob("*.pem"):
         assert key.stat().st_mode & 0o077 == 0, "only the owner may read a private key"
 
@@ -51,8 +51,8 @@ def test_run_folder_contains_the_documented_files(folder: Path) -> None:
 def mask_varying(value: Any) -> Any:
     """Mask the parts of the output that vary between runs and machines."""
     if isinstance(value, dict):
-        open_to_chance = value.keys() & {"detail", "energy", "findings"}
-        return {key: mask_varying(inner) for key, inner in value.items()} | dict.fromkeys(open_to_chance, "any")
+        varying = value.keys() & {"detail", "energy", "findings"}
+        return {key: mask_varying(inner) for key, inner in value.items()} | dict.fromkeys(varying, "any")
     if isinstance(value, list):
         return [mask_varying(inner) for inner in value]
     return "number" if isinstance(value, float) or (isinstance(value, int) and value > 999) else value
@@ -60,8 +60,8 @@ def mask_varying(value: Any) -> Any:
 
 def test_run_json_has_its_documented_keys_and_the_adapter_digest(result: Any, folder: Path) -> None:
     snapshots.check_json("run", json.dumps(mask_varying(result)), folder=folder)
-    about = json.loads((folder / "adapter" / "fedtune.json").read_text())
-    assert result["provenance"]["base_model"]["sha256"] == about["model"]["sha256"]
+    saved = json.loads((folder / "adapter" / "fedtune.json").read_text())
+    assert result["provenance"]["base_model"]["sha256"] == saved["model"]["sha256"]
     assert result["adapter_digest"] == compute_adapter_digest(folder / "adapter")
     assert result["config_sha256"] == read_saved_config(folder).digest()
     assert all(entry["seconds"] > 0 for entry in result["rounds"])
@@ -107,25 +107,25 @@ def test_evaluate_reproduces_the_final_test_scores(folder: Path, result: Any, tm
 
 
 def test_terminal_shows_rounds_epsilon_and_paths_without_warnings(printed_run: tuple[Path, str], result: Any) -> None:
-    folder, out = printed_run
+    folder, output = printed_run
     for round in (1, 2, 3):
-        (line,) = (line for line in out.splitlines() if line.startswith(f"round {round}/3"))
+        (line,) = (line for line in output.splitlines() if line.startswith(f"round {round}/3"))
         assert "2/2 sites" in line
         assert re.search(r"loss \d\.\d{3}", line)
         assert re.search(r"epsilon \d\.\d{3}", line)
         assert ("left" in line) == (round == 2), "the first round includes one-time work"
-    shown = float(re.findall(r"^epsilon ([\d.]+) at delta 1e-05", out, re.MULTILINE)[0])
+    shown = float(re.findall(r"^epsilon ([\d.]+) at delta 1e-05", output, re.MULTILINE)[0])
     assert shown == math.ceil(result["privacy"]["epsilon"] * 1000) / 1000
-    assert f"run folder: {folder}" in out
+    assert f"run folder: {folder}" in output
     # A site's loss or counts must not reach the lead's log, which has only Flower's messages and our warnings.
     assert "loss" not in (folder / "log.txt").read_text()
-    for line in out.splitlines():
+    for line in output.splitlines():
         assert not re.search("warn|deprecat|error", line, re.IGNORECASE), line
 
 
 def test_diverged_run_suggests_lower_learning_rates(tmp_path: Path) -> None:
-    chosen = ("training.learning_rate=1e9", "federation.num_rounds=1", "data.test_rows=40")
-    outcome = run_command("simulate", *list_tiny_overrides(*chosen, into=tmp_path))
+    overrides = ("training.learning_rate=1e9", "federation.num_rounds=1", "data.test_rows=40")
+    outcome = run_command("simulate", *list_tiny_overrides(*overrides, into=tmp_path))
     assert "Training diverged: do not use this adapter." in outcome.printed
     assert "training.learning_rate=3.3e+08" in outcome.out
     assert read_result(tmp_path / "run")["final"]["findings"] == ["diverged"]

@@ -23,14 +23,14 @@ TINY_RATES = ("training.learning_rate=1e-30", "training.head_learning_rate=1e-60
 @pytest.fixture(scope="module")
 def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run planned for five rounds that stopped after the third and kept the first."""
-    into = tmp_path_factory.mktemp("runs")
+    folder = tmp_path_factory.mktemp("runs")
     settings = (
         "federation.num_rounds=5",
         "federation.early_stopping_patience=2",
         "federation.checkpoint_selection=best",
         *TINY_RATES,
     )
-    return simulate(*settings, into=into)
+    return simulate(*settings, into=folder)
 
 
 def test_early_stopping_keeps_the_best_adapter_and_the_planned_epsilon(stopped_run: Path) -> None:
@@ -62,10 +62,10 @@ def test_report_and_card_state_the_selected_round_and_both_epsilons(stopped_run:
     assert (report.utility.selected_round.round, report.utility.selected_round.stopped_early) == (1, True)
     for site in report.sites:
         assert site.spent.epsilon_pld < report.epsilon == site.spent.epsilon == site.spent.planned_epsilon
-        whole = profile.bound_correct_of_100(profile.count_charged_events(report.facts.plan, 5))
-        assert site.meaning.correct_of_100_mechanism == pytest.approx(whole), "it must bound the whole plan"
-    (chosen,) = [one for one in report.assumptions if one.code == "chosen_by_the_leads_own_records"]
-    assert (chosen.status, chosen.evidence) == ("assumed", "accuracy, round 1; 3 / 5")
+        planned = profile.bound_correct_of_100(profile.count_charged_events(report.facts.plan, 5))
+        assert site.meaning.correct_of_100_mechanism == pytest.approx(planned), "it must bound the whole plan"
+    (assumption,) = [item for item in report.assumptions if item.code == "chosen_by_the_leads_own_records"]
+    assert (assumption.status, assumption.evidence) == ("assumed", "accuracy, round 1; 3 / 5")
     page = (stopped_run / "report.html").read_text()
     assert "Training stopped early. The figures still cover every planned round." in page
     assert "the score no longer improved" in page
@@ -75,11 +75,11 @@ def test_report_and_card_state_the_selected_round_and_both_epsilons(stopped_run:
 
 def test_report_claiming_another_selected_round_is_detected(stopped_run: Path) -> None:
     report = from_run.build_run_report(stopped_run)
-    for claims in (
+    for claim in (
         replace(report.utility.selected_round, stopped_early=False),
         replace(report.utility.selected_round, round=2, score=0.999),
     ):
-        assert problems(replace(report, utility=replace(report.utility, selected_round=claims))) != []
+        assert problems(replace(report, utility=replace(report.utility, selected_round=claim))) != []
 
 
 def test_resuming_a_stopped_run_charges_nothing(stopped_run: Path, tmp_path: Path) -> None:
@@ -97,8 +97,8 @@ def test_resuming_a_stopped_run_charges_nothing(stopped_run: Path, tmp_path: Pat
 def test_early_stopping_requires_separate_validation_records(tmp_path: Path) -> None:
     share = ("data.validation_file=null", "data.validation_fraction=0.2")
     for settings in (share[:1], share):
-        for decides in ("federation.early_stopping_patience=2", "federation.checkpoint_selection=best"):
-            outcome = run_command("simulate", *list_tiny_overrides(decides, *settings, into=tmp_path))
+        for rule in ("federation.early_stopping_patience=2", "federation.checkpoint_selection=best"):
+            outcome = run_command("simulate", *list_tiny_overrides(rule, *settings, into=tmp_path))
             assert (outcome.code, list(tmp_path.iterdir())) == (2, [])
             assert outcome.message.startswith("data.validation_file = null: must be the lead's own file")
     train = "simulations/data/banking77/train.jsonl.gz"

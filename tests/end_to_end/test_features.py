@@ -23,55 +23,55 @@ FEATURES = (
     "[{columns: [age, crp], range: [0, 100], missing: indicator}, {columns: [ward], categories: [a, b]},"
     " {columns: [states], range: [-1, 1], size: 2}]"
 )
-JUDGED = dict(zip(COLUMNS, ("accuracy", "micro_f1", "quadratic_kappa", "spearman"), strict=True))
+METRICS = dict(zip(COLUMNS, ("accuracy", "micro_f1", "quadratic_kappa", "spearman"), strict=True))
 SCORES = tomllib.loads(Path(__file__).with_name("feature_task_scores.toml").read_text())
 
 
 def make_patients(count: int, *, seed: int) -> list[dict[str, Any]]:
     """Create patients whose label depends on age, ward and one of their conditions."""
     draws = np.random.default_rng(seed)
-    found = []
+    patients = []
     for _ in range(count):
         age, crp = float(draws.uniform(10, 95)), float(draws.uniform(0, 100))
         ward, state = str(draws.choice(["a", "b", "c"])), float(draws.uniform(-1, 1))
-        sick = (age - 50) / 40 + state + (ward == "b")
-        found.append(
+        risk = (age - 50) / 40 + state + (ward == "b")
+        patients.append(
             {
                 "age": age,
                 "crp": "" if draws.random() < 0.2 else crp,
                 "ward": ward,
                 "states": json.dumps([state, float(draws.uniform(-1, 1))]),
-                "classification": "sick" if sick > 0.3 else "well",
-                "multi_label": ";".join(name for name, is_so in (("old", age > 60), ("b", ward == "b")) if is_so),
-                "ordinal": ("low", "mid", "high")[int(np.digitize(sick, [-0.2, 0.6]))],
-                "regression": round(float(np.clip(sick, -2, 3)), 3),
+                "classification": "sick" if risk > 0.3 else "well",
+                "multi_label": ";".join(name for name, holds in (("old", age > 60), ("b", ward == "b")) if holds),
+                "ordinal": ("low", "mid", "high")[int(np.digitize(risk, [-0.2, 0.6]))],
+                "regression": round(float(np.clip(risk, -2, 3)), 3),
             }
         )
-    return found
+    return patients
 
 
 LABELS = {"classification": "[sick,well]", "multi_label": "[old,b]", "ordinal": "[low,mid,high]", "regression": "[]"}
 
 
-def write(file: Path, found: list[dict[str, Any]]) -> Path:
+def write_csv(file: Path, rows: list[dict[str, Any]]) -> Path:
     with file.open("w", newline="") as stream:
-        table = csv.DictWriter(stream, list(found[0]))
+        table = csv.DictWriter(stream, list(rows[0]))
         table.writeheader()
-        table.writerows(found)
+        table.writerows(rows)
     return file
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
-    into = tmp_path_factory.mktemp("runs")
+    folder = tmp_path_factory.mktemp("runs")
     files = {
-        name: write(into / f"{name}.csv", make_patients(count, seed=count))
+        name: write_csv(folder / f"{name}.csv", make_patients(count, seed=count))
         for name, count in (("in", 400), ("out", 200))
     }
 
     def make(*overrides: str, task: str = "classification", name: str = "run") -> list[str]:
         return [
-            *list_tiny_overrides("experiment=own_features", into=into, name=name),
+            *list_tiny_overrides("experiment=own_features", into=folder, name=name),
             *(f"task={task}", f"data.train_file='{files['in']}'", f"data.test_file='{files['out']}'"),
             f"data.columns={{{COLUMNS[task]}: {task}}}",
             *(f"data.features={FEATURES}", f"data.labels={LABELS[task]}", "data.max_length=1"),
@@ -98,7 +98,7 @@ NOISED = (
 @pytest.mark.parametrize("task", COLUMNS)
 def test_feature_run_without_privacy_learns(run: Any, task: str) -> None:
     final = read_result(run(*PLAIN, task=task))["final"]
-    assert final["metrics"][JUDGED[task]] > 0.8
+    assert final["metrics"][METRICS[task]] > 0.8
     assert final["metrics"]["loss"] < final["metrics_before"]["loss"]
 
 
@@ -125,42 +125,42 @@ def test_feature_task_scores_appear_in_run_report_and_evaluation(run: Any, tmp_p
     assert list(result["final"]["metrics"]) == SCORES[task]
     assert set(result["rounds"][0]["metrics"]) == set(SCORES[task]) - {"auroc", "ece"}
     assert run_command("report", "verify", str(folder / "report.json")).code == 0
-    asked = (
+    words = (
         "evaluate",
         str(run(*PLAIN, task=task)),
         "--data",
-        str(write(tmp_path / "new.csv", make_patients(120, seed=7))),
+        str(write_csv(tmp_path / "new.csv", make_patients(120, seed=7))),
     )
-    found, shown = json.loads(run_command(*asked, "--json").printed), run_command(*asked).out
-    assert list(found["scores"]) == SCORES[task]
-    for score in (JUDGED[task], "loss"):
-        assert found["beside_base"][score]["verdict"] == "better", "a lower loss is better"
+    output, shown = json.loads(run_command(*words, "--json").printed), run_command(*words).out
+    assert list(output["scores"]) == SCORES[task]
+    for score in (METRICS[task], "loss"):
+        assert output["beside_base"][score]["verdict"] == "better", "a lower loss is better"
     detail, page = result["final"]["detail"], (folder / "report.html").read_text()
     assert report["facts"].get("detail") == detail
-    for there in ("detail" in found, "Calibration of the tuned model" in shown, 'id="chart-reliability">' in page):
-        assert there == (task != "regression") == (detail is not None)
+    for present in ("detail" in output, "Calibration of the tuned model" in shown, 'id="chart-reliability">' in page):
+        assert present == (task != "regression") == (detail is not None)
     if detail is not None:
         labels = LABELS[task].strip("[]").split(",")
-        assert [one["label"] for one in detail["classes"]] == labels
-        answers = sum(one["count"] for one in detail["reliability"])
+        assert [group["label"] for group in detail["classes"]] == labels
+        answers = sum(group["count"] for group in detail["reliability"])
         assert answers == result["provenance"]["test_rows"] * (len(labels) if task == "multi_label" else 1)
 
 
 def test_feature_run_is_evaluated_compared_and_generates(run: Any, tmp_path: Path) -> None:
     folder, other = run(*PLAIN), run(*PLAIN, "head.hidden=[8]")
     assert read_result(other)["final"]["metrics"]["accuracy"] > 0.8, "a small network must learn it, too"
-    shapes = {name: one.shape for name, one in load_file(other / "adapter" / "head.safetensors").items()}
+    shapes = {name: tensor.shape for name, tensor in load_file(other / "adapter" / "head.safetensors").items()}
     assert shapes == {"0.weight": (8, 9), "0.bias": (8,), "2.weight": (2, 8), "2.bias": (2,)}
     texts = run_command("export", str(folder), "--to", str(tmp_path / "folder"), "--format", "peft")
     assert (texts.code, texts.message.split(":")[0]) == (2, "--format = 'peft'")
     assert not (tmp_path / "folder").exists()
-    new = write(tmp_path / "new.csv", make_patients(120, seed=7))
-    assert run_command("compare", str(folder), str(other), "--data", str(new), "--json").code == 0
-    patients = [{key: one[key] for key in ("age", "crp", "ward", "states")} for one in make_patients(120, seed=7)]
-    outcome = run_command("generate", str(folder), "--file", str(write(tmp_path / "asked.csv", patients)), "--json")
+    file = write_csv(tmp_path / "new.csv", make_patients(120, seed=7))
+    assert run_command("compare", str(folder), str(other), "--data", str(file), "--json").code == 0
+    patients = [{key: row[key] for key in ("age", "crp", "ward", "states")} for row in make_patients(120, seed=7)]
+    outcome = run_command("generate", str(folder), "--file", str(write_csv(tmp_path / "asked.csv", patients)), "--json")
     labels = [next(iter(json.loads(line)["answers"].values()))[0]["label"] for line in outcome.printed.splitlines()]
-    truth = [one["classification"] for one in make_patients(120, seed=7)]
-    assert np.mean([one == other for one, other in zip(labels, truth, strict=True)]) > 0.8
+    truth = [row["classification"] for row in make_patients(120, seed=7)]
+    assert np.mean([label == true for label, true in zip(labels, truth, strict=True)]) > 0.8
 
 
 @pytest.mark.nightly
@@ -172,11 +172,11 @@ def test_feature_run_works_with_secure_aggregation(run: Any) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("unit", ["record", "user"])
 def test_feature_record_changes_a_step_by_at_most_the_clipping_norm(settings: Any, tmp_path: Path, unit: str) -> None:
-    of_users = ("privacy.unit=user", "+data.columns.user=ward") if unit == "user" else ()
-    search = ("tracking=quiet", "audit.kind=sensitivity", "audit.tries=20", "head.hidden=[8]", *of_users)
-    found = json.loads(run_command("audit", *settings(*search, name=f"searched-{unit}"), "--json").printed)["result"]
-    assert (found["tries"], found["exceeded"], found["others_moved"]) == (20, 0, 0)
-    assert 0.9 < found["moved"] <= 1.0
+    user_settings = ("privacy.unit=user", "+data.columns.user=ward") if unit == "user" else ()
+    search = ("tracking=quiet", "audit.kind=sensitivity", "audit.tries=20", "head.hidden=[8]", *user_settings)
+    result = json.loads(run_command("audit", *settings(*search, name=f"searched-{unit}"), "--json").printed)["result"]
+    assert (result["tries"], result["exceeded"], result["others_moved"]) == (20, 0, 0)
+    assert 0.9 < result["moved"] <= 1.0
 
 
 @snapshots.parametrize_mistakes("mistakes-features")
@@ -196,23 +196,21 @@ def test_exported_feature_model_makes_the_same_predictions(
     folder = run(*PLAIN, *(() if hidden == "[]" else (f"head.hidden={hidden}",)), task=task)
     assert run_command("export", str(folder), "--to", str(tmp_path / "folder"), "--format", format).code == 0
     assert (tmp_path / "folder" / "features.json").is_file()
-    patients = [{key: one[key] for key in ("age", "crp", "ward", "states")} for one in make_patients(12, seed=9)]
-    write(tmp_path / "asked.csv", patients)
+    patients = [{key: row[key] for key in ("age", "crp", "ward", "states")} for row in make_patients(12, seed=9)]
+    write_csv(tmp_path / "asked.csv", patients)
     outcome = run_command("generate", str(folder), "--file", str(tmp_path / "asked.csv"), "--json")
     answers = [next(iter(json.loads(line)["answers"].values())) for line in outcome.out.splitlines()]
 
     card = (tmp_path / "folder" / "README.md").read_text()
     (lines,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    before, row, behind = re.fullmatch(r"(.*\n)(row = .*?\n)(.*)", lines, flags=re.DOTALL).groups()  # type: ignore[union-attr]
+    before, row, after = re.fullmatch(r"(.*\n)(row = .*?\n)(.*)", lines, flags=re.DOTALL).groups()  # type: ignore[union-attr]
     assert row.startswith("row = {")
-    read = [
-        one | {"crp": None if one["crp"] == "" else one["crp"], "states": json.loads(one["states"])} for one in patients
-    ]
-    loop = "".join(f"    {line}\n" for line in behind.splitlines())
+    rows = [p | {"crp": None if p["crp"] == "" else p["crp"], "states": json.loads(p["states"])} for p in patients]
+    loop = "".join(f"    {line}\n" for line in after.splitlines())
     before = f"import sys; sys.modules.update(dict.fromkeys(('fedtune', 'torch', 'transformers')))\n{before}"
-    printed = run_elsewhere("-W", "error", "-c", f"{before}for row in {read!r}:\n{loop}", cwd=tmp_path).split()
+    printed = run_elsewhere("-W", "error", "-c", f"{before}for row in {rows!r}:\n{loop}", cwd=tmp_path).split()
     if task == "regression":
-        numbers = [one["number"] for one in answers]
-        np.testing.assert_allclose(np.clip([float(one) for one in printed], -2, 3), numbers, atol=1e-4)
+        numbers = [answer["number"] for answer in answers]
+        np.testing.assert_allclose(np.clip([float(number) for number in printed], -2, 3), numbers, atol=1e-4)
     else:
-        assert printed == [one[0]["label"] for one in answers]
+        assert printed == [answer[0]["label"] for answer in answers]

@@ -84,14 +84,14 @@ def test_exported_image_model_works_without_fedtune(run: Any, tmp_path: Path, fo
     image = make_picture(seed=3, size=(14, 9), tint=1)
     (tmp_path / "image.png").write_bytes(encode_image(image))
     outcome = run_command("generate", str(folder), "--prompt", str(tmp_path / "image.png"), "--json")
-    answers = {one["label"]: one["probability"] for one in next(iter(json.loads(outcome.out)["answers"].values()))}
+    answers = {item["label"]: item["probability"] for item in next(iter(json.loads(outcome.out)["answers"].values()))}
     (lines,) = re.findall(r"```python\n(.*?)```", (tmp_path / "folder" / "README.md").read_text(), re.DOTALL)
     blocked = "import sys; sys.modules['fedtune'] = None"
     printed = run_elsewhere("-c", f"{blocked}\n{lines}print(torch.softmax(scores, 0).tolist())", cwd=tmp_path)
     best, chances = printed.splitlines()
     assert COLORS[1] in best
-    found = dict(zip(COLORS, json.loads(chances), strict=True))
-    assert {name: round(one, 3) for name, one in found.items()} == {name: round(answers[name], 3) for name in COLORS}
+    probs = dict(zip(COLORS, json.loads(chances), strict=True))
+    assert {name: round(p, 3) for name, p in probs.items()} == {name: round(answers[name], 3) for name in COLORS}
 
 
 def test_data_init_detects_images_in_parquet_and_requires_a_model(tmp_path: Path) -> None:
@@ -102,8 +102,8 @@ def test_data_init_detects_images_in_parquet_and_requires_a_model(tmp_path: Path
     }
     parquet.write_table(pyarrow.table(rows), tmp_path / "scans.parquet")
     words = ("data", "init", str(tmp_path / "scans.parquet"), "--out", str(tmp_path / "scans.yaml"))
-    bound = "must be a folder with a vision transformer (see docs/other_tasks.md)"
-    assert run_command(*words).message == f"--model = '': {bound}"
+    message = "must be a folder with a vision transformer (see docs/other_tasks.md)"
+    assert run_command(*words).message == f"--model = '': {message}"
     assert run_command(*words, "--model", str(model)).code == 0
     settings = yaml.safe_load((tmp_path / "scans.yaml").read_text())
     assert settings["data"]["columns"] == {"image": "scan", "label": "label"}
@@ -117,6 +117,6 @@ def test_image_record_changes_a_step_by_at_most_the_clipping_norm(settings: Any)
     outcome = run_command(
         "audit", *settings("tracking=quiet", "audit.kind=sensitivity", "audit.tries=20", name="s"), "--json"
     )
-    found = json.loads(outcome.printed)["result"]
-    assert (found["tries"], found["exceeded"], found["others_moved"]) == (20, 0, 0)
-    assert 0.9 < found["moved"] <= 1.0
+    result = json.loads(outcome.printed)["result"]
+    assert (result["tries"], result["exceeded"], result["others_moved"]) == (20, 0, 0)
+    assert 0.9 < result["moved"] <= 1.0

