@@ -142,6 +142,12 @@ def test_person_can_set_the_date_back_after_a_clock_was_ahead(open_ledger: Any, 
     assert history.count_total_charges() == in_february + in_february
 
 
+def test_state_of_another_period_is_not_used_after_the_date_was_set_back() -> None:
+    charged = {1: datetime(2099, 1, 1, tzinfo=UTC), 2: FEBRUARY}
+    run = history.AcceptedRun(proposal=make_proposal(), expires=None, charged=charged, state_charged=charged[1])
+    assert not run.has_state_of_this_period("month")
+
+
 def test_restored_charges_count_in_the_period_of_the_anchor(full_ledger: Any, clock: Clock, path: Path) -> None:
     backup = path.read_bytes()
     clock.time = FEBRUARY

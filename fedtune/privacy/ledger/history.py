@@ -83,7 +83,7 @@ class AcceptedRun:
         """Whether the algorithm's state was charged in the same calendar period as the run's newest round."""
         if self.state_charged is None:
             return False
-        newest = max(self.charged.values())
+        newest = self.charged[max(self.charged)]
         return compute_period_number(self.state_charged, period) == compute_period_number(newest, period)
 
     def is_open(self, now: datetime) -> bool:
@@ -126,7 +126,7 @@ class History:
         policies: lifetime caps, oldest first, as (time, max_epsilon, number of earlier charged rounds and restores);
             caps of a lost branch have the time of the restore.
         answers: number of refusals and offers, by day and by whether the recipient was a stranger.
-        refused: (day, run, lead, reason, request) of each recorded refusal; no request if the reason is that it waits.
+        refused: (day, run, lead, reason, request) of each recorded refusal; the request is empty for waiting reasons.
         approved: digest of each proposal that a person at the site approved -> time of the approval.
         denied: digests of the proposals that a person at the site denied.
         marks: permanent marks of the ledger: ("seeded", ""), ("frozen", ""), the marks of each policy
@@ -134,7 +134,7 @@ class History:
             (`build_never_accepted_mark`).
         decided: digest of a proposal -> decisions of people at the site: `what` ("approved" or "denied"), `day`, `by`,
             `ticket` and `why`, each None if missing.
-        last_time: time of the newest event, the largest since a person last confirmed the date.
+        last_time: time of the newest event; only a person's confirmation of the date sets it back.
         register: digest of the register of arrivals.
         lost_rows: for each restore that may have lost register rows: (newest event with complete rows, sequence number
             of the restore note).
@@ -480,8 +480,8 @@ class History:
     def now(self, *, server: datetime | None = None) -> datetime:
         """Return the ledger's time: this machine's clock, unless it may be ahead.
 
-        Without a cap per calendar period, it is the earlier of this machine's clock and the `server`'s time, if
-        available, so that a clock that is ahead when an event is written does not move the ledger ahead.
+        Without a cap per calendar period, the `server`'s time counts if it is earlier, so that no event moves the
+        ledger ahead because of one wrong clock.
 
         Guarantee: the time is never before the newest event, so that setting the clock back opens no period. Under a
         cap per calendar period, a new period begins only if it directly follows the period of the newest event, and if

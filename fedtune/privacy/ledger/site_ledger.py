@@ -212,8 +212,8 @@ class SiteLedger:
     def record_refusal(self, refused: Refused, *, run: str, round: int, request: str, lead: str = "") -> None:
         """Record the refusal of a lead's request, up to a daily limit.
 
-        The refusal of the same request for the same reason is recorded once a day, so that replays do not use up the
-        limit; if a run awaits approval or the site is paused, the refusal of any request is.
+        Per day, each reason is recorded once for a request, so that replays do not use up the limit, and once for a run
+        that awaits approval or a paused site.
         """
         with self._store.transaction():
             of_which = "" if refused.reason.is_waiting else request
