@@ -67,8 +67,8 @@ class Books:
             if committed:
                 ledger.commit(granted, b"reply", fingerprint="f1" * 32)
 
-    def refuse(self, reason: Reason, *, run: str) -> None:
-        self.open().record_refusal(Refused(reason, requested="more", allowed="less"), run=run, round=1, request="q")
+    def refuse(self, reason: Reason, *, run: str, request: str = "q") -> None:
+        self.open().record_refusal(Refused(reason, requested="more", allowed="less"), run=run, round=1, request=request)
 
     def copy_ledger(self, name: str) -> Path:
         """Copy the ledger as `sqlite3 ledger.db ".backup NAME"` does, which also works while the site serves."""

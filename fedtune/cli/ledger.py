@@ -183,8 +183,8 @@ def confirm_date(policy: PolicyFile, yes: Annotated[bool, Option("do not ask")] 
     """Start the budget period that contains this machine's date.
 
     A clock that is set forward would open a new period with a full budget. A site therefore opens only the next period
-    automatically, and only if the server's time is in it; other periods, even earlier ones, require this command. Compare
-    the date with a clock that neither this machine nor the federation controls.
+    automatically, and only if the server's time is in it; other periods, even earlier ones, require this command.
+    Compare the date with a clock that neither this machine nor the federation controls.
     """
     site = _open_own_site(policy)
     history = verify(site.ledger).history

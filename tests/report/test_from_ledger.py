@@ -105,8 +105,8 @@ def test_steps_list_rounds_and_switch_to_runs_for_long_histories(
 
 def test_releases_and_refusals_are_counted_by_run_and_reason(charged_ledger: Books) -> None:
     charged_ledger.charge(run_proposal(run="s", noise_multiplier=6.0), 2, committed=False)
-    for run in ("r", "r", "never", "seen"):
-        charged_ledger.refuse(Reason.MAX_RANK, run=run)
+    for run, request in (("r", "q"), ("r", "another"), ("never", "q"), ("seen", "q")):
+        charged_ledger.refuse(Reason.MAX_RANK, run=run, request=request)
     charged_ledger.open().make_offer(run_proposal(run="t"))
     report = from_ledger.build_ledger_report(charged_ledger.ledger)
     assert {(item.run, item.kind, item.reason): item.count for item in report.facts.releases} == {
