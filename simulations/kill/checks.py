@@ -45,9 +45,15 @@ def verified(sites: Path, site: str) -> VerifiedLedger | None:
     try:
         return verify(path, anchor=head, site_key=SigningKey.load(path.with_name("site_key.pem")).public)
     except FedtuneError:
-        if head is None and (not path.exists() or path.stat().st_size == 0):
+        if head is None and not (path.exists() and _has_events(path)):
             return None
         raise
+
+
+def _has_events(ledger: Path) -> bool:
+    """Whether a ledger has its first events, which follow in a transaction of their own after the file is created."""
+    with store.open_for_reading(ledger) as file:
+        return bool(store.read_events(file))
 
 
 def register_problems(sites: Path, site: str, seen: Seen, setting: Setting) -> Iterator[str]:
@@ -81,7 +87,7 @@ def site_problems(seen: Seen, state: VerifiedLedger | None, setting: Setting) ->
             yield f"one request was answered with {len(updates)} different updates"
         if run is None or not updates <= {run.replies.get(request)}:
             yield "an update left that the ledger does not know as committed"
-    if seen.refusals[Reason.SITE_ERROR]:
+    if any(reason == Reason.SITE_ERROR for _, reason in seen.refusals):
         yield "the site failed"
     if state is not None:
         yield from _spending_problems(seen, state, setting.everyone.plan)
@@ -108,9 +114,9 @@ def _epsilon(spent: frozenset, delta: float) -> float:
 
 
 def _record_problems(seen: Seen, state: VerifiedLedger, charged: int) -> Iterator[str]:
-    refusals = sum(event.kind is Kind.REFUSAL for event in state.events)
-    if refusals < seen.refusals.total():
-        yield f"{seen.refusals.total()} refusals were given, {refusals} are recorded"
+    recorded = {(event.request, event.detail["reason"]) for event in state.events if event.kind is Kind.REFUSAL}
+    for request, reason in sorted(seen.refusals - recorded):
+        yield f"the refusal {reason} of request {request} was given, and is not recorded"
     if seen.receipt is not None:
         if seen.receipt.sequence > state.history.length:
             yield f"a receipt knows event {seen.receipt.sequence}, the ledger has {state.history.length}"

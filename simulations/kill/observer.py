@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import pickle
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,7 @@ class Seen:
         begun: trainings that began, whether or not they ended.
         admitted: users whom any of them could sample, where people arrive over time.
         trained: digest of what each finished training made, whether or not it left.
-        refusals: reasons given to requests.
+        refusals: (request digest, reason) of each refusal; a site records a repeated one once a day.
         failures: what should never be seen.
     """
 
@@ -84,7 +83,7 @@ class Seen:
     begun: int = 0
     admitted: set[str] = field(default_factory=set)
     trained: list[str] = field(default_factory=list)
-    refusals: Counter[str] = field(default_factory=Counter)
+    refusals: set[tuple[str, str]] = field(default_factory=set)
     receipt: Receipt | None = None
     failures: list[str] = field(default_factory=list)
 
@@ -100,7 +99,7 @@ class Seen:
                 self.updates.setdefault(told["request"], set()).add(told["sha256"])
                 self.released.add(told["noise"])
             case "refusal":
-                self.refusals[told["reason"]] += 1
+                self.refusals.add((told["request"], told["reason"]))
             case "begun":
                 self.begun += 1
                 self.admitted.update(told["admitted"])
