@@ -229,10 +229,10 @@ class SecureAggregator:
             )
         request = release.build_confirm_request()
         # Sites without an upload may also confirm and reveal shares.
-        confirmed = self._request_help(CONFIRM, dict.fromkeys(self._ready, (request,)))
+        confirmed = self._request_and_log_missing(CONFIRM, dict.fromkeys(self._ready, (request,)))
         _add_messages(confirmed, release.add_confirmation)
         requests = {site: (release.build_unmask_request(site),) for site in confirmed}
-        revealed = self._request_help(UNMASK, requests)
+        revealed = self._request_and_log_missing(UNMASK, requests)
         _add_messages(revealed, release.add_revealed)
         try:
             return release.compute_total(), tuple(release.survivors)
@@ -263,8 +263,8 @@ class SecureAggregator:
             self.left_out |= {dealer}
         self._save_session()
 
-    def _request_help(self, step: str, parts: Mapping[str, Iterable[bytes]]) -> dict[str, bytes]:
-        """Send the request of a step that enough sites can answer for the others, and name those that do not."""
+    def _request_and_log_missing(self, step: str, parts: Mapping[str, Iterable[bytes]]) -> dict[str, bytes]:
+        """Send the request of a step that needs answers from some sites only, and log the sites without an answer."""
         answers, missing = self._request_step(step, self.session, parts)
         for site, why in _describe_missing(missing).items():
             log.warning("secure aggregation: %s did not answer the step %r: %s", site, step, why)

@@ -16,7 +16,7 @@ from fedtune.spec import name_file_in_errors
 
 
 class SiteFiles:
-    """The files of a site. Relative paths in the policy start at the folder of the policy's file, also if it is a link.
+    """The files of a site. Relative paths in the policy start at the folder of the policy's file, not of a link to it.
 
     Attributes:
         policy: the policy of the site.

@@ -40,8 +40,8 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import FedtuneError, RunError
 
-_AHEAD = timedelta(days=1)  # a ledger's lead on this machine's clock above which a clock must have been wrong
-_IF_RIGHT = "If the clock is right, confirm it with `fedtune ledger confirm-date --policy site.toml`"
+_LARGEST_CLOCK_ERROR = timedelta(days=1)  # a clock was wrong if the newest event is further in the future
+_HOW_TO_CONFIRM = "If the clock is right, confirm it with `fedtune ledger confirm-date --policy site.toml`"
 _FIRST = ("opened", "policy")  # the first two notes of every ledger
 
 
@@ -97,6 +97,13 @@ class AcceptedRun:
         return Counter({event: count * left for event, count in once.items()})
 
 
+def build_refusal_key(
+    day: date, run: str, lead: str, reason: Reason, request: str
+) -> tuple[date, str, str, Reason, str]:
+    """Build the key under which a refusal is recorded once; for waiting reasons, it is the same for all requests."""
+    return day, run, lead, reason, "" if reason.is_waiting else request
+
+
 def _list_user_columns(policy: Policy) -> Iterator[tuple[str, str, str]]:
     """Yield ("dataset", id, user column) and ("file", path, user column) for each data set of a population of users."""
     for dataset in policy.dataset if policy.population.unit == "user" else ():
@@ -126,7 +133,7 @@ class History:
         policies: lifetime caps, oldest first, as (time, max_epsilon, number of earlier charged rounds and restores);
             caps of a lost branch have the time of the restore.
         answers: number of refusals and offers, by day and by whether the recipient was a stranger.
-        refused: (day, run, lead, reason, request) of each recorded refusal; the request is empty for waiting reasons.
+        refused: the keys of all recorded refusals (`build_refusal_key`).
         approved: digest of each proposal that a person at the site approved -> time of the approval.
         denied: digests of the proposals that a person at the site denied.
         marks: permanent marks of the ledger: ("seeded", ""), ("frozen", ""), the marks of each policy
@@ -214,8 +221,7 @@ class History:
             case Kind.REFUSAL | Kind.RELEASE:
                 lead, reason = str(event.detail.get("lead", "")), Reason(event.detail.get("reason", Reason.SITE_ERROR))
                 self.answers[moment.date(), reason.is_from_stranger] += 1
-                request = "" if reason.is_waiting else event.request
-                self.refused.add((moment.date(), event.run, lead, reason, request))
+                self.refused.add(build_refusal_key(moment.date(), event.run, lead, reason, event.request))
             case Kind.NOTE:
                 self._apply_note(event, moment)
 
@@ -511,18 +517,18 @@ class History:
         if self.policy is None or self.last_time is None:
             return ""
         clock, time, period = self.machine_clock, self.now(server=server), self.policy.budget.period
-        if self.last_time - clock > _AHEAD:
+        if self.last_time - clock > _LARGEST_CLOCK_ERROR:
             return (
                 f"this machine's clock says {clock:%Y-%m-%d %H:%M} UTC, and the ledger's newest event is from "
                 f"{self.last_time:%Y-%m-%d}, when a clock was wrong: budget periods and daily limits follow the later "
-                f"date. {_IF_RIGHT}"
+                f"date. {_HOW_TO_CONFIRM}"
             )
         if not self.caps_periods or compute_period_number(clock, period) <= compute_period_number(time, period):
             return ""
         server_time = f", the server's time is {server:%Y-%m-%d %H:%M}" if server else ""
         return (
             f"this machine's clock says {clock:%Y-%m-%d %H:%M} UTC{server_time}, and the ledger's newest event is from "
-            f"{self.last_time:%Y-%m-%d}: charges count for the {period} of {time:%Y-%m-%d}. {_IF_RIGHT}"
+            f"{self.last_time:%Y-%m-%d}: charges count for the {period} of {time:%Y-%m-%d}. {_HOW_TO_CONFIRM}"
         )
 
     def covers_receipt(

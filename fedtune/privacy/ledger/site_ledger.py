@@ -25,7 +25,7 @@ from fedtune.privacy.durable import require_disk_space
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import run_acceptance
 from fedtune.privacy.ledger.chain import Arrivals, Doubt, Head, Kind, RestoreNote, iter_charges, list_charge_rows
-from fedtune.privacy.ledger.history import AcceptedRun, History
+from fedtune.privacy.ledger.history import AcceptedRun, History, build_refusal_key
 from fedtune.privacy.ledger.register import LedgerHeader
 from fedtune.privacy.ledger.store import EventStore, create_ledger_file
 from fedtune.privacy.policy_file import build_never_accepted_mark
@@ -212,12 +212,11 @@ class SiteLedger:
     def record_refusal(self, refused: Refused, *, run: str, round: int, request: str, lead: str = "") -> None:
         """Record the refusal of a lead's request, up to a daily limit.
 
-        Per day, each reason is recorded once for a request, so that replays do not use up the limit, and once for a run
-        that awaits approval or a paused site.
+        A refusal of the same request for the same reason is recorded once a day, so that replays do not use up the
+        limit. While a run awaits approval or the site is paused, all requests of the run count as the same.
         """
         with self._store.transaction():
-            of_which = "" if refused.reason.is_waiting else request
-            if (self._store.now().date(), run, lead, refused.reason, of_which) in self.history.refused:
+            if build_refusal_key(self._store.now().date(), run, lead, refused.reason, request) in self.history.refused:
                 return
             requested = refused.requested and refused.requested[:_MAX_TEXT]  # untrusted text from a server
             detail = {"reason": refused.reason.value, "requested": requested, "allowed": refused.allowed, "lead": lead}

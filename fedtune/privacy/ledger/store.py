@@ -297,8 +297,8 @@ class EventStore:
 
     def now(self) -> datetime:
         """Return the time for the next event. Without the server's time, no new budget period begins."""
-        alone = self.history.last_time if self.history.caps_periods else None
-        return self.history.now(server=self.server_time or alone)
+        fallback = self.history.last_time if self.history.caps_periods else None
+        return self.history.now(server=self.server_time or fallback)
 
     def append_event(
         self, kind: Kind, detail: dict[str, Any], *, at: datetime | None = None, **about: str | int
