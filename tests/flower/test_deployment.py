@@ -57,7 +57,7 @@ class Line:
         signed = asked.sign_with(lead_key)
         return Message(flower_records.from_question(Question(site=site, signed=signed), None), 1, kind)
 
-    def hear_reply(self, number: int, reply: Reply, kind: str = "train") -> Answered:
+    def receive_reply(self, number: int, reply: Reply, kind: str = "train") -> Answered:
         answer = Message(flower_records.from_reply(reply), 1, kind)
         return self.ears(number, self.question(self.sites[number - 1].site, kind), answer)
 
@@ -94,7 +94,7 @@ def line(folder: Path, ledger: SiteLedger, adapter: Adapter) -> Line:
 
 
 def test_update_is_final_and_reported_with_size_and_charge(line: Line) -> None:
-    assert line.hear_reply(2, line.signed(line.update("south"))) == Answered(good=True)
+    assert line.receive_reply(2, line.signed(line.update("south"))) == Answered(good=True)
     ((site, event, details),) = line.heard
     assert (site, event, details["charged_rounds"]) == ("south", "update", 2)
     assert details["num_bytes"] > sum(value.nbytes for value in line.adapter.tensors.values())
@@ -112,7 +112,7 @@ def test_update_without_a_matching_signed_receipt_is_rejected(line: Line, what: 
         reply = line.signed(body)
     else:
         reply = line.signed(line.update(round=2) if what == "another round" else line.update("south"))
-    assert line.hear_reply(1, reply) == Answered(good=False)
+    assert line.receive_reply(1, reply) == Answered(good=False)
     own = what in ("another round", "another site's")
     assert line.heard[0][2]["charged_rounds"] == (2 if own else None), "an unsigned charge must not be reported"
 
@@ -127,7 +127,7 @@ def test_implausible_charge_is_not_reported(line: Line) -> None:
 def test_final_refusal_is_reported_for_every_reason(line: Line) -> None:
     final = [reason for reason in Reason if not reason.is_waiting]
     for reason in final:
-        assert line.hear_reply(1, line.signed(make_refusal(reason))) == Answered(good=False)
+        assert line.receive_reply(1, line.signed(make_refusal(reason))) == Answered(good=False)
     assert line.words == [("north", reason.value) for reason in final]
 
 
@@ -135,12 +135,12 @@ def test_final_refusal_is_reported_for_every_reason(line: Line) -> None:
 def test_waiting_site_is_asked_again_and_reported_once(line: Line, reason: Reason) -> None:
     for _ in range(3):
         reply = line.signed(make_refusal(reason))
-        assert line.hear_reply(1, reply) == Answered(good=False, again_s=5, idle=True)
-    assert line.hear_reply(2, line.signed(make_refusal(reason))).again_s == 5
+        assert line.receive_reply(1, reply) == Answered(good=False, again_s=5, idle=True)
+    assert line.receive_reply(2, line.signed(make_refusal(reason))).again_s == 5
     assert line.words == [("north", reason.value), ("south", reason.value)]
-    assert line.hear_reply(1, line.signed(line.update())) == Answered(good=True)
+    assert line.receive_reply(1, line.signed(line.update())) == Answered(good=True)
     assert line.words[2:] == [("north", "update")]
-    line.hear_reply(1, line.signed(make_refusal(reason)))
+    line.receive_reply(1, line.signed(make_refusal(reason)))
     assert line.words[3:] == [("north", reason.value)], "a pause in a later round must be reported again"
 
 
@@ -150,13 +150,13 @@ def test_polling_interval_grows_while_a_site_awaits_approval(line: Line, monkeyp
     waiting = line.signed(make_refusal(Reason.AWAITING_APPROVAL))
     times = []
     while now < 3_600:
-        now += line.hear_reply(1, waiting).again_s or 0
+        now += line.receive_reply(1, waiting).again_s or 0
         times.append(now)
     assert times[0] == 5
     assert now - times[-2] == 60
     assert len(times) < 100, "on stock Flower each question starts a process"
-    line.hear_reply(1, line.signed(line.update()))
-    assert line.hear_reply(1, waiting).again_s == 5, "a new wait must start with the shortest interval"
+    line.receive_reply(1, line.signed(line.update()))
+    assert line.receive_reply(1, waiting).again_s == 5, "a new wait must start with the shortest interval"
 
 
 @pytest.mark.parametrize(
@@ -186,19 +186,21 @@ def test_invitation_waits_for_approval_but_not_during_a_pause(line: Line) -> Non
     for reason, idle in ((Reason.AWAITING_APPROVAL, False), (Reason.PAUSED, True)):
         reply = line.signed(make_refusal(reason, round=0))
         expected = Answered(good=False, again_s=5, idle=idle)
-        assert line.hear_reply(1, reply, f"query.{flower_records.INVITE}") == expected
+        assert line.receive_reply(1, reply, f"query.{flower_records.INVITE}") == expected
 
 
 def test_offer_is_accepted_only_for_an_invitation(line: Line) -> None:
     offer = Offer(site="north", run="r", max_rounds=3, min_noise=1.0, nonce=NONCE, software="0.2.1+7c1f")
     kind = f"query.{flower_records.INVITE}"
-    assert line.hear_reply(1, line.signed(offer), kind) == Answered(good=True)
+    assert line.receive_reply(1, line.signed(offer), kind) == Answered(good=True)
     assert line.words == [("north", OFFER)]
     line.listener.note.assert_called_once_with(f"north runs fedtune 0.2.1+7c1f, and this lead runs {build()}")
     for other in (replace(offer, nonce="1b" * 16), replace(offer, run="s"), replace(offer, site="south")):
-        assert line.hear_reply(1, line.signed(other), kind) == Answered(good=False)
-    assert line.hear_reply(1, line.signed(offer)) == Answered(good=False), "a round needs an update"
-    assert line.hear_reply(1, line.signed(line.update()), kind) == Answered(good=False), "an invitation needs an offer"
+        assert line.receive_reply(1, line.signed(other), kind) == Answered(good=False)
+    assert line.receive_reply(1, line.signed(offer)) == Answered(good=False), "a round needs an update"
+    assert line.receive_reply(1, line.signed(line.update()), kind) == Answered(good=False), (
+        "an invitation needs an offer"
+    )
 
 
 def test_lead_contacts_no_site_if_the_expected_signal_is_weak(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
