@@ -119,7 +119,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
         {"sigma": make_own_text, "spam": (0, 1), "rho": (1, 0, 0)},
         "or write one column with lists of",
     ),
-    "a lone answer": ({"text": make_own_text, "label": "one"}, "label = 'text': must have at least two values"),
+    "a lone answer": ({"text": make_own_text, "label": "one"}, "at least two values, but has only 'one'"),
     "a lone last word": ({"text": make_own_text, "final_decision": "one"}, "must have at least two values"),
     "an empty answer": ({"text": make_own_text, "sentiment": ""}, "must have at least two values"),
     # A time beside its event, in usual codes.
