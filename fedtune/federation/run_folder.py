@@ -242,16 +242,16 @@ class RunFolder:
 
     @contextlib.contextmanager
     def hold_lock(self) -> Iterator[None]:
-        """Hold the lock of the folder, because two processes in one folder would mix their ledgers and checkpoints.
+        """Hold the lock of the folder, because two runs in one folder would mix their ledgers and checkpoints.
 
         Raises:
-            ConfigError: another process runs the run of this folder.
+            ConfigError: a run in this or another process uses the folder.
         """
         with self.log.open("a") as held:  # the lock is released with the process, even if the process is killed
             try:
                 lock(held.fileno())
             except OSError:
-                raise ConfigError("resume", str(self.path), "is running in another process: wait, or stop it") from None
+                raise ConfigError("run folder", str(self.path), "is used by a running run: wait, or stop it") from None
             yield
 
     @property
