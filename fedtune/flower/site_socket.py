@@ -180,9 +180,9 @@ def serve_connection(server: socket.socket, answer: Answering, *, wait_s: float)
         reply = answer(*request)
         try:
             line.settimeout(_TRANSFER_S)
-            line.sendall(pack(*request[:2], reply))
-        except OSError as error:  # the lead will repeat the question, and the ledger stores the answer
-            log.info("the peer closed the connection before the answer was sent (%s)", type(error).__name__)
+            line.sendall(pack("", 0.0, reply))  # without the request's values, which could exceed the header's limit
+        except (OSError, ValueError) as error:  # the lead will repeat the question, and the ledger stores the answer
+            log.info("the connection was closed before the answer was sent (%s)", type(error).__name__)
 
 
 def _check_peer(line: socket.socket, *, group: int) -> None:
