@@ -195,6 +195,8 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
     ):
         assert output in run_command(*refused, *options).failed()
         assert not (tmp_path / "no.jsonl").exists()
+    asked = ("synthesize", str(runs / "writer"), "--votes", str(folder), "--to", str(tmp_path / "no.jsonl"))
+    assert "must contain public records: " in run_command(*asked).failed(), "the card would not name their run"
     to.write_text(to.read_text().replace("seed 7", "private text"))
     message = run_command(*refused, "--rows", "2").failed()
     assert "must be an unchanged output of fedtune synthesize with this RUN, with its card next to it" in message
@@ -210,18 +212,8 @@ def test_synthesis_card_adds_the_epsilon_of_variations_and_votes(runs: Path, tmp
         liked = simulate(f"experiment={voting}", "model=random_bert", into=tmp_path, name=f"liked-{number}")
         vote(liked, 0.4, 0.1, -0.2, 0.3)
         charged.append(api.load(liked))
-        choose = (
-            "synthesize",
-            "select",
-            str(runs / "writer"),
-            "--candidates",
-            str(to),
-            "--votes",
-            str(liked),
-            "--rows",
-            "2",
-        )
-        assert "card" in run_command(*choose, "--to", str(best)).printed
+        choose = ("synthesize", "select", str(runs / "writer"), "--candidates", str(to), "--votes", str(liked))
+        assert "card" in run_command(*choose, "--rows", "2", "--to", str(best)).printed
         options = ("--variations-of", str(best))
     (red, *_, blue), second = rounds
     assert [row["messages"] for row in second] == ["a red one"] * 2 + ["a blue one"] * 2
@@ -299,17 +291,8 @@ def test_edited_synthesis_card_is_refused(runs: Path, tmp_path: Path) -> None:
     write_records(runs, to, "--rows", "4", "--votes", str(runs / "shares"), codes=False)
     original = json.loads(card.read_text())
     writer, shares = original["runs"]
-    choose = (
-        "synthesize",
-        "select",
-        str(runs / "writer"),
-        "--candidates",
-        str(to),
-        "--votes",
-        str(runs / "shares"),
-        "--rows",
-        "2",
-    )
+    selection = ("--candidates", str(to), "--votes", str(runs / "shares"), "--rows", "2")
+    choose = ("synthesize", "select", str(runs / "writer"), *selection)
 
     def select_and_fail() -> str:
         message: str = run_command(*choose, "--to", str(tmp_path / "no.jsonl")).failed()

@@ -129,13 +129,7 @@ def test_guidance_scales_probabilities_by_their_ratio(
         return float(torch.softmax((own + guidance * lift) / 2, dim=-1)[ends].sum())
 
     number, spec = 400, WritingSpec(max_new_tokens=1, temperature=2.0, guidance=1.0)
-    settings = {
-        "tokenizer": tokenizer,
-        "end_ids": frozenset(ends),
-        "spec": spec,
-        "first": 0,
-        "max_tokens": 10_000,
-    }
+    settings = {"tokenizer": tokenizer, "end_ids": frozenset(ends), "spec": spec, "first": 0, "max_tokens": 10_000}
     drawn = sample_completions(language_model, [prompt] * number, against=[other] * number, **settings)
     ended = sum(text is not None for _, text in drawn) / number
     deviation = (compute_expected(1.0) * (1 - compute_expected(1.0)) / number) ** 0.5

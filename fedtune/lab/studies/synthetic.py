@@ -20,10 +20,11 @@ import numpy.typing as npt
 
 from fedtune.api.experiment_file import OPEN
 from fedtune.api.public import Callback, Progress, Run, ignore_progress
+from fedtune.codec import require
 from fedtune.data.records import Record, build_empty_file_error, iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.lab.preparation.experiment_writer import escape_interpolations
-from fedtune.sites.run_records import RunRecords, normalize_text, require_disjoint
+from fedtune.sites.run_records import RunRecords, normalize_text, require_disjoint, require_not_generated
 from fedtune.spec import ConfigError
 from fedtune.tasks.registry import TASKS
 from fedtune.version import find_shipped_folders
@@ -94,17 +95,17 @@ def synthesize(
     shares = _read_prompts(run, prompts, roles, own or RunRecords(run.config)) if prompts is not None else {}
     if votes is not None:
         voted: dict[Prompt, float] = {(text,): weight for text, weight in compute_vote_shares(votes).items()}
-        if len(roles) > 1 or (shares and set(shares) != set(voted)):
-            bound = "must have the prompts as its candidates, and prompts must have a single column"
-            raise ConfigError("--votes", str(votes.folder), bound)
+        bound = "must have the prompts as its candidates, and prompts must have a single column"
+        require("--votes", str(votes.folder), len(roles) == 1 and (shares or voted).keys() == voted.keys(), bound)
+        for listed in (run, votes):  # a card does not list a run that generated the candidates
+            found, folder = (Record({roles[0]: text}) for (text,) in voted), RunRecords(listed.config).runs_folder
+            require_not_generated(found, folder, key="--votes", file=str(votes.folder))
         shares = voted
     if variations_of:
-        if shares:
-            bound = "conflicts with --prompts and --votes: these records have their own prompts"
-            raise ConfigError("--variations-of", "records", bound)
+        bound = "conflicts with --prompts and --votes: these records have their own prompts"
+        require("--variations-of", "records", not shares, bound)
         shares = dict(load_synthetic(variations_of, tuple(columns.values())).wanted)
-    if not shares:
-        raise ConfigError("--prompts", None, "is missing: pass --prompts, --votes or --variations-of")
+    require("--prompts", None, bool(shares), "is missing: pass --prompts, --votes or --variations-of")
     wanted = {prompt: count for prompt, count in allot_rows(shares, rows).items() if count}
     try:
         whole = re.compile(pattern) if pattern is not None else None
@@ -249,9 +250,8 @@ def select_by_votes(found: Synthetic, column: str, votes: Run, *, keep: int) -> 
     """
     weights = compute_vote_shares(votes)
     rows = [row for row in found.rows if row[column] != OPEN]  # as in the voting experiment
-    if keep > len(rows):
-        bound = f"must be at most {len(rows)}, the number of candidates of the voting experiment"
-        raise ConfigError("--rows", keep, bound)
+    bound = f"must be at most {len(rows)}, the number of candidates of the voting experiment"
+    require("--rows", keep, keep <= len(rows), bound)
     if missing := sum(row[column] not in weights for row in rows):
         bound = f"lacks {missing} of the texts: use the run of their voting experiment"
         raise ConfigError("--votes", str(votes.folder), bound)
