@@ -47,6 +47,7 @@ PRETRAINED = {"digest": "vaultgemma", "unit": "sequence of 1,024 tokens", "delta
 WITH_HEAD = ("classification", "multi_label", "ordinal", "regression", "survival", "votes", "token_classification")
 HEADS = dict.fromkeys(("causal_lm", "preference", "embedding"), False) | dict.fromkeys(WITH_HEAD, True)  # of each task
 COUNTS = {"rounds", "count", "local_steps", "num_rounds", "spare_rounds", "lost_rounds", "charged_rounds"}
+COUNTS |= {"num_sites", "threshold", "colluders"}
 PRIME, OF_ORDER_8 = 2**255 - 19, 0x05FC536D880238B13933C6D305ACDFD5F098EFF289F4C345B027B2C28F95E826
 SMALL_ORDER = {0, 1, PRIME - 1, PRIME, PRIME + 1, OF_ORDER_8, PRIME - OF_ORDER_8}  # anybody can sign under these keys
 MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
@@ -129,12 +130,21 @@ def events_of(plan: Json, rounds: int) -> dict[Event, int]:
     """The mechanisms of so many rounds of a plan, counted; secure aggregation counts the fewest honest shares."""
     noise, shared = float(plan["noise_multiplier"]), plan["shared"]
     if shared is not None:
-        noise = shared["noise_multiplier"] * math.sqrt(max(1, shared["threshold"] - shared["colluders"]))
-    rate = {"laplace": LAPLACE, "gaussian": float(plan["sampling_rate"])}[plan.get("noise", "gaussian")]
-    found = {(rate, noise): plan["local_steps"] * rounds}
+        sites, least, others = shared["num_sites"], shared["threshold"], shared["colluders"]
+        right = least <= sites and others < sites and 2 * least > sites + others
+        require(right, f"no sum of {least} of {sites} sites hides one site from {others} others")
+        noise = shared["noise_multiplier"] * math.sqrt(max(1, least - others))
+    found = {mechanism(plan.get("noise", "gaussian"), plan["sampling_rate"], noise): plan["local_steps"] * rounds}
     if (of_scores := float(plan["metrics_noise_multiplier"])) > 0:
         found[1.0, of_scores] = found.get((1.0, of_scores), 0) + rounds
-    return {event: count for event, count in found.items() if count}
+    return {one: count for one, count in found.items() if count}
+
+
+def mechanism(noise: str, rate: float, sigma: float) -> Event:
+    """A mechanism with this noise; of Gaussian noise, the rate is in (0, 1], so that none is taken for Laplace's."""
+    rate = {"laplace": 1.0, "gaussian": float(rate)}[noise]
+    require(0 < rate <= 1 and float(sigma) >= 0, f"no mechanism has the rate {rate} and the noise {sigma}")
+    return LAPLACE if noise == "laplace" else rate, float(sigma)
 
 
 def max_rounds(plan: Json) -> int:
@@ -451,7 +461,6 @@ def check_charges(facts: Json) -> None:
     """Refuse contradictory facts of a ledger: a run listed twice or without its charges, or charges without a run."""
     plans, charges, delta = {run["run"]: run["plan"] for run in facts["runs"]}, facts["charges"], facts["delta"]
     require("" not in plans and len(plans) == len(facts["runs"]), "it lists a run twice")
-    require(0 < delta < 1, f"its delta is {delta}")
     for name, plan in plans.items():
         rounds = sum(one["rounds"] for one in charges if one["run"] == name)
         sent = sum(one["count"] for one in facts["releases"] if (one["kind"], one["run"]) == ("update", name))
@@ -503,11 +512,12 @@ def number_of(name: str) -> int:
     return 12 * int(year) + int(part) - 1 if part else int(year)
 
 
-def event_of(event: Json) -> Event:
-    if event["kind"] == "poisson_sampled":
-        return float(event["sampling_probability"]), float(event["event"]["noise_multiplier"])
-    rate = LAPLACE if event["kind"] == "laplace" else 1.0
-    return rate, float(event.get("noise_multiplier", 0.0))
+def event_of(charged: Json) -> Event:
+    if charged["kind"] == "poisson_sampled":
+        return mechanism("gaussian", charged["sampling_probability"], charged["event"]["noise_multiplier"])
+    return mechanism(
+        "laplace" if charged["kind"] == "laplace" else "gaussian", 1.0, charged.get("noise_multiplier", 0.0)
+    )
 
 
 def number(epsilon: float | None) -> float:
@@ -652,6 +662,7 @@ def verified(path: Path, *, key: str | None, roster: Path | None, model: Path | 
     require(simulated or key is not None or roster is not None, "nobody compared whose signature it is: give --key")
     listed = members(roster, signer if of_run else "") if roster else []
     keys = {one["site"]: one["site_key"] for one in listed} if roster else None
+    require(0 < (delta := facts["plan"]["delta"] if of_run else facts["delta"]) < 1, f"its delta is {delta}")
     state, epsilon = check_run(report, keys, path.parent) if of_run else check_ledger(report, keys, signer)
     said = report["verdict"]["state"]
     require(said == state, f"its verdict is {said}, found {state}")
@@ -663,7 +674,6 @@ def verified(path: Path, *, key: str | None, roster: Path | None, model: Path | 
     own = {site["site"] for site in report["sites"]}
     left = [one for one in listed if one["site"] in own and one.get("revoked")]
     whose += "".join(f"; {one['site']} was revoked at {one['revoked']}" for one in left)
-    delta = facts["plan"]["delta"] if of_run else facts["delta"]
     return f"{said}: epsilon {number(report['epsilon']):.6g} at delta {delta:g} ({whose})"
 
 

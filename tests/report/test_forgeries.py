@@ -784,6 +784,7 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], object]]] = {
         "not in order, or later than the report",
         lambda facts: facts["charges"][-1].update(day="2999-01-01"),
     ),
+    "negative colluders": ("has invalid counts: ['colluders -9']", lambda facts: facts.update(colluders=-9)),
     "run twice": ("it lists a run twice", lambda facts: facts["runs"].append(facts["runs"][0])),
 }
 
@@ -797,6 +798,22 @@ def test_independent_verifier_refuses_contradictory_ledgers(name: str, tmp_path:
     write_json(tmp_path / "report.json", fields)
     assert verify_report.main([str(tmp_path)]) == 1
     assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changed", [{"sampling_rate": 0.0}, {"sampling_rate": 1.5}, {"shared": {"threshold": 9}}])
+def test_independent_verifier_refuses_mechanisms_that_no_plan_has(changed: dict[str, Any]) -> None:
+    plan = json.loads(signing.report_to_json(load_report_on_file("secure")()))["facts"]["plan"]
+    changed = {key: plan[key] | one if key == "shared" else one for key, one in changed.items()}
+    with pytest.raises(verify_report.Wrong, match=r"no mechanism has the rate|no sum of 9 of 5 sites"):
+        verify_report.events_of(plan | changed, 1)
+
+
+def test_independent_verifier_refuses_a_run_with_a_delta_above_1(tmp_path: Path, capsys: Any) -> None:
+    fields = json.loads(signing.report_to_json(load_report_on_file("run")()))
+    fields["facts"]["plan"]["delta"] = 1.5
+    write_json(tmp_path / "report.json", fields)
+    assert verify_report.main([str(tmp_path)]) == 1
+    assert "its delta is 1.5" in capsys.readouterr().out
 
 
 def test_independent_verifier_refuses_other_bytes_and_weak_signatures(tmp_path: Path, capsys: Any) -> None:
