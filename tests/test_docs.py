@@ -256,14 +256,7 @@ def test_every_command_is_documented() -> None:
     )
 
 
-MAX_FILES = {
-    "An algorithm": 2,
-    "A task": 3,
-    "An input": 3,
-    "A format": 3,
-    "A release": 7,
-    "A section of the report": 5,
-}
+MAX_FILES = {"An algorithm": 2, "A task": 3, "An input": 3, "A format": 3, "A release": 7, "A section of the report": 5}
 """The most files that each kind of change may touch. These numbers may only fall."""
 
 

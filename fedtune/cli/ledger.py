@@ -198,16 +198,15 @@ def confirm_date(policy: PolicyFile, yes: Annotated[bool, Option("do not ask")] 
 
 
 def find_ledger(name: str) -> Path:
-    """Return the ledger file for the argument PATH.
+    """Return the ledger file for the argument PATH, and act as the account that owns PATH.
 
     Raises:
-        ConfigError: the path contains no ledger.
+        ConfigError: the path contains no ledger, or root cannot act as its owner.
     """
-    path = Path(name)
-    if path.is_file():
-        return path
-    if (path / "ledger.db").is_file():
-        return path / "ledger.db"
+    act_as_owner(path := Path(name))
+    for file in (path, path / "ledger.db"):
+        if file.is_file():
+            return file
     found = ", ".join(str(file) for file in sorted(path.glob("sites/*/ledger.db")))
     if not path.exists():
         raise ConfigError("ledger", name, f"no such file or folder{suggest_run_folders(path)}")

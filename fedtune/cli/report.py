@@ -97,7 +97,8 @@ def build(
     else:
         from fedtune.report import from_ledger
 
-        ledger = SiteFiles.from_site_toml(path).ledger if of_policy else find_ledger(str(path))
+        given = find_ledger(str(path))
+        ledger = SiteFiles.from_site_toml(path).ledger if of_policy else given
         report = from_ledger.build_ledger_report(path if of_policy else ledger, anchor=anchor)
         folder = ledger.with_name(f"{ledger.name}.report")
         own_language, place = "en", "[about] of site.toml"

@@ -30,7 +30,7 @@ from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.site_ledger import SiteLedger
-from fedtune.privacy.ledger.store import lock_anchor
+from fedtune.privacy.ledger.store import connect, lock_anchor
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import NOT_GIVEN, ConfigError, RunError
@@ -40,7 +40,6 @@ from fedtune.version import __version__
 Kind = Literal["site", "server", "lead"]
 _LIST = "backup.json"
 _CHUNK = 1 << 20
-_LOCK_S = 60.0
 _STATE = ("state/paused", "state/left")
 
 
@@ -90,12 +89,8 @@ def copy_database(source: Path, target: Path) -> None:
         ConfigError: the database cannot be read.
     """
     # Read-write access, because SQLite must roll back an interrupted transaction before the first read.
-    address = f"{source.resolve().as_uri()}?mode=rw"
     try:
-        with (
-            closing(sqlite3.connect(address, uri=True, timeout=_LOCK_S)) as old,
-            closing(sqlite3.connect(target)) as new,
-        ):
+        with closing(connect(source, writing=True)) as old, closing(sqlite3.connect(target)) as new:
             old.backup(new)
             new.execute("PRAGMA journal_mode = DELETE")  # so that the copy is a single file
     except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite may quote undecodable bytes

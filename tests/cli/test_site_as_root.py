@@ -134,6 +134,16 @@ def test_root_commands_do_not_follow_symbolic_links(
     assert target.read_text() == "secret"
 
 
+def test_root_writes_no_anchor_or_report_through_a_link(served_site: Here, tmp_path: Path) -> None:
+    folder = served_site.folder
+    os.symlink(tmp_path / "anchor", folder / "new.json")
+    os.symlink(tmp_path, folder / "report")
+    key = ("--key", str(folder / "site_key.pem"), "--output", str(folder / "new.json"))
+    assert call_command("ledger", "anchor", str(folder / "ledger.db"), *key) != 0
+    assert call_command("report", str(served_site.site_toml), "--output", str(folder / "report")) != 0
+    assert not {"anchor", "report.json"} & {path.name for path in tmp_path.iterdir()}
+
+
 def test_unreadable_python_is_reported_before_dropping_privileges(
     served_site: Here, waiting_proposal: Proposal, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:

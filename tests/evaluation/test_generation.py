@@ -69,12 +69,7 @@ def test_sampled_texts_use_independent_random_streams(
 
     def draw_texts(max_tokens: int, *, first: int = 0, most: int = 20, seed: int = 1) -> dict[int, str | None]:
         spec = WritingSpec(max_new_tokens=most, temperature=1.5, top_p=0.9, guidance=1.0, seed=seed)
-        settings = {
-            "tokenizer": tokenizer,
-            "end_ids": frozenset(range(0, 999, 7)),
-            "spec": spec,
-            "against": against,
-        }
+        settings = {"tokenizer": tokenizer, "end_ids": frozenset(range(0, 999, 7)), "spec": spec, "against": against}
         return dict(sample_completions(language_model, own, first=first, max_tokens=max_tokens, **settings))
 
     texts = draw_texts(10_000)

@@ -8,6 +8,7 @@ import re
 import signal
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -18,6 +19,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from fedtune.ops.backup import copy_database
 from fedtune.privacy import durable, events
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Head, Kind
@@ -44,6 +46,19 @@ def test_rollback_journal_and_full_synchronization_are_enabled(path: Path) -> No
         assert file.in_transaction
         file.execute("INSERT INTO replies VALUES ('r', 'q', x'00', x'')")
         assert sorted(p.name for p in path.parent.iterdir()) == ["ledger.db", "ledger.db-journal"]
+
+
+def test_journal_that_names_another_file_deletes_nothing(open_ledger: Any, path: Path, tmp_path: Path) -> None:
+    train(open_ledger(), make_proposal(), 1)
+    (other := tmp_path / "other").touch()
+    name, mark = bytes(other), bytes.fromhex("d9d505f920a163d7")
+    header = (mark + struct.pack(">5I", 0, 0, path.stat().st_size // 4096, 512, 4096)).ljust(512, b"\0")
+    named = struct.pack(">I", (1 << 30) // 4096 + 1) + name + struct.pack(">2I", len(name), sum(name)) + mark
+    (path.parent / "ledger.db-journal").write_bytes(header + named)  # SQLite deletes the named file after the rollback
+    for read in (lambda: verify(path), open_ledger, lambda: copy_database(path, tmp_path / "copy")):
+        with pytest.raises((RunError, ConfigError), match="its journal names another file"):
+            read()
+    assert other.exists()
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,7 @@ from fedtune.privacy.selection import Selection
 from fedtune.report import gate_rules
 from fedtune.report.attacks import AttackFinding, RunAttacks
 from fedtune.report.checks import START, Check
-from fedtune.report.derive.profile import (
-    bound_correct_guesses_per_100,
-    bound_secret_chance,
-    compute_hit_rate_ceiling,
-)
+from fedtune.report.derive.profile import bound_correct_guesses_per_100, bound_secret_chance, compute_hit_rate_ceiling
 from fedtune.report.facts import (
     Audit,
     AuditBound,

@@ -40,6 +40,7 @@ from fedtune.version import __version__
 
 LOCK_TIMEOUT_S = 60.0
 _APPLICATION_ID = 0x66656474  # "fedt"
+_END_OF_NAME = bytes.fromhex("d9d505f920a163d7")  # end of a journal that names a super-journal
 _COLUMNS = (
     "sequence", "kind", "time", "run", "round", "request", "attempt", "dataset", "cohort", "code", "detail", "hash",
     "signature",
@@ -94,6 +95,27 @@ def _build_empty_ledger() -> bytes:
         return file.serialize()
 
 
+def connect(path: Path, *, writing: bool = False) -> sqlite3.Connection:
+    """Open an existing SQLite database, read-only unless it is for `writing`, or has a journal to roll back.
+
+    Guarantee: opening a database from an untrusted source, or another account's as root, deletes no other file. A
+    journal may name a super-journal, which SQLite deletes after the rollback, whatever file that is. Only transactions
+    over several databases have one, so such a journal is none of fedtune's.
+
+    Raises:
+        sqlite3.Error: the file cannot be opened, or its journal names another file.
+    """
+    journal = (file := path.resolve()).with_name(f"{path.resolve().name}-journal")
+    if journal.is_file():
+        with suppress(OSError), journal.open("rb") as stream:
+            stream.seek(-len(_END_OF_NAME), os.SEEK_END)
+            if stream.read() == _END_OF_NAME:
+                raise sqlite3.DatabaseError("its journal names another file")
+    # Only a writer can roll back a hot journal, which blocks all readers.
+    mode = "rw" if writing or journal.exists() else "ro"
+    return sqlite3.connect(f"{file.as_uri()}?mode={mode}", uri=True, timeout=LOCK_TIMEOUT_S, isolation_level=None)
+
+
 @contextmanager
 def open_for_writing(path: Path) -> Iterator[sqlite3.Connection]:
     """Open an exclusive transaction on the existing ledger at `path`.
@@ -109,27 +131,19 @@ def open_for_writing(path: Path) -> Iterator[sqlite3.Connection]:
     if not path.exists():
         raise RunError(f"ledger {path} is missing; training is not possible without it: restore it from a backup")
     try:
-        address = f"{path.resolve().as_uri()}?mode=rw"
-        file = sqlite3.connect(address, uri=True, timeout=LOCK_TIMEOUT_S, isolation_level=None)
-    except (sqlite3.Error, OSError) as error:
-        raise RunError(
-            f"ledger {path} cannot be opened ({error}); training is not possible without a ledger"
-        ) from error
-    try:
-        # A rollback journal instead of a write-ahead log, so that a copied file is complete. EXTRA also syncs the
-        # folder after the journal is deleted; otherwise a power cut could undo a committed transaction.
-        file.execute("PRAGMA journal_mode = DELETE")
-        file.execute("PRAGMA synchronous = EXTRA")
-        file.execute("BEGIN IMMEDIATE")
-        _check_tables(file, path)
-        yield file
-        file.execute("COMMIT")
+        with closing(connect(path, writing=True)) as file:
+            # A rollback journal instead of a write-ahead log, so that a copied file is complete. EXTRA also syncs the
+            # folder after the journal is deleted; otherwise a power cut could undo a committed transaction.
+            file.execute("PRAGMA journal_mode = DELETE")
+            file.execute("PRAGMA synchronous = EXTRA")
+            file.execute("BEGIN IMMEDIATE")
+            _check_tables(file, path)
+            yield file  # a transaction that does not commit is rolled back when the file is closed
+            file.execute("COMMIT")
     except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite may quote invalid UTF-8 in its message
         raise RunError(
             f"ledger {path} cannot be read or written ({error}); training is not possible without a ledger"
         ) from error
-    finally:
-        file.close()  # a transaction that did not commit is rolled back
 
 
 @contextmanager
@@ -142,19 +156,12 @@ def open_for_reading(path: Path) -> Iterator[sqlite3.Connection]:
     """
     if not path.is_file():
         raise RunError(f"ledger {path} does not exist")
-    # Only a writer can roll back a hot journal, which blocks all readers.
-    mode = "rw" if path.resolve().with_name(f"{path.resolve().name}-journal").exists() else "ro"
     try:
-        file = sqlite3.connect(
-            f"{path.resolve().as_uri()}?mode={mode}", uri=True, timeout=LOCK_TIMEOUT_S, isolation_level=None
-        )
-        try:
+        with closing(connect(path)) as file:
             file.execute("PRAGMA query_only = ON")
             file.execute("BEGIN")
             _check_tables(file, path)
             yield file
-        finally:
-            file.close()
     except (sqlite3.Error, UnicodeDecodeError) as error:
         raise RunError(f"ledger {path} cannot be read ({error})") from error
 

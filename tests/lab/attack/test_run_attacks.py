@@ -25,11 +25,7 @@ from fedtune.lab.attack.known_attacks import (
     describe_written_secrets,
     draw_alternatives,
 )
-from fedtune.lab.attack.run_attacks import (
-    bound_membership_auroc,
-    bound_reconstruction,
-    describe_reconstruction,
-)
+from fedtune.lab.attack.run_attacks import bound_membership_auroc, bound_reconstruction, describe_reconstruction
 from fedtune.lab.attack.target import TUNED
 from fedtune.model.base_model import build_tiny_tokenizer
 from fedtune.report.attacks import ATTACK_SCHEMA, AttackFinding, RunAttacks
