@@ -165,10 +165,11 @@ class SecureAggregator:
             left_out = dict.fromkeys(self.left_out, "sends wrong shares")
             why = {**_describe_missing(missing), **failed, **left_out}
             others = "; ".join(f"{site}: {reason}" for site, reason in why.items())
-            all_of = f"{len(ready)} of {len(self._terms.members)} sites joined the secure aggregation session"
-            raise RunError(
-                f"{all_of}, but {self._terms.threshold} are required ({others}); nothing was charged for this round"
-            )
+            num, joined = len(self._terms.members), "sites joined the secure aggregation session"
+            state = f"{len(ready)} of {num} {joined}, but {self._terms.threshold} are required"
+            if self._begun is None:  # the first session needs the keys of all members
+                state = f"no secure aggregation session could begin: the first needs all {num} sites"
+            raise RunError(f"{state} ({others}); nothing was charged for this round")
         return ready
 
     def _rejoin(self) -> tuple[list[str], dict[str, Refusal | None]]:

@@ -107,6 +107,13 @@ def test_secure_run_continues_without_one_site_and_ends_without_two(
     assert "canary-17" not in outcome.out + outcome.err
 
 
+def test_failed_first_session_names_the_missing_site_and_needs_all(tmp_path: Path, monkeypatch: Any) -> None:
+    fail_where(monkeypatch, SiteAggregator, "announce", lambda self, *_: self.site.endswith("2"))
+    outcome = run_command("simulate", *list_tiny_overrides(*SECURE, *FOUR, into=tmp_path, name="one"))
+    assert outcome.code == 1
+    assert "the first needs all 4 sites (site-2: " in outcome.out + outcome.err
+
+
 def test_spare_round_replaces_a_lost_aggregate(tmp_path: Path, steps: Any, monkeypatch: Any) -> None:
     fail_where(monkeypatch, Party, "unmask", lambda party, _: party._release == 2)
     more = ("federation.spare_rounds=2", "federation.num_rounds=2", "training.schedule=linear")
