@@ -66,17 +66,19 @@ class Faults:
         return SkippedRows(rows=used + self._reasons.total(), reasons=dict(self._reasons.most_common()))
 
     def raise_if_any(self) -> None:
-        """Raise a DataError if any row is unusable.
+        """Raise a DataError if any row is unusable."""
+        if error := self.build_error():
+            raise error
 
-        The error describes the first unusable row, and lists the total, the first line numbers and the reasons.
-        """
+    def build_error(self) -> DataError | None:
+        """Describe the first unusable row, with the total, the first lines and the reasons; None without such a row."""
         if self._first is None:
-            return
+            return None
         first, num, more = self._first, self._reasons.total(), ", ..." if self._reasons.total() > _MAX_LINES else ""
         several = f": {_format_reasons(self._reasons)}" if len(self._reasons) > 1 else ""
         all_of_them = f"{num:,} rows cannot be used, in lines {', '.join(map(str, self._lines))}{more}{several}"
         bound = f"{first.bound} ({all_of_them})" if num > 1 else first.bound
-        raise DataError(first.key, first.value, bound)
+        return DataError(first.key, first.value, bound)
 
 
 def _format_reasons(reasons: Mapping[str, int]) -> str:

@@ -393,6 +393,17 @@ def test_doctor_compares_record_counts_in_words_only(home: Home) -> None:
         assert str(count) not in check.found + check.fix
 
 
+def test_doctor_warns_of_few_unreadable_rows_and_fails_for_many(home: Home) -> None:
+    """A site skips such rows, so a few of them do not stop it."""
+    home.write_records(60)
+    blank = b"Xylander-7391,\n"
+    home.records.write_bytes(home.records.read_bytes() + blank)
+    check = home.examine_site()["data patients"]
+    assert (check.status, "runs skip such records" in check.found) == (Status.WARNING, True)
+    home.records.write_bytes(home.records.read_bytes() + 7 * blank)
+    assert home.examine_site()["data patients"].status is Status.FAILED
+
+
 def test_doctor_reports_too_few_records_without_their_number(home: Home) -> None:
     home.change_data(declared_size=100, min_units=80)
     for count, small in ((79, True), (80, False)):

@@ -12,8 +12,9 @@ from datetime import datetime
 from pathlib import Path
 
 from fedtune.config import RunConfig
+from fedtune.data.bad_rows import Faults
 from fedtune.data.formats import describe_path
-from fedtune.data.records import iter_records
+from fedtune.data.records import iter_usable_records
 from fedtune.data.values import SEVERAL_USERS
 from fedtune.federation import policy_dry_run
 from fedtune.federation.policy_dry_run import DryRun
@@ -187,14 +188,17 @@ def _check_data_set(dataset: Dataset, folder: Path, policy: Policy, *, log: Priv
         fix = f"Set `columns` in {block} so that each role has its column: {expected or 'of a task in allow.tasks'}."
         return build_failed_check(name, "its columns do not match the roles of any allowed task", fix=fix)
     try:
-        count, num_dated = _count_units(path, dataset, unit=unit)
+        count, num_dated, unreadable = _count_units(path, dataset, unit=unit)
     except DataError as error:
         return _report_unreadable_file(error, dataset, name=name, block=block, log=log)
     if not count:
         return build_failed_check(name, "contains no record", fix=f"Set `path` in {block} to the file of records.")
     if count < dataset.min_units:
         fix = f"Wait for more records, lower min_units in {block}, or take the data set out of site.toml."
-        return build_failed_check(name, f"every record can be read; fewer {unit}s than min_units", fix=fix)
+        return build_failed_check(name, f"fewer {unit}s than min_units", fix=fix)
+    if unreadable:
+        check = _report_unreadable_file(unreadable, dataset, name=name, block=block, log=log)
+        return build_warning(name, f"{check.found}; runs skip such records", fix=check.fix)
     if policy.population.arrivals and num_dated < FEW_DATED * count:
         whose = "fewer than half of the users have" if num_dated else "no user has"
         problem = f"every record can be read; {whose} a readable date in column {dataset.columns['arrival']!r}"
@@ -204,26 +208,30 @@ def _check_data_set(dataset: Dataset, folder: Path, policy: Policy, *, log: Priv
     return _compare_declared_size(name, count / dataset.declared_size, units=f"{unit}s", lacking=lacking, block=block)
 
 
-def _count_units(path: Path, dataset: Dataset, *, unit: str) -> tuple[int, int]:
-    """Read every record of a data set; return the number of units and, for users, the number of users with a date.
+def _count_units(path: Path, dataset: Dataset, *, unit: str) -> tuple[int, int, DataError | None]:
+    """Read every record of a data set.
+
+    Returns the number of units, for users the number of users with a date, and the error for the rows that runs skip.
 
     Raises:
-        DataError: a record cannot be read.
+        DataError: the file, or a large part of its rows, cannot be read.
     """
-    records = iter_records(path, dataset.columns)
-    if unit != "user":
-        return sum(1 for _ in records), 0
-    dated: dict[str, bool] = {}
-    for record in records:
-        user = record.fields["user"]
-        dated[user] = dated.get(user, False) or bool(record.fields.get("arrival"))
-    return len(dated), sum(dated.values())
+    faults, dated, used = Faults(), dict[str, bool](), 0
+    for record in iter_usable_records(path, dataset.columns, faults=faults, lenient=False):
+        used += 1
+        if unit == "user":
+            user = record.fields["user"]
+            dated[user] = dated.get(user, False) or bool(record.fields.get("arrival"))
+    error = faults.build_error()
+    if error and faults.summarize(used=used).exceeds_threshold:
+        raise error
+    return len(dated) if unit == "user" else used, sum(dated.values()), error
 
 
 def _report_unreadable_file(
     error: DataError, dataset: Dataset, *, name: str, block: str, log: PrivateLog
 ) -> DoctorCheck:
-    """Build the check for an unreadable data file, without the text of the error.
+    """Build the check for a data file with unreadable records, without the text of the error.
 
     The text may reveal the number of records through a line number, or quote the first record as column names if the
     file has no header.
@@ -231,7 +239,7 @@ def _report_unreadable_file(
     where = log.write_entry(f"{name}: {error}")
     if error.value == SEVERAL_USERS:
         fix = "Remove records of several users, or assign each to one user; an id must not contain , ; or |."
-        return build_failed_check(name, f"a record names several users; runs skip such records{where}", fix=fix)
+        return build_failed_check(name, f"a record names several users{where}", fix=fix)
     # The key of the error contains the column's name in the policy, if the error is about a column.
     column = next((f"column {column!r}" for column in dataset.columns.values() if repr(column) in error.key), "")
     if error.value == "absent":
