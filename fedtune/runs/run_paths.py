@@ -70,5 +70,5 @@ def is_finished(folder: Path) -> bool:
 
 
 def make_default_run_name() -> str:
-    """Make the default name of a run from the current local time."""
-    return datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    """Make the default name of a run from the current time in UTC, as in ledgers and logs."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d_%H-%M-%S")
