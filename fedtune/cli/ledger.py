@@ -350,7 +350,7 @@ def build_verification_sections(verified: VerifiedLedger) -> Iterator[Section]:
 def print_restored_charge(made_up: RestoreResult, *, path: Path, anchors: Sequence[Path]) -> None:
     """Print a restored ledger's missing events and the charge for them."""
     if made_up.last is None:
-        say(f"{path} has every event that {' and '.join(map(str, anchors))} cover. Nothing was charged.")
+        say(f"{path} has every event covered by {' and '.join(map(str, anchors))}. Nothing was charged.")
         return
     parts = [format_mechanism(event, count) for event, count in events.count_mechanisms(made_up.gap).items()]
     say(f"{path} lacked the lost ledger's events up to number {made_up.last}. Charged now, as one sum:")
