@@ -289,11 +289,11 @@ def find_boundary(
             outside, inside = (x, y), _halve_weight(inside, before is False)
         before = y <= 0
         if inside is None or outside is None:
-            if x in (lowest, highest):
-                break
             # Overshoot a little, to bracket the boundary sooner.
             step = math.copysign(min(max(1.2 * abs(y / slope), 0.01), 2.0), -y * slope)
-            x = min(max(x + step, lowest), highest)
+            tried, x = x, min(max(x + step, lowest), highest)
+            if x == tried:  # at the bound toward which the search moves
+                break
         elif abs(outside[0] - inside[0]) <= _TOLERANCE:
             break
         else:

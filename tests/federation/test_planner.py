@@ -200,6 +200,8 @@ def test_solved_sampling_rate_is_the_largest_within_epsilon(plan: Plan) -> None:
     # High noise allows every rate, and low noise none.
     noisy, precise = (replace(plan, noise_multiplier=noise) for noise in (50.0, 0.5))
     assert planner.solve_sampling_rate(noisy, epsilon=3.0, least=0.001).sampling_rate == 1.0
+    # The search also starts at rate 1, the default recipe's, where the plan exceeds epsilon.
+    assert planner.solve_sampling_rate(replace(plan, sampling_rate=1.0), epsilon=3.0, least=0.001) == solved
     with pytest.raises(ConfigError, match=r"exceeds privacy\.epsilon = 0\.1 at every sampling rate down to 0\.01"):
         planner.solve_sampling_rate(precise, epsilon=0.1, least=0.01)
 
