@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import transformers
 from peft import PeftModel
@@ -17,7 +17,7 @@ from fedtune.extras import require_extra
 from fedtune.model.base_model import load_base
 from fedtune.model.hf_logging import silence_transformers
 from fedtune.model.spec import NO_ADAPTER
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, check_one_of
 from fedtune.tasks.inputs import get_input_for
 from fedtune.tasks.saved import SavedAdapter
 
@@ -51,6 +51,7 @@ def load_model_as(form: ModelForm, adapter: Path, config: RunConfig) -> ModelWit
     if config.lora.kind == NO_ADAPTER:
         bound = "requires a base model, but this run trained only a head: use predict or export"
         raise ConfigError("form", form, bound)
+    check_one_of("form", form, get_args(ModelForm))
     choose_format(config, form, key="form")
     spec = replace(config.model, dtype="float32")
     if form == "peft":
@@ -63,12 +64,11 @@ def load_model_as(form: ModelForm, adapter: Path, config: RunConfig) -> ModelWit
             ends = config.bound_task.get_eos_token_ids(tokenizer, data=config.data)
             base.generation_config.eos_token_id = sorted(ends)
         return ModelWithTokenizer(model, tokenizer)
-    with TemporaryDirectory() as scratch:
+    with silence_transformers(), TemporaryDirectory() as scratch:
         folder = Path(scratch, "model")
         export(adapter, config, folder, format=form)
         if form == "merged":
-            loader = getattr(transformers, config.bound_task.auto_class)
-            model = loader.from_pretrained(folder, local_files_only=True).eval()
+            model = getattr(transformers, config.bound_task.auto_class).from_pretrained(folder, local_files_only=True)
             return ModelWithTokenizer(model, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
         require_extra("form", form, "export", "sentence_transformers")
         from sentence_transformers import SentenceTransformer

@@ -162,6 +162,8 @@ def test_merged_model_runs_in_a_transformers_pipeline(causal_lm_run: fedtune.Run
         assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-4)
     with pytest.raises(ValueError, match=r"form = 'sentence-transformers': must be one of peft, merged"):
         causal_lm_run.model("sentence-transformers")
+    with pytest.raises(ValueError, match=r"form = 'onnx': must be one of peft, merged, sentence-transformers"):
+        causal_lm_run.model("onnx")  # type: ignore[arg-type]
 
 
 def test_sentence_transformer_export_predicts_the_same_labels(run: fedtune.Run) -> None:
