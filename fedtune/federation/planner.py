@@ -13,7 +13,7 @@ import math
 from bisect import bisect
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -76,9 +76,9 @@ class PlanCost:
     """
 
     plan: Plan
-    sites: Mapping[str, SiteCost]
+    sites: Mapping[str, SiteCost] = field(repr=False)
     largest: tuple[str, ...]
-    rounds: tuple[RoundCost, ...] = ()
+    rounds: tuple[RoundCost, ...] = field(default=(), repr=False)
     epsilon: float = math.inf
     epsilon_of_all_runs: float = math.inf
     epsilon_rdp: float = math.inf
@@ -86,7 +86,7 @@ class PlanCost:
     filter_order: float | None = None
     epsilon_of_one_round: float = math.inf
     by_trust: Epsilons | None = None
-    calendar: tuple[CalendarRun, ...] = ()
+    calendar: tuple[CalendarRun, ...] = field(default=(), repr=False)
 
     @property
     def steps(self) -> int:

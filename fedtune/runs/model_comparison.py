@@ -33,12 +33,13 @@ class SideBySide:
     """Evaluations of several models on the same records, with bootstrap intervals."""
 
     records: Sequence[Record] = field(repr=False)  # the scored records
-    users: list[npt.NDArray[np.int64]] | None  # record indices of each user; None: each record is a unit
+    # Record indices of each user; None: each record is a unit.
+    users: list[npt.NDArray[np.int64]] | None = field(repr=False)
     primary_metric: str  # name of the primary metric
     measured: Mapping[str, Evaluation] = field(repr=False)  # model -> evaluation, the untrained model first
     means: Mapping[str, Sequence[str]]  # name -> models whose average is an additional model
-    score: Scores  # function from figures to scores
-    detailed: Callable[[Figures], Detail | None]  # function from figures to detailed scores
+    score: Scores = field(repr=False)  # function from figures to scores
+    detailed: Callable[[Figures], Detail | None] = field(repr=False)  # function from figures to detailed scores
     constant: float | None = None  # primary metric of the best constant prediction; None without one
 
     @property
