@@ -61,7 +61,7 @@ def test_model_card_loads_in_hub_tools_and_matches_the_report(run_folder: Any, r
         in text
     )
     assert text.count("\n- ") == len(run_report.not_protected)
-    assert "On 10 records of the lead's own test file" in text
+    assert "On 10 test records. These scores are exact" in text
     assert "site-1 80, site-2 90" in text
     assert all(
         one in text for one in (run_report.facts.provenance.config_sha256, run_report.facts.provenance.model_sha256)
