@@ -217,7 +217,7 @@ def _load_pretrained(spec: ModelSpec, folder: Path, *, predicts_tokens: bool, im
 
 def _require_pinned(spec: ModelSpec, sha256: str) -> None:
     if spec.sha256 not in (None, sha256):
-        raise ConfigError("model.sha256", spec.sha256, f"does not match {spec.path}, whose hash is {sha256}")
+        raise ConfigError("model.sha256", spec.sha256, f"does not match {spec.path}: must be {sha256} or null")
 
 
 def _report_loading_errors(spec: ModelSpec) -> AbstractContextManager[None]:

@@ -302,7 +302,7 @@ def render_experiment(found: DetectedFile, plan: ExperimentPlan, *, file: Path) 
         "privacy:",
         *_iter_setting_lines(
             ("unit", unit, "all records of one person are protected together: docs/user_level.md"),
-            ("epsilon", 8.0, "the guarantee for each; lower is stronger: docs/epsilon.md"),
+            ("epsilon", 8.0, "the guarantee for each record or person; lower is stronger: docs/epsilon.md"),
             ("delta", delta, "must stay below 1 / declared_sizes"),
         ),
     ]
