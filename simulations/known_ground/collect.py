@@ -87,7 +87,7 @@ GROUNDS = (
         "MiniLM-L6, all layers",
         ("accuracy", "accuracy"),
         1821,
-        (Runs("sst2_lora", "all-none-decay", "none"), Runs("sst2_lora", "all-secure-e8-passes", "secure")),
+        (Runs("sst2_lora", "all-none-passes", "none"), Runs("sst2_lora", "all-secure-e8-passes", "secure")),
     ),
     Ground(
         "SST-2",
