@@ -313,7 +313,7 @@ def draw_price(frame: Frame = WIDE) -> str:
     parts += [_text(find_place(tick), bottom + 12, str(tick), "soft", frame, anchor="middle") for tick in ticks]
     return _chart(
         frame,
-        "With secure aggregation, epsilon 8 costs 1 to 2 points on two sets, and far more on two others.",
+        "With secure aggregation, epsilon 8 costs 1 to 2.5 points on two sets, and far more on two others.",
         "Points lost to the score without privacy, in brackets. Dot: epsilon 8, ring: 3, square: 1.",
         "Blue: federated. Orange: published, in one place (RoBERTa at epsilon 6.7). simulations/known_ground",
         parts,
