@@ -112,7 +112,7 @@ def compose_recipe(recipe: Recipe | None, settings: Settings | None = None) -> R
     Raises:
         ConfigError: the recipe does not exist, or a setting is unknown or invalid.
     """
-    said = {str(key): value for key, value in (settings or {}).items()}
+    said = read_settings(settings)
     overrides = itertools.starmap(_make_override, said.items())
     if isinstance(recipe, Mapping) and not isinstance(recipe, DictConfig):
         meant = "settings" if any("." in str(key) for key in recipe) else "sites"
@@ -129,6 +129,14 @@ def compose_recipe(recipe: Recipe | None, settings: Settings | None = None) -> R
     words = [_parse_override(f"{group}={quote_word(str(option))}") for group, option in options.items()]
     others = [_make_override(key, value) for key, value in said.items() if key not in options]
     return _compose_overrides(words, others, {})
+
+
+def read_settings(settings: Settings | None) -> dict[str, Any]:
+    """Return the settings of a Python caller by name, or raise a ConfigError for anything but a mapping."""
+    if not isinstance(settings, Mapping | None):
+        bound = "must map names to values, as in {'privacy.epsilon': 3}"
+        raise ConfigError("settings", type(settings).__name__, bound)
+    return {str(key): value for key, value in (settings or {}).items()}
 
 
 def require_known_settings(settings: Settings) -> None:

@@ -236,6 +236,10 @@ def create_model_folder(target: Path, config: RunConfig, card: Mapping[str, byte
                 (folder / "labels.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
             for name, data in card.items():
                 (folder / name).write_bytes(data)
+            (usual := Path(scratch, "usual")).touch()
+            for file in folder.rglob("*"):
+                if file.is_file():  # safetensors writes files that only their owner can read
+                    shutil.copymode(usual, file)
             os.rename(folder, target)
     except OSError as error:
         raise ConfigError("--to", str(target), f"is not writable ({error.strerror}): choose another folder") from error

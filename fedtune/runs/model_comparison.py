@@ -76,8 +76,10 @@ class SideBySide:
 
     def compare_models(self, base: str, tuned: str, score: str | None = None) -> Comparison:
         """Compare two models by a score, by default by the primary metric."""
-        score = score or self.primary_metric
-        return self._get_draws_for_score(score).compare_scores(base, tuned, score)
+        drawn = self._get_draws_for_score(score := score or self.primary_metric)
+        for model in (base, tuned):
+            check_one_of("model", model, drawn.values)
+        return drawn.compare_scores(base, tuned, score)
 
     def _get_draws_for_score(self, score: str) -> Drawn:
         check_one_of("score", score, self.scores)

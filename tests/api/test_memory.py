@@ -87,7 +87,7 @@ def test_interrupted_in_memory_run_resumes_with_the_same_records(settings: dict[
         fedtune.simulate(sites=SITES, settings=settings, progress=interrupt)
     assert list(private.iterdir()) == []
     resume = {"resume": settings["tracking.output_dir"] / "run"}
-    with pytest.raises(DataError, match=r"in-memory/sites/north\.jsonl'.*: pass the same records again \(sites="):
+    with pytest.raises(DataError, match=r"in-memory/sites/north\.jsonl'.*: pass the records again \(sites="):
         fedtune.simulate(settings=resume)
     with pytest.raises(ConfigError, match="must name the sites of the run: north, south"):
         fedtune.simulate(settings=resume, sites={"north": SITES["north"]})
@@ -332,6 +332,8 @@ def test_ambiguous_columns_error_suggests_settings(settings: dict[str, Any]) -> 
         fedtune.simulate(settings=settings | {"privacy.epsilom": 3}, sites={"north": rows})
     with pytest.raises(ConfigError, match=r"model = 'minilmm': must be one of .*minilm"):
         fedtune.simulate(settings=settings | {"model": "minilmm"}, sites={"north": rows})
+    with pytest.raises(ConfigError, match=r"settings = 'list': must map names to values"):
+        fedtune.simulate(settings=["model=minilm"], sites={"north": rows})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,8 @@ def test_runs_are_compared_on_the_same_records(run: fedtune.Run) -> None:
             fedtune.compare(models)
     with pytest.raises(ValueError, match=r"score = 'precision': must be one of accuracy"):
         comparison.compare_models("base", "tuned", "precision")
+    with pytest.raises(ValueError, match="model = 'tunned': must be one of base, tuned"):
+        comparison.compare_models("base", "tunned")
 
 
 @pytest.mark.nightly

@@ -148,6 +148,8 @@ def test_every_export_has_a_card_readable_by_its_library(exports: Exports, name:
         assert "## Privacy" in card.text
         assert "](label.svg)" in card.text
         assert (exports[name, format] / "label.svg").read_text().startswith("<svg ")
+        modes = {path.stat().st_mode for path in exports[name, format].rglob("*") if path.is_file()}
+        assert len(modes) == 1, "whoever may read the card may also read the weights"
 
 
 @pytest.mark.parametrize(

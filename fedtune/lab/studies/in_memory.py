@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.api import public
-from fedtune.api.compose import Recipe, Settings, compose_recipe, compose_run, quote_word, require_known_settings
+from fedtune.api.compose import (
+    Recipe,
+    Settings,
+    compose_recipe,
+    compose_run,
+    quote_word,
+    read_settings,
+    require_known_settings,
+)
 from fedtune.api.experiment_file import is_path
 from fedtune.api.memory import DETECTED, TRAIN_FILE, Data, build_in_memory_settings, write_private_files
 from fedtune.api.public import Callback, Run, ignore_progress
@@ -88,7 +96,7 @@ def simulate(
     (`public.train_file`) runs first, in a sibling folder whose name ends in `-public`; repeating the call resumes an
     interrupted public stage.
     """
-    said = {str(key): value for key, value in (settings or {}).items()}
+    said = read_settings(settings)
     if sites is None:
         if validation is not None or test is not None:
             raise ConfigError("sites", NOT_GIVEN, "is missing: validation= and test= require sites=")
