@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sqlite3
 import tempfile
 import zipfile
@@ -19,7 +20,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import IO, Literal
+from typing import Literal
 
 from fedtune.codec import require_regular_file
 from fedtune.ops.files import create_folder, translate_write_errors
@@ -70,8 +71,12 @@ def write_backup(target: Path, *, kind: Kind, files: Mapping[str, Path]) -> None
                     copy.unlink(missing_ok=True)
                     copy_database(path, copy)
                     path = copy
+                sha256 = hashlib.sha256()
                 with path.open("rb") as source, archive.open(about_file, "w", force_zip64=True) as entry:
-                    hashes[name] = _copy_and_hash(source, entry)
+                    while part := source.read(_CHUNK):  # in one pass, because a log may grow meanwhile
+                        sha256.update(part)
+                        entry.write(part)
+                hashes[name] = sha256.hexdigest()
             made = datetime.now(UTC).isoformat(timespec="seconds")
             about = {"kind": kind, "made": made, "fedtune_version": __version__, "sha256": hashes}
             archive.writestr(_LIST, json.dumps(about, indent=1))
@@ -112,7 +117,7 @@ def _restore_file(name: str, archive: zipfile.ZipFile, target: Path) -> None:
         descriptor, building = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
         try:
             with os.fdopen(descriptor, "wb") as file, archive.open(name) as entry:
-                _copy_and_hash(entry, file)
+                shutil.copyfileobj(entry, file, _CHUNK)
                 file.flush()
                 change_mode(descriptor, 0o600 | archive.getinfo(name).external_attr >> 16 & 0o044)  # the original mode
                 os.fsync(file.fileno())
@@ -143,7 +148,7 @@ def open_backup(source: Path, *, kind: Kind) -> Iterator[tuple[zipfile.ZipFile, 
                 raise ValueError("a file name points outside the folder")
             for name, sha256 in hashes.items():
                 with archive.open(name) as entry:
-                    if _copy_and_hash(entry, None) != sha256:
+                    if hashlib.file_digest(entry, "sha256").hexdigest() != sha256:  # type: ignore[arg-type]
                         raise ValueError(f"{name} was changed")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile) as error:
             raise ConfigError("FILE", str(source), f"is not a complete backup written by fedtune ({error})") from error
@@ -156,16 +161,6 @@ def list_backup_files(folder: Path, *, under: str) -> dict[str, Path]:
     """List the files of a folder, except symbolic links and partial files, as a mapping from backup name to path."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
     return {f"{under}/{path.relative_to(folder).as_posix()}": path for path in paths if ".partial" not in path.name}
-
-
-def _copy_and_hash(source: IO[bytes], target: IO[bytes] | None) -> str:
-    """Copy a stream to its end and return the SHA-256 of the data, in hex; without `target`, only hash the stream."""
-    sha256 = hashlib.sha256()
-    while part := source.read(_CHUNK):
-        sha256.update(part)
-        if target is not None:
-            target.write(part)
-    return sha256.hexdigest()
 
 
 # Backups of a site.
