@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from fedtune.model.base_model import hash_model
 from fedtune.model.manifest import build_manifest
 from fedtune.model.spec import ModelSpec
-from fedtune.ops.kits import models
 from fedtune.ops.kits.kit_file import Kit, KitModel
 from fedtune.ops.kits.models import (
     find_installed_model,
@@ -219,14 +218,15 @@ def test_changed_model_is_detected_and_repaired_by_a_new_import(folder: Path, ki
 
 def test_weights_changed_during_the_copy_are_refused(folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     site = kit(hash_folder(folder))
-    copy = models._copy_durably
+    copy = shutil.copyfileobj
 
-    def change_while_copying(source: Path, target: Path) -> None:
-        if source.name == "model.safetensors":
-            source.write_bytes(source.read_bytes()[:-1] + b"?")
-        copy(source, target)
+    def change_while_copying(source: Any, target: Any, length: int) -> None:
+        weights = Path(source.name)
+        if weights.name == "model.safetensors":
+            weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+        copy(source, target, length)
 
-    monkeypatch.setattr(models, "_copy_durably", change_while_copying)
+    monkeypatch.setattr(shutil, "copyfileobj", change_while_copying)
     read_refusal(folder, site, reason="changed during the copy")
 
 

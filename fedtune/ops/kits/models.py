@@ -163,7 +163,10 @@ def _copy_into_store(files: tuple[Path, ...], target: Path) -> None:
     draft.mkdir()
     try:
         for file in files:
-            _copy_durably(file, draft / file.name)
+            with file.open("rb") as source, (draft / file.name).open("xb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 20)
+                copy.flush()
+                os.fsync(copy.fileno())
         fsync_folder(draft)
         if _build_model_manifest(draft, key=_OPTION).sha256 != target.name:
             raise ConfigError(_OPTION, str(files[0].parent), "changed during the copy; nothing was installed")
@@ -174,10 +177,3 @@ def _copy_into_store(files: tuple[Path, ...], target: Path) -> None:
     finally:
         for leftover in (draft, damaged):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _copy_durably(source: Path, target: Path) -> None:
-    with source.open("rb") as read, target.open("xb") as written:
-        shutil.copyfileobj(read, written, 1 << 20)
-        written.flush()
-        os.fsync(written.fileno())
