@@ -8,6 +8,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 from unittest.mock import AsyncMock, Mock
 
@@ -26,6 +27,7 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedtune.ops.files import make_zip
 from fedtune.ops.wire import gate, identity
 from fedtune.ops.wire.fleet import HELLO
 from fedtune.ops.wire.identity import (
@@ -38,7 +40,7 @@ from fedtune.ops.wire.identity import (
     _build_signed_message,
     verify_body_hash,
 )
-from fedtune.ops.wire.lead_session import _build_empty_bundle
+from fedtune.ops.wire.lead_session import _BUNDLE
 from fedtune.privacy.keys import SigningKey
 
 from ..privacy.builders import make_key, stranger_key
@@ -48,7 +50,8 @@ from .member import Member, sign_headers
 
 CLOSED = {"reason": "no such call"}
 START = "/v1/control/start-run"
-RUN = StartRunRequest(fab=Fab(content=_build_empty_bundle())).SerializeToString()
+BUNDLE = make_zip({"pyproject.toml": _BUNDLE}, moment=datetime.now(UTC))
+RUN = StartRunRequest(fab=Fab(content=BUNDLE)).SerializeToString()
 PULL = PullObjectRequest(node=Node(node_id=1), run_id=1, object_id="ab" * 32).SerializeToString()
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import threading
 import time
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
 import httpx
 
@@ -34,6 +33,7 @@ from fedtune.flower.internals import (
     runtime_pb2,
     set_sender_ids,
 )
+from fedtune.ops.files import make_zip
 from fedtune.ops.wire.bounded_http import replace_ssl_context
 from fedtune.ops.wire.identity import TOLERANCE_S, LeadSignature, Tls, describe_clock_difference, harden_client
 from fedtune.ops.wire.message_objects import InvalidMessageError, pull_message
@@ -43,7 +43,7 @@ from fedtune.spec import RunError
 log = logging.getLogger(__name__)
 
 _HEARTBEAT_S = 10.0
-_BUNDLE = """\
+_BUNDLE = b"""\
 [project]
 name = "fedtune"
 version = "1.0.0"
@@ -75,7 +75,8 @@ class LeadSession:
 
         with translate_read_errors():
             with client() as opening:
-                opening.start_run(control_pb2.StartRunRequest(fab=fab_pb2.Fab(content=_build_empty_bundle())))
+                bundle = make_zip({"pyproject.toml": _BUNDLE}, moment=datetime.now(UTC))
+                opening.start_run(control_pb2.StartRunRequest(fab=fab_pb2.Fab(content=bundle)))
                 # Another process may have started the returned run; any new run can be used.
                 token = opening.AcquireTask(
                     runtime_pb2.AcquireTaskRequest(supported_task_types=[core.TaskType.SERVER_APP])
@@ -142,12 +143,10 @@ class LeadSession:
                 most_bytes=most_bytes,
                 most_s=most_s,
             )
-        except inflating.ObjectPullError:
-            raise
         except InvalidMessageError as error:
             log.warning("ignoring an answer: %s", error)
             return None
-        except httpx.HTTPError:
+        except (inflating.ObjectPullError, httpx.HTTPError):
             raise
         except Exception as error:  # Flower's parsers raise various errors for bytes that a site chose
             log.warning("ignoring a reply that cannot be read (%s)", type(error).__name__)
@@ -203,10 +202,3 @@ def explain_clock_error(error: Exception) -> str:
     if not (isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED):
         return ""
     return describe_clock_difference(error.response, most_s=TOLERANCE_S - 1)
-
-
-def _build_empty_bundle() -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as archive:
-        archive.writestr("pyproject.toml", _BUNDLE)
-    return stream.getvalue()
