@@ -56,7 +56,7 @@ class Address:
     port: int
 
     @classmethod
-    def parse_address(cls, text: str, *, key: str = "server") -> Address:
+    def parse_address(cls, text: str) -> Address:
         """Parse an address of the form host:port.
 
         Raises:
@@ -65,10 +65,9 @@ class Address:
         host, colon, port = text.rpartition(":")
         bracketed = host.startswith("[") and host.endswith("]")
         host = host[1:-1] if bracketed else host
-        if not (colon and _PORT.fullmatch(port) and int(port) < 1 << 16 and bracketed == (":" in host)):
-            raise ConfigError(key, text, _BOUND)
-        if not is_host(host):
-            raise ConfigError(key, text, _BOUND)
+        has_port = colon and _PORT.fullmatch(port) and int(port) < 1 << 16
+        if not (has_port and bracketed == (":" in host) and is_host(host)):
+            raise ConfigError("server", text, _BOUND)
         address = parse_ip_address(host)
         return cls(host=host.lower() if address is None else address.compressed, port=int(port))
 
@@ -203,9 +202,8 @@ class Kit(KitFile):
             raise ConfigError("kit", str(folder), f"must be the folder of a {kind}'s kit; it has no kit.toml")
         read = read_spec(KitFile, file)
         if read.kind != kind:
-            raise ConfigError(
-                "kind", read.kind, f"must be {kind!r}, because this command needs a {kind}'s kit"
-            ).in_file(file)
+            bound = f"must be {kind!r}, because this command needs a {kind}'s kit"
+            raise ConfigError("kind", read.kind, bound).in_file(file)
         kit = cls(folder=folder, **{field.name: getattr(read, field.name) for field in fields(read)})
         secrets = [kit.key, *([kit.lead_key] if kind == "lead" and not kit.key_command else [])]
         for path in (kit.ca, kit.certificate, *secrets, *([] if kind == "site" else [kit.roster])):
@@ -284,12 +282,10 @@ class Kit(KitFile):
         expected = self.site if self.kind == "site" else self.kind
         if issued.name != expected:
             raise ConfigError(key, issued.name, f"must be a certificate for {expected}")
-        if self.kind == "server" and (
-            host := Address.parse_address(self.server).host
-        ) not in list_certificate_host_names(certificate):
-            raise ConfigError(
-                key, host, f"must be one of the names in the certificate: {list_certificate_host_names(certificate)}"
-            )
+        if self.kind == "server":
+            host, names = Address.parse_address(self.server).host, list_certificate_host_names(certificate)
+            if host not in names:
+                raise ConfigError(key, host, f"must be one of the names in the certificate: {names}")
         check_validity(ca, now=now, key=str(self.ca), renewal="provision the federation again")
         check_validity(certificate, now=now, key=key, renewal=_RENEWAL[self.kind])
         return issued
