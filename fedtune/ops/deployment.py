@@ -196,11 +196,8 @@ class _RecordingListener:
         self._answers: dict[str, dict[str, str]] = {}
         with suppress(RunError):  # a damaged file is replaced
             self._answers = read_latest_answers(folder)
-        self.on_site_replied, self.note, self.on_preparing = (
-            listener.on_site_replied,
-            listener.note,
-            listener.on_preparing,
-        )
+        self.on_site_replied, self.on_preparing = listener.on_site_replied, listener.on_preparing
+        self.note = listener.note
 
     def on_prepared(self, shared: RunModel, proposal: Proposal, state: LeadState) -> None:
         self._metrics.record_start(state, num_rounds=proposal.plan.num_rounds)
@@ -247,22 +244,16 @@ class _AnswerClassifier:
         signed = reply.is_signed() and reply.receipt is not None and reply.receipt.site_key == member.site_key
         refused = reply.body.reason if isinstance(reply.body, Refusal) else None
         waiting = refused is not None and refused.is_waiting
-        self._notify_listener(
-            member.site,
-            reply,
-            num_bytes=flower_records.count_payload_bytes(answer.content),
-            signed=signed,
-            waiting=waiting,
-        )
+        num_bytes = flower_records.count_payload_bytes(answer.content)
+        self._notify_listener(member.site, reply, num_bytes=num_bytes, signed=signed, waiting=waiting)
         # Wait for people's approval only before a run begins, when no site is charged yet.
         invited = kind == f"query.{flower_records.INVITE}"
         idle = waiting and not (invited and refused is Reason.AWAITING_APPROVAL)
         good = signed and _is_answer_to(question, reply, site=member.site)
+        again_s = self._compute_next_question_s(member.site) if waiting else None
         if not waiting:
             self._waiting_since.pop(member.site, None)
-        return ClassifiedAnswer(
-            good=good, again_s=self._compute_next_question_s(member.site) if waiting else None, idle=idle
-        )
+        return ClassifiedAnswer(good=good, again_s=again_s, idle=idle)
 
     def _compute_next_question_s(self, site: str) -> float:
         """Compute the delay before the next request to a waiting site: 10 % of its waiting time so far, within limits.

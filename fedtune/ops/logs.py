@@ -198,11 +198,9 @@ def _to_builtin_or_type_name(value: object) -> object:
     """Return `value` if it is a text, a number, a path or None, otherwise the name of its type."""
     if isinstance(value, BaseException):
         return str(value) if _is_safe_to_log(value) else _format_type_name(value)
-    return (
-        value
-        if value is None or isinstance(value, str | numbers.Number | os.PathLike)
-        else f"<{_format_type_name(value)}>"
-    )
+    if value is None or isinstance(value, str | numbers.Number | os.PathLike):
+        return value
+    return f"<{_format_type_name(value)}>"
 
 
 def _convert_to_json_value(value: object) -> object:

@@ -44,16 +44,10 @@ def estimate_round_bytes(config: RunConfig, plan: Plan, model: TaskModel) -> tup
     Raises:
         ConfigError: the model is not available, so its hash is unknown.
     """
-    sent, key, sites = (
-        select_settings_for_sites(config),
-        SigningKey(Ed25519PrivateKey.generate()),
-        config.federation.active,
-    )
-    adapter, site, proposal = (
-        Adapter.from_task_model(model),
-        max(sites, key=len),
-        sent.proposal(lead=key.public, plan=plan),
-    )
+    sent, key = select_settings_for_sites(config), SigningKey(Ed25519PrivateKey.generate())
+    proposal, adapter = sent.proposal(lead=key.public, plan=plan), Adapter.from_task_model(model)
+    sites = config.federation.active
+    site = max(sites, key=len)
     about: dict[str, Any] = {"proposal": proposal, "site": site, "expires": 1e9 + _FRACTION}
     source: dict[str, Any] = {"site": site, "run": proposal.run}
     made_up: dict[str, Any] = dict.fromkeys(("head", "site_key", "plan", "reply"), _DIGEST)
@@ -63,9 +57,8 @@ def estimate_round_bytes(config: RunConfig, plan: Plan, model: TaskModel) -> tup
     request = RoundRequest(**about, round=plan.num_rounds, adapter_digest=_DIGEST, receipt=receipt, session=session)
     question = Question(site=site, signed=request.sign_with(key), settings=serialize_for_sites(sent))
     scores = (_FRACTION, _FRACTION) if plan.releases_metrics else None
-    update = Update(
-        **source, round=plan.num_rounds, tensors=_make_placeholder_tensors(config, plan, adapter), scores=scores
-    )
+    tensors = _make_placeholder_tensors(config, plan, adapter)
+    update = Update(**source, round=plan.num_rounds, tensors=tensors, scores=scores)
     packed = pack_initial(adapter, config.federation.bound_algorithm)
     down = count_payload_bytes(from_question(question, from_adapter(packed)))
     up = count_payload_bytes(from_reply(Reply(body=update, receipt=receipt)))

@@ -79,21 +79,16 @@ class Connection:
         try:
             context, headers = tls.create_client_context(), sign_headers(tls)
         except (OSError, ConfigError):
-            why, fix = (
-                "the kit's key and certificates cannot be used",
-                "Fix the problem in the line of the check `certificate`.",
-            )
-            yield from (
-                build_failed_check(TLS, why, fix=fix) if name == TLS else build_skipped_check(name, why)
-                for name in STEPS
-            )
+            why = "the kit's key and certificates cannot be used"
+            fix = "Fix the problem in the line of the check `certificate`."
+            for name in STEPS:
+                yield build_failed_check(TLS, why, fix=fix) if name == TLS else build_skipped_check(name, why)
             return
         try:
             client = httpx.Client(verify=context, timeout=self._timeout_s)
         except (ImportError, ValueError, httpx.InvalidURL):  # the error text may contain the proxy's password
-            yield from self._report_steps_up_to(
-                _failed(TCP, "the value of HTTPS_PROXY cannot be used as an HTTP proxy", fix=_PROXY_FIX)
-            )
+            problem = "the value of HTTPS_PROXY cannot be used as an HTTP proxy"
+            yield from self._report_steps_up_to(_failed(TCP, problem, fix=_PROXY_FIX))
             return
         with client:
             bound_client(client)
@@ -180,9 +175,8 @@ class Connection:
         ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(self._encrypted.getpeercert()["notAfter"]), UTC)
         finding = f"{self._encrypted.version()}; the federation's own server, with a certificate until {ends:%Y-%m-%d}"
         if (ends - datetime.now(UTC)).days < SOON_DAYS:
-            return build_warning(
-                TLS, finding, fix="Tell the lead to run `fedtune provision renew-server` before that day."
-            )
+            fix = "Tell the lead to run `fedtune provision renew-server` before that day."
+            return build_warning(TLS, finding, fix=fix)
         return build_passed_check(TLS, finding)
 
     def _compare_clocks(self, answer: httpx.Response) -> None:
@@ -230,9 +224,8 @@ def check_control_api(server: str, *, timeout_s: float) -> DoctorCheck:
         fix = "Ask the server's operators whether it is running; only this site's SuperNode connects to it."
         return _failed(_CONTROL, f"{server} cannot be reached ({type(error).__name__})", fix=fix)
     if answer.status_code in _CLOSED:
-        return build_passed_check(
-            _CONTROL, f"{server} does not accept outside calls to its Control API ({answer.status_code})"
-        )
+        finding = f"{server} does not accept outside calls to its Control API ({answer.status_code})"
+        return build_passed_check(_CONTROL, finding)
     problem = (
         f"{server} answers calls to its Control API ({answer.status_code}): ANYONE WHO CAN REACH IT CAN RUN CODE AT "
         "EVERY SITE'S SUPERNODE, and remove or add sites"

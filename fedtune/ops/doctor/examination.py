@@ -135,9 +135,8 @@ class Examination:
             yield build_check_from_error("policy", error, fix=fix)
             return
         self._read.add(_POLICY)
-        yield build_passed_check(
-            "policy", f"valid, for site {self.policy.site} and population {self.policy.population.name}"
-        )
+        finding = f"valid, for site {self.policy.site} and population {self.policy.population.name}"
+        yield build_passed_check("policy", finding)
 
     def _read_kit(self) -> Iterator[DoctorCheck]:
         try:
@@ -146,9 +145,8 @@ class Examination:
             yield build_check_from_error("kit", error, fix="Unzip the complete kit from the lead into this folder.")
             return
         self._read.add(_KIT)
-        yield build_passed_check(
-            "kit", f"complete, for federation {self.kit.federation} at {self.kit.server}; its key is private"
-        )
+        finding = f"complete, for federation {self.kit.federation} at {self.kit.server}; its key is private"
+        yield build_passed_check("kit", finding)
 
     def _check_connection(self) -> Iterator[DoctorCheck]:
         connection = Connection(self.kit, timeout_s=self.timeout_s)

@@ -8,6 +8,7 @@ import shutil
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from fedtune.ops.doctor.check import (
@@ -52,11 +53,9 @@ def check_clock(ahead_s: tuple[float, float] | None, *, kept: bool = False) -> D
             "but this machine's clock is synchronized"
         )
         fix = "Ask the server's operators to turn on time synchronization."
-        return (
-            build_failed_check(name, problem, fix=fix, exit_code=SERVER)
-            if off > WRONG_S
-            else build_warning(name, problem, fix=fix)
-        )
+        if off > WRONG_S:
+            return build_failed_check(name, problem, fix=fix, exit_code=SERVER)
+        return build_warning(name, problem, fix=fix)
     shown = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
     if off > WRONG_S:
         return build_failed_check(name, shown, fix=fix)
@@ -80,9 +79,8 @@ def check_disks(
         space = f"{free / _GIB:.1f} GiB free"
         if free < TOO_LITTLE_DISK_BYTES:
             space = f"{free / 2**20:.0f} MiB free, but at least {TOO_LITTLE_DISK_BYTES // 2**20} MiB are needed"
-            yield build_failed_check(
-                name, space, fix="Free some space there: training stops if the ledger cannot be written."
-            )
+            fix = "Free some space there: training stops if the ledger cannot be written."
+            yield build_failed_check(name, space, fix=fix)
         elif free < LITTLE_DISK_BYTES:
             yield build_warning(name, space, fix=f"Free at least {LITTLE_DISK_BYTES // _GIB} GiB on that disk.")
         else:
@@ -95,12 +93,8 @@ def check_ledger_disk(ledger: Path, *, system: Path = Path("/")) -> DoctorCheck:
 
     The type of the file system is read from the kernel's mount table below `system`.
     """
-    name, place, kind, deepest = (
-        "file system",
-        Path(os.path.realpath(find_nearest_existing(ledger))),
-        "an unknown file system",
-        0,
-    )
+    name, kind, deepest = "file system", "an unknown file system", 0
+    place = Path(os.path.realpath(find_nearest_existing(ledger)))
     for line in _read_text(system / "proc/self/mounts").splitlines():
         _, folder, file_system, *_ = line.split()
         folder = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), folder)  # octal escapes, such as \040
@@ -123,9 +117,8 @@ def check_socket(place: Path) -> DoctorCheck:
         return build_passed_check(name, "created when the site starts")
     status = place.lstat()
     if not stat.S_ISSOCK(status.st_mode):
-        return build_failed_check(
-            name, "the path is a file that is not a socket", fix="Set `socket` in site.toml to another path."
-        )
+        fix = "Set `socket` in site.toml to another path."
+        return build_failed_check(name, "the path is a file that is not a socket", fix=fix)
     if status.st_mode & stat.S_IRWXO:
         fix = "Stop the site, remove the socket, and start the site again."
         return build_failed_check(name, "every user of this machine can open it", fix=fix)
@@ -143,9 +136,8 @@ def check_anchor_disk(ledger: Path, anchor: Path | None) -> DoctorCheck:
         return build_warning(name, problem, fix="Set `anchor` in site.toml to a file on another disk.")
     if find_nearest_existing(anchor).stat().st_dev == find_nearest_existing(ledger).stat().st_dev:
         problem = "on the ledger's own disk: both can be rolled back together"
-        return build_warning(
-            name, problem, fix="Set `anchor` in site.toml to a file on another disk, and move the file there."
-        )
+        fix = "Set `anchor` in site.toml to a file on another disk, and move the file there."
+        return build_warning(name, problem, fix=fix)
     return build_passed_check(name, "on a different disk than the ledger")
 
 
@@ -212,9 +204,8 @@ def check_gpu(
         fix += ' Or set `device = "auto"` under [machine] in site.toml.'
         return build_failed_check(name, "torch cannot use a GPU, but the policy requires one", fix=fix)
     if driver.exists():
-        return build_warning(
-            name, "a driver is installed, but torch cannot use a GPU; this site trains on the CPU", fix=fix
-        )
+        problem = "a driver is installed, but torch cannot use a GPU; this site trains on the CPU"
+        return build_warning(name, problem, fix=fix)
     return build_passed_check(name, "no GPU; this site trains on the CPU")
 
 
@@ -222,17 +213,11 @@ def probe_gpu() -> str:
     """Return name and memory of the GPU that torch would use; empty if a small test computation fails."""
     from fedtune.training.accelerators import find_accelerator, get_device_name, get_total_memory
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), suppress(RuntimeError):  # the driver does not work
         warnings.simplefilter("ignore")  # torch warns about an old driver, which the check reports anyway
-        try:
-            device = find_accelerator()
-            return (
-                f"{get_device_name(device)} with {get_total_memory(device) / _GIB:.0f} GiB"
-                if device is not None
-                else ""
-            )
-        except RuntimeError:  # the driver does not work
-            return ""
+        if (device := find_accelerator()) is not None:
+            return f"{get_device_name(device)} with {get_total_memory(device) / _GIB:.0f} GiB"
+    return ""
 
 
 def find_nearest_existing(path: Path) -> Path:
@@ -257,18 +242,14 @@ def check_owners(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterato
             places["anchor"] = files.anchor
     wrong = [check for what, path in places.items() if (check := _check_owner(what, path, account)) is not None]
     yield from wrong
+    user = get_account_name(account)
     if account != effective_user():
-        problem = (
-            f"the site's process runs as account {get_account_name(account)}, but this is "
-            f"{get_account_name(effective_user())}"
-        )
-        fix = f"Run the doctor as {get_account_name(account)}, for instance with `sudo -u {get_account_name(account)}`."
+        problem = f"the site's process runs as account {user}, but this is {get_account_name(effective_user())}"
+        fix = f"Run the doctor as {user}, for instance with `sudo -u {user}`."
         yield build_failed_check(f"{_NAME}: account", problem, fix=fix)
     elif not wrong:
-        yield build_passed_check(
-            _NAME,
-            f"all files belong to account {get_account_name(account)}, and only this account and root can change them",
-        )
+        finding = f"all files belong to account {user}, and only this account and root can change them"
+        yield build_passed_check(_NAME, finding)
 
 
 def _check_owner(what: str, path: Path, account: int) -> DoctorCheck | None:
@@ -284,10 +265,8 @@ def _check_owner(what: str, path: Path, account: int) -> DoctorCheck | None:
         problem = f"{path} belongs to account {get_account_name(status.st_uid)}, but the site's process runs as {user}"
         return build_failed_check(name, problem, fix=f"Run `chown {user}: {path}`.")
     own_gid = get_primary_group(account)
-    others = status.st_mode & stat.S_IWGRP and status.st_gid not in (
-        effective_group() if own_gid is None else own_gid,
-        _ROOT,
-    )
+    trusted_gids = (effective_group() if own_gid is None else own_gid, _ROOT)
+    others = status.st_mode & stat.S_IWGRP and status.st_gid not in trusted_gids
     # Other accounts with write access, in the notation of chmod.
     who = ("g" if others else "") + ("o" if status.st_mode & stat.S_IWOTH else "")
     if not who or (folder and status.st_mode & stat.S_ISVTX):

@@ -95,9 +95,8 @@ def check_base_models(kit: Kit, policy: Policy) -> Iterator[DoctorCheck]:
         name = f"base model {known[sha256].name}" if sha256 in known else f"base model {sha256[:12]}"
         if sha256 == UNVERIFIED:
             finding = "the policy accepts runs that do not name their model"
-            yield build_warning(
-                name, finding, fix='Remove "unverified" from allow.base_models, except in a test federation.'
-            )
+            fix = 'Remove "unverified" from allow.base_models, except in a test federation.'
+            yield build_warning(name, finding, fix=fix)
         elif sha256 not in known and not find_model_store_path(kit.folder, sha256).is_dir():
             finding = "the policy allows it, but no run of this federation may use it"
             yield build_warning(name, finding, fix="Remove it from allow.base_models, or ask the lead to add it.")
@@ -129,9 +128,8 @@ def _check_installed(kit: Kit, sha256: str, *, name: str, license: str) -> Docto
     try:
         require_model_reader(kit.folder, sha256)
     except ConfigError as error:
-        return build_check_from_error(
-            name, error, fix="Install the package named here in the environment of the site's process."
-        )
+        fix = "Install the package named here in the environment of the site's process."
+        return build_check_from_error(name, error, fix=fix)
     papers = ", ".join(list_license_files(kit.folder, sha256)) or "no license file is installed"
     if not license:
         fix = "Remove it from allow.base_models, or ask the lead to add it to the federation."
@@ -143,9 +141,8 @@ def import_base_model(model: Path, kit: Kit) -> DoctorCheck:
     """Install a base model with `install_model` and report the result."""
     installed, is_new = install_model(model, kit)
     state = "is installed now" if is_new else "was already installed, and is unchanged"
-    return build_passed_check(
-        "import", f"{installed.name} {state}, in {find_model_store_path(kit.folder, installed.sha256)}"
-    )
+    place = find_model_store_path(kit.folder, installed.sha256)
+    return build_passed_check("import", f"{installed.name} {state}, in {place}")
 
 
 def measure_largest_model_bytes(kit: Kit, policy: Policy) -> int | None:
@@ -271,9 +268,8 @@ def report_unexpected_error(name: str, error: Exception, log: PrivateLog) -> Doc
     """
     where = log.write_entry(f"{name}: {''.join(traceback.format_exception(error))}")
     problem = f"could not be checked ({type(error).__name__}){where}"
-    return build_failed_check(
-        name, problem, fix="Report this as a bug; read the text of the log before you share it.", exit_code=1
-    )
+    fix = "Report this as a bug; read the text of the log before you share it."
+    return build_failed_check(name, problem, fix=fix, exit_code=1)
 
 
 def check_ledger_state(files: SiteFiles) -> tuple[DoctorCheck, History | None]:
@@ -283,9 +279,8 @@ def check_ledger_state(files: SiteFiles) -> tuple[DoctorCheck, History | None]:
         if os.path.lexists(path) and not os.access(path, os.R_OK | os.W_OK):
             # A permission problem, not a damaged ledger.
             fix = "Give it to the account of the site's process (see the lines `files`)."
-            return build_failed_check(
-                name, f"this account cannot read or write {path}, so training is not possible", fix=fix
-            ), None
+            problem = f"this account cannot read or write {path}, so training is not possible"
+            return build_failed_check(name, problem, fix=fix), None
     try:
         verified = files.verify_ledger()
         if verified is None and files.anchor is not None and files.anchor.is_file():
@@ -343,10 +338,8 @@ def check_site_key(files: SiteFiles, history: History | None) -> DoctorCheck:
     if history is not None and history.length and history.opening.site_key != public:
         fix = "Restore the ledger's original key from its backup."
         return build_failed_check(name, f"{command[0] if command else path} is not the ledger's original key", fix=fix)
-    return build_passed_check(
-        name,
-        f"{format_key_start(public)}, {'printed by key_command' if command else 'readable only by its owner'}",
-    )
+    source = "printed by key_command" if command else "readable only by its owner"
+    return build_passed_check(name, f"{format_key_start(public)}, {source}")
 
 
 def check_serving(state: Path) -> DoctorCheck:
@@ -369,9 +362,8 @@ def check_budget(history: History, policy: Policy) -> DoctorCheck:
         fix = "Do not use it for real records; the mark in the ledger is permanent."
         return build_warning(name, "a run used seeded noise, so this ledger gives no privacy guarantee", fix=fix)
     if why := history.explain_pending_period():
-        return build_warning(
-            name, why, fix="Compare this machine's date with another clock, then `fedtune ledger confirm-date`."
-        )
+        fix = "Compare this machine's date with another clock, then `fedtune ledger confirm-date`."
+        return build_warning(name, why, fix=fix)
     epsilon = accountant.format_epsilon(history.epsilon(taken))
     if math.isinf(cap):
         status = f"no lifetime cap, so the policy guarantees nothing; epsilon {epsilon} is spent"

@@ -129,9 +129,8 @@ def check_issued(certificate: x509.Certificate, *, ca: x509.Certificate, key: st
     try:
         certificate.verify_directly_issued_by(ca)
     except (*UNREADABLE, InvalidSignature):
-        raise ConfigError(
-            key, get_common_name(certificate.subject), "must be issued by the authority in ca.pem"
-        ) from None
+        name = get_common_name(certificate.subject)
+        raise ConfigError(key, name, "must be issued by the authority in ca.pem") from None
 
 
 def check_validity(certificate: x509.Certificate, *, now: datetime, key: str, renewal: str) -> None:
@@ -140,9 +139,8 @@ def check_validity(certificate: x509.Certificate, *, now: datetime, key: str, re
     """
     begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now > ends:
-        raise ConfigError(
-            key, f"{ends:%Y-%m-%d %H:%M} UTC", "must be in the future: the certificate has expired", remedy=renewal
-        )
+        bound = "must be in the future: the certificate has expired"
+        raise ConfigError(key, f"{ends:%Y-%m-%d %H:%M} UTC", bound, remedy=renewal)
     if now < begins:
         bound = (
             "must be in the past: the certificate is not valid yet, because this machine's "
@@ -269,9 +267,8 @@ class Authority:
             (x509.ExtendedKeyUsage([_OID.SERVER_AUTH if names else _OID.CLIENT_AUTH]), False),
             *([(x509.SubjectAlternativeName(names), False)] if names else []),
         ]
-        builder = _start_certificate(
-            public, subject=_build_subject(federation, kind=kind, name=name), issuer=authority.subject
-        )
+        subject = _build_subject(federation, kind=kind, name=name)
+        builder = _start_certificate(public, subject=subject, issuer=authority.subject)
         for extension, critical in extensions:
             builder = builder.add_extension(extension, critical=critical)
         begins = max(now - CLOCK_SKEW, authority.not_valid_before_utc)

@@ -85,9 +85,8 @@ class FederationFile:
     @property
     def hosts(self) -> tuple[str, ...]:
         """The distinct names and addresses of the server, beginning with the address that the kits contain."""
-        return tuple(
-            dict.fromkeys((Address.parse_address(self.server).host, *(host.lower() for host in self.also_known_as)))
-        )
+        first = Address.parse_address(self.server).host
+        return tuple(dict.fromkeys((first, *(host.lower() for host in self.also_known_as))))
 
 
 @spec
@@ -167,11 +166,8 @@ class FederationFolder:
                 does not cover the address in a site's kit.
         """
         if kind == "site":
-            host, names = (
-                self.settings.hosts[0],
-                list_certificate_host_names(read_certificate(self.folder / "server" / "server.pem")),
-            )
-            if host not in names:
+            names = list_certificate_host_names(read_certificate(self.folder / "server" / "server.pem"))
+            if self.settings.hosts[0] not in names:
                 bound = f"is not in the server's certificate ({', '.join(names)}): run renew-server first"
                 raise ConfigError("server", self.settings.server, bound).in_file(self.folder / SETTINGS)
         if days is not None:
@@ -288,19 +284,16 @@ def _to_json_bytes(what: _Change | _RetiredKeys) -> bytes:
 def _render_readme(kit: KitFile, certificate: x509.Certificate, *, ca: x509.Certificate) -> str:
     """Render the README.md of a kit, which describes its files, its secrets and the commands to run."""
     details = Certificate.from_x509(certificate)
-    return (
-        (_TEMPLATES / f"{kit.kind}.md")
-        .read_text(encoding="utf-8")
-        .format(
-            federation=kit.federation,
-            server=kit.server,
-            port=Address.parse_address(kit.server).port,
-            hosts=", ".join(list_certificate_host_names(certificate)),
-            site=kit.site,
-            fingerprint=group_hex(details.fingerprint),
-            ends=f"{details.not_after:%Y-%m-%d}",
-            lead_key=kit.lead,
-            lead=group_hex(kit.lead),
-            authority=group_hex(Certificate.from_x509(ca).fingerprint),
-        )
+    template = (_TEMPLATES / f"{kit.kind}.md").read_text(encoding="utf-8")
+    return template.format(
+        federation=kit.federation,
+        server=kit.server,
+        port=Address.parse_address(kit.server).port,
+        hosts=", ".join(list_certificate_host_names(certificate)),
+        site=kit.site,
+        fingerprint=group_hex(details.fingerprint),
+        ends=f"{details.not_after:%Y-%m-%d}",
+        lead_key=kit.lead,
+        lead=group_hex(kit.lead),
+        authority=group_hex(Certificate.from_x509(ca).fingerprint),
     )

@@ -78,9 +78,8 @@ class Member:
         except UNREADABLE:
             raise ConfigError("certificate", self.site, "must be a certificate in PEM format") from None
         if named != self.site or not is_p384(connection_key):
-            raise ConfigError(
-                "certificate", self.site, "must be a certificate for this site's name and an EC P-384 key"
-            )
+            bound = "must be a certificate for this site's name and an EC P-384 key"
+            raise ConfigError("certificate", self.site, bound)
         _check_datasets(self.datasets)
 
     @property
@@ -271,9 +270,8 @@ def initialize_site(site_toml: Path, *, out: Path | None) -> Path:
     folder = out or site_toml.parent / "kit"
     with create_folder(folder, key="folder") as building:
         connection = generate_connection_key()
-        write_durably(
-            building / REQUEST, json.dumps(_build_request_fields(files, connection), indent=1).encode() + b"\n"
-        )
+        fields = _build_request_fields(files, connection)
+        write_durably(building / REQUEST, json.dumps(fields, indent=1).encode() + b"\n")
         JoinRequest.parse_request(read_regular_file(building / REQUEST))  # run the checks of the lead
         write_secret(building / "connection_key.pem", encode_private_pem(connection))
     return folder

@@ -62,9 +62,8 @@ def init_federation(file: Path, *, out: Path | None, now: datetime) -> Federatio
             write_durably(building / name / "ca.pem", encode_certificate_pem(authority.certificate))
         federation = FederationFolder(folder=building, settings=settings, lead_key=public)
         kits = _build_public_kit(federation, "server", server.public_key(), days=None, now=now)
-        federation.apply_change(
-            (), {**kits, **_build_public_kit(federation, "lead", lead.public_key(), days=None, now=now)}
-        )
+        kits |= _build_public_kit(federation, "lead", lead.public_key(), days=None, now=now)
+        federation.apply_change((), kits)
     return FederationFolder.open(target)
 
 
@@ -79,9 +78,8 @@ def renew_own_certificate(folder: Path, kind: OwnKind, *, days: int | None, now:
     path = folder / kind / f"{kind}.pem"
     with FederationFolder.open_locked(folder) as federation:
         public = extract_p384_public_key(read_certificate(path), key=path.name)
-        federation.apply_change(
-            federation.roster.sites, _build_public_kit(federation, kind, public, days=days, now=now)
-        )
+        kit = _build_public_kit(federation, kind, public, days=days, now=now)
+        federation.apply_change(federation.roster.sites, kit)
     return Certificate.from_x509(read_certificate(path))
 
 
@@ -201,10 +199,8 @@ def renew_site(folder: Path, name: str, *, days: int | None, now: datetime) -> J
     with FederationFolder.open_locked(folder) as federation:
         old = _find_member(name, federation.roster.sites)
         _check_not_revoked(old)
-        member = replace(
-            old, certificate=_issue_site_certificate(federation, old.x509_certificate, site=name, days=days, now=now)
-        )
-        return _admit(federation, old, member)
+        certificate = _issue_site_certificate(federation, old.x509_certificate, site=name, days=days, now=now)
+        return _admit(federation, old, replace(old, certificate=certificate))
 
 
 def _admit(federation: FederationFolder, old: Member | None, member: Member) -> JoinResult:

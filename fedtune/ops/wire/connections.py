@@ -170,9 +170,7 @@ class TlsListener:
         origin = _group_address(address)
         if self._of_address[origin] >= min(self.limits.of_address, self._most // 2):
             self.audit.log_event("connection refused", address=address, reason="too many from this address")
-            return self._evict_oldest(
-                [task for task, other in self._shaking.items() if _group_address(other) == origin]
-            )
+            return self._evict_oldest(task for task, other in self._shaking.items() if _group_address(other) == origin)
         if self._of_address.total() >= self._most:
             self.audit.log_event("connection refused", address=address, reason="too many connections")
             return self._evict_oldest(self._shaking)

@@ -114,11 +114,8 @@ class Fleet:
         """
         if self._may_have_lost_one:
             # Go offline and online again: the server delivers a message only once, and the lead repeats its question to
-            # a site that comes back online.
-            with (
-                contextlib.suppress(Unauthorized),
-                translate_line_errors(),
-            ):  # the server considers the node offline already
+            # a site that comes back online. It answers Unauthorized if it considers the node offline already.
+            with contextlib.suppress(Unauthorized), translate_line_errors():
                 self._client.DeactivateNode(fleet_pb2.DeactivateNodeRequest(node_id=self._active_node.node_id))
             self.activate()
         self._may_have_lost_one = True
@@ -268,14 +265,12 @@ def parse_answer_field(answer: httpx.Response, field: str, server: str) -> str:
 def sign_headers(tls: Tls) -> dict[str, str]:
     """Return the headers that authenticate a site in fedtune's own calls; they have Flower's format."""
     private, timestamp = read_connection_key(tls.key), now().isoformat()
+    public = asymmetric.public_key_to_bytes(private.public_key())
+    signature = asymmetric.sign_message(private, timestamp.encode())
     return {
-        core.FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(
-            asymmetric.public_key_to_bytes(private.public_key())
-        ).decode(),
+        core.FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(public).decode(),
         constant.TIMESTAMP_HEADER: timestamp,
-        core.FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(
-            asymmetric.sign_message(private, timestamp.encode())
-        ).decode(),
+        core.FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(signature).decode(),
     }
 
 
@@ -302,9 +297,8 @@ def translate_line_errors() -> Iterator[None]:
         if error.response.is_redirect:
             raise Unreachable(f"the server sent a redirect ({status}), and redirects are never followed") from error
         if status in (httpx.codes.UNAUTHORIZED, httpx.codes.PRECONDITION_FAILED):
-            raise _build_refusal_error(
-                error.response, f"the server does not accept this site's key ({status})"
-            ) from error
+            what = f"the server does not accept this site's key ({status})"
+            raise _build_refusal_error(error.response, what) from error
         if status < httpx.codes.INTERNAL_SERVER_ERROR:
             raise MessageGone(f"the server no longer accepts this message ({status})") from error
         raise Unreachable(f"the server answered with status {status}") from error

@@ -164,9 +164,8 @@ def verify_body_hash(headers: Mapping[str, str], *, path: str, lead: str, now: f
         return None
     if not (math.isfinite(age) and abs(age) <= TOLERANCE_S):
         return None
-    return (
-        body if is_signed(lead, CALL, _build_signed_message(path, moment, body), headers.get(SIGNATURE, "")) else None
-    )
+    signed = is_signed(lead, CALL, _build_signed_message(path, moment, body), headers.get(SIGNATURE, ""))
+    return body if signed else None
 
 
 def describe_clock_difference(answer: httpx.Response, *, most_s: float) -> str:
@@ -180,11 +179,8 @@ def describe_clock_difference(answer: httpx.Response, *, most_s: float) -> str:
         return ""
     if abs(ahead) <= most_s:
         return ""
-    whose = (
-        "this machine's is synchronized, so the server's is wrong"
-        if is_clock_synchronized()
-        else "one of them is wrong"
-    )
+    kept = is_clock_synchronized()
+    whose = "this machine's is synchronized, so the server's is wrong" if kept else "one of them is wrong"
     return f"the server's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this machine's: {whose}"
 
 

@@ -154,11 +154,10 @@ class SiteCalls:
         rows = self._run_query(_UNANSWERED, time=moment.timestamp(), now=moment.isoformat(sep=" "))
         unanswered = {row[0] for row in rows}
         ids = [id for id in request.message_ids if id not in unanswered]
-        return (
-            body
-            if len(ids) == len(request.message_ids)
-            else runtime_pb2.PullAppMessagesRequest(message_ids=ids).SerializeToString()
-        )
+        if len(ids) == len(request.message_ids):
+            return body
+        complete: bytes = runtime_pb2.PullAppMessagesRequest(message_ids=ids).SerializeToString()
+        return complete
 
     def _check_answer(self, request: fleet_pb2.PushMessagesRequest, node: int) -> None:
         if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
