@@ -71,9 +71,8 @@ def build_ledger_report(site_toml_or_ledger: Path, *, anchor: Path | None = None
         events, history = _read_consistent_events(ledger)
         problem = str(error).replace(str(ledger), ledger.name)  # a report contains no local paths
     for name, made_for, says in history.opening.list_differences(own) if own else []:
-        raise ConfigError(name, says, f"must be {made_for!r}, for which {ledger} was created").in_file(
-            site_toml_or_ledger
-        )
+        bound = f"must be {made_for!r}, for which {ledger} was created"
+        raise ConfigError(name, says, bound).in_file(site_toml_or_ledger)
     return derive_report(
         collect_ledger_facts(events, history, verified=verified, problem=problem, own=own, about=about, most=MAX_STEPS)
     )

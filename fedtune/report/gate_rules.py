@@ -243,9 +243,8 @@ def _judge_consistency(_: bool, given: Evidence, __: GateRules) -> Found:
         return False, given.contradiction
     if not given.checks:
         return None, f"there is no report.json: {_BY_REPORT}"
-    others = [
-        check for name, check in given.checks.items() if name not in (*_SIGNATURES, SIGNED_ADAPTER, START, "files")
-    ]
+    by_other_rules = (*_SIGNATURES, SIGNED_ADAPTER, START, "files")
+    others = [check for name, check in given.checks.items() if name not in by_other_rules]
     for state, holds in (("failed", False), ("missing", None)):
         if found := [check for check in others if check.state == state]:
             return holds, f"{found[0].name}: {found[0].text}"

@@ -89,9 +89,8 @@ class Mechanism:
     metrics_noise_multiplier: float
     charges: tuple[Charge, ...]
     records_per_user: int = 1  # largest number of one person's records in a step; 1 if the unit is a record
-    shared: DistributedNoise | None = (
-        None  # noise shares under secure aggregation; None: the site added all of the noise
-    )
+    # noise shares under secure aggregation; None: the site added all of the noise
+    shared: DistributedNoise | None = None
 
 
 @spec

@@ -68,10 +68,8 @@ def problems(report: Report) -> list[Problem]:
     """
     facts = report.facts
     try:
-        denied = list(_check_cell_settings(facts))
-        denied += map(
-            Problem._make, _check_run_facts(facts) if isinstance(facts, RunFacts) else _check_ledger_facts(facts)
-        )
+        of_kind = _check_run_facts(facts) if isinstance(facts, RunFacts) else _check_ledger_facts(facts)
+        denied = [*_check_cell_settings(facts), *map(Problem._make, of_kind)]
         if found := denied or [*_check_amount_of_work(facts)] or [*_check_selection(facts)]:
             return found
         again = derive_figures(facts)
@@ -291,9 +289,8 @@ def _check_selection(facts: Facts) -> Iterator[Problem]:
     charged = profile.parse_charges(told.charges)
     if told.delta != plan.delta:
         yield Problem("selection.delta", told.delta, plan.delta)
-    yield from _find_differences(
-        "selection.epsilon", told.epsilon, convert_infinite_to_none(accountant.epsilon_pld(charged, told.delta))
-    )
+    epsilon = convert_infinite_to_none(accountant.epsilon_pld(charged, told.delta))
+    yield from _find_differences("selection.epsilon", told.epsilon, epsilon)
     if told.method not in ("grid", "random", "tpe"):
         yield Problem("selection.method", told.method, "grid, random or tpe")
     if not 1 <= told.trials <= min(sum(charged.values()), MAX_TRIALS):
@@ -373,9 +370,8 @@ def _find_differences(where: str, said: Any, found: Any, *, under: float = _LAST
                 if not -TOLERANCE * max(1.0, found[key]) <= difference <= _LAST_DIGITS * found[key]:
                     yield Problem(place, said[key], found[key])
             else:
-                yield from _find_differences(
-                    place, said[key], found[key], under=under if key == "epsilon_pld" else _LAST_DIGITS
-                )
+                allowed = under if key == "epsilon_pld" else _LAST_DIGITS
+                yield from _find_differences(place, said[key], found[key], under=allowed)
     elif isinstance(said, list) and isinstance(found, list) and len(said) == len(found):
         # A list item is named by its site, code or run if that is unique in the list.
         kinds = ("site", "code", "run")

@@ -73,8 +73,7 @@ def _was_fixed_beforehand(facts: LedgerFacts, ran: Sequence[Mechanism]) -> bool:
 
     Otherwise a later run may have been chosen, or an earlier run ended, because of a release.
     """
-    charged, plans = [row for row in ran if row.rounds], map_plans_by_run(facts)
-    most = {run: plan.max_rounds for run, plan in plans.items()}
+    charged, most = [row for row in ran if row.rounds], {run.run: run.plan.max_rounds for run in facts.runs}
     return len(charged) == 1 and most.get(charged[0].run) == charged[0].rounds
 
 
@@ -92,9 +91,8 @@ def find_largest_charges(facts: LedgerFacts, *, period: str | None = None) -> Co
     """Return the charges of the cohort with the largest divergence; with a `period`, only charges in the newest entry's
     period.
     """
-    return _pick_largest_divergence(
-        facts, [count_charges_to_cohort(facts, cohort, period=period) for cohort in _find_cohort_groups(facts)]
-    )
+    charged = [count_charges_to_cohort(facts, cohort, period=period) for cohort in _find_cohort_groups(facts)]
+    return _pick_largest_divergence(facts, charged)
 
 
 def _pick_largest_divergence(facts: LedgerFacts, found: Collection[Counter[DpEvent]]) -> Counter[DpEvent]:
@@ -125,9 +123,8 @@ def _find_cohort_groups(facts: LedgerFacts) -> list[int]:
     """Return the first cohort of each group of cohorts with equal charges."""
     said = {one for entry in facts.charges for one in entry.lost_cohorts or () if one}
     lost = [Cohorts.from_text(one, facts.arrivals) for one in said if facts.arrivals]
-    return find_cohort_group_starts(
-        [*(run.plan.cohorts for run in facts.runs), *lost], oldest_apart=_find_last_charge_with_lost_rows(facts) >= 0
-    )
+    oldest_apart = _find_last_charge_with_lost_rows(facts) >= 0
+    return find_cohort_group_starts([*(run.plan.cohorts for run in facts.runs), *lost], oldest_apart=oldest_apart)
 
 
 def _iter_entry_charges(

@@ -114,13 +114,11 @@ def add_meaning(
 
 def list_assumptions(facts: Facts, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
     """Return the assumptions on which the guarantee depends, violated ones first."""
-    found = (
-        _list_run_assumptions(facts, sites)
-        if isinstance(facts, RunFacts)
-        else _list_ledger_assumptions(facts, sites[0])
-    )
-    # A ledger that does not verify is no evidence, not even for its site's assertions.
-    shows = isinstance(facts, RunFacts) or facts.verification is not None
+    if isinstance(facts, RunFacts):
+        found, shows = _list_run_assumptions(facts, sites), True
+    else:
+        # A ledger that does not verify is no evidence, not even for its site's assertions.
+        found, shows = _list_ledger_assumptions(facts, sites[0]), facts.verification is not None
     made = [
         Assumption(code=code, status=status if shows or status == "violated" else "assumed", evidence=evidence)
         for code, status, evidence in found

@@ -125,7 +125,8 @@ def create_template_environment() -> Environment:
         "plain": _to_printable_text,
         "short": shorten_middle,
         "wrapped": _wrap_label_text,
-        "said_in": _extract_label_text,
+        # the texts of SVG elements, as a description for screen readers
+        "said_in": lambda marks: Markup(" ".join(re.findall("<text [^>]*>([^<]*)</text>", marks))),
         "below": lambda size: round(1.3 * size),
     }
     return made
@@ -249,11 +250,6 @@ def render_label(report: Report, *, language: str) -> str:
 def render_personalized_label(site: str, run: str) -> str:
     """Render the label of a site's personalized adapter, in English like its card, without a guarantee or figures."""
     return create_template_environment().get_template("own_label.svg.j2").render(language="en", site=site, run=run)
-
-
-def _extract_label_text(marks: str) -> Markup:
-    """Extract the text of SVG text elements, as a description for screen readers."""
-    return Markup(" ".join(re.findall("<text [^>]*>([^<]*)</text>", marks)))
 
 
 def _wrap_label_text(text: str, size: float, width: float, *, font: str = "plain", most: int = 8) -> list[str]:

@@ -101,10 +101,10 @@ class Words:
 
     def place(self, kind: str, site: str) -> str:
         """Return the JSON pointer to a section of a site's data: "sites", "facts", "own" or "life", as in page.toml."""
-        own = "/facts" if self.is_ledger else f"/facts{site}/statement"
-        of_ledger = {"facts": "/facts", "life": f"{site}/lifetime"}
-        of_run = {"facts": f"/facts{site}", "life": f"{own}/lifetime"}
-        return {"sites": site, "own": own, **(of_ledger if self.is_ledger else of_run)}[kind]
+        if self.is_ledger:
+            return {"sites": site, "facts": "/facts", "own": "/facts", "life": f"{site}/lifetime"}[kind]
+        facts, own = f"/facts{site}", f"/facts{site}/statement"
+        return {"sites": site, "facts": facts, "own": own, "life": f"{own}/lifetime"}[kind]
 
     def get_site_pointer(self, pointer: str) -> str:
         """Return the pointer to the site that contains `pointer`."""
@@ -128,9 +128,8 @@ class Words:
     def figure(self, pointer: str, kind: str) -> Markup:
         """Format the figure at a JSON pointer as a `<data>` element with its exact value and its pointer."""
         value = self.at(pointer)
-        return Markup('<data value="{}" data-at="{}" data-as="{}">{}</data>').format(
-            json.dumps(value), pointer, kind, self.catalog.figure(value, kind)
-        )
+        element = Markup('<data value="{}" data-at="{}" data-as="{}">{}</data>')
+        return element.format(json.dumps(value), pointer, kind, self.catalog.figure(value, kind))
 
     def spent(self, pointer: str, kind: str = "epsilon") -> Markup:
         """Format a figure of a site's charges, with "at most" if the site has not signed a final receipt."""
