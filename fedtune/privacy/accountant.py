@@ -231,11 +231,8 @@ def calibrate_noise(
         return compute_epsilon(sigma) <= epsilon
 
     if also and epsilon_pld(also, delta, interval=COARSE) > epsilon:
-        raise ConfigError(
-            "privacy.epsilon",
-            epsilon,
-            "is used up by the released metrics alone; set a higher privacy.metrics_noise_multiplier",
-        )
+        bound = "is used up by the released metrics alone; set a higher privacy.metrics_noise_multiplier"
+        raise ConfigError("privacy.epsilon", epsilon, bound)
     find_boundary(compute_epsilon, epsilon, start=1.0, bounds=(MIN_SOUGHT, MAX_NOISE), rising=False)
     # Only the bisection determines the result, so that equal targets get equal noise; the search above saves trials.
     low, high = 0.0, 1.0

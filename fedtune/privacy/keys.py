@@ -158,9 +158,8 @@ def _check_command(command: Sequence[str], named_in: Path | None) -> None:
         bound = "must be configured in a file that belongs to the current account and that nobody else can write"
         raise ConfigError(f"{named_in}: key_command", command[0], bound)
     if not os.path.isabs(command[0]) or "\0" in "".join(command):
-        raise ConfigError(
-            "key_command", command[0], "must begin with the absolute path of a program, and must not contain NUL bytes"
-        )
+        bound = "must begin with the absolute path of a program, and must not contain NUL bytes"
+        raise ConfigError("key_command", command[0], bound)
 
 
 @cache

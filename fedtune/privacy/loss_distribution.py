@@ -93,11 +93,9 @@ def discretize_laplace(noise: float, width: float) -> StepLosses:
 
 
 def _discretize(rate: Rate, noise: float, width: float, *, adding: bool) -> StepLosses:
-    return (
-        discretize_laplace(noise, width)
-        if rate == "laplace"
-        else discretize_sampled_gaussian(rate, noise, width, adding=adding)
-    )
+    if rate == "laplace":
+        return discretize_laplace(noise, width)
+    return discretize_sampled_gaussian(rate, noise, width, adding=adding)
 
 
 def _connect_dots(lowest: int, deltas: Floats, width: float, *, noise: float, beyond: float) -> StepLosses:

@@ -435,7 +435,8 @@ class SiteLedger:
         self._require_not_denied(proposal)
         if (known := self.history.runs.get(proposal.run)) is not None:
             run_acceptance.require_usable_ledger(self.history)
-            _require_same_proposal(known, proposal)
+            if known.proposal != proposal:
+                raise Refused(Reason.PLAN_CHANGED, requested=proposal.digest(), allowed=known.proposal.digest())
             return
         if build_never_accepted_mark(proposal.run, proposal.lead) in self.history.marks:
             raise Refused(Reason.RUN_ENDED)
@@ -548,9 +549,3 @@ def _drop_common_prefix(here: Sequence[float | None], there: Sequence[float | No
     """Return the items of `there` that follow its common prefix with `here`."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(here, there, strict=False))
     return tuple(there[sum(1 for _ in same) :])
-
-
-def _require_same_proposal(known: AcceptedRun, proposal: Proposal) -> None:
-    """Check that a proposal is identical to the proposal of the accepted run."""
-    if known.proposal != proposal:
-        raise Refused(Reason.PLAN_CHANGED, requested=proposal.digest(), allowed=known.proposal.digest())
