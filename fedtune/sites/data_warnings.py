@@ -114,10 +114,8 @@ def _have_same_bytes(file: Path, other: Path) -> bool:
 def _has_training_records(config: RunConfig, names: Sequence[str], file: str) -> bool:
     """Return True if the texts of `file` are a subset of the texts in the other files, or vice versa."""
     records = [record for name in names for record in LeadRecords.read(name, config, key="data.train_file").records]
-    ours, theirs = (
-        count_texts_by_role(records),
-        count_texts_by_role(LeadRecords.read(file, config, key="data.train_file").records),
-    )
+    ours = count_texts_by_role(records)
+    theirs = count_texts_by_role(LeadRecords.read(file, config, key="data.train_file").records)
     # Only roles with many distinct texts, because few values coincide by chance.
     trained = [ours[role].keys() for role in list_identifying_roles(ours) if len(ours[role]) > len(records) / 2]
     return any(other.keys() <= texts or texts <= other.keys() for texts in trained for other in theirs.values())

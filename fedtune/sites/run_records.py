@@ -276,9 +276,8 @@ def require_no_card(file: str, *, key: str, kind: str = "public") -> None:
     """
     if has_card(file, key=key):
         card = find_card_path(Path(file), ".json").name
-        raise ConfigError(
-            key, file, f"must contain {kind} records: {card} next to it lists the runs that generated this file"
-        )
+        bound = f"must contain {kind} records: {card} next to it lists the runs that generated this file"
+        raise ConfigError(key, file, bound)
 
 
 def record_generated_texts(run: Path, texts: Iterable[str]) -> None:

@@ -449,11 +449,8 @@ class Evaluation:
         spec = config.evaluation
         pad_id, most = tokenizer.pad_token_id, spec.max_tokens
         examples = evaluate_examples(model, data.examples, pad_id=pad_id, max_tokens=most, kept=data.kept)
-        inputs = (
-            model.task.prompts_and_references(data.records, tokenizer, data=config.data)
-            if generate and spec.generate
-            else None
-        )
+        asked = generate and spec.generate
+        inputs = model.task.prompts_and_references(data.records, tokenizer, data=config.data) if asked else None
         if inputs is None:
             return cls(examples, {})
         prompts, references = generation.group_by_prompt(*inputs, rows=spec.generation_rows)

@@ -248,10 +248,8 @@ class DividedUnits(Units):
         """Return a function that starts a step on all workers, and cuts the first device's units into micro-batches."""
 
         def cut(sampled: IndexArray) -> Iterator[Any]:
-            model, (mine, *others) = (
-                self._devices.model,
-                self._split_by_rank(sampled, self._units.draw_records(sampled, stream)),
-            )
+            drawn = self._units.draw_records(sampled, stream)
+            model, (mine, *others) = self._devices.model, self._split_by_rank(sampled, drawn)
             assert self._workers is not None, "the shards were not sent"
             values = _flatten(model.trainable()).numpy()
             for rank, theirs in enumerate(others, start=1):
@@ -385,11 +383,10 @@ class _WorkerPool:
         done: bool | str = _AT_WORK
         try:
             while done == _AT_WORK:
-                done, answer = (
-                    pipe.recv()
-                    if pipe.poll(HEARTBEAT_TIMEOUT_S)
-                    else (False, f"no answer in {HEARTBEAT_TIMEOUT_S:g} s")
-                )
+                if pipe.poll(HEARTBEAT_TIMEOUT_S):
+                    done, answer = pipe.recv()
+                else:
+                    done, answer = False, f"no answer in {HEARTBEAT_TIMEOUT_S:g} s"
         except (EOFError, OSError):
             process.join(1.0)  # for its exit code
             done, answer = False, f"its process ended with exit code {process.exitcode}"

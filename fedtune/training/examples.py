@@ -194,11 +194,10 @@ class SiteExamples(Units):
         for part in self._iter_all_parts() if parts is None else parts:
             batch = self.batch(part)
             # Zero for a record that cannot be computed.
-            states = (
-                _compute_each(model.compute_frozen_states, batch, missing=0.0)
-                if lenient
-                else model.compute_frozen_states(batch)
-            )
+            if lenient:
+                states = _compute_each(model.compute_frozen_states, batch, missing=0.0)
+            else:
+                states = model.compute_frozen_states(batch)
             if states is None:
                 return
             if kept is None:
