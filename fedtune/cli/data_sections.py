@@ -52,9 +52,8 @@ def build_file_sections(found: DetectedFile, plan: experiment_writer.ExperimentP
         for name in found.roles.values()
         for kind, count, some in found.columns[name].strange
     )
-    yield _build_truncated_section(
-        "Unusual values (a run may skip these rows)", ("column", "kind", "values", "row: value"), odd
-    )
+    headings = ("column", "kind", "values", "row: value")
+    yield _build_truncated_section("Unusual values (a run may skip these rows)", headings, odd)
     columns = found.roles.values()
     rows = [tuple(_shorten_text(_format_cell_text(row.get(column, ""))) for column in columns) for row in found.first]
     headings = tuple(f"{role}: {column}" for role, column in found.roles.items())

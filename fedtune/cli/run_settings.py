@@ -52,13 +52,15 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
         if (file := typed.get("data.train_file")) is not None:
             raise ConfigError("data.train_file", file, "is set by each site's policy: remove this setting")
         others += _build_real_data_overrides()
-    named = (
-        _parse_site_names(wanted[-1])
-        if wanted
-        else config.federation.active
-        if begun
-        else _read_experiment_participants(others, kit)
-    )
+    named: Sequence[str]
+    if wanted:
+        named = _parse_site_names(wanted[-1])
+    elif begun:
+        named = config.federation.active
+    else:  # as in the experiment, in which no participants means all sites of the roster
+        known = _build_site_overrides([member.site for member in find_members(kit, ())])
+        open_sizes = [word for word in others if not word.startswith("data.declared_sizes=")]
+        named = compose_run([*open_sizes, *known, "data.declared_sizes=2"]).federation.participants
     chosen = find_members(kit, named)
     given = [*others, *_build_site_overrides([member.site for member in chosen]), "federation.participants=[]"]
     if "data.declared_sizes" in typed:
@@ -96,13 +98,6 @@ def _build_real_data_overrides() -> list[str]:
 def _build_site_overrides(names: Sequence[str]) -> list[str]:
     listed = ",".join(f"'{name}'" for name in names)
     return [f"federation.num_sites={len(names)}", f"federation.site_names=[{listed}]"]
-
-
-def _read_experiment_participants(words: Sequence[str], kit: Kit) -> tuple[str, ...]:
-    """Read `federation.participants` of the experiment; an empty tuple means all sites of the roster."""
-    others = [word for word in words if not word.startswith("data.declared_sizes=")]
-    known = _build_site_overrides([member.site for member in find_members(kit, ())])
-    return compose_run([*others, *known, "data.declared_sizes=2"]).federation.participants
 
 
 def _parse_site_names(override: str) -> list[str]:
