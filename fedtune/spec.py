@@ -241,9 +241,8 @@ def check_name(key: str, name: str, *, most: int = 100, marks: str = "-_.") -> N
         allowed = f"letters, digits, {', '.join(map(repr, marks[:-1]))} and {marks[-1]!r}"
         raise ConfigError(key, name, f"must consist of at most {most} {allowed}, and begin with a letter or digit")
     if _NOT_ON_WINDOWS.fullmatch(name):
-        raise ConfigError(
-            key, name, "is not a valid folder name on Windows: choose another name without a dot at its end"
-        )
+        bound = "is not a valid folder name on Windows: choose another name without a dot at its end"
+        raise ConfigError(key, name, bound)
 
 
 def format_value(value: object, most: int = 120) -> str:

@@ -91,11 +91,9 @@ def partition_training_files(
                 lead[side].append(record)
             elif is_selected(record, fraction=spec.train_fraction, key=key, unit=unit):
                 of_files[-1].append(record)
-    sites = (
-        tuple(of_files)
-        if by_file
-        else partition_records(of_files[0], spec.partition, num_sites=len(names), key=key, unit=unit)
-    )
+    sites = tuple(of_files)
+    if not by_file:
+        sites = partition_records(of_files[0], spec.partition, num_sites=len(names), key=key, unit=unit)
     # Number of sites with records of each user.
     users = Counter(user for site in sites for user in {record.fields.get("user") for record in site} if unit == "user")
     split = []

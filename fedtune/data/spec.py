@@ -135,11 +135,8 @@ class DataSpec:
             if fraction and getattr(self, f"{name}_file") is not None:
                 raise ConfigError(f"{name}_fraction", fraction, f"must be 0 if data.{name}_file is set")
         if self.validation_fraction + self.test_fraction >= 1:
-            raise ConfigError(
-                "test_fraction",
-                self.test_fraction,
-                "must be smaller: no records of data.train_file are left for the sites",
-            )
+            bound = "must be smaller: no records of data.train_file are left for the sites"
+            raise ConfigError("test_fraction", self.test_fraction, bound)
         check_names("labels", self.labels)
         if len(self.label_separator) != 1 or self.label_separator in '[]"\\':
             raise ConfigError("label_separator", self.label_separator, 'must be one character other than []"\\')
@@ -273,9 +270,8 @@ def list_template_roles(template: str) -> tuple[str, ...]:
         ConfigError: for `prompt_template`.
     """
     if len(template) > _MAX_TEMPLATE:
-        raise ConfigError(
-            "prompt_template", f"{len(template)} characters", f"must have at most {_MAX_TEMPLATE} characters"
-        )
+        bound = f"must have at most {_MAX_TEMPLATE} characters"
+        raise ConfigError("prompt_template", f"{len(template)} characters", bound)
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
@@ -285,9 +281,8 @@ def list_template_roles(template: str) -> tuple[str, ...]:
     if not plain or not all(role.isidentifier() for role in roles):
         raise ConfigError("prompt_template", template, "must contain only role names in braces")
     if len(set(roles)) < len(roles):
-        raise ConfigError(
-            "prompt_template", template, "must name each role at most once: repeated texts lengthen prompts"
-        )
+        bound = "must name each role at most once: repeated texts lengthen prompts"
+        raise ConfigError("prompt_template", template, bound)
     return tuple(roles)
 
 

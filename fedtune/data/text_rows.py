@@ -101,10 +101,8 @@ def read_json_lines(path: Path) -> RawRows:
     """Yield the rows of a JSON lines file; blank lines are skipped."""
 
     def parse_line(line: int, raw: bytes | None) -> Row | None:
-        text, bound = (
-            decode_text(raw, at=format_location(path, line)).rstrip(),
-            "must be one complete JSON object per line",
-        )
+        text = decode_text(raw, at=format_location(path, line)).rstrip()
+        bound = "must be one complete JSON object per line"
         if text[:1] == "[":
             bound += "; for an array of objects, use a file name that ends in .json"
         return _parse_json_object(text, path, line, bound=bound) if text else None

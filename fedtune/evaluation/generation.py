@@ -105,9 +105,8 @@ def _choose_token(
     same text.
     """
     if not logits.max().isfinite():
-        raise ConfigError(
-            "adapter", float(logits.max()), "has infinite or NaN logits: its training has diverged, so train it again"
-        )
+        bound = "has infinite or NaN logits: its training has diverged, so train it again"
+        raise ConfigError("adapter", float(logits.max()), bound)
     if spec.temperature == 0:
         return int(logits.argmax())
     # float64, and no positive value is divided, so that the smallest temperature does not overflow.

@@ -114,9 +114,8 @@ class FederationSpec:
             if name not in names:
                 check_one_of("participants", name, self.names)
         if self.min_sites > len(self.active):
-            raise ConfigError(
-                "min_sites", self.min_sites, f"must be at most {len(self.active)}, the number of participating sites"
-            )
+            bound = f"must be at most {len(self.active)}, the number of participating sites"
+            raise ConfigError("min_sites", self.min_sites, bound)
         if self.early_stopping_patience is not None:
             check_at_least("early_stopping_patience", self.early_stopping_patience, 1)
         object.__setattr__(self, "algorithm_settings", self.bound_algorithm.own)

@@ -35,9 +35,8 @@ def check_can_measure(spec: CostSpec) -> None:
 
         known = DataSource().get_global_energy_mix_data()
         if spec.country not in known:
-            raise ConfigError(
-                "cost.country", spec.country, f"must be one of {len(known)} countries that codecarbon supports"
-            )
+            bound = f"must be one of {len(known)} countries that codecarbon supports"
+            raise ConfigError("cost.country", spec.country, bound)
 
 
 @spec

@@ -28,17 +28,15 @@ def add_start_adapter(config: RunConfig) -> RunConfig:
     if name is None and expected is None:
         return config
     if name is None:
-        raise ConfigError(
-            "model.adapter", NOT_GIVEN, "is required with model.adapter_sha256: the folder of that adapter"
-        )
+        bound = "is required with model.adapter_sha256: the folder of that adapter"
+        raise ConfigError("model.adapter", NOT_GIVEN, bound)
     from fedtune.tasks.saved import SavedAdapter  # torch takes seconds to import
 
     start = SavedAdapter.read_initial(name)
     RunFolder(start.folder.parent).require_own_adapter(start.folder, key="model.adapter", value=name)
     if expected not in (None, start.digest):
-        raise ConfigError(
-            "model.adapter_sha256", expected, f"does not match the adapter, whose digest is {start.digest}"
-        )
+        bound = f"does not match the adapter, whose digest is {start.digest}"
+        raise ConfigError("model.adapter_sha256", expected, bound)
     start.require_compatible(config.task_model())
     derived = derive_start(config)
     for key, value in derived.items():

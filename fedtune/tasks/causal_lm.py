@@ -81,16 +81,14 @@ class CausalLM(Task):
             raise ConfigError("columns", dict(data.columns), bound)
         super().check_data(data)
         if named == ["text"] and data.chat_template != "none":
-            raise ConfigError(
-                "chat_template", data.chat_template, "must be none if data.columns has a text, which has no turns"
-            )
+            bound = "must be none if data.columns has a text, which has no turns"
+            raise ConfigError("chat_template", data.chat_template, bound)
         if named not in (["text"], ["prompt"]) and data.chat_template == "none":
             bound = "must be model or plain for conversations, because data.columns has no prompt"
             raise ConfigError("chat_template", "none", bound)
         if named != ["prompt"] and data.prompt_template != "{prompt}":
-            raise ConfigError(
-                "prompt_template", data.prompt_template, "must stay {prompt}, because data.columns has no prompt"
-            )
+            bound = "must stay {prompt}, because data.columns has no prompt"
+            raise ConfigError("prompt_template", data.prompt_template, bound)
 
     def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
         """Return a function that rejects chats without an answer."""

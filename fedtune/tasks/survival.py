@@ -70,9 +70,8 @@ class Survival(PooledTask):
 
     def check_own(self, data: DataSpec) -> None:
         if not self.own.intervals:
-            raise ConfigError(
-                "task_settings.intervals", [], "is empty: list the end of each interval, in the unit of the time column"
-            )
+            bound = "is empty: list the end of each interval, in the unit of the time column"
+            raise ConfigError("task_settings.intervals", [], bound)
 
     def target(self, data: DataSpec) -> TargetOf:
         ends = np.array(self.own.intervals)
