@@ -8,7 +8,6 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import Any
 from unittest.mock import AsyncMock, Mock
 
@@ -50,8 +49,7 @@ from .member import Member, sign_headers
 
 CLOSED = {"reason": "no such call"}
 START = "/v1/control/start-run"
-BUNDLE = make_zip({"pyproject.toml": _BUNDLE}, moment=datetime.now(UTC))
-RUN = StartRunRequest(fab=Fab(content=BUNDLE)).SerializeToString()
+RUN = StartRunRequest(fab=Fab(content=make_zip({"pyproject.toml": _BUNDLE}, moment=now()))).SerializeToString()
 PULL = PullObjectRequest(node=Node(node_id=1), run_id=1, object_id="ab" * 32).SerializeToString()
 
 

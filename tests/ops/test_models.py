@@ -221,8 +221,7 @@ def test_weights_changed_during_the_copy_are_refused(folder: Path, kit: Any, mon
     copy = shutil.copyfileobj
 
     def change_while_copying(source: Any, target: Any, length: int) -> None:
-        weights = Path(source.name)
-        if weights.name == "model.safetensors":
+        if (weights := Path(source.name)).name == "model.safetensors":
             weights.write_bytes(weights.read_bytes()[:-1] + b"?")
         copy(source, target, length)
 
