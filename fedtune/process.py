@@ -1,9 +1,12 @@
-"""Environment variables of the process, set before torch computes anything."""
+"""Settings of the process, made before torch computes anything."""
 
 import os
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+if not __debug__:  # under -O, Python skips the assertions behind clipping, noise and the ledger
+    raise ImportError("fedtune cannot run with python -O or PYTHONOPTIMIZE, which skip its assertions")
 
 torch_came_first = "torch" in sys.modules and "MKL_CBWR" not in os.environ
 """Whether torch was imported before this module, and may have read the environment without these settings."""

@@ -60,6 +60,11 @@ def test_text_files_are_opened_with_an_encoding() -> None:
                     pytest.fail(f"{path}:{node.lineno}: write_text() takes the machine's encoding")
 
 
+def test_python_without_assertions_is_refused() -> None:
+    done = subprocess.run([sys.executable, "-O", "-c", "import fedtune"], capture_output=True, text=True, check=False)
+    assert (done.returncode, "cannot run with python -O" in done.stderr) == (1, True)
+
+
 def test_commands_and_ledger_work_without_linux_modules(tmp_path: Path) -> None:
     code = f"""{WINDOWS}
 from pathlib import Path

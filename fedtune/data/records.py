@@ -77,7 +77,7 @@ def resolve_file(name: str, roots: Sequence[Path] = (), *, key: str = "data file
     """
     if Path(name).parts[:1] == (IN_MEMORY,):
         if (folder := memory_folder.get()) is None or not (folder / name).exists():
-            bound = "is no longer in memory: pass the records again (sites= of simulate, data= of compare), or use files"
+            bound = "is no longer in memory: pass it again (sites= of simulate, data= of compare), or use files"
             raise DataError(key, name, bound)
         return folder / name
     folders = list(dict.fromkeys([Path.cwd(), *roots]))

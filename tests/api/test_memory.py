@@ -87,7 +87,7 @@ def test_interrupted_in_memory_run_resumes_with_the_same_records(settings: dict[
         fedtune.simulate(sites=SITES, settings=settings, progress=interrupt)
     assert list(private.iterdir()) == []
     resume = {"resume": settings["tracking.output_dir"] / "run"}
-    with pytest.raises(DataError, match=r"in-memory/sites/north\.jsonl'.*: pass the records again \(sites="):
+    with pytest.raises(DataError, match=r"in-memory/sites/north\.jsonl'.*: pass it again \(sites="):
         fedtune.simulate(settings=resume)
     with pytest.raises(ConfigError, match="must name the sites of the run: north, south"):
         fedtune.simulate(settings=resume, sites={"north": SITES["north"]})
