@@ -21,7 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from fedtune.cli.command import Argument, AsJson, Option, check_reason, command, group, print_answer
-from fedtune.cli.plain_words import convert_spending_to_json, describe_event, explain_guarantee, render_page
+from fedtune.cli.plain_words import (
+    convert_spending_to_json,
+    describe_event,
+    describe_policy_changes,
+    explain_guarantee,
+    render_page,
+)
 from fedtune.federation.run_folder import suggest_run_folders
 from fedtune.formatting import convert_none_to_infinite, pluralize
 from fedtune.ops.backup import RestoreResult, charge_missing_events, find_anchors
@@ -242,10 +248,10 @@ def build_events_section(verified: VerifiedLedger, chosen: Sequence[Event]) -> S
     """Build the table of the selected events, one per row."""
     unit, runs = verified.history.opening.unit, verified.history.runs.items()
     own = {name: run.proposal.task for name, run in runs if not run.proposal.lead}
-    rows = []
+    changes, rows = describe_policy_changes(verified.events), []
     for event in chosen:
         when = (str(event.sequence), event.time[:16].replace("T", " "), event.kind.value)
-        what = describe_event(event, own=own.get(event.run, ""))
+        what = describe_event(event, own=own.get(event.run, "")) + changes.get(event.sequence, "")
         rows.append((*when, to_printable(event.run), str(event.round or ""), what))
     title = f"{len(chosen)} of {pluralize(len(verified.events), 'event')}"
     headings = ("no.", "time (UTC)", "kind", "run", "round", "description")

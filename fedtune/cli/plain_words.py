@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.codec import decode
-from fedtune.formatting import convert_none_to_infinite, format_key_start, group_hex, pluralize
+from fedtune.formatting import convert_none_to_infinite, flatten, format_key_start, group_hex, pluralize
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy import events as dp_events
 from fedtune.privacy.accountant import format_epsilon
@@ -25,7 +27,7 @@ from fedtune.show import budget_text
 from fedtune.show.budget_text import Amount, Differences, format_cap, format_mechanism, format_rounded_down
 from fedtune.show.lines import to_printable
 from fedtune.show.terminal_tables import Section, build_key_value_section, print_json, say, show
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, format_value
 
 if TYPE_CHECKING:  # it takes a while to import
     from jinja2 import Environment
@@ -122,6 +124,19 @@ def _describe_note(detail: dict[str, Any]) -> str:
             return f"FROZEN, all training has ended: {to_printable(detail['why'])}"
         case other:
             return f"unknown note {to_printable(other)}"
+
+
+def describe_policy_changes(events: Iterable[Event]) -> dict[int, str]:
+    """Describe what each later policy of a ledger changed: event's sequence number -> settings, new and old values."""
+    noted = (one for one in events if one.kind is Kind.NOTE and one.detail["what"] == "policy")
+    policies = [(one.sequence, one.detail["policy"]) for one in noted]
+    found = {}
+    for (_, before), (sequence, after) in pairwise(policies):
+        old, new = dict(flatten(before)), dict(flatten(after))
+        changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        values = (f"{key} = {format_value(new.get(key), 40)} (was {format_value(old.get(key), 40)})" for key in changed)
+        found[sequence] = f"; changed: {to_printable('; '.join(values), 400)}"
+    return found
 
 
 def check_policy(file: Path, *, as_json: bool) -> None:

@@ -120,6 +120,7 @@ def test_freeze_requires_a_reason_and_leaves_no_budget(site_with_history: Any) -
     site_with_history.ask_too_much(site_with_history.proposal("late"))
     out = run_command("ledger", "show", str(site_with_history.ledger)).out
     assert "all training has ended: consent withdrawn" in out
+    assert "; changed: budget.max_epsilon = 8.0 (was 6.0)" in " ".join(out.split())
     spent = run_command("ledger", "spent", str(site_with_history.ledger))
     assert "FROZEN" in spent.out
     assert "nothing, because it is frozen" in spent.out
