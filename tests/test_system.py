@@ -89,7 +89,7 @@ with folder.hold_lock():
         with folder.hold_lock():
             raise AssertionError("two processes hold one folder")
     except ConfigError as error:
-        assert "is used by a running run" in str(error)
+        assert "is in use: wait until its run ends" in str(error)
 assert not folder.is_running
 with lock_folder(Path.cwd()):
     assert Path(".lock").exists()

@@ -515,9 +515,8 @@ def number_of(name: str) -> int:
 def event_of(charged: Json) -> Event:
     if charged["kind"] == "poisson_sampled":
         return mechanism("gaussian", charged["sampling_probability"], charged["event"]["noise_multiplier"])
-    return mechanism(
-        "laplace" if charged["kind"] == "laplace" else "gaussian", 1.0, charged.get("noise_multiplier", 0.0)
-    )
+    noise = "laplace" if charged["kind"] == "laplace" else "gaussian"
+    return mechanism(noise, 1.0, charged.get("noise_multiplier", 0.0))
 
 
 def number(epsilon: float | None) -> float:

@@ -133,7 +133,7 @@ def describe_policy_changes(events: Iterable[Event]) -> dict[int, str]:
     found = {}
     for (_, before), (sequence, after) in pairwise(policies):
         old, new = dict(flatten(before)), dict(flatten(after))
-        changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        changed = [key for key in old | new if old.get(key) != new.get(key)]
         values = (f"{key} = {format_value(new.get(key), 40)} (was {format_value(old.get(key), 40)})" for key in changed)
         found[sequence] = f"; changed: {to_printable('; '.join(values), 400)}"
     return found

@@ -25,6 +25,7 @@ from fedtune.cli.ledger import find_ledger
 from fedtune.config import AboutSpec, read_saved_config
 from fedtune.federation.run_folder import RunFolder
 from fedtune.model.adapter_files import CARD, LABEL
+from fedtune.ops.files import act_as_owner
 from fedtune.ops.kits.kit_file import read_signing_key
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.keys import check_public_key
@@ -97,8 +98,8 @@ def build(
     else:
         from fedtune.report import from_ledger
 
-        given = find_ledger(str(path))
-        ledger = SiteFiles.from_site_toml(path).ledger if of_policy else given
+        act_as_owner(path)
+        ledger = SiteFiles.from_site_toml(path).ledger if of_policy else find_ledger(str(path))
         report = from_ledger.build_ledger_report(path if of_policy else ledger, anchor=anchor)
         folder = ledger.with_name(f"{ledger.name}.report")
         own_language, place = "en", "[about] of site.toml"

@@ -251,7 +251,8 @@ class RunFolder:
             try:
                 lock(held.fileno())
             except OSError:
-                raise ConfigError("run folder", str(self.path), "is used by a running run: wait, or stop it") from None
+                bound = "is in use: wait until its run ends, or stop that run"
+                raise ConfigError("run folder", str(self.path), bound) from None
             yield
 
     @property

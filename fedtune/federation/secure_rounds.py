@@ -165,10 +165,12 @@ class SecureAggregator:
             left_out = dict.fromkeys(self.left_out, "sends wrong shares")
             why = {**_describe_missing(missing), **failed, **left_out}
             others = "; ".join(f"{site}: {reason}" for site, reason in why.items())
-            num, joined = len(self._terms.members), "sites joined the secure aggregation session"
-            state = f"{len(ready)} of {num} {joined}, but {self._terms.threshold} are required"
+            num = len(self._terms.members)
             if self._begun is None:  # the first session needs the keys of all members
                 state = f"no secure aggregation session could begin: the first needs all {num} sites"
+            else:
+                joined = f"{len(ready)} of {num} sites joined the secure aggregation session"
+                state = f"{joined}, but {self._terms.threshold} are required"
             raise RunError(f"{state} ({others}); nothing was charged for this round")
         return ready
 

@@ -294,7 +294,7 @@ def test_resumed_run_keeps_its_sites_and_runs_in_one_process(kit: Kit, folder: P
     with (folder / "log.txt").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         message = run_command("run", "resume", str(folder), "--kit", str(kit.folder)).failed()
-    assert message.endswith("is used by a running run: wait, or stop it")
+    assert message.endswith("is in use: wait until its run ends, or stop that run")
     assert (folder / "config.yaml").exists()
 
 

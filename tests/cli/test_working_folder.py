@@ -46,7 +46,7 @@ def folder(config: RunConfig) -> Path:
 def test_folder_of_a_run_killed_before_its_start_is_removed(config: RunConfig, folder: Path) -> None:
     assert not RunFolder(folder).has_begun()
     RunFolder(folder).create(format_config_yaml(config))
-    with RunFolder(folder).hold_lock(), pytest.raises(ConfigError, match="is used by a running run"):
+    with RunFolder(folder).hold_lock(), pytest.raises(ConfigError, match="is in use: wait until its run ends"):
         RunFolder(folder).has_begun()
     assert SearchTrial.from_config(config).state == "not begun", "a search does not end because of it"
     RunFolder(folder).create(format_config_yaml(config))
@@ -82,7 +82,7 @@ def test_run_folder_is_locked_by_a_single_process(config: RunConfig, folder: Pat
     for _ in range(2):
         with RunFolder(folder).hold_lock():
             assert RunFolder(folder).is_running
-            with pytest.raises(ConfigError, match="is used by a running run"), RunFolder(folder).hold_lock():
+            with pytest.raises(ConfigError, match="is in use: wait until its run ends"), RunFolder(folder).hold_lock():
                 pytest.fail("two processes run one folder")
         assert not RunFolder(folder).is_running
     (folder / "log.txt").chmod(0o400)

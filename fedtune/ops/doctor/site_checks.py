@@ -187,15 +187,16 @@ def _check_data_set(dataset: Dataset, folder: Path, policy: Policy, *, log: Priv
     try:
         count, num_dated, unreadable = _count_units(path, dataset, unit=unit)
     except DataError as error:
-        return _report_unreadable_file(error, dataset, name=name, block=block, log=log)
+        finding, fix = _explain_unreadable_file(error, dataset, name=name, block=block, log=log)
+        return build_failed_check(name, finding, fix=fix)
     if not count:
         return build_failed_check(name, "contains no record", fix=f"Set `path` in {block} to the file of records.")
     if count < dataset.min_units:
         fix = f"Wait for more records, lower min_units in {block}, or take the data set out of site.toml."
         return build_failed_check(name, f"fewer {unit}s than min_units", fix=fix)
     if unreadable:
-        check = _report_unreadable_file(unreadable, dataset, name=name, block=block, log=log)
-        return build_warning(name, f"{check.found}; runs skip such records", fix=check.fix)
+        finding, fix = _explain_unreadable_file(unreadable, dataset, name=name, block=block, log=log)
+        return build_warning(name, f"{finding}; runs skip such records", fix=fix)
     if policy.population.arrivals and num_dated < FEW_DATED * count:
         whose = "fewer than half of the users have" if num_dated else "no user has"
         problem = f"every record can be read; {whose} a readable date in column {dataset.columns['arrival']!r}"
@@ -225,10 +226,10 @@ def _count_units(path: Path, dataset: Dataset, *, unit: str) -> tuple[int, int, 
     return len(dated) if unit == "user" else used, sum(dated.values()), error
 
 
-def _report_unreadable_file(
+def _explain_unreadable_file(
     error: DataError, dataset: Dataset, *, name: str, block: str, log: PrivateLog
-) -> DoctorCheck:
-    """Build the check for a data file with unreadable records, without the text of the error.
+) -> tuple[str, str]:
+    """Return the finding and the fix for a data file with unreadable records, without the text of the error.
 
     The text may reveal the number of records through a line number, or quote the first record as column names if the
     file has no header.
@@ -236,15 +237,14 @@ def _report_unreadable_file(
     where = log.write_entry(f"{name}: {error}")
     if error.value == SEVERAL_USERS:
         fix = "Remove records of several users, or assign each to one user; an id must not contain , ; or |."
-        return build_failed_check(name, f"a record names several users{where}", fix=fix)
+        return f"a record names several users{where}", fix
     # The key of the error contains the column's name in the policy, if the error is about a column.
     column = next((f"column {column!r}" for column in dataset.columns.values() if repr(column) in error.key), "")
     if error.value == "absent":
         fix = f"Name an existing column in `columns` of {block}; a CSV file must begin with a header."
-        return build_failed_check(name, f"{column} is not in every record{where}", fix=fix)
-    problem = f"a record cannot be read{f' at {column}' if column else ''}{where}"
+        return f"{column} is not in every record{where}", fix
     fix = "Fix or remove that record: each must be a complete JSON object or CSV row, in UTF-8, without blank values."
-    return build_failed_check(name, problem, fix=fix)
+    return f"a record cannot be read{f' at {column}' if column else ''}{where}", fix
 
 
 def _compare_declared_size(name: str, share: float, *, units: str, lacking: str, block: str) -> DoctorCheck:

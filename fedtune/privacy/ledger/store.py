@@ -105,7 +105,8 @@ def connect(path: Path, *, writing: bool = False) -> sqlite3.Connection:
     Raises:
         sqlite3.Error: the file cannot be opened, or its journal names another file.
     """
-    journal = (file := path.resolve()).with_name(f"{path.resolve().name}-journal")
+    file = path.resolve()
+    journal = file.with_name(f"{file.name}-journal")
     if journal.is_file():
         with suppress(OSError), journal.open("rb") as stream:
             stream.seek(-len(_END_OF_NAME), os.SEEK_END)
