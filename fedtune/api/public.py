@@ -30,7 +30,6 @@ from fedtune.federation.early_stopping import count_rounds
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import PublicSpec
 from fedtune.formatting import format_html_table
-from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.keys import check_public_key
 from fedtune.process import torch_came_first
@@ -556,9 +555,7 @@ class Run:
         from fedtune.export.export_formats import export
         from fedtune.export.format_choice import choose_format
 
-        chosen, target = choose_format(self.config, format, key="format"), Path(to)
-        if int8 and (chosen != "onnx" or self.config.lora.kind == NO_ADAPTER):
-            raise ConfigError("int8", True, 'requires format="onnx" and a run with a base model')
+        chosen, target = choose_format(self.config, format, int8=int8), Path(to)
         RunFolder(self.folder).require_export_target(target, key="to")
         return export(self.adapter, self.config, target, format=chosen, int8=int8)
 
@@ -644,7 +641,7 @@ class Run:
                 another base model.
             columns: role to column, for column names that differ from the run's own files.
             format: "sentence-transformers" or "onnx".
-            int8: also write an ONNX graph with weights quantized to int8.
+            int8: for "onnx": also write an ONNX graph with weights quantized to int8.
             seed: seed of the texts' order; the same seed gives the same student on the same machine.
             passes: number of epochs over the texts.
             progress: callback for progress in training steps, called in this thread.

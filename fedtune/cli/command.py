@@ -140,7 +140,18 @@ class _Argument(click.Argument):
 
 
 class Command(click.Command):
-    """A click command that lists its arguments in the help and never wraps example lines."""
+    """A click command that lists its arguments in the help, never wraps example lines, and names options in errors."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command.  Where a library's error names a parameter, as in Python, the user reads its option."""
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            for one in self.params:
+                if one.name == error.key:
+                    option = one.make_metavar(ctx) if isinstance(one, click.Argument) else max(one.opts, key=len)
+                    raise type(error)(option, error.value, error.bound, remedy=error.remedy) from error
+            raise
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         said: list[str] = []

@@ -22,7 +22,6 @@ from fedtune.cli.finished_run import (
 from fedtune.export.format_choice import choose_format
 from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import format_size, pluralize
-from fedtune.model.spec import NO_ADAPTER
 from fedtune.show.terminal_tables import Section, require_confirmation, show
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 
@@ -72,9 +71,7 @@ def export(
     config, adapter = load_finished_run(run)
     if merge and format is not None:
         raise ConfigError("--merge", format, "cannot be combined with --format: use --format merged")
-    chosen = choose_format(config, format, merge=merge)
-    if int8 and (chosen != "onnx" or config.lora.kind == NO_ADAPTER):
-        raise ConfigError("--int8", NOT_GIVEN, "requires --format onnx and a run with a base model")
+    chosen = choose_format(config, format, merge=merge, int8=int8)
     option, target = ("--to", to) if to is not None else ("--push", Path(str(push)))
     RunFolder(adapter.parent).require_export_target(target, key=option)
     from fedtune.export import hub  # torch takes seconds to import
@@ -144,8 +141,6 @@ def distill(
     """
     config, adapter = load_finished_run(run, device=device)
     named = parse_column_roles(columns, known=config.data.columns) if columns is not None else None
-    if int8 and format != "onnx":
-        raise ConfigError("--int8", NOT_GIVEN, "requires --format onnx")
     from fedtune.lab import distillation  # torch takes seconds to import
 
     with Console(stderr=True).status("Loading ...") as status, suggest_columns_option():

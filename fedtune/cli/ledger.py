@@ -215,9 +215,9 @@ def find_ledger(name: str) -> Path:
             return file
     found = ", ".join(str(file) for file in sorted(path.glob("sites/*/ledger.db")))
     if not path.exists():
-        raise ConfigError("ledger", name, f"no such file or folder{suggest_run_folders(path)}")
+        raise ConfigError("path", name, f"no such file or folder{suggest_run_folders(path)}")
     bound = f"must be one of {found}" if found else "must be a ledger.db, or a folder with one"
-    raise ConfigError("ledger", name, bound)
+    raise ConfigError("path", name, bound)
 
 
 def _open_own_site(policy: Path) -> SiteFiles:

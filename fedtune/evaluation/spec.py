@@ -10,7 +10,7 @@ SMALLEST = 20  # default minimum number of units in a group with its own score
 
 def build_missing_test_records_error() -> ConfigError:
     """Build the error for a comparison without test records."""
-    bound = "is missing: a comparison needs records that no run trains on (or data.test_fraction, or --data FILE)"
+    bound = "is missing: a comparison needs records that no run trains on (or data.test_fraction, or a data file)"
     return ConfigError("data.test_file", None, bound)
 
 
@@ -66,12 +66,12 @@ class WritingSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least("--max-new-tokens", self.max_new_tokens, 1)
-        check_at_most("--max-new-tokens", self.max_new_tokens, MAX_NEW_TOKENS)
-        check_at_least("--temperature", self.temperature, 0)
-        check_fraction("--top-p", self.top_p, one=True)
-        check_at_least("--guidance", self.guidance, 0)
-        check_at_most("--guidance", self.guidance, 1e9)
-        check_at_least("--seed", self.seed, 0)
+        check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        check_at_most("max_new_tokens", self.max_new_tokens, MAX_NEW_TOKENS)
+        check_at_least("temperature", self.temperature, 0)
+        check_fraction("top_p", self.top_p, one=True)
+        check_at_least("guidance", self.guidance, 0)
+        check_at_most("guidance", self.guidance, 1e9)
+        check_at_least("seed", self.seed, 0)
         if self.seed >= 2**63:
-            raise ConfigError("--seed", self.seed, "must be below 2**63")
+            raise ConfigError("seed", self.seed, "must be below 2**63")

@@ -221,7 +221,7 @@ def create_model_folder(target: Path, config: RunConfig, card: Mapping[str, byte
         ConfigError: `target` already exists, or cannot be written.
     """
     if os.path.lexists(target):
-        raise ConfigError("--to", str(target), "already exists: choose a new folder")
+        raise ConfigError("to", str(target), "already exists: choose a new folder")
     target = target.absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +242,7 @@ def create_model_folder(target: Path, config: RunConfig, card: Mapping[str, byte
                     shutil.copymode(usual, file)
             os.rename(folder, target)
     except OSError as error:
-        raise ConfigError("--to", str(target), f"is not writable ({error.strerror}): choose another folder") from error
+        raise ConfigError("to", str(target), f"is not writable ({error.strerror}): choose another folder") from error
 
 
 def _write_adapter(source: Source, reference: ReferenceOutputs, folder: Path) -> None:
@@ -277,7 +277,7 @@ def _reload_plain(source: Source, folder: Path) -> PreTrainedModel:
 
 
 def _write_sentence_transformers(source: Source, reference: ReferenceOutputs, folder: Path) -> None:
-    require_extra("--format", "sentence-transformers", "export", "sentence_transformers")
+    require_extra("format", "sentence-transformers", "export", "sentence_transformers")
     library = importlib.import_module("sentence_transformers")
     modules = importlib.import_module("sentence_transformers.sentence_transformer.modules")
     with TemporaryDirectory() as scratch:

@@ -17,7 +17,6 @@ from fedtune.spec import NOT_GIVEN, ConfigError, RunError
 from fedtune.tasks.saved import SavedAdapter
 from fedtune.version import __version__
 
-_PUSH = "--push"
 _TAKEN = "already exists with files or another visibility: choose a new name"
 _REFUSALS = {
     401: "requires a login to the hub: run `hf auth login`, or set HF_TOKEN",
@@ -42,7 +41,7 @@ def require_pushable(adapter: Path, repository: str, *, public: bool, without_gu
         ConfigError: the name is not OWNER/NAME, the adapter is private to a site, or no guarantee covers the model.
     """
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository, re.ASCII) is None:
-        raise ConfigError(_PUSH, repository, "must be OWNER/NAME, with letters, digits, dots, dashes and underscores")
+        raise ConfigError("push", repository, "must be OWNER/NAME, with letters, digits, dots, dashes and underscores")
     SavedAdapter.read(adapter)  # refuses personalized adapters
     run = adapter.absolute().parent
     verdict, words, result = build_run_report(run).verdict, load_catalog("en"), read_run(run).result
@@ -52,10 +51,10 @@ def require_pushable(adapter: Path, repository: str, *, public: bool, without_gu
     if any(debt["epsilon"] in (None, UNKNOWN) for debt in walk_lineage(result and result.provenance.start_adapter)):
         reasons.append("The privacy loss of an adapter or base model in its lineage is unbounded or unknown.")
     if reasons and public:
-        raise ConfigError("--public", NOT_GIVEN, f"requires a model with a privacy guarantee. {' '.join(reasons)}")
+        raise ConfigError("public", NOT_GIVEN, f"requires a model with a privacy guarantee. {' '.join(reasons)}")
     if reasons and not without_guarantee:
         remedy = f"{' '.join(reasons)} For a private repository, add --without-guarantee if its records allow it"
-        raise ConfigError(_PUSH, repository, "no privacy guarantee covers this model", remedy=remedy)
+        raise ConfigError("push", repository, "no privacy guarantee covers this model", remedy=remedy)
     return reasons
 
 
@@ -78,7 +77,7 @@ def push(folder: Path, files: Sequence[Path], repository: str, *, public: bool) 
         # An existing repository keeps its visibility, and a server may ignore the requested visibility: check it.
         made = hub.model_info(repository)
         if made.private == public or {one.rfilename for one in made.siblings or ()} - {".gitattributes"}:
-            raise ConfigError(_PUSH, repository, _TAKEN)
+            raise ConfigError("push", repository, _TAKEN)
         # upload_folder may split a large folder into several commits; this is a single commit of the listed files.
         added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
         hub.create_commit(repository, added, commit_message=f"Upload a model with fedtune {__version__}")
@@ -86,10 +85,10 @@ def push(folder: Path, files: Sequence[Path], repository: str, *, public: bool) 
         raise
     except OfflineModeIsEnabled:
         bound = "requires access to the hub, but HF_HUB_OFFLINE is set: unset HF_HUB_OFFLINE"
-        raise ConfigError(_PUSH, repository, bound) from None
+        raise ConfigError("push", repository, bound) from None
     except Exception as error:  # raised by several libraries; their texts contain no records
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
         if status in _REFUSALS:
-            raise ConfigError(_PUSH, repository, _REFUSALS[status]) from error
+            raise ConfigError("push", repository, _REFUSALS[status]) from error
         raise RunError(f"nothing was uploaded to {repository} at {hub.endpoint} ({get_first_line(error)})") from error
     return str(address)

@@ -59,7 +59,7 @@ def write_graph(
     Raises:
         ConfigError: onnx or onnxruntime is not installed.
     """
-    require_extra("--format", "onnx", "export", "onnxscript", "onnxruntime")
+    require_extra("format", "onnx", "export", "onnxscript", "onnxruntime")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # silence warnings about optional packages
     with silence_transformers(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")

@@ -23,6 +23,7 @@ from fedtune.config import RunConfig
 from fedtune.data.batching import collate
 from fedtune.evaluation.bootstrap import Comparison, compare_by_scores
 from fedtune.export.export_formats import WRITERS, Source, create_model_folder, get_card_form
+from fedtune.export.format_choice import check_int8
 from fedtune.export.onnx_graphs import Served, measure_graphs, measure_model
 from fedtune.formatting import format_score_name, pluralize
 from fedtune.model.adapter_files import CARD
@@ -104,14 +105,15 @@ def distill(
     if not task.has_head or config.data.input != "text" or "sentence-transformers" not in task.formats:
         bound = "cannot be distilled: use a run for text classification or regression"
         raise ConfigError("task", config.task, bound)
-    check_at_least("--passes", passes, 1)
-    check_at_most("--passes", passes, 1_000)
-    check_at_least("--seed", seed, 0)
-    asked, own_records = read_prompts(config, texts, key="--texts", columns=columns), RunRecords(config)
-    require_disjoint(asked, own_records, key="--texts", file=texts, allow_synthetic=True)
-    sha256 = hash_file(file := Path(asked[0].file), key="--texts")
+    check_int8(int8, config, format)
+    check_at_least("passes", passes, 1)
+    check_at_most("passes", passes, 1_000)
+    check_at_least("seed", seed, 0)
+    asked, own_records = read_prompts(config, texts, key="texts", columns=columns), RunRecords(config)
+    require_disjoint(asked, own_records, key="texts", file=texts, allow_synthetic=True)
+    sha256 = hash_file(file := Path(asked[0].file), key="texts")
     if len(asked) < FEWEST:
-        raise DataError("--texts", pluralize(len(asked), "text"), f"must be at least {FEWEST}")
+        raise DataError("texts", pluralize(len(asked), "text"), f"must be at least {FEWEST}")
     records, test = LeadRecords([task.without_answer(one, config.data) for one in asked]), own_records.test
     model = load_task_model(adapter, model=replace(config.model, dtype="float32"))  # refuses personalized adapters
     owed, behind = _describe_inherited_privacy(file, adapter)
@@ -120,7 +122,7 @@ def distill(
         own = _keep_lower_layers(student, teacher)
     elif read_base_lineage(base):
         bound = "was exported from a run (see its config.json): choose a public base model"
-        raise ConfigError("--student", student, bound)
+        raise ConfigError("student", student, bound)
     else:  # another base with an initial head, and placeholder tokens to shape it
         spec, runtime = replace(model.spec, model=base, lora=LoraSpec(rank=1)), config.runtime
         plain = replace(config, runtime=replace(runtime, onednn=False, gradient_checkpointing=False))
@@ -158,11 +160,11 @@ def _describe_inherited_privacy(texts: Path, adapter: Path) -> tuple[str, Sequen
     """
     if not os.path.lexists(find_card_path(texts.resolve(), ".json")):
         return "", ()
-    runs = read_card(texts, option="--texts")["runs"]
+    runs = read_card(texts, option="texts")["runs"]
     own = describe_run(from_run.build_run_report(adapter.absolute().parent), SavedAdapter.read(adapter).digest)
     if compose_losses(runs)[0] is None or runs[0]["unit"] != own["unit"]:
         bound = f"has a card without a finite epsilon per {own['unit']}, so the student's privacy loss is unbounded"
-        raise ConfigError("--texts", str(texts), bound)
+        raise ConfigError("texts", str(texts), bound)
     names = ", ".join(one["run"] for one in runs)
     both = format_total_loss([own, *runs]) or "nothing, as its teacher has none"
     words = (
@@ -183,7 +185,7 @@ def _keep_lower_layers(layers: str, teacher: Source) -> Source:
     stack, settings = find_layer_stack(base)[1], base.config.get_text_config()
     kept, count = len(stack) // 2 if layers == HALF else int(layers), len(stack)
     if not 1 <= kept < count:
-        raise ConfigError("--student", layers, f"must leave 1 to {count - 1} of the base's {count} layers")
+        raise ConfigError("student", layers, f"must leave 1 to {count - 1} of the base's {count} layers")
     del stack[kept:]
     settings.num_hidden_layers = kept
     if getattr(settings, "layer_types", None):

@@ -212,7 +212,7 @@ def collect_evidence(folder: Path, known: TrustedValues, *, audit: Path | None, 
     if groups is not None:
         bound = f"must be the JSON output of fedtune compare {folder} --by COLUMN --json, with this model"
         digest, metric = record.adapter_digest, record.config.primary_metric
-        read = read_group_scores(groups, adapter_digest=digest, primary_metric=metric, key="--groups", bound=bound)
+        read = read_group_scores(groups, adapter_digest=digest, primary_metric=metric, key="groups", bound=bound)
         found = found._replace(groups=read)
     return found
 
@@ -226,15 +226,15 @@ def judge_run(rules: GateRules, evidence: Evidence) -> tuple[Check, ...]:
 def _read_matching_audit(evidence: Evidence, folder: Path) -> Audit:
     record, found = read_run(folder), read_audit(folder)
     if found is None:
-        raise ConfigError("--audit", str(folder), "has no audit.json: pass the output folder of fedtune audit")
+        raise ConfigError("audit", str(folder), "has no audit.json: pass the output folder of fedtune audit")
     same = (record.plan, record.config.task_model()) == (evidence.facts.plan, evidence.config.task_model())
     # An audit trains even if the signal is weak.
     same &= record.config.training == dataclasses.replace(evidence.config.training, ignore_weak_signal=True)
     bound = "is an audit of another plan, model or training: repeat it with the run's settings"
-    require("--audit", str(folder), same, bound)
+    require("audit", str(folder), same, bound)
     charged = [site for site in evidence.report.sites if site.spent.rounds]  # without a charge, a site claims nothing
     consistent = found.delta == evidence.facts.delta and not any(find_wrong_audit_bounds(found))
-    require("--audit", str(folder), consistent, "has an audit.json whose bounds do not follow from its counts")
+    require("audit", str(folder), consistent, "has an audit.json whose bounds do not follow from its counts")
     return dataclasses.replace(found, exceeded=found.exceeded or bool(list_refuted_bounds(found, charged)))
 
 

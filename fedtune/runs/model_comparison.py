@@ -101,7 +101,7 @@ class SideBySide:
         groups: Groups = merge_values(values, smallest=smallest, units=self.users)
         if len(groups.names) > _MAX_GROUPS:
             bound = f"leaves {len(groups.names)} groups; raise it until at most {_MAX_GROUPS} are left"
-            raise ConfigError("--smallest", smallest, bound)
+            raise ConfigError("smallest", smallest, bound)
         if len(groups.names) < 2:
             return None
         examples = {name: measured.examples for name, measured in self.measured.items()}
@@ -158,7 +158,7 @@ def compare_runs(
         places = places or [record.line for record in data.records]
         if places != [record.line for record in data.records]:
             bound = "must select the first run's test records"
-            raise ConfigError("run", names[0], f"{bound}; give both a file with --data")
+            raise ConfigError("run", names[0], f"{bound}; give both a data file")
         of_these = saved.evaluate_models(data)
         # A new adapter does not change the model, so the base model is scored without one.
         base = replace(config.task_model(), lora=LoraSpec(), seed=0), _list_input_settings(config)

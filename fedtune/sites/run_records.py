@@ -78,7 +78,7 @@ class LeadRecords:
             ConfigError: no file is given, and the run has no test records.
         """
         if file is not None:
-            return cls.read(file, config, key="--data")
+            return cls.read(file, config, key="data")
         if (records := RunRecords(config).test) is None:
             raise build_missing_test_records_error()
         return records

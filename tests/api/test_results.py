@@ -181,13 +181,19 @@ def test_export_method_writes_the_same_files_as_the_command(run: fedtune.Run, tm
     assert {"adapter_config.json", "README.md", "head.safetensors"} <= {path.name for path in files}
     for options, message in (
         ({"format": "merged"}, "format = 'merged': must be one of peft, sentence-transformers, onnx"),
-        ({"int8": True}, 'int8 = true: requires format="onnx"'),
+        ({"int8": True}, "^int8: requires the format onnx"),
     ):
         with pytest.raises(ValueError, match=message):
             run.export(tmp_path / "other", **options)  # type: ignore[arg-type]
-    for folder, message in ((run.adapter, "must be outside the run's adapter"), (tmp_path, "the run's own folder")):
+    for target, message in (
+        (run.adapter / "adapter", "^to = .*must be outside the run's adapter"),
+        (tmp_path / "adapter", "^to = .*the run's own folder"),
+        (tmp_path / "written", "^to = .*already exists"),
+    ):
         with pytest.raises(ValueError, match=message):
-            run.export(folder / "adapter")
+            run.export(target)
+    with pytest.raises(ValueError, match=r"^int8: requires the format onnx"):
+        run.distill(tmp_path / "student", texts="unread.txt", int8=True)
 
 
 def test_exceptions_are_exported_at_top_level() -> None:

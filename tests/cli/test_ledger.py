@@ -29,7 +29,7 @@ def test_ledger_read_commands_refuse_damaged_ledgers_without_changes(
         assert run_command("ledger", reader, str(path)).code == 0
     assert read_files(site_with_history.folder) == before
     message = run_command("ledger", reader, str(tmp_path / "none.db")).failed()
-    assert message == f"ledger = '{tmp_path}/none.db': no such file or folder"
+    assert message == f"PATH = '{tmp_path}/none.db': no such file or folder"
     assert not (tmp_path / "none.db").exists()
     inner = tmp_path / "run" / "sites" / "bank-a"
     inner.mkdir(parents=True)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("own_process")
 @pytest.mark.parametrize(
     ("problem", "words", "message"),
     [
-        ("no kit", (), "^kit = '.*': must be the folder of a server's kit; it has no kit.toml$"),
+        ("no kit", (), "^--kit = '.*': must be the folder of a server's kit; it has no kit.toml$"),
         ("a lead's", (), "lead/kit.toml: kind = 'lead': must be 'server', because this command needs a server's kit$"),
         ("no data", ("--data", "nowhere"), "^--data = 'nowhere': must be a folder$"),
         ("expired", (), "must be in the future: the certificate has expired: ask for `fedtune provision renew-server`"),

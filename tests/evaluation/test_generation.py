@@ -268,7 +268,7 @@ INVALID = ("max_new_tokens=0", "max_new_tokens=1000001", "temperature=-1.0", "te
 @pytest.mark.parametrize("option", [*INVALID, "guidance=-1", "guidance=1e10", f"seed={2**63}"])
 def test_invalid_generation_option_is_named(option: str) -> None:
     key, value = option.split("=")
-    with pytest.raises(ConfigError, match=f"^--{key.replace('_', '-')} = "):
+    with pytest.raises(ConfigError, match=f"^{key} = "):
         WritingSpec(**{key: int(value) if value.isdecimal() else float(value)})
     for size in ("max_tokens", "max_new_tokens", "generation_rows"):
         with pytest.raises(ConfigError, match=f"^{size} = 0: .*at least 1"):

@@ -235,7 +235,7 @@ def read_secrets(file: Path, target: Target) -> list[PlantedSecret]:
             raise DataError(where, "secret", "must occur in one of the record's texts")
         found.append(PlantedSecret(fields, secret))
     if not 0 < len(found) <= _MAX_SECRETS:
-        raise DataError("--secrets", len(found), f"must have 1 to {_MAX_SECRETS} lines")
+        raise DataError("secrets", len(found), f"must have 1 to {_MAX_SECRETS} lines")
     return found
 
 

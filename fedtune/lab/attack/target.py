@@ -79,7 +79,7 @@ class Target:
     ) -> None:
         self.config = config
         self.members, self.others = _read_groups(config, members, others)
-        for option, count in (("--members", self.num_members), ("--others", len(self.others))):
+        for option, count in (("members", self.num_members), ("others", len(self.others))):
             if count < MIN_RECORDS:
                 bound = f"must have at least {MIN_RECORDS} records to distinguish an attack from chance"
                 raise ConfigError(option, count, bound)
@@ -144,24 +144,24 @@ class Target:
 def _read_groups(
     config: RunConfig, members: str | None, others: str | None
 ) -> tuple[dict[str, list[Record]], list[Record]]:
-    files = {"--members": members, "--others": others}
+    files = {"members": members, "others": others}
     for option in [one for one, file in files.items() if file is None and config.runtime.kind == "deployment"]:
         bound = "is missing: pass a file, or let the sites run this attack, since only they have their records"
         raise ConfigError(option, None, bound)
     given = {key: LeadRecords.read(file, config, key=key).records for key, file in files.items() if file is not None}
     if len(given) == 2:
-        return {"": given["--members"]}, given["--others"]
+        return {"": given["members"]}, given["others"]
     records = RunRecords(config)
     dealt = dict(zip(config.federation.names, records.dealt.sites, strict=True))
     at_sites = {site: list(dealt[site].training) for site in config.federation.active}
     if members is not None:
-        at_sites = {"": given["--members"]}
+        at_sites = {"": given["members"]}
     if others is not None:
-        return at_sites, given["--others"]
+        return at_sites, given["others"]
     unused = [record for site in config.federation.active for record in dealt[site].heldout]
     if not unused and records.test is not None:
         unused = list(records.test.records)
     if not unused:
         bound = "is missing: pass a file, because the run has no held-out records and no test records"
-        raise ConfigError("--others", None, bound)
+        raise ConfigError("others", None, bound)
     return at_sites, unused

@@ -88,7 +88,7 @@ def plan_runs(words: Sequence[str], *, without_privacy: bool, leave_out: Sequenc
         kinds += [("alone", site) for site in asked.federation.names]
         kinds += [("pooled", None)] if asked.data.partition.kind != "file" else []
     if not (kinds := [(kind, site) for kind, site in kinds if kind not in leave_out]):
-        raise ConfigError("--leave-out", ", ".join(leave_out), "must leave at least one run")
+        raise ConfigError("leave_out", ", ".join(leave_out), "must leave at least one run")
     plain: list[dict[str, Any]] = [{}]
     if without_privacy and asked.privacy.private:
         plain.append({"privacy.mechanism": "none", "privacy.noise_multiplier": None, "privacy.metrics": "none"})
@@ -402,7 +402,7 @@ def score_side_by_side(
     pairs = [(name, main) for name in sides.measured if name != main]
     pairs += [(beside, own.name) for beside, own in _iter_personalized_pairs(lines, base=base)]
     is_federated = any(line.kind == "federated" for line in lines)
-    values = {f"by {by}": read_column_values(sides.records, by, key="--by")} if by else {}
+    values = {f"by {by}": read_column_values(sides.records, by, key="by")} if by else {}
     if is_federated and (at_sites := assign_sites(first, sides.records)) is not None:
         values = {AT_SITES: at_sites, **values}
     groups = {}

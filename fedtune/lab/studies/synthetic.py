@@ -96,26 +96,26 @@ def synthesize(
     if votes is not None:
         voted: dict[Prompt, float] = {(text,): weight for text, weight in compute_vote_shares(votes).items()}
         bound = "must have the prompts as its candidates, and prompts must have a single column"
-        require("--votes", str(votes.folder), len(roles) == 1 and (shares or voted).keys() == voted.keys(), bound)
+        require("votes", str(votes.folder), len(roles) == 1 and (shares or voted).keys() == voted.keys(), bound)
         for listed in (run, votes):  # a card does not list a run that generated the candidates
             found, folder = (Record({roles[0]: text}) for (text,) in voted), RunRecords(listed.config).runs_folder
-            require_not_generated(found, folder, key="--votes", file=str(votes.folder))
+            require_not_generated(found, folder, key="votes", file=str(votes.folder))
         shares = voted
     if variations_of:
-        bound = "conflicts with --prompts and --votes: these records have their own prompts"
-        require("--variations-of", "records", not shares, bound)
+        bound = "conflicts with prompts and votes: these records have their own prompts"
+        require("variations_of", "records", not shares, bound)
         shares = dict(load_synthetic(variations_of, tuple(columns.values())).wanted)
-    require("--prompts", None, bool(shares), "is missing: pass --prompts, --votes or --variations-of")
+    require("prompts", None, bool(shares), "is missing: records need prompts, votes or rows to vary")
     wanted = {prompt: count for prompt, count in allot_rows(shares, rows).items() if count}
     try:
         whole = re.compile(pattern) if pattern is not None else None
     except re.error as error:
-        raise ConfigError("--pattern", pattern, f"must be a regular expression ({error})") from None
+        raise ConfigError("pattern", pattern, f"must be a regular expression ({error})") from None
     from fedtune.runs.saved_model import SavedModel
 
     saved = SavedModel(run.config, {"tuned": read_adapter(run).folder})
     saved.use_adapter("tuned")
-    encoded = {prompt: saved.encode_prompt(dict(zip(roles, prompt, strict=True)), at="--prompts") for prompt in wanted}
+    encoded = {prompt: saved.encode_prompt(dict(zip(roles, prompt, strict=True)), at="prompts") for prompt in wanted}
     order = list(wanted)
     places = {prompt: place for place, prompt in enumerate(order)}
     texts: dict[Prompt, dict[str, None]] = {prompt: {} for prompt in wanted}  # in order, each once
@@ -185,24 +185,24 @@ def _read_prompts(run: Run, prompts: str | Path, roles: Sequence[str], own: RunR
     Raises:
         ConfigError: the prompts are probably private, because they match the run's own records.
     """
-    path = resolve_file(str(prompts), find_shipped_folders(), key="--prompts")
+    path = resolve_file(str(prompts), find_shipped_folders(), key="prompts")
 
     def counts(records: Iterable[Record]) -> Counter[Prompt]:
         return Counter(tuple(normalize_text(one.fields[role]) for role in roles) for one in records)
 
     if not (listed := list(iter_records(path, {role: run.config.data.columns[role] for role in roles}))):
         raise build_empty_file_error(path)
-    require_disjoint(listed, own, key="--prompts", file=str(prompts))
+    require_disjoint(listed, own, key="prompts", file=str(prompts))
     found = counts(listed)
     times = Counter[Prompt]()
     for key, records in own.read_whole_files():
         times += (theirs := counts(records))
         if max(theirs.values()) > 1 and theirs <= found:  # repeated prompts reveal the private file's shares
             bound = f"must be a public list, but it contains all prompts of {key}"
-            raise ConfigError("--prompts", str(prompts), bound)
+            raise ConfigError("prompts", str(prompts), bound)
     if 2 * (once := sum(times[prompt] == 1 for prompt in found)) > len(found):
         bound = f"must be a public list: {once} of its {len(found)} prompts occur once in the run's own files"
-        raise ConfigError("--prompts", str(prompts), bound)
+        raise ConfigError("prompts", str(prompts), bound)
     return dict(Counter(tuple(one.fields[role] for role in roles) for one in listed))
 
 
@@ -214,12 +214,12 @@ def compute_vote_shares(votes: Run) -> dict[str, float]:
     """
     config = votes.config
     if not config.bound_task.counts_units:
-        raise ConfigError("--votes", str(votes.folder), f"must be a run of task votes, not of {config.task}")
+        raise ConfigError("votes", str(votes.folder), f"must be a run of task votes, not of {config.task}")
     texts = config.head.label_texts or config.data.labels
     _, head = read_adapter(votes).tensors
     weights = head["weight"][0].clip(min=0).astype(np.float64)
     if not weights.sum() > 0:
-        raise ConfigError("--votes", str(votes.folder), "has no candidate with a positive noisy number of votes")
+        raise ConfigError("votes", str(votes.folder), "has no candidate with a positive noisy number of votes")
     found: Counter[str] = Counter()  # equal candidates share their votes
     for text, weight in zip(texts, (weights / weights.sum()).tolist(), strict=True):
         found[text] += weight
@@ -251,10 +251,10 @@ def select_by_votes(found: Synthetic, column: str, votes: Run, *, keep: int) -> 
     weights = compute_vote_shares(votes)
     rows = [row for row in found.rows if row[column] != OPEN]  # as in the voting experiment
     bound = f"must be at most {len(rows)}, the number of candidates of the voting experiment"
-    require("--rows", keep, keep <= len(rows), bound)
+    require("rows", keep, keep <= len(rows), bound)
     if missing := sum(row[column] not in weights for row in rows):
         bound = f"lacks {missing} of the texts: use the run of their voting experiment"
-        raise ConfigError("--votes", str(votes.folder), bound)
+        raise ConfigError("votes", str(votes.folder), bound)
     order = sorted(range(len(rows)), key=lambda place: -weights[rows[place][column]])
     return replace(found, rows=tuple(rows[place] for place in sorted(order[:keep])))
 
@@ -272,7 +272,7 @@ def relabel(found: Synthetic, column: str, classifier: Run) -> Synthetic:
     label = config.data.columns.get("label", column)
     if config.bound_task.answers != {"label"} or label == column:
         bound = f"must be a run of single-label text classification, with a label column other than {column}"
-        raise ConfigError("--labels", str(classifier.folder), bound)
+        raise ConfigError("labels", str(classifier.folder), bound)
     read_adapter(classifier)
     answers: Any = classifier.predict([row[column] for row in found.rows])
     rows = ({**row, label: answer[0]["label"]} for row, answer in zip(found.rows, answers, strict=True))

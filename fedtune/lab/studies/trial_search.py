@@ -82,7 +82,7 @@ class Search:
         """
         if (method == "grid") != (trials is None):
             bound = "cannot be combined with --method grid" if method == "grid" else "is required"
-            raise ConfigError("--trials", NOT_GIVEN, bound)
+            raise ConfigError("trials", NOT_GIVEN, bound)
         if trials is not None:
             check_trials(trials)
         fixed, searched = split_search_space(overrides)
@@ -279,8 +279,8 @@ class Search:
 
 def check_trials(trials: int) -> None:
     """Raise a ConfigError for an invalid number of trials."""
-    check_at_least("--trials", trials, 1)
-    check_at_most("--trials", trials, MAX_TRIALS)
+    check_at_least("trials", trials, 1)
+    check_at_most("trials", trials, MAX_TRIALS)
 
 
 def _find_common_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> Plan:
@@ -387,7 +387,7 @@ def _make_distribution(one: SearchedSetting) -> BaseDistribution:
 
 
 def _import_optuna() -> Any:
-    require_extra("--method", "random or tpe", "search", "optuna", or_else="; or use --method grid")
+    require_extra("method", "random or tpe", "search", "optuna", or_else="; or use --method grid")
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -153,8 +153,7 @@ def write_all(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
         for name, content in files.items():
             write_durably(folder / name, content)
     except OSError as error:
-        bound = f"is not writable ({error.strerror}): choose another folder"
-        raise ConfigError("--output", str(folder), bound) from None
+        raise ConfigError("output", str(folder), f"is not writable ({error.strerror}): choose another folder") from None
     return [folder / name for name in files]
 
 
@@ -188,7 +187,7 @@ def convert_to_pdf(html: str) -> bytes:
 
 
 def _import_weasyprint() -> Any:
-    require_extra("--pdf", NOT_GIVEN, "pdf", "weasyprint")
+    require_extra("pdf", NOT_GIVEN, "pdf", "weasyprint")
     try:
         with warnings.catch_warnings():
             # The pages are the same without HarfBuzz-Subset; WeasyPrint only warns that it will be required later.
@@ -198,7 +197,7 @@ def _import_weasyprint() -> Any:
             return importlib.import_module("weasyprint")
     except OSError as error:  # the package is installed, but a system library is missing
         bound = f"requires Pango (on Debian: apt-get install libpango-1.0-0 libpangoft2-1.0-0): {error}"
-        raise ConfigError("--pdf", NOT_GIVEN, bound) from None
+        raise ConfigError("pdf", NOT_GIVEN, bound) from None
 
 
 def list_fields(words: Charts, group: str) -> list[Mapping[str, Any]]:
