@@ -153,7 +153,7 @@ def _parse_ranges(given: str, found: DetectedFile) -> dict[str, tuple[float, flo
 @command(app, "report errors and unusual records of an experiment")
 def check(
     settings: Experiment,
-    site: Annotated[Path | None, Option(metavar="site.toml", help="check this site's own data file")] = None,
+    policy: Annotated[Path | None, Option("check this site's own data file", ("--site",), metavar="site.toml")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check all records of an experiment as a run would read them, and report errors and unusual records.
@@ -166,7 +166,7 @@ def check(
     the training data, labels, lengths, likely personal identifiers, damaged encodings and declared sizes. The output
     contains counts and line numbers, never a record's text. No file is changed.
     """
-    config = _compose_experiment(settings, site)
+    config = _compose_experiment(settings, policy)
     reader = load_reader(config.data, config.model, key="model.path", other="model=NAME")
     checked = examine(config, reader)
     sections = [*data_sections.build_check_sections(checked), Section(title="Notes", notes=data_sections.ABOUT)]
@@ -275,8 +275,8 @@ def codes(
 def copies(
     synthetic: Annotated[str, Argument("SYNTHETIC", help="a file of synthetic records")],
     own: Annotated[tuple[str, ...], Argument("OWN", help="files of the site's own records")] = (),
-    site: Annotated[
-        Path | None, Option(metavar="site.toml", help="compare with the data sets in this site's policy")
+    policy: Annotated[
+        Path | None, Option("compare with the data sets in this site's policy", ("--site",), metavar="site.toml")
     ] = None,
     columns: Annotated[str, Option("roles of the texts, each with its column", metavar="ROLES")] = "{text: text}",
     own_columns: Annotated[str | None, Option("column names in OWN, if they differ", metavar="ROLES")] = None,
@@ -298,9 +298,9 @@ def copies(
     if not roles or roles.keys() != own_roles.keys() or not all(map(is_free_text, roles)):
         raise ConfigError("--columns", columns, "must name the same text roles as --own-columns")
     files = [(resolve_file(name, find_shipped_folders(), key="OWN"), own_roles) for name in own]
-    if site is not None:
-        sets = (one for one in read_policy(site).dataset if roles.keys() <= one.columns.keys())
-        files += [(site.parent / one.path, {role: one.columns[role] for role in roles}) for one in sets]
+    if policy is not None:
+        sets = (one for one in read_policy(policy).dataset if roles.keys() <= one.columns.keys())
+        files += [(policy.parent / one.path, {role: one.columns[role] for role in roles}) for one in sets]
     if not files:
         raise ConfigError("OWN", "", "is missing: give files, or --site with a data set with the roles of --columns")
     if out is not None:

@@ -24,16 +24,15 @@ _MARKS = {"passed": ("holds", ""), "failed": ("FAILS", "bold red"), "missing": (
 def gate(
     run: Run,
     rules: Annotated[str, Argument("RULES", help="default, tre, or the path of a rules file")] = "default",
-    audit: Annotated[
-        Path | None, Option("the run folder of an audit of the same plan and model", metavar="RUN")
-    ] = None,
+    audit: Annotated[Path | None, Option("run folder of an audit of the same plan and model", metavar="RUN")] = None,
     groups: Annotated[Path | None, Option("output of fedtune compare RUN --by COLUMN --json", metavar="FILE")] = None,
-    key: Annotated[
-        str | None, Option("the public key that must have signed the report, from a source you trust", metavar="HEX")
+    signer: Annotated[
+        str | None,
+        Option("the key that must have signed the report, from a source you trust", ("--key",), metavar="HEX"),
     ] = None,
     roster: Annotated[Path | None, Option("the federation's roster.json, with the sites' keys", metavar="FILE")] = None,
-    sign: Annotated[
-        Path | None, Option("key to sign the verdict: a lead's kit.toml, a site.toml or a PEM file", metavar="KEY")
+    key: Annotated[
+        Path | None, Option("signing key: a lead's kit.toml, a site.toml or a PEM file", ("--sign",), metavar="KEY")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -48,9 +47,9 @@ def gate(
     and the cards of later exports repeat it only if --sign names the key that signed the report. See docs/report.md for
     each rule.
     """
-    if key is not None:
-        check_public_key("--key", key)
-    signer = None if sign is None else read_signing_key(sign)
+    if signer is not None:
+        check_public_key("--key", signer)
+    own = None if key is None else read_signing_key(key)
     from fedtune.ops.kits.members import Roster
     from fedtune.report import gate_rules, gate_verdict, signing  # they import torch, which takes seconds
     from fedtune.report.checks import TrustedValues
@@ -58,7 +57,7 @@ def gate(
     from fedtune.version import __version__
 
     limits, digest = gate_rules.read_rules(rules)
-    known = TrustedValues(key=key)
+    known = TrustedValues(key=signer)
     if roster is not None:
         Roster.read(roster)
         with suppress(RunError, ConfigError):  # the rule `signed` reports an unsigned report
@@ -79,7 +78,7 @@ def gate(
         results={check.name: check.state for check in found},
         reasons={check.name: check.text for check in found},
     )
-    verdict = verdict if signer is None else verdict.sign(signer)
+    verdict = verdict if own is None else verdict.sign(own)
     write_file(run / gate_verdict.GATE, gate_verdict.verdict_to_json(verdict), option="RUN")
     # The model card reads the decision from the folder. It also repeats the report, so both must be of this model.
     matches = (RunFolder(run).adapter / CARD).is_file() and not {"consistent", "files"} & set(verdict.failed)

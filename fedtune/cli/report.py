@@ -71,9 +71,9 @@ def build(
         Option("also answer a document's requirements, in map_NAME.html, .md and .json", names=("--map",)),
     ] = None,
     verifier: Annotated[bool, Option("also write verify_report.py, which checks the report without fedtune")] = False,
-    sign: Annotated[
+    key: Annotated[
         Path | None,
-        Option(metavar="KEY", help="key to sign the report: a site_key.pem, a site.toml or a lead's kit.toml"),
+        Option("key to sign the report: a site_key.pem, a site.toml or a lead's kit.toml", ("--sign",), metavar="KEY"),
     ] = None,
     anchor: Annotated[
         Path | None, Option(metavar="FILE", help="for a ledger: its anchor, to show that no event is missing")
@@ -85,7 +85,7 @@ def build(
     first, with a site.toml also against the site's key and anchor. The ledger is not changed, and the report reveals
     nothing about the records beyond earlier releases.
     """
-    key = None if sign is None else read_signing_key(sign)
+    own = None if key is None else read_signing_key(key)
     of_policy = path.suffix == ".toml"
     if (path / "config.yaml").is_file():
         from fedtune.report import from_run
@@ -104,8 +104,8 @@ def build(
         folder = ledger.with_name(f"{ledger.name}.report")
         own_language, place = "en", "[about] of site.toml"
         about = read_site_settings(path).about if of_policy else AboutSpec()
-    if key is not None:
-        report = signing.sign_report(report, key)
+    if own is not None:
+        report = signing.sign_report(report, own)
         signing.verify_report_signature(report)  # a ledger's report must be signed with the key of its events
     from fedtune.data.records import resolve_file
     from fedtune.report.page.render import render_label, write_all, write_files

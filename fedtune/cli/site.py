@@ -39,7 +39,7 @@ _IMPORT = (
     "an installed Python package"
 )
 KitFolder = Annotated[Path, Option(metavar="DIR", help="the site's kit")]
-PolicyFile = Annotated[Path, Option(metavar="FILE", help="the site's site.toml")]
+PolicyFile = Annotated[Path, Option("the site's site.toml", ("--site",), metavar="FILE")]
 By = Annotated[
     str | None, Option("name of the decision maker, for ledger and report (default: your account)", metavar="NAME")
 ]
@@ -68,22 +68,22 @@ def template() -> None:
 
 @command(app, "create the site's keys and a join request")
 def init(
-    site: PolicyFile,
+    policy: PolicyFile,
     out: Annotated[Path | None, Option(metavar="DIR", help="folder to create (default: kit next to site.toml)")] = None,
 ) -> None:
     """Create the site's keys and a join request. The private keys never leave the site."""
-    folder = (out or site).absolute().parent
+    folder = (out or policy).absolute().parent
     _switch_to_owner(folder, *folder.parents)  # the kit does not exist yet: use the owner of its parent folder
     from fedtune.ops.kits.members import describe_next_steps, initialize_site
     from fedtune.show.terminal_tables import say
 
-    say(describe_next_steps(initialize_site(site, out=out)).rstrip())
+    say(describe_next_steps(initialize_site(policy, out=out)).rstrip())
 
 
 @command(app, "check the setup, and print fixes")
 def doctor(
     kit: KitFolder,
-    site: PolicyFile,
+    policy: PolicyFile,
     overrides: Annotated[tuple[str, ...], Argument("KEY=VALUE", help="settings of a run to check")] = (),
     import_model: Annotated[str | None, Option(_IMPORT, metavar="PATH")] = None,
     as_json: AsJson = False,
@@ -104,13 +104,13 @@ def doctor(
     from fedtune.cli.site_actions import examine_site
 
     model = Path(import_model) if import_model else None
-    examine_site(kit=kit, site_toml=site, model=model, run=overrides, as_json=as_json)
+    examine_site(kit=kit, site_toml=policy, model=model, run=overrides, as_json=as_json)
 
 
 @command(app, "run the site's process")
 def start(
     kit: KitFolder,
-    site: PolicyFile,
+    policy: PolicyFile,
     health: Health = None,
     health_anywhere: HealthAnywhere = False,
     metrics: Metrics = None,
@@ -132,15 +132,15 @@ def start(
 
     configure_logs(log_level)
     endpoint = Endpoint()
-    figures = SiteMetrics(kit=own, site_toml=site, health=endpoint)
+    figures = SiteMetrics(kit=own, site_toml=policy, health=endpoint)
     with serve_health(health, endpoint, anywhere=health_anywhere), serve_metrics(metrics, figures.collect_values):
-        SiteService(kit=own, site_toml=site, health=endpoint, answered=figures.record_answer).run()
+        SiteService(kit=own, site_toml=policy, health=endpoint, answered=figures.record_answer).run()
 
 
 @command(app, "show the cost of waiting runs, or approve a run")
 def approve(
     kit: KitFolder,
-    site: PolicyFile,
+    policy: PolicyFile,
     run: Annotated[str | None, Argument("RUN", help="the run to approve (default: list the waiting runs)")] = None,
     yes: Annotated[bool, Option("do not ask")] = False,
     by: By = None,
@@ -153,18 +153,18 @@ def approve(
     Required if site.toml contains approval = "manual": the site then does nothing for a run before its approval.
     """
     if run is None:
-        _load_site_actions(kit, site).show_waiting(as_json=as_json)
+        _load_site_actions(kit, policy).show_waiting(as_json=as_json)
     elif as_json:
         raise ConfigError("--json", NOT_GIVEN, "cannot be combined with RUN")
     else:
-        _load_site_actions(kit, site).approve(run, yes=yes, by=by, ticket=ticket, reason=reason)
+        _load_site_actions(kit, policy).approve(run, yes=yes, by=by, ticket=ticket, reason=reason)
 
 
 @command(app, "permanently refuse a run, even after its start")
 def deny(
     run: Annotated[str, Argument("RUN", help="a run that waits for approval or has started")],
     kit: KitFolder,
-    site: PolicyFile,
+    policy: PolicyFile,
     reason: Annotated[str, Option("the reason, stored only in the ledger", metavar="TEXT")],
     by: By = None,
     ticket: Ticket = None,
@@ -177,14 +177,14 @@ def deny(
     The lead receives only 'denied'; the reason stays at the site. A run with other settings is a new run and needs a
     new approval.
     """
-    _load_site_actions(kit, site).deny(run, reason, by=by, ticket=ticket)
+    _load_site_actions(kit, policy).deny(run, reason, by=by, ticket=ticket)
 
 
 @command(app, "compare the lead's roster with the policy's members")
 def members(
     roster: Annotated[Path, Argument("ROSTER", help="the federation's roster.json, which the lead sends on request")],
     kit: KitFolder,
-    site: PolicyFile,
+    policy: PolicyFile,
     as_json: AsJson = False,
 ) -> None:
     """Verify the lead's signature on a roster, and compare its sites with [trust].members in site.toml.
@@ -193,14 +193,14 @@ def members(
     key with the other site directly. The command cannot detect an outdated roster: ask the lead for the roster's
     current number.
     """
-    _load_site_actions(kit, site).show_members(roster, as_json=as_json)
+    _load_site_actions(kit, policy).show_members(roster, as_json=as_json)
 
 
 @command(app, "score a final adapter on held-out records")
 def score(
     run: KeptRun,
     kit: KitFolder,
-    site: PolicyFile,
+    policy: PolicyFile,
     by: Annotated[str | None, Option("also report scores by this column", metavar="COLUMN")] = None,
     smallest: Annotated[int, Option("merge groups with fewer records (or users, for user-level privacy)")] = SMALLEST,
     as_json: AsJson = False,
@@ -210,17 +210,17 @@ def score(
     Requires final_adapter = "keep" at the site, and data.heldout_fraction above 0 in the run. The scores are exact
     and only printed: nothing is charged, and nothing leaves the site.
     """
-    _load_site_actions(kit, site).score(run, by=by, smallest=smallest, as_json=as_json)
+    _load_site_actions(kit, policy).score(run, by=by, smallest=smallest, as_json=as_json)
 
 
 @command(app, "train a personalized adapter for this site")
-def personalize(run: KeptRun, kit: KitFolder, site: PolicyFile, as_json: AsJson = False) -> None:
+def personalize(run: KeptRun, kit: KitFolder, policy: PolicyFile, as_json: AsJson = False) -> None:
     """Train a personalized adapter on this site's records without noise, starting from a run's final adapter.
 
     Requires final_adapter = "keep". Nothing leaves the site, and nothing is charged. The personalized adapter has no
     guarantee for the site's records: keep its folder, KIT/private_to_SITE/RUN, at the site. No run can start from it.
     """
-    _load_site_actions(kit, site).personalize(run, as_json=as_json)
+    _load_site_actions(kit, policy).personalize(run, as_json=as_json)
 
 
 @command(app, "pause")
@@ -238,13 +238,13 @@ def resume(kit: KitFolder) -> None:
 
 
 @command(app, "leave the federation")
-def leave(kit: KitFolder, site: PolicyFile) -> None:
+def leave(kit: KitFolder, policy: PolicyFile) -> None:
     """Leave the federation: end all open runs, and prevent the site from starting again.
 
     The spending stays in the ledger.
     """
     own, state = _read_own_kit(kit), _load_site_state(kit)
-    files = own.find_site_files(site)
+    files = own.find_site_files(policy)
     ledger = state.open_ledger(files)
     state.left_file.touch()  # first, so that no run starts during the shutdown
     open_runs = [name for name, run in ledger.history.runs.items() if run.is_open(ledger.history.now())]
@@ -259,7 +259,7 @@ def leave(kit: KitFolder, site: PolicyFile) -> None:
 
 
 @command(app, "write a backup")
-def backup(file: Annotated[Path, Argument("FILE", help="a new file")], kit: KitFolder, site: PolicyFile) -> None:
+def backup(file: Annotated[Path, Argument("FILE", help="a new file")], kit: KitFolder, policy: PolicyFile) -> None:
     """Back up the policy, the ledger, the kept adapters and the site's state, also while the site is running.
 
     The backup contains no key. Store site_key.pem separately: with both, anybody could append to the ledger.
@@ -267,7 +267,7 @@ def backup(file: Annotated[Path, Argument("FILE", help="a new file")], kit: KitF
     _read_own_kit(kit)
     from fedtune.ops.backup import back_up_site
 
-    back_up_site(file, kit=kit, site_toml=site)
+    back_up_site(file, kit=kit, site_toml=policy)
     sys.stdout.write(f"{file} is written. Keep it, and store the site's key separately.\n")
 
 
@@ -275,7 +275,7 @@ def backup(file: Annotated[Path, Argument("FILE", help="a new file")], kit: KitF
 def restore(
     file: Annotated[Path, Argument("FILE", help="the file that `fedtune site backup` wrote")],
     kit: KitFolder,
-    site: PolicyFile,
+    policy: PolicyFile,
     anchor: Annotated[
         Path | None, Option("the newest anchor (default: the anchor in the policy)", metavar="FILE")
     ] = None,
@@ -285,11 +285,11 @@ def restore(
     Existing files are not replaced, except a damaged ledger, which is renamed. The restored ledger is first charged for
     all events that an anchor covers and the backup lacks, so that it never falls behind its anchor.
     """
-    _switch_to_owner(kit, *site.absolute().parents)
+    _switch_to_owner(kit, *policy.absolute().parents)
     from fedtune.cli.ledger import print_other_policy, print_restored_charge
     from fedtune.ops.backup import find_anchors, restore_site
 
-    files, made_up = restore_site(file, kit=kit, site_toml=site, anchor=anchor)
+    files, made_up = restore_site(file, kit=kit, site_toml=policy, anchor=anchor)
     if made_up is None:
         sys.stdout.write(f"{files.ledger} is intact and was not replaced. All other missing files are restored.\n")
         if (known := files.verify_ledger()) is not None and known.history.policy != files.policy:

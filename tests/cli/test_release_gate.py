@@ -480,6 +480,7 @@ def test_gate_refuses_bad_input_and_writes_nothing(run_folder: Path, rules: Path
     assert "RULES" not in run_command("gate", str(tmp_path / "absent")).failed(2)
     assert "absent.toml" in run_command("gate", str(run_folder), "absent.toml").failed(2)
     assert "--key" in judge(run_folder, rules, "--key", "ab").failed(2)
+    assert "--sign = " in judge(run_folder, rules, "--sign", "nowhere.pem").failed(2)
     assert "--groups" in judge(run_folder, rules, "--groups", str(rules)).failed(2)
     digest = json.loads((run_folder / "run.json").read_text())["adapter_digest"]
     group = {"name": "y", "units": 5, "scores": {"a": {"value": 0.5}}, "gaps": {"a": {"value": float("nan")}}}
