@@ -1,8 +1,8 @@
 """Backups of a site, a server or a federation: one zip file with all files that cannot be recreated.
 
 A backup can be written while the process is running.  A restore adds missing files and never replaces existing ones.
-The zip contains a manifest with the hashes of its files.  Databases are copied by SQLite's online backup, which waits
-for a transaction in progress; all other files are only ever replaced atomically.
+The zip contains a manifest with the hashes of its files, which a site signs with its key.  Databases are copied by
+SQLite's online backup, which waits for a transaction in progress; all other files are only ever replaced atomically.
 """
 
 from __future__ import annotations
@@ -20,37 +20,41 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
-from fedtune.codec import require_regular_file
+from fedtune.codec import require, require_regular_file
 from fedtune.ops.files import create_folder, translate_write_errors
 from fedtune.ops.kits.federation_folder import FederationFolder
 from fedtune.ops.kits.kit_file import DATABASE
+from fedtune.ops.kits.members import encode_for_signature
 from fedtune.ops.services.site_state import lock_ledger
 from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.durable import write_durably
+from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.store import connect, lock_anchor
 from fedtune.privacy.ledger.verify import verify
+from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import NOT_GIVEN, ConfigError, RunError
 from fedtune.system import change_mode, fsync_folder
 from fedtune.version import __version__
 
 Kind = Literal["site", "server", "lead"]
-_LIST = "backup.json"
+_LIST, _PURPOSE = "backup.json", "backup"  # the manifest, and the purpose of its signature
 _CHUNK = 1 << 20
 _STATE = ("state/paused", "state/left")
 
 
-def write_backup(target: Path, *, kind: Kind, files: Mapping[str, Path]) -> None:
+def write_backup(target: Path, *, kind: Kind, files: Mapping[str, Path], key: SigningKey | None = None) -> None:
     """Write a backup to a new file that only its owner can read.
 
     Args:
         target: the file to write.
         kind: the type of machine that the backup belongs to: a site, a server or a lead.
         files: name in the backup -> path; a path with the suffix `.db` is an SQLite database, which may be in use.
+        key: the key that signs the manifest.
 
     Raises:
         ConfigError: `target` exists or cannot be written, or a file cannot be read.
@@ -78,7 +82,9 @@ def write_backup(target: Path, *, kind: Kind, files: Mapping[str, Path]) -> None
                         entry.write(part)
                 hashes[name] = sha256.hexdigest()
             made = datetime.now(UTC).isoformat(timespec="seconds")
-            about = {"kind": kind, "made": made, "fedtune_version": __version__, "sha256": hashes}
+            about: dict[str, Any] = {"kind": kind, "made": made, "fedtune_version": __version__, "sha256": hashes}
+            if key is not None:
+                about["signature"] = key.sign(_PURPOSE, encode_for_signature(about))
             archive.writestr(_LIST, json.dumps(about, indent=1))
         building.chmod(0o600)
         with building.open("rb") as file:
@@ -170,7 +176,7 @@ def back_up_site(target: Path, *, kit: Path, site_toml: Path) -> None:
     """Back up a site's policy, ledger, personalized adapters and state (paused or left), without its keys.
 
     Raises:
-        ConfigError: the policy is invalid, the ledger is missing, or `target` cannot be written.
+        ConfigError: the policy is invalid, the ledger or the site's key is missing, or `target` cannot be written.
         RunError: the ledger is inconsistent, or older than its anchor.
     """
     files = SiteFiles.from_site_toml(site_toml)
@@ -178,7 +184,8 @@ def back_up_site(target: Path, *, kit: Path, site_toml: Path) -> None:
         raise ConfigError("ledger", str(files.ledger), "is missing, so there is nothing to back up")
     state = {name: kit / name for name in _STATE if (kit / name).exists()}
     core = {"site.toml": site_toml, "ledger.db": files.ledger}
-    write_backup(target, kind="site", files={**core, **state, **list_backup_files(kit / "adapters", under="adapters")})
+    kept = list_backup_files(kit / "adapters", under="adapters")
+    write_backup(target, kind="site", files={**core, **state, **kept}, key=files.load_key())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,16 +248,19 @@ def restore_site(
 
     Before the ledger is restored, it is charged for the events that are in an anchor but missing from the backup.
 
+    Guarantee: nothing in a backup is used before the site's key has verified its signature; no command from it runs.
+
     Returns:
         The paths of the site's files, and the restored ledger with its additional charges.  The latter is None if an
         intact ledger exists already.
 
     Raises:
-        ConfigError: the backup, the policy, an anchor or the site's key is missing or invalid, the site is running, or
-            the existing ledger is another ledger or older than the backup's.
+        ConfigError: the backup, the policy, an anchor or the site's key is missing or invalid, the key did not sign the
+            backup, the site is running, or the existing ledger is another ledger or older than the backup's.
         RunError: the backup's ledger cannot be trusted.
     """
     with open_backup(source, kind="site") as (archive, names):
+        _require_signature(archive, source, site_toml)
         _restore_file("site.toml", archive, site_toml)
         files = SiteFiles.from_site_toml(site_toml)
         with lock_ledger(files.ledger), lock_anchor(files.anchor):
@@ -260,6 +270,23 @@ def restore_site(
                 if name in _STATE or name.startswith("adapters/"):
                     _restore_file(name, archive, kit / name)
     return files, made_up
+
+
+def _require_signature(archive: zipfile.ZipFile, source: Path, site_toml: Path) -> None:
+    """Check the signature of a site's backup with the key that `site_toml` names, or else the backup's own policy."""
+    with tempfile.TemporaryDirectory() as folder:
+        policy_file = site_toml
+        if not os.path.lexists(site_toml):
+            _restore_file("site.toml", archive, policy_file := Path(folder) / "site.toml")
+        files = SiteFiles(read_policy(policy_file), site_toml)
+    if policy_file != site_toml and files.policy.key_command:
+        bound = (
+            "is missing, and the backup's has a key_command, which must not run unread: extract it, and read it first"
+        )
+        raise ConfigError("--site", str(site_toml), bound)
+    about, public = json.loads(archive.read(_LIST)), files.load_key().public
+    signed = is_signed(public, _PURPOSE, encode_for_signature(about), str(about.get("signature")))
+    require("FILE", str(source), signed, f"must be a backup that this site signed, with the key {public}")
 
 
 def _restore_ledger(archive: zipfile.ZipFile, files: SiteFiles, anchor: Path | None) -> RestoreResult | None:
