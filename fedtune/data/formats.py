@@ -11,7 +11,7 @@ import errno
 import io
 import json
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import lru_cache, partial
 from pathlib import Path
@@ -267,12 +267,12 @@ def _iter_saved_batches(path: Path, columns: Mapping[str, str] | None) -> Iterat
         ):
             check_header(stream.schema.names, columns or {}, at=str(file))
             for batch in stream:
-                # Arrow trusts offsets and reads out of bounds if they are damaged, so validate them.  Text is
-                # validated as bytes: invalid UTF-8 is an error of its row only.
+                # Arrow trusts offsets and reads out of bounds if they are damaged, so validate them, but not the
+                # values: text that is not UTF-8, or a time of 25 hours, is an error of its row only.
                 wanted = batch if columns is None else batch.select(sorted(set(columns.values())))
                 wanted.validate()
                 for column in wanted.columns:
-                    _view_as_bytes(column).validate(full=True)
+                    _view_as_storage(column).validate(full=True)
                 yield wanted
 
 
@@ -289,16 +289,26 @@ def _translate_arrow_errors(path: Path, kind: str) -> Iterator[None]:
         raise DataError(str(path), "damaged", f"must be a complete {kind} file") from None
 
 
-def _view_as_bytes(array: Any) -> Any:
-    """Reinterpret text as bytes, including text in lists and structs, without copying or inspecting the values."""
-    import pyarrow
-
-    texts = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
-    kind = _replace_types(array.type, texts | {pyarrow.string_view(): pyarrow.binary_view()})
+def _view_as_storage(array: Any) -> Any:
+    """Reinterpret an array's buffers, also within lists and structs, as types without rules on the values of a row."""
+    kind = _replace_types(array.type, _get_storage_type)
     return array if kind == array.type else array.view(kind)
 
 
-def _replace_types(kind: Any, others: Mapping[Any, Any], *, decode: bool = False) -> Any:
+def _get_storage_type(kind: Any) -> Any:
+    """Return bytes for text and decimals, and integers for dates and times."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_decimal(kind):
+        return pyarrow.binary(kind.bit_width // 8)
+    if types.is_time(kind) or types.is_date64(kind):
+        return pyarrow.int32() if kind.bit_width == 32 else pyarrow.int64()
+    texts = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    return (texts | {pyarrow.string_view(): pyarrow.binary_view()}).get(kind, kind)
+
+
+def _replace_types(kind: Any, replace: Callable[[Any], Any], *, decode: bool = False) -> Any:
     """Replace some types within an Arrow type, including types in lists and structs; `decode` also removes
     dictionaries.
     """
@@ -306,7 +316,7 @@ def _replace_types(kind: Any, others: Mapping[Any, Any], *, decode: bool = False
     from pyarrow import types
 
     def inner(part: Any) -> Any:
-        return _replace_types(part, others, decode=decode)
+        return _replace_types(part, replace, decode=decode)
 
     if types.is_dictionary(kind):
         values = inner(kind.value_type)
@@ -320,7 +330,7 @@ def _replace_types(kind: Any, others: Mapping[Any, Any], *, decode: bool = False
         return make(kind.value_field.with_type(inner(kind.value_type)))
     if types.is_fixed_size_list(kind):
         return pyarrow.list_(kind.value_field.with_type(inner(kind.value_type)), kind.list_size)
-    return others.get(kind, kind)
+    return replace(kind)
 
 
 def _iter_arrow_rows(path: Path, batches: Iterator[Any]) -> RawRows:
@@ -341,7 +351,7 @@ def _list_standalone_types(schema: Any) -> list[Any]:
     import pyarrow
 
     views = {pyarrow.string_view(): pyarrow.large_string(), pyarrow.binary_view(): pyarrow.large_binary()}
-    return [_replace_types(kind, views, decode=True) for kind in schema.types]
+    return [_replace_types(kind, lambda one: views.get(one, one), decode=True) for kind in schema.types]
 
 
 def _build_arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at: str) -> Row:
