@@ -27,9 +27,12 @@ OWN_READERS = {
     *("ops/doctor/machine_checks.py", "training/machine.py"),  # /proc and /sys
     *("model/base_model.py", "model/manifest.py", "tasks/saved.py", "lab/studies/in_memory.py"),  # this process's files
     "flower/internals.py",  # a kit's certificates, which `KitCertificate` has already checked
-    # A run's report checks `is_file()` first; the page's fonts and the maps are part of the installation.
-    *("report/attacks.py", "report/checks.py", "report/from_run.py", "report/gate_rules.py", "report/gate_verdict.py"),
-    *("report/derive/verdicts.py", "report/page/render.py", "report/requirements.py"),
+    "report/checks.py",  # pages beside a report, of which a large one differs from every page that fedtune renders
+    *("report/page/render.py", "report/requirements.py"),  # fonts and maps, which are part of the installation
+}
+OWN_WRITERS = {  # into folders that this process has just created
+    *("model/manifest.py", "tasks/saved.py", "export/export_formats.py", "lab/personalization.py"),
+    *("lab/studies/in_memory.py", "flower/local_engine.py", "flower/bundle.py"),
 }
 INSTALLED = ("__file__", "_TEMPLATES", "find_config_folder()", "find_shipped_folders()")
 """Expressions for installed files."""
@@ -110,16 +113,29 @@ def test_spec_modules_contain_no_assert_statements() -> None:
         assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)], path
 
 
+def find_users_of(*methods: str) -> set[str]:
+    """Modules that use a method, except on a file of the installation."""
+    return {
+        get_relative_name(path)
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in methods
+        if not any(one in ast.unparse(node) for one in INSTALLED)
+    }
+
+
 def test_files_from_outside_are_read_as_regular_files() -> None:
     """A pipe in a run folder, a kit or a site's state would block its reader forever; a device has no end."""
-    found = set()
-    for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            is_reader = isinstance(node, ast.Attribute) and node.attr in ("read_bytes", "read_text")
-            if is_reader and not any(one in ast.unparse(node) for one in INSTALLED):
-                found.add(get_relative_name(path))
+    found = find_users_of("read_bytes", "read_text")
     assert found - OWN_READERS == set(), "read with codec.read_bounded_file or codec.read_regular_file"
     assert OWN_READERS - found == set(), "remove these from OWN_READERS"
+
+
+def test_files_in_existing_folders_are_written_durably() -> None:
+    """A planted link would otherwise be followed, and a killed process would leave half a file."""
+    found = find_users_of("write_bytes", "write_text")
+    assert found - OWN_WRITERS == set(), "write with privacy.durable.write_durably"
+    assert OWN_WRITERS - found == set(), "remove these from OWN_WRITERS"
 
 
 def test_commands_do_not_use_argparse() -> None:

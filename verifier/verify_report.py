@@ -67,7 +67,7 @@ def require(right: bool, text: str) -> None:
 
 def read_json(path: Path) -> Json:
     """An object of a file; a pipe would be waited for."""
-    require(path.is_file(), f"{path} is not a file")
+    require(path.is_file() and path.stat().st_size <= 1 << 26, f"{path} is not a file of at most 64 MiB")
 
     def check_object(pairs: list[tuple[str, Any]]) -> Json:
         require(len(dict(pairs)) == len(pairs), f"{path} repeats a key")  # the signed bytes would not show it

@@ -95,8 +95,9 @@ def doctor(
       fedtune site doctor --kit kit --site site.toml --import-model ~/MiniLM        install a base model first
       fedtune site doctor --kit kit --site site.toml experiment=banks_intents       would this run be accepted?
 
-    The output contains no records, record counts or paths of data files, so it can be shared. Exit codes: 0 no check
-    failed, 2 a problem at the site, 3 the run would be refused, 1 the server cannot be reached.
+    The output contains no records, record counts or paths of data files. Its lines on data sets depend on the records,
+    without noise or a charge: do not share them. Exit codes: 0 no check failed, 2 a problem at the site, 3 the run
+    would be refused, 1 the server cannot be reached.
     """
     from fedtune.ops.files import act_as_owner
 

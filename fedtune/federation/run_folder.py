@@ -185,7 +185,7 @@ class RunFolder:
         """Read the hashes of exported files: path relative to the parent of the export folder -> SHA-256."""
         if not self.exports.is_file():
             return {}
-        digests = parse_json(read_regular_file(self.exports), key=str(self.exports), bound="must be an object")
+        digests = parse_json(read_bounded_file(self.exports, key="exports"), key="exports", bound="must be an object")
         return {str(name): str(digest) for name, digest in digests.items()}
 
     def record_export(self, target: Path) -> None:

@@ -24,6 +24,7 @@ from fedtune.extras import require_extra
 from fedtune.ops.health import Health, serve_locally
 from fedtune.ops.kits.certificates import Certificate, read_certificate
 from fedtune.ops.kits.kit_file import Kit, stat_signature
+from fedtune.privacy.durable import write_durably
 from fedtune.privacy.release import Reason
 from fedtune.show.budget_text import compute_remaining_epsilon, count_remaining_reference_runs
 from fedtune.spec import ConfigError, RunError
@@ -115,12 +116,10 @@ def serve_metrics(address: str | None, values: Callable[[], Values]) -> Abstract
 @contextmanager
 def _write_periodically(file: Path, figures: Callable[[], bytes]) -> Iterator[str]:
     """Write the metrics to a file every few seconds, atomically; remove the file at the end."""
-    stop, new = threading.Event(), file.with_name(f"{file.name}.new")
+    stop = threading.Event()
 
     def write() -> None:
-        new.write_bytes(figures())
-        new.chmod(0o644)  # readable for node_exporter, which runs as another user
-        new.replace(file)
+        write_durably(file, figures(), is_public=True)  # node_exporter runs as another user
 
     def keep_writing() -> None:
         while not stop.wait(_FILE_S):
@@ -128,6 +127,7 @@ def _write_periodically(file: Path, figures: Callable[[], bytes]) -> Iterator[st
                 write()
 
     try:
+        file.parent.stat()  # a missing folder is an error
         write()
     except OSError as error:
         raise ConfigError(_KEY, str(file), f"must be a file that can be written ({error.strerror})") from None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fedtune.codec import MAX_BYTES, require
+from fedtune.codec import MAX_BYTES, read_bounded_file, require
 from fedtune.config import RunConfig, parse, read_saved_config
 from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import group_hex, pluralize
@@ -303,7 +303,7 @@ def _check_rendered_files(folder: Path, report: Report, *, of_run: bool) -> Iter
         drawn = (draw(report, language=language).encode() for language in LANGUAGES)
         yield from _compare_rendered_file(name, drawn, folder, report)
     if (entry := folder / REGISTRY).is_file():
-        written = registry_entry_to_json(report, read_fields_by_people(entry.read_bytes())).encode()
+        written = registry_entry_to_json(report, read_fields_by_people(read_bounded_file(entry, key=REGISTRY))).encode()
         yield from _compare_rendered_file(REGISTRY, [written], folder, report)
     if of_run and any((RunFolder(folder).adapter / name).is_file() for name in (CARD, LABEL)):
         from fedtune.report.model_card import render_adapter_card

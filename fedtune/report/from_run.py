@@ -169,7 +169,7 @@ def _read_result(folder: Path) -> RunResult | None:
     if not path.is_file():
         return None
     try:
-        data = path.read_bytes()
+        data = read_bounded_file(path, key="result")
         fields = json.loads(data, object_pairs_hook=reject_duplicate_keys)
         check_schema(f"{path}: schema_version", fields["schema_version"], RUN_SCHEMA, of="run folder")
         result = _RESULT.validate_json(data, strict=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from fedtune.codec import decode, read_toml, require
+from fedtune.codec import decode, read_regular_file, read_toml, require
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
@@ -183,7 +183,7 @@ def read_rules(name: str) -> tuple[GateRules, str]:
         is_free = own == path or rules == decode(GateRules, read_toml(own, key="rules"))
         require("name", rules.name, is_free, "is the name of built-in rules that differ from these: choose another")
         require("rules", name, bool(rules.limits), "has no rule: set at least one, such as consistent = true")
-    return rules, hashlib.sha256(path.read_bytes()).hexdigest()
+    return rules, hashlib.sha256(read_regular_file(path)).hexdigest()
 
 
 def collect_evidence(folder: Path, known: TrustedValues, *, audit: Path | None, groups: Path | None) -> Evidence:

@@ -147,10 +147,9 @@ ODD_VALUES = {
 def test_value_that_its_type_excludes_does_not_damage_a_saved_set(tmp_path: Path, case: str) -> None:
     """Otherwise one record would decide whether a round succeeds."""
     save_dataset(tmp_path / "set", pyarrow.table({"text": ["a", "b"], "odd": ODD_VALUES[case]}))
-    (_, first), second = iter_raw_rows(tmp_path / "set")
+    (_, first), _ = iter_raw_rows(tmp_path / "set")
     assert isinstance(first, dict)
     assert first["text"] == "a"
-    assert second[0] == 2
 
 
 def test_unread_columns_and_empty_rows_do_not_hide_records(tmp_path: Path) -> None:

@@ -82,11 +82,15 @@ def test_metrics_file_is_replaced_atomically_and_repeatedly(tmp_path: Path, monk
     monkeypatch.setattr(metrics, "_FILE_S", 0.02)
     file, rounds = tmp_path / "fedtune.prom", iter(range(10_000))
     figures: Callable[[], Values] = lambda: [("fedtune_lead_round_seconds", float(next(rounds)))]  # noqa: E731
+    (target := tmp_path.parent / "key.pem").write_text("kept")
+    (tmp_path / "fedtune.prom.new").symlink_to(target)
+    file.symlink_to(target)
     with serve_metrics(str(file), figures) as served:
         assert served == str(file)
         assert file.stat().st_mode & 0o777 == 0o644
         wait_for(lambda: float(file.read_text().split()[-1]) >= 2, what="the third writing")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["fedtune.prom.new"]
+    assert target.read_text() == "kept", "a planted link must not be followed"
     with pytest.raises(ConfigError, match="must be a file that can be written"), serve_metrics("/x/y.prom", figures):
         pass
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -244,6 +245,14 @@ def test_damaged_run_files_are_named_in_the_error(folder: Path) -> None:
         with pytest.raises(error, match=match):
             from_run.build_run_report(folder)
         path.write_bytes(original)
+
+
+@pytest.mark.parametrize("name", ["run.json", "audit.json", "attack.json", "environment.json", "exports.json"])
+def test_file_too_large_for_memory_is_never_read(folder: Path, name: str) -> None:
+    (folder / name).touch()
+    os.truncate(folder / name, 1 << 40)
+    with pytest.raises((ConfigError, RunError), match=name.partition(".")[0]):
+        from_run.build_run_report(folder)
 
 
 def test_exports_file_claims_no_name_in_the_runs_own_adapter(folder: Path) -> None:
