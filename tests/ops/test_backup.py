@@ -297,8 +297,8 @@ def test_server_database_is_backed_up_during_writes(federation: Path, tmp_path: 
 
 
 def list_modes(folder: Path) -> dict[str, int]:
-    backups_seen = (path for path in folder.rglob("*") if path.is_file() or any(path.iterdir()))
-    return {str(path.relative_to(folder)): path.stat().st_mode & 0o777 for path in backups_seen}
+    paths = (path for path in folder.rglob("*") if path.is_file() or path.parent == folder)
+    return {str(path.relative_to(folder)): path.stat().st_mode & 0o777 for path in paths}
 
 
 def test_federation_folder_round_trips_through_a_backup(federation: Path, north_folder: Path, tmp_path: Path) -> None:
