@@ -70,14 +70,17 @@ def template() -> None:
 def init(
     policy: PolicyFile,
     out: Annotated[Path | None, Option(metavar="DIR", help="folder to create (default: kit next to site.toml)")] = None,
+    new_ledger: Annotated[bool, Option("the site key never had a ledger")] = False,
 ) -> None:
-    """Create the site's keys and a join request. The private keys never leave the site."""
+    """Create the site's keys and a join request. The private keys never leave the site. An existing site key is kept,
+    but refused without its ledger: a new one would begin with the whole budget.
+    """
     folder = (out or policy).absolute().parent
     _switch_to_owner(folder, *folder.parents)  # the kit does not exist yet: use the owner of its parent folder
     from fedtune.ops.kits.members import describe_next_steps, initialize_site
     from fedtune.show.terminal_tables import say
 
-    say(describe_next_steps(initialize_site(policy, out=out)).rstrip())
+    say(describe_next_steps(initialize_site(policy, out=out, new_ledger=new_ledger)).rstrip())
 
 
 @command(app, "check the setup, and print fixes")

@@ -135,7 +135,7 @@ def test_provisioning_output_matches_its_snapshots(tmp_path: Path, monkeypatch: 
         (tmp_path / name).mkdir()
         write_policy(make_site_policy(name), tmp_path / name / "site.toml")
     for kit in ("kit", "new"):  # a site that joins again has a new connection key
-        initialize_site(tmp_path / "south" / "site.toml", out=tmp_path / "south" / kit)
+        initialize_site(tmp_path / "south" / "site.toml", out=tmp_path / "south" / kit, new_ledger=kit == "new")
     output = print_commands(
         *("provision init federation.toml", "site init --site north/site.toml"),
         f"provision add-site north/kit/{REQUEST} --federation cardiology --days 20 --compared",

@@ -110,7 +110,7 @@ class Home(Books):
             self.open().require_receipt(receipt)
 
     def replace_connection_key(self) -> None:
-        other_kit = initialize_site(self.site_toml, out=self.folder / "again")
+        other_kit = initialize_site(self.site_toml, out=self.folder / "again", new_ledger=True)
         shutil.copy(other_kit / "connection_key.pem", self.kit / "connection_key.pem")
 
     def damage_model(self) -> None:

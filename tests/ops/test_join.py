@@ -63,9 +63,11 @@ def test_exposed_or_missing_site_key_is_refused(tmp_path: Path, site_policy: Any
     site_toml, file = tmp_path / "site.toml", tmp_path / "site_key.pem"
     write_policy(site_policy("north"), site_toml)
     key = SigningKey.load_or_create(file)
+    with pytest.raises(ConfigError, match=r"site_key\.pem': exists, but its ledger .*ledger\.db is missing"):
+        initialize_site(site_toml, out=None)
     file.chmod(0o644)
     with pytest.raises(ConfigError, match=r"site_key\.pem = 'mode 644': must be readable only by its owner"):
-        initialize_site(site_toml, out=None)
+        initialize_site(site_toml, out=None, new_ledger=True)
     assert {path.name for path in tmp_path.iterdir()} == {"site.toml", "site_key.pem"}
     SiteLedger(tmp_path / "ledger.db", read_policy(site_toml), key, create=True)
     file.unlink()
@@ -78,7 +80,9 @@ def test_site_with_a_key_command_has_no_key_file(tmp_path: Path, site_policy: An
     site_toml, key_file = tmp_path / "site.toml", tmp_path / "kept.pem"
     public = SigningKey.load_or_create(key_file).public
     write_policy(site_policy("north", key_command=("/bin/cat", str(key_file))), site_toml)
-    kit = initialize_site(site_toml, out=None)
+    with pytest.raises(ConfigError, match="if this key never had one, add --new-ledger"):
+        initialize_site(site_toml, out=None)
+    kit = initialize_site(site_toml, out=None, new_ledger=True)
     assert JoinRequest.read(kit / "join_request.json").site_key == read_signing_key(site_toml).public == public
     assert SiteFiles.from_site_toml(site_toml).open_ledger(create=True).history.opening.site_key == public
     assert SiteFiles.from_site_toml(site_toml).public_key is None, "reading a policy must not run the command"

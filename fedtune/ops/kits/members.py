@@ -252,7 +252,7 @@ def _check_csr(text: str, *, site: str) -> None:
         raise ConfigError("csr", name, f"must have the site's name, {site!r}, as its common name")
 
 
-def initialize_site(site_toml: Path, *, out: Path | None) -> Path:
+def initialize_site(site_toml: Path, *, out: Path | None, new_ledger: bool = False) -> Path:
     """Create the folder with a site's connection key and join request, and return its path.
 
     If the site key, which signs the ledger, does not exist yet, it is generated as well.
@@ -260,6 +260,9 @@ def initialize_site(site_toml: Path, *, out: Path | None) -> Path:
     Args:
         site_toml: the site's policy.
         out: the folder to create; None: `kit` in the policy's folder.
+        new_ledger: whether an existing site key may begin a ledger.
+
+    Guarantee: a site key whose ledger is lost does not begin another one, in a new kit either, unless `new_ledger`.
 
     Raises:
         ConfigError: the policy is invalid, the folder exists or cannot be written, or a key cannot be used.
@@ -270,7 +273,7 @@ def initialize_site(site_toml: Path, *, out: Path | None) -> Path:
     folder = out or site_toml.parent / "kit"
     with create_folder(folder, key="folder") as building:
         connection = generate_connection_key()
-        fields = _build_request_fields(files, connection)
+        fields = _build_request_fields(files, connection, new_ledger=new_ledger)
         write_durably(building / REQUEST, json.dumps(fields, indent=1).encode() + b"\n")
         JoinRequest.parse_request(read_regular_file(building / REQUEST))  # run the checks of the lead
         write_secret(building / "connection_key.pem", encode_private_pem(connection))
@@ -299,15 +302,22 @@ Keep a backup of the site key that site.toml names; the ledger cannot continue w
 """
 
 
-def _build_request_fields(files: SiteFiles, connection: ec.EllipticCurvePrivateKey) -> dict[str, Any]:
+def _build_request_fields(
+    files: SiteFiles, connection: ec.EllipticCurvePrivateKey, *, new_ledger: bool
+) -> dict[str, Any]:
     """Build the fields of a `JoinRequest`; generate the site key if it is missing.
 
-    A missing site key is an error if a ledger exists, because the ledger can be continued only with its original key.
+    A missing site key is an error if a ledger exists, because the ledger can be continued only with its original key;
+    a missing ledger is one if the key exists, because its budget would begin anew.
     """
-    policy, path = files.policy, files.site_key
-    if files.ledger.is_file() and not (policy.key_command or path.is_file()):
+    policy, path, has_ledger = files.policy, files.site_key, files.ledger.is_file()
+    has_key = bool(policy.key_command) or path.is_file()
+    if has_ledger and not has_key:
         bound = f"is missing, but ledger {files.ledger} requires its original key"
         raise ConfigError("site_key", str(path), bound, remedy="restore it from its backup")
+    if has_key and not (has_ledger or new_ledger):
+        remedy = "restore the ledger (fedtune site restore); if this key never had one, add --new-ledger"
+        raise ConfigError("site_key", str(path), f"exists, but its ledger {files.ledger} is missing", remedy=remedy)
     with translate_write_errors(path, key="site_key"):
         site_key = files.load_key(make=True)
     if path.is_file():
