@@ -382,6 +382,7 @@ class Ledger:
         proposal = propose_release(kind, name, self._site.policy, **planned)
         # The columns are part of the request: a stored result must not be returned under other column names.
         request = hashlib.sha256(repr((proposal.digest(), list(columns))).encode()).hexdigest()
+        self._verified = None  # read again, also after an interrupt
         try:
             return proposal, self._site.reserve(proposal, round=1, request=request, own=True)
         except OSError as error:
@@ -398,7 +399,6 @@ class Ledger:
     def _commit_reply(self, granted: Reservation, reply: bytes) -> bytes:
         self._site.commit(granted, reply)
         self._site.end_run(granted.run)
-        self._verified = None
         return reply
 
 

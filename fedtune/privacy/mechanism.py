@@ -17,7 +17,7 @@ from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fract
 Unit = Literal["record", "user"]
 """The privacy unit of an (epsilon, delta) guarantee: a single record, or a user with all of their records at a site."""
 MAX_EPSILON = 100.0
-MIN_SAMPLING_RATE = 1e-6
+MIN_SAMPLING_RATE, MIN_CLIP_NORM = 1e-6, 1e-30
 """Limits of noise calibration. Beyond these limits, computing a privacy loss distribution takes minutes."""
 MAX_RUNS = 120
 """Maximum number of planned runs (monthly for ten years), which limits a site's run time for accounting."""
@@ -85,7 +85,7 @@ class PrivacySpec:
             bound = f"must be at most {MAX_EPSILON:g}: a larger epsilon provides no meaningful guarantee; "
             bound += "use privacy=none to train without noise"
             raise ConfigError("epsilon", self.epsilon, bound)
-        check_positive("max_grad_norm", self.max_grad_norm)
+        check_at_least("max_grad_norm", self.max_grad_norm, MIN_CLIP_NORM)
         check_fraction("sampling_rate", self.sampling_rate, one=True)
         check_at_least("sampling_rate", self.sampling_rate, MIN_SAMPLING_RATE)
         check_positive("metrics_noise_multiplier", self.metrics_noise_multiplier)

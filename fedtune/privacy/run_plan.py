@@ -15,8 +15,8 @@ from fedtune.privacy.distributed_noise import (
     compute_epsilons_by_adversary,
 )
 from fedtune.privacy.dp_library import ComposedDpEvent, DpEvent, GaussianDpEvent, LaplaceDpEvent, SelfComposedDpEvent
-from fedtune.privacy.mechanism import MAX_RUNS, MIN_SAMPLING_RATE, Noise, PrivacySpec, Unit
-from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_positive, check_whole, spec
+from fedtune.privacy.mechanism import MAX_RUNS, MIN_CLIP_NORM, MIN_SAMPLING_RATE, Noise, PrivacySpec, Unit
+from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_whole, spec
 
 _ONLY_WITH = {"shared": "secure aggregation", "cohorts": "arrivals", "runs": "further runs", "noise": "Laplace"}
 MORE_THAN_DECLARED = 4.0  # bound on actual over declared units; most sites publish a rounded number
@@ -71,7 +71,7 @@ class Plan:
         check_at_least("sampling_rate", self.sampling_rate, MIN_SAMPLING_RATE)
         for name in ("noise_multiplier", "metrics_noise_multiplier"):
             accountant.check_noise(name, getattr(self, name), none=True)
-        check_positive("max_grad_norm", self.max_grad_norm)
+        check_at_least("max_grad_norm", self.max_grad_norm, MIN_CLIP_NORM)  # its inverse is finite
         for name in ("local_steps", "num_rounds", "spare_rounds", "records_per_user", "runs"):
             check_whole(name, count := getattr(self, name))
             check_at_least(name, count, 0 if name == "spare_rounds" else 1)

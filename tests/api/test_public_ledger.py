@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas
@@ -177,6 +178,14 @@ def test_user_level_ledger_counts_each_user_once(tmp_path: Path) -> None:
     assert abs(marks_ledger.count("marks", marks, noise_multiplier=5) - 4) < 60
     with pytest.raises(ConfigError, match="users: must contain the user of each record"):
         create_ledger(tmp_path / "records").count("a", [1], users=[1], noise_multiplier=5)
+
+
+def test_interrupted_release_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = create_ledger(tmp_path)
+    monkeypatch.setattr(SiteLedger, "commit", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        ledger.count("a", [1], noise_multiplier=20)
+    assert ledger.spending.epsilon == fedtune.Ledger(tmp_path / "ledger.db").spending.epsilon > 0
 
 
 def test_refused_release_charges_nothing(tmp_path: Path) -> None:

@@ -84,9 +84,9 @@ def test_site_unit_prevents_swap_core_dumps_and_policy_changes() -> None:
     assert (site["memswap_limit"], site["ulimits"]) == (site["mem_limit"], {"core": 0})
     assert f"\nReadOnlyPaths=-{service['WorkingDirectory']}/site.toml\n" in path.read_text()
     options, volumes = parse_command(*site["command"]), {item["target"]: item for item in site["volumes"]}
-    bound = volumes[str(options["site"])]
+    bound = volumes[str(options["policy"])]
     assert bound["read_only"] is True
-    assert bound["source"] == f"{volumes[str(options['site'].parent)]['source']}/site.toml"
+    assert bound["source"] == f"{volumes[str(options['policy'].parent)]['source']}/site.toml"
     # The GPU must stay accessible.
     assert service["PrivateDevices"] == "no"
     assert not {"DevicePolicy", "MemoryDenyWriteExecute", "ProcSubset"} & service.keys()
