@@ -293,8 +293,10 @@ def compare(runs: Mapping[str, Run], data: Data = None, *, progress: Callback = 
     from fedtune.runs.model_comparison import compare_runs
     from fedtune.runs.saved_model import BASE
 
-    if not runs or BASE in runs:  # the name of the base model in the result
-        raise ConfigError("runs", [*runs], f"must contain at least one run, and {BASE} is reserved for the base model")
+    is_named = isinstance(runs, Mapping) and all(isinstance(run, Run) for run in runs.values())
+    if not is_named or not runs or BASE in runs:  # the name of the base model in the result
+        bound = f"must map at least one name to a fedtune.Run, and {BASE} is reserved for the base model"
+        raise ConfigError("runs", [*runs], bound)
     finished = {name: (run.config, run.adapter) for name, run in runs.items()}
     with write_data_file(data) if data is not None else nullcontext() as file:
         scores = compare_runs(finished, file=file, progress=make_stage_callback(progress))

@@ -295,8 +295,9 @@ def restore(
 
     files, made_up = restore_site(file, kit=kit, site_toml=policy, anchor=anchor)
     if made_up is None:
+        known = files.verify_ledger()
         sys.stdout.write(f"{files.ledger} is intact and was not replaced. All other missing files are restored.\n")
-        if (known := files.verify_ledger()) is not None and known.history.policy != files.policy:
+        if known is not None and known.history.policy != files.policy:
             print_other_policy(known.history.cap, time=known.history.policies[-1][0])
         return
     print_restored_charge(made_up, path=files.ledger, anchors=find_anchors(files, anchor))

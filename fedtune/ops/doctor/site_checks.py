@@ -9,6 +9,7 @@ import re
 import traceback
 from collections.abc import Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from fedtune.config import RunConfig
@@ -42,7 +43,7 @@ from fedtune.privacy.ledger import run_acceptance
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import UNVERIFIED
-from fedtune.privacy.release import format_requested_and_allowed
+from fedtune.privacy.release import Refused, format_requested_and_allowed
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Dataset, Policy
@@ -354,7 +355,7 @@ def check_serving(state: Path) -> DoctorCheck:
 
 
 def check_budget(history: History, policy: Policy) -> DoctorCheck:
-    """Check the remaining lifetime budget."""
+    """Check the remaining lifetime budget, and whether a run like the reference fits now."""
     name, cap = "budget", policy.budget.max_epsilon
     now = history.now()
     taken = history.count_charges_and_reservations(now)
@@ -374,6 +375,15 @@ def check_budget(history: History, policy: Policy) -> DoctorCheck:
     if not runs:
         fix = "Plan runs without this site, or smaller runs; raising the cap weakens its guarantee."
         return build_warning(name, status, fix=fix)
+    asked, held = (
+        events.count_mechanisms([policy.budget.reference.event]),
+        partial(history.count_remaining_charges, now),
+    )
+    try:
+        run_acceptance.require_budget_room(history, policy, None, asked=asked, held=held, now=now)
+    except Refused as refused:  # the lifetime cap has room, the period's cap has none
+        fix = "Wait for the next period, or plan smaller runs; raising the cap weakens its guarantee."
+        return build_warning(name, f"{status}, but none now: {refused.reason} is {refused.allowed}", fix=fix)
     return build_passed_check(name, status)
 
 
