@@ -285,37 +285,45 @@ def draw_two_years(frame: Frame = WIDE) -> str:
 
 
 def draw_price(frame: Frame = WIDE) -> str:
-    """Points that privacy costs on public test files, beside what others lost."""
+    """Points that privacy costs on public test files with their intervals, beside what others lost."""
     rows = list(_list_prices())
     phone = frame is PHONE
-    left, width, step = (20, 310, 46) if phone else (300, 400, 32)
-    most = 10 * math.ceil(max(points for *_, lost in rows for points in lost.values()) / 10)
-    ticks = range(0, most + 1, 10)
+    left, width, step = (20, 310, 64) if phone else (330, 370, 44)
+    least, most = -5, 20  # larger losses are written as numbers
     top = frame.top + (24 if phone else 4)
     bottom = top + step * len(rows)
+    right = left + width
 
     def find_place(lost: float) -> float:
-        return left + width * lost / most
+        return left + width * (max(lost, least) - least) / (most - least)
 
+    ticks = range(0, most + 1, 5)
     parts = [_line(find_place(tick), top - 12, find_place(tick), bottom - 8, "grid") for tick in ticks]
     for number, (title, color, lost) in enumerate(rows):
-        y = top + step * number + (18 if phone else 8)
-        parts += [
-            _text(left, y - 14, title, "ink", frame)
+        y = top + step * number + (26 if phone else 8)
+        parts.append(
+            _text(left, y - 22, title, "ink", frame)
             if phone
-            else _text(left - 20, y + 5, title, "ink", frame, anchor="end"),
-            _line(find_place(min(lost.values())), y, find_place(max(lost.values())), y, color, width=2),
-        ]
-        for epsilon, points in lost.items():
-            x = find_place(points)
-            marks = {8: _dot(x, y, color, 5), 3: _ring(x, y, 5, color), 1: _square(x, y, color)}
+            else _text(left - 20, y + 5, title, "ink", frame, anchor="end")
+        )
+        if max(points for points, _ in lost.values()) > most:
+            beyond = ", ".join(f"{points:.0f} at {epsilon}" for epsilon, (points, _) in lost.items())
+            parts.append(_text(right, y + 5, f"{beyond} \u2192", color, frame, anchor="end"))
+            continue
+        for row, (epsilon, (points, margin)) in enumerate(lost.items()):
+            x, y_of = find_place(points), y + 11 * (row - (len(lost) - 1) / 2)
+            if margin is not None:
+                parts.append(
+                    _line(find_place(points - margin), y_of, find_place(points + margin), y_of, color, width=2)
+                )
+            marks = {8: _dot(x, y_of, color, 4), 3: _ring(x, y_of, 4, color), 1: _square(x, y_of, color)}
             parts.append(marks[epsilon])
     parts += [_text(find_place(tick), bottom + 12, str(tick), "soft", frame, anchor="middle") for tick in ticks]
     return _chart(
         frame,
-        "With secure aggregation, epsilon 8 costs 1 to 2.5 points on two sets, and far more on two others.",
+        "With secure aggregation, epsilon 8 costs at most 2.5 points on three sets, and far more on two others.",
         "Points lost to the score without privacy, in brackets. Dot: epsilon 8, ring: 3, square: 1.",
-        "Blue: federated. Orange: published, in one place (RoBERTa at epsilon 6.7). simulations/known_ground",
+        "Lines: 95% intervals. Blue: federated. Orange: published, in one place. simulations/known_ground",
         parts,
         bottom=bottom + 14,
     )
@@ -392,14 +400,14 @@ def _list_audits() -> Iterable[tuple[str, float, dict[str, Any]]]:
             yield f"epsilon {claimed}: {line['ran']}", claimed, line
 
 
-def _list_prices() -> Iterator[tuple[str, str, dict[int, float]]]:
-    """Title, color and points lost by epsilon, of our own lines and of published ones."""
+def _list_prices() -> Iterator[tuple[str, str, dict[int, tuple[float, float | None]]]]:
+    """Title, color and points lost with their margin by epsilon, of our own lines and of published ones."""
     for line in _read("known_ground/losses.json"):
         base, _, layers = line["base"].partition(", ")
         without, how = line["without"], line["aggregation"] or base
         how += f", {layers}" if line["aggregation"] and layers else ""
         shown = f"{without:.3f}" if without < 1 else f"{without:.1f}"
-        lost = {one["near"]: one["points"] for one in line["lost"]}
+        lost = {one["near"]: (one["points"], one["margin"]) for one in line["lost"]}
         yield f"{line['set']}, {how} ({shown})", "blue" if line["aggregation"] else "orange", lost
 
 

@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import readme
+from scipy import stats
 
 HERE = Path(__file__).resolve().parent
 Row = dict[str, Any]
 AGGREGATIONS = ("none", "secure", "plain")
 EPSILONS = (8, 3, 1)
+FEWEST_RUNS = 3  # for an interval over runs
 
 
 class Runs(NamedTuple):
@@ -32,7 +34,12 @@ class Runs(NamedTuple):
     study: str
     key: str
     aggregation: str  # "none" without privacy
-    file: str = "results.json"
+    file: str
+
+
+def name_lines(study: str, file: str = "results.json", **keys: str) -> tuple[Runs, ...]:
+    """Lines of a study by their aggregation; each argument has the keys, with spaces between them."""
+    return tuple(Runs(study, key, aggregation, file) for aggregation, words in keys.items() for key in words.split())
 
 
 class Ground(NamedTuple):
@@ -62,7 +69,7 @@ GROUNDS = (
         "SmolLM2-135M, last 10 layers",
         ("beam", "BLEU, beam search"),
         630,
-        (Runs("e2e", "none", "none", "bleu.json"), Runs("e2e", "secure-e8", "secure", "bleu.json")),
+        name_lines("e2e", "bleu.json", none="none", secure="secure-e8 secure-e3"),
     ),
     Ground(
         "Banking77",
@@ -71,14 +78,9 @@ GROUNDS = (
         ("accuracy", "accuracy"),
         3080,
         (
-            Runs("banks_intents", "none", "none"),
-            Runs("aggregation/banks", "four-none-ffa", "none"),
-            Runs("banks_intents", "secure-e8", "secure"),
-            Runs("aggregation", "e3-secure", "secure"),
-            Runs("aggregation/banks", "four-1-secure", "secure"),
-            Runs("banks_intents", "e8", "plain"),
-            Runs("banks_intents", "e3", "plain"),
-            Runs("aggregation/banks", "four-1-ffa", "plain"),
+            *name_lines("banks_intents", none="none", secure="secure-e8", plain="e8 e3"),
+            *name_lines("aggregation/banks", none="four-none-ffa", secure="four-1-secure", plain="four-1-ffa"),
+            *name_lines("aggregation", secure="e3-secure"),
         ),
     ),
     Ground(
@@ -87,7 +89,7 @@ GROUNDS = (
         "MiniLM-L6, all layers",
         ("accuracy", "accuracy"),
         1821,
-        (Runs("sst2_lora", "all-none-passes", "none"), Runs("sst2_lora", "all-secure-e8-passes", "secure")),
+        name_lines("sst2_lora", none="all-none-passes", secure="all-secure-e8-passes all-secure-e3 all-secure-e1"),
     ),
     Ground(
         "SST-2",
@@ -95,7 +97,7 @@ GROUNDS = (
         "MiniLM-L6, last 3 layers",
         ("accuracy", "accuracy"),
         1821,
-        (Runs("sst2_lora", "none-60", "none"), Runs("sst2_lora", "secure-e8", "secure")),
+        name_lines("sst2_lora", none="none-60", secure="secure-e8"),
     ),
     Ground(
         "NCBI disease",
@@ -103,7 +105,7 @@ GROUNDS = (
         "MiniLM-L6, all layers",
         ("untyped_strict_f1", "strict F1, untyped"),
         100,
-        (Runs("entities", "all-none", "none"), Runs("entities", "large-e8-secure", "secure")),
+        name_lines("entities", none="all-none", secure="large-e8-secure large-e3-secure"),
     ),
     Ground(
         "STS-B",
@@ -111,7 +113,7 @@ GROUNDS = (
         "MiniLM-L6",
         ("spearman", "Spearman"),
         1379,
-        (Runs("stsb", "none", "none"), Runs("stsb", "e8", "plain"), Runs("stsb", "e3", "plain")),
+        name_lines("stsb", none="none", secure="secure-e8 secure-e3 secure-e1", plain="e8 e3 e1"),
     ),
 )
 
@@ -195,8 +197,7 @@ def format_scores(rows: Sequence[Row], published: Sequence[Row]) -> str:
 def list_losses(rows: Sequence[Row], published: Sequence[Row]) -> Iterator[Row]:
     """Yield the points lost to the score without privacy at `EPSILONS`, of our lines and of published ones.
 
-    `margin` is half of a 95 % interval over the test records; None without one.  A published epsilon counts as the
-    nearest of `EPSILONS`.
+    `margin` is half of a 95 % interval; None without one.  A published epsilon counts as the nearest of `EPSILONS`.
     """
     for ground in GROUNDS:
         plain = select_rows(rows, ground, "none", None)
@@ -238,11 +239,18 @@ def format_losses(losses: Sequence[Row]) -> str:
 
 
 def _find_margin(plain: Sequence[Row], private: Sequence[Row]) -> float | None:
-    """Half of the interval of a loss, in points, as if the two scores were independent."""
-    if any(row["high"] is None for row in (*plain, *private)):
+    """Half of the interval of a loss, in points: over the test records, as if the two scores were independent.
+
+    Scores without such an interval have Welch's interval over their runs, if there are three of each.
+    """
+    scale, both = _find_scale(average(plain)), (plain, private)
+    if all(row["high"] is not None for rows in both for row in rows):
+        return scale * math.hypot(*(statistics.fmean(row["high"] - row["value"] for row in rows) for rows in both))
+    if min(map(len, both)) < FEWEST_RUNS:
         return None
-    halves = (statistics.fmean(row["high"] - row["value"] for row in rows) for rows in (plain, private))
-    return _find_scale(average(plain)) * math.hypot(*halves)
+    values = ([row["value"] for row in rows] for rows in both)
+    low, high = stats.ttest_ind(*values, equal_var=False).confidence_interval(0.95)
+    return float(scale * (high - low) / 2)
 
 
 def _find_scale(score: float) -> int:
