@@ -77,7 +77,7 @@ class Desk:
         folder = self.folder.parent / site
         folder.mkdir(exist_ok=True)
         write_policy(make_site_policy(site, **policy), folder / "site.toml")
-        return initialize_site(folder / "site.toml", out=folder / kit) / REQUEST
+        return initialize_site(folder / "site.toml", out=folder / kit, new_ledger=True) / REQUEST
 
     def join(self, site: str, **policy: Any) -> Path:
         """Admit a site and unzip its kit into the folder with its keys."""
