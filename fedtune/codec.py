@@ -98,6 +98,15 @@ def parse_json(data: bytes | str, *, key: str, bound: str) -> dict[str, Any]:
     return parsed
 
 
+def read_json_object(path: Path, *, key: str) -> dict[str, Any]:
+    """Read a JSON object from a file of at most `MAX_BYTES`; `key` names the file in error messages.
+
+    Raises:
+        ConfigError: the file cannot be read, is too large, or does not contain a JSON object (`parse_json`).
+    """
+    return parse_json(read_bounded_file(path, key=key), key=key, bound="must be an object")
+
+
 def hash_json(fields: object) -> str:
     """Return the SHA-256 of the canonical JSON of `fields`, in hex: keys in order, and only ASCII characters."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -311,12 +311,12 @@ def draw_price(frame: Frame = WIDE) -> str:
             parts.append(_text(right, y + 5, f"{beyond} \u2192", color, frame, anchor="end"))
             continue
         for row, (epsilon, (points, margin)) in enumerate(lost.items()):
-            x, y_of = find_place(points), y + 11 * (row - (len(lost) - 1) / 2)
+            x, y_mark = find_place(points), y + 11 * (row - (len(lost) - 1) / 2)
             if margin is not None:
                 parts.append(
-                    _line(find_place(points - margin), y_of, find_place(points + margin), y_of, color, width=2)
+                    _line(find_place(points - margin), y_mark, find_place(points + margin), y_mark, color, width=2)
                 )
-            marks = {8: _dot(x, y_of, color, 4), 3: _ring(x, y_of, 4, color), 1: _square(x, y_of, color)}
+            marks = {8: _dot(x, y_mark, color, 4), 3: _ring(x, y_mark, 4, color), 1: _square(x, y_mark, color)}
             parts.append(marks[epsilon])
     parts += [_text(find_place(tick), bottom + 12, str(tick), "soft", frame, anchor="middle") for tick in ticks]
     return _chart(

@@ -143,7 +143,7 @@ class Command(click.Command):
     """A click command that lists its arguments in the help, never wraps example lines, and names options in errors."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command.  Where a library's error names a parameter, as in Python, the user reads its option."""
+        """Run the command.  In a library's error about one of its parameters, name the option or argument instead."""
         try:
             return super().invoke(ctx)
         except ConfigError as error:

@@ -70,10 +70,10 @@ def template() -> None:
 def init(
     policy: PolicyFile,
     out: Annotated[Path | None, Option(metavar="DIR", help="folder to create (default: kit next to site.toml)")] = None,
-    new_ledger: Annotated[bool, Option("the site key never had a ledger")] = False,
+    new_ledger: Annotated[bool, Option("start a ledger for an existing site key")] = False,
 ) -> None:
-    """Create the site's keys and a join request. The private keys never leave the site. An existing site key is kept,
-    but refused without its ledger: a new one would begin with the whole budget.
+    """Create the site's keys and a join request. The private keys never leave the site. An existing site key is
+    reused; without its ledger it is refused, because a new ledger would start with the full budget.
     """
     folder = (out or policy).absolute().parent
     _switch_to_owner(folder, *folder.parents)  # the kit does not exist yet: use the owner of its parent folder

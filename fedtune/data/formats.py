@@ -290,13 +290,13 @@ def _translate_arrow_errors(path: Path, kind: str) -> Iterator[None]:
 
 
 def _view_as_storage(array: Any) -> Any:
-    """Reinterpret an array's buffers, also within lists and structs, as types without rules on the values of a row."""
+    """View an array as its storage types, also within lists and structs, to validate its buffers but not its values."""
     kind = _replace_types(array.type, _get_storage_type)
     return array if kind == array.type else array.view(kind)
 
 
 def _get_storage_type(kind: Any) -> Any:
-    """Return bytes for text and decimals, and integers for dates and times."""
+    """Return the type of the same buffers that accepts any value: binary for text and decimals, integers for times."""
     import pyarrow
     from pyarrow import types
 

@@ -18,12 +18,12 @@ def choose_format(
         config: the run's configuration.
         format: the requested format; None: the task's default format.
         merge: whether to choose the task's format for a merged model.
-        int8: whether to quantize the exported graph, too.
+        int8: whether the exported graph is also quantized to int8.
         key: name of the format option or argument in error messages.
 
     Raises:
         ConfigError: the task does not support the format, `merge` is set for a task that only supports adapters, or
-            `int8` for a model without a graph.
+            `int8` is set without an ONNX graph.
     """
     formats = get_input_for(config.data).list_supported_formats(config.bound_task.formats)
     if merge and len(formats) == 1:
@@ -36,6 +36,6 @@ def choose_format(
 
 
 def check_int8(int8: bool, config: RunConfig, format: str) -> None:
-    """Check that `int8` is not asked for a format without a graph, or for a model without a base."""
+    """Raise a ConfigError if `int8` is set for a format other than ONNX, or for a run without a base model."""
     has_graph = format == "onnx" and config.lora.kind != NO_ADAPTER
     require("int8", NOT_GIVEN, has_graph or not int8, "requires the format onnx and a run with a base model")

@@ -156,7 +156,9 @@ class _PolicyBudget:
         except Refused as refused:
             yield refused
         try:
-            run_acceptance.require_plan_room(self._history, self._policy, proposal.plan, self._now)
+            run_acceptance.require_run_room(
+                self._history, self._policy, proposal.plan.full_event, self._now, admitted=proposal.plan.cohorts
+            )
         except Refused as refused:
             yield refused
 

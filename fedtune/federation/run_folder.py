@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fedtune.codec import parse_json, read_bounded_file, read_regular_file
+from fedtune.codec import read_bounded_file, read_json_object, read_regular_file
 from fedtune.model.adapter_files import ADAPTER, CARD, LABEL, compute_adapter_digest
 from fedtune.privacy.durable import hash_files, write_durably
 from fedtune.spec import ConfigError, RunError, StuckError, describe_full_disk
@@ -185,7 +185,7 @@ class RunFolder:
         """Read the hashes of exported files: path relative to the parent of the export folder -> SHA-256."""
         if not self.exports.is_file():
             return {}
-        digests = parse_json(read_bounded_file(self.exports, key="exports"), key="exports", bound="must be an object")
+        digests = read_json_object(self.exports, key="exports")
         return {str(name): str(digest) for name, digest in digests.items()}
 
     def record_export(self, target: Path) -> None:
@@ -214,10 +214,7 @@ class RunFolder:
     def _read_adapter_digest(self) -> str | None:
         """Read the adapter's digest from run.json; None if the file is unreadable or lacks the digest."""
         with contextlib.suppress(ConfigError):
-            fields = parse_json(
-                read_bounded_file(self.result, key=str(self.result)), key=str(self.result), bound="must be an object"
-            )
-            return fields.get("adapter_digest")
+            return read_json_object(self.result, key=str(self.result)).get("adapter_digest")
         return None
 
     @property

@@ -134,8 +134,8 @@ def _restore_file(name: str, archive: zipfile.ZipFile, target: Path) -> None:
 
 
 @contextmanager
-def open_backup(source: Path, *, kind: Kind) -> Iterator[tuple[zipfile.ZipFile, list[str]]]:
-    """Open a backup and verify the hash of every file; yield the archive and the names of its files.
+def open_backup(source: Path, *, kind: Kind) -> Iterator[tuple[zipfile.ZipFile, dict[str, Any]]]:
+    """Open a backup and verify the hash of every file; yield the archive and its manifest (`sha256`: name -> hash).
 
     Raises:
         ConfigError: the file is not a backup, is a backup of another kind, or is damaged.
@@ -160,7 +160,7 @@ def open_backup(source: Path, *, kind: Kind) -> Iterator[tuple[zipfile.ZipFile, 
             raise ConfigError("FILE", str(source), f"is not a complete backup written by fedtune ({error})") from error
         if whose != kind:
             raise ConfigError("FILE", str(source), f"must be the backup of a {kind}, but is the backup of a {whose}")
-        yield archive, list(hashes)
+        yield archive, about
 
 
 def list_backup_files(folder: Path, *, under: str) -> dict[str, Path]:
@@ -259,32 +259,30 @@ def restore_site(
             backup, the site is running, or the existing ledger is another ledger or older than the backup's.
         RunError: the backup's ledger cannot be trusted.
     """
-    with open_backup(source, kind="site") as (archive, names):
-        _require_signature(archive, source, site_toml)
+    with open_backup(source, kind="site") as (archive, about):
+        _require_signature(archive, about, site_toml, source)
         _restore_file("site.toml", archive, site_toml)
         files = SiteFiles.from_site_toml(site_toml)
         with lock_ledger(files.ledger), lock_anchor(files.anchor):
             made_up = _restore_ledger(archive, files, anchor)
         if kit.is_dir():  # otherwise `fedtune site init` creates the folder, which must not exist
-            for name in names:
+            for name in about["sha256"]:
                 if name in _STATE or name.startswith("adapters/"):
                     _restore_file(name, archive, kit / name)
     return files, made_up
 
 
-def _require_signature(archive: zipfile.ZipFile, source: Path, site_toml: Path) -> None:
-    """Check the signature of a site's backup with the key that `site_toml` names, or else the backup's own policy."""
+def _require_signature(archive: zipfile.ZipFile, about: Mapping[str, Any], site_toml: Path, source: Path) -> None:
+    """Verify a manifest's signature with the key of `site_toml`, or, without this file, of the policy in the backup."""
     with tempfile.TemporaryDirectory() as folder:
         policy_file = site_toml
         if not os.path.lexists(site_toml):
             _restore_file("site.toml", archive, policy_file := Path(folder) / "site.toml")
         files = SiteFiles(read_policy(policy_file), site_toml)
     if policy_file != site_toml and files.policy.key_command:
-        bound = (
-            "is missing, and the backup's has a key_command, which must not run unread: extract it, and read it first"
-        )
-        raise ConfigError("--site", str(site_toml), bound)
-    about, public = json.loads(archive.read(_LIST)), files.load_key().public
+        bound = "is missing, and the backup's copy sets a key_command, which must not run unread: extract and review it"
+        raise ConfigError("policy", str(site_toml), bound)
+    public = files.load_key().public
     signed = is_signed(public, _PURPOSE, encode_for_signature(about), str(about.get("signature")))
     require("FILE", str(source), signed, f"must be a backup that this site signed, with the key {public}")
 
@@ -343,11 +341,11 @@ def restore_server(source: Path, *, data: Path) -> None:
     Raises:
         ConfigError: a database exists already, or `source` is not a server's backup.
     """
-    with open_backup(source, kind="server") as (archive, names):
+    with open_backup(source, kind="server") as (archive, about):
         for part in (DATABASE, f"{DATABASE}-wal"):
             if (data / part).exists():
                 raise ConfigError("--data", str(data / part), "already exists: stop the server, and move it away")
-        for name in names:
+        for name in about["sha256"]:
             _restore_file(name, archive, data / name)
 
 
@@ -370,6 +368,6 @@ def restore_federation(source: Path, *, out: Path) -> None:
     Raises:
         ConfigError: `out` exists, or `source` is not a lead's backup.
     """
-    with open_backup(source, kind="lead") as (archive, names), create_folder(out, key="--out") as folder:
-        for name in names:
+    with open_backup(source, kind="lead") as (archive, about), create_folder(out, key="--out") as folder:
+        for name in about["sha256"]:
             _restore_file(name, archive, folder / Path(name).relative_to("federation"))

@@ -119,7 +119,7 @@ def _write_periodically(file: Path, figures: Callable[[], bytes]) -> Iterator[st
     stop = threading.Event()
 
     def write() -> None:
-        write_durably(file, figures(), is_public=True)  # node_exporter runs as another user
+        write_durably(file, figures(), world_readable=True)  # node_exporter runs as another user
 
     def keep_writing() -> None:
         while not stop.wait(_FILE_S):

@@ -25,14 +25,14 @@ def require_disk_space(folder: Path, num_bytes: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
-def write_durably(path: Path, data: bytes, *, mode: int = 0o666, is_public: bool = False) -> None:
+def write_durably(path: Path, data: bytes, *, mode: int = 0o666, world_readable: bool = False) -> None:
     """Replace the content of `path` atomically, with fsync.
 
     After a crash, the file contains either the old or the new bytes.
 
     An existing file retains its owner, group and mode, as far as the current account may set them. A new file that root
-    creates gets the owner of its folder; `mode` is the mode of a new file, before the umask. Everybody may read a file
-    that `is_public`.
+    creates gets the owner of its folder; `mode` is the mode of a new file, before the umask. With
+    `world_readable`, the mode is 0o644 whatever the umask.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may write one file
@@ -42,7 +42,7 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o666, is_public: bool
     try:
         with os.fdopen(descriptor, "wb") as file:
             copy_ownership(descriptor, path)
-            if is_public:
+            if world_readable:
                 system.change_mode(descriptor, 0o644)
             file.write(data)
             file.flush()

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-from fedtune.codec import decode, parse_json, read_bounded_file, require
+from fedtune.codec import decode, read_json_object, require
 from fedtune.evaluation.audit_bound import MIN_CONFIDENCE
 from fedtune.report.page.translations import load_catalog
 from fedtune.spec import ConfigError, RunError, check_one_of, check_schema, spec
@@ -105,7 +105,7 @@ def read_findings(folder: Path, adapter_digest: str) -> RunAttacks | None:
     if not path.is_file():
         return None
     try:
-        fields = parse_json(read_bounded_file(path, key=FILE), key=FILE, bound="must be an object")
+        fields = read_json_object(path, key=FILE)
         check_schema("schema_version", fields.pop("schema_version", None), ATTACK_SCHEMA, of="attack")
         found = decode(RunAttacks, fields)
     except ConfigError as error:

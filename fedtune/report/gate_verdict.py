@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedtune.codec import decode, parse_json, read_bounded_file
+from fedtune.codec import decode, read_json_object
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.report import signing
 from fedtune.report.facts import RunFacts
@@ -112,7 +112,7 @@ def read_verdict(folder: Path, report: Report) -> GateVerdict | None:
     try:
         signed = signing.read_report(str(folder))[1]
         key = signing.verify_report_signature(signed)
-        fields = parse_json(read_bounded_file(path, key=GATE), key=GATE, bound="must be an object")
+        fields = read_json_object(path, key=GATE)
         check_schema("schema_version", fields.get("schema_version"), RUN_SCHEMA, of="run folder")
         verdict = decode(GateVerdict, fields)
     except (ConfigError, RunError):

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.codec import decode, parse_json, read_bounded_file, read_regular_file
+from fedtune.codec import decode, read_bounded_file, read_json_object
 from fedtune.config import RunConfig, read_saved_config
 from fedtune.data.records import resolve_file
 from fedtune.extras import describe_code
@@ -102,7 +102,7 @@ def read_environments(folder: Path) -> tuple[Environment, ...]:
     if not path.exists():
         return ()
     try:
-        fields = parse_json(read_bounded_file(path, key=str(path)), key=str(path), bound="must be an object")
+        fields = read_json_object(path, key=str(path))
         check_schema("schema_version", fields["schema_version"], RUN_SCHEMA, of="run folder")
         return tuple(decode(Environment, item) for item in fields["environments"])
     except (OSError, ConfigError, TypeError, KeyError) as error:
@@ -118,7 +118,7 @@ def read_selection(folder: Path) -> Selection | None:
     if not (path := RunFolder(folder).selection).is_file():
         return None
     try:
-        return decode(Selection, parse_json(read_regular_file(path), key=str(path), bound="must be an object"))
+        return decode(Selection, read_json_object(path, key=str(path)))
     except ConfigError as error:
         raise RunError(f"{path} is damaged: the run's hyperparameter search is unknown") from error
 

@@ -37,8 +37,8 @@ class Runs(NamedTuple):
     file: str
 
 
-def name_lines(study: str, file: str = "results.json", **keys: str) -> tuple[Runs, ...]:
-    """Lines of a study by their aggregation; each argument has the keys, with spaces between them."""
+def list_lines(study: str, file: str = "results.json", **keys: str) -> tuple[Runs, ...]:
+    """List lines of a study: each keyword is an aggregation, its value the keys of its lines, separated by spaces."""
     return tuple(Runs(study, key, aggregation, file) for aggregation, words in keys.items() for key in words.split())
 
 
@@ -69,7 +69,7 @@ GROUNDS = (
         "SmolLM2-135M, last 10 layers",
         ("beam", "BLEU, beam search"),
         630,
-        name_lines("e2e", "bleu.json", none="none", secure="secure-e8 secure-e3"),
+        list_lines("e2e", "bleu.json", none="none", secure="secure-e8 secure-e3"),
     ),
     Ground(
         "Banking77",
@@ -78,9 +78,9 @@ GROUNDS = (
         ("accuracy", "accuracy"),
         3080,
         (
-            *name_lines("banks_intents", none="none", secure="secure-e8", plain="e8 e3"),
-            *name_lines("aggregation/banks", none="four-none-ffa", secure="four-1-secure", plain="four-1-ffa"),
-            *name_lines("aggregation", secure="e3-secure"),
+            *list_lines("banks_intents", none="none", secure="secure-e8", plain="e8 e3"),
+            *list_lines("aggregation/banks", none="four-none-ffa", secure="four-1-secure", plain="four-1-ffa"),
+            *list_lines("aggregation", secure="e3-secure"),
         ),
     ),
     Ground(
@@ -89,7 +89,7 @@ GROUNDS = (
         "MiniLM-L6, all layers",
         ("accuracy", "accuracy"),
         1821,
-        name_lines("sst2_lora", none="all-none-passes", secure="all-secure-e8-passes all-secure-e3 all-secure-e1"),
+        list_lines("sst2_lora", none="all-none-passes", secure="all-secure-e8-passes all-secure-e3 all-secure-e1"),
     ),
     Ground(
         "SST-2",
@@ -97,7 +97,7 @@ GROUNDS = (
         "MiniLM-L6, last 3 layers",
         ("accuracy", "accuracy"),
         1821,
-        name_lines("sst2_lora", none="none-60", secure="secure-e8"),
+        list_lines("sst2_lora", none="none-60", secure="secure-e8"),
     ),
     Ground(
         "NCBI disease",
@@ -105,7 +105,7 @@ GROUNDS = (
         "MiniLM-L6, all layers",
         ("untyped_strict_f1", "strict F1, untyped"),
         100,
-        name_lines("entities", none="all-none", secure="large-e8-secure large-e3-secure"),
+        list_lines("entities", none="all-none", secure="large-e8-secure large-e3-secure"),
     ),
     Ground(
         "STS-B",
@@ -113,7 +113,7 @@ GROUNDS = (
         "MiniLM-L6",
         ("spearman", "Spearman"),
         1379,
-        name_lines("stsb", none="none", secure="secure-e8 secure-e3 secure-e1", plain="e8 e3 e1"),
+        list_lines("stsb", none="none", secure="secure-e8 secure-e3 secure-e1", plain="e8 e3 e1"),
     ),
 )
 
@@ -241,7 +241,7 @@ def format_losses(losses: Sequence[Row]) -> str:
 def _find_margin(plain: Sequence[Row], private: Sequence[Row]) -> float | None:
     """Half of the interval of a loss, in points: over the test records, as if the two scores were independent.
 
-    Scores without such an interval have Welch's interval over their runs, if there are three of each.
+    Scores without an interval over records get Welch's interval over runs, if there are at least three of each.
     """
     scale, both = _find_scale(average(plain)), (plain, private)
     if all(row["high"] is not None for rows in both for row in rows):

@@ -180,7 +180,7 @@ def test_user_level_ledger_counts_each_user_once(tmp_path: Path) -> None:
         create_ledger(tmp_path / "records").count("a", [1], users=[1], noise_multiplier=5)
 
 
-def test_interrupted_release_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_release_counts_as_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = create_ledger(tmp_path)
     monkeypatch.setattr(SiteLedger, "commit", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

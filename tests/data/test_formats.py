@@ -144,7 +144,7 @@ ODD_VALUES = {
 
 
 @pytest.mark.parametrize("case", ODD_VALUES)
-def test_value_that_its_type_excludes_does_not_damage_a_saved_set(tmp_path: Path, case: str) -> None:
+def test_out_of_range_arrow_value_does_not_damage_the_file(tmp_path: Path, case: str) -> None:
     """Otherwise one record would decide whether a round succeeds."""
     save_dataset(tmp_path / "set", pyarrow.table({"text": ["a", "b"], "odd": ODD_VALUES[case]}))
     (_, first), _ = iter_raw_rows(tmp_path / "set")

@@ -68,7 +68,10 @@ class Game:
         now = self.ledger.history.now(server=self.server or self.ledger.history.last_time)
         try:
             self.policy.check(proposal)
-            run_acceptance.require_plan_room(self.ledger.history, self.policy, proposal.plan, now)
+            plan = proposal.plan
+            run_acceptance.require_run_room(
+                self.ledger.history, self.policy, plan.full_event, now, admitted=plan.cohorts
+            )
         except Refused:
             return False
         return True

@@ -9,7 +9,6 @@ import re
 import traceback
 from collections.abc import Iterator
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
 from fedtune.config import RunConfig
@@ -369,18 +368,15 @@ def check_budget(history: History, policy: Policy) -> DoctorCheck:
     if math.isinf(cap):
         status = f"no lifetime cap, so the policy guarantees nothing; epsilon {epsilon} is spent"
         return build_warning(name, status, fix="Set budget.max_epsilon in site.toml before you train on real records.")
-    runs = run_acceptance.count_remaining_runs(history, policy, policy.budget.reference.event, now)
+    reference = policy.budget.reference.event
+    runs = run_acceptance.count_remaining_runs(history, policy, reference, now)
     room = f"room for {runs} run{'' if runs == 1 else 's'} like the policy's reference"
     status = f"{_format_cap_share(history, policy)} of the lifetime budget spent (epsilon {epsilon} of {cap:g}); {room}"
     if not runs:
         fix = "Plan runs without this site, or smaller runs; raising the cap weakens its guarantee."
         return build_warning(name, status, fix=fix)
-    asked, held = (
-        events.count_mechanisms([policy.budget.reference.event]),
-        partial(history.count_remaining_charges, now),
-    )
     try:
-        run_acceptance.require_budget_room(history, policy, None, asked=asked, held=held, now=now)
+        run_acceptance.require_run_room(history, policy, reference, now)
     except Refused as refused:  # the lifetime cap has room, the period's cap has none
         fix = "Wait for the next period, or plan smaller runs; raising the cap weakens its guarantee."
         return build_warning(name, f"{status}, but none now: {refused.reason} is {refused.allowed}", fix=fix)

@@ -260,9 +260,9 @@ def initialize_site(site_toml: Path, *, out: Path | None, new_ledger: bool = Fal
     Args:
         site_toml: the site's policy.
         out: the folder to create; None: `kit` in the policy's folder.
-        new_ledger: whether an existing site key may begin a ledger.
+        new_ledger: whether an existing site key may start a ledger.
 
-    Guarantee: a site key whose ledger is lost does not begin another one, in a new kit either, unless `new_ledger`.
+    Guarantee: without `new_ledger`, an existing site key cannot start a second ledger, not even with a new kit.
 
     Raises:
         ConfigError: the policy is invalid, the folder exists or cannot be written, or a key cannot be used.
@@ -308,7 +308,7 @@ def _build_request_fields(
     """Build the fields of a `JoinRequest`; generate the site key if it is missing.
 
     A missing site key is an error if a ledger exists, because the ledger can be continued only with its original key;
-    a missing ledger is one if the key exists, because its budget would begin anew.
+    a missing ledger is an error if the key exists, because a new ledger would start with the full budget.
     """
     policy, path, has_ledger = files.policy, files.site_key, files.ledger.is_file()
     has_key = bool(policy.key_command) or path.is_file()

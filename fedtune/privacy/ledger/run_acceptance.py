@@ -16,7 +16,6 @@ from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
-from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 
 
@@ -47,7 +46,7 @@ def require_acceptable(
     if proposal.run in history.lost_runs:
         raise Refused(Reason.RUN_ENDED)
     (policy.check_release if own else policy.check)(proposal)
-    require_plan_room(history, policy, proposal.plan, now)
+    require_run_room(history, policy, proposal.plan.full_event, now, admitted=proposal.plan.cohorts)
 
 
 def require_usable_ledger(history: History) -> None:
@@ -62,14 +61,16 @@ def require_usable_ledger(history: History) -> None:
         raise Refused(Reason.LEDGER_BEHIND_RECEIPT)
 
 
-def require_plan_room(history: History, policy: Policy, plan: Plan, now: datetime) -> None:
-    """Check that a whole plan fits into the remaining budget, in addition to the reservations of open runs.
+def require_run_room(
+    history: History, policy: Policy, plan: DpEvent, now: datetime, *, admitted: Cohorts | None = None
+) -> None:
+    """Check that a run of the event `plan` fits every cap, in addition to the reservations of open runs.
 
     Raises:
         Refused: names the cap, the resulting epsilon and the allowed epsilon.
     """
-    asked, held = events.count_mechanisms([plan.full_event]), partial(history.count_remaining_charges, now)
-    require_budget_room(history, policy, plan.cohorts, asked=asked, held=held, now=now)
+    asked, held = events.count_mechanisms([plan]), partial(history.count_remaining_charges, now)
+    require_budget_room(history, policy, admitted, asked=asked, held=held, now=now)
 
 
 def compute_remaining_divergence(

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fedtune.codec import decode, parse_json, read_bounded_file
+from fedtune.codec import decode, read_json_object
 from fedtune.evaluation import audit_bound
 from fedtune.evaluation.fdp_bound import compute_fdp_lower_bound
 from fedtune.federation.run_folder import RunFolder
@@ -159,7 +159,7 @@ def read_audit(folder: Path) -> Audit | None:
     if not path.is_file():
         return None
     try:
-        fields = parse_json(read_bounded_file(path, key="audit"), key=str(path), bound="must be an object")
+        fields = read_json_object(path, key=str(path))
         if fields.pop("schema_version", None) != RUN_SCHEMA:
             raise ValueError("schema_version")
         return decode(Audit, fields)
