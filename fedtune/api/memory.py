@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, time
 from decimal import Decimal
@@ -20,9 +21,9 @@ from typing import Any, TypeAlias
 from fedtune.api.compose import Settings
 from fedtune.codec import require
 from fedtune.data.records import IN_MEMORY, memory_folder
-from fedtune.data.spec import SITE
+from fedtune.data.spec import SITE, DataSpec
 from fedtune.extras import require_extra
-from fedtune.formatting import flatten
+from fedtune.formatting import flatten, pluralize
 from fedtune.spec import NOT_GIVEN, ConfigError, DataError, check_name
 
 Data: TypeAlias = Any
@@ -35,6 +36,7 @@ DETECTED = ("own.jsonl", "own.yaml")
 """File names of the pooled records and of the settings detected from them, in `write_private_files`'s folder."""
 _LEAD_FILES = {name: f"{IN_MEMORY}/{name}.jsonl" for name in ("validation", "test")}
 _BY_SITES = ("data.train_file", "data.partition", "federation.num_sites", "federation.site_names")
+_UNNAMED = re.compile(r"x\d+")  # name of a column of an array
 _MAX_LEVELS, _MAX_DIGITS = 64, 300  # of a cell
 _SHARES = {"validation": 0.1, "test": 0.2}
 
@@ -85,17 +87,25 @@ def make_private_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def write_data_file(data: Data) -> Iterator[str]:
-    """Write records to a private file that is deleted on exit.  If `data` is a path already, nothing is written.
+def write_data_file(data: Data, spec: DataSpec) -> Iterator[str]:
+    """Write a trained model's input to a private file that is deleted on exit.  If `data` is a path already, nothing
+    is written.
+
+    Args:
+        data: the records.
+        spec: the data settings of the model's run, whose columns an array must have.
 
     Yields:
         The path of the file.
+
+    Raises:
+        DataError: the object is not a table, or an array has other columns than the run's.
     """
     if isinstance(data, str | os.PathLike):
         yield os.fspath(data)
         return
     with make_private_folder() as folder, _rename_files_in_errors(folder, {"data.jsonl": "data"}):
-        write_rows(folder / "data.jsonl", data, at="data")
+        write_rows(folder / "data.jsonl", data, at="data", widths=list_array_widths(spec))
         yield str(folder / "data.jsonl")
 
 
@@ -145,19 +155,20 @@ def build_in_memory_settings(settings: Settings, *, of_recipe: bool, validation:
     return {key: value for key, value in own.items() if key not in said}
 
 
-def write_rows(path: Path, data: Data, *, at: str) -> None:
+def write_rows(path: Path, data: Data, *, at: str, widths: Collection[int] = ()) -> None:
     """Write records as JSON Lines to a new file of mode 0600.
 
     Args:
         path: the file to create.
         data: the records.
         at: the caller's name for the data, for error messages.
+        widths: as for `iter_rows`.
 
     Raises:
         DataError: the object is not a table, or a value has no JSON equivalent.
     """
     with open(path, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        for number, row in enumerate(iter_rows(data, at=at), 1):
+        for number, row in enumerate(iter_rows(data, at=at, widths=widths), 1):
             _require_mapping(row, f"{at}:{number}")
             named = {str(key): convert_cell(value, f"{at}:{number}, column {str(key)!r}") for key, value in row.items()}
             if len(named) < len(row):
@@ -170,18 +181,19 @@ def _require_mapping(row: Any, at: str) -> None:
         raise DataError(at, type(row).__name__, "must be a mapping from column to value")
 
 
-def iter_rows(data: Data, *, at: str) -> Iterator[Any]:
+def iter_rows(data: Data, *, at: str, widths: Collection[int] = ()) -> Iterator[Any]:
     """Yield the rows of in-memory data of any supported type.
 
     Args:
         data: the table.
         at: the caller's name for the data, for error messages.
+        widths: the possible numbers of columns of an array, whose columns have no names; empty: any number.
 
     Raises:
-        DataError: the object is not a table.
+        DataError: the object is not a table, or is an array of another width.
     """
     if isinstance(data, tuple) and len(data) == 2 and not isinstance(data[0], Mapping):
-        yield from _iter_labeled_rows(*data, at=at)
+        yield from _iter_labeled_rows(*data, at=at, widths=widths)
     elif isinstance(data, str | bytes | os.PathLike) or data is None:
         raise DataError(at, type(data).__name__, f"{_FORMS}; for files, set data.train_file")
     elif isinstance(data, Mapping):
@@ -210,7 +222,7 @@ def iter_rows(data: Data, *, at: str) -> Iterator[Any]:
     elif callable(getattr(data, "to_pylist", None)):  # a batch
         yield from data.to_pylist()
     elif (dimensions := getattr(data, "ndim", 0)) >= 1:
-        yield from _convert_to_list(data, at=at) if dimensions == 1 else _iter_feature_rows(data, at=at)
+        yield from _convert_to_list(data, at=at) if dimensions == 1 else _iter_feature_rows(data, at=at, widths=widths)
     elif hasattr(data, "__arrow_c_stream__"):
         require_extra(at, NOT_GIVEN, "data", "pyarrow")
         import pyarrow
@@ -222,7 +234,7 @@ def iter_rows(data: Data, *, at: str) -> Iterator[Any]:
         raise DataError(at, type(data).__name__, _FORMS)
 
 
-def split_inputs(data: Data) -> tuple[list[Any], bool]:
+def split_inputs(data: Data, spec: DataSpec) -> tuple[list[Any], bool]:
     """Split data for prediction into a list of inputs.
 
     A single text is one input.  Rows of numbers become table rows with the columns x0, x1, ...
@@ -231,17 +243,28 @@ def split_inputs(data: Data) -> tuple[list[Any], bool]:
         The inputs, and whether they are table rows (True) or texts (False).
 
     Raises:
-        DataError: the object contains neither texts nor a table.
+        DataError: the object contains neither texts nor a table, or is an array with other columns than the run's.
     """
     if data is None or isinstance(data, str):
         return [data], False
-    inputs = list(data) if isinstance(data, tuple) else list(iter_rows(data, at="data"))
+    widths = list_array_widths(spec)
+    inputs = list(data) if isinstance(data, tuple) else list(iter_rows(data, at="data", widths=widths))
     if inputs and all(isinstance(one, list | tuple) for one in inputs):
-        inputs = list(_iter_feature_rows(inputs, at="data"))
+        inputs = list(_iter_feature_rows(inputs, at="data", widths=widths))
     return inputs, bool(inputs) and all(isinstance(one, Mapping) for one in inputs)
 
 
-def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str) -> Iterator[dict[str, Any]]:
+def list_array_widths(spec: DataSpec) -> set[int]:
+    """Return the possible widths of an array with a run's columns x0, x1, ..., without and with its answer's column.
+
+    The result is empty if the run has no such columns.
+    """
+    features = {column for one in spec.features for column in one.columns}
+    found = ([*filter(_UNNAMED.fullmatch, names)] for names in (features, features | {*spec.columns.values()}))
+    return {1 + max(int(name[1:]) for name in names) for names in found if names}
+
+
+def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str, widths: Collection[int]) -> Iterator[dict[str, Any]]:
     """Yield the rows of scikit-learn's (X, y): columns x0, x1, ... or `text` for X, and one column for y.
 
     The column for y is `target` for floats and `label` for all other types, unless y is a named pandas series.  A data
@@ -254,7 +277,7 @@ def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str) -> Iterator[dict[s
     column = str(getattr(answers, "name", None) or ("target" if is_float else "label"))
     is_listed = isinstance(inputs, Sequence) and not (inputs and isinstance(inputs[0], Mapping))
     is_array = is_listed or (hasattr(inputs, "ndim") and not hasattr(inputs, "itertuples"))
-    rows = list(_iter_feature_rows(inputs, at=at) if is_array else iter_rows(inputs, at=at))
+    rows = list(_iter_feature_rows(inputs, at=at, widths=widths) if is_array else iter_rows(inputs, at=at))
     if len(rows) != len(values):
         bound = f"must have one value for each of the {len(rows)} rows of X"
         raise DataError(f"{at}, y", f"{len(values)} values", bound)
@@ -265,12 +288,17 @@ def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str) -> Iterator[dict[s
         yield {**row, column: value}
 
 
-def _iter_feature_rows(inputs: Any, *, at: str) -> Iterator[dict[str, Any]]:
+def _iter_feature_rows(inputs: Any, *, at: str, widths: Collection[int]) -> Iterator[dict[str, Any]]:
     """Yield the rows of an array: features x0, x1, ... for a 2-D array, `text` for a list of strings."""
     for number, one in enumerate(_convert_to_list(inputs, at=at), 1):
         if isinstance(one, str):
             yield {"text": one}
         elif isinstance(one, list | tuple) and not any(isinstance(cell, list | tuple) for cell in one):
+            if widths and len(one) not in widths:
+                bound = (
+                    f"must have the columns of the training, in their order: {' or '.join(map(str, sorted(widths)))}"
+                )
+                raise DataError(f"{at}:{number}", pluralize(len(one), "column"), bound)
             yield {f"x{place}": cell for place, cell in enumerate(one)}
         else:
             raise DataError(f"{at}:{number}", type(one).__name__, "must be a text, or a row of numbers")

@@ -31,7 +31,7 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import PublicSpec
 from fedtune.formatting import format_html_table
 from fedtune.privacy.accountant import format_epsilon
-from fedtune.privacy.keys import check_public_key
+from fedtune.privacy.keys import parse_public_key
 from fedtune.process import torch_came_first
 from fedtune.runs.needed_packages import require_run_packages
 from fedtune.runs.public_stage import build_public_stage_config, needs_public_stage
@@ -267,7 +267,7 @@ def evaluate(run: Run, data: Data, *, progress: Callback = ignore_progress) -> C
     from fedtune.api.compared_models import ComparedModels
     from fedtune.runs.model_comparison import compare_runs
 
-    with write_data_file(data) as file:
+    with write_data_file(data, run.config.data) as file:
         tuned = {"tuned": (run.config, run.adapter)}
         scores = compare_runs(tuned, file=file, final=True, progress=make_stage_callback(progress))
         return ComparedModels.from_side_by_side(scores)
@@ -298,7 +298,8 @@ def compare(runs: Mapping[str, Run], data: Data = None, *, progress: Callback = 
         bound = f"must map at least one name to a fedtune.Run, and {BASE} is reserved for the base model"
         raise ConfigError("runs", [*runs], bound)
     finished = {name: (run.config, run.adapter) for name, run in runs.items()}
-    with write_data_file(data) if data is not None else nullcontext() as file:
+    spec = next(iter(runs.values())).config.data
+    with write_data_file(data, spec) if data is not None else nullcontext() as file:
         scores = compare_runs(finished, file=file, progress=make_stage_callback(progress))
         return ComparedModels.from_side_by_side(scores)
 
@@ -334,10 +335,9 @@ def verify(file: str | Path, *, key: str | None = None) -> Checks:
     from fedtune.report.checks import TrustedValues, check_report
     from fedtune.report.signing import read_report
 
-    if key is not None:
-        check_public_key("key", key)
+    known = TrustedValues(key=parse_public_key("key", key))
     path, report = read_report(str(file))
-    return Checks(check_report(path, report, TrustedValues(key=key)))
+    return Checks(check_report(path, report, known))
 
 
 def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: Work) -> RunResult:
@@ -509,10 +509,10 @@ class Run:
         """Parse inputs for prediction, texts or table rows, into records without labels."""
         from fedtune.sites.run_records import read_prompts
 
-        inputs, is_table = split_inputs(data)
+        inputs, is_table = split_inputs(data, self.config.data)
         if not is_table:
             return [Record(self._model.parse_text_fields(one, at="text")) for one in inputs]
-        with write_data_file(inputs) as file:
+        with write_data_file(inputs, self.config.data) as file:
             return read_prompts(self.config, file, key="data")
 
     def evaluate(self, data: Data, *, progress: Callback = ignore_progress) -> ComparedModels:

@@ -50,8 +50,9 @@ def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def read(data: Any) -> list[dict[str, Any]]:
-    with memory.write_data_file(data) as name:
-        return [json.loads(line) for line in Path(name).read_text().splitlines()]
+    with memory.make_private_folder() as folder:
+        memory.write_rows(folder / "rows.jsonl", data, at="data")
+        return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
 
 
 def test_simulate_trains_on_in_memory_tables_of_two_sites(settings: dict[str, Any], private: Path) -> None:
@@ -138,6 +139,17 @@ def test_simulate_trains_on_arrays_with_declared_ranges(settings: dict[str, Any]
     assert (run.config.task, run.config.data.labels) == ("classification", ("0", "1"))
     assert run.predict_proba(inputs[:3]).shape == (3, 2)
     assert len(run.predict(inputs[:3])) == 3
+    wider = np.column_stack([inputs[:, 1], inputs])  # without names, the first two columns would be taken
+    for use in (run.predict_proba, run.predict, lambda rows: run.evaluate((rows, labels[: len(rows)]))):
+        for rows in (wider[:3], wider[:3, :1]):
+            with pytest.raises(
+                DataError, match=r"^data:1 = '\d columns?': must have the columns .*, in their order: 2$"
+            ):
+                use(rows)
+    with pytest.raises(DataError, match=r"2$"):
+        run.predict(wider[:3].tolist())
+    frame = pandas.DataFrame(wider[:3], columns=["more", "x0", "x1"])
+    np.testing.assert_array_equal(run.predict_proba(frame), run.predict_proba(inputs[:3]))
 
 
 class Frame:
