@@ -35,7 +35,7 @@ from fedtune.ops.files import act_as_owner
 from fedtune.ops.kits.kit_file import read_signing_key
 from fedtune.privacy import events, filter
 from fedtune.privacy.accountant import format_epsilon
-from fedtune.privacy.keys import check_public_key
+from fedtune.privacy.keys import parse_public_key
 from fedtune.privacy.ledger.chain import Event, Head
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.run_acceptance import compute_spent_fraction
@@ -231,10 +231,8 @@ def _open_own_site(policy: Path) -> SiteFiles:
 def _verify_ledger(
     path: str, *, anchor: Path | None = None, site_key: str | None = None
 ) -> tuple[Path, VerifiedLedger]:
-    if site_key is not None:
-        check_public_key("--site-key", site_key)
-    file = find_ledger(path)
-    return file, verify(file, anchor=None if anchor is None else Head.read(anchor), site_key=site_key)
+    key, file = parse_public_key("--site-key", site_key), find_ledger(path)
+    return file, verify(file, anchor=None if anchor is None else Head.read(anchor), site_key=key)
 
 
 def format_identity(path: Path, verified: VerifiedLedger) -> str:

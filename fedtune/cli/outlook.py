@@ -26,7 +26,7 @@ from fedtune.formatting import convert_to_jsonable, format_key_start, format_siz
 from fedtune.lab.studies.trial_search import build_cost_section, check_trials
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy.accountant import NEIGHBORING_RELATION, format_epsilon
-from fedtune.privacy.keys import check_public_key
+from fedtune.privacy.keys import parse_public_key
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import compute_search_cost
@@ -324,8 +324,7 @@ def print_outlook(
     """
     if trials is not None:
         check_trials(trials)
-    if lead is not None:
-        check_public_key("--lead", lead)
+    lead = parse_public_key("--lead", lead)
     # Without --lead, each policy is evaluated for the first lead that it allows.
     leads = {path: lead or next(iter(read_policy(path).allow.leads), "nobody") for path in policies}
     with Console(stderr=True).status("Computing the cost ..."):

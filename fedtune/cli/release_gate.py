@@ -13,7 +13,7 @@ from fedtune.cli.report import read_roster
 from fedtune.federation.run_folder import RunFolder
 from fedtune.model.adapter_files import CARD
 from fedtune.ops.kits.kit_file import read_signing_key
-from fedtune.privacy.keys import check_public_key
+from fedtune.privacy.keys import parse_public_key
 from fedtune.show.lines import to_printable
 from fedtune.show.terminal_tables import Section, to_json_text, write_file
 from fedtune.spec import RUN_SCHEMA, ConfigError, RunError
@@ -47,8 +47,7 @@ def gate(
     and the cards of later exports repeat it only if --sign names the key that signed the report. See docs/report.md for
     each rule.
     """
-    if signer is not None:
-        check_public_key("--key", signer)
+    signer = parse_public_key("--key", signer)
     own = None if key is None else read_signing_key(key)
     from fedtune.ops.kits.members import Roster
     from fedtune.report import gate_rules, gate_verdict, signing  # they import torch, which takes seconds

@@ -28,7 +28,7 @@ from fedtune.model.adapter_files import CARD, LABEL
 from fedtune.ops.files import act_as_owner
 from fedtune.ops.kits.kit_file import read_signing_key
 from fedtune.privacy.accountant import format_epsilon
-from fedtune.privacy.keys import check_public_key
+from fedtune.privacy.keys import parse_public_key
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import signing
 from fedtune.report.checks import Check, TrustedValues, check_report
@@ -172,8 +172,7 @@ def verify(
     against the given keys (--key, or --roster with the sites' keys), and against config.yaml and the model in the run
     folder; missing files are skipped.
     """
-    if key is not None:
-        check_public_key("--key", key)
+    key = parse_public_key("--key", key)
     if config is not None and (len(config) != 64 or set(config) - set("0123456789abcdef")):
         raise ConfigError("--config", config, "must be a SHA-256 of 64 lower-case hex digits")
     path, report = signing.read_report(file)

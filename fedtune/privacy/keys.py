@@ -144,6 +144,17 @@ def check_public_key(key: str, text: str) -> None:
         raise ConfigError(key, text, "must be a public key of 64 lower-case hex digits")
 
 
+def parse_public_key(key: str, text: str | None) -> str | None:
+    """Parse a public key that a person gave, in one piece or in groups of digits as `group_hex` formats it.
+
+    Raises:
+        ConfigError: the text is not a public key.
+    """
+    if text is not None:
+        check_public_key(key, text := "".join(text.split()))
+    return text
+
+
 def _is_hex(text: str, length: int) -> bool:
     return len(text) == length and all(digit in "0123456789abcdef" for digit in text)
 

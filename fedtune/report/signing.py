@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedtune.codec import read_bounded_file
 from fedtune.privacy.keys import SigningKey, is_signed
-from fedtune.report.facts import LedgerFacts
+from fedtune.report.facts import LedgerFacts, RunFacts
 from fedtune.report.model import Report, Signature, from_json, to_json
 from fedtune.spec import ConfigError, RunError, name_file_in_errors
 
@@ -86,6 +86,16 @@ def sign_report(report: Report, key: SigningKey) -> Report:
     """Return a copy of the report that is signed with `key`; an earlier signature is replaced."""
     signature = Signature(key=key.public, signature=key.sign(PURPOSE, encode_canonical_bytes(report)))
     return dataclasses.replace(report, signature=signature)
+
+
+def format_verify_command(report: Report) -> str:
+    """Return the command that makes every required comparison (docs/report.md) of the report in the current folder.
+
+    KEY stands for the signer's public key, and roster.json for the keys of a run's real sites.
+    """
+    of_sites = isinstance(report.facts, RunFacts) and not report.facts.simulated
+    options = (" --key KEY" if report.signature else "", " --roster roster.json" if of_sites else "")
+    return f"fedtune report verify report.json{''.join(options)}"
 
 
 def verify_report_signature(report: Report, *, expected_key: str | None = None) -> str | None:

@@ -233,12 +233,20 @@ def test_report_with_another_configuration_is_reported(signed_run: Path, looser_
     assert re.search("configuration +not checked", run_command("report", "verify", str(signed_run)).printed)
 
 
-def test_report_is_verified_with_the_roster_key(join_site: Any, signed_run: Path, key_file: Path) -> None:
+def test_report_is_verified_with_the_roster_key(
+    join_site: Any, signed_run: Path, key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A report with a raised cap that is signed with another key is refused."""
     here = join_site("a")
     here.start_run(run_proposal(), 1)
     assert run_command("report", str(here.site_toml), "--sign", str(here.folder / "site_key.pem")).code == 0
     path = next(here.folder.rglob("report.json"))
+    report = signing.parse_report(path.read_bytes())
+    command = signing.format_verify_command(report)
+    assert f"<code>{command}</code>" in path.with_name("report.html").read_text()
+    words = [group_hex(report.signature.key) if word == "KEY" else word for word in command.split()[1:]]
+    monkeypatch.chdir(path.parent)
+    assert run_command(*words).code == 0
     roster = next(here.folder.parent.joinpath("federation").rglob("roster.json"))
     by_roster = ("--roster", str(roster))
     assert re.search("signature +passed", run_command("report", "verify", str(path), *by_roster).out)

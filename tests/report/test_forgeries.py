@@ -9,11 +9,13 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -27,20 +29,23 @@ from fedtune.model.adapter import Adapter
 from fedtune.model.adapter_files import TENSOR_FILES
 from fedtune.model.layers import make_peft_config
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.ops.kits.members import Member, Roster
 from fedtune.privacy import accountant, events, keys
 from fedtune.privacy.keys import SigningKey
 from fedtune.report import checks, from_ledger, from_run, signing
 from fedtune.report.checks import Check, TrustedValues, check_report, check_start
 from fedtune.report.facts import RunFacts, SiteFacts, StartAdapter
 from fedtune.report.model import Report
+from fedtune.report.page.render import render
 from fedtune.report.verify_report import derive_report, problems
 from fedtune.runs.environment import derive_start
-from fedtune.spec import ConfigError
+from fedtune.spec import KIT_SCHEMA, ConfigError
 from fedtune.tasks.registry import TASKS
 from fedtune.tasks.saved import SavedAdapter
 
 from ..conftest import REPOSITORY, edit_json, run_command, simulate, write_config
 from ..deployment.federation import Federation, list_settings
+from ..flower.certificates import Authority
 from ..privacy.builders import make_key
 from .shown import (
     add_admission,
@@ -99,14 +104,25 @@ class Deployed:
 
 
 def write_roster(path: Path, lead: SigningKey, **revoked: str) -> None:
-    """As much of a roster as the other program reads, with the times at which sites were revoked."""
-    fields = {
-        "sites": [
-            {"site": site, "site_key": make_site_key(site).public, "revoked": revoked.get(site)} for site in SITES
-        ]
-    }
-    message = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
-    path.write_text(json.dumps(fields | {"signature": lead.sign("roster", message)}))
+    """The roster of the three sites, with the times at which some were revoked."""
+    members = tuple(
+        Member(
+            site=site,
+            certificate=issue_certificate(site),
+            site_key=make_site_key(site).public,
+            datasets={"d": 1},
+            revoked=revoked.get(site),
+        )
+        for site in SITES
+    )
+    roster = Roster(version=KIT_SCHEMA, federation="test", sites=members, number=1)
+    path.write_bytes(roster.sign_roster(lead).to_bytes())
+
+
+@cache
+def issue_certificate(site: str) -> str:
+    with TemporaryDirectory() as folder:
+        return Authority(Path(folder) / "authority").issue(site).certificate.read_text()
 
 
 def deploy_run(into: Path) -> Deployed:
@@ -173,6 +189,17 @@ def test_valid_report_passes_both_verifiers(run: Deployed) -> None:
     assert run.holds()
     assert run.holds_by_the_other_program()
     assert not run.holds_by_the_other_program("--key", run.lead.public), "whose keys they are was not compared"
+
+
+def test_commands_on_the_page_of_a_run_verify_its_report(run: Deployed, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(run.roster, run.folder)
+    (run.folder / "report.html").write_text(html := render(run.report, language="en"))
+    monkeypatch.chdir(run.folder)
+    commands = re.findall("<code>fedtune (report verify [^<]*)</code>", html)
+    assert len(commands) == 2
+    for command in commands:
+        outcome = run_command(*command.replace("KEY", run.lead.public).split())
+        assert outcome.code == 0, outcome.printed
 
 
 def change_sites(facts: RunFacts, change: Callable[[SiteFacts], SiteFacts], *names: str) -> RunFacts:

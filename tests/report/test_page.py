@@ -371,7 +371,8 @@ def test_page_one_shows_the_commands_and_key_for_verification(a_report: Make, la
         command, digest, verify, *key_commands = [element.said for element in find_by_id(page, "check-one").all("code")]
         assert (model, start_command) == ("adapter/adapter_model.safetensors", "5656 5656 5656 5656")
         assert (command, len(digest)) == ("sha256sum report.json", 64)
-        assert verify == "fedtune report verify report.json" + (" --key KEY" if report.signature else "")
+        assert verify == signing.format_verify_command(report)
+        assert verify.endswith("report.json --key KEY" if report.signature else "report.json"), "of a simulation"
         assert (texts["unsigned"] in join_words(find_by_id(page, "page-1"))) == (report.signature is None)
         if report.signature:
             assert key_commands == [group_hex(key.public[:16])], "as kits and `report verify` write it"

@@ -100,6 +100,7 @@ def _render(template: str, words: Words, **values: Any) -> str:
     """Render a template with the variables that pages and labels share, and with `values`."""
     report = words.report
     values |= {"report": report, "facts": report.facts, "digest": signing.compute_report_digest(report)}
+    values["verify"] = signing.format_verify_command(report)
     values |= {"words": words, "t": words.text, "code": words.code, "language": words.catalog.language}
     return create_template_environment().get_template(template).render(values)
 
