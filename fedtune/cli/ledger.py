@@ -299,7 +299,9 @@ def _build_lifetime_section(history: History, figures: Lifetime) -> Section:
     fixed = format_epsilon(filter.compute_epsilon_conversion_term(history.order, history.delta))
     note = f"A fixed part of {fixed} is charged once, with the first noisy step."
     note += " Shares are relative to the rest of the cap."
-    left = "" if figures.frozen or reserved is None else f"{math.floor(max(0.0, 1 - reserved) * 100)} %"
+    remaining = convert_none_to_infinite(figures.remaining_epsilon)
+    room = filter.compute_max_divergence(history.cap, order=history.order, delta=history.delta)
+    left = "" if figures.frozen or math.isinf(room) or not room else f"{math.floor(remaining / room * 100)} %"
     runs = figures.reference_remaining_runs
     fits = "" if runs is None else f": {pluralize(runs, 'run')} like the policy's reference"
     fits = ": nothing, because it is frozen" if history.is_frozen else fits
@@ -307,8 +309,8 @@ def _build_lifetime_section(history: History, figures: Lifetime) -> Section:
         ("charged so far", format_epsilon(figures.epsilon), _format_share(share)),
         (with_reserved, format_epsilon(figures.with_reserved), _format_share(reserved)),
         ("cap", cap, "100 %" if share is not None else ""),
-        (f"left for new runs{fits}", format_rounded_down(convert_none_to_infinite(figures.remaining_epsilon)), left),
         (period, format_epsilon(figures.period_epsilon), ""),
+        (f"left for new runs now{fits}", format_rounded_down(remaining), left),
     )
     title, headings = f"Lifetime budget of each {history.opening.unit}, by the filter", ("", "epsilon", "share of cap")
     return Section(title, headings, rows, notes=[] if share is None else [note])

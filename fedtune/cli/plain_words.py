@@ -234,7 +234,7 @@ def _print_ledger_summary(ledger: Path, verified: VerifiedLedger | None, differe
     figures, cap = compute_lifetime_budget(verified), verified.history.cap
     runs = figures.reference_remaining_runs
     fits = "" if runs is None else f", enough for {pluralize(runs, 'run')} like the reference"
-    left = f"left for new runs {format_rounded_down(convert_none_to_infinite(figures.remaining_epsilon))}{fits}"
+    left = f"left for new runs now {format_rounded_down(convert_none_to_infinite(figures.remaining_epsilon))}{fits}"
     say(f"Ledger {ledger}: spent epsilon {format_epsilon(figures.epsilon)} of {format_cap(cap)}, {left}.")
     if figures.frozen:
         say("It is FROZEN: all training on this population has ended permanently.")

@@ -43,7 +43,7 @@ class DryRun:
         committed_epsilon: the epsilon that is charged or reserved for open runs, as computed by the privacy filter.
         epsilon_after: the sum of `committed_epsilon` and the whole plan of this run, as computed by the privacy filter.
         max_epsilon: the lifetime cap; infinite: no cap.
-        remaining_runs: the number of further runs of this kind under the lifetime cap; None without a cap.
+        remaining_runs: the number of runs of this kind that the caps allow now; None without a cap.
         max_rounds: the largest number of rounds that the site would accept, at most that of the run.
         min_noise: the smallest noise multiplier that the site would accept, at least that of the run; None: the site
             would refuse the run at every noise multiplier.
@@ -206,7 +206,7 @@ class _PolicyBudget:
         )
 
     def count_remaining_runs(self, plan: Plan) -> int | None:
-        """Return the number of further runs with this plan that fit under the lifetime cap; None without a cap."""
+        """Return the number of runs with this plan that the caps allow now; None without a cap."""
         return run_acceptance.count_remaining_runs(
             self._history, self._policy, plan.full_event, self._now, admitted=plan.cohorts
         )

@@ -94,7 +94,11 @@ class CohortFigures:
 
 @spec
 class Lifetime:
-    """A ledger's budget figures over all runs; with several arrival cohorts, the figures of the most exposed cohort."""
+    """A ledger's budget figures over all runs; with several arrival cohorts, the figures of the most exposed cohort.
+
+    The remaining epsilon, and the remaining runs like the policy's reference, are what the caps for lifetime and period
+    leave on the report's date; `reference_runs_in_lifetime` ignores the period's cap.
+    """
 
     order: float
     epsilon: float | None
@@ -105,6 +109,7 @@ class Lifetime:
     period: str
     period_epsilon: float | None
     reference_remaining_runs: int | None
+    reference_runs_in_lifetime: int | None
     caps: tuple[Cap, ...]
     runs: tuple[LifetimeRun, ...]
     frozen: bool

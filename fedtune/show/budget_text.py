@@ -164,13 +164,13 @@ def compare_with_ledger(files: SiteFiles) -> tuple[VerifiedLedger | None, Differ
 
 
 def compute_remaining_epsilon(history: History) -> float:
-    """Compute the remaining epsilon under the lifetime cap, after all reservations."""
+    """Compute the epsilon that the caps leave now, after all reservations."""
     assert history.policy is not None
     return compute_remaining_divergence(history, history.policy, history.now())
 
 
 def count_remaining_reference_runs(history: History) -> int | None:
-    """Count the reference runs that still fit under the lifetime cap; None if there is no cap."""
+    """Count the reference runs that the caps allow now; None if there is no cap."""
     assert history.policy is not None
     return count_remaining_runs(history, history.policy, history.policy.budget.reference.event, history.now())
 

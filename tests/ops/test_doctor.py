@@ -443,7 +443,8 @@ def test_doctor_reports_used_and_exhausted_budgets(home: Home) -> None:
     assert "max_epsilon (" in list_failures(checks)["run"]
     assert compute_exit_code(checks) == 3
     home.change(budget={"max_epsilon": 100.0, "max_epsilon_per_period": float(spent) + 0.01})
-    assert "but none now: max_epsilon_per_period is at most" in home.examine_site()["budget"].found
+    found = home.examine_site()["budget"].found
+    assert "room for 0 runs like the policy's reference: max_epsilon_per_period is at most" in found
 
 
 def test_run_check_reports_the_budget_of_the_admitted_cohorts(home: Home) -> None:

@@ -161,6 +161,7 @@ def build_reports() -> dict[str, Report]:
         "by_user": count_by_user(run),
         "used_up": fill_report(use_up_room(ledger, left=0.0)),
         "no_run_fits": fill_report(use_up_room(ledger, left=0.3)),
+        "no_run_now": fill_report(use_up_room(ledger, left=0.3, in_lifetime=4)),
         "alike": fill_report(
             change_sites(run, [1, *[0] * 32], [run.sites[1].site, *(f"clinic-{n}" for n in range(1, 33))])
         ),
@@ -239,10 +240,11 @@ def add_drift(run: Report) -> Report:
     return derive_report(sign_by_sites(replace(run.facts, plan=plan, held_out=tuple(line))))
 
 
-def use_up_room(ledger: Report, *, left: float) -> Report:
-    """The same ledger after so much that no run like the policy's reference fits what is left."""
+def use_up_room(ledger: Report, *, left: float, in_lifetime: int = 0) -> Report:
+    """The same ledger after so much that no run like the policy's reference fits what is left now."""
     (site,) = ledger.sites
-    lifetime = replace(site.lifetime, remaining_epsilon=left, reference_remaining_runs=0, with_reserved=6.0 - left)
+    fits = {"reference_remaining_runs": 0, "reference_runs_in_lifetime": in_lifetime}
+    lifetime = replace(site.lifetime, remaining_epsilon=left, with_reserved=6.0 - left, **fits)
     return change_first_site(ledger, lifetime=lifetime)
 
 

@@ -358,6 +358,7 @@ def test_sign_off_states_the_limits_of_a_decision_first(a_ledger_report: Make, l
     assert (
         read_parts(render_page("used_up", language)) == read_parts(render_page("no_run_fits", language)) == (True, True)
     )
+    assert read_parts(render_page("no_run_now", language)) == (True, False), "no limit is in the way next year"
     assert read_parts(render.render(a_ledger_report(), language=language)) == (False, False), "of a real site"
     exceeded = BudgetVerdict(state="exceeded", reasons=("above_lifetime_cap",))
     assert read_parts(render.render(a_ledger_report(verdict=exceeded), language=language)) == (False, True)

@@ -15,6 +15,7 @@ from fedtune.federation.drift import HeldOut
 from fedtune.privacy.events import Charge
 from fedtune.report import verify_report
 from fedtune.report.derive.profile import accountants_agree
+from fedtune.report.derive.verdicts import explain_missing_room
 from fedtune.report.facts import Cap, ChargedRounds, LedgerFacts, RunFacts
 from fedtune.report.model import Problem, Report, from_json, to_json
 from fedtune.report.verify_report import derive_report, problems
@@ -363,6 +364,19 @@ def test_period_epsilon_counts_only_charges_within_the_period(a_ledger_report: M
         found = report.sites[0].lifetime.period_epsilon
         assert found >= least
         assert (found > 0) == (least > 0)
+
+
+def test_remaining_budget_is_what_the_caps_for_lifetime_and_period_leave_now(a_ledger_report: Make) -> None:
+    facts = a_ledger_report().facts
+    life = a_ledger_report().sites[0].lifetime
+    assert life.reference_remaining_runs == life.reference_runs_in_lifetime > 0
+    cap = life.period_epsilon + 0.01
+    report = derive_from_facts(a_ledger_report(), **change_approved(facts, max_epsilon_per_period=cap))
+    now = report.sites[0].lifetime
+    assert now.reference_runs_in_lifetime == life.reference_runs_in_lifetime
+    assert (now.remaining_epsilon, now.reference_remaining_runs) == (pytest.approx(0.01), 0)
+    assert explain_missing_room(report) == "no_run_now"
+    assert list_problem_places(report) == set()
 
 
 def test_report_of_a_seeded_run_states_no_guarantee(run_report: Report) -> None:

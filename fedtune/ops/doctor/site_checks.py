@@ -42,7 +42,7 @@ from fedtune.privacy.ledger import run_acceptance
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import UNVERIFIED
-from fedtune.privacy.release import Refused, format_requested_and_allowed
+from fedtune.privacy.release import Reason, Refused, format_requested_and_allowed
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Dataset, Policy
@@ -354,7 +354,7 @@ def check_serving(state: Path) -> DoctorCheck:
 
 
 def check_budget(history: History, policy: Policy) -> DoctorCheck:
-    """Check the remaining lifetime budget, and whether a run like the reference fits now."""
+    """Check the remaining budget, and whether a run like the reference fits now."""
     name, cap = "budget", policy.budget.max_epsilon
     now = history.now()
     taken = history.count_charges_and_reservations(now)
@@ -372,14 +372,15 @@ def check_budget(history: History, policy: Policy) -> DoctorCheck:
     runs = run_acceptance.count_remaining_runs(history, policy, reference, now)
     room = f"room for {runs} run{'' if runs == 1 else 's'} like the policy's reference"
     status = f"{_format_cap_share(history, policy)} of the lifetime budget spent (epsilon {epsilon} of {cap:g}); {room}"
-    if not runs:
-        fix = "Plan runs without this site, or smaller runs; raising the cap weakens its guarantee."
-        return build_warning(name, status, fix=fix)
     try:
+        run_acceptance.require_usable_ledger(history)
         run_acceptance.require_run_room(history, policy, reference, now)
-    except Refused as refused:  # the lifetime cap has room, the period's cap has none
-        fix = "Wait for the next period, or plan smaller runs; raising the cap weakens its guarantee."
-        return build_warning(name, f"{status}, but none now: {refused.reason} is {refused.allowed}", fix=fix)
+    except Refused as refused:
+        of_period = refused.reason is Reason.MAX_EPSILON_PER_PERIOD
+        fix = "Wait for the next period, or plan" if of_period else "Plan runs without this site, or"
+        fix += " smaller runs; raising the cap weakens its guarantee."
+        why = f": {refused.reason} is {refused.allowed}" if of_period else ""
+        return build_warning(name, f"{status}{why}", fix=fix)
     return build_passed_check(name, status)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from bisect import bisect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
 
@@ -76,30 +76,49 @@ def require_run_room(
 def compute_remaining_divergence(
     history: History, policy: Policy, now: datetime, *, admitted: Cohorts | None = None
 ) -> float:
-    """Compute the Renyi divergence that the lifetime cap leaves for new runs, in nats at the ledger's order.
+    """Compute the Renyi divergence that the caps leave for new runs at the time `now`, in nats at the ledger's order.
 
-    The result is the minimum over the cohorts in `admitted` (None: all cohorts).
+    The result is the minimum over the caps for lifetime and period, and over the cohorts in `admitted` (None: all
+    cohorts).
     """
     if history.is_frozen or history.furthest_doubt:
         return 0.0
-    if math.isinf(policy.budget.max_epsilon):
-        return math.inf
-    room = filter.compute_max_divergence(policy.budget.max_epsilon, order=history.order, delta=history.delta)
-    return max(
-        0.0,
-        min(
-            room - history.divergence(history.count_charges_and_reservations(now, cohort))
-            for cohort in history.cohorts(admitted)
-        ),
-    )
+    held = partial(history.count_remaining_charges, now)
+    rooms = _iter_rooms(history, policy, admitted, held=held, now=now)
+    left = (room - history.divergence(used) for _, _, used, room in rooms if not math.isinf(room))
+    return max(0.0, min(left, default=math.inf))
 
 
 def count_remaining_runs(
     history: History, policy: Policy, plan: DpEvent, now: datetime, *, admitted: Cohorts | None = None
 ) -> int | None:
-    """Compute how many further runs of the event `plan` fit under the lifetime cap. None means unlimited."""
+    """Compute how many runs of the event `plan` the caps allow at the time `now`. None means unlimited."""
     left = compute_remaining_divergence(history, policy, now, admitted=admitted)
     return filter.compute_max_repeats(plan, left, order=history.order)
+
+
+def _iter_rooms(
+    history: History,
+    policy: Policy,
+    admitted: Cohorts | None,
+    *,
+    held: Callable[[int], Counter[DpEvent]],
+    now: datetime,
+) -> Iterator[tuple[Reason, float, Counter[DpEvent], float]]:
+    """Yield (reason, cap, used mechanisms, allowed divergence) for each cohort and each cap of the policy.
+
+    The used mechanisms are those charged under the cap, and those that `held` reserves for the cohort.
+    """
+    budget = policy.budget
+    for cohort in history.cohorts(admitted):
+        period = history.count_charges_in_period(budget.period, now, cohort)
+        for reason, cap, charged in (
+            (Reason.MAX_EPSILON, budget.max_epsilon, history.count_total_charges(cohort)),
+            (Reason.MAX_EPSILON_PER_PERIOD, budget.max_epsilon_per_period, period),
+        ):
+            if cap is not None:
+                room = filter.compute_max_divergence(cap, order=history.order, delta=history.delta)
+                yield reason, cap, charged + held(cohort), room
 
 
 def require_budget_room(
@@ -127,22 +146,11 @@ def require_budget_room(
     Raises:
         Refused: names the cap, the resulting epsilon and the allowed epsilon.
     """
-    budget = policy.budget
-    for cohort in history.cohorts(admitted):
-        period, besides = history.count_charges_in_period(budget.period, now, cohort), held(cohort)
-        for reason, cap, charged in (
-            (Reason.MAX_EPSILON, budget.max_epsilon, history.count_total_charges(cohort)),
-            (Reason.MAX_EPSILON_PER_PERIOD, budget.max_epsilon_per_period, period),
-        ):
-            if cap is None:
-                continue
-            room = filter.compute_max_divergence(cap, order=history.order, delta=history.delta)
-            # Not `>`: a divergence that is NaN must be refused.
-            if not history.divergence(charged + besides + asked) <= room:
-                would, now_at = history.epsilon(charged + besides + asked), history.epsilon(charged + besides)
-                raise Refused(
-                    reason, requested=f"{would:.4f}", allowed=f"at most {cap:g}, of which {now_at:.4f} is spent"
-                )
+    for reason, cap, used, room in _iter_rooms(history, policy, admitted, held=held, now=now):
+        # Not `>`: a divergence that is NaN must be refused.
+        if not history.divergence(used + asked) <= room:
+            would, now_at = history.epsilon(used + asked), history.epsilon(used)
+            raise Refused(reason, requested=f"{would:.4f}", allowed=f"at most {cap:g}, of which {now_at:.4f} is spent")
 
 
 def find_max_rounds(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> int:

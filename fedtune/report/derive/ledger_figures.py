@@ -185,23 +185,30 @@ def compute_lifetime(facts: LedgerFacts) -> Lifetime:
         for run in facts.runs
         if run.state == "open"
     ]
-    taken = [
-        one + events.count_mechanisms([event for admitted, event in held if admitted is None or cohort in admitted])
-        for cohort, one in zip(begins, spent, strict=True)
+    reserved = [
+        events.count_mechanisms([event for admitted, event in held if admitted is None or cohort in admitted])
+        for cohort in begins
+    ]
+    taken = [one + more for one, more in zip(spent, reserved, strict=True)]
+    in_period = [
+        count_charges_to_cohort(facts, cohort, period=facts.approved.period) + more
+        for cohort, more in zip(begins, reserved, strict=True)
     ]
     charged, most = _pick_largest_divergence(facts, spent), _pick_largest_divergence(facts, taken)
-    left = _compute_remaining_divergence(facts, most)
-    each = filter.compute_total_divergence([facts.reference.event], facts.order)
+    left_in_lifetime = _compute_remaining_divergence(facts, facts.approved.max_epsilon, most)
+    left = [_compute_remaining_now(facts, *both) for both in zip(taken, in_period, strict=True)]
+    left_now = min((one for one in left if one is not None), default=None)
     return Lifetime(
         order=facts.order,
         epsilon=_compute_epsilon_by_filter(facts, charged),
         with_reserved=_compute_epsilon_by_filter(facts, most),
         epsilon_pld=profile.epsilon_pld(charged, facts.delta),
         epsilon_rdp=profile.epsilon_rdp(charged, facts.delta),
-        remaining_epsilon=left,
+        remaining_epsilon=left_now,
         period=facts.approved.period,
         period_epsilon=_compute_epsilon_by_filter(facts, find_largest_charges(facts, period=facts.approved.period)),
-        reference_remaining_runs=None if left is None or each == 0 else math.floor(left / each),
+        reference_remaining_runs=_count_reference_runs(facts, left_now),
+        reference_runs_in_lifetime=_count_reference_runs(facts, left_in_lifetime),
         caps=facts.caps,
         runs=tuple(
             LifetimeRun(
@@ -228,21 +235,36 @@ def compute_lifetime(facts: LedgerFacts) -> Lifetime:
                 people=ArrivalRange.from_cohort(cohort, after, facts.arrivals),
                 epsilon=_compute_epsilon_by_filter(facts, one),
                 with_reserved=_compute_epsilon_by_filter(facts, with_held),
-                remaining_epsilon=_compute_remaining_divergence(facts, with_held),
+                remaining_epsilon=of_cohort,
             )
-            for cohort, after, one, with_held in zip(begins, [*begins[1:], None], spent, taken, strict=True)
+            for cohort, after, one, with_held, of_cohort in zip(
+                begins, [*begins[1:], None], spent, taken, left, strict=True
+            )
         ),
     )
 
 
-def _compute_remaining_divergence(facts: LedgerFacts, taken: Counter[DpEvent]) -> float | None:
-    """Return the Renyi divergence left under the lifetime cap at the ledger's order; None: there is no cap."""
+def _compute_remaining_now(facts: LedgerFacts, taken: Counter[DpEvent], in_period: Counter[DpEvent]) -> float | None:
+    """Return the Renyi divergence that the caps for lifetime and period leave a cohort; None: there is no cap."""
+    caps = (facts.approved.max_epsilon, taken), (facts.approved.max_epsilon_per_period, in_period)
+    left = (_compute_remaining_divergence(facts, cap, used) for cap, used in caps)
+    return min((one for one in left if one is not None), default=None)
+
+
+def _compute_remaining_divergence(facts: LedgerFacts, cap: float | None, used: Counter[DpEvent]) -> float | None:
+    """Return the Renyi divergence that a cap leaves at the ledger's order; None: there is no cap."""
     if facts.frozen or facts.in_doubt:
         return 0.0
-    if facts.approved.max_epsilon is None:
+    if cap is None:
         return None
-    room = filter.compute_max_divergence(facts.approved.max_epsilon, order=facts.order, delta=facts.delta)
-    return max(0.0, room - filter.compute_total_divergence(taken, facts.order))
+    room = filter.compute_max_divergence(cap, order=facts.order, delta=facts.delta)
+    return max(0.0, room - filter.compute_total_divergence(used, facts.order))
+
+
+def _count_reference_runs(facts: LedgerFacts, left: float | None) -> int | None:
+    """Return how many runs like the policy's reference have the divergence `left`; None: any number."""
+    each = filter.compute_total_divergence([facts.reference.event], facts.order)
+    return None if left is None or each == 0 else math.floor(left / each)
 
 
 def compute_steps(facts: LedgerFacts, life: Lifetime) -> tuple[EpsilonStep, ...]:

@@ -39,7 +39,7 @@ CODES: Mapping[str, Mapping[Any, Sequence[str]]] = tomllib.loads(
 )
 REASONS: Mapping[State, Sequence[str]] = CODES["reasons"]  # state -> the reasons for it, the worst state first
 WORST_FIRST: tuple[State, ...] = tuple(REASONS)
-Room = Literal["closed", "used_up", "no_run_fits"]
+Room = Literal["closed", "used_up", "no_run_fits", "no_run_now"]
 _MAX_EPSILON = 1e3  # far above any bound that canaries can prove
 _AUDIT_DIGITS = 5e-6  # relative tolerance: the bisection for a bound may end elsewhere on another machine
 _LAST_DIGITS = 1e-9  # relative tolerance: two ways to compute the same epsilon may differ by rounding
@@ -75,9 +75,12 @@ def explain_missing_room(report: Report) -> Room | None:
         return None
     if life.frozen:
         return "closed"
-    if life.remaining_epsilon is not None and life.remaining_epsilon <= 0:
-        return "used_up"
-    return "no_run_fits" if life.reference_remaining_runs == 0 else None
+    is_used_up = life.remaining_epsilon is not None and life.remaining_epsilon <= 0
+    if not is_used_up and life.reference_remaining_runs != 0:
+        return None
+    if life.reference_runs_in_lifetime != 0:
+        return "no_run_now"  # until the next period
+    return "used_up" if is_used_up else "no_run_fits"
 
 
 def find_report_outcome(report: Report) -> str:
