@@ -127,6 +127,14 @@ def _run_on_files(settings: Mapping[str, Any]) -> Path:
     return folder
 
 
+def test_simulate_names_unusable_rows_unless_they_may_be_skipped(settings: dict[str, Any]) -> None:
+    sites = {"north": make_tickets(60), "south": [*make_tickets(40), {"body": " ", "team": "sales"}]}
+    with pytest.raises(DataError, match=r"south:41, column 'body' = 'blank': must not be blank"):
+        fedtune.simulate(settings=settings, sites=sites)
+    run = fedtune.simulate(settings=settings | {"data.on_bad_record": "skip"}, sites=sites)
+    assert sum(run.config.declared_sizes().values()) <= 100
+
+
 def test_simulate_trains_on_arrays_with_declared_ranges(settings: dict[str, Any]) -> None:
     generator = np.random.default_rng(1)
     inputs = generator.normal(size=(60, 2))

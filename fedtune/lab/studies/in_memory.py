@@ -23,6 +23,7 @@ from fedtune.api.experiment_file import is_path
 from fedtune.api.memory import DETECTED, TRAIN_FILE, Data, build_in_memory_settings, write_private_files
 from fedtune.api.public import Callback, Run, ignore_progress
 from fedtune.config import read_saved_config
+from fedtune.data.bad_rows import NONE_LEFT_OUT
 from fedtune.data.partition import count_units
 from fedtune.formatting import flatten
 from fedtune.lab.preparation import experiment_writer
@@ -195,7 +196,8 @@ def suggest_experiment(folder: Path, settings: Settings, *, num_sites: int) -> t
     config = compose_run([f"experiment={base}", *words], changed=of_model)
     reader = load_reader(config.data, config.model, key="model.path", other="model=NAME")
     plan = experiment_writer.plan_experiment(found, reader, config, sites=num_sites)
-    plan = replace(plan, model=named, model_path=of_model.get("model.path"))
+    # An unusable row is an error that names site and row, unless the caller sets data.on_bad_record.
+    plan = replace(plan, model=named, model_path=of_model.get("model.path"), left_out=NONE_LEFT_OUT)
     file.write_text(experiment_writer.render_experiment(found, plan, file=file), encoding="utf-8")
     in_file = _COLUMNS if len(known) == len(chosen) else None  # the caller's columns, if the file contains all of them
     return str(file), {key: one for key, one in settings.items() if not (in_file and f"{key}.".startswith(in_file))}
