@@ -19,6 +19,7 @@ from fedtune.data.partition import PartitionSpec
 from fedtune.data.spec import AT_SITE
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.services.lead_and_server import find_members
+from fedtune.privacy.site_policy import Policy
 from fedtune.show.terminal_tables import Section, show
 from fedtune.spec import ConfigError
 
@@ -75,12 +76,23 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
     return compose_run([*given, f"data.declared_sizes=[{sizes}]"])
 
 
-def expand_site_selection(words: Sequence[str]) -> list[str]:
-    """Replace `sites=[a,b]` by the settings of a run at these sites, for somebody without the lead's kit."""
+def compose_for_one_site(words: Sequence[str], policy: Policy) -> RunConfig:
+    """Compose the configuration of a run over real sites at one of them, which has neither the lead's kit nor a roster.
+
+    With `sites=[a,b]`, which selects the participating sites, each of them has this site's declared size.
+
+    Raises:
+        ConfigError: a setting is invalid.
+    """
     wanted, others = _split_site_selection(words)
     if not wanted:
-        return others
-    return [*others, *_build_real_data_overrides(), *_build_site_overrides(_parse_site_names(wanted[-1]))]
+        return compose_run(others, for_real_sites=True)
+    given = [*others, *_build_real_data_overrides(), *_build_site_overrides(_parse_site_names(wanted[-1]))]
+    if not any(word.startswith("data.declared_sizes") for word in others):
+        config = compose_run([*given, "data.declared_sizes=2"], for_real_sites=True)
+        sizes = {dataset.id: dataset.declared_size for dataset in policy.dataset}
+        given += [f"data.declared_sizes={sizes.get(config.data.dataset, 2)}"]
+    return compose_run(given, for_real_sites=True)
 
 
 def _split_site_selection(words: Sequence[str]) -> tuple[list[str], list[str]]:

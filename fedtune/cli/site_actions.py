@@ -10,12 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from fedtune.api.compose import compose_run
 from fedtune.cli.command import check_reason, print_answer
 from fedtune.cli.finished_run import load_finished_run
 from fedtune.cli.personalize import print_personalization
 from fedtune.cli.plain_words import explain_refusal, render_page
-from fedtune.cli.run_settings import expand_site_selection
+from fedtune.cli.run_settings import compose_for_one_site
 from fedtune.evaluation.bootstrap import MIN_UNITS
 from fedtune.federation.policy_dry_run import DryRun, dry_run
 from fedtune.federation.run_folder import RunFolder
@@ -255,7 +254,7 @@ def examine_site(*, kit: Path, site_toml: Path, model: Path | None, run: Sequenc
 
     `model` is a base model to install first, and `run` the settings of a run to check against the policy.
     """
-    asked = partial(compose_run, expand_site_selection(run), for_real_sites=True) if run else None
+    asked = partial(compose_for_one_site, run) if run else None
     checks = Examination(kit_folder=kit, site_toml=site_toml, model=model, run=asked).run_checks()
     raise_for_failed_checks(print_checks(checks, as_json=as_json))
 

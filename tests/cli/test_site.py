@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from fedtune.cli.run_settings import compose_for_one_site
 from fedtune.data.load import read_own_records
 from fedtune.extras import build_install_command
 from fedtune.formatting import format_key_start
@@ -372,6 +373,15 @@ def test_only_check_policy_accepts_an_incomplete_policy(words: tuple[str, ...], 
     assert outcome.code == 2
     assert re.search(r"asserted.no_person_at_another_site:? must be true", output)
     assert not (site.folder / "kit").exists()
+
+
+def test_a_site_composes_a_run_over_real_sites_with_its_own_declared_size(site: Any) -> None:
+    """The list of sizes in the lead's file is for the sites of a simulation."""
+    policy = read_policy(site.site_toml)
+    words = ["experiment=hospitals_abstracts", "sites=[north,south]", f"data.dataset={policy.dataset[0].id}"]
+    size = policy.dataset[0].declared_size
+    assert compose_for_one_site(words, policy).declared_sizes() == {"north": size, "south": size}
+    assert compose_for_one_site([*words, "data.declared_sizes=[5,6]"], policy).declared_sizes()["south"] == 6
 
 
 def test_check_policy_figures_match_the_ledger(site: Any) -> None:

@@ -140,7 +140,7 @@ class Home(Books):
 
     def examine_site(self, *overrides: str, run: bool = False, model: Path | None = None) -> dict[str, DoctorCheck]:
         """Return the doctor's lines by name; a run is checked if one is given or changed."""
-        compose = (lambda: self.run(*overrides)) if run or overrides else None
+        compose = (lambda policy: self.run(*overrides)) if run or overrides else None
         paths = {"kit_folder": self.kit, "site_toml": self.site_toml, "model": model}
         return {check.name: check for check in Examination(**paths, run=compose, timeout_s=5.0).run_checks()}
 
@@ -391,6 +391,23 @@ def test_doctor_compares_record_counts_in_words_only(home: Home) -> None:
         assert words in check.found
         assert check.status is (Status.OK if words == "enough records" else Status.WARNING)
         assert str(count) not in check.found + check.fix
+
+
+def test_doctor_names_a_file_that_is_unreadable_as_a_whole(home: Home) -> None:
+    text = home.records.read_text()
+    home.records.write_bytes(text.encode("utf-16"))
+    check = home.examine_site()["data patients"]
+    assert (check.status, check.found.split(" (")[0]) == (Status.FAILED, "the file cannot be read")
+    assert "a file in UTF-8" in check.fix
+
+
+@pytest.mark.parametrize(("label", "rows", "status"), [("well", 0, "OK"), ("ill", 5, "WARNING"), ("ill", 60, "FAILED")])
+def test_doctor_checks_that_a_run_can_use_the_records(home: Home, label: str, rows: int, status: str) -> None:
+    home.records.write_text("letter,outcome\n" + "a day,well\n" * 100 + f"a day,{label}\n" * rows)
+    home.change_data(declared_size=100)
+    check = home.examine_site("data.labels=[well,unwell]", "data.declared_sizes=100")["run's records"]
+    assert check.status is Status[status]
+    assert label not in check.found + check.fix
 
 
 def test_doctor_warns_of_few_unreadable_rows_and_fails_for_many(home: Home) -> None:

@@ -42,7 +42,8 @@ class Examination:
     kit_folder: Path  # the folder of the site's kit
     site_toml: Path  # the path of the policy
     model: Path | None = None  # a base model to install first, as an argument of `install_model`
-    run: Callable[[], RunConfig] | None = None  # loads the settings of a run to preview; None: no run was given
+    # composes the settings of a run to preview, for this site; None: no run was given
+    run: Callable[[Policy], RunConfig] | None = None
     timeout_s: float = 10.0  # timeout of each connection
     kit: Kit = field(init=False)
     files: SiteFiles = field(init=False)
@@ -111,12 +112,12 @@ class Examination:
         if (run := self.run) is None:
             yield (("run",), (), lambda: [build_skipped_check("run", "no experiment was given")])
         else:
-            of_site = partial(site_checks.preview_run, site_toml=self.site_toml)
-            yield (
-                ("run",),
-                (_KIT, _POLICY, _LEDGER),
-                lambda: [of_site(run(), kit=self.kit, policy=self.policy, history=self.history)],
-            )
+            yield (("run",), (_KIT, _POLICY, _LEDGER), lambda: self._check_run(run(self.policy)))
+
+    def _check_run(self, config: RunConfig) -> Iterator[DoctorCheck]:
+        path, policy = self.site_toml, self.policy
+        yield site_checks.preview_run(config, kit=self.kit, site_toml=path, policy=policy, history=self.history)
+        yield from site_checks.check_run_records(config, policy=policy, folder=path.parent, log=self._log)
 
     @property
     def _history_or_none(self) -> History | None:

@@ -46,6 +46,7 @@ from fedtune.privacy.release import Reason, Refused, format_requested_and_allowe
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Dataset, Policy
+from fedtune.sites.shared_settings import derive_settings_for_own_site
 from fedtune.spec import ConfigError, DataError, RunError
 from fedtune.tasks.registry import TASKS, find_task
 
@@ -185,17 +186,20 @@ def _check_data_set(dataset: Dataset, folder: Path, policy: Policy, *, log: Priv
         fix = f"Set `columns` in {block} so that each role has its column: {expected or 'of a task in allow.tasks'}."
         return build_failed_check(name, "its columns do not match the roles of any allowed task", fix=fix)
     try:
-        count, num_dated, unreadable = _count_units(path, dataset, unit=unit)
+        count, num_dated, unreadable, is_much = _count_units(path, dataset, unit=unit)
     except DataError as error:
-        finding, fix = _explain_unreadable_file(error, dataset, name=name, block=block, log=log)
+        finding, fix = _explain_unreadable_file(error, dataset, name=name, block=block, log=log, is_whole=True)
         return build_failed_check(name, finding, fix=fix)
+    if unreadable:
+        finding, fix = _explain_unreadable_file(unreadable, dataset, name=name, block=block, log=log)
+        if is_much:
+            return build_failed_check(name, finding, fix=fix)
     if not count:
         return build_failed_check(name, "contains no record", fix=f"Set `path` in {block} to the file of records.")
     if count < dataset.min_units:
         fix = f"Wait for more records, lower min_units in {block}, or take the data set out of site.toml."
         return build_failed_check(name, f"fewer {unit}s than min_units", fix=fix)
     if unreadable:
-        finding, fix = _explain_unreadable_file(unreadable, dataset, name=name, block=block, log=log)
         return build_warning(name, f"{finding}; runs skip such records", fix=fix)
     if policy.population.arrivals and num_dated < FEW_DATED * count:
         whose = "fewer than half of the users have" if num_dated else "no user has"
@@ -206,13 +210,14 @@ def _check_data_set(dataset: Dataset, folder: Path, policy: Policy, *, log: Priv
     return _compare_declared_size(name, count / dataset.declared_size, units=f"{unit}s", lacking=lacking, block=block)
 
 
-def _count_units(path: Path, dataset: Dataset, *, unit: str) -> tuple[int, int, DataError | None]:
+def _count_units(path: Path, dataset: Dataset, *, unit: str) -> tuple[int, int, DataError | None, bool]:
     """Read every record of a data set.
 
-    Returns the number of units, for users the number of users with a date, and the error for the rows that runs skip.
+    Returns the number of units, for users the number of users with a date, the error for the rows that runs skip, and
+    whether these are a large part of the file.
 
     Raises:
-        DataError: the file, or a large part of its rows, cannot be read.
+        DataError: the file as a whole cannot be read.
     """
     faults, dated, used = Faults(), dict[str, bool](), 0
     for record in iter_usable_records(path, dataset.columns, faults=faults, lenient=False):
@@ -220,16 +225,15 @@ def _count_units(path: Path, dataset: Dataset, *, unit: str) -> tuple[int, int, 
         if unit == "user":
             user = record.fields["user"]
             dated[user] = dated.get(user, False) or bool(record.fields.get("arrival"))
-    error = faults.build_error()
-    if error and faults.summarize(used=used).exceeds_threshold:
-        raise error
-    return len(dated) if unit == "user" else used, sum(dated.values()), error
+    is_much = faults.summarize(used=used).exceeds_threshold
+    return len(dated) if unit == "user" else used, sum(dated.values()), faults.build_error(), is_much
 
 
 def _explain_unreadable_file(
-    error: DataError, dataset: Dataset, *, name: str, block: str, log: PrivateLog
+    error: DataError, dataset: Dataset, *, name: str, block: str, log: PrivateLog, is_whole: bool = False
 ) -> tuple[str, str]:
-    """Return the finding and the fix for a data file with unreadable records, without the text of the error.
+    """Return the finding and the fix for a data file that cannot be read as a whole (`is_whole`) or has unreadable
+    records, without the text of the error.
 
     The text may reveal the number of records through a line number, or quote the first record as column names if the
     file has no header.
@@ -243,6 +247,9 @@ def _explain_unreadable_file(
     if error.value == "absent":
         fix = f"Name an existing column in `columns` of {block}; a CSV file must begin with a header."
         return f"{column} is not in every record{where}", fix
+    if is_whole:
+        fix = f"Set `path` in {block} to a file in UTF-8, in a format and with an ending of docs/own_data.md."
+        return f"the file cannot be read{where}", fix
     fix = "Fix or remove that record: each must be a complete JSON object or CSV row, in UTF-8, without blank values."
     return f"a record cannot be read{f' at {column}' if column else ''}{where}", fix
 
@@ -415,6 +422,28 @@ def preview_run(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy,
         fix = f"Ask the lead for the run's real settings: sites must include {policy.site}."
         return build_warning(name, f"{finding}, but the run does not name site {policy.site}", fix=fix)
     return build_passed_check(name, finding)
+
+
+def check_run_records(config: RunConfig, *, policy: Policy, folder: Path, log: PrivateLog) -> Iterator[DoctorCheck]:
+    """Check that a run with these settings can use the records of its data set; nothing if the policy lacks the set.
+
+    Of the records that the run would skip, such as those with an undeclared label, only the private log has the number.
+    """
+    if config.data.dataset not in {dataset.id for dataset in policy.dataset}:
+        return
+    config, name, faults = derive_settings_for_own_site(config, policy, folder=folder), "run's records", Faults()
+    data, task, unit = config.data, config.bound_task, policy.population.unit
+    columns, fault = task.columns(data, unit=unit), task.record_validator(data)
+    used = sum(1 for _ in iter_usable_records(Path(data.train_file), columns, fault=fault, faults=faults))
+    if not (error := faults.build_error()):
+        yield build_passed_check(name, "the run can use every record")
+        return
+    where = log.write_entry(f"{name}: {error}")
+    fix = "Compare labels, ranges and columns of the run's settings with the file (the log names the reasons)."
+    if used and not faults.summarize(used=used).exceeds_threshold:
+        yield build_warning(name, f"the run would skip a few records{where}", fix=fix)
+    else:
+        yield build_failed_check(name, f"the run would skip a large part of the records{where}", fix=fix)
 
 
 def _suggest_alternative(dry_run: DryRun, plan: Plan) -> str:
