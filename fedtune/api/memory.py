@@ -59,7 +59,9 @@ def write_private_files(sites: Mapping[str, Data], *, validation: Data = None, t
         DataError: an object is not a table, or a value cannot be written as JSON.
     """
     if not isinstance(sites, Mapping) or not sites:
-        raise ConfigError("sites", NOT_GIVEN, 'must map each site to its records: {"north": frame, "south": frame}')
+        raise ConfigError(
+            "sites", type(sites).__name__, 'must map each site to its records: {"north": frame, "south": frame}'
+        )
     for site in (names := [str(site) for site in sites]):
         check_name("sites", site)
     require("sites", ", ".join(names), len({*names}) == len(names), "must be distinct names")

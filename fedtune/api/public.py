@@ -84,8 +84,14 @@ def ignore_progress(progress: Progress) -> None:
     """Ignore the progress of a run: the default of every progress callback."""
 
 
+def require_callback(progress: object) -> None:
+    """Check that a progress callback can be called."""
+    require("progress", progress, callable(progress), "must be a function that takes a fedtune.Progress")
+
+
 def make_stage_callback(progress: Callback) -> Callable[[str, int, int], None]:
     """Return a function that reports (stage, done, total) to a progress callback."""
+    require_callback(progress)
     return lambda stage, done, total: progress(Progress(stage=stage, done=done, total=total))
 
 
@@ -184,6 +190,8 @@ def simulate(
     if torch_came_first:
         reason = "MKL cannot be configured after torch has loaded it, and a run may refuse to start in this process"
         warnings.warn(f"import fedtune before torch: {reason}", stacklevel=2)
+    if progress is not True:
+        require_callback(progress)
     work = partial(simulation.simulate, cache=cache)
     if progress is True and is_notebook():
         progress = make_notebook_bar()
@@ -266,8 +274,11 @@ def evaluate(run: Run, data: Data, *, progress: Callback = ignore_progress) -> C
     """
     from fedtune.api.compared_models import ComparedModels
     from fedtune.runs.model_comparison import compare_runs
+    from fedtune.sites.data_warnings import TRAINED_ON, is_training_file
 
     with write_data_file(data, run.config.data) as file:
+        if is_training_file(run.config, file):
+            warnings.warn(TRAINED_ON, stacklevel=2)
         tuned = {"tuned": (run.config, run.adapter)}
         scores = compare_runs(tuned, file=file, final=True, progress=make_stage_callback(progress))
         return ComparedModels.from_side_by_side(scores)

@@ -42,7 +42,7 @@ def evaluate(
     """
     config, adapter = load_finished_run(run, device=device, columns=columns, generate=generate)
     from fedtune.runs.model_comparison import compare_runs
-    from fedtune.sites.data_warnings import is_training_file
+    from fedtune.sites.data_warnings import TRAINED_ON, is_training_file
 
     runs = {"tuned": (config, adapter)}
     with suggest_columns_option(), show_progress() as progress:
@@ -61,7 +61,7 @@ def evaluate(
         figures |= {"detail": detail}
     notes = list(_iter_score_notes(found, scores, num_prompts=num_prompts))
     if is_training_file(config, data):
-        notes.append("The run trained on records of this file: these scores do not measure performance on new records.")
+        notes.append(TRAINED_ON)
     title = f"{run} on {data}, {pluralize(len(found.records), 'record')}"
     headings = ("metric", "base", "tuned", "difference", "95 % interval", "tuned is")
     scores_first = Section(title, headings, list_comparison_rows(scores), words={0, 5}, notes=notes)

@@ -21,6 +21,7 @@ from fedtune.sites.shared_model import LeadData, RunModel
 from fedtune.spec import ConfigError, DataError
 from fedtune.version import find_shipped_folders
 
+TRAINED_ON = "The run trained on records of this file: these scores do not measure performance on new records."
 _MAX_NAMED = 3
 _SMALL_RUN = 5_000  # privacy units of all sites together
 _COMPARED: dict[tuple[object, ...], bool] = {}  # cache by run and file state, because sweeps repeat the check

@@ -5,6 +5,7 @@ import json
 import math
 import stat
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
@@ -127,11 +128,33 @@ def _run_on_files(settings: Mapping[str, Any]) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("progress", [None, False, 1])
+def test_simulate_refuses_a_progress_that_cannot_be_called(settings: dict[str, Any], progress: Any) -> None:
+    with pytest.raises(ConfigError, match=r"progress = .*: must be a function"):
+        fedtune.simulate(settings=settings, sites=SITES, progress=progress)
+    assert not Path(settings["tracking.output_dir"]).exists()
+
+
+def test_evaluate_warns_of_training_records(settings: dict[str, Any], tmp_path: Path) -> None:
+    for name, first in (("train", 0), ("new", 60)):
+        pandas.DataFrame(make_tickets(60, first=first)).to_csv(tmp_path / f"{name}.csv", index=False)
+    file = {"train_file": str(tmp_path / "train.csv"), "columns": {"text": "body", "label": "team"}, "labels": TEAMS}
+    own = {f"data.{key}": value for key, value in file.items()} | {"data.test_fraction": 0.3}
+    own |= {"federation.num_sites": 2, "data.declared_sizes": 20}
+    run = fedtune.simulate("own_data", settings | own)
+    with pytest.warns(UserWarning, match="trained on records of this file"):
+        run.evaluate(tmp_path / "train.csv")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.evaluate(tmp_path / "new.csv")
+
+
 def test_simulate_names_unusable_rows_unless_they_may_be_skipped(settings: dict[str, Any]) -> None:
     sites = {"north": make_tickets(60), "south": [*make_tickets(40), {"body": " ", "team": "sales"}]}
     with pytest.raises(DataError, match=r"south:41, column 'body' = 'blank': must not be blank"):
         fedtune.simulate(settings=settings, sites=sites)
-    run = fedtune.simulate(settings=settings | {"data.on_bad_record": "skip"}, sites=sites)
+    with pytest.warns(UserWarning, match="1 of 101 rows"):
+        run = fedtune.simulate(settings=settings | {"data.on_bad_record": "skip"}, sites=sites)
     assert sum(run.config.declared_sizes().values()) <= 100
 
 

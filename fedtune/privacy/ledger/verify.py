@@ -79,7 +79,7 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
         if not history.covers_head(anchor) and anchor.sequence > len(events):
             raise RunError(
                 f"the ledger was rolled back to an older copy: it ends at event {len(events)}, "
-                f"but the anchor covers event {anchor.sequence}"
+                f"but the anchor covers event {anchor.sequence}; fedtune ledger restore charges the missing events"
             )
         if not history.covers_head(anchor):
             raise RunError(f"event {anchor.sequence} does not match the anchor: the ledger has diverged")
