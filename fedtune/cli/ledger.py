@@ -33,6 +33,7 @@ from fedtune.formatting import convert_none_to_infinite, pluralize
 from fedtune.ops.backup import RestoreResult, charge_missing_events, find_anchors
 from fedtune.ops.files import act_as_owner
 from fedtune.ops.kits.kit_file import read_signing_key
+from fedtune.ops.services.site_state import lock_ledger
 from fedtune.privacy import events, filter
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.keys import parse_public_key
@@ -160,7 +161,7 @@ def restore(
     Stop training, copy the backup to the path in the policy, run this command, and start training again.
     """
     site = _open_own_site(policy)
-    with lock_anchor(site.anchor):
+    with lock_ledger(site.ledger), lock_anchor(site.anchor):
         anchors = find_anchors(site, anchor)
         made_up = charge_missing_events(site.ledger, site, anchors)
         if made_up.last is not None and site.anchor is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fedtune.ops.services.site_state import lock_ledger
 from fedtune.privacy import events
 from fedtune.privacy.accountant import format_epsilon, format_factor
 from fedtune.privacy.ledger.chain import Head
@@ -200,6 +201,14 @@ def test_restore_charges_missing_events_and_training_continues(put_back: Any) ->
     assert "Backups restored so far: 1" in run_command("ledger", "spent", str(put_back.ledger)).out
     shown = run_command("ledger", "show", str(put_back.ledger)).out
     assert "a backup was restored; charged for the missing events" in shown
+
+
+def test_restore_refuses_a_ledger_that_a_site_serves(put_back: Any) -> None:
+    before = put_back.ledger.read_bytes()
+    with lock_ledger(put_back.ledger):
+        assert "is already in use by process" in restore_ledger(put_back).failed()
+    assert put_back.ledger.read_bytes() == before
+    assert restore_ledger(put_back).code == 0
 
 
 def test_restore_uses_the_policy_anchor_if_it_is_newer(put_back: Any, tmp_path: Path) -> None:
