@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from fedtune.federation.secure.agreement import MAX_SITES_OF_SUM
 from fedtune.privacy.distributed_noise import SecureAggregationSpec
-from fedtune.privacy.release import Offer
+from fedtune.privacy.release import Offer, Reason
 from fedtune.privacy.threshold import min_threshold
 from fedtune.spec import (
     ConfigError,
@@ -236,7 +236,8 @@ class FederationSpec:
         reasons = ", ".join(f"{site}: {why}" for site, why in others.items())
         key = "min_sites" if self.required_sites == self.min_sites else "threshold"
         needed = f"federation.{key} = {self.required_sites} are required"
-        return f"{count} of {len(self.active)} sites {did}, but {needed} ({reasons})"
+        hint = f"; for {Reason.SITE_ERROR}, read the site's log" if Reason.SITE_ERROR in others.values() else ""
+        return f"{count} of {len(self.active)} sites {did}, but {needed} ({reasons}{hint})"
 
 
 @spec

@@ -57,3 +57,10 @@ def test_secure_aggregation_works_without_an_update_dtype() -> None:
         spec = FederationSpec(num_sites=3, aggregation="secure", update_dtype=dtype)  # type: ignore[arg-type]
         assert spec.together is not None
     assert FederationSpec(num_sites=3, aggregation="secure").update_dtype == "bfloat16"
+
+
+def test_error_about_too_few_sites_points_to_the_log_of_a_failed_site() -> None:
+    federation = FederationSpec(num_sites=2, min_sites=2)
+    text = federation.explain_too_few(1, "sent an update", others={"site-2": "site_error"})
+    assert text.endswith("(site-2: site_error; for site_error, read the site's log)")
+    assert federation.explain_too_few(1, "sent an update", others={"site-2": "paused"}).endswith("(site-2: paused)")
