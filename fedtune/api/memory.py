@@ -59,9 +59,8 @@ def write_private_files(sites: Mapping[str, Data], *, validation: Data = None, t
         DataError: an object is not a table, or a value cannot be written as JSON.
     """
     if not isinstance(sites, Mapping) or not sites:
-        raise ConfigError(
-            "sites", type(sites).__name__, 'must map each site to its records: {"north": frame, "south": frame}'
-        )
+        bound = 'must map each site to its records: {"north": frame, "south": frame}'
+        raise ConfigError("sites", type(sites).__name__, bound)
     for site in (names := [str(site) for site in sites]):
         check_name("sites", site)
     require("sites", ", ".join(names), len({*names}) == len(names), "must be distinct names")
@@ -107,7 +106,7 @@ def write_data_file(data: Data, spec: DataSpec) -> Iterator[str]:
         yield os.fspath(data)
         return
     with make_private_folder() as folder, _rename_files_in_errors(folder, {"data.jsonl": "data"}):
-        write_rows(folder / "data.jsonl", data, at="data", widths=list_array_widths(spec))
+        write_rows(folder / "data.jsonl", data, at="data", widths=_list_array_widths(spec))
         yield str(folder / "data.jsonl")
 
 
@@ -249,14 +248,14 @@ def split_inputs(data: Data, spec: DataSpec) -> tuple[list[Any], bool]:
     """
     if data is None or isinstance(data, str):
         return [data], False
-    widths = list_array_widths(spec)
+    widths = _list_array_widths(spec)
     inputs = list(data) if isinstance(data, tuple) else list(iter_rows(data, at="data", widths=widths))
     if inputs and all(isinstance(one, list | tuple) for one in inputs):
         inputs = list(_iter_feature_rows(inputs, at="data", widths=widths))
     return inputs, bool(inputs) and all(isinstance(one, Mapping) for one in inputs)
 
 
-def list_array_widths(spec: DataSpec) -> set[int]:
+def _list_array_widths(spec: DataSpec) -> set[int]:
     """Return the possible widths of an array with a run's columns x0, x1, ..., without and with its answer's column.
 
     The result is empty if the run has no such columns.
@@ -297,9 +296,8 @@ def _iter_feature_rows(inputs: Any, *, at: str, widths: Collection[int]) -> Iter
             yield {"text": one}
         elif isinstance(one, list | tuple) and not any(isinstance(cell, list | tuple) for cell in one):
             if widths and len(one) not in widths:
-                bound = (
-                    f"must have the columns of the training, in their order: {' or '.join(map(str, sorted(widths)))}"
-                )
+                columns = " or ".join(map(str, sorted(widths)))
+                bound = f"must have the columns of the training, in their order: {columns}"
                 raise DataError(f"{at}:{number}", pluralize(len(one), "column"), bound)
             yield {f"x{place}": cell for place, cell in enumerate(one)}
         else:

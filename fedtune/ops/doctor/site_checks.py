@@ -435,10 +435,10 @@ def check_run_records(config: RunConfig, *, policy: Policy, folder: Path, log: P
     data, task, unit = config.data, config.bound_task, policy.population.unit
     columns, fault = task.columns(data, unit=unit), task.record_validator(data)
     used = sum(1 for _ in iter_usable_records(Path(data.train_file), columns, fault=fault, faults=faults))
-    if not (error := faults.build_error()):
+    if not faults:
         yield build_passed_check(name, "the run can use every record")
         return
-    where = log.write_entry(f"{name}: {error}")
+    where = log.write_entry(f"{name}: {faults.build_error()}")
     fix = "Compare labels, ranges and columns of the run's settings with the file (the log names the reasons)."
     if used and not faults.summarize(used=used).exceeds_threshold:
         yield build_warning(name, f"the run would skip a few records{where}", fix=fix)

@@ -111,14 +111,14 @@ def _iter_rooms(
     """
     budget = policy.budget
     for cohort in history.cohorts(admitted):
-        period = history.count_charges_in_period(budget.period, now, cohort)
+        period, besides = history.count_charges_in_period(budget.period, now, cohort), held(cohort)
         for reason, cap, charged in (
             (Reason.MAX_EPSILON, budget.max_epsilon, history.count_total_charges(cohort)),
             (Reason.MAX_EPSILON_PER_PERIOD, budget.max_epsilon_per_period, period),
         ):
             if cap is not None:
                 room = filter.compute_max_divergence(cap, order=history.order, delta=history.delta)
-                yield reason, cap, charged + held(cohort), room
+                yield reason, cap, charged + besides, room
 
 
 def require_budget_room(
