@@ -63,7 +63,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     },
     "templates call them": {
         *("explain_ceiling", "band_range", "epsilon_spent", "describe_most_exposed_unit", "without_base"),
-        *("min_detectable", "operating_point"),
+        *("min_detectable", "operating_point", "is_limited_by_period"),
         *("correct_of_100_for_2", "correct_of_100_for_5", "correct_of_100_with_all_others", "held_out_epsilon"),
         *("fixed_part", "reference_filter", "reference_pld", "rules_sha256"),
         *("describe_protection", "draw_learning", "list_unprotected", "shows_figure"),

@@ -91,11 +91,13 @@ def sign_report(report: Report, key: SigningKey) -> Report:
 def format_verify_command(report: Report) -> str:
     """Return the command that makes every required comparison (docs/report.md) of the report in the current folder.
 
-    KEY stands for the signer's public key, and roster.json for the keys of a run's real sites.
+    KEY stands for the signer's public key, and roster.json for the keys of a run's real sites.  An unsigned report can
+    be compared with neither.
     """
+    if not report.signature:
+        return "fedtune report verify report.json"
     of_sites = isinstance(report.facts, RunFacts) and not report.facts.simulated
-    options = (" --key KEY" if report.signature else "", " --roster roster.json" if of_sites else "")
-    return f"fedtune report verify report.json{''.join(options)}"
+    return f"fedtune report verify report.json --key KEY{' --roster roster.json' if of_sites else ''}"
 
 
 def verify_report_signature(report: Report, *, expected_key: str | None = None) -> str | None:

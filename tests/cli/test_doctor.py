@@ -19,7 +19,7 @@ from fedtune.ops.doctor.check import (
 )
 from fedtune.spec import FedtuneError
 
-from ..conftest import parse_command, run_command
+from ..conftest import make_site_policy, parse_command, run_command
 from . import snapshots
 
 KEY = "0123456789abcdef" * 4
@@ -83,6 +83,8 @@ def test_doctor_accepts_overrides_anywhere_and_rejects_unknown_keys(
     for word in ("lora.rnak=4", "model.dtype=auto", "sites=[north,south]"):
         assert run_command("site", "doctor", word, *options, "experiment=debug").code == 0
     with pytest.raises(FedtuneError, match=r"lora\.rnak"):
-        visits[0].run()
-    assert visits[1].run().model.dtype == "float32"
-    assert visits[2].run().federation.site_names == ("north", "south"), "the lead's own way to name sites"
+        visits[0].run(make_site_policy())
+    assert visits[1].run(make_site_policy()).model.dtype == "float32"
+    assert visits[2].run(make_site_policy()).federation.site_names == ("north", "south"), (
+        "the lead's own way to name sites"
+    )

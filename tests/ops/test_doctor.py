@@ -396,8 +396,10 @@ def test_doctor_compares_record_counts_in_words_only(home: Home) -> None:
 def test_doctor_names_a_file_that_is_unreadable_as_a_whole(home: Home) -> None:
     text = home.records.read_text()
     home.records.write_bytes(text.encode("utf-16"))
-    check = home.examine_site()["data patients"]
+    checks = home.examine_site(run=True)
+    check = checks["data patients"]
     assert (check.status, check.found.split(" (")[0]) == (Status.FAILED, "the file cannot be read")
+    assert checks["run's records"].found == "skipped: data patients cannot be read"
     assert "a file in UTF-8" in check.fix
 
 

@@ -364,6 +364,14 @@ def test_sign_off_states_the_limits_of_a_decision_first(a_ledger_report: Make, l
     assert read_parts(render.render(a_ledger_report(verdict=exceeded), language=language)) == (False, True)
 
 
+def test_questions_about_people_are_asked_first(a_report: Make) -> None:
+    """fedtune ensures the others in a simulation, and real sites leave all of them open."""
+    open_ones = (replace(one, status="assumed") for one in a_report().assumptions)
+    asked = Words(replace(a_report(), assumptions=tuple(open_ones)), load_catalog("en")).assumptions()
+    assert [one.code for one in asked[:2]] == ["one_record_is_one_unit", "units_at_one_site_only"]
+    assert len(asked) == 4
+
+
 def test_page_one_shows_the_commands_and_key_for_verification(a_report: Make, language: str, tmp_path: Path) -> None:
     texts, key = load_catalog(language).texts["check"], SigningKey.load_or_create(tmp_path / "key.pem")
     for report in (a_report(), signing.sign_report(a_report(), key)):

@@ -18,6 +18,7 @@ from fedtune.report.derive.profile import accountants_agree
 from fedtune.report.derive.verdicts import explain_missing_room
 from fedtune.report.facts import Cap, ChargedRounds, LedgerFacts, RunFacts
 from fedtune.report.model import Problem, Report, from_json, to_json
+from fedtune.report.page.render import render
 from fedtune.report.verify_report import derive_report, problems
 from fedtune.spec import ConfigError
 
@@ -376,6 +377,9 @@ def test_remaining_budget_is_what_the_caps_for_lifetime_and_period_leave_now(a_l
     assert now.reference_runs_in_lifetime == life.reference_runs_in_lifetime
     assert (now.remaining_epsilon, now.reference_remaining_runs) == (pytest.approx(0.01), 0)
     assert explain_missing_room(report) == "no_run_now"
+    some = derive_from_facts(a_ledger_report(), **change_approved(facts, max_epsilon_per_period=cap + 1))
+    assert explain_missing_room(some) is None
+    assert ["left in this period" in render(one, language="en") for one in (some, a_ledger_report())] == [True, False]
     assert list_problem_places(report) == set()
 
 

@@ -26,6 +26,7 @@ from fedtune.ops.doctor.check import (
     build_check_from_error,
     build_failed_check,
     build_passed_check,
+    build_skipped_check,
     build_warning,
 )
 from fedtune.ops.kits.certificates import SOON_DAYS, check_private
@@ -434,7 +435,11 @@ def check_run_records(config: RunConfig, *, policy: Policy, folder: Path, log: P
     config, name, faults = derive_settings_for_own_site(config, policy, folder=folder), "run's records", Faults()
     data, task, unit = config.data, config.bound_task, policy.population.unit
     columns, fault = task.columns(data, unit=unit), task.record_validator(data)
-    used = sum(1 for _ in iter_usable_records(Path(data.train_file), columns, fault=fault, faults=faults))
+    try:
+        used = sum(1 for _ in iter_usable_records(Path(data.train_file), columns, fault=fault, faults=faults))
+    except DataError:  # reported by the check of the data set
+        yield build_skipped_check(name, f"data {data.dataset} cannot be read")
+        return
     if not faults:
         yield build_passed_check(name, "the run can use every record")
         return

@@ -73,6 +73,12 @@ class Words:
         return "seeded" if self.facts.seeded_noise else "noised"
 
     @property
+    def is_limited_by_period(self) -> bool:
+        """Whether a ledger's cap per period allows fewer typical runs now than its lifetime cap."""
+        life = self.report.sites[0].lifetime
+        return life is not None and life.reference_remaining_runs != life.reference_runs_in_lifetime
+
+    @property
     def findings(self) -> tuple[str, ...]:
         """The codes of all warnings about scores, including the sites' noised scores."""
         drop = self.report.utility and self.report.utility.score_drop
@@ -184,11 +190,13 @@ class Words:
     def assumptions(self) -> tuple[Assumption, ...]:
         """Return all violated assumptions, and as many unconfirmed ones as page 1 has room to ask about.
 
+        Those about people come first, because fedtune cannot ensure them.
         Without a guarantee no question is asked, because no answer could change the result.
         """
         found = self.report.assumptions
         violated = [one for one in found if one.status == "violated"]
         asked = [one for one in found if one.status == "assumed" and self.catalog.has("question", one.code)]
+        asked.sort(key=lambda one: not self.catalog.has("if_not", one.code))
         room = max(0, _MAX_ASSUMPTIONS - len(violated)) if self.promises else 0
         return (*violated, *asked[:room])
 
