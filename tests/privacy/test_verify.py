@@ -243,6 +243,7 @@ def test_truncated_ledger_is_detected_only_with_an_anchor(
     assert verify(victim_ledger).anchor_sequence is None
     length = len(read_rows(complete_ledger))
     message = f"it ends at event {length - 3}, but the anchor covers event {length}"
+    message += "; fedtune ledger restore charges the missing events"
     assert (
         read_verify_error(victim_ledger, anchor=newest_head)
         == f"the ledger was rolled back to an older copy: {message}"
