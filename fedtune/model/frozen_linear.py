@@ -34,9 +34,11 @@ def is_slow_on_cpu(dtype: str) -> bool:
 
 
 def depends_on_row_count(dtype: str, device: torch.device) -> bool:
-    """Whether a row's product depends on the number of rows, as with AMX in bfloat16 and on CUDA."""
-    amx = dtype in ("mixed", "bfloat16", "nf4") and device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    return amx or device.type == "cuda"  # in every tested number format (simulations/gpu)
+    """Whether a row's product depends on the number of rows, as in bfloat16 with AMX or without instructions for it,
+    and on CUDA in every tested format (simulations/gpu).
+    """
+    amx = dtype in ("mixed", "bfloat16", "nf4") and torch.cpu._is_amx_tile_supported()
+    return device.type == "cuda" or (device.type == "cpu" and (amx or is_slow_on_cpu(dtype)))
 
 
 class _LinearFunction(torch.autograd.Function):

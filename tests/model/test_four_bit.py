@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.model.base_model import load_base
+from fedtune.model.frozen_linear import depends_on_row_count
 from fedtune.model.quantized import LEVELS, FourBit, dequantize_nf4, quantize_linear_layers, quantize_nf4
 from fedtune.model.spec import ModelSpec
 from fedtune.spec import ConfigError
@@ -106,7 +107,9 @@ def test_nf4_layer_keeps_no_dequantized_weights_between_passes() -> None:
     assert [name for name, _ in layer.named_parameters()] == ["bias"]
 
 
-@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="AMX kernels vary by row: tests/sites/test_amx.py")
+@pytest.mark.skipif(
+    depends_on_row_count("nf4", torch.device("cpu")), reason="its kernels vary by row (sites/test_amx.py)"
+)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(384, 1536), (1536, 384), (576, 192), (64, 32)])
 def test_nf4_row_product_is_independent_of_the_row_count(shape: tuple[int, int], threads: int) -> None:

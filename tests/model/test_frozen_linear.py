@@ -15,6 +15,7 @@ from fedtune.model.base_model import hash_model, load_base
 from fedtune.model.frozen_linear import (
     RoundedLinear,
     convert_to_bfloat16,
+    depends_on_row_count,
     multiply_bfloat16,
     multiply_frozen,
     switch_to_onednn,
@@ -126,7 +127,9 @@ def test_reduced_precision_applies_only_to_layer_weights(
     assert hash_model(spec) == hash_model(ModelSpec(path=path)), "the hash must cover the weights as in the files"
 
 
-@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="AMX kernels vary by row: tests/sites/test_amx.py")
+@pytest.mark.skipif(
+    depends_on_row_count("mixed", torch.device("cpu")), reason="its kernels vary by row (sites/test_amx.py)"
+)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(384, 1536), (1536, 384), (576, 192), (64, 32)])
 def test_mixed_precision_row_product_is_independent_of_the_row_count(shape: tuple[int, int], threads: int) -> None:

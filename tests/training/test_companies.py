@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedtune.data import Shapes, TextDataset
-from fedtune.model.frozen_linear import switch_to_onednn
+from fedtune.model.frozen_linear import depends_on_row_count, switch_to_onednn
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.batch_invariance import draw_text_lengths
@@ -193,7 +193,7 @@ def build_packaged(path: str, task: str, *, dtype: Any = "float32") -> TaskModel
 def test_minilm_is_batch_invariant(dtype: str, threads: None) -> None:
     shapes = adapt_shapes_to_device(Shapes.from_limits(max_length=40, max_tokens=480, positions=512))
     model = build_packaged(MINILM, "classification", dtype=dtype)
-    if dtype != "float32" and torch.cpu._is_amx_tile_supported():
+    if dtype != "float32" and depends_on_row_count(dtype, torch.device("cpu")):
         shapes = replace(shapes, row_shares=(1,))  # as a run's trial chooses there: tests/sites/test_amx.py
     for length in (12, 20, 48):
         dataset = make_records(model, list_lengths(shapes, length, 12))
