@@ -84,15 +84,22 @@ def ignore_progress(progress: Progress) -> None:
     """Ignore the progress of a run: the default of every progress callback."""
 
 
-def require_callback(progress: object) -> None:
-    """Check that a progress callback can be called."""
-    require("progress", progress, callable(progress), "must be a function that takes a fedtune.Progress")
-
-
 def make_stage_callback(progress: Callback) -> Callable[[str, int, int], None]:
-    """Return a function that reports (stage, done, total) to a progress callback."""
-    require_callback(progress)
+    """Return a function that reports (stage, done, total) to a progress callback.
+
+    Raises:
+        ConfigError: `progress` cannot be called.
+    """
+    require("progress", progress, callable(progress), "must be a function that takes a fedtune.Progress")
     return lambda stage, done, total: progress(Progress(stage=stage, done=done, total=total))
+
+
+def warn_at_caller(text: str) -> None:
+    """Issue a Python warning at the line of the caller's code, outside fedtune."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith("fedtune."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
 
 
 def is_notebook() -> bool:
@@ -124,10 +131,7 @@ class CallbackListener:
         self.on_preparing = make_stage_callback(progress)
 
     def note(self, text: str) -> None:
-        level, frame = 1, inspect.currentframe()
-        while frame is not None and str(frame.f_globals.get("__name__")).startswith("fedtune."):
-            level, frame = level + 1, frame.f_back
-        warnings.warn(text, stacklevel=level)  # at the line of the caller's code
+        warn_at_caller(text)
 
     def on_prepared(self, shared: object, proposal: object, state: LeadState) -> None:
         total = count_rounds(state.rounds, self._federation)
@@ -189,9 +193,9 @@ def simulate(
     require_simulation(config)
     if torch_came_first:
         reason = "MKL cannot be configured after torch has loaded it, and a run may refuse to start in this process"
-        warnings.warn(f"import fedtune before torch: {reason}", stacklevel=2)
+        warn_at_caller(f"import fedtune before torch: {reason}")
     if progress is not True:
-        require_callback(progress)
+        make_stage_callback(progress)  # checks it before the run's folder is created
     work = partial(simulation.simulate, cache=cache)
     if progress is True and is_notebook():
         progress = make_notebook_bar()
@@ -278,7 +282,7 @@ def evaluate(run: Run, data: Data, *, progress: Callback = ignore_progress) -> C
 
     with write_data_file(data, run.config.data) as file:
         if is_training_file(run.config, file):
-            warnings.warn(TRAINED_ON, stacklevel=2)
+            warn_at_caller(TRAINED_ON)
         tuned = {"tuned": (run.config, run.adapter)}
         scores = compare_runs(tuned, file=file, final=True, progress=make_stage_callback(progress))
         return ComparedModels.from_side_by_side(scores)

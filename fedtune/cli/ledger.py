@@ -302,7 +302,7 @@ def _build_lifetime_section(history: History, figures: Lifetime) -> Section:
     note += " Shares are relative to the rest of the cap."
     remaining = convert_none_to_infinite(figures.remaining_epsilon)
     room = filter.compute_max_divergence(history.cap, order=history.order, delta=history.delta)
-    left = "" if figures.frozen or math.isinf(room) or not room else f"{math.floor(remaining / room * 100)} %"
+    left = "" if figures.frozen or reserved is None or not room else f"{math.floor(remaining / room * 100)} %"
     runs = figures.reference_remaining_runs
     fits = "" if runs is None else f": {pluralize(runs, 'run')} like the policy's reference"
     fits = ": nothing, because it is frozen" if history.is_frozen else fits

@@ -87,12 +87,11 @@ def map_plans_by_run(facts: LedgerFacts) -> Mapping[str, Plan]:
     return {run.run: run.plan for run in facts.runs}
 
 
-def find_largest_charges(facts: LedgerFacts, *, period: str | None = None) -> Counter[DpEvent]:
-    """Return the charges of the cohort with the largest divergence; with a `period`, only charges in the newest entry's
-    period.
-    """
-    charged = [count_charges_to_cohort(facts, cohort, period=period) for cohort in _find_cohort_groups(facts)]
-    return _pick_largest_divergence(facts, charged)
+def find_largest_charges(facts: LedgerFacts) -> Counter[DpEvent]:
+    """Return the charges of the cohort with the largest divergence."""
+    return _pick_largest_divergence(
+        facts, [count_charges_to_cohort(facts, cohort) for cohort in _find_cohort_groups(facts)]
+    )
 
 
 def _pick_largest_divergence(facts: LedgerFacts, found: Collection[Counter[DpEvent]]) -> Counter[DpEvent]:
@@ -177,8 +176,9 @@ def list_mechanisms(facts: LedgerFacts) -> tuple[Mechanism, ...]:
 def compute_lifetime(facts: LedgerFacts) -> Lifetime:
     """Compute a ledger's budget figures over all runs, as of the report's date."""
     own, rounds = count_rounds_by_run(facts), {row.run: row.rounds for row in list_mechanisms(facts)}
-    begins = _find_cohort_groups(facts)
+    begins, approved = _find_cohort_groups(facts), facts.approved
     spent = [count_charges_to_cohort(facts, cohort) for cohort in begins]
+    in_period = [count_charges_to_cohort(facts, cohort, period=approved.period) for cohort in begins]
     # Includes the reserved rounds of open runs that admit the cohort.
     held = [
         (run.plan.cohorts, run.plan.event(rounds=run.plan.max_rounds - own[run.run]))
@@ -190,25 +190,24 @@ def compute_lifetime(facts: LedgerFacts) -> Lifetime:
         for cohort in begins
     ]
     taken = [one + more for one, more in zip(spent, reserved, strict=True)]
-    in_period = [
-        count_charges_to_cohort(facts, cohort, period=facts.approved.period) + more
-        for cohort, more in zip(begins, reserved, strict=True)
-    ]
     charged, most = _pick_largest_divergence(facts, spent), _pick_largest_divergence(facts, taken)
-    left_in_lifetime = _compute_remaining_divergence(facts, facts.approved.max_epsilon, most)
-    left = [_compute_remaining_now(facts, *both) for both in zip(taken, in_period, strict=True)]
-    left_now = min((one for one in left if one is not None), default=None)
+    of_lifetime = [_compute_remaining_divergence(facts, approved.max_epsilon, one) for one in taken]
+    of_period = [
+        _compute_remaining_divergence(facts, approved.max_epsilon_per_period, one + more)
+        for one, more in zip(in_period, reserved, strict=True)
+    ]
+    left = [*map(min, of_lifetime, of_period)]
     return Lifetime(
         order=facts.order,
         epsilon=_compute_epsilon_by_filter(facts, charged),
         with_reserved=_compute_epsilon_by_filter(facts, most),
         epsilon_pld=profile.epsilon_pld(charged, facts.delta),
         epsilon_rdp=profile.epsilon_rdp(charged, facts.delta),
-        remaining_epsilon=left_now,
-        period=facts.approved.period,
-        period_epsilon=_compute_epsilon_by_filter(facts, find_largest_charges(facts, period=facts.approved.period)),
-        reference_remaining_runs=_count_reference_runs(facts, left_now),
-        reference_runs_in_lifetime=_count_reference_runs(facts, left_in_lifetime),
+        remaining_epsilon=convert_infinite_to_none(min(left)),
+        period=approved.period,
+        period_epsilon=_compute_epsilon_by_filter(facts, _pick_largest_divergence(facts, in_period)),
+        reference_remaining_runs=_count_reference_runs(facts, min(left)),
+        reference_runs_in_lifetime=_count_reference_runs(facts, min(of_lifetime)),
         caps=facts.caps,
         runs=tuple(
             LifetimeRun(
@@ -235,7 +234,7 @@ def compute_lifetime(facts: LedgerFacts) -> Lifetime:
                 people=ArrivalRange.from_cohort(cohort, after, facts.arrivals),
                 epsilon=_compute_epsilon_by_filter(facts, one),
                 with_reserved=_compute_epsilon_by_filter(facts, with_held),
-                remaining_epsilon=of_cohort,
+                remaining_epsilon=convert_infinite_to_none(of_cohort),
             )
             for cohort, after, one, with_held, of_cohort in zip(
                 begins, [*begins[1:], None], spent, taken, left, strict=True
@@ -244,27 +243,20 @@ def compute_lifetime(facts: LedgerFacts) -> Lifetime:
     )
 
 
-def _compute_remaining_now(facts: LedgerFacts, taken: Counter[DpEvent], in_period: Counter[DpEvent]) -> float | None:
-    """Return the Renyi divergence that the caps for lifetime and period leave a cohort; None: there is no cap."""
-    caps = (facts.approved.max_epsilon, taken), (facts.approved.max_epsilon_per_period, in_period)
-    left = (_compute_remaining_divergence(facts, cap, used) for cap, used in caps)
-    return min((one for one in left if one is not None), default=None)
-
-
-def _compute_remaining_divergence(facts: LedgerFacts, cap: float | None, used: Counter[DpEvent]) -> float | None:
-    """Return the Renyi divergence that a cap leaves at the ledger's order; None: there is no cap."""
+def _compute_remaining_divergence(facts: LedgerFacts, cap: float | None, used: Counter[DpEvent]) -> float:
+    """Return the Renyi divergence that a cap leaves at the ledger's order; infinite if there is no cap."""
     if facts.frozen or facts.in_doubt:
         return 0.0
     if cap is None:
-        return None
+        return math.inf
     room = filter.compute_max_divergence(cap, order=facts.order, delta=facts.delta)
     return max(0.0, room - filter.compute_total_divergence(used, facts.order))
 
 
-def _count_reference_runs(facts: LedgerFacts, left: float | None) -> int | None:
-    """Return how many runs like the policy's reference have the divergence `left`; None: any number."""
+def _count_reference_runs(facts: LedgerFacts, left: float) -> int | None:
+    """Return how many runs like the policy's reference fit into the divergence `left`; None: no limit."""
     each = filter.compute_total_divergence([facts.reference.event], facts.order)
-    return None if left is None or each == 0 else math.floor(left / each)
+    return None if math.isinf(left) or each == 0 else math.floor(left / each)
 
 
 def compute_steps(facts: LedgerFacts, life: Lifetime) -> tuple[EpsilonStep, ...]:
