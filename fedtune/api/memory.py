@@ -188,7 +188,7 @@ def iter_rows(data: Data, *, at: str, widths: Collection[int] = ()) -> Iterator[
     Args:
         data: the table.
         at: the caller's name for the data, for error messages.
-        widths: the possible numbers of columns of an array, whose columns have no names; empty: any number.
+        widths: the numbers of columns that an array, whose columns have no names, may have; empty: any number.
 
     Raises:
         DataError: the object is not a table, or is an array of another width.
@@ -256,7 +256,7 @@ def split_inputs(data: Data, spec: DataSpec) -> tuple[list[Any], bool]:
 
 
 def _list_array_widths(spec: DataSpec) -> set[int]:
-    """Return the possible widths of an array with a run's columns x0, x1, ..., without and with its answer's column.
+    """Return the numbers of columns that an array may have: the run's x0, x1, ..., without or with the answer.
 
     The result is empty if the run has no such columns.
     """

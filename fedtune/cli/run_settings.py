@@ -77,9 +77,9 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
 
 
 def compose_for_one_site(words: Sequence[str], policy: Policy) -> RunConfig:
-    """Compose the configuration of a run over real sites at one of them, which has neither the lead's kit nor a roster.
+    """Compose a real-site run's configuration at a site, without the lead's kit or roster.
 
-    With `sites=[a,b]`, which selects the participating sites, each of them has this site's declared size.
+    `sites=[a,b]` selects the participating sites; all of them are given this site's declared size.
 
     Raises:
         ConfigError: a setting is invalid.

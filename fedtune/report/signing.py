@@ -89,10 +89,10 @@ def sign_report(report: Report, key: SigningKey) -> Report:
 
 
 def format_verify_command(report: Report) -> str:
-    """Return the command that makes every required comparison (docs/report.md) of the report in the current folder.
+    """Return the command that runs all required checks (docs/report.md) on the report in the current folder.
 
-    KEY stands for the signer's public key, and roster.json for the keys of a run's real sites.  An unsigned report can
-    be compared with neither.
+    KEY stands for the signer's public key; roster.json has the keys of a run's real sites.  An unsigned report has
+    neither option, because both check its signature.
     """
     if not report.signature:
         return "fedtune report verify report.json"

@@ -164,7 +164,10 @@ def compare_with_ledger(files: SiteFiles) -> tuple[VerifiedLedger | None, Differ
 
 
 def compute_remaining_epsilon(history: History) -> float:
-    """Compute the epsilon that the caps leave now, after all reservations."""
+    """Compute the epsilon that the caps leave now, after all reservations.
+
+    It equals the remaining Renyi divergence: at the ledger's order, the conversion only adds a constant.
+    """
     assert history.policy is not None
     return compute_remaining_divergence(history, history.policy, history.now())
 

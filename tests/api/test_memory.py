@@ -129,7 +129,7 @@ def _run_on_files(settings: Mapping[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize("progress", [None, False, 1])
-def test_simulate_refuses_a_progress_that_cannot_be_called(settings: dict[str, Any], progress: Any) -> None:
+def test_simulate_refuses_a_progress_callback_that_is_not_callable(settings: dict[str, Any], progress: Any) -> None:
     with pytest.raises(ConfigError, match=r"progress = .*: must be a function"):
         fedtune.simulate(settings=settings, sites=SITES, progress=progress)
     assert not Path(settings["tracking.output_dir"]).exists()
@@ -149,7 +149,7 @@ def test_evaluate_warns_of_training_records(settings: dict[str, Any], tmp_path: 
         run.evaluate(tmp_path / "new.csv")
 
 
-def test_simulate_names_unusable_rows_unless_they_may_be_skipped(settings: dict[str, Any]) -> None:
+def test_simulate_refuses_unusable_rows_unless_asked_to_skip_them(settings: dict[str, Any]) -> None:
     sites = {"north": make_tickets(60), "south": [*make_tickets(40), {"body": " ", "team": "sales"}]}
     with pytest.raises(DataError, match=r"south:41, column 'body' = 'blank': must not be blank"):
         fedtune.simulate(settings=settings, sites=sites)

@@ -241,7 +241,7 @@ def add_drift(run: Report) -> Report:
 
 
 def use_up_room(ledger: Report, *, left: float, in_lifetime: int = 0) -> Report:
-    """The same ledger after so much that no run like the policy's reference fits what is left now."""
+    """The ledger with so much spent that no reference run fits now; `in_lifetime` still fit under the lifetime cap."""
     (site,) = ledger.sites
     fits = {"reference_remaining_runs": 0, "reference_runs_in_lifetime": in_lifetime}
     lifetime = replace(site.lifetime, remaining_epsilon=left, with_reserved=6.0 - left, **fits)

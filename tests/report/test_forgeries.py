@@ -384,7 +384,7 @@ CRAFTED = {
 
 
 @pytest.mark.parametrize("defect", CRAFTED)
-def test_sent_settings_of_another_form_are_rejected_with_a_reason(run: Deployed, defect: str) -> None:
+def test_malformed_sent_settings_are_rejected_with_a_reason(run: Deployed, defect: str) -> None:
     facts = begin_in_adapter(run.facts)
     text = json.dumps(CRAFTED[defect](json.loads(facts.sent)))
     name = f"{facts.name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
@@ -889,7 +889,7 @@ def test_verdict_of_the_independent_verifier_follows_from_its_own_epsilon() -> N
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "1", '"text"', "{", '{"schema_version": 10, "facts": []}'])
-def test_independent_verifier_refuses_what_is_no_report(text: str, tmp_path: Path, capsys: Any) -> None:
+def test_independent_verifier_refuses_malformed_reports(text: str, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "report.json").write_text(text)
     for path in (tmp_path, tmp_path / "absent", tmp_path / ("x" * 300)):
         assert verify_report.main([str(path)]) == 1

@@ -358,14 +358,14 @@ def test_sign_off_states_the_limits_of_a_decision_first(a_ledger_report: Make, l
     assert (
         read_parts(render_page("used_up", language)) == read_parts(render_page("no_run_fits", language)) == (True, True)
     )
-    assert read_parts(render_page("no_run_now", language)) == (True, False), "no limit is in the way next year"
+    assert read_parts(render_page("no_run_now", language)) == (True, False), "the next period has room again"
     assert read_parts(render.render(a_ledger_report(), language=language)) == (False, False), "of a real site"
     exceeded = BudgetVerdict(state="exceeded", reasons=("above_lifetime_cap",))
     assert read_parts(render.render(a_ledger_report(verdict=exceeded), language=language)) == (False, True)
 
 
 def test_questions_about_people_are_asked_first(a_report: Make) -> None:
-    """fedtune ensures the others in a simulation, and real sites leave all of them open."""
+    """With real sites, all assumptions are open, and page 1 has room for four questions."""
     open_ones = (replace(one, status="assumed") for one in a_report().assumptions)
     asked = Words(replace(a_report(), assumptions=tuple(open_ones)), load_catalog("en")).assumptions()
     assert [one.code for one in asked[:2]] == ["one_record_is_one_unit", "units_at_one_site_only"]

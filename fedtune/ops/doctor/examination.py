@@ -42,7 +42,7 @@ class Examination:
     kit_folder: Path  # the folder of the site's kit
     site_toml: Path  # the path of the policy
     model: Path | None = None  # a base model to install first, as an argument of `install_model`
-    # composes the settings of a run to preview, for this site; None: no run was given
+    # composes the configuration of the run to preview; None: no preview
     run: Callable[[Policy], RunConfig] | None = None
     timeout_s: float = 10.0  # timeout of each connection
     kit: Kit = field(init=False)

@@ -426,9 +426,10 @@ def preview_run(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy,
 
 
 def check_run_records(config: RunConfig, *, policy: Policy, folder: Path, log: PrivateLog) -> Iterator[DoctorCheck]:
-    """Check that a run with these settings can use the records of its data set; nothing if the policy lacks the set.
+    """Check that a run with these settings can use the site's records; yield nothing if the policy does not list the
+    run's data set.
 
-    Of the records that the run would skip, such as those with an undeclared label, only the private log has the number.
+    The number of records that the run would skip, such as those with an undeclared label, is in the private log alone.
     """
     if config.data.dataset not in {dataset.id for dataset in policy.dataset}:
         return
