@@ -178,7 +178,10 @@ class FederationRun:
         if self.config.resume is not None:
             for round in dict(self._checkpoints.list_requests(after=state.round)):
                 listener.note(warn_of_interrupted_round(round))
-            return replace(state, data_changed=tuple(sorted({*state.data_changed, *changed})))
+            state = replace(state, data_changed=tuple(sorted({*state.data_changed, *changed})))
+            if state.data_changed:
+                listener.note(_warn_of_changed_records(state.data_changed))
+            return state
         adapter = self.shared.first_adapter()
         listener.on_preparing("scoring the model before training", 0, 0)
         measured = self.shared.evaluate_final(adapter)
@@ -254,3 +257,10 @@ class FederationRun:
             template=template,
             test_rows=len(shared.test.records) if shared.test else None,
         )
+
+
+def _warn_of_changed_records(sites: Sequence[str]) -> str:
+    return (
+        f"The records of {', '.join(sites)} have changed since the run started: its epsilon holds for each version of "
+        "the records separately, and its scores may belong to different records."
+    )

@@ -130,10 +130,6 @@ class Display:
         if state.round:
             over = should_stop(state.rounds, federation, primary_metric=self._config.primary_metric)
             self._print_text(f"{'the run had ended' if over else 'resuming'} after round {state.round}")
-        if state.data_changed:
-            which = ", ".join(state.data_changed)
-            now = f"The records of {which} have changed since the run started"
-            self._print_text(f"{now}: its epsilon holds for each version of the records separately.", style="yellow")
         total, left = federation.num_rounds * len(federation.active), self._estimate_time_left(state)
         said = self._format_round(state.round + 1, 0)
         self._task = self._progress.add_task(said, total=total, completed=self._done, left=left)

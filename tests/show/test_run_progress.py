@@ -114,7 +114,7 @@ def run_comparison(
     start = {"digest": "ab" * 32, "head": False, "from": "first", "dataset": "letters", "unit": "record", "delta": 1e-5}
     for spent in ({"epsilon": 3.0}, {"epsilon": None}, {"epsilon": "unknown"}, {"epsilon": None, "public": True}):
         yield f"a start that spent {spent}", show_rounds(config, start_adapter=start | spent)
-    yield "other records than when it began", show_rounds(config, round=1, data_changed=("site-2",))
+    yield "a resumed run", show_rounds(config, round=1)
     yield "noise that drowns the records", show_rounds(config, of=make_model(100_000, keeps_states=False))
     one_round = replace(config, federation=replace(config.federation, num_rounds=1))
     yield "frozen layers that run once for each record", show_rounds(one_round, of=make_model(keeps_states=False))
