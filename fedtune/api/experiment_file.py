@@ -186,7 +186,9 @@ def require_no_missing_values(settings: Mapping[str, Any]) -> None:
     """
     if left := [*_iter_missing_keys(settings)]:
         key, *others = left
-        bound = "replace ??? in the experiment file" if "[" in key else f"add {key}=VALUE"
+        bound = (
+            f"set {key.partition('[')[0]} in the experiment file or the settings" if "[" in key else f"add {key}=VALUE"
+        )
         more = f" (also missing: {', '.join(others)})" if others else ""
         raise ConfigError(key, "", f"is required{more}: {bound}")
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, time
 from decimal import Decimal
@@ -34,7 +35,8 @@ TRAIN_FILE = f"{IN_MEMORY}/sites/{SITE}.jsonl"
 """`data.train_file` of a run on in-memory records."""
 DETECTED = ("own.jsonl", "own.yaml")
 """File names of the pooled records and of the settings detected from them, in `write_private_files`'s folder."""
-_LEAD_FILES = {name: f"{IN_MEMORY}/{name}.jsonl" for name in ("validation", "test")}
+LEAD_FILES = {name: f"{IN_MEMORY}/{name}.jsonl" for name in ("validation", "test")}
+"""The lead's data files of a run on in-memory records."""
 _BY_SITES = ("data.train_file", "data.partition", "federation.num_sites", "federation.site_names")
 _UNNAMED = re.compile(r"x\d+")  # name of a column of an array
 _MAX_LEVELS, _MAX_DIGITS = 64, 300  # of a cell
@@ -42,7 +44,9 @@ _SHARES = {"validation": 0.1, "test": 0.2}
 
 
 @contextmanager
-def write_private_files(sites: Mapping[str, Data], *, validation: Data = None, test: Data = None) -> Iterator[Path]:
+def write_private_files(
+    sites: Mapping[str, Data], *, validation: Data = None, test: Data = None, widths: set[int]
+) -> Iterator[Path]:
     """Write a run's in-memory records to private files for `resolve_file`, and delete the files on exit.
 
     Error messages name the site, "validation" or "test" instead of the private file.
@@ -51,12 +55,14 @@ def write_private_files(sites: Mapping[str, Data], *, validation: Data = None, t
         sites: records by site name.
         validation: the lead's validation records.
         test: the lead's test records.
+        widths: as for `iter_rows`.
 
     Yields:
         The private folder.
 
     Raises:
-        DataError: an object is not a table, or a value cannot be written as JSON.
+        DataError: an object is not a table, two arrays differ in their number of columns, or a value cannot be written
+            as JSON.
     """
     if not isinstance(sites, Mapping) or not sites:
         bound = 'must map each site to its records: {"north": frame, "south": frame}'
@@ -66,13 +72,13 @@ def write_private_files(sites: Mapping[str, Data], *, validation: Data = None, t
     require("sites", ", ".join(names), len({*names}) == len(names), "must be distinct names")
     tables = {TRAIN_FILE.replace(SITE, str(site)): (str(site), data) for site, data in sites.items()}
     others = {"validation": validation, "test": test}
-    tables |= {_LEAD_FILES[name]: (name, data) for name, data in others.items() if data is not None}
+    tables |= {LEAD_FILES[name]: (name, data) for name, data in others.items() if data is not None}
     shown = {file: name for file, (name, _) in tables.items()}
     shown |= dict(zip(DETECTED, ("sites", "detected settings"), strict=True))
     with make_private_folder() as folder, _rename_files_in_errors(folder, shown):
         (folder / IN_MEMORY / "sites").mkdir(parents=True, mode=0o700)
         for file, (name, data) in tables.items():
-            write_rows(folder / file, data, at=name)
+            write_rows(folder / file, data, at=name, widths=widths)
         token = memory_folder.set(folder)
         try:
             yield folder
@@ -100,13 +106,13 @@ def write_data_file(data: Data, spec: DataSpec) -> Iterator[str]:
         The path of the file.
 
     Raises:
-        DataError: the object is not a table, or an array has other columns than the run's.
+        DataError: the object is not a table, or an array has the wrong number of columns.
     """
     if isinstance(data, str | os.PathLike):
         yield os.fspath(data)
         return
     with make_private_folder() as folder, _rename_files_in_errors(folder, {"data.jsonl": "data"}):
-        write_rows(folder / "data.jsonl", data, at="data", widths=_list_array_widths(spec))
+        write_rows(folder / "data.jsonl", data, at="data", widths=list_array_widths(spec))
         yield str(folder / "data.jsonl")
 
 
@@ -149,14 +155,14 @@ def build_in_memory_settings(settings: Settings, *, of_recipe: bool, validation:
     own |= {"data.partition.sites": {}, "data.partition.proportions": []}
     for name, is_given in given.items():
         if is_given:
-            own |= {f"data.{name}_file": _LEAD_FILES[name], f"data.{name}_fraction": 0.0}
+            own |= {f"data.{name}_file": LEAD_FILES[name], f"data.{name}_fraction": 0.0}
         elif of_recipe and f"data.{name}_file" not in said:
             own |= {f"data.{name}_file": None, f"data.{name}_fraction": _SHARES[name]}
     own |= {"data.train_fraction": 1.0, "data.dataset": "own"} if of_recipe else {}
     return {key: value for key, value in own.items() if key not in said}
 
 
-def write_rows(path: Path, data: Data, *, at: str, widths: Collection[int] = ()) -> None:
+def write_rows(path: Path, data: Data, *, at: str, widths: set[int]) -> None:
     """Write records as JSON Lines to a new file of mode 0600.
 
     Args:
@@ -182,16 +188,17 @@ def _require_mapping(row: Any, at: str) -> None:
         raise DataError(at, type(row).__name__, "must be a mapping from column to value")
 
 
-def iter_rows(data: Data, *, at: str, widths: Collection[int] = ()) -> Iterator[Any]:
+def iter_rows(data: Data, *, at: str, widths: set[int]) -> Iterator[Any]:
     """Yield the rows of in-memory data of any supported type.
 
     Args:
         data: the table.
         at: the caller's name for the data, for error messages.
-        widths: the numbers of columns that an array, whose columns have no names, may have; empty: any number.
+        widths: the numbers of columns that an array, whose columns have no names, may have.  If the set is empty, the
+            first row of an array sets the number.
 
     Raises:
-        DataError: the object is not a table, or is an array of another width.
+        DataError: the object is not a table, has a duplicate column, or is an array of the wrong width.
     """
     if isinstance(data, tuple) and len(data) == 2 and not isinstance(data[0], Mapping):
         yield from _iter_labeled_rows(*data, at=at, widths=widths)
@@ -205,34 +212,45 @@ def iter_rows(data: Data, *, at: str, widths: Collection[int] = ()) -> Iterator[
             raise DataError(
                 at, "a mapping without columns", "must map each column to its values, or be a list of dicts"
             )
-        values = [_convert_to_list(one, at=at) for one in columns]
+        names, values = _list_column_names(data, at=at), [_convert_to_list(one, at=at) for one in columns]
         if len({len(one) for one in values}) > 1:
             raise DataError(at, "columns of different lengths", "must have one value for each row in each column")
         for cells in zip(*values, strict=True):
-            yield dict(zip(map(str, data), cells, strict=True))
+            yield dict(zip(names, cells, strict=True))
     elif hasattr(data, "itertuples"):  # pandas
-        names = [str(name) for name in data.columns]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise DataError(f"{at}, column {twice!r}", "a duplicate column", "must have distinct column names")
+        names = _list_column_names(data.columns, at=at)
         for cells in data.itertuples(index=False, name=None):
             yield dict(zip(names, cells, strict=True))
     elif callable(getattr(data, "iter_rows", None)):  # polars
         yield from data.iter_rows(named=True)
     elif callable(getattr(data, "to_batches", None)):  # a table of Arrow
+        _list_column_names(data.column_names, at=at)
         yield from (row for batch in data.to_batches() for row in batch.to_pylist())
     elif callable(getattr(data, "to_pylist", None)):  # a batch
+        _list_column_names(data.schema.names if hasattr(data, "schema") else [], at=at)
         yield from data.to_pylist()
+    elif (
+        fields := getattr(getattr(data, "dtype", None), "names", None)
+    ) and data.ndim == 1:  # numpy's structured array
+        yield from iter_rows({name: data[name] for name in fields}, at=at, widths=widths)
     elif (dimensions := getattr(data, "ndim", 0)) >= 1:
         yield from _convert_to_list(data, at=at) if dimensions == 1 else _iter_feature_rows(data, at=at, widths=widths)
     elif hasattr(data, "__arrow_c_stream__"):
         require_extra(at, NOT_GIVEN, "data", "pyarrow")
         import pyarrow
 
-        yield from iter_rows(pyarrow.table(data), at=at)
+        yield from iter_rows(pyarrow.table(data), at=at, widths=widths)
     elif isinstance(data, Iterable) and not hasattr(data, "ndim"):  # a Hugging Face data set, or an iterable of rows
         yield from data
     else:
         raise DataError(at, type(data).__name__, _FORMS)
+
+
+def _list_column_names(columns: Iterable[Any], *, at: str) -> list[str]:
+    names = [str(name) for name in columns]
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+        raise DataError(f"{at}, column {twice!r}", "a duplicate column", "must have distinct column names")
+    return names
 
 
 def split_inputs(data: Data, spec: DataSpec) -> tuple[list[Any], bool]:
@@ -244,18 +262,18 @@ def split_inputs(data: Data, spec: DataSpec) -> tuple[list[Any], bool]:
         The inputs, and whether they are table rows (True) or texts (False).
 
     Raises:
-        DataError: the object contains neither texts nor a table, or is an array with other columns than the run's.
+        DataError: the object contains neither texts nor a table, or is an array with the wrong number of columns.
     """
     if data is None or isinstance(data, str):
         return [data], False
-    widths = _list_array_widths(spec)
+    widths = list_array_widths(spec)
     inputs = list(data) if isinstance(data, tuple) else list(iter_rows(data, at="data", widths=widths))
     if inputs and all(isinstance(one, list | tuple) for one in inputs):
         inputs = list(_iter_feature_rows(inputs, at="data", widths=widths))
     return inputs, bool(inputs) and all(isinstance(one, Mapping) for one in inputs)
 
 
-def _list_array_widths(spec: DataSpec) -> set[int]:
+def list_array_widths(spec: DataSpec) -> set[int]:
     """Return the numbers of columns that an array may have: the run's x0, x1, ..., without or with the answer.
 
     The result is empty if the run has no such columns.
@@ -265,7 +283,7 @@ def _list_array_widths(spec: DataSpec) -> set[int]:
     return {1 + max(int(name[1:]) for name in names) for names in found if names}
 
 
-def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str, widths: Collection[int]) -> Iterator[dict[str, Any]]:
+def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str, widths: set[int]) -> Iterator[dict[str, Any]]:
     """Yield the rows of scikit-learn's (X, y): columns x0, x1, ... or `text` for X, and one column for y.
 
     The column for y is `target` for floats and `label` for all other types, unless y is a named pandas series.  A data
@@ -277,8 +295,9 @@ def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str, widths: Collection
     is_float = kind == "f" if kind else bool(values) and all(type(one) is float for one in values)
     column = str(getattr(answers, "name", None) or ("target" if is_float else "label"))
     is_listed = isinstance(inputs, Sequence) and not (inputs and isinstance(inputs[0], Mapping))
-    is_array = is_listed or (hasattr(inputs, "ndim") and not hasattr(inputs, "itertuples"))
-    rows = list(_iter_feature_rows(inputs, at=at, widths=widths) if is_array else iter_rows(inputs, at=at))
+    is_named = hasattr(inputs, "itertuples") or getattr(getattr(inputs, "dtype", None), "names", None)
+    is_array = is_listed or (hasattr(inputs, "ndim") and not is_named)
+    rows = list((_iter_feature_rows if is_array else iter_rows)(inputs, at=at, widths=widths))
     if len(rows) != len(values):
         bound = f"must have one value for each of the {len(rows)} rows of X"
         raise DataError(f"{at}, y", f"{len(values)} values", bound)
@@ -289,15 +308,17 @@ def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str, widths: Collection
         yield {**row, column: value}
 
 
-def _iter_feature_rows(inputs: Any, *, at: str, widths: Collection[int]) -> Iterator[dict[str, Any]]:
+def _iter_feature_rows(inputs: Any, *, at: str, widths: set[int]) -> Iterator[dict[str, Any]]:
     """Yield the rows of an array: features x0, x1, ... for a 2-D array, `text` for a list of strings."""
     for number, one in enumerate(_convert_to_list(inputs, at=at), 1):
         if isinstance(one, str):
             yield {"text": one}
         elif isinstance(one, list | tuple) and not any(isinstance(cell, list | tuple) for cell in one):
-            if widths and len(one) not in widths:
+            if not widths:
+                widths.add(len(one))
+            if len(one) not in widths:
                 columns = " or ".join(map(str, sorted(widths)))
-                bound = f"must have the columns of the training, in their order: {columns}"
+                bound = f"must have as many columns as every site and the training data: {columns}"
                 raise DataError(f"{at}:{number}", pluralize(len(one), "column"), bound)
             yield {f"x{place}": cell for place, cell in enumerate(one)}
         else:

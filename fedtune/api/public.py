@@ -308,9 +308,11 @@ def compare(runs: Mapping[str, Run], data: Data = None, *, progress: Callback = 
     from fedtune.runs.model_comparison import compare_runs
     from fedtune.runs.saved_model import BASE
 
-    is_named = isinstance(runs, Mapping) and all(isinstance(run, Run) for run in runs.values())
+    is_named = isinstance(runs, Mapping) and all(
+        isinstance(run, Run) and isinstance(name, str) for name, run in runs.items()
+    )
     if not is_named or not runs or BASE in runs:  # the name of the base model in the result
-        bound = f"must map at least one name to a fedtune.Run, and {BASE} is reserved for the base model"
+        bound = f"must map at least one string to a fedtune.Run, and {BASE} is reserved for the base model"
         raise ConfigError("runs", [*runs], bound)
     finished = {name: (run.config, run.adapter) for name, run in runs.items()}
     spec = next(iter(runs.values())).config.data
@@ -387,9 +389,12 @@ def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: 
 
             model_card.write_report_and_card(folder, language=config.report.language)
             tracked.finish(result, folder)
-    except BaseException:
+    except BaseException as error:
         if files.saved_checkpoints:
             page.stop()
+            error.add_note(
+                f'To resume, pass settings={{"resume": {str(folder)!r}}}, and the same records in memory, if any.'
+            )
         elif made:
             files.remove(made)  # nothing ran: leave nothing behind
         raise
@@ -528,7 +533,8 @@ class Run:
         if not is_table:
             return [Record(self._model.parse_text_fields(one, at="text")) for one in inputs]
         with write_data_file(inputs, self.config.data) as file:
-            return read_prompts(self.config, file, key="data")
+            records = read_prompts(self.config, file, key="data")
+        return [replace(record, file="data") for record in records]  # the private file is gone
 
     def evaluate(self, data: Data, *, progress: Callback = ignore_progress) -> ComparedModels:
         """Evaluate the adapter and its base model on records; see `fedtune.evaluate`."""

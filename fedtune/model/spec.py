@@ -171,8 +171,9 @@ class LoraSpec:
         check_positive("alpha", self.alpha)
         if isinstance(self.target_modules, str):
             check_one_of("target_modules", self.target_modules, ("all-linear",))
-        elif not self.target_modules or not all(self.target_modules):
-            raise ConfigError("target_modules", self.target_modules, "must name at least one module")
+        elif not self.target_modules or not all(self.target_modules) or "all-linear" in self.target_modules:
+            bound = "must list at least one module name, or be the text all-linear"
+            raise ConfigError("target_modules", self.target_modules, bound)
         if self.layers is not None and not self.layers:
             raise ConfigError("layers", self.layers, "must name at least one layer; use null for all layers")
         if self.alternate and (self.kind != "lora" or not self.train_a):

@@ -52,7 +52,7 @@ def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def read(data: Any) -> list[dict[str, Any]]:
     with memory.make_private_folder() as folder:
-        memory.write_rows(folder / "rows.jsonl", data, at="data")
+        memory.write_rows(folder / "rows.jsonl", data, at="data", widths=set())
         return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
 
 
@@ -78,23 +78,28 @@ def test_simulate_trains_on_in_memory_tables_of_two_sites(settings: dict[str, An
     assert fedtune.load(run.folder).report().epsilon == run.privacy.epsilon
 
 
-def test_interrupted_in_memory_run_resumes_with_the_same_records(settings: dict[str, Any], private: Path) -> None:
+def test_interrupted_in_memory_run_resumes_and_warns_of_changed_records(
+    settings: dict[str, Any], private: Path
+) -> None:
     settings["federation.num_rounds"] = 2
 
     def interrupt(event: fedtune.Progress) -> None:
         if event.stage == "round":
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as interrupted:
         fedtune.simulate(sites=SITES, settings=settings, progress=interrupt)
     assert list(private.iterdir()) == []
     resume = {"resume": settings["tracking.output_dir"] / "run"}
+    assert f'pass settings={{"resume": {str(resume["resume"])!r}}}' in interrupted.value.__notes__[0]
     with pytest.raises(DataError, match=r"in-memory/sites/north\.jsonl'.*: pass it again \(sites="):
         fedtune.simulate(settings=resume)
     with pytest.raises(ConfigError, match="must name the sites of the run: north, south"):
         fedtune.simulate(settings=resume, sites={"north": SITES["north"]})
-    run = fedtune.simulate(settings=resume, sites=SITES)
+    with pytest.warns(UserWarning, match="The records of south have changed since the run started: its epsilon holds"):
+        run = fedtune.simulate(settings=resume, sites={**SITES, "south": SITES["north"]})
     assert [entry.round for entry in run.rounds] == [1, 2]
+    assert "data_changed" in run.result.final.findings
 
 
 def test_recipe_with_in_memory_records_keeps_its_model(settings: dict[str, Any]) -> None:
@@ -171,16 +176,33 @@ def test_simulate_trains_on_arrays_with_declared_ranges(settings: dict[str, Any]
     assert run.predict_proba(inputs[:3]).shape == (3, 2)
     assert len(run.predict(inputs[:3])) == 3
     wider = np.column_stack([inputs[:, 1], inputs])  # without names, the first two columns would be taken
+    resume = {"resume": run.folder}
+    for more in ({"a": (inputs, labels), "b": (wider, labels)}, {"a": (wider, labels), "b": (wider, labels)}):
+        with pytest.raises(DataError, match=r"^[ab]:1 = '3 columns': must have as many columns as every site"):
+            fedtune.simulate(settings=resume, sites=more)
+    with pytest.raises(DataError, match=r"^b:1 = '3 columns': must have as many columns as every site .*: 2$"):
+        fedtune.simulate(settings=settings | ranges, sites={"a": (inputs, labels), "b": (wider, labels)})
+    more = {"a": (wider, labels), "b": (wider, labels)}
+    with pytest.raises(
+        ConfigError, match=r"^sites = '3 columns': must be only those that data\.features uses, 2: remove"
+    ):
+        fedtune.simulate(settings=settings | ranges, sites=more)
+    with pytest.raises(DataError, match=r"^test:1 = '3 columns'"):
+        fedtune.simulate(settings=settings | ranges, sites={"a": (inputs, labels)}, test=(wider, labels))
+    with pytest.raises(ConfigError, match=r"^test = 'records': must be omitted, as in the run's first call$"):
+        fedtune.simulate(settings=resume, sites=dict.fromkeys("ab", (inputs, labels)), test=(inputs, labels))
     for use in (run.predict_proba, run.predict, lambda rows: run.evaluate((rows, labels[: len(rows)]))):
         for rows in (wider[:3], wider[:3, :1]):
-            with pytest.raises(
-                DataError, match=r"^data:1 = '\d columns?': must have the columns .*, in their order: 2$"
-            ):
+            with pytest.raises(DataError, match=r"^data:1 = '\d columns?': must have as many columns as .*: 2$"):
                 use(rows)
     with pytest.raises(DataError, match=r"2$"):
         run.predict(wider[:3].tolist())
     frame = pandas.DataFrame(wider[:3], columns=["more", "x0", "x1"])
-    np.testing.assert_array_equal(run.predict_proba(frame), run.predict_proba(inputs[:3]))
+    named = np.array([(row[1], row[0]) for row in inputs[:3]], dtype=[("x1", float), ("x0", float)])
+    for by_name in (frame, named):
+        np.testing.assert_array_equal(run.predict_proba(by_name), run.predict_proba(inputs[:3]))
+    with pytest.raises(DataError, match=r"^data:1, feature:x0 = "):
+        run.predict_proba(np.array([[np.nan, 1]]))
 
 
 class Frame:
@@ -236,6 +258,11 @@ def test_iter_rows_converts_scikit_learn_arrays_to_columns() -> None:
     assert read((inputs, np.array([3]))) == [{"x0": 1.5, "x1": 2.0, "label": 3}]
     assert read((inputs, np.array([3.5]))) == [{"x0": 1.5, "x1": 2.0, "target": 3.5}]
     assert read((["a text"], ["x"])) == [{"text": "a text", "label": "x"}]
+    named = np.array([(1.5, 2.0)], dtype=[("b", float), ("a", float)])
+    assert read(named) == [{"b": 1.5, "a": 2.0}]
+    assert read((named, [3])) == [{"b": 1.5, "a": 2.0, "label": 3}]
+    dated = np.array([("2026-03-14",)], dtype=[("when", "datetime64[ns]")])
+    assert read(dated) == [{"when": "2026-03-14T00:00:00"}]
     assert read((np.array(["a text"]), ["x"])) == [{"text": "a text", "label": "x"}]
     with pytest.raises(DataError, match=r"data, y = '1 values': must have one value for each of the 2 rows of X"):
         read((np.eye(2), [1]))
@@ -311,6 +338,11 @@ def make_nested() -> dict[str, Any]:
         ([{"a": b"image"}], r"data:1, column 'a' = 'bytes': .*need a file"),
         ([{"1": 1, 1: 2}], r"data:1 = 'a duplicate column': must have distinct column names"),
         (pandas.DataFrame([[1, 2]], columns=["a", "a"]), r"data, column 'a' = 'a duplicate column'"),
+        ({1: ["a"], "1": ["b"]}, r"data, column '1' = 'a duplicate column'"),
+        (pyarrow.Table.from_arrays([[1], [2]], names=["a", "a"]), r"data, column 'a' = 'a duplicate column'"),
+        (pyarrow.RecordBatch.from_arrays([[1], [2]], names=["a", "a"]), r"data, column 'a' = 'a duplicate column'"),
+        (([[1, 2], [1]], [0, 1]), r"data:2 = '1 column': must have as many columns as every site"),
+        (np.zeros((1, 1), dtype=[("a", float)]), "data:1 = 'list': must be a text, or a row of numbers"),
         (np.array(3), "data = 'ndarray': must be a data frame"),
         ({"a": np.array(3)}, "data = 'int': must be a list or an array"),
         ((np.eye(2), np.array(3)), "data, y = 'int': must be a list or an array"),

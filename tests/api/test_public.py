@@ -116,8 +116,8 @@ def test_runs_are_compared_on_the_same_records(run: fedtune.Run) -> None:
     assert comparison.estimate("tuned", "accuracy").value == pytest.approx(run.metrics["accuracy"])
     difference = comparison.compare_models("base", "tuned").difference
     assert difference.low <= difference.value <= difference.high
-    for models in ({}, {"base": run}, [run], {"tuned": run.folder}):
-        with pytest.raises(ValueError, match=r"must map at least one name to a fedtune\.Run, and base is reserved"):
+    for models in ({}, {"base": run}, [run], {"tuned": run.folder}, {1: run}):
+        with pytest.raises(ValueError, match=r"must map at least one string to a fedtune\.Run, and base is reserved"):
             fedtune.compare(models)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"score = 'precision': must be one of accuracy"):
         comparison.compare_models("base", "tuned", "precision")

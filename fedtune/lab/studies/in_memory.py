@@ -20,12 +20,20 @@ from fedtune.api.compose import (
     require_known_settings,
 )
 from fedtune.api.experiment_file import is_path
-from fedtune.api.memory import DETECTED, TRAIN_FILE, Data, build_in_memory_settings, write_private_files
-from fedtune.api.public import Callback, Run, ignore_progress
-from fedtune.config import read_saved_config
+from fedtune.api.memory import (
+    DETECTED,
+    LEAD_FILES,
+    TRAIN_FILE,
+    Data,
+    build_in_memory_settings,
+    list_array_widths,
+    write_private_files,
+)
+from fedtune.api.public import Callback, Run, ignore_progress, warn_at_caller
+from fedtune.config import RunConfig, read_saved_config
 from fedtune.data.bad_rows import NONE_LEFT_OUT
 from fedtune.data.partition import count_units
-from fedtune.formatting import flatten
+from fedtune.formatting import flatten, pluralize
 from fedtune.lab.preparation import experiment_writer
 from fedtune.lab.preparation.detect import detect_columns
 from fedtune.lab.preparation.detected_file import KINDS, OPTIONS
@@ -102,26 +110,43 @@ def simulate(
         if validation is not None or test is not None:
             raise ConfigError("sites", NOT_GIVEN, "is missing: validation= and test= require sites=")
         return public.simulate(recipe, said, progress=progress, cache=cache)
-    with write_private_files(sites, validation=validation, test=test) as folder:
+    earlier = said.get("resume") or said.get("renew")
+    known = read_saved_config(Path(earlier)) if earlier else None
+    given = {"validation": validation is not None, "test": test is not None}
+    widths = list_array_widths(known.data) if known else set[int]()
+    with write_private_files(sites, validation=validation, test=test, widths=widths) as folder:
         names = [str(site) for site in sites]
-        if {"resume", "renew"}.isdisjoint(said):
-            given = {"validation": validation is not None, "test": test is not None}
-            recipe, said = _complete_settings(recipe, said, names, given, folder)
+        if known is None:
+            recipe, said = _complete_settings(recipe, said, names, given, folder, widths)
         else:
-            known = read_saved_config(Path(said.get("resume") or said["renew"]))
-            if known.data.train_file != TRAIN_FILE:
-                bound = f"must be omitted: the run reads data.train_file = {known.data.train_file}"
-                raise ConfigError("sites", names, bound)
-            if set(names) != set(known.federation.names):
-                bound = f"must name the sites of the run: {', '.join(known.federation.names)}"
-                raise ConfigError("sites", names, bound)
+            _require_same_inputs(known, names, given)
         return public.simulate(recipe, said, progress=progress, cache=cache)
 
 
+def _require_same_inputs(known: RunConfig, sites: list[str], given: Mapping[str, bool]) -> None:
+    """Check that the records given to a resumed or renewed run belong to its in-memory inputs."""
+    if known.data.train_file != TRAIN_FILE:
+        bound = f"must be omitted: the run reads data.train_file = {known.data.train_file}"
+        raise ConfigError("sites", sites, bound)
+    if set(sites) != set(known.federation.names):
+        raise ConfigError("sites", sites, f"must name the sites of the run: {', '.join(known.federation.names)}")
+    for name, file in LEAD_FILES.items():
+        if given[name] and getattr(known.data, f"{name}_file") != file:
+            raise ConfigError(name, "records", "must be omitted, as in the run's first call")
+
+
 def _complete_settings(
-    recipe: Recipe | None, said: dict[str, Any], sites: list[str], given: Mapping[str, bool], folder: Path
+    recipe: Recipe | None,
+    said: dict[str, Any],
+    sites: list[str],
+    given: Mapping[str, bool],
+    folder: Path,
+    widths: set[int],
 ) -> tuple[Recipe | None, dict[str, Any]]:
-    """Return the recipe and the complete settings of a run on the in-memory records in `folder`."""
+    """Return the recipe and the complete settings of a run on the in-memory records in `folder`.
+
+    The run must use every column of an array (`widths`), so that its model reads arrays of this width only.
+    """
     named = said.pop("experiment", None) if recipe is None else recipe
     is_shipped = isinstance(named, str) and not is_path(named)
     own = build_in_memory_settings(said, of_recipe=is_shipped, **given)
@@ -134,6 +159,9 @@ def _complete_settings(
     states_sizes = any(f"{key}.".startswith("data.declared_sizes.") for key, _ in flatten(said))
     measured = (is_detected or is_shipped) and not states_sizes
     config = compose_recipe(named, {**said, "data.declared_sizes": 2} if measured else said)
+    if (used := list_array_widths(config.data)) and not widths <= used:
+        bound = f"must be only those that data.features uses, {max(used)}: remove the others from X"
+        raise ConfigError("sites", pluralize(max(widths), "column"), bound)
     if config.runtime.kind == "ray":
         raise ConfigError("runtime", "ray", "cannot be combined with records in memory: write them to files")
     if measured:
@@ -144,10 +172,8 @@ def _complete_settings(
     return named, said
 
 
-@contextmanager
-def _explain_for_python() -> Iterator[None]:
-    """Replace options of `fedtune data init` in error messages by the equivalent settings."""
-    named = list[str]()
+def _replace_options(text: str, named: list[str]) -> str:
+    """Replace options of `fedtune data init` by the equivalent settings, whose roles are appended to `named`."""
 
     def name_setting(option: re.Match[str]) -> str:
         if option[1] not in OPTIONS:  # --table, without a column
@@ -155,10 +181,17 @@ def _explain_for_python() -> Iterator[None]:
         named.append(OPTIONS[option[1]])
         return _COLUMNS + named[-1]
 
+    return re.sub(r"--([a-z][a-z-]*)( COLUMN\b)?", name_setting, text)
+
+
+@contextmanager
+def _explain_for_python() -> Iterator[None]:
+    """Name settings instead of options of `fedtune data init` in error messages."""
     try:
         yield
     except ConfigError as error:
-        key, bound = (re.sub(r"--([a-z][a-z-]*)( COLUMN\b)?", name_setting, said) for said in (error.key, error.bound))
+        named = list[str]()
+        key, bound = (_replace_options(said, named) for said in (error.key, error.bound))
         example = f'as in settings={{"data.columns": {{"{named[0]}": COLUMN}}}}' if named and key == error.key else ""
         raise type(error)(key, error.value, bound, remedy=error.remedy or example) from None
 
@@ -196,6 +229,8 @@ def suggest_experiment(folder: Path, settings: Settings, *, num_sites: int) -> t
     config = compose_run([f"experiment={base}", *words], changed=of_model)
     reader = load_reader(config.data, config.model, key="model.path", other="model=NAME")
     plan = experiment_writer.plan_experiment(found, reader, config, sites=num_sites)
+    if not chosen and (unread := [f"{column} ({why})" for column, why in found.unread]):
+        warn_at_caller(_replace_options(f"the run does not use these columns: {'; '.join(unread)}", []))
     # An unusable row is an error that names site and row, unless the caller sets data.on_bad_record.
     plan = replace(plan, model=named, model_path=of_model.get("model.path"), left_out=NONE_LEFT_OUT)
     file.write_text(experiment_writer.render_experiment(found, plan, file=file), encoding="utf-8")

@@ -73,7 +73,7 @@ def test_ranges_are_declared_globally_or_per_column(tmp_path: Path, labs_file: P
 def test_undeclared_ranges_are_requested_before_the_run(labs_file: Path, command: Any) -> None:
     assert command("data", "init", "labs.json", "--label", "diagnosis").code == 0
     others = ", ".join(f"data.features[{one}" for one in ("crp].range", "sex].categories", "states].range"))
-    said = f"data.features[age].range = '': is required (also missing: {others}): replace ??? in the experiment file"
+    said = f"data.features[age].range = '': is required (also missing: {others}): set data.features in the experiment"
     assert command("simulate", "experiment=./labs.yaml").failed().startswith(said)
     page = labs_file.read_text().replace('"age"], range: "???"', '"age"], range: [0, 60]')
     page = page.replace('"crp"], range: "???"', '"crp"], range: [0, 2000]')
