@@ -35,7 +35,7 @@ from fedtune.ops.files import act_as_owner
 from fedtune.ops.kits.kit_file import read_signing_key
 from fedtune.ops.services.site_state import lock_ledger
 from fedtune.privacy import events, filter
-from fedtune.privacy.accountant import format_epsilon
+from fedtune.privacy.accountant import format_epsilon, format_share
 from fedtune.privacy.keys import parse_public_key
 from fedtune.privacy.ledger.chain import Event, Head
 from fedtune.privacy.ledger.history import History
@@ -307,8 +307,8 @@ def _build_lifetime_section(history: History, figures: Lifetime) -> Section:
     fits = "" if runs is None else f": {pluralize(runs, 'run')} like the policy's reference"
     fits = ": nothing, because it is frozen" if history.is_frozen else fits
     rows = (
-        ("charged so far", format_epsilon(figures.epsilon), _format_share(share)),
-        (with_reserved, format_epsilon(figures.with_reserved), _format_share(reserved)),
+        ("charged so far", format_epsilon(figures.epsilon), format_share(share)),
+        (with_reserved, format_epsilon(figures.with_reserved), format_share(reserved)),
         ("cap", cap, "100 %" if share is not None else ""),
         (period, format_epsilon(figures.period_epsilon), ""),
         (f"left for new runs now{fits}", format_rounded_down(remaining), left),
@@ -325,7 +325,7 @@ def _build_arrivals_section(figures: Lifetime) -> Section:
         spent = map(format_epsilon, (one.epsilon, one.with_reserved))
         rows.append((load_catalog("en").arrivals([one.people]).unescape(), *spent, left))
     headings = ("people", "charged", "with reserves\nof open runs", "left for new runs")
-    note = "The cap applies to each row. The figures above are the largest of all rows."
+    note = "The cap applies to each row. The figures above are those of the most exposed row."
     return Section("By arrival", headings, rows, notes=[note] if rows else [])
 
 
@@ -379,7 +379,3 @@ def print_other_policy(cap: float | None, *, time: str) -> None:
 def format_event_time(event: Event) -> str:
     """Format an event's UTC time, truncated to seconds."""
     return f"{event.time[:19].replace('T', ' ')} UTC"
-
-
-def _format_share(share: float | None) -> str:
-    return "" if share is None else f"{math.ceil(share * 100 - 1e-9)} %"

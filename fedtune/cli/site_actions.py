@@ -32,7 +32,7 @@ from fedtune.ops.services.site_state import SiteState
 from fedtune.privacy.accountant import epsilon_pld, format_epsilon
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import format_requested_and_allowed
+from fedtune.privacy.release import Refused, format_requested_and_allowed
 from fedtune.show.budget_text import describe_contribution, describe_noise, describe_trust
 from fedtune.show.lines import to_printable, wrap_text
 from fedtune.show.terminal_tables import Section, build_key_value_section, print_json, require_confirmation, say, show
@@ -95,7 +95,12 @@ class SiteActions:
             raise RefusedError(f"the policy or the budget refuses this run: {'; '.join(rules)}")
         if not yes:
             require_confirmation("Approve this run?", otherwise="not approved: the run still waits")
-        self.state.open_ledger(self.files).approve(pending.proposal, **said)
+        ledger = self.state.open_ledger(self.files)
+        try:
+            ledger.approve(pending.proposal, **said)
+        except Refused as refused:  # in a new period, which only the server's time opens
+            why = ledger.explain_pending_period
+            raise RefusedError(f"{refused}: {why}" if why else str(refused)) from None
         self.state.remove_pending(pending.proposal)
         say("Approved, and recorded in the ledger. The run starts with the lead's next request.")
 

@@ -319,6 +319,17 @@ def format_epsilon(epsilon: float | None) -> str:
     return str(shown.quantize(Decimal("0.001"), rounding=ROUND_CEILING, context=_WIDE))
 
 
+def format_share(share: float | None) -> str:
+    """Format the spent share of a cap in percent, rounded up; "all" without noise, and empty without a cap.
+
+    >>> [format_share(share) for share in (None, 0.1001, math.inf)]
+    ['', '11 %', 'all']
+    """
+    if share is None:
+        return ""
+    return f"{math.ceil(share * 100 - 1e-9)} %" if math.isfinite(share) else "all"
+
+
 def format_factor(epsilon: float | None) -> str:
     """Format e^epsilon, the bound on the ratio of two probabilities, rounded up.
 

@@ -96,8 +96,8 @@ class CohortFigures:
 class Lifetime:
     """A ledger's budget figures over all runs; with several arrival cohorts, the figures of the most exposed cohort.
 
-    The remaining epsilon, and the remaining runs like the policy's reference, are what the caps for lifetime and period
-    leave on the report's date; `reference_runs_in_lifetime` ignores the period's cap.
+    Remaining epsilon and runs are under the lifetime and period caps on the report's date;
+    `reference_runs_in_lifetime` ignores the period cap.
     """
 
     order: float

@@ -102,7 +102,7 @@ NO_CAP = {"max_epsilon": float("inf")}
     ("policy", "limit"),
     [
         (LOW_FLOOR | {"budget": NO_CAP | {"max_epsilon_per_run": 2.0}}, ("max_epsilon_per_run", "at most 2")),
-        (LOW_FLOOR, ("max_epsilon", "at most 5, of which 0.0000 is spent")),
+        (LOW_FLOOR, ("max_epsilon", "at most 5, of which 0.0000 is spent or reserved")),
         ({"limits": {"min_noise_multiplier": 1.5}, "budget": NO_CAP}, ("min_noise_multiplier", "at least 1.5")),
     ],
     ids=["cap per run", "lifetime cap", "minimum noise"],

@@ -393,7 +393,7 @@ def test_doctor_compares_record_counts_in_words_only(home: Home) -> None:
         assert str(count) not in check.found + check.fix
 
 
-def test_doctor_names_a_file_that_is_unreadable_as_a_whole(home: Home) -> None:
+def test_doctor_fails_for_a_file_that_cannot_be_decoded(home: Home) -> None:
     text = home.records.read_text()
     home.records.write_bytes(text.encode("utf-16"))
     checks = home.examine_site(run=True)
@@ -410,6 +410,11 @@ def test_doctor_checks_that_a_run_can_use_the_records(home: Home, label: str, ro
     check = home.examine_site("data.labels=[well,unwell]", "data.declared_sizes=100")["run's records"]
     assert check.status is Status[status]
     assert label not in check.found + check.fix
+
+
+def test_doctor_skips_run_records_of_an_empty_data_set(home: Home) -> None:
+    home.records.write_text("letter,outcome\n")
+    assert home.examine_site(run=True)["run's records"].found == "skipped: data patients contains no record"
 
 
 def test_doctor_warns_of_few_unreadable_rows_and_fails_for_many(home: Home) -> None:
@@ -454,14 +459,15 @@ def test_doctor_reports_used_and_exhausted_budgets(home: Home) -> None:
     percent = checks["budget"].found.split(" %")[0]
     assert 0 < int(percent) < 100
     assert f"lifetime budget {percent} % spent before" in checks["run"].found
-    spent = checks["budget"].found.partition("epsilon ")[2].split(" ")[0]
-    home.change(budget={"max_epsilon": float(spent) + 0.01})
+    history = home.open().history
+    spent = history.epsilon(history.count_charges_and_reservations(history.now()))
+    home.change(budget={"max_epsilon": spent + 0.01})
     checks = home.examine_site(run=True)
     assert checks["budget"].status is Status.WARNING
     assert "room for 0 runs" in checks["budget"].found
     assert "max_epsilon (" in list_failures(checks)["run"]
     assert compute_exit_code(checks) == 3
-    home.change(budget={"max_epsilon": 100.0, "max_epsilon_per_period": float(spent) + 0.01})
+    home.change(budget={"max_epsilon": 100.0, "max_epsilon_per_period": spent + 0.01})
     found = home.examine_site()["budget"].found
     assert "room for 0 runs like the policy's reference: max_epsilon_per_period is at most" in found
 

@@ -69,6 +69,14 @@ def test_new_period_starts_only_when_both_clocks_have_reached_it(
     ) == int(opens)
 
 
+def test_refusal_without_the_server_says_how_to_open_the_period(full_ledger: Any, clock: Clock, path: Path) -> None:
+    clock.time, ledger = FEBRUARY, full_ledger(server=None)
+    assert charge(ledger, make_proposal(run="next", plan=ONE_ROUND)) is Reason.MAX_EPSILON_PER_PERIOD
+    assert "A lead's next request opens the next month. If the clock is right" in ledger.explain_pending_period
+    known = verify(path).history
+    assert (known.now(), known.explain_pending_period()) == (FEBRUARY, ""), "as for the next request"
+
+
 def test_server_clock_cannot_open_past_periods_one_by_one(full_ledger: Any, clock: Clock) -> None:
     """With a correct clock in June, a single day could otherwise spend each month's budget since January."""
     clock.time = JANUARY + timedelta(days=150)

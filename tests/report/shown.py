@@ -162,6 +162,7 @@ def build_reports() -> dict[str, Report]:
         "used_up": fill_report(use_up_room(ledger, left=0.0)),
         "no_run_fits": fill_report(use_up_room(ledger, left=0.3)),
         "no_run_now": fill_report(use_up_room(ledger, left=0.3, in_lifetime=4)),
+        "cohort_full": fill_report(use_up_room(add_arrivals(ledger), left=0.0)),
         "alike": fill_report(
             change_sites(run, [1, *[0] * 32], [run.sites[1].site, *(f"clinic-{n}" for n in range(1, 33))])
         ),

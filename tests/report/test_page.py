@@ -359,6 +359,7 @@ def test_sign_off_states_the_limits_of_a_decision_first(a_ledger_report: Make, l
         read_parts(render_page("used_up", language)) == read_parts(render_page("no_run_fits", language)) == (True, True)
     )
     assert read_parts(render_page("no_run_now", language)) == (True, False), "the next period has room again"
+    assert read_parts(render_page("cohort_full", language)) == (True, False), "other cohorts may have room"
     assert read_parts(render.render(a_ledger_report(), language=language)) == (False, False), "of a real site"
     exceeded = BudgetVerdict(state="exceeded", reasons=("above_lifetime_cap",))
     assert read_parts(render.render(a_ledger_report(verdict=exceeded), language=language)) == (False, True)
@@ -381,7 +382,9 @@ def test_page_one_shows_the_commands_and_key_for_verification(a_report: Make, la
         assert (model, start_command) == ("adapter/adapter_model.safetensors", "5656 5656 5656 5656")
         assert (command, len(digest)) == ("sha256sum report.json", 64)
         assert verify == signing.format_verify_command(report)
-        assert verify.endswith("report.json --key KEY" if report.signature else "report.json"), "of a simulation"
+        assert verify.endswith("report.json --key KEY" if report.signature else "report.json"), (
+            "simulations need no roster"
+        )
         assert (texts["unsigned"] in join_words(find_by_id(page, "page-1"))) == (report.signature is None)
         if report.signature:
             assert key_commands == [group_hex(key.public[:16])], "as kits and `report verify` write it"

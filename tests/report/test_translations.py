@@ -172,7 +172,7 @@ def test_every_translation_key_is_used() -> None:
     used |= {(section, f"{key}_{kind}") for section, key in by_kind for kind in CODES["kind"]}
     used |= {("verdict", f"{kept}{state}") for kept in ("", "kept_") for state in STATES}
     used |= {(section, state) for section in ("to_do", "publish") for state in STATES}
-    used |= {("to_do", code) for code in ("wait", "weigh", "full", "closed", "no_run_now")}
+    used |= {("to_do", code) for code in ("wait", "weigh", "full", "closed", "no_run_now", "cohort_full")}
     used |= {("verdict", kept + room) for kept in ("", "kept_") for room in get_args(verdicts.Room)}
     used |= {("hidden", f"question_{unit}") for unit in CODES["unit"]}
     used |= {("hidden", word) for word in ("well", "moderately", "poorly", "hardly")}

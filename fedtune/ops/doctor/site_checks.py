@@ -233,7 +233,7 @@ def _count_units(path: Path, dataset: Dataset, *, unit: str) -> tuple[int, int, 
 def _explain_unreadable_file(
     error: DataError, dataset: Dataset, *, name: str, block: str, log: PrivateLog, is_whole: bool = False
 ) -> tuple[str, str]:
-    """Return the finding and the fix for a data file that cannot be read as a whole (`is_whole`) or has unreadable
+    """Return the finding and the fix for a data file that is entirely unreadable (`is_whole`) or has unreadable
     records, without the text of the error.
 
     The text may reveal the number of records through a line number, or quote the first record as column names if the
@@ -249,7 +249,7 @@ def _explain_unreadable_file(
         fix = f"Name an existing column in `columns` of {block}; a CSV file must begin with a header."
         return f"{column} is not in every record{where}", fix
     if is_whole:
-        fix = f"Set `path` in {block} to a file in UTF-8, in a format and with an ending of docs/own_data.md."
+        fix = f"Set `path` in {block} to a file in UTF-8, of a type listed in docs/own_data.md."
         return f"the file cannot be read{where}", fix
     fix = "Fix or remove that record: each must be a complete JSON object or CSV row, in UTF-8, without blank values."
     return f"a record cannot be read{f' at {column}' if column else ''}{where}", fix
@@ -365,21 +365,22 @@ def check_budget(history: History, policy: Policy) -> DoctorCheck:
     """Check the remaining budget, and whether a run like the reference fits now."""
     name, cap = "budget", policy.budget.max_epsilon
     now = history.now()
-    taken = history.count_charges_and_reservations(now)
     if history.seeded:
         fix = "Do not use it for real records; the mark in the ledger is permanent."
         return build_warning(name, "a run used seeded noise, so this ledger gives no privacy guarantee", fix=fix)
     if why := history.explain_pending_period():
         fix = "Compare this machine's date with another clock, then `fedtune ledger confirm-date`."
         return build_warning(name, why, fix=fix)
-    epsilon = accountant.format_epsilon(history.epsilon(taken))
     if math.isinf(cap):
+        epsilon = accountant.format_epsilon(history.epsilon(history.count_charges_and_reservations(now)))
         status = f"no lifetime cap, so the policy guarantees nothing; epsilon {epsilon} is spent"
         return build_warning(name, status, fix="Set budget.max_epsilon in site.toml before you train on real records.")
     reference = policy.budget.reference.event
     runs = run_acceptance.count_remaining_runs(history, policy, reference, now)
     room = f"room for {runs} run{'' if runs == 1 else 's'} like the policy's reference"
-    status = f"{_format_cap_share(history, policy)} of the lifetime budget spent (epsilon {epsilon} of {cap:g}); {room}"
+    whose = " in the most exposed cohort" if policy.population.arrivals else ""
+    share = _format_cap_share(history, policy)
+    status = f"{share} of the lifetime budget of epsilon {cap:g} is spent or reserved{whose}; {room}"
     try:
         run_acceptance.require_usable_ledger(history)
         run_acceptance.require_run_room(history, policy, reference, now)
@@ -442,7 +443,10 @@ def check_run_records(config: RunConfig, *, policy: Policy, folder: Path, log: P
         yield build_skipped_check(name, f"data {data.dataset} cannot be read")
         return
     if not faults:
-        yield build_passed_check(name, "the run can use every record")
+        if used:
+            yield build_passed_check(name, "the run can use every record")
+        else:
+            yield build_skipped_check(name, f"data {data.dataset} contains no record")
         return
     where = log.write_entry(f"{name}: {faults.build_error()}")
     fix = "Compare labels, ranges and columns of the run's settings with the file (the log names the reasons)."
@@ -491,4 +495,4 @@ def _format_cap_share(history: History, policy: Policy, *, also: Plan | None = N
         history, max(taken, key=history.divergence), cap=policy.budget.max_epsilon
     )
     assert share is not None, "a finite cap"
-    return f"{math.ceil(share * 100 - 1e-9)} %" if math.isfinite(share) else "all"
+    return accountant.format_share(share)

@@ -442,7 +442,10 @@ class History:
         )
 
     def count_remaining_charges(self, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
-        """Count the mechanisms that are reserved for open runs but not charged yet."""
+        """Count the mechanisms that are reserved for open runs but not charged yet.
+
+        `now`, the ledger's time, may be behind the clock: a clock that is ahead releases no reservation.
+        """
 
         def count_for_cohort(number: int) -> Counter[DpEvent]:
             total: Counter[DpEvent] = Counter()
@@ -509,14 +512,18 @@ class History:
             return clock
         return max(last, min(clock, reported)) if reported_period == last_period else last
 
-    def explain_pending_period(self, *, server: datetime | None = None) -> str:
+    def explain_pending_period(self, *, server: datetime | None = None, time: datetime | None = None) -> str:
         """Explain why the budget period of the current date has not begun, or has passed, and how to open it.
 
         The text is empty if the ledger is in the period, and not more than a day ahead of this machine's clock.
+
+        Args:
+            server: the server's time, if known.
+            time: the ledger's time, if a charge counts for another one than that of `now`.
         """
         if self.policy is None or self.last_time is None:
             return ""
-        clock, time, period = self.machine_clock, self.now(server=server), self.policy.budget.period
+        clock, time, period = self.machine_clock, time or self.now(server=server), self.policy.budget.period
         if self.last_time - clock > _LARGEST_CLOCK_ERROR:
             return (
                 f"this machine's clock says {clock:%Y-%m-%d %H:%M} UTC, and the ledger's newest event is from "
@@ -526,9 +533,11 @@ class History:
         if not self.caps_periods or compute_period_number(clock, period) <= compute_period_number(time, period):
             return ""
         server_time = f", the server's time is {server:%Y-%m-%d %H:%M}" if server else ""
+        is_next = compute_period_number(clock, period) == compute_period_number(time, period) + 1
+        waits = f"A lead's next request opens the next {period}. " if is_next and server is None else ""
         return (
             f"this machine's clock says {clock:%Y-%m-%d %H:%M} UTC{server_time}, and the ledger's newest event is from "
-            f"{self.last_time:%Y-%m-%d}: charges count for the {period} of {time:%Y-%m-%d}. {_HOW_TO_CONFIRM}"
+            f"{self.last_time:%Y-%m-%d}: charges count for the {period} of {time:%Y-%m-%d}. {waits}{_HOW_TO_CONFIRM}"
         )
 
     def covers_receipt(

@@ -149,8 +149,9 @@ def require_budget_room(
     for reason, cap, used, room in _iter_rooms(history, policy, admitted, held=held, now=now):
         # Not `>`: a divergence that is NaN must be refused.
         if not history.divergence(used + asked) <= room:
-            would, now_at = history.epsilon(used + asked), history.epsilon(used)
-            raise Refused(reason, requested=f"{would:.4f}", allowed=f"at most {cap:g}, of which {now_at:.4f} is spent")
+            would, taken = history.epsilon(used + asked), history.epsilon(used)
+            allowed = f"at most {cap:g}, of which {taken:.4f} is spent or reserved"
+            raise Refused(reason, requested=f"{would:.4f}", allowed=allowed)
 
 
 def find_max_rounds(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> int:

@@ -294,7 +294,7 @@ class SiteLedger:
     @property
     def explain_pending_period(self) -> str:
         """Explanation of why the current budget period has not begun, and how to open it; empty if it has begun."""
-        return self.history.explain_pending_period(server=self._store.server_time)
+        return self.history.explain_pending_period(server=self._store.server_time, time=self._store.now())
 
     def sign_receipt(self, run: str, *, lead: str = "", reply: str = "") -> Receipt:
         """Sign a receipt for the charges of a lead's run, optionally with the digest of the accompanying reply."""

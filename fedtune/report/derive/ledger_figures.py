@@ -99,7 +99,7 @@ def _pick_largest_divergence(facts: LedgerFacts, found: Collection[Counter[DpEve
 
 
 def count_charges_to_cohort(facts: LedgerFacts, cohort: int | None, *, period: str | None = None) -> Counter[DpEvent]:
-    """Return all charges of a cohort; None: the charges of all cohorts together."""
+    """Count a cohort's charges, optionally only in the current `period`; None: of all cohorts together."""
     plans, total, owed = map_plans_by_run(facts), Counter[DpEvent](), _find_last_charge_with_lost_rows(facts)
     now = None if period is None else compute_period_number(datetime.fromisoformat(facts.date), period)
     for number, entry in enumerate(facts.charges):

@@ -407,7 +407,7 @@ def compute_meaning(
 
 
 def _bound_right_guesses(spent: Spent | None, epsilon: float, delta: float) -> tuple[float, float | None]:
-    """Bound the correct guesses out of 100 from (epsilon, delta), and from the charges' curve if they are given."""
+    """Bound the correct guesses out of 100 from (epsilon, delta), and from the PLD of `spent` if given."""
     ceiling = bound_correct_guesses_per_100(epsilon, delta)
     found = None if spent is None else bound_correct_of_100(spent)
     # Both bounds hold for every attack; the curve's coarse grid may slightly exceed a ceiling from the fine grid.

@@ -39,7 +39,7 @@ CODES: Mapping[str, Mapping[Any, Sequence[str]]] = tomllib.loads(
 )
 REASONS: Mapping[State, Sequence[str]] = CODES["reasons"]  # state -> the reasons for it, the worst state first
 WORST_FIRST: tuple[State, ...] = tuple(REASONS)
-Room = Literal["closed", "used_up", "no_run_fits", "no_run_now"]
+Room = Literal["closed", "used_up", "no_run_fits", "no_run_now", "cohort_full"]
 _MAX_EPSILON = 1e3  # far above any bound that canaries can prove
 _AUDIT_DIGITS = 5e-6  # relative tolerance: the bisection for a bound may end elsewhere on another machine
 _LAST_DIGITS = 1e-9  # relative tolerance: two ways to compute the same epsilon may differ by rounding
@@ -80,6 +80,8 @@ def explain_missing_room(report: Report) -> Room | None:
         return None
     if life.reference_runs_in_lifetime != 0:
         return "no_run_now"  # until the next period
+    if life.cohorts:
+        return "cohort_full"  # a run may admit others
     return "used_up" if is_used_up else "no_run_fits"
 
 

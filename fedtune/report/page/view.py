@@ -190,7 +190,7 @@ class Words:
     def assumptions(self) -> tuple[Assumption, ...]:
         """Return all violated assumptions, and as many unconfirmed ones as page 1 has room to ask about.
 
-        Those about people come first, because fedtune cannot ensure them.
+        Assumptions with an `if_not` text come first.
         Without a guarantee no question is asked, because no answer could change the result.
         """
         found = self.report.assumptions
