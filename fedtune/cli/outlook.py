@@ -281,7 +281,7 @@ def _build_policy_section(verdict: DryRun, outlook: PlanForecast) -> Section:
         of = "no lifetime cap" if math.isinf(verdict.max_epsilon) else f"a lifetime cap of {verdict.max_epsilon:g}"
         ledger = "Its ledger" if verdict.ledger == "read" else "No ledger next to the policy. A new ledger"
         runs = verdict.remaining_runs
-        left = "" if runs is None else f" Room for {pluralize(runs, 'run')} like this one now."
+        left = "" if runs is None else f" Room now for {pluralize(runs, 'run')} like this one."
         taken, epsilon_after = format_epsilon(verdict.committed_epsilon), format_epsilon(verdict.epsilon_after)
         notes.append(f"{ledger}: epsilon {taken} spent, {epsilon_after} with this run, by the filter, and {of}.{left}")
     if rows:

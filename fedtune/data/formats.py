@@ -309,8 +309,8 @@ def _get_storage_type(kind: Any) -> Any:
 
 
 def _replace_types(kind: Any, replace: Callable[[Any], Any], *, decode: bool = False) -> Any:
-    """Replace some types within an Arrow type, including types in lists and structs; `decode` also removes
-    dictionaries.
+    """Replace some types within an Arrow type, including types in lists and structs; `decode` also decodes
+    dictionary types.
     """
     import pyarrow
     from pyarrow import types

@@ -126,7 +126,7 @@ class DataSpec:
         check_one_of("windows", self.windows, range(1, _MAX_WINDOWS + 1))
         check_at_least("stride", self.stride, 0)
         if self.windows > 1 and self.stride > (self.max_length - 2) // 2:
-            raise ConfigError("stride", self.stride, "must be at most half of a window of data.max_length")
+            raise ConfigError("stride", self.stride, "must be at most (data.max_length - 2) / 2")
         check_fraction("heldout_fraction", self.heldout_fraction, zero=True)
         check_fraction("train_fraction", self.train_fraction, one=True)
         for name in ("validation", "test"):

@@ -69,7 +69,7 @@ class Drawn:
     num_units: int  # number of units in the data set
 
     def estimate(self, model: str, score: str, *, judged: str | None = None) -> Estimate:
-        """Return a model's score with its confidence interval; `judged` is that of `compare_scores`."""
+        """Return a model's score with its confidence interval; `judged` as in `compare_scores`."""
         value, draws = self.values[model][score], self.draws[model][score]
         interval = _estimate(value, draws)
         if (judged or score) not in _TOO_LOW or not math.isfinite(interval.low):

@@ -276,7 +276,7 @@ def _require_enough_updates(replies: RoundReplies, lead: Lead, round: int) -> No
     if len(lead.declared_sizes) - len(final) < least:
         hint = "; interrupted rounds are charged: set federation.spare_rounds" if _is_plan_spent(replies, lead) else ""
         raise RefusedError(f"round {round}: refused by a policy or budget; {too_few}{hint}")
-    raise RunError(f"round {round}: {too_few}; the checkpoint of round {round - 1} can be resumed")
+    raise RunError(f"round {round}: {too_few}; resume from the checkpoint of round {round - 1}")
 
 
 def _announce_end(transport: Transport, lead: Lead, state: LeadState, *, adapter: Adapter | None) -> LeadState:

@@ -139,7 +139,7 @@ class SecureAggregator:
                 pairs = sorted(" and ".join(sorted(pair)) for pair in self._accused)
                 accused = f"; wrong shares between {', '.join(pairs)}" if pairs else ""
                 before = f"as in round {', '.join(map(str, lost))}, and each round is charged{accused}"
-                raise RunError(f"{error}, {before}; the checkpoint of round {state.round} can be resumed") from None
+                raise RunError(f"{error}, {before}; resume from the checkpoint of round {state.round}") from None
             log.error("%s; continuing with the next round", error)
         failures = dict.fromkeys((site for site in replies.sites if site not in sites), NOT_SUMMED)
         return AggregationResult(adapter, sites, {**replies.failures, **failures}, strategy)

@@ -79,7 +79,7 @@ class RetryingGrid(ABC):
         closing: creates the rule that may end an exchange before its timeout.
     """
 
-    troubles: tuple[type[Exception], ...]
+    retryable_errors: tuple[type[Exception], ...]
     """Exceptions that the abstract methods raise while the server is unreachable or overloaded."""
 
     def __init__(
@@ -108,8 +108,8 @@ class RetryingGrid(ABC):
         """Yield the answers to `message_ids` that have arrived at the server."""
 
     @abstractmethod
-    def _recover(self, trouble: Exception, questions: Questions) -> None:
-        """Wait or reconnect after one of `troubles`; raise an error if a retry cannot help."""
+    def _recover(self, error: Exception, questions: Questions) -> None:
+        """Wait or reconnect after one of `retryable_errors`; raise an error if a retry cannot help."""
 
     def get_node_ids(self) -> Sequence[int]:
         return list(self._numbers.values())
@@ -132,8 +132,8 @@ class RetryingGrid(ABC):
                 at_work = sum(n in online and (pending.has_begun or not pending.idle) for n, pending in open_.items())
                 if closing.is_over(good=good, at_work=at_work, others=len(open_) - at_work):
                     break
-            except self.troubles as trouble:
-                self._recover(trouble, open_)
+            except self.retryable_errors as error:
+                self._recover(error, open_)
             else:
                 time.sleep(_POLL_S)
         yield from [pending.provisional for pending in open_.values() if pending.provisional and not pending.has_begun]
@@ -201,7 +201,7 @@ class RetryingGrid(ABC):
     ) -> Iterator[Pulled]:
         try:
             yield from self._pull(message_ids, questions, left_s=left_s)
-        except self.troubles:
+        except self.retryable_errors:
             # The server delivers an answer only once, so an answer in transit is lost unless the question is repeated.
             for question in questions.values():
                 question.activation = ""
@@ -215,7 +215,7 @@ class _SuperLinkUnavailable(Exception):
 class FlowerGrid(RetryingGrid):
     """Grid of sites behind unmodified SuperNodes, over the public Grid that Flower passes to a ServerApp."""
 
-    troubles = (_SuperLinkUnavailable,)
+    retryable_errors = (_SuperLinkUnavailable,)
 
     def __init__(self, grid: Grid, sites: Mapping[str, bytes], **rules: Any) -> None:
         super().__init__(sites, **rules)
@@ -245,8 +245,8 @@ class FlowerGrid(RetryingGrid):
                 log.info("no answer (Flower error %d); repeating the question", answer.error.code)
             yield answer.metadata.reply_to_message_id, answer, answer.has_error()
 
-    def _recover(self, trouble: Exception, questions: Questions) -> None:
-        log.warning("the SuperLink cannot be reached (%s); trying again", trouble)
+    def _recover(self, error: Exception, questions: Questions) -> None:
+        log.warning("the SuperLink cannot be reached (%s); trying again", error)
         time.sleep(RECONNECT_S)
 
 

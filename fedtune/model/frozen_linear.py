@@ -34,8 +34,8 @@ def is_slow_on_cpu(dtype: str) -> bool:
 
 
 def depends_on_row_count(dtype: str, device: torch.device) -> bool:
-    """Whether a row's product depends on the number of rows, as in bfloat16 with AMX or without instructions for it,
-    and on CUDA in every tested format (simulations/gpu).
+    """Whether a row's product depends on the number of rows: below float32 on a CPU with AMX or without bfloat16
+    instructions, and on CUDA for every tested format (simulations/gpu).
     """
     amx = dtype in ("mixed", "bfloat16", "nf4") and torch.cpu._is_amx_tile_supported()
     return device.type == "cuda" or (device.type == "cpu" and (amx or is_slow_on_cpu(dtype)))

@@ -64,10 +64,10 @@ FIGURES = {
     ),
     "fedtune_site_epsilon_cap": Figure("Lifetime cap of the policy; infinite without a cap."),
     "fedtune_site_epsilon_remaining": Figure(
-        "Epsilon that the caps for lifetime and period leave for new runs now; infinite without a cap."
+        "Epsilon left for new runs now under the lifetime and period caps; infinite without a cap."
     ),
     "fedtune_site_remaining_runs": Figure(
-        "Number of runs like the policy's reference that these caps allow now; infinite without a cap."
+        "Number of runs like the policy's reference that fit now; infinite without a cap."
     ),
     "fedtune_server_sites": Figure("Number of sites in the roster, or with an open connection.", "which"),
     "fedtune_server_site_silent_seconds": Figure(

@@ -91,8 +91,8 @@ def sign_report(report: Report, key: SigningKey) -> Report:
 def format_verify_command(report: Report) -> str:
     """Return the command that runs all required checks (docs/report.md) on the report in the current folder.
 
-    KEY stands for the signer's public key; roster.json has the keys of a run's real sites.  An unsigned report has
-    neither option, because both check its signature.
+    KEY stands for the signer's public key; roster.json has the keys of a run's real sites.  Without a signature,
+    the command has neither option.
     """
     if not report.signature:
         return "fedtune report verify report.json"

@@ -376,7 +376,7 @@ def test_only_check_policy_accepts_an_incomplete_policy(words: tuple[str, ...], 
 
 
 def test_a_site_composes_a_run_over_real_sites_with_its_own_declared_size(site: Any) -> None:
-    """Declared sizes in the lead's file apply only to simulated sites."""
+    """Declared sizes in the experiment apply only to simulated sites."""
     policy = read_policy(site.site_toml)
     words = ["experiment=hospitals_abstracts", "sites=[north,south]", f"data.dataset={policy.dataset[0].id}"]
     size = policy.dataset[0].declared_size

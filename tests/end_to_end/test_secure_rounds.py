@@ -273,7 +273,7 @@ def test_two_rounds_without_a_sum_end_the_run(tmp_path: Path, monkeypatch: pytes
         "the sum of secure aggregation release 2 cannot be computed: 1 sites sent shares, but 2 are required"
         in outcome.failed(1)
     )
-    assert "as in round 1, and each round is charged; the checkpoint of round 1 can be resumed" in outcome.message
+    assert "as in round 1, and each round is charged; resume from the checkpoint of round 1" in outcome.message
 
 
 def test_run_without_any_sum_releases_the_reserved_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,7 @@ def test_reduced_precision_applies_only_to_layer_weights(
 
 
 @pytest.mark.skipif(
-    depends_on_row_count("mixed", torch.device("cpu")), reason="its kernels vary by row (sites/test_amx.py)"
+    depends_on_row_count("mixed", torch.device("cpu")), reason="kernels depend on the row count (sites/test_amx.py)"
 )
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(384, 1536), (1536, 384), (576, 192), (64, 32)])

@@ -300,7 +300,7 @@ def test_site_with_an_unwritable_ledger_is_not_ready(
     monkeypatch.setattr(site_service, "_LEDGER_S", 0.0)
     problems = iter(["", "ledger.db is full", "ledger.db is full", ""])
     loop = make_loop(None, tmp_path, threading.Event())
-    loop.trouble = lambda: next(problems)
+    loop.find_problem = lambda: next(problems)
     states = [loop._standing.check_current_state() for _ in range(4)]
     assert states == ["connected", "failing", "failing", "connected"]
     assert "failing" not in READY

@@ -65,7 +65,7 @@ def compute_total_variation(left: Values, right: Values) -> float:
     return float(np.abs(left - right).sum() / 2)
 
 
-def fits(values: npt.NDArray[np.int64], deviation: float) -> bool:
+def passes_chi_square(values: npt.NDArray[np.int64], deviation: float) -> bool:
     """Whether Pearson's chi-square test at one in a million passes, over cells with at least 20 expected values."""
     most = math.ceil(20 * deviation)
     exact = compute_site_outcomes(0.0, deviation, most=most)

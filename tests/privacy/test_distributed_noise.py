@@ -19,7 +19,13 @@ from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
 from fedtune.spec import ConfigError
 
-from .exact_sums import HALF_UP, compute_rounded_outcomes, compute_sum_outcomes, compute_total_variation, fits
+from .exact_sums import (
+    HALF_UP,
+    compute_rounded_outcomes,
+    compute_sum_outcomes,
+    compute_total_variation,
+    passes_chi_square,
+)
 
 Whole = npt.NDArray[np.int64]
 COUNT = 100_000
@@ -66,9 +72,9 @@ def test_total_noise_matches_the_accounted_distribution(sites: int) -> None:
     total = sum((share(FOUR, "site", site) for site in range(sites)), start=np.zeros(COUNT, dtype=np.int64))
     deviation = 8 * math.sqrt(sites)
     with_rounding = math.sqrt(sites * (64 + 1 / 12))
-    assert fits(total, with_rounding)
+    assert passes_chi_square(total, with_rounding)
     for wrong_deviation in (8.0, 8.0 * sites, 0.95 * deviation, 1.05 * deviation):
-        assert not fits(total, wrong_deviation)
+        assert not passes_chi_square(total, wrong_deviation)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -18,7 +18,7 @@ import fedtune.privacy
 import fedtune.training
 from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness, SystemRandomness, _apply_box_muller
 
-from .exact_sums import fits
+from .exact_sums import passes_chi_square
 
 COUNT = 100_000
 ONCE_IN_A_MILLION = 1e-6
@@ -55,9 +55,9 @@ def test_bernoulli_handles_extreme_rates_and_zero_draws() -> None:
 def test_rounded_normal_has_exact_cell_probabilities_at_small_deviations(deviation: float) -> None:
     values = stream("cells", str(deviation)).draw_rounded_normal(COUNT, deviation)
     assert values.dtype == np.int64
-    assert fits(values, deviation)
-    assert not fits(values, 0.9 * deviation)
-    assert not fits(values, 1.1 * deviation)
+    assert passes_chi_square(values, deviation)
+    assert not passes_chi_square(values, 0.9 * deviation)
+    assert not passes_chi_square(values, 1.1 * deviation)
 
 
 def test_rounded_normal_is_zero_without_deviation() -> None:

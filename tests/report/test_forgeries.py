@@ -104,7 +104,7 @@ class Deployed:
 
 
 def write_roster(path: Path, lead: SigningKey, **revoked: str) -> None:
-    """The roster of the three sites, with the times at which some were revoked."""
+    """Write the roster of the three sites, with the times at which some were revoked."""
     members = tuple(
         Member(
             site=site,

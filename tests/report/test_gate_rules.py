@@ -345,7 +345,7 @@ def test_run_without_defects_passes_all_rules(evidence: Evidence) -> None:
 
 
 @pytest.mark.parametrize("start", [PRE_TRAINING, {"public": True, "delta": 0.5, "epsilon": None}])
-def test_starts_that_do_not_count_violate_no_rule(start: dict[str, Any], evidence: Evidence) -> None:
+def test_public_start_adapters_violate_no_rule(start: dict[str, Any], evidence: Evidence) -> None:
     assert {check.state for check in judge_run(RULES, change_start(evidence, **start))} == {"passed"}
 
 

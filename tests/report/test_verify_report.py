@@ -367,7 +367,7 @@ def test_period_epsilon_counts_only_charges_within_the_period(a_ledger_report: M
         assert (found > 0) == (least > 0)
 
 
-def test_remaining_budget_is_what_the_caps_for_lifetime_and_period_leave_now(a_ledger_report: Make) -> None:
+def test_remaining_budget_respects_lifetime_and_period_caps(a_ledger_report: Make) -> None:
     facts = a_ledger_report().facts
     life = a_ledger_report().sites[0].lifetime
     assert life.reference_remaining_runs == life.reference_runs_in_lifetime > 0

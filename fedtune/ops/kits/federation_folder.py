@@ -274,7 +274,7 @@ def _complete_change(folder: Path) -> None:
     except ConfigError as error:
         raise error.in_file(path) from None
     except ValueError:
-        raise ConfigError("files", "another value", "must be base64-encoded bytes").in_file(path) from None
+        raise ConfigError("files", "invalid base64", "must be base64-encoded bytes").in_file(path) from None
 
 
 def _to_json_bytes(what: _Change | _RetiredKeys) -> bytes:

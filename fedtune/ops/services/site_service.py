@@ -78,12 +78,12 @@ class SiteService:
             state.open_ledger(files)
             process = cache(lambda: self._create_site_process(state))
             app = SiteApp(lambda settings: process().site(settings), name=files.policy.site)
-            trouble = partial(find_write_problem, files.ledger, *([files.anchor] if files.anchor else []))
+            find_problem = partial(find_write_problem, files.ledger, *([files.anchor] if files.anchor else []))
             if certificate is None:
                 place = self.site_toml.parent / files.policy.socket
-                _SocketLoop(app, state, self.health, stop, self.answered, trouble).run(place)
+                _SocketLoop(app, state, self.health, stop, self.answered, find_problem).run(place)
             else:
-                self._serve_over_network(app, state, stop, certificate=certificate, trouble=trouble)
+                self._serve_over_network(app, state, stop, certificate=certificate, find_problem=find_problem)
             log.info("the site has stopped", extra={"site": files.policy.site})
 
     def _serve_over_network(
@@ -93,7 +93,7 @@ class SiteService:
         stop: threading.Event,
         *,
         certificate: KitCertificate,
-        trouble: Callable[[], str],
+        find_problem: Callable[[], str],
     ) -> None:
         """Connect to the server and answer its messages until the site stops."""
         from fedtune.ops.wire.fleet import Fleet
@@ -110,7 +110,7 @@ class SiteService:
             return certificate.certificate.not_after
 
         try:
-            about: dict[str, Any] = {"until": renew_certificate, "answered": self.answered, "trouble": trouble}
+            about = dict[str, Any](until=renew_certificate, answered=self.answered, find_problem=find_problem)
             _Loop(fleet, bell, app, state, self.health, stop, **about).run()
         finally:
             self.health.update(state="stopping")
@@ -164,11 +164,11 @@ class _IdleHealth:
 
     Args:
         state: the site's state folder.
-        trouble: returns the reason why the ledger is not writable; empty if it is writable.
+        find_problem: returns the reason why the ledger is not writable; empty if it is writable.
     """
 
-    def __init__(self, state: SiteState, trouble: Callable[[], str]) -> None:
-        self._state, self._trouble = state, trouble
+    def __init__(self, state: SiteState, find_problem: Callable[[], str]) -> None:
+        self._state, self._find_problem = state, find_problem
         self._looked, self._said = -math.inf, ""
 
     def check_current_state(self) -> State:
@@ -179,7 +179,7 @@ class _IdleHealth:
         if self._state.paused_file.exists():
             return "paused"
         if time.monotonic() - self._looked > _LEDGER_S:
-            before, self._said, self._looked = self._said, self._trouble(), time.monotonic()
+            before, self._said, self._looked = self._said, self._find_problem(), time.monotonic()
             if self._said != before:
                 log.error("%s", self._said or "the ledger can be written again")
         return "failing" if self._said else "connected"
@@ -198,13 +198,13 @@ class _Loop:
     until: Callable[[], datetime]
     answered: Callable[[str], None] = lambda _: None
     # returns the reason why the ledger is not writable; empty if it is writable
-    trouble: Callable[[], str] = lambda: ""
+    find_problem: Callable[[], str] = lambda: ""
 
     _active, _rounds, _sent = False, 0, -math.inf
     _wait_s, _poll_s = 1.0, _POLL_S
 
     def __post_init__(self) -> None:
-        self._standing = _IdleHealth(self.state, lambda: self.trouble())
+        self._standing = _IdleHealth(self.state, lambda: self.find_problem())
 
     def run(self) -> None:
         while not self.stop.is_set() and not self.state.left_file.exists():
@@ -311,10 +311,10 @@ class _SocketLoop:
         health: Health,
         stop: threading.Event,
         answered: Callable[[str], None],
-        trouble: Callable[[], str],
+        find_problem: Callable[[], str],
     ) -> None:
         self._app, self._state, self._health, self._stop, self._answered = app, state, health, stop, answered
-        self._standing, self._rounds = _IdleHealth(state, trouble), 0
+        self._standing, self._rounds = _IdleHealth(state, find_problem), 0
 
     def run(self, place: Path) -> None:
         with listen_at(place) as server:

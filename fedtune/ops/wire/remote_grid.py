@@ -37,7 +37,7 @@ class RemoteGrid(RetryingGrid):
         rules: `hear` and `closing` of `RetryingGrid`.
     """
 
-    troubles = (httpx.HTTPError, inflating.ObjectPushError)
+    retryable_errors = (httpx.HTTPError, inflating.ObjectPushError)
 
     def __init__(
         self,
@@ -85,13 +85,13 @@ class RemoteGrid(RetryingGrid):
         asked_bytes = max(count_payload_bytes(question.question.content) for question in questions.values())
         return self._open_session.fetch_answers(message_ids, most_bytes=2 * asked_bytes + _SLACK_BYTES, most_s=left_s)
 
-    def _recover(self, trouble: Exception, questions: Questions) -> None:
-        if not isinstance(trouble, httpx.HTTPStatusError) or trouble.response.is_redirect or _is_temporary(trouble):
-            self._wait_for_server(trouble)
+    def _recover(self, error: Exception, questions: Questions) -> None:
+        if not isinstance(error, httpx.HTTPStatusError) or error.response.is_redirect or _is_temporary(error):
+            self._wait_for_server(error)
             return
         if self._session is None:
-            raise build_start_error(self._server, trouble) from trouble
-        log.warning("the server lost this run (%s); repeating the open questions", trouble.response.status_code)
+            raise build_start_error(self._server, error) from error
+        log.warning("the server lost this run (%s); repeating the open questions", error.response.status_code)
         self._close()
         for question in questions.values():
             question.message_ids.clear()
