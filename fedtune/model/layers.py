@@ -32,6 +32,7 @@ from typing import Any, cast
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -43,15 +44,18 @@ from fedtune.model.ia3_and_dora import scale_modules
 from fedtune.model.spec import LORA_A, LoraSpec
 from fedtune.spec import ConfigError
 
+_SUBSPACE_ITERATIONS, _OVERSAMPLING = 16, 8  # iterations, and extra directions that are discarded
+_SMALLEST_GAP = 1e-6  # between two singular values, relative to the largest
+
 
 def attach_adapters(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: bool, seed: int) -> PeftModel:
-    """Attach float32 adapters to `base`, already on its device, with random A matrices, and zeros for B and the scales.
+    """Attach float32 adapters to `base`, already on its device, with A as in `spec.init`; B and the scales are zero.
 
     Args:
         base: the frozen model; changed in place.
         spec: the kind of adapter and the target modules.
         predicts_tokens: selects PEFT's wrapper for causal language models.
-        seed: the seed of A's initial values, which are drawn on the CPU, so that they are identical on every device.
+        seed: the seed of A's initial values, which are computed on the CPU, so that they are equal on every device.
 
     Raises:
         ConfigError: for `lora.layers` or `lora.target_modules` outside the base, or for a `lora.rank` above the rank of
@@ -62,11 +66,45 @@ def attach_adapters(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: b
         torch.manual_seed(seed)
         model = get_peft_model(base, config)
     scale_modules(model)
+    if spec.init == "principal":
+        _set_principal_rows(model, seed=seed)
     if not spec.train_a:
         for name, parameter in model.named_parameters():
             if LORA_A in name:
                 parameter.requires_grad_(False)
     return model
+
+
+def _set_principal_rows(model: PeftModel, *, seed: int) -> None:
+    """Set every A to the leading right singular vectors of its module's frozen weights, with the norm of random rows.
+
+    They are the directions of the input to which the module responds most.  Subspace iteration in float64 from random
+    directions (Halko, Martinsson and Tropp 2011, arXiv 0909.4061) gives the same values on every machine, up to
+    rounding, which is amplified where singular values are equal or zero: such a module keeps its random rows.
+    """
+    draws = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        base, matrix = module.get_base_layer(), module.lora_A["default"].weight
+        weight = cast(torch.Tensor, base.weight).detach().to("cpu", torch.float64)
+        weight = weight.t() if isinstance(base, Conv1D) else weight
+        if len(matrix) > min(weight.shape) or not weight.isfinite().all():
+            continue
+        count = min(len(matrix) + _OVERSAMPLING, *weight.shape)
+        rows = torch.randn(count, weight.shape[1], dtype=torch.float64, generator=draws)
+        for _ in range(_SUBSPACE_ITERATIONS):
+            rows = torch.linalg.qr((rows @ weight.t() @ weight).t()).Q.t()
+        _, values, turned = torch.linalg.svd(weight @ rows.t(), full_matrices=False)
+        steps = torch.cat([values[: len(matrix) + 1], values.new_zeros(int(count == len(matrix)))])
+        if not (steps[:-1] - steps[1:] > _SMALLEST_GAP * values[0]).all():
+            continue
+        rows = (turned @ rows)[: len(matrix)]
+        # A singular vector's sign is arbitrary: its largest element is made positive.  PEFT's random elements have a
+        # variance of 1 / (3 inputs), so their rows have this norm.
+        signs = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)).sign()
+        with torch.no_grad():
+            matrix.copy_(signs * rows / math.sqrt(3))
 
 
 def _build_peft_config(base: nn.Module, spec: LoraSpec, predicts_tokens: bool) -> PeftConfig:

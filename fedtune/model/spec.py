@@ -117,8 +117,10 @@ class LoraSpec:
             stack of transformer layers are adapted, so tied embeddings, output layers and poolers stay frozen.
         layers: the transformer layers to adapt; negative numbers count from the end; null: all layers.
         rslora: true scales by alpha / sqrt(rank), Kalajdzievski 2023, arXiv 2312.03732.
-        train_a: false freezes every A at its random initial value (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313):
+        train_a: false freezes every A at its initial value (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313):
             averaging over sites is then exact, and noise enters B only.
+        init: initial values of A: "random", or "principal": the leading right singular vectors of the module's public
+            frozen weights (from PiSSA: Meng et al. 2024, arXiv 2404.02948).
         alternate: true trains every B in odd rounds and every A in even rounds (Chen et al. 2025, arXiv 2502.01755):
             averaging is exact in each round, and each matrix gets half of the noise.
     """
@@ -130,6 +132,7 @@ class LoraSpec:
     layers: tuple[int, ...] | None = None
     rslora: bool = False
     train_a: bool = True
+    init: Literal["random", "principal"] = "random"
     alternate: bool = False
 
     def get_frozen_name_part(self, round: int) -> str | None:
@@ -174,6 +177,8 @@ class LoraSpec:
         elif not self.target_modules or not all(self.target_modules) or "all-linear" in self.target_modules:
             bound = "must list at least one module name, or be the text all-linear"
             raise ConfigError("target_modules", self.target_modules, bound)
+        if self.init != "random" and self.kind not in ("lora", "dora"):
+            raise ConfigError("init", self.init, f"requires an adapter with a matrix A, not lora.kind={self.kind}")
         if self.layers is not None and not self.layers:
             raise ConfigError("layers", self.layers, "must name at least one layer; use null for all layers")
         if self.alternate and (self.kind != "lora" or not self.train_a):

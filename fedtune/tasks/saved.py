@@ -65,7 +65,7 @@ of the tensors.
 def save_task_model(model: TaskModel, folder: Path, *, private_to: str | None = None) -> None:
     """Write the adapter folder atomically.
 
-    Matrices that were frozen at random initial values (FFA-LoRA) are saved too, so that the folder is complete.
+    Matrices that were frozen at their initial values (FFA-LoRA) are saved too, so that the folder is complete.
     `private_to` names the site whose records trained the adapter without noise; None for the adapter of a run.
     """
     with replace_folder(folder) as complete:
@@ -298,9 +298,8 @@ class SavedAdapter:
                 raise AdapterError("it has non-finite values")
             for name, value in taken.items():
                 if not parameters[name].requires_grad and not np.allclose(value, here[name], atol=_TOLERANCE):
-                    raise AdapterError(
-                        f"the run does not train {name}, and its value differs (the adapter has seed {self.spec.seed})"
-                    )
+                    whose = f"the adapter has seed {self.spec.seed} and lora.init {self.spec.lora.init}"
+                    raise AdapterError(f"the run does not train {name}, and its value differs ({whose})")
         except (ConfigError, AdapterError) as error:
             raise ConfigError("model.adapter", str(self.folder), f"cannot be the starting point: {error}") from error
         return Adapter({name: start.tensors[name] for name in model.trainable()})

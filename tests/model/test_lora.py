@@ -2,12 +2,13 @@
 
 import json
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from peft import get_peft_model_state_dict
-from transformers import GPT2Config, GPT2Model
+from peft.tuners.lora import LoraLayer
+from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
 from fedtune.model.base_model import load_base
 from fedtune.model.ia3_and_dora import iter_peft_scales, merge_adapter
@@ -114,6 +115,64 @@ def test_adapter_can_be_disabled_saved_and_merged_by_peft(path: str, kind: str) 
     assert type(plain) is type(load_base(ModelSpec(path=path)))
     assert not any("scales" in name or "lora" in name for name, _ in plain.named_modules())
     assert torch.allclose(compute_outputs(plain), expected, rtol=1e-4, atol=1e-4)
+
+
+def compute_captured_share(weight: torch.Tensor, rows: torch.Tensor) -> float:
+    """Compute the energy of `weight` (out, in) along orthogonal rows, as a share of the most that they can capture."""
+    captured = (weight @ rows.detach().T / rows.detach().norm(dim=1)).square().sum()
+    return float(captured / torch.linalg.svdvals(weight)[: len(rows)].square().sum())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_principal_rows_are_the_leading_right_singular_vectors(kind: str) -> None:
+    spec = LoraSpec(kind=kind, rank=2, init="principal")
+    for seed in (0, 1):
+        base = load_base(ModelSpec(path="random:bert"))
+        plain = compute_outputs(base)
+        model = attach_adapters(base, spec=spec, predicts_tokens=False, seed=seed)
+        assert torch.equal(compute_outputs(model), plain)
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                rows = module.lora_A["default"].weight
+                assert torch.allclose(rows @ rows.T, torch.eye(2) / 3, atol=1e-6)
+                assert compute_captured_share(module.get_base_layer().weight, rows) > 0.999
+
+
+def test_principal_rows_do_not_depend_on_the_number_of_threads() -> None:
+    def read_rows(weight: torch.Tensor, threads: int, init: Literal["random", "principal"]) -> torch.Tensor:
+        config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=9)
+        base = LlamaModel(config).requires_grad_(False)
+        base.layers[0].mlp.up_proj.weight.data = weight
+        spec = LoraSpec(rank=4, init=init, target_modules=("up_proj",))
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        model = attach_adapters(base, spec=spec, predicts_tokens=False, seed=0)
+        torch.set_num_threads(before)
+        return next(one for name, one in model.named_parameters() if "lora_A" in name)
+
+    torch.manual_seed(0)
+    normal = torch.randn(64, 64)
+    low_rank, alike = normal[:, :3] @ normal[:3], torch.linalg.qr(normal).Q
+    for weight in (normal, low_rank, alike, torch.zeros(64, 64), torch.full((64, 64), math.nan)):
+        first, second = (read_rows(weight.clone(), threads, "principal") for threads in (1, 2))
+        assert torch.allclose(first, second, atol=1e-6)
+        assert torch.equal(first, read_rows(weight.clone(), 1, "random")) == (weight is not normal)
+
+
+def test_principal_init_handles_conv1d_and_skips_small_modules() -> None:
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, n_inner=4, vocab_size=50, n_positions=64)
+    torch.manual_seed(0)
+    spec = LoraSpec(rank=6, init="principal")
+    model = attach_adapters(GPT2Model(config), spec=spec, predicts_tokens=False, seed=0)
+    shares = dict[str, float]()
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            weight, rows = module.get_base_layer().weight.T, module.lora_A["default"].weight
+            assert torch.isfinite(rows).all()
+            shares[name.rpartition(".h.0.")[2]] = compute_captured_share(weight, rows)
+    assert shares["attn.c_attn"] > 0.995
+    assert shares["attn.c_proj"] > 0.995
+    assert shares["mlp.c_fc"] < 0.995, "6 rows, but weights of rank 4: the rows stay random"
 
 
 def test_dora_refuses_weights_with_a_zero_row() -> None:
