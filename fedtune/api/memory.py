@@ -223,15 +223,11 @@ def iter_rows(data: Data, *, at: str, widths: set[int]) -> Iterator[Any]:
             yield dict(zip(names, cells, strict=True))
     elif callable(getattr(data, "iter_rows", None)):  # polars
         yield from data.iter_rows(named=True)
-    elif callable(getattr(data, "to_batches", None)):  # a table of Arrow
-        _list_column_names(data.column_names, at=at)
-        yield from (row for batch in data.to_batches() for row in batch.to_pylist())
-    elif callable(getattr(data, "to_pylist", None)):  # a batch
-        _list_column_names(data.schema.names if hasattr(data, "schema") else [], at=at)
-        yield from data.to_pylist()
-    elif (
-        fields := getattr(getattr(data, "dtype", None), "names", None)
-    ) and data.ndim == 1:  # numpy's structured array
+    elif any(callable(getattr(data, name, None)) for name in ("to_batches", "to_pylist")):  # Arrow
+        _list_column_names(getattr(getattr(data, "schema", None), "names", ()), at=at)
+        batches = data.to_batches() if hasattr(data, "to_batches") else [data]
+        yield from (row for batch in batches for row in batch.to_pylist())
+    elif fields := _list_fields(data):
         yield from iter_rows({name: data[name] for name in fields}, at=at, widths=widths)
     elif (dimensions := getattr(data, "ndim", 0)) >= 1:
         yield from _convert_to_list(data, at=at) if dimensions == 1 else _iter_feature_rows(data, at=at, widths=widths)
@@ -251,6 +247,12 @@ def _list_column_names(columns: Iterable[Any], *, at: str) -> list[str]:
     if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         raise DataError(f"{at}, column {twice!r}", "a duplicate column", "must have distinct column names")
     return names
+
+
+def _list_fields(data: Any) -> tuple[str, ...]:
+    """Return the names of a structured array's fields; empty for any other object."""
+    names = getattr(getattr(data, "dtype", None), "names", None)
+    return tuple(names) if names and data.ndim == 1 else ()
 
 
 def split_inputs(data: Data, spec: DataSpec) -> tuple[list[Any], bool]:
@@ -295,8 +297,7 @@ def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str, widths: set[int]) 
     is_float = kind == "f" if kind else bool(values) and all(type(one) is float for one in values)
     column = str(getattr(answers, "name", None) or ("target" if is_float else "label"))
     is_listed = isinstance(inputs, Sequence) and not (inputs and isinstance(inputs[0], Mapping))
-    is_named = hasattr(inputs, "itertuples") or getattr(getattr(inputs, "dtype", None), "names", None)
-    is_array = is_listed or (hasattr(inputs, "ndim") and not is_named)
+    is_array = is_listed or (hasattr(inputs, "ndim") and not hasattr(inputs, "itertuples") and not _list_fields(inputs))
     rows = list((_iter_feature_rows if is_array else iter_rows)(inputs, at=at, widths=widths))
     if len(rows) != len(values):
         bound = f"must have one value for each of the {len(rows)} rows of X"

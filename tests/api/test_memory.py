@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas
 import pyarrow
+import pyarrow.dataset
 import pytest
 
 import fedtune
@@ -237,6 +238,7 @@ ROW = [{"text": "a", "n": 1}]
     [
         ROW,
         iter(ROW),
+        pyarrow.dataset.dataset(pyarrow.Table.from_pylist(ROW)),
         pandas.DataFrame(ROW),
         pandas.DataFrame(ROW).convert_dtypes(),
         pyarrow.Table.from_pylist(ROW),

@@ -70,7 +70,9 @@ def test_too_few_sites_end_the_run_and_keep_the_checkpoint(federation: Any, tamp
     fed = federation(num_rounds=2, min_sites=3)
     after_one = fed.run_until(1)
     tamper(lambda messages: messages[1:])
-    with pytest.raises(RunError, match=r"round 2: 2 of 3 sites .*min_sites = 3 .*site-1: no_reply.* checkpoint of round 1"):
+    with pytest.raises(
+        RunError, match=r"round 2: 2 of 3 sites .*min_sites = 3 .*site-1: no_reply.* checkpoint of round 1"
+    ):
         fed.run(after_one)
     loaded = fed.lead.checkpoints.load()
     assert loaded.round == 1
