@@ -186,9 +186,8 @@ def require_no_missing_values(settings: Mapping[str, Any]) -> None:
     """
     if left := [*_iter_missing_keys(settings)]:
         key, *others = left
-        bound = (
-            f"set {key.partition('[')[0]} in the experiment file or the settings" if "[" in key else f"add {key}=VALUE"
-        )
+        whole = key.partition("[")[0]  # the setting, if an entry of its list has no value
+        bound = f"add {key}=VALUE" if whole == key else f"set {whole} in the experiment file or the settings"
         more = f" (also missing: {', '.join(others)})" if others else ""
         raise ConfigError(key, "", f"is required{more}: {bound}")
 

@@ -394,9 +394,8 @@ class Ledger:
             if refused.reason in _ABOUT_TOTALS:
                 reason = f"{refused.reason}: epsilon would be {refused.requested} in total, {refused.allowed}"
             text = f"the release {proposal.run!r} exceeds the budget: {reason}; nothing was charged"
-            if refused.reason is Reason.MAX_EPSILON_PER_PERIOD and (why := self._site.explain_pending_period):
-                text = f"{text}: {why}"
-            raise RefusedError(text) from refused
+            why = self._site.explain_refusal(refused)
+            raise RefusedError(f"{text}: {why}" if why else text) from refused
 
     def _commit_reply(self, granted: Reservation, reply: bytes) -> bytes:
         self._site.commit(granted, reply)

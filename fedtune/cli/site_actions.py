@@ -99,7 +99,7 @@ class SiteActions:
         try:
             ledger.approve(pending.proposal, **said)
         except Refused as refused:  # in a new period, which only the server's time opens
-            why = ledger.explain_pending_period
+            why = ledger.explain_refusal(refused)
             raise RefusedError(f"{refused}: {why}" if why else str(refused)) from None
         self.state.remove_pending(pending.proposal)
         say("Approved, and recorded in the ledger. The run starts with the lead's next request.")

@@ -422,7 +422,7 @@ def _refuse(site: Site, request: Request | None, refused: Refused) -> Refusal:
         shown = f"{refused.requested or 'these settings'} (fedtune {request.software})"
         refused = Refused(refused.reason, requested=shown, allowed=f"{refused.allowed or 'others'} (fedtune {build()})")
     log.warning("site %s refused %s: %s", site.name, _describe_request(request), refused)
-    if refused.reason is Reason.MAX_EPSILON_PER_PERIOD and (why := site.ledger.explain_pending_period):
+    if why := site.ledger.explain_refusal(refused):
         log.warning("%s: %s", site.name, why)
     if request is not None:
         try:

@@ -96,8 +96,8 @@ def _set_principal_rows(model: PeftModel, *, seed: int) -> None:
         for _ in range(_SUBSPACE_ITERATIONS):
             rows = torch.linalg.qr((rows @ weight.t() @ weight).t()).Q.t()
         _, values, turned = torch.linalg.svd(weight @ rows.t(), full_matrices=False)
-        steps = torch.cat([values[: len(matrix) + 1], values.new_zeros(int(count == len(matrix)))])
-        if not (steps[:-1] - steps[1:] > _SMALLEST_GAP * values[0]).all():
+        gaps = -nn.functional.pad(values, (0, 1)).diff()[: len(matrix)]  # in descending order, with 0 at the end
+        if not (gaps > _SMALLEST_GAP * values[0]).all():
             continue
         rows = (turned @ rows)[: len(matrix)]
         # A singular vector's sign is arbitrary: its largest element is made positive.  PEFT's random elements have a

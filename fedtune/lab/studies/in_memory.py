@@ -172,8 +172,9 @@ def _complete_settings(
     return named, said
 
 
-def _replace_options(text: str, named: list[str]) -> str:
-    """Replace options of `fedtune data init` by the equivalent settings, whose roles are appended to `named`."""
+def _replace_options(text: str) -> tuple[str, list[str]]:
+    """Replace options of `fedtune data init` by the equivalent settings; return the text and the settings' roles."""
+    named = list[str]()
 
     def name_setting(option: re.Match[str]) -> str:
         if option[1] not in OPTIONS:  # --table, without a column
@@ -181,7 +182,7 @@ def _replace_options(text: str, named: list[str]) -> str:
         named.append(OPTIONS[option[1]])
         return _COLUMNS + named[-1]
 
-    return re.sub(r"--([a-z][a-z-]*)( COLUMN\b)?", name_setting, text)
+    return re.sub(r"--([a-z][a-z-]*)( COLUMN\b)?", name_setting, text), named
 
 
 @contextmanager
@@ -190,8 +191,8 @@ def _explain_for_python() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        named = list[str]()
-        key, bound = (_replace_options(said, named) for said in (error.key, error.bound))
+        (key, of_key), (bound, of_bound) = map(_replace_options, (error.key, error.bound))
+        named = of_key + of_bound
         example = f'as in settings={{"data.columns": {{"{named[0]}": COLUMN}}}}' if named and key == error.key else ""
         raise type(error)(key, error.value, bound, remedy=error.remedy or example) from None
 
@@ -230,7 +231,8 @@ def suggest_experiment(folder: Path, settings: Settings, *, num_sites: int) -> t
     reader = load_reader(config.data, config.model, key="model.path", other="model=NAME")
     plan = experiment_writer.plan_experiment(found, reader, config, sites=num_sites)
     if not chosen and (unread := [f"{column} ({why})" for column, why in found.unread]):
-        warn_at_caller(_replace_options(f"the run does not use these columns: {'; '.join(unread)}", []))
+        text, _ = _replace_options(f"the run does not use these columns: {'; '.join(unread)}")
+        warn_at_caller(text)
     # An unusable row is an error that names site and row, unless the caller sets data.on_bad_record.
     plan = replace(plan, model=named, model_path=of_model.get("model.path"), left_out=NONE_LEFT_OUT)
     file.write_text(experiment_writer.render_experiment(found, plan, file=file), encoding="utf-8")

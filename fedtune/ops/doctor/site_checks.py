@@ -443,10 +443,8 @@ def check_run_records(config: RunConfig, *, policy: Policy, folder: Path, log: P
         yield build_skipped_check(name, f"data {data.dataset} cannot be read")
         return
     if not faults:
-        if used:
-            yield build_passed_check(name, "the run can use every record")
-        else:
-            yield build_skipped_check(name, f"data {data.dataset} contains no record")
+        passed = build_passed_check(name, "the run can use every record")
+        yield passed if used else build_skipped_check(name, f"data {data.dataset} contains no record")
         return
     where = log.write_entry(f"{name}: {faults.build_error()}")
     fix = "Compare labels, ranges and columns of the run's settings with the file (the log names the reasons)."

@@ -519,7 +519,7 @@ class History:
 
         Args:
             server: the server's time, if known.
-            time: the ledger's time, if a charge counts for another one than that of `now`.
+            time: the time for which the next charge counts; None: `now(server=server)`.
         """
         if self.policy is None or self.last_time is None:
             return ""

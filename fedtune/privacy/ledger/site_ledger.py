@@ -296,6 +296,10 @@ class SiteLedger:
         """Explanation of why the current budget period has not begun, and how to open it; empty if it has begun."""
         return self.history.explain_pending_period(server=self._store.server_time, time=self._store.now())
 
+    def explain_refusal(self, refused: Refused) -> str:
+        """Explain to people at the site how to open the period whose cap refused a charge; empty for other refusals."""
+        return self.explain_pending_period if refused.reason is Reason.MAX_EPSILON_PER_PERIOD else ""
+
     def sign_receipt(self, run: str, *, lead: str = "", reply: str = "") -> Receipt:
         """Sign a receipt for the charges of a lead's run, optionally with the digest of the accompanying reply."""
         known = self.history.runs.get(run)
